@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` do everything on a machine with Python 3.11 or 3.12 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check install install-dev clean
+
+quickstart: install
+	$(BIN)/koine run quickstart
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+# torch first and by its exact version: a later resolver step then finds it installed and leaves it alone.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+check: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,3 @@
+"""Koine: build multilingual language models by mixing, and measure what each mix did."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,87 @@
+"""The `koine` command: a table of verbs, each imported when it is called, and the one place where errors end."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from koine import __version__
+from koine.errors import UserError
+
+# verb -> (module, attribute, one line for --help); the module is imported only when the verb is used
+VERBS: dict[str, tuple[str, str, str]] = {
+    "adopt": ("koine.cli.run", "adopt", "Register an existing folder as an artifact of a run."),
+    "chat": ("koine.cli.chat", "chat", "Talk to a model in the terminal."),
+    "data": ("koine.cli.data", "data", "Write the sample world, tokenize text, ask what a step saw."),
+    "doctor": ("koine.cli.doctor", "doctor", "Print versions, hardware, and what each extra would add."),
+    "evaluate": ("koine.cli.evaluate", "evaluate", "Measure bits per byte and question accuracy."),
+    "lineage": ("koine.cli.run", "lineage", "Print an artifact's tree of ancestors."),
+    "model": ("koine.cli.model", "model", "Describe presets and model directories."),
+    "report": ("koine.cli.run", "report", "Write one self-contained HTML file about a run."),
+    "run": ("koine.cli.run", "run", "Run a plan: build what is missing, reuse what is there."),
+    "tokenizer": ("koine.cli.tokenizer", "tokenizer", "Language weights and tokenizer training."),
+    "train": ("koine.cli.train", "train", "Pretrain or fine-tune a model."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are imported on first use, so that `koine --help` stays instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, attribute, _ = VERBS[cmd_name]
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, VERBS[verb][2]) for verb in sorted(VERBS)])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            from koine.errors import did_you_mean
+
+            raise UserError(f"unknown command '{args[0]}'", mend=did_you_mean(args[0], VERBS))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="koine")
+def cli() -> None:
+    """Build multilingual language models by mixing, and measure what each mix did."""
+
+
+def main() -> None:
+    """Run the command line; a `UserError` ends in one line on stderr and exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except UserError as error:
+        print(f"koine: {error}", file=sys.stderr)
+        sys.exit(2)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        print("koine: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except click.ClickException as error:
+        print(f"koine: {' '.join(error.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("koine: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

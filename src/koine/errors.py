@@ -1,0 +1,47 @@
+"""What a user did wrong, said so that they can mend it.
+
+A `UserError` ends the program with one line and exit code 2; anything else that escapes is a bug of ours and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class KoineWarning(UserWarning):
+    """Something that works but that the user should know of (a source repeated too often, for example)."""
+
+
+class UserError(Exception):
+    """A mistake in the input, told in one line: what is wrong, where, and how to mend it."""
+
+    def __init__(self, what: str, *, where: str | Path | None = None, mend: str | None = None) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.mend = mend
+        line = what if self.where is None else f"{self.where}: {what}"
+        if mend:
+            line = f"{line}; {mend}"
+        super().__init__(" ".join(line.split()))
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """The `count` candidates that look most like `word`, best first; empty where none is close."""
+    by_lower: dict[str, str] = {}
+    for candidate in candidates:
+        by_lower.setdefault(candidate.lower(), candidate)
+    matches = difflib.get_close_matches(word.lower(), list(by_lower), n=count, cutoff=0.5)
+    return [by_lower[match] for match in matches]
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """A mend such as `did you mean 'de' or 'da'?`; where nothing is close, the list of what is known."""
+    known = list(candidates)
+    matches = nearest(word, known)
+    if matches:
+        return "did you mean " + " or ".join(f"'{match}'" for match in matches) + "?"
+    shown = ", ".join(sorted(known)[:12])
+    return f"known: {shown}" + (", ..." if len(known) > 12 else "")

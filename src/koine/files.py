@@ -1,0 +1,147 @@
+"""Files and folders that are either whole or absent: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from koine.errors import UserError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only place and a missing permission into the line that the user needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                "the disk is full",
+                where=path,
+                mend="free some space or choose another place; nothing half-written was kept",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                "cannot write here", where=path, mend="choose a folder that you may write to"
+            ) from error
+        raise
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """fsync every file and folder below `path`."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(Path(folder))
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing, unreadable or malformed one is the user's error, named."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=path) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"not valid JSON ({error})", where=path, mend="the file is damaged or truncated; write it again"
+        ) from error
+
+
+@contextmanager
+def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill; on success it becomes `out`, on failure it is removed and `out` is as before.
+
+    Raises `UserError` where `out` exists already (unless `overwrite`) or cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("exists already", where=out, mend="choose another --out or remove it first")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            fsync_tree(temporary)
+            publish_directory(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_directory(temporary: Path, out: Path) -> None:
+    """Rename a finished folder to `out`, replacing what was there."""
+    if out.exists():
+        old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        out.rename(old)
+        temporary.rename(out)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(out)
+    fsync_directory(out.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content, read in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def exclusive(path: Path, *, doing: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`; after `wait` seconds (-1: for ever) another holder is reported as a `UserError`.
+
+    The operating system frees the lock when its holder dies, however it dies.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(path))
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise UserError(
+            f"another process is {doing}", where=path, mend="wait for it to end, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
