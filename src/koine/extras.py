@@ -28,16 +28,8 @@ PURPOSES = {
     "dev": "the tests, the type checker, the linters",
 }
 
-# distribution -> the module to import, where the two names differ
-MODULES = {
-    "huggingface-hub": "huggingface_hub",
-    "import-linter": "importlinter",
-    "jinja2": "jinja2",
-    "pytest-xdist": "xdist",
-    "pre-commit": "pre_commit",
-    "Babel": "babel",
-    "tensorboardX": "tensorboardX",
-}
+# distribution (lower case) -> the module to import, where the two names differ by more than - and _
+MODULES = {"import-linter": "importlinter", "pytest-xdist": "xdist", "tensorboardx": "tensorboardX"}
 # `ruff` is a program and `types-*` are stubs: there is nothing to import
 NOT_IMPORTABLE = ("ruff", "types-")
 
@@ -123,7 +115,7 @@ def import_problem(module: str) -> str | None:
 
 def inspect_package(name: str) -> Package:
     """Find out whether the distribution `name` is installed whole: metadata, files, and a working import."""
-    module = MODULES.get(name, name.replace("-", "_"))
+    module = MODULES.get(name.lower(), name.lower().replace("-", "_"))
     importable = not name.startswith(NOT_IMPORTABLE)
     try:
         distribution = importlib.metadata.distribution(name)

@@ -1,0 +1,152 @@
+"""`koine doctor` tells whole, missing and half-installed packages apart, and its numbers are what the system says."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from koine import extras, hardware
+from koine.cli.doctor import doctor
+from koine.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_distribution(site: Path, name: str, version: str, source: str | None) -> None:
+    """What pip leaves: a metadata folder and, unless `source` is None, a module."""
+    metadata = site / f"{name}-{version}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if source is not None:
+        (site / f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages that this process and its children see."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_a_whole_package_is_installed(site: Path) -> None:
+    make_distribution(site, "koinewhole", "1.2", "x = 1\n")
+    assert extras.inspect_package("koinewhole") == extras.Package(
+        name="koinewhole", state="installed", version="1.2"
+    )
+
+
+def test_an_absent_package_is_not_installed(site: Path) -> None:
+    assert extras.inspect_package("koineabsent").state == "not installed"
+
+
+def test_metadata_without_files_is_broken_and_says_why(site: Path) -> None:
+    make_distribution(site, "koinehalf", "1.2", None)
+    package = extras.inspect_package("koinehalf")
+    assert package.state == "broken"
+    assert package.problem == "ModuleNotFoundError: No module named 'koinehalf'"
+
+
+def test_files_without_metadata_are_broken(site: Path) -> None:
+    (site / "koineorphan.py").write_text("")
+    assert extras.inspect_package("koineorphan").problem == "files without metadata"
+
+
+def test_an_import_that_raises_is_broken_with_its_last_line(site: Path) -> None:
+    make_distribution(site, "koineraises", "3", "import koine_missing_part\n")
+    assert extras.inspect_package("koineraises").problem == (
+        "ModuleNotFoundError: No module named 'koine_missing_part'"
+    )
+
+
+def test_import_extra_tells_missing_from_half_installed(site: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"'koineabsent' is needed and not installed; .*pip install 'koine\[hf\]'"
+    ):
+        extras.import_extra("koineabsent.part", extra="hf", purpose="open a Llama checkpoint")
+    make_distribution(site, "koinebroken", "3", "import koine_missing_part\n")
+    with pytest.raises(
+        UserError, match=r"interrupted installation; .*--force-reinstall --no-deps koinebroken"
+    ):
+        extras.import_extra("koinebroken", extra="hf", purpose="open a Llama checkpoint")
+
+
+def test_requirements_are_those_of_the_project_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(lines: list[str]) -> set[str]:
+        return {line.partition(">")[0].partition("[")[0].strip().lower() for line in lines}
+
+    assert {name.lower() for name in extras.requirements()} == names(project["dependencies"])
+    assert {name.lower() for name in extras.requirements("hf")} == {"transformers"}
+    # `dev` names the other extras; they are resolved to their packages
+    assert {"transformers", "ray", "pytest"} <= set(extras.requirements("dev"))
+    assert set(extras.PURPOSES) == set(project["optional-dependencies"])
+
+
+def test_every_core_package_of_this_environment_imports() -> None:
+    states = extras.inspect_packages(extras.requirements())
+    assert {name: package.problem for name, package in states.items() if package.state != "installed"} == {}
+
+
+def test_doctor_prints_the_mend_of_a_half_installed_extra(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_distribution(site, "koinehalf", "1.2", None)
+    monkeypatch.setattr(extras, "PURPOSES", {"hf": "open more", "cluster": "spread out"})
+    monkeypatch.setattr(
+        extras,
+        "requirements",
+        lambda extra=None: {"hf": ["koinehalf"], "cluster": ["koineabsent"]}.get(extra, []),
+    )
+    metadata = type("Metadata", (), {"get_all": lambda self, key: ["hf", "cluster"]})()
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: metadata)
+    output = CliRunner().invoke(doctor, catch_exceptions=False).output
+    assert "[hf]         broken: open more" in output
+    assert "koinehalf is only half installed: ModuleNotFoundError: No module named 'koinehalf'" in output
+    assert f"{sys.executable} -m pip install --force-reinstall --no-deps koinehalf" in output
+    assert "[cluster]    not installed: spread out" in output
+    assert "pip install 'koine[cluster]'" in output
+
+
+def test_doctor_prints_versions_machine_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = [extras.Package(name="torch", state="installed", version="1")]
+    monkeypatch.setattr(extras, "inspect_installation", lambda: (core, []))
+    result = CliRunner().invoke(doctor, catch_exceptions=False)
+    assert result.exit_code == 0
+    for expected in (torch.__version__, "GiB available", "free disk", "C++ compiler", "GFLOP/s", "bfloat16"):
+        assert expected in result.output
+
+
+def test_the_machine_is_what_the_system_says() -> None:
+    found = hardware.machine()
+    assert 1 <= found.usable_cores <= (os.cpu_count() or 1)
+    assert found.available_memory_bytes <= found.memory_bytes <= psutil.virtual_memory().total
+
+
+def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert hardware.free_disk_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_the_chosen_compiler_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = tmp_path / "my-compiler"
+    chosen.write_text("#!/bin/sh\n")
+    chosen.chmod(0o755)
+    monkeypatch.setenv("CXX", str(chosen))
+    assert hardware.compiler() == str(chosen)
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert hardware.compiler() is None
+
+
+def test_a_matmul_rate_counts_two_operations_per_product_and_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that advances by one second at each look: a product takes 1 s, so 2·8³ operations a second.
+    ticks = iter(range(1000))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: float(next(ticks)))
+    assert hardware.matmul_rate("float32", size=8, seconds=3) == 2 * 8**3

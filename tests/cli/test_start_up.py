@@ -1,0 +1,69 @@
+"""The command starts light: what a help page needs is imported, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from koine.cli.main import VERBS
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "ray",
+    "pyarrow",
+    "babel",
+    "numpy",
+    "matplotlib",
+    "tokenizers",
+    "huggingface_hub",
+)
+
+SHOW_MODULES = """
+import sys
+sys.argv = ["koine", *sys.argv[1:]]
+from koine.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+finally:
+    print("MODULES " + " ".join(sys.modules))
+"""
+
+
+def modules_after(*arguments: str) -> tuple[str, set[str]]:
+    """The output of `koine ARGUMENTS` in a fresh process, and the modules that it imported."""
+    process = subprocess.run(
+        [sys.executable, "-c", SHOW_MODULES, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    output, _, modules = process.stdout.rpartition("MODULES ")
+    return output, set(modules.split())
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
+    output, modules = modules_after("--help")
+    assert [verb for verb in VERBS if verb not in output] == []
+    assert modules.isdisjoint(HEAVY)
+    # not even a verb's own module
+    assert not [name for name in modules if name.startswith("koine.cli.") and name != "koine.cli.main"]
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_the_help_of_a_verb_imports_nothing_heavy(verb: str) -> None:
+    output, modules = modules_after(verb, "--help")
+    assert output.startswith(f"Usage: koine {verb}")
+    assert modules.isdisjoint(HEAVY), sorted(modules.intersection(HEAVY))
+
+
+def test_version() -> None:
+    output, modules = modules_after("--version")
+    assert output.startswith("koine, version 0.1.0")
+    assert modules.isdisjoint(HEAVY)
