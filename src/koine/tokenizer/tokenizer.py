@@ -1,0 +1,384 @@
+"""A tokenizer directory, read and written: `tokenizer.json` and its companions, as `transformers` has them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError
+from koine.files import disk_errors, write_atomically
+from koine.tokenizer.chat import CHAT_TEMPLATE, ROLE_TOKENS, Message, check_messages
+from koine.tokenizer.special import (
+    BOS,
+    CHATBOT,
+    CLS,
+    END_OF_TURN,
+    MASK,
+    PAD,
+    SEP,
+    SPECIAL_TOKENS,
+    START_OF_TURN,
+    UNK,
+)
+from koine.tokenizer.streaming import StreamDecoder, WindowStreamDecoder, byte_level_table
+from koine.tokenizer.template import completion_spans
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+SPECIAL_MAP = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+
+
+class Tokenizer:
+    """Text to ids and back. Text given to `encode` is always plain text, also where it looks like a special token.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included (one more than the largest id).
+        bos_id, eos_id, pad_id: begin and end of a document, padding. Where a foreign tokenizer has no BOS or no
+            padding, its EOS stands in.
+        end_of_turn_id: what ends an answer in a chat.
+        fingerprint: sha256 of `tokenizer.json`.
+        chat_template: Jinja text, or None.
+    """
+
+    def __init__(self, files: Mapping[str, str], *, where: str | Path = "the tokenizer") -> None:
+        """files: the directory's texts by file name; `tokenizer.json` is needed, the others where there are any."""
+        from tokenizers import Tokenizer as Backend
+
+        self._files = dict(files)
+        self._where = str(where)
+        try:
+            self._backend = Backend.from_str(self._files[TOKENIZER])
+        except Exception as error:
+            raise UserError(
+                f"not a tokenizer ({error})", where=where, mend="the file is damaged or of an unknown kind"
+            ) from error
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        # This flag is not part of tokenizer.json: without it a user could write `<BOS_TOKEN>` and be obeyed.
+        self._backend.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(self._files[TOKENIZER].encode("utf-8")).hexdigest()
+        self._ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._ids.values()) + 1
+        self._special_ids = frozenset(
+            token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
+        )
+        named = self._named_tokens()
+        self.chat_template = self._files.get(TEMPLATE) or self._template_of_config()
+        self._template_tokens = named
+        eos = named.get("eos_token")
+        if eos is None:
+            raise UserError(
+                "no end-of-document token is named", where=where, mend=f'add "eos_token" to {CONFIG}'
+            )
+        self.eos_id = self._id_of(eos)
+        self.bos_id = self._id_of(named.get("bos_token", eos))
+        self.pad_id = self._id_of(named.get("pad_token", eos))
+        self.end_of_turn_id = self._find_end_of_turn()
+
+    # --- text to ids ---
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no special tokens are added, none is recognised."""
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError) as error:
+            raise self._not_text([text], error) from None
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel over the cores; the result does not depend on their number."""
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise self._not_text(texts, error) from None
+        return [encoding.ids for encoding in encodings]
+
+    def encode_document(self, text: str) -> list[int]:
+        """`[bos] + ids + [eos]`."""
+        return [self.bos_id, *self.encode(text), self.eos_id]
+
+    def encode_messages(
+        self, messages: Sequence[Message], *, generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and True on the tokens that the assistant writes, its end-of-turn token included.
+
+        messages: `{"role": "system" | "user" | "assistant", "content": str}`.
+        generation_prompt: end with the marker after which the assistant answers.
+        Raises `UserError` for malformed messages, or where a foreign tokenizer has no chat template.
+        """
+        turns = check_messages(messages)
+        if self.chat_template is None:
+            raise UserError("no chat template", where=self._where, mend=f"add a {TEMPLATE} to the folder")
+        if self.chat_template != CHAT_TEMPLATE or not self._has_turn_tokens:
+            return self._encode_template(messages, generation_prompt=generation_prompt)
+        start, end = self._ids[START_OF_TURN], self._ids[END_OF_TURN]
+        ids, completion = [self.bos_id], [False]
+        for (role, _), content in zip(turns, self.encode_batch([text for _, text in turns]), strict=True):
+            ids += [start, self._ids[ROLE_TOKENS[role]], *content, end]
+            completion += [False, False] + [role == "assistant"] * (len(content) + 1)
+        if generation_prompt:
+            ids += [start, self._ids[CHATBOT]]
+            completion += [False, False]
+        return ids, completion
+
+    # --- ids to text ---
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ids; bytes that are no valid UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def stream_decoder(self) -> StreamDecoder | WindowStreamDecoder:
+        """An object whose `push(id)` gives the text that has become certain, and `flush()` the rest; special tokens are silent."""
+        if self._byte_level:
+            return StreamDecoder(self._token_bytes)
+        return WindowStreamDecoder(self.decode)
+
+    # --- files ---
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer's files into the folder `path` (made if needed); other files there are left alone."""
+        path = Path(path)
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        for name, text in self._files.items():
+            write_atomically(path / name, text)
+
+    # --- inside ---
+
+    @property
+    def _has_turn_tokens(self) -> bool:
+        return all(token in self._ids for token in (START_OF_TURN, END_OF_TURN, *ROLE_TOKENS.values()))
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        decoder = json.loads(self._files[TOKENIZER]).get("decoder") or {}
+        return bool(decoder.get("type") == "ByteLevel")
+
+    @cached_property
+    def _bytes_of_character(self) -> dict[str, int]:
+        return byte_level_table()
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {
+            token_id: token.content for token_id, token in self._backend.get_added_tokens_decoder().items()
+        }
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._special_ids:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].encode("utf-8")
+        token = self._backend.id_to_token(token_id)
+        return bytes(self._bytes_of_character[character] for character in token) if token else b""
+
+    @cached_property
+    def _parsing_backend(self) -> Any:
+        """The same vocabulary, but one that obeys special tokens: for text that a template wrote."""
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self._files[TOKENIZER])
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+    def _encode_template(
+        self, messages: Sequence[Message], *, generation_prompt: bool
+    ) -> tuple[list[int], list[bool]]:
+        assert self.chat_template is not None
+        special = [self._added[token_id] for token_id in sorted(self._special_ids)]
+        hidden, shown = _hide_special(messages, special)
+        text, spans = completion_spans(
+            self.chat_template, hidden, tokens=self._template_tokens, generation_prompt=generation_prompt
+        )
+        if not shown:
+            encodings = [(0, self._parsing_backend.encode(text, add_special_tokens=False))]
+        else:
+            encodings = self._encode_pieces(text, special, shown)
+        ids: list[int] = []
+        completion: list[bool] = []
+        for offset, encoding in encodings:
+            ids += encoding.ids
+            completion += [
+                any(start <= offset + first and offset + first < end for start, end in spans)
+                for first, _ in encoding.offsets
+            ]
+        return ids, completion
+
+    def _encode_pieces(
+        self, text: str, special: Sequence[str], shown: Mapping[str, str]
+    ) -> list[tuple[int, Any]]:
+        """Encode a rendered conversation whose contents hold special-looking text: markers obeyed, contents not."""
+        import re
+
+        pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        edges = sorted({0, len(text), *(edge for match in pattern.finditer(text) for edge in match.span())})
+        result = []
+        for start, end in pairwise(edges):
+            piece = text[start:end]
+            if pattern.fullmatch(piece):
+                result.append((start, self._parsing_backend.encode(piece, add_special_tokens=False)))
+                continue
+            for stand_in, original in shown.items():
+                piece = piece.replace(stand_in, original)
+            result.append((start, self._backend.encode(piece, add_special_tokens=False)))
+        return result
+
+    def _find_end_of_turn(self) -> int:
+        if END_OF_TURN in self._ids:
+            return self._ids[END_OF_TURN]
+        if self.chat_template is None:
+            return self.eos_id
+        try:
+            ids, completion = self._encode_template(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                generation_prompt=False,
+            )
+        except UserError:
+            return self.eos_id
+        written = [token for token, own in zip(ids, completion, strict=True) if own]
+        return next((token for token in written if token in self._special_ids), self.eos_id)
+
+    def _id_of(self, token: str) -> int:
+        if token not in self._ids:
+            raise UserError(
+                f"the token '{token}' is named but not in the vocabulary",
+                where=self._where,
+                mend=f"mend {CONFIG}",
+            )
+        return self._ids[token]
+
+    def _named_tokens(self) -> dict[str, str]:
+        """`bos_token` and its like, from the configuration first, then from the map of special tokens."""
+        named: dict[str, str] = {}
+        for name in (SPECIAL_MAP, CONFIG):
+            for key, value in self._json(name).items():
+                content = value.get("content") if isinstance(value, dict) else value
+                if key.endswith("_token") and isinstance(content, str):
+                    named[key] = content
+        return named
+
+    def _template_of_config(self) -> str | None:
+        template = self._json(CONFIG).get("chat_template")
+        if isinstance(template, list):
+            by_name = {entry.get("name"): entry.get("template") for entry in template}
+            template = by_name.get("default")
+        return template if isinstance(template, str) else None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        if name not in self._files:
+            return {}
+        try:
+            value = json.loads(self._files[name])
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{name} is not valid JSON ({error})", where=self._where, mend="write it again"
+            ) from None
+        if not isinstance(value, dict):
+            raise UserError(f"{name} is not a JSON object", where=self._where, mend="write it again")
+        return value
+
+    def _not_text(self, texts: Sequence[Any], error: Exception) -> Exception:
+        """What the user did wrong in `texts`, or the library's own error where they are sound."""
+        for text in texts:
+            if not isinstance(text, str):
+                return TypeError(f"expected text, got {type(text).__name__}")
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as broken:
+                return UserError(
+                    f"the text is not valid Unicode (a lone surrogate at character {broken.start})",
+                    mend="repair or remove it",
+                )
+        return error
+
+
+def _hide_special(
+    messages: Sequence[Message], special: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Messages whose special-looking text is replaced by private-use stand-ins, and what these stand for."""
+    shown: dict[str, str] = {}
+    hidden = []
+    for message in messages:
+        content = message["content"]
+        for token in sorted(special, key=len, reverse=True):
+            if token in content:
+                stand_in = next((key for key, value in shown.items() if value == token), None)
+                if stand_in is None:
+                    stand_in = chr(0x10F000 + len(shown))
+                    shown[stand_in] = token
+                content = content.replace(token, stand_in)
+        hidden.append({**message, "content": content})
+    return hidden, shown
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a folder that holds a `tokenizer.json`: ours, a model's, or any fast tokenizer of `transformers`.
+
+    Raises `UserError` where the folder or the file is missing, damaged, or names no end-of-document token.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError("no such folder", where=path, mend="give a folder that holds a tokenizer.json")
+    if not (path / TOKENIZER).is_file():
+        raise UserError(
+            f"holds no {TOKENIZER}",
+            where=path,
+            mend="give a folder written by `koine tokenizer train` or a model's",
+        )
+    files = {}
+    for name in (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE):
+        if (path / name).is_file():
+            try:
+                files[name] = (path / name).read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                raise UserError("not UTF-8 text", where=path / name, mend="the file is damaged") from None
+    return Tokenizer(files, where=path)
+
+
+def from_backend(backend: Any) -> Tokenizer:
+    """Our tokenizer around a freshly trained `tokenizers.Tokenizer` that holds our special tokens."""
+    named = {
+        "bos_token": BOS,
+        "eos_token": END_OF_TURN,
+        "pad_token": PAD,
+        "unk_token": UNK,
+        "cls_token": CLS,
+        "sep_token": SEP,
+        "mask_token": MASK,
+    }
+    others = [token for token in SPECIAL_TOKENS if token not in named.values()]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **named,
+        "additional_special_tokens": others,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),
+        "padding_side": "left",
+        "added_tokens_decoder": {
+            str(backend.token_to_id(token)): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token in SPECIAL_TOKENS
+        },
+    }
+    files = {
+        TOKENIZER: backend.to_str(pretty=True),
+        CONFIG: json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+        SPECIAL_MAP: json.dumps({**named, "additional_special_tokens": others}, ensure_ascii=False, indent=2)
+        + "\n",
+        TEMPLATE: CHAT_TEMPLATE,
+    }
+    return Tokenizer(files)

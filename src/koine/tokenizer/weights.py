@@ -1,0 +1,100 @@
+"""How much of each language a tokenizer is trained on (universal-tokenizer paper, Eq. 1).
+
+    w_i = (wd_i * wb_i) / sum_n (wd_n * wb_n)
+
+`wd_i` is the language's share of the data; `wb_i` depends on its bucket, the languages of the same family *and*
+script. The paper leaves two readings of the bucket's mass open; both are here, behind `bucket_mass`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from koine.errors import UserError, did_you_mean
+
+Scheme = Literal["bucketed", "natural", "uniform", "temperature"]
+BucketMass = Literal["uniform", "data"]
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+BUCKET_MASSES: tuple[str, ...] = get_args(BucketMass)
+ENGLISH = "en"
+
+
+def language_weights(
+    bytes_by_language: Mapping[str, int],
+    *,
+    scheme: Scheme = "bucketed",
+    bucket_mass: BucketMass = "uniform",
+    english_share: float | None = 0.30,
+    temperature: float = 3.0,
+) -> dict[str, float]:
+    """Weights that sum to 1, by language, in the order given.
+
+    scheme:
+        `bucketed`: Eq. 1 of the paper. `natural`: the share of the bytes. `uniform`: the same for every language.
+        `temperature`: proportional to share ** (1 / temperature); 1 is natural, large is uniform.
+    bucket_mass (only for `bucketed`), with B buckets, |b| languages and D_b bytes in bucket b:
+        `uniform`: wb_i = 1 / (B |b|). `data`: wb_i = D_b / |b|.
+    english_share:
+        English gets this share whatever the scheme and the others share the rest in their proportions; None leaves
+        English to the scheme. Without effect where English is absent or alone.
+
+    Raises `UserError` for an empty mapping, a language without bytes, an unknown code or scheme, or a share outside (0, 1).
+    """
+    if not bytes_by_language:
+        raise UserError("no language to weigh", mend="give text in at least one language")
+    for code, size in bytes_by_language.items():
+        if size <= 0:
+            raise UserError(f"language '{code}' has no text", mend="leave it out or add text")
+    if scheme not in SCHEMES:
+        raise UserError(f"unknown weighting scheme '{scheme}'", mend=did_you_mean(scheme, SCHEMES))
+    if english_share is not None and not 0.0 < english_share < 1.0:
+        raise UserError(
+            f"the share of English is {english_share}",
+            mend="give a number between 0 and 1, or none for no fixed share",
+        )
+    total = sum(bytes_by_language.values())
+    shares = {code: size / total for code, size in bytes_by_language.items()}
+    if scheme == "bucketed":
+        raw = _bucketed(shares, bucket_mass)
+    elif scheme == "natural":
+        raw = shares
+    elif scheme == "uniform":
+        raw = dict.fromkeys(shares, 1.0)
+    else:
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise UserError(f"the temperature is {temperature}", mend="give a number above 0")
+        raw = {code: share ** (1.0 / temperature) for code, share in shares.items()}
+    return _pin_english(_normalise(raw), english_share)
+
+
+def _bucketed(shares: Mapping[str, float], bucket_mass: str) -> dict[str, float]:
+    from koine.languages import bucket
+
+    if bucket_mass not in BUCKET_MASSES:
+        raise UserError(f"unknown bucket mass '{bucket_mass}'", mend=did_you_mean(bucket_mass, BUCKET_MASSES))
+    buckets = {code: bucket(code) for code in shares}
+    members: dict[object, list[str]] = {}
+    for code, key in buckets.items():
+        members.setdefault(key, []).append(code)
+    raw = {}
+    for code, share in shares.items():
+        inside = members[buckets[code]]
+        mass = 1.0 / len(members) if bucket_mass == "uniform" else sum(shares[member] for member in inside)
+        raw[code] = share * mass / len(inside)
+    return raw
+
+
+def _normalise(raw: Mapping[str, float]) -> dict[str, float]:
+    total = math.fsum(raw.values())
+    return {code: value / total for code, value in raw.items()}
+
+
+def _pin_english(weights: dict[str, float], share: float | None) -> dict[str, float]:
+    if share is None or ENGLISH not in weights or len(weights) == 1:
+        return weights
+    rest = 1.0 - weights[ENGLISH]
+    return {
+        code: share if code == ENGLISH else weight / rest * (1.0 - share) for code, weight in weights.items()
+    }
