@@ -12,19 +12,28 @@ import numpy as np
 from koine.errors import KoineWarning, UserError
 
 Texts = Callable[[], Iterable[str]]
+# Texts by language, or one stream of (language, text); each is called anew for every pass.
+Corpus = Mapping[str, Texts] | Callable[[], Iterable[tuple[str, str]]]
 
 
-def count_bytes(texts_by_language: Mapping[str, Texts]) -> dict[str, int]:
+def stream(corpus: Corpus) -> Iterator[tuple[str, str]]:
+    """One pass over (language, text)."""
+    if isinstance(corpus, Mapping):
+        for code, texts in corpus.items():
+            for text in texts():
+                yield code, text
+    else:
+        yield from corpus()
+
+
+def count_bytes(corpus: Corpus) -> dict[str, int]:
     """UTF-8 bytes of each language's text, in one pass of constant memory.
 
     Raises `UserError` for text that is not valid Unicode (a lone surrogate).
     """
-    sizes = {}
-    for code, texts in texts_by_language.items():
-        size = 0
-        for text in texts():
-            size += byte_length(text, code)
-        sizes[code] = size
+    sizes: dict[str, int] = dict.fromkeys(corpus, 0) if isinstance(corpus, Mapping) else {}
+    for code, text in stream(corpus):
+        sizes[code] = sizes.get(code, 0) + byte_length(text, code)
     return sizes
 
 
@@ -72,26 +81,36 @@ def quotas(
     return drawn
 
 
-def draw(texts: Texts, *, size: int, quota: float, seed: int, language: str) -> Iterator[str]:
-    """Yield texts of one language worth `quota` bytes, out of `size`, spread evenly over the data.
+def draw(corpus: Corpus, *, sizes: Mapping[str, int], quota: Mapping[str, float], seed: int) -> Iterator[str]:
+    """Yield texts worth `quota[language]` bytes out of `sizes[language]`, spread evenly over the data, in one pass.
 
-    Whole passes first, then a part by error diffusion: each text adds its share to a credit and is taken when the
-    credit passes a threshold drawn from the seed, so the bytes drawn differ from the quota by about one text.
+    Of a rate of 2.3, each text is taken twice, and the 0.3 by error diffusion: each text adds its part to its
+    language's credit and is taken once more when the credit passes a threshold drawn from the seed. The bytes drawn
+    differ from the quota by about one text. A language's choice does not depend on what stands between its texts.
     """
-    passes, rest = divmod(quota / size, 1.0)
-    for _ in range(int(passes)):
-        yield from texts()
-    if rest * size < 1.0:
-        return
-    digest = hashlib.blake2b(f"{seed}/{language}".encode(), digest_size=8).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
-    credit = 0.0
-    thresholds: list[float] = []
-    for index, text in enumerate(texts()):
-        if index % 1024 == 0:
-            thresholds = generator.random(1024).tolist()
-        length = byte_length(text, language)
-        credit += rest * length
-        if credit > thresholds[index % 1024] * length:
-            credit -= length
+    state = {code: _Diffusion(quota[code] / sizes[code], seed, code) for code in sizes}
+    for code, text in stream(corpus):
+        for _ in range(state[code].times(byte_length(text, code))):
             yield text
+
+
+class _Diffusion:
+    """How often to take each text of one language in turn, so that `rate` of all bytes are taken."""
+
+    def __init__(self, rate: float, seed: int, language: str) -> None:
+        self._whole, self._part = divmod(rate, 1.0)
+        digest = hashlib.blake2b(f"{seed}/{language}".encode(), digest_size=8).digest()
+        self._generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+        self._thresholds: list[float] = []
+        self._credit = 0.0
+
+    def times(self, length: int) -> int:
+        if self._part < 1e-9:
+            return int(self._whole)
+        if not self._thresholds:
+            self._thresholds = self._generator.random(1024).tolist()
+        self._credit += self._part * length
+        if self._credit <= self._thresholds.pop() * length:
+            return int(self._whole)
+        self._credit -= length
+        return int(self._whole) + 1

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer.pretokenize import pre_tokenizer
-from koine.tokenizer.sampling import Texts, count_bytes, draw, quotas
+from koine.tokenizer.sampling import Corpus, count_bytes, draw, quotas
 from koine.tokenizer.special import BOS, SMALLEST_VOCABULARY, SPECIAL_TOKENS
 from koine.tokenizer.tokenizer import Tokenizer, from_backend
 from koine.tokenizer.weights import BucketMass, Scheme, language_weights
 
 
 def train_tokenizer(
-    texts_by_language: Mapping[str, Texts],
+    texts_by_language: Corpus,
     *,
     vocab_size: int,
     scheme: Scheme = "bucketed",
@@ -30,8 +30,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A tokenizer of `vocab_size` ids: the special tokens, the 256 bytes, then merges, most frequent first.
 
-    texts_by_language: language code -> a function that gives an iterable of texts; it is called anew for each pass,
-        so nothing needs to be held in memory. With the same texts and parameters the result is the same, byte by byte.
+    texts_by_language: language code -> a function that gives an iterable of texts, or one function that gives
+        (language code, text) for all languages; each is called anew for both passes (counting and training), so
+        nothing needs to be held in memory. With the same texts and parameters the result is the same, byte by byte.
     scheme, bucket_mass, english_share, temperature: see `language_weights`.
     min_frequency: a pair is merged only if it occurs this often in the sample (5 in the paper).
     sample_bytes: text to train on, all languages together; None takes as much as there is.
@@ -50,15 +51,9 @@ def train_tokenizer(
     weights = language_weights(
         sizes, scheme=scheme, bucket_mass=bucket_mass, english_share=english_share, temperature=temperature
     )
-    shares = quotas(sizes, weights, sample_bytes=sample_bytes, max_repeats=max_repeats)
-
-    def sample() -> Iterator[str]:
-        for code, texts in texts_by_language.items():
-            yield from draw(texts, size=sizes[code], quota=shares[code], seed=seed, language=code)
-
-    backend = _train(
-        sample(), vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
-    )
+    drawn = quotas(sizes, weights, sample_bytes=sample_bytes, max_repeats=max_repeats)
+    sample = draw(texts_by_language, sizes=sizes, quota=drawn, seed=seed)
+    backend = _train(sample, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress)
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         warnings.warn(

@@ -1,0 +1,100 @@
+"""Everything that `koine evaluate` measures of one model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError
+
+
+def evaluate_model(
+    path: str | Path,
+    *,
+    data: Sequence[str | Path] = (),
+    questions: Sequence[str | Path] = (),
+    batch_size: int = 16,
+    max_length: int | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Bits per byte on the documents of `data` and accuracy on `questions`, for the model directory `path`.
+
+    data, questions: files or folders as `koine.data.records.read_records` takes them.
+    limit: at most this many records of each language, from the start of what was given.
+    Returns the results of `bits_per_byte`, and those of `question_accuracy` under `"questions"`.
+    Raises `UserError` where neither is given, or a path or the model cannot be read.
+    """
+    import torch
+
+    from koine.evaluate.bits import bits_per_byte
+    from koine.evaluate.questions import question_accuracy
+    from koine.tokenizer import load_tokenizer
+
+    if not data and not questions:
+        raise UserError("nothing to evaluate on", mend="give --data PATH, --questions PATH, or both")
+    if limit is not None and limit < 1:
+        raise UserError(f"the limit is {limit}", mend="give at least 1")
+    for source in (*data, *questions):
+        if not Path(source).exists():
+            raise UserError("no such file or folder", where=source)
+    tokenizer = load_tokenizer(path)
+    model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
+    _check_vocabulary(model, tokenizer.vocab_size, path)
+    result: dict[str, Any] = {}
+    if data:
+        result = bits_per_byte(
+            model,
+            tokenizer,
+            first_of_each(_read(data), limit),
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            seed=seed,
+        )
+    if questions:
+        result["questions"] = question_accuracy(
+            model, tokenizer, first_of_each(_read(questions), limit), batch_size=batch_size, seed=seed
+        )
+    return result
+
+
+def open_model(path: Path, *, dtype: Any, device: str) -> Any:
+    """Our decoder where the configuration is one that it covers, else the causal LM of `transformers`."""
+    from koine.files import read_json
+    from koine.model import load_causal_lm, load_model
+
+    kind = read_json(path / "config.json").get("model_type")
+    if kind in ("cohere", "cohere2", "koine"):
+        return load_model(path, dtype=dtype, device=device)
+    return load_causal_lm(path, dtype=dtype, device=device)
+
+
+def first_of_each(records: Iterable[Mapping[str, Any]], limit: int | None) -> Iterator[Mapping[str, Any]]:
+    """The first `limit` records of each language; all where there is no limit."""
+    seen: dict[Any, int] = {}
+    for record in records:
+        count = seen.get(record.get("language"), 0)
+        if limit is None or count < limit:
+            seen[record.get("language")] = count + 1
+            yield record
+
+
+def _read(paths: Sequence[str | Path]) -> Iterator[Mapping[str, Any]]:
+    from koine.data.records import read_records
+
+    for path in paths:
+        yield from read_records(path)
+
+
+def _check_vocabulary(model: Any, size: int, path: str | Path) -> None:
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    if rows is not None and size > rows:
+        raise UserError(
+            f"the tokenizer has {size} ids and the model {rows}",
+            where=path,
+            mend="these are not a pair; put the tokenizer that the model was trained with into its folder",
+        )
