@@ -1,0 +1,75 @@
+"""How an answer's tokens are drawn: the settings of every engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from koine.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of generation, validated when built (`UserError`).
+
+    temperature: divides the logits; 0 takes the likeliest token always.
+    top_k: keep the k likeliest tokens; 0 keeps all.
+    top_p: keep the fewest tokens whose probabilities sum to at least this (nucleus sampling).
+    min_p: keep tokens at least this many times as likely as the likeliest.
+    repetition_penalty: positive logits of tokens seen before are divided by it, negative ones multiplied (CTRL).
+    seed: the same seed, question and settings give the same answer; None draws afresh.
+    max_new_tokens: the longest answer.
+    """
+
+    temperature: float = 0.3
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
+        self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
+        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
+        self._require(
+            "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"
+        )
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
+        self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+
+    def _require(self, name: str, holds: bool, mend: str) -> None:
+        if not holds:
+            raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}", mend=f"give {mend}")
+
+    def replaced(self, name: str, text: str) -> Sampling:
+        """These settings with one changed from its written form: `replaced("top-k", "40")`.
+
+        Raises `UserError` for an unknown name, a value that is no number, or one out of range.
+        """
+        field = name.replace("-", "_")
+        kinds = {entry.name: entry.type for entry in dataclasses.fields(self)}
+        if field not in kinds:
+            known = [known.replace("_", "-") for known in kinds]
+            raise UserError(f"unknown setting '{name}'", mend=did_you_mean(name, known))
+        value: Any
+        try:
+            if text == "none" and field == "seed":
+                value = None
+            else:
+                value = float(text) if kinds[field] == "float" else int(text)
+        except ValueError:
+            kind = "a number" if kinds[field] == "float" else "a whole number"
+            raise UserError(f"{name} is '{text}'", mend=f"give {kind}") from None
+        return dataclasses.replace(self, **{field: value})
+
+    def described(self) -> str:
+        """All settings in one line, as `/set` writes them."""
+        return "  ".join(
+            f"{entry.name.replace('_', '-')} {str(getattr(self, entry.name)).lower()}"
+            for entry in dataclasses.fields(self)
+        )

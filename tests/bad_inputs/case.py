@@ -1,0 +1,43 @@
+"""What a bad input is: the files it needs, the command, the line that the user gets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# In an expected line, this stands for any text: a library's own words, a temporary path.
+ANYTHING = "…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One bad input.
+
+    mistake: what the user did, for the manual's page.
+    command: the words after `koine`, as in a shell, run in a folder that `prepare` has filled.
+    says: the one line on standard error, without the leading `koine: `.
+    prepare: fills the folder; gets its path.
+    simulated: how an outer circumstance is brought about, where it is not real (shown on the page).
+    during: replaces things while the command runs; gets pytest's monkeypatch.
+    """
+
+    mistake: str
+    command: str
+    says: str
+    prepare: Callable[[Path], None] | None = None
+    simulated: str | None = None
+    during: Callable[..., object] | None = None
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file and folder below `folder` with a hash of its content, to see that nothing was left or changed."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            found[name + "/"] = ""
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found

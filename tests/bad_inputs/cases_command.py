@@ -1,0 +1,43 @@
+"""Bad inputs at the command line itself, and installations that are not whole."""
+
+from __future__ import annotations
+
+from .case import Case
+
+CASES = (
+    Case(
+        mistake="a verb with a typo",
+        command="tran pretrain",
+        says="unknown command 'tran'; did you mean 'train' or 'run'?",
+    ),
+    Case(
+        mistake="an option that does not exist",
+        command="doctor --mesure",
+        says="No such option '--mesure'. Did you mean '--measure'?",
+    ),
+    Case(
+        mistake="an option without its value",
+        command="doctor --path",
+        says="Option '--path' requires an argument.",
+    ),
+    Case(
+        mistake="a command without its argument",
+        command="chat",
+        says="Missing argument 'MODEL'.",
+    ),
+    Case(
+        mistake="a word where a number is needed",
+        command="chat model --temperature warm",
+        says="Invalid value for '--temperature': 'warm' is not a valid float.",
+    ),
+    Case(
+        mistake="a sampling setting out of range",
+        command="chat model --top-p 1.5",
+        says="top-p is 1.5; give above 0 and at most 1",
+    ),
+    Case(
+        mistake="a negative number of tokens",
+        command="chat model --max-new-tokens -1",
+        says="max-new-tokens is -1; give at least 1",
+    ),
+)

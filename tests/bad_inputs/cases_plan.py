@@ -1,0 +1,5 @@
+"""x"""
+
+from .case import Case
+
+CASES: tuple[Case, ...] = ()

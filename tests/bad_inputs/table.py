@@ -1,0 +1,53 @@
+"""The table of bad inputs. `python tests/bad_inputs/table.py --write` writes docs/bad-inputs.md from it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bad_inputs import cases_command, cases_model, cases_plan, cases_text
+from bad_inputs.case import Case
+
+PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
+
+SECTIONS: dict[str, tuple[Case, ...]] = {
+    "The command line and the installation": cases_command.CASES,
+    "Text, tokenizers, token shards, mixtures": cases_text.CASES,
+    "Models, training, evaluation, chat": cases_model.CASES,
+    "Plans and runs": cases_plan.CASES,
+}
+
+HEAD = """\
+# Bad inputs: what the program says
+
+A mistake ends in one line on standard error that names what is wrong, where, and how to mend it; the exit code is 2, and nothing half-written is
+left behind. A traceback is a bug of ours. This page is generated from `tests/bad_inputs/`, which runs every line of it: the command is run in a folder
+prepared for the case, the line must be exactly this (… stands for text that depends on the machine), and the folder must afterwards be
+as it was before.
+"""
+
+
+def page() -> str:
+    """The manual's page."""
+    parts = [HEAD]
+    for title, cases in SECTIONS.items():
+        parts.append(f"## {title}\n")
+        parts.append("| the mistake | the command | what it says, after `koine: ` |\n|---|---|---|")
+        for case in cases:
+            mistake = case.mistake + (f" (in the test: {case.simulated})" if case.simulated else "")
+            row = (mistake, f"`koine {case.command}`", case.says)
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write docs/bad-inputs.md")
+    if parser.parse_args().write:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(page())
