@@ -123,5 +123,5 @@ def test_too_little_text_for_the_vocabulary_is_told() -> None:
 
 
 def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="language 'de'.*surrogate"):
+    with pytest.raises(UserError, match=r"language 'de'.*surrogate"):
         train_tokenizer({"de": lambda: ["a\ud800"]}, vocab_size=400)

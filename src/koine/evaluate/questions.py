@@ -43,6 +43,7 @@ def question_accuracy(
     *,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    device: str = "cpu",
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -68,7 +69,7 @@ def question_accuracy(
             chosen = order[start : start + batch_size]
             limit = max_new_tokens or 2 * max(len(tokenizer.encode(asked[index][1])) for index in chosen) + 8
             answers = greedy_answers(
-                model, tokenizer, [asked[index][0] for index in chosen], max_new_tokens=limit
+                model, tokenizer, [asked[index][0] for index in chosen], max_new_tokens=limit, device=device
             )
             for index, answer in zip(chosen, answers, strict=True):
                 right = answer is not None and normalise(answer) == normalise(asked[index][1])
@@ -119,7 +120,38 @@ def _question(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int
 
 
 def greedy_answers(
-    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int
+    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int, device: str = "cpu"
 ) -> list[str | None]:
-    """The model's greedy answer to each prompt (token ids); None where it had not ended after `max_new_tokens`."""
-    raise NotImplementedError
+    """The model's greedy answer to each prompt (token ids); None where it had not ended after `max_new_tokens`.
+
+    Each step runs the whole sequences, padded on the right: answers are short, any causal LM can do it, and no row
+    depends on its neighbours.
+    """
+    import torch
+
+    from koine.evaluate.scoring import evaluating
+
+    stops = {tokenizer.end_of_turn_id, tokenizer.eos_id}
+    rows = [list(prompt) for prompt in prompts]
+    answers: list[str | None] = [None] * len(rows)
+    running = list(range(len(rows)))
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            lengths = torch.tensor([len(rows[row]) for row in running], device=device)
+            tokens = torch.zeros(len(running), int(lengths.max()), dtype=torch.int64)
+            for place, row in enumerate(running):
+                tokens[place, : len(rows[row])] = torch.tensor(rows[row])
+            hidden = model(tokens.to(device))
+            last = hidden[torch.arange(len(running), device=device), lengths - 1]
+            chosen = model.logits(last).argmax(dim=-1).tolist()
+            going = []
+            for row, token in zip(running, chosen, strict=True):
+                if token in stops:
+                    answers[row] = tokenizer.decode(rows[row][len(prompts[row]) :])
+                else:
+                    rows[row].append(token)
+                    going.append(row)
+            running = going
+            if not running:
+                break
+    return answers

@@ -57,7 +57,12 @@ def evaluate_model(
         )
     if questions:
         result["questions"] = question_accuracy(
-            model, tokenizer, first_of_each(_read(questions), limit), batch_size=batch_size, seed=seed
+            model,
+            tokenizer,
+            first_of_each(_read(questions), limit),
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
         )
     return result
 
