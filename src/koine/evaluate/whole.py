@@ -41,6 +41,7 @@ def evaluate_model(
     for source in (*data, *questions):
         if not Path(source).exists():
             raise UserError("no such file or folder", where=source)
+    _check_device(device)
     tokenizer = load_tokenizer(path)
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     _check_vocabulary(model, tokenizer.vocab_size, path)
@@ -93,6 +94,19 @@ def _read(paths: Sequence[str | Path]) -> Iterator[Mapping[str, Any]]:
 
     for path in paths:
         yield from read_records(path)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"unknown device '{device}'", mend="give cpu, cuda or cuda:0") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA device here", where="--device", mend="give cpu; `koine doctor` shows what there is"
+        )
 
 
 def _check_vocabulary(model: Any, size: int, path: str | Path) -> None:
