@@ -1,0 +1,181 @@
+"""A corpus folder: the one layout that the recipe's steps read, made from the sample world or from the user's own text.
+
+    documents/CODE.jsonl            training documents, one file a language
+    documents-heldout/CODE.jsonl    documents that no step trains on, for bits per byte
+    questions/train/CODE.jsonl      chats for supervised fine-tuning
+    questions/test/CODE.jsonl       questions with exact answers (sample world only)
+    code.jsonl                      the code domain
+    roles.json                      {"primary": [...], "expanded": [...], "chat": [...]}: language codes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError
+from koine.files import read_json, write_json
+from koine.languages import language
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Which language plays which part, as in the universal-tokenizer study.
+
+    `primary` languages are pretrained on; `expanded` ones come in by adaptation; `chat` ones have chats to learn from.
+    """
+
+    primary: tuple[str, ...]
+    expanded: tuple[str, ...]
+    chat: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return self.primary + self.expanded
+
+    def save(self, corpus: Path) -> None:
+        write_json(
+            corpus / "roles.json",
+            {"primary": self.primary, "expanded": self.expanded, "chat": self.chat},
+        )
+
+
+def load_roles(corpus: Path) -> Roles:
+    """The roles that the corpus was made with."""
+    roles = read_json(corpus / "roles.json")
+    return Roles(
+        primary=tuple(roles["primary"]), expanded=tuple(roles["expanded"]), chat=tuple(roles["chat"])
+    )
+
+
+def split_roles(
+    codes: Sequence[str], *, primary_cluster: str, primary_languages: Sequence[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Primary and expanded languages: an explicit list, or the cluster's members against all others.
+
+    Raises `UserError` where either side would be empty: the comparison needs both.
+    """
+    wanted = {language(code).code for code in primary_languages}
+    primary = tuple(
+        code for code in codes if (code in wanted if wanted else language(code).cluster == primary_cluster)
+    )
+    expanded = tuple(code for code in codes if code not in primary)
+    if not primary:
+        raise UserError(
+            f"no language of the primary side ({', '.join(sorted(wanted)) or primary_cluster}) is in the data",
+            mend="name the pretraining languages with --set primary_languages=CODE,CODE",
+        )
+    if not expanded:
+        raise UserError(
+            "every language of the data is on the primary side, so there is nothing to adapt to",
+            mend="name fewer with --set primary_languages=CODE,CODE or add text in other languages",
+        )
+    return primary, expanded
+
+
+def held_out(record: dict[str, Any], *, share: float) -> bool:
+    """Whether a record is kept from training: its own `split` where it has one, else a hash of its identifier."""
+    split = record.get("split")
+    if isinstance(split, str) and split:
+        return split.lower() not in ("train", "training")
+    digest = hashlib.blake2b(str(record["id"]).encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+@dataclass
+class LanguageShare:
+    """What one language of the user's text came to."""
+
+    documents: int = 0
+    bytes: int = 0
+    heldout_documents: int = 0
+    heldout_bytes: int = 0
+    chats: int = 0
+    capped: int = 0
+    _files: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def write_own_corpus(
+    records: Iterable[dict[str, Any]],
+    out: Path,
+    *,
+    max_bytes: int,
+    heldout_bytes: int,
+    heldout_share: float,
+    min_bytes: int,
+) -> dict[str, LanguageShare]:
+    """Sort the user's records into the corpus layout, by language; returns the languages kept, with their sizes.
+
+    At most `max_bytes` of training text and `heldout_bytes` of held-out text are taken per language, in file order;
+    languages with less than `min_bytes` of training text are left out. Memory does not grow with the data.
+    """
+    shares: dict[str, LanguageShare] = defaultdict(LanguageShare)
+    for folder in ("documents", "documents-heldout", "questions/train", "questions/test"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    try:
+        for record in records:
+            share = shares[record["language"]]
+            kind = _place(record, share, max_bytes, heldout_bytes, heldout_share)
+            if kind is None:
+                share.capped += 1
+                continue
+            file = share._files.get(kind)
+            if file is None:
+                path = out / kind / f"{record['language']}.jsonl"
+                file = share._files[kind] = path.open("w", encoding="utf-8")
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    finally:
+        for share in shares.values():
+            for file in share._files.values():
+                file.close()
+            share._files.clear()
+    kept = {
+        code: share
+        for code, share in sorted(shares.items())
+        if share.bytes >= min_bytes and share.heldout_documents > 0
+    }
+    for code in shares.keys() - kept.keys():
+        for folder in ("documents", "documents-heldout"):
+            (out / folder / f"{code}.jsonl").unlink(missing_ok=True)
+    return kept
+
+
+def _place(
+    record: dict[str, Any], share: LanguageShare, max_bytes: int, heldout_bytes: int, heldout_share: float
+) -> str | None:
+    heldout = held_out(record, share=heldout_share)
+    if "messages" in record:
+        if heldout:
+            return None
+        share.chats += 1
+        return "questions/train"
+    size = len(record["text"].encode("utf-8"))
+    if heldout:
+        if share.heldout_bytes >= heldout_bytes:
+            return None
+        share.heldout_documents += 1
+        share.heldout_bytes += size
+        return "documents-heldout"
+    if share.bytes >= max_bytes:
+        return None
+    share.documents += 1
+    share.bytes += size
+    return "documents"
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON Lines file that a step of ours wrote."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def existing(corpus: Path, folder: str, codes: Iterable[str]) -> dict[str, Path]:
+    """The files of `folder` for those of `codes` that have one."""
+    paths = {code: corpus / folder / f"{code}.jsonl" for code in codes}
+    return {code: path for code, path in paths.items() if path.exists()}

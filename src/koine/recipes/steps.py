@@ -1,0 +1,426 @@
+"""The steps of the shipped recipes: each a plain function over folders that can be called without any plan.
+
+Heavy imports are inside the functions, so that a run in which everything is up to date never loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from koine.errors import UserError
+from koine.files import read_json, write_json
+from koine.plan import step
+from koine.recipes.corpus import existing, load_roles, read_lines, split_roles, write_own_corpus
+from koine.recipes.corpus import Roles as CorpusRoles
+
+if TYPE_CHECKING:
+    from koine.data.mixture import Mixture
+    from koine.data.shards import TokenSource
+    from koine.model import Decoder
+    from koine.train import TrainSettings
+
+
+@step(version="1")
+def sample_corpus(
+    *,
+    languages: tuple[str, ...],
+    primary_cluster: str,
+    primary_languages: tuple[str, ...],
+    documents_per_language: int,
+    questions_per_language: int,
+    code_bytes: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Write the sample world in `languages`, and who is primary and who expanded."""
+    from koine.data.sample import QUESTION_LANGUAGES, write_sample
+
+    primary, expanded = split_roles(
+        languages, primary_cluster=primary_cluster, primary_languages=primary_languages
+    )
+    world = out / "world"
+    shutil.rmtree(world, ignore_errors=True)
+    summary = write_sample(
+        languages,
+        world,
+        seed=seed,
+        documents_per_language=documents_per_language,
+        questions_per_language=questions_per_language,
+        code_bytes=code_bytes,
+    )
+    for path in world.iterdir():
+        target = out / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    world.rmdir()
+    chat = tuple(code for code in languages if code in QUESTION_LANGUAGES)
+    CorpusRoles(primary=primary, expanded=expanded, chat=chat).save(out)
+    rows = [[str(value) for value in row] for row in summary.rows()]
+    _report(
+        out,
+        "Sample world",
+        [
+            {
+                "kind": "text",
+                "text": f"Facts and phrases from CLDR in {len(languages)} languages, the same facts in each. "
+                f"Pretraining languages: {', '.join(primary)}. Languages that come in later: {', '.join(expanded)}.",
+            },
+            {"kind": "table", "columns": list(summary.columns), "rows": rows},
+        ],
+    )
+
+
+@step(version="1")
+def own_corpus(
+    data: Path,
+    *,
+    fields: tuple[str, ...],
+    primary_cluster: str,
+    primary_languages: tuple[str, ...],
+    languages: tuple[str, ...],
+    max_bytes_per_language: int,
+    heldout_bytes_per_language: int,
+    heldout_share: float,
+    min_bytes_per_language: int,
+    max_bad_share: float,
+    questions_per_language: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Sort the user's own records into a corpus; where they hold no chats, the sample world's questions stand in."""
+    from koine.data import read_records
+    from koine.data.sample import QUESTION_LANGUAGES, write_sample
+    from koine.languages import language
+
+    for folder in ("documents", "documents-heldout", "questions"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    reader = read_records(data, fields=field_mapping(fields), max_bad_share=max_bad_share)
+    wanted = {language(code).code for code in languages}
+    shares = write_own_corpus(
+        (record for record in reader if not wanted or record["language"] in wanted),
+        out,
+        max_bytes=max_bytes_per_language,
+        heldout_bytes=heldout_bytes_per_language,
+        heldout_share=heldout_share,
+        min_bytes=min_bytes_per_language,
+    )
+    if not shares:
+        raise UserError(
+            f"no language has {min_bytes_per_language} bytes of text and a held-out document",
+            where=data,
+            mend="check the field mapping (--set fields=text=...,language=...) or lower min_bytes_per_language",
+        )
+    primary, expanded = split_roles(
+        tuple(shares), primary_cluster=primary_cluster, primary_languages=primary_languages
+    )
+    chat = tuple(code for code in shares if shares[code].chats)
+    borrowed = tuple(code for code in shares if code in QUESTION_LANGUAGES) or ("en",)
+    if not chat:
+        chat = borrowed
+        world = out / "world"
+        shutil.rmtree(world, ignore_errors=True)
+        write_sample(
+            borrowed,
+            world,
+            seed=seed,
+            documents_per_language=1,
+            questions_per_language=questions_per_language,
+            code_bytes=0,
+        )
+        shutil.rmtree(out / "questions")
+        (world / "questions").replace(out / "questions")
+        shutil.rmtree(world)
+    CorpusRoles(primary=primary, expanded=expanded, chat=chat).save(out)
+    name = {code: language(code).name for code in shares}
+    _report(
+        out,
+        "Your text",
+        [
+            {
+                "kind": "text",
+                "text": f"{len(shares)} languages; pretrained on: {', '.join(primary)}. Coming in later: {', '.join(expanded)}. "
+                + (
+                    "Chats are yours."
+                    if not borrowed or chat != borrowed
+                    else f"The text holds no chats, so the sample world's questions stand in for: {', '.join(chat)}."
+                ),
+            },
+            {
+                "kind": "table",
+                "columns": ["language", "name", "part", "documents", "bytes", "held-out documents", "held-out bytes", "chats"],
+                "rows": [
+                    [
+                        code,
+                        name[code],
+                        "primary" if code in primary else "expanded",
+                        share.documents,
+                        share.bytes,
+                        share.heldout_documents,
+                        share.heldout_bytes,
+                        share.chats,
+                    ]
+                    for code, share in shares.items()
+                ],
+            },
+        ],
+    )
+
+
+def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
+    """`("text=content", "language=lang")` as a mapping; raises `UserError` on an entry without `=`."""
+    mapping = {}
+    for entry in fields:
+        name, separator, column = entry.partition("=")
+        if not separator or not name or not column:
+            raise UserError(f"field mapping '{entry}' is not NAME=COLUMN", mend="for example fields=text=content,language=lang")
+        mapping[name] = column
+    return mapping
+
+
+@step(version="1", threads=2)
+def build_tokenizer(
+    corpus: Path,
+    *,
+    scope: str,
+    vocabulary_size: int,
+    scheme: str,
+    english_share: float,
+    sample_bytes: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Train a byte-level BPE on the languages of `scope`: `universal` (all) or `cluster` (the primary ones)."""
+    from koine.tokenizer import train_tokenizer
+
+    roles = load_roles(corpus)
+    codes = roles.all if scope == "universal" else roles.primary
+    texts = {code: partial(_texts, path) for code, path in existing(corpus, "documents", codes).items()}
+    tokenizer = train_tokenizer(
+        texts,
+        vocab_size=vocabulary_size,
+        scheme=scheme,
+        english_share=english_share if "en" in texts and len(texts) > 1 else None,
+        sample_bytes=sample_bytes,
+        seed=seed,
+    )
+    tokenizer.save(out)
+    rows: list[list[str | float]] = []
+    for code, path in existing(corpus, "documents-heldout", roles.all).items():
+        size, count = 0, 0
+        for record in read_lines(path):
+            size += len(record["text"].encode("utf-8"))
+            count += len(tokenizer.encode(record["text"]))
+        rows.append([code, "yes" if code in texts else "no", round(size / count, 3)])
+    write_json(out / "bytes_per_token.json", {str(row[0]): row[2] for row in rows})
+    _report(
+        out,
+        f"Tokenizer: {scope}",
+        [
+            {
+                "kind": "text",
+                "text": f"{tokenizer.vocab_size} tokens from {len(texts)} languages. More bytes in a token means shorter sequences.",
+            },
+            {
+                "kind": "bars",
+                "categories": [str(row[0]) for row in rows],
+                "series": [{"name": "bytes per token, held-out text", "values": [row[2] for row in rows]}],
+                "x_label": "language",
+                "y_label": "bytes per token",
+            },
+        ],
+    )
+
+
+def _texts(path: Path) -> Iterator[str]:
+    for record in read_lines(path):
+        yield record["text"]
+
+
+@step(version="1", threads=1)
+def tokenize_part(corpus: Path, tokenizer: Path, *, part: str, domain: str, out: Path) -> None:
+    """Tokenize one part of a corpus (`documents`, `questions/train`, `code.jsonl`) into token shards."""
+    from koine.data import tokenize
+
+    shutil.rmtree(out / "tokens", ignore_errors=True)
+    tokenize(corpus / part, tokenizer, out=out / "tokens", workers=1, domain=domain, max_bad_share=0.0)
+
+
+@step(version="1", threads=1)
+def pretrain(
+    corpus: Path,
+    tokenizer: Path,
+    documents: Path,
+    code: Path | None = None,
+    *,
+    preset: str,
+    steps: int,
+    sequence_length: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    dtype: str,
+    code_share: float,
+    english_share: float,
+    evaluate_every: int,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """Pretrain a new model of `preset` on the primary languages (and code), from random weights."""
+    import torch
+
+    from koine.data import Source
+    from koine.model import Decoder
+    from koine.model import preset as model_preset
+    from koine.tokenizer import load_tokenizer
+
+    roles = load_roles(corpus)
+    torch.manual_seed(seed)
+    model = Decoder(model_preset(preset, vocab_size=load_tokenizer(tokenizer).vocab_size))
+    sources = [
+        Source(
+            name="documents",
+            path=documents / "tokens",
+            proportion=1.0 - (code_share if code is not None else 0.0),
+            languages=with_english_share(roles.primary, english_share),
+        )
+    ]
+    if code is not None:
+        sources.append(Source(name="code", path=code / "tokens", proportion=code_share))
+    _train(
+        model,
+        _mixture("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        _settings(
+            learning_rate=learning_rate,
+            schedule="cosine",
+            steps=steps,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
+            evaluate_every=evaluate_every,
+            seed=seed,
+            threads=threads,
+        ),
+        out=out,
+        tokenizer=tokenizer,
+        evaluate=bits_per_byte_probe(corpus, tokenizer, {"primary": roles.primary}),
+    )
+
+
+@step(version="1", threads=1)
+def adapt(
+    corpus: Path,
+    tokenizer: Path,
+    model: Path,
+    documents: Path,
+    *,
+    steps: int,
+    sequence_length: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    dtype: str,
+    primary_share: float,
+    evaluate_every: int,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """Continue pretraining on the expanded languages, with a share of the primary ones re-injected."""
+    from koine.data import Source
+    from koine.model import load_model
+
+    roles = load_roles(corpus)
+    sources = [
+        Source(
+            name="expanded",
+            path=documents / "tokens",
+            proportion=1.0 - primary_share,
+            languages=dict.fromkeys(roles.expanded, 1.0),
+        ),
+        Source(
+            name="primary",
+            path=documents / "tokens",
+            proportion=primary_share,
+            languages=dict.fromkeys(roles.primary, 1.0),
+        ),
+    ]
+    _train(
+        load_model(model),
+        _mixture("continue", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        _settings(
+            learning_rate=learning_rate,
+            schedule="constant",
+            steps=steps,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
+            evaluate_every=evaluate_every,
+            seed=seed,
+            threads=threads,
+        ),
+        out=out,
+        tokenizer=tokenizer,
+        evaluate=bits_per_byte_probe(
+            corpus, tokenizer, {"primary": roles.primary, "expanded": roles.expanded}
+        ),
+    )
+
+
+@step(version="1", threads=1)
+def teach_chat(
+    tokenizer: Path,
+    model: Path,
+    chats: Path,
+    *,
+    steps: int,
+    sequence_length: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    dtype: str,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """Supervised fine-tuning on chats: whole conversations packed, loss on the completions only."""
+    from koine.data import Source
+    from koine.model import load_model
+
+    _train(
+        load_model(model),
+        _mixture(
+            "sft",
+            [Source(name="chats", path=chats / "tokens", proportion=1.0)],
+            steps,
+            sequence_length,
+            batch_size,
+            seed,
+            packing="whole",
+        ),
+        _settings(
+            learning_rate=learning_rate,
+            schedule="linear",
+            steps=steps,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
+            evaluate_every=0,
+            seed=seed,
+            threads=threads,
+        ),
+        out=out,
+        tokenizer=tokenizer,
+        evaluate=None,
+    )
+
+
+def with_english_share(codes: tuple[str, ...], share: float) -> dict[str, float]:
+    """Weights over `codes`: English pinned to `share` where it is one of several, the others equal."""
+    if "en" not in codes or len(codes) == 1:
+        return dict.fromkeys(codes, 1.0)
+    other = (1.0 - share) / (len(codes) - 1)
+    return {code: share if code == "en" else other for code in codes}
