@@ -1,0 +1,227 @@
+"""Model directories in both directions: `config.json` and `model.safetensors` that `transformers` opens, and the reverse.
+
+A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koine.errors import UserError
+from koine.files import disk_errors, read_json, write_json
+from koine.model.config import ModelConfig
+from koine.model.config_json import read_config, to_json
+from koine.model.decoder import Decoder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+_OUT = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict under the names and shapes of `transformers`' Cohere and Cohere2."""
+    out = {"model.embed_tokens.weight": state["embedding.weight"], "model.norm.weight": state["norm.weight"]}
+    if not config.tie_embeddings:
+        out["lm_head.weight"] = state["head.weight"]
+    for index, spec in enumerate(config.layers):
+        ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
+        out[theirs + "input_layernorm.weight"] = state[ours + "norm.weight"]
+        parts = state[ours + "in_proj.weight"].split(config.projection_sizes, dim=0)
+        out.update({f"{theirs}{name}.weight": part for name, part in zip(_IN, parts, strict=True)})
+        parts = state[ours + "out_proj.weight"].split(
+            (config.attention_size, config.intermediate_size), dim=1
+        )
+        out.update({f"{theirs}{name}.weight": part for name, part in zip(_OUT, parts, strict=True)})
+        if spec.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                out[f"{theirs}self_attn.{name}.weight"] = state[f"{ours}{name}.weight"]
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The reverse of `to_transformers`; a missing tensor raises `KeyError` with its name."""
+    out = {"embedding.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
+    if not config.tie_embeddings:
+        out["head.weight"] = state["lm_head.weight"]
+    for index, spec in enumerate(config.layers):
+        ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
+        out[ours + "norm.weight"] = state[theirs + "input_layernorm.weight"]
+        out[ours + "in_proj.weight"] = torch.cat([state[f"{theirs}{name}.weight"] for name in _IN], dim=0)
+        out[ours + "out_proj.weight"] = torch.cat([state[f"{theirs}{name}.weight"] for name in _OUT], dim=1)
+        if spec.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                out[f"{ours}{name}.weight"] = state[f"{theirs}self_attn.{name}.weight"]
+    return out
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a saved model, without allocating it."""
+    with torch.device("meta"):
+        state = Decoder(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The tensors of one or several safetensors files, read one by one when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        elif (path / "model.safetensors").exists():
+            names = ["model.safetensors"]
+        else:
+            raise UserError(
+                "holds no model.safetensors", where=path, mend="weights in another format must be converted first"
+            )
+        self._files: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            if not (path / name).exists():
+                raise UserError(
+                    f"the shard {name} is missing", where=path, mend="copy the whole folder again"
+                )
+            try:
+                file = safe_open(path / name, framework="pt")
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    self._files[key] = file
+                    self._shapes[key] = tuple(file.get_slice(key).get_shape())
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(
+                    f"not a whole safetensors file ({error})",
+                    where=path / name,
+                    mend="it is truncated or damaged; copy or build it again",
+                ) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._files[name].get_tensor(name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def load_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored.
+
+    Raises `UserError` where a file is missing or damaged, a tensor is missing, left over or of another shape, or holds NaN.
+    """
+    path = Path(path)
+    config = read_config(path)
+    weights = _Weights(path)
+    expected = expected_shapes(config)
+    missing = sorted(expected.keys() - weights.keys())
+    # A tied checkpoint may carry the head a second time, and old ones their rotary tables.
+    extra = sorted(
+        name
+        for name in weights.keys() - expected.keys()
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+    )
+    if missing or extra:
+        names = ", ".join((missing or extra)[:3])
+        what = f"lacks {len(missing)} tensors ({names})" if missing else f"has {len(extra)} unknown tensors ({names})"
+        raise UserError(f"the checkpoint {what}", where=path, mend="config.json and the weights do not belong together")
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise UserError(
+                f"{name} has shape {list(weights.shape(name))}, config.json says {list(shape)}",
+                where=path,
+                mend="config.json and the weights do not belong together",
+            )
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device=device)
+    stored = weights["model.norm.weight"].dtype
+    model.to(dtype=dtype or stored)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_one(weights, name, config))
+            if not torch.isfinite(parameter).all():
+                raise UserError(f"{name} holds NaN or infinity", where=path, mend="this checkpoint is broken; use an earlier one")
+    return model.eval()
+
+
+def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tensor:
+    """One of our tensors from the stored ones, so that loading needs room for the model and one tensor."""
+    if not name.startswith("blocks."):
+        theirs = {
+            "embedding.weight": "model.embed_tokens.weight",
+            "norm.weight": "model.norm.weight",
+            "head.weight": "lm_head.weight",
+        }
+        return weights[theirs[name]]
+    _, index, rest = name.split(".", 2)
+    prefix = f"model.layers.{index}."
+    if rest == "in_proj.weight":
+        return torch.cat([weights[f"{prefix}{part}.weight"] for part in _IN], dim=0)
+    if rest == "out_proj.weight":
+        return torch.cat([weights[f"{prefix}{part}.weight"] for part in _OUT], dim=1)
+    if rest == "norm.weight":
+        return weights[prefix + "input_layernorm.weight"]
+    return weights[f"{prefix}self_attn.{rest}"]
+
+
+def save_state(
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model directory from a state dict of ours (see `save_model`)."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+        # Sorted names: the same weights give the same bytes.
+        save_file(dict(sorted(tensors.items())), path / "model.safetensors", metadata={"format": "pt"})
+        write_json(path / "config.json", to_json(config, dtype=kind))
+        write_json(
+            path / "generation_config.json",
+            {
+                "bos_token_id": config.bos_token_id,
+                "eos_token_id": config.eos_token_id,
+                "pad_token_id": config.pad_token_id,
+            },
+        )
+        if tokenizer is not None:
+            for name in TOKENIZER_FILES:
+                if (tokenizer / name).exists():
+                    shutil.copyfile(tokenizer / name, path / name)
+
+
+def save_model(
+    model: Decoder, path: Path, *, tokenizer: Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path`.
+
+    What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
+    """
+    save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype)
+

@@ -1,0 +1,55 @@
+"""Interleaved rotary position embedding (Cohere's layout: the pair (2i, 2i+1) shares one angle)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles of some positions, float32, broadcastable to `[..., head_dim / 2]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def view_as_heads(self) -> Rotation:
+        """From `[batch, time, head_dim / 2]` to `[batch, time, 1, head_dim / 2]`."""
+        return Rotation(self.cos.unsqueeze(-2), self.sin.unsqueeze(-2))
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+    """Angles `position * theta ** (-2i / head_dim)`; `positions` `[...]` gives tables `[..., head_dim / 2]`."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.to(torch.float32).unsqueeze(-1) * (theta**-exponents)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x.to(compute).unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty((*even.shape, 2), dtype=compute, device=x.device)
+    torch.mul(even, cos, out=out[..., 0]).addcmul_(odd, sin, value=-1)
+    torch.mul(odd, cos, out=out[..., 1]).addcmul_(even, sin)
+    return out.flatten(-2).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    # Written out because the backward pass is the rotation by the opposite angle: nothing but the tables is saved.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
+    """Rotate `x` `[..., head_dim]`; computed in float32 and returned in the dtype of `x`, as Cohere does."""
+    result = _Rotate.apply(x, angles.cos, angles.sin)
+    assert isinstance(result, Tensor)
+    return result
