@@ -1,1 +1,61 @@
-"""Public functions of `koine.model`."""
+"""The decoder, its directories, its presets and its text. Names are imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from koine.model.checkpoint import load_model, save_model, save_state
+    from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
+    from koine.model.config_json import read_config
+    from koine.model.decoder import Decoder
+    from koine.model.generation import Sampling, Step, generate, stream
+    from koine.model.interop import CausalLM, load_causal_lm, register_with_transformers
+    from koine.model.presets import PRESETS, preset
+
+__all__ = [
+    "PRESETS",
+    "CausalLM",
+    "Decoder",
+    "LayerSpec",
+    "ModelConfig",
+    "Sampling",
+    "Step",
+    "generate",
+    "hybrid_layers",
+    "load_causal_lm",
+    "load_model",
+    "preset",
+    "read_config",
+    "register_with_transformers",
+    "save_model",
+    "save_state",
+    "stream",
+]
+
+_HOME = {
+    "PRESETS": "presets",
+    "preset": "presets",
+    "CausalLM": "interop",
+    "load_causal_lm": "interop",
+    "register_with_transformers": "interop",
+    "Decoder": "decoder",
+    "LayerSpec": "config",
+    "ModelConfig": "config",
+    "hybrid_layers": "config",
+    "read_config": "config_json",
+    "load_model": "checkpoint",
+    "save_model": "checkpoint",
+    "save_state": "checkpoint",
+    "Sampling": "generation",
+    "Step": "generation",
+    "stream": "generation",
+    "generate": "generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"koine.model.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'koine.model' has no attribute '{name}'")

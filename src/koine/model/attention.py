@@ -90,7 +90,9 @@ def attend_cached(
             mask &= key[None, :] > query[:, None] - window
         if padded:
             # A padding row sees itself, so that its softmax has a key; nothing reads its output.
-            seen = (key[None, None, :] >= padding[:, None, None]) | (key[None, None, :] == query[None, :, None])
+            seen = (key[None, None, :] >= padding[:, None, None]) | (
+                key[None, None, :] == query[None, :, None]
+            )
             mask = (mask & seen)[:, None]
         else:
             mask = mask[None, None]

@@ -15,7 +15,9 @@ class LayerCache:
     room, so that a step costs no copy of what is there.
     """
 
-    def __init__(self, spec: LayerSpec, config: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, spec: LayerSpec, config: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.keep = None if spec.window is None else spec.window - 1
         shape = (batch, config.num_kv_heads, 0, config.head_dim)
         self._k = torch.empty(shape, dtype=dtype, device=device)

@@ -85,7 +85,9 @@ class _Weights(Mapping[str, Tensor]):
             names = ["model.safetensors"]
         else:
             raise UserError(
-                "holds no model.safetensors", where=path, mend="weights in another format must be converted first"
+                "holds no model.safetensors",
+                where=path,
+                mend="weights in another format must be converted first",
             )
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -121,7 +123,9 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
     """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored.
 
     Raises `UserError` where a file is missing or damaged, a tensor is missing, left over or of another shape, or holds NaN.
@@ -139,8 +143,14 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.de
     )
     if missing or extra:
         names = ", ".join((missing or extra)[:3])
-        what = f"lacks {len(missing)} tensors ({names})" if missing else f"has {len(extra)} unknown tensors ({names})"
-        raise UserError(f"the checkpoint {what}", where=path, mend="config.json and the weights do not belong together")
+        what = (
+            f"lacks {len(missing)} tensors ({names})"
+            if missing
+            else f"has {len(extra)} unknown tensors ({names})"
+        )
+        raise UserError(
+            f"the checkpoint {what}", where=path, mend="config.json and the weights do not belong together"
+        )
     for name, shape in expected.items():
         if weights.shape(name) != shape:
             raise UserError(
@@ -157,7 +167,11 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.de
         for name, parameter in model.named_parameters():
             parameter.copy_(_one(weights, name, config))
             if not torch.isfinite(parameter).all():
-                raise UserError(f"{name} holds NaN or infinity", where=path, mend="this checkpoint is broken; use an earlier one")
+                raise UserError(
+                    f"{name} holds NaN or infinity",
+                    where=path,
+                    mend="this checkpoint is broken; use an earlier one",
+                )
     return model.eval()
 
 
@@ -224,4 +238,3 @@ def save_model(
     What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
     """
     save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype)
-

@@ -70,9 +70,7 @@ class ModelConfig:
             raise UserError("the model has no layers", mend="give at least one layer specification")
         for index, layer in enumerate(self.layers):
             if layer.window is not None and layer.window < 1:
-                raise UserError(
-                    f"layer {index} has a window of {layer.window}", mend="it must be at least 1"
-                )
+                raise UserError(f"layer {index} has a window of {layer.window}", mend="it must be at least 1")
 
     @property
     def groups(self) -> int:

@@ -111,7 +111,9 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
             eos_token_id=_first(value.get("eos_token_id", 255_001)),
         )
     except KeyError as error:
-        raise UserError(f"the field {error} is missing", where=where, mend="the file is not a whole config.json") from None
+        raise UserError(
+            f"the field {error} is missing", where=where, mend="the file is not a whole config.json"
+        ) from None
 
 
 def _first(value: int | list[int]) -> int:
@@ -140,6 +142,8 @@ def read_config(path: Path) -> ModelConfig:
         raise UserError("no such model directory", where=path, mend="give a folder that holds config.json")
     if not (path / "config.json").exists():
         raise UserError(
-            "holds no config.json", where=path, mend="give the folder of a model, not of a run or a checkpoint"
+            "holds no config.json",
+            where=path,
+            mend="give the folder of a model, not of a run or a checkpoint",
         )
     return from_json(read_json(path / "config.json"), where=path / "config.json")

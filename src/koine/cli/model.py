@@ -1,0 +1,86 @@
+"""`koine model`: what a preset or a model directory comes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group()
+def model() -> None:
+    """Describe presets and model directories."""
+
+
+@model.command()
+@click.argument("which", metavar="PRESET|DIRECTORY", required=False)
+@click.option("--vocab-size", type=click.IntRange(min=1), help="Vocabulary in place of the preset's own.")
+@click.option(
+    "--length",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Sequence length for the FLOPs per token.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def describe(which: str | None, vocab_size: int | None, length: int, as_json: bool) -> None:
+    """Print parameters, FLOPs per token and bytes of cache; without an argument, the list of presets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from koine.model.describe import describe_config
+    from koine.model.presets import PRESETS, preset
+
+    console = Console()
+    if which is None:
+        table = Table("preset", "parameters", "layers", "hidden", "vocabulary", box=None)
+        for name, size in PRESETS.items():
+            total = describe_config(preset(name))["parameters"]["total"]
+            table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
+        console.print(table)
+        return
+    if Path(which).is_dir():
+        from koine.model.config_json import read_config
+
+        config = read_config(Path(which))
+    else:
+        config = preset(which, vocab_size)
+    description = describe_config(config, length=length)
+    if as_json:
+        click.echo(json.dumps(description, indent=2))
+        return
+    table = Table(box=None, show_header=False, title=f"{which}", title_justify="left")
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    for label, value in rows(description):
+        table.add_row(label, value)
+    console.print(table)
+
+
+def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """The printed lines: label and value."""
+    parameters, flops, cache = (
+        description["parameters"],
+        description["flops_per_token"],
+        description["cache_bytes"],
+    )
+    lines = [
+        ("saved as", description["model_type"]),
+        ("layers", description["layers"]),
+        ("parameters", f"{parameters['total']:,}"),
+        ("  of these in the embedding", f"{parameters['embedding'] + parameters['head']:,}"),
+        ("  of these elsewhere", f"{parameters['non_embedding']:,}"),
+        (f"FLOPs a token, forward, at {description['length']:,}", f"{flops['forward']:,.0f}"),
+        (f"FLOPs a token, training, at {description['length']:,}", f"{flops['training']:,.0f}"),
+        ("bytes of cache a token (bfloat16, before a window is full)", f"{cache['per_token']:,}"),
+    ]
+    for name in ("8k", "128k"):
+        lines.append(
+            (
+                f"bytes of cache at {name}",
+                f"{cache[name]:,} ({cache[name + '_share_of_all_full']:.3f} of all full layers)",
+            )
+        )
+    return lines

@@ -1,0 +1,50 @@
+"""The numbers of a configuration in one dictionary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from koine.model.config import ModelConfig
+from koine.model.config_json import model_type
+from koine.model.flops import (
+    all_full,
+    cache_bytes,
+    cache_bytes_per_token,
+    count_parameters,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
+
+LENGTHS = {"8k": 8 * 1024, "128k": 128 * 1024}
+
+
+def describe_config(config: ModelConfig, *, length: int = 4096) -> dict[str, Any]:
+    """Parameters, FLOPs per token at `length`, and bytes of a bfloat16 cache; nothing is allocated."""
+    parameters = count_parameters(config)
+    cache: dict[str, int | float] = {"per_token": cache_bytes_per_token(config)}
+    for name, time in LENGTHS.items():
+        held = cache_bytes(config, time)
+        cache[name] = held
+        cache[name + "_share_of_all_full"] = held / cache_bytes(all_full(config), time)
+    windows = sorted({layer.window for layer in config.layers if layer.window is not None})
+    full = sum(layer.window is None for layer in config.layers)
+    return {
+        "model_type": model_type(config),
+        "layers": f"{len(config.layers)} ({len(config.layers) - full} windowed {windows}, {full} full)"
+        if windows
+        else f"{len(config.layers)} (all full)",
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "length": length,
+        "parameters": {
+            "total": parameters.total,
+            "embedding": parameters.embedding,
+            "head": parameters.head,
+            "non_embedding": parameters.non_embedding,
+        },
+        "flops_per_token": {
+            "forward": forward_flops_per_token(config, length),
+            "training": training_flops_per_token(config, length),
+        },
+        "cache_bytes": cache,
+    }

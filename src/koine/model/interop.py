@@ -1,0 +1,113 @@
+"""Any causal language model of `transformers` behind the decoder's interface, and our own types behind `AutoModel`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koine.errors import UserError
+from koine.model.checkpoint import load_model
+from koine.model.config_json import OWN_TYPES
+from koine.files import read_json
+
+
+def require_transformers() -> Any:
+    """The `transformers` module; raises `UserError` where the extra is not installed or broken."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"this needs transformers ({error})",
+            mend="pip install 'koine[hf]' (again, if an installation was cut off)",
+        ) from None
+    return transformers
+
+
+class CausalLM(nn.Module):
+    """A `transformers` causal LM with the decoder's `forward` (hidden states) and `logits`.
+
+    Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are refused.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def output_weight(self) -> Tensor:
+        """`[vocab, hidden]`."""
+        weight = self.inner.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(
+        self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """`[batch, time]` ids to hidden states after the final norm, `[batch, time, hidden]`."""
+        if document_ids is not None:
+            if int(document_ids.max()) > 0:
+                raise UserError(
+                    "this model cannot keep packed documents apart",
+                    mend="pack one document a row, or let attention cross documents",
+                )
+            attention_mask = (document_ids >= 0).long()
+        out = self.inner.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
+        hidden = out.last_hidden_state
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., hidden]` to `[..., vocab]`, with the model's own scale and soft-capping."""
+        logits = self.inner.get_output_embeddings()(hidden)
+        config = self.inner.config
+        scale = getattr(config, "logit_scale", None)
+        if scale is not None:
+            logits = logits * scale
+        scaling = getattr(config, "logits_scaling", None)
+        if scaling is not None:
+            logits = logits / scaling
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+def load_causal_lm(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Our own decoder where the directory is one of ours, else `AutoModelForCausalLM` behind the same interface.
+
+    Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise UserError("holds no config.json", where=path, mend="give the folder of a model")
+    if read_json(path / "config.json").get("model_type") in OWN_TYPES:
+        return load_model(path, dtype=dtype, device=device)
+    transformers = require_transformers()
+    try:
+        inner = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"transformers cannot open it as a causal LM ({str(error).splitlines()[0]})",
+            where=path,
+            mend="check config.json and the weights, or upgrade transformers",
+        ) from None
+    return CausalLM(inner).to(device).eval()
+
+
+def register_with_transformers() -> None:
+    """Let `AutoConfig` and `AutoModelForCausalLM` open directories whose `model_type` is `koine`."""
+    transformers = require_transformers()
+    if "koine" in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        return
+    from koine.model.hf import KoineConfig, KoineForCausalLM
+
+    transformers.AutoConfig.register("koine", KoineConfig)
+    transformers.AutoModelForCausalLM.register(KoineConfig, KoineForCausalLM)
