@@ -74,7 +74,7 @@ def _probabilities(
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -95,7 +95,7 @@ class _BlockedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_starts = ctx.saved_tensors
         groups = q.shape[1] // k.shape[1]
         grad_out = grad_out.contiguous()
@@ -140,6 +140,6 @@ def blocked_attention(
         `[batch * kv_heads, time * groups, head_dim]` in the dtype of `q`. In bfloat16 the scores are rounded to bfloat16 before
         the softmax, which itself is computed in float32.
     """
-    result = _BlockedAttention.apply(q, k, v, window, document_starts, block)
+    result = _BlockedAttention.apply(q, k, v, window, document_starts, block)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result

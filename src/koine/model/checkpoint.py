@@ -37,10 +37,10 @@ def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[st
     for index, spec in enumerate(config.layers):
         ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
         out[theirs + "input_layernorm.weight"] = state[ours + "norm.weight"]
-        parts = state[ours + "in_proj.weight"].split(config.projection_sizes, dim=0)
+        parts = torch.split(state[ours + "in_proj.weight"], list(config.projection_sizes), dim=0)
         out.update({f"{theirs}{name}.weight": part for name, part in zip(_IN, parts, strict=True)})
-        parts = state[ours + "out_proj.weight"].split(
-            (config.attention_size, config.intermediate_size), dim=1
+        parts = torch.split(
+            state[ours + "out_proj.weight"], [config.attention_size, config.intermediate_size], dim=1
         )
         out.update({f"{theirs}{name}.weight": part for name, part in zip(_OUT, parts, strict=True)})
         if spec.qk_norm:
@@ -97,7 +97,7 @@ class _Weights(Mapping[str, Tensor]):
                     f"the shard {name} is missing", where=path, mend="copy the whole folder again"
                 )
             try:
-                file = safe_open(path / name, framework="pt")
+                file: Any = safe_open(path / name, framework="pt")
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     self._files[key] = file
                     self._shapes[key] = tuple(file.get_slice(key).get_shape())

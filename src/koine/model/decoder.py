@@ -88,7 +88,8 @@ class Block(nn.Module):
             mixed = attend_cached(
                 q, keys, values, window=self.spec.window, first_position=first_position, padding=padding
             )
-        return x + self.out_proj(torch.cat((mixed, F.silu(gate) * up), dim=-1))
+        written: Tensor = self.out_proj(torch.cat((mixed, F.silu(gate) * up), dim=-1))
+        return x + written
 
 
 class Decoder(nn.Module):
@@ -124,7 +125,9 @@ class Decoder(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The matrix that scores the vocabulary, `[vocab, hidden]`; the embedding itself where tied."""
-        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def logit_scale(self) -> float:
@@ -155,7 +158,7 @@ class Decoder(nn.Module):
         Returns:
             `[batch, time, hidden]`.
         """
-        batch, time = tokens.shape
+        time = tokens.shape[1]
         x = self.embedding(tokens)
         before = 0 if cache is None else cache.length
         if cache is not None and attention_mask is not None and before == 0:

@@ -45,7 +45,8 @@ class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         with torch.device("meta"):
             model = cls(config)
         model.decoder = decoder
-        return model.eval()
+        model.eval()
+        return model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as `koine.model.save_model` does."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from koine.errors import UserError
+from koine.files import read_json
 from koine.model.checkpoint import load_model
 from koine.model.config_json import OWN_TYPES
-from koine.files import read_json
 
 
 def require_transformers() -> Any:

@@ -28,7 +28,8 @@ def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x.to(compute).unflatten(-1, (-1, 2)).unbind(-1)
+    wide = x.to(compute)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
     out = torch.empty((*even.shape, 2), dtype=compute, device=x.device)
     torch.mul(even, cos, out=out[..., 0]).addcmul_(odd, sin, value=-1)
     torch.mul(odd, cos, out=out[..., 1]).addcmul_(even, sin)
@@ -38,18 +39,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotate(torch.autograd.Function):
     # Written out because the backward pass is the rotation by the opposite angle: nothing but the tables is saved.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, -sin), None, None
 
 
 def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
     """Rotate `x` `[..., head_dim]`; computed in float32 and returned in the dtype of `x`, as Cohere does."""
-    result = _Rotate.apply(x, angles.cos, angles.sin)
+    result = _Rotate.apply(x, angles.cos, angles.sin)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result

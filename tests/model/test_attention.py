@@ -1,0 +1,130 @@
+"""Blocked, cached and FlexAttention against a dense masked softmax written with einsum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from koine.model import Decoder, ModelConfig
+from koine.model.attention import attend, document_starts_of, flex_attend
+from koine.model.blocked_attention import blocked_attention
+
+
+def visible(time: int, window: int | None, documents: Tensor | None) -> Tensor:
+    """`[batch or 1, time, time]`: which key a query may see."""
+    query, key = torch.arange(time)[:, None], torch.arange(time)[None, :]
+    seen = (key <= query) & (key > query - (window or time))
+    if documents is None:
+        return seen[None]
+    same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
+    return seen & (same | (query == key))
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> Tensor:
+    """q `[batch, time, kv_heads, groups, head_dim]` (scaled), k and v `[batch, time, kv_heads, head_dim]`."""
+    scores = torch.einsum("btkgd,bskd->bkgts", q, k)
+    hidden = ~visible(q.shape[1], window, documents)[:, None, None]
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bkgts,bskd->btkgd", weights, v).flatten(2)
+
+
+def inputs(batch: int, time: int, kv_heads: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    shapes = [(batch, time, kv_heads, groups, 4), (batch, time, kv_heads, 4), (batch, time, kv_heads, 4)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), time=st.integers(1, 70), groups=st.integers(1, 3), packed=st.booleans())
+def test_blocks_equal_the_dense_softmax_with_gradients(
+    data: st.DataObject, time: int, groups: int, packed: bool
+) -> None:
+    window = data.draw(st.one_of(st.none(), st.integers(1, time + 3)))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    documents = None
+    if packed:
+        documents = torch.randint(0, 4, (2, time)).sort(dim=1).values
+        documents[0, time - time // 4 :] = -1  # padding at the end of a row
+    q, k, v = inputs(2, time, 2, groups, torch.float64)
+    starts = None if documents is None else document_starts_of(documents)
+    ours = attend(q, k, v, window=window, document_starts=starts)
+    theirs = dense(q, k, v, window, documents)
+    # float64: only the order of the sums differs.
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 11])
+def test_gradcheck(window: int | None) -> None:
+    q = torch.randn(2, 11 * 2, 4, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 11, 4, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 11, 4, dtype=torch.float64, requires_grad=True)
+    starts = document_starts_of(torch.tensor([[0] * 4 + [1] * 5 + [2] * 2]))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: blocked_attention(q, k, v, window=window, document_starts=starts, block=4), (q, k, v)
+    )
+
+
+def test_bfloat16_is_as_close_as_its_rounding() -> None:
+    """Weights sum to one, so an output is off by at most the rounding of scores (here below 10: 2^-8 * 10 = 4 % of a weight) and of
+    values; 0.05 against outputs of size about 1."""
+    q, k, v = inputs(2, 200, 2, 2, torch.float32)
+    exact = attend(q, k, v, window=33, document_starts=None)
+    rounded = attend(*(x.bfloat16() for x in (q, k, v)), window=33, document_starts=None)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flex_attention_masks_the_same(window: int | None, packed: bool) -> None:
+    if window is None and not packed:
+        pytest.skip("plain causal attention never goes through FlexAttention")
+    documents = torch.tensor([[0] * 20 + [1] * 30 + [-1] * 14]) if packed else None
+    starts = None if documents is None else document_starts_of(documents)
+    q, k, v = (x.detach() for x in inputs(1, 64, 2, 2, torch.float32))
+    heads = q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = flex_attend(*heads, window=window, document_starts=starts).transpose(1, 2).flatten(2)
+    # float32, sums over at most 64 keys.
+    assert torch.allclose(out, dense(q, k, v, window, documents), atol=1e-5)
+
+
+def test_windowed_layers_touch_only_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores computed grow with time * window, not with time squared."""
+    computed = []
+    bmm = torch.bmm
+
+    def counting(a: Tensor, b: Tensor) -> Tensor:
+        out = bmm(a, b)
+        computed.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "bmm", counting)
+    totals = []
+    for time in (512, 1024, 2048):
+        computed.clear()
+        q, k, v = (x.detach() for x in inputs(1, time, 1, 1, torch.float32))
+        attend(q, k, v, window=64, document_starts=None)
+        totals.append(sum(computed))
+    assert totals[1] < 2.1 * totals[0]
+    assert totals[2] < 2.1 * totals[1]
+
+
+def test_documents_in_a_row_are_as_if_alone(tiny: ModelConfig) -> None:
+    model = Decoder(tiny).eval()
+    parts = [torch.randint(6, 98, (1, length)) for length in (9, 17, 4)]
+    ids = torch.cat([torch.full((1, part.shape[1]), i) for i, part in enumerate(parts)], dim=1)
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])
+    with torch.no_grad():
+        packed = model(torch.cat(parts, dim=1), document_ids=ids, positions=positions)
+        shifted = model(torch.cat(parts, dim=1), document_ids=ids)
+        alone = torch.cat([model(part) for part in parts], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-5)
+    # Rotary attention sees differences of positions only, so positions need not begin again at each document.
+    assert torch.allclose(shifted, alone, atol=1e-4)

@@ -1,0 +1,104 @@
+"""Parameters, FLOPs and cache bytes against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from koine.model import Decoder, LayerSpec, ModelConfig, hybrid_layers, preset
+from koine.model.flops import (
+    cache_bytes,
+    cache_bytes_per_token,
+    count_parameters,
+    forward_flops,
+    training_flops_per_token,
+    visible_pairs,
+)
+
+SMALL = ModelConfig(
+    vocab_size=100,
+    hidden_size=8,
+    intermediate_size=20,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    layers=(LayerSpec(window=3), LayerSpec(rope=False)),
+)
+# One block: q 8x8, k and v 4x8 each, gate and up 20x8 each = 8 * (8 + 4 + 4 + 20 + 20) = 448;
+# o 8x8 and down 8x20 = 8 * (8 + 20) = 224; together 672. With its norm 680; two blocks 1,360.
+# Embedding 100 * 8 = 800, counted once; final norm 8. Total 800 + 1,360 + 8 = 2,168.
+
+
+def test_parameters_by_hand_and_by_torch() -> None:
+    count = count_parameters(SMALL)
+    assert (count.total, count.non_embedding) == (2_168, 1_368)
+    assert sum(p.numel() for p in Decoder(SMALL).parameters()) == 2_168
+
+
+def test_command_r7b_sizes() -> None:
+    # Command R7B (formats.md, section 2): 4096 hidden, 32 layers, FFN 14336, 32/8 heads of 128, vocabulary 256,000. A block holds
+    # q, o 4096^2 each = 33,554,432; k, v 1024 * 4096 each = 8,388,608; three FFN matrices 3 * 4096 * 14336 = 176,160,768;
+    # norm 4,096: 218,107,904. 32 of them 6,979,452,928; embedding 1,048,576,000; final norm 4,096.
+    assert count_parameters(preset("koine-8b")).total == 6_979_452_928 + 1_048_576_000 + 4_096
+
+
+def test_visible_pairs() -> None:
+    # Five positions, window 3: 1 + 2 + 3 + 3 + 3.
+    assert visible_pairs(5, 3) == 12
+    assert visible_pairs(5, None) == visible_pairs(5, 9) == 15
+
+
+def test_flops_by_hand() -> None:
+    # Five tokens: matrices 2 * 5 * (2 * 672 + 100 * 8) = 21,440; pairs 12 + 15 = 27, each 4 * 8 (two heads of four) = 864.
+    assert forward_flops(SMALL, 5) == 21_440 + 864
+    assert round(training_flops_per_token(SMALL, 5) * 5) == 3 * 22_304
+
+
+def test_flops_against_the_operations_that_torch_counts() -> None:
+    """torch's counter sees the matrix products as they are dispatched: blocks compute hidden pairs too, so it may only be larger,
+    and with one layer, no window and one block the two differ by the masked half of the square alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Decoder(SMALL)
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(tokens))
+    # Two layers of full 5 x 5 squares = 50 pairs in place of 27.
+    assert counter.get_total_flops() == 21_440 + 50 * 32
+
+
+def test_cache_bytes_by_hand_and_as_held() -> None:
+    # One token: k and v of one head of four, two bytes, two layers = 2 * 4 * 2 * 2 = 32.
+    assert cache_bytes_per_token(SMALL) == 32
+    # Ten tokens: the window of 3 holds the 2 that the next token sees, the full layer 10: 2 * 4 * 2 * 12 = 192.
+    assert cache_bytes(SMALL, 10) == 192
+    model = Decoder(SMALL).bfloat16().eval()
+    cache = model.new_cache(3)
+    with torch.no_grad():
+        model(torch.zeros(3, 6, dtype=torch.long), cache=cache)
+        for _ in range(4):
+            model(torch.zeros(3, 1, dtype=torch.long), cache=cache)
+    assert cache.bytes() == 3 * 192
+
+
+def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
+    config = ModelConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        layers=hybrid_layers(4, window=16),
+    )
+    model = Decoder(config).eval()
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        for _ in range(200):
+            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+    assert [layer.positions for layer in cache.layers] == [15, 15, 15, 200]
+    assert all(layer._k.shape[2] <= 2 * 16 for layer in cache.layers[:3])
+    # As in Command A (command-a.md): at 128k a quarter of the layers is full, and the windows are small beside it.
+    big = preset("koine-8b")
+    share = cache_bytes(big, 131_072) / (cache_bytes_per_token(big) * 131_072)
+    # (24 * 4095 + 8 * 131072) / (32 * 131072)
+    assert abs(share - 0.27343) < 1e-4
