@@ -1,0 +1,129 @@
+"""Checkpoints: folders that are whole or absent, readable on any number of ranks, their damage found and named."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from koine.errors import UserError
+from koine.files import disk_errors, fsync_tree, publish_directory, read_json, sha256_file, write_json
+from koine.train.parallel import Ranks
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder and what `checkpoint.json` says."""
+
+    path: Path
+    step: int
+    about: dict[str, Any]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; half-written ones have other names."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.split("-")[1]))
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any], ranks: Ranks) -> Path:
+    """Write `folder/step-N`: beside it, synced to disk, then renamed; returns its path. `about` must be JSON-able."""
+    path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
+    with disk_errors(path):
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        ranks.barrier()
+        dcp.save(
+            dict(tensors),
+            storage_writer=dcp.FileSystemWriter(partial, sync_files=False),
+            no_dist=not ranks.several,
+        )
+        ranks.barrier()
+        if ranks.first:
+            files = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
+            random_state = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
+            write_json(
+                partial / "checkpoint.json",
+                {"format": FORMAT, "step": step, **about, "random_state": random_state, "files": files},
+            )
+            fsync_tree(partial)
+            publish_directory(partial, path)
+        ranks.barrier()
+    return path
+
+
+def clean(folder: Path, *, keep_last: int, best: int | None) -> None:
+    """Remove what a killed run left half-written, and checkpoints that are neither recent nor the best."""
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    paths = list_checkpoints(folder)
+    for path in paths[: max(0, len(paths) - keep_last)]:
+        if best is None or path.name != name_of(best):
+            # Renamed first, so that a kill leaves no half-removed checkpoint under a whole one's name.
+            gone = path.with_name(f".{path.name}.old")
+            path.rename(gone)
+            shutil.rmtree(gone)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint, its files checked against their sha256.
+
+    A damaged one is a `UserError` that names the file and the checkpoint before it: going on from an older state without being
+    asked would hide the damage.
+    """
+    paths = list_checkpoints(folder)
+    if not paths:
+        return None
+    path = paths[-1]
+    mend = f"remove {path.name} to " + (
+        f"go on from {paths[-2].name}"
+        if len(paths) > 1
+        else "start from the beginning (there is none before it)"
+    )
+    try:
+        about = read_json(path / "checkpoint.json")
+        listed: dict[str, str] = about["files"]
+        step = int(about["step"])
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        raise UserError("damaged checkpoint", where=path / "checkpoint.json", mend=mend) from error
+    if about.get("format") != FORMAT:
+        raise UserError(f"checkpoint of format {about.get('format')}, not {FORMAT}", where=path, mend=mend)
+    for name, digest in listed.items():
+        file = path / name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise UserError("damaged checkpoint (its sha256 differs)", where=file, mend=mend)
+    return Checkpoint(path, step, about)
+
+
+def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Fill `tensors` in place, whatever number of ranks wrote them, and restore the random state."""
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=not ranks.several)
+    state = base64.b64decode(checkpoint.about["random_state"])
+    torch.set_rng_state(torch.tensor(list(state), dtype=torch.uint8))
+
+
+def difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: before -> now` for every leaf that differs."""
+    lines: list[str] = []
+    for key in sorted(before.keys() | now.keys(), key=str):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = dict(enumerate(old)), dict(enumerate(new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines

@@ -1,0 +1,71 @@
+"""What a training will need, known before it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from koine.model.config import ModelConfig
+from koine.model.flops import count_parameters, training_flops_per_token
+from koine.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from koine.data.mixture import Mixture
+
+PROCESS_BYTES = 350 * 2**20
+"""Of a process that has imported torch and trained nothing yet."""
+REACHED_SHARE = 0.35
+"""Share of the matmul ceiling that a training step is taken to reach."""
+
+
+class Estimate(NamedTuple):
+    """Peak resident bytes of one process alone, and seconds on this machine."""
+
+    peak_bytes: int
+    seconds: float
+
+
+def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) -> int:
+    """Bytes kept for the backward pass of one micro batch of `tokens`.
+
+    A block keeps its input, the norm's output, the fused projections (and q, k once more after the rotation), the gate's
+    activation and the input of the output projection; with gradient checkpointing its input only, and one block in full.
+    """
+    element = 2 if settings.dtype == "bfloat16" else 4
+    q, k, v, gate, up = config.projection_sizes
+    block = 3 * config.hidden_size + (q + k + v + gate + up) + 2 * (q + k) + v + gate + 2 * (q + up)
+    layers = len(config.layers)
+    kept = (
+        layers * config.hidden_size + block if settings.gradient_checkpointing else layers * block
+    ) + 4 * config.hidden_size
+    return element * kept * tokens
+
+
+def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mixture) -> Estimate:
+    """Peak memory and time of `train` with these arguments, in one process on this machine's CPU.
+
+    Memory: float32 weights, moments and gradients (16 bytes a parameter), bfloat16 copies and their gradients (4 more), the
+    activations of a micro batch, the chunked loss. Time: operations over the matmul rate measured now, at `REACHED_SHARE` of it.
+    """
+    import torch
+
+    from koine.train.ceiling import matmul_ceiling
+    from koine.train.loss import CHUNK_BYTES
+
+    parameters = count_parameters(config).total
+    rows = min(settings.micro_batch_size or mixture.batch_size, mixture.batch_size)
+    tokens = rows * mixture.sequence_length
+    mixed = settings.dtype == "bfloat16"
+    loss_bytes = 3 * CHUNK_BYTES + (3 if mixed else 2) * 4 * config.vocab_size * config.hidden_size
+    peak = parameters * (20 if mixed else 16) + activation_bytes(config, settings, tokens) + loss_bytes
+    steps = sum(phase.steps for phase in mixture.phases)
+    dtype = torch.bfloat16 if mixed else torch.float32
+    threads = settings.threads or torch.get_num_threads()
+    rate = matmul_ceiling(
+        min(tokens, 8192), config.hidden_size, sum(config.projection_sizes), dtype, "cpu", threads
+    )
+    per_step = (
+        training_flops_per_token(config, mixture.sequence_length)
+        * mixture.batch_size
+        * mixture.sequence_length
+    )
+    return Estimate(PROCESS_BYTES + peak, steps * per_step / (rate * REACHED_SHARE))

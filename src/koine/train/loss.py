@@ -1,0 +1,88 @@
+"""Cross-entropy over a large vocabulary with only a few rows of logits alive at any time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+CHUNK_BYTES = 16 * 2**20
+"""Size of the float32 logits that are alive at once: larger is no faster, smaller has narrow matmuls."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    # The loss is a sum, so its gradients are known up to one factor as soon as the logits are: they are computed in the forward
+    # pass, chunk by chunk, and the logits are never needed again.
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        chunk: int,
+        with_gradients: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        kept = targets != IGNORE
+        rows = None if bool(kept.all()) else kept.nonzero().squeeze(1)
+        used, wanted = (hidden, targets) if rows is None else (hidden[rows], targets[rows])
+        grad_used = torch.empty_like(used) if with_gradients else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradients else None
+        for part, target in zip(used.split(chunk), wanted.split(chunk), strict=True):
+            start = part.storage_offset() // max(1, used.shape[1]) - used.storage_offset() // max(
+                1, used.shape[1]
+            )
+            logits = torch.mm(part, weight.t()).to(wide)
+            if scale != 1.0:
+                logits.mul_(scale)
+            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            loss += (normaliser - logits.gather(1, target[:, None])).sum()
+            if grad_used is None or grad_weight is None:
+                continue
+            probabilities = logits.sub_(normaliser).exp_()
+            probabilities.scatter_add_(1, target[:, None], torch.full_like(normaliser, -1.0))
+            grad_logits = probabilities.mul_(scale).to(part.dtype)
+            torch.mm(grad_logits, weight, out=grad_used[start : start + len(part)])
+            grad_weight += torch.mm(grad_logits.t(), part)
+        if grad_used is not None and grad_weight is not None:
+            grad_hidden = grad_used
+            if rows is not None:
+                grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_used)
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        factor = grad.to(grad_hidden.dtype)
+        return grad_hidden * factor, grad_weight * factor, None, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, chunk: int | None = None
+) -> Tensor:
+    """SUM of `-log softmax(scale * hidden @ weight.T)[target]` over the targets that are not -100.
+
+    Args:
+        hidden: `[..., hidden]`; matmuls run in its dtype, everything between them in float32 (float64 stays).
+        weight: `[vocab, hidden]`.
+        targets: `[...]` int64; -100 has no loss and costs no matmul.
+        scale: factor on the logits.
+        chunk: rows of logits alive at once; by default as many as `CHUNK_BYTES` hold.
+
+    Returns:
+        A scalar, float32 (float64 for float64).
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if chunk is None:
+        chunk = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
+    with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    result = _ChunkedCrossEntropy.apply(
+        flat, weight.to(flat.dtype), targets.reshape(-1), scale, chunk, with_gradients
+    )
+    assert isinstance(result, Tensor)
+    return result

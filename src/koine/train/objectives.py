@@ -1,0 +1,51 @@
+"""What the loop minimises: a function from a model and a batch to the SUM of the loss over the batch's units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from koine.errors import UserError
+from koine.train.loss import IGNORE, chunked_cross_entropy
+
+if TYPE_CHECKING:
+    from koine.data.batch import Batch
+
+Objective = Callable[[Any, "Batch"], tuple[Tensor, dict[str, float]]]
+"""`loss_sum, metrics = objective(model, batch)`; `metrics["units"]` says over how many units the sum runs, the others are sums
+over the units too (the loop divides both by the units of all micro batches and ranks)."""
+
+
+def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Next-token cross-entropy; the units are the targets that are not -100. The loss is a sum in nats.
+
+    Serves pretraining and supervised fine-tuning alike: what carries loss is said by `batch.targets`.
+    """
+    units = int((batch.targets != IGNORE).sum())
+    hidden = model(batch.tokens, document_ids=batch.document_ids)
+    weight = getattr(model, "output_weight", None)
+    if weight is None:
+        # Another architecture keeps its own head: its logits are taken a row of the batch at a time.
+        import torch
+        import torch.nn.functional as F
+
+        loss = torch.zeros((), device=hidden.device)
+        for row, targets in zip(hidden, batch.targets, strict=True):
+            logits = model.logits(row)  # type: ignore[operator]
+            loss = loss + F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    else:
+        scale = float(getattr(model, "logit_scale", 1.0))
+        loss = chunked_cross_entropy(hidden, weight, batch.targets, scale=scale)
+    return loss, {"units": float(units)}
+
+
+def supervised_fine_tuning(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """`language_modelling` on the completion tokens of chats. Raises `UserError` where a batch has none."""
+    if not bool((batch.targets != IGNORE).any()):
+        raise UserError(
+            "a batch of chats has no completion token to learn from",
+            mend="tokenize records with assistant messages, and choose a sequence length that holds their answers",
+        )
+    return language_modelling(model, batch)

@@ -1,0 +1,89 @@
+"""Several processes: who they are, how the weights are split among them, and their sums. The model knows nothing of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from koine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.world_size > 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all ranks; alone: `values`."""
+        if self.several:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.several:
+            dist.barrier()
+
+
+@contextmanager
+def join(device: str = "auto") -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started (its environment variables say so); alone where there are none."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    if world_size == 1:
+        yield Ranks(0, 1, torch.device(device))
+        return
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
+    """FSDP2: each block a unit of its own and the rest (embedding, norm, head) another; float32 shards, `dtype` for compute.
+
+    Gradients are reduced in float32 and come out as the mean over ranks. The rest stays gathered between the forward pass and the
+    backward pass, because the loss reads the output matrix outside the model's forward.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    blocks = getattr(model, "blocks", None)
+    if blocks is None:
+        raise UserError(
+            f"{type(model).__name__} cannot be split over processes", mend="train it with one process"
+        )
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

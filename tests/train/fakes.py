@@ -1,0 +1,92 @@
+"""A data order over random tokens with the interface of `koine.data.DataOrder`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FakeSpan(NamedTuple):
+    source: str
+    language: str
+    domain: str
+    record_id: str
+    start: int
+    end: int
+
+
+class FakeSource(NamedTuple):
+    name: str
+    path: Path
+
+
+class FakePhase(NamedTuple):
+    name: str
+    steps: int
+    sources: tuple[FakeSource, ...]
+
+
+@dataclass(frozen=True)
+class FakeMixture:
+    phases: tuple[FakePhase, ...]
+    sequence_length: int = 16
+    batch_size: int = 4
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "phases": [[phase.name, phase.steps] for phase in self.phases],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+@dataclass
+class FakeBatch:
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+    documents: list[list[FakeSpan]] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> FakeBatch:
+        return self
+
+
+@dataclass
+class FakeOrder:
+    """Batches drawn from (seed, step) alone; every third row has prompt tokens without loss."""
+
+    mixture: FakeMixture
+    vocab_size: int = 64
+
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
+    ) -> FakeBatch:
+        mixture = self.mixture
+        generator = torch.Generator().manual_seed(mixture.seed * 100_003 + step)
+        shape = (mixture.batch_size, mixture.sequence_length + 1)
+        # Skewed, so that there is something to learn.
+        ids = (torch.rand(shape, generator=generator) ** 3 * self.vocab_size).long()
+        targets = ids[:, 1:].clone()
+        targets[::3, : mixture.sequence_length // 2] = -100
+        per_rank = mixture.batch_size // world_size
+        rows = range(rank * per_rank, (rank + 1) * per_rank)[micro_batch or slice(None)]
+        keep = list(rows)
+        return FakeBatch(
+            ids[keep, :-1],
+            targets[keep],
+            None,
+            [[FakeSpan("s", "de", "web", f"doc-{step}-{row}", 0, mixture.sequence_length)] for row in keep],
+        )
+
+
+def fake_order(folder: Path, *, steps: tuple[int, ...] = (12,), **sizes: int) -> FakeOrder:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+    source = FakeSource("s", folder)
+    phases = tuple(FakePhase(f"phase-{index}", count, (source,)) for index, count in enumerate(steps))
+    return FakeOrder(FakeMixture(phases, **sizes))
