@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from koine.errors import UserError
+
 CPU_FLAGS_WITH_BFLOAT16 = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16", "bf16": "ARM BF16"}
 
 
@@ -194,3 +196,20 @@ def matmul_rate(dtype: str, *, device: str = "cpu", size: int = 1024, seconds: f
 def environment() -> str:
     """Where this Python lives: the virtual environment's folder, or the system's."""
     return sys.prefix if sys.prefix != sys.base_prefix else f"{sys.prefix} (no virtual environment)"
+
+
+def check_device(device: str) -> None:
+    """Raises `UserError` where `device` ("cpu", "cuda:1", ...) is no device of torch or is not in this machine."""
+    import torch
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"unknown device '{device}'", mend="give cpu, cuda or cuda:0") from None
+    names = [found.device for found in accelerators()]
+    present = wanted.type == "cpu" or any(
+        name in (str(wanted), wanted.type) or (":" not in device and name.partition(":")[0] == wanted.type)
+        for name in names
+    )
+    if not present:
+        raise UserError(f"no device '{device}' here", mend=f"there is: {', '.join(['cpu', *names])}")

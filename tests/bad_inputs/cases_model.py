@@ -1,5 +1,214 @@
-"""x"""
+"""Bad inputs around models: shards, checkpoints and weights that are damaged, settings that cannot be."""
 
+from __future__ import annotations
+
+from . import worlds
 from .case import Case
 
-CASES: tuple[Case, ...] = ()
+PRETRAIN = (
+    "train pretrain --data tokens --tokenizer tokenizer --preset koine-0.5m --steps 2 --batch-size 2 "
+    "--sequence-length 32 --out new"
+)
+CHAT = "chat model --once hello"
+EVALUATE = "evaluate model --data text.jsonl"
+
+CASES = (
+    Case(
+        mistake="a flipped byte in a token shard",
+        command=PRETRAIN,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.flip_byte("tokens/shard-00000.tokens")),
+        says="?",
+    ),
+    Case(
+        mistake="a token shard cut short",
+        command=PRETRAIN,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.cut("tokens/shard-00000.tokens")),
+        says="?",
+    ),
+    Case(
+        mistake="a token shard that is gone",
+        command=PRETRAIN,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.removed("tokens/shard-00000.offsets")),
+        says="?",
+    ),
+    Case(
+        mistake="a manifest that is not JSON",
+        command=PRETRAIN,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.cut("tokens/manifest.json")),
+        says="?",
+    ),
+    Case(
+        mistake="text where token shards are needed",
+        command=PRETRAIN.replace("--data tokens", "--data text.jsonl"),
+        prepare=worlds.having("text", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="token shards of another tokenizer",
+        command=PRETRAIN,
+        prepare=worlds.having(
+            "tokens",
+            "tokenizer",
+            then=worlds.edited_json("tokenizer/tokenizer.json", version="1.0", padding=None),
+        ),
+        says="?",
+    ),
+    Case(
+        mistake="a preset with a typo",
+        command=PRETRAIN.replace("koine-0.5m", "koine-05m"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="a negative number of steps",
+        command=PRETRAIN.replace("--steps 2", "--steps -2"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="a batch of nothing",
+        command=PRETRAIN.replace("--batch-size 2", "--batch-size 0"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="a sequence longer than the model allows",
+        command=PRETRAIN.replace("--sequence-length 32", "--sequence-length 100000000"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="a negative learning rate",
+        command=PRETRAIN + " --learning-rate -1",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="a model to describe that is no preset and no folder",
+        command="model describe koine-8",
+        says="?",
+    ),
+    Case(mistake="a model folder that is not there", command=CHAT, says="?"),
+    Case(
+        mistake="a folder that is no model",
+        command=CHAT,
+        prepare=worlds.having(
+            "tokenizer", then=lambda folder: (folder / "tokenizer").rename(folder / "model")
+        ),
+        says="?",
+    ),
+    Case(
+        mistake="weights cut short",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.cut("model/model.safetensors")),
+        says="?",
+    ),
+    Case(
+        mistake="weights that are gone",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.removed("model/model.safetensors")),
+        says="?",
+    ),
+    Case(
+        mistake="a configuration that is not JSON",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.cut("model/config.json")),
+        says="?",
+    ),
+    Case(
+        mistake="a configuration of another size than the weights",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", intermediate_size=24)),
+        says="?",
+    ),
+    Case(
+        mistake="a configuration without a field",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", hidden_size=None)),
+        says="?",
+    ),
+    Case(
+        mistake="a type of model that nobody knows",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="lama")),
+        says="?",
+    ),
+    Case(
+        mistake="a tokenizer with more ids than the model",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.add_tokens("model/tokenizer.json")),
+        says="?",
+    ),
+    Case(
+        mistake="another architecture without the extra hf",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="llama")),
+        during=worlds.without_package("transformers"),
+        simulated="the package is hidden",
+        says="?",
+    ),
+    Case(
+        mistake="an interrupted installation of the extra hf",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="llama")),
+        during=worlds.half_installed("transformers"),
+        simulated="its metadata are there, its import fails",
+        says="?",
+    ),
+    Case(
+        mistake="nothing to evaluate on",
+        command="evaluate model",
+        prepare=worlds.having("model"),
+        says="?",
+    ),
+    Case(
+        mistake="questions without answers",
+        command="evaluate model --questions questions.jsonl",
+        prepare=worlds.having(
+            "model",
+            then=lambda folder: worlds.write_lines(
+                folder / "questions.jsonl",
+                [{"messages": [{"role": "user", "content": "Why?"}], "language": "en", "id": "q1"}],
+            ),
+        ),
+        says="?",
+    ),
+    Case(
+        mistake="results to a folder that is not there",
+        command=EVALUATE + " --out results/today.json",
+        prepare=worlds.having("model", "text"),
+        says="?",
+    ),
+    Case(
+        mistake="a batch size of zero in evaluation",
+        command=EVALUATE + " --batch-size 0",
+        prepare=worlds.having("model", "text"),
+        says="?",
+    ),
+    Case(
+        mistake="an accelerator that is not there",
+        command=CHAT + " --device cuda:7",
+        prepare=worlds.having("model"),
+        says="?",
+    ),
+    Case(
+        mistake="a question longer than the model's context",
+        command=CHAT,
+        prepare=worlds.having(
+            "model", then=worlds.edited_json("model/config.json", max_position_embeddings=4)
+        ),
+        says="?",
+    ),
+    Case(
+        mistake="a step that the training did not have",
+        command="data at-step model 999",
+        prepare=worlds.having("model"),
+        says="?",
+    ),
+    Case(
+        mistake="asking a folder that was not trained what it saw",
+        command="data at-step tokenizer 1",
+        prepare=worlds.having("tokenizer"),
+        says="?",
+    ),
+)

@@ -1,5 +1,81 @@
-"""x"""
+"""Bad inputs around plans: names, settings, folders, executors."""
 
+from __future__ import annotations
+
+from . import worlds
 from .case import Case
 
-CASES: tuple[Case, ...] = ()
+PLAN = """\
+from pathlib import Path
+
+from koine.plan import Plan, step
+
+
+@step(version="1")
+def write(*, words: int, out: Path) -> None:
+    if words < 0:
+        raise ValueError("no such thing as a negative word")
+    (out / "text.txt").write_text("word " * words)
+
+
+def small(plan: Plan, *, words: int = 3) -> None:
+    plan.step(write, name="text", words=words)
+"""
+WITH_PLAN = worlds.written("plans.py", PLAN)
+
+CASES = (
+    Case(mistake="a plan that does not exist", command="run quickstrat", says="?"),
+    Case(mistake="a file of plans that is not there", command="run plans.py:small", says="?"),
+    Case(
+        mistake="a file of plans without that function",
+        command="run plans.py:smal",
+        prepare=WITH_PLAN,
+        says="?",
+    ),
+    Case(
+        mistake="a file of plans that is not Python",
+        command="run plans.py:small",
+        prepare=worlds.written("plans.py", "def small(plan:\n"),
+        says="?",
+    ),
+    Case(
+        mistake="a setting with a typo",
+        command="run plans.py:small --set wrods=4",
+        prepare=WITH_PLAN,
+        says="?",
+    ),
+    Case(
+        mistake="a setting without a value",
+        command="run plans.py:small --set words",
+        prepare=WITH_PLAN,
+        says="?",
+    ),
+    Case(
+        mistake="a setting of the wrong kind",
+        command="run plans.py:small --set words=many",
+        prepare=WITH_PLAN,
+        says="?",
+    ),
+    Case(
+        mistake="an executor that does not exist",
+        command="run plans.py:small --executor slurm",
+        prepare=WITH_PLAN,
+        says="?",
+    ),
+    Case(
+        mistake="Ray without the extra cluster",
+        command="run plans.py:small --executor ray",
+        prepare=WITH_PLAN,
+        during=worlds.without_package("ray"),
+        simulated="the package is hidden",
+        says="?",
+    ),
+    Case(mistake="adopting what is not there", command="adopt missing --name text", says="?"),
+    Case(
+        mistake="the lineage of a folder that is no artifact",
+        command="lineage tokenizer",
+        prepare=worlds.having("tokenizer"),
+        says="?",
+    ),
+    Case(mistake="a report of a run that is not there", command="report runs/missing", says="?"),
+)

@@ -9,12 +9,14 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from koine.errors import UserError, did_you_mean
 from koine.serve.conversation import Conversation
-from koine.serve.engine import StreamingEngine
 from koine.serve.sampling import Sampling
+
+if TYPE_CHECKING:
+    from koine.serve.engine import StreamingEngine
 
 HELP = """\
 /help               this page

@@ -1,0 +1,287 @@
+"""The folders that bad inputs start from: small and sound, then spoilt by each case."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TEXTS = {
+    "de": "Die Katze schläft auf dem warmen Dach, und der Hund wacht. ",
+    "en": "The cat sleeps on the warm roof, and the dog keeps watch. ",
+}
+
+
+def records(count: int = 20) -> list[dict[str, Any]]:
+    """Sound documents in two languages."""
+    return [
+        {"id": f"{code}-{number}", "text": TEXTS[code] * 4 + str(number), "language": code, "domain": "tale"}
+        for number in range(count)
+        for code in TEXTS
+    ]
+
+
+def write_lines(path: Path, lines: list[Any]) -> None:
+    """JSON Lines; what is a string already goes in as it is."""
+    texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+
+
+def good_text(folder: Path) -> None:
+    write_lines(folder / "text.jsonl", records())
+
+
+def text_with(*lines: Any) -> Callable[[Path], None]:
+    """A text.jsonl of exactly these lines."""
+    return lambda folder: write_lines(folder / "text.jsonl", list(lines))
+
+
+def cut_gzip(folder: Path) -> None:
+    whole = gzip.compress("\n".join(json.dumps(record) for record in records()).encode())
+    (folder / "text.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+
+
+def cut_parquet(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(records()), folder / "text.parquet")
+    whole = (folder / "text.parquet").read_bytes()
+    (folder / "text.parquet").write_bytes(whole[: len(whole) // 2])
+
+
+def latin_1_text(folder: Path) -> None:
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records())
+    (folder / "text.jsonl").write_bytes(lines.encode("latin-1"))
+
+
+@cache
+def built(name: str) -> Path:
+    """A sound folder `name`, built once in a place that the cases copy from."""
+    folder = Path(tempfile.mkdtemp(prefix=f"koine-{name}-"))
+    BUILDERS[name](folder / name)
+    return folder / name
+
+
+def having(*names: str, then: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
+    """Prepare a case: copies of sound folders (`tokenizer`, `tokens`, `model`, ...), spoilt by `then`."""
+
+    def prepare(folder: Path) -> None:
+        for name in names:
+            if name == "text":
+                good_text(folder)
+            else:
+                shutil.copytree(built(name), folder / name)
+        if then:
+            then(folder)
+
+    return prepare
+
+
+def build_tokenizer(out: Path) -> None:
+    from koine.tokenizer import train_tokenizer
+    from koine.tokenizer.special import SMALLEST_VOCABULARY
+
+    train_tokenizer(
+        {code: (lambda text=text: [text]) for code, text in TEXTS.items()},  # type: ignore[misc]
+        vocab_size=SMALLEST_VOCABULARY,
+        scheme="natural",
+        english_share=None,
+    ).save(out)
+
+
+def run_koine(*arguments: str) -> None:
+    """Run a sound command in this process."""
+    from koine.cli.main import cli
+
+    cli.main(list(arguments), standalone_mode=False)
+
+
+def build_tokens(out: Path) -> None:
+    good_text(out.parent)
+    run_koine(
+        "data", "tokenize", str(out.parent / "text.jsonl"), "--tokenizer", str(built("tokenizer")), "--out", str(out),
+        "--workers", "1",
+    )  # fmt: skip
+
+
+def build_model(out: Path) -> None:
+    run_koine(
+        *TRAIN, "--data", str(built("tokens")), "--tokenizer", str(built("tokenizer")), "--out", str(out)
+    )
+
+
+TRAIN = (
+    "train",
+    "pretrain",
+    "--preset",
+    "koine-0.5m",
+    "--steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--sequence-length",
+    "32",
+)
+BUILDERS: dict[str, Callable[[Path], None]] = {
+    "tokenizer": build_tokenizer,
+    "tokens": build_tokens,
+    "model": build_model,
+}
+
+
+def flip_byte(path: str, position: int = -2) -> Callable[[Path], None]:
+    """Change one byte of a file; negative positions count from its end."""
+
+    def flip(folder: Path) -> None:
+        content = bytearray((folder / path).read_bytes())
+        content[position] ^= 0xFF
+        (folder / path).write_bytes(content)
+
+    return flip
+
+
+def cut(path: str) -> Callable[[Path], None]:
+    """Keep the first half of a file."""
+
+    def halve(folder: Path) -> None:
+        content = (folder / path).read_bytes()
+        (folder / path).write_bytes(content[: len(content) // 2])
+
+    return halve
+
+
+def written(path: str, content: str) -> Callable[[Path], None]:
+    """Write a file (and the folders above it) with this content."""
+
+    def write(folder: Path) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content, encoding="utf-8")
+
+    return write
+
+
+def removed(path: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).unlink()
+
+
+def edited_json(path: str, **changes: Any) -> Callable[[Path], None]:
+    """Change fields of a JSON file; None removes one."""
+
+    def edit(folder: Path) -> None:
+        value = json.loads((folder / path).read_text())
+        value.update(changes)
+        value = {key: entry for key, entry in value.items() if entry is not None}
+        (folder / path).write_text(json.dumps(value))
+
+    return edit
+
+
+def both(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        for step in steps:
+            step(folder)
+
+    return prepare
+
+
+def full_disk(patch: Any) -> None:
+    """fsync tells that no block is left, as a full disk does at the latest then."""
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr("os.fsync", fsync)
+
+
+def unreadable(name: str) -> Callable[[Any], None]:
+    """Opening a file called `name` is refused; the tests may run as a user whom no permission stops."""
+
+    def during(patch: Any) -> None:
+        import builtins
+        import io
+
+        original = io.open
+
+        def refuse(file: Any, *arguments: Any, **named: Any) -> Any:
+            if str(file).endswith(name):
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return original(file, *arguments, **named)
+
+        patch.setattr(io, "open", refuse)
+        patch.setattr(builtins, "open", refuse)
+
+    return during
+
+
+def add_tokens(path: str) -> Callable[[Path], None]:
+    """Add ids to a tokenizer beyond what a model was made for."""
+
+    def add(folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / path))
+        tokenizer.add_tokens([f"word-{number}" for number in range(8)])
+        tokenizer.save(str(folder / path))
+
+    return add
+
+
+def _forget(patch: Any, name: str) -> None:
+    import sys
+
+    for module in [module for module in sys.modules if module == name or module.startswith(name + ".")]:
+        patch.delitem(sys.modules, module)
+
+
+class _Refuse:
+    """An import hook that fails for one package as an installation without its files does."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == self.name or name.startswith(self.name + "."):
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def half_installed(name: str) -> Callable[[Any], None]:
+    """The metadata of a package are there, its files are not."""
+
+    def during(patch: Any) -> None:
+        import sys
+
+        _forget(patch, name)
+        patch.setattr(sys, "meta_path", [_Refuse(name), *sys.meta_path])
+
+    return during
+
+
+def without_package(name: str) -> Callable[[Any], None]:
+    """Neither metadata nor files of a package are there."""
+
+    def during(patch: Any) -> None:
+        import importlib.metadata
+        import importlib.util
+
+        half_installed(name)(patch)
+        distribution, find_spec = importlib.metadata.distribution, importlib.util.find_spec
+
+        def hidden_distribution(wanted: str) -> Any:
+            if wanted == name:
+                raise importlib.metadata.PackageNotFoundError(wanted)
+            return distribution(wanted)
+
+        def hidden_spec(wanted: str, package: str | None = None) -> Any:
+            return None if wanted.partition(".")[0] == name else find_spec(wanted, package)
+
+        patch.setattr(importlib.metadata, "distribution", hidden_distribution)
+        patch.setattr(importlib.util, "find_spec", hidden_spec)
+
+    return during

@@ -1,0 +1,28 @@
+"""A small model directory with random weights: its answers are noise, its behaviour is real."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest preset over bytes, with a context that a test cannot fill."""
+    import torch
+
+    from koine.model import Decoder, preset, save_model
+    from koine.tokenizer import train_tokenizer
+    from koine.tokenizer.special import SMALLEST_VOCABULARY
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(
+        {"de": lambda: ["ein Text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
+    )
+    tokenizer.save(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = replace(preset("koine-0.5m", SMALLEST_VOCABULARY), max_position_embeddings=1_000_000)
+    save_model(Decoder(config), folder / "model", tokenizer=folder / "tokenizer")
+    return folder / "model"
