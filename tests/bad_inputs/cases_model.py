@@ -86,58 +86,62 @@ CASES = (
     Case(
         mistake="a model to describe that is no preset and no folder",
         command="model describe koine-8",
-        says="?",
+        says="unknown preset 'koine-8'; did you mean 'koine-8m' or 'koine-8b' or 'koine-4m'?",
     ),
-    Case(mistake="a model folder that is not there", command=CHAT, says="?"),
+    Case(
+        mistake="a model folder that is not there",
+        command=CHAT,
+        says="model: no such folder; give the folder of a model",
+    ),
     Case(
         mistake="a folder that is no model",
         command=CHAT,
         prepare=worlds.having(
             "tokenizer", then=lambda folder: (folder / "tokenizer").rename(folder / "model")
         ),
-        says="?",
+        says="model: holds no config.json; give the folder of a model",
     ),
     Case(
         mistake="weights cut short",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.cut("model/model.safetensors")),
-        says="?",
+        says="model/model.safetensors: not a whole safetensors file (Error while deserializing header: incomplete metadata, file not fully covered); it is truncated or damaged; copy or build it again",
     ),
     Case(
         mistake="weights that are gone",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.removed("model/model.safetensors")),
-        says="?",
+        says="model: holds no model.safetensors; weights in another format must be converted first",
     ),
     Case(
         mistake="a configuration that is not JSON",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.cut("model/config.json")),
-        says="?",
+        says="model/config.json: not valid JSON (Unterminated string starting at: line 19 column 3 (char 403)); the file is damaged or truncated; write it again",
     ),
     Case(
         mistake="a configuration of another size than the weights",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.edited_json("model/config.json", intermediate_size=24)),
-        says="?",
+        says="model: model.layers.0.mlp.gate_proj.weight has shape [192, 64], config.json says [24, 64]; config.json and the weights do not belong together",
     ),
     Case(
         mistake="a configuration without a field",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.edited_json("model/config.json", hidden_size=None)),
-        says="?",
+        says="model/config.json: the field 'hidden_size' is missing; the file is not a whole config.json",
     ),
     Case(
         mistake="a type of model that nobody knows",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="lama")),
-        says="?",
+        says="model: transformers cannot open it as a causal LM (The checkpoint you are trying to load has model type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the checkpoint, or because your version of Transformers is out of date.); check config.json and the weights, or upgrade transformers",
     ),
     Case(
         mistake="a tokenizer with more ids than the model",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.add_tokens("model/tokenizer.json")),
-        says="?",
+        says="model: the tokenizer has 302 ids and the model 294; these are not a pair; put the tokenizer that the model was trained with into its folder",
     ),
     Case(
         mistake="another architecture without the extra hf",
@@ -145,7 +149,7 @@ CASES = (
         prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="llama")),
         during=worlds.without_package("transformers"),
         simulated="the package is hidden",
-        says="?",
+        says="to open this model, the package 'transformers' is needed and not installed; … -m pip install 'koine[hf]'",
     ),
     Case(
         mistake="an interrupted installation of the extra hf",
@@ -153,13 +157,13 @@ CASES = (
         prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="llama")),
         during=worlds.half_installed("transformers"),
         simulated="its metadata are there, its import fails",
-        says="?",
+        says="to open this model, the package 'transformers' is needed; it is installed but its import fails (ModuleNotFoundError: No module named 'transformers'), as after an interrupted installation; … -m pip install --force-reinstall --no-deps transformers",
     ),
     Case(
         mistake="nothing to evaluate on",
         command="evaluate model",
         prepare=worlds.having("model"),
-        says="?",
+        says="nothing to evaluate on; give --data PATH, --questions PATH, or both",
     ),
     Case(
         mistake="questions without answers",
@@ -177,19 +181,19 @@ CASES = (
         mistake="results to a folder that is not there",
         command=EVALUATE + " --out results/today.json",
         prepare=worlds.having("model", "text"),
-        says="?",
+        says="results: no such folder; make it first, or choose another --out",
     ),
     Case(
         mistake="a batch size of zero in evaluation",
         command=EVALUATE + " --batch-size 0",
         prepare=worlds.having("model", "text"),
-        says="?",
+        says="the batch size is 0; give at least 1",
     ),
     Case(
         mistake="an accelerator that is not there",
         command=CHAT + " --device cuda:7",
         prepare=worlds.having("model"),
-        says="?",
+        says="no device 'cuda:7' here; there is: cpu",
     ),
     Case(
         mistake="a question longer than the model's context",
@@ -197,12 +201,12 @@ CASES = (
         prepare=worlds.having(
             "model", then=worlds.edited_json("model/config.json", max_position_embeddings=4)
         ),
-        says="?",
+        says="the question is 11 tokens long and the model's context holds 4; ask a shorter one",
     ),
     Case(
         mistake="a step that the training did not have",
-        command="data at-step model 999",
-        prepare=worlds.having("model"),
+        command="data at-step trained 999",
+        prepare=worlds.having("trained"),
         says="?",
     ),
     Case(

@@ -112,6 +112,18 @@ def build_tokens(out: Path) -> None:
 
 
 def build_model(out: Path) -> None:
+    """Random weights: what is wrong with a model directory does not depend on what it learnt."""
+    import torch
+
+    from koine.model import Decoder, preset, save_model
+    from koine.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    config = preset("koine-0.5m", load_tokenizer(built("tokenizer")).vocab_size)
+    save_model(Decoder(config), out, tokenizer=built("tokenizer"))
+
+
+def build_trained(out: Path) -> None:
     run_koine(
         *TRAIN, "--data", str(built("tokens")), "--tokenizer", str(built("tokenizer")), "--out", str(out)
     )
@@ -133,6 +145,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokenizer": build_tokenizer,
     "tokens": build_tokens,
     "model": build_model,
+    "trained": build_trained,
 }
 
 

@@ -9,21 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from koine.errors import UserError
+from koine.extras import import_extra
 from koine.files import read_json
 from koine.model.checkpoint import load_model
 from koine.model.config_json import OWN_TYPES
 
 
 def require_transformers() -> Any:
-    """The `transformers` module; raises `UserError` where the extra is not installed or broken."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"this needs transformers ({error})",
-            mend="pip install 'koine[hf]' (again, if an installation was cut off)",
-        ) from None
-    return transformers
+    """The `transformers` module; raises `UserError` where the extra is not installed or only half installed."""
+    return import_extra("transformers", extra="hf", purpose="open this model")
 
 
 class CausalLM(nn.Module):
