@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
+from typing import TextIO
 
 import click
 
 from koine import __version__
-from koine.errors import UserError
+from koine.errors import KoineWarning, UserError
 
 # verb -> (module, attribute, one line for --help); the module is imported only when the verb is used
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -63,8 +65,26 @@ def cli() -> None:
     """Build multilingual language models by mixing, and measure what each mix did."""
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A `KoineWarning` speaks to the user: one line, without the place in our code; others are Python's own."""
+    if issubclass(category, KoineWarning):
+        print(f"koine: note: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        print(
+            warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr
+        )
+
+
 def main() -> None:
     """Run the command line; a `UserError` ends in one line on stderr and exit code 2."""
+    warnings.showwarning = show_warning
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
