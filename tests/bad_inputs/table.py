@@ -1,15 +1,12 @@
-"""The table of bad inputs. `python tests/bad_inputs/table.py --write` writes docs/bad-inputs.md from it."""
+"""The table of bad inputs. `python -m tests.bad_inputs.table --write` writes docs/bad-inputs.md from it."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bad_inputs import cases_command, cases_model, cases_plan, cases_text
-from bad_inputs.case import Case
+from . import cases_command, cases_model, cases_plan, cases_text
+from .case import Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 

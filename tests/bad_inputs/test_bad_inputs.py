@@ -51,4 +51,4 @@ def test_no_case_stands_twice_and_there_are_enough() -> None:
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/bad_inputs/table.py --write"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.bad_inputs.table --write"
