@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import worlds
 from .case import Case
 
 CASES = (
@@ -39,5 +40,31 @@ CASES = (
         mistake="a negative number of tokens",
         command="chat model --max-new-tokens -1",
         says="max-new-tokens is -1; give at least 1",
+    ),
+    Case(
+        mistake="an unknown command in a chat's script",
+        command="chat model",
+        prepare=worlds.having("model"),
+        during=worlds.standard_input(b"/rest\n"),
+        simulated="`/rest` comes through a pipe",
+        says="unknown command '/rest'; did you mean '/reset' or '/set' or '/system'?",
+    ),
+    Case(
+        mistake="questions that are not UTF-8",
+        command="chat model --max-new-tokens 1",
+        prepare=worlds.having("model"),
+        during=worlds.standard_input("Währung?\n".encode("latin-1")),
+        simulated="a Latin-1 line comes through a pipe",
+        says='standard input: line 1 is not UTF-8; convert it, for example with iconv',
+    ),
+    Case(
+        mistake="a seed that is no whole number",
+        command="chat model --seed lucky",
+        says="Invalid value for '--seed': 'lucky' is not a valid integer.",
+    ),
+    Case(
+        mistake="a precision that does not exist",
+        command="chat model --dtype float8",
+        says="Invalid value for '--dtype': 'float8' is not one of 'auto', 'float32', 'bfloat16'.",
     ),
 )

@@ -9,6 +9,8 @@ PRETRAIN = (
     "train pretrain --data tokens --tokenizer tokenizer --preset koine-0.5m --steps 2 --batch-size 2 "
     "--sequence-length 32 --out new"
 )
+MIXTURE = "train pretrain --mixture mixture.json --tokenizer tokenizer --preset koine-0.5m --out new"
+RESUME = PRETRAIN.replace("--out new", "--out halfway")
 CHAT = "chat model --once hello"
 EVALUATE = "evaluate model --data text.jsonl"
 
@@ -81,6 +83,90 @@ CASES = (
         mistake="a negative learning rate",
         command=PRETRAIN + " --learning-rate -1",
         prepare=worlds.having("tokens", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="neither text nor a mixture to train on",
+        command="train pretrain --preset koine-0.5m --steps 2 --out new",
+        says="?",
+    ),
+    Case(
+        mistake="proportions that do not sum to one",
+        command=MIXTURE,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(source={"proportion": 0.7})),
+        says="?",
+    ),
+    Case(
+        mistake="a negative proportion",
+        command=MIXTURE,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(source={"proportion": -1})),
+        says="?",
+    ),
+    Case(
+        mistake="a proportion that is no number",
+        command=PRETRAIN.replace("--data tokens", "--data tokens:half"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="?",
+    ),
+    Case(
+        mistake="weights for a language that does not exist",
+        command=MIXTURE,
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": {"dee": 1}})
+        ),
+        says="?",
+    ),
+    Case(
+        mistake="weights for a language that the source does not have",
+        command=MIXTURE,
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": {"fr": 1}})
+        ),
+        says="?",
+    ),
+    Case(
+        mistake="a mixture with a misspelt key",
+        command=MIXTURE,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(sequnce_length=32)),
+        says="?",
+    ),
+    Case(
+        mistake="a mixture that is not JSON",
+        command=MIXTURE,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.written("mixture.json", '{"phases": [')),
+        says="?",
+    ),
+    Case(
+        mistake="a model and tokens of different vocabularies",
+        command="train sft --model model --data tokens --steps 2 --sequence-length 32 --batch-size 2 --out new",
+        prepare=worlds.having("model", "tokens", then=worlds.shrink_vocabulary),
+        says="?",
+    ),
+    Case(
+        mistake="going on with other settings",
+        command=RESUME.replace("--batch-size 2", "--batch-size 4"),
+        prepare=worlds.having("tokens", "tokenizer", "halfway"),
+        says="?",
+    ),
+    Case(
+        mistake="a damaged checkpoint",
+        command=RESUME,
+        prepare=worlds.having("tokens", "tokenizer", "halfway", then=worlds.spoil_checkpoint),
+        says="?",
+    ),
+    Case(
+        mistake="two trainings in one folder",
+        command=RESUME,
+        prepare=worlds.having("tokens", "tokenizer", "halfway"),
+        during=worlds.locked("halfway/.lock"),
+        says="?",
+    ),
+    Case(
+        mistake="a disk that is full while training",
+        command=PRETRAIN,
+        prepare=worlds.having("tokens", "tokenizer", then=lambda folder: (folder / "new").mkdir()),
+        during=worlds.full_disk,
+        simulated="fsync reports that no space is left",
         says="?",
     ),
     Case(

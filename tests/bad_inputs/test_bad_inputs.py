@@ -30,6 +30,9 @@ def test_a_bad_input_gets_its_line(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # A file of plans is a module of its own in each case, found where the case runs.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "plans", raising=False)
     if case.prepare:
         case.prepare(tmp_path)
     before = listing(tmp_path)

@@ -129,6 +129,18 @@ def build_trained(out: Path) -> None:
     )
 
 
+def build_halfway(out: Path) -> None:
+    """A training that was asked to end after its first step, and left a checkpoint."""
+    import pytest
+
+    from koine.train.interrupt import Interrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interrupt, "__init__", lambda self: setattr(self, "signal", 15))
+        with pytest.raises(SystemExit):
+            build_trained(out)
+
+
 TRAIN = (
     "train",
     "pretrain",
@@ -146,6 +158,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokens": build_tokens,
     "model": build_model,
     "trained": build_trained,
+    "halfway": build_halfway,
 }
 
 
@@ -296,5 +309,69 @@ def without_package(name: str) -> Callable[[Any], None]:
 
         patch.setattr(importlib.metadata, "distribution", hidden_distribution)
         patch.setattr(importlib.util, "find_spec", hidden_spec)
+
+    return during
+
+
+def write_mixture(**changes: Any) -> Callable[[Path], None]:
+    """A sound mixture.json of one phase and one source, with these changes (of the source's fields: `source`)."""
+
+    def write(folder: Path) -> None:
+        source = {"name": "tales", "path": "tokens", "proportion": 1.0, **changes.get("source", {})}
+        phase = {"name": "pretrain", "steps": 2, "sources": [source, *changes.get("more", [])]}
+        mixture = {"phases": [phase], "sequence_length": 32, "batch_size": 2, "seed": 0, "packing": "stream"}
+        mixture.update({key: value for key, value in changes.items() if key not in ("source", "more")})
+        (folder / "mixture.json").write_text(json.dumps(mixture))
+
+    return write
+
+
+_held: Any = None
+
+
+def locked(path: str) -> Callable[[Any], None]:
+    """Another process holds this lock file."""
+
+    def during(patch: Any) -> None:
+        import sys
+
+        from filelock import FileLock
+
+        lock = FileLock(path)
+        lock.acquire()
+        # Given up when the patch is undone and nothing refers to it any more.
+        patch.setattr(sys.modules[__name__], "_held", lock)
+
+    return during
+
+
+def spoil_checkpoint(folder: Path) -> None:
+    """Change one byte in the largest file of the latest checkpoint."""
+    latest = max((folder / "halfway" / "checkpoints").iterdir())
+    largest = max(
+        (path for path in latest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    flip_byte(str(largest.relative_to(folder)))(folder)
+
+
+def shrink_vocabulary(folder: Path) -> None:
+    """A model that knows fewer ids than the tokens have."""
+    import torch
+
+    from koine.model import Decoder, preset, save_model
+
+    shutil.rmtree(folder / "model")
+    torch.manual_seed(0)
+    save_model(Decoder(preset("koine-0.5m", 200)), folder / "model", tokenizer=built("tokenizer"))
+
+
+def standard_input(content: bytes) -> Callable[[Any], None]:
+    """What comes through a pipe."""
+
+    def during(patch: Any) -> None:
+        import io
+        import sys
+
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
     return during
