@@ -1,1 +1,6 @@
-"""Public functions of `koine.plan`."""
+"""Steps, plans and their execution."""
+
+from koine.plan.plan import Artifact, Plan
+from koine.plan.step import Estimate, step
+
+__all__ = ["Artifact", "Estimate", "Plan", "step"]
