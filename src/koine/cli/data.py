@@ -1,0 +1,234 @@
+"""`koine data`: the sample world, what a source holds, token shards, and what a training step saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from koine.errors import UserError
+
+if TYPE_CHECKING:
+    from koine.data.records import RecordReader
+
+
+@click.group()
+def data() -> None:
+    """Write the sample world, tokenize text, ask what a step saw."""
+
+
+def reading_options(command: Any) -> Any:
+    """The options of every command that reads records."""
+    for option in reversed(
+        [
+            click.option(
+                "--field",
+                "fields",
+                multiple=True,
+                metavar="NAME=COLUMN",
+                help="Our field's name in the data.",
+            ),
+            click.option("--language", help="Language of records that do not say."),
+            click.option("--domain", help="Domain of records that do not say.  [default: text]"),
+            click.option(
+                "--max-bad",
+                type=float,
+                default=0.01,
+                show_default=True,
+                help="Share of bad records above which to stop.",
+            ),
+            click.option(
+                "--txt",
+                "unit",
+                type=click.Choice(["paragraph", "line", "file"]),
+                default="paragraph",
+                show_default=True,
+                help="What a document is in a .txt file.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=COLUMN` options as a mapping; raises `UserError` for one without `=`."""
+    mapping = {}
+    for field in fields:
+        name, separator, column = field.partition("=")
+        if not (name and separator and column):
+            raise UserError(f"--field '{field}' is not NAME=COLUMN", mend="for example --field text=content")
+        mapping[name] = column
+    return mapping
+
+
+@data.command()
+@click.option("--languages", help="Codes, separated by commas.  [default: the 24 with questions]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option(
+    "--documents", type=click.IntRange(min=1), default=600, show_default=True, help="Documents a language."
+)
+@click.option(
+    "--questions", type=click.IntRange(min=1), default=600, show_default=True, help="Questions a language."
+)
+@click.option(
+    "--code-bytes", type=click.IntRange(min=0), default=300_000, show_default=True, help="Bytes of code."
+)
+def sample(
+    languages: str | None, out: Path, seed: int, documents: int, questions: int, code_bytes: int
+) -> None:
+    """Write the sample world: documents, questions with exact answers, and code."""
+    from koine.data.sample import QUESTION_LANGUAGES, write_sample
+    from koine.languages import parse_languages
+
+    codes = tuple(QUESTION_LANGUAGES) if languages is None else parse_languages(languages)
+    summary = write_sample(
+        codes,
+        out,
+        seed=seed,
+        documents_per_language=documents,
+        questions_per_language=questions,
+        code_bytes=code_bytes,
+    )
+    _table(list(summary.columns), [list(row) for row in summary.rows()])
+    click.echo(f"written to {out}")
+
+
+@data.command()
+@click.argument("source")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer or model directory."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@reading_options
+def tokenize(
+    source: str,
+    tokenizer: Path,
+    out: Path,
+    workers: int,
+    fields: tuple[str, ...],
+    language: str | None,
+    domain: str | None,
+    max_bad: float,
+    unit: Any,
+) -> None:
+    """Turn SOURCE (a file, a folder, a Hugging Face data set or hub:OWNER/NAME) into token shards."""
+    from koine.data import TokenSource
+    from koine.data import tokenize as write
+
+    reader = write(
+        source,
+        tokenizer,
+        out=out,
+        workers=workers,
+        fields=field_mapping(fields),
+        language=language,
+        domain=domain,
+        max_bad_share=max_bad,
+        unit=unit,
+    )
+    totals = TokenSource(out, verify=False).totals()
+    _table(
+        ["language", "documents", "tokens", "bytes", "bytes per token"],
+        [
+            [
+                code,
+                entry["documents"],
+                entry["tokens"],
+                entry["bytes"],
+                f"{entry['bytes'] / entry['tokens']:.2f}",
+            ]
+            for code, entry in totals.items()
+        ],
+    )
+    _say_bad(reader)
+    click.echo(f"written to {out}")
+
+
+@data.command()
+@click.argument("source")
+@reading_options
+def inspect(
+    source: str, fields: tuple[str, ...], language: str | None, domain: str | None, max_bad: float, unit: Any
+) -> None:
+    """Count SOURCE's records by language and domain, and show the first bad ones."""
+    from koine.data import read_records
+
+    reader = read_records(
+        source,
+        fields=field_mapping(fields),
+        language=language,
+        domain=domain,
+        max_bad_share=max_bad,
+        unit=unit,
+    )
+    counts: dict[tuple[str, str], list[int]] = {}
+    for record in reader:
+        entry = counts.setdefault((record["language"], record["domain"]), [0, 0, 0])
+        entry[0] += 1
+        if "messages" in record:
+            entry[1] += 1
+            entry[2] += sum(len(message["content"].encode("utf-8")) for message in record["messages"])
+        else:
+            entry[2] += len(record["text"].encode("utf-8"))
+    _table(
+        ["language", "domain", "records", "chats", "bytes"],
+        [[*key, *entry] for key, entry in sorted(counts.items())],
+    )
+    _say_bad(reader)
+
+
+@data.command("at-step")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("step", type=int)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a stretch of a document.")
+def at_step(model: Path, step: int, as_json: bool) -> None:
+    """Print the documents in the batch that MODEL was given at STEP (counted from 0)."""
+    from koine.data.at_step import documents_at_step
+
+    stretches = documents_at_step(model, step)
+    if as_json:
+        for stretch in stretches:
+            click.echo(json.dumps(stretch, ensure_ascii=False))
+        return
+    _table(
+        ["row", "source", "language", "domain", "record", "tokens", "text"],
+        [
+            [
+                stretch["row"],
+                stretch["source"],
+                stretch["language"],
+                stretch["domain"],
+                stretch["record_id"],
+                f"{stretch['start']}-{stretch['end']}",
+                " ".join(stretch["text"].split())[:60],
+            ]
+            for stretch in stretches
+        ],
+    )
+
+
+def _say_bad(reader: RecordReader) -> None:
+    if reader.bad:
+        click.echo(f"{reader.bad} bad records were left out, among them:")
+        for example in reader.examples:
+            click.echo(f"  {example}")
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    numeric = [
+        bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))
+    ]
+    for column, is_number in zip(columns, numeric, strict=True):
+        table.add_column(column, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*[f"{value:,}" if isinstance(value, int) else str(value) for value in row])
+    Console().print(table)

@@ -1,0 +1,45 @@
+"""What a training step saw, asked of the model that came out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from koine.data.mixture import Mixture
+from koine.data.order import DataOrder
+from koine.errors import UserError
+from koine.files import read_json
+from koine.tokenizer import load_tokenizer
+
+
+def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
+    """The stretches of documents in the batch of `step` (from 0), row by row, with their decoded text.
+
+    `model` is a model directory that was trained here. Raises `UserError` where its `training.json` or the token shards that it names
+    are missing, or the shards are no longer the ones that it was trained on.
+    """
+    model = Path(model)
+    record = model / "training.json"
+    if not record.exists():
+        raise UserError(
+            "holds no training.json",
+            where=model,
+            mend="only a model that `koine train` or a plan built knows its data",
+        )
+    trained = read_json(record)
+    mixture = Mixture.from_json(trained["mixture"], where=record)
+    order = DataOrder(mixture, verify=False)
+    tokenizer = load_tokenizer(model)
+    if tokenizer.fingerprint != order.tokenizer_fingerprint:
+        raise UserError("the token shards were made with another tokenizer", where=model)
+    paths = {source.name: source.path for phase in mixture.phases for source in phase.sources}
+    out = []
+    for row, spans in enumerate(order.batch(step).documents):
+        for span in spans:
+            source = order.sources[paths[span.source]]
+            document = source.number(span.shard, span.document)
+            ids = source.tokens(document, span.start, span.end)
+            out.append(
+                {"row": row, **span._asdict(), "text": tokenizer.decode(ids.tolist(), skip_special=True)}
+            )
+    return out

@@ -1,0 +1,62 @@
+"""What the training loop is given at one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NO_TARGET = -100
+"""Marks a position that has no target (the value that torch's cross-entropy ignores)."""
+
+
+class Span(NamedTuple):
+    """A stretch of one document inside a row."""
+
+    source: str
+    language: str
+    domain: str
+    record_id: str
+    shard: int
+    document: int
+    """Number of the document inside its shard."""
+    start: int
+    end: int
+    """Tokens `[start, end)` of the document."""
+    column: int
+    """Where in the row the stretch begins."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents.
+
+    Attributes:
+        tokens: `[batch, time]` int64 ids.
+        targets: `[batch, time]` int64, the next token of the same document; -100 where there is none, on padding, and on the
+            prompt tokens of chats.
+        document_ids: `[batch, time]` int32, counting up inside a row, -1 for padding; `None` where attention may cross documents.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+    _spans: Callable[[], list[list[Span]]]
+
+    @property
+    def documents(self) -> list[list[Span]]:
+        """Which stretches of which documents each row holds (looked up when asked for)."""
+        return self._spans()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        ids = self.document_ids
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            targets=self.targets.to(device),
+            document_ids=None if ids is None else ids.to(device),
+        )

@@ -1,0 +1,264 @@
+"""Rows of text files of any of the supported kinds, streaming, each with the place it came from.
+
+Kinds: `.txt`, `.jsonl` (`.ndjson`), `.csv` (`.tsv`), `.parquet`, `.arrow`; each also with `.gz`, `.xz` or `.zst` behind it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from koine.errors import UserError, did_you_mean
+
+TextUnit = Literal["paragraph", "line", "file"]
+Row = tuple[str, dict[str, Any] | str]
+"""Where the row is (`line 12`), and the row, or what is wrong with it."""
+
+_COMPRESSIONS = (".gz", ".xz", ".zst")
+_MAX_LINE = 64 * 2**20
+
+
+def _read_txt(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
+    """Documents of a plain text: paragraphs (between empty lines), lines, or the whole file."""
+    collected: list[str] = []
+    first = 1
+    number = 0
+    for number, raw in enumerate(_lines(file), 1):
+        if isinstance(raw, str):
+            yield f"line {number}", raw
+            continue
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield f"line {number}", f"not UTF-8 ({error.reason} at byte {error.start})"
+            continue
+        if unit == "line":
+            if line.strip():
+                yield f"line {number}", {"text": line}
+        elif unit == "paragraph" and not line.strip():
+            if collected:
+                yield f"line {first}", {"text": "\n".join(collected)}
+            collected, first = [], number + 1
+        else:
+            collected.append(line)
+    if any(line.strip() for line in collected):
+        yield f"line {first}", {"text": "\n".join(collected)}
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | str]:
+    """Lines; one that would not fit in memory is reported in place of being read."""
+    while line := file.readline(_MAX_LINE):
+        if len(line) == _MAX_LINE and not line.endswith(b"\n"):
+            while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
+                pass
+            yield f"a line longer than {_MAX_LINE} bytes"
+        else:
+            yield line
+
+
+def _read_jsonl(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
+    for number, raw in enumerate(_lines(file), 1):
+        place = f"line {number}"
+        if isinstance(raw, str):
+            yield place, raw
+            continue
+        if not raw.strip():
+            continue
+        try:
+            value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            yield place, f"not UTF-8 ({error.reason} at byte {error.start})"
+        except json.JSONDecodeError as error:
+            yield place, f"not JSON ({error.msg} at column {error.colno})"
+        except RecursionError:
+            yield place, "JSON nested too deeply"
+        else:
+            yield place, value if isinstance(value, dict) else f"a JSON {type(value).__name__}, not an object"
+
+
+def _read_csv(file: IO[bytes], _: TextUnit, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(_MAX_LINE)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter)
+    header = next(reader, None)
+    if header is None:
+        return
+    try:
+        for cells in reader:
+            place = f"line {reader.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield place, f"{len(cells)} cells where the header has {len(header)}"
+            elif any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+                yield place, "not UTF-8"
+            else:
+                yield place, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        yield f"line {reader.line_num}", f"not CSV ({error})"
+    finally:
+        text.detach()
+
+
+def _read_tsv(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
+    return _read_csv(file, unit, delimiter="\t")
+
+
+def _read_parquet(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    with _seekable(file) as seekable:
+        try:
+            for batch in pq.ParquetFile(seekable).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _DamagedError(f"not a whole Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _read_arrow(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in pa.ipc.open_stream(file):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _DamagedError(f"not a whole Arrow stream ({str(error).splitlines()[0]})") from None
+
+
+_READERS: dict[str, Callable[[IO[bytes], TextUnit], Iterator[Row]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+class _DamagedError(Exception):
+    """The file cannot be read on from here."""
+
+
+@contextmanager
+def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Parquet is read from its end; a compressed one is unpacked beside, into a temporary file."""
+    if file.seekable() and isinstance(file, io.BufferedReader):
+        yield file
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        shutil.copyfileobj(file, unpacked)
+        unpacked.seek(0)
+        yield unpacked
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    with ExitStack() as stack:
+        if path.suffix == ".gz":
+            yield stack.enter_context(closing(gzip.open(path, "rb")))  # type: ignore[misc]
+        elif path.suffix == ".xz":
+            yield stack.enter_context(lzma.open(path, "rb"))
+        elif path.suffix == ".zst":
+            import zstandard
+
+            raw = stack.enter_context(path.open("rb"))
+            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            yield stack.enter_context(io.BufferedReader(stream))
+        else:
+            yield stack.enter_context(path.open("rb"))
+
+
+def kind_of(path: Path) -> str | None:
+    """The extension that decides how a file is read, or `None` for a file that is not data."""
+    suffixes = path.suffixes
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes = suffixes[:-1]
+    return suffixes[-1].lower() if suffixes and suffixes[-1].lower() in _READERS else None
+
+
+def read_rows(path: Path, *, unit: TextUnit = "paragraph") -> Iterator[Row]:
+    """The rows of one file in order.
+
+    Raises `UserError` where the file is of no known kind, unreadable, or damaged in a way that hides the rest.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        known = [extension + compression for extension in _READERS for compression in ("", *_COMPRESSIONS)]
+        raise UserError(
+            f"a file of unknown kind '{''.join(path.suffixes)}'",
+            where=path,
+            mend=did_you_mean("".join(path.suffixes[-2:]), known),
+        )
+    import zstandard
+
+    try:
+        with _unpacked(path) as file:
+            yield from _READERS[kind](file, unit)
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise UserError(
+            f"the compressed data is damaged or cut off ({error})",
+            where=path,
+            mend="copy or download it again",
+        ) from None
+    except _DamagedError as error:
+        raise UserError(
+            str(error), where=path, mend="it is truncated or damaged; copy or write it again"
+        ) from None
+    except PermissionError:
+        raise UserError("cannot be read", where=path, mend="check its permissions") from None
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files below a path, in the order in which they are read (sorted by name).
+
+    A Hugging Face folder written by `save_to_disk` gives the files of its `state.json`. Raises `UserError` where there are none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(
+            "no such file or folder", where=path, mend=did_you_mean(path.name, nearby) if nearby else None
+        )
+    if (path / "state.json").exists():
+        return [
+            path / item["filename"] for item in json.loads((path / "state.json").read_text())["_data_files"]
+        ]
+    found = []
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if any(True for _ in entry.iterdir()):
+                found += data_files(entry) if _has_data(entry) else []
+        elif kind_of(entry) is not None and entry.name != "dataset_infos.jsonl":
+            found.append(entry)
+    if not found:
+        raise UserError(
+            "holds no data files",
+            where=path,
+            mend=f"known kinds: {', '.join(_READERS)}, also with {', '.join(_COMPRESSIONS)}",
+        )
+    return found
+
+
+def _has_data(folder: Path) -> bool:
+    return any(kind_of(path) is not None for path in folder.rglob("*") if path.is_file())

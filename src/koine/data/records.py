@@ -1,0 +1,219 @@
+"""Records: one JSON object a document, checked as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from koine.data.readers import TextUnit, data_files, read_rows
+from koine.errors import UserError, did_you_mean
+from koine.languages import language as find_language
+
+Record = dict[str, Any]
+"""`text` or `messages`, `language` (BCP-47), `domain`, `source`, `id`; other fields are carried along."""
+
+FIELDS = ("text", "messages", "language", "domain", "source", "id", "split")
+ROLES = ("system", "user", "assistant")
+HUB = "hub:"
+_FIRST_CHECK = 1000
+_SHOWN = 5
+# What other tools call these fields; used where the record has no field of our name.
+_ALIASES = {"language": ("lang",), "id": ("_id",)}
+UNKNOWN_LANGUAGE = "und"
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that was left out."""
+
+    file: Path
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.place}: {self.reason}"
+
+
+class RecordReader:
+    """Iterates over the good records of a path; `bad` counts the others and `examples` holds the first few.
+
+    Iterating raises `UserError` once more than `max_bad_share` of the records are bad (looked at after the first 1,000 and at the
+    end), or where there is no record at all.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        fields: Mapping[str, str] | None = None,
+        language: str | None = None,
+        domain: str | None = None,
+        max_bad_share: float = 0.01,
+        unit: TextUnit = "paragraph",
+    ) -> None:
+        if not 0.0 <= max_bad_share <= 1.0:
+            raise UserError(f"max_bad_share is {max_bad_share}", mend="it is a share between 0 and 1")
+        for name in fields or {}:
+            if name not in FIELDS:
+                raise UserError(
+                    f"unknown field '{name}' in the field mapping", mend=did_you_mean(name, FIELDS)
+                )
+        self.path = path
+        self.fields = dict(fields or {})
+        self.language = None if language is None else find_language(language).code
+        self.domain = domain
+        self.max_bad_share = max_bad_share
+        self.unit = unit
+        self.files = data_files(locate(path))
+        self.good = 0
+        self.bad = 0
+        self.examples: list[BadRecord] = []
+
+    def __iter__(self) -> Iterator[Record]:
+        self.good, self.bad, self.examples = 0, 0, []
+        codes: dict[str, str] = {}
+        for file in self.files:
+            for place, row in read_rows(file, unit=self.unit):
+                found = row if isinstance(row, str) else self._record(row, file, place, codes)
+                if isinstance(found, str):
+                    self.bad += 1
+                    if len(self.examples) < _SHOWN:
+                        self.examples.append(BadRecord(file, place, found))
+                    if self.good + self.bad >= _FIRST_CHECK:
+                        self._check()
+                else:
+                    self.good += 1
+                    yield found
+        self._check()
+        if not self.good:
+            raise UserError("holds no records", where=str(self.path), mend="the files are empty")
+
+    def _check(self) -> None:
+        total = self.good + self.bad
+        if self.bad > self.max_bad_share * total:
+            raise UserError(
+                f"{self.bad} of {total} records are bad ({self.bad / total:.1%}, at most {self.max_bad_share:.1%} may be); "
+                f"the first is {self.examples[0]}",
+                mend="mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+            )
+
+    def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
+        """The record of a row, or what is wrong with it."""
+        record = dict(row)
+        for name, column in self.fields.items():
+            if column not in row:
+                return f"no field '{column}' (it has {', '.join(map(str, list(row)[:8]))})"
+            record[name] = row[column]
+            if column != name and column not in self.fields:
+                record.pop(column)
+        for name, aliases in _ALIASES.items():
+            for alias in aliases:
+                if record.get(name) is None and alias in record:
+                    record[name] = record.pop(alias)
+        wrong = _wrong_content(record)
+        if wrong is not None:
+            return wrong
+        code = record.get("language") or self.language or UNKNOWN_LANGUAGE
+        if not isinstance(code, str):
+            return f"the language is {code!r}, not a code"
+        if code not in codes and code != UNKNOWN_LANGUAGE:
+            try:
+                codes[code] = find_language(code).code
+            except UserError as error:
+                return str(error)
+        record["language"] = codes.get(code, code)
+        record["domain"] = record.get("domain") or self.domain or "text"
+        record["source"] = record.get("source") or file.name.split(".")[0]
+        record["id"] = (
+            str(record["id"]) if record.get("id") is not None else f"{file.name}:{place.split()[-1]}"
+        )
+        return record
+
+
+def _wrong_content(record: Record) -> str | None:
+    text, messages = record.get("text"), record.get("messages")
+    if messages is None:
+        if text is None:
+            return f"neither 'text' nor 'messages' (it has {', '.join(map(str, list(record)[:8]))})"
+        return _wrong_text(text)
+    if not isinstance(messages, list) or not messages:
+        return "'messages' is not a list with at least one message"
+    previous = None
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            return f"message {number} is not an object with 'role' and 'content'"
+        role = message["role"]
+        if role not in ROLES:
+            return f"message {number} has the role '{role}'; known: {', '.join(ROLES)}"
+        if role == "system" and number > 1:
+            return f"message {number} is a system message; only the first may be"
+        if role == previous:
+            return f"messages {number - 1} and {number} are both of the {role}"
+        wrong = _wrong_text(message["content"])
+        if wrong is not None:
+            return f"message {number}: {wrong}"
+        previous = role
+    return None if previous == "assistant" else "the last message is not the assistant's"
+
+
+def _wrong_text(text: Any) -> str | None:
+    if not isinstance(text, str):
+        return f"the text is {type(text).__name__}, not a string"
+    if not text.strip():
+        return "the text is empty"
+    if "\0" in text:
+        return "the text holds NUL characters"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"the text holds a lone surrogate at character {error.start}"
+    return None
+
+
+def locate(path: str | Path) -> Path:
+    """The local path of a source: a path as it is, `hub:OWNER/NAME` as the folder of its snapshot.
+
+    Raises `UserError` where the hub cannot be reached or has no such data set.
+    """
+    text = str(path)
+    if not text.startswith(HUB):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        return Path(snapshot_download(text.removeprefix(HUB), repo_type="dataset"))
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"the hub has no data set '{text.removeprefix(HUB)}'", mend="check its name and your access"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, HFValidationError) as error:
+        raise UserError(
+            f"'{text}' cannot be fetched from the hub ({str(error).splitlines()[0]})",
+            mend="check the name and the connection, or give a local folder",
+        ) from None
+
+
+def read_records(
+    path: str | Path,
+    *,
+    fields: Mapping[str, str] | None = None,
+    language: str | None = None,
+    domain: str | None = None,
+    max_bad_share: float = 0.01,
+    unit: TextUnit = "paragraph",
+) -> RecordReader:
+    """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
+
+    Args:
+        fields: our field name to the data's (`{"text": "content"}`).
+        language, domain: for records that do not say.
+        max_bad_share: a larger share of bad records raises `UserError` with the first one's file and line.
+        unit: what a document is in a `.txt` file.
+    """
+    return RecordReader(
+        path, fields=fields, language=language, domain=domain, max_bad_share=max_bad_share, unit=unit
+    )

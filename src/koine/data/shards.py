@@ -1,0 +1,156 @@
+"""Token shards: memory-mapped ids, where each document begins, and what each document is.
+
+manifest.json                   format, tokenizer, dtype, counts, and sha256 and size of every file
+shard-00000.tokens              ids, uint16 (vocabularies up to 65,536) or uint32
+shard-00000.offsets             uint64 [documents + 1]: where each document begins
+shard-00000.mask                uint8 per token, 1 on completions (chats only)
+shard-00000.documents.parquet   id, language, domain, source, bytes (UTF-8, NFC) per document
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from koine.errors import UserError
+from koine.files import read_json, sha256_file
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DocumentInfo:
+    """What is known of a document beside its tokens."""
+
+    record_id: str
+    language: str
+    domain: str
+    source: str
+    bytes: int
+
+
+class TokenSource:
+    """A folder of token shards, opened for reading. Documents are numbered through all shards.
+
+    Raises `UserError` where a file is missing or its content is not what the manifest says (unless `verify` is false).
+    """
+
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        self.path = Path(path)
+        if not (self.path / "manifest.json").exists():
+            raise UserError(
+                "holds no token shards (manifest.json is missing)",
+                where=self.path,
+                mend="write them with `koine data tokenize`",
+            )
+        self.manifest: dict[str, Any] = read_json(self.path / "manifest.json")
+        if self.manifest.get("format") != FORMAT:
+            raise UserError(
+                f"has format {self.manifest.get('format')}, this version reads {FORMAT}",
+                where=self.path,
+                mend="tokenize again",
+            )
+        self._check_files(verify)
+        dtype = np.dtype(self.manifest["dtype"])
+        self._tokens, self._masks, offsets = [], [], []
+        for name in self.manifest["shards"]:
+            self._tokens.append(np.memmap(self.path / f"{name}.tokens", dtype=dtype, mode="r"))
+            offsets.append(np.fromfile(self.path / f"{name}.offsets", dtype=np.uint64).astype(np.int64))
+            if self.manifest["chat"]:
+                self._masks.append(np.memmap(self.path / f"{name}.mask", dtype=np.uint8, mode="r"))
+        self._starts = np.concatenate([o[:-1] for o in offsets]) if offsets else np.zeros(0, np.int64)
+        self.lengths: NDArray[np.int64] = (
+            np.concatenate([np.diff(o) for o in offsets]) if offsets else np.zeros(0, np.int64)
+        )
+        """Tokens of each document."""
+        self._first = np.cumsum([0, *[len(o) - 1 for o in offsets]])
+
+    def _check_files(self, verify: bool) -> None:
+        for name, about in self.manifest["files"].items():
+            file = self.path / name
+            if not file.exists():
+                raise UserError("is missing", where=file, mend="tokenize again, or copy the folder whole")
+            if file.stat().st_size != about["bytes"]:
+                raise UserError(
+                    f"has {file.stat().st_size} bytes, the manifest says {about['bytes']}",
+                    where=file,
+                    mend="it is truncated or was changed; tokenize again",
+                )
+            if verify and sha256_file(file) != about["sha256"]:
+                raise UserError(
+                    "does not match the sha256 in the manifest",
+                    where=file,
+                    mend="it is damaged; tokenize again, or copy the folder again",
+                )
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """sha256 of the tokenizer that made the ids."""
+        return str(self.manifest["tokenizer"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of that tokenizer's vocabulary."""
+        return int(self.manifest["vocab_size"])
+
+    @property
+    def chat(self) -> bool:
+        """Whether the documents are chats with a mask of completion tokens."""
+        return bool(self.manifest["chat"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def locate(self, document: int) -> tuple[int, int]:
+        """Shard and index inside the shard of a document."""
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        return shard, document - int(self._first[shard])
+
+    def number(self, shard: int, index: int) -> int:
+        """The reverse of `locate`."""
+        return int(self._first[shard]) + index
+
+    def tokens(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
+        """Ids `[start, end)` of a document, not copied."""
+        return self._slice(self._tokens, document, start, end)
+
+    def mask(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
+        """1 where a token of a chat is a completion."""
+        return self._slice(self._masks, document, start, end)
+
+    def _slice(self, arrays: list[Any], document: int, start: int, end: int | None) -> NDArray[Any]:
+        shard, _ = self.locate(document)
+        first = int(self._starts[document])
+        length = int(self.lengths[document])
+        out: NDArray[Any] = arrays[shard][first + start : first + (length if end is None else end)]
+        return out
+
+    @cached_property
+    def _documents(self) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        tables = [pq.read_table(self.path / f"{name}.documents.parquet") for name in self.manifest["shards"]]
+        return pa.concat_tables(tables) if tables else None
+
+    @cached_property
+    def languages(self) -> NDArray[np.str_]:
+        """Language code of each document."""
+        if not len(self):
+            return np.zeros(0, dtype=np.str_)
+        return np.asarray(self._documents.column("language").to_numpy(zero_copy_only=False), dtype=np.str_)
+
+    def info(self, document: int) -> DocumentInfo:
+        """What the document is."""
+        row = self._documents.slice(document, 1).to_pylist()[0]
+        return DocumentInfo(row["id"], row["language"], row["domain"], row["source"], row["bytes"])
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Documents, tokens and bytes by language."""
+        value: dict[str, dict[str, int]] = self.manifest["languages"]
+        return value

@@ -1,0 +1,264 @@
+"""Text to token shards: parallel over processes, the same output for any number of them, and restartable."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from koine.data.readers import TextUnit
+from koine.data.records import Record, RecordReader, read_records
+from koine.data.shards import FORMAT
+from koine.errors import UserError
+from koine.files import (
+    disk_errors,
+    exclusive,
+    fsync_tree,
+    publish_directory,
+    read_json,
+    sha256_file,
+    write_json,
+)
+from koine.tokenizer import Tokenizer, load_tokenizer
+
+SHARD_BYTES = 32 * 2**20
+
+
+def tokenize(
+    source: Path | str,
+    tokenizer: Path,
+    *,
+    out: Path,
+    workers: int = 1,
+    fields: Mapping[str, str] | None = None,
+    language: str | None = None,
+    domain: str | None = None,
+    max_bad_share: float = 0.01,
+    unit: TextUnit = "paragraph",
+    shard_bytes: int = SHARD_BYTES,
+) -> RecordReader:
+    """Write the token shards of a source into `out` (see `koine.data.shards`) and return the reader with its counts.
+
+    A killed run leaves its finished shards beside `out`, and the same call again goes on after them; the result is byte for byte the
+    same for any number of workers and interruptions. Memory: about `(2 + workers) * shard_bytes`.
+
+    Raises `UserError` for bad input, for an existing `out`, and where chats and plain texts are mixed in one source.
+    """
+    out, tokenizer = Path(out), Path(tokenizer)
+    if workers < 1:
+        raise UserError(f"{workers} workers", mend="at least 1 is needed")
+    if out.exists():
+        raise UserError("exists already", where=out, mend="choose another --out or remove it first")
+    reader = read_records(
+        source, fields=fields, language=language, domain=domain, max_bad_share=max_bad_share, unit=unit
+    )
+    loaded = load_tokenizer(tokenizer)
+    request = {
+        "source": str(source),
+        "tokenizer": loaded.fingerprint,
+        "fields": dict(fields or {}),
+        "language": language,
+        "domain": domain,
+        "unit": unit,
+        "shard_bytes": shard_bytes,
+    }
+    work = out.with_name(f".{out.name}.work")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(out.with_name(f".{out.name}.lock"), doing="tokenizing into this folder"):
+            try:
+                _prepare(work, request)
+                _write_shards(work, reader, tokenizer, workers, shard_bytes)
+                _write_manifest(work, loaded)
+            except UserError:
+                # The input is wrong: nothing of it is kept.
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            fsync_tree(work)
+            publish_directory(work, out)
+    out.with_name(f".{out.name}.lock").unlink(missing_ok=True)
+    return reader
+
+
+def _prepare(work: Path, request: dict[str, Any]) -> None:
+    """An empty work folder, or the one that an interrupted run with the same request left."""
+    if work.exists():
+        marker = work / "request.json"
+        if not marker.exists() or read_json(marker) != request:
+            shutil.rmtree(work)
+    if not work.exists():
+        work.mkdir()
+        write_json(work / "request.json", request)
+
+
+def _chunks(reader: RecordReader, shard_bytes: int) -> Iterator[tuple[list[Record], str]]:
+    """Records in groups of about `shard_bytes` of text, each with a digest of its content."""
+    chunk: list[Record] = []
+    size = 0
+    digest = blake2b(digest_size=16)
+    for record in reader:
+        slim = {
+            key: record[key]
+            for key in ("text", "messages", "id", "language", "domain", "source")
+            if key in record
+        }
+        line = json.dumps(slim, ensure_ascii=False, sort_keys=True).encode("utf-8")
+        digest.update(line)
+        chunk.append(slim)
+        size += len(line)
+        if size >= shard_bytes:
+            yield chunk, digest.hexdigest()
+            chunk, size, digest = [], 0, blake2b(digest_size=16)
+    if chunk:
+        yield chunk, digest.hexdigest()
+
+
+def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: int, shard_bytes: int) -> None:
+    # Processes are started anew: a fork would copy the threads of the tokenizers library in whatever state they are.
+    pool: ProcessPoolExecutor | None = None
+    pending: list[Future[None]] = []
+    try:
+        for number, (chunk, digest) in enumerate(_chunks(reader, shard_bytes)):
+            done = work / f"shard-{number:05d}.json"
+            if done.exists() and read_json(done)["digest"] == digest:
+                continue
+            if workers == 1:
+                _write_shard(work, number, chunk, digest, tokenizer)
+                continue
+            if pool is None:
+                context = multiprocessing.get_context("spawn")
+                pool = ProcessPoolExecutor(workers, mp_context=context)
+            pending.append(pool.submit(_write_shard, work, number, chunk, digest, tokenizer))
+            if len(pending) > workers:
+                pending.pop(0).result()
+        for future in pending:
+            future.result()
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+_LOADED: dict[Path, Tokenizer] = {}
+
+
+def _write_shard(work: Path, number: int, records: list[Record], digest: str, path: Path) -> None:
+    """Tokenize one group of records; its `.json` is written last and says that the shard is whole."""
+    if path not in _LOADED:
+        _LOADED[path] = load_tokenizer(path)
+    tokenizer = _LOADED[path]
+    chat = "messages" in records[0]
+    if any(("messages" in record) != chat for record in records):
+        raise UserError(
+            "holds both chats ('messages') and plain texts",
+            where=str(records[0]["source"]),
+            mend="tokenize them apart",
+        )
+    masks: list[list[bool]] = []
+    if chat:
+        pairs = [tokenizer.encode_messages(record["messages"]) for record in records]
+        documents = [ids for ids, _ in pairs]
+        masks = [mask for _, mask in pairs]
+    else:
+        encoded = tokenizer.encode_batch([record["text"] for record in records])
+        documents = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in encoded]
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    name = f"shard-{number:05d}"
+    np.concatenate([np.asarray(ids, dtype=dtype) for ids in documents]).tofile(work / f"{name}.tokens")
+    lengths = [len(ids) for ids in documents]
+    np.cumsum([0, *lengths]).astype(np.uint64).tofile(work / f"{name}.offsets")
+    if chat:
+        np.concatenate([np.asarray(mask, dtype=np.uint8) for mask in masks]).tofile(work / f"{name}.mask")
+    sizes = [_bytes(record) for record in records]
+    _write_documents(work / f"{name}.documents.parquet", records, sizes)
+    languages: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    domains: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for record, length, size in zip(records, lengths, sizes, strict=True):
+        for totals in (languages[record["language"]], domains[record["domain"]]):
+            totals[0] += 1
+            totals[1] += length
+            totals[2] += size
+    endings = (".tokens", ".offsets", ".documents.parquet", *([".mask"] if chat else []))
+    write_json(
+        work / f"{name}.json",
+        {
+            "digest": digest,
+            "chat": chat,
+            "languages": languages,
+            "domains": domains,
+            "files": {
+                name + ending: {
+                    "bytes": (work / (name + ending)).stat().st_size,
+                    "sha256": sha256_file(work / (name + ending)),
+                }
+                for ending in endings
+            },
+        },
+    )
+
+
+def _bytes(record: Record) -> int:
+    """UTF-8 bytes of a record's text after NFC, which is what the tokenizer reads."""
+    texts = (
+        [message["content"] for message in record["messages"]] if "messages" in record else [record["text"]]
+    )
+    return sum(len(unicodedata.normalize("NFC", text).encode("utf-8")) for text in texts)
+
+
+def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "id": pa.array([record["id"] for record in records], pa.string()),
+            "language": pa.array([record["language"] for record in records], pa.string()),
+            "domain": pa.array([record["domain"] for record in records], pa.string()),
+            "source": pa.array([record["source"] for record in records], pa.string()),
+            "bytes": pa.array(sizes, pa.int64()),
+        }
+    )
+    pq.write_table(table, path, compression="zstd")
+
+
+def _write_manifest(work: Path, tokenizer: Tokenizer) -> None:
+    """Collect the shards' own records into manifest.json and remove what only a restart needs."""
+    shards = sorted(path for path in work.glob("shard-*.json"))
+    about = [read_json(path) for path in shards]
+    if len({item["chat"] for item in about}) > 1:
+        raise UserError("holds both chats ('messages') and plain texts", mend="tokenize them apart")
+    totals: dict[str, dict[str, dict[str, int]]] = {"languages": {}, "domains": {}}
+    for item in about:
+        for kind, by_name in totals.items():
+            for name, (documents, tokens, size) in item[kind].items():
+                entry = by_name.setdefault(name, {"documents": 0, "tokens": 0, "bytes": 0})
+                entry["documents"] += documents
+                entry["tokens"] += tokens
+                entry["bytes"] += size
+    write_json(
+        work / "manifest.json",
+        {
+            "format": FORMAT,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+            "chat": about[0]["chat"],
+            "shards": [path.stem for path in shards],
+            "documents": sum(entry["documents"] for entry in totals["languages"].values()),
+            "tokens": sum(entry["tokens"] for entry in totals["languages"].values()),
+            "bytes": sum(entry["bytes"] for entry in totals["languages"].values()),
+            "languages": dict(sorted(totals["languages"].items())),
+            "domains": dict(sorted(totals["domains"].items())),
+            "files": {name: entry for item in about for name, entry in item["files"].items()},
+        },
+    )
+    for path in (*shards, work / "request.json"):
+        path.unlink()
