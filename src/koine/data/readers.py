@@ -14,9 +14,9 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 from koine.errors import UserError, did_you_mean
 
@@ -173,7 +173,8 @@ def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
 def _unpacked(path: Path) -> Iterator[IO[bytes]]:
     with ExitStack() as stack:
         if path.suffix == ".gz":
-            yield stack.enter_context(closing(gzip.open(path, "rb")))  # type: ignore[misc]
+            packed = stack.enter_context(gzip.open(path, "rb"))
+            yield cast("IO[bytes]", packed)
         elif path.suffix == ".xz":
             yield stack.enter_context(lzma.open(path, "rb"))
         elif path.suffix == ".zst":

@@ -106,7 +106,7 @@ def _chunks(reader: RecordReader, shard_bytes: int) -> Iterator[tuple[list[Recor
     size = 0
     digest = blake2b(digest_size=16)
     for record in reader:
-        slim = {
+        slim: Record = {
             key: record[key]
             for key in ("text", "messages", "id", "language", "domain", "source")
             if key in record
