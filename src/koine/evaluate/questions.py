@@ -124,14 +124,16 @@ def greedy_answers(
 ) -> list[str | None]:
     """The model's greedy answer to each prompt (token ids); None where it had not ended after `max_new_tokens`.
 
-    Each step runs the whole sequences, padded on the right: answers are short, any causal LM can do it, and no row
-    depends on its neighbours.
+    Our decoder answers with its cache. Any other causal LM runs the whole sequences at each step, padded on the right: answers
+    are short, every model can do it, and no row depends on its neighbours.
     """
     import torch
 
     from koine.evaluate.scoring import evaluating
 
     stops = {tokenizer.end_of_turn_id, tokenizer.eos_id}
+    if hasattr(model, "new_cache"):
+        return _cached_answers(model, tokenizer, prompts, stops, max_new_tokens)
     rows = [list(prompt) for prompt in prompts]
     answers: list[str | None] = [None] * len(rows)
     running = list(range(len(rows)))
@@ -155,3 +157,18 @@ def greedy_answers(
             if not running:
                 break
     return answers
+
+
+def _cached_answers(
+    model: Any, tokenizer: Tokenizer, prompts: list[list[int]], stops: set[int], max_new_tokens: int
+) -> list[str | None]:
+    from koine.evaluate.scoring import evaluating
+    from koine.model import Sampling, stream
+
+    written: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        for step in stream(model, prompts, Sampling(max_new_tokens=max_new_tokens), stop_ids=tuple(stops)):
+            for answer, token in zip(written, step.tokens, strict=True):
+                if token is not None:
+                    answer.append(token)
+    return [tokenizer.decode(answer[:-1]) if answer and answer[-1] in stops else None for answer in written]

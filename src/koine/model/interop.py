@@ -31,11 +31,25 @@ class CausalLM(nn.Module):
         self.inner = inner
 
     @property
-    def output_weight(self) -> Tensor:
-        """`[vocab, hidden]`."""
-        weight = self.inner.get_output_embeddings().weight
+    def output_weight(self) -> Tensor | None:
+        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, so that the loss can be computed in chunks;
+        `None` where the model does more (a bias, soft-capping)."""
+        head = self.inner.get_output_embeddings()
+        if getattr(head, "bias", None) is not None or getattr(
+            self.inner.config, "final_logit_softcapping", None
+        ):
+            return None
+        weight = head.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits (Cohere multiplies, Granite divides)."""
+        config = self.inner.config
+        return float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
 
     def forward(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -55,15 +69,8 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., vocab]`, with the model's own scale and soft-capping."""
-        logits = self.inner.get_output_embeddings()(hidden)
-        config = self.inner.config
-        scale = getattr(config, "logit_scale", None)
-        if scale is not None:
-            logits = logits * scale
-        scaling = getattr(config, "logits_scaling", None)
-        if scaling is not None:
-            logits = logits / scaling
-        cap = getattr(config, "final_logit_softcapping", None)
+        logits = self.inner.get_output_embeddings()(hidden) * self.logit_scale
+        cap = getattr(self.inner.config, "final_logit_softcapping", None)
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         assert isinstance(logits, Tensor)

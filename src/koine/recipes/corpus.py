@@ -1,11 +1,11 @@
 """A corpus folder: the one layout that the recipe's steps read, made from the sample world or from the user's own text.
 
-    documents/CODE.jsonl            training documents, one file a language
-    documents-heldout/CODE.jsonl    documents that no step trains on, for bits per byte
-    questions/train/CODE.jsonl      chats for supervised fine-tuning
-    questions/test/CODE.jsonl       questions with exact answers (sample world only)
-    code.jsonl                      the code domain
-    roles.json                      {"primary": [...], "expanded": [...], "chat": [...]}: language codes
+documents/CODE.jsonl            training documents, one file a language
+documents-heldout/CODE.jsonl    documents that no step trains on, for bits per byte
+questions/train/CODE.jsonl      chats for supervised fine-tuning
+questions/test/CODE.jsonl       questions with exact answers (sample world only)
+code.jsonl                      the code domain
+roles.json                      {"primary": [...], "expanded": [...], "chat": [...]}: language codes
 """
 
 from __future__ import annotations

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
-from koine.files import read_json, write_json
+from koine.files import write_json
 from koine.plan import step
-from koine.recipes.corpus import existing, load_roles, read_lines, split_roles, write_own_corpus
 from koine.recipes.corpus import Roles as CorpusRoles
+from koine.recipes.corpus import existing, load_roles, read_lines, split_roles, write_own_corpus
 
 if TYPE_CHECKING:
-    from koine.data.mixture import Mixture
-    from koine.data.shards import TokenSource
+    from torch import nn
+
+    from koine.data.mixture import Mixture, Packing, Source
     from koine.model import Decoder
     from koine.train import TrainSettings
 
@@ -153,7 +155,16 @@ def own_corpus(
             },
             {
                 "kind": "table",
-                "columns": ["language", "name", "part", "documents", "bytes", "held-out documents", "held-out bytes", "chats"],
+                "columns": [
+                    "language",
+                    "name",
+                    "part",
+                    "documents",
+                    "bytes",
+                    "held-out documents",
+                    "held-out bytes",
+                    "chats",
+                ],
                 "rows": [
                     [
                         code,
@@ -178,7 +189,10 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
     for entry in fields:
         name, separator, column = entry.partition("=")
         if not separator or not name or not column:
-            raise UserError(f"field mapping '{entry}' is not NAME=COLUMN", mend="for example fields=text=content,language=lang")
+            raise UserError(
+                f"field mapping '{entry}' is not NAME=COLUMN",
+                mend="for example fields=text=content,language=lang",
+            )
         mapping[name] = column
     return mapping
 
@@ -424,3 +438,143 @@ def with_english_share(codes: tuple[str, ...], share: float) -> dict[str, float]
         return dict.fromkeys(codes, 1.0)
     other = (1.0 - share) / (len(codes) - 1)
     return {code: share if code == "en" else other for code in codes}
+
+
+@step(version="1", threads=1)
+def evaluate_model(
+    corpus: Path,
+    model: Path,
+    *,
+    documents_per_language: int,
+    questions_per_language: int,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """Bits per byte on held-out documents, and accuracy on the test questions where the corpus has some."""
+    import torch
+
+    from koine.evaluate import bits_per_byte, question_accuracy
+    from koine.model import load_model
+    from koine.tokenizer import load_tokenizer
+
+    torch.set_num_threads(threads)
+    roles = load_roles(corpus)
+    tokenizer = load_tokenizer(model)
+    decoder = load_model(model, dtype=torch.float32)
+    heldout = existing(corpus, "documents-heldout", roles.all)
+    results = bits_per_byte(
+        decoder, tokenizer, _first(heldout.values(), documents_per_language), batch_size=16, seed=seed
+    )
+    asked = existing(corpus, "questions/test", roles.chat)
+    if asked and questions_per_language:
+        results["questions"] = question_accuracy(
+            decoder, tokenizer, _first(asked.values(), questions_per_language), batch_size=64, seed=seed
+        )
+    write_json(out / "evaluation.json", results)
+    metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]["value"]}
+    write_json(out / "metrics.json", metrics)
+
+
+def _first(paths: Iterable[Path], limit: int) -> Iterator[dict[str, Any]]:
+    """The first `limit` records of each file."""
+    for path in paths:
+        yield from islice(read_lines(path), limit)
+
+
+def bits_per_byte_probe(
+    corpus: Path, tokenizer: Path, groups: Mapping[str, tuple[str, ...]], *, documents: int = 3
+) -> Callable[[nn.Module, int], Mapping[str, float]]:
+    """An `evaluate` for the training loop: bits per byte of a few held-out documents of each group of languages."""
+    from koine.evaluate import bits_per_byte
+    from koine.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    records = {
+        name: list(_first(existing(corpus, "documents-heldout", codes).values(), documents))
+        for name, codes in groups.items()
+    }
+
+    def probe(model: nn.Module, step: int) -> Mapping[str, float]:
+        return {
+            f"bits_per_byte_{name}": bits_per_byte(model, loaded, part, resamples=1)["overall"][
+                "bits_per_byte"
+            ]["value"]
+            for name, part in records.items()
+            if part
+        }
+
+    return probe
+
+
+def _mixture(
+    name: str,
+    sources: list[Source],
+    steps: int,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    *,
+    packing: Packing,
+) -> Mixture:
+    from koine.data import Mixture, Phase
+
+    return Mixture(
+        phases=(Phase(name=name, steps=steps, sources=tuple(sources)),),
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        packing=packing,
+    )
+
+
+def _settings(*, steps: int, **fields: Any) -> TrainSettings:
+    from koine.train import TrainSettings
+
+    return TrainSettings(
+        warmup_steps=max(1, steps // 20),
+        checkpoint_every=max(10, steps // 10),
+        keep_last=1,
+        # A recipe's first steps are short and its phases change the data at once: a rise is no accident here.
+        spike_deviations=0.0,
+        **fields,
+    )
+
+
+def _train(
+    model: Decoder,
+    mixture: Mixture,
+    settings: TrainSettings,
+    *,
+    out: Path,
+    tokenizer: Path,
+    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
+) -> None:
+    import torch
+
+    from koine.data import DataOrder
+    from koine.train import language_modelling, supervised_fine_tuning, train
+
+    chats = mixture.phases[0].name == "sft"
+    train(
+        model.to(torch.float32),
+        supervised_fine_tuning if chats else language_modelling,
+        DataOrder(mixture),
+        settings,
+        out=out,
+        tokenizer=tokenizer,
+        evaluate=evaluate,
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
+    for line in reversed(lines):
+        found = {key: value for key, value in line.items() if key.startswith("bits_per_byte")}
+        if found:
+            metrics |= found
+            break
+    write_json(out / "metrics.json", metrics)
+
+
+def _report(out: Path, title: str, blocks: list[dict[str, Any]]) -> None:
+    write_json(out / "report.json", {"title": title, "blocks": blocks})
