@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from koine.errors import UserError
 from koine.files import write_json
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from koine.data.mixture import Mixture, Packing, Source
+    from koine.evaluate.scoring import ScoringModel
     from koine.model import Decoder
+    from koine.tokenizer import Tokenizer
+    from koine.tokenizer.weights import Scheme
     from koine.train import TrainSettings
 
 
@@ -218,7 +221,7 @@ def build_tokenizer(
     tokenizer = train_tokenizer(
         texts,
         vocab_size=vocabulary_size,
-        scheme=scheme,
+        scheme=cast("Scheme", scheme),
         english_share=english_share if "en" in texts and len(texts) > 1 else None,
         sample_bytes=sample_bytes,
         seed=seed,
@@ -466,6 +469,7 @@ def evaluate_model(
     results = bits_per_byte(
         decoder, tokenizer, _first(heldout.values(), documents_per_language), batch_size=16, seed=seed
     )
+    write_json(out / "samples.json", _samples(decoder, tokenizer, corpus, roles.chat))
     asked = existing(corpus, "questions/test", roles.chat)
     if asked and questions_per_language:
         results["questions"] = question_accuracy(
@@ -474,6 +478,33 @@ def evaluate_model(
     write_json(out / "evaluation.json", results)
     metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]["value"]}
     write_json(out / "metrics.json", metrics)
+
+
+def _samples(
+    model: Decoder, tokenizer: Tokenizer, corpus: Path, codes: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """One question a language with the model's own answer, for the report."""
+    from koine.model import Sampling, generate
+
+    folder = "questions/test" if existing(corpus, "questions/test", codes) else "questions/train"
+    records = list(_first(existing(corpus, folder, codes).values(), 1))
+    asked = [
+        record["messages"][:-1] if record["messages"][-1]["role"] == "assistant" else record["messages"]
+        for record in records
+    ]
+    prompts = [tokenizer.encode_messages(messages, generation_prompt=True)[0] for messages in asked]
+    if not prompts:
+        return []
+    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id)
+    answers = generate(model, prompts, Sampling(max_new_tokens=60), stop_ids=stops)
+    return [
+        {
+            "title": record["language"]
+            + (f", right answer: {record['answer']}" if record.get("answer") else ""),
+            "messages": [*messages, {"role": "assistant", "content": tokenizer.decode(answer)}],
+        }
+        for record, messages, answer in zip(records, asked, answers, strict=True)
+    ]
 
 
 def _first(paths: Iterable[Path], limit: int) -> Iterator[dict[str, Any]]:
@@ -497,9 +528,9 @@ def bits_per_byte_probe(
 
     def probe(model: nn.Module, step: int) -> Mapping[str, float]:
         return {
-            f"bits_per_byte_{name}": bits_per_byte(model, loaded, part, resamples=1)["overall"][
-                "bits_per_byte"
-            ]["value"]
+            f"bits_per_byte_{name}": bits_per_byte(cast("ScoringModel", model), loaded, part, resamples=1)[
+                "overall"
+            ]["bits_per_byte"]["value"]
             for name, part in records.items()
             if part
         }

@@ -1,0 +1,214 @@
+"""From raw text in many languages to a model that you can talk to, and what the tokenizer had to do with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from koine.plan import Artifact, Plan
+from koine.recipes.compare import ARMS, compare_arms
+from koine.recipes.steps import (
+    adapt,
+    build_tokenizer,
+    evaluate_model,
+    own_corpus,
+    pretrain,
+    sample_corpus,
+    teach_chat,
+    tokenize_part,
+)
+
+LANGUAGES = (
+    *("en", "de", "fr", "es", "pl", "ru", "el", "fi"),
+    *("zh", "ja", "ko", "vi", "th", "id", "fil", "my"),
+    *("ar", "fa", "tr", "he", "hi", "bn", "ta", "ur"),
+)
+
+
+def quickstart(
+    plan: Plan,
+    *,
+    data: Path | None = None,
+    fields: tuple[str, ...] = (),
+    languages: tuple[str, ...] = (),
+    primary_cluster: str = "european",
+    primary_languages: tuple[str, ...] = (),
+    preset: str = "koine-2m",
+    vocabulary_size: int = 8192,
+    pretrain_steps: int = 300,
+    adapt_steps: int = 150,
+    chat_steps: int = 150,
+    sequence_length: int = 256,
+    batch_size: int = 16,
+    micro_batch_size: int = 8,
+    learning_rate: float = 4e-3,
+    code_share: float = 0.1,
+    english_share: float = 0.3,
+    primary_share: float = 0.2,
+    dtype: str = "bfloat16",
+    documents_per_language: int = 600,
+    questions_per_language: int = 600,
+    max_bytes_per_language: int = 400_000,
+    min_bytes_per_language: int = 20_000,
+    max_bad_share: float = 0.01,
+    evaluation_documents: int = 12,
+    evaluation_questions: int = 40,
+    threads: int = 1,
+    seed: int = 0,
+) -> None:
+    """Universal against cluster tokenizer on a small hybrid model: pretrain, adapt, chat, evaluate, report.
+
+    The sample world in 24 languages, or with `data` your own records (`fields` maps their names: fields=text=content,language=lang).
+    Both arms are pretrained on the languages of `primary_cluster` (or `primary_languages`) alone, so that what differs afterwards is
+    the tokenizer and not the text; both are then adapted to the others. Each arm trains on `threads` cores, side by side.
+    """
+    if data is None:
+        corpus = plan.step(
+            sample_corpus,
+            name="corpus",
+            languages=languages or LANGUAGES,
+            primary_cluster=primary_cluster,
+            primary_languages=primary_languages,
+            documents_per_language=documents_per_language,
+            questions_per_language=questions_per_language,
+            code_bytes=300_000,
+            seed=seed,
+        )
+    else:
+        corpus = plan.step(
+            own_corpus,
+            name="corpus",
+            data=plan.input(data, name="data"),
+            fields=fields,
+            languages=languages,
+            primary_cluster=primary_cluster,
+            primary_languages=primary_languages,
+            max_bytes_per_language=max_bytes_per_language,
+            heldout_bytes_per_language=max(10_000, max_bytes_per_language // 10),
+            heldout_share=0.05,
+            min_bytes_per_language=min_bytes_per_language,
+            max_bad_share=max_bad_share,
+            questions_per_language=questions_per_language,
+            seed=seed,
+        )
+    tokenizers: dict[str, Artifact] = {}
+    documents: dict[str, Artifact] = {}
+    pretrained: dict[str, Artifact] = {}
+    adapted: dict[str, Artifact] = {}
+    before: dict[str, Artifact] = {}
+    after: dict[str, Artifact] = {}
+    final: dict[str, Artifact] = {}
+    for arm in ARMS:
+        tokenizers[arm] = tokenizer = plan.step(
+            build_tokenizer,
+            name=f"tokenizer/{arm}",
+            corpus=corpus,
+            scope=arm,
+            vocabulary_size=vocabulary_size,
+            scheme="bucketed",
+            english_share=english_share,
+            sample_bytes=8_000_000,
+            seed=seed,
+        )
+
+        def tokens(part: str, domain: str, arm: str = arm, tokenizer: Artifact = tokenizer) -> Artifact:
+            return plan.step(
+                tokenize_part,
+                name=f"tokens/{arm}/{domain}",
+                corpus=corpus,
+                tokenizer=tokenizer,
+                part=part,
+                domain=domain,
+            )
+
+        documents[arm] = tokens("documents", "documents")
+        chats = tokens("questions/train", "chats")
+        code = tokens("code.jsonl", "code") if data is None and code_share > 0.0 else None
+
+        def evaluated(model: Artifact, name: str, *, questions: int = 0, arm: str = arm) -> Artifact:
+            return plan.step(
+                evaluate_model,
+                name=f"evaluation/{arm}/{name}",
+                corpus=corpus,
+                model=model,
+                documents_per_language=evaluation_documents,
+                questions_per_language=questions,
+                threads=threads,
+                seed=seed,
+            )
+
+        pretrained[arm] = plan.step(
+            pretrain,
+            name=f"pretrained/{arm}",
+            corpus=corpus,
+            tokenizer=tokenizer,
+            documents=documents[arm],
+            code=code,
+            preset=preset,
+            steps=pretrain_steps,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            learning_rate=learning_rate,
+            dtype=dtype,
+            code_share=code_share,
+            english_share=english_share,
+            evaluate_every=max(1, pretrain_steps // 5),
+            seed=seed,
+            threads=threads,
+        )
+        adapted[arm] = plan.step(
+            adapt,
+            name=f"adapted/{arm}",
+            corpus=corpus,
+            tokenizer=tokenizer,
+            model=pretrained[arm],
+            documents=documents[arm],
+            steps=adapt_steps,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            learning_rate=learning_rate / 2,
+            dtype=dtype,
+            primary_share=primary_share,
+            evaluate_every=max(1, adapt_steps // 15),
+            seed=seed,
+            threads=threads,
+        )
+        model = plan.step(
+            teach_chat,
+            # The universal arm's model is the one to talk to.
+            name="model" if arm == "universal" else f"model-{arm}",
+            tokenizer=tokenizer,
+            model=adapted[arm],
+            chats=chats,
+            steps=chat_steps,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            learning_rate=learning_rate / 2,
+            dtype=dtype,
+            seed=seed,
+            threads=threads,
+        )
+        before[arm] = evaluated(pretrained[arm], "pretrained")
+        after[arm] = evaluated(adapted[arm], "adapted")
+        final[arm] = evaluated(model, "chat", questions=evaluation_questions)
+    comparison = plan.step(
+        compare_arms,
+        name="comparison",
+        corpus=corpus,
+        tokenizers=tokenizers,
+        tokens=documents,
+        pretrained=pretrained,
+        adapted=adapted,
+        before=before,
+        after=after,
+        final=final,
+        primary_share=primary_share,
+        batch_tokens=batch_size * sequence_length,
+        seed=seed,
+    )
+    plan.export(comparison / "results.json", "results.json")
+    plan.closing(
+        f"The answer is in {plan.folder / 'report.html'}. Talk to the model: koine chat {plan.folder / 'model'}"
+    )
