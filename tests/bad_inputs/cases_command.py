@@ -55,7 +55,7 @@ CASES = (
         prepare=worlds.having("model"),
         during=worlds.standard_input("Währung?\n".encode("latin-1")),
         simulated="a Latin-1 line comes through a pipe",
-        says='standard input: line 1 is not UTF-8; convert it, for example with iconv',
+        says="standard input: line 1 is not UTF-8; convert it, for example with iconv",
     ),
     Case(
         mistake="a seed that is no whole number",

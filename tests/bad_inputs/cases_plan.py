@@ -24,8 +24,16 @@ def small(plan: Plan, *, words: int = 3) -> None:
 WITH_PLAN = worlds.written("plans.py", PLAN)
 
 CASES = (
-    Case(mistake="a plan that does not exist", command="run quickstrat", says="?"),
-    Case(mistake="a file of plans that is not there", command="run plans.py:small", says="?"),
+    Case(
+        mistake="a plan that does not exist",
+        command="run quickstrat",
+        says="?",
+    ),
+    Case(
+        mistake="a file of plans that is not there",
+        command="run plans.py:small",
+        says="plans.py: no such plan file",
+    ),
     Case(
         mistake="a file of plans without that function",
         command="run plans.py:smal",
@@ -42,19 +50,19 @@ CASES = (
         mistake="a setting with a typo",
         command="run plans.py:small --set wrods=4",
         prepare=WITH_PLAN,
-        says="?",
+        says="--set: unknown key 'wrods'; did you mean 'words'?",
     ),
     Case(
         mistake="a setting without a value",
         command="run plans.py:small --set words",
         prepare=WITH_PLAN,
-        says="?",
+        says="--set: 'words' is not key=value",
     ),
     Case(
         mistake="a setting of the wrong kind",
         command="run plans.py:small --set words=many",
         prepare=WITH_PLAN,
-        says="?",
+        says="--set words: 'many' does not fit <class 'int'>",
     ),
     Case(
         mistake="an executor that does not exist",
