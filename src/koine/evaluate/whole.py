@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from koine.allocator import keep_freed_memory
 from koine.errors import UserError
 
 
@@ -42,6 +43,7 @@ def evaluate_model(
         if not Path(source).exists():
             raise UserError("no such file or folder", where=source)
     _check_device(device)
+    keep_freed_memory()
     tokenizer = load_tokenizer(path)
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     _check_vocabulary(model, tokenizer.vocab_size, path)

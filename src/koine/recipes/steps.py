@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from koine.allocator import keep_freed_memory
 from koine.errors import UserError
 from koine.files import write_json
 from koine.plan import step
@@ -461,6 +462,7 @@ def evaluate_model(
     from koine.model import load_model
     from koine.tokenizer import load_tokenizer
 
+    keep_freed_memory()
     torch.set_num_threads(threads)
     roles = load_roles(corpus)
     tokenizer = load_tokenizer(model)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from koine.allocator import keep_freed_memory
 from koine.errors import KoineWarning
 from koine.train.ceiling import matmul_ceiling
 from koine.train.settings import TrainSettings
@@ -18,6 +19,7 @@ from koine.train.settings import TrainSettings
 @contextmanager
 def numerics(settings: TrainSettings) -> Iterator[None]:
     """Threads, the seed, and deterministic kernels where there are some; put back afterwards."""
+    keep_freed_memory()
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
