@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, A
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         ranks.barrier()
-        dcp.save(
-            dict(tensors),
-            storage_writer=dcp.FileSystemWriter(partial, sync_files=False),
-            no_dist=not ranks.several,
-        )
+        with warnings.catch_warnings():
+            # Alone is what we mean; torch warns that no process group is there.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            # Files are synced below, all at once.
+            writer = dcp.FileSystemWriter(partial, sync_files=False)
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
         ranks.barrier()
         if ranks.first:
             files = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
@@ -110,7 +112,9 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     """Fill `tensors` in place, whatever number of ranks wrote them, and restore the random state."""
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=not ranks.several)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=not ranks.several)
     state = base64.b64decode(checkpoint.about["random_state"])
     torch.set_rng_state(torch.tensor(list(state), dtype=torch.uint8))
 

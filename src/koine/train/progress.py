@@ -14,13 +14,13 @@ PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a line that a kill cut short."""
+    """Drop the lines of `step` and later ones (they are taken again), and a line that a kill cut short."""
     if not path.exists():
         return
     kept: list[bytes] = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] > step:
+            if json.loads(line)["step"] >= step:
                 break
         except (ValueError, KeyError):
             break

@@ -1,5 +1,6 @@
 """Every hyperparameter of the loop, declared once: its type, its default, its bounds and its help text."""
 
+# ruff: noqa: RUF009  (`setting` makes a dataclass field)
 from __future__ import annotations
 
 import dataclasses

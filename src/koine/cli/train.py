@@ -1,0 +1,277 @@
+"""`koine train`: pretraining and supervised fine-tuning on token shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import click
+
+from koine.errors import UserError
+from koine.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from koine.data.mixture import Mixture, Source
+    from koine.model.decoder import Decoder
+
+
+def setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """One option for each field of `TrainSettings`: its name, type, default and help are declared there."""
+    types = get_type_hints(TrainSettings)
+    for field in reversed(dataclasses.fields(TrainSettings)):
+        kind, choices = types[field.name], get_args(types[field.name])
+        name = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            name = f"{name}/--no-{name[2:]}"
+        command = click.option(
+            name,
+            type=click.Choice(choices) if choices else kind,
+            default=field.default,
+            show_default=field.default != "",
+            help=field.metadata["help"],
+        )(command)
+    return command
+
+
+def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options that say what on to train, for how long, and where to."""
+    options = (
+        click.option(
+            "--data",
+            multiple=True,
+            metavar="TOKENS[:PROPORTION]",
+            help="A folder written by `koine data tokenize`, with its share of the batches; repeat for a mixture.",
+        ),
+        click.option(
+            "--mixture",
+            type=click.Path(path_type=Path),
+            help="A JSON file with a whole mixture (phases, languages), in place of --data, --steps, --batch-size, ...",
+        ),
+        click.option(
+            "--tokenizer", type=click.Path(path_type=Path), help="Tokenizer folder kept with the model."
+        ),
+        click.option("--steps", type=int, help="Optimiser steps."),
+        click.option(
+            "--sequence-length",
+            type=int,
+            default=sequence_length,
+            show_default=True,
+            help="Tokens a sequence.",
+        ),
+        click.option(
+            "--batch-size", type=int, default=8, show_default=True, help="Sequences a step, over all ranks."
+        ),
+        click.option(
+            "--packing",
+            type=click.Choice(["stream", "whole"]),
+            default=packing,
+            show_default=True,
+            help="stream: documents are cut at a sequence's end; whole: they are not.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
+        click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the model."),
+        click.option("--dry-run", is_flag=True, help="Print what the training would need, and stop."),
+    )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        command = setting_options(command)
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group()
+def train() -> None:
+    """Train a model on token shards (run the same command again to resume; `torchrun -m koine train ...` for several processes)."""
+
+
+@train.command()
+@click.option("--preset", help="Size of a new model (`koine model describe` lists them).")
+@click.option(
+    "--model", type=click.Path(path_type=Path), help="Model folder to go on from, in place of --preset."
+)
+@data_options(packing="stream", sequence_length=1024)
+def pretrain(
+    preset: str | None, model: Path | None, seed: int, tokenizer: Path | None, **options: Any
+) -> None:
+    """Next-token prediction on documents, from random weights or from a model."""
+    from koine.model.checkpoint import load_model
+    from koine.train.objectives import language_modelling
+
+    if (preset is None) == (model is None):
+        raise UserError(
+            "give either --preset or --model", mend="--preset starts a new model, --model goes on"
+        )
+    if model is not None:
+        _run(
+            lambda vocabulary: load_model(model),
+            language_modelling,
+            seed=seed,
+            tokenizer=tokenizer or model,
+            **options,
+        )
+        return
+
+    def fresh(vocab_size: int) -> Decoder:
+        import torch
+
+        from koine.model.decoder import Decoder
+        from koine.model.presets import preset as preset_config
+
+        assert preset is not None
+        config = preset_config(preset, vocab_size)
+        torch.manual_seed(seed)
+        return Decoder(config)
+
+    _run(fresh, language_modelling, seed=seed, tokenizer=tokenizer, **options)
+
+
+@train.command()
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder to start from.")
+@data_options(packing="whole", sequence_length=1024)
+def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
+    """Supervised fine-tuning on chats: the loss is on the completions only."""
+    from koine.model.checkpoint import load_model
+    from koine.train.objectives import supervised_fine_tuning
+
+    _run(
+        lambda vocabulary: load_model(model), supervised_fine_tuning, tokenizer=tokenizer or model, **options
+    )
+
+
+def _run(
+    make_model: Callable[[int], Decoder],
+    objective: Any,
+    *,
+    data: tuple[str, ...],
+    mixture: Path | None,
+    tokenizer: Path | None,
+    steps: int | None,
+    sequence_length: int,
+    batch_size: int,
+    packing: str,
+    seed: int,
+    device: str,
+    out: Path,
+    dry_run: bool,
+    **settings: Any,
+) -> None:
+    chosen = TrainSettings(seed=seed, **settings)
+    mix = read_mixture(data, mixture, steps, sequence_length, batch_size, packing, seed)
+    from koine.data import DataOrder, TokenSource
+
+    paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.sources)
+    manifests = {path: TokenSource(path, verify=False) for path in paths}
+    vocab_size = max(source.vocab_size for source in manifests.values())
+    if tokenizer is not None and (tokenizer / "tokenizer.json").exists():
+        from koine.files import sha256_file
+
+        fingerprint = sha256_file(tokenizer / "tokenizer.json")
+        for path, source in manifests.items():
+            if source.tokenizer_fingerprint != fingerprint:
+                raise UserError(
+                    f"tokenized with another tokenizer than {tokenizer}",
+                    where=path,
+                    mend="run `koine data tokenize` again with this tokenizer, or give the one that was used",
+                )
+    elif tokenizer is not None:
+        raise UserError("no tokenizer here", where=tokenizer, mend="give a folder with tokenizer.json")
+    model = make_model(vocab_size)
+    config = model.config
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"the data have ids up to {vocab_size}, the model knows {config.vocab_size}",
+            mend="tokenize with the model's own tokenizer",
+        )
+    if mix.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"a sequence length of {mix.sequence_length} is longer than the model allows",
+            mend=f"choose at most {config.max_position_embeddings}",
+        )
+    if dry_run:
+        print_estimate(model, chosen, mix)
+        return
+    from koine.train.loop import train as run
+
+    run(model, objective, DataOrder(mix), chosen, out=out, tokenizer=tokenizer, device=device)
+
+
+def read_mixture(
+    data: tuple[str, ...],
+    mixture: Path | None,
+    steps: int | None,
+    sequence_length: int,
+    batch_size: int,
+    packing: str,
+    seed: int,
+) -> Mixture:
+    """The mixture of a file, or one phase of the sources given with --data."""
+    from koine.data import Mixture, Phase
+
+    if (mixture is None) == (not data):
+        raise UserError("give either --data or --mixture", mend="--data TOKENS[:PROPORTION] may be repeated")
+    if mixture is not None:
+        from koine.files import read_json
+
+        return Mixture.from_json(read_json(mixture), where=mixture)
+    if steps is None or steps < 1:
+        raise UserError(f"steps is {steps}", mend="give --steps with a number of at least 1")
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise UserError(f"{name} is {value}", mend="it must be at least 1")
+    phase = Phase(name="train", steps=steps, sources=tuple(read_sources(data)))
+    return Mixture(
+        phases=(phase,), sequence_length=sequence_length, batch_size=batch_size, seed=seed, packing=packing
+    )  # type: ignore[arg-type]
+
+
+def read_sources(data: tuple[str, ...]) -> list[Source]:
+    """`PATH[:PROPORTION]`, all with a proportion (they sum to 1) or none (equal shares)."""
+    from koine.data import Source
+
+    parts: list[tuple[str, float | None]] = []
+    for text in data:
+        path, colon, number = text.rpartition(":")
+        if not colon or Path(text).exists():
+            parts.append((text, None))
+            continue
+        try:
+            parts.append((path, float(number)))
+        except ValueError:
+            raise UserError(
+                f"'{number}' is no proportion", where=text, mend="write PATH:0.3, for example"
+            ) from None
+    given = [number for _, number in parts if number is not None]
+    if given and len(given) != len(parts):
+        raise UserError(
+            "some --data have a proportion and some have none", mend="give it for all or for none"
+        )
+    names = [Path(path).name for path, _ in parts]
+    return [
+        Source(
+            name=name if names.count(name) == 1 else path,
+            path=Path(path),
+            proportion=number if number is not None else 1.0 / len(parts),
+        )
+        for name, (path, number) in zip(names, parts, strict=True)
+    ]
+
+
+def print_estimate(model: Decoder, settings: TrainSettings, mixture: Mixture) -> None:
+    """What `--dry-run` prints."""
+    from koine.model.flops import count_parameters, training_flops_per_token
+    from koine.train.estimate import estimate_training
+
+    steps = sum(phase.steps for phase in mixture.phases)
+    tokens = steps * mixture.batch_size * mixture.sequence_length
+    flops = tokens * training_flops_per_token(model.config, mixture.sequence_length)
+    estimate = estimate_training(model.config, settings, mixture)
+    click.echo(f"parameters   {count_parameters(model.config).total:,}")
+    click.echo(f"tokens       {tokens:,} in {steps:,} steps")
+    click.echo(f"operations   {flops:.3g}")
+    click.echo(f"peak memory  about {estimate.peak_bytes / 2**30:.2f} GiB in one process")
+    click.echo(f"time         about {estimate.seconds:,.0f} s on this machine's CPU")

@@ -1,0 +1,45 @@
+"""The estimate of memory beside a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import resource, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from koine.model.decoder import Decoder
+from koine.model.presets import preset
+from tests.train.fakes import fake_order
+from koine.train import TrainSettings, estimate_training, language_modelling, train
+
+folder, dtype, vocab = Path(sys.argv[1]), sys.argv[2], 4096
+order = fake_order(folder / "s", steps=(2,), sequence_length=512, batch_size=8)
+order.vocab_size = vocab
+config = preset("koine-8m", vocab)
+settings = TrainSettings(dtype=dtype, threads=1, micro_batch_size=4)
+guess = estimate_training(config, settings, order.mixture)
+train(Decoder(config), language_modelling, order, settings, out=folder / "o", progress=False, device="cpu")
+print(guess.peak_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_within_a_factor_of_one_and_a_half(tmp_path: Path, dtype: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(tmp_path), dtype],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    guess, peak = map(int, done.stdout.split())
+    assert peak / 1.5 < guess < peak * 1.5

@@ -1,0 +1,89 @@
+"""kill -9 at random moments, the same call again: bit-identical weights.
+
+The children are forked from one process that has imported torch and used no threads, so that a life costs milliseconds; which
+moment a kill meets is drawn at random over the whole of a life, checkpoints and the final writing included.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PARENT = """
+import os, random, signal, sys, time, warnings
+from pathlib import Path
+
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed.checkpoint
+import tensorboardX
+from tests.train.fakes import fake_order
+from tests.train.models import small_model
+from koine.files import sha256_file
+import koine.model.checkpoint, torch.optim.adamw, torch._dynamo, koine.train.loop
+from koine.train import TrainSettings, language_modelling, train
+
+torch.set_num_threads(1)
+folder, dtype = Path(sys.argv[1]), sys.argv[2]
+order = fake_order(folder / "source", steps=(16, 8))
+settings = TrainSettings(dtype=dtype, threads=1, checkpoint_every=3, warmup_steps=2, micro_batch_size=2, evaluate_every=4)
+
+def evaluate(model, step):
+    torch.rand(1)
+    return {"figure": float(sum(p.float().abs().sum() for p in model.parameters()))}
+
+def life(out):
+    child = os.fork()
+    if child == 0:
+        try:
+            train(small_model(), language_modelling, order, settings, out=out, evaluate=evaluate, progress=False, device="cpu")
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    return child
+
+begin = time.monotonic()
+_, status = os.waitpid(life(folder / "whole"), 0)
+assert status == 0, status
+length = time.monotonic() - begin
+wanted = sha256_file(folder / "whole" / "model.safetensors")
+lines = (folder / "whole" / "metrics.jsonl").read_text().count("\\n")
+draw = random.Random(int(sys.argv[3]))
+kills = rounds = 0
+while kills < int(sys.argv[4]):
+    rounds += 1
+    out = folder / f"killed-{rounds}"
+    for attempt in range(6):
+        child = life(out)
+        if attempt < 5:
+            time.sleep(draw.uniform(0.02, 1.1 * length))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            kills += 1
+            continue
+        assert status == 0, status
+        break
+    assert sha256_file(out / "model.safetensors") == wanted, f"round {rounds} ended in other weights"
+    assert (out / "metrics.jsonl").read_text().count("\\n") == lines
+print("kills", kills, "rounds", rounds, "length", length)
+"""
+
+
+@pytest.mark.parametrize(("dtype", "kills"), [("float32", 16), ("bfloat16", 10)])
+def test_bit_identical_after_kills(tmp_path: Path, dtype: str, kills: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT, str(tmp_path), dtype, "7", str(kills)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"kills {kills}" in done.stdout or int(done.stdout.split()[1]) >= kills
+    print(done.stdout)

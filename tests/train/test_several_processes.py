@@ -1,0 +1,83 @@
+"""FSDP2 on two gloo processes beside one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import os, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from tests.train.fakes import fake_order
+from tests.train.models import small_model
+from koine.train import TrainSettings, language_modelling, train
+
+folder, out, dtype, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+class Stop(Exception):
+    pass
+def evaluate(model, done):
+    if done == stop:
+        os._exit(9)
+    return {}
+settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1, micro_batch_size=1)
+train(small_model(), language_modelling, fake_order(folder, steps=(8,)), settings, out=out, evaluate=evaluate, progress=False, device="cpu")
+"""
+
+
+def run(ranks: int, folder: Path, out: Path, dtype: str = "float32", stop: int = 0) -> None:
+    """Run all of a training, or until step `stop`, in `ranks` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, str(folder), str(out), dtype, str(stop)],
+                env={**os.environ, **variables},
+                cwd=Path(__file__).parents[2],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        # A rank whose peer has gone may die of that first.
+        assert (process.returncode != 0) == bool(stop), errors[-2000:]
+
+
+def losses(out: Path) -> list[float]:
+    return [
+        json.loads(line)["loss"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
+
+
+# float32: the sums of two ranks are added in another order. bfloat16: each rank rounds its own gradients; logits near 4 nats.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_same_losses_as_one_process(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    run(1, tmp_path / "s", tmp_path / "one", dtype)
+    run(2, tmp_path / "s", tmp_path / "two", dtype)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=tolerance)
+    assert len(losses(tmp_path / "two")) == 8
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+    run(1, tmp_path / "s", tmp_path / "whole")
+    run(before, tmp_path / "s", tmp_path / "o", stop=5)
+    assert (tmp_path / "o" / "checkpoints" / "step-000003").is_dir()
+    run(after, tmp_path / "s", tmp_path / "o")
+    assert losses(tmp_path / "o") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
