@@ -20,6 +20,7 @@ class Case:
     says: the one line on standard error, without the leading `koine: `.
     prepare: fills the folder; gets its path.
     simulated: how an outer circumstance is brought about, where it is not real (shown on the page).
+    leaves: a folder that keeps what was done so far, on purpose.
     during: replaces things while the command runs; gets pytest's monkeypatch.
     """
 
@@ -29,6 +30,7 @@ class Case:
     prepare: Callable[[Path], None] | None = None
     simulated: str | None = None
     during: Callable[..., object] | None = None
+    leaves: str | None = None
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
-from koine.files import exclusive, fsync_tree, read_json, write_json
+from koine.files import disk_errors, exclusive, fsync_tree, read_json, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.identity import identity, refuse_difference
 from koine.train.interrupt import Interrupt, listen
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
 
-class TrainingStopped(UserError):
+class TrainingStopped(UserError):  # noqa: N818
     """The loss or the gradient went wrong; the weights are those of the last good checkpoint."""
 
 
@@ -66,7 +66,7 @@ def train(
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
     out = Path(out)
-    with numerics(settings), join(device) as ranks, listen() as interrupt:
+    with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
         out.mkdir(parents=True, exist_ok=True)
         if not ranks.first:
             _train(model, objective, data, settings, out, tokenizer, evaluate, progress, ranks, interrupt)
@@ -99,7 +99,7 @@ def _train(
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     model.to(ranks.device).train()
     if hasattr(model, "gradient_checkpointing"):
-        model.gradient_checkpointing = settings.gradient_checkpointing
+        setattr(model, "gradient_checkpointing", settings.gradient_checkpointing)  # noqa: B010
     if ranks.several:
         shard(model, ranks, dtype)
     optimiser = Optimiser(model, settings, dtype=torch.float32 if ranks.several else dtype)
