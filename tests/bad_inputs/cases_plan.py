@@ -27,7 +27,7 @@ CASES = (
     Case(
         mistake="a plan that does not exist",
         command="run quickstrat",
-        says="?",
+        says="unknown recipe 'quickstrat'; did you mean 'quickstart'?",
     ),
     Case(
         mistake="a file of plans that is not there",
@@ -38,13 +38,13 @@ CASES = (
         mistake="a file of plans without that function",
         command="run plans.py:smal",
         prepare=WITH_PLAN,
-        says="?",
+        says="plans.py:smal: no plan function 'smal'; did you mean 'small'?",
     ),
     Case(
         mistake="a file of plans that is not Python",
         command="run plans.py:small",
         prepare=worlds.written("plans.py", "def small(plan:\n"),
-        says="?",
+        says="plans.py:1: not valid Python ('(' was never closed); mend the plan file",
     ),
     Case(
         mistake="a setting with a typo",

@@ -38,7 +38,7 @@ CASES = (
     Case(
         mistake="text that is not there",
         command="tokenizer train --data missing.jsonl --vocab-size 300 --out new",
-        says="?",
+        says='missing.jsonl: no such file or folder',
     ),
     Case(
         mistake="an empty file",
@@ -124,31 +124,31 @@ CASES = (
         mistake="a folder without a tokenizer",
         command=TOKENIZE,
         prepare=worlds.both(worlds.good_text, lambda folder: (folder / "tokenizer").mkdir()),
-        says="?",
+        says="tokenizer: holds no tokenizer.json; give a folder written by `koine tokenizer train` or a model's",
     ),
     Case(
         mistake="a tokenizer cut short",
         command=TOKENIZE,
         prepare=worlds.having("text", "tokenizer", then=worlds.cut("tokenizer/tokenizer.json")),
-        says="?",
+        says="tokenizer: not a tokenizer (EOF while parsing a string at line 350 column 14); the file is damaged or of an unknown kind",
     ),
     Case(
         mistake="a field mapping without an equals sign",
         command=TOKENIZE + " --field body",
         prepare=worlds.having("text", "tokenizer"),
-        says="?",
+        says="--field 'body' is not NAME=COLUMN; for example --field text=content",
     ),
     Case(
         mistake="a field that the records do not have",
         command=TOKENIZE + " --field text=body",
         prepare=worlds.having("text", "tokenizer"),
-        says="?",
+        says="40 of 40 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: no field 'body' (it has id, text, language, domain); mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="an impossible share of bad records",
         command=TOKENIZE + " --max-bad 2",
         prepare=worlds.having("text", "tokenizer"),
-        says="?",
+        says="max_bad_share is 2.0; it is a share between 0 and 1",
     ),
     Case(
         mistake="a message with an unknown role",
@@ -157,7 +157,7 @@ CASES = (
             "tokenizer",
             then=worlds.text_with({"messages": [{"role": "robot", "content": "hello"}], "language": "en"}),
         ),
-        says="?",
+        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: message 1 has the role 'robot'; known: system, user, assistant; mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="a number of workers below one",

@@ -25,7 +25,12 @@ def find_plan(text: str) -> Callable[..., None]:
         if not path.is_file():
             raise UserError("no such plan file", where=path)
         sys.path.insert(0, str(path.parent.resolve()))
-        module = importlib.import_module(path.stem)
+        try:
+            module = importlib.import_module(path.stem)
+        except SyntaxError as error:
+            raise UserError(
+                f"not valid Python ({error.msg})", where=f"{place}:{error.lineno}", mend="mend the plan file"
+            ) from None
     else:
         import koine.recipes
 
@@ -36,7 +41,8 @@ def find_plan(text: str) -> Callable[..., None]:
         module = importlib.import_module(f"koine.recipes.{text}")
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
-        raise UserError(f"no plan function '{name}'", where=text)
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise UserError(f"no plan function '{name}'", where=text, mend=did_you_mean(name, own))
     return function
 
 

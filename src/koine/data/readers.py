@@ -235,7 +235,8 @@ def data_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = path.parent.iterdir() if path.parent.is_dir() else iter(())
+        nearby = [entry.name for entry in siblings if not entry.name.startswith(".")]
         raise UserError(
             "no such file or folder", where=path, mend=did_you_mean(path.name, nearby) if nearby else None
         )
