@@ -33,6 +33,12 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 "cannot write here", where=path, mend="choose a folder that you may write to"
             ) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                "a file stands where a folder must go",
+                where=error.filename or path,
+                mend="choose another place or remove the file",
+            ) from error
         raise
 
 
