@@ -132,21 +132,21 @@ def test_a_complete_folder_is_left_alone(tmp_path: Path) -> None:
         run(tmp_path / "o", order, replace(BASE, learning_rate=0.5))
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
 def stopping_at(step: int) -> Any:
     def evaluate(model: nn.Module, done: int) -> dict[str, float]:
         if done == step:
-            raise Stop
+            raise StoppedError
         return {"figure": float(-done)}
 
     return evaluate
 
 
 def interrupted(out: Path, order: FakeOrder, settings: TrainSettings) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         run(out, order, replace(settings, evaluate_every=1), evaluate=stopping_at(8))
 
 
@@ -179,10 +179,10 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
 
     def evaluate(model: nn.Module, done: int) -> dict[str, float]:
         if done == 9:
-            raise Stop
+            raise StoppedError
         return {"figure": abs(done - 3.0)}
 
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         run(
             tmp_path / "o",
             order,

@@ -206,7 +206,7 @@ def read_mixture(
     steps: int | None,
     sequence_length: int,
     batch_size: int,
-    packing: str,
+    packing: Any,
     seed: int,
 ) -> Mixture:
     """The mixture of a file, or one phase of the sources given with --data."""
@@ -226,7 +226,7 @@ def read_mixture(
     phase = Phase(name="train", steps=steps, sources=tuple(read_sources(data)))
     return Mixture(
         phases=(phase,), sequence_length=sequence_length, batch_size=batch_size, seed=seed, packing=packing
-    )  # type: ignore[arg-type]
+    )
 
 
 def read_sources(data: tuple[str, ...]) -> list[Source]:

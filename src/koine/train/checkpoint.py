@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from koine.errors import UserError
 from koine.files import disk_errors, fsync_tree, publish_directory, read_json, sha256_file, write_json
@@ -51,8 +53,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, A
             # Alone is what we mean; torch warns that no process group is there.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             # Files are synced below, all at once.
-            writer = dcp.FileSystemWriter(partial, sync_files=False)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
+            writer = FileSystemWriter(partial, sync_files=False)
+            save_distributed(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
         ranks.barrier()
         if ranks.first:
             files = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
@@ -114,7 +116,7 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> No
     """Fill `tensors` in place, whatever number of ranks wrote them, and restore the random state."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=not ranks.several)
+        load_distributed(tensors, storage_reader=FileSystemReader(checkpoint.path), no_dist=not ranks.several)
     state = base64.b64decode(checkpoint.about["random_state"])
     torch.set_rng_state(torch.tensor(list(state), dtype=torch.uint8))
 

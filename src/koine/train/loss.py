@@ -16,7 +16,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     # The loss is a sum, so its gradients are known up to one factor as soon as the logits are: they are computed in the forward
     # pass, chunk by chunk, and the logits are never needed again.
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -32,31 +32,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         used, wanted = (hidden, targets) if rows is None else (hidden[rows], targets[rows])
         grad_used = torch.empty_like(used) if with_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradients else None
-        for part, target in zip(used.split(chunk), wanted.split(chunk), strict=True):
-            start = part.storage_offset() // max(1, used.shape[1]) - used.storage_offset() // max(
-                1, used.shape[1]
-            )
-            logits = torch.mm(part, weight.t()).to(wide)
-            if scale != 1.0:
-                logits.mul_(scale)
-            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += (normaliser - logits.gather(1, target[:, None])).sum()
+        for start in range(0, len(used), chunk):
+            part, target = used[start : start + chunk], wanted[start : start + chunk]
+            # Rows are scaled before the product and gradients after it: one pass less over the logits, which are far wider.
+            logits = torch.mm(part if scale == 1.0 else part * scale, weight.t())
+            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
+            loss -= log_probabilities.gather(1, target[:, None]).sum()
             if grad_used is None or grad_weight is None:
                 continue
-            probabilities = logits.sub_(normaliser).exp_()
-            probabilities.scatter_add_(1, target[:, None], torch.full_like(normaliser, -1.0))
-            grad_logits = probabilities.mul_(scale).to(part.dtype)
+            gradient = log_probabilities.exp_()
+            # Before the cast: in bfloat16 a probability of 0.999 is 1, and the target's gradient would vanish.
+            gradient.scatter_add_(1, target[:, None], gradient.new_full((len(part), 1), -1.0))
+            grad_logits = gradient.to(part.dtype)
             torch.mm(grad_logits, weight, out=grad_used[start : start + len(part)])
             grad_weight += torch.mm(grad_logits.t(), part)
         if grad_used is not None and grad_weight is not None:
-            grad_hidden = grad_used
+            grad_hidden = grad_used.mul_(scale)
             if rows is not None:
                 grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_used)
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight.mul_(scale).to(weight.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grad.to(grad_hidden.dtype)
         return grad_hidden * factor, grad_weight * factor, None, None, None, None
@@ -81,7 +79,7 @@ def chunked_cross_entropy(
     if chunk is None:
         chunk = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    result = _ChunkedCrossEntropy.apply(
+    result = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         flat, weight.to(flat.dtype), targets.reshape(-1), scale, chunk, with_gradients
     )
     assert isinstance(result, Tensor)
