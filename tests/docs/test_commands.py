@@ -104,7 +104,9 @@ def unknown_part(arguments: list[str]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("page", manual.PAGES, ids=page_name)
+@pytest.mark.parametrize(
+    "page", [page for page in manual.PAGES if page.name != "bad-inputs.md"], ids=page_name
+)
 def test_every_command_shown_exists_with_its_options(page: Path) -> None:
     wrong = [
         f"{place}: {part} in koine {' '.join(arguments)}"

@@ -109,7 +109,7 @@ def test_a_session_with_ctrl_c(terminal: Terminal) -> None:
     terminal.expect(r"max-new-tokens 100000\)")
     terminal.expect("> ")
     terminal.type("go on\r")
-    time.sleep(1.0)
+    terminal.expect(r"go on\r\n[^\r\n]")
     terminal.type("\x03")
     terminal.expect(r"stopped\]")
     terminal.expect("> ")

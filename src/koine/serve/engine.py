@@ -95,7 +95,7 @@ class LocalEngine:
         assert isinstance(opened, Decoder | CausalLM)
         self.model = opened
         self.tokenizer = load_tokenizer(path)
-        rows = self.model.output_weight.shape[0]
+        rows = opened.config.vocab_size if isinstance(opened, Decoder) else _rows(opened)
         if self.tokenizer.vocab_size > rows:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {rows}",
@@ -109,9 +109,8 @@ class LocalEngine:
     def described(self) -> str:
         """One line about the model: where it is, parameters, precision, context."""
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        weight = self.model.output_weight
-        precision = str(weight.dtype).removeprefix("torch.")
-        return f"{self.path}: {count / 1e6:,.1f}M parameters, {precision} on {weight.device}, {self.context:,} tokens of context"
+        precision = str(self._reader.dtype).removeprefix("torch.")
+        return f"{self.path}: {count / 1e6:,.1f}M parameters, {precision} on {self._reader.device}, {self.context:,} tokens of context"
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's ids, the marker before the answer included."""
@@ -123,7 +122,7 @@ class LocalEngine:
         What an earlier call has read is not read again where `prompt` begins with it.
         """
         settings = _token_sampling(sampling)
-        generator = torch.Generator(self.model.output_weight.device).manual_seed(settings.seed)
+        generator = torch.Generator(self._reader.device).manual_seed(settings.seed)
         reader = self._reader
         if not reader.continues(prompt):
             reader.reset()
@@ -169,6 +168,11 @@ class LocalEngine:
             prompt_tokens=len(prompt),
             finish="stop" if tokens[-1].stops else "length",
         )
+
+
+def _rows(model: CausalLM) -> int:
+    """How many ids a model of transformers scores."""
+    return int(model.inner.get_output_embeddings().weight.shape[0])
 
 
 def _token_sampling(sampling: Sampling) -> TokenSampling:

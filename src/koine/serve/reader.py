@@ -62,6 +62,8 @@ class Reader:
     def __init__(self, model: Decoder | CausalLM) -> None:
         self.model = model
         self.context = _context(model)
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.tokens: list[int] = []
         self._cache: Cached | None = None
 
@@ -79,10 +81,9 @@ class Reader:
         """Read on; logits `[vocab]` of what comes next. Interrupted, it forgets everything rather than half a token."""
         cache, read = self._cache or self._new_cache(), self.tokens
         self.reset()
-        device = self.model.output_weight.device
         with torch.inference_mode():
             for start in range(0, len(tokens), CHUNK):
-                logits = cache.feed(torch.tensor([tokens[start : start + CHUNK]], device=device))
+                logits = cache.feed(torch.tensor([tokens[start : start + CHUNK]], device=self.device))
         self._cache, self.tokens = cache, read + tokens
         # A copy is an ordinary tensor, which the caller may change.
         return logits.clone()
