@@ -87,6 +87,14 @@ def _train(
     ranks: Ranks,
     interrupt: Interrupt,
 ) -> None:
+    from koine.model.decoder import Decoder
+
+    if not isinstance(model, Decoder):
+        raise UserError(
+            f"{type(model).__name__} is no decoder of ours, which is what training writes",
+            where=out,
+            mend="give a model that koine.model.load_model opened (Cohere, Cohere2, or one that was trained here)",
+        )
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
         refuse_difference(read_json(out / "training.json")["identity"], what, out)
@@ -118,7 +126,7 @@ def _train(
         optimiser.publish()
         first_step, losses, best = found.step, list(found.about["losses"]), found.about["best"]
     watch = Watch(settings, losses)
-    compile_blocks(model, settings, ranks.device)
+    compile_blocks(model, settings)
     rows = mixture.batch_size // ranks.world_size
     if rows * ranks.world_size != mixture.batch_size:
         raise UserError(

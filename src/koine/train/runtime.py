@@ -37,10 +37,10 @@ def numerics(settings: TrainSettings) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def compile_blocks(model: nn.Module, settings: TrainSettings, device: torch.device) -> None:
+def compile_blocks(model: nn.Module, settings: TrainSettings) -> None:
     """torch.compile on each block where it is wanted; without a C++ compiler a notice, and the training goes on without."""
     blocks = getattr(model, "blocks", None)
-    if blocks is None or settings.compile == "off" or (settings.compile == "auto" and device.type == "cpu"):
+    if blocks is None or settings.compile != "on":
         return
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         warnings.warn(

@@ -65,7 +65,9 @@ class TrainSettings:
         0, "Sequences computed at once on each rank; 0: all of the rank's share.", low=0, changes=ROUNDING
     )
     compile: Compile = setting(
-        "auto", "torch.compile on each block; auto: on accelerators only.", changes=ROUNDING
+        "auto",
+        "torch.compile on each block; auto: where it was measured to pay, which is nowhere so far.",
+        changes=ROUNDING,
     )
     gradient_checkpointing: bool = setting(
         False,
