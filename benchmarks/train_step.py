@@ -1,0 +1,290 @@
+"""Our training step beside transformers' Cohere2ForCausalLM (same weights, AdamW, precision) and litgpt's Llama of equal size.
+
+    python benchmarks/peers/install.py transformers litgpt
+    python benchmarks/train_step.py --out benchmarks/results/train_step.json
+
+Each side is first tried in each of its configurations (float32, bfloat16; eager, compiled), and its best one enters the comparison. Then the two
+sides step in turn. A matmul of the block's own shape is timed before and after each step, and steps beside a slow one are dropped. The
+last line printed is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from koine.files import write_json
+from koine.hardware import processor_name
+from koine.model import Decoder, ModelConfig, preset, save_model
+from koine.model.flops import count_parameters, training_flops_per_token
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from peers.install import python_of
+
+SIDE = Path(__file__).resolve().parent / "train_step_side.py"
+TOKENS = {512: (8, 512), 2048: (2, 2048), 8192: (1, 8192)}
+SLOW_PROBE = 0.8
+"""A step is dropped where the matmul beside it ran below this share of the median probe."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to run a side."""
+
+    side: str
+    dtype: str
+    compiled: bool
+    keep_freed_memory: bool = False
+
+    def __str__(self) -> str:
+        kept = ", allocator as ours" if self.keep_freed_memory else ""
+        return f"{self.dtype} {'compiled' if self.compiled else 'eager'}{kept}"
+
+
+class Process:
+    """A side, ready to step."""
+
+    def __init__(self, configuration: Configuration, weights: Path, length: int, threads: int) -> None:
+        batch, time_ = TOKENS[length]
+        self.tokens = batch * time_
+        python = sys.executable
+        if configuration.side != "ours":
+            python = str(python_of(configuration.side))
+        command = [
+            python,
+            str(SIDE),
+            configuration.side,
+            "--weights",
+            str(weights),
+            "--dtype",
+            configuration.dtype,
+        ]
+        command += ["--batch", str(batch), "--length", str(time_), "--threads", str(threads)]
+        command += ["--compile"] if configuration.compiled else []
+        # Our training loop makes this setting for itself; what is measured here is the step alone, so it is made from outside.
+        if configuration.keep_freed_memory or configuration.side == "ours":
+            command += ["--keep-freed-memory"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the side ended: {' '.join(map(str, self.process.args))}")  # type: ignore[arg-type]
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, do: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write('{"do": "quit"}\n')
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 6) -> float:
+    """FLOP/s of `[m, k] @ [k, n]`, the best of a few."""
+    m, k, n = shape
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    out = torch.empty(m, n, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * m * k * n / best
+
+
+def configurations(side: str, quick: bool) -> list[Configuration]:
+    found = [
+        Configuration(side, dtype, compiled)
+        for dtype in ("bfloat16", "float32")
+        for compiled in (False, True)
+    ]
+    if side != "ours":
+        found += [Configuration(side, "bfloat16", compiled, True) for compiled in (False, True)]
+    return [c for c in found if not c.compiled] if quick else found
+
+
+def trial(configuration: Configuration, weights: Path, length: int, threads: int) -> dict[str, Any]:
+    """Seconds of a step in this configuration, the best of a few, and the first loss."""
+    try:
+        side = Process(configuration, weights, length, threads)
+    except RuntimeError as error:
+        return {"configuration": str(configuration), "failed": str(error)}
+    try:
+        loss = side.ask("loss")["value"]
+        side.ask("step")
+        seconds = min(side.ask("step")["seconds"] for _ in range(4))
+        memory = side.ask("memory")["value"]
+        side.close()
+    except RuntimeError as error:
+        return {"configuration": str(configuration), "failed": str(error)}
+    return {
+        "configuration": str(configuration),
+        "seconds": seconds,
+        "tokens_per_second": side.tokens / seconds,
+        "first_loss": loss,
+        "peak_memory_bytes": memory,
+    }
+
+
+def best_of(
+    side: str, weights: Path, length: int, options: argparse.Namespace
+) -> tuple[Configuration, list[Any]]:
+    tried = []
+    for configuration in configurations(side, options.quick):
+        result = trial(configuration, weights, length, options.threads)
+        print(f"  {side} {length}: {result}", flush=True)
+        tried.append((configuration, result))
+    working = [(c, r) for c, r in tried if "seconds" in r]
+    return min(working, key=lambda pair: pair[1]["seconds"])[0], [r for _, r in tried]
+
+
+def alternate(
+    ours: Configuration,
+    theirs: Configuration,
+    weights: Path,
+    length: int,
+    config: ModelConfig,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Steps in turn, each with a probe before and after."""
+    batch, time_ = TOKENS[length]
+    shape = (min(batch * time_, 4096), config.hidden_size, sum(config.projection_sizes))
+    sides = {
+        "ours": Process(ours, weights, length, options.threads),
+        "peer": Process(theirs, weights, length, options.threads),
+    }
+    for side in sides.values():
+        for _ in range(2):
+            side.ask("step")
+    samples: list[dict[str, float]] = []
+    for _ in range(options.rounds):
+        sample = {}
+        for name, side in sides.items():
+            before = matmul_rate(shape, torch.bfloat16)
+            sample[name] = side.ask("step")["seconds"]
+            after = matmul_rate(shape, torch.bfloat16)
+            sample[f"{name}_probe"] = min(before, after)
+        samples.append(sample)
+    for side in sides.values():
+        side.close()
+    probe = statistics.median(s[f"{name}_probe"] for s in samples for name in sides)
+    good = [s for s in samples if all(s[f"{name}_probe"] >= SLOW_PROBE * probe for name in sides)]
+    # On a machine that is never quiet every step has a slow probe beside it somewhere: then all are kept, and it is said.
+    kept = good if len(good) >= 3 else samples
+    ratios = sorted(s["peer"] / s["ours"] for s in kept)
+    tokens = batch * time_
+    flops = training_flops_per_token(config, time_) * tokens
+    ceiling = {
+        "bfloat16": max(matmul_rate((1024, 1024, 1024), torch.bfloat16), matmul_rate(shape, torch.bfloat16)),
+        "float32": max(matmul_rate((1024, 1024, 1024), torch.float32), matmul_rate(shape, torch.float32)),
+    }
+    seconds = {name: statistics.median(s[name] for s in kept) for name in sides}
+    return {
+        "ours": str(ours),
+        "peer": str(theirs),
+        "ours_tokens_per_second": tokens / seconds["ours"],
+        "peer_tokens_per_second": tokens / seconds["peer"],
+        "ratio": statistics.median(ratios),
+        "ratio_spread": [ratios[0], ratios[-1]],
+        "samples": len(samples),
+        "kept": len(kept),
+        "bfloat16_ceiling_flops": ceiling["bfloat16"],
+        "float32_ceiling_flops": ceiling["float32"],
+        "ours_share_of_bfloat16_ceiling": flops / seconds["ours"] / ceiling["bfloat16"],
+        "peer_share_of_bfloat16_ceiling": flops / seconds["peer"] / ceiling["bfloat16"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=sorted(TOKENS), choices=sorted(TOKENS))
+    parser.add_argument("--peers", nargs="+", default=["transformers", "litgpt"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="eager configurations only")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    config = preset("koine-8m")
+    result: dict[str, Any] = {
+        "name": "train_step",
+        "model": "koine-8m",
+        "parameters": count_parameters(config).total,
+        "window": 256,
+        "machine": {
+            "processor": processor_name(),
+            "threads": options.threads,
+            "python": platform.python_version(),
+        },
+        "torch": torch.__version__,
+        "results": {},
+        "tried": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder)
+        save_model(Decoder(config), weights)
+        for length in options.lengths:
+            ours, tried = best_of("ours", weights, length, options)
+            result["tried"][f"ours {length}"] = tried
+            for peer in options.peers:
+                if peer == "litgpt" and length != 512:
+                    continue
+                theirs, tried_theirs = best_of(peer, weights, length, options)
+                result["tried"][f"{peer} {length}"] = tried_theirs
+                if peer == "transformers":
+                    check_same_loss(tried, tried_theirs)
+                row = alternate(ours, theirs, weights, length, config, options)
+                memory = {str(ours): tried, str(theirs): tried_theirs}
+                row["ours_peak_memory_bytes"] = _memory(
+                    memory[str(ours)] if str(ours) != str(theirs) else tried, ours
+                )
+                row["peer_peak_memory_bytes"] = _memory(tried_theirs, theirs)
+                row["memory_ratio"] = row["ours_peak_memory_bytes"] / row["peer_peak_memory_bytes"]
+                result["results"][f"{peer} {length}"] = row
+                print(json.dumps({f"{peer} {length}": row}, indent=2), flush=True)
+                if options.out:
+                    write_json(options.out, result)
+    print(json.dumps({k: v for k, v in result.items() if k != "tried"}))
+
+
+def _memory(tried: list[Any], configuration: Configuration) -> float:
+    return float(next(r["peak_memory_bytes"] for r in tried if r["configuration"] == str(configuration)))
+
+
+def check_same_loss(ours: list[Any], theirs: list[Any]) -> None:
+    """The same weights on the same tokens: float32 losses agree to 1e-4, or the comparison means nothing."""
+    losses = [
+        next(r["first_loss"] for r in side if r["configuration"] == "float32 eager")
+        for side in (ours, theirs)
+    ]
+    if abs(losses[0] - losses[1]) > 1e-4:
+        raise RuntimeError(f"the two sides do not compute the same loss: {losses}")
+
+
+if __name__ == "__main__":
+    main()
