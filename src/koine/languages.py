@@ -1,0 +1,192 @@
+"""Languages: their codes, names, scripts and families, and the part that they play in the universal-tokenizer study.
+
+Names, own names and scripts are CLDR's; `family` is the branch at which a bucket of the study makes sense (Germanic, not Indo-European),
+and is ours. The study (arXiv 2506.10766) tells how many languages its clusters have (27 European, 20 Asian, 15 Middle-Eastern and
+Indic) and names its seven unseen ones, but not the members: which 62 languages are marked `seen` here is our choice.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from types import MappingProxyType
+
+from koine.errors import UserError, nearest
+
+CLUSTERS = ("european", "asian", "middle-eastern-indic")
+
+
+@dataclass(frozen=True)
+class Language:
+    """One language in one script."""
+
+    code: str
+    """BCP-47: `de`, `zh-Hant`."""
+    iso639_3: str
+    name: str
+    own_name: str
+    script: str
+    """ISO 15924: `Latn`."""
+    family: str
+    cluster: str
+    """`european`, `asian`, `middle-eastern-indic` or `none`."""
+    role: str
+    """Part in the universal-tokenizer study: `seen` (62, our choice), `unseen` (7, the paper's) or `none`."""
+
+    def __str__(self) -> str:
+        return self.code
+
+
+def _read() -> dict[str, Language]:
+    lines = resources.files("koine").joinpath("languages.tsv").read_text(encoding="utf-8").splitlines()
+    return {fields[0]: Language(*fields) for fields in (line.split("\t") for line in lines[1:])}
+
+
+LANGUAGES: Mapping[str, Language] = MappingProxyType(_read())
+"""All languages by BCP-47 code."""
+
+# Codes of members of macro-languages, and old codes, as FLORES-200 and other collections write them.
+_ALIASES = {
+    "arb": "ar",
+    "cmn": "zh",
+    "pes": "fa",
+    "prs": "fa",
+    "als": "sq",
+    "khk": "mn",
+    "npi": "ne",
+    "lvs": "lv",
+    "uzn": "uz",
+    "azj": "az",
+    "nob": "nb",
+    "no": "nb",
+    "nor": "nb",
+    "zsm": "ms",
+    "swh": "sw",
+    "gaz": "om",
+    "pbt": "ps",
+    "pbu": "ps",
+    "kmr": "ku",
+    "ydd": "yi",
+    "quz": "qu",
+    "quy": "qu",
+    "tgl": "fil",
+    "tl": "fil",
+    "plt": "mg",
+    "ekk": "et",
+    "ory": "or",
+    "ayr": "ay",
+    "dik": "dik",
+    "fuv": "ff",
+    "knc": "kr",
+    "twi": "ak",
+    "tw": "ak",
+    "iw": "he",
+    "in": "id",
+    "ji": "yi",
+    "mo": "ro",
+    "sh": "sr-Latn",
+    "alb": "sq",
+    "chi": "zh",
+    "may": "ms",
+    "per": "fa",
+    "cze": "cs",
+    "ger": "de",
+    "gre": "el",
+    "fre": "fr",
+    "arm": "hy",
+    "ice": "is",
+    "geo": "ka",
+    "mao": "mi",
+    "mac": "mk",
+    "bur": "my",
+    "dut": "nl",
+    "rum": "ro",
+    "slo": "sk",
+    "wel": "cy",
+    "tib": "bo",
+    "baq": "eu",
+    "zh-tw": "zh-Hant",
+    "zh-hk": "zh-Hant",
+    "zh-mo": "zh-Hant",
+}
+_WELL_FORMED = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+
+
+@functools.cache
+def _index() -> dict[str, str]:
+    """Lower-case code of any kind to our code."""
+    index = {}
+    for code, entry in LANGUAGES.items():
+        if "-" not in code:
+            index[entry.iso639_3] = code
+    index |= {alias: code for alias, code in _ALIASES.items() if code in LANGUAGES}
+    return index | {code.lower(): code for code in LANGUAGES}
+
+
+@functools.cache
+def language(code: str) -> Language:
+    """The language of a code: BCP-47 (`de`, `pt-BR`, `zh-Hant`), ISO 639-3 (`deu`) or with a script (`deu_Latn`, `kas_Deva`).
+
+    A region is dropped; a script other than the language's usual one gives a language of its own (`uz-Cyrl`).
+    Raises `UserError` for what is no code or not in the table, with the nearest ones.
+    """
+    index = _index()
+    given = code.strip().replace("_", "-").lower()
+    if given in index:
+        return LANGUAGES[index[given]]
+    head, *rest = given.split("-")
+    if head in index and _WELL_FORMED.fullmatch(given):
+        found = LANGUAGES[index[head]]
+        script = next((part.title() for part in rest if len(part) == 4 and part.isalpha()), None)
+        if script in (None, found.script) or {script, found.script} <= {"Hang", "Kore"}:
+            return found
+        base = found.code.split("-")[0]
+        if script == LANGUAGES[base].script:
+            return LANGUAGES[base]
+        with_script = f"{base}-{script}"
+        return LANGUAGES.get(with_script) or replace(
+            found, code=with_script, script=script, cluster="none", role="none"
+        )
+    raise UserError(f"unknown language '{code}'", mend=_suggestion(code))
+
+
+def _suggestion(code: str) -> str:
+    by_name = {entry.name.lower(): entry for entry in LANGUAGES.values()}
+    by_name |= {entry.own_name.lower(): entry for entry in LANGUAGES.values()}
+    found = [by_name[name] for name in nearest(code, by_name, count=2)]
+    found += [LANGUAGES[_index()[near]] for near in nearest(code, _index(), count=8)]
+    # Close codes that are short are close to everything: those that begin alike go first.
+    found.sort(key=lambda entry: not code.lower().startswith(entry.code[:2]))
+    shown = dict.fromkeys(f"'{entry.code}' ({entry.name})" for entry in found)
+    if shown:
+        return f"did you mean {' or '.join(list(shown)[:3])}?"
+    return "codes are BCP-47 (de), ISO 639-3 (deu) or with a script (deu_Latn); docs/languages.md lists them"
+
+
+def parse_languages(text: str) -> tuple[str, ...]:
+    """`"de,hi,ja"` as our codes, in order; raises `UserError` for an unknown one, one named twice, or none at all."""
+    codes = tuple(language(part).code for part in text.split(",") if part.strip())
+    if not codes:
+        raise UserError("no language is named", mend="give codes separated by commas, for example de,hi,ja")
+    for code in codes:
+        if codes.count(code) > 1:
+            raise UserError(f"the language '{code}' is named twice", mend="name each language once")
+    return codes
+
+
+def cluster_languages(cluster: str) -> tuple[str, ...]:
+    """Codes of a cluster's languages; raises `UserError` for an unknown cluster."""
+    if cluster not in CLUSTERS:
+        raise UserError(f"unknown cluster '{cluster}'", mend=f"known: {', '.join(CLUSTERS)}")
+    return tuple(entry.code for entry in LANGUAGES.values() if entry.cluster == cluster)
+
+
+def bucket(code: str) -> tuple[str, str]:
+    """Family and script, which together make a bucket of the study; `und` (unknown) is a bucket of its own."""
+    if code == "und":
+        return ("unknown", "unknown")
+    found = language(code)
+    return found.family, found.script
