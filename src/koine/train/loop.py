@@ -334,6 +334,8 @@ def _finish(
         write_json(out / "training.json", about)
         best = about["best"] and about["best"]["step"]
         checkpoints.clean(out / "checkpoints", keep_last=0, best=best)
+        if not any((out / "checkpoints").iterdir()):
+            (out / "checkpoints").rmdir()
     if not ranks.several:
         optimiser.restore_float32()
     ranks.barrier()
