@@ -1,0 +1,7 @@
+"""The sample world: facts from CLDR, told and asked in many languages, with no download."""
+
+from koine.data.sample.coverage import sample_languages
+from koine.data.sample.phrases import QUESTION_LANGUAGES
+from koine.data.sample.world import SampleSummary, write_sample
+
+__all__ = ["QUESTION_LANGUAGES", "SampleSummary", "sample_languages", "write_sample"]

@@ -1,0 +1,54 @@
+"""Which languages CLDR knows well enough to tell the sample world in."""
+
+from __future__ import annotations
+
+import functools
+
+from babel import Locale, UnknownLocaleError
+
+from koine.data.sample.facts import SCRIPTED, territories
+from koine.languages import LANGUAGES
+
+NAMED = 0.9
+"""Share of the sample world's names that a language must have of its own."""
+
+
+@functools.cache
+def locale_of(code: str) -> Locale:
+    """Babel's data of one of our languages."""
+    return Locale.parse(code.replace("-", "_"))
+
+
+def covers(code: str) -> bool:
+    """Whether CLDR's data of a language are near complete for our purpose.
+
+    It must have 90 % of the names of the sample world's territories, of their currencies and of its languages, all months and
+    days, a pattern for long dates, and plural patterns for days.
+    """
+    try:
+        locale = locale_of(code)
+    except (UnknownLocaleError, ValueError):
+        return False
+    world = territories()
+    wanted = (
+        (locale.territories, [t.code for t in world]),
+        (locale.currencies, sorted({t.currency for t in world})),
+        (locale.languages, sorted(SCRIPTED)),
+    )
+    for names, needed in wanted:
+        if sum(name in names for name in needed) < NAMED * len(needed):
+            return False
+    months, days = locale.months["format"]["wide"], locale.days["format"]["wide"]
+    if (
+        len({str(months[m]) for m in months}) < 12
+        or str(months[1]).startswith("M0")
+        or len(set(days.values())) < 7
+    ):
+        return False
+    return "duration-day" in locale.unit_display_names
+
+
+@functools.cache
+def sample_languages() -> tuple[str, ...]:
+    """Codes of all languages in which the sample world can be written."""
+    return tuple(code for code in LANGUAGES if covers(code))

@@ -1,0 +1,165 @@
+"""The facts of the sample world, without any language: what is true, and which split it belongs to.
+
+A fact has an identifier such as `currency:JP` or `sum:7+12`, the same in every language, and so has its split:
+
+- `train`: in documents and in training questions;
+- `recall`: in documents, but no training question asks for it: its question measures what pretraining put in;
+- `heldout_fact`: computable (sums, quantities, amounts, dates), in no document and no training question: measures generalisation;
+- `heldout_territory`: about a territory that no document and no training question mentions.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+from dataclasses import dataclass
+
+from babel.core import get_global
+from babel.languages import get_official_languages
+from babel.numbers import get_territory_currencies
+
+SPLITS = ("train", "recall", "heldout_fact", "heldout_territory")
+HELD_OUT_TERRITORIES = 0.12
+RECALL = 0.2
+HELD_OUT_FACTS = 0.25
+
+UNITS = (
+    "duration-day",
+    "duration-hour",
+    "duration-week",
+    "duration-month",
+    "duration-year",
+    "length-kilometer",
+    "mass-kilogram",
+)
+"""Units of the quantities (CLDR's names)."""
+CURRENCIES = ("EUR", "USD", "JPY", "INR", "CNY", "BRL", "TRY", "PLN")
+"""Currencies of the amounts."""
+SCRIPTED = {
+    "en": "Latn",
+    "de": "Latn",
+    "fr": "Latn",
+    "es": "Latn",
+    "it": "Latn",
+    "pt": "Latn",
+    "nl": "Latn",
+    "pl": "Latn",
+    "tr": "Latn",
+    "vi": "Latn",
+    "sw": "Latn",
+    "id": "Latn",
+    "fi": "Latn",
+    "hu": "Latn",
+    "ru": "Cyrl",
+    "uk": "Cyrl",
+    "bg": "Cyrl",
+    "kk": "Cyrl",
+    "mk": "Cyrl",
+    "be": "Cyrl",
+    "ar": "Arab",
+    "fa": "Arab",
+    "ur": "Arab",
+    "ps": "Arab",
+    "hi": "Deva",
+    "ne": "Deva",
+    "mr": "Deva",
+    "bn": "Beng",
+    "el": "Grek",
+    "he": "Hebr",
+    "hy": "Armn",
+    "ka": "Geor",
+    "ta": "Taml",
+    "te": "Telu",
+    "kn": "Knda",
+    "ml": "Mlym",
+    "gu": "Gujr",
+    "pa": "Guru",
+    "th": "Thai",
+    "lo": "Laoo",
+    "km": "Khmr",
+    "my": "Mymr",
+    "am": "Ethi",
+    "si": "Sinh",
+    "ja": "Jpan",
+    "ko": "Kore",
+}
+"""Languages whose script is a fact, and that script."""
+
+
+@dataclass(frozen=True)
+class Territory:
+    """A territory with one currency of today and its official languages."""
+
+    code: str
+    currency: str
+    languages: tuple[str, ...]
+
+
+def _share(identifier: str) -> float:
+    """A number in [0, 1) that depends on the identifier alone."""
+    digest = hashlib.blake2b(identifier.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+@functools.cache
+def territories() -> tuple[Territory, ...]:
+    """Territories that have a currency today and an official language whose name CLDR has, by code."""
+    found = []
+    known = set(get_global("likely_subtags"))
+    today = datetime.date(2025, 1, 1)
+    for code in sorted(get_global("territory_currencies")):
+        if len(code) != 2 or not code.isalpha() or code in ("EU", "ZZ"):
+            continue
+        currencies = get_territory_currencies(code, start_date=today)
+        spoken = tuple(name for name in get_official_languages(code) if "_" not in name and name in known)
+        if len(currencies) >= 1 and spoken:
+            found.append(Territory(code, currencies[0], spoken))
+    return tuple(found)
+
+
+def split_of(identifier: str) -> str:
+    """The split of a fact."""
+    kind, _, rest = identifier.partition(":")
+    if kind in ("currency", "language"):
+        if _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
+            return "heldout_territory"
+        return "recall" if _share(identifier) < RECALL else "train"
+    if kind in ("sum", "quantity", "amount", "date"):
+        return "heldout_fact" if _share(identifier) < HELD_OUT_FACTS else "train"
+    return "recall" if _share(identifier) < RECALL else "train"
+
+
+@functools.cache
+def facts() -> dict[str, tuple[str, ...]]:
+    """Identifiers by kind, in a fixed order."""
+    numbers = range(1, 21)
+    return {
+        "currency": tuple(f"currency:{t.code}" for t in territories()),
+        "language": tuple(f"language:{t.code}" for t in territories()),
+        "script": tuple(f"script:{code}" for code in SCRIPTED),
+        "month": tuple(f"month:{month}" for month in range(1, 13)),
+        "day": tuple(f"day:{day}" for day in range(7)),
+        "sum": tuple(f"sum:{a}+{b}" for a in numbers for b in numbers),
+        "quantity": tuple(
+            f"quantity:{unit}:{a}+{b}" for unit in UNITS for a in range(1, 13) for b in range(1, 13)
+        ),
+        "amount": tuple(
+            f"amount:{currency}:{a}+{b}"
+            for currency in CURRENCIES
+            for a in range(1, 11)
+            for b in range(1, 11)
+        ),
+        "date": tuple(
+            f"date:2025-{month:02d}-{day:02d}+{days}"
+            for month in range(1, 13)
+            for day in range(1, 29, 3)
+            for days in (1, 2, 3, 7)
+        ),
+    }
+
+
+@functools.cache
+def facts_in(split: str) -> dict[str, tuple[str, ...]]:
+    """The identifiers of one split, by kind."""
+    return {kind: tuple(name for name in names if split_of(name) == split) for kind, names in facts().items()}

@@ -1,0 +1,138 @@
+"""A fact in a language: as a sentence, and as a question with its exact answer."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Sequence
+
+from babel.dates import format_date
+from babel.lists import format_list
+from babel.numbers import format_currency, format_decimal
+from babel.units import format_unit
+
+from koine.data.sample.coverage import locale_of
+from koine.data.sample.facts import SCRIPTED, territories
+from koine.data.sample.phrases import phrases
+
+# For languages without phrases of ours: what CLDR gives, joined by signs that every script uses.
+_PLAIN = {
+    "currency": "{x}: {y}",
+    "language": "{x}: {y}",
+    "script": "{x}: {y}",
+    "month": "{x}, {y}",
+    "day": "{x}, {y}",
+    "sum": "{x} = {y}",
+    "quantity": "{x} = {y}",
+    "amount": "{x} = {y}",
+    "date": "{x} = {y}",
+    "list": "{x}",
+}
+_SAYS = {"quantity": "sum", "amount": "sum"}
+
+
+@functools.cache
+def _territories() -> dict[str, tuple[str, tuple[str, ...]]]:
+    return {t.code: (t.currency, t.languages) for t in territories()}
+
+
+@functools.cache
+def sides(code: str, fact: str) -> tuple[str, str] | None:
+    """What is asked about and the exact answer, in the language `code`; `None` where CLDR lacks a name."""
+    locale = locale_of(code)
+    kind, _, rest = fact.partition(":")
+    if kind in ("currency", "language"):
+        currency, spoken = _territories()[rest]
+        name = locale.territories.get(rest)
+        answer = locale.currencies.get(currency) if kind == "currency" else locale.languages.get(spoken[0])
+        return None if name is None or answer is None else (str(name), str(answer))
+    if kind == "script":
+        name, answer = locale.languages.get(rest), locale.scripts.get(SCRIPTED[rest])
+        return None if name is None or answer is None else (str(name), str(answer))
+    if kind in ("month", "day"):
+        names = (
+            locale.months["stand-alone"]["wide"] if kind == "month" else locale.days["stand-alone"]["wide"]
+        )
+        number = int(rest)
+        following = number % 12 + 1 if kind == "month" else (number + 1) % 7
+        return str(names[number]), str(names[following])
+    left, _, right = rest.rpartition("+")
+    if kind == "sum":
+        a, b = int(left), int(right)
+        return f"{format_decimal(a, locale=locale)} + {format_decimal(b, locale=locale)}", str(
+            format_decimal(a + b, locale=locale)
+        )
+    if kind == "date":
+        start, days = datetime.date.fromisoformat(left), int(right)
+        asked = f"{_date(start, code)} + {_quantity(days, 'duration-day', code)}"
+        return asked, _date(start + datetime.timedelta(days=days), code)
+    unit, _, first = left.rpartition(":")
+    show = _quantity if kind == "quantity" else _amount
+    a, b = int(first), int(right)
+    return f"{show(a, unit, code)} + {show(b, unit, code)}", show(a + b, unit, code)
+
+
+@functools.cache
+def _quantity(number: int, unit: str, code: str) -> str:
+    return str(format_unit(number, unit, length="long", locale=locale_of(code)))
+
+
+@functools.cache
+def _amount(number: int, currency: str, code: str) -> str:
+    return str(
+        format_currency(
+            number,
+            currency,
+            format_type="name",
+            currency_digits=False,
+            format="#,##0",
+            locale=locale_of(code),
+        )
+    )
+
+
+@functools.cache
+def _date(day: datetime.date, code: str) -> str:
+    return str(format_date(day, format="long", locale=locale_of(code)))
+
+
+def sentence(code: str, fact: str) -> str | None:
+    """The fact as a sentence, or `None` where CLDR lacks a name."""
+    found = sides(code, fact)
+    if found is None:
+        return None
+    kind = fact.partition(":")[0]
+    return _template(code, kind).replace("{x}", found[0]).replace("{y}", found[1])
+
+
+def _template(code: str, kind: str) -> str:
+    own = phrases().get(code)
+    return _PLAIN[kind] if own is None else own[f"says_{_SAYS.get(kind, kind)}"]
+
+
+def enumeration(code: str, items: Sequence[str]) -> str:
+    """Items joined as the language joins a list, as a sentence."""
+    return _template(code, "list").replace("{x}", format_list(list(items), locale=locale_of(code)))
+
+
+def question(code: str, fact: str, wording: int) -> tuple[str, str] | None:
+    """Question and exact answer, in the first or second of the language's wordings."""
+    found = sides(code, fact)
+    if found is None:
+        return None
+    kind = fact.partition(":")[0]
+    kind = _SAYS.get(kind, kind)
+    own = phrases()[code]
+    wordings = [own[name] for name in (f"{kind}1", f"{kind}2") if name in own]
+    return wordings[wording % len(wordings)].replace("{x}", found[0]), found[1]
+
+
+def quantities(code: str, unit: str, numbers: Sequence[int]) -> list[str]:
+    """A unit counted, with the plural form that each number takes."""
+    return [_quantity(number, unit, code) for number in numbers]
+
+
+def names(code: str, kind: str, keys: Sequence[str]) -> list[str]:
+    """Names of languages, scripts, currencies or territories; those that CLDR lacks are left out."""
+    known = getattr(locale_of(code), kind)
+    return [str(known[key]) for key in keys if key in known]

@@ -1,0 +1,264 @@
+"""Write the sample world: documents, questions and code, the same facts and splits in every language."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from koine.data.sample.code import code_records
+from koine.data.sample.coverage import covers, sample_languages
+from koine.data.sample.facts import CURRENCIES, SCRIPTED, SPLITS, UNITS, facts_in, territories
+from koine.data.sample.phrases import QUESTION_LANGUAGES
+from koine.data.sample.telling import enumeration, names, quantities, question, sentence
+from koine.errors import UserError, did_you_mean
+from koine.files import atomic_directory, write_json
+from koine.languages import language
+
+HELD_OUT_DOCUMENTS = 0.1
+"""Held-out documents, as a share of the training ones."""
+TEST_QUESTIONS = 0.5
+"""Test questions, as a share of the training ones."""
+# What a document is about: kinds of facts told in it, drawn in these proportions.
+TOPICS = (
+    ("currency", "language"),
+    ("currency", "language", "script"),
+    ("month", "day", "date"),
+    ("sum", "quantity"),
+    ("quantity", "amount", "sum"),
+)
+# How often each kind is asked. Small kinds would be asked to death, so each fact is asked a few times at most.
+ASKED = {
+    "currency": 3,
+    "language": 3,
+    "script": 1,
+    "month": 1,
+    "day": 1,
+    "sum": 3,
+    "quantity": 3,
+    "amount": 2,
+    "date": 2,
+}
+
+Plan = tuple[tuple[str, ...], int]
+"""Facts of a document in order, and a number that chooses its list."""
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """What was written, by language."""
+
+    languages: dict[str, dict[str, int]]
+    code: dict[str, int]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Headings of `rows`."""
+        return (
+            *(
+                "language",
+                "name",
+                "documents",
+                "bytes",
+                "held-out documents",
+                "held-out bytes",
+                "training questions",
+            ),
+            *(f"test: {split}" for split in SPLITS[1:]),
+        )
+
+    def rows(self) -> list[tuple[str | int, ...]]:
+        """One row a language, and one for the code."""
+        keys = ("documents", "bytes", "heldout_documents", "heldout_bytes", "questions", *SPLITS[1:])
+        rows: list[tuple[str | int, ...]] = [
+            (code, language(code).name, *(counts[key] for key in keys))
+            for code, counts in self.languages.items()
+        ]
+        if self.code["documents"]:
+            rows.append(("code", "Python", self.code["documents"], self.code["bytes"], *[0] * 6))
+        return rows
+
+
+def document_plans(count: int, *, seed: int, heldout: bool) -> list[Plan]:
+    """Which facts each document tells; the same for every language.
+
+    Held-out documents tell held-out facts alone; training ones none of them.
+    """
+    told = (
+        [facts_in("heldout_fact"), facts_in("heldout_territory")]
+        if heldout
+        else [facts_in("train"), facts_in("recall")]
+    )
+    pool = {kind: sum((part[kind] for part in told), ()) for kind in told[0]}
+    generator = random.Random(f"{seed}:{'heldout' if heldout else 'train'}")
+    plans = []
+    topics = [topic for topic in TOPICS if any(pool[kind] for kind in topic)]
+    for _ in range(count):
+        kinds = [kind for kind in generator.choice(topics) if pool[kind]]
+        chosen: list[str] = []
+        for _ in range(generator.randint(4, 9)):
+            chosen.append(generator.choice(pool[generator.choice(kinds)]))
+        if set(kinds) >= {"currency", "language"}:
+            # A territory's facts are told together.
+            chosen = [fact for name in chosen for fact in _beside(name, pool)]
+        plans.append((tuple(dict.fromkeys(chosen)), generator.randrange(2**30)))
+    return plans
+
+
+def _beside(fact: str, pool: dict[str, tuple[str, ...]]) -> list[str]:
+    kind, _, code = fact.partition(":")
+    if kind not in ("currency", "language"):
+        return [fact]
+    return [f"{other}:{code}" for other in ("currency", "language") if f"{other}:{code}" in pool[other]]
+
+
+def _document(code: str, plan: Plan, *, heldout: bool) -> str:
+    facts, number = plan
+    lines = [line for fact in facts if (line := sentence(code, fact)) is not None]
+    generator = random.Random(number)
+    if not heldout:
+        lines.insert(generator.randrange(len(lines) + 1), _list(code, generator))
+    return ("\n" if generator.random() < 0.5 else " ").join(lines)
+
+
+def _list(code: str, generator: random.Random) -> str:
+    """A sentence that lists names, or a unit with the plural forms of several numbers."""
+    kind = generator.choice(("languages", "scripts", "currencies", "units"))
+    if kind == "units":
+        numbers = sorted(generator.sample(range(1, 32), 4))
+        return enumeration(code, quantities(code, generator.choice(UNITS), numbers))
+    keys = {
+        "languages": sorted(SCRIPTED),
+        "scripts": sorted(set(SCRIPTED.values())),
+        "currencies": sorted({*CURRENCIES, *(territory.currency for territory in territories())}),
+    }[kind]
+    return enumeration(code, names(code, kind, generator.sample(keys, 4)) or ["1", "2", "3"])
+
+
+def _records(code: str, plans: Sequence[Plan], *, heldout: bool) -> Iterator[dict[str, Any]]:
+    part = "heldout" if heldout else "train"
+    for number, plan in enumerate(plans):
+        yield {
+            "id": f"sample-{part}-{number:06d}-{code}",
+            "text": _document(code, plan, heldout=heldout),
+            "language": code,
+            "domain": "sample",
+            "source": "cldr",
+            "split": part,
+            "facts": list(plan[0]),
+        }
+
+
+def question_plans(count: int, splits: Sequence[str], *, seed: int) -> list[tuple[str, str, int]]:
+    """Fact, split and wording of each question; the same for every language, each (fact, wording) at most once."""
+    generator = random.Random(f"{seed}:questions:{','.join(splits)}")
+    per_split = max(1, count // len(splits))
+    chosen: list[tuple[str, str, int]] = []
+    for split in splits:
+        weighted = [
+            (generator.random() ** (1.0 / (ASKED[kind] / len(found))), fact, wording)
+            for kind, found in facts_in(split).items()
+            for fact in found
+            for wording in (0, 1)
+        ]
+        weighted.sort(reverse=True)
+        chosen += [(fact, split, wording) for _, fact, wording in weighted[:per_split]]
+    generator.shuffle(chosen)
+    return chosen
+
+
+def _questions(code: str, plans: Sequence[tuple[str, str, int]]) -> Iterator[dict[str, Any]]:
+    for number, (fact, split, wording) in enumerate(plans):
+        found = question(code, fact, wording)
+        if found is None:
+            continue
+        yield {
+            "id": f"question-{'train' if split == 'train' else 'test'}-{number:06d}-{code}",
+            "messages": [{"role": "user", "content": found[0]}, {"role": "assistant", "content": found[1]}],
+            "answer": found[1],
+            "language": code,
+            "domain": "questions",
+            "source": "cldr",
+            "split": split,
+            "kind": fact.partition(":")[0],
+            "fact": fact,
+        }
+
+
+def write_sample(
+    languages: Sequence[str],
+    out: Path,
+    *,
+    seed: int = 0,
+    documents_per_language: int = 600,
+    questions_per_language: int = 600,
+    code_bytes: int = 300_000,
+) -> SampleSummary:
+    """Write the sample world in `languages` into the new folder `out`; the same arguments give the same bytes.
+
+    `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file a language (questions for
+    those of `QUESTION_LANGUAGES`), `code.jsonl` the code domain, `summary.json` the counts.
+
+    Raises `UserError` for a language that CLDR does not cover well enough, and where `out` exists.
+    """
+    codes = [language(code).code for code in languages]
+    for code in codes:
+        if not covers(code):
+            raise UserError(
+                f"CLDR does not know enough of '{code}' for the sample world",
+                mend=did_you_mean(code, sample_languages()),
+            )
+    for name, value in (
+        ("documents_per_language", documents_per_language),
+        ("questions_per_language", questions_per_language),
+    ):
+        if value < 1:
+            raise UserError(f"{name} is {value}", mend="it must be at least 1")
+    plans = document_plans(documents_per_language, seed=seed, heldout=False)
+    heldout = document_plans(
+        max(4, round(HELD_OUT_DOCUMENTS * documents_per_language)), seed=seed, heldout=True
+    )
+    asked = question_plans(questions_per_language, ("train",), seed=seed)
+    tested = question_plans(max(3, round(TEST_QUESTIONS * questions_per_language)), SPLITS[1:], seed=seed)
+    summary = SampleSummary({}, {"documents": 0, "bytes": 0})
+    with atomic_directory(out) as folder:
+        for code in codes:
+            counts = dict.fromkeys(("heldout_documents", "heldout_bytes", "questions", *SPLITS[1:]), 0)
+            counts["documents"], counts["bytes"] = _write(
+                folder / "documents" / f"{code}.jsonl", _records(code, plans, heldout=False)
+            )
+            counts["heldout_documents"], counts["heldout_bytes"] = _write(
+                folder / "documents-heldout" / f"{code}.jsonl", _records(code, heldout, heldout=True)
+            )
+            if code in QUESTION_LANGUAGES:
+                counts["questions"], _ = _write(
+                    folder / "questions" / "train" / f"{code}.jsonl", _questions(code, asked)
+                )
+                test = list(_questions(code, tested))
+                _write(folder / "questions" / "test" / f"{code}.jsonl", iter(test))
+                for record in test:
+                    counts[record["split"]] += 1
+            summary.languages[code] = counts
+        if code_bytes:
+            summary.code["documents"], summary.code["bytes"] = _write(
+                folder / "code.jsonl", code_records(code_bytes)
+            )
+        write_json(
+            folder / "summary.json", {"seed": seed, "languages": summary.languages, "code": summary.code}
+        )
+    return summary
+
+
+def _write(path: Path, records: Iterator[dict[str, Any]]) -> tuple[int, int]:
+    """Write JSON Lines; the number of records and the bytes of their text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = size = 0
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            count += 1
+            size += len(record.get("text", "").encode("utf-8"))
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return count, size
