@@ -75,8 +75,9 @@ class Process:
         # Our training loop makes this setting for itself; what is measured here is the step alone, so it is made from outside.
         if configuration.keep_freed_memory or configuration.side == "ours":
             command += ["--keep-freed-memory"]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process is)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self._answer()
 
@@ -84,7 +85,10 @@ class Process:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the side ended: {' '.join(map(str, self.process.args))}")  # type: ignore[arg-type]
+            self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read().strip().splitlines()
+            raise RuntimeError(f"the side ended with {self.process.returncode}: {said[-1] if said else ''}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -121,7 +125,8 @@ def configurations(side: str, quick: bool) -> list[Configuration]:
         for compiled in (False, True)
     ]
     if side != "ours":
-        found += [Configuration(side, "bfloat16", compiled, True) for compiled in (False, True)]
+        # Ours runs with the allocator setting that training makes for itself; a peer is tried with and without it.
+        found += [Configuration(c.side, c.dtype, c.compiled, True) for c in found]
     return [c for c in found if not c.compiled] if quick else found
 
 
@@ -135,7 +140,7 @@ def trial(configuration: Configuration, weights: Path, length: int, threads: int
         loss = side.ask("loss")["value"]
         side.ask("step")
         seconds = min(side.ask("step")["seconds"] for _ in range(4))
-        memory = side.ask("memory")["value"]
+        memory = side.ask("memory")
         side.close()
     except RuntimeError as error:
         return {"configuration": str(configuration), "failed": str(error)}
@@ -144,7 +149,8 @@ def trial(configuration: Configuration, weights: Path, length: int, threads: int
         "seconds": seconds,
         "tokens_per_second": side.tokens / seconds,
         "first_loss": loss,
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": memory["value"],
+        "memory_before_first_step_bytes": memory["baseline"],
     }
 
 
@@ -189,15 +195,19 @@ def alternate(
         samples.append(sample)
     for side in sides.values():
         side.close()
-    probe = statistics.median(s[f"{name}_probe"] for s in samples for name in sides)
+    probes = [s[f"{name}_probe"] for s in samples for name in sides]
+    probe = statistics.median(probes)
     good = [s for s in samples if all(s[f"{name}_probe"] >= SLOW_PROBE * probe for name in sides)]
-    # On a machine that is never quiet every step has a slow probe beside it somewhere: then all are kept, and it is said.
+    # On a machine that is never quiet every step has a slow probe beside it somewhere: then all are kept, and `slow` is above zero.
     kept = good if len(good) >= 3 else samples
     ratios = sorted(s["peer"] / s["ours"] for s in kept)
     tokens = batch * time_
     flops = training_flops_per_token(config, time_) * tokens
     ceiling = {
-        "bfloat16": max(matmul_rate((1024, 1024, 1024), torch.bfloat16), matmul_rate(shape, torch.bfloat16)),
+        # The fastest probe of the whole run counts too: a ceiling read once, at a slow moment, would flatter the share.
+        "bfloat16": max(
+            matmul_rate((1024, 1024, 1024), torch.bfloat16), matmul_rate(shape, torch.bfloat16), *probes
+        ),
         "float32": max(matmul_rate((1024, 1024, 1024), torch.float32), matmul_rate(shape, torch.float32)),
     }
     seconds = {name: statistics.median(s[name] for s in kept) for name in sides}
@@ -210,6 +220,7 @@ def alternate(
         "ratio_spread": [ratios[0], ratios[-1]],
         "samples": len(samples),
         "kept": len(kept),
+        "slow": len(samples) - len(good),
         "bfloat16_ceiling_flops": ceiling["bfloat16"],
         "float32_ceiling_flops": ceiling["float32"],
         "ours_share_of_bfloat16_ceiling": flops / seconds["ours"] / ceiling["bfloat16"],
