@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("koine.cli.evaluate", "evaluate", "Measure bits per byte and question accuracy."),
     "lineage": ("koine.cli.run", "lineage", "Print an artifact's tree of ancestors."),
     "model": ("koine.cli.model", "model", "Describe presets and model directories."),
-    "report": ("koine.cli.run", "report", "Write one self-contained HTML file about a run."),
+    "report": ("koine.cli.report", "report", "Write one self-contained HTML file about a run."),
     "run": ("koine.cli.run", "run", "Run a plan: build what is missing, reuse what is there."),
     "tokenizer": ("koine.cli.tokenizer", "tokenizer", "Language weights and tokenizer training."),
     "train": ("koine.cli.train", "train", "Pretrain or fine-tune a model."),
