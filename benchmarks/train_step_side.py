@@ -44,7 +44,7 @@ def ours(options: argparse.Namespace) -> tuple[Step, Step]:
         compile="on" if options.compile else "off",
     )
     optimiser = Optimiser(model, settings, dtype=getattr(torch, options.dtype))
-    compile_blocks(model, settings, torch.device("cpu"))
+    compile_blocks(model, settings)
     tokens, targets = batch(options, model.config.vocab_size)
     data = Batch(tokens, targets, None, list)
 

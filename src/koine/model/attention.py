@@ -47,15 +47,15 @@ def attend(
         window = None
     plain = window is None and document_starts is None
     if q.device.type == "cpu" and not (plain and q.dtype == torch.float32 and time >= FUSED_FROM):
-        out = blocked_attention(
+        out: Tensor = blocked_attention(
             q.permute(0, 2, 1, 3, 4).reshape(batch * kv_heads, time * groups, head_dim),
             k.permute(0, 2, 1, 3).reshape(batch * kv_heads, time, head_dim),
             v.permute(0, 2, 1, 3).reshape(batch * kv_heads, time, head_dim),
             window=window,
             document_starts=document_starts,
         )
-        out = out.view(batch, kv_heads, time, groups, head_dim).permute(0, 2, 1, 3, 4)
-        return out.reshape(batch, time, kv_heads * groups * head_dim)
+        laid_out = out.view(batch, kv_heads, time, groups, head_dim).permute(0, 2, 1, 3, 4)
+        return laid_out.reshape(batch, time, kv_heads * groups * head_dim)
     heads = q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if plain:
         out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0, enable_gqa=groups > 1)

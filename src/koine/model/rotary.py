@@ -51,6 +51,12 @@ class _Rotate(torch.autograd.Function):
 
 def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
     """Rotate `x` `[..., head_dim]`; computed in float32 and returned in the dtype of `x`, as Cohere does."""
+    if torch.compiler.is_compiling():
+        # The compiler fuses the plain expression, and cannot follow writes into slices of an empty tensor.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        even, odd = wide[..., 0::2], wide[..., 1::2]
+        turned = (even * angles.cos - odd * angles.sin, odd * angles.cos + even * angles.sin)
+        return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
     result = _Rotate.apply(x, angles.cos, angles.sin)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result

@@ -18,7 +18,8 @@ def curve(model: Path, metric: str) -> tuple[list[int], list[float]]:
     steps, values = [], []
     for line in read_lines(model / "metrics.jsonl"):
         if metric in line:
-            steps.append(int(line["step"]))
+            # Steps are numbered from 0; an evaluation comes after the step that it is filed under.
+            steps.append(int(line["step"]) + 1)
             values.append(float(line[metric]))
     return steps, values
 
@@ -30,7 +31,8 @@ def first_reach(steps: list[int], values: list[float], level: float) -> float | 
             if index == 0:
                 return float(steps[0])
             before, left, right = values[index - 1], steps[index - 1], steps[index]
-            return left + (right - left) * (before - level) / (before - value)
+            crossed: float = left + (right - left) * (before - level) / (before - value)
+            return crossed
     return None
 
 
@@ -44,7 +46,7 @@ def bytes_per_token(tokens: Path, codes: tuple[str, ...], shares: dict[str, floa
 
 def part_value(results: dict[str, Any], codes: tuple[str, ...]) -> float:
     """Mean over languages of bits per byte."""
-    values = [
+    values: list[float] = [
         results["languages"][code]["bits_per_byte"]["value"] for code in codes if code in results["languages"]
     ]
     return sum(values) / len(values)
@@ -55,7 +57,6 @@ def compare_arms(
     corpus: Path,
     tokenizers: dict[str, Path],
     tokens: dict[str, Path],
-    pretrained: dict[str, Path],
     adapted: dict[str, Path],
     before: dict[str, Path],
     after: dict[str, Path],
@@ -78,7 +79,7 @@ def compare_arms(
     shares = dict.fromkeys(roles.expanded, (1.0 - primary_share) / len(roles.expanded))
     shares |= dict.fromkeys(roles.primary, primary_share / len(roles.primary))
     token_bytes = {arm: bytes_per_token(tokens[arm], roles.all, shares) for arm in ARMS}
-    curves = {arm: curve(adapted[arm], "bits_per_byte_expanded") for arm in ARMS}
+    curves = {arm: curve(adapted[arm], "evaluation/bits_per_byte_expanded") for arm in ARMS}
     speed = adaptation_speed(curves, token_bytes)
     results: dict[str, Any] = {
         "question": "did the universal tokenizer adapt faster, and what did it cost?",

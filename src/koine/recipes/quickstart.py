@@ -94,11 +94,36 @@ def quickstart(
     documents: dict[str, Artifact] = {}
     pretrained: dict[str, Artifact] = {}
     adapted: dict[str, Artifact] = {}
+    models: dict[str, Artifact] = {}
     before: dict[str, Artifact] = {}
     after: dict[str, Artifact] = {}
     final: dict[str, Artifact] = {}
+
+    def tokens(arm: str, part: str, domain: str) -> Artifact:
+        return plan.step(
+            tokenize_part,
+            name=f"tokens/{arm}/{domain}",
+            corpus=corpus,
+            tokenizer=tokenizers[arm],
+            part=part,
+            domain=domain,
+        )
+
+    def evaluated(arm: str, model: Artifact, name: str, *, questions: int = 0) -> Artifact:
+        return plan.step(
+            evaluate_model,
+            name=f"evaluation/{arm}/{name}",
+            corpus=corpus,
+            model=model,
+            documents_per_language=evaluation_documents,
+            questions_per_language=questions,
+            threads=threads,
+            seed=seed,
+        )
+
+    # Stage by stage, so that the two arms run side by side.
     for arm in ARMS:
-        tokenizers[arm] = tokenizer = plan.step(
+        tokenizers[arm] = plan.step(
             build_tokenizer,
             name=f"tokenizer/{arm}",
             corpus=corpus,
@@ -109,40 +134,19 @@ def quickstart(
             sample_bytes=8_000_000,
             seed=seed,
         )
-
-        def tokens(part: str, domain: str, arm: str = arm, tokenizer: Artifact = tokenizer) -> Artifact:
-            return plan.step(
-                tokenize_part,
-                name=f"tokens/{arm}/{domain}",
-                corpus=corpus,
-                tokenizer=tokenizer,
-                part=part,
-                domain=domain,
-            )
-
-        documents[arm] = tokens("documents", "documents")
-        chats = tokens("questions/train", "chats")
-        code = tokens("code.jsonl", "code") if data is None and code_share > 0.0 else None
-
-        def evaluated(model: Artifact, name: str, *, questions: int = 0, arm: str = arm) -> Artifact:
-            return plan.step(
-                evaluate_model,
-                name=f"evaluation/{arm}/{name}",
-                corpus=corpus,
-                model=model,
-                documents_per_language=evaluation_documents,
-                questions_per_language=questions,
-                threads=threads,
-                seed=seed,
-            )
-
+    for arm in ARMS:
+        documents[arm] = tokens(arm, "documents", "documents")
+    code = {
+        arm: tokens(arm, "code.jsonl", "code") if data is None and code_share > 0.0 else None for arm in ARMS
+    }
+    for arm in ARMS:
         pretrained[arm] = plan.step(
             pretrain,
             name=f"pretrained/{arm}",
             corpus=corpus,
-            tokenizer=tokenizer,
+            tokenizer=tokenizers[arm],
             documents=documents[arm],
-            code=code,
+            code=code[arm],
             preset=preset,
             steps=pretrain_steps,
             sequence_length=sequence_length,
@@ -156,11 +160,12 @@ def quickstart(
             seed=seed,
             threads=threads,
         )
+    for arm in ARMS:
         adapted[arm] = plan.step(
             adapt,
             name=f"adapted/{arm}",
             corpus=corpus,
-            tokenizer=tokenizer,
+            tokenizer=tokenizers[arm],
             model=pretrained[arm],
             documents=documents[arm],
             steps=adapt_steps,
@@ -174,13 +179,16 @@ def quickstart(
             seed=seed,
             threads=threads,
         )
-        model = plan.step(
+    chats = {arm: tokens(arm, "questions/train", "chats") for arm in ARMS}
+    # The universal arm's model is the one to talk to.
+    names = {"universal": "model", "cluster": "model-cluster"}
+    for arm in ARMS:
+        models[arm] = plan.step(
             teach_chat,
-            # The universal arm's model is the one to talk to.
-            name="model" if arm == "universal" else f"model-{arm}",
-            tokenizer=tokenizer,
+            name=names[arm],
+            tokenizer=tokenizers[arm],
             model=adapted[arm],
-            chats=chats,
+            chats=chats[arm],
             steps=chat_steps,
             sequence_length=sequence_length,
             batch_size=batch_size,
@@ -190,16 +198,16 @@ def quickstart(
             seed=seed,
             threads=threads,
         )
-        before[arm] = evaluated(pretrained[arm], "pretrained")
-        after[arm] = evaluated(adapted[arm], "adapted")
-        final[arm] = evaluated(model, "chat", questions=evaluation_questions)
+    for arm in ARMS:
+        before[arm] = evaluated(arm, pretrained[arm], "pretrained")
+        after[arm] = evaluated(arm, adapted[arm], "adapted")
+        final[arm] = evaluated(arm, models[arm], "chat", questions=evaluation_questions)
     comparison = plan.step(
         compare_arms,
         name="comparison",
         corpus=corpus,
         tokenizers=tokenizers,
         tokens=documents,
-        pretrained=pretrained,
         adapted=adapted,
         before=before,
         after=after,

@@ -602,7 +602,11 @@ def _train(
     losses = [line["loss"] for line in lines if "loss" in line]
     metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
     for line in reversed(lines):
-        found = {key: value for key, value in line.items() if key.startswith("bits_per_byte")}
+        found = {
+            key.removeprefix("evaluation/"): value
+            for key, value in line.items()
+            if key.startswith("evaluation/")
+        }
         if found:
             metrics |= found
             break
