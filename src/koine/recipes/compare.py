@@ -39,8 +39,8 @@ def first_reach(steps: list[int], values: list[float], level: float) -> float | 
 def bytes_per_token(tokens: Path, codes: tuple[str, ...], shares: dict[str, float]) -> float:
     """Bytes that a token of a training mixture stands for, when languages are drawn in `shares` of tokens."""
     totals = read_json(tokens / "tokens" / "manifest.json")["languages"]
-    return sum(
-        shares[code] * totals[code]["bytes"] / totals[code]["tokens"] for code in codes if code in totals
+    return float(
+        sum(shares[code] * totals[code]["bytes"] / totals[code]["tokens"] for code in codes if code in totals)
     )
 
 
