@@ -1,89 +1,160 @@
-"""`koine run`: build what is missing, reuse what is there."""
+"""`koine run`, `koine adopt`, `koine lineage`: build what is missing, take over what is there, ask where it is from."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import inspect
-import pkgutil
+import json
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from koine.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from koine.plan import Plan
+    from koine.plan.scheduler import Executor
 
-def find_plan(text: str) -> Callable[..., None]:
-    """The plan function of a recipe's name or of `path/to/file.py:function`."""
-    if ":" in text:
-        place, _, name = text.rpartition(":")
-        path = Path(place)
-        if not path.is_file():
-            raise UserError("no such plan file", where=path)
-        sys.path.insert(0, str(path.parent.resolve()))
-        try:
-            module = importlib.import_module(path.stem)
-        except SyntaxError as error:
-            raise UserError(
-                f"not valid Python ({error.msg})", where=f"{place}:{error.lineno}", mend="mend the plan file"
-            ) from None
-    else:
-        import koine.recipes
-
-        known = [item.name for item in pkgutil.iter_modules(koine.recipes.__path__)]
-        name = text
-        if text not in known:
-            raise UserError(f"unknown recipe '{text}'", mend=did_you_mean(text, known))
-        module = importlib.import_module(f"koine.recipes.{text}")
-    function = getattr(module, name, None)
-    if not inspect.isfunction(function):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise UserError(f"no plan function '{name}'", where=text, mend=did_you_mean(name, own))
-    return function
+EXECUTORS = ("local", "ray")
+RUNS = click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of all runs.",
+)
 
 
-def settings_of(function: Callable[..., None], settings: tuple[str, ...]) -> dict[str, Any]:
-    """`--set key=value` pairs, by the types of the plan's parameters."""
-    from koine.plan.step import parse_setting
+def executor_of(name: str, address: str | None) -> Executor:
+    """The executor that the user asked for."""
+    if name not in EXECUTORS:
+        raise UserError(f"unknown executor '{name}'", where="--executor", mend=did_you_mean(name, EXECUTORS))
+    if name == "ray":
+        from koine.plan.ray import RayExecutor
 
-    hints = typing.get_type_hints(function)
-    known = [key for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"'{setting}' is not key=value", where="--set")
-        if key not in known:
-            raise UserError(f"unknown key '{key}'", where="--set", mend=did_you_mean(key, known))
-        values[key] = parse_setting(key, text, hints.get(key, str))
-    return values
+        return RayExecutor(address)
+    if address is not None:
+        raise UserError("an address is for Ray only", where="--address", mend="add --executor ray")
+    from koine.plan.local import LocalExecutor
+
+    return LocalExecutor()
+
+
+def list_parameters(function: Callable[..., None]) -> None:
+    """Print what `--set` takes."""
+    from koine.plan.settings import MISSING, parameters_of
+    from koine.plan.units import table
+
+    rows = [("parameter", "type", "default")]
+    for parameter in parameters_of(function):
+        default = "(must be set)" if parameter.default is MISSING else str(parameter.default)
+        rows.append((parameter.name, parameter.type_name, default))
+    click.echo("\n".join(table(rows)))
+
+
+def write_report(plan: Plan) -> None:
+    """Write the run's report, where this installation has the module for it."""
+    if importlib.util.find_spec("koine.plan.report") is not None:
+        from koine.plan.report import write_report as write
+
+        click.echo(f"report: {write(plan.folder)}")
 
 
 @click.command()
 @click.argument("plan")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the plan.")
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
-@click.option("--name", default=None, help="Name of the run; by default the plan's.")
-@click.option("--dry-run", is_flag=True, help="Show what would run, and why.")
-def run(plan: str, settings: tuple[str, ...], runs: Path, name: str | None, dry_run: bool) -> None:
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the plan; repeatable."
+)
+@RUNS
+@click.option("--name", default=None, help="Name of the run.  [default: the plan's]")
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would run and why, with memory and time; change nothing."
+)
+@click.option("--list-parameters", "only_list", is_flag=True, help="Show what --set takes.")
+@click.option("--executor", default="local", show_default=True, metavar="local|ray", help="Where steps run.")
+@click.option(
+    "--address", default=None, help="Address of the Ray cluster.  [default: a new one on this machine]"
+)
+def run(
+    plan: str,
+    settings: tuple[str, ...],
+    runs: Path,
+    name: str | None,
+    dry_run: bool,
+    only_list: bool,
+    executor: str,
+    address: str | None,
+) -> None:
     """Run PLAN: a recipe's name or path/to/file.py:function."""
+    import koine.recipes
     from koine.plan import Plan
-    from koine.plan.local import StepFailedError, execute
-    from koine.plan.plan import why
+    from koine.plan import dry_run as words
+    from koine.plan.loading import find_plan
+    from koine.plan.scheduler import PlanFailedError, RunInterruptedError, execute
+    from koine.plan.settings import parse_settings
 
-    function = find_plan(plan)
-    built = Plan(name or function.__name__, runs)
-    function(built, **settings_of(function, settings))
-    if dry_run:
-        for node in built.nodes.values():
-            click.echo(f"{node.artifact.name}: {'; '.join(why(node)) or 'reused'}")
+    function = find_plan(plan, koine.recipes)
+    if only_list:
+        list_parameters(function)
         return
+    built = Plan(function.__name__ if name is None else name, runs)
+    function(built, **parse_settings(function, settings))
+    if dry_run:
+        click.echo("\n".join(words.dry_run(built)))
+        return
+    place = executor_of(executor, address)
     try:
-        execute(built, say=click.echo)
-    except StepFailedError as error:
+        nodes = execute(built, executor=place)
+    except RunInterruptedError as error:
         click.echo(f"koine: {error}", err=True)
-        sys.exit(1)
+        sys.exit(error.exit_code)
+    except PlanFailedError as error:
+        for failure in error.failures:
+            if failure.code != 2:
+                click.echo("".join(f"  | {line}\n" for line in failure.lines), err=True, nl=False)
+            click.echo(f"koine: {failure.message}", err=True)
+        write_report(built)
+        sys.exit(error.exit_code)
+    click.echo("\n".join(["", *words.summary(nodes), ""]))
+    if (
+        any(node["status"] == "built" for node in nodes.values())
+        or not (built.folder / "report.html").exists()
+    ):
+        write_report(built)
+    for text in built.last_words:
+        click.echo(text)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--run", "run_name", required=True, help="Name of the run.")
+@click.option("--name", required=True, help="Name of the artifact, as in the plan.")
+@RUNS
+def adopt(folder: Path, run_name: str, name: str, runs: Path) -> None:
+    """Copy FOLDER into a run as an artifact; the plan's step of that name is then never run."""
+    from koine.plan.adopt import adopt as take
+
+    click.echo(f"adopted: {take(folder, name=name, run=run_name, runs=runs)}")
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the tree as JSON.")
+@click.option("--verify", is_flag=True, help="Read every file again and compare it with its recorded sha256.")
+def lineage(artifact: Path, as_json: bool, verify: bool) -> None:
+    """Print the tree of ancestors of the folder ARTIFACT, with hashes and metrics."""
+    from koine.plan.lineage import draw, every
+    from koine.plan.lineage import lineage as tree
+
+    node = tree(artifact, verify=verify)
+    click.echo(json.dumps(node.to_json(), ensure_ascii=False, indent=2) if as_json else "\n".join(draw(node)))
+    if verify:
+        wrong = [f"{one.path}: {problem}" for one in every(node) for problem in one.problems]
+        if wrong:
+            raise UserError(
+                "; ".join(wrong), mend="remove the folder and run the plan again to have it rebuilt"
+            )
+        if not as_json:
+            click.echo("verified: every file is what was recorded")

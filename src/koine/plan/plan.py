@@ -1,21 +1,26 @@
-"""A plan: inert handles to artifacts, the fingerprint of each, and why it must be built or not."""
+"""A plan: inert handles to artifacts, the fingerprint of each, what is copied out and said at the end."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import read_json, sha256_file
+from koine.files import read_json
+from koine.plan.content import ContentCache, digest, fingerprint_of_content
 from koine.plan.step import StepInfo, split
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9][A-Za-z0-9_-]*)*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What the run itself writes into its folder
+RESERVED = ("logs", "plan.json", "report.html")
+# Module names of plan files start with this, so that `plans.py` never clashes with an installed `plans`
+PLAN_FILE = "koine_plan_file_"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Artifact:
 
     @property
     def place(self) -> Path:
+        """The path of the artifact or of what is meant inside it."""
         return self.path / self.inside if self.inside else self.path
 
 
@@ -49,6 +55,12 @@ class Node:
     recipe: dict[str, Any]  # what the fingerprint is made of, in JSON
     parents: tuple[str, ...]
 
+    @property
+    def threads(self) -> int:
+        """The cores that the step asks for: its parameter `threads` where it has one, else what `@step` says."""
+        own = self.parameters.get("threads")
+        return max(1, own if isinstance(own, int) else self.info.threads)
+
 
 def handles(value: Any) -> Iterator[Artifact]:
     """Every handle in an input: one, or a list or dict of them."""
@@ -62,8 +74,19 @@ def handles(value: Any) -> Iterator[Artifact]:
             yield from handles(item)
     elif value is not None:
         raise UserError(
-            f"an input must be an artifact, got {value!r}", mend="wrap a path in plan.input(path)"
+            f"an input must be an artifact, got {value!r}", mend="wrap a path in plan.input(path, name=...)"
         )
+
+
+def places(value: Any) -> Any:
+    """An input with every handle replaced by its path."""
+    if isinstance(value, Artifact):
+        return value.place
+    if isinstance(value, dict):
+        return {key: places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [places(item) for item in value]
+    return value
 
 
 def encode(value: Any) -> Any:
@@ -86,21 +109,6 @@ def encode(value: Any) -> Any:
     )
 
 
-def digest(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def fingerprint_of_content(path: Path) -> str:
-    """sha256 over the relative names and contents of a file or folder."""
-    if not path.exists():
-        raise UserError("no such file or folder", where=path)
-    if path.is_file():
-        return sha256_file(path)
-    files = sorted(item for item in path.rglob("*") if item.is_file())
-    return digest([[item.relative_to(path).as_posix(), sha256_file(item)] for item in files])
-
-
 @dataclass
 class Plan:
     """Collects steps; nothing runs until an executor is given the plan."""
@@ -108,56 +116,96 @@ class Plan:
     name: str
     runs: Path = Path("runs")
     nodes: dict[str, Node] = field(default_factory=dict)
+    inputs: dict[str, Artifact] = field(default_factory=dict)
+    exports: dict[str, Artifact] = field(default_factory=dict)
+    last_words: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not RUN_NAME.fullmatch(self.name):
+            raise UserError(
+                f"'{self.name}' cannot name a run",
+                mend="begin with a letter or digit, go on with those, '-', '_' and '.'",
+            )
 
     @property
     def folder(self) -> Path:
+        """Where the run's artifacts, logs and records lie."""
         return self.runs / self.name
+
+    @cached_property
+    def cache(self) -> ContentCache:
+        """Hashes of the plan's inputs, remembered from run to run."""
+        return ContentCache(self.folder / ".cache" / "inputs.json")
 
     def input(self, path: str | Path, *, name: str) -> Artifact:
         """A handle to an existing file or folder, fingerprinted by content."""
         place = Path(path).resolve()
-        return Artifact(name, place, fingerprint_of_content(place))
+        artifact = Artifact(name, place, fingerprint_of_content(place, self.cache))
+        if name in self.nodes or self.inputs.get(name, artifact) != artifact:
+            raise UserError(f"input '{name}' collides with another of that name", mend="choose another name")
+        self.inputs[name] = artifact
+        return artifact
 
     def step(self, function: Callable[..., None], *, name: str, **given: Any) -> Artifact:
         """Add a step; returns the handle to what it will write."""
         info = getattr(function, "__koine_step__", None)
         if not isinstance(info, StepInfo):
-            raise UserError(f"{function.__qualname__} is not a step", mend="decorate it with @step()")
-        if not NAME.fullmatch(name):
+            shown = getattr(function, "__qualname__", repr(function))
+            raise UserError(f"{shown} is not a step", mend="decorate it with @step()")
+        if not NAME.fullmatch(name) or name.partition("/")[0] in RESERVED:
             raise UserError(f"'{name}' cannot name an artifact", mend="use letters, digits, '-', '_' and '/'")
-        for other in self.nodes:
+        for other in [*self.nodes, *self.inputs]:
             if other == name or other.startswith(name + "/") or name.startswith(other + "/"):
                 raise UserError(f"artifact '{name}' collides with '{other}'", mend="choose another name")
         inputs, parameters = split(function, given)
+        parents: dict[str, None] = {}
+        for key, value in inputs.items():
+            for handle in handles(value):
+                if self._known(handle) is None:
+                    raise UserError(
+                        f"input '{key}' of '{name}' is not an artifact of this plan",
+                        mend="use what plan.step or plan.input returned",
+                    )
+                parents[handle.name] = None
         recipe = {
-            "step": f"{function.__module__}:{function.__qualname__}",
+            "step": f"{function.__module__.removeprefix(PLAN_FILE)}:{function.__qualname__}",
             "version": info.version,
             "parameters": encode(parameters),
             "inputs": encode(inputs),
         }
-        artifact = Artifact(name, (self.folder / name).resolve(), digest(recipe))
-        parents = tuple(dict.fromkeys(h.name for value in inputs.values() for h in handles(value)))
-        self.nodes[name] = Node(artifact, function, info, inputs, parameters, recipe, parents)
+        path = (self.folder / name).resolve()
+        artifact = Artifact(name, path, adopted_fingerprint(path) or digest(recipe))
+        self.nodes[name] = Node(artifact, function, info, inputs, parameters, recipe, tuple(parents))
         return artifact
 
+    def _known(self, handle: Artifact) -> Artifact | None:
+        node = self.nodes.get(handle.name)
+        known = node.artifact if node else self.inputs.get(handle.name)
+        return known if known and known.fingerprint == handle.fingerprint else None
 
-def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
-    """`field: old → new` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines: list[str] = []
-        for key in dict.fromkeys([*old, *new]):
-            inner = f"{field_name}.{key}" if field_name else str(key)
-            lines += differences(old.get(key), new.get(key), inner)
-        return lines
-    return [] if old == new else [f"{field_name}: {old!r} → {new!r}"]
+    def export(self, artifact: Artifact, to: str) -> None:
+        """Copy an artifact, or a file or folder inside one, to `to` in the run's folder when the run has succeeded."""
+        parts = Path(to).parts
+        if not parts or Path(to).is_absolute() or any(part.startswith(".") for part in parts):
+            raise UserError(f"'{to}' is not a name inside the run's folder", where="plan.export")
+        if parts[0] in RESERVED or to in self.exports:
+            raise UserError(f"'{to}' is taken already", where="plan.export", mend="choose another name")
+        for name in self.nodes:
+            if name == to or name.startswith(to + "/") or to.startswith(name + "/"):
+                raise UserError(f"'{to}' collides with artifact '{name}'", where="plan.export")
+        if self._known(artifact) is None:
+            raise UserError(f"'{artifact.name}' is not an artifact of this plan", where="plan.export")
+        self.exports[to] = artifact
+
+    def closing(self, text: str) -> None:
+        """Say `text` when the run has succeeded."""
+        self.last_words.append(text)
 
 
-def why(node: Node) -> list[str]:
-    """Why a step must run: `["new"]`, or what changed, field by field; empty where it is up to date."""
-    record = node.artifact.path / "artifact.json"
+def adopted_fingerprint(path: Path) -> str | None:
+    """The fingerprint of an artifact that was put in place by `koine adopt`; None for any other."""
+    record = path / "artifact.json"
     if not record.exists():
-        return ["new"]
-    old = read_json(record)
-    if old.get("fingerprint") == node.artifact.fingerprint:
-        return []
-    return differences({key: old.get(key) for key in node.recipe}, node.recipe) or ["fingerprint changed"]
+        return None
+    known = read_json(record)
+    return str(known["fingerprint"]) if known.get("step") == "adopted" else None

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "KOINE_PROGRESS"
+EVERY_SECONDS = 0.1
+_last = 0.0
 
 
 def report(fraction: float, text: str = "") -> None:
-    """Say that `fraction` (0 to 1) of the running step is done."""
+    """Say that `fraction` (0 to 1) of the running step is done; cheap enough to be called at every iteration."""
+    global _last
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
-    if place := os.environ.get(VARIABLE):
-        path = Path(place)
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps({"fraction": fraction, "text": text}), encoding="utf-8")
-        temporary.replace(path)
+    now = time.monotonic()
+    if (place := os.environ.get(VARIABLE)) and (fraction == 1.0 or now - _last >= EVERY_SECONDS):
+        _last = now
+        write(Path(place), fraction=fraction, text=text)
+
+
+def write(path: Path, **fields: Any) -> None:
+    """Replace what is told in `path`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.write_text(json.dumps(fields), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What was told last; empty where nothing was."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return dict(told)

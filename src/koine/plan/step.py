@@ -7,7 +7,6 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from koine.errors import UserError, did_you_mean
@@ -35,7 +34,12 @@ class StepInfo:
 def step(
     version: str = "1", estimate: Callable[..., Estimate] | None = None, threads: int = 1
 ) -> Callable[[Function], Function]:
-    """Mark a function as a step; it stays a plain function. `threads` is its budget of cores in a plan."""
+    """Mark a function as a step; it stays a plain function.
+
+    `version` goes into the fingerprint: raise it when the same inputs and parameters are to give another result.
+    `estimate` is called with the step's own arguments but `out` (paths may not exist yet) and says what it will need.
+    `threads` is the step's budget of cores in a plan, unless it has a parameter of that name.
+    """
 
     def mark(function: Function) -> Function:
         function.__koine_step__ = StepInfo(version, estimate, threads)  # type: ignore[attr-defined]
@@ -49,6 +53,8 @@ def split(function: Callable[..., None], given: Mapping[str, Any]) -> tuple[dict
     name = function.__qualname__
     hints = typing.get_type_hints(function)
     signature = inspect.signature(function).parameters
+    if "out" not in signature:
+        raise UserError("a step needs a parameter `out: Path`", where=name)
     known = [key for key in signature if key != "out"]
     inputs: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
@@ -65,6 +71,8 @@ def split(function: Callable[..., None], given: Mapping[str, Any]) -> tuple[dict
                 raise UserError(f"parameter '{key}' must be {hints[key]}, got {value!r}", where=name)
             parameters[key] = value
         else:
+            if value is None and declared.default is not None and not matches(None, hints.get(key, Any)):
+                raise UserError(f"input '{key}' must be an artifact, got None", where=name)
             inputs[key] = value
     return inputs, parameters
 
@@ -90,22 +98,3 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     kind = origin or hint
     return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def parse_setting(key: str, text: str, hint: Any) -> Any:
-    """The value of `--set key=text` for a parameter annotated with `hint`."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if type(None) in options and text.lower() == "none":
-        return None
-    for option in options:
-        try:
-            if option is bool and text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            if option in (int, float, str, Path):
-                return option(text)
-            if typing.get_origin(option) is tuple:
-                element = typing.get_args(option)[0]
-                return tuple(element(item) for item in text.split(",") if item)
-        except ValueError:
-            continue
-    raise UserError(f"'{text}' does not fit {hint}", where=f"--set {key}")

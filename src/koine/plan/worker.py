@@ -5,19 +5,24 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
-import platform
-import resource
-import shutil
 import signal
+import struct
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from koine import __version__
+from filelock import FileLock, Timeout
+
 from koine.errors import UserError
-from koine.files import exclusive, fsync_tree, publish_directory, read_json, sha256_file, write_json
+from koine.files import disk_errors, read_json
+from koine.plan.job import Job
+from koine.plan.loading import load_plan_file
+from koine.plan.memory import PeakMemory
+from koine.plan.progress import write as tell
+from koine.plan.provenance import environment, hashes, manifest_hash
+from koine.plan.publish import lock_of, prepare_work, publish, recover
 
 
 def die_with_parent(parent: int) -> None:
@@ -28,56 +33,145 @@ def die_with_parent(parent: int) -> None:
             sys.exit(1)
 
 
-def build(job: dict[str, Any]) -> None:
-    """Build one artifact under its lock, or find that another process has built it meanwhile."""
-    folder, name, fingerprint = Path(job["folder"]), job["name"], job["fingerprint"]
-    final, work = folder / name, folder / ".work" / name
-    mark = folder / ".work" / f"{name}.json"
-    with exclusive(folder / ".locks" / f"{name}.lock", doing=f"building {name}", wait=-1):
-        record = final / "artifact.json"
-        if record.exists() and read_json(record).get("fingerprint") == fingerprint:
-            print(f"{name}: built meanwhile by another process; reused")
-            return
-        if work.exists() and (not mark.exists() or read_json(mark) != fingerprint):
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(mark, fingerprint)
+def start_guardian() -> int:
+    """Fork a process that kills the whole group of this worker when standard input closes; returns its id.
+
+    The parent holds the other end: it closes it when the step has ended, and the system does so when the parent is
+    killed, on every Unix. So neither the worker nor anything that it has started outlives the run.
+    """
+    guardian = os.fork()
+    if guardian:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        return guardian
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.read(0, 4096):
+        pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)
+
+
+def parents_of(job: Job) -> list[dict[str, Any]]:
+    """Name, fingerprint and content hash of each parent, as they are now.
+
+    Raises `UserError` where a parent is no longer what the plan was made with.
+    """
+    found = []
+    for parent in job.parents:
+        path = Path(parent["path"])
+        entry = {"name": parent["name"], "fingerprint": parent["fingerprint"]}
+        if parent["input"]:
+            found.append({**entry, "input": str(path), "sha256": parent["fingerprint"]})
+            continue
+        record = path / "artifact.json"
+        known = read_json(record) if record.exists() else {}
+        if known.get("fingerprint") != parent["fingerprint"]:
+            raise UserError(
+                f"artifact '{parent['name']}' was changed by another run while '{job.name}' was being built",
+                where=path,
+                mend="let one run end before starting another with other settings, or give it another --name",
+            )
+        found.append({**entry, "sha256": manifest_hash(known["files"])})
+    return found
+
+
+def build(job: Job, *, guardian: int | None = None) -> str:
+    """Build one artifact under its lock; `reused` where another process has built it meanwhile, else `built`."""
+    run = Path(job.folder)
+    path = lock_of(run, job.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(path))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tell(Path(job.progress), fraction=0.0, text="waiting: another run is building it", waiting=True)
+        lock.acquire()
+    try:
+        return _build(job, run, guardian)
+    finally:
+        lock.release()
+
+
+def _build(job: Job, run: Path, guardian: int | None) -> str:
+    recover(run, job.name)
+    record = run / job.name / "artifact.json"
+    if record.exists():
+        known = read_json(record)
+        if known.get("fingerprint") == job.fingerprint or known.get("step") == "adopted":
+            return "reused"
+    parents = parents_of(job)
+    with disk_errors(run / job.name):
+        work, attempt = prepare_work(run, job.name, job.fingerprint)
+        begun = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"=== {begun}: {job.name}, attempt {attempt}, process {os.getpid()}", flush=True)
+        if job.file is not None:
+            load_plan_file(Path(job.file))
+        else:
+            __import__(job.module)
+        name, inputs, parameters = pickle.loads(job.call)
+        function: Any = sys.modules[job.module]
+        for part in name.split("."):
+            function = getattr(function, part)
         started = time.time()
-        job["function"](**job["inputs"], **job["parameters"], out=work)
+        with PeakMemory(without=guardian) as peak:
+            function(**inputs, **parameters, out=work)
+        seconds = time.time() - started
+        if parents_of(job) != parents:
+            raise UserError("an input changed while the step ran", where=job.name, mend="run it again")
         metrics = work / "metrics.json"
-        files = sorted(p for p in work.rglob("*") if p.is_file() and p != work / "artifact.json")
-        provenance = {
-            **job["recipe"],
-            "fingerprint": fingerprint,
-            "code": {"koine": __version__},
-            "environment": {
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "cores": os.cpu_count(),
-                "threads": job["threads"],
+        publish(
+            run,
+            job.name,
+            {
+                "artifact": job.name,
+                **job.recipe,
+                "parents": parents,
+                "fingerprint": job.fingerprint,
+                "code": job.code,
+                "environment": environment(job.threads),
+                "argv": list(job.argv),
+                "started": started,
+                "finished": time.time(),
+                "seconds": seconds,
+                "attempts": attempt,
+                "peak_memory_bytes": peak.bytes,
+                "estimate": job.estimate,
+                "metrics": read_json(metrics) if metrics.exists() else {},
+                "files": hashes(work),
             },
-            "argv": job["argv"],
-            "started": started,
-            "finished": time.time(),
-            "seconds": time.time() - started,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "metrics": read_json(metrics) if metrics.exists() else {},
-            "files": {p.relative_to(work).as_posix(): sha256_file(p) for p in files},
-        }
-        write_json(work / "artifact.json", provenance)
-        fsync_tree(work)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        publish_directory(work, final)
-        mark.unlink()
+        )
+    return "built"
 
 
 def main() -> None:
+    """Read a job from standard input and do it; the exit code is 0, 2 for a user's mistake, 1 for a crash."""
     die_with_parent(int(sys.argv[1]))
+    # Unbuffered: what the guardian waits for on the same descriptor must not lie in a buffer here.
+    content = b""
+    while len(content) < 8 or len(content) < 8 + struct.unpack("<Q", content[:8])[0]:
+        part = os.read(0, 1 << 20)
+        if not part:
+            sys.exit(1)
+        content += part
+    guardian = start_guardian()
+    job: Job = pickle.loads(content[8:])
     try:
-        build(pickle.load(sys.stdin.buffer))
+        result = build(job, guardian=guardian)
+        tell(Path(job.progress), fraction=1.0, text="", result=result)
     except UserError as error:
         print(f"koine: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except SystemExit as error:
+        # A step that leaves by sys.exit(0) has not returned: nothing was published, so it must not look like success.
+        if error.code in (0, None):
+            print("the step ended the process instead of returning", file=sys.stderr, flush=True)
+            sys.exit(1)
+        raise
     except Exception:  # noqa: BLE001 - the traceback is the log's last word, and the exit code tells the parent
         traceback.print_exc()
         sys.exit(1)

@@ -1,0 +1,51 @@
+"""Copies of what a run is for, under the names that the plan gives them."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from pathlib import Path
+
+from koine.errors import UserError
+from koine.files import atomic_directory
+from koine.plan.plan import Plan
+
+
+def same(source: Path, target: Path) -> bool:
+    """Whether two files or folders have the same content."""
+    if source.is_file():
+        return target.is_file() and filecmp.cmp(source, target, shallow=False)
+    names = {item.relative_to(source) for item in source.rglob("*") if item.is_file()}
+    there = {item.relative_to(target) for item in target.rglob("*") if item.is_file()}
+    return names == there and all(filecmp.cmp(source / name, target / name, shallow=False) for name in names)
+
+
+def write_exports(plan: Plan) -> None:
+    """Copy what the plan exports, each whole or not at all; what is there already is left alone.
+
+    Raises `UserError` where a step did not write what is to be copied.
+    """
+    for to, artifact in plan.exports.items():
+        source, target = artifact.place, plan.folder / to
+        if not source.exists():
+            raise UserError(
+                f"step '{artifact.name}' wrote no '{artifact.inside}'",
+                where="plan.export",
+                mend="export a file that it writes",
+            )
+        if target.exists() and same(source, target):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_file():
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            try:
+                shutil.copyfile(source, temporary)
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        else:
+            with atomic_directory(target, overwrite=True) as filling:
+                shutil.copytree(source, filling, dirs_exist_ok=True)

@@ -1,0 +1,94 @@
+"""Finding a plan function: a recipe that ships, or a function in a file of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from koine.errors import UserError, did_you_mean
+from koine.plan.plan import PLAN_FILE
+
+
+def load_plan_file(path: Path) -> ModuleType:
+    """Import a file of plans under a name that clashes with no installed module; it can import its neighbours.
+
+    Raises `UserError` where the file is missing, is not Python, or fails while it is imported.
+    """
+    if not path.is_file():
+        raise UserError("no such plan file", where=path)
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        # At the end: a neighbour called `random.py` must not hide the standard library's.
+        sys.path.append(folder)
+    name = PLAN_FILE + path.stem
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise UserError("not a Python file", where=path, mend="give path/to/file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        if Path(error.filename or "").resolve() != path.resolve():
+            path = Path(error.filename or path)
+        raise UserError(
+            f"not valid Python ({error.msg})", where=f"{path}:{error.lineno}", mend="mend the plan file"
+        ) from None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+        raise UserError(
+            f"cannot be imported ({type(error).__name__}: {error})",
+            where=f"{path}:{lines[-1]}" if lines else path,
+            mend="mend the plan file",
+        ) from error
+    return module
+
+
+def functions_of(module: ModuleType) -> list[str]:
+    """Names of the functions that a module itself defines and that take a plan."""
+    found = []
+    for key, value in vars(module).items():
+        if inspect.isfunction(value) and value.__module__ == module.__name__:
+            first = next(iter(inspect.signature(value).parameters), None)
+            if first == "plan":
+                found.append(key)
+    return found
+
+
+def find_plan(text: str, recipes: ModuleType) -> Callable[..., None]:
+    """The plan function of a recipe's name or of `path/to/file.py:function`; `recipes` is the package of the former."""
+    if ":" in text:
+        place, _, name = text.rpartition(":")
+        module = load_plan_file(Path(place))
+    elif text.endswith(".py"):
+        known = functions_of(load_plan_file(Path(text)))
+        choice = " or ".join(f"{text}:{item}" for item in known) or "add a function `def name(plan): ...`"
+        raise UserError("which plan of this file?", where=text, mend=f"say {choice}" if known else choice)
+    else:
+        # A recipe is a module with a function of the same name; the others of the package are their parts.
+        names = [
+            path.stem
+            for folder in recipes.__path__
+            for path in sorted(Path(folder).glob("*.py"))
+            if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8")
+        ]
+        if text not in names:
+            raise UserError(f"unknown recipe '{text}'", mend=did_you_mean(text, names))
+        name = text
+        module = importlib.import_module(f"{recipes.__name__}.{text}")
+    function = getattr(module, name, None)
+    if not inspect.isfunction(function):
+        known = functions_of(module) or [
+            key for key, value in vars(module).items() if inspect.isfunction(value)
+        ]
+        raise UserError(f"no plan function '{name}'", where=text, mend=did_you_mean(name, known))
+    return function
