@@ -108,8 +108,18 @@ def own_corpus(
         shutil.rmtree(out / folder, ignore_errors=True)
     reader = read_records(data, fields=field_mapping(fields), max_bad_share=max_bad_share)
     wanted = {language(code).code for code in languages}
+    unknown = 0
+
+    def chosen() -> Iterator[dict[str, Any]]:
+        nonlocal unknown
+        for record in reader:
+            if record["language"] == "und":
+                unknown += 1
+            elif not wanted or record["language"] in wanted:
+                yield record
+
     shares = write_own_corpus(
-        (record for record in reader if not wanted or record["language"] in wanted),
+        chosen(),
         out,
         max_bytes=max_bytes_per_language,
         heldout_bytes=heldout_bytes_per_language,
@@ -120,7 +130,9 @@ def own_corpus(
         raise UserError(
             f"no language has {min_bytes_per_language} bytes of text and a held-out document",
             where=data,
-            mend="check the field mapping (--set fields=text=...,language=...) or lower min_bytes_per_language",
+            mend=f"{unknown} records name no language: map the field (--set fields=text=...,language=...)"
+            if unknown
+            else "lower it with --set min_bytes_per_language=...",
         )
     primary, expanded = split_roles(
         tuple(shares), primary_cluster=primary_cluster, primary_languages=primary_languages
@@ -155,6 +167,12 @@ def own_corpus(
                     "Chats are yours."
                     if not borrowed or chat != borrowed
                     else f"The text holds no chats, so the sample world's questions stand in for: {', '.join(chat)}."
+                )
+                + (f" {unknown} records name no language and were left out." if unknown else "")
+                + (
+                    f" {reader.bad} bad records were left out, the first: {reader.examples[0]}."
+                    if reader.bad
+                    else ""
                 ),
             },
             {

@@ -1,0 +1,138 @@
+"""The shipped recipe at a tiny size: whole, killed and continued, a third time, and on the user's own text."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from koine.files import sha256_file
+
+TINY = {
+    "languages": "en,de,zh,hi",
+    "preset": "koine-0.5m",
+    "vocabulary_size": "700",
+    "pretrain_steps": "6",
+    "adapt_steps": "6",
+    "chat_steps": "4",
+    "sequence_length": "64",
+    "batch_size": "4",
+    "micro_batch_size": "2",
+    "documents_per_language": "40",
+    "questions_per_language": "12",
+    "evaluation_documents": "2",
+    "evaluation_questions": "3",
+}
+
+
+def command(runs: Path, **settings: str) -> list[str]:
+    chosen = {**TINY, **settings}
+    arguments = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "koine", "run", "quickstart", "--runs", str(runs), *arguments]
+
+
+def run(runs: Path, **settings: str) -> str:
+    done = subprocess.run(command(runs, **settings), capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    runs = tmp_path_factory.mktemp("whole")
+    return runs / "quickstart", run(runs)
+
+
+def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> None:
+    folder, said = whole
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["languages"]["primary"] == ["en", "de"]
+    assert results["languages"]["expanded"] == ["zh", "hi"]
+    for stage in ("pretrained", "adapted", "chat"):
+        for arm in ("universal", "cluster"):
+            assert 0.0 < results["bits_per_byte"][stage][arm]["expanded"] < 8.0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "did the universal tokenizer adapt faster" in page
+    assert f"koine chat {folder / 'model'}" in said
+
+
+def test_one_can_talk_to_the_model(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    arguments = [
+        sys.executable,
+        "-m",
+        "koine",
+        "chat",
+        str(folder / "model"),
+        "--once",
+        "Hello",
+        "--max-new-tokens",
+        "5",
+    ]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_third_run_does_nothing(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/artifact.json")}
+    run(folder.parent)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/artifact.json")} == before
+
+
+def test_killed_and_run_again_it_ends_in_the_same_model(whole: tuple[Path, str], tmp_path: Path) -> None:
+    """Killed while it pretrains, and once more a little later; the model's bytes are those of the uninterrupted run."""
+    folder, _ = whole
+    for steps_seen in (1, 3):
+        process = subprocess.Popen(
+            command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            lines = [
+                path.read_bytes().count(b"\n") for path in tmp_path.glob("quickstart/.work/**/metrics.jsonl")
+            ]
+            if max(lines, default=0) >= steps_seen:
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run(tmp_path)
+    for name in ("model", "model-cluster", "pretrained/cluster"):
+        ours, theirs = (root / name / "model.safetensors" for root in (tmp_path / "quickstart", folder))
+        assert sha256_file(ours) == sha256_file(theirs), name
+
+
+def test_on_text_of_ones_own(tmp_path: Path) -> None:
+    lines = []
+    for code, sentence in (
+        ("eng_Latn", "The river runs down to the sea"),
+        ("deu_Latn", "Der Fluss fließt zum Meer"),
+        ("hin_Deva", "नदी समुद्र तक बहती है"),
+    ):
+        lines += [
+            json.dumps(
+                {"content": f"{sentence} {number}. " * 6, "lang": code, "id": f"{code}-{number}"},
+                ensure_ascii=False,
+            )
+            for number in range(120)
+        ]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run(
+        tmp_path,
+        data=str(data),
+        fields="text=content,language=lang",
+        languages="",
+        min_bytes_per_language="1000",
+    )
+    results = json.loads((tmp_path / "quickstart" / "results.json").read_text(encoding="utf-8"))
+    assert results["languages"]["primary"] == ["de", "en"]
+    assert results["languages"]["expanded"] == ["hi"]
