@@ -46,6 +46,7 @@ def artifact(
     folder = run / name
     folder.mkdir(parents=True)
     record = {
+        "artifact": name,
         "step": f"koine.recipes.steps:{step}",
         "version": "1",
         "parameters": {"seed": 0, **more.get("parameters", {})},
@@ -53,6 +54,9 @@ def artifact(
             f"input{index}": {"artifact": parent, "inside": "", "fingerprint": fingerprint(parent)}
             for index, parent in enumerate(parents)
         },
+        "parents": [
+            {"name": parent, "fingerprint": fingerprint(parent), "sha256": "0" * 64} for parent in parents
+        ],
         "fingerprint": fingerprint(name),
         "code": {"koine": "0.1.0"},
         "environment": {
@@ -98,6 +102,7 @@ def curves(folder: Path, arm: str, steps: int, start: float, end: float, groups:
 def write_sample_run(run: Path) -> Path:
     """Write the run into the new folder `run` and return it."""
     noise = random.Random(0)
+    nodes: list[dict[str, Any]] = []
     codes = list(LANGUAGES)
     clock = 1_767_000_000.0
 
@@ -105,6 +110,15 @@ def write_sample_run(run: Path) -> Path:
         nonlocal clock
         folder = artifact(run, name, step, parents, seconds=seconds, began=clock, **more)
         clock += seconds
+        nodes.append(
+            {
+                "name": name,
+                "step": f"koine.recipes.steps:{step}",
+                "status": "built",
+                "parents": parents,
+                "log": None,
+            }
+        )
         return folder
 
     rows = [
@@ -200,6 +214,7 @@ def write_sample_run(run: Path) -> Path:
     parents += [f"evaluation/{arm}/{stage}" for arm in arms for stage in ("pretrained", "adapted", "chat")]
     add("comparison", "compare_arms", ["corpus", *parents], 0.3, title="Universal against cluster tokenizer", blocks=blocks,
         metrics={"adaptation_speed_per_step": 2.31, "adaptation_speed_per_byte": 1.87})  # fmt: skip
+    (run / "plan.json").write_text(json.dumps({"run": run.name, "nodes": nodes}), encoding="utf-8")
     (run / "results.json").write_text("{}", encoding="utf-8")
     (run / "logs").mkdir()
     (run / ".work" / "half").mkdir(parents=True)

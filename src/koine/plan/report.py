@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +14,10 @@ from koine.files import write_atomically
 from koine.plan.report_blocks import Block, is_number
 from koine.plan.report_graph import Box, draw_graph
 from koine.plan.report_plots import SERIES, draw
-from koine.plan.report_run import Member, read_run
+from koine.plan.report_run import Member, Parent, Run, read_run
+from koine.plan.report_text import duration, flat, metric_label, number_text, size, table
 
 PLOTS = ("lines", "bars", "heatmap")
-NUMERIC_TEXT = re.compile(r"[+\u2212-]?\d[\d.,\u202f]*( ?%)?( \([^)]*\))?")
-LABELS = {
-    "loss": "loss, nats per token",
-    "learning_rate": "learning rate",
-    "tokens_per_second": "tokens/s",
-    "gradient_norm": "norm of the gradient",
-    "ceiling_share": "share of the matmul ceiling",
-    "units": "tokens with a loss in a batch",
-}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -38,8 +28,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     run = Path(run)
     out = run / "report.html" if out is None else Path(out)
-    members = read_run(run)
-    write_atomically(out, render(run.resolve().name, members))
+    write_atomically(out, render(run.resolve().name, read_run(run)))
     return out
 
 
@@ -60,10 +49,11 @@ class Palette:
         return chosen
 
 
-def render(name: str, members: Sequence[Member]) -> str:
+def render(name: str, run: Run) -> str:
     """The page."""
     import jinja2
 
+    members = run.members
     palette = Palette()
     answering = [member for member in members if has_verdict(member)]
     answers = [
@@ -77,7 +67,7 @@ def render(name: str, members: Sequence[Member]) -> str:
         if member.report is not None
     ]
     curves = curve_groups(members, palette)
-    steps = list(dict.fromkeys(member.step for member in members))
+    steps = list(dict.fromkeys([*(m.step for m in members), *(node.step for node in run.unfinished)]))
     colours = {step: f"--series-{index % len(SERIES) + 1}" for index, step in enumerate(steps)}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -90,9 +80,10 @@ def render(name: str, members: Sequence[Member]) -> str:
         facts=facts(members),
         answers=answers,
         curves=curves,
-        graph=draw_graph(boxes(members, colours)),
+        warnings=warnings(run),
+        graph=draw_graph(boxes(run, colours)),
         steps=colours,
-        artifacts=[section(member, members, palette, member in answering) for member in members],
+        artifacts=[section(member, run, palette, member in answering) for member in members],
     )
 
 
@@ -110,7 +101,11 @@ def anchor(name: str) -> str:
 
 def facts(members: Sequence[Member]) -> list[tuple[str, str]]:
     """What the head of the page says of the run; what no artifact recorded is left out."""
-    started = [value for member in members if (value := member.number("started")) is not None]
+    spans = [
+        (start, end)
+        for member in members
+        if (start := member.number("started")) is not None and (end := member.number("finished")) is not None
+    ]
     finished = [value for member in members if (value := member.number("finished")) is not None]
     seconds = [value for member in members if (value := member.number("seconds")) is not None]
     memory = [value for member in members if (value := member.number("peak_memory_bytes")) is not None]
@@ -119,13 +114,13 @@ def facts(members: Sequence[Member]) -> list[tuple[str, str]]:
         found.append(
             ("Finished", datetime.fromtimestamp(max(finished), UTC).strftime("%-d %B %Y, %H:%M UTC"))
         )
-    if started and finished and max(finished) > min(started):
-        found.append(("From start to end", duration(max(finished) - min(started))))
+    if spans:
+        found.append(("Time", duration(covered(spans))))
     if seconds:
-        found.append(("Time in steps", duration(sum(seconds))))
+        found.append(("Sum of all steps", duration(sum(seconds))))
     found.append(("Artifacts", str(len(members))))
     if memory:
-        found.append(("Largest step", size(max(memory))))
+        found.append(("Most memory of a step", size(max(memory))))
     if machines := list(dict.fromkeys(text for member in members if (text := machine(member)))):
         found.append(("Machine", "; ".join(machines)))
     versions = {
@@ -136,6 +131,39 @@ def facts(members: Sequence[Member]) -> list[tuple[str, str]]:
     if versions:
         found.append(("Koine", ", ".join(sorted(versions))))
     return found
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The time in which at least one of the spans ran: steps side by side count once, pauses not at all."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader must know before believing the page."""
+    found = []
+    have = {member.name for member in run.members}
+    for node in run.unfinished:
+        text = f"{node.name}: {node.status}" + (
+            f", see {node.log}" if node.log and node.status == "failed" else ""
+        )
+        found.append(text + (" (what this page shows of it is from before)" if node.name in have else ""))
+    current = {member.name: member.fingerprint for member in run.members}
+    for member in run.members:
+        stale = [parent.name for parent in member.parents if is_stale(parent, current)]
+        if stale:
+            found.append(f"{member.name} was made from an earlier version of {', '.join(stale)}")
+    if run.former:
+        found.append(f"no longer in the plan: {', '.join(sorted(run.former))}")
+    return found
+
+
+def is_stale(parent: Parent, current: Mapping[str, str]) -> bool:
+    """Whether the artifact of that name is another one by now."""
+    return parent.name in current and current[parent.name] not in ("", parent.fingerprint)
 
 
 def machine(member: Member) -> str:
@@ -178,55 +206,6 @@ def view(block: Block, place: str, palette: Palette) -> dict[str, Any]:
     if kind == "table":
         return {"kind": kind, "title": title, "caption": block.get("caption", ""), **table(block)}
     return {**block, "title": title}
-
-
-def table(block: Block) -> dict[str, Any]:
-    """Columns with their alignment, and cells as text: the numbers of a column with equally many decimals."""
-    columns = list(zip(*block["rows"], strict=True)) or [() for _ in block["columns"]]
-    cells = [column_cells(column) for column in columns]
-    return {
-        "columns": [
-            {"name": name, "number": bool(column) and all(is_numeric(cell) for cell in column)}
-            for name, column in zip(block["columns"], columns, strict=True)
-        ],
-        "rows": [list(row) for row in zip(*cells, strict=True)],
-    }
-
-
-def is_numeric(cell: Any) -> bool:
-    """Whether a cell stands on the right: a number, text that is one (`12 % (10–14)`), or nothing."""
-    if isinstance(cell, str):
-        return cell in ("", "–") or NUMERIC_TEXT.fullmatch(cell) is not None
-    return not isinstance(cell, bool)
-
-
-def column_cells(column: Sequence[Any]) -> list[str]:
-    fractions = [cell for cell in column if isinstance(cell, float) and is_number(cell)]
-    decimals = max((decimals_of(value) for value in fractions), default=0)
-    return [
-        "–" if cell is None
-        else f"{cell:,.{decimals}f}" if isinstance(cell, float) and is_number(cell) and decimals <= 4
-        else number_text(cell) if not isinstance(cell, str)
-        else cell
-        for cell in column
-    ]  # fmt: skip
-
-
-def decimals_of(value: float) -> int:
-    """The decimals that four significant digits of a number need; more than 4 asks for exponents."""
-    text = f"{value:.4g}"
-    return 9 if "e" in text else len(text.partition(".")[2])
-
-
-def number_text(value: Any) -> str:
-    """A number for reading."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
-    return "–" if value is None else str(value)
 
 
 # Curves
@@ -277,63 +256,50 @@ def curve_groups(members: Sequence[Member], palette: Palette) -> list[dict[str, 
     return shown
 
 
-def metric_label(metric: str) -> str:
-    """A metric's name for an axis."""
-    if metric in LABELS:
-        return LABELS[metric]
-    words = metric.removeprefix("evaluation/")
-    for known in ("bits_per_byte", "bits per byte"):
-        rest = words.removeprefix(known).strip("_/ ")
-        if words.startswith(known):
-            return "bits per byte" + (f", {rest.replace('_', ' ')}" if rest else "")
-    return words.replace("_", " ")
-
-
 # Lineage and the artifacts
 
 
-def boxes(members: Sequence[Member], colours: Mapping[str, str]) -> list[Box]:
+def boxes(run: Run, colours: Mapping[str, str]) -> list[Box]:
     """The nodes of the graph; inputs from outside of the run come first."""
-    names = {member.name for member in members}
+    order = run.order
     outside = {
-        parent.name: parent for member in members for parent in member.parents if parent.name not in names
+        parent.name: parent for member in run.members for parent in member.parents if parent.name not in order
     }
-    drawn = [
-        Box(
+    drawn = {
+        name: Box(
             name,
             (),
-            (name, "input"),
+            "input",
             f"{name}\nfrom outside of the run\nfingerprint {parent.fingerprint[:12]}",
             "--muted",
-            "",
         )
         for name, parent in outside.items()
-    ]
-    known = set(outside)
-    for member in members:
-        seconds = member.number("seconds")
-        title = [member.name, f"step {member.step}"]
-        if member.fingerprint:
-            title.append(f"fingerprint {member.fingerprint[:12]}")
-        title += [f"{key}: {number_text(value)}" for key, value in flat(member.metrics)[:12]]
-        drawn.append(
-            Box(
-                member.name,
-                tuple(dict.fromkeys(parent.name for parent in member.parents if parent.name in known)),
-                (member.name, member.step if seconds is None else f"{member.step}, {duration(seconds)}"),
-                "\n".join(title),
-                colours[member.step],
-                anchor(member.name),
-            )
-        )
-        known.add(member.name)
-    return drawn
+    }
+    members = {member.name: member for member in run.members}
+    unfinished = {node.name: node for node in run.unfinished}
+    for name in order:
+        if name in members:
+            member, seconds = members[name], members[name].number("seconds")
+            above: Sequence[str] = [parent.name for parent in member.parents]
+            title = [name, f"step {member.step}"]
+            if member.fingerprint:
+                title.append(f"fingerprint {member.fingerprint[:12]}")
+            title += [f"{key}: {number_text(value)}" for key, value in flat(member.metrics)[:12]]
+            text = member.step if seconds is None else f"{member.step}, {duration(seconds)}"
+            step, link = member.step, anchor(name)
+        else:
+            node = unfinished[name]
+            above, step, text, link = node.parents, node.step, node.status, ""
+            title = [name, f"step {step}", node.status]
+        parents = tuple(dict.fromkeys(parent for parent in above if parent in drawn))
+        drawn[name] = Box(name, parents, text, "\n".join(title), colours[step], link)
+    return list(drawn.values())
 
 
-def section(member: Member, members: Sequence[Member], palette: Palette, above: bool) -> dict[str, Any]:
+def section(member: Member, run: Run, palette: Palette, above: bool) -> dict[str, Any]:
     """What the page says of one artifact; `above`: its blocks stand at the top of the page already."""
     record = member.record
-    current = {other.name: other.fingerprint for other in members}
+    current = {other.name: other.fingerprint for other in run.members}
     seconds, memory = member.number("seconds"), member.number("peak_memory_bytes")
     argv, files = record.get("argv"), record.get("files")
     finished = member.number("finished")
@@ -348,8 +314,16 @@ def section(member: Member, members: Sequence[Member], palette: Palette, above: 
         )
     if isinstance(argv, list):
         provenance.append(("command", shlex.join(str(word) for word in argv)))
+    if (attempts := member.number("attempts")) is not None and attempts > 1:
+        provenance.append(("attempts", f"{attempts:.0f}"))
+    if expected := expectation(record.get("estimate")):
+        provenance.append(("expected beforehand", expected))
     for key in ("code", "environment"):
-        provenance += [(name, number_text(value)) for name, value in flat(record.get(key) or {}, key)]
+        provenance += [
+            (name, number_text(value))
+            for name, value in flat(record.get(key) or {}, key)
+            if value is not None
+        ]
     return {
         "id": anchor(member.name),
         "name": member.name,
@@ -366,7 +340,7 @@ def section(member: Member, members: Sequence[Member], palette: Palette, above: 
                 "name": parent.name + (f"/{parent.inside}" if parent.inside else ""),
                 "link": anchor(parent.name) if parent.name in current else "",
                 "fingerprint": parent.fingerprint[:12],
-                "stale": parent.name in current and current[parent.name] not in ("", parent.fingerprint),
+                "stale": is_stale(parent, current),
             }
             for parent in member.parents
         ],
@@ -377,42 +351,16 @@ def section(member: Member, members: Sequence[Member], palette: Palette, above: 
     }
 
 
+def expectation(estimate: Any) -> str:
+    """What the step was estimated to need, in words; empty where nothing was."""
+    words = []
+    if isinstance(estimate, dict) and is_number(estimate.get("seconds")):
+        words.append(duration(estimate["seconds"]))
+    if isinstance(estimate, dict) and is_number(estimate.get("memory_bytes")):
+        words.append(size(estimate["memory_bytes"]))
+    return ", ".join(words)
+
+
 def file_hash(value: Any) -> str:
     """The first digits of a file's sha256, which may stand alone or in an object."""
     return str(value.get("sha256", "") if isinstance(value, dict) else value)[:12]
-
-
-def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested objects under dotted names; lists as one leaf."""
-    if isinstance(value, dict):
-        return [
-            leaf
-            for key, item in value.items()
-            for leaf in flat(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    if isinstance(value, list):
-        plain = all(item is None or isinstance(item, str | int | float) for item in value)
-        value = (
-            ", ".join(number_text(item) for item in value) if plain else json.dumps(value, ensure_ascii=False)
-        )
-    return [(prefix, value)] if prefix else []
-
-
-def duration(seconds: float) -> str:
-    """Seconds for reading: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def size(count: float) -> str:
-    """Bytes for reading, in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

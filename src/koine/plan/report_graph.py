@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-BOX, HEIGHT, GAP, RISE, MARGIN = 132.0, 40.0, 16.0, 34.0, 6.0
+BOX, HEIGHT, GAP, RISE, MARGIN = 148.0, 56.0, 16.0, 32.0, 6.0
 BEND = 14.0  # the room that a passing edge takes in a layer
 SWEEPS = 12
 
@@ -20,14 +20,14 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Box:
-    """One artifact in the graph; `colour` is a CSS variable, `link` an anchor of the page or empty."""
+    """One artifact in the graph; `text` stands below its name, `colour` is a CSS variable, `link` an anchor of the page."""
 
     name: str
     parents: tuple[str, ...]
-    lines: tuple[str, str]
+    text: str
     title: str
     colour: str
-    link: str
+    link: str = ""
 
 
 def needed_edges(parents: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -102,7 +102,7 @@ def layout(
 
     rows = least_crossings(rows, above, below)
     width = {name: BEND if "\0" in name else BOX for name in above}
-    x = {}
+    x: dict[str, float] = {}
     for row in rows:
         offsets = spread(row, width)
         x |= {name: offset - offsets[-1] / 2 for name, offset in zip(row, offsets, strict=True)}
@@ -193,17 +193,25 @@ def draw_graph(boxes: Sequence[Box]) -> str:
         path = [(x0, y0 + HEIGHT / 2), *points, (x1, y1 - HEIGHT / 2 - 1)]
         parts.append(f'<path class="edge" d="{curve(path)}"/>')
     for box in boxes:
-        x, y = at[box.name][0] - BOX / 2, at[box.name][1] - HEIGHT / 2
-        inner = (
-            f"<title>{escape(box.title)}</title>"
-            f'<rect class="{"box" if box.link else "box outside"}" x="{x:.1f}" y="{y:.1f}" width="{BOX:g}" '
-            f'height="{HEIGHT:g}" rx="6"/>'
-            f'<rect x="{x + 5:.1f}" y="{y + 8:.1f}" width="4" height="{HEIGHT - 16:g}" rx="2" style="fill: var({box.colour})"/>'
-            f'<text x="{x + 16:.1f}" y="{y + 17:.1f}">{escape(shorten(box.lines[0], 18))}</text>'
-            f'<text class="small" x="{x + 16:.1f}" y="{y + 31:.1f}">{escape(shorten(box.lines[1], 22))}</text>'
-        )
-        parts.append(f'<a href="#{escape(box.link)}">{inner}</a>' if box.link else f"<g>{inner}</g>")
+        parts.append(draw_box(box, at[box.name][0] - BOX / 2, at[box.name][1] - HEIGHT / 2))
     return "\n".join([*parts, "</svg>"])
+
+
+def draw_box(box: Box, x: float, y: float) -> str:
+    """A box with its upper left corner at (x, y): the folder of the name, if any, its last part, and the text."""
+    folder, _, last = box.name.rpartition("/")
+    top = y + (16 if folder else 9)
+    lines = [("small", f"{folder}/", 23, 0.0)] if folder else []
+    lines += [("name", last, 17, 15.0), ("small", box.text, 23, 29.0)]
+    inner = (
+        f"<title>{escape(box.title)}</title>"
+        f'<rect class="{"box" if box.link else "box outside"}" x="{x:.1f}" y="{y:.1f}" width="{BOX:g}" '
+        f'height="{HEIGHT:g}" rx="6"/>'
+        f'<rect x="{x + 6:.1f}" y="{y + 9:.1f}" width="4" height="{HEIGHT - 18:g}" rx="2" style="fill:var({box.colour})"/>'
+    )
+    for kind, text, limit, down in lines:
+        inner += f'<text class="{kind}" x="{x + 18:.1f}" y="{top + down:.1f}">{escape(shorten(text, limit))}</text>'
+    return f'<a href="#{escape(box.link)}">{inner}</a>' if box.link else f"<g>{inner}</g>"
 
 
 def shorten(text: str, limit: int) -> str:

@@ -22,8 +22,8 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
 }
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
-# Sizes in points; the page shows a point as about 1.3 pixels where it has the room.
-HALF, FULL = 400.0, 820.0
+# Sizes in points; the page shows a point as about 1.35 pixels where it has the room.
+HALF, FULL = 370.0, 780.0
 FONT = 9.0
 MAX_POINTS = 400  # of a line; more are averaged in equal spans
 
@@ -78,6 +78,8 @@ def inline(svg: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    # A style sheet inside would hold for the whole page; the page's own says the same for plots.
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
@@ -92,15 +94,21 @@ def inline(svg: str, label: str) -> str:
     svg = re.sub(
         r"(?<=>)[^<]+(?=<)|<[^>]*>", lambda part: slim(part[0]) if part[0][0] == "<" else part[0], svg
     )
-    return re.sub(r">\s*\n\s*<", ">\n<", svg).strip()
+    svg = re.sub(r">\s+<", "><", svg)
+    for _ in range(4):
+        svg = re.sub(r"<defs></defs>|<g></g>|<g>(<(?:path|use|text)\b[^>]*/>)</g>", r"\1", svg)
+    return svg.strip()
 
 
 def slim(tag: str) -> str:
     """A tag with the page's colours and font, and with coordinates to a hundredth of a point."""
     tag = tag.replace("xlink:href", "href")
     tag = re.sub(r"font: ?([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
+    tag = re.sub(r"font-family:[^;\"]*;? ?| transform=\"rotate\(-0 [^\"]*\"", "", tag)
     if "data:" not in tag:
         tag = re.sub(r"(?<=\d\.\d\d)\d+", "", tag)
+        tag = re.sub(r"(?<=\d)\.0+(?=[ \",)])", "", tag)
+        tag = re.sub(r"\s+", " ", tag).replace(": ", ":").replace("; ", ";")
     for colour, variable in VARIABLES.items():
         tag = tag.replace(colour, f"var({variable})")
     return tag
@@ -219,6 +227,10 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
         ):
             if value is not None and interval is not None:
                 (axes.hlines if lying else axes.vlines)(place, *interval, color=INK, linewidth=0.9)
+            if value is None:
+                x, y = (0.0, place) if lying else (place, 0.0)
+                side = "left" if lying else "center"
+                axes.text(x, y, "–", color=MUTED, ha=side, va="center" if lying else "bottom")
     ticks = range(len(categories))
     if lying:
         axes.set_yticks(ticks, categories)
@@ -257,7 +269,12 @@ def draw_heatmap(block: Mapping[str, Any], label: str) -> Figure:
     least, greatest = (0.0, 1.0) if np.isnan(values).all() else (np.nanmin(values), np.nanmax(values))
     colours = mpl.colormaps["cividis"]
     mesh = axes.pcolormesh(
-        values, cmap=colours, vmin=least, vmax=greatest if greatest > least else least + 1, linewidth=0
+        values,
+        cmap=colours,
+        vmin=least,
+        vmax=greatest if greatest > least else least + 1,
+        linewidth=0.2,
+        edgecolors="face",
     )
     if cell >= 24:
         for i, row in enumerate(values):
@@ -265,7 +282,7 @@ def draw_heatmap(block: Mapping[str, Any], label: str) -> Figure:
                 if not np.isnan(value):
                     share = (value - least) / (greatest - least) if greatest > least else 0.0
                     axes.text(
-                        j + 0.5, i + 0.5, f"{value:.3g}", ha="center", va="center", fontsize=FONT - 2,
+                        j + 0.5, i + 0.5, f"{value:.2g}", ha="center", va="center", fontsize=FONT - 2,
                         color="#ffffff" if share < 0.55 else "#000000",
                     )  # fmt: skip
     axes.set_xticks([j + 0.5 for j in range(len(columns))], columns, rotation=90 if turned else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from koine.errors import UserError, did_you_mean
 from koine.files import read_json
 from koine.plan.report_blocks import StepReport, is_number, read_step_report
+
+DONE = ("built", "reused", "adopted", "not needed")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,8 @@ class Member:
 
     @property
     def step(self) -> str:
-        """The step's function, without its module; `adopted` where no step made it."""
-        step = self.record.get("step")
-        return step.rpartition(":")[2].rpartition(".")[2] if isinstance(step, str) and step else "adopted"
+        """The step's function, without its module."""
+        return function_name(self.record.get("step"))
 
     @property
     def fingerprint(self) -> str:
@@ -51,11 +52,38 @@ class Member:
     def number(self, key: str) -> float | None:
         """A number of the record, `None` where there is none."""
         value = self.record.get(key)
-        return float(value) if is_number(value) else None
+        return float(value) if value is not None and is_number(value) else None
 
 
-def read_run(run: Path) -> list[Member]:
-    """The artifacts of the run folder `run`, parents before children, equals by name.
+@dataclass(frozen=True)
+class Unfinished:
+    """A step of the plan that did not end well, or has not ended yet."""
+
+    name: str
+    step: str
+    status: str
+    parents: tuple[str, ...]
+    log: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """The artifacts of a run, parents before children, and what its `plan.json` says beyond them."""
+
+    members: tuple[Member, ...]
+    unfinished: tuple[Unfinished, ...]
+    former: frozenset[str]  # artifacts that the plan no longer has
+
+    @property
+    def order(self) -> list[str]:
+        """Every name, finished or not, parents before children."""
+        parents = {node.name: node.parents for node in self.unfinished}
+        parents |= {member.name: tuple(parent.name for parent in member.parents) for member in self.members}
+        return in_order(parents)
+
+
+def read_run(run: Path) -> Run:
+    """Read the run folder `run`.
 
     Raises `UserError` where `run` is no run folder, holds no finished artifact, or a file in it is broken.
     """
@@ -67,20 +95,55 @@ def read_run(run: Path) -> list[Member]:
             mend=did_you_mean(run.name, beside) if beside else "build one with koine run PLAN",
         )
     folders = list(artifact_folders(run))
-    if not folders:
-        started = any((run / name).exists() for name in (".work", "logs", "plan.json"))
-        raise UserError(
-            "no artifact is finished yet" if started else "not a run folder: it holds no artifact",
-            where=run,
-            mend="finish it with koine run PLAN"
-            if started
-            else "give the folder that koine run wrote, runs/NAME",
-        )
     if run in folders:
         raise UserError(
-            "an artifact, not a run folder", where=run, mend=f"give the run it is in, such as {run.parent}"
+            "an artifact, not a run folder", where=run, mend="give the folder of the run that it is in"
         )
-    return in_order([read_member(run, folder) for folder in folders])
+    members = {member.name: member for folder in folders if (member := read_member(run, folder))}
+    nodes = read_plan(run / "plan.json")
+    if not members:
+        raise UserError(
+            "no artifact is finished yet" if nodes else "not a run folder: it holds no artifact",
+            where=run,
+            mend="finish it with koine run PLAN"
+            if nodes
+            else "give the folder that koine run wrote, runs/NAME",
+        )
+    unfinished = tuple(node for node in nodes.values() if node.status not in DONE)
+    parents = {name: tuple(parent.name for parent in member.parents) for name, member in members.items()}
+    listed = {name: parents[name] for name in [*nodes, *sorted(parents)] if name in parents}
+    return Run(
+        members=tuple(members[name] for name in in_order(listed)),
+        unfinished=unfinished,
+        former=frozenset(members.keys() - nodes.keys()) if nodes else frozenset(),
+    )
+
+
+def read_plan(path: Path) -> dict[str, Unfinished]:
+    """The nodes of a `plan.json`, in the plan's order; none where there is no such file."""
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    nodes = content.get("nodes") if isinstance(content, dict) else None
+    if not isinstance(nodes, list) or not all(
+        isinstance(node, dict) and isinstance(node.get("name"), str) for node in nodes
+    ):
+        raise UserError("not the record of a run", where=path, mend="run the plan again")
+    return {
+        node["name"]: Unfinished(
+            node["name"],
+            function_name(node.get("step")),
+            str(node.get("status") or "unknown"),
+            tuple(str(parent) for parent in node.get("parents") or ()),
+            str(node.get("log") or ""),
+        )
+        for node in nodes
+    }
+
+
+def function_name(step: Any) -> str:
+    """`module:function` without its module; `adopted` where no step is named."""
+    return step.rpartition(":")[2].rpartition(".")[2] if isinstance(step, str) and step else "adopted"
 
 
 def artifact_folders(folder: Path) -> Iterator[Path]:
@@ -92,7 +155,8 @@ def artifact_folders(folder: Path) -> Iterator[Path]:
             folders.clear()
 
 
-def read_member(run: Path, folder: Path) -> Member:
+def read_member(run: Path, folder: Path) -> Member | None:
+    """One artifact; `None` for a copy of another one, which a plan exported under a second name."""
     record = read_json(folder / "artifact.json")
     if not isinstance(record, dict):
         raise UserError(
@@ -100,14 +164,25 @@ def read_member(run: Path, folder: Path) -> Member:
             where=folder / "artifact.json",
             mend="remove the folder and run the plan again",
         )
+    name = folder.relative_to(run).as_posix()
+    own = record.get("artifact", name)
+    if own != name and isinstance(own, str) and (run / own / "artifact.json").exists():
+        return None
     report, metrics = folder / "report.json", folder / "metrics.jsonl"
     return Member(
-        name=folder.relative_to(run).as_posix(),
+        name=name,
         record=record,
-        parents=tuple(dict.fromkeys(parents_in(record.get("inputs"), record.get("parents")))),
+        parents=recorded_parents(record),
         report=read_step_report(report) if report.exists() else None,
         curves=read_curves(metrics) if metrics.exists() else {},
     )
+
+
+def recorded_parents(record: dict[str, Any]) -> tuple[Parent, ...]:
+    """The parents of an artifact, from its inputs and, should those not say it, from its list of parents."""
+    inputs = list(dict.fromkeys(parents_in(record.get("inputs"))))
+    named = {parent.name for parent in inputs}
+    return (*inputs, *(parent for parent in parents_in(record.get("parents")) if parent.name not in named))
 
 
 def parents_in(*values: Any) -> Iterator[Parent]:
@@ -126,7 +201,7 @@ def parents_in(*values: Any) -> Iterator[Parent]:
 def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Steps and values of each metric in a `metrics.jsonl`; values that are no finite number are gaps."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
@@ -145,18 +220,14 @@ def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
-def in_order(members: list[Member]) -> list[Member]:
-    """Parents before children; among those that are free, the order of names."""
-    names = {member.name for member in members}
-    waiting = {member.name: member for member in sorted(members, key=lambda member: member.name)}
-    done: list[Member] = []
+def in_order(parents: Mapping[str, Sequence[str]]) -> list[str]:
+    """The names of `parents`, parents before children, otherwise in the order given."""
+    done: dict[str, None] = {}
+    waiting = dict(parents)
     while waiting:
-        free = [
-            member
-            for member in waiting.values()
-            if not any(parent.name in waiting and parent.name in names for parent in member.parents)
-        ]
-        # A circle cannot come from a plan; should a record be edited by hand, the rest follows by name.
-        for member in free or list(waiting.values()):
-            done.append(waiting.pop(member.name))
-    return done
+        free = [name for name, above in waiting.items() if not any(parent in waiting for parent in above)]
+        # A circle cannot come from a plan; should a record be edited by hand, the rest follows as it stands.
+        for name in free or list(waiting):
+            done[name] = None
+            del waiting[name]
+    return list(done)
