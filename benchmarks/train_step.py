@@ -52,6 +52,26 @@ class Configuration:
         return f"{self.dtype} {'compiled' if self.compiled else 'eager'}{kept}"
 
 
+class Quiet:
+    """Whether the machine is ours alone just now: a matmul near the fastest one of the run. Its rate starts every timing."""
+
+    def __init__(self, shape: tuple[int, int, int], fastest: float = 0.0) -> None:
+        self.shape, self.fastest = shape, fastest
+
+    def now(self) -> bool:
+        rate = matmul_rate(self.shape, torch.bfloat16)
+        self.fastest = max(self.fastest, rate)
+        return rate >= SLOW_PROBE * self.fastest
+
+    def wait(self, seconds: float) -> bool:
+        until = time.perf_counter() + seconds
+        while not self.now():
+            if time.perf_counter() > until:
+                return False
+            time.sleep(0.5)
+        return True
+
+
 class Process:
     """A side, ready to step."""
 
@@ -130,8 +150,13 @@ def configurations(side: str, quick: bool) -> list[Configuration]:
     return [c for c in found if not c.compiled] if quick else found
 
 
-def trial(configuration: Configuration, weights: Path, length: int, threads: int) -> dict[str, Any]:
-    """Seconds of a step in this configuration, the best of a few, and the first loss."""
+def trial(
+    configuration: Configuration, weights: Path, length: int, threads: int, quiet: Quiet, patience: float
+) -> dict[str, Any]:
+    """Seconds of a step in this configuration, the best of a few, and the first loss.
+
+    Without the wait for a quiet machine, a neighbour's load during one trial would choose the configuration.
+    """
     try:
         side = Process(configuration, weights, length, threads)
     except RuntimeError as error:
@@ -139,7 +164,12 @@ def trial(configuration: Configuration, weights: Path, length: int, threads: int
     try:
         loss = side.ask("loss")["value"]
         side.ask("step")
-        seconds = min(side.ask("step")["seconds"] for _ in range(4))
+        timings = []
+        for _ in range(4):
+            before = quiet.wait(patience / 4)
+            timings.append((side.ask("step")["seconds"], before and quiet.now()))
+        undisturbed = [seconds for seconds, alone in timings if alone]
+        seconds = min(undisturbed or [seconds for seconds, _ in timings])
         memory = side.ask("memory")
         side.close()
     except RuntimeError as error:
@@ -147,6 +177,7 @@ def trial(configuration: Configuration, weights: Path, length: int, threads: int
     return {
         "configuration": str(configuration),
         "seconds": seconds,
+        "undisturbed_steps": len(undisturbed),
         "tokens_per_second": side.tokens / seconds,
         "first_loss": loss,
         "peak_memory_bytes": memory["value"],
@@ -155,11 +186,11 @@ def trial(configuration: Configuration, weights: Path, length: int, threads: int
 
 
 def best_of(
-    side: str, weights: Path, length: int, options: argparse.Namespace
+    side: str, weights: Path, length: int, options: argparse.Namespace, quiet: Quiet
 ) -> tuple[Configuration, list[Any]]:
     tried = []
     for configuration in configurations(side, options.quick):
-        result = trial(configuration, weights, length, options.threads)
+        result = trial(configuration, weights, length, options.threads, quiet, options.patience)
         print(f"  {side} {length}: {result}", flush=True)
         tried.append((configuration, result))
     working = [(c, r) for c, r in tried if "seconds" in r]
@@ -235,6 +266,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=sorted(TOKENS), choices=sorted(TOKENS))
     parser.add_argument("--peers", nargs="+", default=["transformers", "litgpt"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds to wait for a quiet machine, a configuration"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="eager configurations only")
     parser.add_argument("--out", type=Path)
@@ -256,16 +290,19 @@ def main() -> None:
         "results": {},
         "tried": {},
     }
+    quiet = Quiet((4096, config.hidden_size, sum(config.projection_sizes)))
+    for _ in range(20):
+        quiet.now()
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder)
         save_model(Decoder(config), weights)
         for length in options.lengths:
-            ours, tried = best_of("ours", weights, length, options)
+            ours, tried = best_of("ours", weights, length, options, quiet)
             result["tried"][f"ours {length}"] = tried
             for peer in options.peers:
                 if peer == "litgpt" and length != 512:
                     continue
-                theirs, tried_theirs = best_of(peer, weights, length, options)
+                theirs, tried_theirs = best_of(peer, weights, length, options, quiet)
                 result["tried"][f"{peer} {length}"] = tried_theirs
                 if peer == "transformers":
                     check_same_loss(tried, tried_theirs)
@@ -275,6 +312,10 @@ def main() -> None:
                     memory[str(ours)] if str(ours) != str(theirs) else tried, ours
                 )
                 row["peer_peak_memory_bytes"] = _memory(tried_theirs, theirs)
+                # A search that was disturbed may have missed a side's best configuration: then the ratio is no evidence.
+                row["search_undisturbed"] = all(
+                    r.get("undisturbed_steps", 1) > 0 for r in [*tried, *tried_theirs]
+                )
                 row["memory_ratio"] = row["ours_peak_memory_bytes"] / row["peer_peak_memory_bytes"]
                 result["results"][f"{peer} {length}"] = row
                 print(json.dumps({f"{peer} {length}": row}, indent=2), flush=True)
