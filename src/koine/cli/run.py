@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -55,8 +54,8 @@ def list_parameters(function: Callable[..., None]) -> None:
 
 
 def write_report(plan: Plan) -> None:
-    """Write the run's report, where this installation has the module for it."""
-    if importlib.util.find_spec("koine.plan.report") is not None:
+    """Write the run's report, where there is anything to report."""
+    if any((plan.folder / name / "artifact.json").exists() for name in plan.nodes):
         from koine.plan.report import write_report as write
 
         click.echo(f"report: {write(plan.folder)}")

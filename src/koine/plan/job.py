@@ -18,6 +18,8 @@ from koine.errors import UserError
 from koine.plan.plan import PLAN_FILE, Artifact, Node, Plan, handles, places
 from koine.plan.progress import VARIABLE
 
+HEADER = "=== "  # begins the line of each attempt in a log
+
 
 @dataclass(frozen=True)
 class Job:

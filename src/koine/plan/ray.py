@@ -8,6 +8,7 @@ and goes on in the step's work folder.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import time
@@ -86,6 +87,8 @@ class RayExecutor:
     """Steps as Ray tasks, as many at once as the cluster has cores; `address` None starts a cluster on this machine."""
 
     def __init__(self, address: str | None = None) -> None:
+        # Ray would tell its makers about the cluster: nobody has asked the user.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray: Any = import_extra("ray", extra="cluster", purpose="run a plan on a Ray cluster")
         import_extra("ray.exceptions", extra="cluster", purpose="run a plan on a Ray cluster")
         self.ray = ray

@@ -18,7 +18,7 @@ from koine.files import disk_errors, exclusive
 from koine.plan.display import Display
 from koine.plan.estimates import Expectation, expect
 from koine.plan.export import write_exports
-from koine.plan.job import Job, check_importable, log_of, make_job
+from koine.plan.job import HEADER, Job, check_importable, log_of, make_job
 from koine.plan.plan import Node, Plan
 from koine.plan.progress import read as told
 from koine.plan.provenance import code_version
@@ -68,6 +68,15 @@ class Failure:
         else:
             said = self.lines[-1].removeprefix("koine: ") if self.lines else f"exit code {self.code}"
         return f"step '{self.name}' failed (log: {self.log}): {said}"
+
+
+def last_lines(log: Path, count: int = 12) -> tuple[str, ...]:
+    """The last lines that the latest attempt wrote."""
+    said = "\n" + log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    _, header, latest = said.rpartition("\n" + HEADER)
+    if header:
+        latest = latest.partition("\n")[2]
+    return tuple(latest.strip().splitlines()[-count:])
 
 
 class PlanFailedError(Exception):
@@ -197,8 +206,7 @@ class _Run:
             else:
                 self.lost.add(name)
                 log = log_of(self.plan, name)
-                said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-                self.failures.append(Failure(name, code, log, tuple(said.strip().splitlines()[-8:])))
+                self.failures.append(Failure(name, code, log, last_lines(log)))
                 self.record.set(name, "failed")
                 self.display.finished(name, "failed")
 

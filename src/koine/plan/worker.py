@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from koine.errors import UserError
 from koine.files import disk_errors, read_json
-from koine.plan.job import Job
+from koine.plan.job import HEADER, Job
 from koine.plan.loading import load_plan_file
 from koine.plan.memory import PeakMemory
 from koine.plan.progress import write as tell
@@ -105,7 +105,7 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
     with disk_errors(run / job.name):
         work, attempt = prepare_work(run, job.name, job.fingerprint)
         begun = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"=== {begun}: {job.name}, attempt {attempt}, process {os.getpid()}", flush=True)
+        print(f"{HEADER}{begun}: {job.name}, attempt {attempt}, process {os.getpid()}", flush=True)
         if job.file is not None:
             load_plan_file(Path(job.file))
         else:

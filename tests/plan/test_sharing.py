@@ -1,0 +1,271 @@
+"""Two runs at once, failures side by side, and a run with nothing to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from koine.plan import Plan, progress, step
+from koine.plan.content import SETTLED_SECONDS
+from koine.plan.display import Display
+from tests.plan.running import koine, start, until
+
+PLAN = """\
+import os, time
+from pathlib import Path
+from koine.errors import UserError
+from koine.plan import Plan, step
+from koine.plan.progress import report
+
+@step()
+def slow(*, n: int, out: Path) -> None:
+    with open(out.parents[3] / "times-built", "a") as file:
+        file.write("x")
+    for i in range(n):
+        report(i / n, f"item {i}")
+        time.sleep(0.1)
+    (out / "text").write_text(str(n))
+
+@step()
+def follow(source: Path, *, out: Path) -> None:
+    time.sleep(0.5)
+    (out / "text").write_text((source / "text").read_text())
+
+@step()
+def mistaken(*, out: Path) -> None:
+    raise UserError("not like this", where="here", mend="do that")
+
+@step()
+def crash(*, out: Path) -> None:
+    raise ValueError("broken on purpose")
+
+@step()
+def read(data: Path, *, out: Path) -> None:
+    (out / "text").write_text(data.read_text())
+
+def demo(plan: Plan, *, n: int = 2) -> None:
+    last = plan.step(follow, name="last", source=plan.step(slow, name="slow", n=n))
+    plan.export(last / "text", "answer.txt")
+    plan.export(last, "folder")
+    plan.closing("that was it")
+
+def two_mistakes(plan: Plan) -> None:
+    plan.step(mistaken, name="one")
+    plan.step(mistaken, name="two")
+
+def both(plan: Plan) -> None:
+    plan.step(mistaken, name="one")
+    plan.step(crash, name="two")
+
+def reading(plan: Plan, *, data: Path) -> None:
+    plan.step(read, name="text", data=plan.input(data, name="data"))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "plans.py").write_text(PLAN)
+    return tmp_path
+
+
+def test_a_second_run_waits_says_so_and_reuses(place: Path) -> None:
+    first = start(place, "run", "plans.py:demo", "--set", "n=20")
+    until((place / "times-built").exists)
+    second = start(place, "run", "plans.py:demo", "--set", "n=20")
+    said, _ = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "waiting: another run is building it" in said
+    assert "slow: reused (another run built it)" in said
+    assert (place / "times-built").read_text() == "x"
+    log = (place / "runs/demo/logs/slow.log").read_text()
+    assert log.count("attempt") == 1
+
+
+def test_a_run_with_other_settings_beside_one_never_mixes_with_it(place: Path) -> None:
+    first = start(place, "run", "plans.py:demo", "--set", "n=2")
+    until((place / "runs/demo/.work/last").exists)
+    second = start(place, "run", "plans.py:demo", "--set", "n=1")
+    _, said = first.communicate(timeout=60)
+    second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert (place / "runs/demo/last/text").read_text() == "1"
+    # The first either was done before the second replaced its input, or was refused.
+    assert first.returncode == 0 or "was changed by another run" in said
+
+
+def test_every_failed_step_is_named_with_its_log(place: Path) -> None:
+    code, _, err = koine(place, "run", "plans.py:two_mistakes")
+    assert code == 2
+    assert sorted(err.splitlines()) == [
+        f"koine: step '{name}' failed (log: runs/two_mistakes/logs/{name}.log): here: not like this; do that"
+        for name in ("one", "two")
+    ]
+    code, _, err = koine(place, "run", "plans.py:both")
+    assert code == 1
+    assert "step 'one' failed" in err
+    assert "step 'two' failed (log: runs/both/logs/two.log): ValueError: broken on purpose" in err
+    assert "  | Traceback (most recent call last):" in err
+
+
+def test_exports_the_record_and_the_last_words(place: Path) -> None:
+    code, out, _ = koine(place, "run", "plans.py:demo", "--set", "n=1")
+    assert code == 0
+    assert out.splitlines()[-1] == "that was it"
+    run = place / "runs/demo"
+    assert (run / "answer.txt").read_text() == (run / "folder/text").read_text() == "1"
+    assert koine(place, "run", "plans.py:demo", "--set", "n=2")[0] == 0
+    assert (run / "answer.txt").read_text() == (run / "folder/text").read_text() == "2"
+    record = json.loads((run / "plan.json").read_text())
+    assert record["status"] == "succeeded"
+    assert {node["name"]: (node["status"], node["parents"]) for node in record["nodes"]} == {
+        "slow": ("built", []),
+        "last": ("built", ["slow"]),
+    }
+    assert not list((run / ".progress").iterdir())
+
+
+def test_a_run_with_nothing_to_do_loads_no_torch_and_reads_no_input(place: Path) -> None:
+    (place / "data.txt").write_text("data")
+    old = time.time() - 10 * SETTLED_SECONDS
+    os.utime(place / "data.txt", (old, old))
+    command = ["run", "plans.py:reading", "--set", "data=data.txt"]
+    assert koine(place, *command)[0] == 0
+    program = (
+        "import sys\n"
+        "import koine.plan.content as content\n"
+        "def read(path): raise AssertionError(f'{path} was read again')\n"
+        "content.sha256_file = read\n"
+        "from koine.cli.main import cli\n"
+        f"cli.main({command!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'ray', 'pyarrow', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert "reused" in process.stdout
+    # Content of the same size at another time is read, and found to be different.
+    (place / "data.txt").write_text("DATA")
+    assert "inputs.data.fingerprint" in koine(place, *command, "--dry-run")[1]
+
+
+def test_a_shipped_recipe_is_planned_without_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from koine.cli.main import cli\n"
+        "cli.main(['run', 'quickstart', '--dry-run'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert "steps would run" in process.stdout
+
+
+def test_live_bars_on_a_terminal(place: Path) -> None:
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "koine", "run", "plans.py:demo", "--set", "n=5"],
+        cwd=place,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(slave)
+    said = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not part:
+            break
+        said += part
+    os.close(master)
+    assert process.wait() == 0
+    text = said.decode()
+    assert "item 3" in text
+    assert "━" in text
+    assert "that was it" in text
+
+
+def test_plain_lines_come_every_few_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    display = Display()
+    display.started("a", "new")
+    for second in range(13):
+        now[0] = 100.0 + second
+        display.progress("a", second / 20, f"item {second}")
+    display.finished("a", "done")
+    assert capsys.readouterr().out.splitlines() == [
+        "a: started (new)",
+        "a:  25 % after 5.0 s  item 5",
+        "a:  50 % after 10.0 s  item 10",
+        "a: done after 12.0 s",
+    ]
+
+
+def test_progress_goes_to_the_file_of_the_run_and_nowhere_outside_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(progress.VARIABLE, raising=False)
+    progress.report(0.5, "x")
+    monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "told"))
+    progress.report(1.0, "all")
+    assert progress.read(tmp_path / "told") == {"fraction": 1.0, "text": "all"}
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        progress.report(1.5)
+
+
+@step()
+def plain(data: Path, *, n: int = 1, out: Path) -> None: ...
+
+
+def test_what_a_plan_refuses(tmp_path: Path) -> None:
+    from koine.errors import UserError
+    from koine.plan import Artifact
+
+    (tmp_path / "data").write_text("x")
+    plan = Plan("demo", tmp_path)
+    data = plan.input(tmp_path / "data", name="data")
+    first = plan.step(plain, name="a/b", data=data)
+    for given, said in [
+        ({"function": len, "name": "x"}, "is not a step"),
+        ({"function": plain, "name": "../x", "data": data}, "cannot name an artifact"),
+        ({"function": plain, "name": "logs", "data": data}, "cannot name an artifact"),
+        ({"function": plain, "name": "a", "data": data}, "collides with 'a/b'"),
+        ({"function": plain, "name": "data", "data": data}, "collides with 'data'"),
+        ({"function": plain, "name": "x", "data": tmp_path}, "must be an artifact"),
+        ({"function": plain, "name": "x", "data": None}, "must be an artifact, got None"),
+        (
+            {"function": plain, "name": "x", "data": Artifact("z", tmp_path, "0")},
+            "not an artifact of this plan",
+        ),
+        ({"function": plain, "name": "x", "data": data, "n": 1.5}, "must be <class 'int'>"),
+        ({"function": plain, "name": "x", "data": data, "m": 1}, "no parameter 'm'"),
+        ({"function": plain, "name": "x"}, "'data' is missing"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            plan.step(**given)  # type: ignore[arg-type]
+    for to, said in [("../x", "inside the run"), ("plan.json", "taken"), ("a", "collides"), ("/x", "inside")]:
+        with pytest.raises(UserError, match=said):
+            plan.export(first, to)
+    with pytest.raises(UserError, match="leads out"):
+        first / ".." / "x"
+    with pytest.raises(UserError, match="cannot name a run"):
+        Plan("a/b", tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        plan.input(tmp_path / "none", name="none")
