@@ -40,6 +40,8 @@ class Palette:
 
     def of(self, names: Sequence[str]) -> list[int]:
         """The places in the palette of the series of one figure, no two alike where there are enough."""
+        if len(names) == 1 and names[0] not in self.places:
+            return [0]  # nothing to tell apart
         chosen: list[int] = []
         for name in names:
             place = self.places.setdefault(name, len(self.places)) % len(SERIES)
@@ -320,9 +322,7 @@ def section(member: Member, run: Run, palette: Palette, above: bool) -> dict[str
         provenance.append(("expected beforehand", expected))
     for key in ("code", "environment"):
         provenance += [
-            (name, number_text(value))
-            for name, value in flat(record.get(key) or {}, key)
-            if value is not None
+            (name, number_text(value)) for name, value in flat(record.get(key) or {}) if value is not None
         ]
     return {
         "id": anchor(member.name),

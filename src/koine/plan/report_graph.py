@@ -190,7 +190,9 @@ def draw_graph(boxes: Sequence[Box]) -> str:
     ]
     for (parent, child), points in bends.items():
         (x0, y0), (x1, y1) = at[parent], at[child]
-        path = [(x0, y0 + HEIGHT / 2), *points, (x1, y1 - HEIGHT / 2 - 1)]
+        # Upright through the layers between, so that no edge slips behind a box.
+        between = [(x, y + side * HEIGHT / 2) for x, y in points for side in (-1, 1)]
+        path = [(x0, y0 + HEIGHT / 2), *between, (x1, y1 - HEIGHT / 2 - 1)]
         parts.append(f'<path class="edge" d="{curve(path)}"/>')
     for box in boxes:
         parts.append(draw_box(box, at[box.name][0] - BOX / 2, at[box.name][1] - HEIGHT / 2))

@@ -119,6 +119,27 @@ def label_axes(axes: Any, block: Mapping[str, Any]) -> None:
     axes.set_ylabel("\n".join(textwrap.wrap(block["y_label"], 42)))
 
 
+def label_decades(axis: Any, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis: decades, or steps within one where it spans few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = math.log10(high / low)
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: decade_text(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def decade_text(value: float) -> str:
+    """`0.05`, `200`, `10⁶`, `2·10⁶`."""
+    if 1e-3 <= value < 1e4:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    factor = f"{value / 10.0**exponent:.3g}"
+    return power if factor == "1" else f"{factor}·{power}"
+
+
 def legend(axes: Any, names: Sequence[str], width: float) -> None:
     """A legend above the plot, in as many columns as the width takes; a single unnamed series needs none."""
     if len(names) == 1 and not names[0]:
@@ -166,7 +187,9 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
     thinned = 0
     for index, item in enumerate(series):
         colour = SERIES[colours[index % len(colours)] % len(SERIES)]
-        dash = DASHES[index // len(SERIES) % len(DASHES)]
+        # A curve that lies on an earlier one is dashed, so that both are seen.
+        same = any((item["x"], item["y"]) == (other["x"], other["y"]) for other in series[:index])
+        dash = DASHES[1] if same else DASHES[index // len(SERIES) % len(DASHES)]
         x, y, low, high = thin(item["x"], item["y"])
         size = math.ceil(len(item["x"]) / MAX_POINTS)
         if size > 1:
@@ -186,6 +209,9 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
             )  # fmt: skip
     axes.grid(visible=True)
     axes.margins(x=0.02)
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if axis.get_scale() == "log":
+            label_decades(axis, *limits)
     label_axes(axes, block)
     legend(axes, names, HALF)
     note = (
@@ -263,8 +289,11 @@ def draw_heatmap(block: Mapping[str, Any], label: str) -> Figure:
     wide = len(columns) > 9
     width = FULL if wide else HALF
     cell = (width - longest - 70) / len(columns)
-    turned = max(len(name) for name in columns) * FONT * 0.6 > cell
-    top = max(len(name) for name in columns) * FONT * 0.6 if turned else 14
+    heads = [textwrap.wrap(name, max(1, int(cell / FONT / 0.6)), break_long_words=False) for name in columns]
+    turned = max((len(word) for head in heads for word in head), default=0) * FONT * 0.6 > cell
+    lines = max(len(head) for head in heads)
+    top = max(len(name) for name in columns) * FONT * 0.6 if turned else 3 + 11 * lines
+    names = columns if turned else ["\n".join(head) for head in heads]
     canvas, axes = new_axes(width, 30 + top + len(rows) * 17)
     least, greatest = (0.0, 1.0) if np.isnan(values).all() else (np.nanmin(values), np.nanmax(values))
     colours = mpl.colormaps["cividis"]
@@ -285,7 +314,7 @@ def draw_heatmap(block: Mapping[str, Any], label: str) -> Figure:
                         j + 0.5, i + 0.5, f"{value:.2g}", ha="center", va="center", fontsize=FONT - 2,
                         color="#ffffff" if share < 0.55 else "#000000",
                     )  # fmt: skip
-    axes.set_xticks([j + 0.5 for j in range(len(columns))], columns, rotation=90 if turned else 0)
+    axes.set_xticks([j + 0.5 for j in range(len(columns))], names, rotation=90 if turned else 0)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
     axes.xaxis.tick_top()
     axes.invert_yaxis()
