@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from koine.data.sample.code import code_records
 from koine.data.sample.coverage import covers, sample_languages
@@ -43,8 +43,18 @@ ASKED = {
     "date": 2,
 }
 
-Plan = tuple[tuple[str, ...], int]
-"""Facts of a document in order, and a number that chooses its list."""
+QUIZZES = 0.35
+"""Share of the training documents that ask and answer in place of telling: from those a model learns what a question wants, before
+it is taught the form of a chat. Facts of the split `recall` are never in them."""
+
+
+class Plan(NamedTuple):
+    """A document before it has a language."""
+
+    facts: tuple[str, ...]
+    number: int
+    """Chooses its list, its wordings and whether its lines are broken."""
+    quiz: bool
 
 
 @dataclass(frozen=True)
@@ -87,16 +97,14 @@ def document_plans(count: int, *, seed: int, heldout: bool) -> list[Plan]:
 
     Held-out documents tell held-out facts alone; training ones none of them.
     """
-    told = (
-        [facts_in("heldout_fact"), facts_in("heldout_territory")]
-        if heldout
-        else [facts_in("train"), facts_in("recall")]
-    )
-    pool = {kind: sum((part[kind] for part in told), ()) for kind in told[0]}
+    everything = _pool(("heldout_fact", "heldout_territory") if heldout else ("train", "recall"))
+    asked = everything if heldout else _pool(("train",))
     generator = random.Random(f"{seed}:{'heldout' if heldout else 'train'}")
     plans = []
-    topics = [topic for topic in TOPICS if any(pool[kind] for kind in topic)]
+    topics = [topic for topic in TOPICS if any(everything[kind] for kind in topic)]
     for _ in range(count):
+        quiz = not heldout and generator.random() < QUIZZES
+        pool = asked if quiz else everything
         kinds = [kind for kind in generator.choice(topics) if pool[kind]]
         chosen: list[str] = []
         for _ in range(generator.randint(4, 9)):
@@ -104,8 +112,14 @@ def document_plans(count: int, *, seed: int, heldout: bool) -> list[Plan]:
         if set(kinds) >= {"currency", "language"}:
             # A territory's facts are told together.
             chosen = [fact for name in chosen for fact in _beside(name, pool)]
-        plans.append((tuple(dict.fromkeys(chosen)), generator.randrange(2**30)))
+        plans.append(Plan(tuple(dict.fromkeys(chosen)), generator.randrange(2**30), quiz))
     return plans
+
+
+def _pool(splits: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The facts of some splits together, by kind."""
+    parts = [facts_in(split) for split in splits]
+    return {kind: tuple(fact for part in parts for fact in part[kind]) for kind in parts[0]}
 
 
 def _beside(fact: str, pool: dict[str, tuple[str, ...]]) -> list[str]:
@@ -116,9 +130,11 @@ def _beside(fact: str, pool: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _document(code: str, plan: Plan, *, heldout: bool) -> str:
-    facts, number = plan
-    lines = [line for fact in facts if (line := sentence(code, fact)) is not None]
-    generator = random.Random(number)
+    generator = random.Random(plan.number)
+    if plan.quiz and code in QUESTION_LANGUAGES:
+        asked = [question(code, fact, generator.randrange(2)) for fact in plan.facts]
+        return "\n".join(" ".join(pair) for pair in asked if pair is not None)
+    lines = [line for fact in plan.facts if (line := sentence(code, fact)) is not None]
     if not heldout:
         lines.insert(generator.randrange(len(lines) + 1), _list(code, generator))
     return ("\n" if generator.random() < 0.5 else " ").join(lines)
@@ -148,7 +164,7 @@ def _records(code: str, plans: Sequence[Plan], *, heldout: bool) -> Iterator[dic
             "domain": "sample",
             "source": "cldr",
             "split": part,
-            "facts": list(plan[0]),
+            "facts": list(plan.facts),
         }
 
 
