@@ -8,6 +8,7 @@ from typing import Any
 from koine.files import read_json, write_json
 from koine.languages import language
 from koine.plan import step
+from koine.recipes import estimates
 from koine.recipes.corpus import load_roles, read_lines
 
 ARMS = ("universal", "cluster")
@@ -52,7 +53,7 @@ def part_value(results: dict[str, Any], codes: tuple[str, ...]) -> float:
     return sum(values) / len(values)
 
 
-@step(version="1")
+@step(version="1", estimate=estimates.comparison)
 def compare_arms(
     corpus: Path,
     tokenizers: dict[str, Path],

@@ -17,6 +17,7 @@ from koine.allocator import keep_freed_memory
 from koine.errors import UserError
 from koine.files import write_json
 from koine.plan import step
+from koine.recipes import estimates
 from koine.recipes.corpus import Roles as CorpusRoles
 from koine.recipes.corpus import existing, load_roles, read_lines, split_roles, write_own_corpus
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from koine.train import TrainSettings
 
 
-@step(version="1")
+@step(version="1", estimate=estimates.sample)
 def sample_corpus(
     *,
     languages: tuple[str, ...],
@@ -82,7 +83,7 @@ def sample_corpus(
     )
 
 
-@step(version="1")
+@step(version="1", estimate=estimates.own)
 def own_corpus(
     data: Path,
     *,
@@ -219,7 +220,7 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
     return mapping
 
 
-@step(version="1", threads=2)
+@step(version="1", estimate=estimates.tokenizer, threads=2)
 def build_tokenizer(
     corpus: Path,
     *,
@@ -278,7 +279,7 @@ def _texts(path: Path) -> Iterator[str]:
         yield record["text"]
 
 
-@step(version="1", threads=1)
+@step(version="1", estimate=estimates.tokens)
 def tokenize_part(corpus: Path, tokenizer: Path, *, part: str, domain: str, out: Path) -> None:
     """Tokenize one part of a corpus (`documents`, `questions/train`, `code.jsonl`) into token shards."""
     from koine.data import tokenize
@@ -287,7 +288,7 @@ def tokenize_part(corpus: Path, tokenizer: Path, *, part: str, domain: str, out:
     tokenize(corpus / part, tokenizer, out=out / "tokens", workers=1, domain=domain, max_bad_share=0.0)
 
 
-@step(version="1", threads=1)
+@step(version="1", estimate=estimates.training)
 def pretrain(
     corpus: Path,
     tokenizer: Path,
@@ -295,6 +296,7 @@ def pretrain(
     code: Path | None = None,
     *,
     preset: str,
+    vocabulary_size: int,
     steps: int,
     sequence_length: int,
     batch_size: int,
@@ -318,7 +320,14 @@ def pretrain(
 
     roles = load_roles(corpus)
     torch.manual_seed(seed)
-    model = Decoder(model_preset(preset, vocab_size=load_tokenizer(tokenizer).vocab_size))
+    found = load_tokenizer(tokenizer).vocab_size
+    if found != vocabulary_size:
+        raise UserError(
+            f"the text gave {found} of the {vocabulary_size} tokens asked for",
+            where=tokenizer,
+            mend=f"set vocabulary_size={found} or add text",
+        )
+    model = Decoder(model_preset(preset, vocab_size=vocabulary_size))
     sources = [
         Source(
             name="documents",
@@ -348,13 +357,15 @@ def pretrain(
     )
 
 
-@step(version="1", threads=1)
+@step(version="1", estimate=estimates.training)
 def adapt(
     corpus: Path,
     tokenizer: Path,
     model: Path,
     documents: Path,
     *,
+    preset: str,
+    vocabulary_size: int,
     steps: int,
     sequence_length: int,
     batch_size: int,
@@ -369,7 +380,6 @@ def adapt(
 ) -> None:
     """Continue pretraining on the expanded languages, with a share of the primary ones re-injected."""
     from koine.data import Source
-    from koine.model import load_model
 
     roles = load_roles(corpus)
     sources = [
@@ -387,7 +397,7 @@ def adapt(
         ),
     ]
     _train(
-        load_model(model),
+        load_of_preset(model, preset, vocabulary_size),
         _mixture("continue", sources, steps, sequence_length, batch_size, seed, packing="stream"),
         _settings(
             learning_rate=learning_rate,
@@ -407,12 +417,14 @@ def adapt(
     )
 
 
-@step(version="1", threads=1)
+@step(version="1", estimate=estimates.training)
 def teach_chat(
     tokenizer: Path,
     model: Path,
     chats: Path,
     *,
+    preset: str,
+    vocabulary_size: int,
     steps: int,
     sequence_length: int,
     batch_size: int,
@@ -425,10 +437,9 @@ def teach_chat(
 ) -> None:
     """Supervised fine-tuning on chats: whole conversations packed, loss on the completions only."""
     from koine.data import Source
-    from koine.model import load_model
 
     _train(
-        load_model(model),
+        load_of_preset(model, preset, vocabulary_size),
         _mixture(
             "sft",
             [Source(name="chats", path=chats / "tokens", proportion=1.0)],
@@ -454,6 +465,21 @@ def teach_chat(
     )
 
 
+def load_of_preset(path: Path, preset: str, vocabulary_size: int) -> Decoder:
+    """A model that must be of a preset's sizes; raises `UserError` where it is of others."""
+    from koine.model import load_model
+    from koine.model import preset as model_preset
+
+    model = load_model(path)
+    if model.config != model_preset(preset, vocab_size=vocabulary_size):
+        raise UserError(
+            f"is not a {preset} with {vocabulary_size} tokens",
+            where=path,
+            mend="set preset and vocabulary_size",
+        )
+    return model
+
+
 def with_english_share(codes: tuple[str, ...], share: float) -> dict[str, float]:
     """Weights over `codes`: English pinned to `share` where it is one of several, the others equal."""
     if "en" not in codes or len(codes) == 1:
@@ -462,7 +488,7 @@ def with_english_share(codes: tuple[str, ...], share: float) -> dict[str, float]
     return {code: share if code == "en" else other for code in codes}
 
 
-@step(version="1", threads=1)
+@step(version="1", estimate=estimates.evaluation)
 def evaluate_model(
     corpus: Path,
     model: Path,
