@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from koine.errors import UserError
 from koine.files import write_atomically
 from koine.plan.report_blocks import Block, is_number
 from koine.plan.report_graph import Box, draw_graph
@@ -24,11 +25,16 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of the run folder `run` to `out` (by default `run/report.html`) and return its path.
 
     The page depends on the run's files alone: written twice, it is the same. Raises `UserError` where `run` is no run folder, or
-    where a record or a report in it is broken.
+    where a record or a report in it is broken, and where `out` cannot be a file.
     """
     run = Path(run)
+    content = read_run(run)
     out = run / "report.html" if out is None else Path(out)
-    write_atomically(out, render(run.resolve().name, read_run(run)))
+    if out.is_dir():
+        raise UserError("a folder", where=out, mend="give the file to write, such as report.html")
+    if not out.parent.is_dir():
+        raise UserError("no such folder", where=out.parent, mend="make it first, or choose another --out")
+    write_atomically(out, render(run.resolve().name, content))
     return out
 
 

@@ -10,6 +10,7 @@ import io
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,11 @@ def draw(block: Mapping[str, Any], label: str, colours: Sequence[int] = range(le
         "ytick.major.width": 0.6, "lines.linewidth": 1.5, "legend.frameon": False, "axes.unicode_minus": True,
         "axes.formatter.useoffset": False, "text.parse_math": False, "path.simplify": True,
     }  # fmt: skip
-    with mpl.rc_context({**mpl.rcParamsDefault, "backend": "agg", **settings}):
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
+        # The reader's system draws the text, with fonts that matplotlib need not have.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         if block["kind"] == "lines":
             return draw_lines(block, label, colours)
         return draw_bars(block, label, colours) if block["kind"] == "bars" else draw_heatmap(block, label)
@@ -140,25 +145,29 @@ def decade_text(value: float) -> str:
     return power if factor == "1" else f"{factor}·{power}"
 
 
-def legend(axes: Any, names: Sequence[str], width: float) -> None:
+def legend(axes: Any, marks: Sequence[Any], names: Sequence[str], width: float) -> None:
     """A legend above the plot, in as many columns as the width takes; a single unnamed series needs none."""
     if len(names) == 1 and not names[0]:
         return
-    longest = max(len(name) for name in names) * FONT * 0.58 + 34
-    columns = max(1, min(len(names), int((width - 50) / longest)))
     axes.legend(
+        marks,
+        [name or " " for name in names],
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=columns,
+        ncols=legend_columns(names, width),
         borderaxespad=0.2,
         handlelength=1.8,
         columnspacing=1.4,
     )
 
 
-def legend_rows(names: Sequence[str], width: float) -> int:
+def legend_columns(names: Sequence[str], width: float) -> int:
     longest = max(len(name) for name in names) * FONT * 0.58 + 34
-    return math.ceil(len(names) / max(1, min(len(names), int((width - 50) / longest))))
+    return max(1, min(len(names), int((width - 50) / longest)))
+
+
+def legend_rows(names: Sequence[str], width: float) -> int:
+    return math.ceil(len(names) / legend_columns(names, width))
 
 
 def thin(
@@ -185,6 +194,7 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
     if block.get("log_y"):
         axes.set_yscale("log")
     thinned = 0
+    marks: list[Any] = []
     for index, item in enumerate(series):
         colour = SERIES[colours[index % len(colours)] % len(SERIES)]
         # A curve that lies on an earlier one is dashed, so that both are seen.
@@ -196,7 +206,7 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
             thinned = max(thinned, size)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         marker = {"marker": "o", "markersize": 3.2} if len(x) <= 25 else {}
-        axes.plot(x, y, color=colour, linestyle=dash, label=item["name"] or " ", **marker)
+        marks += axes.plot(x, y, color=colour, linestyle=dash, **marker)
         if item.get("lower") and item.get("upper"):
             band = [
                 triple
@@ -213,7 +223,7 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
         if axis.get_scale() == "log":
             label_decades(axis, *limits)
     label_axes(axes, block)
-    legend(axes, names, HALF)
+    legend(axes, marks, names, HALF)
     note = (
         f"Each point is the mean of up to {thinned} measurements; the band runs from the least to the greatest."
         if thinned
@@ -224,7 +234,10 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
 
 def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> Figure:
     """Standing bars; lying ones where the names of the categories are long or many."""
+    from matplotlib.patches import Patch
+
     categories, series = block["categories"], block["series"]
+    marks: list[Any] = []
     names = [item["name"] for item in series]
     bars = len(categories) * len(series)
     longest = max(len(name) for name in categories)
@@ -244,10 +257,9 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
             (place, value) for place, value in zip(places, item["values"], strict=True) if value is not None
         ]
         draw_one = axes.barh if lying else axes.bar
-        draw_one(
-            [place for place, _ in shown], [value for _, value in shown], thickness * 0.92,
-            color=SERIES[colours[index % len(colours)] % len(SERIES)], label=item["name"] or " ",
-        )  # fmt: skip
+        colour = SERIES[colours[index % len(colours)] % len(SERIES)]
+        draw_one([place for place, _ in shown], [value for _, value in shown], thickness * 0.92, color=colour)
+        marks.append(Patch(color=colour))
         for place, value, interval in zip(
             places, item["values"], item.get("intervals") or [None] * len(categories), strict=True
         ):
@@ -271,7 +283,7 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
         axes.margins(x=0.01)
         label_axes(axes, block)
     (axes.tick_params)(axis="y" if lying else "x", length=0)
-    legend(axes, names, width)
+    legend(axes, marks, names, width)
     has_intervals = any(any(item.get("intervals") or []) for item in series)
     return finish(canvas, label, wide=wide, note="Thin lines: intervals." if has_intervals else "")
 
