@@ -124,7 +124,7 @@ def facts(members: Sequence[Member]) -> list[tuple[str, str]]:
         )
     if spans:
         found.append(("Time", duration(covered(spans))))
-    if seconds:
+    if seconds and not (spans and abs(sum(seconds) - covered(spans)) < 0.02 * sum(seconds)):
         found.append(("Sum of all steps", duration(sum(seconds))))
     found.append(("Artifacts", str(len(members))))
     if memory:
