@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 from babel import Locale, UnknownLocaleError
+from babel.units import format_unit
 
-from koine.data.sample.facts import SCRIPTED, territories
+from koine.data.sample.facts import SCRIPTED, UNITS, territories
 from koine.languages import LANGUAGES
 
 NAMED = 0.9
@@ -23,7 +24,7 @@ def covers(code: str) -> bool:
     """Whether CLDR's data of a language are near complete for our purpose.
 
     It must have 90 % of the names of the sample world's territories, of their currencies and of its languages, all months and
-    days, a pattern for long dates, and plural patterns for days.
+    days, and a pattern to count each unit.
     """
     try:
         locale = locale_of(code)
@@ -45,7 +46,15 @@ def covers(code: str) -> bool:
         or len(set(days.values())) < 7
     ):
         return False
-    return "duration-day" in locale.unit_display_names
+    return all(has_unit(locale, unit, number) for unit in UNITS for number in (1, 2, 3, 5, 11, 21))
+
+
+def has_unit(locale: Locale, unit: str, number: int) -> bool:
+    """Whether a language can count a unit, in a long, short or narrow form."""
+    return any(
+        unit not in format_unit(number, unit, length=length, locale=locale)
+        for length in ("long", "short", "narrow")
+    )
 
 
 @functools.cache

@@ -6,8 +6,10 @@ import datetime
 import functools
 from collections.abc import Sequence
 
+from babel import localedata
 from babel.dates import format_date
 from babel.lists import format_list
+from babel.localedata import Alias
 from babel.numbers import format_currency, format_decimal
 from babel.units import format_unit
 
@@ -37,6 +39,20 @@ def _territories() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 @functools.cache
+def calendar_names(code: str, kind: str) -> dict[int, str]:
+    """Names of `months` (1 to 12) or `days` (Monday is 0), in the form that stands alone where the language has one.
+
+    Babel follows CLDR's alias from that form to the one inside dates, and keeps the first language's answer for all later ones that share
+    the alias: asked for Chinese and then for Hebrew, it gives the Chinese months twice. So the alias is looked at here, in the
+    data as loaded.
+    """
+    entry = localedata.load(str(locale_of(code)))[kind]
+    alone = entry["stand-alone"].get("wide")
+    own = {} if isinstance(alone, Alias) else dict(alone[1] if isinstance(alone, tuple) else alone or {})
+    return {number: str(own.get(number, name)) for number, name in entry["format"]["wide"].items()}
+
+
+@functools.cache
 def sides(code: str, fact: str) -> tuple[str, str] | None:
     """What is asked about and the exact answer, in the language `code`; `None` where CLDR lacks a name."""
     locale = locale_of(code)
@@ -50,9 +66,7 @@ def sides(code: str, fact: str) -> tuple[str, str] | None:
         name, answer = locale.languages.get(rest), locale.scripts.get(SCRIPTED[rest])
         return None if name is None or answer is None else (str(name), str(answer))
     if kind in ("month", "day"):
-        names = (
-            locale.months["stand-alone"]["wide"] if kind == "month" else locale.days["stand-alone"]["wide"]
-        )
+        names = calendar_names(code, f"{kind}s")
         number = int(rest)
         following = number % 12 + 1 if kind == "month" else (number + 1) % 7
         return str(names[number]), str(names[following])
@@ -74,7 +88,13 @@ def sides(code: str, fact: str) -> tuple[str, str] | None:
 
 @functools.cache
 def _quantity(number: int, unit: str, code: str) -> str:
-    return str(format_unit(number, unit, length="long", locale=locale_of(code)))
+    locale = locale_of(code)
+    for length in ("long", "short", "narrow"):
+        shown = str(format_unit(number, unit, length=length, locale=locale))
+        # CLDR leaves out a long form that equals the short one; Babel then writes the unit's own identifier.
+        if unit not in shown:
+            return shown
+    raise LookupError(f"CLDR has no pattern of {unit} for {number} in {code}")
 
 
 @functools.cache
