@@ -12,7 +12,7 @@ from pathlib import Path
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start `koine` in `place`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "koine", *arguments],
+        [sys.executable, "-P", "-m", "koine", *arguments],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -10,7 +10,7 @@ import pytest
 from koine.errors import UserError
 from koine.plan import Artifact, Estimate, Plan, step
 from koine.plan.dry_run import dry_run
-from koine.plan.estimates import critical_path, expect
+from koine.plan.estimates import critical_path, expect, remaining
 from koine.plan.scheduler import execute
 from koine.plan.units import duration, size
 
@@ -62,6 +62,16 @@ def test_the_critical_path_is_the_longest_chain(tmp_path: Path) -> None:
     assert critical_path(plan, seconds) == (["a", "after-a"], 6.0)
     assert expectation.seconds == 10.0
     assert "Time: 10.0 s one after another; at least 6.0 s side by side: a → after-a" in dry_run(plan)
+
+
+def test_the_step_with_the_longest_chain_behind_it_goes_first(tmp_path: Path) -> None:
+    plan = Plan("demo", tmp_path)
+    a = plan.step(fill, name="a", megabytes=1, seconds=2.0)
+    plan.step(fill, name="alone", megabytes=1, seconds=5.0)
+    b = plan.step(follow, name="b", source=a, seconds=3.0)
+    plan.step(follow, name="c", source=b, seconds=1.0)
+    seconds = {"a": 2.0, "alone": 5.0, "b": 3.0, "c": 1.0}
+    assert remaining(plan, seconds) == {"a": 6.0, "alone": 5.0, "b": 4.0, "c": 1.0}
 
 
 def recorded(artifact: Artifact) -> dict[str, object]:

@@ -53,12 +53,13 @@ def test_each_mistake_has_its_line(
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["random.py", "torch.py", "koine.py"])
+@pytest.mark.parametrize("name", ["random.py", "folder/torch.py", "koine.py"])
 def test_a_plan_file_may_be_called_like_an_installed_module(tmp_path: Path, name: str) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / name).write_text(GOOD)
-    (tmp_path / "folder/helpers_of_mine.py").write_text("text = 'mine'\n")
-    code, out, err = command(tmp_path, "run", f"folder/{name}:demo")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(GOOD)
+    (path.parent / "helpers_of_mine.py").write_text("text = 'mine'\n")
+    code, out, err = command(tmp_path, "run", f"{name}:demo")
     assert code == 0, err + out
     assert (tmp_path / "runs/demo/text/text").read_text() == "mine"
 

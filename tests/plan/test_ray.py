@@ -13,6 +13,7 @@ import pytest
 
 from koine.errors import UserError
 from koine.plan import Plan, step
+from koine.plan.job import make_job
 from koine.plan.ray import RayExecutor
 from koine.plan.scheduler import PlanFailedError, execute
 from tests.plan.running import until
@@ -52,6 +53,19 @@ def join(left: Path, right: Path, *, out: Path) -> None:
 @step()
 def crash(*, out: Path) -> None:
     raise ValueError("broken on purpose")
+
+
+@step()
+def saves(*, out: Path) -> None:
+    import time
+
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    (out / "started").write_text("")
+    while not asked:
+        time.sleep(0.02)
+    (out / "saved").write_text("")
+    raise SystemExit(143)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +126,21 @@ def test_a_step_that_crashes_is_told_and_not_repeated(cluster: str, tmp_path: Pa
         execute(plan, executor=RayExecutor(cluster))
     assert error.value.exit_code == 1
     assert (tmp_path / "bad/logs/crash.log").read_text().count("=== ") == 1
+
+
+def test_a_step_that_is_asked_to_stop_can_save(cluster: str, tmp_path: Path) -> None:
+    plan = Plan("asked", tmp_path)
+    plan.step(saves, name="saves")
+    (tmp_path / "told").mkdir()
+    job = make_job(plan, plan.nodes["saves"], code={}, estimate=None, progress=tmp_path / "told/saves")
+    task = RayExecutor(cluster).start(job)
+    work = tmp_path / "asked/.work/saves"
+    until((work / "started").exists)
+    task.stop(signal.SIGINT)
+    until(lambda: task.poll() is not None)
+    assert task.code == 130
+    assert (work / "saved").exists()
+    assert not (tmp_path / "asked/saves").exists()
 
 
 def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

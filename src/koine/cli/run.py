@@ -26,16 +26,20 @@ RUNS = click.option(
 )
 
 
-def executor_of(name: str, address: str | None) -> Executor:
-    """The executor that the user asked for."""
+def check_executor(name: str, address: str | None) -> None:
+    """Raise `UserError` for an executor that does not exist, and an address that nobody would read."""
     if name not in EXECUTORS:
         raise UserError(f"unknown executor '{name}'", where="--executor", mend=did_you_mean(name, EXECUTORS))
+    if address is not None and name != "ray":
+        raise UserError("an address is for Ray only", where="--address", mend="add --executor ray")
+
+
+def executor_of(name: str, address: str | None) -> Executor:
+    """The executor that the user asked for."""
     if name == "ray":
         from koine.plan.ray import RayExecutor
 
         return RayExecutor(address)
-    if address is not None:
-        raise UserError("an address is for Ray only", where="--address", mend="add --executor ray")
     from koine.plan.local import LocalExecutor
 
     return LocalExecutor()
@@ -94,6 +98,7 @@ def run(
     from koine.plan.scheduler import PlanFailedError, RunInterruptedError, execute
     from koine.plan.settings import parse_settings
 
+    check_executor(executor, address)
     function = find_plan(plan, koine.recipes)
     if only_list:
         list_parameters(function)
@@ -103,9 +108,8 @@ def run(
     if dry_run:
         click.echo("\n".join(words.dry_run(built)))
         return
-    place = executor_of(executor, address)
     try:
-        nodes = execute(built, executor=place)
+        nodes = execute(built, executor=executor_of(executor, address))
     except RunInterruptedError as error:
         click.echo(f"koine: {error}", err=True)
         sys.exit(error.exit_code)

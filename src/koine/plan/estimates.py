@@ -8,8 +8,8 @@ from statistics import fmean, median
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import read_json
 from koine.plan.plan import Node, Plan, places
+from koine.plan.publish import record_of
 from koine.plan.step import Estimate
 
 
@@ -47,12 +47,10 @@ def history(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Records of the artifacts already in the run's folder, by the step that built them."""
     found: dict[str, list[dict[str, Any]]] = {}
     for node in plan.nodes.values():
-        record = node.artifact.path / "artifact.json"
-        if record.exists():
-            known = read_json(record)
-            # A resumed build's seconds are those of its last attempt, which say nothing about a whole one.
-            if known.get("attempts") == 1:
-                found.setdefault(known["step"], []).append(known)
+        known = record_of(node.artifact.path)
+        # A resumed build's seconds are those of its last attempt, which say nothing about a whole one.
+        if known is not None and known.get("attempts") == 1:
+            found.setdefault(known["step"], []).append(known)
     return found
 
 
@@ -103,6 +101,16 @@ def expect(plan: Plan, build: Mapping[str, Node]) -> Expectation:
         tuple(name for name, estimate in found.items() if estimate is None),
         {name: estimate for name, estimate in formulas.items() if estimate is not None},
     )
+
+
+def remaining(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:
+    """For each artifact, the time of the longest chain that starts with it: what to begin first."""
+    found = {name: seconds.get(name, 0.0) for name in plan.nodes}
+    for name, node in reversed(plan.nodes.items()):
+        for parent in node.parents:
+            if parent in found:
+                found[parent] = max(found[parent], seconds.get(parent, 0.0) + found[name])
+    return found
 
 
 def critical_path(plan: Plan, seconds: Mapping[str, float]) -> tuple[list[str], float]:

@@ -108,9 +108,10 @@ class Process:
             "PYTHONUNBUFFERED": "1",
             VARIABLE: job.progress,
         }
+        # -P: a file in the current folder that is called like an installed module must not hide it.
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "koine.plan.worker", str(os.getpid())],
+                [sys.executable, "-P", "-m", "koine.plan.worker", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import read_json, sha256_file
+from koine.files import sha256_file
 from koine.plan.content import fingerprint_of_content
 from koine.plan.provenance import manifest_hash
+from koine.plan.publish import record_of
 from koine.plan.status import shown
 
 
@@ -54,8 +55,7 @@ def lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
 
     Raises `UserError` where the folder has no record, or a record is damaged.
     """
-    record = artifact / "artifact.json"
-    if not record.exists():
+    if not (artifact / "artifact.json").exists():
         if not artifact.exists():
             raise UserError("no such artifact", where=artifact)
         raise UserError(
@@ -69,10 +69,7 @@ def lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
 def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
     if path in seen:
         return seen[path]
-    record = read_json(path / "artifact.json")
-    for key in ("artifact", "fingerprint", "files", "parents"):
-        if key not in record:
-            raise UserError(f"has no '{key}'", where=path / "artifact.json", mend="build the artifact again")
+    record = record_of(path) or {}
     node = Ancestor(record["artifact"], path, record["fingerprint"], manifest_hash(record["files"]), record)
     seen[path] = node
     if verify:

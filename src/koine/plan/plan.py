@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import read_json
 from koine.plan.content import ContentCache, digest, fingerprint_of_content
+from koine.plan.publish import record_of
 from koine.plan.step import StepInfo, split
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9][A-Za-z0-9_-]*)*")
@@ -140,6 +140,12 @@ class Plan:
     def input(self, path: str | Path, *, name: str) -> Artifact:
         """A handle to an existing file or folder, fingerprinted by content."""
         place = Path(path).resolve()
+        if self.folder.resolve().is_relative_to(place):
+            raise UserError(
+                "holds the run's own folder, so it would change with every run",
+                where=path,
+                mend="give the folder of the data alone, or another --runs",
+            )
         artifact = Artifact(name, place, fingerprint_of_content(place, self.cache))
         if name in self.nodes or self.inputs.get(name, artifact) != artifact:
             raise UserError(f"input '{name}' collides with another of that name", mend="choose another name")
@@ -204,8 +210,5 @@ class Plan:
 
 def adopted_fingerprint(path: Path) -> str | None:
     """The fingerprint of an artifact that was put in place by `koine adopt`; None for any other."""
-    record = path / "artifact.json"
-    if not record.exists():
-        return None
-    known = read_json(record)
-    return str(known["fingerprint"]) if known.get("step") == "adopted" else None
+    known = record_of(path)
+    return str(known["fingerprint"]) if known and known["step"] == "adopted" else None

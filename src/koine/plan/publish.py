@@ -6,7 +6,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from koine.errors import UserError
 from koine.files import fsync_tree, publish_directory, read_json, write_json
+
+REMOVE = "remove the artifact's folder to have it built again"
+
+
+def record_of(artifact: Path) -> dict[str, Any] | None:
+    """The record beside an artifact; None where there is no such artifact.
+
+    Raises `UserError` where it is damaged.
+    """
+    path = artifact / "artifact.json"
+    if not path.exists():
+        return None
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(error.what, where=path, mend=REMOVE) from None
+    for key in ("artifact", "step", "fingerprint", "files", "parents"):
+        if not isinstance(record, dict) or key not in record:
+            raise UserError(f"has no '{key}'", where=path, mend=REMOVE)
+    return dict(record)
 
 
 def work_folder(run: Path, name: str) -> Path:

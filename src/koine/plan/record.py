@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from koine.files import read_json, write_json
+from koine.files import write_json
 from koine.plan.estimates import Expectation
 from koine.plan.plan import Plan
+from koine.plan.publish import record_of
 from koine.plan.status import Status
 
 
@@ -60,9 +61,8 @@ class RunRecord:
 
     def measured(self, name: str) -> None:
         """Take over what the artifact's own record says."""
-        record = self.folder / name / "artifact.json"
-        if record.exists():
-            known = read_json(record)
+        known = record_of(self.folder / name)
+        if known is not None:
             for key in ("seconds", "peak_memory_bytes"):
                 self.nodes[name][key] = known.get(key)
 

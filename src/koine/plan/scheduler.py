@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from koine.files import disk_errors, exclusive
 from koine.plan.display import Display
-from koine.plan.estimates import Expectation, expect
+from koine.plan.estimates import Expectation, expect, remaining
 from koine.plan.export import write_exports
 from koine.plan.job import HEADER, Job, check_importable, log_of, make_job
 from koine.plan.plan import Node, Plan
@@ -51,17 +51,20 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """A step that failed: its exit code, its log, and the log's last lines."""
+    """A step that failed: its exit code, its log, the log's last lines, and the error where the worker could still tell it."""
 
     name: str
     code: int
     log: Path
     lines: tuple[str, ...]
+    error: str | None = None
 
     @property
     def message(self) -> str:
         """One line: the step, the log, what it said last."""
-        if self.code < 0:
+        if self.error is not None:
+            said = self.error
+        elif self.code < 0:
             said = f"killed by {signal.Signals(-self.code).name}" + (
                 ", perhaps for want of memory" if self.code == -signal.SIGKILL else ""
             )
@@ -124,6 +127,15 @@ def interrupts() -> Iterator[Interrupt]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the progress of runs of this machine that were killed."""
+    import psutil
+
+    for left in folder.glob(f"{platform.node()}-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def recover_all(plan: Plan) -> None:
@@ -191,7 +203,7 @@ class _Run:
             code = process.poll()
             progress = told(self.told / name.replace("/", "+"))
             if code is None:
-                if progress and "result" not in progress:
+                if "fraction" in progress and "result" not in progress:
                     self.display.progress(name, progress["fraction"], progress["text"])
                 continue
             del self.running[name]
@@ -206,7 +218,7 @@ class _Run:
             else:
                 self.lost.add(name)
                 log = log_of(self.plan, name)
-                self.failures.append(Failure(name, code, log, last_lines(log)))
+                self.failures.append(Failure(name, code, log, last_lines(log), progress.get("error")))
                 self.record.set(name, "failed")
                 self.display.finished(name, "failed")
 
@@ -261,15 +273,19 @@ def execute(
     own = folder / ".progress" / f"{platform.node()}-{os.getpid()}"
     with disk_errors(plan.folder):
         shutil.rmtree(own, ignore_errors=True)
+        sweep(own.parent)
         own.mkdir(parents=True, exist_ok=True)
         try:
             record = RunRecord(plan, found, expectation)
             record.write()
+            plan.cache.save()
+            after = remaining(plan, {name: estimate.seconds for name, estimate in expectation.steps.items()})
+            # Of the steps that could start, the one with the longest chain behind it goes first.
+            build = dict(sorted(build.items(), key=lambda item: -after[item[0]]))
             run = _Run(
                 plan, executor or LocalExecutor(), display or Display(), record, expectation, own, dict(build)
             )
             run.drive(found)
-            plan.cache.save()
             if run.failures:
                 record.end("failed")
                 raise PlanFailedError(run.failures)

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from koine.files import read_json
 from koine.plan.plan import Node, Plan
+from koine.plan.publish import record_of
 
 State = Literal["build", "reused", "adopted", "not needed"]
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -39,19 +39,18 @@ def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
 
 def why(node: Node) -> list[str]:
     """Why a step must run: `["new"]`, or what changed, field by field; empty where it is up to date."""
-    record = node.artifact.path / "artifact.json"
-    if not record.exists():
+    old = record_of(node.artifact.path)
+    if old is None:
         return ["new"]
-    old = read_json(record)
-    if old.get("fingerprint") == node.artifact.fingerprint:
+    if old["fingerprint"] == node.artifact.fingerprint:
         return []
     return differences({key: old.get(key) for key in node.recipe}, node.recipe) or ["fingerprint changed"]
 
 
 def is_adopted(node: Node) -> bool:
     """Whether the artifact was put in place by `koine adopt` rather than built."""
-    record = node.artifact.path / "artifact.json"
-    return record.exists() and read_json(record).get("step") == "adopted"
+    record = record_of(node.artifact.path)
+    return record is not None and record["step"] == "adopted"
 
 
 def statuses(plan: Plan) -> dict[str, Status]:

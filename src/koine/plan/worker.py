@@ -22,7 +22,7 @@ from koine.plan.loading import load_plan_file
 from koine.plan.memory import PeakMemory
 from koine.plan.progress import write as tell
 from koine.plan.provenance import environment, hashes, manifest_hash
-from koine.plan.publish import lock_of, prepare_work, publish, recover
+from koine.plan.publish import lock_of, prepare_work, publish, record_of, recover
 
 
 def die_with_parent(parent: int) -> None:
@@ -65,9 +65,8 @@ def parents_of(job: Job) -> list[dict[str, Any]]:
         if parent["input"]:
             found.append({**entry, "input": str(path), "sha256": parent["fingerprint"]})
             continue
-        record = path / "artifact.json"
-        known = read_json(record) if record.exists() else {}
-        if known.get("fingerprint") != parent["fingerprint"]:
+        known = record_of(path)
+        if known is None or known["fingerprint"] != parent["fingerprint"]:
             raise UserError(
                 f"artifact '{parent['name']}' was changed by another run while '{job.name}' was being built",
                 where=path,
@@ -96,11 +95,9 @@ def build(job: Job, *, guardian: int | None = None) -> str:
 
 def _build(job: Job, run: Path, guardian: int | None) -> str:
     recover(run, job.name)
-    record = run / job.name / "artifact.json"
-    if record.exists():
-        known = read_json(record)
-        if known.get("fingerprint") == job.fingerprint or known.get("step") == "adopted":
-            return "reused"
+    known = record_of(run / job.name)
+    if known is not None and (known["fingerprint"] == job.fingerprint or known["step"] == "adopted"):
+        return "reused"
     parents = parents_of(job)
     with disk_errors(run / job.name):
         work, attempt = prepare_work(run, job.name, job.fingerprint)
@@ -162,6 +159,8 @@ def main() -> None:
         tell(Path(job.progress), fraction=1.0, text="", result=result)
     except UserError as error:
         print(f"koine: {error}", file=sys.stderr, flush=True)
+        # Told to the parent too: another run may have written to the log meanwhile.
+        tell(Path(job.progress), error=str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -172,8 +171,9 @@ def main() -> None:
             print("the step ended the process instead of returning", file=sys.stderr, flush=True)
             sys.exit(1)
         raise
-    except Exception:  # noqa: BLE001 - the traceback is the log's last word, and the exit code tells the parent
+    except Exception as error:  # noqa: BLE001 - the traceback is the log's last word, and the exit code tells the parent
         traceback.print_exc()
+        tell(Path(job.progress), error=" ".join(f"{type(error).__name__}: {error}".split()))
         sys.exit(1)
 
 
