@@ -411,7 +411,7 @@ def test_plots_at_the_edge_are_drawn(given_block: dict[str, Any]) -> None:
 def test_numbers_read_well() -> None:
     assert [decade_text(value) for value in (0.05, 200.0, 1e6, 2e-7)] == ["0.05", "200", "10⁶", "2·10⁻⁷"]
     assert [duration(seconds) for seconds in (0.04, 0.06, 9.96, 59.6, 185, 8040)] == [
-        "under 0.1 s",
+        "< 0.1 s",
         "0.1 s",
         "10 s",
         "1 min 00 s",

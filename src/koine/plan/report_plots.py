@@ -219,6 +219,10 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
             )  # fmt: skip
     axes.grid(visible=True)
     axes.margins(x=0.02)
+    if not block.get("log_x") and all(value == int(value) for item in series for value in item["x"]):
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
     for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         if axis.get_scale() == "log":
             label_decades(axis, *limits)

@@ -98,9 +98,9 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for reading: `under 0.1 s`, `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
+    """Seconds for reading: `< 0.1 s`, `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
     if seconds < 0.05:
-        return "under 0.1 s"
+        return "< 0.1 s"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
