@@ -425,10 +425,11 @@ def test_numbers_read_well() -> None:
         "1.5 GiB",
     ]
     assert covered([(0, 2), (1, 3), (10, 11)]) == 4
-    assert flat({"a": {"b": [1, 2], "c": [{"d": 1}]}, "e": None}) == [
+    assert flat({"a": {"b": [1, 2], "c": [{"d": 1}]}, "e": None, "f": []}) == [
         ("a.b", "1, 2"),
         ("a.c", '[{"d": 1}]'),
         ("e", None),
+        ("f", "–"),
     ]
     shown = table(
         {
