@@ -68,7 +68,7 @@ CASES = (
         mistake="an executor that does not exist",
         command="run plans.py:small --executor slurm",
         prepare=WITH_PLAN,
-        says="?",
+        says="--executor: unknown executor 'slurm'; known: local, ray",
     ),
     Case(
         mistake="Ray without the extra cluster",
@@ -76,14 +76,22 @@ CASES = (
         prepare=WITH_PLAN,
         during=worlds.without_package("ray"),
         simulated="the package is hidden",
-        says="?",
+        says="to run a plan on a Ray cluster, the package 'ray' is needed and not installed; … -m pip install 'koine[cluster]'",
     ),
-    Case(mistake="adopting what is not there", command="adopt missing --name text", says="?"),
+    Case(
+        mistake="adopting what is not there",
+        command="adopt missing --run mine --name text",
+        says="missing: no such folder",
+    ),
     Case(
         mistake="the lineage of a folder that is no artifact",
         command="lineage tokenizer",
         prepare=worlds.having("tokenizer"),
-        says="?",
+        says="tokenizer: holds no artifact.json; only what `koine run` built or `koine adopt` registered has a lineage",
     ),
-    Case(mistake="a report of a run that is not there", command="report runs/missing", says="?"),
+    Case(
+        mistake="a report of a run that is not there",
+        command="report runs/missing",
+        says="runs/missing: no such run folder; build one with koine run PLAN",
+    ),
 )
