@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from koine.errors import UserError
+
 
 @click.group()
 def model() -> None:
@@ -36,15 +38,25 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
     console = Console()
     if which is None:
         table = Table("preset", "parameters", "layers", "hidden", "vocabulary", box=None)
+        totals = {name: describe_config(preset(name))["parameters"]["total"] for name in PRESETS}
+        if as_json:
+            click.echo(json.dumps(totals, indent=2))
+            return
         for name, size in PRESETS.items():
-            total = describe_config(preset(name))["parameters"]["total"]
+            total = totals[name]
             table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
         console.print(table)
         return
     if Path(which).is_dir():
         from koine.model.config_json import read_config
 
+        if vocab_size is not None:
+            raise UserError(
+                "--vocab-size is for presets", where=which, mend="a model's vocabulary is in its config.json"
+            )
         config = read_config(Path(which))
+    elif "/" in which:
+        raise UserError("no such model directory", where=which, mend="give a folder that holds config.json")
     else:
         config = preset(which, vocab_size)
     description = describe_config(config, length=length)

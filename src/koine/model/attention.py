@@ -2,9 +2,10 @@
 
 | case | kernel |
 |---|---|
-| training or a whole text on CPU | `blocked_attention`; full float32 attention without documents: fused SDPA |
-| the same on an accelerator | fused SDPA where plain causal, else FlexAttention with a block mask |
-| a few new positions after a cache | fused SDPA over what the cache holds |
+| CPU | `blocked_attention`, with a cache too; full float32 attention of a long text without documents: fused SDPA |
+| accelerator, plain causal | fused SDPA |
+| CUDA, a window or documents | FlexAttention with a block mask, where the text is long enough to have blocks to skip |
+| accelerator, otherwise | SDPA under a mask |
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from koine.model.blocked_attention import blocked_attention
 
 FUSED_FROM = 1024
 """From this length on, full causal float32 attention on CPU is faster fused than in blocks (docs/log.md)."""
+
+FLEX_FROM = 256
+"""FlexAttention skips tiles of 128 by 128: in a shorter text there is nothing to skip."""
+
+FLEX_TILE = 128
+FLEX_SMALLEST_HEAD = 16
 
 
 def attend(
@@ -42,26 +49,23 @@ def attend(
     Returns:
         `[batch, time, kv_heads * groups * head_dim]`.
     """
-    batch, time, kv_heads, groups, head_dim = q.shape
+    time, groups, head_dim = q.shape[1], q.shape[3], q.shape[4]
     if window is not None and window >= time:
         window = None
     plain = window is None and document_starts is None
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu" and not (plain and q.dtype == torch.float32 and time >= FUSED_FROM):
-        out: Tensor = blocked_attention(
-            q.permute(0, 2, 1, 3, 4).reshape(batch * kv_heads, time * groups, head_dim),
-            k.permute(0, 2, 1, 3).reshape(batch * kv_heads, time, head_dim),
-            v.permute(0, 2, 1, 3).reshape(batch * kv_heads, time, head_dim),
-            window=window,
-            document_starts=document_starts,
-        )
-        laid_out = out.view(batch, kv_heads, time, groups, head_dim).permute(0, 2, 1, 3, 4)
-        return laid_out.reshape(batch, time, kv_heads * groups * head_dim)
-    heads = q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return _in_blocks(q, keys, values, window=window, document_starts=document_starts)
+    heads = q.flatten(2, 3).transpose(1, 2)
     if plain:
-        out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0, enable_gqa=groups > 1)
+        out = F.scaled_dot_product_attention(
+            heads, keys, values, is_causal=True, scale=1.0, enable_gqa=groups > 1
+        )
+    elif q.device.type == "cuda" and time >= FLEX_FROM and head_dim >= FLEX_SMALLEST_HEAD:
+        out = flex_attend(heads, keys, values, window=window, document_starts=document_starts)
     else:
-        out = flex_attend(*heads, window=window, document_starts=document_starts)
-    return out.transpose(1, 2).reshape(batch, time, kv_heads * groups * head_dim)
+        out = masked_attend(heads, keys, values, window=window, document_starts=document_starts)
+    return out.transpose(1, 2).flatten(2)
 
 
 def attend_cached(
@@ -78,27 +82,57 @@ def attend_cached(
     Returns:
         `[batch, time, kv_heads * groups * head_dim]`.
     """
-    batch, time, kv_heads, groups, head_dim = q.shape
+    time, groups = q.shape[1], q.shape[3]
     positions = k.shape[2]
-    mask = None
-    padded = bool((padding > first_position).any())
-    if time > 1 or padded or (window is not None and positions > window):
-        key = torch.arange(first_position, first_position + positions, device=q.device)
-        query = key[positions - time :]
-        mask = key[None, :] <= query[:, None]
-        if window is not None:
-            mask &= key[None, :] > query[:, None] - window
-        if padded:
-            # A padding row sees itself, so that its softmax has a key; nothing reads its output.
-            seen = (key[None, None, :] >= padding[:, None, None]) | (
-                key[None, None, :] == query[None, :, None]
-            )
-            mask = (mask & seen)[:, None]
-        else:
-            mask = mask[None, None]
+    starts = None
+    if bool((padding > first_position).any()):
+        # A padding row sees itself, so that its softmax has a key; nothing reads its output.
+        query = torch.arange(positions - time, positions, device=q.device)
+        starts = torch.minimum((padding - first_position).clamp(min=0)[:, None], query[None, :])
+    if q.device.type == "cpu":
+        return _in_blocks(q, k, v, window=window, document_starts=starts)
     heads = q.flatten(2, 3).transpose(1, 2)
-    out = F.scaled_dot_product_attention(heads, k, v, attn_mask=mask, scale=1.0, enable_gqa=groups > 1)
-    return out.transpose(1, 2).reshape(batch, time, kv_heads * groups * head_dim)
+    if time == 1 and starts is None and (window is None or positions <= window):
+        out = F.scaled_dot_product_attention(heads, k, v, scale=1.0, enable_gqa=groups > 1)
+    else:
+        out = masked_attend(heads, k, v, window=window, document_starts=starts)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None
+) -> Tensor:
+    """`blocked_attention` of q `[batch, time, kv_heads, groups, head_dim]` over k and v `[batch, kv_heads, positions, head_dim]`."""
+    batch, time, kv_heads, groups, head_dim = q.shape
+    rows, positions = batch * kv_heads, k.shape[2]
+    out = blocked_attention(
+        q.permute(0, 2, 1, 3, 4).reshape(rows, time * groups, head_dim),
+        k.reshape(rows, positions, head_dim),
+        v.reshape(rows, positions, head_dim),
+        before=positions - time,
+        window=window,
+        document_starts=document_starts,
+    )
+    laid_out: Tensor = out.view(batch, kv_heads, time, groups, head_dim).permute(0, 2, 1, 3, 4)
+    return laid_out.reshape(batch, time, kv_heads * groups * head_dim)
+
+
+def masked_attend(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None
+) -> Tensor:
+    """SDPA under a dense mask: q `[batch, heads, time, head_dim]` are the last `time` positions of k and v
+    `[batch, kv_heads, positions, head_dim]`; `document_starts` `[batch, time]` as in `attend`."""
+    time, positions = q.shape[2], k.shape[2]
+    key = torch.arange(positions, device=q.device)
+    query = key[positions - time :, None]
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    if document_starts is not None:
+        mask = (mask & (key >= document_starts[..., None]))[:, None]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def visible(window: int | None, document_starts: Tensor | None) -> Callable[[Any, Any, Any, Any], Any]:
@@ -115,6 +149,49 @@ def visible(window: int | None, document_starts: Tensor | None) -> Callable[[Any
     return mask
 
 
+def block_mask(time: int, window: int | None, document_starts: Tensor | None, device: torch.device) -> Any:
+    """FlexAttention's `BlockMask` of `visible`, without ever forming the `time * time` mask.
+
+    A query sees one run of keys, `[first(query), query]`, and `first` never falls from one query to the next: the tiles that a
+    tile of queries needs lie between the `first` of its first query and the diagonal, and those from the `first` of its last
+    query up to the diagonal are seen whole.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    first = torch.zeros(1, time, dtype=torch.long, device=device)
+    if window is not None:
+        first = (torch.arange(time, device=device)[None] - window + 1).clamp(min=0)
+    if document_starts is not None:
+        first = torch.maximum(first, document_starts)
+    last = torch.arange(FLEX_TILE - 1, time + FLEX_TILE - 1, FLEX_TILE, device=device).clamp(max=time - 1)
+    lowest = first[:, ::FLEX_TILE, None]
+    highest = first[:, last, None]
+    tiles = torch.arange(last.numel(), device=device)
+    begin = tiles * FLEX_TILE
+    behind = tiles[None, :] < tiles[:, None]
+    whole = behind & (begin >= highest)
+    part = (tiles[None, :] <= tiles[:, None]) & (begin + FLEX_TILE > lowest) & ~whole
+
+    def ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tiles each row of tiles has, and which, first."""
+        order = dense.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+        return dense.sum(dim=-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+    return BlockMask.from_kv_blocks(
+        *ordered(part),
+        *ordered(whole),
+        BLOCK_SIZE=FLEX_TILE,
+        mask_mod=visible(window, document_starts),
+        seq_lengths=(time, time),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _window_mask(time: int, window: int | None, device: torch.device) -> Any:
+    # Without documents every layer and every step has the same one.
+    return block_mask(time, window, None, device)
+
+
 @functools.cache
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
@@ -129,19 +206,15 @@ def flex_attend(
 
     On an accelerator the kernel is compiled; on CPU (tests) it runs uncompiled, forward only.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    batch, heads, time, _ = q.shape
-    block_mask = create_block_mask(
-        visible(window, document_starts),
-        batch if document_starts is not None else None,
-        None,
-        time,
-        time,
-        device=q.device.type,
-    )
+    time = q.shape[2]
+    if document_starts is None:
+        mask = _window_mask(time, window, q.device)
+    else:
+        mask = block_mask(time, window, document_starts, q.device)
     kernel = flex_attention if q.device.type == "cpu" else _compiled_flex()
-    out = kernel(q, k, v, block_mask=block_mask, scale=1.0, enable_gqa=heads != k.shape[1])
+    out = kernel(q, k, v, block_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)
     return out
 

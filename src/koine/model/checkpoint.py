@@ -5,6 +5,8 @@ A block's fused projections are split into the layout of formats.md (section 1) 
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,6 +74,14 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
 
 
+def _shards(index: Path) -> list[str]:
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError("holds no weight_map", where=index, mend="the file is damaged; copy the folder again")
+    return sorted(set(shards.values()))
+
+
 class _Weights(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files, read one by one when asked for."""
 
@@ -80,7 +90,7 @@ class _Weights(Mapping[str, Tensor]):
 
         index = path / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = _shards(index)
         elif (path / "model.safetensors").exists():
             names = ["model.safetensors"]
         else:
@@ -195,6 +205,27 @@ def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tenso
     return weights[f"{prefix}self_attn.{rest}"]
 
 
+def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """A whole safetensors file under its name, or none; raises `OSError` where the system refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except SafetensorError as error:
+        # The library wraps what the system said into text of its own.
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_state(
     state: Mapping[str, Tensor],
     config: ModelConfig,
@@ -204,8 +235,6 @@ def save_state(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model directory from a state dict of ours (see `save_model`)."""
-    from safetensors.torch import save_file
-
     path = Path(path)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -214,7 +243,7 @@ def save_state(
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
-        save_file(dict(sorted(tensors.items())), path / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
         write_json(path / "config.json", to_json(config, dtype=kind))
         write_json(
             path / "generation_config.json",
@@ -235,6 +264,7 @@ def save_model(
 ) -> None:
     """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path`.
 
-    What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
+    Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`. Raises `UserError` for a
+    full disk or a folder that cannot be written. What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
     """
     save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype)

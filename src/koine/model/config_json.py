@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM",
 def model_type(config: ModelConfig) -> str:
     """The `transformers` class that is exactly this model, or `koine` where there is none.
 
-    Cohere: every layer full with RoPE. Cohere2: windowed layers (one window) with RoPE, full ones without, no QK-norm.
+    Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones without, no QK-norm.
     """
     layers = config.layers
     if all(layer.window is None and layer.rope and layer.qk_norm == layers[0].qk_norm for layer in layers):
@@ -24,7 +25,7 @@ def model_type(config: ModelConfig) -> str:
         return "cohere"
     windows = {layer.window for layer in layers if layer.window is not None}
     hybrid = all((layer.window is not None) == layer.rope and not layer.qk_norm for layer in layers)
-    return "cohere2" if hybrid and len(windows) == 1 else "koine"
+    return "cohere2" if hybrid and len(windows) <= 1 else "koine"
 
 
 def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
@@ -58,7 +59,9 @@ def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     if kind == "cohere":
         value["use_qk_norm"] = config.layers[0].qk_norm
     elif kind == "cohere2":
-        value["sliding_window"] = next(layer.window for layer in config.layers if layer.window is not None)
+        # A model of full layers alone has no window; Cohere2's configuration wants one all the same.
+        windows = [layer.window for layer in config.layers if layer.window is not None]
+        value["sliding_window"] = windows[0] if windows else config.max_position_embeddings
         value["layer_types"] = [
             "full_attention" if layer.window is None else "sliding_attention" for layer in config.layers
         ]
@@ -69,10 +72,15 @@ def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     return value
 
 
-def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
-    """A `ModelConfig` from the content of a Cohere, Cohere2 or Koine `config.json`.
+class UnsupportedModelError(UserError):
+    """A Cohere or Cohere2 with a feature that these maths do not have; `transformers` can open it all the same."""
 
-    Raises `UserError` for another `model_type`, a missing field, or a feature that these maths do not have.
+
+def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
+    """A `ModelConfig` from the content of a Cohere, Cohere2 or Koine `config.json`; what is left out has `transformers`' default.
+
+    Raises `UserError` for another `model_type`, a missing field or one of the wrong kind, `UnsupportedModelError` for a feature that
+    these maths do not have.
     """
     kind = value.get("model_type")
     if kind not in OWN_TYPES:
@@ -81,58 +89,133 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
             where=where,
             mend="steps that take any causal LM open it through transformers (pip install 'koine[hf]')",
         )
-    if value.get("attention_bias"):
-        raise UserError("attention_bias is true", where=where, mend="Koine's decoder has no biases")
     rope = value.get("rope_parameters") or value.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(
-            f"rope_type '{rope.get('rope_type', rope.get('type'))}' is not implemented",
-            where=where,
-            mend="only 'default' is",
+    _refuse_unsupported(value, rope, where)
+    fields = _Fields(value, where)
+    heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
+    theta = rope.get("rope_theta") or value.get("rope_theta")
+    return ModelConfig(
+        vocab_size=fields.whole("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=fields.whole("num_key_value_heads", heads),
+        head_dim=fields.whole("head_dim", max(1, hidden // max(1, heads))),
+        layers=_layers(fields, kind, fields.whole("num_hidden_layers")),
+        rope_theta=float(theta or (500_000.0 if kind == "cohere" else 10_000.0)),
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        logit_scale=fields.number("logit_scale", 0.0625),
+        tie_embeddings=bool(value.get("tie_word_embeddings", True)),
+        initializer_range=fields.number("initializer_range", 0.02),
+        max_position_embeddings=fields.whole("max_position_embeddings", 8192),
+        pad_token_id=fields.identifier("pad_token_id", 0),
+        bos_token_id=fields.identifier("bos_token_id", 5),
+        eos_token_id=fields.identifier("eos_token_id", 255_001),
+    )
+
+
+def _refuse_unsupported(value: dict[str, Any], rope: dict[str, Any], where: Path) -> None:
+    found = {
+        "attention_bias": (bool(value.get("attention_bias", False)), False),
+        "hidden_act": (value.get("hidden_act", "silu"), "silu"),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "partial_rotary_factor": (
+            rope.get("partial_rotary_factor", value.get("partial_rotary_factor", 1.0)),
+            1.0,
+        ),
+    }
+    for name, (got, only) in found.items():
+        if got != only:
+            raise UnsupportedModelError(
+                f"{name} is {got!r}", where=where, mend=f"Koine's own decoder implements {only!r} only"
+            )
+
+
+class _Fields:
+    """The fields of a `config.json`, each of its kind; `null` is the same as left out, as in `transformers`."""
+
+    def __init__(self, value: dict[str, Any], where: Path) -> None:
+        self.value = value
+        self.where = where
+
+    def wrong(self, name: str, kind: str) -> UserError:
+        return UserError(
+            f"the field '{name}' is {self.value.get(name)!r}", where=self.where, mend=f"it must be {kind}"
         )
-    try:
-        heads, hidden, count = value["num_attention_heads"], value["hidden_size"], value["num_hidden_layers"]
-        return ModelConfig(
-            vocab_size=value["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=value["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=value.get("num_key_value_heads") or heads,
-            head_dim=value.get("head_dim") or hidden // heads,
-            layers=_layers(value, kind, count),
-            rope_theta=float(rope.get("rope_theta") or value.get("rope_theta") or 10_000.0),
-            norm_eps=value.get("layer_norm_eps", 1e-5),
-            logit_scale=value.get("logit_scale", 0.0625),
-            tie_embeddings=value.get("tie_word_embeddings", True),
-            initializer_range=value.get("initializer_range", 0.02),
-            max_position_embeddings=value.get("max_position_embeddings", 8192),
-            pad_token_id=value.get("pad_token_id") or 0,
-            bos_token_id=value.get("bos_token_id", 5),
-            eos_token_id=_first(value.get("eos_token_id", 255_001)),
-        )
-    except KeyError as error:
-        raise UserError(
-            f"the field {error} is missing", where=where, mend="the file is not a whole config.json"
-        ) from None
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        got = self.value.get(name)
+        if got is None:
+            got = default
+        if got is None:
+            raise UserError(
+                f"the field '{name}' is missing",
+                where=self.where,
+                mend="the file is not a whole config.json",
+            )
+        if isinstance(got, bool) or not isinstance(got, int) or got < 1:
+            raise self.wrong(name, "a whole number of at least 1")
+        return got
+
+    def number(self, name: str, default: float) -> float:
+        got = self.value.get(name)
+        if got is None:
+            return default
+        if isinstance(got, bool) or not isinstance(got, int | float):
+            raise self.wrong(name, "a number")
+        return float(got)
+
+    def identifier(self, name: str, default: int) -> int:
+        got = self.value.get(name)
+        if isinstance(got, list) and got:
+            got = got[0]
+        if got is None:
+            return default
+        if isinstance(got, bool) or not isinstance(got, int):
+            raise self.wrong(name, "a token id")
+        return got
+
+    def entries(self, name: str, count: int) -> list[Any]:
+        got = self.value.get(name)
+        if not isinstance(got, list):
+            raise self.wrong(name, "a list, one entry a layer")
+        if len(got) != count:
+            raise UserError(
+                f"'{name}' has {len(got)} entries and num_hidden_layers is {count}",
+                where=self.where,
+                mend="give one entry a layer",
+            )
+        return got
 
 
-def _first(value: int | list[int]) -> int:
-    return value[0] if isinstance(value, list) else value
-
-
-def _layers(value: dict[str, Any], kind: str, count: int) -> tuple[LayerSpec, ...]:
+def _layers(fields: _Fields, kind: str, count: int) -> tuple[LayerSpec, ...]:
     if kind == "koine":
-        return tuple(LayerSpec(**layer) for layer in value["layers"])
+        return tuple(_own_layer(fields, layer) for layer in fields.entries("layers", count))
     if kind == "cohere":
-        return (LayerSpec(qk_norm=bool(value.get("use_qk_norm", False))),) * count
-    types = value.get("layer_types")
-    if types is None:
-        every = value.get("sliding_window_pattern") or 4
+        return (LayerSpec(qk_norm=bool(fields.value.get("use_qk_norm", False))),) * count
+    if fields.value.get("layer_types") is None:
+        every = fields.whole("sliding_window_pattern", 4)
         types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
-    window = value.get("sliding_window", 4096)
+    else:
+        types = fields.entries("layer_types", count)
+    unknown = [name for name in types if name not in ("sliding_attention", "full_attention")]
+    if unknown:
+        raise UnsupportedModelError(
+            f"layer_types holds {unknown[0]!r}",
+            where=fields.where,
+            mend="Koine's own decoder implements 'sliding_attention' and 'full_attention' only",
+        )
+    window = fields.whole("sliding_window", 4096)
     return tuple(
         LayerSpec(window=window) if name == "sliding_attention" else LayerSpec(rope=False) for name in types
     )
+
+
+def _own_layer(fields: _Fields, layer: Any) -> LayerSpec:
+    known = {field.name for field in dataclasses.fields(LayerSpec)}
+    if not isinstance(layer, dict) or not layer.keys() <= known:
+        raise fields.wrong("layers", f"a list of objects with the keys {', '.join(sorted(known))}")
+    return LayerSpec(**layer)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -146,4 +229,9 @@ def read_config(path: Path) -> ModelConfig:
             where=path,
             mend="give the folder of a model, not of a run or a checkpoint",
         )
-    return from_json(read_json(path / "config.json"), where=path / "config.json")
+    value = read_json(path / "config.json")
+    if not isinstance(value, dict):
+        raise UserError(
+            "is not a JSON object", where=path / "config.json", mend="it is no model's configuration"
+        )
+    return from_json(value, where=path / "config.json")

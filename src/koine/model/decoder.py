@@ -151,18 +151,25 @@ class Decoder(nn.Module):
             document_ids: `[batch, time]`, equal within a document, -1 for padding: attention stays inside a document.
             positions: `[batch, time]` or `[time]`, what RoPE turns by; default 0, 1, ... (after the cached ones; padding not
                 counted).
-            attention_mask: `[batch, time]`, 0 for padding on the left (with a cache: of the first call only) or on the right.
+            attention_mask: `[batch, time]`, 0 for padding on the left or on the right; with a cache on the left alone, given with
+                the first call, and the padding is left out ever after.
             cache: what earlier calls have read; extended in place.
             block_outputs: a list that receives the input of the first block and each block's output.
 
         Returns:
             `[batch, time, hidden]`.
+
+        Raises:
+            ValueError: what a cache cannot follow: `document_ids`, or a mask that comes late or pads on the right.
         """
         time = tokens.shape[1]
         x = self.embedding(tokens)
         before = 0 if cache is None else cache.length
-        if cache is not None and attention_mask is not None and before == 0:
-            cache.padding = (attention_mask == 0).sum(dim=1)
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("document_ids with a cache: a row that is read on holds one document")
+            if attention_mask is not None:
+                cache.padding = left_padding(attention_mask, before)
         if positions is None:
             positions = torch.arange(before, before + time, device=tokens.device)[None]
             if cache is not None:
@@ -171,8 +178,9 @@ class Decoder(nn.Module):
                 positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         elif positions.dim() == 1:
             positions = positions[None]
-        if document_ids is None and attention_mask is not None and cache is None:
-            document_ids = attention_mask.long() - 1
+        if attention_mask is not None and cache is None:
+            documents = torch.zeros_like(tokens) if document_ids is None else document_ids
+            document_ids = documents.masked_fill(attention_mask == 0, -1)
         document_starts = None if document_ids is None else document_starts_of(document_ids)
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta).view_as_heads()
         if block_outputs is not None:
@@ -199,3 +207,15 @@ class Decoder(nn.Module):
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for `batch_size` rows, in the dtype and on the device of the weights."""
         return Cache(self.config, batch_size, self.embedding.weight.dtype, self.embedding.weight.device)
+
+
+def left_padding(attention_mask: Tensor, before: int) -> Tensor:
+    """Positions of padding on the left of each row, `[batch]`, from the mask of a cache's first call."""
+    if before:
+        raise ValueError(
+            "attention_mask after the first call with a cache: the cache keeps the padding itself"
+        )
+    seen = attention_mask != 0
+    if (seen[:, :-1] & ~seen[:, 1:]).any():
+        raise ValueError("attention_mask pads on the right: with a cache, pad on the left")
+    return (~seen).sum(dim=1)

@@ -50,11 +50,11 @@ class Step:
     logprobs: list[float | None]
 
 
-def choose(
-    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Sequence[Sequence[int]]
-) -> Tensor:
-    """The next token of each row, `[batch]`, from `logits` `[batch, vocab]`; one generator a row, so that a row's draw does not
-    depend on its neighbours."""
+def candidates(logits: Tensor, sampling: Sampling, seen: Sequence[Sequence[int]]) -> Tensor:
+    """The logits `[batch, vocab]` that a token is drawn from: penalised, tempered, `-inf` where a limit rules a token out.
+
+    The limits apply in the order of `transformers` (top-k, top-p, min-p). Greedy choice applies the penalty alone.
+    """
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
         logits = logits.clone()
@@ -65,21 +65,32 @@ def choose(
                 scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
             )
     if sampling.temperature == 0.0:
-        return logits.argmax(dim=-1)
+        return logits
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        # The token that crosses the threshold stays, so at least one does.
+        drop = (probabilities.cumsum(dim=-1) - probabilities) >= sampling.top_p
+        logits = logits.masked_fill(drop.gather(1, order.argsort(dim=-1)), -torch.inf)
     if sampling.min_p > 0.0:
         probabilities = logits.softmax(dim=-1)
         floor = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         logits = logits.masked_fill(probabilities < floor, -torch.inf)
-    if sampling.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-        # The token that crosses the threshold stays, so at least one does.
-        drop = (mass - ordered.softmax(dim=-1)) >= sampling.top_p
-        logits = logits.masked_fill(drop.gather(1, order.argsort(dim=-1)), -torch.inf)
+    return logits
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Sequence[Sequence[int]]
+) -> Tensor:
+    """The next token of each row, `[batch]`, from `logits` `[batch, vocab]`; one generator a row, so that a row's draw does not
+    depend on its neighbours."""
+    logits = candidates(logits, sampling, seen)
+    if sampling.temperature == 0.0:
+        return logits.argmax(dim=-1)
     probabilities = logits.softmax(dim=-1)
     rows = [
         torch.multinomial(probabilities[row], 1, generator=generator)
@@ -104,6 +115,12 @@ def stream(
     if not prompts or not all(prompts):
         raise UserError("a prompt is empty", mend="every prompt needs at least one token (BOS)")
     device = model.output_weight.device
+    highest = max(max(prompt) for prompt in prompts)
+    if highest >= model.config.vocab_size:
+        raise UserError(
+            f"a prompt holds id {highest} and the model knows {model.config.vocab_size}",
+            mend="encode it with the model's own tokenizer",
+        )
     longest = max(len(prompt) for prompt in prompts)
     pad = model.config.pad_token_id
     tokens = torch.tensor(
@@ -120,7 +137,7 @@ def stream(
     seen = [list(prompt) for prompt in prompts]
     rows = list(range(len(prompts)))
     stops = set(stop_ids)
-    for _ in range(sampling.max_new_tokens):
+    for count in range(1, sampling.max_new_tokens + 1):
         logits = model.logits(hidden[:, -1])
         chosen = choose(logits, sampling, [generators[row] for row in rows], [seen[row] for row in rows])
         logprobs = logits.float().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0].tolist()
@@ -131,7 +148,7 @@ def stream(
             seen[row].append(token)
         yield Step(new, new_logprobs)
         keep = [index for index, row in enumerate(rows) if seen[row][-1] not in stops]
-        if not keep:
+        if not keep or count == sampling.max_new_tokens:
             return
         if len(keep) < len(rows):
             index = torch.tensor(keep, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from koine.errors import UserError
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.model.checkpoint import load_model
-from koine.model.config_json import OWN_TYPES
+from koine.model.config_json import OWN_TYPES, UnsupportedModelError, read_config
 
 
 def require_transformers() -> Any:
@@ -29,6 +30,7 @@ class CausalLM(nn.Module):
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
+        self._takes_positions = "position_ids" in inspect.signature(inner.base_model.forward).parameters
 
     @property
     def output_weight(self) -> Tensor | None:
@@ -56,13 +58,18 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """`[batch, time]` ids to hidden states after the final norm, `[batch, time, hidden]`."""
         if document_ids is not None:
-            if int(document_ids.max()) > 0:
+            if _several_documents(document_ids):
                 raise UserError(
                     "this model cannot keep packed documents apart",
                     mend="pack one document a row, or let attention cross documents",
                 )
-            attention_mask = (document_ids >= 0).long()
-        out = self.inner.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
+            seen = document_ids >= 0
+            attention_mask = (seen if attention_mask is None else seen & (attention_mask != 0)).long()
+        inputs = {"input_ids": tokens, "attention_mask": attention_mask, "use_cache": False}
+        if attention_mask is not None and self._takes_positions:
+            # transformers counts padding on the left as positions unless it is told not to.
+            inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        out = self.inner.base_model(**inputs)
         hidden = out.last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden
@@ -77,18 +84,31 @@ class CausalLM(nn.Module):
         return logits
 
 
+def _several_documents(document_ids: Tensor) -> bool:
+    """Whether some row `[batch, time]` holds two documents; -1 is padding."""
+    highest = document_ids.amax(dim=1, keepdim=True)
+    return bool(((document_ids >= 0) & (document_ids != highest)).any())
+
+
 def load_causal_lm(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Our own decoder where the directory is one of ours, else `AutoModelForCausalLM` behind the same interface.
+    """Our own decoder where it implements the model, else `AutoModelForCausalLM` behind the same interface.
 
     Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise UserError("holds no config.json", where=path, mend="give the folder of a model")
-    if read_json(path / "config.json").get("model_type") in OWN_TYPES:
-        return load_model(path, dtype=dtype, device=device)
+    value = read_json(path / "config.json")
+    if isinstance(value, dict) and value.get("model_type") in OWN_TYPES:
+        try:
+            read_config(path)
+        except UnsupportedModelError:
+            # A Cohere with biases, say: transformers has the maths that ours lack.
+            pass
+        else:
+            return load_model(path, dtype=dtype, device=device)
     transformers = require_transformers()
     try:
         inner = transformers.AutoModelForCausalLM.from_pretrained(
