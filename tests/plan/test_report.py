@@ -251,9 +251,18 @@ def test_a_block_that_is_wrong_is_named_with_its_place(tmp_path: Path, bad: Any,
 
 
 def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "plan.json").write_text(
+        '{"nodes": [{"name": "a"}]}', encoding="utf-8"
+    )
+    for wrong in ("quikstart", "runs/quickstat"):
+        with pytest.raises(UserError, match="no such run folder; did you mean '.*/runs/quickstart'"):
+            write_report(tmp_path / wrong)
+    with pytest.raises(UserError, match="no such run folder; build one"):
+        write_report(tmp_path / "something")
+    with pytest.raises(UserError, match="no artifact is finished yet"):
+        write_report(tmp_path / "runs" / "quickstart")
     (tmp_path / "quickstart").mkdir()
-    with pytest.raises(UserError, match="no such run folder; did you mean 'quickstart'"):
-        write_report(tmp_path / "quikstart")
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path / "quickstart")
     folder = artifact(tmp_path / "quickstart", "a")

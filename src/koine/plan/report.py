@@ -328,7 +328,9 @@ def section(member: Member, run: Run, palette: Palette, above: bool) -> dict[str
         provenance.append(("expected beforehand", expected))
     for key in ("code", "environment"):
         provenance += [
-            (name, number_text(value)) for name, value in flat(record.get(key) or {}) if value is not None
+            ("uncommitted changes" if name == "dirty" else name, number_text(value))
+            for name, value in flat(record.get(key) or {})
+            if value is not None
         ]
     return {
         "id": anchor(member.name),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError, nearest
 from koine.files import read_json
 from koine.plan.report_blocks import StepReport, is_number, read_step_report
 
@@ -88,12 +88,7 @@ def read_run(run: Path) -> Run:
     Raises `UserError` where `run` is no run folder, holds no finished artifact, or a file in it is broken.
     """
     if not run.is_dir():
-        beside = [item.name for item in run.parent.iterdir() if item.is_dir()] if run.parent.is_dir() else []
-        raise UserError(
-            "no such run folder",
-            where=run,
-            mend=did_you_mean(run.name, beside) if beside else "build one with koine run PLAN",
-        )
+        raise UserError("no such run folder", where=run, mend=nearest_run(run))
     folders = list(artifact_folders(run))
     if run in folders:
         raise UserError(
@@ -117,6 +112,20 @@ def read_run(run: Path) -> Run:
         unfinished=unfinished,
         former=frozenset(members.keys() - nodes.keys()) if nodes else frozenset(),
     )
+
+
+def nearest_run(run: Path) -> str:
+    """What a folder that is not there was probably meant to be: a run beside it, or one in `runs/`."""
+    known = {
+        str(folder): folder.name
+        for place in (run.parent, run.parent / "runs")
+        if place.is_dir()
+        for folder in place.iterdir()
+        if (folder / "plan.json").is_file()
+    }
+    close = nearest(run.name, known.values(), 2)
+    places = [repr(path) for path, name in known.items() if name in close]
+    return f"did you mean {' or '.join(places)}?" if places else "build one with koine run PLAN"
 
 
 def read_plan(path: Path) -> dict[str, Unfinished]:

@@ -92,7 +92,9 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, list):
         plain = all(item is None or isinstance(item, str | int | float) for item in value)
         value = (
-            ", ".join(number_text(item) for item in value) if plain else json.dumps(value, ensure_ascii=False)
+            ", ".join(number_text(item) for item in value) or "–"
+            if plain
+            else json.dumps(value, ensure_ascii=False)
         )
     return [(prefix, value)] if prefix else []
 
