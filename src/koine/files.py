@@ -111,6 +111,11 @@ def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield temporary
             fsync_tree(temporary)
             publish_directory(temporary, out)
+        except UserError as error:
+            # The user knows `out`, not the folder beside it.
+            if error.where is not None and error.where.startswith(str(temporary)):
+                raise UserError(error.what, where=out, mend=error.mend) from error
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -114,7 +114,7 @@ CASES = (
         prepare=worlds.having(
             "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": {"dee": 1}})
         ),
-        says="unknown language 'dee'; did you mean 'de'?",
+        says="unknown language 'dee'; did you mean 'de' (German) or 'ee' (Ewe) or 'gez' (Geez)?",
     ),
     Case(
         mistake="weights for a language that the source does not have",
