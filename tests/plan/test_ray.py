@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,10 +148,9 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-
-    def unreachable(**options: object) -> None:
-        raise ConnectionError("no answer")
-
-    monkeypatch.setattr(ray, "init", unreachable)
-    with pytest.raises(UserError, match="cannot reach a Ray cluster"):
-        RayExecutor("10.0.0.1:6379")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: nobody can answer here
+        with pytest.raises(UserError, match="no Ray cluster answers there"):
+            RayExecutor(f"127.0.0.1:{taken.getsockname()[1]}")
+    with pytest.raises(UserError, match="'nowhere' is no address"):
+        RayExecutor("nowhere")

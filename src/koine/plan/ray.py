@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from koine.plan.job import Job, Process
 
 RETRIES = 3
 LOOK_SECONDS = 0.1
+CONNECT_SECONDS = 5.0
 OBJECT_STORE_BYTES = 100 * 1024**2  # jobs are small: what steps exchange goes through files
 
 
@@ -65,8 +67,9 @@ class Task:
                 self.code = int(self.ray.get(self.reference))
             except (self.ray.exceptions.RayError, WorkerLostError) as error:
                 self.code = 130 if self.stopped else 1
+                reason = "stopped" if self.stopped else f"the cluster gave up: {' '.join(str(error).split())}"
                 with self.log.open("a", encoding="utf-8") as file:
-                    print(f"the cluster gave up: {' '.join(str(error).split())}", file=file)
+                    print(reason, file=file)
         return self.code
 
     def stop(self, number: int) -> None:
@@ -83,6 +86,23 @@ class Task:
             time.sleep(LOOK_SECONDS)
 
 
+def check_address(address: str) -> None:
+    """Raise `UserError` where nobody answers at `[ray://]host:port`: Ray itself would try for a minute and more."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        if address == "auto":
+            return
+        raise UserError(f"'{address}' is no address", where="--address", mend="give host:port, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers there ({error})",
+            where=f"--address {address}",
+            mend="start one with `ray start --head`, or leave --address out for one on this machine",
+        ) from None
+
+
 class RayExecutor:
     """Steps as Ray tasks, as many at once as the cluster has cores; `address` None starts a cluster on this machine."""
 
@@ -93,6 +113,8 @@ class RayExecutor:
         import_extra("ray.exceptions", extra="cluster", purpose="run a plan on a Ray cluster")
         self.ray = ray
         if not ray.is_initialized():
+            if address is not None:
+                check_address(address)
             own = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
             try:
                 ray.init(
