@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from koine.model import Decoder, ModelConfig
-from koine.model.attention import attend, document_starts_of, flex_attend
+from koine.model.attention import (
+    attend,
+    attend_cached,
+    block_mask,
+    document_starts_of,
+    flex_attend,
+    masked_attend,
+)
+from koine.model.attention import visible as mask_function
 from koine.model.blocked_attention import blocked_attention
 
 
@@ -60,6 +68,41 @@ def test_blocks_equal_the_dense_softmax_with_gradients(
         assert torch.allclose(a, b, atol=1e-11)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    time=st.integers(1, 70),
+    before=st.integers(0, 80),
+    window=st.integers(1, 90) | st.none(),
+    seed=st.integers(0, 99),
+)
+def test_cached_attention_equals_the_last_rows_of_the_dense_softmax(
+    time: int, before: int, window: int | None, seed: int
+) -> None:
+    """With padding on the left; the cache of a windowed layer begins where the oldest of its positions stands."""
+    torch.manual_seed(seed)
+    positions = before + time
+    first = 0 if window is None else max(0, before - window + 1)
+    padding = torch.randint(0, positions, (3,))
+    q, k, v = (x.detach() for x in inputs(3, positions, 2, 3, torch.float64))
+    documents = (torch.arange(positions) >= padding[:, None]).long() - 1
+    expected = dense(q, k, v, window, documents)[:, before:]
+    keys, values = k[:, first:].transpose(1, 2), v[:, first:].transpose(1, 2)
+    ours = attend_cached(q[:, before:], keys, values, window=window, first_position=first, padding=padding)
+    counts = documents[:, before:] >= 0
+    # float64: only the order of the sums differs.
+    assert torch.allclose(ours[counts], expected[counts], atol=1e-12)
+    # What runs where there are no blocks, on the same inputs.
+    starts = document_starts_of(documents)
+    masked = masked_attend(
+        q.flatten(2, 3).transpose(1, 2)[:, :, before:],
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        window=window,
+        document_starts=starts[:, before:],
+    )
+    assert torch.allclose(masked.transpose(1, 2).flatten(2), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 11])
 def test_gradcheck(window: int | None) -> None:
     q = torch.randn(2, 11 * 2, 4, dtype=torch.float64, requires_grad=True)
@@ -68,6 +111,14 @@ def test_gradcheck(window: int | None) -> None:
     starts = document_starts_of(torch.tensor([[0] * 4 + [1] * 5 + [2] * 2]))
     assert torch.autograd.gradcheck(
         lambda q, k, v: blocked_attention(q, k, v, window=window, document_starts=starts, block=4), (q, k, v)
+    )
+    # The last five queries alone, six keys before them.
+    late = q.detach()[:, 12:].requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: blocked_attention(
+            q, k, v, before=6, window=window, document_starts=starts[:, 6:], block=2
+        ),
+        (late, k, v),
     )
 
 
@@ -93,6 +144,28 @@ def test_flex_attention_masks_the_same(window: int | None, packed: bool) -> None
     out = flex_attend(*heads, window=window, document_starts=starts).transpose(1, 2).flatten(2)
     # float32, sums over at most 64 keys.
     assert torch.allclose(out, dense(q, k, v, window, documents), atol=1e-5)
+
+
+@pytest.mark.parametrize("time", [1, 128, 300, 513])
+@pytest.mark.parametrize("window", [None, 1, 128, 130, 200])
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_masks_are_those_that_torch_finds_by_trying_every_pair(
+    time: int, window: int | None, packed: bool
+) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    starts = None
+    if packed:
+        documents = torch.randint(0, 6, (2, time)).sort(dim=1).values
+        documents[0, time - time // 3 :] = -1
+        starts = document_starts_of(documents)
+    ours = block_mask(time, window, starts, torch.device("cpu"))
+    batch = 2 if packed else None
+    theirs = create_block_mask(mask_function(window, starts), batch, None, time, time, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    if time % 128 == 0:
+        # Of a tile that reaches past the end torch says "in part"; for us it is whole if every position that exists is seen.
+        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
 
 
 def test_windowed_layers_touch_only_their_window(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,100 @@
+"""Sampling against the processors of `transformers`; batches, stops, log-probabilities against whole forward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from koine.errors import UserError
+from koine.model import Decoder, ModelConfig, Sampling, generate, stream
+from koine.model.generation import candidates, choose
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 0.9, "repetition_penalty": 1.7},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 0.6},
+    ],
+)
+def test_candidates_are_those_of_transformers(settings: dict[str, Any]) -> None:
+    logits_process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 3 * torch.randn(4, 50)
+    seen = torch.randint(0, 50, (4, 9))
+    names = [
+        ("repetition_penalty", "RepetitionPenaltyLogitsProcessor"),
+        ("temperature", "TemperatureLogitsWarper"),
+        ("top_k", "TopKLogitsWarper"),
+        ("top_p", "TopPLogitsWarper"),
+        ("min_p", "MinPLogitsWarper"),
+    ]
+    expected = logits
+    for name, processor in names:
+        if name in settings:
+            expected = getattr(logits_process, processor)(settings[name])(seen, expected)
+    ours = candidates(logits, Sampling(**settings), seen.tolist())
+    assert torch.equal(ours.isinf(), expected.isinf())
+    assert torch.allclose(ours, expected)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """2,000 draws from four tokens: each share within four standard errors (at most 4.5 %) of its probability."""
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    count = 2_000
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    drawn = choose(
+        probabilities.log().expand(count, 4),
+        Sampling(temperature=1.0),
+        generators,
+        [[] for _ in range(count)],
+    )
+    shares = torch.bincount(drawn, minlength=4) / count
+    errors = (probabilities * (1 - probabilities) / count).sqrt()
+    assert ((shares - probabilities).abs() <= 4 * errors).all()
+
+
+def test_each_row_stops_alone_and_reports_the_models_log_probabilities(tiny: ModelConfig) -> None:
+    model = Decoder(tiny).eval()
+    prompts = [torch.randint(6, 98, (length,)).tolist() for length in (3, 17, 9)]
+    free = generate(model, prompts, Sampling(max_new_tokens=20))
+    stop = free[1][6]
+    steps = list(stream(model, prompts, Sampling(max_new_tokens=20), stop_ids=(stop,)))
+    assert len(steps) == 20 or all(row is None or row == stop for row in steps[-1].tokens)
+    for row, (prompt, answer) in enumerate(zip(prompts, free, strict=True)):
+        expected = answer[: answer.index(stop) + 1] if stop in answer else answer
+        got = [step.tokens[row] for step in steps]
+        assert [token for token in got if token is not None] == expected
+        # None follows the end only.
+        assert got[: len(expected)] == expected
+        with torch.no_grad():
+            whole = model.logits(model(torch.tensor([prompt + expected])))[0].log_softmax(-1)
+        for place, token in enumerate(expected):
+            logprob = steps[place].logprobs[row]
+            assert logprob is not None
+            # float32, read with a cache in place of at once.
+            assert abs(logprob - float(whole[len(prompt) - 1 + place, token])) < 1e-4
+    assert (
+        generate(model, prompts, Sampling(max_new_tokens=20), stop_ids=(stop,))[1]
+        == free[1][:6][: free[1].index(stop)]
+    )
+
+
+def test_a_prompt_read_in_pieces_is_the_prompt(tiny: ModelConfig) -> None:
+    """Pieces shorter than the window and than one row's padding."""
+    model = Decoder(tiny).eval()
+    prompts = [torch.randint(6, 98, (length,)).tolist() for length in (31, 6)]
+    sampling = Sampling(max_new_tokens=5)
+    whole = [step.tokens for step in stream(model, prompts, sampling)]
+    pieces = [step.tokens for step in stream(model, prompts, sampling, prefill_chunk=4)]
+    assert whole == pieces
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tiny: ModelConfig) -> None:
+    with pytest.raises(UserError, match="holds id 99 and the model knows 99"):
+        generate(Decoder(tiny), [[5, 99]], Sampling())
