@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from koine.data.sample.code import code_records
 from koine.data.sample.coverage import covers, sample_languages
-from koine.data.sample.facts import CURRENCIES, SCRIPTED, SPLITS, UNITS, facts_in, territories
+from koine.data.sample.facts import CURRENCIES, SCRIPTED, SPLITS, UNITS, facts_in, prominence, territories
 from koine.data.sample.phrases import QUESTION_LANGUAGES
 from koine.data.sample.telling import enumeration, names, quantities, question, sentence
 from koine.errors import UserError, did_you_mean
@@ -108,7 +108,8 @@ def document_plans(count: int, *, seed: int, heldout: bool) -> list[Plan]:
         kinds = [kind for kind in generator.choice(topics) if pool[kind]]
         chosen: list[str] = []
         for _ in range(generator.randint(4, 9)):
-            chosen.append(generator.choice(pool[generator.choice(kinds)]))
+            drawn = pool[generator.choice(kinds)]
+            chosen += generator.choices(drawn, [prominence(fact) for fact in drawn])
         if set(kinds) >= {"currency", "language"}:
             # A territory's facts are told together.
             chosen = [fact for name in chosen for fact in _beside(name, pool)]
@@ -175,7 +176,11 @@ def question_plans(count: int, splits: Sequence[str], *, seed: int) -> list[tupl
     chosen: list[tuple[str, str, int]] = []
     for split in splits:
         weighted = [
-            (generator.random() ** (1.0 / (ASKED[kind] / len(found))), fact, wording)
+            (
+                generator.random() ** (1.0 / (ASKED[kind] * prominence(fact) / sum(map(prominence, found)))),
+                fact,
+                wording,
+            )
             for kind, found in facts_in(split).items()
             for fact in found
             for wording in (0, 1)
