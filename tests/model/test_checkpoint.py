@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from koine.errors import UserError
-from koine.model import Decoder, ModelConfig, Sampling, load_model, preset, save_model, stream
+from koine.model import (
+    Decoder,
+    LayerSpec,
+    ModelConfig,
+    Sampling,
+    load_model,
+    preset,
+    read_config,
+    save_model,
+    stream,
+)
 
 
 @pytest.fixture
@@ -95,3 +108,85 @@ def test_sampling(tiny: ModelConfig) -> None:
         Sampling(top_p=1.5)
     with pytest.raises(UserError, match="a prompt is empty"):
         drawn(free, [[]])
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Koine's own decoder implements 'silu' only"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        ({"layer_types": ["full_attention"] * 3}, "'layer_types' has 3 entries and num_hidden_layers is 4"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types holds 'chunked_attention'"),
+        ({"layer_types": "full"}, "the field 'layer_types' is 'full'; it must be a list"),
+        ({"hidden_size": "32"}, "the field 'hidden_size' is '32'; it must be a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "the field 'num_attention_heads' is 0"),
+        ({"logit_scale": "a quarter"}, "the field 'logit_scale' is 'a quarter'; it must be a number"),
+        ({"eos_token_id": "end"}, "the field 'eos_token_id' is 'end'; it must be a token id"),
+        (
+            {"model_type": "koine", "layers": [{"windows": 3}] * 4},
+            "objects with the keys qk_norm, rope, window",
+        ),
+        ({"vocab_size": None}, "the field 'vocab_size' is missing"),
+    ],
+)
+def test_what_a_configuration_asks_and_the_decoder_lacks(
+    saved: Path, change: dict[str, Any], line: str
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError) as error:
+        load_model(saved)
+    assert line in str(error.value)
+    assert str(saved / "config.json") in str(error.value)
+
+
+def test_files_that_hold_something_else(saved: Path) -> None:
+    (saved / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(UserError, match="holds no weight_map"):
+        load_model(saved)
+    (saved / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"model.norm.weight": "model-2.safetensors"}}'
+    )
+    with pytest.raises(UserError, match="the shard model-2.safetensors is missing"):
+        load_model(saved)
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a JSON object"):
+        load_model(saved)
+
+
+def test_a_full_disk_leaves_no_part_of_the_weights(
+    tiny: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        save_model(Decoder(tiny), tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_weights_are_replaced_whole(saved: Path, tiny: ModelConfig) -> None:
+    """A model that was opened from a folder can be saved into it: its tensors are not the file's pages."""
+    model = load_model(saved)
+    save_model(model, saved)
+    again = load_model(saved)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_order_of_layers_survives(tiny: ModelConfig, tmp_path: Path) -> None:
+    """Every kind of layer list comes back as it was, under whichever type it is saved."""
+    kinds = {
+        "cohere": (LayerSpec(),) * 2,
+        "cohere2": (LayerSpec(window=3), LayerSpec(rope=False), LayerSpec(window=3)),
+        "koine": (LayerSpec(window=3), LayerSpec(window=5), LayerSpec(qk_norm=True), LayerSpec(rope=False)),
+    }
+    for kind, layers in kinds.items():
+        for tied in (True, False):
+            config = replace(tiny, layers=layers, tie_embeddings=tied, rope_theta=50_000.0, logit_scale=0.75)
+            folder = tmp_path / f"{kind}-{tied}"
+            save_model(Decoder(config), folder)
+            assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+            assert read_config(folder) == config
