@@ -146,7 +146,7 @@ def test_flex_attention_masks_the_same(window: int | None, packed: bool) -> None
     assert torch.allclose(out, dense(q, k, v, window, documents), atol=1e-5)
 
 
-@pytest.mark.parametrize("time", [1, 128, 300, 513])
+@pytest.mark.parametrize("time", [1, 128, 300, 384, 513])
 @pytest.mark.parametrize("window", [None, 1, 128, 130, 200])
 @pytest.mark.parametrize("packed", [False, True])
 def test_block_masks_are_those_that_torch_finds_by_trying_every_pair(

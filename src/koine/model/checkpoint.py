@@ -170,9 +170,9 @@ def load_model(
             )
     with torch.device("meta"):
         model = Decoder(config)
+    # The dtype first: on the meta device the change costs nothing.
+    model.to(dtype=dtype or weights["model.norm.weight"].dtype)
     model.to_empty(device=device)
-    stored = weights["model.norm.weight"].dtype
-    model.to(dtype=dtype or stored)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_one(weights, name, config))
