@@ -40,6 +40,12 @@ def reading_options(command: Any) -> Any:
                 help="Share of bad records above which to stop.",
             ),
             click.option(
+                "--split",
+                default="train",
+                show_default=True,
+                help="Which files of a folder to read, where their names say a split; all: every one.",
+            ),
+            click.option(
                 "--txt",
                 "unit",
                 type=click.Choice(["paragraph", "line", "file"]),
@@ -114,6 +120,7 @@ def tokenize(
     language: str | None,
     domain: str | None,
     max_bad: float,
+    split: str,
     unit: Any,
 ) -> None:
     """Turn SOURCE (a file, a folder, a Hugging Face data set or hub:OWNER/NAME) into token shards."""
@@ -130,6 +137,7 @@ def tokenize(
         domain=domain,
         max_bad_share=max_bad,
         unit=unit,
+        split=split,
     )
     totals = TokenSource(out, verify=False).totals()
     _table(
@@ -153,7 +161,13 @@ def tokenize(
 @click.argument("source")
 @reading_options
 def inspect(
-    source: str, fields: tuple[str, ...], language: str | None, domain: str | None, max_bad: float, unit: Any
+    source: str,
+    fields: tuple[str, ...],
+    language: str | None,
+    domain: str | None,
+    max_bad: float,
+    split: str,
+    unit: Any,
 ) -> None:
     """Count SOURCE's records by language and domain, and show the first bad ones."""
     from koine.data import read_records
@@ -165,6 +179,7 @@ def inspect(
         domain=domain,
         max_bad_share=max_bad,
         unit=unit,
+        split=split,
     )
     counts: dict[tuple[str, str], list[int]] = {}
     for record in reader:

@@ -8,7 +8,7 @@ from typing import Any
 from koine.data.mixture import Mixture
 from koine.data.order import DataOrder
 from koine.errors import UserError
-from koine.files import read_json
+from koine.files import read_json, sha256_file
 from koine.tokenizer import load_tokenizer
 
 
@@ -28,11 +28,19 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
         )
     trained = read_json(record)
     mixture = Mixture.from_json(trained["mixture"], where=record)
-    order = DataOrder(mixture, verify=False)
+    order = DataOrder(mixture)
+    trained_on = trained["identity"]["sources"]
     tokenizer = load_tokenizer(model)
     if tokenizer.fingerprint != order.tokenizer_fingerprint:
         raise UserError("the token shards were made with another tokenizer", where=model)
     paths = {source.name: source.path for phase in mixture.phases for source in phase.sources}
+    for name, path in paths.items():
+        if sha256_file(path / "manifest.json") != trained_on[name]:
+            raise UserError(
+                "these token shards are not the ones that the model was trained on",
+                where=path,
+                mend="restore them, or train again",
+            )
     out = []
     for row, spans in enumerate(order.batch(step).documents):
         for span in spans:

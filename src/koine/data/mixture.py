@@ -128,7 +128,10 @@ class Mixture:
         """A JSON value from which `from_json` makes an equal mixture."""
         value = dataclasses.asdict(self)
         for phase in value["phases"]:
-            phase["sources"] = [{**source, "path": str(source["path"])} for source in phase["sources"]]
+            # Absolute, so that a model's record of its data can be read from any folder.
+            phase["sources"] = [
+                {**source, "path": str(source["path"].resolve())} for source in phase["sources"]
+            ]
         value["phases"] = list(value["phases"])
         return value
 

@@ -83,6 +83,8 @@ class DataOrder:
             [c for s in phase.sources for c in self._components(s, opened[s.path], packings)]
             for phase in mixture.phases
         ]
+        for phase, components in zip(mixture.phases, self.components, strict=True):
+            _refuse_twice(phase.name, components)
         self._counts = [_apportion(np.array([c.weight for c in cs]), BLOCK) for cs in self.components]
         self._offsets = self._phase_offsets()
         self._patterns: _Recent[tuple[NDArray[Any], NDArray[Any]]] = _Recent(8)
@@ -256,6 +258,19 @@ class DataOrder:
                 f"these documents are repeated: {', '.join(over)}; add text, lower their share, or raise max_epochs",
                 KoineWarning,
                 stacklevel=3,
+            )
+
+
+def _refuse_twice(phase: str, components: list[Component]) -> None:
+    """Two sources of a phase that read the same documents would draw the same rows."""
+    seen: dict[tuple[str, str], str] = {}
+    for component in components:
+        other = seen.setdefault(component.key, component.source.name)
+        if other != component.source.name:
+            raise UserError(
+                f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' from {component.source.path}",
+                where=f"phase '{phase}'",
+                mend="give each language of a folder to one of them",
             )
 
 

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import shutil
 import tempfile
 import zlib
@@ -125,7 +126,7 @@ def _read_parquet(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             raise _DamagedError(f"not a whole Parquet file ({str(error).splitlines()[0]})") from None
 
 
@@ -138,7 +139,7 @@ def _read_arrow(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise _DamagedError(f"not a whole Arrow stream ({str(error).splitlines()[0]})") from None
 
 
@@ -169,6 +170,39 @@ def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
         yield unpacked
 
 
+class _Zstd(io.RawIOBase):
+    """Frames of zstandard one after another; the library's own reader takes a file that ends in mid-frame for a whole one."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._started = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._started = self._new(), False
+            packed = packed or self._raw.read(2**16)
+            if not packed:
+                if self._started:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            self._started = True
+            self._ready = self._frame.decompress(packed)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
 @contextmanager
 def _unpacked(path: Path) -> Iterator[IO[bytes]]:
     with ExitStack() as stack:
@@ -178,11 +212,8 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
         elif path.suffix == ".xz":
             yield stack.enter_context(lzma.open(path, "rb"))
         elif path.suffix == ".zst":
-            import zstandard
-
             raw = stack.enter_context(path.open("rb"))
-            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            yield stack.enter_context(io.BufferedReader(stream))
+            yield stack.enter_context(io.BufferedReader(_Zstd(raw), 2**16))
         else:
             yield stack.enter_context(path.open("rb"))
 
@@ -227,32 +258,51 @@ def read_rows(path: Path, *, unit: TextUnit = "paragraph") -> Iterator[Row]:
         raise UserError("cannot be read", where=path, mend="check its permissions") from None
 
 
-def data_files(path: Path) -> list[Path]:
+_SPLIT = re.compile(
+    r"(?:^|[-_.])(train|training|test|testing|valid|validation|val|dev|eval)(?=$|[-_.])", re.IGNORECASE
+)
+
+
+def split_of(path: Path, root: Path) -> str | None:
+    """The split that a file's name, or a folder's above it, says it belongs to; `None` where it says nothing."""
+    for part in reversed(path.relative_to(root).parts):
+        found = _SPLIT.search(part)
+        if found:
+            name = found.group(1).lower()
+            return {
+                "training": "train",
+                "testing": "test",
+                "valid": "validation",
+                "val": "validation",
+                "dev": "validation",
+            }.get(name, name)
+    return None
+
+
+def data_files(path: Path, *, split: str = "train") -> list[Path]:
     """The data files below a path, in the order in which they are read (sorted by name).
 
-    A Hugging Face folder written by `save_to_disk` gives the files of its `state.json`. Raises `UserError` where there are none.
+    Of a folder whose files name their split (`train-00000-of-00002.parquet`, `test/data.jsonl`), only those of `split` are taken, and
+    those that name none; `split="all"` takes everything. Folders written by `save_to_disk` are read by their `state.json`. Raises
+    `UserError` where there are none.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else iter(())
-        nearby = [entry.name for entry in siblings if not entry.name.startswith(".")]
+        nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
             "no such file or folder", where=path, mend=did_you_mean(path.name, nearby) if nearby else None
         )
-    if (path / "state.json").exists():
-        return [
-            path / item["filename"] for item in json.loads((path / "state.json").read_text())["_data_files"]
-        ]
-    found = []
-    for entry in sorted(path.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if any(True for _ in entry.iterdir()):
-                found += data_files(entry) if _has_data(entry) else []
-        elif kind_of(entry) is not None and entry.name != "dataset_infos.jsonl":
-            found.append(entry)
+    found = _below(path)
+    if split != "all":
+        wanted = split_of(Path(split), Path()) or split
+        kept = [file for file in found if split_of(file, path) in (None, wanted)]
+        if found and not kept:
+            splits = sorted({str(split_of(file, path)) for file in found})
+            raise UserError(
+                f"holds no files of the split '{split}'", where=path, mend=f"it has: {', '.join(splits)}, all"
+            )
+        found = kept
     if not found:
         raise UserError(
             "holds no data files",
@@ -262,5 +312,18 @@ def data_files(path: Path) -> list[Path]:
     return found
 
 
-def _has_data(folder: Path) -> bool:
-    return any(kind_of(path) is not None for path in folder.rglob("*") if path.is_file())
+def _below(folder: Path) -> list[Path]:
+    if (folder / "state.json").exists():
+        return [
+            folder / item["filename"]
+            for item in json.loads((folder / "state.json").read_text())["_data_files"]
+        ]
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found += _below(entry)
+        elif kind_of(entry) is not None:
+            found.append(entry)
+    return found

@@ -52,6 +52,7 @@ class RecordReader:
         domain: str | None = None,
         max_bad_share: float = 0.01,
         unit: TextUnit = "paragraph",
+        split: str = "train",
     ) -> None:
         if not 0.0 <= max_bad_share <= 1.0:
             raise UserError(f"max_bad_share is {max_bad_share}", mend="it is a share between 0 and 1")
@@ -66,7 +67,7 @@ class RecordReader:
         self.domain = domain
         self.max_bad_share = max_bad_share
         self.unit = unit
-        self.files = data_files(locate(path))
+        self.files = data_files(locate(path), split=split)
         self.good = 0
         self.bad = 0
         self.examples: list[BadRecord] = []
@@ -205,6 +206,7 @@ def read_records(
     domain: str | None = None,
     max_bad_share: float = 0.01,
     unit: TextUnit = "paragraph",
+    split: str = "train",
 ) -> RecordReader:
     """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
 
@@ -213,7 +215,14 @@ def read_records(
         language, domain: for records that do not say.
         max_bad_share: a larger share of bad records raises `UserError` with the first one's file and line.
         unit: what a document is in a `.txt` file.
+        split: which files of a folder are read where their names say a split; "all" for all.
     """
     return RecordReader(
-        path, fields=fields, language=language, domain=domain, max_bad_share=max_bad_share, unit=unit
+        path,
+        fields=fields,
+        language=language,
+        domain=domain,
+        max_bad_share=max_bad_share,
+        unit=unit,
+        split=split,
     )

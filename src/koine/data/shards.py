@@ -9,6 +9,8 @@ shard-00000.documents.parquet   id, language, domain, source, bytes (UTF-8, NFC)
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,12 @@ from koine.errors import UserError
 from koine.files import read_json, sha256_file
 
 FORMAT = 1
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest's content, which is kept in it under `sha256`."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,12 @@ class TokenSource:
                 f"has format {self.manifest.get('format')}, this version reads {FORMAT}",
                 where=self.path,
                 mend="tokenize again",
+            )
+        if self.manifest.get("sha256") != digest_of(self.manifest):
+            raise UserError(
+                "does not match its own sha256",
+                where=self.path / "manifest.json",
+                mend="it was changed or damaged; tokenize again",
             )
         self._check_files(verify)
         dtype = np.dtype(self.manifest["dtype"])

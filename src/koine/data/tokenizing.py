@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import threading
+import time
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -17,7 +20,7 @@ import numpy as np
 
 from koine.data.readers import TextUnit
 from koine.data.records import Record, RecordReader, read_records
-from koine.data.shards import FORMAT
+from koine.data.shards import FORMAT, digest_of
 from koine.errors import UserError
 from koine.files import (
     disk_errors,
@@ -44,6 +47,7 @@ def tokenize(
     domain: str | None = None,
     max_bad_share: float = 0.01,
     unit: TextUnit = "paragraph",
+    split: str = "train",
     shard_bytes: int = SHARD_BYTES,
 ) -> RecordReader:
     """Write the token shards of a source into `out` (see `koine.data.shards`) and return the reader with its counts.
@@ -59,7 +63,13 @@ def tokenize(
     if out.exists():
         raise UserError("exists already", where=out, mend="choose another --out or remove it first")
     reader = read_records(
-        source, fields=fields, language=language, domain=domain, max_bad_share=max_bad_share, unit=unit
+        source,
+        fields=fields,
+        language=language,
+        domain=domain,
+        max_bad_share=max_bad_share,
+        unit=unit,
+        split=split,
     )
     loaded = load_tokenizer(tokenizer)
     request = {
@@ -69,6 +79,7 @@ def tokenize(
         "language": language,
         "domain": domain,
         "unit": unit,
+        "split": split,
         "shard_bytes": shard_bytes,
     }
     work = out.with_name(f".{out.name}.work")
@@ -77,11 +88,12 @@ def tokenize(
         with exclusive(out.with_name(f".{out.name}.lock"), doing="tokenizing into this folder"):
             try:
                 _prepare(work, request)
-                _write_shards(work, reader, tokenizer, workers, shard_bytes)
-                _write_manifest(work, loaded)
+                count = _write_shards(work, reader, tokenizer, workers, shard_bytes)
+                _write_manifest(work, loaded, count)
             except UserError:
                 # The input is wrong: nothing of it is kept.
                 shutil.rmtree(work, ignore_errors=True)
+                out.with_name(f".{out.name}.lock").unlink(missing_ok=True)
                 raise
             fsync_tree(work)
             publish_directory(work, out)
@@ -122,12 +134,15 @@ def _chunks(reader: RecordReader, shard_bytes: int) -> Iterator[tuple[list[Recor
         yield chunk, digest.hexdigest()
 
 
-def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: int, shard_bytes: int) -> None:
+def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: int, shard_bytes: int) -> int:
+    """Write what is missing of the shards; their number."""
     # Processes are started anew: a fork would copy the threads of the tokenizers library in whatever state they are.
     pool: ProcessPoolExecutor | None = None
     pending: list[Future[None]] = []
+    count = 0
     try:
         for number, (chunk, digest) in enumerate(_chunks(reader, shard_bytes)):
+            count = number + 1
             done = work / f"shard-{number:05d}.json"
             if done.exists() and read_json(done)["digest"] == digest:
                 continue
@@ -136,7 +151,9 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
                 continue
             if pool is None:
                 context = multiprocessing.get_context("spawn")
-                pool = ProcessPoolExecutor(workers, mp_context=context)
+                pool = ProcessPoolExecutor(
+                    workers, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),)
+                )
             pending.append(pool.submit(_write_shard, work, number, chunk, digest, tokenizer))
             if len(pending) > workers:
                 pending.pop(0).result()
@@ -145,6 +162,18 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+    return count
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker waits for work on a pipe that it holds open itself: without this it would outlive a killed parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _LOADED: dict[Path, Tokenizer] = {}
@@ -186,6 +215,7 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
             totals[0] += 1
             totals[1] += length
             totals[2] += size
+    fsync_tree(work)
     endings = (".tokens", ".offsets", ".documents.parquet", *([".mask"] if chat else []))
     write_json(
         work / f"{name}.json",
@@ -229,9 +259,14 @@ def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> Non
     pq.write_table(table, path, compression="zstd")
 
 
-def _write_manifest(work: Path, tokenizer: Tokenizer) -> None:
+def _write_manifest(work: Path, tokenizer: Tokenizer, count: int) -> None:
     """Collect the shards' own records into manifest.json and remove what only a restart needs."""
-    shards = sorted(path for path in work.glob("shard-*.json"))
+    shards = [work / f"shard-{number:05d}.json" for number in range(count)]
+    # An interrupted run may have had more text: what it left beyond this one goes.
+    kept = {path.stem for path in shards}
+    for path in work.glob("shard-*"):
+        if path.name.split(".")[0] not in kept:
+            path.unlink()
     about = [read_json(path) for path in shards]
     if len({item["chat"] for item in about}) > 1:
         raise UserError("holds both chats ('messages') and plain texts", mend="tokenize them apart")
@@ -243,22 +278,20 @@ def _write_manifest(work: Path, tokenizer: Tokenizer) -> None:
                 entry["documents"] += documents
                 entry["tokens"] += tokens
                 entry["bytes"] += size
-    write_json(
-        work / "manifest.json",
-        {
-            "format": FORMAT,
-            "tokenizer": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-            "chat": about[0]["chat"],
-            "shards": [path.stem for path in shards],
-            "documents": sum(entry["documents"] for entry in totals["languages"].values()),
-            "tokens": sum(entry["tokens"] for entry in totals["languages"].values()),
-            "bytes": sum(entry["bytes"] for entry in totals["languages"].values()),
-            "languages": dict(sorted(totals["languages"].items())),
-            "domains": dict(sorted(totals["domains"].items())),
-            "files": {name: entry for item in about for name, entry in item["files"].items()},
-        },
-    )
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        "chat": about[0]["chat"],
+        "shards": [path.stem for path in shards],
+        "documents": sum(entry["documents"] for entry in totals["languages"].values()),
+        "tokens": sum(entry["tokens"] for entry in totals["languages"].values()),
+        "bytes": sum(entry["bytes"] for entry in totals["languages"].values()),
+        "languages": dict(sorted(totals["languages"].items())),
+        "domains": dict(sorted(totals["domains"].items())),
+        "files": {name: entry for item in about for name, entry in item["files"].items()},
+    }
+    write_json(work / "manifest.json", {**manifest, "sha256": digest_of(manifest)})
     for path in (*shards, work / "request.json"):
         path.unlink()
