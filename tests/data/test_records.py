@@ -1,0 +1,189 @@
+"""Readers and records: every kind of file, bad records told with file and line, constant memory."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from koine.data import read_records
+from koine.data.records import locate
+from koine.errors import UserError
+
+RECORDS = [
+    {
+        "id": str(number),
+        "text": f"Satz {number}\nmit zwei Zeilen, „Zeichen“",
+        "language": "de",
+        "extra": number,
+    }
+    for number in range(30)
+]
+
+
+def jsonl(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8")
+
+
+def as_csv(records: list[dict[str, Any]]) -> bytes:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, records[0].keys())
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue().encode("utf-8")
+
+
+def parquet(records: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), sink)
+    return sink.getvalue()
+
+
+COMPRESS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: (
+        zstandard.compress(data[: len(data) // 2]) + zstandard.compress(data[len(data) // 2 :])
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", COMPRESS)
+@pytest.mark.parametrize(("kind", "write"), [(".jsonl", jsonl), (".csv", as_csv), (".parquet", parquet)])
+def test_every_kind_and_compression(kind: str, write: Any, packed: str, tmp_path: Path) -> None:
+    path = tmp_path / f"some.data{kind}{packed}"
+    path.write_bytes(COMPRESS[packed](write(RECORDS)))
+    found = list(read_records(path))
+    assert [(r["id"], r["text"], r["language"]) for r in found] == [
+        (r["id"], r["text"], r["language"]) for r in RECORDS
+    ]
+    assert [int(r["extra"]) for r in found] == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("unit", "texts"),
+    [("paragraph", ["a b\nc", "d"]), ("line", ["a b", "c", "d"]), ("file", ["a b\nc\n\nd"])],
+)
+def test_plain_text(unit: Any, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("a b\nc\n\nd\n", encoding="utf-8")
+    assert [r["text"] for r in read_records(tmp_path / "plain.txt", language="deu", unit=unit)] == texts
+
+
+@pytest.mark.parametrize("packed", [".gz", ".xz", ".zst"])
+def test_a_file_that_was_cut_off_is_said(packed: str, tmp_path: Path) -> None:
+    whole = COMPRESS[packed](jsonl(RECORDS * 200))
+    (tmp_path / f"cut.jsonl{packed}").write_bytes(whole[: -len(whole) // 4])
+    with pytest.raises(UserError, match="damaged or cut off"):
+        list(read_records(tmp_path / f"cut.jsonl{packed}", max_bad_share=1.0))
+
+
+def test_fields_are_mapped_and_codes_normalised(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        jsonl([{"content": "x", "lang": "swh_Latn"}, {"content": "y", "lang": "pt-BR"}])
+    )
+    found = list(read_records(tmp_path / "a.jsonl", fields={"text": "content"}))
+    assert [(r["text"], r["language"], r["id"]) for r in found] == [
+        ("x", "sw", "a.jsonl:1"),
+        ("y", "pt", "a.jsonl:2"),
+    ]
+    with pytest.raises(UserError, match="did you mean 'text'"):
+        read_records(tmp_path / "a.jsonl", fields={"txt": "content"})
+
+
+BAD = [
+    ('{"text": 3}', "not a string"),
+    ('{"text": " "}', "empty"),
+    ("{", "not JSON"),
+    ('["a"]', "not an object"),
+    ('{"title": "a"}', "neither 'text' nor 'messages'"),
+    ('{"text": "a", "language": "xq"}', "unknown language 'xq'"),
+    ('{"text": "a\\ud800"}', "lone surrogate"),
+    ('{"text": "a\\u0000"}', "NUL"),
+    ('{"messages": []}', "at least one message"),
+    ('{"messages": [{"role": "bot", "content": "a"}]}', "the role 'bot'"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
+    (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+        "both of the user",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD)
+def test_bad_records_are_told_with_file_and_line(line: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(RECORDS) + line.encode() + b"\n")
+    reader = read_records(path, max_bad_share=0.05)
+    assert len(list(reader)) == 30
+    assert reader.bad == 1
+    assert str(reader.examples[0]).startswith(f"{path}, line 31: ")
+    assert reason in reader.examples[0].reason
+    with pytest.raises(UserError, match=r"1 of 31 records are bad \(3.2%, at most 1.0% may be\)"):
+        list(read_records(path))
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(RECORDS) + '{"text": "Größe"}\n'.encode("latin-1"))
+    (tmp_path / "b.csv").write_bytes(as_csv(RECORDS) + "31,Größe,de,31\n".encode("latin-1"))
+    for name in ("a.jsonl", "b.csv"):
+        reader = read_records(tmp_path / name, max_bad_share=0.05)
+        assert len(list(reader)) == 30
+        assert "not UTF-8" in reader.examples[0].reason
+
+
+def test_hugging_face_folders(tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    (hub / "data").mkdir(parents=True)
+    (hub / "README.md").write_text("a data set")
+    for split, part in (("train", RECORDS[:20]), ("test", RECORDS[20:])):
+        (hub / "data" / f"{split}-00000-of-00001.parquet").write_bytes(parquet(part))
+    assert [r["id"] for r in read_records(hub)] == [r["id"] for r in RECORDS[:20]]
+    assert [r["id"] for r in read_records(hub, split="test")] == [r["id"] for r in RECORDS[20:]]
+    assert len(list(read_records(hub, split="all"))) == 30
+    with pytest.raises(UserError, match="it has: test, train, all"):
+        read_records(hub, split="validation")
+    # What `save_to_disk` writes for several splits: a folder each, with Arrow streams named in state.json.
+    saved = tmp_path / "saved"
+    for split, part in (("train", RECORDS[:20]), ("test", RECORDS[20:])):
+        folder = saved / split
+        folder.mkdir(parents=True)
+        table = pa.Table.from_pylist(part)
+        with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as stream:
+            stream.write_table(table)
+        (folder / "state.json").write_text(
+            json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+        )
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert [r["id"] for r in read_records(saved)] == [r["id"] for r in RECORDS[:20]]
+    assert [r["id"] for r in read_records(saved / "test", split="all")] == [r["id"] for r in RECORDS[20:]]
+
+
+def test_a_hub_name_without_a_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot be fetched from the hub"):
+        locate("hub:nobody/nothing")
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    peaks = []
+    for copies in (20, 400):
+        path = tmp_path / f"{copies}.jsonl.gz"
+        path.write_bytes(gzip.compress(jsonl([{"text": "x" * 1000}] * 30) * copies, compresslevel=1))
+        tracemalloc.start()
+        assert sum(1 for _ in read_records(path)) == 30 * copies
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Twenty times the data; what is left is noise of the allocator.
+    assert peaks[1] < 1.5 * peaks[0]
