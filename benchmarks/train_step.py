@@ -318,8 +318,9 @@ def main() -> None:
                 row["peer_peak_memory_bytes"] = _memory(tried_theirs, theirs)
                 # A search that was disturbed may have missed a side's best configuration: then the ratio is no evidence.
                 row["search_undisturbed"] = all(
-                    r.get("undisturbed_steps", 1) > 0 for r in [*tried, *tried_theirs]
+                    r.get("undisturbed_steps", 0) > 0 for r in [*tried, *tried_theirs]
                 )
+                row["dtypes"] = options.dtypes
                 row["memory_ratio"] = row["ours_peak_memory_bytes"] / row["peer_peak_memory_bytes"]
                 result["results"][f"{peer} {length}"] = row
                 print(json.dumps({f"{peer} {length}": row}, indent=2), flush=True)
