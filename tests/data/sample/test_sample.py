@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,42 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="documents_per_language is 0"):
         write_sample(("de",), tmp_path / "b", documents_per_language=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_do_not_depend_on_the_languages_asked_before() -> None:
+    """All languages first, then those whose months, days and plural forms Babel's shared dictionaries get wrong after that."""
+    script = (
+        "from koine.data.sample import sample_languages\n"
+        "from koine.data.sample.telling import sides\n"
+        "everything = [sides(code, fact) for code in sample_languages() for fact in ('month:3', 'day:0', 'date:2025-03-10+3')]\n"
+        "facts = {'he': 'month:3', 'zh': 'month:12', 'ur': 'day:0', 'ar': 'quantity:duration-week:1+1', 'fil': 'quantity:duration-hour:1+4'}\n"
+        "print(*[sides(code, fact)[1] for code, fact in facts.items()], sep='|')\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout.strip()
+    assert said == "אפריל|一月|منگل|أسبوعان|5 oras"
+
+
+def test_a_country_has_its_own_currency() -> None:
+    # Indian, South African and United States money is legal tender there too.
+    assert [sides("en", f"currency:{code}") for code in ("BT", "LS", "NA", "HT")] == [
+        ("Bhutan", "Bhutanese Ngultrum"),
+        ("Lesotho", "Lesotho Loti"),
+        ("Namibia", "Namibian Dollar"),
+        ("Haiti", "Haitian Gourde"),
+    ]
+
+
+def test_held_out_territories_are_not_named_in_the_training_text(world: Path) -> None:
+    from babel import Locale
+
+    for code in ("en", "pl"):
+        text = "\n".join(
+            record.get("text") or " ".join(message["content"] for message in record["messages"])
+            for part in ("documents", "questions/train")
+            for record in read(world / part / f"{code}.jsonl")
+        )
+        for fact in facts_in("heldout_territory")["currency"]:
+            name = Locale.parse(code).territories[fact.split(":")[1]]
+            assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), name

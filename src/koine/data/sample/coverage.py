@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from babel import Locale, UnknownLocaleError
-from babel.units import format_unit
+from babel import UnknownLocaleError
 
 from koine.data.sample.facts import SCRIPTED, UNITS, territories
+from koine.data.sample.locales import IsolatedLocale, isolated
 from koine.languages import LANGUAGES
 
 NAMED = 0.9
@@ -15,9 +15,9 @@ NAMED = 0.9
 
 
 @functools.cache
-def locale_of(code: str) -> Locale:
+def locale_of(code: str) -> IsolatedLocale:
     """Babel's data of one of our languages."""
-    return Locale.parse(code.replace("-", "_"))
+    return isolated(code.replace("-", "_"))
 
 
 def covers(code: str) -> bool:
@@ -46,15 +46,7 @@ def covers(code: str) -> bool:
         or len(set(days.values())) < 7
     ):
         return False
-    return all(has_unit(locale, unit, number) for unit in UNITS for number in (1, 2, 3, 5, 11, 21))
-
-
-def has_unit(locale: Locale, unit: str, number: int) -> bool:
-    """Whether a language can count a unit, in a long, short or narrow form."""
-    return any(
-        unit not in format_unit(number, unit, length=length, locale=locale)
-        for length in ("long", "short", "narrow")
-    )
+    return all(locale.unit_pattern(unit, 2) is not None for unit in UNITS)
 
 
 @functools.cache

@@ -23,6 +23,8 @@ SPLITS = ("train", "recall", "heldout_fact", "heldout_territory")
 HELD_OUT_TERRITORIES = 0.12
 RECALL = 0.2
 HELD_OUT_FACTS = 0.25
+NAMESAKES = frozenset({"WS"})
+"""Never held out: another territory's name (American Samoa) contains theirs."""
 
 UNITS = (
     "duration-day",
@@ -185,7 +187,10 @@ def territories() -> tuple[Territory, ...]:
         currencies = get_territory_currencies(code, start_date=today)
         spoken = tuple(name for name in get_official_languages(code) if "_" not in name and name in known)
         if len(currencies) >= 1 and spoken:
-            found.append(Territory(code, currencies[0], spoken))
+            # Where another country's money is legal tender too (Bhutan, Lesotho, Namibia), the country's own goes first: ISO 4217 codes begin with
+            # the code of who issues them.
+            own = next((currency for currency in currencies if currency.startswith(code)), currencies[0])
+            found.append(Territory(code, own, spoken))
     return tuple(found)
 
 
@@ -193,7 +198,7 @@ def split_of(identifier: str) -> str:
     """The split of a fact."""
     kind, _, rest = identifier.partition(":")
     if kind in ("currency", "language"):
-        if _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
+        if rest not in NAMESAKES and _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
             return "heldout_territory"
         return "recall" if _share(identifier) < RECALL else "train"
     if kind in ("sum", "quantity", "amount", "date"):

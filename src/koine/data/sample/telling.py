@@ -6,12 +6,9 @@ import datetime
 import functools
 from collections.abc import Sequence
 
-from babel import localedata
 from babel.dates import format_date
 from babel.lists import format_list
-from babel.localedata import Alias
 from babel.numbers import format_currency, format_decimal
-from babel.units import format_unit
 
 from koine.data.sample.coverage import locale_of
 from koine.data.sample.facts import SCRIPTED, territories
@@ -40,16 +37,9 @@ def _territories() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 @functools.cache
 def calendar_names(code: str, kind: str) -> dict[int, str]:
-    """Names of `months` (1 to 12) or `days` (Monday is 0), in the form that stands alone where the language has one.
-
-    Babel follows CLDR's alias from that form to the one inside dates, and keeps the first language's answer for all later ones that share
-    the alias: asked for Chinese and then for Hebrew, it gives the Chinese months twice. So the alias is looked at here, in the
-    data as loaded.
-    """
-    entry = localedata.load(str(locale_of(code)))[kind]
-    alone = entry["stand-alone"].get("wide")
-    own = {} if isinstance(alone, Alias) else dict(alone[1] if isinstance(alone, tuple) else alone or {})
-    return {number: str(own.get(number, name)) for number, name in entry["format"]["wide"].items()}
+    """Names of `months` (1 to 12) or `days` (Monday is 0), in the form that stands alone where the language has one."""
+    names = getattr(locale_of(code), kind)["stand-alone"]["wide"]
+    return {number: str(name) for number, name in names.items()}
 
 
 @functools.cache
@@ -89,12 +79,10 @@ def sides(code: str, fact: str) -> tuple[str, str] | None:
 @functools.cache
 def _quantity(number: int, unit: str, code: str) -> str:
     locale = locale_of(code)
-    for length in ("long", "short", "narrow"):
-        shown = str(format_unit(number, unit, length=length, locale=locale))
-        # CLDR leaves out a long form that equals the short one; Babel then writes the unit's own identifier.
-        if unit not in shown:
-            return shown
-    raise LookupError(f"CLDR has no pattern of {unit} for {number} in {code}")
+    pattern = locale.unit_pattern(unit, number)
+    if pattern is None:
+        raise LookupError(f"CLDR has no pattern of {unit} in {code}")
+    return pattern.replace("{0}", str(format_decimal(number, locale=locale))).strip()
 
 
 @functools.cache

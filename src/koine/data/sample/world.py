@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 
 from koine.data.sample.code import code_records
 from koine.data.sample.coverage import covers, sample_languages
-from koine.data.sample.facts import CURRENCIES, SCRIPTED, SPLITS, UNITS, facts_in, prominence, territories
+from koine.data.sample.facts import (
+    CURRENCIES,
+    SCRIPTED,
+    SPLITS,
+    UNITS,
+    facts_in,
+    prominence,
+    split_of,
+    territories,
+)
 from koine.data.sample.phrases import QUESTION_LANGUAGES
 from koine.data.sample.telling import enumeration, names, quantities, question, sentence
 from koine.errors import UserError, did_you_mean
@@ -150,7 +159,12 @@ def _list(code: str, generator: random.Random) -> str:
     keys = {
         "languages": sorted(SCRIPTED),
         "scripts": sorted(set(SCRIPTED.values())),
-        "currencies": sorted({*CURRENCIES, *(territory.currency for territory in territories())}),
+        # ISO 4217 codes begin with the code of who issues them: "Kenyan Shilling" names a territory.
+        "currencies": sorted(
+            currency
+            for currency in {*CURRENCIES, *(territory.currency for territory in territories())}
+            if split_of(f"currency:{currency[:2]}") != "heldout_territory"
+        ),
     }[kind]
     return enumeration(code, names(code, kind, generator.sample(keys, 4)) or ["1", "2", "3"])
 
