@@ -37,7 +37,7 @@ CASES = (
         mistake="a manifest that is not JSON",
         command=PRETRAIN,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.cut("tokens/manifest.json")),
-        says="tokens/manifest.json: not valid JSON (Expecting property name enclosed in double quotes: line 28 column 5 (char 495)); the file is damaged or truncated; write it again",
+        says="tokens/manifest.json: not valid JSON (Expecting ',' delimiter: line 30 column 3 (char 535)); the file is damaged or truncated; write it again",
     ),
     Case(
         mistake="text where token shards are needed",

@@ -133,6 +133,8 @@ def test_on_text_of_ones_own(tmp_path: Path) -> None:
         languages="",
         min_bytes_per_language="1000",
         vocabulary_size="320",
+        # Nearly one token a byte: an answer must still fit behind its question.
+        sequence_length="256",
     )
     results = json.loads((tmp_path / "quickstart" / "results.json").read_text(encoding="utf-8"))
     assert results["languages"]["primary"] == ["de", "en"]

@@ -289,7 +289,8 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        nearby = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        nearby = [entry.name for entry in beside if not entry.name.startswith(".")]
         raise UserError(
             "no such file or folder", where=path, mend=did_you_mean(path.name, nearby) if nearby else None
         )
