@@ -124,6 +124,7 @@ def test_a_session_with_ctrl_c(terminal: Terminal) -> None:
     terminal.expect("> ")
     terminal.type("\x03")
     terminal.expect("Ctrl-C again, /quit or Ctrl-D leaves")
+    terminal.expect("> ")
     terminal.type("\x03")
     assert terminal.exit_code() == 0
 
