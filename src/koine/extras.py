@@ -25,11 +25,17 @@ State = Literal["installed", "not installed", "broken"]
 PURPOSES = {
     "hf": "open any causal LM of transformers, beyond Cohere, Cohere2 and Koine's own directories",
     "cluster": "run plans on a Ray cluster: koine run PLAN --executor ray",
+    "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
     "dev": "the tests, the type checker, the linters",
 }
 
 # distribution (lower case) -> the module to import, where the two names differ by more than - and _
-MODULES = {"import-linter": "importlinter", "pytest-xdist": "xdist", "tensorboardx": "tensorboardX"}
+MODULES = {
+    "fonttools": "fontTools",
+    "import-linter": "importlinter",
+    "pytest-xdist": "xdist",
+    "tensorboardx": "tensorboardX",
+}
 # `ruff` is a program and `types-*` are stubs: there is nothing to import
 NOT_IMPORTABLE = ("ruff", "types-")
 

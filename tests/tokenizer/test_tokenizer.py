@@ -133,6 +133,7 @@ def test_saved_and_opened_is_the_same(small: Tokenizer, tmp_path: Path) -> None:
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "tokenizer_training.json",
     ]
 
 

@@ -67,8 +67,8 @@ def test_the_sample_has_the_weights_and_repetition_is_told() -> None:
     with pytest.warns(KoineWarning, match=r"ja 10\.0 times .the limit; its share is"):
         quota = quotas(sizes, {"de": 0.5, "ja": 0.5}, sample_bytes=4000, max_repeats=10)
     drawn = Counter()
-    for text in draw(corpus, sizes=sizes, quota=quota, seed=0):
-        drawn["ja" if text == "東京" else "de"] += len(text.encode())
+    for text, times in draw(corpus, sizes=sizes, quota=quota, seed=0):
+        drawn["ja" if text == "東京" else "de"] += times * len(text.encode())
     assert drawn["ja"] == 600  # ten times all there is
     assert drawn["de"] == pytest.approx(2000, abs=60)  # the longest text has 56 bytes
     with warnings.catch_warnings():

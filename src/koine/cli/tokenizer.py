@@ -1,15 +1,19 @@
-"""`koine tokenizer`: language weights and training."""
+"""`koine tokenizer`: language weights, training, measures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from koine.tokenizer.measures import Unit
+
 SCHEMES = ("bucketed", "natural", "uniform", "temperature")
 BUCKET_MASSES = ("uniform", "data")
+INITIALISATIONS = ("random", "mean", "subword-mean", "focus", "distill")
 
 
 class EnglishShare(click.ParamType[float | None]):
@@ -75,7 +79,7 @@ def weighting(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group()
 def tokenizer() -> None:
-    """Language weights and tokenizer training."""
+    """Train tokenizers, compare them, move models to them."""
 
 
 @tokenizer.command()
@@ -176,6 +180,272 @@ def weights(
             Bar(largest, 0.0, shares[code], width=24),
         )
     Console().print(table)
+
+
+@tokenizer.command()
+@click.argument("tokenizers", nargs=-1, required=True)
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    type=click.Path(),
+    help="Text with a language per record, or with a text per language in each record (parallel); may be repeated.",
+)
+@click.option("--languages", help="Only these codes, with commas between.  [default: all in the data]")
+@click.option(
+    "--parallel", is_flag=True, help="Records of different languages with equal ids are translations."
+)
+@click.option("--split", help="Only records whose field 'split' says this.")
+@click.option("--max-bytes", type=int, help="At most this many bytes of each language.  [default: all]")
+@click.option("--price", type=float, help="Price of a million tokens, for the cost of a megabyte.")
+@click.option(
+    "--max-bad", default=0.01, show_default=True, help="Stop where a larger share of records is bad."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the measures as JSON to this file.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write tables and heat maps as HTML to this file."
+)
+def measure(
+    tokenizers: tuple[str, ...],
+    data: tuple[str, ...],
+    languages: str | None,
+    parallel: bool,
+    split: str | None,
+    max_bytes: int | None,
+    price: float | None,
+    max_bad: float,
+    out: Path | None,
+    report: Path | None,
+) -> None:
+    """Compare TOKENIZERS on the same text: folders with tokenizer.json, folders of transformers, .tiktoken files, SentencePiece .model files.
+
+    Bytes per token, tokens per word, parity with English on parallel text, Gini over languages, Rényi efficiency, partial characters, the
+    vocabulary by script, speed. The definitions are in docs/tokenizer.md.
+    """
+    from koine.errors import UserError
+    from koine.files import write_json
+    from koine.tokenizer.foreign import open_tokenizer
+    from koine.tokenizer.measures import measure as measure_tokenizers
+
+    for target in (out, report):
+        if target is not None and not target.parent.is_dir():
+            raise UserError("no such folder", where=target.parent, mend="make it first, or choose another")
+    names = [str(Path(name)) for name in tokenizers]
+    if len(set(names)) < len(names):
+        raise UserError("a tokenizer is given twice", mend="give each once")
+    opened = {name: open_tokenizer(name) for name in names}
+    result = measure_tokenizers(
+        opened,
+        units_of(data, languages, parallel=parallel, split=split, max_bytes=max_bytes, max_bad_share=max_bad),
+        price_per_million=price,
+    )
+    if out is not None:
+        write_json(out, result)
+    if report is not None:
+        from koine.plan.report import write_page
+        from koine.tokenizer.comparison import blocks
+
+        rows = result[names[0]].values()
+        facts = [
+            ("Languages", str(result[names[0]]["overall"]["languages"])),
+            ("Text", f"{sum(row['bytes'] for row in rows if 'languages' not in row) / 1e6:.1f} MB"),
+            ("Tokenizers", str(len(names))),
+        ]
+        write_page(
+            report, name="Tokenizers side by side", sections=[("Comparison", blocks(result))], facts=facts
+        )
+    show_measures(result)
+    for target in (out, report):
+        if target is not None:
+            click.echo(f"written to {target}")
+
+
+@tokenizer.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--tokenizer", "target", type=click.Path(path_type=Path), required=True, help="The tokenizer to move to."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.option(
+    "--init",
+    type=click.Choice(INITIALISATIONS),
+    default="subword-mean",
+    show_default=True,
+    help="First guess for the rows of new tokens.",
+)
+@click.option("--text", multiple=True, type=click.Path(), help="Text to learn from, for focus and distill.")
+@click.option(
+    "--max-bytes", default=2_000_000, show_default=True, help="Bytes of that text of each language."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of random and distill.")
+def adapt(
+    model: Path, target: Path, out: Path, init: Any, text: tuple[str, ...], max_bytes: int, seed: int
+) -> None:
+    """Move MODEL, any causal language model with a tokenizer.json, to another tokenizer.
+
+    Shared tokens keep their rows. Where the new vocabulary holds the whole old one, moving back gives the old model again.
+    """
+    from koine.files import atomic_directory
+    from koine.model.vocabulary import move_model
+
+    texts = None
+    if text:
+        units = units_of(text, None, parallel=False, split=None, max_bytes=max_bytes, max_bad_share=0.01)
+        texts = (unit.text for unit in units)
+    with atomic_directory(out) as folder:
+        moved = move_model(model, target, folder, method=init, texts=texts, seed=seed)
+    click.echo(
+        f"{moved.rows:,} tokens: {moved.shared:,} keep their rows, {moved.spelled:,} are new ({init}), "
+        f"{moved.unspelled:,} have no spelling (mean); {moved.dropped:,} old tokens dropped"
+        + (": moving back gives the old model again" if moved.reversible else "")
+    )
+    click.echo(f"written to {out}")
+
+
+@tokenizer.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
+@click.option("--languages", help="Only these codes, with commas between.  [default: all in the data]")
+@click.option("--tokens", type=int, required=True, help="How many tokens to add.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the tokenizer to."
+)
+@click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
+@click.option(
+    "--compare", is_flag=True, help="Also train a tokenizer of the same size from scratch, and compare."
+)
+def extend(
+    base: Path,
+    data: tuple[str, ...],
+    languages: str | None,
+    tokens: int,
+    out: Path,
+    min_frequency: int,
+    compare: bool,
+) -> None:
+    """Add tokens to the BPE tokenizer BASE for more languages, keeping every old id and every old merge."""
+    from koine.files import atomic_directory
+    from koine.tokenizer import load_tokenizer, train_tokenizer
+    from koine.tokenizer.extend import extend_tokenizer
+    from koine.tokenizer.foreign import open_tokenizer
+    from koine.tokenizer.measures import Unit
+    from koine.tokenizer.measures import measure as measure_tokenizers
+
+    load_tokenizer(base)
+    read = texts_of(data, languages)
+    with atomic_directory(out) as folder:
+        extended = extend_tokenizer(
+            base, ((text, 1) for _, text in read()), new_tokens=tokens, min_frequency=min_frequency
+        )
+        extended.tokenizer.save(folder)
+    click.echo(
+        f"{extended.added_tokens:,} tokens and {extended.added_merges:,} merges added; written to {out}"
+    )
+    opened = {"before": open_tokenizer(base), "extended": open_tokenizer(out)}
+    if compare:
+        scratch = train_tokenizer(
+            read,
+            vocab_size=extended.tokenizer.vocab_size,
+            min_frequency=min_frequency,
+            scheme="natural",
+            english_share=None,
+        )
+        opened["from scratch"] = scratch
+    show_measures(measure_tokenizers(opened, (Unit(code, text) for code, text in read())))
+
+
+@tokenizer.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, required=True, type=click.Path(), help="Text of all these languages.")
+@click.option("--primary", required=True, help="Codes of the languages that the model was pretrained on.")
+@click.option("--max-bytes", default=200_000, show_default=True, help="Bytes of each language to look at.")
+def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> None:
+    """Rank languages by how dear it will be to adapt a model with the tokenizer BASE to them, before any training."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from koine.languages import language
+    from koine.tokenizer.foreign import open_tokenizer
+    from koine.tokenizer.predict import predict_costs
+
+    texts: dict[str, list[str]] = {}
+    for unit in units_of(data, None, parallel=False, split=None, max_bytes=max_bytes, max_bad_share=0.01):
+        texts.setdefault(unit.language, []).append(unit.text)
+    codes = [language(code.strip()).code for code in primary.split(",") if code.strip()]
+    table = Table(title="expected cost of adaptation, the dearest first")
+    for name in ("language", "name", "tokens per byte", "letters seen", "cost"):
+        table.add_column(name, justify="left" if name in ("language", "name") else "right")
+    for one in predict_costs(open_tokenizer(base), texts, primary=codes):
+        name = language(one.language).name if one.language != "und" else "unknown"
+        table.add_row(
+            one.language, name, f"{one.tokens_per_byte:.3f}", f"{one.script_overlap:.0%}", f"{one.cost:.2f}"
+        )
+    Console().print(table)
+
+
+def show_measures(result: dict[str, dict[str, Any]]) -> None:
+    """The means over languages, a tokenizer a line, and bytes per token of each language."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from koine.tokenizer.comparison import is_group, table
+
+    console = Console()
+    columns, rows = table(result)
+    overall = Table(title="means over languages")
+    for column in columns:
+        overall.add_column(column, justify="left" if column == "tokenizer" else "right")
+    for row in rows:
+        overall.add_row(*row)
+    console.print(overall)
+    by_language = Table(title="bytes per token (parity with English)")
+    by_language.add_column("language")
+    for name in result:
+        by_language.add_column(Path(name).name, justify="right")
+    codes = [code for code in next(iter(result.values())) if not is_group(code)]
+    for code in codes:
+        cells = []
+        for rows_of in result.values():
+            parity = rows_of[code].get("parity")
+            cells.append(
+                f"{rows_of[code]['bytes_per_token']:.2f}" + ("" if parity is None else f" ({parity:.2f})")
+            )
+        by_language.add_row(code, *cells)
+    console.print(by_language)
+
+
+def units_of(
+    paths: tuple[str, ...],
+    languages: str | None,
+    *,
+    parallel: bool,
+    split: str | None,
+    max_bytes: int | None,
+    max_bad_share: float,
+) -> Iterator[Unit]:
+    """The text of records, in the chosen languages, at most `max_bytes` of each; records without a language are `und`."""
+    from koine.data.records import TRANSLATED, read_records
+    from koine.errors import UserError
+    from koine.tokenizer.measures import Unit
+
+    chosen = None if languages is None else [code.strip() for code in languages.split(",") if code.strip()]
+    taken: dict[str, int] = {}
+    for path in paths:
+        for record in read_records(path, languages=chosen, max_bad_share=max_bad_share, split="all"):
+            code = record["language"]
+            if split is not None and record.get("split", split) != split:
+                continue
+            if max_bytes is not None and taken.get(code, 0) >= max_bytes:
+                continue
+            translated = parallel or record.get(TRANSLATED, False)
+            texts = [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
+            for text in texts:
+                taken[code] = taken.get(code, 0) + len(text.encode("utf-8"))
+                yield Unit(code, text, f"{record['id']}" if translated and "text" in record else None)
+    if split is not None and not taken:
+        raise UserError(
+            f"no record is of the split '{split}'", where=", ".join(paths), mend="give another --split"
+        )
 
 
 def texts_of(paths: tuple[str, ...], languages: str | None) -> Callable[[], Iterator[tuple[str, str]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ _SHOWN = 5
 # What other tools call these fields; used where the record has no field of our name.
 _ALIASES = {"language": ("lang",), "id": ("_id",)}
 UNKNOWN_LANGUAGE = "und"
+TRANSLATED = "translated"
+"""A field of the records that came out of one row with its text in several languages: the same `id`, the same content."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class RecordReader:
         max_bad_share: float = 0.01,
         unit: TextUnit = "paragraph",
         split: str = "train",
+        languages: Collection[str] | None = None,
     ) -> None:
         if not 0.0 <= max_bad_share <= 1.0:
             raise UserError(f"max_bad_share is {max_bad_share}", mend="it is a share between 0 and 1")
@@ -67,6 +70,7 @@ class RecordReader:
         self.domain = domain
         self.max_bad_share = max_bad_share
         self.unit = unit
+        self.languages = None if languages is None else {find_language(code).code for code in languages}
         self.files = data_files(locate(path), split=split)
         self.good = 0
         self.bad = 0
@@ -77,16 +81,18 @@ class RecordReader:
         codes: dict[str, str] = {}
         for file in self.files:
             for place, row in read_rows(file, unit=self.unit):
-                found = row if isinstance(row, str) else self._record(row, file, place, codes)
-                if isinstance(found, str):
-                    self.bad += 1
-                    if len(self.examples) < _SHOWN:
-                        self.examples.append(BadRecord(file, place, found))
-                    if self.good + self.bad >= _FIRST_CHECK:
-                        self._check()
-                else:
-                    self.good += 1
-                    yield found
+                for part in (row,) if isinstance(row, str) else self._translations(row):
+                    found = part if isinstance(part, str) else self._record(part, file, place, codes)
+                    if isinstance(found, str):
+                        self.bad += 1
+                        if len(self.examples) < _SHOWN:
+                            self.examples.append(BadRecord(file, place, found))
+                        if self.good + self.bad >= _FIRST_CHECK:
+                            self._check()
+                    else:
+                        self.good += 1
+                        if self.languages is None or found["language"] in self.languages:
+                            yield found
         self._check()
         if not self.good:
             raise UserError("holds no records", where=str(self.path), mend="the files are empty")
@@ -99,6 +105,25 @@ class RecordReader:
                 f"the first is {self.examples[0]}",
                 mend="mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
             )
+
+    def _translations(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The row, or one for each language of a row whose text is `{code: text}`; these share their identifier."""
+        column = self.fields.get("text", "text")
+        texts = row.get(column)
+        if not isinstance(texts, dict):
+            yield row
+            return
+        language = self.fields.get("language", "language")
+        for code, text in texts.items():
+            if self.languages is not None and not self._wanted(code):
+                continue
+            yield {**row, column: text, language: code, TRANSLATED: True}
+
+    def _wanted(self, code: str) -> bool:
+        try:
+            return self.languages is None or find_language(code).code in self.languages
+        except UserError:
+            return False
 
     def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
         """The record of a row, or what is wrong with it."""
@@ -207,6 +232,7 @@ def read_records(
     max_bad_share: float = 0.01,
     unit: TextUnit = "paragraph",
     split: str = "train",
+    languages: Collection[str] | None = None,
 ) -> RecordReader:
     """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
 
@@ -216,6 +242,9 @@ def read_records(
         max_bad_share: a larger share of bad records raises `UserError` with the first one's file and line.
         unit: what a document is in a `.txt` file.
         split: which files of a folder are read where their names say a split; "all" for all.
+        languages: pass over records in other languages.
+
+    A row whose text is an object `{code: text}` is one record for each language, all with the row's `id` and `"translated": true`.
     """
     return RecordReader(
         path,
@@ -225,4 +254,5 @@ def read_records(
         max_bad_share=max_bad_share,
         unit=unit,
         split=split,
+        languages=languages,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from koine.errors import UserError
 from koine.files import write_atomically
-from koine.plan.report_blocks import Block, is_number
+from koine.plan.report_blocks import Block, check_block, is_number
 from koine.plan.report_graph import Box, draw_graph
 from koine.plan.report_plots import SERIES, draw
 from koine.plan.report_run import Member, Parent, Run, read_run
@@ -58,9 +58,7 @@ class Palette:
 
 
 def render(name: str, run: Run) -> str:
-    """The page."""
-    import jinja2
-
+    """The page of a run."""
     members = run.members
     palette = Palette()
     answering = [member for member in members if has_verdict(member)]
@@ -77,13 +75,7 @@ def render(name: str, run: Run) -> str:
     curves = curve_groups(members, palette)
     steps = list(dict.fromkeys([*(m.step for m in members), *(node.step for node in run.unfinished)]))
     colours = {step: f"--series-{index % len(SERIES) + 1}" for index, step in enumerate(steps)}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        resources.files("koine.plan").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return page(
         name=name,
         facts=facts(members),
         answers=answers,
@@ -92,6 +84,55 @@ def render(name: str, run: Run) -> str:
         graph=draw_graph(boxes(run, colours)),
         steps=colours,
         artifacts=[section(member, run, palette, member in answering) for member in members],
+    )
+
+
+def page(**content: Any) -> str:
+    """The template, filled in."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        resources.files("koine.plan").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    return template.render(**content)
+
+
+def write_page(
+    out: Path, *, name: str, sections: Sequence[tuple[str, Sequence[Block]]], facts: Sequence[tuple[str, str]]
+) -> None:
+    """Write a page of its own that belongs to no run: titled `sections` of blocks, under a head of `facts`.
+
+    Raises `UserError` where a block is not as `check_block` wants it, or `out` cannot be a file.
+    """
+    if out.is_dir():
+        raise UserError("a folder", where=out, mend="give the file to write, such as report.html")
+    for title, blocks in sections:
+        for number, block in enumerate(blocks, 1):
+            check_block(block, f"{title}, block {number}")
+    palette = Palette()
+    answers = [
+        {
+            "title": title,
+            "name": title,
+            "blocks": [view(b, f"{title}, block {n}", palette) for n, b in enumerate(blocks, 1)],
+        }
+        for title, blocks in sections
+    ]
+    write_atomically(
+        out,
+        page(
+            name=name,
+            facts=list(facts),
+            answers=answers,
+            curves=[],
+            warnings=[],
+            graph="",
+            steps={},
+            artifacts=[],
+        ),
     )
 
 

@@ -30,6 +30,11 @@ def own(*, max_bytes_per_language: int, **_: Any) -> Estimate:
     return Estimate(LIGHT + 100 * 2**20, 10.0 + max_bytes_per_language / 1e5)
 
 
+def own_text(*, max_bytes: int, **_: Any) -> Estimate:
+    """As `own`, for a step that names its limit `max_bytes`."""
+    return own(max_bytes_per_language=max_bytes)
+
+
 def tokenizer(*, sample_bytes: int, vocabulary_size: int, **_: Any) -> Estimate:
     """BPE training: the table of pre-tokens grows with the sample."""
     return Estimate(LIGHT + 40 * sample_bytes + 4_000 * vocabulary_size, 2.0 + sample_bytes / 2e6)

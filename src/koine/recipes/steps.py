@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from koine.evaluate.scoring import ScoringModel
     from koine.model import Decoder
     from koine.tokenizer import Tokenizer
-    from koine.tokenizer.weights import Scheme
+    from koine.tokenizer.weights import BucketMass, Scheme
     from koine.train import TrainSettings
 
 
@@ -69,7 +69,7 @@ def sample_corpus(
     chat = tuple(code for code in languages if code in QUESTION_LANGUAGES)
     CorpusRoles(primary=primary, expanded=expanded, chat=chat).save(out)
     rows = [[str(value) for value in row] for row in summary.rows()]
-    _report(
+    write_step_report(
         out,
         "Sample world",
         [
@@ -158,7 +158,7 @@ def own_corpus(
         shutil.rmtree(world)
     CorpusRoles(primary=primary, expanded=expanded, chat=chat).save(out)
     name = {code: language(code).name for code in shares}
-    _report(
+    write_step_report(
         out,
         "Your text",
         [
@@ -231,6 +231,7 @@ def build_tokenizer(
     english_share: float,
     sample_bytes: int,
     seed: int,
+    bucket_mass: str = "uniform",
     out: Path,
 ) -> None:
     """Train a byte-level BPE on the languages of `scope`: `universal` (all) or `cluster` (the primary ones)."""
@@ -243,6 +244,7 @@ def build_tokenizer(
         texts,
         vocab_size=vocabulary_size,
         scheme=cast("Scheme", scheme),
+        bucket_mass=cast("BucketMass", bucket_mass),
         english_share=english_share if "en" in texts and len(texts) > 1 else None,
         sample_bytes=sample_bytes,
         seed=seed,
@@ -256,7 +258,7 @@ def build_tokenizer(
             count += len(tokenizer.encode(record["text"]))
         rows.append([code, "yes" if code in texts else "no", round(size / count, 3)])
     write_json(out / "bytes_per_token.json", {str(row[0]): row[2] for row in rows})
-    _report(
+    write_step_report(
         out,
         f"Tokenizer: {scope}",
         [
@@ -309,9 +311,15 @@ def pretrain(
     evaluate_every: int,
     seed: int,
     threads: int,
+    expanded_share: float = 0.0,
+    track_languages: bool = False,
     out: Path,
 ) -> None:
-    """Pretrain a new model of `preset` on the primary languages (and code), from random weights."""
+    """Pretrain a new model of `preset` on the primary languages (and code), from random weights.
+
+    `expanded_share` of the text is of the expanded languages, in equal parts, and comes out of English's share, as in the
+    5 % arm of arXiv 2506.10766. With `track_languages`, each evaluation also writes every language's bits per byte to `languages.jsonl`.
+    """
     import torch
 
     from koine.data import Source
@@ -329,20 +337,36 @@ def pretrain(
             mend=f"set vocabulary_size={found} or add text",
         )
     model = Decoder(model_preset(preset, vocab_size=vocabulary_size))
+    if not 0.0 <= expanded_share < english_share:
+        raise UserError(
+            f"the share of expanded languages is {expanded_share}, that of English {english_share}",
+            mend="the first comes out of the second, so it must be smaller",
+        )
+    primary_english = (english_share - expanded_share) / (1.0 - expanded_share)
+    text_share = 1.0 - (code_share if code is not None else 0.0)
     sources = [
         Source(
             name="documents",
             path=documents / "tokens",
-            proportion=1.0 - (code_share if code is not None else 0.0),
-            languages=with_english_share(roles.primary, english_share),
+            proportion=text_share * (1.0 - expanded_share),
+            languages=with_english_share(roles.primary, primary_english),
         )
     ]
+    if expanded_share > 0.0:
+        sources.append(
+            Source(
+                name="expanded",
+                path=documents / "tokens",
+                proportion=text_share * expanded_share,
+                languages=dict.fromkeys(roles.expanded, 1.0),
+            )
+        )
     if code is not None:
         sources.append(Source(name="code", path=code / "tokens", proportion=code_share))
-    _train(
+    train_step(
         model,
-        _mixture("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
-        _settings(
+        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        training_settings(
             learning_rate=learning_rate,
             schedule="cosine",
             steps=steps,
@@ -354,7 +378,13 @@ def pretrain(
         ),
         out=out,
         tokenizer=tokenizer,
-        evaluate=bits_per_byte_probe(corpus, tokenizer, {"primary": roles.primary}),
+        evaluate=bits_per_byte_probe(
+            corpus,
+            tokenizer,
+            {"primary": roles.primary},
+            most_bytes=3_000 if track_languages else None,
+            tracked=out / "languages.jsonl" if track_languages else None,
+        ),
     )
 
 
@@ -397,10 +427,10 @@ def adapt(
             languages=dict.fromkeys(roles.primary, 1.0),
         ),
     ]
-    _train(
+    train_step(
         load_of_preset(model, preset, vocabulary_size),
-        _mixture("continue", sources, steps, sequence_length, batch_size, seed, packing="stream"),
-        _settings(
+        phase_of("continue", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        training_settings(
             learning_rate=learning_rate,
             schedule="constant",
             steps=steps,
@@ -439,9 +469,9 @@ def teach_chat(
     """Supervised fine-tuning on chats: whole conversations packed, loss on the completions only."""
     from koine.data import Source
 
-    _train(
+    train_step(
         load_of_preset(model, preset, vocabulary_size),
-        _mixture(
+        phase_of(
             "sft",
             [Source(name="chats", path=chats / "tokens", proportion=1.0)],
             steps,
@@ -450,7 +480,7 @@ def teach_chat(
             seed,
             packing="whole",
         ),
-        _settings(
+        training_settings(
             learning_rate=learning_rate,
             schedule="linear",
             steps=steps,
@@ -561,31 +591,58 @@ def _first(paths: Iterable[Path], limit: int) -> Iterator[dict[str, Any]]:
 
 
 def bits_per_byte_probe(
-    corpus: Path, tokenizer: Path, groups: Mapping[str, tuple[str, ...]], *, documents: int = 3
+    corpus: Path,
+    tokenizer: Path,
+    groups: Mapping[str, tuple[str, ...]],
+    *,
+    documents: int = 3,
+    most_bytes: int | None = None,
+    tracked: Path | None = None,
 ) -> Callable[[nn.Module, int], Mapping[str, float]]:
-    """An `evaluate` for the training loop: bits per byte of a few held-out documents of each group of languages."""
+    """An `evaluate` for the training loop: bits per byte of a few held-out documents of each group of languages.
+
+    most_bytes: of each document, its beginning.
+    tracked: a JSON Lines file that receives a line `{"step": ..., "bits_per_byte": {language: ...}}` each time: what is forgotten, and when.
+    """
     from koine.evaluate import bits_per_byte
     from koine.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    records = {
-        name: list(_first(existing(corpus, "documents-heldout", codes).values(), documents))
-        for name, codes in groups.items()
-    }
+    codes = tuple(dict.fromkeys(code for members in groups.values() for code in members))
+    records = [
+        record if most_bytes is None else {**record, "text": beginning(record["text"], most_bytes)}
+        for record in _first(existing(corpus, "documents-heldout", codes).values(), documents)
+    ]
 
     def probe(model: nn.Module, step: int) -> Mapping[str, float]:
-        return {
-            f"bits_per_byte_{name}": bits_per_byte(cast("ScoringModel", model), loaded, part, resamples=1)[
-                "overall"
-            ]["bits_per_byte"]["value"]
-            for name, part in records.items()
-            if part
-        }
+        scored = bits_per_byte(cast("ScoringModel", model), loaded, records, resamples=1)["languages"]
+        found = {code: scored[code]["bits_per_byte"] for code in codes if code in scored}
+        if tracked is not None:
+            line = {"step": step, "bits_per_byte": {code: row["value"] for code, row in found.items()}}
+            with tracked.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        result = {}
+        for name, members in groups.items():
+            rows = [found[code] for code in members if code in found]
+            if rows:
+                bits = sum(row["value"] * row["bytes"] for row in rows)
+                result[f"bits_per_byte_{name}"] = bits / sum(row["bytes"] for row in rows)
+        return result
 
     return probe
 
 
-def _mixture(
+def beginning(text: str, most_bytes: int) -> str:
+    """The first characters of a text that fit into `most_bytes` of UTF-8."""
+    return text.encode("utf-8")[:most_bytes].decode("utf-8", errors="ignore")
+
+
+def tracked_languages(path: Path) -> dict[int, dict[str, float]]:
+    """Step -> language -> bits per byte of a `tracked` file; a step that was done again after a kill counts once."""
+    return {line["step"]: line["bits_per_byte"] for line in read_lines(path)}
+
+
+def phase_of(
     name: str,
     sources: list[Source],
     steps: int,
@@ -606,7 +663,7 @@ def _mixture(
     )
 
 
-def _settings(*, steps: int, **fields: Any) -> TrainSettings:
+def training_settings(*, steps: int, **fields: Any) -> TrainSettings:
     from koine.train import TrainSettings
 
     return TrainSettings(
@@ -619,7 +676,7 @@ def _settings(*, steps: int, **fields: Any) -> TrainSettings:
     )
 
 
-def _train(
+def train_step(
     model: Decoder,
     mixture: Mixture,
     settings: TrainSettings,
@@ -658,5 +715,5 @@ def _train(
     write_json(out / "metrics.json", metrics)
 
 
-def _report(out: Path, title: str, blocks: list[dict[str, Any]]) -> None:
+def write_step_report(out: Path, title: str, blocks: list[dict[str, Any]]) -> None:
     write_json(out / "report.json", {"title": title, "blocks": blocks})

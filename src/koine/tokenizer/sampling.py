@@ -81,8 +81,10 @@ def quotas(
     return drawn
 
 
-def draw(corpus: Corpus, *, sizes: Mapping[str, int], quota: Mapping[str, float], seed: int) -> Iterator[str]:
-    """Yield texts worth `quota[language]` bytes out of `sizes[language]`, spread evenly over the data, in one pass.
+def draw(
+    corpus: Corpus, *, sizes: Mapping[str, int], quota: Mapping[str, float], seed: int
+) -> Iterator[tuple[str, int]]:
+    """Yield (text, times) worth `quota[language]` bytes out of `sizes[language]`, spread evenly over the data, in one pass.
 
     Of a rate of 2.3, each text is taken twice, and the 0.3 by error diffusion: each text adds its part to its
     language's credit and is taken once more when the credit passes a threshold drawn from the seed. The bytes drawn
@@ -90,8 +92,8 @@ def draw(corpus: Corpus, *, sizes: Mapping[str, int], quota: Mapping[str, float]
     """
     state = {code: _Diffusion(quota[code] / sizes[code], seed, code) for code in sizes}
     for code, text in stream(corpus):
-        for _ in range(state[code].times(byte_length(text, code))):
-            yield text
+        if times := state[code].times(byte_length(text, code)):
+            yield text, times
 
 
 class _Diffusion:

@@ -32,6 +32,8 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+TRAINING = "tokenizer_training.json"
+"""How it was trained: the weights, the sample, the seed."""
 
 
 class Tokenizer:
@@ -137,8 +139,21 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder | WindowStreamDecoder:
         """An object whose `push(id)` gives the text that has become certain, and `flush()` the rest; special tokens are silent."""
         if self._byte_level:
-            return StreamDecoder(self._token_bytes)
+            return StreamDecoder(self.token_bytes)
         return WindowStreamDecoder(self.decode)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, as `tokenizer.json` writes it, and its id."""
+        return dict(self._ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text that a token of a byte-level vocabulary stands for; none for a special token."""
+        if token_id in self._special_ids:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].encode("utf-8")
+        token = self._backend.id_to_token(token_id)
+        return bytes(self._bytes_of_character[character] for character in token) if token else b""
 
     # --- files ---
 
@@ -170,14 +185,6 @@ class Tokenizer:
         return {
             token_id: token.content for token_id, token in self._backend.get_added_tokens_decoder().items()
         }
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        if token_id in self._special_ids:
-            return b""
-        if token_id in self._added:
-            return self._added[token_id].encode("utf-8")
-        token = self._backend.id_to_token(token_id)
-        return bytes(self._bytes_of_character[character] for character in token) if token else b""
 
     @cached_property
     def _parsing_backend(self) -> Any:
@@ -333,18 +340,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             where=path,
             mend="give a folder written by `koine tokenizer train` or a model's",
         )
+    return Tokenizer(read_files(path), where=path)
+
+
+def read_files(path: Path) -> dict[str, str]:
+    """The texts of a tokenizer's folder by file name."""
     files = {}
-    for name in (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE):
+    for name in (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE, TRAINING):
         if (path / name).is_file():
             try:
                 files[name] = (path / name).read_bytes().decode("utf-8")
             except UnicodeDecodeError:
                 raise UserError("not UTF-8 text", where=path / name, mend="the file is damaged") from None
-    return Tokenizer(files, where=path)
+    return files
 
 
-def from_backend(backend: Any) -> Tokenizer:
-    """Our tokenizer around a freshly trained `tokenizers.Tokenizer` that holds our special tokens."""
+def from_backend(backend: Any, *, training: Mapping[str, Any] | None = None) -> Tokenizer:
+    """Our tokenizer around a freshly trained `tokenizers.Tokenizer` that holds our special tokens; `training` says how."""
     named = {
         "bos_token": BOS,
         "eos_token": END_OF_TURN,
@@ -381,4 +393,6 @@ def from_backend(backend: Any) -> Tokenizer:
         + "\n",
         TEMPLATE: CHAT_TEMPLATE,
     }
+    if training is not None:
+        files[TRAINING] = json.dumps(training, ensure_ascii=False, indent=2) + "\n"
     return Tokenizer(files)

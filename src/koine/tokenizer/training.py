@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from koine.errors import KoineWarning, UserError
+from koine.tokenizer.counting import (
+    PretokenCounts,
+    count_pretokens,
+    counting_progress,
+    feeding_scale,
+    repeated,
+)
 from koine.tokenizer.pretokenize import pre_tokenizer
 from koine.tokenizer.sampling import Corpus, count_bytes, draw, quotas
 from koine.tokenizer.special import BOS, SMALLEST_VOCABULARY, SPECIAL_TOKENS
@@ -35,6 +41,7 @@ def train_tokenizer(
         nothing needs to be held in memory. With the same texts and parameters the result is the same, byte by byte.
     scheme, bucket_mass, english_share, temperature: see `language_weights`.
     min_frequency: a pair is merged only if it occurs this often in the sample (5 in the paper).
+        Memory does not grow with the text: see `koine.tokenizer.counting`.
     sample_bytes: text to train on, all languages together; None takes as much as there is.
     max_repeats: a language is read at most this many times to reach its weight; any repetition is a `KoineWarning`.
 
@@ -53,7 +60,14 @@ def train_tokenizer(
     )
     drawn = quotas(sizes, weights, sample_bytes=sample_bytes, max_repeats=max_repeats)
     sample = draw(texts_by_language, sizes=sizes, quota=drawn, seed=seed)
-    backend = _train(sample, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress)
+    backend = _empty_backend()
+    with counting_progress(show_progress, total=sum(sizes.values())) as watched:
+        table = count_pretokens(
+            watched(sample), normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
+        )
+    scale = _merge(
+        backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
+    )
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         warnings.warn(
@@ -62,27 +76,66 @@ def train_tokenizer(
             KoineWarning,
             stacklevel=2,
         )
-    return from_backend(backend)
+    return from_backend(
+        backend,
+        training={
+            "vocab_size": vocab_size,
+            "scheme": scheme,
+            "bucket_mass": bucket_mass,
+            "english_share": english_share,
+            "temperature": temperature,
+            "min_frequency": min_frequency,
+            "sample_bytes": sample_bytes,
+            "max_repeats": max_repeats,
+            "seed": seed,
+            "pretokens": {
+                "occurrences": table.occurrences,
+                "distinct": len(table.counts),
+                "dropped_occurrences": table.dropped,
+                "scale": scale,
+            },
+            "languages": {
+                code: {"bytes": sizes[code], "weight": weights[code], "drawn_bytes": round(drawn[code])}
+                for code in sizes
+            },
+        },
+    )
 
 
-def _train(texts: Iterator[str], *, vocab_size: int, min_frequency: int, show_progress: bool) -> Any:
-    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+def _empty_backend() -> Any:
+    """A `tokenizers.Tokenizer` with our normalisation and cuts and no vocabulary yet."""
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
 
     backend = Backend(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _merge(
+    backend: Any, table: PretokenCounts, *, vocab_size: int, min_frequency: int, show_progress: bool
+) -> float:
+    """Learn the merges from the table with the library's trainer; the factor by which the counts were scaled to fit it."""
+    from tokenizers import AddedToken, normalizers, pre_tokenizers, processors, trainers
+
+    scale = feeding_scale(table)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        min_frequency=max(1, round(min_frequency * scale)),
         show_progress=show_progress,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    backend.train_from_iterator(texts, trainer)
+    # The table's pre-tokens are cut and spelled in bytes already: all that is left is to take them apart at the spaces.
+    real = backend.normalizer, backend.pre_tokenizer
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
+    backend.train_from_iterator(repeated(table, scale), trainer)
+    backend.normalizer, backend.pre_tokenizer = real
     # As in Cohere's tokenizers, whoever asks the backend for special tokens gets a leading BOS.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )
-    return backend
+    return scale

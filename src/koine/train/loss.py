@@ -36,13 +36,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part, target = used[start : start + chunk], wanted[start : start + chunk]
             # Rows are scaled before the product and gradients after it: one pass less over the logits, which are far wider.
             logits = torch.mm(part if scale == 1.0 else part * scale, weight.t())
-            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=wide)
-            loss -= log_probabilities.gather(1, target[:, None]).sum()
+            probabilities = torch.softmax(logits, dim=-1, dtype=wide)
+            # The largest probability is 1 / sum exp(logit - largest): with it the logarithm of the sum needs no second
+            # exponential over the vocabulary, and no probability that is taken a logarithm of can be 0.
+            log_sum = logits.amax(dim=-1).to(wide) - probabilities.amax(dim=-1).log()
+            target = target[:, None]
+            loss += (log_sum - logits.gather(1, target).squeeze(1).to(wide)).sum()
             if grad_used is None or grad_weight is None:
                 continue
-            gradient = log_probabilities.exp_()
             # Before the cast: in bfloat16 a probability of 0.999 is 1, and the target's gradient would vanish.
-            gradient.scatter_add_(1, target[:, None], gradient.new_full((len(part), 1), -1.0))
+            gradient = probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
             grad_logits = gradient.to(part.dtype)
             torch.mm(grad_logits, weight, out=grad_used[start : start + len(part)])
             grad_weight += torch.mm(grad_logits.t(), part)

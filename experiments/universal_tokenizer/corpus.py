@@ -1,0 +1,55 @@
+"""The experiment's text in the recipes' layout; unseen languages lie beside the others and belong to no role."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from koine.data import read_records
+from koine.errors import UserError
+from koine.plan import step
+from koine.recipes import estimates
+from koine.recipes.corpus import Roles, write_own_corpus
+
+
+@step(version="1", estimate=estimates.own_text)
+def experiment_corpus(
+    texts: list[Path],
+    chats: Path,
+    *,
+    primary: tuple[str, ...],
+    expanded: tuple[str, ...],
+    unseen: tuple[str, ...],
+    max_bytes: int,
+    out: Path,
+) -> None:
+    """Documents and held-out documents of all languages, chats of the expanded ones.
+
+    Raises `UserError` where a language has no text or nothing held out.
+    """
+    for folder in ("documents", "documents-heldout", "questions"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+    def records() -> Iterator[dict[str, Any]]:
+        for path in texts:
+            yield from read_records(path, languages=(*primary, *expanded, *unseen), split="all", max_bad_share=1.0)
+        for record in read_records(chats, languages=expanded, split="all", max_bad_share=1.0):
+            # An answer must fit behind its question into a training sequence.
+            if sum(len(message["content"]) for message in record["messages"]) < 400:
+                yield record
+
+    shares = write_own_corpus(
+        records(),
+        out,
+        max_bytes=max_bytes,
+        heldout_bytes=30_000,
+        heldout_share=0.0,
+        min_bytes=10_000,
+    )
+    missing = [code for code in (*primary, *expanded, *unseen) if code not in shares]
+    if missing:
+        raise UserError(f"too little text of {', '.join(missing)}", mend="give the whole data pack")
+    chat = tuple(code for code in expanded if shares[code].chats)
+    Roles(primary=primary, expanded=expanded, chat=chat).save(out)

@@ -1,0 +1,143 @@
+"""The pre-tokens of a text and how often each occurs: all that BPE training needs, in bounded memory.
+
+The library's trainer, given an iterator, keeps a table for every text at once; on tens of gigabytes that ends the process. Here it counts one
+chunk at a time (in Rust, on all cores), its tables are merged, and the rarest entries leave when the merged table grows past a limit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+CHUNK_BYTES = 32 * 2**20
+MOST_ENTRIES = 3_000_000
+"""Different pre-tokens kept; some 400 MB."""
+MOST_OCCURRENCES = 40_000_000
+"""Pre-tokens fed to the trainer; a longer text is scaled down to it."""
+LARGEST_PAIR_COUNT = 2**31 - 1
+"""The library adds up the occurrences of a pair in 32 bits and does not notice when that overflows."""
+_PIECE = 4096
+
+
+@dataclass
+class PretokenCounts:
+    """pre-token (in the trainer's alphabet: one character a byte) -> occurrences.
+
+    `dropped` occurrences of pre-tokens that were rare at the time are not in `counts`; each of them occurred at most `dropped_below`
+    times before it was dropped.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    occurrences: int = 0
+    dropped: int = 0
+    dropped_below: int = 0
+
+    def add(self, chunk: dict[str, int], times: int, *, most: int = MOST_ENTRIES) -> None:
+        """Merge the table of one chunk, counted `times` times."""
+        counts = self.counts
+        get = counts.get
+        for word, count in chunk.items():
+            counts[word] = get(word, 0) + count * times
+        self.occurrences += times * sum(chunk.values())
+        while len(counts) > most:
+            self.dropped_below = max(1, 2 * self.dropped_below)
+            kept = {word: count for word, count in counts.items() if count > self.dropped_below}
+            self.dropped += sum(counts.values()) - sum(kept.values())
+            self.counts = counts = kept
+
+
+def count_pretokens(
+    texts: Iterable[tuple[str, int]],
+    *,
+    normalizer: Any,
+    pre_tokenizer: Any,
+    chunk_bytes: int = CHUNK_BYTES,
+    most: int = MOST_ENTRIES,
+) -> PretokenCounts:
+    """Count the pre-tokens of (text, times), in chunks of about `chunk_bytes`; `times` counts a text as often."""
+    found = PretokenCounts()
+    waiting: dict[int, list[str]] = {}
+    size = 0
+    for text, times in texts:
+        waiting.setdefault(times, []).append(text)
+        size += len(text)
+        if size >= chunk_bytes:
+            for often, group in waiting.items():
+                found.add(_count(group, normalizer, pre_tokenizer), often, most=most)
+            waiting, size = {}, 0
+    for often, group in waiting.items():
+        found.add(_count(group, normalizer, pre_tokenizer), often, most=most)
+    return found
+
+
+def _count(texts: list[str], normalizer: Any, pre_tokenizer: Any) -> dict[str, int]:
+    """The library's own count, read from the state of a trainer that was asked for no merges."""
+    from tokenizers import Tokenizer, models, trainers
+
+    backend = Tokenizer(models.BPE())
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=0, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    words: dict[str, int] = json.loads(trainer.__getstate__())["BpeTrainer"]["words"]
+    return words
+
+
+def feeding_scale(table: PretokenCounts, *, most: int = MOST_OCCURRENCES) -> float:
+    """Factor on all counts, at most 1, so that no more than `most` pre-tokens are fed and no pair can overflow.
+
+    A pair occurs at most once for each two neighbouring bytes of the text, whatever has been merged before.
+    """
+    pairs = sum(count * (len(word) - 1) for word, count in table.counts.items())
+    return min(1.0, most / max(1, table.occurrences), LARGEST_PAIR_COUNT / max(1, pairs))
+
+
+def repeated(table: PretokenCounts, scale: float) -> Iterator[str]:
+    """Strings of pre-tokens with one space between them, each as often as `scale` times its count says.
+
+    A fraction is rounded up or down by a hash of the pre-token, in proportion: rare ones together keep their weight.
+    """
+    waiting: list[str] = []
+    for word, count in table.counts.items():
+        times = count if scale == 1.0 else int(count * scale + crc32(word.encode("utf-8")) / 2**32)
+        for start in range(0, times, _PIECE):
+            part = min(_PIECE, times - start)
+            waiting += [word] * part
+            if len(waiting) >= _PIECE:
+                yield " ".join(waiting)
+                waiting = []
+    if waiting:
+        yield " ".join(waiting)
+
+
+@contextmanager
+def counting_progress(
+    shown: bool, *, total: int
+) -> Iterator[Callable[[Iterable[tuple[str, int]]], Iterator[tuple[str, int]]]]:
+    """A function to pass (text, times) through, with a bar of the bytes counted so far where `shown`."""
+    if not shown:
+        yield iter
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("counting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("counting", total=total)
+
+        def watched(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+            since = 0
+            for text, times in texts:
+                yield text, times
+                since += len(text.encode("utf-8"))
+                if since > 1_000_000:
+                    progress.advance(task, since)
+                    since = 0
+            progress.update(task, completed=total)
+
+        yield watched

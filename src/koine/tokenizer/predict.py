@@ -1,0 +1,94 @@
+"""Which languages will be dear to adapt a model to: a ranking from its tokenizer and the scripts it has read, before any training.
+
+Two things that can be counted beforehand are ranked and the ranks averaged:
+
+- **compression**: tokens per byte under the model's tokenizer, relative to what its primary languages need. Longer sequences see fewer
+  bytes a step.
+- **script overlap**: the share of the language's letters that the primary languages' text has too. A letter never seen starts
+  from nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from koine.errors import UserError
+from koine.tokenizer.foreign import AnyTokenizer
+
+SEEN_SHARE = 1e-5
+"""A letter counts as seen where it is at least this share of the primary languages' letters."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of one language; a higher `cost` is a dearer adaptation."""
+
+    language: str
+    tokens_per_byte: float
+    script_overlap: float
+    cost: float
+
+
+def predict_costs(
+    tokenizer: AnyTokenizer, texts: Mapping[str, Sequence[str]], *, primary: Iterable[str]
+) -> list[Expected]:
+    """Expected adaptation cost of each language of `texts` that is not `primary`, the dearest first.
+
+    `cost` is the mean of the two ranks, from 0 (cheapest) to 1. Raises `UserError` where either side is empty.
+    """
+    known = set(primary)
+    seen: Counter[str] = Counter()
+    for code in known & texts.keys():
+        seen.update(_letters(texts[code]))
+    expanded = [code for code in texts if code not in known]
+    if not seen or not expanded:
+        raise UserError(
+            "no text of the primary languages" if not seen else "no language beside the primary ones",
+            mend="give text of both, and name the primary ones",
+        )
+    total = seen.total()
+    familiar = {letter for letter, count in seen.items() if count >= SEEN_SHARE * total}
+    rate, overlap = {}, {}
+    for code in expanded:
+        size = sum(len(text.encode("utf-8")) for text in texts[code])
+        rate[code] = sum(map(len, tokenizer.encode_batch(texts[code]))) / max(size, 1)
+        letters = _letters(texts[code])
+        overlap[code] = sum(letters[letter] for letter in familiar) / max(letters.total(), 1)
+    by_rate, by_overlap = ranks(rate), ranks({code: -value for code, value in overlap.items()})
+    found = [
+        Expected(code, rate[code], overlap[code], (by_rate[code] + by_overlap[code]) / 2) for code in expanded
+    ]
+    return sorted(found, key=lambda one: (-one.cost, one.language))
+
+
+def _letters(texts: Sequence[str]) -> Counter[str]:
+    return Counter(character for text in texts for character in text if character.isalpha())
+
+
+def ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """From 0 for the smallest to 1 for the largest; equal values share their mean rank."""
+    ordered = sorted(values, key=lambda code: values[code])
+    found: dict[str, float] = {}
+    start = 0
+    while start < len(ordered):
+        end = start
+        while end < len(ordered) and values[ordered[end]] == values[ordered[start]]:
+            end += 1
+        for code in ordered[start:end]:
+            found[code] = (start + end - 1) / 2 / max(len(ordered) - 1, 1)
+        start = end
+    return found
+
+
+def spearman(left: Mapping[str, float], right: Mapping[str, float]) -> float:
+    """Spearman's rank correlation over the keys of both: Pearson's correlation of the ranks; nan where one side is constant."""
+    keys = [key for key in left if key in right]
+    a, b = ranks({key: left[key] for key in keys}), ranks({key: right[key] for key in keys})
+    mean_a, mean_b = (sum(side.values()) / max(len(keys), 1) for side in (a, b))
+    covariance = sum((a[key] - mean_a) * (b[key] - mean_b) for key in keys)
+    spread = (
+        sum((a[key] - mean_a) ** 2 for key in keys) * sum((b[key] - mean_b) ** 2 for key in keys)
+    ) ** 0.5
+    return covariance / spread if spread else float("nan")

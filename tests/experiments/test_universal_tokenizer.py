@@ -1,0 +1,75 @@
+"""The experiment at its smallest, whole, and its statistics against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "experiments" / "universal_tokenizer"
+PACK = ROOT.parent / "shared" / "data"
+
+sys.path.append(str(FOLDER))
+from verdicts import at_bytes, interval, sided, speed_entry, together, within  # noqa: E402
+
+
+def test_students_interval_by_hand() -> None:
+    # mean 2, standard deviation 1, three seeds: 2 ± 4.303 / sqrt(3)
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+
+
+def test_verdicts() -> None:
+    assert sided([-0.10, -0.11, -0.12]) == "reproduced"
+    assert sided([0.10, 0.11, 0.12]) == "not reproduced"
+    assert sided([-0.10, 0.11, 0.02]) == "inconclusive"
+    assert within([0.01, 0.012, 0.011], 0.05) == "reproduced"
+    assert within([0.11, 0.112, 0.111], 0.05) == "not reproduced"
+    assert within([0.01, 0.10, 0.02], 0.05) == "inconclusive"
+    assert together(["reproduced", "inconclusive"]) == "inconclusive"
+    assert together(["reproduced", "not reproduced", "inconclusive"]) == "not reproduced"
+
+
+def test_values_at_equal_bytes_and_ratios() -> None:
+    assert at_bytes(([0, 10, 20], [3.0, 2.0, 1.0]), budget=30.0, bytes_per_step=2.0) == pytest.approx(1.5)
+    entry = speed_entry([{"per_step": value, "per_byte": value / 2, "lower_bound": False} for value in (4.0, 5.0, 6.25)])
+    assert entry["measured"] == pytest.approx(5.0)
+    assert entry["per_byte"]["measured"] == pytest.approx(2.5)
+    assert entry["verdict"] == "reproduced"
+    assert speed_entry([{"per_step": None, "per_byte": None}])["verdict"] == "not reproduced"
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.skipif(not PACK.exists(), reason="the development data pack is not beside the checkout")
+def test_smoke(tmp_path: Path) -> None:
+    arguments = [
+        *(sys.executable, "-m", "koine", "run", f"{FOLDER / 'plan.py'}:universal_tokenizer"),
+        *("--runs", str(tmp_path), "--set", "scale=smoke", "--set", f"pack={PACK}"),
+    ]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=500, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((tmp_path / "universal_tokenizer" / "results.json").read_text(encoding="utf-8"))
+    assert set(results["hypotheses"]) == {f"UT{number}" for number in range(1, 10)}
+    for entry in results["hypotheses"].values():
+        assert entry["verdict"] in ("reproduced", "not reproduced", "inconclusive")
+    assert (tmp_path / "universal_tokenizer" / "report.html").exists()
+
+
+def test_the_committed_results_are_what_the_statistics_make_of_them() -> None:
+    """Each committed verdict on a difference follows from the seeds beside it."""
+    for path in FOLDER.glob("results/*.json"):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("UT3", "UT4"):
+            entry = results["hypotheses"][name]
+            assert entry["verdict"] == sided(entry["by_seed"]), (path.name, name)
+            assert entry["interval"] == pytest.approx(interval(entry["by_seed"]))
+        assert len(results["seeds"]) >= 3
+        assert len(results["primary_seeds"]) >= 5

@@ -1,0 +1,89 @@
+"""A longer vocabulary that contains the shorter one: ids, merges, and what the merges do to text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from koine.errors import UserError
+from koine.tokenizer import Tokenizer
+from koine.tokenizer.extend import extend_tokenizer
+from koine.tokenizer.predict import predict_costs, ranks, spearman
+
+KOREAN = [f"서울은 대한민국의 수도이다. {i}" for i in range(100)]
+
+
+@pytest.fixture
+def base(small: Tokenizer, tmp_path: Path) -> Path:
+    small.save(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_old_ids_and_merges_stay_and_the_new_language_is_shorter(small: Tokenizer, base: Path) -> None:
+    extended = extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=30)
+    new = extended.tokenizer
+    assert extended.added_tokens == 30
+    assert new.vocab_size == small.vocab_size + 30
+    assert {token: new.vocabulary()[token] for token in small.vocabulary()} == small.vocabulary()
+    old_merges = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    assert json.loads(new._files["tokenizer.json"])["model"]["merges"][: len(old_merges)] == old_merges
+    text = "서울은 대한민국의 수도이다."
+    assert len(new.encode(text)) < 0.6 * len(small.encode(text))
+    assert new.decode(new.encode(text)) == text
+    # text in which no new merge occurs is cut as before
+    assert new.encode("NASA's map says 37") == small.encode("NASA's map says 37")
+
+
+def test_it_is_as_the_old_merges_first_and_the_new_ones_on_what_they_leave(
+    small: Tokenizer, base: Path
+) -> None:
+    new = extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=60).tokenizer
+    for text in KOREAN[:5]:
+        old_cuts, total = {0}, 0
+        for token in small.encode(text):
+            total += len(small.token_bytes(token))
+            old_cuts.add(total)
+        new_cuts, total = set(), 0
+        for token in new.encode(text):
+            total += len(new.token_bytes(token))
+            new_cuts.add(total)
+        assert new_cuts <= old_cuts
+
+
+def test_what_cannot_be_extended(base: Path) -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        extend_tokenizer(base, [("a", 1)], new_tokens=0)
+    with pytest.raises(UserError, match="no pair"):
+        extend_tokenizer(base, [("q", 1)], new_tokens=5)
+    path = base / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pre_tokenizer"] = None
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="cuts no text"):
+        extend_tokenizer(base, [("a", 1)], new_tokens=5)
+
+
+def test_ranks_and_spearman_by_hand() -> None:
+    assert ranks({"a": 3.0, "b": 1.0, "c": 3.0}) == {"b": 0.0, "a": 0.75, "c": 0.75}
+    up = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    assert spearman(up, {key: value**3 for key, value in up.items()}) == pytest.approx(1.0)
+    assert spearman(up, {key: -value for key, value in up.items()}) == pytest.approx(-1.0)
+    # 1 - 6 * sum d^2 / (n (n^2 - 1)) with d = 1, 1, 0, 0
+    assert spearman(up, {"a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}) == pytest.approx(1 - 6 * 2 / 60)
+
+
+def test_an_unknown_script_in_long_sequences_is_expected_to_be_dear(small: Tokenizer) -> None:
+    texts = {
+        "en": ["The territory is far from the sea, says the map."] * 3,
+        "de": ["Das Gebiet liegt nicht weit."] * 3,
+        "nl": ["Het gebied ligt niet ver."] * 3,
+        "ka": ["ტერიტორია შორს არ არის."] * 3,
+    }
+    found = predict_costs(small, texts, primary=["en", "de"])
+    assert [one.language for one in found] == ["ka", "nl"]
+    assert found[0].script_overlap == 0.0
+    assert found[1].script_overlap == pytest.approx(0.85, abs=0.001)  # v and some others are missing
+    with pytest.raises(UserError, match="no language beside"):
+        predict_costs(small, texts, primary=list(texts))

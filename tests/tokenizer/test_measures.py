@@ -1,0 +1,173 @@
+"""Measures against numbers worked out by hand, and foreign tokenizers against their own libraries."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from koine.errors import UserError
+from koine.tokenizer import Tokenizer
+from koine.tokenizer.foreign import open_tokenizer, piece_bytes
+from koine.tokenizer.measures import Unit, gini, measure, renyi_efficiency, script_of
+
+
+class Bytes:
+    """A token a byte."""
+
+    vocab_size = 256
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+UNITS = [
+    Unit("en", "ab cd", "1"),
+    Unit("en", "no translation", None),
+    Unit("de", "äb cd ef", "1"),
+    Unit("ja", "日本", "1"),
+    Unit("ja", "山", "2"),
+]
+
+
+def test_numbers_by_hand() -> None:
+    rows = measure({"bytes": Bytes()}, UNITS, price_per_million=2.0)["bytes"]
+    assert (rows["de"]["bytes"], rows["de"]["tokens"]) == (9, 9)
+    assert rows["de"]["bytes_per_token"] == 1.0
+    assert rows["de"]["characters_per_token"] == pytest.approx(8 / 9)
+    assert rows["de"]["tokens_per_word"] == 3.0
+    assert "tokens_per_word" not in rows["ja"]
+    # 9 tokens of German for the 5 of the English translation; the second Japanese unit has none
+    assert rows["de"]["parity"] == pytest.approx(9 / 5)
+    assert rows["de"]["tokens_per_sentence"] == 9.0
+    assert rows["ja"]["parity"] == pytest.approx(6 / 5)
+    assert rows["en"]["parity"] == 1.0
+    # ä is two bytes, neither of them a character
+    assert rows["de"]["partial_character_share"] == pytest.approx(2 / 9)
+    assert rows["ja"]["partial_character_share"] == 1.0
+    assert rows["ja"]["cost_per_megabyte"] == 2.0
+    assert rows["overall"]["languages"] == 3
+    assert rows["overall"]["parity"] == pytest.approx((9 / 5 + 6 / 5 + 1) / 3)
+    assert rows["overall"]["gini"] == pytest.approx(gini([1.0, 9 / 5, 6 / 5]))
+    assert rows["cluster:asian"]["bytes_per_token"] == 1.0
+    # distinct bytes of all texts: half of the vocabulary is not UTF-8 on its own
+    assert rows["overall"]["scripts"]["bytes"]["tokens"] == 128
+
+
+def test_gini_of_two_and_of_equals() -> None:
+    assert gini([1.0, 1.0, 1.0]) == pytest.approx(0.0)
+    # mean absolute difference of all ordered pairs (|1 - 3| twice of four) is 1, over twice the mean 2
+    assert gini([1.0, 3.0]) == pytest.approx(0.25)
+    assert gini([0.0, 0.0, 0.0, 1.0]) == pytest.approx(0.75)
+
+
+def test_renyi_efficiency_in_closed_form() -> None:
+    assert renyi_efficiency(np.full(64, 3), 64) == pytest.approx(1.0)
+    assert renyi_efficiency(np.array([10, 0, 0, 0]), 4) == pytest.approx(0.0)
+    p = np.array([0.75, 0.25])
+    expected = math.log((p**2.5).sum()) / (1 - 2.5) / math.log(2)
+    assert renyi_efficiency(np.array([3, 1]), 2) == pytest.approx(expected)
+
+
+def test_scripts() -> None:
+    assert script_of(" Haus".encode()) == "Latn"
+    assert script_of("हिन".encode()) == "Deva"
+    assert script_of(b" 12") == "Zyyy"
+    assert script_of("ä".encode()[:1]) == "bytes"
+    assert script_of("ひらA".encode()) == "Hira"
+
+
+def test_ours_through_its_folder_is_ours(small: Tokenizer, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    opened = open_tokenizer(tmp_path)
+    texts = ["Das Gebiet 7 liegt nicht weit.", "東京は", "<BOS_TOKEN>"]
+    assert opened.encode_batch(texts) == small.encode_batch(texts)
+    assert opened.vocab_size == small.vocab_size
+    for ids, text in zip(opened.encode_batch(texts), texts, strict=True):
+        assert b"".join(map(opened.token_bytes, ids)).decode() == text
+
+
+def test_tiktoken_ranks(tmp_path: Path) -> None:
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    path = tmp_path / "small_cl100k.tiktoken"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    opened = open_tokenizer(path)
+    assert opened.encode_batch(["the the"]) == [[257, 258]]
+    assert opened.token_bytes(258) == b" the"
+    path.write_text("dGg= 0\nnot a line\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 2"):
+        open_tokenizer(path)
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    import sentencepiece
+
+    text = tmp_path / "text.txt"
+    text.write_text("the river runs to the sea\n" * 50, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=290, byte_fallback=True, model_type="bpe"
+    )
+    opened = open_tokenizer(tmp_path / "m.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    ids = opened.encode_batch(["the sea", "日"])
+    assert ids == processor.encode(["the sea", "日"])
+    assert b"".join(map(opened.token_bytes, ids[1])) == " 日".encode()
+    rows = measure({"m": opened}, [Unit("ja", "日", None), Unit("en", "the sea", None)])["m"]
+    assert rows["ja"]["partial_character_share"] == pytest.approx(3 / 4)
+    assert rows["en"]["partial_character_share"] == 0.0
+
+
+def test_piece_bytes() -> None:
+    assert piece_bytes("▁the") == b" the"
+    assert piece_bytes("<0xE6>") == b"\xe6"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nothing", None, "no such file"),
+        ("tokenizer.json", "{", "not a tokenizer"),
+        ("some.txt", "x", "no known kind"),
+        ("empty.tiktoken", "", "holds no tokens"),
+        ("broken.model", "x", "not a SentencePiece model"),
+    ],
+)
+def test_what_is_no_tokenizer(name: str, content: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        open_tokenizer(path)
+
+
+def test_the_command_writes_json_and_a_page(small: Tokenizer, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from koine.cli.tokenizer import tokenizer
+
+    small.save(tmp_path / "one")
+    rows = [
+        {"id": "1", "text": {"eng_Latn": "The sea is far.", "deu_Latn": "Das Meer ist weit."}},
+        {"id": "2", "text": {"eng_Latn": "A map.", "deu_Latn": "Eine Karte.", "hin_Deva": "नक्शा।"}},
+    ]
+    data = tmp_path / "parallel.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    out, page = tmp_path / "out.json", tmp_path / "page.html"
+    done = CliRunner().invoke(
+        tokenizer,
+        ["measure", str(tmp_path / "one"), "--data", str(data), "--out", str(out), "--report", str(page)],
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text(encoding="utf-8"))[str(tmp_path / "one")]
+    assert set(found) >= {"en", "de", "hi", "overall", "cluster:european"}
+    assert found["hi"]["parallel_sentences"] == 1
+    assert "Tokenizers side by side" in page.read_text(encoding="utf-8")
+    assert "<svg" in page.read_text(encoding="utf-8")
