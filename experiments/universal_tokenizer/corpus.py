@@ -34,7 +34,9 @@ def experiment_corpus(
 
     def records() -> Iterator[dict[str, Any]]:
         for path in texts:
-            yield from read_records(path, languages=(*primary, *expanded, *unseen), split="all", max_bad_share=1.0)
+            yield from read_records(
+                path, languages=(*primary, *expanded, *unseen), split="all", max_bad_share=1.0
+            )
         for record in read_records(chats, languages=expanded, split="all", max_bad_share=1.0):
             # An answer must fit behind its question into a training sequence.
             if sum(len(message["content"]) for message in record["messages"]) < 400:

@@ -123,7 +123,8 @@ def judge(
     ut4 = [statistics.mean(unseen_difference[code][seed] for code in unseen) for seed in every]
     speed = [speed_of(found, seed, expanded, step_bytes) for seed in every]
     five = [
-        found.final("continued/universal-5", seed, expanded) - found.final("continued/universal", seed, expanded)
+        found.final("continued/universal-5", seed, expanded)
+        - found.final("continued/universal", seed, expanded)
         for seed in every
     ]
     replaced = {
@@ -135,7 +136,8 @@ def judge(
         for method in ("random", "mean", "subword-mean", "focus", "distill")
     }
     better_mean = [
-        max(replaced["mean"][seed], replaced["subword-mean"][seed]) - replaced["random"][seed] for seed in every
+        max(replaced["mean"][seed], replaced["subword-mean"][seed]) - replaced["random"][seed]
+        for seed in every
     ]
     everywhere = (*primary, *expanded)
     weights = {
@@ -148,7 +150,12 @@ def judge(
     }
     vocabularies = {size: difference(f"sweep-{size}", primary) for size in sweep}
     hypotheses = {
-        "UT1": entry(together((sided(ut1), sided(equal_bytes))), ut1, "+18.9 points of win rate", at_equal_bytes=equal_bytes),
+        "UT1": entry(
+            together((sided(ut1), sided(equal_bytes))),
+            ut1,
+            "+18.9 points of win rate",
+            at_equal_bytes=equal_bytes,
+        ),
         "UT2": entry(within(ut2, PRIMARY_MARGIN), ut2, "less than 0.5 points", margin=PRIMARY_MARGIN),
         "UT3": entry(sided(ut3), ut3, "+14.6 points"),
         "UT4": entry(sided(ut4), ut4, "+2.0 points, best +5.0", languages=unseen_difference),
@@ -184,7 +191,9 @@ def judge(
         "seeds": list(every),
         "primary_seeds": list(range(primary_seeds)),
         "languages": {"primary": primary, "expanded": expanded, "unseen": unseen, "chats": chat_languages},
-        "bytes_per_token": {kind: read_json(path / "bytes_per_token.json") for kind, path in tokenizers.items()},
+        "bytes_per_token": {
+            kind: read_json(path / "bytes_per_token.json") for kind, path in tokenizers.items()
+        },
         "hypotheses": hypotheses,
         "predictor": predictor(corpus, tokenizers["cluster"], found, seeds, primary, expanded),
         "runs": found.tracked,
@@ -322,9 +331,7 @@ def report(
     step_bytes: Mapping[str, float],
 ) -> dict[str, Any]:
     """The verdicts, the curves per step and per byte, and bytes per token."""
-    rows = [
-        [name, one["verdict"], one["why"], one["paper"]] for name, one in results["hypotheses"].items()
-    ]
+    rows = [[name, one["verdict"], one["why"], one["paper"]] for name, one in results["hypotheses"].items()]
     good = [name for name, one in results["hypotheses"].items() if one["verdict"] == "reproduced"]
     arms = ("universal", "universal-5", "cluster", "replaced-subword-mean", "replaced-random")
 

@@ -37,7 +37,9 @@ def test_verdicts() -> None:
 
 def test_values_at_equal_bytes_and_ratios() -> None:
     assert at_bytes(([0, 10, 20], [3.0, 2.0, 1.0]), budget=30.0, bytes_per_step=2.0) == pytest.approx(1.5)
-    entry = speed_entry([{"per_step": value, "per_byte": value / 2, "lower_bound": False} for value in (4.0, 5.0, 6.25)])
+    entry = speed_entry(
+        [{"per_step": value, "per_byte": value / 2, "lower_bound": False} for value in (4.0, 5.0, 6.25)]
+    )
     assert entry["measured"] == pytest.approx(5.0)
     assert entry["per_byte"]["measured"] == pytest.approx(2.5)
     assert entry["verdict"] == "reproduced"
@@ -53,7 +55,12 @@ def test_smoke(tmp_path: Path) -> None:
         *("--runs", str(tmp_path), "--set", "scale=smoke", "--set", f"pack={PACK}"),
     ]
     done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=500, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        arguments,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "universal_tokenizer" / "results.json").read_text(encoding="utf-8"))

@@ -155,9 +155,7 @@ def test_focus_takes_rows_of_tokens_that_are_used_alike() -> None:
         shared={0: 0, 1: 1, 2: 2}, pieces={3: (0, 1)}, dropped=(3,), new_size=4, old_size=4
     )
     auxiliary = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 2.0]])
-    rows = initialise_rows(
-        old, match, method="focus", generator=torch.Generator(), auxiliary=auxiliary
-    )
+    rows = initialise_rows(old, match, method="focus", generator=torch.Generator(), auxiliary=auxiliary)
     # similarities 0, 1, 0.8: sparsemax keeps the last two as 0.6 and 0.4
     torch.testing.assert_close(rows[3], 0.6 * old[1] + 0.4 * old[2])
     assert torch.equal(rows[:3], old[:3])

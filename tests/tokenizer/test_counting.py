@@ -64,9 +64,7 @@ def test_the_merges_are_those_of_the_library_on_the_text_itself(chunk_bytes: int
 
 def test_a_text_counts_as_often_as_it_is_drawn() -> None:
     backend = _empty_backend()
-    once = count_pretokens(
-        [("a b b", 1)], normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
-    )
+    once = count_pretokens([("a b b", 1)], normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer)
     thrice = count_pretokens(
         [("a b b", 3)], normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
     )

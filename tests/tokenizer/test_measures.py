@@ -77,7 +77,7 @@ def test_renyi_efficiency_in_closed_form() -> None:
 
 
 def test_scripts() -> None:
-    assert script_of(" Haus".encode()) == "Latn"
+    assert script_of(b" Haus") == "Latn"
     assert script_of("हिन".encode()) == "Deva"
     assert script_of(b" 12") == "Zyyy"
     assert script_of("ä".encode()[:1]) == "bytes"
@@ -113,7 +113,11 @@ def test_sentencepiece(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the river runs to the sea\n" * 50, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=290, byte_fallback=True, model_type="bpe"
+        input=str(text),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=290,
+        byte_fallback=True,
+        model_type="bpe",
     )
     opened = open_tokenizer(tmp_path / "m.model")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))

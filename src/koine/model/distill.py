@@ -73,7 +73,7 @@ def _ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 
 def distill_rows(
-    model: nn.Module,
+    model: Decoder | CausalLM,
     before: Tokenizer,
     after: Tokenizer,
     match: VocabularyMatch,
@@ -87,8 +87,7 @@ def distill_rows(
     found = list(snippets(before, after, match, texts))
     if not found:
         return start
-    inner = model.inner if isinstance(model, CausalLM) else model
-    embedding = inner.embedding if isinstance(inner, Decoder) else inner.get_input_embeddings()
+    embedding = model.embedding if isinstance(model, Decoder) else model.inner.get_input_embeddings()
     old = embedding.weight.detach()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

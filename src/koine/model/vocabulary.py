@@ -65,6 +65,7 @@ def move_model(
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
     match = match_tokenizers(model, tokenizer)
     loaded = load_causal_lm(model)
+    assert isinstance(loaded, Decoder | CausalLM)
     inner = loaded.inner if isinstance(loaded, CausalLM) else loaded
     sample = list(texts) if texts is not None and method in TEXT_METHODS else []
     auxiliary = None
@@ -140,13 +141,14 @@ def _write(
     head: Tensor | None,
     match: VocabularyMatch,
 ) -> None:
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
     if isinstance(model, Decoder):
-        config = replace(model.config, vocab_size=len(embedding), **ids)
+        config = replace(
+            model.config,
+            vocab_size=len(embedding),
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
         moved = Decoder(config).to(embedding.dtype)
         state = dict(model.state_dict())
         state["embedding.weight"] = embedding
@@ -166,7 +168,11 @@ def _write(
             output.weight.copy_(head)
         if new_bias is not None:
             output.bias.copy_(new_bias)
-    for name, value in ids.items():
+    for name, value in (
+        ("bos_token_id", tokenizer.bos_id),
+        ("eos_token_id", tokenizer.eos_id),
+        ("pad_token_id", tokenizer.pad_id),
+    ):
         setattr(model.config, name, value)
         if getattr(model, "generation_config", None) is not None:
             setattr(model.generation_config, name, value)

@@ -57,7 +57,9 @@ def training(
     threads: int,
     **_: Any,
 ) -> Estimate:
-    """A training step's formula, with the evaluations beside it."""
+    """A training step's formula, with the evaluations beside it; nothing is known beforehand of a model that is no preset."""
+    if not preset:
+        return Estimate(2 * 2**30, 60.0)
     from koine.data import Mixture, Phase, Source
     from koine.model import preset as model_preset
     from koine.train import TrainSettings, estimate_training

@@ -57,7 +57,7 @@ def adapt_to(
     threads: int,
     out: Path,
 ) -> None:
-    """Adapt a model to `languages`, drawn in equal parts; bits per byte of these and of the primary languages every `evaluate_every` steps.
+    """Adapt a model to `languages` (none named: the corpus's expanded ones), drawn in equal parts; bits per byte of these and of the primary languages every `evaluate_every` steps.
 
     kind: `text` (language modelling on `tokens` of documents) or `chats` (loss on the completions of `tokens` of chats).
     primary_share: of the text, from the corpus's primary languages: 0 for targeted adaptation.
@@ -68,9 +68,8 @@ def adapt_to(
 
     if kind not in ("text", "chats"):
         raise UserError(f"unknown kind '{kind}'", mend="text or chats")
-    if not languages:
-        raise UserError("no language to adapt to", mend="name at least one")
     roles = load_roles(corpus)
+    languages = languages or roles.expanded
     sources = [
         Source(
             name="adapted",
@@ -166,7 +165,14 @@ def forgetting_blocks(model: Path, primary: tuple[str, ...]) -> list[dict[str, A
 
 @step(version="1", estimate=estimates.tokens)
 def move_to_tokenizer(
-    model: Path, tokenizer: Path, corpus: Path, *, method: str, languages: tuple[str, ...], seed: int, out: Path
+    model: Path,
+    tokenizer: Path,
+    corpus: Path,
+    *,
+    method: str,
+    languages: tuple[str, ...],
+    seed: int,
+    out: Path,
 ) -> None:
     """Swap a model's vocabulary for `tokenizer`'s (the CVA baselines of arXiv 2506.10766 and later ones; see `koine.model.vocabulary`)."""
     from koine.model.vocabulary import TEXT_METHODS, move_model
@@ -175,7 +181,9 @@ def move_to_tokenizer(
     texts = None
     if method in TEXT_METHODS:
         paths = existing(corpus, "documents", languages).values()
-        texts = [record["text"] for path in paths for record, _ in zip(read_lines(path), range(60), strict=False)]
+        texts = [
+            record["text"] for path in paths for record, _ in zip(read_lines(path), range(60), strict=False)
+        ]
     moved = move_model(model, tokenizer, out, method=method, texts=texts, seed=seed)  # type: ignore[arg-type]
     write_json(
         out / "metrics.json", {"shared": moved.shared, "spelled": moved.spelled, "dropped": moved.dropped}

@@ -497,12 +497,12 @@ def teach_chat(
 
 
 def load_of_preset(path: Path, preset: str, vocabulary_size: int) -> Decoder:
-    """A model that must be of a preset's sizes; raises `UserError` where it is of others."""
+    """A model that must be of a preset's sizes ("": any); raises `UserError` where it is of others."""
     from koine.model import load_model
     from koine.model import preset as model_preset
 
     model = load_model(path)
-    if model.config != model_preset(preset, vocab_size=vocabulary_size):
+    if preset and model.config != model_preset(preset, vocab_size=vocabulary_size):
         raise UserError(
             f"is not a {preset} with {vocabulary_size} tokens",
             where=path,

@@ -91,15 +91,15 @@ class _Backend:
     def token_bytes(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
         if added is not None:
-            return b"" if added.special else added.content.encode("utf-8")
+            return b"" if added.special else str(added.content).encode("utf-8")
         token = self._tokens.get(token_id)
         if token is None:
             return b""
         if self._characters is not None:
             if all(character in self._characters for character in token):
                 return bytes(self._characters[character] for character in token)
-            return token.encode("utf-8")
-        return piece_bytes(token.removeprefix("##"))
+            return str(token).encode("utf-8")
+        return piece_bytes(str(token).removeprefix("##"))
 
 
 class _Tiktoken:

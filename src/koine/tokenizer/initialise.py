@@ -131,4 +131,8 @@ def auxiliary_vectors(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         u, s, _ = torch.svd_lowrank(matrix, q=width, niter=2)
-    return u * s.sqrt()
+    vectors = u * s.sqrt()
+    known = torch.zeros(vocab_size, dtype=torch.bool)
+    known[torch.from_numpy(rows[keep])] = True
+    # Of a token without any context the factorisation knows nothing but rounding errors.
+    return vectors * known[:, None]

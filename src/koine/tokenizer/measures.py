@@ -115,7 +115,7 @@ def measure(
         groups = _groups(rows)
         groups["overall"]["vocabulary_size"] = tokenizer.vocab_size
         groups["overall"]["megabytes_per_second"] = total / 1e6 / max(seconds[name], 1e-9)
-        used = sum(count.frequencies for count in counts[name].values()) > 0
+        used = np.sum([count.frequencies for count in counts[name].values()], axis=0) > 0
         groups["overall"]["scripts"] = scripts_of_vocabulary(tokenizer, used)
         result[name] = {**rows, **groups}
     return result
