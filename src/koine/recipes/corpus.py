@@ -83,6 +83,10 @@ def held_out(record: dict[str, Any], *, share: float) -> bool:
     split = record.get("split")
     if isinstance(split, str) and split:
         return split.lower() not in ("train", "training")
+    return _hash_holds_out(record, share=share)
+
+
+def _hash_holds_out(record: dict[str, Any], *, share: float) -> bool:
     digest = hashlib.blake2b(str(record["id"]).encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
@@ -112,7 +116,8 @@ def write_own_corpus(
     """Sort the user's records into the corpus layout, by language; returns the languages kept, with their sizes.
 
     At most `max_bytes` of training text and `heldout_bytes` of held-out text are taken per language, in file order;
-    languages with less than `min_bytes` of training text are left out. Memory does not grow with the data.
+    languages with less than `min_bytes` of training text are left out. Of a language whose records all say that they are for training,
+    some are held out all the same. Memory does not grow with the data.
     """
     shares: dict[str, LanguageShare] = defaultdict(LanguageShare)
     for folder in ("documents", "documents-heldout", "questions/train", "questions/test"):
@@ -134,6 +139,9 @@ def write_own_corpus(
             for file in share._files.values():
                 file.close()
             share._files.clear()
+    for code, share in shares.items():
+        if share.documents > 1 and not share.heldout_documents:
+            _hold_back(out, code, share, heldout_share, heldout_bytes)
     kept = {
         code: share
         for code, share in sorted(shares.items())
@@ -143,6 +151,28 @@ def write_own_corpus(
         for folder in ("documents", "documents-heldout"):
             (out / folder / f"{code}.jsonl").unlink(missing_ok=True)
     return kept
+
+
+def _hold_back(out: Path, code: str, share: LanguageShare, heldout_share: float, heldout_bytes: int) -> None:
+    """Move some training documents of a language to its held-out ones: those that their identifiers' hashes choose, else the last one."""
+    path = out / "documents" / f"{code}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    chosen = [index for index, record in enumerate(records) if _hash_holds_out(record, share=heldout_share)]
+    moved: list[int] = []
+    for index in chosen or [len(lines) - 1]:
+        if share.heldout_bytes >= heldout_bytes:
+            break
+        size = len(records[index]["text"].encode("utf-8"))
+        share.documents, share.bytes = share.documents - 1, share.bytes - size
+        share.heldout_documents, share.heldout_bytes = share.heldout_documents + 1, share.heldout_bytes + size
+        moved.append(index)
+    there = out / "documents-heldout" / f"{code}.jsonl"
+    there.write_text("".join(lines[index] + "\n" for index in moved), encoding="utf-8")
+    gone = set(moved)
+    path.write_text(
+        "".join(line + "\n" for index, line in enumerate(lines) if index not in gone), encoding="utf-8"
+    )
 
 
 def _place(
