@@ -52,7 +52,7 @@ LAPTOP = Scale(
     adapt_steps=300,
     chat_steps=120,
     unseen_steps=100,
-    evaluations=15,
+    evaluations=12,
     sequence_length=256,
     batch_size=4,
     learning_rate=6e-3,
@@ -212,8 +212,8 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
             steps=steps,
             learning_rate=size.learning_rate / 2,
             evaluate_every=max(1, steps // size.evaluations),
-            evaluation_documents=3,
-            evaluation_bytes=3_000,
+            evaluation_documents=2,
+            evaluation_bytes=2_000,
             **common(seed, size.vocabulary),
         )
 
