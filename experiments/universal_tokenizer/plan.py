@@ -11,7 +11,8 @@ from verdicts import judge
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
 from koine.recipes.regimes import adapt_to, move_to_tokenizer
-from koine.recipes.steps import build_tokenizer, pretrain, tokenize_part
+from koine.recipes.tokens import build_tokenizer, tokenize_part
+from koine.recipes.training import pretrain
 
 PRIMARY = ("en", "de", "fr", "it", "es", "pl", "pt", "ru", "bg", "uk", "hu", "nl")
 EXPANDED = ("zh", "ja", "th", "vi", "id", "mn", "ky", "ar", "fa", "hi", "tr", "ta", "pa", "ur")

@@ -13,8 +13,8 @@ from koine.plan import step
 from koine.recipes import estimates
 from koine.recipes.compare import first_reach
 from koine.recipes.corpus import existing, read_lines
+from koine.recipes.evaluation import tracked_languages
 from koine.recipes.regimes import TRACK
-from koine.recipes.steps import tracked_languages
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -194,6 +194,7 @@ def judge(
         "bytes_per_token": {
             kind: read_json(path / "bytes_per_token.json") for kind, path in tokenizers.items()
         },
+        "training_bytes_per_token": step_bytes,
         "hypotheses": hypotheses,
         "predictor": predictor(corpus, tokenizers["cluster"], found, seeds, primary, expanded),
         "runs": found.tracked,

@@ -7,8 +7,10 @@ from pathlib import Path
 from koine.errors import UserError, did_you_mean
 from koine.languages import language
 from koine.plan import Plan
+from koine.recipes.corpora import own_corpus
+from koine.recipes.evaluation import evaluate_model
 from koine.recipes.regimes import adapt_to, move_to_tokenizer
-from koine.recipes.steps import evaluate_model, own_corpus, tokenize_part
+from koine.recipes.tokens import tokenize_part
 
 REGIMES = ("continued", "targeted")
 

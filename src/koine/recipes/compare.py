@@ -80,7 +80,7 @@ def compare_arms(
     shares = dict.fromkeys(roles.expanded, (1.0 - primary_share) / len(roles.expanded))
     shares |= dict.fromkeys(roles.primary, primary_share / len(roles.primary))
     token_bytes = {arm: bytes_per_token(tokens[arm], roles.all, shares) for arm in ARMS}
-    curves = {arm: curve(adapted[arm], "evaluation/bits_per_byte_expanded") for arm in ARMS}
+    curves = {arm: curve(adapted[arm], "evaluation/bits_per_byte_adapted") for arm in ARMS}
     speed = adaptation_speed(curves, token_bytes)
     results: dict[str, Any] = {
         "question": "did the universal tokenizer adapt faster, and what did it cost?",

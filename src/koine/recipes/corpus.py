@@ -209,3 +209,8 @@ def existing(corpus: Path, folder: str, codes: Iterable[str]) -> dict[str, Path]
     """The files of `folder` for those of `codes` that have one."""
     paths = {code: corpus / folder / f"{code}.jsonl" for code in codes}
     return {code: path for code, path in paths.items() if path.exists()}
+
+
+def write_step_report(out: Path, title: str, blocks: list[dict[str, Any]]) -> None:
+    """What a step says of itself in the run's report."""
+    write_json(out / "report.json", {"title": title, "blocks": blocks})

@@ -6,16 +6,11 @@ from pathlib import Path
 
 from koine.plan import Artifact, Plan
 from koine.recipes.compare import ARMS, compare_arms
-from koine.recipes.steps import (
-    adapt,
-    build_tokenizer,
-    evaluate_model,
-    own_corpus,
-    pretrain,
-    sample_corpus,
-    teach_chat,
-    tokenize_part,
-)
+from koine.recipes.corpora import own_corpus, sample_corpus
+from koine.recipes.evaluation import evaluate_model
+from koine.recipes.regimes import adapt_to
+from koine.recipes.tokens import build_tokenizer, tokenize_part
+from koine.recipes.training import pretrain, teach_chat
 
 LANGUAGES = (
     *("en", "de", "fr", "es", "pl", "ru", "el", "fi"),
@@ -163,12 +158,15 @@ def quickstart(
         )
     for arm in ARMS:
         adapted[arm] = plan.step(
-            adapt,
+            adapt_to,
             name=f"adapted/{arm}",
             corpus=corpus,
             tokenizer=tokenizers[arm],
             model=pretrained[arm],
-            documents=documents[arm],
+            tokens=documents[arm],
+            kind="text",
+            languages=(),
+            primary_share=primary_share,
             preset=preset,
             vocabulary_size=vocabulary_size,
             steps=adapt_steps,
@@ -177,8 +175,9 @@ def quickstart(
             micro_batch_size=micro_batch_size,
             learning_rate=learning_rate / 2,
             dtype=dtype,
-            primary_share=primary_share,
             evaluate_every=max(1, adapt_steps // 15),
+            evaluation_documents=3,
+            evaluation_bytes=3_000,
             seed=seed,
             threads=threads,
         )

@@ -16,16 +16,9 @@ from koine.files import write_json
 from koine.languages import language
 from koine.plan import step
 from koine.recipes import estimates
-from koine.recipes.corpus import load_roles
-from koine.recipes.steps import (
-    bits_per_byte_probe,
-    load_of_preset,
-    phase_of,
-    tracked_languages,
-    train_step,
-    training_settings,
-    write_step_report,
-)
+from koine.recipes.corpus import load_roles, write_step_report
+from koine.recipes.evaluation import bits_per_byte_probe, tracked_languages
+from koine.recipes.training import load_of_preset, phase_of, train_step, training_settings
 
 TRACK = "languages.jsonl"
 BEFORE = -1
