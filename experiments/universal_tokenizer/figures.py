@@ -33,7 +33,7 @@ def curves(results: dict[str, Any], arm: str) -> tuple[list[int], list[list[floa
         tracked = results["runs"][f"continued/{arm}/{seed}"]
         steps = sorted(map(int, tracked))
         found.append([statistics.mean(tracked[str(one)][code] for code in expanded) for one in steps])
-    return [one + 1 for one in steps], found
+    return [max(one, 0) for one in steps], found
 
 
 def adaptation(results: dict[str, Any], out: Path) -> None:
@@ -83,7 +83,13 @@ def predicted(results: dict[str, Any], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for one in results["predictor"]["expected"]:
         axis.scatter(one["cost"], after[one["language"]], s=14, color="C0")
-        axis.annotate(one["language"], (one["cost"], after[one["language"]]), fontsize=8, xytext=(3, 2), textcoords="offset points")
+        axis.annotate(
+            one["language"],
+            (one["cost"], after[one["language"]]),
+            fontsize=8,
+            xytext=(3, 2),
+            textcoords="offset points",
+        )
     axis.set_xlabel("expected cost, before any training")
     axis.set_ylabel("bits per byte after adaptation")
     axis.grid(alpha=0.3)

@@ -69,7 +69,7 @@ class Runs:
         """Steps done, and the mean over languages after them."""
         tracked = self.tracked[f"{run}/{seed}"]
         steps = sorted(tracked)
-        return [one + 1 for one in steps], [statistics.mean(tracked[s][c] for c in codes) for s in steps]
+        return [max(one, 0) for one in steps], [statistics.mean(tracked[s][c] for c in codes) for s in steps]
 
 
 def at_bytes(curve: tuple[list[int], list[float]], budget: float, bytes_per_step: float) -> float:
@@ -83,7 +83,7 @@ def at_bytes(curve: tuple[list[int], list[float]], budget: float, bytes_per_step
     return values[-1]
 
 
-@step(version="1", estimate=estimates.comparison)
+@step(version="2", estimate=estimates.comparison)
 def judge(
     corpus: Path,
     runs: dict[str, Path],

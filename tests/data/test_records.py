@@ -187,3 +187,31 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         tracemalloc.stop()
     # Twenty times the data; what is left is noise of the allocator.
     assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_text_without_empty_lines_is_cut_at_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    line = "x" * 99
+    path.write_text(f"{line}\n" * 25_000, encoding="utf-8")
+    texts = [record["text"] for record in read_records(path)]
+    assert len(texts) == 3
+    assert max(map(len, texts)) <= 2**20 + 100
+    assert "\n".join(texts) == "\n".join([line] * 25_000)
+
+
+def test_a_row_with_a_text_in_each_language_is_a_record_in_each(tmp_path: Path) -> None:
+    path = tmp_path / "parallel.jsonl"
+    rows = [
+        {"id": "1", "text": {"eng_Latn": "a map", "deu_Latn": "eine Karte", "xxx_Latn": "?"}, "split": "dev"},
+        {"id": "2", "text": {"deu_Latn": "ein Fluss"}},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    reader = read_records(path, max_bad_share=0.5)
+    found = [(record["id"], record["language"], record["text"]) for record in reader]
+    assert found == [("1", "en", "a map"), ("1", "de", "eine Karte"), ("2", "de", "ein Fluss")]
+    assert reader.bad == 1
+    # a language that was not asked for is passed over, also where its code is unknown
+    german = read_records(path, languages=["de"], max_bad_share=0.0)
+    assert [record["text"] for record in german] == ["eine Karte", "ein Fluss"]
+    assert german.bad == 0
+    assert all(record["translated"] for record in read_records(path, languages=["deu"]))

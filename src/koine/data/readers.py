@@ -27,12 +27,14 @@ Row = tuple[str, dict[str, Any] | str]
 
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 _MAX_LINE = 64 * 2**20
+_MAX_PARAGRAPH = 2**20
+"""Characters of a text without an empty line that are read as one document; memory must not grow with the file."""
 
 
 def _read_txt(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
-    """Documents of a plain text: paragraphs (between empty lines), lines, or the whole file."""
+    """Documents of a plain text: paragraphs (between empty lines, cut at a line end where they are very long), lines, or the file."""
     collected: list[str] = []
-    first = 1
+    first, size = 1, 0
     number = 0
     for number, raw in enumerate(_lines(file), 1):
         if isinstance(raw, str):
@@ -49,9 +51,13 @@ def _read_txt(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
         elif unit == "paragraph" and not line.strip():
             if collected:
                 yield f"line {first}", {"text": "\n".join(collected)}
-            collected, first = [], number + 1
+            collected, first, size = [], number + 1, 0
         else:
             collected.append(line)
+            size += len(line) + 1
+            if unit == "paragraph" and size >= _MAX_PARAGRAPH:
+                yield f"line {first}", {"text": "\n".join(collected)}
+                collected, first, size = [], number + 1, 0
     if any(line.strip() for line in collected):
         yield f"line {first}", {"text": "\n".join(collected)}
 

@@ -22,7 +22,7 @@ from koine.recipes.training import load_of_preset, phase_of, train_step, trainin
 
 TRACK = "languages.jsonl"
 BEFORE = -1
-"""The step under which the evaluation before the first step is filed; steps are numbered from 0."""
+"""What the evaluation before the first step is filed under; the others are filed under the number of steps done."""
 
 
 @step(version="1", estimate=estimates.training)
@@ -135,7 +135,7 @@ def forgetting_blocks(model: Path, primary: tuple[str, ...]) -> list[dict[str, A
             "title": "Bits per byte while it adapts",
             "label": "bits per byte",
             "rows": codes,
-            "columns": [str(step + 1) for step in steps],
+            "columns": [str(max(step, 0)) for step in steps],
             "values": [[tracked[step][code] for step in steps] for code in codes],
         },
         {
