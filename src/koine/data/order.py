@@ -89,6 +89,7 @@ class DataOrder:
         self._offsets = self._phase_offsets()
         self._patterns: _Recent[tuple[NDArray[Any], NDArray[Any]]] = _Recent(8)
         self._warn_of_repeats()
+        self._warn_of_cut_documents(packings)
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -256,6 +257,17 @@ class DataOrder:
         if over:
             warnings.warn(
                 f"these documents are repeated: {', '.join(over)}; add text, lower their share, or raise max_epochs",
+                KoineWarning,
+                stacklevel=3,
+            )
+
+    def _warn_of_cut_documents(self, packings: dict[tuple[str, str], StreamPacking | WholePacking]) -> None:
+        counts = [packing.cut_off() for packing in packings.values() if isinstance(packing, WholePacking)]
+        cut, total = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        if cut:
+            warnings.warn(
+                f"{cut} of {total} documents are longer than a sequence of {self.mixture.sequence_length} tokens and lose their end "
+                "(a chat its answer); raise the sequence length, or leave them out",
                 KoineWarning,
                 stacklevel=3,
             )

@@ -94,6 +94,10 @@ class WholePacking(_Epochs):
         super().__init__(documents, lengths, time, seed)
         self._first_rows = [0]
 
+    def cut_off(self) -> tuple[int, int]:
+        """Documents that are longer than a row and lose their end, and all documents."""
+        return int((self._lengths > self._time).sum()), len(self._lengths)
+
     def rows_in_epoch(self) -> float:
         """Rows of the first pass over the documents."""
         return float(len(self._epoch(0)[1]) - 1)

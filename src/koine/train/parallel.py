@@ -61,6 +61,9 @@ def join(device: str = "auto") -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+        if started:
+            # A rank that leaves while another still talks to it takes that one down with it.
+            dist.barrier()
     finally:
         if started:
             dist.destroy_process_group()
