@@ -1,4 +1,4 @@
-"""The figures of a result file: `python experiments/universal_tokenizer/figures.py experiments/universal_tokenizer/results/laptop.json`."""
+"""The figures of a result file, and its table of verdicts: `python experiments/universal_tokenizer/figures.py experiments/universal_tokenizer/results/laptop.json`."""
 
 from __future__ import annotations
 
@@ -97,12 +97,33 @@ def predicted(results: dict[str, Any], out: Path) -> None:
     plt.close(figure)
 
 
+def table(results: dict[str, Any]) -> str:
+    """The verdicts as a Markdown table; docs/universal-tokenizer.md holds it as it is."""
+    lines = ["| id | verdict | measured, bits per byte (95 % interval) | paper |", "|---|---|---|---|"]
+    for name, one in results["hypotheses"].items():
+        if name == "UT9":
+            measured = "; ".join(
+                f"{value:+.3f} ({one['interval'][size][0]:+.3f} to {one['interval'][size][1]:+.3f}) at {int(size):,}"
+                for size, value in one["measured"].items()
+            )
+        elif name == "UT5" and one["measured"] is not None:
+            measured = ", ".join(
+                f"{part['measured']:.1f} ({part['interval'][0]:.1f} to {part['interval'][1]:.1f}) times per {unit}"
+                for unit, part in (("step", one), ("byte", one["per_byte"]))
+            )
+        else:
+            measured = f"{one['measured']:+.3f} ({one['interval'][0]:+.3f} to {one['interval'][1]:+.3f})"
+        lines.append(f"| {name} | {one['verdict']} | {measured} | {one['paper']} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     path = Path(sys.argv[1])
     mpl.rcParams["svg.hashsalt"] = path.stem
     results = read_json(path)
     for name, draw in (("adaptation", adaptation), ("sweep", sweep), ("predictor", predicted)):
         draw(results, path.with_name(f"{path.stem}_{name}.svg"))
+    print(table(results))
 
 
 if __name__ == "__main__":

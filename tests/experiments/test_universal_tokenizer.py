@@ -70,6 +70,13 @@ def test_smoke(tmp_path: Path) -> None:
     assert (tmp_path / "universal_tokenizer" / "report.html").exists()
 
 
+def test_the_manual_has_the_table_of_the_committed_results() -> None:
+    from figures import table
+
+    page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
+    assert table(json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))) in page
+
+
 def test_the_committed_results_are_what_the_statistics_make_of_them() -> None:
     """Each committed verdict on a difference follows from the seeds beside it."""
     for path in FOLDER.glob("results/*.json"):
