@@ -205,7 +205,7 @@ def judge(
 
 def bytes_of_a_token(tokens: Path, codes: Sequence[str]) -> float:
     """Bytes that a training token of these languages, in equal parts, stands for."""
-    totals = read_json(tokens / "tokens" / "manifest.json")["languages"]
+    totals: dict[str, dict[str, int]] = read_json(tokens / "tokens" / "manifest.json")["languages"]
     return statistics.mean(totals[code]["bytes"] / totals[code]["tokens"] for code in codes)
 
 
@@ -321,7 +321,7 @@ def predictor(
 
 def _first_value(found: Runs, seed: int, code: str) -> float:
     tracked = found.tracked[f"continued/cluster/{seed}"]
-    return tracked[min(tracked)][code]
+    return float(tracked[min(tracked)][code])
 
 
 def report(
