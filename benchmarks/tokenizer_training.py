@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -100,10 +99,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
+        from koine.plan.memory import own_peak
+
         start = time.perf_counter()
         merges = {"ours": ours, "direct": direct}[options.side](options.text)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = own_peak()
         digest = hashlib.sha256(merges.encode("utf-8")).hexdigest()
         print(json.dumps({"seconds": seconds, "peak_memory_bytes": peak, "merges": digest}))
         return
