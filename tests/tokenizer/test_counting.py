@@ -17,7 +17,7 @@ from koine.tokenizer.counting import (
     repeated,
 )
 from koine.tokenizer.pretokenize import pre_tokenizer
-from koine.tokenizer.training import _empty_backend, _merge
+from koine.tokenizer.training import _empty_backend, learn_from_table
 
 from .conftest import TEXTS
 
@@ -57,7 +57,7 @@ def test_the_merges_are_those_of_the_library_on_the_text_itself(chunk_bytes: int
         pre_tokenizer=ours.pre_tokenizer,
         chunk_bytes=chunk_bytes,
     )
-    assert _merge(ours, table, vocab_size=450, min_frequency=5, show_progress=False) == 1.0
+    assert learn_from_table(ours, table, vocab_size=450, min_frequency=5, show_progress=False) == 1.0
     assert merges(ours) == merges(direct)
     assert ours.get_vocab() == direct.get_vocab()
 

@@ -14,9 +14,11 @@ from typing import Any
 from zlib import crc32
 
 CHUNK_BYTES = 32 * 2**20
-MOST_ENTRIES = 3_000_000
-"""Different pre-tokens kept; some 400 MB."""
-MOST_OCCURRENCES = 40_000_000
+DIRECT_BYTES = 64 * 2**20
+"""A sample of up to this size goes to the library as it is: its table is small, and feeding it a table costs more than it saves."""
+MOST_ENTRIES = 1_500_000
+"""Different pre-tokens kept. The trainer needs about a kilobyte for each while it merges."""
+MOST_OCCURRENCES = 10_000_000
 """Pre-tokens fed to the trainer; a longer text is scaled down to it."""
 LARGEST_PAIR_COUNT = 2**31 - 1
 """The library adds up the occurrences of a pair in 32 bits and does not notice when that overflows."""

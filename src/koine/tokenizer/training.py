@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer.counting import (
+    DIRECT_BYTES,
     PretokenCounts,
     count_pretokens,
     counting_progress,
@@ -61,13 +63,26 @@ def train_tokenizer(
     drawn = quotas(sizes, weights, sample_bytes=sample_bytes, max_repeats=max_repeats)
     sample = draw(texts_by_language, sizes=sizes, quota=drawn, seed=seed)
     backend = _empty_backend()
-    with counting_progress(show_progress, total=sum(sizes.values())) as watched:
-        table = count_pretokens(
-            watched(sample), normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
+    pretokens: dict[str, Any] | None = None
+    if sum(drawn.values()) <= DIRECT_BYTES:
+        texts = (text for text, times in sample for _ in range(times))
+        _learn(
+            backend, texts, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
         )
-    scale = _merge(
-        backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
-    )
+    else:
+        with counting_progress(show_progress, total=sum(sizes.values())) as watched:
+            table = count_pretokens(
+                watched(sample), normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
+            )
+        scale = learn_from_table(
+            backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
+        )
+        pretokens = {
+            "occurrences": table.occurrences,
+            "distinct": len(table.counts),
+            "dropped_occurrences": table.dropped,
+            "scale": scale,
+        }
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         warnings.warn(
@@ -88,12 +103,7 @@ def train_tokenizer(
             "sample_bytes": sample_bytes,
             "max_repeats": max_repeats,
             "seed": seed,
-            "pretokens": {
-                "occurrences": table.occurrences,
-                "distinct": len(table.counts),
-                "dropped_occurrences": table.dropped,
-                "scale": scale,
-            },
+            "pretokens": pretokens,
             "languages": {
                 code: {"bytes": sizes[code], "weight": weights[code], "drawn_bytes": round(drawn[code])}
                 for code in sizes
@@ -114,28 +124,43 @@ def _empty_backend() -> Any:
     return backend
 
 
-def _merge(
+def learn_from_table(
     backend: Any, table: PretokenCounts, *, vocab_size: int, min_frequency: int, show_progress: bool
 ) -> float:
-    """Learn the merges from the table with the library's trainer; the factor by which the counts were scaled to fit it."""
-    from tokenizers import AddedToken, normalizers, pre_tokenizers, processors, trainers
+    """Learn the merges from a table of pre-tokens; the factor by which the counts were scaled to fit the library."""
+    from tokenizers import normalizers, pre_tokenizers
 
     scale = feeding_scale(table)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=max(1, round(min_frequency * scale)),
-        show_progress=show_progress,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
     # The table's pre-tokens are cut and spelled in bytes already: all that is left is to take them apart at the spaces.
     real = backend.normalizer, backend.pre_tokenizer
     backend.normalizer = normalizers.Sequence([])
     backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
-    backend.train_from_iterator(repeated(table, scale), trainer)
+    _learn(
+        backend,
+        repeated(table, scale),
+        vocab_size=vocab_size,
+        min_frequency=max(1, round(min_frequency * scale)),
+        show_progress=show_progress,
+    )
     backend.normalizer, backend.pre_tokenizer = real
+    return scale
+
+
+def _learn(
+    backend: Any, texts: Iterator[str], *, vocab_size: int, min_frequency: int, show_progress: bool
+) -> None:
+    """Learn the merges of `texts` with the library's trainer, as the backend cuts them."""
+    from tokenizers import AddedToken, pre_tokenizers, processors, trainers
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        show_progress=show_progress,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    backend.train_from_iterator(texts, trainer)
     # As in Cohere's tokenizers, whoever asks the backend for special tokens gets a leading BOS.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )
-    return scale
