@@ -11,7 +11,7 @@ from torch import Tensor
 from koine.model import Decoder, ModelConfig
 from koine.model.attention import (
     attend,
-    attend_cached,
+    attend_after,
     block_mask,
     document_starts_of,
     flex_attend,
@@ -75,30 +75,26 @@ def test_blocks_equal_the_dense_softmax_with_gradients(
     window=st.integers(1, 90) | st.none(),
     seed=st.integers(0, 99),
 )
-def test_cached_attention_equals_the_last_rows_of_the_dense_softmax(
+def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_softmax(
     time: int, before: int, window: int | None, seed: int
 ) -> None:
-    """With padding on the left; the cache of a windowed layer begins where the oldest of its positions stands."""
+    """The earlier positions of a windowed layer begin with the oldest that the first query sees."""
     torch.manual_seed(seed)
     positions = before + time
     first = 0 if window is None else max(0, before - window + 1)
-    padding = torch.randint(0, positions, (3,))
     q, k, v = (x.detach() for x in inputs(3, positions, 2, 3, torch.float64))
-    documents = (torch.arange(positions) >= padding[:, None]).long() - 1
-    expected = dense(q, k, v, window, documents)[:, before:]
+    expected = dense(q, k, v, window, None)[:, before:]
     keys, values = k[:, first:].transpose(1, 2), v[:, first:].transpose(1, 2)
-    ours = attend_cached(q[:, before:], keys, values, window=window, first_position=first, padding=padding)
-    counts = documents[:, before:] >= 0
+    ours = attend_after(q[:, before:], keys, values, window=window)
     # float64: only the order of the sums differs.
-    assert torch.allclose(ours[counts], expected[counts], atol=1e-12)
+    assert torch.allclose(ours, expected, atol=1e-12)
     # What runs where there are no blocks, on the same inputs.
-    starts = document_starts_of(documents)
     masked = masked_attend(
         q.flatten(2, 3).transpose(1, 2)[:, :, before:],
         k.transpose(1, 2),
         v.transpose(1, 2),
         window=window,
-        document_starts=starts[:, before:],
+        document_starts=None,
     )
     assert torch.allclose(masked.transpose(1, 2).flatten(2), expected, atol=1e-12)
 

@@ -13,6 +13,7 @@ from koine.model.flops import (
     training_flops_per_token,
     visible_pairs,
 )
+from koine.model.reading import StepReading, StretchReading
 
 SMALL = ModelConfig(
     vocab_size=100,
@@ -69,15 +70,18 @@ def test_flops_against_the_operations_that_torch_counts() -> None:
 def test_cache_bytes_by_hand_and_as_held() -> None:
     # One token: k and v of one head of four, two bytes, two layers = 2 * 4 * 2 * 2 = 32.
     assert cache_bytes_per_token(SMALL) == 32
-    # Ten tokens: the window of 3 holds the 2 that the next token sees, the full layer 10: 2 * 4 * 2 * 12 = 192.
-    assert cache_bytes(SMALL, 10) == 192
+    # Ten tokens: the window holds 3, the full layer 10: 2 * 4 * 2 * 13 = 208.
+    assert cache_bytes(SMALL, 10) == 208
     model = Decoder(SMALL).bfloat16().eval()
-    cache = model.new_cache(3)
+    cache = model.new_cache(page=5)
+    sequences = [cache.add() for _ in range(3)]
     with torch.no_grad():
-        model(torch.zeros(3, 6, dtype=torch.long), cache=cache)
+        model(torch.zeros(1, 18, dtype=torch.long), reading=StretchReading(cache, sequences, [6, 6, 6]))
         for _ in range(4):
-            model(torch.zeros(3, 1, dtype=torch.long), cache=cache)
-    assert cache.bytes() == 3 * 192
+            model(torch.zeros(3, 1, dtype=torch.long), reading=StepReading(cache, sequences))
+    assert cache.bytes_held() == 3 * 208
+    # Ten positions fill two pages of five each: nothing is held that is not used.
+    assert cache.pages_in_use == 6
 
 
 def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
@@ -91,14 +95,16 @@ def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
         layers=hybrid_layers(4, window=16),
     )
     model = Decoder(config).eval()
-    cache = model.new_cache(1)
+    cache = model.new_cache(page=8)
+    sequence = cache.add()
     with torch.no_grad():
         for _ in range(200):
-            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
-    assert [layer.positions for layer in cache.layers] == [15, 15, 15, 200]
-    assert all(layer._k.shape[2] <= 2 * 16 for layer in cache.layers[:3])
+            model(torch.zeros(1, 1, dtype=torch.long), reading=StepReading(cache, [sequence]))
+    assert [cache.ring(layer)[0].shape for layer in (0, 1, 2)] == [(1, 1, 16, 8)] * 3
+    assert cache.pages_in_use == 25
+    assert cache.bytes_held() == cache_bytes(config, 200, element_bytes=4)
     # As in Command A (command-a.md): at 128k a quarter of the layers is full, and the windows are small beside it.
     big = preset("koine-8b")
     share = cache_bytes(big, 131_072) / (cache_bytes_per_token(big) * 131_072)
-    # (24 * 4095 + 8 * 131072) / (32 * 131072)
-    assert abs(share - 0.27343) < 1e-4
+    # (24 * 4096 + 8 * 131072) / (32 * 131072)
+    assert share == 0.2734375

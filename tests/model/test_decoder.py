@@ -10,6 +10,7 @@ from torch import Tensor
 
 from koine.model import Decoder, LayerSpec, ModelConfig
 from koine.model.decoder import LayerNorm
+from koine.model.reading import StretchReading
 
 
 def one_layer(tiny: ModelConfig, spec: LayerSpec) -> Decoder:
@@ -98,14 +99,10 @@ def test_padding_changes_nothing(tiny: ModelConfig, side: str) -> None:
             assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_what_a_cache_cannot_follow_is_refused(tiny: ModelConfig) -> None:
+@pytest.mark.parametrize("extra", ["document_ids", "attention_mask", "positions"])
+def test_a_reading_knows_where_its_tokens_stand(tiny: ModelConfig, extra: str) -> None:
     model = Decoder(tiny).eval()
-    ids, mask = torch.randint(6, 98, (1, 4)), torch.ones(1, 4, dtype=torch.long)
-    with pytest.raises(ValueError, match="document_ids"):
-        model(ids, document_ids=torch.zeros_like(ids), cache=model.new_cache(1))
-    with pytest.raises(ValueError, match="pads on the right"):
-        model(ids, attention_mask=torch.tensor([[1, 1, 0, 0]]), cache=model.new_cache(1))
-    cache = model.new_cache(1)
-    model(ids, attention_mask=mask, cache=cache)
-    with pytest.raises(ValueError, match="after the first call"):
-        model(ids, attention_mask=mask, cache=cache)
+    ids, cache = torch.randint(6, 98, (1, 4)), model.new_cache()
+    reading = StretchReading(cache, [cache.add()], [4])
+    with pytest.raises(ValueError, match="a reading knows"):
+        model(ids, reading=reading, **{extra: torch.zeros_like(ids)})

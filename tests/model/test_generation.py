@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from koine.errors import UserError
-from koine.model import Decoder, ModelConfig, Sampling, generate, stream
-from koine.model.generation import candidates, choose
+from koine.model import Decoder, ModelConfig, Sampling, generate
+from koine.model.sampling import candidates, choose
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def test_candidates_are_those_of_transformers(settings: dict[str, Any]) -> None:
     for name, processor in names:
         if name in settings:
             expected = getattr(logits_process, processor)(settings[name])(seen, expected)
-    ours = candidates(logits, Sampling(**settings), seen.tolist())
+    met = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, seen, True)
+    ours = candidates(logits, Sampling(**settings), met)
     assert torch.equal(ours.isinf(), expected.isinf())
     assert torch.allclose(ours, expected)
 
@@ -52,7 +53,6 @@ def test_draws_follow_the_probabilities() -> None:
         probabilities.log().expand(count, 4),
         Sampling(temperature=1.0),
         generators,
-        [[] for _ in range(count)],
     )
     shares = torch.bincount(drawn, minlength=4) / count
     errors = (probabilities * (1 - probabilities) / count).sqrt()
@@ -63,26 +63,19 @@ def test_each_row_stops_alone_and_reports_the_models_log_probabilities(tiny: Mod
     model = Decoder(tiny).eval()
     prompts = [torch.randint(6, 98, (length,)).tolist() for length in (3, 17, 9)]
     free = generate(model, prompts, Sampling(max_new_tokens=20))
-    stop = free[1][6]
-    steps = list(stream(model, prompts, Sampling(max_new_tokens=20), stop_ids=(stop,)))
-    assert len(steps) == 20 or all(row is None or row == stop for row in steps[-1].tokens)
-    for row, (prompt, answer) in enumerate(zip(prompts, free, strict=True)):
-        expected = answer[: answer.index(stop) + 1] if stop in answer else answer
-        got = [step.tokens[row] for step in steps]
-        assert [token for token in got if token is not None] == expected
-        # None follows the end only.
-        assert got[: len(expected)] == expected
+    assert [one.finish for one in free] == ["length"] * 3
+    stop = free[1].tokens[6]
+    stopped = generate(model, prompts, Sampling(max_new_tokens=20), stop_ids=(stop,))
+    assert stopped[1].finish == "stop"
+    for prompt, answer, got in zip(prompts, free, stopped, strict=True):
+        whole_answer = answer.tokens
+        expected = whole_answer[: whole_answer.index(stop) + 1] if stop in whole_answer else whole_answer
+        assert got.tokens == expected
         with torch.no_grad():
             whole = model.logits(model(torch.tensor([prompt + expected])))[0].log_softmax(-1)
-        for place, token in enumerate(expected):
-            logprob = steps[place].logprobs[row]
-            assert logprob is not None
+        for place, (token, logprob) in enumerate(zip(expected, got.log_probabilities, strict=True)):
             # float32, read with a cache in place of at once.
             assert abs(logprob - float(whole[len(prompt) - 1 + place, token])) < 1e-4
-    assert (
-        generate(model, prompts, Sampling(max_new_tokens=20), stop_ids=(stop,))[1]
-        == free[1][:6][: free[1].index(stop)]
-    )
 
 
 def test_a_prompt_read_in_pieces_is_the_prompt(tiny: ModelConfig) -> None:
@@ -90,9 +83,8 @@ def test_a_prompt_read_in_pieces_is_the_prompt(tiny: ModelConfig) -> None:
     model = Decoder(tiny).eval()
     prompts = [torch.randint(6, 98, (length,)).tolist() for length in (31, 6)]
     sampling = Sampling(max_new_tokens=5)
-    whole = [step.tokens for step in stream(model, prompts, sampling)]
-    pieces = [step.tokens for step in stream(model, prompts, sampling, prefill_chunk=4)]
-    assert whole == pieces
+    whole = [one.tokens for one in generate(model, prompts, sampling)]
+    assert whole == [one.tokens for one in generate(model, prompts, sampling, prefill_chunk=4)]
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tiny: ModelConfig) -> None:

@@ -25,6 +25,7 @@ from koine.model import (
     save_model,
 )
 from koine.model.config_json import from_json
+from koine.model.reading import StepReading, StretchReading
 from tests.model.drift import first_drifting_block, hidden_states
 
 transformers = pytest.importorskip("transformers", reason="the comparison needs the extra [hf]")
@@ -99,10 +100,16 @@ def test_bfloat16(tiny: ModelConfig, tmp_path: Path) -> None:
         exact = truth.logits(truth(ids, attention_mask=mask))
         bound = 2 * error(theirs(ids, attention_mask=mask, position_ids=positions).logits, exact)
         assert error(ours.logits(ours(ids, attention_mask=mask)), exact) <= bound
-        cache = ours.new_cache(4)
-        parts = [ours(ids[:, :13], attention_mask=mask[:, :13], cache=cache)]
-        parts += [ours(ids[:, t : t + 1], cache=cache) for t in range(13, 30)]
-        assert error(ours.logits(torch.cat(parts, dim=1)), exact) <= bound
+        cache = ours.new_cache(page=8)
+        sequences = [cache.add() for _ in range(4)]
+        starts = [5, 0, 0, 0]
+        read = torch.zeros(4, 30, 32, dtype=torch.bfloat16)
+        for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+            reading = StretchReading(cache, [sequence], [13 - start])
+            read[row, start:13] = ours(ids[row : row + 1, start:13], reading=reading)[0]
+        for t in range(13, 30):
+            read[:, t] = ours(ids[:, t : t + 1], reading=StepReading(cache, sequences))[:, 0]
+        assert error(ours.logits(read), exact) <= bound
 
 
 @pytest.mark.parametrize("kind", ["cohere2", "cohere", "cohere-qk-norm", "cohere2-untied"])
@@ -148,13 +155,20 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
         expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
         whole = model.logits(model(ids, attention_mask=mask))
         assert (whole - expected)[counts].abs().max() <= FLOAT32
-        # Prefill shorter than the window, a chunk that crosses it, then one by one.
-        ours, theirs_cached, past = [], [], None
-        cache = model.new_cache(2)
+        # Prefill shorter than the window, a chunk that crosses it, then one by one; ours has no padding to step over.
+        ours, theirs_cached, past = torch.zeros_like(expected), [], None
+        cache = model.new_cache(page=4)
+        sequences = [cache.add(), cache.add()]
         cuts = [0, 5, 16, *range(17, 25)]
         for start, end in zip(cuts, cuts[1:], strict=False):
-            part = model(ids[:, start:end], attention_mask=mask[:, :end] if start == 0 else None, cache=cache)
-            ours.append(model.logits(part))
+            if end - start > 1:
+                for row, first in ((0, max(start, padded)), (1, start)):
+                    reading = StretchReading(cache, [sequences[row]], [end - first])
+                    part = model(ids[row : row + 1, first:end], reading=reading)
+                    ours[row, first:end] = model.logits(part)[0]
+            else:
+                step = model(ids[:, start:end], reading=StepReading(cache, sequences))
+                ours[:, start:end] = model.logits(step)
             out = theirs(
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
@@ -164,8 +178,8 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
             )
             past = out.past_key_values
             theirs_cached.append(out.logits)
-    assert (torch.cat(ours, 1) - expected)[counts].abs().max() <= FLOAT32
-    assert (torch.cat(ours, 1) - torch.cat(theirs_cached, 1))[counts].abs().max() <= FLOAT32
+    assert (ours - expected)[counts].abs().max() <= FLOAT32
+    assert (ours - torch.cat(theirs_cached, 1))[counts].abs().max() <= FLOAT32
 
 
 def test_greedy_text_is_that_of_transformers(tiny: ModelConfig, tmp_path: Path) -> None:
@@ -176,7 +190,7 @@ def test_greedy_text_is_that_of_transformers(tiny: ModelConfig, tmp_path: Path) 
     ours = generate(model, prompts, Sampling(max_new_tokens=40), stop_ids=(98,))
     for prompt, answer in zip(prompts, ours, strict=True):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
-        assert [token for token in out[0, len(prompt) :].tolist() if token != 98] == answer
+        assert out[0, len(prompt) :].tolist() == answer.tokens
 
 
 def test_a_planted_drift_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
@@ -212,7 +226,7 @@ def test_our_own_type_generates_through_transformers(tiny: ModelConfig, tmp_path
     prompt = torch.randint(6, 98, (11,)).tolist()
     out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, 11:].tolist()
     ours = generate(model, [prompt], Sampling(max_new_tokens=12), stop_ids=(98,))[0]
-    assert [token for token in out if token != 98] == ours
+    assert out == ours.tokens
     theirs.save_pretrained(tmp_path / "again")
     assert torch.equal(load_model(tmp_path / "again")(torch.tensor([prompt])), model(torch.tensor([prompt])))
 

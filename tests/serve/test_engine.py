@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from koine.errors import UserError
 from koine.serve import LocalEngine, Sampling
 from koine.serve.engine import Completion
+from koine.serve.stops import StopStrings
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 QUESTION = [{"role": "user", "content": "Wie heißt das?"}]
@@ -90,24 +93,22 @@ def fresh(folder: Path, conversation: list[dict[str, str]], sampling: Sampling) 
     return LocalEngine(folder, dtype="float32", threads=1).generate([conversation], sampling)[0]
 
 
-def test_the_cache_of_earlier_turns_is_used_and_changes_no_answer(model_folder: Path) -> None:
-    engine = LocalEngine(model_folder, dtype="float32", threads=1)
+@pytest.mark.parametrize("which", ["ours", "llama"])
+def test_the_cache_of_earlier_turns_is_used_and_changes_no_answer(
+    which: str, model_folder: Path, foreign_folder: Path
+) -> None:
+    folder = model_folder if which == "ours" else foreign_folder
+    engine = LocalEngine(folder, dtype="float32", threads=1)
     prompt = engine.encode(QUESTION)
-    tokens = [token.id for token in engine.stream(prompt, GREEDY)]
-    # the next turn as tokens: all that was read, and more
-    longer = [*prompt, *tokens, *engine.tokenizer.encode("und das?")]
-    read = len(engine._reader.tokens)
-    assert read == len(prompt) + len(tokens) - 1
-    assert engine._reader.continues(longer)
-    fed: list[int] = []
-    feed = engine._reader.read
-    engine._reader.read = lambda new: (fed.append(len(new)), feed(new))[1]  # type: ignore[method-assign]
-    kept = [token.id for token in engine.stream(longer, GREEDY)]
-    assert fed[0] == len(longer) - read
-    anew = [
-        token.id for token in LocalEngine(model_folder, dtype="float32", threads=1).stream(longer, GREEDY)
-    ]
-    assert kept == anew
+    first = engine.submit(prompt, GREEDY)
+    engine.wait(first)
+    # the next turn as tokens: all that was read (the newest token was not), and more
+    longer = [*prompt, *first.request.tokens, *engine.tokenizer.encode("und das?")]
+    second = engine.submit(longer, GREEDY)
+    engine.wait(second)
+    assert second.request.reused == len(prompt) + len(first.request.tokens) - 1
+    anew = LocalEngine(folder, dtype="float32", threads=1).stream(longer, GREEDY)
+    assert second.request.tokens == [token.id for token in anew]
 
 
 def test_another_conversation_is_read_from_its_beginning(model_folder: Path) -> None:
@@ -117,9 +118,7 @@ def test_another_conversation_is_read_from_its_beginning(model_folder: Path) -> 
     assert engine.generate([other], GREEDY)[0] == fresh(model_folder, other, GREEDY)
 
 
-def test_an_interrupted_reading_forgets_the_cache(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_step_is_taken_again(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LocalEngine(model_folder, dtype="float32", threads=1)
     answer = engine.stream(engine.encode(QUESTION), GREEDY)
     next(answer)
@@ -130,9 +129,74 @@ def test_an_interrupted_reading_forgets_the_cache(
     with monkeypatch.context() as patch:
         patch.setattr(engine.model.blocks[-1], "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            next(answer)
-    assert engine._reader.tokens == []
+            list(answer)
+    assert not engine.scheduler.busy
     assert engine.generate([QUESTION], GREEDY)[0] == fresh(model_folder, QUESTION, GREEDY)
+
+
+def test_a_stream_that_is_closed_is_cancelled(model_folder: Path) -> None:
+    engine = LocalEngine(model_folder, dtype="float32", threads=1)
+    answer = engine.stream(engine.encode(QUESTION), GREEDY)
+    next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    assert not engine.scheduler.busy
+
+
+@pytest.mark.parametrize("which", ["ours", "llama"])
+def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
+    which: str, model_folder: Path, foreign_folder: Path
+) -> None:
+    engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
+    drawn = Sampling(temperature=1.0, seed=3, max_new_tokens=40)
+    [whole] = engine.generate([QUESTION], drawn)
+    stop = whole.text[12:15]
+    [stopped] = engine.generate([QUESTION], replace(drawn, stop=("never said", stop)))
+    assert stopped.finish == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
+    streamed = list(engine.stream_text(QUESTION, replace(drawn, stop=(stop,))))
+    assert "".join(streamed) == stopped.text
+    assert "".join(engine.stream_text(QUESTION, drawn)) == whole.text
+
+
+def test_threads_share_one_batch(model_folder: Path) -> None:
+    engine = LocalEngine(model_folder, dtype="float32", threads=1)
+    conversations = [[{"role": "user", "content": "x" * (3 + number)}] for number in range(6)]
+    expected = [fresh(model_folder, one, GREEDY) for one in conversations]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda one: engine.generate([one], GREEDY)[0], conversations))
+    assert [one.tokens for one in got] == [one.tokens for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "text", "found"),
+    [
+        (["ab", "c", "d"], ["cd"], "ab", True),
+        (["ab", "c", "e"], ["cd"], "abce", False),
+        (["aab", "aab", "c"], ["aabc"], "aab", True),
+        (["x", "EN", "D now"], ["END", "D n"], "x", True),
+        (["abc"], [], "abc", False),
+        (["a", "b"], ["ab", "b"], "", True),
+    ],
+)
+def test_stop_strings_across_tokens(pieces: list[str], stops: list[str], text: str, found: bool) -> None:
+    class Pieces:
+        def push(self, token: int) -> str:
+            return pieces[token]
+
+        def flush(self) -> str:
+            return ""
+
+    watch = StopStrings(Pieces(), stops)
+    for number in range(len(pieces)):
+        before = watch.text
+        if watch.push(number):
+            break
+        # What was shown once stays, and never runs into a stop string.
+        assert watch.text.startswith(before)
+        assert text.startswith(watch.text)
+    assert watch.found == found
+    assert watch.finish() == text
 
 
 def test_a_completion_does_not_depend_on_its_neighbours(engine: LocalEngine) -> None:

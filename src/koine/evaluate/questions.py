@@ -163,12 +163,8 @@ def _cached_answers(
     model: Any, tokenizer: Tokenizer, prompts: list[list[int]], stops: set[int], max_new_tokens: int
 ) -> list[str | None]:
     from koine.evaluate.scoring import evaluating
-    from koine.model import Sampling, stream
+    from koine.model import Sampling, generate
 
-    written: list[list[int]] = [[] for _ in prompts]
     with evaluating(model):
-        for step in stream(model, prompts, Sampling(max_new_tokens=max_new_tokens), stop_ids=tuple(stops)):
-            for answer, token in zip(written, step.tokens, strict=True):
-                if token is not None:
-                    answer.append(token)
-    return [tokenizer.decode(answer[:-1]) if answer and answer[-1] in stops else None for answer in written]
+        answers = generate(model, prompts, Sampling(max_new_tokens=max_new_tokens), stop_ids=tuple(stops))
+    return [tokenizer.decode(one.tokens[:-1]) if one.finish == "stop" else None for one in answers]

@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
     from koine.model.config_json import read_config
     from koine.model.decoder import Decoder
-    from koine.model.generation import Sampling, Step, generate, stream
+    from koine.model.generation import generate
     from koine.model.interop import CausalLM, load_causal_lm, register_with_transformers
     from koine.model.presets import PRESETS, preset
+    from koine.model.requests import Request
+    from koine.model.sampling import Sampling
+    from koine.model.scheduler import Scheduler
 
 __all__ = [
     "PRESETS",
@@ -20,8 +23,9 @@ __all__ = [
     "Decoder",
     "LayerSpec",
     "ModelConfig",
+    "Request",
     "Sampling",
-    "Step",
+    "Scheduler",
     "generate",
     "hybrid_layers",
     "load_causal_lm",
@@ -31,7 +35,6 @@ __all__ = [
     "register_with_transformers",
     "save_model",
     "save_state",
-    "stream",
 ]
 
 _HOME = {
@@ -48,9 +51,9 @@ _HOME = {
     "load_model": "checkpoint",
     "save_model": "checkpoint",
     "save_state": "checkpoint",
-    "Sampling": "generation",
-    "Step": "generation",
-    "stream": "generation",
+    "Sampling": "sampling",
+    "Request": "requests",
+    "Scheduler": "scheduler",
     "generate": "generation",
 }
 

@@ -2,7 +2,7 @@
 
 | case | kernel |
 |---|---|
-| CPU | `blocked_attention`, with a cache too; full float32 attention of a long text without documents: fused SDPA |
+| CPU | `blocked_attention`, after earlier positions too; full float32 attention of a long text without documents: fused SDPA |
 | accelerator, plain causal | fused SDPA |
 | CUDA, a window or documents | FlexAttention with a block mask, where the text is long enough to have blocks to skip |
 | accelerator, otherwise | SDPA under a mask |
@@ -68,34 +68,21 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-def attend_cached(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, first_position: int, padding: Tensor
-) -> Tensor:
-    """Attention of new positions over what a layer's cache holds, `positions = cached + time`.
+def attend_after(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+    """Attention of new positions over earlier ones and themselves.
 
     Args:
         q: `[batch, time, kv_heads, groups, head_dim]`, scaled; its rows are the last `time` of the positions.
         k, v: `[batch, kv_heads, positions, head_dim]`.
-        first_position: index in the padded sequence of the first cached position.
-        padding: `[batch]`, leading positions of the padded sequence that nobody may see.
+        window: see `LayerSpec.window`.
 
     Returns:
         `[batch, time, kv_heads * groups * head_dim]`.
     """
-    time, groups = q.shape[1], q.shape[3]
-    positions = k.shape[2]
-    starts = None
-    if bool((padding > first_position).any()):
-        # A padding row sees itself, so that its softmax has a key; nothing reads its output.
-        query = torch.arange(positions - time, positions, device=q.device)
-        starts = torch.minimum((padding - first_position).clamp(min=0)[:, None], query[None, :])
     if q.device.type == "cpu":
-        return _in_blocks(q, k, v, window=window, document_starts=starts)
+        return _in_blocks(q, k, v, window=window, document_starts=None)
     heads = q.flatten(2, 3).transpose(1, 2)
-    if time == 1 and starts is None and (window is None or positions <= window):
-        out = F.scaled_dot_product_attention(heads, k, v, scale=1.0, enable_gqa=groups > 1)
-    else:
-        out = masked_attend(heads, k, v, window=window, document_starts=starts)
+    out = masked_attend(heads, k, v, window=window, document_starts=None)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -6,15 +6,23 @@ Shape legend: `[batch, time, hidden]` for the residual stream `x`; heads are lai
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from koine.model.attention import attend, attend_cached, document_starts_of
-from koine.model.cache import Cache, LayerCache
+from koine.model.attention import attend, document_starts_of
 from koine.model.config import LayerSpec, ModelConfig
+from koine.model.paged_cache import PAGE, PagedCache
+from koine.model.reading import Reading
 from koine.model.rotary import Rotation, apply_rotary, rotation
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q `[batch, time, kv_heads, groups, head_dim]` (scaled) over what k and v `[batch, time, kv_heads, head_dim]` are added
+to: `[batch, time, heads * head_dim]`."""
 
 
 class LayerNorm(nn.Module):
@@ -59,10 +67,9 @@ class Block(nn.Module):
         x: Tensor,
         angles: Rotation,
         document_starts: Tensor | None = None,
-        cache: LayerCache | None = None,
-        cached: tuple[int, Tensor] | None = None,
+        mix: Mix | None = None,
     ) -> Tensor:
-        """`x` `[batch, time, hidden]` to the same; `cached` is (positions read before, padding `[batch]`)."""
+        """`x` `[batch, time, hidden]` to the same; `mix` takes the place of attention over `x` itself (a cache's)."""
         config = self.config
         q, k, v, gate, up = self.in_proj(self.norm(x)).split(config.projection_sizes, dim=-1)
         q = q.unflatten(-1, (config.num_heads, config.head_dim))
@@ -78,16 +85,10 @@ class Block(nn.Module):
         else:
             q = q * config.head_dim**-0.5
         q = q.unflatten(-2, (config.num_kv_heads, config.groups))
-        if cache is None:
+        if mix is None:
             mixed = attend(q, k, v, window=self.spec.window, document_starts=document_starts)
         else:
-            assert cached is not None
-            before, padding = cached
-            first_position = before - cache.positions
-            keys, values = cache.extend(k.transpose(1, 2), v.transpose(1, 2))
-            mixed = attend_cached(
-                q, keys, values, window=self.spec.window, first_position=first_position, padding=padding
-            )
+            mixed = mix(q, k, v)
         written: Tensor = self.out_proj(torch.cat((mixed, F.silu(gate) * up), dim=-1))
         return x + written
 
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
+        reading: Reading | None = None,
         block_outputs: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
@@ -149,36 +150,29 @@ class Decoder(nn.Module):
         Args:
             tokens: `[batch, time]` ids.
             document_ids: `[batch, time]`, equal within a document, -1 for padding: attention stays inside a document.
-            positions: `[batch, time]` or `[time]`, what RoPE turns by; default 0, 1, ... (after the cached ones; padding not
-                counted).
-            attention_mask: `[batch, time]`, 0 for padding on the left or on the right; with a cache on the left alone, given with
-                the first call, and the padding is left out ever after.
-            cache: what earlier calls have read; extended in place.
+            positions: `[batch, time]` or `[time]`, what RoPE turns by; default 0, 1, ... (padding not counted).
+            attention_mask: `[batch, time]`, 0 for padding on the left or on the right.
+            reading: where these tokens stand in sequences of a `PagedCache`; it brings positions and visibility itself.
             block_outputs: a list that receives the input of the first block and each block's output.
 
         Returns:
             `[batch, time, hidden]`.
 
         Raises:
-            ValueError: what a cache cannot follow: `document_ids`, or a mask that comes late or pads on the right.
+            ValueError: `document_ids`, `positions` or `attention_mask` beside a reading.
         """
-        time = tokens.shape[1]
         x = self.embedding(tokens)
-        before = 0 if cache is None else cache.length
-        if cache is not None:
-            if document_ids is not None:
-                raise ValueError("document_ids with a cache: a row that is read on holds one document")
+        if reading is not None:
+            if document_ids is not None or positions is not None or attention_mask is not None:
+                raise ValueError("a reading knows positions, documents and padding itself")
+            positions = reading.positions
+        elif positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if attention_mask is not None:
-                cache.padding = left_padding(attention_mask, before)
-        if positions is None:
-            positions = torch.arange(before, before + time, device=tokens.device)[None]
-            if cache is not None:
-                positions = (positions - cache.padding[:, None]).clamp(min=0)
-            elif attention_mask is not None:
                 positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         elif positions.dim() == 1:
             positions = positions[None]
-        if attention_mask is not None and cache is None:
+        if attention_mask is not None:
             documents = torch.zeros_like(tokens) if document_ids is None else document_ids
             document_ids = documents.masked_fill(attention_mask == 0, -1)
         document_starts = None if document_ids is None else document_starts_of(document_ids)
@@ -186,16 +180,16 @@ class Decoder(nn.Module):
         if block_outputs is not None:
             block_outputs.append(x)
         for index, block in enumerate(self.blocks):
-            if cache is not None:
-                x = block(x, angles, None, cache.layers[index], (before, cache.padding))
+            if reading is not None:
+                x = block(x, angles, None, partial(reading.attend, index))
             elif self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, angles, document_starts, use_reentrant=False)
             else:
                 x = block(x, angles, document_starts)
             if block_outputs is not None:
                 block_outputs.append(x)
-        if cache is not None:
-            cache.length += time
+        if reading is not None:
+            reading.finish()
         out = self.norm(x)
         assert isinstance(out, Tensor)
         return out
@@ -204,18 +198,7 @@ class Decoder(nn.Module):
         """Scores of the vocabulary: `[..., hidden]` to `[..., vocab]`, times `logit_scale`."""
         return F.linear(hidden, self.output_weight) * self.config.logit_scale
 
-    def new_cache(self, batch_size: int) -> Cache:
-        """An empty cache for `batch_size` rows, in the dtype and on the device of the weights."""
-        return Cache(self.config, batch_size, self.embedding.weight.dtype, self.embedding.weight.device)
-
-
-def left_padding(attention_mask: Tensor, before: int) -> Tensor:
-    """Positions of padding on the left of each row, `[batch]`, from the mask of a cache's first call."""
-    if before:
-        raise ValueError(
-            "attention_mask after the first call with a cache: the cache keeps the padding itself"
-        )
-    seen = attention_mask != 0
-    if (seen[:, :-1] & ~seen[:, 1:]).any():
-        raise ValueError("attention_mask pads on the right: with a cache, pad on the left")
-    return (~seen).sum(dim=1)
+    def new_cache(self, *, page: int = PAGE, max_pages: int | None = None) -> PagedCache:
+        """An empty cache in the dtype and on the device of the weights."""
+        weight = self.embedding.weight
+        return PagedCache(self.config, weight.dtype, weight.device, page=page, max_pages=max_pages)

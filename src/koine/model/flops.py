@@ -79,9 +79,15 @@ def cache_bytes_per_token(config: ModelConfig, element_bytes: int = 2) -> int:
     return 2 * config.kv_size * element_bytes * len(config.layers)
 
 
+def page_bytes(config: ModelConfig, positions: int, element_bytes: int) -> int:
+    """Bytes of a page of so many positions in all full layers."""
+    full = sum(spec.window is None for spec in config.layers)
+    return 2 * config.kv_size * element_bytes * full * positions
+
+
 def cache_bytes(config: ModelConfig, time: int, element_bytes: int = 2) -> int:
-    """Bytes of keys and values held after `time` tokens: a windowed layer holds at most the `window - 1` that a next one sees."""
-    held = sum(time if spec.window is None else min(time, spec.window - 1) for spec in config.layers)
+    """Bytes of keys and values held after `time` tokens: a windowed layer holds at most its window."""
+    held = sum(time if spec.window is None else min(time, spec.window) for spec in config.layers)
     return 2 * config.kv_size * element_bytes * held
 
 

@@ -57,6 +57,12 @@ def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
         even, odd = wide[..., 0::2], wide[..., 1::2]
         turned = (even * angles.cos - odd * angles.sin, odd * angles.cos + even * angles.sin)
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    if not torch.is_grad_enabled():
+        # Adjacent pairs are complex numbers, and a rotation is a multiplication: one operation in place of six.
+        single = x.to(torch.promote_types(x.dtype, torch.float32))
+        pairs = torch.view_as_complex(single.view(*x.shape[:-1], -1, 2))
+        rotated = torch.view_as_real(pairs * torch.complex(angles.cos, angles.sin))
+        return rotated.flatten(-2).to(x.dtype)
     result = _Rotate.apply(x, angles.cos, angles.sin)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result

@@ -81,7 +81,7 @@ def _samples(
         {
             "title": record["language"]
             + (f", right answer: {record['answer']}" if record.get("answer") else ""),
-            "messages": [*messages, {"role": "assistant", "content": tokenizer.decode(answer)}],
+            "messages": [*messages, {"role": "assistant", "content": tokenizer.decode(answer.tokens)}],
         }
         for record, messages, answer in zip(records, asked, answers, strict=True)
     ]

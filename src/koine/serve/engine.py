@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from koine.errors import UserError
 from koine.hardware import check_device
-from koine.model import CausalLM, Decoder, load_causal_lm
-from koine.model.generation import Sampling as TokenSampling
-from koine.model.generation import choose
+from koine.model import CausalLM, Decoder, Request, Scheduler, load_causal_lm
+from koine.model import Sampling as TokenSampling
+from koine.model.flops import page_bytes
+from koine.model.one_by_one import OneByOne
+from koine.model.paged_cache import PAGE
 from koine.serve.conversation import Message
-from koine.serve.reader import Reader
 from koine.serve.sampling import Sampling
+from koine.serve.stops import StopStrings
 from koine.tokenizer import Tokenizer, load_tokenizer
+
+UNLIMITED = 2**30
+"""What is taken as the context of a model whose configuration states none (recurrent ones)."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +79,28 @@ class StreamingEngine(Protocol):
 class LocalEngine:
     """A model directory of ours, of Cohere's, or (extra `hf`) of any causal LM that transformers opens.
 
+    Our own decoder (Cohere and Cohere2 directories among them) answers many conversations at once, by continuous batching; other models one after
+    another. Threads may share an engine: whoever waits for an answer drives the batch for all.
+
     Attributes:
         tokenizer: the directory's.
         context: positions that the model's configuration allows.
     """
 
     def __init__(
-        self, path: Path, *, dtype: str | None = None, device: str = "cpu", threads: int | None = None
+        self,
+        path: Path,
+        *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        max_batch: int = 32,
+        cache_bytes: int | None = None,
+        prefill_chunk: int = 2048,
     ) -> None:
         """dtype: "float32", "bfloat16", or None for what is stored; threads: of the CPU, None leaves torch's own.
+        max_batch: conversations answered at once. cache_bytes: the most that the growing keys and values of full layers may take (None: no
+        limit). prefill_chunk: tokens of prompts read between two steps of the running answers.
 
         Raises `UserError` where the folder holds no whole model with a matching tokenizer, or the device is not here.
         """
@@ -103,40 +124,102 @@ class LocalEngine:
                 mend="these are not a pair; put the tokenizer that the model was trained with into its folder",
             )
         self.stop_ids = frozenset({self.tokenizer.end_of_turn_id, self.tokenizer.eos_id})
-        self._reader = Reader(opened)
-        self.context = self._reader.context
+        self.context = _context(opened)
+        self.scheduler: Scheduler | OneByOne
+        if isinstance(opened, Decoder):
+            most = None
+            if cache_bytes is not None:
+                most = cache_bytes // max(
+                    1, page_bytes(opened.config, PAGE, opened.output_weight.element_size())
+                )
+            self.scheduler = Scheduler(
+                opened, max_batch=max_batch, max_pages=most, prefill_chunk=prefill_chunk
+            )
+        else:
+            self.scheduler = OneByOne(opened, prefill_chunk=prefill_chunk)
+        self._driving = threading.Lock()
+        self._grammar = lru_cache(maxsize=32)(self._new_grammar)
 
     def described(self) -> str:
         """One line about the model: where it is, parameters, precision, context."""
-        count = sum(parameter.numel() for parameter in self.model.parameters())
-        precision = str(self._reader.dtype).removeprefix("torch.")
-        return f"{self.path}: {count / 1e6:,.1f}M parameters, {precision} on {self._reader.device}, {self.context:,} tokens of context"
+        weights = list(self.model.parameters())
+        count = sum(parameter.numel() for parameter in weights)
+        precision = str(weights[0].dtype).removeprefix("torch.")
+        return f"{self.path}: {count / 1e6:,.1f}M parameters, {precision} on {weights[0].device}, {self.context:,} tokens of context"
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's ids, the marker before the answer included."""
         return self.tokenizer.encode_messages(messages, generation_prompt=True)[0]
 
+    def submit(self, prompt: list[int], sampling: Sampling) -> Answer:
+        """Queue a prompt; the answer grows as somebody drives the batch (`stream`, `wait`)."""
+        stops = StopStrings(self.tokenizer.stream_decoder(), sampling.stop)
+        grammar = None
+        if sampling.json_schema is not None:
+            grammar = self._grammar(_canonical(sampling.json_schema)).start()
+        with self._driving:
+            request = self.scheduler.submit(
+                prompt,
+                _token_sampling(sampling),
+                stop_ids=self.stop_ids,
+                watch=stops.push,
+                grammar=grammar,
+            )
+        return Answer(request, stops)
+
+    def wait(self, answer: Answer) -> None:
+        """Drive the batch until this answer is finished."""
+        while answer.request.finish is None:
+            self._drive(answer)
+
+    def cancel(self, answer: Answer) -> None:
+        """Stop an answer; what was written of it stays."""
+        with self._driving:
+            self.scheduler.cancel(answer.request)
+
+    def _drive(self, answer: Answer) -> None:
+        """One step of the whole batch, unless another thread's step has finished this answer meanwhile."""
+        with self._driving:
+            if answer.request.finish is None:
+                self.scheduler.step()
+
+    def _tokens(self, answer: Answer) -> Iterator[Token]:
+        """The answer's tokens as they come; left early, the request is cancelled."""
+        request, given = answer.request, 0
+        try:
+            while True:
+                for place in range(given, len(request.tokens)):
+                    token = request.tokens[place]
+                    last = request.finish == "stop" and place == len(request.tokens) - 1
+                    yield Token(token, request.log_probabilities[place], last)
+                    given += 1
+                if request.finish is not None and given == len(request.tokens):
+                    return
+                self._drive(answer)
+        finally:
+            self.cancel(answer)
+
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[Token]:
-        """The answer's tokens as they are drawn; the last one stops or is the `max_new_tokens`-th.
+        """The answer's tokens as they are drawn; the last one stops or is the `max_new_tokens`-th. Closing the iterator cancels it.
 
         What an earlier call has read is not read again where `prompt` begins with it.
         """
-        settings = _token_sampling(sampling)
-        generator = torch.Generator(self._reader.device).manual_seed(settings.seed)
-        reader = self._reader
-        if not reader.continues(prompt):
-            reader.reset()
-        logits = reader.read(prompt[len(reader.tokens) :])
-        seen = list(prompt)
-        for count in range(1, sampling.max_new_tokens + 1):
-            chosen = int(choose(logits[None], settings, [generator], [seen]))
-            log_probability = float(logits.float().log_softmax(dim=-1)[chosen])
-            stops = chosen in self.stop_ids
-            yield Token(chosen, log_probability, stops)
-            if stops or count == sampling.max_new_tokens:
-                return
-            seen.append(chosen)
-            logits = reader.read([chosen])
+        yield from self._tokens(self.submit(prompt, sampling))
+
+    def stream_text(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+        """The answer's text in pieces, never half a character or the beginning of a stop string."""
+        prompt = self.encode(messages)
+        [room] = self._rooms([prompt], sampling)
+        answer = self.submit(prompt, replace(sampling, max_new_tokens=room))
+        given = 0
+        for _ in self._tokens(answer):
+            shown = answer.stops.text
+            if len(shown) > given:
+                yield shown[given:]
+                given = len(shown)
+        rest = answer.stops.finish()[given:]
+        if rest:
+            yield rest
 
     def generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Completion]:
         """One completion for each conversation, in order; conversation i draws with `seed + i`, so that none depends on
@@ -145,6 +228,23 @@ class LocalEngine:
         Raises `UserError` for a conversation that leaves no room for an answer.
         """
         prompts = [self.encode(messages) for messages in conversations]
+        rooms = self._rooms(prompts, sampling)
+        first = secrets.randbelow(2**31) if sampling.seed is None else sampling.seed
+        answers = [
+            self.submit(prompt, replace(sampling, seed=first + number, max_new_tokens=room))
+            for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
+        ]
+        try:
+            for answer in answers:
+                self.wait(answer)
+        except BaseException:
+            for answer in answers:
+                self.cancel(answer)
+            raise
+        return [answer.completion() for answer in answers]
+
+    def _rooms(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
+        """How long each answer may be. Raises `UserError` where a prompt fills the context."""
         rooms = [min(sampling.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), start=1):
             if room < 1:
@@ -152,27 +252,46 @@ class LocalEngine:
                     f"conversation {number} is {len(prompt)} tokens long and the model's context holds {self.context}",
                     mend="give a shorter one",
                 )
-        first = _token_sampling(sampling).seed
-        completions = []
-        for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
-            own = replace(sampling, seed=first + number, max_new_tokens=room)
-            completions.append(self._complete(prompt, own))
-        return completions
+        return rooms
 
-    def _complete(self, prompt: list[int], sampling: Sampling) -> Completion:
-        tokens = list(self.stream(prompt, sampling))
+    def _new_grammar(self, schema: str) -> Any:
+        from koine.serve.grammar import Grammar
+
+        return Grammar.from_json_schema(json.loads(schema), self.tokenizer)
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer that is being written."""
+
+    request: Request
+    stops: StopStrings
+
+    def completion(self) -> Completion:
+        """The finished answer."""
+        request = self.request
+        assert request.finish is not None
         return Completion(
-            text=self.tokenizer.decode([token.id for token in tokens if not token.stops]),
-            tokens=tuple(token.id for token in tokens),
-            log_probabilities=tuple(token.log_probability for token in tokens),
-            prompt_tokens=len(prompt),
-            finish="stop" if tokens[-1].stops else "length",
+            text=self.stops.finish(),
+            tokens=tuple(request.tokens),
+            log_probabilities=tuple(request.log_probabilities),
+            prompt_tokens=len(request.prompt),
+            finish="length" if request.finish == "length" else "stop",
         )
 
 
 def _rows(model: CausalLM) -> int:
     """How many ids a model of transformers scores."""
     return int(model.inner.get_output_embeddings().weight.shape[0])
+
+
+def _context(model: Decoder | CausalLM) -> int:
+    config = model.config if isinstance(model, Decoder) else model.inner.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
+
+
+def _canonical(schema: Mapping[str, Any]) -> str:
+    return json.dumps(schema, sort_keys=True)
 
 
 def _token_sampling(sampling: Sampling) -> TokenSampling:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
+
+_NO_NUMBERS = ("stop", "json_schema")
+"""Settings that a chat's `/set NAME VALUE` does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,8 @@ class Sampling:
     repetition_penalty: positive logits of tokens seen before are divided by it, negative ones multiplied (CTRL).
     seed: the same seed, question and settings give the same answer; None draws afresh.
     max_new_tokens: the longest answer.
+    stop: strings that end the answer; the one met is no part of it.
+    json_schema: the answer is a JSON document that follows this schema (extra `grammar`).
     """
 
     temperature: float = 0.3
@@ -30,6 +36,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
@@ -41,6 +49,9 @@ class Sampling:
         )
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._require(
+            "stop", isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings, none of them empty"
+        )
 
     def _require(self, name: str, holds: bool, mend: str) -> None:
         if not holds:
@@ -52,7 +63,9 @@ class Sampling:
         Raises `UserError` for an unknown name, a value that is no number, or one out of range.
         """
         field = name.replace("-", "_")
-        kinds = {entry.name: entry.type for entry in dataclasses.fields(self)}
+        kinds = {
+            entry.name: entry.type for entry in dataclasses.fields(self) if entry.name not in _NO_NUMBERS
+        }
         if field not in kinds:
             known = [known.replace("_", "-") for known in kinds]
             raise UserError(f"unknown setting '{name}'", mend=did_you_mean(name, known))
@@ -72,4 +85,5 @@ class Sampling:
         return "  ".join(
             f"{entry.name.replace('_', '-')} {str(getattr(self, entry.name)).lower()}"
             for entry in dataclasses.fields(self)
+            if entry.name not in _NO_NUMBERS
         )

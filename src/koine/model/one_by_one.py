@@ -1,0 +1,105 @@
+"""Requests answered one at a time by any causal LM of transformers, with the cache that it makes itself.
+
+The same interface as `koine.model.scheduler.Scheduler`: what serves answers need not know which of the two it has.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koine.errors import UserError
+from koine.model.interop import CausalLM
+from koine.model.requests import Request, TokenGrammar, choose_next, new_request
+from koine.model.sampling import Sampling
+
+
+class OneByOne:
+    """Answers requests in the order in which they came. A prompt that goes on from the text read last is not read again."""
+
+    def __init__(self, model: CausalLM, *, prefill_chunk: int = 2048) -> None:
+        self.model, self.prefill_chunk = model, prefill_chunk
+        weight = model.inner.get_output_embeddings().weight
+        self.device, self.vocabulary = weight.device, int(weight.shape[0])
+        self.waiting: deque[Request] = deque()
+        self._read: list[int] = []
+        self._past: Any = None
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop_ids: Iterable[int] = (),
+        watch: Callable[[int], bool] | None = None,
+        grammar: TokenGrammar | None = None,
+    ) -> Request:
+        """Queue a prompt. Raises `UserError` where it is empty or holds an id that the model lacks."""
+        request = new_request(
+            prompt,
+            sampling,
+            vocabulary=self.vocabulary,
+            device=self.device,
+            stop_ids=stop_ids,
+            watch=watch,
+            grammar=grammar,
+        )
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request wherever it is; what it has stays in it."""
+        if request.finish is None:
+            request.finish = "cancelled"
+            self.waiting.remove(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.waiting)
+
+    def run(self) -> None:
+        """Step until every request is finished."""
+        while self.busy:
+            self.step()
+
+    def step(self) -> list[tuple[Request, int]]:
+        """The next token of the oldest request."""
+        if not self.waiting:
+            return []
+        request = self.waiting[0]
+        with torch.inference_mode():
+            logits = self._read_up_to(request)
+            [(token, score)] = choose_next([request], logits[None])
+        finish = request.take(token, score)
+        if finish is not None:
+            request.finish = finish
+            self.waiting.popleft()
+        return [(request, token)]
+
+    def _read_up_to(self, request: Request) -> Tensor:
+        """Logits `[vocab]` after the request's text. Interrupted, it forgets everything rather than half a token."""
+        text = request.text
+        read, past = self._read, self._past
+        if past is None or len(text) <= len(read) or text[: len(read)] != read:
+            read, past = [], None
+        if not request.tokens:
+            request.reused = len(read)
+        self._read, self._past = [], None
+        for start in range(len(read), len(text), self.prefill_chunk):
+            ids = torch.tensor([text[start : start + self.prefill_chunk]], device=self.device)
+            out = self.model.inner(input_ids=ids, past_key_values=past, use_cache=True)
+            past = getattr(out, "past_key_values", None)
+            if past is None:
+                raise UserError(
+                    f"{type(self.model.inner).__name__} keeps no key-value cache",
+                    mend="answering needs a model that does",
+                )
+        self._read, self._past = text, past
+        # A copy is an ordinary tensor, which the caller may change.
+        logits: Tensor = out.logits[0, -1].clone()
+        return logits

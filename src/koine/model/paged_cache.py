@@ -1,0 +1,250 @@
+"""Keys and values of many sequences at once, each of its own length: pages for full layers, rings for windowed ones.
+
+A full layer's keys lie in pages of `page` positions, and pages in slabs that are made when they are needed and given back when they
+are empty, so that memory follows use. A page may belong to several sequences that begin alike. A windowed layer's keys lie in one
+ring of `window` positions a sequence: a new position takes the place of the one that has left the window. Keys are stored rotated, so
+their order inside a ring does not matter.
+
+One step of decoding attends for all sequences together: the scores of a slab's pages are one matmul, read where they lie, whoever
+owns each page, and the pages of a sequence meet in a softmax over their maxima and sums.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from koine.model.config import ModelConfig
+
+PAGE = 128
+"""Positions a page."""
+
+SLAB = 32
+"""Pages a slab: the steps in which memory grows and shrinks."""
+
+SPARSE = 0.5
+"""Below this share of wanted pages between the first and the last wanted one of a slab, they are gathered and not read in place."""
+
+
+@dataclass(eq=False)
+class CachedSequence:
+    """One sequence in the cache: how many positions were read, its pages in order, and its row in the rings."""
+
+    slot: int
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What of a sequence can be read on from: its length, its pages (held), and its windows as they were."""
+
+    length: int
+    pages: tuple[int, ...]
+    rings: tuple[tuple[Tensor, Tensor], ...]
+
+    def bytes(self) -> int:
+        """Bytes of the windows (pages are counted by the cache)."""
+        return sum(k.nbytes + v.nbytes for k, v in self.rings)
+
+
+class OutOfPages(Exception):  # noqa: N818
+    """The cache may not grow any more: something must be given back first."""
+
+
+class PagedCache:
+    """Keys and values of the sequences that were added, in the dtype and on the device given.
+
+    max_pages: pages that may be in use at once; `OutOfPages` is raised where more are needed.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        page: int = PAGE,
+        max_pages: int | None = None,
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.page, self.max_pages = page, max_pages
+        self.full = [index for index, spec in enumerate(config.layers) if spec.window is None]
+        self.windowed = {
+            index: spec.window for index, spec in enumerate(config.layers) if spec.window is not None
+        }
+        self._slabs: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in self.full}
+        self._rings = {index: self._new_ring(window, 0) for index, window in self.windowed.items()}
+        self._free: list[int] = []
+        self._holders: dict[int, int] = {}
+        self.sequences: list[CachedSequence] = []
+        self.changes = 0
+        """Counts what makes a plan of reading out of date: sequences and pages that come and go."""
+
+    def _new_ring(self, window: int, slots: int) -> tuple[Tensor, Tensor]:
+        shape = (slots, self.config.num_kv_heads, window, self.config.head_dim)
+        return self._empty(shape), self._empty(shape)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        # A tensor made in inference mode could not be written to outside of it, where sequences come and go.
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    # -- sequences -----------------------------------------------------------------------------------------------------
+
+    def add(self, prefix: Prefix | None = None) -> CachedSequence:
+        """A new sequence, empty or going on from a prefix; its slot is the last."""
+        slot = len(self.sequences)
+        for index, (k, v) in self._rings.items():
+            if slot == k.shape[0]:
+                grown = self._new_ring(self.windowed[index], max(1, 2 * slot))
+                grown[0][:slot], grown[1][:slot] = k, v
+                self._rings[index] = grown
+        sequence = CachedSequence(slot)
+        if prefix is not None:
+            whole = prefix.length // self.page
+            partial: int | None = None
+            if whole < len(prefix.pages):
+                # The last page is not full, and its first owner may be writing to the rest of it: this sequence has a copy.
+                [partial] = self._take(1)
+                for slabs in self._slabs.values():
+                    for part in (0, 1):
+                        source, at = divmod(prefix.pages[whole], SLAB)
+                        target, to = divmod(partial, SLAB)
+                        slabs[target][part][to] = slabs[source][part][at]
+            for number in prefix.pages[:whole]:
+                self._holders[number] += 1
+            sequence.pages = [*prefix.pages[:whole], *([] if partial is None else [partial])]
+            sequence.length = prefix.length
+            for (k, v), (held_k, held_v) in zip(self._rings.values(), prefix.rings, strict=True):
+                k[slot, :, : held_k.shape[1]] = held_k
+                v[slot, :, : held_v.shape[1]] = held_v
+        self.sequences.append(sequence)
+        self.changes += 1
+        return sequence
+
+    def remove(self, sequence: CachedSequence) -> None:
+        """Forget a sequence; the last slot's ring moves into its place, so that slots stay dense."""
+        last = self.sequences.pop()
+        if last is not sequence:
+            for k, v in self._rings.values():
+                k[sequence.slot], v[sequence.slot] = k[last.slot], v[last.slot]
+            last.slot = sequence.slot
+            self.sequences[last.slot] = last
+        self._give_back(sequence.pages)
+        sequence.pages = []
+        self.changes += 1
+
+    def arrange(self, sequences: Sequence[CachedSequence]) -> None:
+        """Give these sequences the slots 0, 1, ...; whoever has one of them moves."""
+        for slot, sequence in enumerate(sequences):
+            other = self.sequences[slot]
+            if other is sequence:
+                continue
+            for ring in self._rings.values():
+                for part in ring:
+                    part[[slot, sequence.slot]] = part[[sequence.slot, slot]]
+            self.sequences[slot], self.sequences[sequence.slot] = sequence, other
+            sequence.slot, other.slot = slot, sequence.slot
+            self.changes += 1
+
+    def prefix(self, sequence: CachedSequence) -> Prefix:
+        """A sequence as it is now, to begin others with; hold it with care: it keeps pages until `release`."""
+        for number in sequence.pages:
+            self._holders[number] += 1
+        rings = []
+        for index, (k, v) in self._rings.items():
+            held = min(sequence.length, self.windowed[index])
+            rings.append((k[sequence.slot, :, :held].clone(), v[sequence.slot, :, :held].clone()))
+        return Prefix(sequence.length, tuple(sequence.pages), tuple(rings))
+
+    def release(self, prefix: Prefix) -> None:
+        """Give up a prefix's hold on its pages."""
+        self._give_back(prefix.pages)
+
+    # -- pages ---------------------------------------------------------------------------------------------------------
+
+    def pages_for(self, positions: int) -> int:
+        """Pages that a sequence of so many positions needs."""
+        return -(-positions // self.page) if self.full else 0
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that some sequence or prefix holds."""
+        return len(self._holders)
+
+    def pages_left(self) -> float:
+        """Pages that may still be taken."""
+        return float("inf") if self.max_pages is None else self.max_pages - len(self._holders)
+
+    def reserve(self, sequence: CachedSequence, positions: int) -> None:
+        """Pages for `positions` more; raises `OutOfPages` and takes none where they are not to be had."""
+        if not self.full:
+            return
+        missing = self.pages_for(sequence.length + positions) - len(sequence.pages)
+        if missing > 0:
+            sequence.pages += self._take(missing)
+            self.changes += 1
+
+    def _take(self, count: int) -> list[int]:
+        if count > self.pages_left():
+            raise OutOfPages
+        while len(self._free) < count:
+            shape = (SLAB, self.config.num_kv_heads, self.page, self.config.head_dim)
+            first = SLAB * len(next(iter(self._slabs.values())))
+            for slabs in self._slabs.values():
+                slabs.append((self._empty(shape), self._empty(shape)))
+            for number in range(first, first + SLAB):
+                heapq.heappush(self._free, number)
+        # The lowest first: pages in use stay close together, and slabs at the end become empty.
+        taken = [heapq.heappop(self._free) for _ in range(count)]
+        for number in taken:
+            self._holders[number] = 1
+        return taken
+
+    def _give_back(self, pages: Sequence[int]) -> None:
+        for number in pages:
+            self._holders[number] -= 1
+            if not self._holders[number]:
+                del self._holders[number]
+                heapq.heappush(self._free, number)
+        needed = 1 + max(self._holders, default=-1) // SLAB
+        have = len(next(iter(self._slabs.values()))) if self._slabs else 0
+        # One slab is kept in reserve, so that the end of a sequence and the beginning of the next do not make and drop it in turn.
+        if have > needed + 1:
+            for slabs in self._slabs.values():
+                del slabs[needed + 1 :]
+            self._free = [number for number in self._free if number < (needed + 1) * SLAB]
+            heapq.heapify(self._free)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def _position_bytes(self) -> int:
+        return 2 * self.config.kv_size * torch.empty((), dtype=self.dtype).element_size()
+
+    def bytes_held(self) -> int:
+        """Bytes of the keys and values of all sequences' positions: what `koine.model.flops.cache_bytes` counts."""
+        held = sum(len(self.full) * sequence.length for sequence in self.sequences)
+        held += sum(
+            min(sequence.length, window) for window in self.windowed.values() for sequence in self.sequences
+        )
+        return held * self._position_bytes()
+
+    def bytes_reserved(self) -> int:
+        """Bytes of the memory that holds them, empty places included."""
+        slabs = sum(k.nbytes + v.nbytes for slabs in self._slabs.values() for k, v in slabs)
+        return slabs + sum(k.nbytes + v.nbytes for k, v in self._rings.values())
+
+    # -- where things lie ----------------------------------------------------------------------------------------------
+
+    def slab(self, layer: int, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a slab's pages, `[SLAB, kv_heads, page, head_dim]` each."""
+        return self._slabs[layer][number]
+
+    def ring(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of every slot's window, `[slots, kv_heads, window, head_dim]` each."""
+        return self._rings[layer]

@@ -1,0 +1,290 @@
+"""Reading tokens into a `PagedCache`: a stretch of one sequence (or of several new ones, packed), or one token of each.
+
+The decoder asks a reading for the positions of its tokens, gives it each layer's queries, keys and values, and gets the mixed
+values back. A reading belongs to one forward pass; `finish` counts its tokens as read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from koine.model.attention import attend, attend_after
+from koine.model.paged_cache import SLAB, SPARSE, CachedSequence, PagedCache
+
+NOWHERE = 2**40
+"""The first position of a page that is nobody's: later than any query."""
+
+
+class Reading(Protocol):
+    """What the decoder needs of a cache in one forward pass."""
+
+    @property
+    def positions(self) -> Tensor:
+        """`[batch, time]`, what RoPE turns by."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v `[batch, time, kv_heads, head_dim]` and mix what q `[batch, time, kv_heads, groups, head_dim]` (scaled) may
+        see: `[batch, time, heads * head_dim]`."""
+        ...
+
+    def finish(self) -> None:
+        """Count the tokens as read."""
+        ...
+
+
+class StretchReading:
+    """`[1, time]` tokens: the next `counts[i]` of each sequence, one after another. Several only where all of them are new."""
+
+    def __init__(self, cache: PagedCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
+        if len(sequences) > 1 and any(sequence.length for sequence in sequences):
+            raise ValueError("a sequence that goes on is read alone")
+        for sequence, count in zip(sequences, counts, strict=True):
+            cache.reserve(sequence, count)
+        self.cache, self.sequences, self.counts = cache, sequences, counts
+        before = [sequence.length for sequence in sequences]
+        spans = [torch.arange(b, b + n) for b, n in zip(before, counts, strict=True)]
+        self._positions = torch.cat(spans)[None].to(cache.device)
+        self._starts: Tensor | None = None
+        if len(sequences) > 1:
+            begins = torch.tensor([0, *counts[:-1]]).cumsum(0)
+            self._starts = begins.repeat_interleave(torch.tensor(counts))[None].to(cache.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """`[1, time]`."""
+        return self._positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Reading.attend`."""
+        window = self.cache.windowed.get(layer)
+        before = self.sequences[0].length
+        if not before:
+            mixed = attend(q, k, v, window=window, document_starts=self._starts)
+        else:
+            held_k, held_v = (
+                self._pages(layer, before) if window is None else self._ring(layer, window, before)
+            )
+            keys = torch.cat((held_k, k[0].transpose(0, 1)), dim=1)[None]
+            values = torch.cat((held_v, v[0].transpose(0, 1)), dim=1)[None]
+            mixed = attend_after(q, keys, values, window=window)
+        start = 0
+        for sequence, count in zip(self.sequences, self.counts, strict=True):
+            part = slice(start, start + count)
+            if window is None:
+                self._write_pages(layer, sequence, k[0, part], v[0, part])
+            else:
+                self._write_ring(layer, window, sequence, k[0, part], v[0, part])
+            start += count
+        return mixed
+
+    def finish(self) -> None:
+        """See `Reading.finish`."""
+        for sequence, count in zip(self.sequences, self.counts, strict=True):
+            sequence.length += count
+
+    def _pages(self, layer: int, before: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions read before, `[kv_heads, before, head_dim]`."""
+        pages = self.sequences[0].pages[: self.cache.pages_for(before)]
+        found = [(self.cache.slab(layer, number // SLAB), number % SLAB) for number in pages]
+        k = torch.cat([slab[0][at] for slab, at in found], dim=1)[:, :before]
+        v = torch.cat([slab[1][at] for slab, at in found], dim=1)[:, :before]
+        return k, v
+
+    def _ring(self, layer: int, window: int, before: int) -> tuple[Tensor, Tensor]:
+        """The last `window - 1` positions read before, oldest first."""
+        held = torch.arange(before - min(before, window - 1), before, device=self.cache.device) % window
+        k, v = self.cache.ring(layer)
+        slot = self.sequences[0].slot
+        return k[slot][:, held], v[slot][:, held]
+
+    def _write_pages(self, layer: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
+        done, page = 0, self.cache.page
+        while done < k.shape[0]:
+            index, at = divmod(sequence.length + done, page)
+            number, count = sequence.pages[index], min(page - at, k.shape[0] - done)
+            slab = self.cache.slab(layer, number // SLAB)
+            for held, new in zip(slab, (k, v), strict=True):
+                held[number % SLAB, :, at : at + count] = new[done : done + count].transpose(0, 1)
+            done += count
+
+    def _write_ring(self, layer: int, window: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
+        end = sequence.length + k.shape[0]
+        count = min(window, k.shape[0])
+        at = torch.arange(end - count, end, device=self.cache.device) % window
+        for held, new in zip(self.cache.ring(layer), (k, v), strict=True):
+            held[sequence.slot].index_copy_(1, at, new[-count:].transpose(0, 1))
+
+
+@dataclass(frozen=True)
+class PageGroup:
+    """Pages of one slab that are read together, and whose they are.
+
+    pages: the pages of the slab, a range read in place or numbers to gather.
+    rows: `[pages]`, which query each page is for.
+    first: `[pages]`, the position of each page's first key in its sequence; `NOWHERE` for a page in between that nobody asks for.
+    """
+
+    slab: int
+    pages: slice | Tensor
+    rows: Tensor
+    first: Tensor
+
+
+class StepReading:
+    """`[batch, 1]` tokens: the next one of each sequence. Reserves a position for each; raises `OutOfPages` where one has none.
+
+    The sequences are those of the slots 0, 1, ..., in this order. Pass the reading of the step before as `last`: what both have in
+    common is not worked out again.
+    """
+
+    def __init__(
+        self, cache: PagedCache, sequences: Sequence[CachedSequence], last: StepReading | None = None
+    ) -> None:
+        for number, sequence in enumerate(sequences):
+            if sequence.slot != number:
+                raise ValueError("the sequences of a step take the first slots, in order")
+            cache.reserve(sequence, 1)
+        self.cache, self.sequences = cache, sequences
+        lengths = [sequence.length for sequence in sequences]
+        self._lengths = torch.tensor(lengths, device=cache.device)
+        self._key = (cache.changes, len(sequences))
+        self._groups: list[PageGroup]
+        if last is not None and last.cache is cache and last._key == self._key:
+            self._groups = last._groups
+        else:
+            self._groups = page_groups(cache, sequences) if cache.full else []
+        # A page's positions from the row's length on are not read yet; the new token itself is.
+        within = torch.arange(cache.page, device=cache.device)
+        self._hidden = [
+            group.first[:, None] + within > self._lengths[group.rows][:, None] for group in self._groups
+        ]
+        self._targets = self._page_targets(lengths) if cache.full else []
+        self._ring_at: dict[int, Tensor] = {}
+        self._ring_hidden: dict[int, Tensor | None] = {}
+        for window in set(cache.windowed.values()):
+            self._ring_at[window] = self._lengths % window
+            filling = min(lengths) + 1 < window
+            places = torch.arange(window, device=cache.device)
+            self._ring_hidden[window] = places > self._lengths[:, None] if filling else None
+        self._all = torch.arange(len(sequences), device=cache.device)
+
+    def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        """Where each row's new key goes: by slab, (rows, pages, places)."""
+        found: dict[int, list[tuple[int, int, int]]] = {}
+        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
+            index, at = divmod(length, self.cache.page)
+            slab, page = divmod(sequence.pages[index], SLAB)
+            found.setdefault(slab, []).append((row, page, at))
+        targets: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        for slab, places in found.items():
+            owners, pages, at_places = torch.tensor(places, device=self.cache.device).unbind(1)
+            targets.append((slab, owners, pages, at_places))
+        return targets
+
+    @property
+    def positions(self) -> Tensor:
+        """`[batch, 1]`."""
+        return self._lengths[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Reading.attend`; `time` is 1."""
+        window = self.cache.windowed.get(layer)
+        mixed = (
+            self._over_pages(layer, q[:, 0], k[:, 0], v[:, 0])
+            if window is None
+            else self._over_ring(layer, window, q[:, 0], k[:, 0], v[:, 0])
+        )
+        return mixed.flatten(1)[:, None]
+
+    def finish(self) -> None:
+        """See `Reading.finish`."""
+        for sequence in self.sequences:
+            sequence.length += 1
+
+    def _over_ring(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = len(self.sequences)
+        keys, values = self.cache.ring(layer)
+        keys[self._all, :, self._ring_at[window]] = k
+        values[self._all, :, self._ring_at[window]] = v
+        scores = torch.matmul(q, keys[:rows].transpose(-1, -2))
+        hidden = self._ring_hidden[window]
+        if hidden is not None:
+            scores.masked_fill_(hidden[:, None, None], -torch.inf)
+        return torch.matmul(torch.softmax(scores, dim=-1), values[:rows])
+
+    def _over_pages(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for slab, rows, pages, at in self._targets:
+            keys, values = self.cache.slab(layer, slab)
+            keys[pages, :, at] = k[rows]
+            values[pages, :, at] = v[rows]
+        parts = []
+        for group, hidden in zip(self._groups, self._hidden, strict=True):
+            keys, values = self.cache.slab(layer, group.slab)
+            scores = torch.matmul(q[group.rows], keys[group.pages].transpose(-1, -2))
+            parts.append((group, scores.float().masked_fill_(hidden[:, None, None], -torch.inf), values))
+        return merge_pages(q, parts)
+
+
+def merge_pages(q: Tensor, parts: Sequence[tuple[PageGroup, Tensor, Tensor]]) -> Tensor:
+    """Softmax over all pages of each row and the mix of their values.
+
+    q: `[rows, kv_heads, groups, head_dim]`; each part holds scores `[pages, kv_heads, groups, page]` (float32, `-inf` where hidden)
+    and its slab's values. Every row has a page with a visible key. Returns the shape and dtype of `q`.
+    """
+    shape = (*q.shape[:3], 1)
+    highest = torch.full(shape, -torch.inf, device=q.device)
+    for group, scores, _ in parts:
+        peaks = scores.amax(dim=-1, keepdim=True)
+        highest.scatter_reduce_(0, group.rows[:, None, None, None].expand_as(peaks), peaks, "amax")
+    total = torch.zeros(shape, device=q.device)
+    mixed = torch.zeros(q.shape, device=q.device)
+    for group, scores, values in parts:
+        weights = scores.sub_(highest[group.rows]).exp_()
+        total.index_add_(0, group.rows, weights.sum(dim=-1, keepdim=True))
+        mixed.index_add_(0, group.rows, torch.matmul(weights.to(q.dtype), values[group.pages]).float())
+    return (mixed / total).to(q.dtype)
+
+
+def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageGroup]:
+    """The pages of all sequences, by slab; a page of several sequences is in one group for each."""
+    uses: dict[int, list[tuple[int, int, int]]] = {}
+    met: dict[int, int] = {}
+    for row, sequence in enumerate(sequences):
+        for index, number in enumerate(sequence.pages):
+            again = met.get(number, 0)
+            met[number] = again + 1
+            # The first user of each page, then the second: within one group a page is read once.
+            uses.setdefault(number // SLAB * (len(sequences) + 1) + again, []).append(
+                (number % SLAB, row, index * cache.page)
+            )
+    groups = []
+    for key, found in sorted(uses.items()):
+        found.sort()
+        first, last = found[0][0], found[-1][0] + 1
+        in_place = len(found) >= SPARSE * (last - first)
+        if in_place:
+            rows, starts = [0] * (last - first), [NOWHERE] * (last - first)
+            for page, row, start in found:
+                rows[page - first], starts[page - first] = row, start
+        else:
+            rows, starts = [row for _, row, _ in found], [start for _, _, start in found]
+        pages: slice | Tensor = (
+            slice(first, last)
+            if in_place
+            else torch.tensor([page for page, _, _ in found], device=cache.device)
+        )
+        groups.append(
+            PageGroup(
+                key // (len(sequences) + 1),
+                pages,
+                torch.tensor(rows, device=cache.device),
+                torch.tensor(starts, device=cache.device),
+            )
+        )
+    return groups

@@ -1,0 +1,268 @@
+"""Continuous batching gives each request what it would get alone, whatever its neighbours, the pages, the prefixes and the interruptions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from koine.errors import UserError
+from koine.model import Decoder, LayerSpec, ModelConfig, Request, Sampling, Scheduler, generate
+from koine.model.flops import cache_bytes
+from koine.model.paged_cache import SLAB, OutOfPages
+from koine.model.prefixes import common_length
+from koine.model.reading import StepReading, StretchReading
+
+
+def prompt_of(size: int, seed: int) -> list[int]:
+    return [random.Random(seed * 1000 + place).randrange(6, 98) for place in range(size)]
+
+
+def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
+    """The greedy or drawn answer by whole forward passes, without any cache."""
+    from koine.model.sampling import choose
+
+    text, generator = list(prompt), torch.Generator().manual_seed(sampling.seed)
+    with torch.inference_mode():
+        for _ in range(sampling.max_new_tokens):
+            logits = model.logits(model(torch.tensor([text]))[:, -1])
+            seen = torch.zeros(1, 99, dtype=torch.bool)
+            seen[0, text] = True
+            text.append(int(choose(logits, sampling, [generator], seen)))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        None,
+        (LayerSpec(),) * 3,
+        (LayerSpec(window=5),) * 2,
+        (LayerSpec(qk_norm=True), LayerSpec(window=3, rope=False)),
+    ],
+    ids=["hybrid", "full", "windowed", "qk-norm"],
+)
+@pytest.mark.parametrize(("max_batch", "chunk", "page"), [(1, 64, 8), (3, 5, 4), (8, 64, 16)])
+def test_every_request_gets_what_it_would_get_alone(
+    tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, max_batch: int, chunk: int, page: int
+) -> None:
+    """Requests of many lengths arrive while others run; settings differ from row to row."""
+    model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
+    scheduler = Scheduler(model, max_batch=max_batch, prefill_chunk=chunk, page=page)
+    requests: list[Request] = []
+    for number, size in enumerate((1, 19, 3, 40, 8, 8, 27)):
+        sampling = Sampling(
+            max_new_tokens=4 + 3 * (number % 3),
+            temperature=0.0 if number % 2 else 1.0,
+            repetition_penalty=1.3 if number % 3 == 0 else 1.0,
+            seed=number,
+        )
+        requests.append(scheduler.submit(prompt_of(size, number), sampling))
+        scheduler.step()
+    scheduler.run()
+    for request in requests:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+        assert request.finish == "length"
+
+
+def test_a_full_cache_loses_no_request(tiny: ModelConfig) -> None:
+    """Eight answers that do not fit together: some go back to the queue, are read again, and end as if nothing had been."""
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, max_batch=8, page=4, max_pages=14, prefixes=2)
+    went_back = 0
+    requests = [
+        scheduler.submit(
+            prompt_of(9 + number, number), Sampling(max_new_tokens=20, temperature=0.7, seed=number)
+        )
+        for number in range(8)
+    ]
+    while scheduler.busy:
+        before = len(scheduler.waiting)
+        scheduler.step()
+        went_back += max(0, len(scheduler.waiting) - before)
+        assert scheduler.cache.pages_in_use <= 14
+    assert went_back > 0
+    for request in requests:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+
+
+def test_a_request_that_can_never_fit_is_refused(tiny: ModelConfig) -> None:
+    scheduler = Scheduler(Decoder(tiny).eval(), page=4, max_pages=10)
+    with pytest.raises(UserError, match="needs 11 pages and the cache has 10"):
+        scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=11))
+    scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=10))
+    scheduler.run()
+
+
+def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
+    """The first of three prompts with a common beginning stops there; the others, and a next turn, go on from what was kept."""
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=8)
+    common = prompt_of(45, 1)
+    first, second, third = (
+        scheduler.submit(common + prompt_of(7, seed), Sampling(max_new_tokens=6)) for seed in (2, 3, 4)
+    )
+    scheduler.run()
+    assert [first.reused, second.reused, third.reused] == [0, 45, 45] or [first.reused, third.reused] == [
+        0,
+        45,
+    ]
+    turn = scheduler.submit(first.text + prompt_of(5, 9), Sampling(max_new_tokens=6))
+    scheduler.run()
+    assert turn.reused == len(first.text) - 1
+    for request in (first, second, third, turn):
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+    # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
+    twins = [scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9)) for token in (7, 8)]
+    scheduler.run()
+    # The second of them had one token more in common with the first.
+    assert [twin.reused for twin in twins] == [len(turn.text) - 1, len(turn.text)]
+    for twin in twins:
+        assert twin.tokens == alone(model, twin.prompt, twin.sampling)
+
+
+def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, max_batch=2, page=4, prefixes=0, prefill_chunk=8)
+    sampling = Sampling(max_new_tokens=10)
+    stays, running, reading, waiting = (
+        scheduler.submit(prompt_of(size, size), sampling) for size in (6, 5, 40, 12)
+    )
+    scheduler.step()
+    scheduler.cancel(running)
+    scheduler.step()
+    assert reading in scheduler.reading
+    scheduler.cancel(reading)
+    scheduler.cancel(waiting)
+    scheduler.run()
+    assert [one.finish for one in (running, reading, waiting)] == ["cancelled"] * 3
+    assert stays.tokens == alone(model, stays.prompt, sampling)
+    assert running.tokens == alone(model, running.prompt, sampling)[: len(running.tokens)]
+    assert scheduler.cache.pages_in_use == 0
+    assert scheduler.cache.sequences == []
+
+
+def test_an_interruption_anywhere_loses_nothing(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, max_batch=4, page=4, prefill_chunk=8)
+    requests = [
+        scheduler.submit(prompt_of(size, size), Sampling(max_new_tokens=8, temperature=0.9, seed=size))
+        for size in (3, 30, 12)
+    ]
+    forward, calls = model.blocks[-1].forward, 0
+
+    def sometimes(*arguments: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        # Ever further apart, since what is read again must get a little further each time.
+        if calls in (3, 7, 12, 18, 25, 33):
+            raise KeyboardInterrupt
+        return forward(*arguments, **named)
+
+    interrupted = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[-1], "forward", sometimes)
+        while scheduler.busy:
+            try:
+                scheduler.step()
+            except KeyboardInterrupt:
+                interrupted += 1
+    assert interrupted > 2
+    for request in requests:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+
+
+def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
+    """Only allowed tokens come, one row's grammar is not another's, and log-probabilities are the model's own."""
+
+    class Odd:
+        def __init__(self) -> None:
+            self.taken: list[int] = []
+
+        def mask(self) -> torch.Tensor:
+            return torch.arange(90) % 2 == 1
+
+        def advance(self, token: int) -> None:
+            self.taken.append(token)
+
+    model, odd = Decoder(tiny).eval(), Odd()
+    scheduler = Scheduler(model)
+    sampling = Sampling(max_new_tokens=12, temperature=1.5, seed=3)
+    free = scheduler.submit([5, 9], sampling)
+    bound = scheduler.submit([5, 9], sampling, grammar=odd)
+    scheduler.run()
+    watched = scheduler.submit([5, 9], sampling, watch=lambda token: token == free.tokens[3])
+    scheduler.run()
+    assert free.tokens == alone(model, [5, 9], sampling)
+    assert bound.tokens == odd.taken
+    assert all(token % 2 and token < 90 for token in bound.tokens)
+    with torch.inference_mode():
+        scores = model.logits(model(torch.tensor([bound.text])))[0, 1:-1].log_softmax(-1)
+    own = scores.gather(1, torch.tensor(bound.tokens)[:, None])[:, 0]
+    assert bound.log_probabilities == pytest.approx(own.tolist(), abs=1e-4)
+    assert watched.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
+    assert watched.finish == "stop"
+
+
+def test_memory_follows_use(tiny: ModelConfig) -> None:
+    """Held bytes are the formula's; slabs come with need and go when they are empty, but for one."""
+    model = Decoder(tiny).eval()
+    cache = model.new_cache(page=4)
+    long, short = cache.add(), cache.add()
+    with torch.inference_mode():
+        model(
+            torch.tensor([prompt_of(4 * SLAB * 3, 1)]), reading=StretchReading(cache, [long], [4 * SLAB * 3])
+        )
+        model(torch.tensor([prompt_of(3, 2)]), reading=StretchReading(cache, [short], [3]))
+    lengths = (4 * SLAB * 3, 3)
+    assert cache.bytes_held() == sum(cache_bytes(tiny, length, element_bytes=4) for length in lengths)
+    most = cache.bytes_reserved()
+    cache.remove(long)
+    cache.remove(short)
+    assert cache.pages_in_use == 0
+    one_slab = 2 * SLAB * 4 * tiny.kv_size * 4
+    assert most - cache.bytes_reserved() == 3 * one_slab
+    assert cache.add().slot == 0
+
+
+def test_pages_far_apart_and_a_cache_that_is_full(tiny: ModelConfig) -> None:
+    """Of many sequences only the first and the last stay: their pages are gathered, not read in place."""
+    model = Decoder(tiny).eval()
+    cache = model.new_cache(page=4, max_pages=20)
+    prompts = [prompt_of(8, seed) for seed in range(10)]
+    sequences = [cache.add() for _ in prompts]
+    with torch.inference_mode():
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            model(torch.tensor([prompt]), reading=StretchReading(cache, [sequence], [8]))
+        with pytest.raises(OutOfPages):
+            StepReading(cache, sequences)
+        for sequence in sequences[1:-1]:
+            cache.remove(sequence)
+        kept = [sequences[-1], sequences[0]]
+        cache.arrange(kept)
+        got = model(torch.tensor([[7], [9]]), reading=StepReading(cache, kept))[:, 0]
+        expected = [model(torch.tensor([[*prompts[i], token]]))[0, -1] for i, token in ((-1, 7), (0, 9))]
+    # float32, summed in another order.
+    assert torch.allclose(got, torch.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (3, 5), (8, 8), (40, 39)])
+def test_common_length(lengths: tuple[int, int]) -> None:
+    first, second = prompt_of(lengths[0], 1), prompt_of(lengths[1], 1)
+    assert common_length(first, second) == min(lengths)
+    if min(lengths) > 2:
+        second[2] = 1
+        assert common_length(first, second) == 2
+
+
+def test_generate_keeps_the_order(tiny: ModelConfig) -> None:
+    model = Decoder(tiny).eval()
+    prompts = [prompt_of(size, size) for size in (20, 3, 11)]
+    answers = generate(model, prompts, Sampling(max_new_tokens=5, temperature=1.0, seed=7), max_batch=2)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        assert answer.prompt == prompt
+        assert answer.tokens == alone(
+            model, prompt, Sampling(max_new_tokens=5, temperature=1.0, seed=7 + row)
+        )
