@@ -28,6 +28,8 @@ from koine.files import read_json, write_json
 from koine.hardware import processor_name
 from koine.model import Decoder, preset, save_model
 from koine.model.flops import all_full, cache_bytes, count_parameters
+from koine.tokenizer import train_tokenizer
+from koine.tokenizer.special import SMALLEST_VOCABULARY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.install import ENVIRONMENTS, python_of
@@ -173,9 +175,14 @@ def main() -> None:
         if before["machine"] == result["machine"] and before["torch"] == result["torch"]:
             result["results"] = before["results"]
     with tempfile.TemporaryDirectory() as folder:
+        # llama.cpp reads no model without a tokenizer; which one does not matter here.
+        tokenizer = Path(folder) / "tokenizer"
+        train_tokenizer(
+            {"en": lambda: ["text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
+        ).save(tokenizer)
         for dtype in options.dtypes:
             weights, gguf = Path(folder) / dtype, Path(folder) / f"{dtype}.gguf"
-            save_model(Decoder(config), weights, dtype=getattr(torch, dtype))
+            save_model(Decoder(config), weights, tokenizer=tokenizer, dtype=getattr(torch, dtype))
             with_llama = (ENVIRONMENTS / "llama_cpp").exists()
             if with_llama:
                 from koine.model.gguf_export import export_gguf

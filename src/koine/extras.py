@@ -26,6 +26,7 @@ PURPOSES = {
     "hf": "open any causal LM of transformers, beyond Cohere, Cohere2 and Koine's own directories",
     "cluster": "run plans on a Ray cluster: koine run PLAN --executor ray",
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
+    "gguf": "export dense models for llama.cpp: koine model export --format gguf",
     "dev": "the tests, the type checker, the linters",
 }
 

@@ -176,6 +176,34 @@ CASES = (
         says="unknown preset 'koine-8'; did you mean 'koine-8m' or 'koine-8b' or 'koine-4m'?",
     ),
     Case(
+        mistake="a model for llama.cpp that llama.cpp would run differently",
+        command="model export model --format gguf --out model.gguf",
+        prepare=worlds.having(
+            "model", then=worlds.edited_json("model/config.json", tie_word_embeddings=False)
+        ),
+        says="model/config.json: llama.cpp has no architecture for this model: its output matrix is not the embedding; it reads tied models of this kind only",
+    ),
+    Case(
+        mistake="a model for llama.cpp without its tokenizer",
+        command="model export model --format gguf --out model.gguf",
+        prepare=worlds.having("model", then=worlds.removed("model/tokenizer.json")),
+        says="model: holds no tokenizer.json; give a folder written by `koine tokenizer train` or a model's",
+    ),
+    Case(
+        mistake="an export over a file that is there",
+        command="model export model --format gguf --out model/config.json",
+        prepare=worlds.having("model"),
+        says="model/config.json: exists already; choose another --out or remove it first",
+    ),
+    Case(
+        mistake="a disk that is full while exporting",
+        command="model export model --format gguf --out model.gguf",
+        prepare=worlds.having("model"),
+        during=worlds.full_disk,
+        simulated="fsync reports that no space is left",
+        says="model.gguf: the disk is full; free some space or choose another place; nothing half-written was kept",
+    ),
+    Case(
         mistake="a model folder that is not there",
         command=CHAT,
         says="model: no such folder; give the folder of a model",

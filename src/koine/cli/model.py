@@ -1,4 +1,4 @@
-"""`koine model`: what a preset or a model directory comes to."""
+"""`koine model`: what a preset or a model directory comes to, and a model for other engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from koine.errors import UserError
 
 @click.group()
 def model() -> None:
-    """Describe presets and model directories."""
+    """Describe presets and model directories; export a model."""
 
 
 @model.command()
@@ -96,3 +96,21 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return lines
+
+
+@model.command()
+@click.argument("directory", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--format", "kind", type=click.Choice(("gguf",)), required=True, help="gguf: for llama.cpp.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "float16", "bfloat16", "q8_0")),
+    help="Of the matrices; norms stay float32.  [default: as stored]",
+)
+def export(directory: Path, kind: str, out: Path, dtype: Any) -> None:
+    """Write MODEL as one file that another engine runs."""
+    from koine.model.gguf_export import export_gguf
+
+    assert kind == "gguf"
+    export_gguf(directory, out, dtype=dtype)
+    click.echo(f"{out}: {out.stat().st_size:,} bytes")

@@ -82,7 +82,7 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(shards.values()))
 
 
-class _Weights(Mapping[str, Tensor]):
+class StoredWeights(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files, read one by one when asked for."""
 
     def __init__(self, path: Path) -> None:
@@ -119,6 +119,7 @@ class _Weights(Mapping[str, Tensor]):
                 ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header alone."""
         return self._shapes[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -133,16 +134,12 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def load_model(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Decoder:
-    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored.
+def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
+    """The tensors of a model directory under their stored names, none of them read yet.
 
-    Raises `UserError` where a file is missing or damaged, a tensor is missing, left over or of another shape, or holds NaN.
+    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
     """
-    path = Path(path)
-    config = read_config(path)
-    weights = _Weights(path)
+    weights = StoredWeights(path)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
     # A tied checkpoint may carry the head a second time, and old ones their rotary tables.
@@ -168,6 +165,19 @@ def load_model(
                 where=path,
                 mend="config.json and the weights do not belong together",
             )
+    return weights
+
+
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored.
+
+    Raises `UserError` where a file is missing or damaged, a tensor is missing, left over or of another shape, or holds NaN.
+    """
+    path = Path(path)
+    config = read_config(path)
+    weights = open_weights(path, config)
     with torch.device("meta"):
         model = Decoder(config)
     # The dtype first: on the meta device the change costs nothing.
