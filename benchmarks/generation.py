@@ -35,7 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.install import ENVIRONMENTS, python_of
 
 SIDE = Path(__file__).resolve().parent / "generation_side.py"
-CASES: tuple[tuple[int, int], ...] = ((1, 512), (8, 512), (32, 512), (1, 8192), (8, 8192), (32, 8192), (1, 32_768), (8, 32_768))
+CASES: tuple[tuple[int, int], ...] = (
+    (1, 512),
+    (8, 512),
+    (32, 512),
+    (1, 8192),
+    (8, 8192),
+    (32, 8192),
+    (1, 32_768),
+    (8, 32_768),
+)
 """(batch, context). 32 prompts of 32,768 tokens take `transformers` about an hour to read on two cores; that case is for larger machines."""
 
 
@@ -72,9 +81,7 @@ class Process:
         return self._answer()
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write('{"do": "quit"}\n')
-        self.process.stdin.close()
+        self.process.kill()
         self.process.wait()
 
 
@@ -178,7 +185,10 @@ def main() -> None:
         # llama.cpp reads no model without a tokenizer; which one does not matter here.
         tokenizer = Path(folder) / "tokenizer"
         train_tokenizer(
-            {"en": lambda: ["text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
+            {"en": lambda: ["some text"] * 99},
+            vocab_size=SMALLEST_VOCABULARY + 3,
+            scheme="natural",
+            english_share=None,
         ).save(tokenizer)
         for dtype in options.dtypes:
             weights, gguf = Path(folder) / dtype, Path(folder) / f"{dtype}.gguf"

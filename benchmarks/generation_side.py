@@ -1,6 +1,6 @@
 """One side of benchmarks/generation.py: a process that reads prompts and writes greedy tokens on command.
 
-It reads one JSON object a line (`{"do": "prepare", "batch": 8, "context": 512}`, `{"do": "decode", "steps": 16}`, `{"do": "quit"}`) and answers with
+It reads one JSON object a line (`{"do": "prepare", "batch": 8, "context": 512}`, `{"do": "decode", "steps": 16}`, `{"do": "end"}`) and answers with
 one. It runs in the environment of the side that it measures: `ours` needs koine; `transformers` and `llama_cpp` need only themselves.
 """
 
@@ -203,8 +203,6 @@ def main() -> None:
     answer({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
-        if order["do"] == "quit":
-            return
         if order["do"] == "prepare":
             answer(side.prepare(order["batch"], order["context"]))
         elif order["do"] == "decode":
