@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from koine.cli.main import cli
 from koine.errors import KoineWarning, UserError
 from koine.model import (
+    PRESETS,
     Decoder,
     LayerSpec,
     ModelConfig,
@@ -24,9 +25,10 @@ from koine.model import (
     generate,
     hybrid_layers,
     load_model,
+    preset,
     save_model,
 )
-from koine.model.gguf_export import architecture_of, export_gguf
+from koine.model.gguf_export import architecture_of, export_gguf, standard_hybrid
 from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the export needs the extra [gguf]")
@@ -237,6 +239,13 @@ def test_what_llama_cpp_would_run_differently_is_refused(
     assert error.value.where == str(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_exported(name: str, tmp_path: Path) -> None:
+    config = preset(name)
+    assert architecture_of(config, where=tmp_path) == "cohere2"
+    assert config.layers == standard_hybrid(config)
+
+
 def test_command_r_plus_has_its_norms(tokenizer: Tokenizer, tmp_path: Path) -> None:
     layers = (LayerSpec(qk_norm=True),) * 64
     model = saved(tokenizer, tmp_path, layers, hidden_size=8, head_dim=2, intermediate_size=4)
@@ -270,6 +279,15 @@ def test_a_refused_export_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -
         (model / "tokenizer.json").write_text(good)
     with pytest.raises(UserError, match="did you mean 'q8_0'"):
         export_gguf(model, out, dtype="q8")  # type: ignore[arg-type]
+    for changes, says in (
+        ({"model_type": "llama"}, "a model of type 'llama' is not exported"),
+        ({"attention_bias": True}, "attention_bias is True"),
+    ):
+        config = (model / "config.json").read_text()
+        (model / "config.json").write_text(json.dumps(json.loads(config) | changes))
+        with pytest.raises(UserError, match=says):
+            export_gguf(model, out)
+        (model / "config.json").write_text(config)
     weights = load_model(model)
     with torch.no_grad():
         weights.blocks[7].in_proj.weight[0, 0] = 1e5

@@ -72,12 +72,8 @@ def evaluate_model(
 
 def open_model(path: Path, *, dtype: Any, device: str) -> Any:
     """Our decoder where the configuration is one that it covers, else the causal LM of `transformers`."""
-    from koine.files import read_json
-    from koine.model import load_causal_lm, load_model
+    from koine.model import load_causal_lm
 
-    kind = read_json(path / "config.json").get("model_type")
-    if kind in ("cohere", "cohere2", "koine"):
-        return load_model(path, dtype=dtype, device=device)
     return load_causal_lm(path, dtype=dtype, device=device)
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.extras import import_extra
-from koine.files import disk_errors, fsync_directory
+from koine.files import disk_errors, fsync_directory, read_json
 from koine.model.checkpoint import expected_shapes, open_weights
 from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
-from koine.model.config_json import model_type, read_config
+from koine.model.config_json import OWN_TYPES, model_type, read_config
 from koine.model.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
 
 Dtype = Literal["float32", "float16", "bfloat16", "q8_0"]
@@ -44,14 +44,14 @@ def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None) -> None:
     dtype: of the matrices, `None` for what is stored; norms are float32 always. Rows that do not divide into blocks of 32 are float16
     under `q8_0`.
 
-    Warns (`KoineWarning`) where only newer versions of llama.cpp read the file rightly, or cut some text otherwise. Raises `UserError`, before anything is
-    written, where llama.cpp has no equal of the model or of its tokenizer, `out` exists, or the extra `gguf` is missing; and where a
-    tensor holds NaN, infinity or what float16 cannot hold.
+    Warns (`KoineWarning`) where only newer versions of llama.cpp read the file rightly, or where it cuts some text otherwise. Raises
+    `UserError`, before anything is written, where llama.cpp has no equal of the model or of its tokenizer, `out` exists, or the extra
+    `gguf` is missing; and where a tensor holds NaN, infinity or what float16 cannot hold.
     """
     model, out = Path(model), Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype '{dtype}'", mend=did_you_mean(dtype, DTYPES))
-    config = read_config(model)
+    config = _read_config(model)
     architecture = architecture_of(config, where=model / "config.json")
     weights = open_weights(model, config)
     tokenizer = read_gguf_tokenizer(model, rows=config.vocab_size)
@@ -70,6 +70,19 @@ def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None) -> None:
             _write_tensors(writer, gguf, weights, config, kind, where=model)
         finally:
             writer.close()
+
+
+def _read_config(model: Path) -> ModelConfig:
+    where = model / "config.json"
+    content = read_json(where) if where.exists() else None
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind is not None and kind not in OWN_TYPES:
+        raise UserError(
+            f"a model of type '{kind}' is not exported",
+            where=where,
+            mend="convert_hf_to_gguf.py of llama.cpp takes the classes of others",
+        )
+    return read_config(model)
 
 
 def _stored_dtype(weights: Mapping[str, Tensor]) -> Dtype:

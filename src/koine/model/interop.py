@@ -33,6 +33,12 @@ class CausalLM(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(inner.base_model.forward).parameters
 
     @property
+    def config(self) -> Any:
+        """The configuration of the text model, by the names of transformers: those for the vocabulary and the context
+        (`vocab_size`, `max_position_embeddings`) are also the decoder's."""
+        return self.inner.config.get_text_config()
+
+    @property
     def output_weight(self) -> Tensor | None:
         """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, so that the loss can be computed in chunks;
         `None` where the model does more (a bias, soft-capping)."""
