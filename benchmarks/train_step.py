@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.install import python_of
 
 SIDE = Path(__file__).resolve().parent / "train_step_side.py"
-TOKENS = {512: (8, 512), 2048: (2, 2048), 8192: (1, 8192)}
+TOKENS = {512: (8, 512), 2048: (2, 2048), 8192: (1, 8192), 32_768: (1, 32_768)}
+"""Rows and their length; 32,768 belongs to benchmarks/long_context_step.py."""
 SLOW_PROBE = 0.8
 """A step is dropped where the matmul beside it ran below this share of the median probe."""
 
@@ -46,10 +47,13 @@ class Configuration:
     dtype: str
     compiled: bool
     keep_freed_memory: bool = False
+    attention: str = "sdpa"
+    """The attention back end of a peer."""
 
     def __str__(self) -> str:
         kept = ", allocator as ours" if self.keep_freed_memory else ""
-        return f"{self.dtype} {'compiled' if self.compiled else 'eager'}{kept}"
+        backend = "" if self.attention == "sdpa" else f", attention {self.attention}"
+        return f"{self.dtype} {'compiled' if self.compiled else 'eager'}{kept}{backend}"
 
 
 class Quiet:
@@ -91,6 +95,7 @@ class Process:
             configuration.dtype,
         ]
         command += ["--batch", str(batch), "--length", str(time_), "--threads", str(threads)]
+        command += ["--attention", configuration.attention]
         command += ["--compile"] if configuration.compiled else []
         # Our training loop makes this setting for itself; what is measured here is the step alone, so it is made from outside.
         if configuration.keep_freed_memory or configuration.side == "ours":
@@ -261,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=sorted(TOKENS), choices=sorted(TOKENS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], choices=sorted(TOKENS))
     parser.add_argument("--peers", nargs="+", default=["transformers", "litgpt"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--turn", type=int, default=3, help="steps that a side makes before the other's turn")
