@@ -25,16 +25,17 @@ def prompts(batch: int, context: int, vocabulary: int) -> list[list[int]]:
 
 
 class Ours:
-    """koine's scheduler, as `LocalEngine` calls it."""
+    """koine's scheduler and packed weights, as `LocalEngine` has them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
         from koine.model import Decoder, load_causal_lm
+        from koine.model.packed import pack
 
         model = load_causal_lm(Path(options.weights), dtype=getattr(torch, options.dtype))
         assert isinstance(model, Decoder)
-        self.model = model
+        self.model = pack(model)
 
     def prepare(self, batch: int, context: int) -> dict[str, Any]:
         from koine.model import Sampling, Scheduler

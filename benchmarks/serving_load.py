@@ -25,6 +25,7 @@ from koine.files import write_json
 from koine.hardware import processor_name
 from koine.model import Decoder, Request, Sampling, Scheduler, preset
 from koine.model.flops import count_parameters
+from koine.model.packed import pack
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def main() -> None:
     torch.manual_seed(0)
     # A wide initialisation keeps the two best logits apart, so that rounding does not decide which token is greedy.
     config = replace(preset(options.preset), initializer_range=0.1)
-    model = Decoder(config).eval()
+    model = pack(Decoder(config))
     wanted = arrivals(options.requests, options.rate, config.vocab_size, seed=1)
     serve(model, wanted[:4], options.max_batch)
     rounds: list[dict[str, dict[str, Any]]] = []

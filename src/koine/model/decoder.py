@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,19 @@ from koine.model.rotary import Rotation, apply_rotary, rotation
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q `[batch, time, kv_heads, groups, head_dim]` (scaled) over what k and v `[batch, time, kv_heads, head_dim]` are added
 to: `[batch, time, heads * head_dim]`."""
+
+
+class Angles(NamedTuple):
+    """What RoPE turns queries (the scale of the scores included) and keys by, `[batch, time, 1, head_dim / 2]`."""
+
+    q: Rotation
+    k: Rotation
+
+
+def angles_of(positions: Tensor, config: ModelConfig) -> Angles:
+    """Once a forward pass, for all layers; `positions` is `[batch, time]`."""
+    turned = rotation(positions, config.head_dim, config.rope_theta).view_as_heads()
+    return Angles(turned.scaled(config.head_dim**-0.5), turned)
 
 
 class LayerNorm(nn.Module):
@@ -53,6 +67,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
+        self._sizes = config.projection_sizes
         self.norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.in_proj = nn.Linear(config.hidden_size, sum(config.projection_sizes), bias=False)
         self.out_proj = nn.Linear(
@@ -65,32 +80,37 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: Rotation,
+        angles: Angles,
         document_starts: Tensor | None = None,
         mix: Mix | None = None,
     ) -> Tensor:
         """`x` `[batch, time, hidden]` to the same; `mix` takes the place of attention over `x` itself (a cache's)."""
-        config = self.config
-        q, k, v, gate, up = self.in_proj(self.norm(x)).split(config.projection_sizes, dim=-1)
-        q = q.unflatten(-1, (config.num_heads, config.head_dim))
-        k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
-        if self.spec.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.spec.rope:
-            # The scale of the scores is a rotation's worth of work on its own; here it rides on the tables.
-            scale = config.head_dim**-0.5
-            q = apply_rotary(q, Rotation(angles.cos * scale, angles.sin * scale))
-            k = apply_rotary(k, angles)
-        else:
-            q = q * config.head_dim**-0.5
-        q = q.unflatten(-2, (config.num_kv_heads, config.groups))
+        q, k, v, gated = self.project(x, angles)
         if mix is None:
             mixed = attend(q, k, v, window=self.spec.window, document_starts=document_starts)
         else:
             mixed = mix(q, k, v)
-        written: Tensor = self.out_proj(torch.cat((mixed, F.silu(gate) * up), dim=-1))
+        written: Tensor = self.out_proj(torch.cat((mixed, gated), dim=-1))
         return x + written
+
+    def project(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What attention and the feed-forward half make of `x` `[batch, time, hidden]`.
+
+        Returns q `[batch, time, kv_heads, groups, head_dim]`, rotated and scaled, k and v `[batch, time, kv_heads, head_dim]`, and the
+        gated hidden units `[batch, time, intermediate]`.
+        """
+        config = self.config
+        batch, time, kv_heads, width = *x.shape[:2], config.num_kv_heads, config.head_dim
+        q, k, v, gate, up = self.in_proj(self.norm(x)).split(self._sizes, dim=-1)
+        q = q.view(batch, time, config.num_heads, width)
+        k, v = k.view(batch, time, kv_heads, width), v.view(batch, time, kv_heads, width)
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.rope:
+            q, k = apply_rotary(q, angles.q), apply_rotary(k, angles.k)
+        else:
+            q = q * width**-0.5
+        return q.view(batch, time, kv_heads, config.groups, width), k, v, F.silu(gate) * up
 
 
 class Decoder(nn.Module):
@@ -108,6 +128,8 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
+        self.scorer: nn.Module | None = None
+        """What scores the vocabulary in place of `output_weight` in a packed model (`koine.model.packed`)."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -176,7 +198,7 @@ class Decoder(nn.Module):
             documents = torch.zeros_like(tokens) if document_ids is None else document_ids
             document_ids = documents.masked_fill(attention_mask == 0, -1)
         document_starts = None if document_ids is None else document_starts_of(document_ids)
-        angles = rotation(positions, self.config.head_dim, self.config.rope_theta).view_as_heads()
+        angles = angles_of(positions, self.config)
         if block_outputs is not None:
             block_outputs.append(x)
         for index, block in enumerate(self.blocks):
@@ -196,6 +218,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary: `[..., hidden]` to `[..., vocab]`, times `logit_scale`."""
+        if self.scorer is not None:
+            scores: Tensor = self.scorer(hidden)
+            return scores.mul_(self.config.logit_scale)
         return F.linear(hidden, self.output_weight) * self.config.logit_scale
 
     def new_cache(self, *, page: int = PAGE, max_pages: int | None = None) -> PagedCache:

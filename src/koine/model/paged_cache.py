@@ -11,6 +11,7 @@ owns each page, and the pages of a sequence meet in a softmax over their maxima 
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ PAGE = 128
 """Positions a page."""
 
 SLAB = 32
-"""Pages a slab: the steps in which memory grows and shrinks."""
+"""Pages of the first slab. Each later one is as large as all before it, so that there are few to go through, up to `LARGEST_SLAB`."""
+
+LARGEST_SLAB = 512
 
 SPARSE = 0.5
 """Below this share of wanted pages between the first and the last wanted one of a slab, they are gathered and not read in place."""
@@ -79,6 +82,8 @@ class PagedCache:
         }
         self._slabs: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in self.full}
         self._rings = {index: self._new_ring(window, 0) for index, window in self.windowed.items()}
+        self._starts: list[int] = []
+        self._pages = 0
         self._free: list[int] = []
         self._holders: dict[int, int] = {}
         self.sequences: list[CachedSequence] = []
@@ -111,10 +116,9 @@ class PagedCache:
             if whole < len(prefix.pages):
                 # The last page is not full, and its first owner may be writing to the rest of it: this sequence has a copy.
                 [partial] = self._take(1)
+                (source, at), (target, to) = self.place_of(prefix.pages[whole]), self.place_of(partial)
                 for slabs in self._slabs.values():
                     for part in (0, 1):
-                        source, at = divmod(prefix.pages[whole], SLAB)
-                        target, to = divmod(partial, SLAB)
                         slabs[target][part][to] = slabs[source][part][at]
             for number in prefix.pages[:whole]:
                 self._holders[number] += 1
@@ -194,12 +198,14 @@ class PagedCache:
         if count > self.pages_left():
             raise OutOfPages
         while len(self._free) < count:
-            shape = (SLAB, self.config.num_kv_heads, self.page, self.config.head_dim)
-            first = SLAB * len(next(iter(self._slabs.values())))
+            size = min(max(SLAB, self._pages), LARGEST_SLAB)
+            shape = (size, self.config.num_kv_heads, self.page, self.config.head_dim)
             for slabs in self._slabs.values():
                 slabs.append((self._empty(shape), self._empty(shape)))
-            for number in range(first, first + SLAB):
+            self._starts.append(self._pages)
+            for number in range(self._pages, self._pages + size):
                 heapq.heappush(self._free, number)
+            self._pages += size
         # The lowest first: pages in use stay close together, and slabs at the end become empty.
         taken = [heapq.heappop(self._free) for _ in range(count)]
         for number in taken:
@@ -212,13 +218,13 @@ class PagedCache:
             if not self._holders[number]:
                 del self._holders[number]
                 heapq.heappush(self._free, number)
-        needed = 1 + max(self._holders, default=-1) // SLAB
-        have = len(next(iter(self._slabs.values()))) if self._slabs else 0
+        needed = 1 + self.place_of(max(self._holders))[0] if self._holders else 0
         # One slab is kept in reserve, so that the end of a sequence and the beginning of the next do not make and drop it in turn.
-        if have > needed + 1:
-            for slabs in self._slabs.values():
+        if len(self._starts) > needed + 1:
+            self._pages = self._starts[needed + 1]
+            for slabs in (self._starts, *self._slabs.values()):
                 del slabs[needed + 1 :]
-            self._free = [number for number in self._free if number < (needed + 1) * SLAB]
+            self._free = [number for number in self._free if number < self._pages]
             heapq.heapify(self._free)
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
@@ -241,8 +247,13 @@ class PagedCache:
 
     # -- where things lie ----------------------------------------------------------------------------------------------
 
+    def place_of(self, page: int) -> tuple[int, int]:
+        """The slab of a page, and its place there."""
+        slab = bisect.bisect_right(self._starts, page) - 1
+        return slab, page - self._starts[slab]
+
     def slab(self, layer: int, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a slab's pages, `[SLAB, kv_heads, page, head_dim]` each."""
+        """Keys and values of a slab's pages, `[pages, kv_heads, page, head_dim]` each."""
         return self._slabs[layer][number]
 
     def ring(self, layer: int) -> tuple[Tensor, Tensor]:

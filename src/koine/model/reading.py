@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from koine.model.attention import attend, attend_after
-from koine.model.paged_cache import SLAB, SPARSE, CachedSequence, PagedCache
+from koine.model.paged_cache import SPARSE, CachedSequence, PagedCache
 
 NOWHERE = 2**40
 """The first position of a page that is nobody's: later than any query."""
@@ -91,7 +91,8 @@ class StretchReading:
     def _pages(self, layer: int, before: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the positions read before, `[kv_heads, before, head_dim]`."""
         pages = self.sequences[0].pages[: self.cache.pages_for(before)]
-        found = [(self.cache.slab(layer, number // SLAB), number % SLAB) for number in pages]
+        places = [self.cache.place_of(number) for number in pages]
+        found = [(self.cache.slab(layer, slab), at) for slab, at in places]
         k = torch.cat([slab[0][at] for slab, at in found], dim=1)[:, :before]
         v = torch.cat([slab[1][at] for slab, at in found], dim=1)[:, :before]
         return k, v
@@ -107,10 +108,11 @@ class StretchReading:
         done, page = 0, self.cache.page
         while done < k.shape[0]:
             index, at = divmod(sequence.length + done, page)
-            number, count = sequence.pages[index], min(page - at, k.shape[0] - done)
-            slab = self.cache.slab(layer, number // SLAB)
+            number, place = self.cache.place_of(sequence.pages[index])
+            count = min(page - at, k.shape[0] - done)
+            slab = self.cache.slab(layer, number)
             for held, new in zip(slab, (k, v), strict=True):
-                held[number % SLAB, :, at : at + count] = new[done : done + count].transpose(0, 1)
+                held[place, :, at : at + count] = new[done : done + count].transpose(0, 1)
             done += count
 
     def _write_ring(self, layer: int, window: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
@@ -159,11 +161,7 @@ class StepReading:
             self._groups = last._groups
         else:
             self._groups = page_groups(cache, sequences) if cache.full else []
-        # A page's positions from the row's length on are not read yet; the new token itself is.
-        within = torch.arange(cache.page, device=cache.device)
-        self._hidden = [
-            group.first[:, None] + within > self._lengths[group.rows][:, None] for group in self._groups
-        ]
+        self._hidden = [self._hidden_places(group) for group in self._groups]
         self._targets = self._page_targets(lengths) if cache.full else []
         self._ring_at: dict[int, Tensor] = {}
         self._ring_hidden: dict[int, Tensor | None] = {}
@@ -174,12 +172,19 @@ class StepReading:
             self._ring_hidden[window] = places > self._lengths[:, None] if filling else None
         self._all = torch.arange(len(sequences), device=cache.device)
 
+    def _hidden_places(self, group: PageGroup) -> tuple[Tensor, Tensor]:
+        """The pages of a group that are not read whole, and which of their places are hidden: those after the new token."""
+        last = self._lengths[group.rows] - group.first
+        [pages] = torch.nonzero(last < self.cache.page - 1, as_tuple=True)
+        within = torch.arange(self.cache.page, device=self.cache.device)
+        return pages, (within > last[pages][:, None])[:, None, None]
+
     def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor]]:
         """Where each row's new key goes: by slab, (rows, pages, places)."""
         found: dict[int, list[tuple[int, int, int]]] = {}
         for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
             index, at = divmod(length, self.cache.page)
-            slab, page = divmod(sequence.pages[index], SLAB)
+            slab, page = self.cache.place_of(sequence.pages[index])
             found.setdefault(slab, []).append((row, page, at))
         targets: list[tuple[int, Tensor, Tensor, Tensor]] = []
         for slab, places in found.items():
@@ -210,8 +215,13 @@ class StepReading:
     def _over_ring(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = len(self.sequences)
         keys, values = self.cache.ring(layer)
-        keys[self._all, :, self._ring_at[window]] = k
-        values[self._all, :, self._ring_at[window]] = v
+        if rows == 1:
+            # Plain slices cost a third of an indexed write.
+            at = self.sequences[0].length % window
+            keys[0, :, at], values[0, :, at] = k[0], v[0]
+        else:
+            keys[self._all, :, self._ring_at[window]] = k
+            values[self._all, :, self._ring_at[window]] = v
         scores = torch.matmul(q, keys[:rows].transpose(-1, -2))
         hidden = self._ring_hidden[window]
         if hidden is not None:
@@ -226,17 +236,25 @@ class StepReading:
         parts = []
         for group, hidden in zip(self._groups, self._hidden, strict=True):
             keys, values = self.cache.slab(layer, group.slab)
-            scores = torch.matmul(q[group.rows], keys[group.pages].transpose(-1, -2))
-            parts.append((group, scores.float().masked_fill_(hidden[:, None, None], -torch.inf), values))
+            scores = torch.matmul(q[group.rows], keys[group.pages].transpose(-1, -2)).float()
+            pages, places = hidden
+            scores[pages] = scores[pages].masked_fill_(places, -torch.inf)
+            parts.append((group, scores, values))
         return merge_pages(q, parts)
 
 
 def merge_pages(q: Tensor, parts: Sequence[tuple[PageGroup, Tensor, Tensor]]) -> Tensor:
-    """Softmax over all pages of each row and the mix of their values.
+    """Softmax over all pages of each row and the mix of their values; the scores are used up.
 
     q: `[rows, kv_heads, groups, head_dim]`; each part holds scores `[pages, kv_heads, groups, page]` (float32, `-inf` where hidden)
     and its slab's values. Every row has a page with a visible key. Returns the shape and dtype of `q`.
     """
+    if len(parts) == 1 and q.shape[0] == 1:
+        # One sequence in one slab: no row to look up.
+        [(group, scores, values)] = parts
+        weights = scores.sub_(scores.amax(dim=(0, 3), keepdim=True)).exp_()
+        mixed = torch.matmul(weights.to(q.dtype), values[group.pages]).float().sum(dim=0, keepdim=True)
+        return (mixed / weights.sum(dim=(0, 3), keepdim=True)).to(q.dtype)
     shape = (*q.shape[:3], 1)
     highest = torch.full(shape, -torch.inf, device=q.device)
     for group, scores, _ in parts:
@@ -253,18 +271,17 @@ def merge_pages(q: Tensor, parts: Sequence[tuple[PageGroup, Tensor, Tensor]]) ->
 
 def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageGroup]:
     """The pages of all sequences, by slab; a page of several sequences is in one group for each."""
-    uses: dict[int, list[tuple[int, int, int]]] = {}
+    uses: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     met: dict[int, int] = {}
     for row, sequence in enumerate(sequences):
         for index, number in enumerate(sequence.pages):
             again = met.get(number, 0)
             met[number] = again + 1
             # The first user of each page, then the second: within one group a page is read once.
-            uses.setdefault(number // SLAB * (len(sequences) + 1) + again, []).append(
-                (number % SLAB, row, index * cache.page)
-            )
+            slab, place = cache.place_of(number)
+            uses.setdefault((slab, again), []).append((place, row, index * cache.page))
     groups = []
-    for key, found in sorted(uses.items()):
+    for (slab, _), found in sorted(uses.items()):
         found.sort()
         first, last = found[0][0], found[-1][0] + 1
         in_place = len(found) >= SPARSE * (last - first)
@@ -281,7 +298,7 @@ def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[
         )
         groups.append(
             PageGroup(
-                key // (len(sequences) + 1),
+                slab,
                 pages,
                 torch.tensor(rows, device=cache.device),
                 torch.tensor(starts, device=cache.device),

@@ -9,21 +9,32 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles of some positions, float32, broadcastable to `[..., head_dim / 2]`."""
+    """Cosines and sines of the angles of some positions, float32, broadcastable to `[..., head_dim / 2]`.
+
+    turns: the same as complex numbers, where nothing is to be learnt: a rotation is then one multiplication.
+    """
 
     cos: Tensor
     sin: Tensor
+    turns: Tensor | None = None
 
     def view_as_heads(self) -> Rotation:
         """From `[batch, time, head_dim / 2]` to `[batch, time, 1, head_dim / 2]`."""
-        return Rotation(self.cos.unsqueeze(-2), self.sin.unsqueeze(-2))
+        turns = None if self.turns is None else self.turns.unsqueeze(-2)
+        return Rotation(self.cos.unsqueeze(-2), self.sin.unsqueeze(-2), turns)
+
+    def scaled(self, factor: float) -> Rotation:
+        """A rotation that multiplies by `factor` too: the scale of the scores rides on the tables."""
+        turns = None if self.turns is None else self.turns * factor
+        return Rotation(self.cos * factor, self.sin * factor, turns)
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     """Angles `position * theta ** (-2i / head_dim)`; `positions` `[...]` gives tables `[..., head_dim / 2]`."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.to(torch.float32).unsqueeze(-1) * (theta**-exponents)
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(cos, sin, None if torch.is_grad_enabled() else torch.complex(cos, sin))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,12 +68,11 @@ def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
         even, odd = wide[..., 0::2], wide[..., 1::2]
         turned = (even * angles.cos - odd * angles.sin, odd * angles.cos + even * angles.sin)
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
-    if not torch.is_grad_enabled():
-        # Adjacent pairs are complex numbers, and a rotation is a multiplication: one operation in place of six.
+    if angles.turns is not None:
+        # Adjacent pairs are complex numbers: one operation in place of six.
         single = x.to(torch.promote_types(x.dtype, torch.float32))
         pairs = torch.view_as_complex(single.view(*x.shape[:-1], -1, 2))
-        rotated = torch.view_as_real(pairs * torch.complex(angles.cos, angles.sin))
-        return rotated.flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * angles.turns).flatten(-2).to(x.dtype)
     result = _Rotate.apply(x, angles.cos, angles.sin)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result

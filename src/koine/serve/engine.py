@@ -19,6 +19,7 @@ from koine.model import CausalLM, Decoder, Request, Scheduler, load_causal_lm
 from koine.model import Sampling as TokenSampling
 from koine.model.flops import page_bytes
 from koine.model.one_by_one import OneByOne
+from koine.model.packed import pack
 from koine.model.paged_cache import PAGE
 from koine.serve.conversation import Message
 from koine.serve.sampling import Sampling
@@ -123,6 +124,10 @@ class LocalEngine:
                 where=path,
                 mend="these are not a pair; put the tokenizer that the model was trained with into its folder",
             )
+        self._parameters = sum(parameter.numel() for parameter in opened.parameters())
+        self._weight = next(opened.parameters())
+        if isinstance(opened, Decoder):
+            pack(opened)
         self.stop_ids = frozenset({self.tokenizer.end_of_turn_id, self.tokenizer.eos_id})
         self.context = _context(opened)
         self.scheduler: Scheduler | OneByOne
@@ -142,10 +147,8 @@ class LocalEngine:
 
     def described(self) -> str:
         """One line about the model: where it is, parameters, precision, context."""
-        weights = list(self.model.parameters())
-        count = sum(parameter.numel() for parameter in weights)
-        precision = str(weights[0].dtype).removeprefix("torch.")
-        return f"{self.path}: {count / 1e6:,.1f}M parameters, {precision} on {weights[0].device}, {self.context:,} tokens of context"
+        precision = str(self._weight.dtype).removeprefix("torch.")
+        return f"{self.path}: {self._parameters / 1e6:,.1f}M parameters, {precision} on {self._weight.device}, {self.context:,} tokens of context"
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's ids, the marker before the answer included."""

@@ -1,0 +1,185 @@
+"""Texts of the experiment: real books with facts hidden in them, and questions about the facts.
+
+A fact is a line such as `Watson: 482.`, hidden between the sentences of a book; a question is the same line at the end of the text, of which
+`482.` is the completion. Every text has several facts with different names, so that a model must find the one that is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from koine.data import read_records, tokenize
+from koine.plan import step
+from koine.recipes import estimates
+from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+HELD_OUT = 3
+"""Of the books, the last ones: haystacks that no model was trained on."""
+
+NAMES = 64
+DIGITS = 3
+FACTS = {"short": 3, "long": 8}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with facts and, at its end, questions with their completions.
+
+    questions: for each question, where its first token and its completion's tokens stand, and where the fact that answers it stands
+    (ranges of positions).
+    """
+
+    tokens: list[int]
+    questions: list[tuple[range, range, range]]
+
+
+def books(path: Path) -> list[str]:
+    """The text of each book, in the file's order."""
+    return [record["text"] for record in read_records(path, split="all")]
+
+
+def names_in(texts: Iterable[str]) -> list[str]:
+    """The capitalised words of at least four letters that are most frequent."""
+    counts = Counter(word for text in texts for word in re.findall(r"\b[A-Z][a-z]{3,}\b", text))
+    return [word for word, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:NAMES]]
+
+
+def pieces_of(text: str) -> list[str]:
+    """Sentences, without line breaks inside."""
+    flat = " ".join(text.split())
+    return [piece for piece in re.split(r"(?<=[.!?]) ", flat) if 20 <= len(piece) <= 300]
+
+
+def fact(name: str, value: str) -> str:
+    """The line that is hidden, and asked for."""
+    return f"\n{name}: {value}.\n"
+
+
+def build(
+    draw: random.Random,
+    tokenizer: Tokenizer,
+    sentences: Sequence[str],
+    names: Sequence[str],
+    *,
+    length: int,
+    facts: int,
+    questions: int,
+    depth: float | None = None,
+) -> Prompt:
+    """A text of at most `length` tokens, less by at most one sentence.
+
+    sentences: the haystack, from a random place on. depth: where the first question's fact stands, 0 at the beginning and 1 at the end of the haystack;
+    drawn where it is `None`, as that of all other facts is.
+    """
+    chosen = draw.sample(list(names), facts)
+    values = ["".join(str(draw.randrange(10)) for _ in range(DIGITS)) for _ in chosen]
+    lines = [tokenizer.encode(fact(name, value)) for name, value in zip(chosen, values, strict=True)]
+    asked = draw.sample(range(facts), questions)
+    completions = [len(tokenizer.encode(f" {value}.\n")) for value in values]
+    budget = length - 1 - sum(map(len, lines)) - sum(len(lines[index]) for index in asked)
+    hay: list[list[int]] = []
+    place, used = draw.randrange(len(sentences)), 0
+    while True:
+        ids = tokenizer.encode(" " + sentences[place % len(sentences)])
+        if used + len(ids) > budget:
+            break
+        hay.append(ids)
+        used, place = used + len(ids), place + 1
+    places = [draw.randrange(len(hay) + 1) for _ in lines]
+    if depth is not None:
+        places[asked[0]] = round(depth * len(hay))
+    order = sorted(range(facts), key=lambda index: (places[index], index))
+    tokens, where = [tokenizer.bos_id], {}
+    for number in range(len(hay) + 1):
+        for index in order:
+            if places[index] == number:
+                where[index] = range(len(tokens), len(tokens) + len(lines[index]))
+                tokens += lines[index]
+        if number < len(hay):
+            tokens += hay[number]
+    found = []
+    for index in asked:
+        start, end = len(tokens), len(tokens) + len(lines[index])
+        tokens += lines[index]
+        found.append((range(start, end), range(end - completions[index], end), where[index]))
+    return Prompt(tokens, found)
+
+
+@step(version="1", estimate=estimates.comparison)
+def needle_corpus(
+    texts: Path, *, vocabulary: int, short: int, long: int, documents: int, long_documents: int, seed: int, out: Path
+) -> None:
+    """A tokenizer of the books, and token shards: `books` and `short` for pretraining, `short` and `long` for fine-tuning."""
+    all_books = books(texts)
+    train = all_books[:-HELD_OUT]
+    tokenizer = train_tokenizer(
+        {"en": lambda: train}, vocab_size=vocabulary, scheme="natural", english_share=None, min_frequency=2
+    )
+    tokenizer.save(out / "tokenizer")
+    names = names_in(train)
+    (out / "names.json").write_text(json.dumps(names), encoding="utf-8")
+    sentences = [piece for text in train for piece in pieces_of(text)]
+    draw = random.Random(seed)
+    parts: dict[str, list[dict[str, Any]]] = {
+        "books": [{"text": text, "id": f"book-{number}"} for number, text in enumerate(cut(train, 2_000))]
+    }
+    for name, length, count in (("short", short, documents), ("long", long, long_documents)):
+        parts[name] = []
+        for number in range(count):
+            prompt = build(
+                draw, tokenizer, sentences, names, length=length - 1, facts=FACTS[name], questions=FACTS[name]
+            )
+            text = tokenizer.decode(prompt.tokens[1:])
+            parts[name].append({"text": text, "id": f"{name}-{number}"})
+    for name, records in parts.items():
+        file = out / f"{name}.jsonl"
+        with file.open("w", encoding="utf-8") as lines:
+            lines.writelines(
+                json.dumps({**record, "language": "en", "domain": name}, ensure_ascii=False) + "\n"
+                for record in records
+            )
+        tokenize(file, out / "tokenizer", out=out / "tokens" / name, workers=1)
+        file.unlink()
+    shutil.rmtree(out / "scratch", ignore_errors=True)
+
+
+def cut(texts: Sequence[str], size: int) -> Iterable[str]:
+    """Stretches of `size` characters."""
+    return (text[start : start + size] for text in texts for start in range(0, len(text), size))
+
+
+def prompts(
+    corpus: Path, texts: Path, *, length: int, count: int, questions: int, seed: int, depth: float | None = None
+) -> list[Prompt]:
+    """Test prompts over the held-out books."""
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    names = json.loads((corpus / "names.json").read_text(encoding="utf-8"))
+    sentences = [piece for text in books(texts)[-HELD_OUT:] for piece in pieces_of(text)]
+    draw = random.Random(seed * 1_000_003 + length)
+    return [
+        build(
+            draw,
+            tokenizer,
+            sentences,
+            names,
+            length=length,
+            facts=FACTS["long"],
+            questions=questions,
+            depth=depth if depth is not None else None,
+        )
+        for _ in range(count)
+    ]
+
+
+def held_out_text(texts: Path, limit: int) -> list[str]:
+    """Stretches of the held-out books, for bits per byte."""
+    return list(islice(cut(books(texts)[-HELD_OUT:], 300), limit))
