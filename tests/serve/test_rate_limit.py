@@ -55,6 +55,15 @@ def test_settling_makes_room() -> None:
     assert limiter.reserve(90).start == 60
 
 
+def test_nobody_overtakes() -> None:
+    limiter = RateLimiter(RateLimits(tokens_per_minute=100), Clock())
+    first = limiter.reserve(90)
+    assert limiter.reserve(90).start == 60
+    # there is room at once now, but another one has been waiting for longer
+    limiter.settle(first, 5)
+    assert limiter.reserve(1).start == 60
+
+
 def test_a_request_larger_than_a_minute_gets_a_window_of_its_own() -> None:
     limiter = RateLimiter(RateLimits(tokens_per_minute=100), Clock())
     assert [limiter.reserve(size).start for size in (10, 500, 10)] == [0, 60, 120]
