@@ -24,6 +24,7 @@ State = Literal["installed", "not installed", "broken"]
 
 PURPOSES = {
     "hf": "open any causal LM of transformers, beyond Cohere, Cohere2 and Koine's own directories",
+    "grammar": "answers that follow a JSON schema, a regular expression or a grammar: koine.serve.Grammar",
     "cluster": "run plans on a Ray cluster: koine run PLAN --executor ray",
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
     "gguf": "export dense models for llama.cpp: koine model export --format gguf",

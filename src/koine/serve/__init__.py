@@ -10,16 +10,20 @@ if TYPE_CHECKING:
     from koine.serve.engine import Completion as Completion
     from koine.serve.engine import Engine as Engine
     from koine.serve.engine import LocalEngine as LocalEngine
+    from koine.serve.grammar import Grammar as Grammar
+    from koine.serve.remote import RemoteEngine as RemoteEngine
     from koine.serve.sampling import Sampling as Sampling
 
 _WHERE = {
     "Completion": "engine",
     "Conversation": "conversation",
     "Engine": "engine",
+    "Grammar": "grammar",
     "LocalEngine": "engine",
+    "RemoteEngine": "remote",
     "Sampling": "sampling",
 }
-__all__ = ["Completion", "Conversation", "Engine", "LocalEngine", "Sampling"]
+__all__ = ["Completion", "Conversation", "Engine", "Grammar", "LocalEngine", "RemoteEngine", "Sampling"]
 
 
 def __getattr__(name: str) -> Any:

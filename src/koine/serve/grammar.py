@@ -1,0 +1,188 @@
+"""Which tokens may come next, so that an answer is a JSON document of a given schema (library: `llguidance`).
+
+The grammar works on bytes: it knows of each token the bytes that it stands for, and allows a token where the text so
+far and these bytes can still become a whole document. Where the grammar leaves only one text, the library allows only
+the tokens into which the tokenizer would cut it, as the model has seen it in training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from koine.errors import UserError
+from koine.extras import import_extra
+from koine.tokenizer import StreamDecoder, Tokenizer
+
+# Left to itself a model may write white space for ever; these are the separators of `json.dumps`.
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammar:
+    """A compiled grammar over one tokenizer's vocabulary; `start` gives the state of one answer.
+
+    Compile once, start as often as there are answers: compiling takes milliseconds to a second, starting microseconds.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
+        """matcher: an `llguidance.LLMatcher` that has read nothing yet."""
+        self._matcher = matcher
+        self.vocab_size = vocab_size
+        self.end_ids = end_ids
+
+    @classmethod
+    def from_json_schema(cls, schema: Mapping[str, Any], tokenizer: Tokenizer) -> Grammar:
+        """Documents of `schema`, objects with their keys in the schema's order, spaced as `json.dumps` does.
+
+        Raises `UserError` for a schema that is malformed, that nothing satisfies, or that uses a keyword which cannot
+        be enforced token by token; for a tokenizer that is not byte-level; and without the extra `grammar`.
+        """
+        try:
+            text = json.dumps(schema, ensure_ascii=False)
+            text.encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"the schema is no JSON ({error})", mend="give a JSON schema as an object"
+            ) from None
+        if not text.startswith("{"):
+            raise UserError("the schema is no JSON object", mend='give one such as {"type": "object"}')
+        return cls._compile(
+            lambda library: library.LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT),
+            tokenizer,
+            kind="the JSON schema",
+        )
+
+    @classmethod
+    def from_regex(cls, pattern: str, tokenizer: Tokenizer) -> Grammar:
+        """Texts that match `pattern` as a whole (the syntax of Rust's `regex`). Raises as `from_json_schema` does."""
+        return cls._compile(
+            lambda library: library.LLMatcher.grammar_from_regex(pattern),
+            tokenizer,
+            kind="the regular expression",
+        )
+
+    @classmethod
+    def from_lark(cls, text: str, tokenizer: Tokenizer) -> Grammar:
+        """Texts that the Lark grammar's rule `start` derives. Raises as `from_json_schema` does."""
+        return cls._compile(
+            lambda library: library.LLMatcher.grammar_from_lark(text), tokenizer, kind="the grammar"
+        )
+
+    @classmethod
+    def _compile(cls, source: Callable[[Any], str], tokenizer: Tokenizer, *, kind: str) -> Grammar:
+        library: Any = import_extra("llguidance", extra="grammar", purpose="constrain an answer to a grammar")
+        if not isinstance(tokenizer.stream_decoder(), StreamDecoder):
+            raise UserError(
+                "constrained answers need a byte-level vocabulary, and this tokenizer's is another",
+                mend="use a model with a byte-level tokenizer",
+            )
+        matcher = library.LLMatcher(_library_tokenizer(tokenizer), source(library), log_level=0)
+        if matcher.is_error():
+            raise UserError(
+                f"{kind} cannot be used ({_first_part(matcher.get_error())})", mend="mend or simplify it"
+            )
+        return cls(matcher, tokenizer.vocab_size, _end_ids(tokenizer))
+
+    def start(self) -> GrammarState:
+        """The state of a new answer."""
+        return GrammarState(self._matcher.deep_copy(), self.vocab_size, self.end_ids)
+
+
+class GrammarState:
+    """How far one answer has come in its grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._end_ids = end_ids
+        self.finished = False
+        """Whether the token that ends the answer has been taken."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text so far is a whole document; more of it may still be allowed (`1` may become `12`)."""
+        return bool(self._matcher.is_accepting())
+
+    def mask(self) -> Tensor:
+        """[vocab] bool, on the CPU: True on the tokens that may come next.
+
+        A token that ends an answer is allowed exactly where the text is `complete`; other special tokens never are.
+        After the end only the end is allowed, so that a row of a batch may go on idle.
+        Raises `UserError` where the grammar has become too complex to go on.
+        """
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        bits = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
+
+    def advance(self, token_id: int) -> None:
+        """Take `token_id`, which the mask must allow (`ValueError` otherwise; the state is of no use afterwards)."""
+        if self.finished:
+            if token_id not in self._end_ids:
+                raise ValueError(f"token {token_id} after the end of the answer")
+            return
+        if not self._matcher.consume_token(token_id):
+            self._check(token_id)
+        self.finished = token_id in self._end_ids
+
+    def _check(self, token_id: int | None = None) -> None:
+        if not self._matcher.is_error():
+            return
+        problem = _first_part(self._matcher.get_error())
+        if token_id is not None and self._matcher.stop_reason() not in (
+            "ParserTooComplex",
+            "LexerTooComplex",
+        ):
+            raise ValueError(f"the grammar does not allow token {token_id} here ({problem})")
+        raise UserError(f"the grammar is too complex ({problem})", mend="simplify the schema")
+
+
+class _Vocabulary:
+    """A tokenizer as `llguidance` reads one: the bytes of each id, and which ids are special."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = tokenizer.end_of_turn_id
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens: Sequence[bytes] = [
+            tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)
+        ]
+        # An id that stands for no text is special, or a hole in the vocabulary.
+        self.special_token_ids = [token_id for token_id, text in enumerate(self.tokens) if not text]
+        self._tokenizer = tokenizer
+        self._single = {text[0]: token_id for token_id, text in enumerate(self.tokens) if len(text) == 1}
+
+    def __call__(self, text: str) -> list[int]:
+        """How a text that the grammar forces is cut into tokens."""
+        ids = self._tokenizer.encode(text)
+        data = text.encode("utf-8")
+        if b"".join(self.tokens[token_id] for token_id in ids) == data:
+            return ids
+        # The normaliser has changed the text (a schema may hold any form of a letter); its bytes are asked for.
+        return [self._single[byte] for byte in data]
+
+
+@lru_cache(maxsize=2)
+def _library_tokenizer(tokenizer: Tokenizer) -> Any:
+    """The vocabulary as the library holds it; building it takes longest, and it serves every grammar."""
+    import llguidance
+
+    return llguidance.LLTokenizer(
+        _Vocabulary(tokenizer), n_vocab=tokenizer.vocab_size, eos_token=sorted(_end_ids(tokenizer))
+    )
+
+
+def _end_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset({tokenizer.end_of_turn_id, tokenizer.eos_id})
+
+
+def _first_part(message: str) -> str:
+    """The library's message without the dump of its state."""
+    return message.partition("<state>")[0].strip()
