@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
 def can_pack(model: Decoder) -> bool:
     """Whether this build of torch packs weights of the model's precision on its device."""
     weight = model.embedding.weight
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False

@@ -222,7 +222,8 @@ class PagedCache:
         # One slab is kept in reserve, so that the end of a sequence and the beginning of the next do not make and drop it in turn.
         if len(self._starts) > needed + 1:
             self._pages = self._starts[needed + 1]
-            for slabs in (self._starts, *self._slabs.values()):
+            del self._starts[needed + 1 :]
+            for slabs in self._slabs.values():
                 del slabs[needed + 1 :]
             self._free = [number for number in self._free if number < self._pages]
             heapq.heapify(self._free)

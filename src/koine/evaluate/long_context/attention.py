@@ -57,7 +57,8 @@ def attention_weights(block: Block, x: Tensor, rows: Tensor) -> Tensor:
     hidden = positions[None, :] > rows[:, None]
     if block.spec.window is not None:
         hidden |= positions[None, :] <= rows[:, None] - block.spec.window
-    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return weights
 
 
 def entropy_bits(weights: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def attention_of(
         assert isinstance(block, Block)
         total = torch.zeros(time, device=tokens.device)
         entropy = torch.zeros((), device=tokens.device)
-        for part in queries.split(ROWS):
+        for part in torch.split(queries, ROWS):
             weights = attention_weights(block, x, part)
             total += weights.sum(dim=(0, 1))
             entropy += entropy_bits(weights).sum()
