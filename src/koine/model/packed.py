@@ -22,9 +22,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        flat = x.reshape(-1, self.in_features)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._packed, None, "none", [], None)
-        return out.view(*x.shape[:-1], self.out_features)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], None)
+        return out
 
 
 def can_pack(model: Decoder) -> bool:

@@ -130,12 +130,14 @@ class PageGroup:
     pages: the pages of the slab, a range read in place or numbers to gather.
     rows: `[pages]`, which query each page is for.
     first: `[pages]`, the position of each page's first key in its sequence; `NOWHERE` for a page in between that nobody asks for.
+    last: of the pages that may not be full (each row's last one, and pages in between), place in the group and first position.
     """
 
     slab: int
     pages: slice | Tensor
     rows: Tensor
     first: Tensor
+    last: tuple[tuple[int, int], ...]
 
 
 class StepReading:
@@ -161,8 +163,13 @@ class StepReading:
             self._groups = last._groups
         else:
             self._groups = page_groups(cache, sequences) if cache.full else []
-        self._hidden = [self._hidden_places(group) for group in self._groups]
         self._targets = self._page_targets(lengths) if cache.full else []
+        # One sequence alone is where every operation counts: plain slices take the place of indexed reads and writes.
+        self._alone = len(sequences) == 1
+        if self._alone:
+            return
+        self._hidden = [self._hidden_places(group) for group in self._groups]
+        self._rows = torch.arange(len(sequences), device=cache.device)
         self._ring_at: dict[int, Tensor] = {}
         self._ring_hidden: dict[int, Tensor | None] = {}
         for window in set(cache.windowed.values()):
@@ -170,7 +177,6 @@ class StepReading:
             filling = min(lengths) + 1 < window
             places = torch.arange(window, device=cache.device)
             self._ring_hidden[window] = places > self._lengths[:, None] if filling else None
-        self._all = torch.arange(len(sequences), device=cache.device)
 
     def _hidden_places(self, group: PageGroup) -> tuple[Tensor, Tensor]:
         """The pages of a group that are not read whole, and which of their places are hidden: those after the new token."""
@@ -179,18 +185,14 @@ class StepReading:
         within = torch.arange(self.cache.page, device=self.cache.device)
         return pages, (within > last[pages][:, None])[:, None, None]
 
-    def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-        """Where each row's new key goes: by slab, (rows, pages, places)."""
+    def _page_targets(self, lengths: Sequence[int]) -> dict[int, list[tuple[int, int, int]]]:
+        """Where each row's new key goes: by slab, (row, page, place)."""
         found: dict[int, list[tuple[int, int, int]]] = {}
         for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
             index, at = divmod(length, self.cache.page)
             slab, page = self.cache.place_of(sequence.pages[index])
             found.setdefault(slab, []).append((row, page, at))
-        targets: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        for slab, places in found.items():
-            owners, pages, at_places = torch.tensor(places, device=self.cache.device).unbind(1)
-            targets.append((slab, owners, pages, at_places))
-        return targets
+        return found
 
     @property
     def positions(self) -> Tensor:
@@ -200,11 +202,13 @@ class StepReading:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Reading.attend`; `time` is 1."""
         window = self.cache.windowed.get(layer)
-        mixed = (
-            self._over_pages(layer, q[:, 0], k[:, 0], v[:, 0])
-            if window is None
-            else self._over_ring(layer, window, q[:, 0], k[:, 0], v[:, 0])
-        )
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        if window is None:
+            mixed = self._over_pages(layer, q, k, v)
+        elif self._alone:
+            mixed = self._over_one_ring(layer, window, q, k, v)
+        else:
+            mixed = self._over_rings(layer, window, q, k, v)
         return mixed.flatten(1)[:, None]
 
     def finish(self) -> None:
@@ -212,16 +216,19 @@ class StepReading:
         for sequence in self.sequences:
             sequence.length += 1
 
-    def _over_ring(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _over_one_ring(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.ring(layer)
+        length = self.sequences[0].length
+        at, filled = length % window, min(length + 1, window)
+        keys[0, :, at], values[0, :, at] = k[0], v[0]
+        scores = torch.bmm(q[0], keys[0, :, :filled].transpose(1, 2))
+        return torch.bmm(torch.softmax(scores, dim=-1), values[0, :, :filled])[None]
+
+    def _over_rings(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = len(self.sequences)
         keys, values = self.cache.ring(layer)
-        if rows == 1:
-            # Plain slices cost a third of an indexed write.
-            at = self.sequences[0].length % window
-            keys[0, :, at], values[0, :, at] = k[0], v[0]
-        else:
-            keys[self._all, :, self._ring_at[window]] = k
-            values[self._all, :, self._ring_at[window]] = v
+        keys[self._rows, :, self._ring_at[window]] = k
+        values[self._rows, :, self._ring_at[window]] = v
         scores = torch.matmul(q, keys[:rows].transpose(-1, -2))
         hidden = self._ring_hidden[window]
         if hidden is not None:
@@ -229,16 +236,21 @@ class StepReading:
         return torch.matmul(torch.softmax(scores, dim=-1), values[:rows])
 
     def _over_pages(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for slab, rows, pages, at in self._targets:
+        for slab, targets in self._targets.items():
             keys, values = self.cache.slab(layer, slab)
-            keys[pages, :, at] = k[rows]
-            values[pages, :, at] = v[rows]
+            for row, page, at in targets:
+                keys[page, :, at], values[page, :, at] = k[row], v[row]
         parts = []
-        for group, hidden in zip(self._groups, self._hidden, strict=True):
+        for number, group in enumerate(self._groups):
             keys, values = self.cache.slab(layer, group.slab)
-            scores = torch.matmul(q[group.rows], keys[group.pages].transpose(-1, -2)).float()
-            pages, places = hidden
-            scores[pages] = scores[pages].masked_fill_(places, -torch.inf)
+            queries = q.expand(len(group.rows), -1, -1, -1) if self._alone else q[group.rows]
+            scores = torch.matmul(queries, keys[group.pages].transpose(-1, -2)).float()
+            if self._alone:
+                for place, first in group.last:
+                    scores[place, :, :, self.sequences[0].length - first + 1 :] = -torch.inf
+            else:
+                pages, places = self._hidden[number]
+                scores[pages] = scores[pages].masked_fill_(places, -torch.inf)
             parts.append((group, scores, values))
         return merge_pages(q, parts)
 
@@ -302,6 +314,11 @@ def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[
                 pages,
                 torch.tensor(rows, device=cache.device),
                 torch.tensor(starts, device=cache.device),
+                tuple(
+                    (place, start)
+                    for place, (row, start) in enumerate(zip(rows, starts, strict=True))
+                    if start + cache.page >= len(sequences[row].pages) * cache.page
+                ),
             )
         )
     return groups

@@ -121,11 +121,21 @@ def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, 
     rules: dict[object, list[int]] = {}
     for row, request in enumerate(requests):
         rules.setdefault(request.sampling.rule, []).append(row)
-    chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
+    chosen: Tensor | None = None
     for rows in rules.values():
         group = [requests[row] for row in rows]
         generators = [request.generator for request in group if request.generator is not None]
         seen = [request.seen for request in group if request.seen is not None]
         part = allowed if len(rows) == len(requests) else allowed[rows]
-        chosen[rows] = choose(part, group[0].sampling, generators, torch.stack(seen) if seen else None)
+        drawn = choose(part, group[0].sampling, generators, torch.stack(seen) if seen else None)
+        if len(rows) == len(requests):
+            chosen = drawn
+        else:
+            chosen = (
+                torch.empty(len(requests), dtype=torch.long, device=logits.device)
+                if chosen is None
+                else chosen
+            )
+            chosen[rows] = drawn
+    assert chosen is not None
     return list(zip(chosen.tolist(), log_probabilities(logits, chosen).tolist(), strict=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,10 +30,17 @@ class Rotation(NamedTuple):
         return Rotation(self.cos * factor, self.sin * factor, turns)
 
 
+@functools.lru_cache(maxsize=16)
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    # An ordinary tensor even where it is first asked for in inference mode: training asks for the same one.
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        return cast(Tensor, theta**-exponents)
+
+
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     """Angles `position * theta ** (-2i / head_dim)`; `positions` `[...]` gives tables `[..., head_dim / 2]`."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.to(torch.float32).unsqueeze(-1) * (theta**-exponents)
+    angles = positions.to(torch.float32).unsqueeze(-1) * _frequencies(head_dim, theta, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return Rotation(cos, sin, None if torch.is_grad_enabled() else torch.complex(cos, sin))
 
