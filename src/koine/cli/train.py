@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
+from koine.cli.attention import attention_options
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
 
@@ -94,12 +95,20 @@ def train() -> None:
 @click.option(
     "--model", type=click.Path(path_type=Path), help="Model folder to go on from, in place of --preset."
 )
+@attention_options
 @data_options(packing="stream", sequence_length=1024)
 def pretrain(
-    preset: str | None, model: Path | None, seed: int, tokenizer: Path | None, **options: Any
+    preset: str | None,
+    model: Path | None,
+    seed: int,
+    tokenizer: Path | None,
+    attention: Any,
+    window: int | None,
+    full_every: int | None,
+    rope_theta: float | None,
+    **options: Any,
 ) -> None:
     """Next-token prediction on documents, from random weights or from a model."""
-    from koine.model.checkpoint import load_model
     from koine.train.objectives import language_modelling
 
     if (preset is None) == (model is None):
@@ -107,8 +116,18 @@ def pretrain(
             "give either --preset or --model", mend="--preset starts a new model, --model goes on"
         )
     if model is not None:
+        for name, value in (
+            ("--attention", attention),
+            ("--window", window),
+            ("--full-every", full_every),
+        ):
+            if value is not None:
+                raise UserError(
+                    f"{name} with --model: the layers of a model do not change",
+                    mend="leave it out, or start a new one with --preset; --rope-theta may change",
+                )
         _run(
-            lambda vocabulary: load_model(model),
+            lambda vocabulary: _opened(model, rope_theta),
             language_modelling,
             seed=seed,
             tokenizer=tokenizer or model,
@@ -123,11 +142,29 @@ def pretrain(
         from koine.model.presets import preset as preset_config
 
         assert preset is not None
-        config = preset_config(preset, vocab_size)
+        config = preset_config(
+            preset,
+            vocab_size,
+            attention=attention,
+            window=window,
+            full_every=full_every,
+            rope_theta=rope_theta,
+        )
         torch.manual_seed(seed)
         return Decoder(config)
 
     _run(fresh, language_modelling, seed=seed, tokenizer=tokenizer, **options)
+
+
+def _opened(path: Path, rope_theta: float | None) -> Decoder:
+    """A model to go on from, turning by `rope_theta` where it is given."""
+    from koine.model.checkpoint import load_model
+    from koine.model.variants import set_rope_theta
+
+    model = load_model(path)
+    if rope_theta is not None:
+        set_rope_theta(model, rope_theta)
+    return model
 
 
 @train.command()

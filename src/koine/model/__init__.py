@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from koine.model.generation import Sampling, Step, generate, stream
     from koine.model.interop import CausalLM, load_causal_lm, register_with_transformers
     from koine.model.presets import PRESETS, preset
+    from koine.model.variants import VARIANTS, set_rope_theta, variant_layers, variant_name, with_attention
 
 __all__ = [
     "PRESETS",
+    "VARIANTS",
     "CausalLM",
     "Decoder",
     "LayerSpec",
@@ -31,7 +33,11 @@ __all__ = [
     "register_with_transformers",
     "save_model",
     "save_state",
+    "set_rope_theta",
     "stream",
+    "variant_layers",
+    "variant_name",
+    "with_attention",
 ]
 
 _HOME = {
@@ -52,6 +58,11 @@ _HOME = {
     "Step": "generation",
     "stream": "generation",
     "generate": "generation",
+    "VARIANTS": "variants",
+    "set_rope_theta": "variants",
+    "variant_layers": "variants",
+    "variant_name": "variants",
+    "with_attention": "variants",
 }
 
 
