@@ -102,10 +102,11 @@ def _full_every(layers: tuple[LayerSpec, ...]) -> int | None:
 def variant_name(config: ModelConfig) -> str:
     """What the layers are, in the paper's words: `RNoPE-SWA 3:1, window 256, θ 10,000`."""
     layers, theta = config.layers, f", θ {config.rope_theta:,.10g}"
-    for name, words in (("rope", "RoPE"), ("qk-norm", "QK-Norm")):
+    everywhere: dict[Variant, str] = {"rope": "RoPE", "qk-norm": "QK-Norm"}
+    for name, words in everywhere.items():
         if layers == variant_layers(name, len(layers)):
             return words + theta
-    if not any(layer.rope for layer in layers) and layers == variant_layers("nope", len(layers)):
+    if layers == variant_layers("nope", len(layers)):
         return "NoPE"
     if layers == variant_layers("rnope", len(layers)):
         return "RNoPE 1:1" + theta
