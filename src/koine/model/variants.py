@@ -127,7 +127,11 @@ def _layer_name(spec: LayerSpec) -> str:
 
 def set_rope_theta(model: Decoder, rope_theta: float) -> None:
     """Let a model turn by another base from now on: its configuration changes and its weights do not. Raises as `with_attention`."""
-    config = with_attention(model.config, rope_theta=rope_theta)
+    reconfigure(model, with_attention(model.config, rope_theta=rope_theta))
+
+
+def reconfigure(model: Decoder, config: ModelConfig) -> None:
+    """Give a model and its blocks another configuration of the same sizes and layers."""
     for module in model.modules():
         if isinstance(getattr(module, "config", None), ModelConfig):
             module.config = config  # type: ignore[assignment]
