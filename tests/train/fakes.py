@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from koine.data.mixture import Place, Shape
+
 
 class FakeSpan(NamedTuple):
     source: str
@@ -29,6 +31,10 @@ class FakePhase(NamedTuple):
     steps: int
     sources: tuple[FakeSource, ...]
 
+    @property
+    def all_sources(self) -> tuple[FakeSource, ...]:
+        return self.sources
+
 
 @dataclass(frozen=True)
 class FakeMixture:
@@ -36,6 +42,21 @@ class FakeMixture:
     sequence_length: int = 16
     batch_size: int = 4
     seed: int = 0
+    packing: str = "stream"
+    cross_document_attention: bool = True
+
+    def place(self, step: int) -> Place:
+        index = 0
+        while step >= self.phases[index].steps:
+            step -= self.phases[index].steps
+            index += 1
+        return Place(index, step, False, step)
+
+    def shape(self, step: int) -> Shape:
+        return Shape(self.sequence_length, self.batch_size)
+
+    def shapes(self) -> dict[Shape, int]:
+        return {self.shape(0): sum(phase.steps for phase in self.phases)}
 
     def to_json(self) -> dict[str, Any]:
         return {

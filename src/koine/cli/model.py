@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from koine.cli.attention import attention_options
 from koine.errors import UserError
 
 
@@ -27,7 +28,8 @@ def model() -> None:
     help="Sequence length for the FLOPs per token.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def describe(which: str | None, vocab_size: int | None, length: int, as_json: bool) -> None:
+@attention_options
+def describe(which: str | None, vocab_size: int | None, length: int, as_json: bool, **attention: Any) -> None:
     """Print parameters, FLOPs per token and bytes of cache; without an argument, the list of presets."""
     from rich.console import Console
     from rich.table import Table
@@ -54,11 +56,18 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
             raise UserError(
                 "--vocab-size is for presets", where=which, mend="a model's vocabulary is in its config.json"
             )
+        given = [name for name, value in attention.items() if value is not None]
+        if given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is for presets",
+                where=which,
+                mend="a model's attention is in its config.json",
+            )
         config = read_config(Path(which))
     elif "/" in which:
         raise UserError("no such model directory", where=which, mend="give a folder that holds config.json")
     else:
-        config = preset(which, vocab_size)
+        config = preset(which, vocab_size, **attention)
     description = describe_config(config, length=length)
     if as_json:
         click.echo(json.dumps(description, indent=2))
@@ -80,6 +89,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     )
     lines = [
         ("saved as", description["model_type"]),
+        ("attention", description["attention"]),
         ("layers", description["layers"]),
         ("parameters", f"{parameters['total']:,}"),
         ("  of these in the embedding", f"{parameters['embedding'] + parameters['head']:,}"),

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
+from koine.cli.attention import attention_options
+from koine.cli.mixtures import read_long_rows, read_mixture
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from koine.data.mixture import Mixture, Source
+    from koine.data.mixture import Mixture
     from koine.model.decoder import Decoder
+    from koine.model.interop import CausalLM
 
 
 def setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -65,10 +68,24 @@ def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., 
         ),
         click.option(
             "--packing",
-            type=click.Choice(["stream", "whole"]),
+            type=click.Choice(["stream", "whole", "alone"]),
             default=packing,
             show_default=True,
-            help="stream: documents are cut at a sequence's end; whole: they are not.",
+            help="stream: documents are cut at a sequence's end; whole: they are not; alone: one document a sequence.",
+        ),
+        click.option(
+            "--cross-document-attention",
+            is_flag=True,
+            help="Let attention and targets run on from one document of a sequence to the next.",
+        ),
+        click.option("--long-every", type=int, help="Every n-th step is a batch of long sequences."),
+        click.option("--long-sequence-length", type=int, help="Tokens of a long sequence."),
+        click.option("--long-batch-size", type=int, help="Long sequences a step, over all ranks."),
+        click.option(
+            "--long-data",
+            multiple=True,
+            metavar="TOKENS[:PROPORTION]",
+            help="What long sequences are drawn from; repeatable.  [default: the same as the others]",
         ),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the model."),
@@ -94,12 +111,20 @@ def train() -> None:
 @click.option(
     "--model", type=click.Path(path_type=Path), help="Model folder to go on from, in place of --preset."
 )
+@attention_options
 @data_options(packing="stream", sequence_length=1024)
 def pretrain(
-    preset: str | None, model: Path | None, seed: int, tokenizer: Path | None, **options: Any
+    preset: str | None,
+    model: Path | None,
+    seed: int,
+    tokenizer: Path | None,
+    attention: Any,
+    window: int | None,
+    full_every: int | None,
+    rope_theta: float | None,
+    **options: Any,
 ) -> None:
     """Next-token prediction on documents, from random weights or from a model."""
-    from koine.model.checkpoint import load_model
     from koine.train.objectives import language_modelling
 
     if (preset is None) == (model is None):
@@ -107,8 +132,18 @@ def pretrain(
             "give either --preset or --model", mend="--preset starts a new model, --model goes on"
         )
     if model is not None:
+        for name, value in (
+            ("--attention", attention),
+            ("--window", window),
+            ("--full-every", full_every),
+        ):
+            if value is not None:
+                raise UserError(
+                    f"{name} with --model: the layers of a model do not change",
+                    mend="leave it out, or start a new one with --preset; --rope-theta may change",
+                )
         _run(
-            lambda vocabulary: load_model(model),
+            lambda vocabulary: _opened(model, rope_theta),
             language_modelling,
             seed=seed,
             tokenizer=tokenizer or model,
@@ -123,11 +158,39 @@ def pretrain(
         from koine.model.presets import preset as preset_config
 
         assert preset is not None
-        config = preset_config(preset, vocab_size)
+        config = preset_config(
+            preset,
+            vocab_size,
+            attention=attention,
+            window=window,
+            full_every=full_every,
+            rope_theta=rope_theta,
+        )
         torch.manual_seed(seed)
         return Decoder(config)
 
     _run(fresh, language_modelling, seed=seed, tokenizer=tokenizer, **options)
+
+
+def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
+    """A model to go on from, turning by `rope_theta` where it is given."""
+    from koine.model.decoder import Decoder
+    from koine.model.interop import CausalLM, load_causal_lm
+    from koine.model.variants import set_rope_theta
+
+    if not path.is_dir():
+        raise UserError("no such model directory", where=path, mend="give a folder that holds config.json")
+    model = load_causal_lm(path)
+    assert isinstance(model, Decoder | CausalLM)
+    if rope_theta is not None:
+        if not isinstance(model, Decoder):
+            raise UserError(
+                "--rope-theta is for Koine's own decoder",
+                where=path,
+                mend="set it in the model's config.json",
+            )
+        set_rope_theta(model, rope_theta)
+    return model
 
 
 @train.command()
@@ -135,16 +198,13 @@ def pretrain(
 @data_options(packing="whole", sequence_length=1024)
 def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
     """Supervised fine-tuning on chats: the loss is on the completions only."""
-    from koine.model.checkpoint import load_model
     from koine.train.objectives import supervised_fine_tuning
 
-    _run(
-        lambda vocabulary: load_model(model), supervised_fine_tuning, tokenizer=tokenizer or model, **options
-    )
+    _run(lambda vocabulary: _opened(model), supervised_fine_tuning, tokenizer=tokenizer or model, **options)
 
 
 def _run(
-    make_model: Callable[[int], Decoder],
+    make_model: Callable[[int], Decoder | CausalLM],
     objective: Any,
     *,
     data: tuple[str, ...],
@@ -154,6 +214,11 @@ def _run(
     sequence_length: int,
     batch_size: int,
     packing: str,
+    cross_document_attention: bool,
+    long_every: int | None,
+    long_sequence_length: int | None,
+    long_batch_size: int | None,
+    long_data: tuple[str, ...],
     seed: int,
     device: str,
     out: Path,
@@ -161,10 +226,22 @@ def _run(
     **settings: Any,
 ) -> None:
     chosen = TrainSettings(seed=seed, **settings)
-    mix = read_mixture(data, mixture, steps, sequence_length, batch_size, packing, seed)
+    long = read_long_rows(long_every, long_sequence_length, long_batch_size, long_data)
+    mix = read_mixture(
+        data,
+        mixture,
+        steps,
+        sequence_length,
+        batch_size,
+        long,
+        packing=packing,
+        cross_document_attention=cross_document_attention,
+        seed=seed,
+    )
     from koine.data import DataOrder, TokenSource
+    from koine.train.architecture import refuse_data_beyond_the_model
 
-    paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.sources)
+    paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.all_sources)
     manifests = {path: TokenSource(path, verify=False) for path in paths}
     vocab_size = max(source.vocab_size for source in manifests.values())
     if tokenizer is not None and (tokenizer / "tokenizer.json").exists():
@@ -181,17 +258,7 @@ def _run(
     elif tokenizer is not None:
         raise UserError("no tokenizer here", where=tokenizer, mend="give a folder with tokenizer.json")
     model = make_model(vocab_size)
-    config = model.config
-    if config.vocab_size < vocab_size:
-        raise UserError(
-            f"the data have ids up to {vocab_size}, the model knows {config.vocab_size}",
-            mend="tokenize with the model's own tokenizer",
-        )
-    if mix.sequence_length > config.max_position_embeddings:
-        raise UserError(
-            f"a sequence length of {mix.sequence_length} is longer than the model allows",
-            mend=f"choose at most {config.max_position_embeddings}",
-        )
+    refuse_data_beyond_the_model(model, mix, vocab_size)
     if dry_run:
         print_estimate(model, chosen, mix)
         return
@@ -200,78 +267,28 @@ def _run(
     run(model, objective, DataOrder(mix), chosen, out=out, tokenizer=tokenizer, device=device)
 
 
-def read_mixture(
-    data: tuple[str, ...],
-    mixture: Path | None,
-    steps: int | None,
-    sequence_length: int,
-    batch_size: int,
-    packing: Any,
-    seed: int,
-) -> Mixture:
-    """The mixture of a file, or one phase of the sources given with --data."""
-    from koine.data import Mixture, Phase
-
-    if (mixture is None) == (not data):
-        raise UserError("give either --data or --mixture", mend="--data TOKENS[:PROPORTION] may be repeated")
-    if mixture is not None:
-        from koine.files import read_json
-
-        return Mixture.from_json(read_json(mixture), where=mixture)
-    if steps is None or steps < 1:
-        raise UserError(f"steps is {steps}", mend="give --steps with a number of at least 1")
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if value < 1:
-            raise UserError(f"{name} is {value}", mend="it must be at least 1")
-    phase = Phase(name="train", steps=steps, sources=tuple(read_sources(data)))
-    return Mixture(
-        phases=(phase,), sequence_length=sequence_length, batch_size=batch_size, seed=seed, packing=packing
-    )
-
-
-def read_sources(data: tuple[str, ...]) -> list[Source]:
-    """`PATH[:PROPORTION]`, all with a proportion (they sum to 1) or none (equal shares)."""
-    from koine.data import Source
-
-    parts: list[tuple[str, float | None]] = []
-    for text in data:
-        path, colon, number = text.rpartition(":")
-        if not colon or Path(text).exists():
-            parts.append((text, None))
-            continue
-        try:
-            parts.append((path, float(number)))
-        except ValueError:
-            raise UserError(
-                f"'{number}' is no proportion", where=text, mend="write PATH:0.3, for example"
-            ) from None
-    given = [number for _, number in parts if number is not None]
-    if given and len(given) != len(parts):
-        raise UserError(
-            "some --data have a proportion and some have none", mend="give it for all or for none"
-        )
-    names = [Path(path).name for path, _ in parts]
-    return [
-        Source(
-            name=name if names.count(name) == 1 else path,
-            path=Path(path),
-            proportion=number if number is not None else 1.0 / len(parts),
-        )
-        for name, (path, number) in zip(names, parts, strict=True)
-    ]
-
-
-def print_estimate(model: Decoder, settings: TrainSettings, mixture: Mixture) -> None:
-    """What `--dry-run` prints."""
-    from koine.model.flops import count_parameters, training_flops_per_token
+def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: Mixture) -> None:
+    """What `--dry-run` prints; of another architecture than ours, memory and time are not known before."""
+    from koine.model.decoder import Decoder
+    from koine.model.flops import training_flops_per_token
     from koine.train.estimate import estimate_training
 
-    steps = sum(phase.steps for phase in mixture.phases)
-    tokens = steps * mixture.batch_size * mixture.sequence_length
-    flops = tokens * training_flops_per_token(model.config, mixture.sequence_length)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shapes = mixture.shapes()
+    tokens = sum(shape.tokens * steps for shape, steps in shapes.items())
+    lengths = ", ".join(
+        f"{steps:,} of {shape.batch_size:,} x {shape.sequence_length:,}" for shape, steps in shapes.items()
+    )
+    click.echo(f"parameters   {parameters:,}")
+    click.echo(f"tokens       {tokens:,} in {mixture.steps:,} steps ({lengths})")
+    if not isinstance(model, Decoder):
+        click.echo(f"operations   about {6.0 * parameters * tokens:.3g} (attention not counted)")
+        return
+    flops = sum(
+        steps * shape.tokens * training_flops_per_token(model.config, shape.sequence_length)
+        for shape, steps in shapes.items()
+    )
     estimate = estimate_training(model.config, settings, mixture)
-    click.echo(f"parameters   {count_parameters(model.config).total:,}")
-    click.echo(f"tokens       {tokens:,} in {steps:,} steps")
     click.echo(f"operations   {flops:.3g}")
     click.echo(f"peak memory  about {estimate.peak_bytes / 2**30:.2f} GiB in one process")
     click.echo(f"time         about {estimate.seconds:,.0f} s on this machine's CPU")

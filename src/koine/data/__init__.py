@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch, Span
-    from koine.data.mixture import Mixture, Phase, Source
+    from koine.data.mixture import LongRows, Mixture, Phase, Source
     from koine.data.order import DataOrder
     from koine.data.records import Record, RecordReader, read_records
     from koine.data.shards import TokenSource
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "DataOrder",
+    "LongRows",
     "Mixture",
     "Phase",
     "Record",
@@ -30,6 +31,7 @@ __all__ = [
 _HOME = {
     "Batch": "batch",
     "Span": "batch",
+    "LongRows": "mixture",
     "Mixture": "mixture",
     "Phase": "mixture",
     "Source": "mixture",

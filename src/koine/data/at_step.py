@@ -33,7 +33,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(model)
     if tokenizer.fingerprint != order.tokenizer_fingerprint:
         raise UserError("the token shards were made with another tokenizer", where=model)
-    paths = {source.name: source.path for phase in mixture.phases for source in phase.sources}
+    paths = {source.name: source.path for phase in mixture.phases for source in phase.all_sources}
     for name, path in paths.items():
         if sha256_file(path / "manifest.json") != trained_on[name]:
             raise UserError(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from koine.errors import UserError, did_you_mean
 from koine.languages import language
 
-Packing = Literal["stream", "whole"]
+Packing = Literal["stream", "whole", "alone"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,52 @@ class Source:
             object.__setattr__(self, "languages", weights)
 
 
+class Shape(NamedTuple):
+    """Tokens of a row and rows of a step, over all ranks."""
+
+    sequence_length: int
+    batch_size: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.sequence_length * self.batch_size
+
+
+class Place(NamedTuple):
+    """Where a step of a mixture is."""
+
+    phase: int
+    inside: int
+    """Number of the step inside its phase."""
+    long: bool
+    """Whether it is one of the phase's batches of long rows."""
+    number: int
+    """Steps of the same phase and kind (long or not) before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRows:
+    """Batches of long rows among a phase's others: its steps `every - 1`, `2 * every - 1`, ... (counted from 0)."""
+
+    every: int
+    sequence_length: int
+    batch_size: int
+    sources: tuple[Source, ...] = ()
+    """What they are drawn from, with proportions of their own; none: the phase's sources."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if self.every < 2:
+            raise UserError(
+                f"every {self.every} steps a batch of long rows",
+                mend="it must be at least 2; a phase of long rows alone has a sequence_length of its own",
+            )
+        _check_shape(self.sequence_length, self.batch_size, "long rows")
+        if self.sources:
+            _check_sources(self.sources, "long rows")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """A stretch of training with one mixture; learning-rate schedules begin again with each."""
@@ -68,32 +115,49 @@ class Phase:
     name: str
     steps: int
     sources: tuple[Source, ...]
+    sequence_length: int | None = None
+    """Tokens of a row in this phase; `None`: the mixture's."""
+    batch_size: int | None = None
+    """Rows of a step in this phase; `None`: the mixture's."""
+    long: LongRows | None = None
+    """Batches of long rows among the others; `None`: none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
         where = f"phase '{self.name}'"
         if self.steps < 1:
             raise UserError(f"has {self.steps} steps", where=where, mend="it needs at least 1")
-        if not self.sources:
-            raise UserError("has no sources", where=where)
-        names = [source.name for source in self.sources]
-        if len(set(names)) < len(names):
-            raise UserError(f"two sources share a name ({', '.join(names)})", where=where)
-        total = sum(source.proportion for source in self.sources)
-        if abs(total - 1.0) > 1e-6:
+        _check_sources(self.sources, where)
+        _check_shape(self.sequence_length, self.batch_size, where)
+        if self.long is None:
+            return
+        if self.long.every > self.steps:
             raise UserError(
-                f"the proportions sum to {total:g}, not 1",
+                f"has {self.steps} steps, and every {self.long.every}th is one of long rows",
                 where=where,
-                mend=f"they are {', '.join(f'{s.name} {s.proportion:g}' for s in self.sources)}",
+                mend="give it more steps, or long rows more often",
             )
+        paths = {source.name: source.path for source in self.sources}
+        for source in self.long.sources:
+            if paths.get(source.name, source.path) != source.path:
+                raise UserError(
+                    f"'{source.name}' is one folder for long rows and another for the others",
+                    where=where,
+                    mend="give the two sources two names",
+                )
+
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        """The sources of all rows, long or not; one that serves both may be there twice."""
+        return self.sources + (self.long.sources if self.long is not None else ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Everything that the data order depends on.
 
-    `packing` `"stream"`: documents are shuffled, joined and cut every `sequence_length` tokens. `"whole"`: a row holds whole documents,
-    and only one longer than the row is cut off. With `cross_document_attention`, attention and targets run on across the
+    `sequence_length` and `batch_size` are those of every phase that has none of its own. `packing` `"stream"`: documents are shuffled, joined and cut every `sequence_length` tokens. `"whole"`: a row holds whole documents,
+    and only one longer than the row is cut off. `"alone"`: the same with one document a row, the rest of it padding. With `cross_document_attention`, attention and targets run on across the
     boundary of two documents; without, neither does.
     """
 
@@ -108,10 +172,15 @@ class Mixture:
         object.__setattr__(self, "phases", tuple(self.phases))
         if not self.phases:
             raise UserError("the mixture has no phases")
-        if self.sequence_length < 2:
-            raise UserError(f"sequence_length is {self.sequence_length}", mend="it must be at least 2")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}", mend="it must be at least 1")
+        _check_shape(self.sequence_length, self.batch_size, None)
+        for phase in self.phases:
+            rows = phase.sequence_length or self.sequence_length
+            if phase.long is not None and phase.long.sequence_length <= rows:
+                raise UserError(
+                    f"its long rows have {phase.long.sequence_length} tokens, the others {rows}",
+                    where=f"phase '{phase.name}'",
+                    mend="long rows must be longer",
+                )
         if self.seed < 0:
             raise UserError(f"the seed is {self.seed}", mend="it must not be negative")
         if self.packing not in get_args(Packing):
@@ -124,16 +193,71 @@ class Mixture:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
+    def place(self, step: int) -> Place:
+        """The phase of a step, and where in it the step is. Raises `UserError` outside the mixture."""
+        if not 0 <= step < self.steps:
+            raise UserError(
+                f"step {step} is outside the mixture", mend=f"it has the steps 0 to {self.steps - 1}"
+            )
+        index, inside = 0, step
+        while inside >= self.phases[index].steps:
+            inside -= self.phases[index].steps
+            index += 1
+        every = self.long_every(index)
+        before = inside // every if every else 0
+        if every and (inside + 1) % every == 0:
+            return Place(index, inside, True, before)
+        return Place(index, inside, False, inside - before)
+
+    def long_every(self, phase: int) -> int:
+        """Every how many steps of a phase are of long rows; 0: none is."""
+        long = self.phases[phase].long
+        return long.every if long is not None else 0
+
+    def phase_shape(self, phase: int, *, long: bool) -> Shape:
+        """What a step of a phase holds, of long rows or of the others."""
+        one = self.phases[phase]
+        if long:
+            assert one.long is not None
+            return Shape(one.long.sequence_length, one.long.batch_size)
+        return Shape(one.sequence_length or self.sequence_length, one.batch_size or self.batch_size)
+
+    def shape(self, step: int) -> Shape:
+        """What a step holds."""
+        place = self.place(step)
+        return self.phase_shape(place.phase, long=place.long)
+
+    def phase_steps(self, phase: int, *, long: bool) -> int:
+        """Steps of long rows, or of the others, in a phase."""
+        every, steps = self.long_every(phase), self.phases[phase].steps
+        of_long = steps // every if every else 0
+        return of_long if long else steps - of_long
+
+    def shapes(self) -> dict[Shape, int]:
+        """Every shape that a step has, and how many steps have it."""
+        found: dict[Shape, int] = {}
+        for index, phase in enumerate(self.phases):
+            for long in (False, True) if phase.long is not None else (False,):
+                shape = self.phase_shape(index, long=long)
+                found[shape] = found.get(shape, 0) + self.phase_steps(index, long=long)
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes an equal mixture."""
         value = dataclasses.asdict(self)
-        for phase in value["phases"]:
+
+        def sources(items: Any) -> list[dict[str, Any]]:
             # Absolute, so that a model's record of its data can be read from any folder.
-            phase["sources"] = [
-                {**source, "path": str(source["path"].resolve())} for source in phase["sources"]
-            ]
-        value["phases"] = list(value["phases"])
-        return value
+            return [{**source, "path": str(source["path"].resolve())} for source in items]
+
+        phases = []
+        for phase in value["phases"]:
+            phase["sources"] = sources(phase["sources"])
+            if phase["long"] is not None:
+                phase["long"]["sources"] = sources(phase["long"]["sources"])
+            # What a phase has not of its own is not said: a mixture without it reads as it always has.
+            phases.append({name: entry for name, entry in phase.items() if entry is not None})
+        return {**value, "phases": phases}
 
     @staticmethod
     def from_json(value: Any, *, where: str | Path = "mixture", relative_to: Path | None = None) -> Mixture:
@@ -148,11 +272,16 @@ class Mixture:
             fields["path"] = path if relative_to is None else relative_to / path
             return Source(**fields)
 
+        def sources(items: Any) -> tuple[Source, ...]:
+            return tuple(source(one) for one in _list(items, where))
+
         def phase(item: Any) -> Phase:
             fields = _fields(Phase, item, where)
-            return Phase(
-                **{**fields, "sources": tuple(source(one) for one in _list(fields["sources"], where))}
-            )
+            fields["sources"] = sources(fields["sources"])
+            if fields.get("long") is not None:
+                rows = _fields(LongRows, fields["long"], where)
+                fields["long"] = LongRows(**{**rows, "sources": sources(rows.get("sources", []))})
+            return Phase(**fields)
 
         fields = _fields(Mixture, value, where)
         try:
@@ -163,6 +292,28 @@ class Mixture:
             raise UserError(f"a value has the wrong type ({error})", where=where) from None
 
 
+def _check_shape(sequence_length: int | None, batch_size: int | None, where: str | None) -> None:
+    if sequence_length is not None and sequence_length < 2:
+        raise UserError(f"sequence_length is {sequence_length}", where=where, mend="it must be at least 2")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}", where=where, mend="it must be at least 1")
+
+
+def _check_sources(sources: tuple[Source, ...], where: str) -> None:
+    if not sources:
+        raise UserError("has no sources", where=where)
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"two sources share a name ({', '.join(names)})", where=where)
+    total = sum(source.proportion for source in sources)
+    if abs(total - 1.0) > 1e-6:
+        raise UserError(
+            f"the proportions sum to {total:g}, not 1",
+            where=where,
+            mend=f"they are {', '.join(f'{s.name} {s.proportion:g}' for s in sources)}",
+        )
+
+
 def _list(value: Any, where: str | Path) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(f"expected a list, found {type(value).__name__}", where=where)
@@ -171,17 +322,18 @@ def _list(value: Any, where: str | Path) -> list[Any]:
 
 def _fields(kind: type[Any], value: Any, where: str | Path) -> dict[str, Any]:
     """The fields of a JSON object, checked against a dataclass."""
+    what = re.sub("(?<=.)(?=[A-Z])", " ", kind.__name__).lower()
     if not isinstance(value, dict):
-        raise UserError(f"expected an object with the fields of a {kind.__name__.lower()}", where=where)
+        raise UserError(f"expected an object with the fields of a {what}", where=where)
     known = {field.name: field for field in dataclasses.fields(kind)}
     for key in value:
         if key not in known:
             raise UserError(
-                f"unknown key '{key}' of a {kind.__name__.lower()}",
+                f"unknown key '{key}' of a {what}",
                 where=where,
                 mend=did_you_mean(key, known),
             )
     for name, field in known.items():
         if name not in value and field.default is dataclasses.MISSING:
-            raise UserError(f"a {kind.__name__.lower()} lacks '{name}'", where=where)
+            raise UserError(f"a {what} lacks '{name}'", where=where)
     return dict(value)

@@ -3,6 +3,9 @@
 A *component* is one language of one source. Sequence `i` of a phase belongs to the component that a block of `BLOCK` sequences assigns
 it (every block holds each component in the same numbers, spread evenly, in an order drawn for the block), and its place inside
 the component is the number of that component's sequences before it. Nothing is remembered between steps.
+
+The batches of long rows inside a phase (`Phase.long`) are numbered by themselves, and rows of another length than the mixture's have
+a shuffle and a place of their own in the same documents.
 """
 
 from __future__ import annotations
@@ -18,43 +21,52 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from koine.data.batch import NO_TARGET, Batch, Span
-from koine.data.mixture import Mixture, Source
-from koine.data.packing import Pieces, StreamPacking, WholePacking
+from koine.data.batch import NO_TARGET, Batch
+from koine.data.mixture import Mixture, Packing, Shape, Source
+from koine.data.packing import AlonePacking, Pieces, StreamPacking, WholePacking
+from koine.data.rows import Component, fill, spans_of
 from koine.data.shards import TokenSource
 from koine.errors import KoineWarning, UserError, did_you_mean
 
 BLOCK = 4096
 """Sequences in which proportions hold exactly, to 1 / BLOCK."""
 
+PACKINGS: dict[Packing, type[StreamPacking | WholePacking]] = {
+    "stream": StreamPacking,
+    "whole": WholePacking,
+    "alone": AlonePacking,
+}
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Component:
-    """One language of one source, in one phase."""
-
-    source: Source
-    tokens: TokenSource
-    language: str
-    weight: float
-    packing: StreamPacking | WholePacking
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What makes two components of different phases the same documents."""
-        return str(self.source.path), self.language
-
-
-@dataclass(frozen=True)
 class Use:
-    """How much of a component a phase draws."""
+    """How much of a component a phase draws, in rows of one length."""
 
     phase: str
     source: str
     language: str
     tokens: int
     epochs: float
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """The batches of one kind in a phase: its long rows, or its others."""
+
+    phase: int
+    long: bool
+    shape: Shape
+    steps: int
+    components: list[Component]
+    counts: NDArray[Any]
+    """Sequences of each component in a block."""
+
+
+Packings = dict[tuple[str, str, int], StreamPacking | WholePacking]
+"""By folder, language, and tokens of a row."""
 
 
 class DataOrder:
@@ -68,7 +80,7 @@ class DataOrder:
         self.mixture = mixture
         opened: dict[Path, TokenSource] = {}
         for phase in mixture.phases:
-            for source in phase.sources:
+            for source in phase.all_sources:
                 if source.path not in opened:
                     opened[source.path] = TokenSource(source.path, verify=verify)
         self.sources = opened
@@ -78,16 +90,14 @@ class DataOrder:
                 f"the sources {', '.join(str(path) for path in opened)} were made with different tokenizers",
                 mend="tokenize all of them with the tokenizer of the model",
             )
-        packings: dict[tuple[str, str], StreamPacking | WholePacking] = {}
-        self.components = [
-            [c for s in phase.sources for c in self._components(s, opened[s.path], packings)]
-            for phase in mixture.phases
-        ]
-        for phase, components in zip(mixture.phases, self.components, strict=True):
-            _refuse_twice(phase.name, components)
-        self._counts = [_apportion(np.array([c.weight for c in cs]), BLOCK) for cs in self.components]
-        self._offsets = self._phase_offsets()
+        packings: Packings = {}
+        self._lanes = {
+            (index, long): self._lane(index, long, packings)
+            for index, phase in enumerate(mixture.phases)
+            for long in ((False, True) if phase.long is not None else (False,))
+        }
         self._patterns: _Recent[tuple[NDArray[Any], NDArray[Any]]] = _Recent(8)
+        self._offsets = self._lane_offsets()
         self._warn_of_repeats()
         self._warn_of_cut_documents(packings)
 
@@ -96,12 +106,20 @@ class DataOrder:
         """sha256 of the tokenizer that made all sources."""
         return next(iter(self.sources.values())).tokenizer_fingerprint
 
-    def _components(
-        self,
-        source: Source,
-        tokens: TokenSource,
-        packings: dict[tuple[str, str], StreamPacking | WholePacking],
-    ) -> Iterator[Component]:
+    def _lane(self, index: int, long: bool, packings: Packings) -> _Lane:
+        phase, shape = self.mixture.phases[index], self.mixture.phase_shape(index, long=long)
+        sources = phase.long.sources if long and phase.long is not None else ()
+        components = [
+            component
+            for source in sources or phase.sources
+            for component in self._components(source, shape.sequence_length, packings)
+        ]
+        _refuse_twice(phase.name, components)
+        counts = _apportion(np.array([component.weight for component in components]), BLOCK)
+        return _Lane(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
+
+    def _components(self, source: Source, time: int, packings: Packings) -> Iterator[Component]:
+        tokens = self.sources[source.path]
         present = np.unique(tokens.languages).tolist()
         totals = {code: int(tokens.lengths[tokens.languages == code].sum()) for code in present}
         if not sum(totals.values()):
@@ -118,24 +136,25 @@ class DataOrder:
             weights = dict(source.languages)
         scale = source.proportion / sum(weights.values())
         for code, weight in sorted(weights.items()):
-            key = (str(source.path), code)
+            key = (str(source.path), code, time)
             if key not in packings:
                 documents = np.flatnonzero(tokens.languages == code)
-                kind = StreamPacking if self.mixture.packing == "stream" else WholePacking
-                stream = _stable_number(key[1])
-                packings[key] = kind(
-                    documents, tokens.lengths, self.mixture.sequence_length, (self.mixture.seed, stream)
-                )
+                kind = PACKINGS[self.mixture.packing]
+                # Rows of each length pass over the documents on their own, so each length has a shuffle of its own.
+                own = () if time == self.mixture.sequence_length else (time,)
+                seed = (self.mixture.seed, _stable_number(code), *own)
+                packings[key] = kind(documents, tokens.lengths, time, seed)
             yield Component(source, tokens, code, weight * scale, packings[key])
 
     # -- which component, and where in it ------------------------------------------------------------------------------
 
-    def _pattern(self, phase: int, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _pattern(self, lane: _Lane, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """For each sequence of a block its component, and how many of that component came before it in the block."""
 
         def draw() -> tuple[NDArray[Any], NDArray[Any]]:
-            counts = self._counts[phase]
-            generator = np.random.Generator(np.random.Philox([self.mixture.seed, phase, block, 0xB10C]))
+            counts = lane.counts
+            salt = 0x10B6 if lane.long else 0xB10C
+            generator = np.random.Generator(np.random.Philox([self.mixture.seed, lane.phase, block, salt]))
             component = np.repeat(np.arange(len(counts)), counts)
             rank = np.concatenate([np.arange(count) for count in counts])
             # Each component's sequences are spread evenly, from a start of its own.
@@ -143,49 +162,38 @@ class DataOrder:
             order = np.argsort(keys, kind="stable")
             return component[order], rank[order]
 
-        return self._patterns.get((phase, block), draw)
+        return self._patterns.get((lane.phase, lane.long, block), draw)
 
-    def _phase_offsets(self) -> list[list[int]]:
-        """Per phase and component: sequences of the same documents drawn in earlier phases."""
-        drawn: dict[tuple[str, str], int] = {}
-        offsets = []
-        self._patterns = _Recent(8)
-        for index, phase in enumerate(self.mixture.phases):
-            offsets.append([drawn.get(component.key, 0) for component in self.components[index]])
-            for component, used in zip(self.components[index], self._drawn(index, phase.steps), strict=True):
-                drawn[component.key] = drawn.get(component.key, 0) + used
+    def _lane_offsets(self) -> dict[tuple[int, bool], list[int]]:
+        """Per lane and component: sequences of the same length and documents drawn in earlier phases."""
+        drawn: dict[tuple[str, str, int], int] = {}
+        offsets = {}
+        for name, lane in self._lanes.items():
+            time = lane.shape.sequence_length
+            offsets[name] = [drawn.get((*component.key, time), 0) for component in lane.components]
+            for component, used in zip(lane.components, self._drawn(lane), strict=True):
+                drawn[*component.key, time] = drawn.get((*component.key, time), 0) + used
         return offsets
 
-    def _drawn(self, phase: int, steps: int) -> list[int]:
-        """Sequences of each component in the first `steps` steps of a phase."""
-        blocks, rest = divmod(steps * self.mixture.batch_size, BLOCK)
-        counts = self._counts[phase] * blocks
+    def _drawn(self, lane: _Lane) -> list[int]:
+        """Sequences of each component in all of a lane's steps."""
+        blocks, rest = divmod(lane.steps * lane.shape.batch_size, BLOCK)
+        counts = lane.counts * blocks
         if rest:
-            counts = counts + np.bincount(self._pattern(phase, blocks)[0][:rest], minlength=len(counts))
+            counts = counts + np.bincount(self._pattern(lane, blocks)[0][:rest], minlength=len(counts))
         return [int(count) for count in counts]
 
-    def _locate(self, step: int) -> tuple[int, int]:
-        """Phase of a step, and the step's number inside the phase."""
-        if not 0 <= step < self.mixture.steps:
-            raise UserError(
-                f"step {step} is outside the mixture", mend=f"it has the steps 0 to {self.mixture.steps - 1}"
-            )
-        for index, phase in enumerate(self.mixture.phases):
-            if step < phase.steps:
-                return index, step
-            step -= phase.steps
-        raise AssertionError("unreachable")
-
     def _rows(self, step: int, rows: range) -> list[tuple[Component, list[Pieces]]]:
-        phase, inside = self._locate(step)
+        place = self.mixture.place(step)
+        lane, offsets = self._lanes[place.phase, place.long], self._offsets[place.phase, place.long]
         out = []
         for row in rows:
-            block, index = divmod(inside * self.mixture.batch_size + row, BLOCK)
-            which, rank = self._pattern(phase, block)
+            block, index = divmod(place.number * lane.shape.batch_size + row, BLOCK)
+            which, rank = self._pattern(lane, block)
             number = int(which[index])
-            component = self.components[phase][number]
-            place = self._offsets[phase][number] + block * int(self._counts[phase][number]) + int(rank[index])
-            out.append((component, component.packing.row(place)))
+            component = lane.components[number]
+            before = offsets[number] + block * int(lane.counts[number]) + int(rank[index])
+            out.append((component, component.packing.row(before)))
         return out
 
     # -- batches -------------------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ class DataOrder:
 
         Ranks hold consecutive, equal parts of the global batch.
         """
-        size = self.mixture.batch_size
+        time, size = self.mixture.shape(step)
         if size % world_size:
             raise UserError(
                 f"a batch of {size} sequences cannot be split over {world_size} processes",
@@ -208,44 +216,41 @@ class DataOrder:
         if micro_batch is not None:
             rows = rows[micro_batch]
         content = self._rows(step, rows)
-        time = self.mixture.sequence_length
         cross = self.mixture.cross_document_attention
         tokens = np.zeros((len(content), time), dtype=np.int64)
         targets = np.full((len(content), time), NO_TARGET, dtype=np.int64)
         ids = np.full((len(content), time), -1, dtype=np.int32)
         for index, (component, pieces) in enumerate(content):
-            _fill(component, pieces, tokens[index], targets[index], ids[index], cross=cross)
+            fill(component, pieces, tokens[index], targets[index], ids[index], cross=cross)
         document_ids = None
         if not cross:
             document_ids = torch.from_numpy(ids)
         return Batch(
-            torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: _spans(content, time)
+            torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: spans_of(content, time)
         )
 
     # -- what it comes to ----------------------------------------------------------------------------------------------
 
     def use(self) -> list[Use]:
-        """Tokens and passes over each component, phase by phase."""
-        out = []
-        for index, phase in enumerate(self.mixture.phases):
-            for component, drawn in zip(self.components[index], self._drawn(index, phase.steps), strict=True):
-                tokens = drawn * self.mixture.sequence_length
-                out.append(
-                    Use(
-                        phase.name,
-                        component.source.name,
-                        component.language,
-                        tokens,
-                        drawn / component.packing.rows_in_epoch(),
-                    )
-                )
-        return out
+        """Tokens and passes over each component, phase by phase; rows of two lengths count apart."""
+        return [
+            Use(
+                self.mixture.phases[lane.phase].name,
+                component.source.name,
+                component.language,
+                drawn * lane.shape.sequence_length,
+                drawn / component.packing.rows_in_epoch(),
+                lane.shape.sequence_length,
+            )
+            for lane in self._lanes.values()
+            for component, drawn in zip(lane.components, self._drawn(lane), strict=True)
+        ]
 
     def _warn_of_repeats(self) -> None:
         passes: dict[tuple[str, str], float] = {}
         limits: dict[tuple[str, str], tuple[float, str]] = {}
-        for index, phase in enumerate(self.mixture.phases):
-            for component, drawn in zip(self.components[index], self._drawn(index, phase.steps), strict=True):
+        for lane in self._lanes.values():
+            for component, drawn in zip(lane.components, self._drawn(lane), strict=True):
                 key = component.key
                 passes[key] = passes.get(key, 0.0) + drawn / component.packing.rows_in_epoch()
                 limits[key] = (component.source.max_epochs, component.source.name)
@@ -261,16 +266,20 @@ class DataOrder:
                 stacklevel=3,
             )
 
-    def _warn_of_cut_documents(self, packings: dict[tuple[str, str], StreamPacking | WholePacking]) -> None:
-        counts = [packing.cut_off() for packing in packings.values() if isinstance(packing, WholePacking)]
-        cut, total = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
-        if cut:
-            warnings.warn(
-                f"{cut} of {total} documents are longer than a sequence of {self.mixture.sequence_length} tokens and lose their end "
-                "(a chat its answer); raise the sequence length, or leave them out",
-                KoineWarning,
-                stacklevel=3,
-            )
+    def _warn_of_cut_documents(self, packings: Packings) -> None:
+        counts: dict[int, list[tuple[int, int]]] = {}
+        for (_, _, time), packing in packings.items():
+            if isinstance(packing, WholePacking):
+                counts.setdefault(time, []).append(packing.cut_off())
+        for time, found in counts.items():
+            cut, total = (sum(column) for column in zip(*found, strict=True))
+            if cut:
+                warnings.warn(
+                    f"{cut} of {total} documents are longer than a sequence of {time} tokens and lose their end "
+                    "(a chat its answer); raise the sequence length, or leave them out",
+                    KoineWarning,
+                    stacklevel=3,
+                )
 
 
 def _refuse_twice(phase: str, components: list[Component]) -> None:
@@ -284,72 +293,6 @@ def _refuse_twice(phase: str, components: list[Component]) -> None:
                 where=f"phase '{phase}'",
                 mend="give each language of a folder to one of them",
             )
-
-
-def _fill(
-    component: Component,
-    pieces: list[Pieces],
-    tokens: NDArray[Any],
-    targets: NDArray[Any],
-    ids: NDArray[Any],
-    *,
-    cross: bool,
-) -> None:
-    """Write one row; the position before a stretch's end has its target in the stretch or, for the last one, beyond the row."""
-    time = len(tokens)
-    column = 0
-    for number, (document, start, end) in enumerate(pieces):
-        # A stretch may reach one token beyond the row: the last position's target.
-        stretch = component.tokens.tokens(document, start, end)
-        width = min(end - start, time - column)
-        if width <= 0:
-            if cross and column == time:
-                targets[-1] = stretch[0] if _counts_as_target(component, document, start) else NO_TARGET
-            break
-        tokens[column : column + width] = stretch[:width]
-        ids[column : column + width] = number
-        follow = stretch[1 : width + 1].astype(np.int64)
-        if component.tokens.chat:
-            mask = component.tokens.mask(document, start, end)[1 : width + 1]
-            follow = np.where(mask > 0, follow, NO_TARGET)
-        targets[column : column + len(follow)] = follow
-        if cross and column > 0 and _counts_as_target(component, document, start):
-            targets[column - 1] = stretch[0]
-        column += width
-
-
-def _counts_as_target(component: Component, document: int, position: int) -> bool:
-    if not component.tokens.chat:
-        return True
-    return bool(component.tokens.mask(document, position, position + 1)[0])
-
-
-def _spans(content: list[tuple[Component, list[Pieces]]], time: int) -> list[list[Span]]:
-    rows = []
-    for component, pieces in content:
-        row, column = [], 0
-        for document, start, end in pieces:
-            end = min(end, start + time - column)
-            if end <= start:
-                break
-            info = component.tokens.info(document)
-            shard, index = component.tokens.locate(document)
-            row.append(
-                Span(
-                    component.source.name,
-                    info.language,
-                    info.domain,
-                    info.record_id,
-                    shard,
-                    index,
-                    start,
-                    end,
-                    column,
-                )
-            )
-            column += end - start
-        rows.append(row)
-    return rows
 
 
 def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""How the documents of one language become rows: joined and cut, or whole. Row `n` follows from `n` alone."""
+"""How the documents of one language become rows: joined and cut, whole, or alone. Row `n` follows from `n` alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Epochs:
     """Shuffled documents, epoch by epoch; each epoch's shuffle depends on (seed, epoch) alone."""
 
     def __init__(
-        self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, int]
+        self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, ...]
     ) -> None:
         self._documents = documents
         self._lengths = lengths[documents]
@@ -45,7 +45,7 @@ class StreamPacking(_Epochs):
     """All documents of an epoch joined, epoch after epoch, and cut every `time` tokens."""
 
     def __init__(
-        self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, int]
+        self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, ...]
     ) -> None:
         super().__init__(documents, lengths, time, seed)
         self._total = int(self._lengths.sum())
@@ -89,7 +89,7 @@ class WholePacking(_Epochs):
     """Rows of whole documents in shuffled order, a new row where the next one does not fit; longer ones are cut off."""
 
     def __init__(
-        self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, int]
+        self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, ...]
     ) -> None:
         super().__init__(documents, lengths, time, seed)
         self._first_rows = [0]
@@ -108,13 +108,16 @@ class WholePacking(_Epochs):
             value: tuple[NDArray[Any], NDArray[Any]] = self._kept[epoch]
             return value
         order = self._shuffle(epoch)
+        kept: tuple[NDArray[Any], NDArray[Any]] = self._keep(epoch, (order, self._begins(order)))
+        return kept
+
+    def _begins(self, order: NDArray[Any]) -> NDArray[Any]:
         ends = np.cumsum(np.minimum(self._lengths[order], self._time))
         begins, filled = [0], 0
         while begins[-1] < len(order):
             begins.append(int(np.searchsorted(ends, filled + self._time, side="right")))
             filled = int(ends[begins[-1] - 1])
-        kept: tuple[NDArray[Any], NDArray[Any]] = self._keep(epoch, (order, np.array(begins)))
-        return kept
+        return np.array(begins)
 
     def row(self, number: int) -> list[Pieces]:
         """The pieces of row `number`."""
@@ -128,3 +131,10 @@ class WholePacking(_Epochs):
             Pieces(int(self._documents[which]), 0, int(min(self._lengths[which], self._time)))
             for which in order[begins[inside] : begins[inside + 1]]
         ]
+
+
+class AlonePacking(WholePacking):
+    """A document a row, in shuffled order; what is longer than the row is cut off."""
+
+    def _begins(self, order: NDArray[Any]) -> NDArray[Any]:
+        return np.arange(len(order) + 1)

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from koine.model.requests import Request
     from koine.model.sampling import Sampling
     from koine.model.scheduler import Scheduler
+    from koine.model.variants import VARIANTS, set_rope_theta, variant_layers, variant_name, with_attention
 
 __all__ = [
     "PRESETS",
+    "VARIANTS",
     "CausalLM",
     "Decoder",
     "LayerSpec",
@@ -35,6 +37,10 @@ __all__ = [
     "register_with_transformers",
     "save_model",
     "save_state",
+    "set_rope_theta",
+    "variant_layers",
+    "variant_name",
+    "with_attention",
 ]
 
 _HOME = {
@@ -55,6 +61,11 @@ _HOME = {
     "Request": "requests",
     "Scheduler": "scheduler",
     "generate": "generation",
+    "VARIANTS": "variants",
+    "set_rope_theta": "variants",
+    "variant_layers": "variants",
+    "variant_name": "variants",
+    "with_attention": "variants",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from koine.errors import UserError
@@ -68,6 +69,8 @@ class ModelConfig:
             raise UserError(f"head_dim {self.head_dim} is odd", mend="the rotary embedding turns pairs")
         if not self.layers:
             raise UserError("the model has no layers", mend="give at least one layer specification")
+        if not (self.rope_theta > 0.0 and math.isfinite(self.rope_theta)):
+            raise UserError(f"rope_theta is {self.rope_theta}", mend="it must be a number above 0")
         for index, layer in enumerate(self.layers):
             if layer.window is not None and layer.window < 1:
                 raise UserError(f"layer {index} has a window of {layer.window}", mend="it must be at least 1")

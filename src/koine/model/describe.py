@@ -14,6 +14,7 @@ from koine.model.flops import (
     forward_flops_per_token,
     training_flops_per_token,
 )
+from koine.model.variants import variant_name
 
 LENGTHS = {"8k": 8 * 1024, "128k": 128 * 1024}
 
@@ -30,6 +31,8 @@ def describe_config(config: ModelConfig, *, length: int = 4096) -> dict[str, Any
     full = sum(layer.window is None for layer in config.layers)
     return {
         "model_type": model_type(config),
+        "attention": variant_name(config),
+        "rope_theta": config.rope_theta if any(layer.rope for layer in config.layers) else None,
         "layers": f"{len(config.layers)} ({len(config.layers) - full} windowed {windows}, {full} full)"
         if windows
         else f"{len(config.layers)} (all full)",

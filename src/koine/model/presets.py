@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from koine.errors import UserError, did_you_mean
-from koine.model.config import ModelConfig, hybrid_layers
+from koine.model.config import ModelConfig
+from koine.model.variants import Variant, variant_layers, with_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +80,34 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset(name: str, vocab_size: int | None = None) -> ModelConfig:
+def preset(
+    name: str,
+    vocab_size: int | None = None,
+    *,
+    attention: Variant | None = None,
+    window: int | None = None,
+    full_every: int | None = None,
+    rope_theta: float | None = None,
+) -> ModelConfig:
     """The configuration of a preset with `vocab_size` tokens (default: the one its parameter count is named for).
 
-    Raises `UserError` for an unknown name.
+    The attention is the preset's own, RNoPE-SWA, or what `koine.model.variants.with_attention` makes of it. Raises `UserError` for an
+    unknown name, and for attention that does not fit together.
     """
     if name not in PRESETS:
         raise UserError(f"unknown preset '{name}'", mend=did_you_mean(name, PRESETS))
     size = PRESETS[name]
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=vocab_size or size.vocab_size,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_heads=size.heads,
         num_kv_heads=size.kv_heads,
         head_dim=size.head_dim or size.hidden // size.heads,
-        layers=hybrid_layers(size.layers, window=size.window),
+        layers=variant_layers("rnope-swa", size.layers, window=size.window),
         rope_theta=size.rope_theta,
         logit_scale=size.logit_scale,
+    )
+    return with_attention(
+        config, attention=attention, window=window, full_every=full_every, rope_theta=rope_theta
     )

@@ -163,7 +163,7 @@ class StepReading:
             self._groups = last._groups
         else:
             self._groups = page_groups(cache, sequences) if cache.full else []
-        self._targets = self._page_targets(lengths) if cache.full else []
+        self._targets = self._page_targets(lengths) if cache.full else {}
         # One sequence alone is where every operation counts: plain slices take the place of indexed reads and writes.
         self._alone = len(sequences) == 1
         if self._alone:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from koine.errors import UserError
 from koine.files import write_json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from koine.data.mixture import Mixture, Packing, Source
     from koine.model import Decoder
+    from koine.model.variants import Variant
     from koine.train import TrainSettings
 
 
@@ -47,9 +49,15 @@ def pretrain(
     threads: int,
     expanded_share: float = 0.0,
     track_languages: bool = False,
+    attention: str = "",
+    window: int = 0,
+    full_every: int = 0,
+    rope_theta: float = 0.0,
     out: Path,
 ) -> None:
     """Pretrain a new model of `preset` on the primary languages (and code), from random weights.
+
+    `attention`, `window`, `full_every` and `rope_theta` are those of `koine.model.with_attention`; empty or 0: the preset's own.
 
     `expanded_share` of the text is of the expanded languages, in equal parts, and comes out of English's share, as in the
     5 % arm of arXiv 2506.10766. With `track_languages`, each evaluation also writes every language's bits per byte to `languages.jsonl`.
@@ -70,7 +78,15 @@ def pretrain(
             where=tokenizer,
             mend=f"set vocabulary_size={found} or add text",
         )
-    model = Decoder(model_preset(preset, vocab_size=vocabulary_size))
+    config = model_preset(
+        preset,
+        vocabulary_size,
+        attention=cast("Variant | None", attention or None),
+        window=window or None,
+        full_every=full_every or None,
+        rope_theta=rope_theta or None,
+    )
+    model = Decoder(config)
     if not 0.0 <= expanded_share < english_share:
         raise UserError(
             f"the share of expanded languages is {expanded_share}, that of English {english_share}",
@@ -171,12 +187,16 @@ def teach_chat(
 
 
 def load_of_preset(path: Path, preset: str, vocabulary_size: int) -> Decoder:
-    """A model that must be of a preset's sizes ("": any); raises `UserError` where it is of others."""
+    """A model that must be of a preset's sizes ("": any), whatever its attention; raises `UserError` where it is of others."""
     from koine.model import load_model
     from koine.model import preset as model_preset
 
     model = load_model(path)
-    if preset and model.config != model_preset(preset, vocab_size=vocabulary_size):
+    if not preset:
+        return model
+    expected, found = model_preset(preset, vocab_size=vocabulary_size), model.config
+    same_attention = replace(expected, layers=found.layers, rope_theta=found.rope_theta)
+    if found != same_attention or len(found.layers) != len(expected.layers):
         raise UserError(
             f"is not a {preset} with {vocabulary_size} tokens",
             where=path,

@@ -52,20 +52,24 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
     from koine.train.loss import CHUNK_BYTES
 
     parameters = count_parameters(config).total
-    rows = min(settings.micro_batch_size or mixture.batch_size, mixture.batch_size)
-    tokens = rows * mixture.sequence_length
+    shapes = mixture.shapes()
+    # Of each shape, the rows that are computed at once in one process.
+    at_once = {
+        shape: shape.sequence_length
+        * settings.rows_at_once(shape.batch_size, shape.sequence_length, mixture.sequence_length)
+        for shape in shapes
+    }
     mixed = settings.dtype == "bfloat16"
     loss_bytes = 3 * CHUNK_BYTES + (3 if mixed else 2) * 4 * config.vocab_size * config.hidden_size
-    peak = parameters * (20 if mixed else 16) + activation_bytes(config, settings, tokens) + loss_bytes
-    steps = sum(phase.steps for phase in mixture.phases)
+    activations = max(activation_bytes(config, settings, tokens) for tokens in at_once.values())
+    peak = parameters * (20 if mixed else 16) + activations + loss_bytes
     dtype = torch.bfloat16 if mixed else torch.float32
     threads = settings.threads or torch.get_num_threads()
-    rate = matmul_ceiling(
-        min(tokens, 8192), config.hidden_size, sum(config.projection_sizes), dtype, "cpu", threads
-    )
-    per_step = (
-        training_flops_per_token(config, mixture.sequence_length)
-        * mixture.batch_size
-        * mixture.sequence_length
-    )
-    return Estimate(PROCESS_BYTES + peak, steps * per_step / (rate * REACHED_SHARE))
+    seconds = 0.0
+    for shape, steps in shapes.items():
+        rate = matmul_ceiling(
+            min(at_once[shape], 8192), config.hidden_size, sum(config.projection_sizes), dtype, "cpu", threads
+        )
+        operations = training_flops_per_token(config, shape.sequence_length) * shape.tokens
+        seconds += steps * operations / (rate * REACHED_SHARE)
+    return Estimate(PROCESS_BYTES + peak, seconds)

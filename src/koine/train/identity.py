@@ -13,6 +13,7 @@ from torch import nn
 
 from koine.errors import UserError
 from koine.files import sha256_file
+from koine.train.architecture import configuration
 from koine.train.settings import RESULT, TrainSettings
 
 if TYPE_CHECKING:
@@ -44,15 +45,15 @@ def identity(
     model: nn.Module, objective: Any, data: DataOrder, settings: TrainSettings, tokenizer: Path | None
 ) -> dict[str, Any]:
     """All that determines the result up to rounding, JSON-able, for a field-by-field comparison."""
-    config: Any = getattr(model, "config", None)
+    config = configuration(model)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
-    elif config is not None:
+    elif config is not None and not isinstance(config, dict):
         config = str(config)
     sources = {
         source.name: sha256_file(Path(source.path) / "manifest.json")
         for phase in data.mixture.phases
-        for source in phase.sources
+        for source in phase.all_sources
     }
     value = {
         "objective": getattr(objective, "__qualname__", type(objective).__qualname__),

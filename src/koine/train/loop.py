@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -10,22 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
-from koine.files import disk_errors, exclusive, fsync_tree, read_json, write_json
+from koine.files import disk_errors, exclusive, read_json, write_json
 from koine.train import checkpoint as checkpoints
+from koine.train.architecture import prepare, refuse_packed_documents
+from koine.train.finish import finish
 from koine.train.identity import identity, refuse_difference
 from koine.train.interrupt import Interrupt, listen
 from koine.train.objectives import Objective
 from koine.train.optimiser import Optimiser
 from koine.train.parallel import Ranks, join, shard
 from koine.train.progress import Reporter, truncate_metrics
-from koine.train.runtime import compile_blocks, measured_ceiling, numerics, training_flops
+from koine.train.runtime import compile_blocks, numerics
 from koine.train.schedule import multiplier
 from koine.train.settings import ROUNDING, TrainSettings
 from koine.train.watch import Watch
+from koine.train.work import work_of_each_shape
 
 if TYPE_CHECKING:
     from koine.data.order import DataOrder
@@ -55,7 +57,8 @@ def train(
     weights are split over the processes.
 
     Args:
-        model: float32 weights; `forward(tokens, document_ids=...)` gives hidden states.
+        model: our decoder, or a `CausalLM` around any of `transformers`, which takes one document a row (see
+            `architecture.refuse_packed_documents`); its weights become float32.
         objective: see `Objective`.
         evaluate: called every `evaluate_every` steps and after the last one with the model and the number of steps done; its
             figures go to the metrics, and lower is better where the best checkpoint is chosen. Must not change the model.
@@ -87,14 +90,7 @@ def _train(
     ranks: Ranks,
     interrupt: Interrupt,
 ) -> None:
-    from koine.model.decoder import Decoder
-
-    if not isinstance(model, Decoder):
-        raise UserError(
-            f"{type(model).__name__} is no decoder of ours, which is what training writes",
-            where=out,
-            mend="give a model that koine.model.load_model opened (Cohere, Cohere2, or one that was trained here)",
-        )
+    refuse_packed_documents(model, data.mixture, out)
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
         refuse_difference(read_json(out / "training.json")["identity"], what, out)
@@ -105,15 +101,15 @@ def _train(
     # The model: float32 masters, copies to compute with, and what was saved of an earlier run.
     mixture = data.mixture
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    model.to(ranks.device).train()
-    if hasattr(model, "gradient_checkpointing"):
-        setattr(model, "gradient_checkpointing", settings.gradient_checkpointing)  # noqa: B010
+    prepare(model.to(ranks.device), gradient_checkpointing=settings.gradient_checkpointing)
     if ranks.several:
         shard(model, ranks, dtype)
     optimiser = Optimiser(model, settings, dtype=torch.float32 if ranks.several else dtype)
     folder = out / "checkpoints"
     found = checkpoints.latest(folder)
-    first_step, losses, best = 0, [], None
+    first_step, best = 0, None
+    # Long rows may be of other text with another loss: what is usual is known for them and for the others apart.
+    watches = {long: Watch(settings, []) for long in (False, True)}
     rounding = {
         **settings.that_change(ROUNDING),
         "threads": torch.get_num_threads(),
@@ -124,20 +120,12 @@ def _train(
         _warn_of_rounding(found.about["rounding"], rounding)
         checkpoints.load(found, optimiser.tensors(found.step), ranks)
         optimiser.publish()
-        first_step, losses, best = found.step, list(found.about["losses"]), found.about["best"]
-    watch = Watch(settings, losses)
+        first_step, best = found.step, found.about["best"]
+        watches[False].losses += found.about["losses"]
+        watches[True].losses += found.about.get("long_losses", [])
     compile_blocks(model, settings)
-    rows = mixture.batch_size // ranks.world_size
-    if rows * ranks.world_size != mixture.batch_size:
-        raise UserError(
-            f"a batch of {mixture.batch_size} sequences cannot be split over {ranks.world_size} processes",
-            mend="choose a batch size that is a multiple of their number",
-        )
-    micro = settings.micro_batch_size or rows
-    flops = training_flops(model, mixture.sequence_length)
-    ceiling = measured_ceiling(model, micro * mixture.sequence_length, dtype, ranks.device)
+    work = work_of_each_shape(model, settings, mixture, ranks, dtype)
     steps = sum(phase.steps for phase in mixture.phases)
-    starts = [sum(phase.steps for phase in mixture.phases[:index]) for index in range(len(mixture.phases))]
     reporter = None
     if ranks.first:
         checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
@@ -150,9 +138,12 @@ def _train(
     try:
         for step in range(first_step, steps):
             begin = time.perf_counter()
-            phase = max(index for index, start in enumerate(starts) if start <= step)
-            if step == starts[phase]:
-                watch.new_phase()
+            place, shape = mixture.place(step), mixture.shape(step)
+            rows, micro, flops, ceiling = work[shape]
+            watch = watches[place.long]
+            if place.inside == 0:
+                for each in watches.values():
+                    each.new_phase()
 
             # Sums over the micro batches of this rank, then over the ranks; the division by the units comes after.
             sums: dict[str, float] = {}
@@ -189,8 +180,8 @@ def _train(
 
             rate = settings.learning_rate * multiplier(
                 settings.schedule,
-                step - starts[phase],
-                mixture.phases[phase].steps,
+                place.inside,
+                mixture.phases[place.phase].steps,
                 warmup_steps=settings.warmup_steps,
                 min_ratio=settings.min_lr_ratio,
                 decay_share=settings.decay_share,
@@ -199,12 +190,14 @@ def _train(
 
             done = step + 1
             seconds = time.perf_counter() - begin
-            speed = mixture.batch_size * mixture.sequence_length / seconds
+            speed = shape.tokens / seconds
             if reporter is not None:
                 figures = {"loss": mean_loss, "learning_rate": rate, "gradient_norm": norm, "units": units}
                 figures |= {name: value / units for name, value in sums.items()} | {
                     "tokens_per_second": speed
                 }
+                if len(work) > 1:
+                    figures["sequence_length"] = shape.sequence_length
                 if flops and ceiling:
                     figures["ceiling_share"] = speed * flops / ceiling / ranks.world_size
                 reporter.step(step, figures)
@@ -220,7 +213,10 @@ def _train(
                 due = False
             stop = everything[1] > 0
             if last or stop or due or done % settings.checkpoint_every == 0:
-                about = {"identity": what, "rounding": rounding, "losses": watch.losses, "best": best}
+                about = {
+                    "identity": what, "rounding": rounding, "best": best,
+                    "losses": watches[False].losses, "long_losses": watches[True].losses,
+                }  # fmt: skip
                 path = checkpoints.save(folder, done, optimiser.tensors(done), about, ranks)
                 saved = done
                 if ranks.first:
@@ -235,7 +231,7 @@ def _train(
         if reporter is not None:
             reporter.close()
     assert saved == steps
-    _finish(model, optimiser, out, tokenizer, ranks, {
+    finish(model, optimiser, out, tokenizer, ranks, {
         "identity": what, "mixture": mixture.to_json(), "seed": mixture.seed, "settings": settings.to_json(),
         "rounding": rounding, "sources": what["sources"], "steps": steps, "best": best, "version": __version__,
     })  # fmt: skip
@@ -305,37 +301,3 @@ def _incident(
         where=path,
         mend="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out",
     )
-
-
-def _finish(
-    model: nn.Module,
-    optimiser: Optimiser,
-    out: Path,
-    tokenizer: Path | None,
-    ranks: Ranks,
-    about: dict[str, Any],
-) -> None:
-    """Leave a model directory; `training.json` comes last and says that it is whole."""
-    from koine.model.checkpoint import save_state
-
-    full: dict[str, Tensor] = {}
-    for name, master in optimiser.masters.items():
-        gathered = master.full_tensor() if hasattr(master, "full_tensor") else master
-        if ranks.first:
-            full[name] = gathered.detach().cpu()
-    if ranks.first:
-        partial = out / ".model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        save_state(full, model.config, partial, tokenizer=tokenizer)  # type: ignore[arg-type]
-        fsync_tree(partial)
-        for path in sorted(partial.iterdir()):
-            path.replace(out / path.name)
-        partial.rmdir()
-        write_json(out / "training.json", about)
-        best = about["best"] and about["best"]["step"]
-        checkpoints.clean(out / "checkpoints", keep_last=0, best=best)
-        if not any((out / "checkpoints").iterdir()):
-            (out / "checkpoints").rmdir()
-    if not ranks.several:
-        optimiser.restore_float32()
-    ranks.barrier()

@@ -62,7 +62,10 @@ class TrainSettings:
     spike_rise: float = setting(1.0, "Smallest rise, in nats a unit, that counts as a spike.", low=0)
     spike_window: int = setting(64, "How many recent losses the median is taken over.", low=8)
     micro_batch_size: int = setting(
-        0, "Sequences computed at once on each rank; 0: all of the rank's share.", low=0, changes=ROUNDING
+        0,
+        "Sequences computed at once on each rank (of long ones, as many as have no more tokens); 0: all of the rank's share.",
+        low=0,
+        changes=ROUNDING,
     )
     compile: Compile = setting(
         "auto",
@@ -123,6 +126,12 @@ class TrainSettings:
             raise UserError(f"{name} is {value}", mend=f"it must be at most {high}")
         if value in (float("inf"), float("-inf")):
             raise UserError(f"{name} is {value}", mend="it must be finite")
+
+    def rows_at_once(self, rows: int, sequence_length: int, base_length: int) -> int:
+        """How many of `rows` are computed at once: no more tokens than `micro_batch_size` rows of `base_length`, at least one row."""
+        if not self.micro_batch_size:
+            return rows
+        return max(1, min(rows, self.micro_batch_size * base_length // sequence_length))
 
     def to_json(self) -> dict[str, Any]:
         """All fields, JSON-able."""

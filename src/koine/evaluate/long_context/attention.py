@@ -7,6 +7,7 @@ rows or takes the entropy of the averaged row: both are here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +64,8 @@ def attention_weights(block: Block, x: Tensor, rows: Tensor) -> Tensor:
 
 def entropy_bits(weights: Tensor) -> Tensor:
     """Entropy of each distribution `[..., keys]` in bits; `0 * log 0` counts as 0."""
-    return torch.special.entr(weights).sum(dim=-1) / torch.log(torch.tensor(2.0))
+    nats: Tensor = torch.special.entr(weights).sum(dim=-1)
+    return nats / math.log(2.0)
 
 
 @torch.no_grad()

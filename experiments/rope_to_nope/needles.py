@@ -1,7 +1,8 @@
 """Texts of the experiment: real books with facts hidden in them, and questions about the facts.
 
-A fact is a line such as `Watson: 482.`, hidden between the sentences of a book; a question is the same line at the end of the text, of which
-`482.` is the completion. Every text has several facts with different names, so that a model must find the one that is asked for.
+A fact is a remark such as `[ water street ]`, hidden between the sentences of a book: a key and its value, words that are one token each. A question is
+the same remark at the end of the text, of which `street` is the completion. Every text has several facts with different keys and values, so that a
+model must find the one that is asked for: choosing any value of the text at random is right once in as many as there are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.data import read_records, tokenize
+from koine.files import read_json, write_json
 from koine.plan import step
 from koine.recipes import estimates
 from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -25,9 +27,10 @@ from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 HELD_OUT = 3
 """Of the books, the last ones: haystacks that no model was trained on."""
 
-NAMES = 64
-DIGITS = 3
-FACTS = {"short": 3, "long": 8}
+WORDS = 64
+"""Keys, and as many values."""
+
+FACTS = {"short": 6, "long": 8}
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ def books(path: Path) -> list[str]:
     return [record["text"] for record in read_records(path, split="all")]
 
 
-def names_in(texts: Iterable[str]) -> list[str]:
-    """The capitalised words of at least four letters that are most frequent."""
-    counts = Counter(word for text in texts for word in re.findall(r"\b[A-Z][a-z]{3,}\b", text))
-    return [word for word, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:NAMES]]
+def words_in(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """Keys and values: the most frequent words of at least three small letters that are one token, dealt out in turn."""
+    counts = Counter(word for text in texts for word in re.findall(r"\b[a-z]{3,}\b", text))
+    ordered = (word for word, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+    single = list(islice((word for word in ordered if len(tokenizer.encode(f" {word}")) == 1), 2 * WORDS))
+    return single[::2], single[1::2]
 
 
 def pieces_of(text: str) -> list[str]:
@@ -59,16 +64,16 @@ def pieces_of(text: str) -> list[str]:
     return [piece for piece in re.split(r"(?<=[.!?]) ", flat) if 20 <= len(piece) <= 300]
 
 
-def fact(name: str, value: str) -> str:
-    """The line that is hidden, and asked for."""
-    return f"\n{name}: {value}.\n"
+def fact(key: str, value: str) -> str:
+    """What is hidden, and asked for. It is the same tokens wherever it stands."""
+    return f" [ {key} {value} ]"
 
 
 def build(
     draw: random.Random,
     tokenizer: Tokenizer,
     sentences: Sequence[str],
-    names: Sequence[str],
+    words: tuple[Sequence[str], Sequence[str]],
     *,
     length: int,
     facts: int,
@@ -80,11 +85,9 @@ def build(
     sentences: the haystack, from a random place on. depth: where the first question's fact stands, 0 at the beginning and 1 at the end of the haystack;
     drawn where it is `None`, as that of all other facts is.
     """
-    chosen = draw.sample(list(names), facts)
-    values = ["".join(str(draw.randrange(10)) for _ in range(DIGITS)) for _ in chosen]
-    lines = [tokenizer.encode(fact(name, value)) for name, value in zip(chosen, values, strict=True)]
+    keys, values = (draw.sample(list(part), facts) for part in words)
+    lines = [tokenizer.encode(fact(key, value)) for key, value in zip(keys, values, strict=True)]
     asked = draw.sample(range(facts), questions)
-    completions = [len(tokenizer.encode(f" {value}.\n")) for value in values]
     budget = length - 1 - sum(map(len, lines)) - sum(len(lines[index]) for index in asked)
     hay: list[list[int]] = []
     place, used = draw.randrange(len(sentences)), 0
@@ -110,13 +113,22 @@ def build(
     for index in asked:
         start, end = len(tokens), len(tokens) + len(lines[index])
         tokens += lines[index]
-        found.append((range(start, end), range(end - completions[index], end), where[index]))
+        value = start + len(tokenizer.encode(f" [ {keys[index]} {values[index]}")) - 1
+        found.append((range(start, end), range(value, value + 1), where[index]))
     return Prompt(tokens, found)
 
 
 @step(version="1", estimate=estimates.comparison)
 def needle_corpus(
-    texts: Path, *, vocabulary: int, short: int, long: int, documents: int, long_documents: int, seed: int, out: Path
+    texts: Path,
+    *,
+    vocabulary: int,
+    short: int,
+    long: int,
+    documents: int,
+    long_documents: int,
+    seed: int,
+    out: Path,
 ) -> None:
     """A tokenizer of the books, and token shards: `books` and `short` for pretraining, `short` and `long` for fine-tuning."""
     all_books = books(texts)
@@ -125,18 +137,23 @@ def needle_corpus(
         {"en": lambda: train}, vocab_size=vocabulary, scheme="natural", english_share=None, min_frequency=2
     )
     tokenizer.save(out / "tokenizer")
-    names = names_in(train)
-    (out / "names.json").write_text(json.dumps(names), encoding="utf-8")
+    words = words_in(train, tokenizer)
+    write_json(out / "words.json", words)
     sentences = [piece for text in train for piece in pieces_of(text)]
     draw = random.Random(seed)
     parts: dict[str, list[dict[str, Any]]] = {
-        "books": [{"text": text, "id": f"book-{number}"} for number, text in enumerate(cut(train, 2_000))]
+        # A character is less than a token never: these stretches fit into a short row whole.
+        "books": [{"text": text, "id": f"book-{number}"} for number, text in enumerate(cut(train, short))]
     }
+    parts["copies"] = [
+        {"text": twice(draw, tokenizer, sentences, short - 2), "id": f"copy-{number}"}
+        for number in range(documents // 2)
+    ]
     for name, length, count in (("short", short, documents), ("long", long, long_documents)):
         parts[name] = []
         for number in range(count):
             prompt = build(
-                draw, tokenizer, sentences, names, length=length - 1, facts=FACTS[name], questions=FACTS[name]
+                draw, tokenizer, sentences, words, length=length - 1, facts=FACTS[name], questions=FACTS[name]
             )
             text = tokenizer.decode(prompt.tokens[1:])
             parts[name].append({"text": text, "id": f"{name}-{number}"})
@@ -152,17 +169,39 @@ def needle_corpus(
     shutil.rmtree(out / "scratch", ignore_errors=True)
 
 
+def twice(draw: random.Random, tokenizer: Tokenizer, sentences: Sequence[str], length: int) -> str:
+    """A stretch of a book and the same again, at most `length` tokens in all: what a model learns to look back from."""
+    words: list[str] = []
+    used, place = 0, draw.randrange(len(sentences))
+    while True:
+        for word in sentences[place % len(sentences)].split():
+            size = len(tokenizer.encode(" " + word))
+            if 2 * (used + size) > length:
+                return (" ".join(words) + " ") * 2
+            words.append(word)
+            used += size
+        place += 1
+
+
 def cut(texts: Sequence[str], size: int) -> Iterable[str]:
     """Stretches of `size` characters."""
     return (text[start : start + size] for text in texts for start in range(0, len(text), size))
 
 
 def prompts(
-    corpus: Path, texts: Path, *, length: int, count: int, questions: int, seed: int, depth: float | None = None
+    corpus: Path,
+    texts: Path,
+    *,
+    length: int,
+    count: int,
+    questions: int,
+    facts: int,
+    seed: int,
+    depth: float | None = None,
 ) -> list[Prompt]:
     """Test prompts over the held-out books."""
     tokenizer = load_tokenizer(corpus / "tokenizer")
-    names = json.loads((corpus / "names.json").read_text(encoding="utf-8"))
+    keys, values = read_json(corpus / "words.json")
     sentences = [piece for text in books(texts)[-HELD_OUT:] for piece in pieces_of(text)]
     draw = random.Random(seed * 1_000_003 + length)
     return [
@@ -170,11 +209,11 @@ def prompts(
             draw,
             tokenizer,
             sentences,
-            names,
+            (keys, values),
             length=length,
-            facts=FACTS["long"],
+            facts=facts,
             questions=questions,
-            depth=depth if depth is not None else None,
+            depth=depth,
         )
         for _ in range(count)
     ]

@@ -1,0 +1,240 @@
+"""The two stages of an arm: pretraining on short texts, then short and long ones together; and what is measured after each."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from needles import Prompt, held_out_text, prompts
+
+from koine.evaluate import bits_per_byte
+from koine.evaluate.long_context.attention import attention_of
+from koine.files import write_json
+from koine.model import Decoder, LayerSpec, ModelConfig, hybrid_layers, load_model
+from koine.plan import step
+from koine.recipes import estimates
+from koine.tokenizer import load_tokenizer
+from koine.train import TrainSettings, language_modelling, train
+
+BEGIN = 8
+"""Tokens at the beginning that count as the sink, in proportion to the paper's 10 of 65,536 rather many (papers' advice: 4 to 10)."""
+
+INIT = 0.02
+"""INIT"""
+
+SHORT_TO_LONG = 3
+"""Short texts for each long one in the second stage."""
+
+
+def layers_of(variant: str, count: int, window: int) -> tuple[LayerSpec, ...]:
+    """The layers of an arm. `swa-N`: N windowed layers with RoPE before each full one without positions."""
+    if variant.startswith("swa-"):
+        return hybrid_layers(count, window=window, full_every=int(variant.removeprefix("swa-")) + 1)
+    every = {
+        "rope": (LayerSpec(),),
+        "qk-norm": (LayerSpec(qk_norm=True),),
+        "nope": (LayerSpec(rope=False),),
+        "rnope": (LayerSpec(), LayerSpec(rope=False)),
+    }[variant]
+    return (every * count)[:count]
+
+
+@step(version="1", estimate=estimates.comparison)
+def pretrain_short(
+    corpus: Path,
+    texts: Path,
+    *,
+    variant: str,
+    theta: float,
+    num_layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    window: int,
+    length: int,
+    longest: int,
+    steps: int,
+    tokens_per_step: int,
+    learning_rate: float,
+    prompts: int,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """First stage: half of the tokens from the books as they are, half from short texts with facts and questions."""
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        layers=layers_of(variant, num_layers, window),
+        rope_theta=theta,
+        logit_scale=1.0,
+        initializer_range=INIT,
+        max_position_embeddings=longest,
+    )
+    torch.manual_seed(seed)
+    model = Decoder(config)
+    shares = {"books": 0.2, "copies": 0.3, "short": 0.5}
+    _train(model, corpus, shares, length, steps, tokens_per_step, learning_rate, seed, threads, out)
+    _measure_short(model, corpus, texts, (length,), prompts, out)
+
+
+@step(version="1", estimate=estimates.comparison)
+def extend(
+    corpus: Path,
+    texts: Path,
+    model: Path,
+    *,
+    theta: float,
+    num_layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    window: int,
+    short: int,
+    long: int,
+    steps: int,
+    tokens_per_step: int,
+    learning_rate: float,
+    prompts: int,
+    attention_prompts: int,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """Second stage: three short texts for each long one, packed into rows of the long length, with RoPE's theta as given."""
+    start = load_model(model, dtype=torch.float32)
+    grown = Decoder(replace(start.config, rope_theta=theta))
+    grown.load_state_dict(start.state_dict())
+    short_share = SHORT_TO_LONG * short / (SHORT_TO_LONG * short + long)
+    shares = {"short": short_share, "long": 1.0 - short_share}
+    _train(grown, corpus, shares, long, steps, tokens_per_step, learning_rate, seed, threads, out)
+    found = _measure_short(grown, corpus, texts, (short, long, 2 * long, 4 * long), prompts, out)
+    found["attention"] = _attention(grown, corpus, texts, long, attention_prompts)
+    write_json(out / "measures.json", found)
+
+
+def _train(
+    model: Decoder,
+    corpus: Path,
+    shares: dict[str, float],
+    length: int,
+    steps: int,
+    tokens_per_step: int,
+    learning_rate: float,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    from koine.data import DataOrder, Mixture, Phase, Source
+
+    torch.set_num_threads(threads)
+    sources = tuple(
+        Source(name=name, path=corpus / "tokens" / name, proportion=share, max_epochs=1_000.0)
+        for name, share in shares.items()
+    )
+    mixture = Mixture(
+        phases=(Phase(name="train", steps=steps, sources=sources),),
+        sequence_length=length,
+        batch_size=max(1, tokens_per_step // length),
+        seed=seed,
+        packing="whole",
+    )
+    settings = TrainSettings(
+        learning_rate=learning_rate,
+        warmup_steps=min(50, steps // 4),
+        schedule="cosine",
+        dtype="bfloat16",
+        seed=seed,
+        compile="off",
+        weight_decay=0.1,
+    )
+    train(
+        model,
+        language_modelling,
+        DataOrder(mixture),
+        settings,
+        out=out,
+        tokenizer=corpus / "tokenizer",
+        device="cpu" if not torch.cuda.is_available() else "auto",
+    )
+
+
+@torch.no_grad()
+def answer_scores(model: Decoder, tested: Sequence[Prompt]) -> dict[str, float]:
+    """Share of questions whose every completion token is the model's first choice (given the right ones before it), and the mean log-probability of a
+    completion's tokens in nats."""
+    right: list[float] = []
+    scores: list[float] = []
+    device = model.output_weight.device
+    for prompt in tested:
+        tokens = torch.tensor([prompt.tokens], device=device)
+        hidden = model(tokens)[0]
+        for _, completion, _ in prompt.questions:
+            places = torch.tensor(list(completion), device=device)
+            logits = model.logits(hidden[places - 1]).float()
+            wanted = tokens[0, places]
+            right.append(float((logits.argmax(-1) == wanted).all()))
+            scores.append(float(logits.log_softmax(-1).gather(1, wanted[:, None]).mean()))
+    return {"accuracy": statistics.mean(right), "log_probability": statistics.mean(scores)}
+
+
+def _measure_short(
+    model: Decoder, corpus: Path, texts: Path, lengths: Sequence[int], count: int, out: Path
+) -> dict[str, Any]:
+    """Bits per byte of held-out books in short stretches, and answers at each length."""
+    model.eval()
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    records = [
+        {"text": text, "language": "en", "domain": "books", "id": str(number)}
+        for number, text in enumerate(held_out_text(texts, 200))
+    ]
+    found: dict[str, Any] = {
+        "bits_per_byte": bits_per_byte(model, tokenizer, records)["overall"]["bits_per_byte"]["value"],
+        "answers": {},
+    }
+    for length in lengths:
+        few = 6 if length == min(lengths) else 8
+        # The short texts hold six facts, the long ones eight.
+        tested = prompts(corpus, texts, length=length, count=count, questions=few, facts=few, seed=1)
+        found["answers"][str(length)] = answer_scores(model, tested)
+    write_json(out / "measures.json", found)
+    metrics = {"bits_per_byte": found["bits_per_byte"]}
+    metrics |= {f"accuracy_{length}": one["accuracy"] for length, one in found["answers"].items()}
+    write_json(out / "metrics.json", metrics)
+    return found
+
+
+def _attention(model: Decoder, corpus: Path, texts: Path, length: int, count: int) -> list[dict[str, Any]]:
+    """Mass on the beginning, the fact, the question with its completion, and the rest, and entropy: means over prompts, layer by layer."""
+    tested = prompts(corpus, texts, length=length, count=count, questions=1, facts=8, seed=2, depth=0.5)
+    layers: list[list[dict[str, Any]]] = []
+    for prompt in tested:
+        [(question, _, fact)] = prompt.questions
+        segments = {"begin": range(BEGIN), "needle": fact, "qc": question}
+        tokens = torch.tensor([prompt.tokens], device=model.output_weight.device)
+        layers.append([asdict(one) for one in attention_of(model, tokens, question, segments)])
+    merged = []
+    for same in zip(*layers, strict=True):
+        merged.append(
+            {
+                "layer": same[0]["layer"],
+                "kind": same[0]["kind"],
+                "mass": {
+                    name: statistics.mean(one["mass"][name] for one in same) for name in same[0]["mass"]
+                },
+                "entropy_of_rows": statistics.mean(one["entropy_of_rows"] for one in same),
+                "entropy_of_mean": statistics.mean(one["entropy_of_mean"] for one in same),
+            }
+        )
+    return merged

@@ -1,0 +1,96 @@
+"""One row of a batch: its tokens and targets from the stretches of documents that it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from koine.data.batch import NO_TARGET, Span
+from koine.data.mixture import Source
+from koine.data.packing import Pieces, StreamPacking, WholePacking
+from koine.data.shards import TokenSource
+
+
+@dataclass(frozen=True)
+class Component:
+    """One language of one source, in one phase."""
+
+    source: Source
+    tokens: TokenSource
+    language: str
+    weight: float
+    packing: StreamPacking | WholePacking
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes two components of different phases the same documents."""
+        return str(self.source.path), self.language
+
+
+def fill(
+    component: Component,
+    pieces: list[Pieces],
+    tokens: NDArray[Any],
+    targets: NDArray[Any],
+    ids: NDArray[Any],
+    *,
+    cross: bool,
+) -> None:
+    """Write one row; the position before a stretch's end has its target in the stretch or, for the last one, beyond the row."""
+    time = len(tokens)
+    column = 0
+    for number, (document, start, end) in enumerate(pieces):
+        # A stretch may reach one token beyond the row: the last position's target.
+        stretch = component.tokens.tokens(document, start, end)
+        width = min(end - start, time - column)
+        if width <= 0:
+            if cross and column == time:
+                targets[-1] = stretch[0] if _counts_as_target(component, document, start) else NO_TARGET
+            break
+        tokens[column : column + width] = stretch[:width]
+        ids[column : column + width] = number
+        follow = stretch[1 : width + 1].astype(np.int64)
+        if component.tokens.chat:
+            mask = component.tokens.mask(document, start, end)[1 : width + 1]
+            follow = np.where(mask > 0, follow, NO_TARGET)
+        targets[column : column + len(follow)] = follow
+        if cross and column > 0 and _counts_as_target(component, document, start):
+            targets[column - 1] = stretch[0]
+        column += width
+
+
+def _counts_as_target(component: Component, document: int, position: int) -> bool:
+    if not component.tokens.chat:
+        return True
+    return bool(component.tokens.mask(document, position, position + 1)[0])
+
+
+def spans_of(content: list[tuple[Component, list[Pieces]]], time: int) -> list[list[Span]]:
+    rows = []
+    for component, pieces in content:
+        row, column = [], 0
+        for document, start, end in pieces:
+            end = min(end, start + time - column)
+            if end <= start:
+                break
+            info = component.tokens.info(document)
+            shard, index = component.tokens.locate(document)
+            row.append(
+                Span(
+                    component.source.name,
+                    info.language,
+                    info.domain,
+                    info.record_id,
+                    shard,
+                    index,
+                    start,
+                    end,
+                    column,
+                )
+            )
+            column += end - start
+        rows.append(row)
+    return rows

@@ -1,0 +1,137 @@
+"""The attention variants of arXiv 2501.18795 as lists of layers, and the name of the one that a list is.
+
+| variant | layers |
+|---|---|
+| `rope` | all full, with RoPE |
+| `qk-norm` | the same, with a LayerNorm on q and k before the rotation |
+| `nope` | all full, no position encoding |
+| `rnope` | full with RoPE and full without positions, in turn |
+| `rnope-swa` | windowed with RoPE, every `full_every`-th full without positions: the one of the presets |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal, get_args
+
+from koine.errors import UserError, did_you_mean
+from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
+
+if TYPE_CHECKING:
+    from koine.model.decoder import Decoder
+
+Variant = Literal["rope", "qk-norm", "nope", "rnope", "rnope-swa"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+def variant_layers(
+    name: Variant, count: int, *, window: int | None = None, full_every: int | None = None
+) -> tuple[LayerSpec, ...]:
+    """`count` layers of the variant `name`; `window` (tokens) and `full_every` (default 4) are for `rnope-swa` alone.
+
+    Raises `UserError` for an unknown name, and for a window or a ratio that the variant has no use for or that leaves no full layer.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"unknown attention '{name}'", mend=did_you_mean(name, VARIANTS))
+    if name == "rnope-swa":
+        return _windowed(count, window, 4 if full_every is None else full_every)
+    for given, what in ((window, "a window"), (full_every, "a ratio of full layers")):
+        if given is not None:
+            raise UserError(f"{name} has no use for {what}", mend="choose rnope-swa, or leave it out")
+    if name == "rnope":
+        return tuple(LayerSpec(rope=index % 2 == 0) for index in range(count))
+    return (LayerSpec(rope=name != "nope", qk_norm=name == "qk-norm"),) * count
+
+
+def _windowed(count: int, window: int | None, full_every: int) -> tuple[LayerSpec, ...]:
+    if window is None:
+        raise UserError("rnope-swa needs a window", mend="say how many tokens a windowed layer sees")
+    if window < 1:
+        raise UserError(f"the window is {window}", mend="it must be at least 1")
+    if not 2 <= full_every <= count:
+        raise UserError(
+            f"full_every is {full_every} of {count} layers",
+            mend=f"choose from 2 to {count}, so that there are windowed layers and a full one",
+        )
+    return hybrid_layers(count, window=window, full_every=full_every)
+
+
+def with_attention(
+    config: ModelConfig,
+    *,
+    attention: Variant | None = None,
+    window: int | None = None,
+    full_every: int | None = None,
+    rope_theta: float | None = None,
+) -> ModelConfig:
+    """The same sizes with other attention. What is not given stays; a window and a ratio alone keep the model's being RNoPE-SWA.
+
+    Raises `UserError` for a combination that says nothing, such as a window with `rope`, or a theta with `nope`.
+    """
+    layers = config.layers
+    if attention is not None or window is not None or full_every is not None:
+        ratio = _full_every(layers)
+        if attention is None and ratio is None:
+            raise UserError("a window or a ratio of full layers without attention", mend="add rnope-swa")
+        chosen: Variant = "rnope-swa" if attention is None else attention
+        if chosen == "rnope-swa":
+            window = next((w for w in (window, *(layer.window for layer in layers)) if w is not None), None)
+            full_every = ratio if full_every is None else full_every
+        layers = variant_layers(chosen, len(layers), window=window, full_every=full_every)
+    if rope_theta is not None and not any(layer.rope for layer in layers):
+        raise UserError(
+            "no layer turns by position, so rope_theta says nothing", mend="leave it out with nope"
+        )
+    return replace(config, layers=layers, rope_theta=config.rope_theta if rope_theta is None else rope_theta)
+
+
+def _full_every(layers: tuple[LayerSpec, ...]) -> int | None:
+    """The ratio of a list that is RNoPE-SWA, else `None`."""
+    windows = {layer.window for layer in layers} - {None}
+    if len(windows) != 1:
+        return None
+    window = windows.pop()
+    assert window is not None
+    ratios = range(2, len(layers) + 1)
+    return next(
+        (n for n in ratios if hybrid_layers(len(layers), window=window, full_every=n) == layers), None
+    )
+
+
+def variant_name(config: ModelConfig) -> str:
+    """What the layers are, in the paper's words: `RNoPE-SWA 3:1, window 256, θ 10,000`."""
+    layers, theta = config.layers, f", θ {config.rope_theta:,.10g}"
+    everywhere: dict[Variant, str] = {"rope": "RoPE", "qk-norm": "QK-Norm"}
+    for name, words in everywhere.items():
+        if layers == variant_layers(name, len(layers)):
+            return words + theta
+    if layers == variant_layers("nope", len(layers)):
+        return "NoPE"
+    if layers == variant_layers("rnope", len(layers)):
+        return "RNoPE 1:1" + theta
+    ratio = _full_every(layers)
+    if ratio is not None:
+        window = next(layer.window for layer in layers if layer.window is not None)
+        return f"RNoPE-SWA {ratio - 1}:1, window {window:,}{theta}"
+    runs = [(len(list(run)), _layer_name(spec)) for spec, run in groupby(layers)]
+    return ", ".join(f"{count} x {words}" for count, words in runs) + (
+        theta if any(layer.rope for layer in layers) else ""
+    )
+
+
+def _layer_name(spec: LayerSpec) -> str:
+    words = ("RoPE" if spec.rope else "NoPE") + (" with QK-norm" if spec.qk_norm else "")
+    return words + ("" if spec.window is None else f" (window {spec.window:,})")
+
+
+def set_rope_theta(model: Decoder, rope_theta: float) -> None:
+    """Let a model turn by another base from now on: its configuration changes and its weights do not. Raises as `with_attention`."""
+    reconfigure(model, with_attention(model.config, rope_theta=rope_theta))
+
+
+def reconfigure(model: Decoder, config: ModelConfig) -> None:
+    """Give a model and its blocks another configuration of the same sizes and layers."""
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), ModelConfig):
+            module.config = config  # type: ignore[assignment]
