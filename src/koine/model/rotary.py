@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     # An ordinary tensor even where it is first asked for in inference mode: training asks for the same one.
     with torch.inference_mode(False):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        return cast(Tensor, theta**-exponents)
+        return theta**-exponents
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
