@@ -92,8 +92,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, nargs="+")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--megabytes", type=int, nargs="*", default=[60, 256])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--alone", type=int, nargs="*", default=[], help="megabytes at which ours runs alone, for its memory"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--side", choices=["ours", "direct"], help=argparse.SUPPRESS)
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
@@ -134,6 +137,14 @@ def main() -> None:
                 "ours_peak_memory_bytes": max(one["peak_memory_bytes"] for one in found["ours"]),
                 "direct_peak_memory_bytes": max(one["peak_memory_bytes"] for one in found["direct"]),
                 "same_merges": found["ours"][0]["merges"] == found["direct"][0]["merges"],
+            }
+            print(json.dumps({str(megabytes): result["results"][str(megabytes)]}), flush=True)
+        for megabytes in options.alone:
+            write_text(options.data, megabytes * 1_000_000, text)
+            own = run("ours", text)
+            result["results"][str(megabytes)] = {
+                "ours_seconds": own["seconds"],
+                "ours_peak_memory_bytes": own["peak_memory_bytes"],
             }
             print(json.dumps({str(megabytes): result["results"][str(megabytes)]}), flush=True)
     if options.out:
