@@ -91,7 +91,7 @@ def extension(
     """A stage of context extension of a model whose sizes are not known beforehand: one of some ten million parameters, its blocks recomputed."""
     at_once = max(length, (micro_batch_size or batch_size) * base_length)
     return Estimate(
-        IMPORTED + 700 * 2**20 + 20_000 * at_once, 10.0 + steps * batch_size * base_length / 3_000
+        IMPORTED + 250 * 2**20 + 45_000 * at_once, 10.0 + steps * batch_size * base_length / 3_000
     )
 
 
