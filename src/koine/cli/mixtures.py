@@ -42,25 +42,30 @@ def read_mixture(
 
 
 def read_long_rows(
-    every: int | None, sequence_length: int | None, batch_size: int | None, data: tuple[str, ...]
+    every: int | None,
+    sequence_length: int | None,
+    batch_size: int | None,
+    data: tuple[str, ...],
+    min_tokens: int | None,
+    *,
+    others: tuple[str, ...],
 ) -> LongRows | None:
-    """The batches of long sequences among the others; all three numbers are given, or nothing is."""
+    """The batches of long sequences, from `data` or else from what the `others` are drawn from; the first three numbers are given, or nothing is."""
     from koine.data import LongRows
 
-    if every is None and sequence_length is None and batch_size is None and not data:
+    if every is None and sequence_length is None and batch_size is None and min_tokens is None and not data:
         return None
     if every is None or sequence_length is None or batch_size is None:
         raise UserError(
             "batches of long sequences are not wholly described",
             mend="give --long-every, --long-sequence-length and --long-batch-size",
         )
-    return LongRows(
-        every=every,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        # Under names of their own: what the others are drawn from may be a folder of the same name.
-        sources=tuple(replace(source, name=f"long-{source.name}") for source in read_sources(data)),
+    # Under names of their own: the others may be drawn from a folder of the same name, or from short documents too.
+    sources = tuple(
+        replace(source, name=f"long-{source.name}", min_tokens=min_tokens)
+        for source in (read_sources(data or others) if data or min_tokens else ())
     )
+    return LongRows(every=every, sequence_length=sequence_length, batch_size=batch_size, sources=sources)
 
 
 def read_sources(data: tuple[str, ...]) -> list[Source]:

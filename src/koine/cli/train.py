@@ -87,6 +87,9 @@ def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., 
             metavar="TOKENS[:PROPORTION]",
             help="What long sequences are drawn from; repeatable.  [default: the same as the others]",
         ),
+        click.option(
+            "--long-min-tokens", type=int, help="Long sequences are of documents of at least as many tokens."
+        ),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the model."),
         click.option("--dry-run", is_flag=True, help="Print what the training would need, and stop."),
@@ -219,6 +222,7 @@ def _run(
     long_sequence_length: int | None,
     long_batch_size: int | None,
     long_data: tuple[str, ...],
+    long_min_tokens: int | None,
     seed: int,
     device: str,
     out: Path,
@@ -226,7 +230,9 @@ def _run(
     **settings: Any,
 ) -> None:
     chosen = TrainSettings(seed=seed, **settings)
-    long = read_long_rows(long_every, long_sequence_length, long_batch_size, long_data)
+    long = read_long_rows(
+        long_every, long_sequence_length, long_batch_size, long_data, long_min_tokens, others=data
+    )
     mix = read_mixture(
         data,
         mixture,

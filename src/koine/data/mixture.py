@@ -27,6 +27,8 @@ class Source:
     """Weights of the languages to draw from; languages not named are left out. `None`: all, by `temperature`."""
     temperature: float | None = None
     """Languages are weighted by `tokens ** (1 / temperature)`; 1 is their natural share, infinity uniform."""
+    min_tokens: int | None = None
+    """Only documents of at least as many tokens are drawn; `None`: all."""
     max_epochs: float = 4.0
     """More passes than this over a language's documents raise a `KoineWarning`."""
 
@@ -47,6 +49,8 @@ class Source:
             raise UserError(
                 f"the temperature {self.temperature} is not above 0", where=f"source '{self.name}'"
             )
+        if self.min_tokens is not None and self.min_tokens < 1:
+            raise UserError(f"min_tokens is {self.min_tokens}, not at least 1", where=f"source '{self.name}'")
         if not self.max_epochs > 0.0:
             raise UserError(f"max_epochs is {self.max_epochs}, not above 0", where=f"source '{self.name}'")
         if self.languages is not None:
@@ -248,7 +252,14 @@ class Mixture:
 
         def sources(items: Any) -> list[dict[str, Any]]:
             # Absolute, so that a model's record of its data can be read from any folder.
-            return [{**source, "path": str(source["path"].resolve())} for source in items]
+            return [
+                {
+                    name: str(entry.resolve()) if name == "path" else entry
+                    for name, entry in source.items()
+                    if name != "min_tokens" or entry is not None
+                }
+                for source in items
+            ]
 
         phases = []
         for phase in value["phases"]:

@@ -11,7 +11,7 @@ a shuffle and a place of their own in the same documents.
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,9 @@ class _Lane:
     """Sequences of each component in a block."""
 
 
-Packings = dict[tuple[str, str, int], StreamPacking | WholePacking]
-"""By folder, language, and tokens of a row."""
+Stock = tuple[str, str, int, int]
+"""A folder, a language, tokens of a row, and tokens that a document has at least: what rows are drawn from in one order."""
+Packings = dict[Stock, StreamPacking | WholePacking]
 
 
 class DataOrder:
@@ -120,10 +121,18 @@ class DataOrder:
 
     def _components(self, source: Source, time: int, packings: Packings) -> Iterator[Component]:
         tokens = self.sources[source.path]
-        present = np.unique(tokens.languages).tolist()
-        totals = {code: int(tokens.lengths[tokens.languages == code].sum()) for code in present}
-        if not sum(totals.values()):
+        least = source.min_tokens or 0
+        enough = tokens.lengths >= least
+        present = np.unique(tokens.languages[enough]).tolist()
+        totals = {code: int(tokens.lengths[enough & (tokens.languages == code)].sum()) for code in present}
+        if not tokens.lengths.sum():
             raise UserError("holds no tokens", where=source.path, mend="tokenize a source that has documents")
+        if not sum(totals.values()):
+            raise UserError(
+                f"holds no document of {least} tokens, the longest has {tokens.lengths.max()}",
+                where=source.path,
+                mend="lower min_tokens, or give longer text",
+            )
         if source.languages is None:
             power = 1.0 / (source.temperature or 1.0)
             weights = {code: total**power for code, total in totals.items()}
@@ -131,17 +140,19 @@ class DataOrder:
             for code in source.languages:
                 if code not in totals:
                     raise UserError(
-                        f"holds no document in '{code}'", where=source.path, mend=did_you_mean(code, totals)
+                        f"holds no document in '{code}'" + (f" of {least} tokens" if least else ""),
+                        where=source.path,
+                        mend=did_you_mean(code, totals),
                     )
             weights = dict(source.languages)
         scale = source.proportion / sum(weights.values())
         for code, weight in sorted(weights.items()):
-            key = (str(source.path), code, time)
+            key = (str(source.path), code, time, least)
             if key not in packings:
-                documents = np.flatnonzero(tokens.languages == code)
+                documents = np.flatnonzero(enough & (tokens.languages == code))
                 kind = PACKINGS[self.mixture.packing]
-                # Rows of each length pass over the documents on their own, so each length has a shuffle of its own.
-                own = () if time == self.mixture.sequence_length else (time,)
+                # Rows of each length pass over the documents on their own, with a shuffle of their own.
+                own = () if time == self.mixture.sequence_length and not least else (time, least)
                 seed = (self.mixture.seed, _stable_number(code), *own)
                 packings[key] = kind(documents, tokens.lengths, time, seed)
             yield Component(source, tokens, code, weight * scale, packings[key])
@@ -166,13 +177,13 @@ class DataOrder:
 
     def _lane_offsets(self) -> dict[tuple[int, bool], list[int]]:
         """Per lane and component: sequences of the same length and documents drawn in earlier phases."""
-        drawn: dict[tuple[str, str, int], int] = {}
+        drawn: Counter[int] = Counter()
         offsets = {}
         for name, lane in self._lanes.items():
-            time = lane.shape.sequence_length
-            offsets[name] = [drawn.get((*component.key, time), 0) for component in lane.components]
+            # Components that draw the same rows share one packing.
+            offsets[name] = [drawn[id(component.packing)] for component in lane.components]
             for component, used in zip(lane.components, self._drawn(lane), strict=True):
-                drawn[*component.key, time] = drawn.get((*component.key, time), 0) + used
+                drawn[id(component.packing)] += used
         return offsets
 
     def _drawn(self, lane: _Lane) -> list[int]:
@@ -268,7 +279,7 @@ class DataOrder:
 
     def _warn_of_cut_documents(self, packings: Packings) -> None:
         counts: dict[int, list[tuple[int, int]]] = {}
-        for (_, _, time), packing in packings.items():
+        for (_, _, time, _), packing in packings.items():
             if isinstance(packing, WholePacking):
                 counts.setdefault(time, []).append(packing.cut_off())
         for time, found in counts.items():

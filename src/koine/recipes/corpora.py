@@ -192,6 +192,56 @@ def own_corpus(
     )
 
 
+@step(version="1", estimate=estimates.own)
+def text_corpus(
+    data: Path,
+    *,
+    fields: tuple[str, ...],
+    languages: tuple[str, ...],
+    max_bytes_per_language: int,
+    min_bytes_per_language: int,
+    max_bad_share: float,
+    out: Path,
+) -> None:
+    """Sort the user's own documents into a corpus in which every language plays the same part."""
+    from koine.data import read_records
+    from koine.languages import language
+
+    for folder in ("documents", "documents-heldout", "questions"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    reader = read_records(data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all")
+    wanted = {language(code).code for code in languages}
+    shares = write_own_corpus(
+        (record for record in reader if not wanted or record["language"] in wanted),
+        out,
+        max_bytes=max_bytes_per_language,
+        heldout_bytes=max(10_000, max_bytes_per_language // 10),
+        heldout_share=0.05,
+        min_bytes=min_bytes_per_language,
+    )
+    if not shares:
+        raise UserError(
+            f"no language has {min_bytes_per_language} bytes of text and a held-out document",
+            where=data,
+            mend="give more text, or lower it with --set min_bytes_per_language=...",
+        )
+    CorpusRoles(primary=tuple(shares), expanded=(), chat=()).save(out)
+    write_step_report(
+        out,
+        "Text",
+        [
+            {
+                "kind": "table",
+                "columns": ["language", "documents", "bytes", "held-out documents", "held-out bytes"],
+                "rows": [
+                    [code, share.documents, share.bytes, share.heldout_documents, share.heldout_bytes]
+                    for code, share in shares.items()
+                ],
+            }
+        ],
+    )
+
+
 def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
     """`("text=content", "language=lang")` as a mapping; raises `UserError` on an entry without `=`."""
     mapping = {}

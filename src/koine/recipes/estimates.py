@@ -83,3 +83,18 @@ def evaluation(*, documents_per_language: int, questions_per_language: int, **_:
 def comparison(**_: Any) -> Estimate:
     """Reading the evaluations and writing tables."""
     return Estimate(LIGHT, 1.0)
+
+
+def extension(
+    *, base_length: int, length: int, steps: int, batch_size: int, micro_batch_size: int, **_: Any
+) -> Estimate:
+    """A stage of context extension of a model whose sizes are not known beforehand: one of some ten million parameters, its blocks recomputed."""
+    at_once = max(length, (micro_batch_size or batch_size) * base_length)
+    return Estimate(
+        IMPORTED + 250 * 2**20 + 45_000 * at_once, 10.0 + steps * batch_size * base_length / 3_000
+    )
+
+
+def long_evaluation(*, lengths: tuple[int, ...], documents: int, **_: Any) -> Estimate:
+    """The same documents once for each length."""
+    return Estimate(IMPORTED + 600 * 2**20, 5.0 + 2.0 * documents * len(lengths))

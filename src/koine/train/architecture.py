@@ -59,15 +59,23 @@ def prepare(model: nn.Module, *, gradient_checkpointing: bool) -> None:
     model.train()
     if isinstance(model, Decoder):
         model.gradient_checkpointing = gradient_checkpointing
-    elif isinstance(model, CausalLM) and gradient_checkpointing:
-        if not model.inner.supports_gradient_checkpointing:
-            raise UserError(
-                f"{type(model.inner).__name__} has no gradient checkpointing in transformers",
-                mend="leave it off, and choose a smaller micro batch",
-            )
-        model.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     elif isinstance(model, CausalLM):
-        model.inner.gradient_checkpointing_disable()
+        _switch_checkpointing(model.inner, on=gradient_checkpointing)
+
+
+def _switch_checkpointing(inner: Any, *, on: bool) -> None:
+    if on and not inner.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(inner).__name__} has no gradient checkpointing in transformers",
+            mend="leave it off, and choose a smaller micro batch",
+        )
+    # The newer name, where there is one: the older then warns.
+    kind = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"
+    if on:
+        arguments = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(inner, f"{kind}_checkpointing_enable")(**arguments)
+    else:
+        getattr(inner, f"{kind}_checkpointing_disable")()
 
 
 def configuration(model: nn.Module) -> Any:

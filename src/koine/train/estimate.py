@@ -28,16 +28,17 @@ def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) 
     """Bytes kept for the backward pass of one micro batch of `tokens`.
 
     A block keeps its input, the norm's output, the fused projections (and q, k once more after the rotation), the gate's
-    activation and the input of the output projection; with gradient checkpointing its input only, and one block in full.
+    activation and the input of the output projection; with gradient checkpointing its input only, and one block in full with the
+    gradients of as much, in float32.
     """
     element = 2 if settings.dtype == "bfloat16" else 4
     q, k, v, gate, up = config.projection_sizes
     block = 3 * config.hidden_size + (q + k + v + gate + up) + 2 * (q + k) + v + gate + 2 * (q + up)
     layers = len(config.layers)
-    kept = (
-        layers * config.hidden_size + block if settings.gradient_checkpointing else layers * block
-    ) + 4 * config.hidden_size
-    return element * kept * tokens
+    ends = 4 * config.hidden_size
+    if not settings.gradient_checkpointing:
+        return element * (layers * block + ends) * tokens
+    return (element * (layers * config.hidden_size + block + ends) + 4 * block) * tokens
 
 
 def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mixture) -> Estimate:

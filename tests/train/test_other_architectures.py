@@ -1,0 +1,155 @@
+"""Models of `transformers` in our loop: their own loss, their own files, and the loop's promises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from koine.data import DataOrder, Mixture, Phase, Source
+from koine.errors import UserError
+from koine.model.interop import CausalLM, load_causal_lm
+from koine.train import TrainSettings, language_modelling, train
+
+from .tokens import write_tokens
+
+transformers = pytest.importorskip("transformers", reason="other architectures need the extra [hf]")
+
+SETTINGS = TrainSettings(
+    dtype="float32", threads=1, learning_rate=3e-3, schedule="constant", checkpoint_every=4
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def llama(*, tied: bool = False) -> CausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=350,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+    )
+    return CausalLM(transformers.LlamaForCausalLM(config))
+
+
+def order(shards: dict[str, Path], steps: int = 12, **fields: Any) -> DataOrder:
+    source = Source(name="short", path=shards["short"], proportion=1.0, max_epochs=99.0)
+    phase = Phase(name="p", steps=steps, sources=(source,))
+    more = {"sequence_length": 48, "batch_size": 4, "packing": "alone", **fields}
+    return DataOrder(Mixture(phases=(phase,), **more))
+
+
+def run(
+    out: Path, model: CausalLM, data: DataOrder, settings: TrainSettings = SETTINGS, **more: Any
+) -> CausalLM:
+    train(model, language_modelling, data, settings, out=out, progress=False, device="cpu", **more)
+    return model
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trains_and_opens_in_transformers(
+    made: tuple[Path, dict[str, Path]], tied: bool, tmp_path: Path
+) -> None:
+    tokenizer, shards = made
+    data, model = order(shards), llama(tied=tied)
+    batch = data.batch(0)
+    with torch.no_grad():
+        first = model.inner(
+            input_ids=batch.tokens,
+            attention_mask=(batch.document_ids >= 0).long(),
+            labels=batch.tokens.masked_fill(batch.document_ids < 0, -100),
+        ).loss
+    run(tmp_path / "o", model, data, tokenizer=tokenizer)
+    found = losses(tmp_path / "o")
+    assert found[0] == pytest.approx(float(first), rel=1e-5)
+    assert found[-1] < found[0] - 0.3
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o").eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    assert theirs.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(theirs(batch.tokens).logits, model.eval().inner(batch.tokens).logits)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "o").vocab_size == 350
+    about = json.loads((tmp_path / "o" / "training.json").read_text())
+    assert about["identity"]["model"]["model_type"] == "llama"
+    assert not (tmp_path / "o" / "checkpoints").exists()
+    # A complete folder opens again, and goes on in another.
+    again = load_causal_lm(tmp_path / "o")
+    assert isinstance(again, CausalLM)
+    run(tmp_path / "next", again, order(shards, 2))
+    assert losses(tmp_path / "next")[0] < found[0] - 0.3
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumes_to_the_same_bits(made: tuple[Path, dict[str, Path]], dtype: Any, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, dtype=dtype, evaluate_every=1)
+
+    def evaluate(model: nn.Module, done: int) -> dict[str, float]:
+        if done == 6 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise StoppedError
+        return {}
+
+    data = order(made[1], 8)
+    with pytest.raises(StoppedError):
+        run(tmp_path / "o", llama(tied=True), data, settings, evaluate=evaluate)
+    resumed = run(tmp_path / "o", llama(tied=True), data, settings, evaluate=evaluate)
+    whole = run(tmp_path / "w", llama(tied=True), data, settings)
+    for name, tensor in whole.named_parameters():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(dict(resumed.named_parameters())[name], tensor)
+    assert losses(tmp_path / "o") == losses(tmp_path / "w")
+    assert (tmp_path / "o" / "model.safetensors").read_bytes() == (
+        tmp_path / "w" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_gradient_checkpointing_is_theirs_and_changes_nothing(
+    made: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    def counted() -> tuple[CausalLM, list[int]]:
+        model, calls = llama(), []
+        model.inner.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+        return model, calls
+
+    (plain, once), (again, twice) = counted(), counted()
+    run(tmp_path / "a", plain, order(made[1], 3))
+    run(tmp_path / "b", again, order(made[1], 3), replace(SETTINGS, gradient_checkpointing=True))
+    assert (len(once), len(twice)) == (3, 6)
+    for name, tensor in plain.named_parameters():
+        torch.testing.assert_close(dict(again.named_parameters())[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_are_refused_before_the_first_step(
+    made: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    for packing in ("stream", "whole"):
+        with pytest.raises(
+            UserError, match="LlamaForCausalLM cannot keep the documents of a row apart; choose"
+        ):
+            run(tmp_path / "o", llama(), order(made[1], 2, packing=packing))
+    run(tmp_path / "x", llama(), order(made[1], 2, packing="stream", cross_document_attention=True))
+    assert len(losses(tmp_path / "x")) == 2
+    with pytest.raises(UserError, match="Linear is neither our decoder nor a model of transformers"):
+        run(tmp_path / "y", nn.Linear(2, 2), order(made[1], 2))  # type: ignore[arg-type]
