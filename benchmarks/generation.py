@@ -96,6 +96,12 @@ def memory_rate(size: int = 2**26) -> float:
     return size / best
 
 
+def agreeing(first: list[int], second: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
 def steps_for(seconds: float) -> int:
     """Tokens a turn: about a second's worth, at least two."""
     return int(min(64, max(2, 1.0 / seconds)))
@@ -127,7 +133,8 @@ def compare(
                 "decode_tokens_per_second": batch / statistics.median(samples[name]),
                 "peak_memory_bytes": end["peak_memory_bytes"],
                 "cache_bytes": end["cache"]["held"],
-                "cache_positions": end["cache"]["positions"],
+                "cache_reserved_bytes": end["cache"]["reserved"],
+                "cache_lengths": end["cache"]["lengths"],
             }
             row[name]["tokens"] = end["tokens"]
     finally:
@@ -140,7 +147,8 @@ def compare(
         # Copies of one row are compared by that row.
         rows = 1 if row[name]["prefill_seconds"] is None else batch
         pairs = zip(row["ours"]["tokens"][:rows], row[name]["tokens"][:rows], strict=True)
-        row[f"same_tokens_{name}"] = all(a[: len(b)] == b[: len(a)] for a, b in pairs)
+        # Where two logits are equal up to rounding, either token is greedy: how far the texts agree, of the shorter.
+        row[f"same_tokens_{name}"] = [[agreeing(a, b), min(len(a), len(b))] for a, b in pairs]
     for name in names:
         del row[name]["tokens"]
     row["memory_rate_bytes_per_second"] = statistics.median(probes)
@@ -205,10 +213,10 @@ def main() -> None:
                 common = ["--weights", str(weights), "--dtype", dtype, "--threads", str(options.threads)]
                 row = compare(batch, context, names, [*common, "--gguf", str(gguf)], options)
                 bytes_each = 4 if dtype == "float32" else 2
-                positions = row["ours"]["cache_positions"]
-                row["cache_bytes_formula"] = batch * cache_bytes(config, positions, bytes_each)
-                row["cache_share_of_all_full"] = row["cache_bytes_formula"] / (
-                    batch * cache_bytes(all_full(config), positions, bytes_each)
+                lengths = row["ours"].pop("cache_lengths")
+                row["cache_bytes_formula"] = sum(cache_bytes(config, one, bytes_each) for one in lengths)
+                row["cache_share_of_all_full"] = row["cache_bytes_formula"] / sum(
+                    cache_bytes(all_full(config), one, bytes_each) for one in lengths
                 )
                 read = count_parameters(config).total * bytes_each + row["ours"]["cache_bytes"]
                 rate = row["ours"]["decode_tokens_per_second"] / batch * read

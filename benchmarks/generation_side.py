@@ -60,10 +60,10 @@ class Ours:
     def tokens(self) -> list[list[int]]:
         return [request.tokens for request in self.requests]
 
-    def cache(self) -> dict[str, int]:
+    def cache(self) -> dict[str, Any]:
         cache = self.scheduler.cache
-        positions = max(sequence.length for sequence in cache.sequences)
-        return {"held": cache.bytes_held(), "reserved": cache.bytes_reserved(), "positions": positions}
+        lengths = [sequence.length for sequence in cache.sequences]
+        return {"held": cache.bytes_held(), "reserved": cache.bytes_reserved(), "lengths": lengths}
 
 
 class Transformers:
@@ -121,9 +121,9 @@ class Transformers:
         found: list[list[int]] = self.ids[:, self.context :].tolist()
         return found
 
-    def cache(self) -> dict[str, int]:
+    def cache(self) -> dict[str, Any]:
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.past.layers)
-        return {"held": held, "reserved": held, "positions": self.past.get_seq_length()}
+        return {"held": held, "reserved": held, "lengths": [self.past.get_seq_length()] * len(self.ids)}
 
 
 class LlamaCpp:
@@ -168,8 +168,8 @@ class LlamaCpp:
     def tokens(self) -> list[list[int]]:
         return [self.written]
 
-    def cache(self) -> dict[str, int]:
-        return {"held": 0, "reserved": 0, "positions": 0}
+    def cache(self) -> dict[str, Any]:
+        return {"held": None, "reserved": None, "lengths": []}
 
 
 def peak_bytes() -> int:

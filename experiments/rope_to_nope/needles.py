@@ -145,9 +145,8 @@ def needle_corpus(
         # A character is less than a token never: these stretches fit into a short row whole.
         "books": [{"text": text, "id": f"book-{number}"} for number, text in enumerate(cut(train, short))]
     }
-    parts["copies"] = [
-        {"text": twice(draw, tokenizer, sentences, short - 2), "id": f"copy-{number}"}
-        for number in range(documents // 2)
+    parts["pairs"] = [
+        {"text": pairs(draw, words), "id": f"pairs-{number}"} for number in range(4 * documents)
     ]
     for name, length, count in (("short", short, documents), ("long", long, long_documents)):
         parts[name] = []
@@ -169,18 +168,11 @@ def needle_corpus(
     shutil.rmtree(out / "scratch", ignore_errors=True)
 
 
-def twice(draw: random.Random, tokenizer: Tokenizer, sentences: Sequence[str], length: int) -> str:
-    """A stretch of a book and the same again, at most `length` tokens in all: what a model learns to look back from."""
-    words: list[str] = []
-    used, place = 0, draw.randrange(len(sentences))
-    while True:
-        for word in sentences[place % len(sentences)].split():
-            size = len(tokenizer.encode(" " + word))
-            if 2 * (used + size) > length:
-                return (" ".join(words) + " ") * 2
-            words.append(word)
-            used += size
-        place += 1
+def pairs(draw: random.Random, words: tuple[Sequence[str], Sequence[str]]) -> str:
+    """Two to four facts and the questions about them, without a haystack: what finding is learnt from first."""
+    facts = draw.randint(2, 4)
+    lines = [fact(key, value) for key, value in zip(*(draw.sample(list(part), facts) for part in words), strict=True)]
+    return "".join(lines + draw.sample(lines, facts)).strip()
 
 
 def cut(texts: Sequence[str], size: int) -> Iterable[str]:

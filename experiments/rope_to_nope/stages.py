@@ -14,7 +14,7 @@ from needles import Prompt, held_out_text, prompts
 from koine.evaluate import bits_per_byte
 from koine.evaluate.long_context.attention import attention_of
 from koine.files import write_json
-from koine.model import Decoder, LayerSpec, ModelConfig, hybrid_layers, load_model
+from koine.model import VARIANTS, Decoder, LayerSpec, ModelConfig, load_model, variant_layers
 from koine.plan import step
 from koine.recipes import estimates
 from koine.tokenizer import load_tokenizer
@@ -33,14 +33,10 @@ SHORT_TO_LONG = 3
 def layers_of(variant: str, count: int, window: int) -> tuple[LayerSpec, ...]:
     """The layers of an arm. `swa-N`: N windowed layers with RoPE before each full one without positions."""
     if variant.startswith("swa-"):
-        return hybrid_layers(count, window=window, full_every=int(variant.removeprefix("swa-")) + 1)
-    every = {
-        "rope": (LayerSpec(),),
-        "qk-norm": (LayerSpec(qk_norm=True),),
-        "nope": (LayerSpec(rope=False),),
-        "rnope": (LayerSpec(), LayerSpec(rope=False)),
-    }[variant]
-    return (every * count)[:count]
+        every = int(variant.removeprefix("swa-")) + 1
+        return variant_layers("rnope-swa", count, window=window, full_every=every)
+    assert variant in VARIANTS
+    return variant_layers(variant, count)
 
 
 @step(version="1", estimate=estimates.comparison)
@@ -83,7 +79,7 @@ def pretrain_short(
     )
     torch.manual_seed(seed)
     model = Decoder(config)
-    shares = {"books": 0.2, "copies": 0.3, "short": 0.5}
+    shares = {"books": 0.2, "pairs": 0.5, "short": 0.3}
     _train(model, corpus, shares, length, steps, tokens_per_step, learning_rate, seed, threads, out)
     _measure_short(model, corpus, texts, (length,), prompts, out)
 
