@@ -91,6 +91,43 @@ CASES = (
         says="give either --data or --mixture; --data TOKENS[:PROPORTION] may be repeated",
     ),
     Case(
+        mistake="a window where every layer is full",
+        command=PRETRAIN + " --attention rope --window 16",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="rope has no use for a window; choose rnope-swa, or leave it out",
+    ),
+    Case(
+        mistake="other layers for a model that has its own",
+        command="train pretrain --model model --data tokens --steps 2 --attention nope --out new",
+        prepare=worlds.having("model", "tokens"),
+        says="--attention with --model: the layers of a model do not change; leave it out, or start a new one with --preset; --rope-theta may change",
+    ),
+    Case(
+        mistake="a rotary base where nothing is rotated",
+        command=PRETRAIN + " --attention nope --rope-theta 50000",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="no layer turns by position, so rope_theta says nothing; leave it out with nope",
+    ),
+    Case(
+        mistake="long sequences that are half described",
+        command=PRETRAIN + " --long-every 2 --long-sequence-length 64",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="batches of long sequences are not wholly described; give --long-every, --long-sequence-length and --long-batch-size",
+    ),
+    Case(
+        mistake="long sequences that are no longer than the others",
+        command=PRETRAIN + " --long-every 2 --long-sequence-length 32 --long-batch-size 1",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="phase 'train': its long rows have 32 tokens, the others 32; long rows must be longer",
+    ),
+    Case(
+        mistake="no document that is long enough",
+        command=PRETRAIN
+        + " --long-every 2 --long-sequence-length 64 --long-batch-size 1 --long-min-tokens 5000",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="tokens: holds no document of 5000 tokens, the longest has …; lower min_tokens, or give longer text",
+    ),
+    Case(
         mistake="proportions that do not sum to one",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(source={"proportion": 0.7})),

@@ -23,7 +23,7 @@ from koine.train import TrainSettings, estimate_training, language_modelling, tr
 
 folder, dtype, vocab = Path(sys.argv[1]), sys.argv[2], 4096
 length, rows, again = map(int, sys.argv[3:])
-order = fake_order(folder / "s", steps=(1,), sequence_length=length, batch_size=max(1, 2 * rows - 1))
+order = fake_order(folder / "s", steps=(2,), sequence_length=length, batch_size=2 * rows if rows > 1 else 1)
 order.vocab_size = vocab
 config = preset("koine-8m", vocab)
 settings = TrainSettings(dtype=dtype, threads=1, micro_batch_size=rows, gradient_checkpointing=bool(again))

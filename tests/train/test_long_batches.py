@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from koine.cli.train import train as command
 from koine.data import DataOrder, LongRows, Mixture, Phase, Source
+from koine.data.at_step import documents_at_step
 from koine.errors import UserError
 from koine.model import Decoder, preset
 from koine.model.checkpoint import load_model
@@ -125,7 +126,7 @@ def test_long_rows_of_another_loss_are_no_spike(made: tuple[Path, dict[str, Path
 
 
 def test_the_estimate_follows_the_shapes() -> None:
-    """Rows of 8,192 tokens keep sixteen times what rows of 512 keep; recomputing the blocks takes most of that away."""
+    """Rows of 8,192 tokens keep sixteen times what rows of 512 keep; recomputing the blocks takes more than half of that away."""
     config = preset("koine-8m", 4096)
     source = Source(name="a", path=Path("a"), proportion=1.0)
 
@@ -142,7 +143,7 @@ def test_the_estimate_follows_the_shapes() -> None:
     )
     # Projections (q, k, v, gate, up) 1,920 wide and what hangs on them; 8 blocks; 2 bytes; 8,192 tokens.
     assert both.peak_bytes - short.peak_bytes > 8 * 2 * (8192 - 1024) * 1920
-    assert again.peak_bytes - short.peak_bytes < 0.25 * (both.peak_bytes - short.peak_bytes)
+    assert again.peak_bytes - short.peak_bytes < 0.5 * (both.peak_bytes - short.peak_bytes)
     assert both.seconds > 1.5 * short.seconds
 
 
@@ -172,6 +173,9 @@ def test_the_command(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None
     assert about["identity"]["model"]["rope_theta"] == 2e6
     assert about["mixture"]["phases"][0]["long"]["every"] == 2
     assert about["sources"].keys() == {"short", "long-books"}
+    told_later = documents_at_step(tmp_path / "two", 1)
+    assert {one["source"] for one in told_later} == {"long-books"}
+    assert max(one["column"] + one["end"] - one["start"] for one in told_later) >= 96
     for wrong, line in (
         (("--attention", "nope"), "--attention with --model: the layers of a model do not change"),
         (("--long-every", "2"), "batches of long sequences are not wholly described"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def llama(*, tied: bool = False) -> CausalLM:
         tie_word_embeddings=tied,
     )
     return CausalLM(transformers.LlamaForCausalLM(config))
+
+
+def gpt2() -> CausalLM:
+    """Learned positions, biases, and dropout, whose random numbers a resumed run must draw again."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=350, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    assert config.resid_pdrop > 0.0
+    return CausalLM(transformers.GPT2LMHeadModel(config))
 
 
 def order(shards: dict[str, Path], steps: int = 12, **fields: Any) -> DataOrder:
@@ -101,8 +110,10 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resumes_to_the_same_bits(made: tuple[Path, dict[str, Path]], dtype: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "dtype"), [(llama, "float32"), (llama, "bfloat16"), (gpt2, "float32")])
+def test_resumes_to_the_same_bits(
+    made: tuple[Path, dict[str, Path]], make: Callable[[], CausalLM], dtype: Any, tmp_path: Path
+) -> None:
     settings = replace(SETTINGS, dtype=dtype, evaluate_every=1)
 
     def evaluate(model: nn.Module, done: int) -> dict[str, float]:
@@ -113,9 +124,9 @@ def test_resumes_to_the_same_bits(made: tuple[Path, dict[str, Path]], dtype: Any
 
     data = order(made[1], 8)
     with pytest.raises(StoppedError):
-        run(tmp_path / "o", llama(tied=True), data, settings, evaluate=evaluate)
-    resumed = run(tmp_path / "o", llama(tied=True), data, settings, evaluate=evaluate)
-    whole = run(tmp_path / "w", llama(tied=True), data, settings)
+        run(tmp_path / "o", make(), data, settings, evaluate=evaluate)
+    resumed = run(tmp_path / "o", make(), data, settings, evaluate=evaluate)
+    whole = run(tmp_path / "w", make(), data, settings)
     for name, tensor in whole.named_parameters():
         assert tensor.dtype == torch.float32
         assert torch.equal(dict(resumed.named_parameters())[name], tensor)
@@ -151,5 +162,6 @@ def test_packed_documents_are_refused_before_the_first_step(
             run(tmp_path / "o", llama(), order(made[1], 2, packing=packing))
     run(tmp_path / "x", llama(), order(made[1], 2, packing="stream", cross_document_attention=True))
     assert len(losses(tmp_path / "x")) == 2
+    assert not (tmp_path / "o").exists()
     with pytest.raises(UserError, match="Linear is neither our decoder nor a model of transformers"):
         run(tmp_path / "y", nn.Linear(2, 2), order(made[1], 2))  # type: ignore[arg-type]

@@ -28,6 +28,10 @@ def quickstart(
     primary_cluster: str = "european",
     primary_languages: tuple[str, ...] = (),
     preset: str = "koine-2m",
+    attention: str = "",
+    window: int = 0,
+    full_every: int = 0,
+    rope_theta: float = 0.0,
     vocabulary_size: int = 8192,
     pretrain_steps: int = 900,
     adapt_steps: int = 500,
@@ -54,7 +58,8 @@ def quickstart(
 
     The sample world in 24 languages, or with `data` your own records (`fields` maps their names: fields=text=content,language=lang).
     Both arms are pretrained on the languages of `primary_cluster` (or `primary_languages`) alone, so that what differs afterwards is
-    the tokenizer and not the text; both are then adapted to the others. Each arm trains on `threads` cores, side by side.
+    the tokenizer and not the text; both are then adapted to the others. `attention`, `window`, `full_every` and `rope_theta` make another
+    variant of the preset (`koine.model.with_attention`); empty or 0: its own. Each arm trains on `threads` cores, side by side.
     """
     if data is None:
         corpus = plan.step(
@@ -152,6 +157,10 @@ def quickstart(
             dtype=dtype,
             code_share=code_share,
             english_share=english_share,
+            attention=attention,
+            window=window,
+            full_every=full_every,
+            rope_theta=rope_theta,
             evaluate_every=max(1, pretrain_steps // 5),
             seed=seed,
             threads=threads,

@@ -58,8 +58,16 @@ def finish(
 
 def _save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     """As `transformers` saves it, with the tokenizer's files."""
+    from transformers.utils import logging
+
     folder.mkdir()
-    model.inner.save_pretrained(folder)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.inner.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     for name in (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES):
         if tokenizer is not None and (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)

@@ -69,6 +69,7 @@ def train(
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
     out = Path(out)
+    refuse_packed_documents(model, data.mixture, out)
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
         out.mkdir(parents=True, exist_ok=True)
         if not ranks.first:
@@ -90,7 +91,6 @@ def _train(
     ranks: Ranks,
     interrupt: Interrupt,
 ) -> None:
-    refuse_packed_documents(model, data.mixture, out)
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
         refuse_difference(read_json(out / "training.json")["identity"], what, out)
