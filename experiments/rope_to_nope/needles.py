@@ -171,7 +171,10 @@ def needle_corpus(
 def pairs(draw: random.Random, words: tuple[Sequence[str], Sequence[str]]) -> str:
     """Two to four facts and the questions about them, without a haystack: what finding is learnt from first."""
     facts = draw.randint(2, 4)
-    lines = [fact(key, value) for key, value in zip(*(draw.sample(list(part), facts) for part in words), strict=True)]
+    lines = [
+        fact(key, value)
+        for key, value in zip(*(draw.sample(list(part), facts) for part in words), strict=True)
+    ]
     return "".join(lines + draw.sample(lines, facts)).strip()
 
 

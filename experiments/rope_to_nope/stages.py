@@ -23,8 +23,8 @@ from koine.train import TrainSettings, language_modelling, train
 BEGIN = 8
 """Tokens at the beginning that count as the sink, in proportion to the paper's 10 of 65,536 rather many (papers' advice: 4 to 10)."""
 
-INIT = 0.02
-"""INIT"""
+LOGIT_SCALE, INITIALIZER_RANGE = 8.0, 0.08
+"""With tied embeddings of this width, smaller ones leave finding unlearnt for thousands of steps (pilots on the RoPE arm alone, EXPECTED.md)."""
 
 SHORT_TO_LONG = 3
 """Short texts for each long one in the second stage."""
@@ -62,7 +62,7 @@ def pretrain_short(
     threads: int,
     out: Path,
 ) -> None:
-    """First stage: half of the tokens from the books as they are, half from short texts with facts and questions."""
+    """First stage: books as they are, pairs of fact and question, and short stretches of books with facts and questions."""
     tokenizer = load_tokenizer(corpus / "tokenizer")
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -73,8 +73,8 @@ def pretrain_short(
         head_dim=hidden // heads,
         layers=layers_of(variant, num_layers, window),
         rope_theta=theta,
-        logit_scale=1.0,
-        initializer_range=INIT,
+        logit_scale=LOGIT_SCALE,
+        initializer_range=INITIALIZER_RANGE,
         max_position_embeddings=longest,
     )
     torch.manual_seed(seed)
