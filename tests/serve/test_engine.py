@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,28 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
     streamed = list(engine.stream_text(QUESTION, replace(drawn, stop=(stop,))))
     assert "".join(streamed) == stopped.text
     assert "".join(engine.stream_text(QUESTION, drawn)) == whole.text
+
+
+@pytest.mark.parametrize("which", ["ours", "llama"])
+def test_an_answer_that_follows_a_schema(which: str, model_folder: Path, foreign_folder: Path) -> None:
+    """Weights are random, so the grammar alone makes these answers whole documents; another row goes on without one."""
+    pytest.importorskip("llguidance")
+    engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["rot", "grün"]}, "right": {"type": "boolean"}},
+        "required": ["colour", "right"],
+        "additionalProperties": False,
+    }
+    bound = Sampling(temperature=1.0, seed=2, max_new_tokens=80, json_schema=schema)
+    plain = engine.submit(engine.encode(QUESTION), Sampling(temperature=1.0, seed=2, max_new_tokens=5))
+    for completion in engine.generate([QUESTION, QUESTION], bound):
+        assert completion.finish == "stop"
+        found = json.loads(completion.text)
+        assert found["colour"] in ("rot", "grün")
+        assert isinstance(found["right"], bool)
+    engine.wait(plain)
+    assert len(plain.request.tokens) == 5
 
 
 def test_threads_share_one_batch(model_folder: Path) -> None:
