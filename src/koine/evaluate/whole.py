@@ -33,6 +33,8 @@ def evaluate_model(
 
     from koine.evaluate.bits import bits_per_byte
     from koine.evaluate.questions import question_accuracy
+    from koine.model import Decoder
+    from koine.model.packed import pack
     from koine.tokenizer import load_tokenizer
 
     if not data and not questions:
@@ -47,6 +49,9 @@ def evaluate_model(
     tokenizer = load_tokenizer(path)
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     _check_vocabulary(model, tokenizer.vocab_size, path)
+    if isinstance(model, Decoder):
+        # It is only read from here on, and float32 products are two to four times as fast packed.
+        pack(model)
     result: dict[str, Any] = {}
     if data:
         result = bits_per_byte(

@@ -27,16 +27,25 @@ to: `[batch, time, heads * head_dim]`."""
 
 
 class Angles(NamedTuple):
-    """What RoPE turns queries (the scale of the scores included) and keys by, `[batch, time, 1, head_dim / 2]`."""
+    """What RoPE turns queries (the scale of the scores included) and keys by, `[batch, time, 1, head_dim / 2]`.
+
+    both: the same for the heads of queries and keys side by side, `[batch, time, heads + kv_heads, head_dim / 2]`, where nothing is to be learnt.
+    """
 
     q: Rotation
     k: Rotation
+    both: Rotation | None
 
 
 def angles_of(positions: Tensor, config: ModelConfig) -> Angles:
     """Once a forward pass, for all layers; `positions` is `[batch, time]`."""
-    turned = rotation(positions, config.head_dim, config.rope_theta).view_as_heads()
-    return Angles(turned.scaled(config.head_dim**-0.5), turned)
+    k = rotation(positions, config.head_dim, config.rope_theta).view_as_heads()
+    q, both = k.scaled(config.head_dim**-0.5), None
+    if q.turns is not None and k.turns is not None:
+        heads = (config.num_heads, config.num_kv_heads)
+        wide = (part.expand(-1, -1, count, -1) for part, count in zip((q.turns, k.turns), heads, strict=True))
+        both = Rotation(k.cos, k.sin, torch.cat(tuple(wide), dim=2))
+    return Angles(q, k, both)
 
 
 class LayerNorm(nn.Module):
@@ -67,7 +76,8 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
-        self._sizes = config.projection_sizes
+        sizes = config.projection_sizes
+        self._sizes = (sizes[0] + sizes[1], *sizes[2:])
         self.norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.in_proj = nn.Linear(config.hidden_size, sum(config.projection_sizes), bias=False)
         self.out_proj = nn.Linear(
@@ -101,14 +111,20 @@ class Block(nn.Module):
         """
         config = self.config
         batch, time, kv_heads, width = *x.shape[:2], config.num_kv_heads, config.head_dim
-        q, k, v, gate, up = self.in_proj(self.norm(x)).split(self._sizes, dim=-1)
-        q = q.view(batch, time, config.num_heads, width)
-        k, v = k.view(batch, time, kv_heads, width), v.view(batch, time, kv_heads, width)
+        qk, v, gate, up = self.in_proj(self.norm(x)).split(self._sizes, dim=-1)
+        qk = qk.view(batch, time, config.num_heads + kv_heads, width)
+        v = v.view(batch, time, kv_heads, width)
+        together = self.spec.rope and not self.spec.qk_norm and angles.both is not None
+        if together:
+            # Queries and keys lie side by side: one rotation turns both.
+            assert angles.both is not None
+            qk = apply_rotary(qk, angles.both)
+        q, k = qk[:, :, : config.num_heads], qk[:, :, config.num_heads :]
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.spec.rope:
+        if self.spec.rope and not together:
             q, k = apply_rotary(q, angles.q), apply_rotary(k, angles.k)
-        else:
+        elif not self.spec.rope:
             q = q * width**-0.5
         return q.view(batch, time, kv_heads, config.groups, width), k, v, F.silu(gate) * up
 

@@ -78,7 +78,7 @@ def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
     if angles.turns is not None:
         # Adjacent pairs are complex numbers: one operation in place of six.
-        single = x.to(torch.promote_types(x.dtype, torch.float32))
+        single = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         pairs = torch.view_as_complex(single.view(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * angles.turns).flatten(-2).to(x.dtype)
     result = _Rotate.apply(x, angles.cos, angles.sin)  # type: ignore[no-untyped-call]
