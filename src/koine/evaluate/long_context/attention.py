@@ -14,16 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from koine.errors import UserError
 from koine.model import CausalLM, Decoder, LayerSpec
 from koine.model.decoder import Block
 from koine.model.rotary import Rotation, apply_rotary, rotation
+
+if TYPE_CHECKING:
+    from koine.evaluate.long_context.prompts import Prompt
 
 SEGMENTS = ("begin", "needle", "context", "question")
 """`begin`: the first tokens; `needle`: the inserted facts that the answer needs; `question`: question and answer; `context`: the rest."""
@@ -100,7 +104,7 @@ def _keys(block: Block, x: Tensor) -> Tensor:
     config, spec = block.config, block.spec
     first = config.attention_size
     weight = block.in_proj.weight[first : first + config.kv_size]
-    k = torch.nn.functional.linear(block.norm(x), weight).unflatten(-1, (config.num_kv_heads, -1))
+    k: Tensor = F.linear(block.norm(x), weight).view(1, -1, config.num_kv_heads, config.head_dim)
     if spec.qk_norm:
         k = block.k_norm(k)
     if spec.rope:
@@ -112,13 +116,14 @@ def _queries(block: Block, x: Tensor, start: int, stop: int) -> Tensor:
     """Rotated and scaled queries `[heads, stop - start, head_dim]`."""
     config, spec = block.config, block.spec
     weight = block.in_proj.weight[: config.attention_size]
-    q = torch.nn.functional.linear(block.norm(x[:, start:stop]), weight)
-    q = q.unflatten(-1, (config.num_heads, config.head_dim))
+    q: Tensor = F.linear(block.norm(x[:, start:stop]), weight)
+    q = q.view(1, -1, config.num_heads, config.head_dim)
     if spec.qk_norm:
         q = block.q_norm(q)
     if spec.rope:
         q = apply_rotary(q, _angles(block, start, stop, x.device))
-    return q[0].transpose(0, 1) * config.head_dim**-0.5
+    scaled: Tensor = q[0].transpose(0, 1) * config.head_dim**-0.5
+    return scaled
 
 
 def _angles(block: Block, start: int, stop: int, device: torch.device) -> Rotation:
@@ -130,7 +135,7 @@ def _weights(block: Block, q: Tensor, keys: Tensor, start: int) -> Tensor:
     """Softmax of the visible scores; q `[heads, rows, head_dim]` are the positions from `start` on."""
     config, window = block.config, block.spec.window
     rows, time = q.shape[1], keys.shape[1]
-    grouped = q.unflatten(0, (config.num_kv_heads, config.groups)).flatten(1, 2)
+    grouped = q.reshape(config.num_kv_heads, config.groups * rows, config.head_dim)
     scores = torch.bmm(grouped.float(), keys.float().transpose(1, 2))
     scores = scores.view(config.num_heads, rows, time)
     distance = (
@@ -140,7 +145,8 @@ def _weights(block: Block, q: Tensor, keys: Tensor, start: int) -> Tensor:
     hidden = distance < 0
     if window is not None:
         hidden |= distance >= window
-    return scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+    weights: Tensor = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+    return weights
 
 
 def entropy_bits(p: Tensor) -> Tensor:
@@ -241,9 +247,7 @@ def _before_each_block(model: Decoder, look: Callable[[Block, Tensor], None]) ->
             handle.remove()
 
 
-def _of_transformers(
-    model: CausalLM, tokens: Sequence[int], segments: Tensor, rows: slice
-) -> list[_Layer]:
+def _of_transformers(model: CausalLM, tokens: Sequence[int], segments: Tensor, rows: slice) -> list[_Layer]:
     """The weights that `transformers` gives itself: whole `[time, time]` matrices, so for moderate lengths."""
     inner = model.inner
     before = inner.config._attn_implementation
@@ -261,3 +265,77 @@ def _of_transformers(
             f"{type(inner).__name__} gives no attention weights", mend="measure it without attention"
         )
     return [_summary(iter([weights[0, :, rows].float()]), segments) for weights in found]
+
+
+def attention_of_prompts(
+    model: Decoder | CausalLM, prompts: Sequence[Prompt], *, begin: int = BEGIN_TOKENS
+) -> Attention:
+    """The mean of `attention_of` over prompts with their right answers; rows are those of question and answer."""
+    found = []
+    for prompt in prompts:
+        tokens = (*prompt.tokens, *prompt.answer)
+        segments = segment_ids(
+            len(tokens), needles=prompt.needles, question_start=prompt.question[0], begin=begin
+        )
+        found.append(attention_of(model, tokens, segments))
+    return Attention(
+        **{
+            field.name: torch.stack([getattr(one, field.name) for one in found]).mean(dim=0)
+            for field in fields(Attention)
+        }
+    )
+
+
+def describe(model: Decoder | CausalLM, attention: Attention, *, prompts: int) -> dict[str, Any]:
+    """`attention` as JSON: over all layers, by kind of layer, by layer and by head.
+
+    `{"prompts", "overall": {"mass": {segment: share}, "entropy_of_rows", "entropy_of_mean_row"}, "kinds": {kind: {..., "layers": count}},
+    "layers": [{"kind", ..., "heads": [{...}]}]}`, entropies in bits. In `overall`, `kinds` and `layers`, `entropy_of_mean_row` is that of the
+    row averaged over heads too, and in `overall` over layers too; in `kinds` it is the mean over its layers.
+    """
+    kinds = layer_kinds(model)
+    layers = [
+        {
+            "kind": kind,
+            **_entry(
+                attention.mass[index].mean(dim=0),
+                attention.entropy_of_rows[index].mean(),
+                attention.entropy_of_layer_mean_row[index],
+            ),
+            "heads": [
+                _entry(mass, rows, mean_row)
+                for mass, rows, mean_row in zip(
+                    attention.mass[index],
+                    attention.entropy_of_rows[index],
+                    attention.entropy_of_mean_row[index],
+                    strict=True,
+                )
+            ],
+        }
+        for index, kind in enumerate(kinds)
+    ]
+    by_kind = {}
+    for kind in dict.fromkeys(kinds):
+        chosen = torch.tensor([index for index, one in enumerate(kinds) if one == kind])
+        by_kind[kind] = {
+            "layers": len(chosen),
+            **_entry(
+                attention.mass[chosen].mean(dim=(0, 1)),
+                attention.entropy_of_rows[chosen].mean(),
+                attention.entropy_of_layer_mean_row[chosen].mean(),
+            ),
+        }
+    overall = _entry(
+        attention.mass.mean(dim=(0, 1)),
+        attention.entropy_of_rows.mean(),
+        attention.entropy_of_total_mean_row,
+    )
+    return {"prompts": prompts, "overall": overall, "kinds": by_kind, "layers": layers}
+
+
+def _entry(mass: Tensor, rows: Tensor, mean_row: Tensor) -> dict[str, Any]:
+    return {
+        "mass": dict(zip(SEGMENTS, mass.tolist(), strict=True)),
+        "entropy_of_rows": float(rows),
+        "entropy_of_mean_row": float(mean_row),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import unicodedata
@@ -40,24 +41,28 @@ class Haystack:
         """How many tokens there are; longer prompts repeat the text."""
         return sum(map(len, self.pieces))
 
-    def cut(self, tokens: int, rng: random.Random, *, intact: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+    def cut(
+        self, tokens: int, rng: random.Random, *, intact: Callable[[Sequence[int]], bool]
+    ) -> list[list[int]]:
         """Pieces in order from a random one on, `tokens` tokens together; the text begins anew where it ends.
 
         The last piece is cut to fit, and by a few tokens more where that would break a character: `intact` says whether a cut piece
         is whole text.
         """
-        return fill(self.pieces, tokens, rng.randrange(len(self.pieces)), intact=intact)
+        first = rng.randrange(len(self.pieces))
+        return fill(itertools.cycle((*self.pieces[first:], *self.pieces[:first])), tokens, intact=intact)
 
 
 def fill(
-    pieces: Sequence[Sequence[int]], tokens: int, first: int, *, intact: Callable[[Sequence[int]], bool]
+    pieces: Iterable[Sequence[int]], tokens: int, *, intact: Callable[[Sequence[int]], bool]
 ) -> list[list[int]]:
-    """`tokens` tokens of `pieces` from the piece `first` on, in a circle; see `Haystack.cut`."""
+    """`tokens` tokens of `pieces`, fewer where these end before; see `Haystack.cut`."""
     found: list[list[int]] = []
-    left, index = tokens, first
-    while left > 0:
-        piece = list(pieces[index % len(pieces)])
-        index += 1
+    left = tokens
+    for given in pieces:
+        if left <= 0:
+            break
+        piece = list(given)
         if len(piece) > left:
             piece = piece[:left]
             while piece and not intact(piece):
@@ -74,9 +79,7 @@ def split_pieces(text: str) -> list[str]:
 
     Joined, they are the text without white space at its end.
     """
-    return [
-        piece for match in _SENTENCE.finditer(text.rstrip()) for piece in _shortened(match.group())
-    ]
+    return [piece for match in _SENTENCE.finditer(text.rstrip()) for piece in _shortened(match.group())]
 
 
 def _shortened(sentence: str) -> Iterator[str]:

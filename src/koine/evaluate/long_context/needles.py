@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 
 from koine.evaluate.long_context.phrases import Phrases, draw_keys, draw_numbers, lead_and_answer
-from koine.evaluate.long_context.prompts import Insert, Material, Prompt, assemble, separated
+from koine.evaluate.long_context.prompts import Insert, Material, Prompt, Question, assemble, separated
 
 DIGITS = 7
 """Of a value, as in RULER."""
@@ -28,18 +28,18 @@ def fact(phrases: Phrases, key: str, value: str) -> str:
     return phrases.fact.replace("{key}", phrases.quote([key])).replace("{value}", value)
 
 
-def _ask_one(phrases: Phrases, key: str, value: str) -> dict[str, str]:
+def _ask_one(phrases: Phrases, key: str, value: str) -> Question:
     quoted = phrases.quote([key])
     lead, answer = lead_and_answer(phrases.fact.replace("{key}", quoted), "{value}", value)
-    return {"question": phrases.ask.replace("{key}", quoted), "lead": lead, "answer": answer}
+    return Question(text=phrases.ask.replace("{key}", quoted), lead=lead, answer=answer, expected=(value,))
 
 
-def _ask_many(phrases: Phrases, keys: list[str], values: list[str]) -> dict[str, str]:
+def _ask_many(phrases: Phrases, keys: list[str], values: list[str]) -> Question:
     quoted = phrases.quote(keys)
-    lead, answer = lead_and_answer(
-        phrases.facts.replace("{keys}", quoted), "{values}", phrases.join(values)
+    lead, answer = lead_and_answer(phrases.facts.replace("{keys}", quoted), "{values}", phrases.join(values))
+    return Question(
+        text=phrases.ask_facts.replace("{keys}", quoted), lead=lead, answer=answer, expected=tuple(values)
     )
-    return {"question": phrases.ask_facts.replace("{keys}", quoted), "lead": lead, "answer": answer}
 
 
 def single(
@@ -68,7 +68,7 @@ def multi_key(
         for key, value in zip(keys[1:], values[1:], strict=True)
     ]
     asked = _ask_one(phrases, keys[0], values[0])
-    return assemble(material, length, rng, task=task, inserts=inserts, expected=values[:1], **asked)
+    return assemble(material, length, rng, task=task, inserts=inserts, question=asked)
 
 
 def multi_key_full(
@@ -91,9 +91,8 @@ def multi_key_full(
         rng,
         task="multi-key-full",
         inserts=inserts,
-        expected=values[:1],
+        question=asked,
         pieces=pieces,
-        **asked,
     )
 
 
@@ -107,7 +106,7 @@ def multi_value(
     depths = sorted(rng.random() for _ in range(count))
     inserts = [Insert(fact(phrases, key, value), at) for value, at in zip(values, depths, strict=True)]
     asked = _ask_many(phrases, [key], values)
-    return assemble(material, length, rng, task="multi-value", inserts=inserts, expected=values, **asked)
+    return assemble(material, length, rng, task="multi-value", inserts=inserts, question=asked)
 
 
 def multi_query(
@@ -130,7 +129,7 @@ def multi_query(
     order = rng.sample(range(count), count)
     keys, values = [keys[index] for index in order], [values[index] for index in order]
     asked = _ask_many(phrases, keys, values)
-    return assemble(material, length, rng, task=task, inserts=inserts, expected=values, **asked)
+    return assemble(material, length, rng, task=task, inserts=inserts, question=asked)
 
 
 def multi_needle(
@@ -144,6 +143,4 @@ def multi_needle(
 ) -> Prompt:
     """`count` needles, the first at `depth` and the others evenly from there to the end; all values are asked for."""
     depths = [depth + (1.0 - depth) * index / count for index in range(count)]
-    return multi_query(
-        material, length, rng, count=count, digits=digits, depths=depths, task="multi-needle"
-    )
+    return multi_query(material, length, rng, count=count, digits=digits, depths=depths, task="multi-needle")

@@ -8,8 +8,10 @@ the sentence that the answer completes.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,13 +101,55 @@ def chat_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         tokenizer.encode_messages([{"role": "user", "content": text}], generation_prompt=True)[0]
         for text in ("0", "#")
     )
-    head = next(
-        index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b
-    )
+    head = next(index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     tail = next(
         index for index, (a, b) in enumerate(zip(reversed(first), reversed(second), strict=False)) if a != b
     )
     return tuple(first[:head]), tuple(first[len(first) - tail :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The end of a prompt: the question, the beginning of the sentence that answers it, and how that goes on.
+
+    expected, any_of: as in `Prompt`.
+    """
+
+    text: str
+    lead: str
+    answer: str
+    expected: tuple[str, ...]
+    any_of: bool = False
+
+
+def room_for(material: Material, length: int, question: Question, *, task: str, inserts: int = 0) -> int:
+    """Tokens that are left for the haystack, where the inserts take so many.
+
+    Raises `UserError` where `length` has no room for what must be there.
+    """
+    asked, led, answered = _end_tokens(material, question)
+    parts = (material.prefix, material.suffix, asked, led, answered)
+    fixed = inserts + sum(map(len, parts))
+    if fixed > length:
+        raise too_short(task, length, needed=fixed)
+    return length - fixed
+
+
+def too_short(task: str, length: int, *, needed: int | None = None) -> UserError:
+    """What is said where a length has no room for a task."""
+    return UserError(
+        f"a prompt of {length} tokens has no room for the task '{task}'"
+        + ("" if needed is None else f", which needs {needed}"),
+        where="--lengths",
+        mend="give longer ones, or leave the task out with --tasks",
+    )
+
+
+def _end_tokens(material: Material, question: Question) -> tuple[list[int], list[int], list[int]]:
+    encode = material.encode
+    # A lead stands on a line of its own, or at the very beginning of the assistant's turn.
+    lead = question.lead if material.suffix else "\n" + question.lead
+    return encode("\n" + question.text), encode(lead), encode(question.answer)
 
 
 def assemble(
@@ -114,72 +158,61 @@ def assemble(
     rng: random.Random,
     *,
     task: str,
-    inserts: Sequence[Insert],
-    question: str,
-    lead: str,
-    answer: str,
-    expected: Sequence[str],
-    pieces: Sequence[Sequence[int]] | None = None,
-    any_of: bool = False,
+    question: Question,
+    inserts: Sequence[Insert] = (),
+    pieces: Iterable[Sequence[int]] | None = None,
 ) -> Prompt:
     """A prompt of `length` tokens, its answer included; a few fewer where the last piece would end within a character.
 
-    pieces: token pieces in place of the haystack's, from the first on. An insert stands at the edge between pieces nearest to its depth.
+    pieces: token pieces in place of the haystack's; where they end early, the prompt is shorter. An insert stands at the edge between
+    pieces that is nearest to its depth.
     Raises `UserError` where `length` has no room for the parts that must be there.
     """
-    encode = material.encode
     placed = sorted(inserts, key=lambda one: one.depth)
-    encoded = [encode(separated(one.text, material.phrases)) for one in placed]
-    asked, led, answered = encode("\n" + question), encode(spaced(lead, material)), encode(answer)
-    fixed = sum(map(len, (material.prefix, material.suffix, asked, led, answered, *encoded)))
-    room = length - fixed
-    if room < 0:
-        raise UserError(
-            f"a prompt of the task '{task}' needs {fixed} tokens and the length is {length}",
-            where="--lengths",
-            mend=f"give at least {fixed + fixed // 4}, or leave the task out with --tasks",
-        )
+    encoded = [material.encode(separated(one.text, material.phrases)) for one in placed]
+    room = room_for(material, length, question, task=task, inserts=sum(map(len, encoded)))
     hay = (
         material.haystack.cut(room, rng, intact=material.intact)
         if pieces is None
-        else fill(pieces, room, 0, intact=material.intact)
+        else fill(pieces, room, intact=material.intact)
     )
-    tokens = list(material.prefix)
-    spans: list[tuple[int, int, Insert, float]] = []
-    edges = [0]
-    for piece in hay:
-        edges.append(edges[-1] + len(piece))
+    edges = [0, *itertools.accumulate(map(len, hay))]
     total = edges[-1]
-    places = [min(range(len(edges)), key=lambda at: abs(edges[at] - one.depth * total)) for one in placed]
+    places = [_nearest(edges, one.depth * total) for one in placed]
+    tokens = list(material.prefix)
+    spans: list[tuple[Span, Insert, float]] = []
+    waiting = list(zip(places, placed, encoded, strict=True))
     for at in range(len(edges)):
-        for one, ids, place in zip(placed, encoded, places, strict=True):
-            if place == at:
-                spans.append((len(tokens), len(tokens) + len(ids), one, edges[at] / max(total, 1)))
-                tokens += ids
+        while waiting and waiting[0][0] == at:
+            _, one, ids = waiting.pop(0)
+            spans.append(((len(tokens), len(tokens) + len(ids)), one, edges[at] / max(total, 1)))
+            tokens += ids
         if at < len(hay):
             tokens += hay[at]
     start = len(tokens)
+    asked, led, answered = _end_tokens(material, question)
     tokens += [*asked, *material.suffix, *led]
-    wanted = [(begin, end, depth) for begin, end, one, depth in spans if one.asked]
+    wanted = [(span, depth) for span, one, depth in spans if one.asked]
     return Prompt(
         task=task,
         length=length,
         tokens=tuple(tokens),
         answer=tuple(answered),
-        expected=tuple(expected),
-        needles=tuple((begin, end) for begin, end, _ in wanted),
-        distractors=tuple((begin, end) for begin, end, one, _ in spans if not one.asked),
+        expected=question.expected,
+        needles=tuple(span for span, _ in wanted),
+        distractors=tuple(span for span, one, _ in spans if not one.asked),
         question=(start, len(tokens)),
-        depth=wanted[0][2] if wanted else None,
-        any_of=any_of,
+        depth=wanted[0][1] if wanted else None,
+        any_of=question.any_of,
     )
 
 
+def _nearest(edges: Sequence[int], target: float) -> int:
+    """Index of the edge (ascending) nearest to `target`."""
+    after = min(bisect.bisect_left(edges, target), len(edges) - 1)
+    return after - 1 if after and target - edges[after - 1] <= edges[after] - target else after
+
+
 def separated(text: str, phrases: Phrases) -> str:
-    """An insert with the space that the language puts between sentences."""
-    return text if phrases.code in ("zh", "ja") else " " + text
-
-
-def spaced(lead: str, material: Material) -> str:
-    """A lead stands on a line of its own, or at the very beginning of the assistant's turn."""
-    return lead if material.suffix else "\n" + lead
+    """A text that follows another, with the space that the language puts between them."""
+    return text if text[:1].isspace() or phrases.code in ("zh", "ja") else " " + text
