@@ -199,7 +199,7 @@ def verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]
         "RoPE less QK-Norm": less(found.attention(rope, "needle"), found.attention(qk, "needle")),
     }
     rn3 = {"QK-Norm less RoPE, bits": less(found.attention(qk, "entropy"), found.attention(rope, "entropy"))}
-    full, turned = "full, no positions", "full, RoPE"
+    full, turned = "full NoPE", "full RoPE"
     rn4 = {
         "log ratio of needle mass, NoPE over RoPE layers": [
             math.log(a / b)
@@ -210,7 +210,9 @@ def verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]
         "log ratio of qc mass, RoPE over NoPE layers": [
             math.log(a / b)
             for a, b in zip(
-                found.attention(rnope, "qc", turned), found.attention(rnope, "qc", full), strict=True
+                found.attention(rnope, "question", turned),
+                found.attention(rnope, "question", full),
+                strict=True,
             )
         ],
     }

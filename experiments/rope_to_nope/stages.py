@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from needles import Prompt, held_out_text, prompts
 
 from koine.evaluate import bits_per_byte
-from koine.evaluate.long_context.attention import attention_of
+from koine.evaluate.long_context.attention import SEGMENTS, attention_of, layer_kind, segment_ids
 from koine.files import write_json
 from koine.model import VARIANTS, Decoder, LayerSpec, ModelConfig, load_model, variant_layers
 from koine.plan import step
@@ -212,25 +212,29 @@ def _measure_short(
 
 
 def _attention(model: Decoder, corpus: Path, texts: Path, length: int, count: int) -> list[dict[str, Any]]:
-    """Mass on the beginning, the fact, the question with its completion, and the rest, and entropy: means over prompts, layer by layer."""
-    tested = prompts(corpus, texts, length=length, count=count, questions=1, facts=8, seed=2, depth=0.5)
-    layers: list[list[dict[str, Any]]] = []
-    for prompt in tested:
+    """Mass on the beginning, the fact, the question with its completion, and the rest, and entropy: means over prompts and heads, layer by layer."""
+    found = []
+    for prompt in prompts(corpus, texts, length=length, count=count, questions=1, facts=8, seed=2, depth=0.5):
         [(question, _, fact)] = prompt.questions
-        segments = {"begin": range(BEGIN), "needle": fact, "qc": question}
-        tokens = torch.tensor([prompt.tokens], device=model.output_weight.device)
-        layers.append([asdict(one) for one in attention_of(model, tokens, question, segments)])
-    merged = []
-    for same in zip(*layers, strict=True):
-        merged.append(
+        segments = segment_ids(
+            len(prompt.tokens),
+            needles=[(fact.start, fact.stop)],
+            question_start=question.start,
+            begin=BEGIN,
+        )
+        found.append(attention_of(model, prompt.tokens, segments))
+    layers = []
+    for layer, spec in enumerate(model.config.layers):
+        mass = torch.stack([one.mass[layer] for one in found]).mean(dim=(0, 1)).tolist()
+        layers.append(
             {
-                "layer": same[0]["layer"],
-                "kind": same[0]["kind"],
-                "mass": {
-                    name: statistics.mean(one["mass"][name] for one in same) for name in same[0]["mass"]
-                },
-                "entropy_of_rows": statistics.mean(one["entropy_of_rows"] for one in same),
-                "entropy_of_mean": statistics.mean(one["entropy_of_mean"] for one in same),
+                "layer": layer,
+                "kind": layer_kind(spec),
+                "mass": dict(zip(SEGMENTS, mass, strict=True)),
+                "entropy_of_rows": statistics.mean(float(one.entropy_of_rows[layer].mean()) for one in found),
+                "entropy_of_mean_row": statistics.mean(
+                    float(one.entropy_of_layer_mean_row[layer]) for one in found
+                ),
             }
         )
-    return merged
+    return layers

@@ -1,4 +1,4 @@
-"""`koine evaluate`: bits per byte and question accuracy, as a table and as JSON."""
+"""`koine evaluate`: bits per byte, question accuracy and long contexts, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,34 @@ import click
     show_default=True,
     help="Precision.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap intervals.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of the intervals and of the suite's prompts."
+)
+@click.option(
+    "--suite",
+    type=click.Choice(["long"]),
+    help="long: needles, RULER-class tasks, loss per position, attention; the options below belong to it.",
+)
+@click.option(
+    "--lengths", help="Tokens of a prompt, with commas between.  [default: 512,2048 as far as MODEL allows]"
+)
+@click.option("--depths", help="Where the needles stand, in per cent.  [default: 0,25,50,75,100]")
+@click.option("--tasks", help="Only these, with commas between.  [default: all that fit]")
+@click.option("--samples", type=int, help="Prompts of a task at each length and depth.  [default: 4]")
+@click.option(
+    "--haystack",
+    multiple=True,
+    type=click.Path(),
+    help="Text to hide the needles in (file or folder); may be repeated.  [default: the sample world]",
+)
+@click.option("--language", help="Language of haystack and needles.  [default: the haystack's, or en]")
+@click.option(
+    "--qa",
+    type=click.Path(),
+    help="Records with context, question and answers.  [default: the sample world's questions]",
+)
+@click.option("--chat", is_flag=True, help="Ask in the chat template.  [default: as a plain text]")
+@click.option("--page", type=click.Path(path_type=Path), help="Write a page with plots to this HTML file.")
 def evaluate(
     model: Path,
     data: tuple[str, ...],
@@ -45,17 +72,67 @@ def evaluate(
     device: str,
     dtype: str,
     seed: int,
+    suite: str | None,
+    lengths: str | None,
+    depths: str | None,
+    tasks: str | None,
+    samples: int | None,
+    haystack: tuple[str, ...],
+    language: str | None,
+    qa: str | None,
+    chat: bool,
+    page: Path | None,
 ) -> None:
-    """Measure MODEL: bits per byte per language and domain, and the accuracy of its answers.
+    """Measure MODEL: bits per byte per language and domain, and the accuracy of its answers; with --suite long, what it makes of long texts.
 
     Every document is scored alone from its beginning, all its bytes counted; intervals are 95 % bootstrap intervals over
     documents and questions.
     """
+    from koine.errors import UserError
+
+    of_suite = {
+        "--lengths": lengths,
+        "--depths": depths,
+        "--tasks": tasks,
+        "--samples": samples,
+        "--haystack": haystack,
+        "--language": language,
+        "--qa": qa,
+        "--chat": chat,
+        "--page": page,
+    }
+    of_others = {"--data": data, "--questions": questions, "--max-length": max_length, "--limit": limit}
+    for option, value in (of_others if suite else of_suite).items():
+        if value:
+            raise UserError(
+                f"{option} is not an option of {'the suite long' if suite else 'an evaluation without --suite long'}",
+                mend=f"leave it out, or {'leave --suite out' if suite else 'add --suite long'}",
+            )
+    if suite is not None:
+        from koine.cli.long_context import numbers, run_long
+
+        options: dict[str, Any] = {
+            "haystack": haystack,
+            "language": language,
+            "questions": qa,
+            "chat": chat,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+        }
+        if lengths is not None:
+            options["lengths"] = numbers(lengths, "--lengths", int)
+        if depths is not None:
+            options["depths"] = numbers(depths, "--depths", float)
+        if tasks is not None:
+            options["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
+        if samples is not None:
+            options["samples"] = samples
+        run_long(model, out=out, page=page, options=options)
+        return
     from koine.evaluate import evaluate_model
 
     if out is not None and not out.parent.is_dir():
-        from koine.errors import UserError
-
         raise UserError("no such folder", where=out.parent, mend="make it first, or choose another --out")
     result = evaluate_model(
         model,

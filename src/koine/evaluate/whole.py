@@ -44,11 +44,11 @@ def evaluate_model(
     for source in (*data, *questions):
         if not Path(source).exists():
             raise UserError("no such file or folder", where=source)
-    _check_device(device)
+    check_device(device)
     keep_freed_memory()
     tokenizer = load_tokenizer(path)
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
-    _check_vocabulary(model, tokenizer.vocab_size, path)
+    check_vocabulary(model, tokenizer.vocab_size, path)
     if isinstance(model, Decoder):
         # It is only read from here on, and float32 products are two to four times as fast packed.
         pack(model)
@@ -99,7 +99,8 @@ def _read(paths: Sequence[str | Path]) -> Iterator[Mapping[str, Any]]:
         yield from read_records(path)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise `UserError` for a device that torch does not know or that is not here."""
     import torch
 
     try:
@@ -112,7 +113,8 @@ def _check_device(device: str) -> None:
         )
 
 
-def _check_vocabulary(model: Any, size: int, path: str | Path) -> None:
+def check_vocabulary(model: Any, size: int, path: str | Path) -> None:
+    """Raise `UserError` where a tokenizer of `size` ids has more than the model."""
     rows = getattr(getattr(model, "config", None), "vocab_size", None)
     if rows is not None and size > rows:
         raise UserError(

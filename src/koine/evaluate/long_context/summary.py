@@ -1,0 +1,111 @@
+"""What was scored, summed up by task, group, length and depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from koine.evaluate.intervals import bootstrap_interval
+from koine.evaluate.long_context.prompts import Prompt
+from koine.evaluate.long_context.tasks import GROUPS, Cell
+
+if TYPE_CHECKING:
+    from koine.evaluate.long_context.scores import Score
+    from koine.tokenizer import Tokenizer
+
+_SHOWN = 400
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A prompt that was scored."""
+
+    cell: Cell
+    prompt: Prompt
+    score: Score
+
+
+def by_task(scored: Sequence[Scored], *, seed: int) -> dict[str, Any]:
+    """`{task: {length: {"value", "interval", "exact", "logprob", "samples"}}}`; the interval is that of the value, over prompts."""
+    result: dict[str, Any] = {}
+    for (task, length), scores in _grouped(scored).items():
+        interval = bootstrap_interval([one.score for one in scores], seed=seed)
+        result.setdefault(task, {})[str(length)] = {
+            "value": fmean(one.score for one in scores),
+            "interval": None if interval is None else list(interval),
+            "exact": fmean(one.exact for one in scores),
+            "logprob": fmean(one.logprob for one in scores),
+            "samples": len(scores),
+        }
+    return result
+
+
+def _grouped(scored: Sequence[Scored]) -> dict[tuple[str, int], list[Score]]:
+    found: dict[tuple[str, int], list[Score]] = {}
+    for one in scored:
+        found.setdefault((one.cell.task, one.cell.length), []).append(one.score)
+    return found
+
+
+def by_group(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
+    """`{group: {length: value}}`: the mean over a group's tasks, each counting the same, at the lengths where all of them were run."""
+    grouped = _grouped(scored)
+    result: dict[str, dict[str, float]] = {}
+    for group, members in GROUPS.items():
+        tasks = [task for task in members if any(task == run for run, _ in grouped)]
+        for length in dict.fromkeys(length for _, length in grouped):
+            if tasks and all((task, length) in grouped for task in tasks):
+                result.setdefault(group, {})[str(length)] = fmean(
+                    fmean(one.score for one in grouped[task, length]) for task in tasks
+                )
+    return result
+
+
+def grids(scored: Sequence[Scored], lengths: Sequence[int], depths: Sequence[float]) -> dict[str, Any]:
+    """`{task: {"lengths", "depths", "score" | "exact" | "logprob": a row a depth, a column a length}}` for the tasks with depths (per
+    cent); None where there was no room."""
+    result: dict[str, Any] = {}
+    for task in dict.fromkeys(one.cell.task for one in scored if one.cell.depth is not None):
+        cells: dict[tuple[float | None, int], list[Score]] = {}
+        for one in scored:
+            if one.cell.task == task:
+                cells.setdefault((one.cell.depth, one.cell.length), []).append(one.score)
+        result[task] = {"lengths": list(lengths), "depths": list(depths)}
+        for name in ("score", "exact", "logprob"):
+            result[task][name] = [
+                [
+                    _mean([getattr(one, name) for one in cells.get((depth / 100, length), [])])
+                    for length in lengths
+                ]
+                for depth in depths
+            ]
+    return result
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def examples(scored: Sequence[Scored], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The first prompt of each task: its needles and its end, what was expected and what was written."""
+    first: dict[str, Scored] = {}
+    for one in scored:
+        first.setdefault(one.cell.task, one)
+    found = []
+    for task, one in first.items():
+        ids = one.prompt.tokens
+        needles = [tokenizer.decode(ids[start:end]).strip() for start, end in one.prompt.needles]
+        found.append(
+            {
+                "task": task,
+                "length": one.cell.length,
+                "needles": [text[:_SHOWN] for text in needles],
+                "question": tokenizer.decode(ids[slice(*one.prompt.question)]).strip(),
+                "expected": list(one.prompt.expected),
+                "written": one.score.written,
+                "score": one.score.score,
+            }
+        )
+    return found

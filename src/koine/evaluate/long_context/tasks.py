@@ -1,0 +1,113 @@
+"""The tasks by name, and the prompts of a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+from koine.errors import UserError
+from koine.evaluate.long_context import needles, ruler
+from koine.evaluate.long_context.prompts import Material, Prompt
+
+DEPTH_TASKS = ("single", "multi-key", "multi-key-full", "multi-needle")
+"""Tasks with a needle at a given depth: they make the grids."""
+GROUPS = {
+    "retrieval": (*DEPTH_TASKS, "multi-value", "multi-query"),
+    "tracing": ("variable-tracking",),
+    "counting": ("common-words", "frequent-words"),
+    "questions": ("question-answering",),
+}
+"""Tasks that are averaged together in the curves by length, as RULER does."""
+TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
+POSITIONS, ATTENTION = "positions", "attention"
+MEASURES = (*TASKS, POSITIONS, ATTENTION)
+
+
+class Cell(NamedTuple):
+    """Which prompt: the same cell, seed and material give the same one. depth: a share, None for tasks without one."""
+
+    task: str
+    length: int
+    depth: float | None
+    number: int
+
+
+class LeftOut(TypedDict):
+    """A task that was not run, at one length or (None) at all."""
+
+    task: str
+    length: int | None
+    why: str
+
+
+def make_prompt(
+    cell: Cell, *, seed: int, material: Material, questions: ruler.QuestionSet | None = None
+) -> Prompt:
+    """The prompt of a cell; it depends on nothing but the arguments. questions: for `question-answering`."""
+    length = cell.length
+    rng = random.Random(f"{seed}:{cell.task}:{length}:{cell.depth}:{cell.number}")
+    depth = 0.5 if cell.depth is None else cell.depth
+    match cell.task:
+        case "single":
+            return needles.single(material, length, rng, depth=depth)
+        case "multi-key":
+            return needles.multi_key(material, length, rng, depth=depth)
+        case "multi-key-full":
+            return needles.multi_key_full(material, length, rng, depth=depth)
+        case "multi-needle":
+            return needles.multi_needle(material, length, rng, depth=depth)
+        case "multi-value":
+            return needles.multi_value(material, length, rng)
+        case "multi-query":
+            return needles.multi_query(material, length, rng)
+        case "variable-tracking":
+            return ruler.variable_tracking(material, length, rng)
+        case "common-words":
+            return ruler.common_words(material, length, rng)
+        case "frequent-words":
+            return ruler.frequent_words(material, length, rng)
+    if cell.task != "question-answering" or questions is None:
+        raise ValueError(f"no prompts for '{cell.task}' (questions: {questions is not None})")
+    return ruler.question_answering(material, length, rng, questions=questions)
+
+
+def plan_cells(
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    *,
+    seed: int,
+    material: Material,
+    questions: ruler.QuestionSet | None,
+    strict: bool,
+) -> tuple[list[Cell], list[LeftOut]]:
+    """The cell of every prompt, and what is left out because there is no room for it.
+
+    depths: per cent. samples: prompts of each length and depth; a task without depths has as many prompts of a length in all.
+    strict: no room is a `UserError`. Every prompt is made once, so that nothing can go wrong hours later.
+    """
+    work: list[Cell] = []
+    left_out: list[LeftOut] = []
+    for task in (task for task in TASKS if task in tasks):
+        if task == "question-answering" and questions is None:
+            left_out.append({"task": task, "length": None, "why": "there are no questions in this language"})
+            continue
+        for length in lengths:
+            if task in DEPTH_TASKS:
+                cells = [
+                    Cell(task, length, depth / 100, number) for depth in depths for number in range(samples)
+                ]
+            else:
+                cells = [Cell(task, length, None, number) for number in range(samples * len(depths))]
+            try:
+                for cell in cells:
+                    make_prompt(cell, seed=seed, material=material, questions=questions)
+            except UserError as error:
+                if strict:
+                    raise
+                left_out.append({"task": task, "length": length, "why": error.what})
+            else:
+                work += cells
+    return work, left_out
