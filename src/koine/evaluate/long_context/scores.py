@@ -94,7 +94,8 @@ def greedy_continuation(
     with evaluating(model):
         if isinstance(model, Decoder):
             sampling = Sampling(max_new_tokens=count)
-            return generate(model, [list(prompt)], sampling, stop_ids=tuple(stops))[0]
+            [answer] = generate(model, [list(prompt)], sampling, stop_ids=tuple(stops))
+            return answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
         tokens = torch.tensor([list(prompt)], device=device)
         if isinstance(model, CausalLM) and hasattr(model.inner, "generate"):
             out = model.inner.generate(
