@@ -119,7 +119,7 @@ class PagedCache:
                 (source, at), (target, to) = self.place_of(prefix.pages[whole]), self.place_of(partial)
                 for slabs in self._slabs.values():
                     for part in (0, 1):
-                        slabs[target][part][to] = slabs[source][part][at]
+                        slabs[target][part][:, to] = slabs[source][part][:, at]
             for number in prefix.pages[:whole]:
                 self._holders[number] += 1
             sequence.pages = [*prefix.pages[:whole], *([] if partial is None else [partial])]
@@ -199,7 +199,7 @@ class PagedCache:
             raise OutOfPages
         while len(self._free) < count:
             size = min(max(SLAB, self._pages), LARGEST_SLAB)
-            shape = (size, self.config.num_kv_heads, self.page, self.config.head_dim)
+            shape = (self.config.num_kv_heads, size, self.page, self.config.head_dim)
             for slabs in self._slabs.values():
                 slabs.append((self._empty(shape), self._empty(shape)))
             self._starts.append(self._pages)
@@ -254,7 +254,7 @@ class PagedCache:
         return slab, page - self._starts[slab]
 
     def slab(self, layer: int, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a slab's pages, `[pages, kv_heads, page, head_dim]` each."""
+        """Keys and values of a slab's pages, `[kv_heads, pages, page, head_dim]` each."""
         return self._slabs[layer][number]
 
     def ring(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -93,8 +93,8 @@ class StretchReading:
         pages = self.sequences[0].pages[: self.cache.pages_for(before)]
         places = [self.cache.place_of(number) for number in pages]
         found = [(self.cache.slab(layer, slab), at) for slab, at in places]
-        k = torch.cat([slab[0][at] for slab, at in found], dim=1)[:, :before]
-        v = torch.cat([slab[1][at] for slab, at in found], dim=1)[:, :before]
+        k = torch.cat([slab[0][:, at] for slab, at in found], dim=1)[:, :before]
+        v = torch.cat([slab[1][:, at] for slab, at in found], dim=1)[:, :before]
         return k, v
 
     def _ring(self, layer: int, window: int, before: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class StretchReading:
             count = min(page - at, k.shape[0] - done)
             slab = self.cache.slab(layer, number)
             for held, new in zip(slab, (k, v), strict=True):
-                held[place, :, at : at + count] = new[done : done + count].transpose(0, 1)
+                held[:, place, at : at + count] = new[done : done + count].transpose(0, 1)
             done += count
 
     def _write_ring(self, layer: int, window: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
@@ -130,14 +130,12 @@ class PageGroup:
     pages: the pages of the slab, a range read in place or numbers to gather.
     rows: `[pages]`, which query each page is for.
     first: `[pages]`, the position of each page's first key in its sequence; `NOWHERE` for a page in between that nobody asks for.
-    last: of the pages that may not be full (each row's last one, and pages in between), place in the group and first position.
     """
 
     slab: int
     pages: slice | Tensor
     rows: Tensor
     first: Tensor
-    last: tuple[tuple[int, int], ...]
 
 
 class StepReading:
@@ -166,7 +164,8 @@ class StepReading:
         self._targets = self._page_targets(lengths) if cache.full else {}
         # One sequence alone is where every operation counts: plain slices take the place of indexed reads and writes.
         self._alone = len(sequences) == 1
-        if self._alone:
+        self._run = self._one_run() if self._alone and cache.full else None
+        if self._alone and (self._run is not None or not cache.full):
             return
         self._hidden = [self._hidden_places(group) for group in self._groups]
         self._rows = torch.arange(len(sequences), device=cache.device)
@@ -178,12 +177,20 @@ class StepReading:
             places = torch.arange(window, device=cache.device)
             self._ring_hidden[window] = places > self._lengths[:, None] if filling else None
 
+    def _one_run(self) -> tuple[int, int] | None:
+        """Slab and first page where the pages of the only sequence lie one after another; None where they do not."""
+        pages = self.sequences[0].pages
+        if pages[-1] - pages[0] != len(pages) - 1 or pages != sorted(pages):
+            return None
+        (slab, first), (end, _) = self.cache.place_of(pages[0]), self.cache.place_of(pages[-1])
+        return (slab, first) if slab == end else None
+
     def _hidden_places(self, group: PageGroup) -> tuple[Tensor, Tensor]:
         """The pages of a group that are not read whole, and which of their places are hidden: those after the new token."""
         last = self._lengths[group.rows] - group.first
         [pages] = torch.nonzero(last < self.cache.page - 1, as_tuple=True)
         within = torch.arange(self.cache.page, device=self.cache.device)
-        return pages, (within > last[pages][:, None])[:, None, None]
+        return pages, (within > last[pages][:, None])[:, None]
 
     def _page_targets(self, lengths: Sequence[int]) -> dict[int, list[tuple[int, int, int]]]:
         """Where each row's new key goes: by slab, (row, page, place)."""
@@ -221,8 +228,14 @@ class StepReading:
         length = self.sequences[0].length
         at, filled = length % window, min(length + 1, window)
         keys[0, :, at], values[0, :, at] = k[0], v[0]
-        scores = torch.bmm(q[0], keys[0, :, :filled].transpose(1, 2))
-        return torch.bmm(torch.softmax(scores, dim=-1), values[0, :, :filled])[None]
+        return attend_all(q[0], keys[0, :, :filled], values[0, :, :filled])[None]
+
+    def _over_one_run(self, layer: int, run: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (slab, first), length, count = run, self.sequences[0].length, len(self.sequences[0].pages)
+        # Pages that lie one after another are one stretch of positions.
+        keys, values = (part[:, first : first + count].flatten(1, 2) for part in self.cache.slab(layer, slab))
+        keys[:, length], values[:, length] = k[0], v[0]
+        return attend_all(q[0], keys[:, : length + 1], values[:, : length + 1])[None]
 
     def _over_rings(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = len(self.sequences)
@@ -236,49 +249,51 @@ class StepReading:
         return torch.matmul(torch.softmax(scores, dim=-1), values[:rows])
 
     def _over_pages(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._run is not None:
+            return self._over_one_run(layer, self._run, q, k, v)
         for slab, targets in self._targets.items():
             keys, values = self.cache.slab(layer, slab)
             for row, page, at in targets:
-                keys[page, :, at], values[page, :, at] = k[row], v[row]
+                keys[:, page, at], values[:, page, at] = k[row], v[row]
+        by_head = q.transpose(0, 1)
         parts = []
-        for number, group in enumerate(self._groups):
+        for group, (pages, places) in zip(self._groups, self._hidden, strict=True):
             keys, values = self.cache.slab(layer, group.slab)
-            queries = q.expand(len(group.rows), -1, -1, -1) if self._alone else q[group.rows]
-            scores = torch.matmul(queries, keys[group.pages].transpose(-1, -2)).float()
-            if self._alone:
-                for place, first in group.last:
-                    scores[place, :, :, self.sequences[0].length - first + 1 :] = -torch.inf
-            else:
-                pages, places = self._hidden[number]
-                scores[pages] = scores[pages].masked_fill_(places, -torch.inf)
+            scores = by_heads(by_head[:, group.rows], keys[:, group.pages].transpose(-1, -2)).float()
+            scores[:, pages] = scores[:, pages].masked_fill_(places, -torch.inf)
             parts.append((group, scores, values))
         return merge_pages(q, parts)
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one position to all of k and v `[kv_heads, positions, head_dim]`; q and the result are `[kv_heads, groups, head_dim]`."""
+    return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1), v)
+
+
+def by_heads(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` for `[kv_heads, pages, n, k]` and `[kv_heads, pages, k, m]`, a head at a time: pages of a part of a slab are no plain batch over
+    heads, and one product over both would copy them."""
+    return torch.stack([torch.bmm(one, other) for one, other in zip(a, b, strict=True)])
 
 
 def merge_pages(q: Tensor, parts: Sequence[tuple[PageGroup, Tensor, Tensor]]) -> Tensor:
     """Softmax over all pages of each row and the mix of their values; the scores are used up.
 
-    q: `[rows, kv_heads, groups, head_dim]`; each part holds scores `[pages, kv_heads, groups, page]` (float32, `-inf` where hidden)
+    q: `[rows, kv_heads, groups, head_dim]`; each part holds scores `[kv_heads, pages, groups, page]` (float32, `-inf` where hidden)
     and its slab's values. Every row has a page with a visible key. Returns the shape and dtype of `q`.
     """
-    if len(parts) == 1 and q.shape[0] == 1:
-        # One sequence in one slab: no row to look up.
-        [(group, scores, values)] = parts
-        weights = scores.sub_(scores.amax(dim=(0, 3), keepdim=True)).exp_()
-        mixed = torch.matmul(weights.to(q.dtype), values[group.pages]).float().sum(dim=0, keepdim=True)
-        return (mixed / weights.sum(dim=(0, 3), keepdim=True)).to(q.dtype)
-    shape = (*q.shape[:3], 1)
-    highest = torch.full(shape, -torch.inf, device=q.device)
+    rows, kv_heads, groups, _ = q.shape
+    highest = torch.full((kv_heads, rows, groups, 1), -torch.inf, device=q.device)
     for group, scores, _ in parts:
         peaks = scores.amax(dim=-1, keepdim=True)
-        highest.scatter_reduce_(0, group.rows[:, None, None, None].expand_as(peaks), peaks, "amax")
-    total = torch.zeros(shape, device=q.device)
-    mixed = torch.zeros(q.shape, device=q.device)
+        highest.scatter_reduce_(1, group.rows[None, :, None, None].expand_as(peaks), peaks, "amax")
+    total = torch.zeros_like(highest)
+    mixed = torch.zeros((kv_heads, rows, groups, q.shape[-1]), device=q.device)
     for group, scores, values in parts:
-        weights = scores.sub_(highest[group.rows]).exp_()
-        total.index_add_(0, group.rows, weights.sum(dim=-1, keepdim=True))
-        mixed.index_add_(0, group.rows, torch.matmul(weights.to(q.dtype), values[group.pages]).float())
-    return (mixed / total).to(q.dtype)
+        weights = scores.sub_(highest[:, group.rows]).exp_()
+        total.index_add_(1, group.rows, weights.sum(dim=-1, keepdim=True))
+        mixed.index_add_(1, group.rows, by_heads(weights.to(q.dtype), values[:, group.pages]).float())
+    return (mixed / total).to(q.dtype).transpose(0, 1)
 
 
 def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageGroup]:
@@ -314,11 +329,6 @@ def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[
                 pages,
                 torch.tensor(rows, device=cache.device),
                 torch.tensor(starts, device=cache.device),
-                tuple(
-                    (place, start)
-                    for place, (row, start) in enumerate(zip(rows, starts, strict=True))
-                    if start + cache.page >= len(sequences[row].pages) * cache.page
-                ),
             )
         )
     return groups
