@@ -265,6 +265,19 @@ def spoil_tokenizer(model: Path, key: str, value: Any) -> None:
     (model / "tokenizer.json").write_text(json.dumps(content))
 
 
+def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    """llama.cpp ends with "cannot find tokenizer merges in model file"."""
+    from koine.tokenizer.special import SMALLEST_VOCABULARY
+
+    bytes_alone = train_tokenizer(
+        {"en": lambda: ["text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
+    )
+    model = saved(bytes_alone, tmp_path, HYBRID)
+    with pytest.raises(UserError, match="has no merges"):
+        export_gguf(model, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_a_refused_export_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, out = saved(tokenizer, tmp_path, HYBRID), tmp_path / "model.gguf"
     good = (model / "tokenizer.json").read_text()

@@ -63,6 +63,12 @@ def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
     where = path / "tokenizer.json"
     content = read_json(where)
     pre = _pre_tokenizer(content, where)
+    if not content["model"]["merges"]:
+        raise UserError(
+            "the tokenizer has no merges, and llama.cpp reads no model without any",
+            where=where,
+            mend="train one with a larger vocabulary",
+        )
     special = {token["id"]: bool(token.get("special")) for token in content.get("added_tokens", [])}
     tokens = [f"[PAD{index}]" for index in range(rows)]
     types = [UNUSED] * rows

@@ -43,7 +43,7 @@ class Scheduler:
             if value < 1:
                 raise UserError(f"{name} is {value}", mend="it must be at least 1")
         self.model = model
-        self.device = model.output_weight.device
+        self.device = model.embedding.weight.device
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
         self.cache: PagedCache = model.new_cache(page=page, max_pages=max_pages)
         self.prefixes = PrefixStore(self.cache, entries=prefixes)

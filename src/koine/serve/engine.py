@@ -134,9 +134,7 @@ class LocalEngine:
         if isinstance(opened, Decoder):
             most = None
             if cache_bytes is not None:
-                most = cache_bytes // max(
-                    1, page_bytes(opened.config, PAGE, opened.output_weight.element_size())
-                )
+                most = cache_bytes // max(1, page_bytes(opened.config, PAGE, self._weight.element_size()))
             self.scheduler = Scheduler(
                 opened, max_batch=max_batch, max_pages=most, prefill_chunk=prefill_chunk
             )
