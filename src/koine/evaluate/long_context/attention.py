@@ -12,6 +12,7 @@ with `heads * rows * time`, never with `time ** 2`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -151,7 +152,8 @@ def _weights(block: Block, q: Tensor, keys: Tensor, start: int) -> Tensor:
 
 def entropy_bits(p: Tensor) -> Tensor:
     """`-sum p log2 p` over the last dimension; `[..., n]` to `[...]`."""
-    return torch.special.entr(p).sum(dim=-1) / torch.log(torch.tensor(2.0, dtype=p.dtype, device=p.device))
+    nats: Tensor = torch.special.entr(p)
+    return nats.sum(dim=-1) / math.log(2.0)
 
 
 @dataclass(frozen=True)
