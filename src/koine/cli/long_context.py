@@ -57,7 +57,8 @@ def _with_progress(run: Callable[[Callable[[int, int, str], None]], dict[str, An
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("")
 
         def say(done: int, total: int, what: str) -> None:
@@ -70,7 +71,7 @@ def show(result: dict[str, Any]) -> None:
     """Print the results as tables."""
     from rich.console import Console
 
-    from koine.evaluate.long_context.page import ENTROPIES, TABLE, attention_rows, task_rows
+    from koine.evaluate.long_context.page import TABLE, attention_rows, task_rows
 
     console = Console()
     if result["tasks"]:
@@ -81,7 +82,7 @@ def show(result: dict[str, Any]) -> None:
             for depth, values in zip(grid["depths"], grid["score"], strict=True)
         ]
         columns = ["depth", *(f"{length:,}" for length in grid["lengths"])]
-        console.print(_table(f"{task}: score by depth and length", columns, rows))
+        console.print(_table(task, columns, rows))
     if "positions" in result:
         lengths = result["positions"]["lengths"]
         rows = [
@@ -94,7 +95,8 @@ def show(result: dict[str, Any]) -> None:
         ]
         console.print(_table("Loss over the first tokens", ["tokens", "nats/token", "bits/byte"], rows))
     if result.get("attention"):
-        columns = ["length", "layers", "begin", "needle", "context", "question", *ENTROPIES.values()]
+        segments = next(iter(result["attention"].values()))["overall"]["mass"]
+        columns = ["length", "layers", *segments, "bits, rows", "bits, mean row"]
         console.print(
             _table("Attention of question and answer", columns, attention_rows(result), left=("layers",))
         )

@@ -152,8 +152,8 @@ def _weights(block: Block, q: Tensor, keys: Tensor, start: int) -> Tensor:
 
 def entropy_bits(p: Tensor) -> Tensor:
     """`-sum p log2 p` over the last dimension; `[..., n]` to `[...]`."""
-    nats: Tensor = torch.special.entr(p).sum(dim=-1)
-    return nats / math.log(2.0)
+    nats: Tensor = torch.special.entr(p)
+    return nats.sum(dim=-1) / math.log(2.0)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What needles, questions and answers sound like in a language.
 
 `phrases.tsv` holds a row a language. Nothing that is inserted is inflected, and the sentence that answers (`fact`, `facts`, `variables`,
-`words`) begins with the same words as the one that told it, so that a base model is asked by the beginning of a sentence. The row `und`
+`words`) begins with the same words as the one that told it, so that a base model is asked by the beginning of a sentence. No question (`ask...`) holds those words: the nearest place where
+they stand must be the needle. The row `und`
 is made of signs alone and serves any language.
 """
 

@@ -247,19 +247,20 @@ def read_questions(path: str | Path, *, language: str | None = None) -> Question
     if not Path(path).exists():
         raise UserError("no such file or folder", where=path, mend="give questions with their contexts")
     languages = None if language in (None, "und") else [str(language)]
+    mend = 'give each record "context", "question" and "answers"'
+    records = read_records(path, fields={"text": "context"}, languages=languages, split="all")
     asked: list[Asked] = []
-    for record in read_records(path, fields={"text": "context"}, languages=languages, split="all"):
-        answers = record.get("answers") or record.get("answer")
-        if isinstance(answers, dict):  # SQuAD's own form
-            answers = answers.get("text")
-        texts = tuple(_texts(answers))
-        if not isinstance(record.get("question"), str) or not texts:
-            raise UserError(
-                f"record '{record['id']}' has no question or no answers",
-                where=path,
-                mend='give each record "context", "question" and "answers"',
-            )
-        asked.append(Asked(record["text"], record["question"], texts))
+    try:
+        for record in records:
+            question, answers = record.get("question"), record.get("answers") or record.get("answer")
+            if isinstance(answers, dict):  # SQuAD's own form
+                answers = answers.get("text")
+            texts = tuple(_texts(answers))
+            if not isinstance(question, str) or not texts:
+                raise UserError(f"record '{record['id']}' has no question or no answers", where=path)
+            asked.append(Asked(record["text"], question, texts))
+    except UserError as error:
+        raise UserError(error.what, where=error.where, mend=mend) from None
     if not asked:
         raise UserError(
             f"no question in the language '{language}'", where=path, mend="give another --language"
