@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from koine.tokenizer.special import SMALLEST_VOCABULARY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.install import ENVIRONMENTS, python_of
+from peers.side import Side
 
 SIDE = Path(__file__).resolve().parent / "generation_side.py"
 CASES: tuple[tuple[int, int], ...] = (
@@ -48,41 +48,10 @@ CASES: tuple[tuple[int, int], ...] = (
 """(batch, context). 32 prompts of 32,768 tokens take `transformers` about an hour to read on two cores; that case is for larger machines."""
 
 
-class Process:
+def process(side: str, options: list[str]) -> Side:
     """A side, ready for orders."""
-
-    def __init__(self, side: str, options: list[str]) -> None:
-        python = sys.executable if side == "ours" else str(python_of(side))
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process is)
-        self.process = subprocess.Popen(
-            [python, str(SIDE), side, *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            said = self.errors.read().strip().splitlines()
-            raise RuntimeError(f"the side ended with {self.process.returncode}: {said[-1] if said else ''}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def ask(self, do: str, **values: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    python = sys.executable if side == "ours" else str(python_of(side))
+    return Side([python, str(SIDE), side, *options])
 
 
 def memory_rate(size: int = 2**26) -> float:
@@ -111,7 +80,7 @@ def compare(
     batch: int, context: int, names: list[str], common: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """One case: every side prepared, then turns."""
-    sides = {name: Process(name, common) for name in names}
+    sides = {name: process(name, common) for name in names}
     row: dict[str, Any] = {"batch": batch, "context": context}
     samples: dict[str, list[float]] = {name: [] for name in names}
     probes: list[float] = []

@@ -61,7 +61,7 @@ def seconds_of(configuration: Configuration, weights: Path, length: int, threads
         return {"configuration": str(configuration), "failed": str(error)}
     finally:
         if side is not None:
-            side.process.kill()
+            side.close()
 
 
 def turns(
@@ -90,7 +90,7 @@ def turns(
         memory = {name: process.ask("memory")["value"] for name, process in processes.items()}
     finally:
         for process in processes.values():
-            process.process.kill()
+            process.close()
     tokens = batch * time_
     row: dict[str, Any] = {"length": length, "tokens": tokens}
     flops = {

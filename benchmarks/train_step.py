@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from koine.model.flops import count_parameters, training_flops_per_token
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.install import python_of
+from peers.side import Side
 
 SIDE = Path(__file__).resolve().parent / "train_step_side.py"
 TOKENS = {512: (8, 512), 2048: (2, 2048), 8192: (1, 8192), 32_768: (1, 32_768)}
@@ -76,7 +76,7 @@ class Quiet:
         return True
 
 
-class Process:
+class Process(Side):
     """A side, ready to step."""
 
     def __init__(self, configuration: Configuration, weights: Path, length: int, threads: int) -> None:
@@ -100,34 +100,7 @@ class Process:
         # Our training loop makes this setting for itself; what is measured here is the step alone, so it is made from outside.
         if configuration.keep_freed_memory or configuration.side == "ours":
             command += ["--keep-freed-memory"]
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process is)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            said = self.errors.read().strip().splitlines()
-            raise RuntimeError(f"the side ended with {self.process.returncode}: {said[-1] if said else ''}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def ask(self, do: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write('{"do": "quit"}\n')
-        self.process.stdin.close()
-        self.process.wait()
+        super().__init__(command)
 
 
 def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 6) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from stages import layers_of
 
+from koine.evaluate.verdicts import above, interval, together, within
 from koine.files import read_json, write_json
 from koine.model import Decoder, LayerSpec, ModelConfig, preset
 from koine.model.flops import all_full, cache_bytes
@@ -20,44 +21,12 @@ from koine.model.reading import StretchReading
 from koine.plan import step
 from koine.recipes import estimates
 
-# Student's t for a two-sided 95 % interval, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TIE = 0.03
 """Bits per byte within which two arms count as equal on short texts."""
 
 THETAS = {"rnope-10k": 1e4, "rnope-100k": 1e5, "rnope-2m": 2e6, "rnope-4m": 4e6}
 STEP_TOKENS = 8192
 Values = list[float]
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """Student's 95 % interval of the mean."""
-    mean, half = statistics.mean(values), 0.0
-    if len(values) > 1:
-        half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return [mean - half, mean + half]
-
-
-def above(values: Sequence[float], least: float = 0.0) -> str:
-    """The verdict on "above `least`"."""
-    low, high = interval(values)
-    return "reproduced" if low > least else "not reproduced" if high < least else "inconclusive"
-
-
-def within(values: Sequence[float], margin: float) -> str:
-    """The verdict on "no further from 0 than `margin`"."""
-    low, high = interval(values)
-    if -margin <= low and high <= margin:
-        return "reproduced"
-    return "not reproduced" if low > margin or high < -margin else "inconclusive"
-
-
-def together(verdicts: Iterable[str]) -> str:
-    """The verdict on several claims at once: all must hold, and one that fails is enough."""
-    found = set(verdicts)
-    if "not reproduced" in found:
-        return "not reproduced"
-    return "inconclusive" if "inconclusive" in found else "reproduced"
 
 
 class Runs:

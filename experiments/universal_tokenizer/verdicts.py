@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from koine.evaluate.verdicts import below, interval, together, within
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.recipes import estimates
@@ -16,41 +17,9 @@ from koine.recipes.corpus import existing, read_lines
 from koine.recipes.evaluation import tracked_languages
 from koine.recipes.regimes import TRACK
 
-# Student's t for a two-sided 95 % interval, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 PRIMARY_MARGIN = 0.05
 
 Values = list[float]
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """Student's 95 % interval of the mean."""
-    mean, half = statistics.mean(values), 0.0
-    if len(values) > 1:
-        half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return [mean - half, mean + half]
-
-
-def sided(values: Sequence[float]) -> str:
-    """The verdict on "below 0"."""
-    low, high = interval(values)
-    return "reproduced" if high < 0 else "not reproduced" if low > 0 else "inconclusive"
-
-
-def within(values: Sequence[float], margin: float) -> str:
-    """The verdict on "no further from 0 than `margin`"."""
-    low, high = interval(values)
-    if -margin <= low and high <= margin:
-        return "reproduced"
-    return "not reproduced" if low > margin or high < -margin else "inconclusive"
-
-
-def together(verdicts: Iterable[str]) -> str:
-    """The verdict on several claims at once: all must hold, and one that fails is enough."""
-    found = set(verdicts)
-    if "not reproduced" in found:
-        return "not reproduced"
-    return "inconclusive" if "inconclusive" in found else "reproduced"
 
 
 class Runs:
@@ -151,24 +120,24 @@ def judge(
     vocabularies = {size: difference(f"sweep-{size}", primary) for size in sweep}
     hypotheses = {
         "UT1": entry(
-            together((sided(ut1), sided(equal_bytes))),
+            together((below(ut1), below(equal_bytes))),
             ut1,
             "+18.9 points of win rate",
             at_equal_bytes=equal_bytes,
         ),
         "UT2": entry(within(ut2, PRIMARY_MARGIN), ut2, "less than 0.5 points", margin=PRIMARY_MARGIN),
-        "UT3": entry(sided(ut3), ut3, "+14.6 points"),
-        "UT4": entry(sided(ut4), ut4, "+2.0 points, best +5.0", languages=unseen_difference),
+        "UT3": entry(below(ut3), ut3, "+14.6 points"),
+        "UT4": entry(below(ut4), ut4, "+2.0 points, best +5.0", languages=unseen_difference),
         "UT5": speed_entry(speed),
         "UT6": entry(
-            together((sided(five), sided(ut1))),
+            together((below(five), below(ut1))),
             five,
             "+19.8 (5 %) and +12.8 (0 %) points over Cluster",
             zero_minus_cluster=ut1,
         ),
         "UT7": entry(
             together(
-                (sided(replaced["mean"]), sided(replaced["subword-mean"]), sided([-v for v in better_mean]))
+                (below(replaced["mean"]), below(replaced["subword-mean"]), below([-v for v in better_mean]))
             ),
             replaced["subword-mean"],
             "ahead of the mean by 7, of random by 35.2 points",
@@ -176,7 +145,7 @@ def judge(
         ),
         "UT8": entry(
             "reproduced"
-            if "reproduced" in (verdicts := [sided(values) for values in weights.values()])
+            if "reproduced" in (verdicts := [below(values) for values in weights.values()])
             else together(verdicts)
             if len(set(verdicts)) == 1
             else "inconclusive",
@@ -250,7 +219,7 @@ def speed_entry(speed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     logs = {key: [math.log(one[key]) for one in speed] for key in ("per_step", "per_byte")}
     means = {key: math.exp(statistics.mean(values)) for key, values in logs.items()}
     return {
-        "verdict": together(sided([-value for value in values]) for values in logs.values()),
+        "verdict": together(below([-value for value in values]) for values in logs.values()),
         "measured": means["per_step"],
         "interval": [math.exp(edge) for edge in interval(logs["per_step"])],
         "per_byte": {
@@ -269,7 +238,7 @@ def sweep_entry(vocabularies: Mapping[int, Values]) -> dict[str, Any]:
     sizes = sorted(vocabularies)
     small, large = vocabularies[sizes[0]], vocabularies[sizes[-1]]
     return {
-        "verdict": together((sided([-value for value in small]), sided(large))),
+        "verdict": together((below([-value for value in small]), below(large))),
         "measured": {str(size): statistics.mean(vocabularies[size]) for size in sizes},
         "interval": {str(size): interval(vocabularies[size]) for size in sizes},
         "by_seed": {str(size): vocabularies[size] for size in sizes},

@@ -15,7 +15,9 @@ FOLDER = ROOT / "experiments" / "universal_tokenizer"
 PACK = ROOT.parent / "shared" / "data"
 
 sys.path.append(str(FOLDER))
-from verdicts import at_bytes, interval, sided, speed_entry, together, within  # noqa: E402
+from verdicts import at_bytes, speed_entry  # noqa: E402
+
+from koine.evaluate.verdicts import below, interval, together, within  # noqa: E402
 
 
 def test_students_interval_by_hand() -> None:
@@ -25,9 +27,9 @@ def test_students_interval_by_hand() -> None:
 
 
 def test_verdicts() -> None:
-    assert sided([-0.10, -0.11, -0.12]) == "reproduced"
-    assert sided([0.10, 0.11, 0.12]) == "not reproduced"
-    assert sided([-0.10, 0.11, 0.02]) == "inconclusive"
+    assert below([-0.10, -0.11, -0.12]) == "reproduced"
+    assert below([0.10, 0.11, 0.12]) == "not reproduced"
+    assert below([-0.10, 0.11, 0.02]) == "inconclusive"
     assert within([0.01, 0.012, 0.011], 0.05) == "reproduced"
     assert within([0.11, 0.112, 0.111], 0.05) == "not reproduced"
     assert within([0.01, 0.10, 0.02], 0.05) == "inconclusive"
@@ -83,7 +85,7 @@ def test_the_committed_results_are_what_the_statistics_make_of_them() -> None:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name in ("UT3", "UT4"):
             entry = results["hypotheses"][name]
-            assert entry["verdict"] == sided(entry["by_seed"]), (path.name, name)
+            assert entry["verdict"] == below(entry["by_seed"]), (path.name, name)
             assert entry["interval"] == pytest.approx(interval(entry["by_seed"]))
         assert len(results["seeds"]) >= 3
         assert len(results["primary_seeds"]) >= 5

@@ -1,0 +1,45 @@
+"""From differences over seeds to a verdict: reproduced, not reproduced, or inconclusive where the interval holds the border."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+# Student's t for a two-sided 95 % interval, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Student's 95 % interval of the mean of up to ten values; of one value, the value itself twice."""
+    mean, half = statistics.mean(values), 0.0
+    if len(values) > 1:
+        half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return [mean - half, mean + half]
+
+
+def above(values: Sequence[float], least: float = 0.0) -> str:
+    """The verdict on "above `least`"."""
+    low, high = interval(values)
+    return "reproduced" if low > least else "not reproduced" if high < least else "inconclusive"
+
+
+def below(values: Sequence[float], most: float = 0.0) -> str:
+    """The verdict on "below `most`"."""
+    return above([-value for value in values], -most)
+
+
+def within(values: Sequence[float], margin: float) -> str:
+    """The verdict on "no further from 0 than `margin`"."""
+    low, high = interval(values)
+    if -margin <= low and high <= margin:
+        return "reproduced"
+    return "not reproduced" if low > margin or high < -margin else "inconclusive"
+
+
+def together(verdicts: Iterable[str]) -> str:
+    """The verdict on several claims at once: all must hold, and one that fails is enough."""
+    found = set(verdicts)
+    if "not reproduced" in found:
+        return "not reproduced"
+    return "inconclusive" if "inconclusive" in found else "reproduced"
