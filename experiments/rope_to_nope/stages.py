@@ -23,8 +23,11 @@ from koine.train import TrainSettings, language_modelling, train
 BEGIN = 8
 """Tokens at the beginning that count as the sink, in proportion to the paper's 10 of 65,536 rather many (papers' advice: 4 to 10)."""
 
-LOGIT_SCALE, INITIALIZER_RANGE = 8.0, 0.08
-"""With tied embeddings of this width, smaller ones leave finding unlearnt for thousands of steps (pilots on the RoPE arm alone, EXPECTED.md)."""
+INITIALIZER_RANGE = 0.08
+"""Of all matrices: a smaller one leaves a model of this width looking everywhere alike for long (pilots on the RoPE arm alone, EXPECTED.md)."""
+
+PAIRS_SHARE = 0.4
+"""Of the first stage's steps, those on pairs alone: finding is learnt there first, and in a haystack after."""
 
 SHORT_TO_LONG = 3
 """Short texts for each long one in the second stage."""
@@ -73,14 +76,15 @@ def pretrain_short(
         head_dim=hidden // heads,
         layers=layers_of(variant, num_layers, window),
         rope_theta=theta,
-        logit_scale=LOGIT_SCALE,
+        logit_scale=1.0,
         initializer_range=INITIALIZER_RANGE,
         max_position_embeddings=longest,
     )
     torch.manual_seed(seed)
     model = Decoder(config)
-    shares = {"books": 0.2, "pairs": 0.5, "short": 0.3}
-    _train(model, corpus, shares, length, steps, tokens_per_step, learning_rate, seed, threads, out)
+    first = max(1, round(PAIRS_SHARE * steps))
+    phases = [({"pairs": 1.0}, first), ({"books": 0.2, "pairs": 0.2, "short": 0.6}, max(1, steps - first))]
+    _train(model, corpus, phases, length, tokens_per_step, learning_rate, seed, threads, out)
     _measure_short(model, corpus, texts, (length,), prompts, out)
 
 
@@ -114,7 +118,7 @@ def extend(
     grown.load_state_dict(start.state_dict())
     short_share = SHORT_TO_LONG * short / (SHORT_TO_LONG * short + long)
     shares = {"short": short_share, "long": 1.0 - short_share}
-    _train(grown, corpus, shares, long, steps, tokens_per_step, learning_rate, seed, threads, out)
+    _train(grown, corpus, [(shares, steps)], long, tokens_per_step, learning_rate, seed, threads, out)
     found = _measure_short(grown, corpus, texts, (short, long, 2 * long, 4 * long), prompts, out)
     found["attention"] = _attention(grown, corpus, texts, long, attention_prompts)
     write_json(out / "measures.json", found)
@@ -123,9 +127,8 @@ def extend(
 def _train(
     model: Decoder,
     corpus: Path,
-    shares: dict[str, float],
+    phases: Sequence[tuple[dict[str, float], int]],
     length: int,
-    steps: int,
     tokens_per_step: int,
     learning_rate: float,
     seed: int,
@@ -135,12 +138,18 @@ def _train(
     from koine.data import DataOrder, Mixture, Phase, Source
 
     torch.set_num_threads(threads)
-    sources = tuple(
-        Source(name=name, path=corpus / "tokens" / name, proportion=share, max_epochs=1_000.0)
-        for name, share in shares.items()
-    )
+
+    def sources(shares: dict[str, float]) -> tuple[Source, ...]:
+        return tuple(
+            Source(name=name, path=corpus / "tokens" / name, proportion=share, max_epochs=1_000.0)
+            for name, share in shares.items()
+        )
+
     mixture = Mixture(
-        phases=(Phase(name="train", steps=steps, sources=sources),),
+        phases=tuple(
+            Phase(name=f"phase-{number}", steps=count, sources=sources(shares))
+            for number, (shares, count) in enumerate(phases)
+        ),
         sequence_length=length,
         batch_size=max(1, tokens_per_step // length),
         seed=seed,
@@ -148,7 +157,7 @@ def _train(
     )
     settings = TrainSettings(
         learning_rate=learning_rate,
-        warmup_steps=min(50, steps // 4),
+        warmup_steps=min(50, min(count for _, count in phases) // 4),
         schedule="cosine",
         dtype="bfloat16",
         seed=seed,
