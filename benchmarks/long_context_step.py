@@ -6,8 +6,8 @@
 At each length every side is tried in each of its configurations (transformers: with each of its attention back ends that has a backward pass on this
 machine), and then the best ones take turns, each between two matmuls of the block's own shape. `time_over_flops` compares the growth of our
 time a token from the shortest length on with the growth of the counted operations: at most 1 where the kernels of attention are as good as
-the plain matmuls. A side whose step would take longer than `--most-seconds`, judged by its step at the length before, is left out, and the
-result says so. The last line printed is one line of JSON.
+the plain matmuls. A side whose step would take longer than `--most-seconds`, judged by its step at the length before, or that fails
+alone on the machine, is left out, and the result says so. The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -170,22 +170,21 @@ def main() -> None:
                 choices = [
                     c for c in candidates(name) if length < LENGTHS[-1] or str(c) == known
                 ] or candidates(name)
-                found = (
-                    [(c, seconds_of(c, weights[name], length, options.threads)) for c in choices]
-                    if len(choices) > 1
-                    else []
-                )
+                found = [(c, seconds_of(c, weights[name], length, options.threads)) for c in choices]
                 for _, one in found:
                     print(f"  {name} {length}: {one}", flush=True)
-                working = [(c, one) for c, one in found if "seconds" in one]
-                best = min(working, key=lambda pair: pair[1]["seconds"])[0] if working else choices[0]
-                sides[name] = (best, weights[name])
                 tried[name] = [one for _, one in found]
+                working = [(c, one) for c, one in found if "seconds" in one]
+                if not working:
+                    # Alone on the machine, so it is the side's own need that ended it.
+                    left_out[name] = "; ".join(one["failed"] for _, one in found)
+                    continue
+                sides[name] = (min(working, key=lambda pair: pair[1]["seconds"])[0], weights[name])
             row = turns(sides, length, config, options)
             row |= {"tried": tried, "left_out": left_out}
             result["results"][str(length)] = row
             first = result["results"][str(min(map(int, result["results"])))]
-            for name in ("ours", "all_full"):
+            for name in {"ours", "all_full"} & sides.keys():
                 per_token = [one[name]["seconds"] / one["tokens"] for one in (row, first)]
                 per_flop = [one[name]["flops"] / one["tokens"] for one in (row, first)]
                 row[name]["time_over_flops"] = (per_token[0] / per_token[1]) / (per_flop[0] / per_flop[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ class Side:
             self.process.wait()
             self.errors.seek(0)
             said = self.errors.read().strip().splitlines()
+            if self.process.returncode == -signal.SIGKILL:
+                raise RuntimeError("ended by the operating system, which has no more memory")
             raise RuntimeError(f"the side ended with {self.process.returncode}: {said[-1] if said else ''}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -229,13 +229,13 @@ CASES = (
     Case(
         mistake="an export over a file that is there",
         command="model export model --format gguf --out model/config.json",
-        prepare=worlds.having("model"),
+        prepare=worlds.having("exportable", then=worlds.renamed("exportable", "model")),
         says="model/config.json: exists already; choose another --out or remove it first",
     ),
     Case(
         mistake="a disk that is full while exporting",
         command="model export model --format gguf --out model.gguf",
-        prepare=worlds.having("model"),
+        prepare=worlds.having("exportable", then=worlds.renamed("exportable", "model")),
         during=worlds.full_disk,
         simulated="fsync reports that no space is left",
         says="model.gguf: the disk is full; free some space or choose another place; nothing half-written was kept",
@@ -248,9 +248,7 @@ CASES = (
     Case(
         mistake="a folder that is no model",
         command=CHAT,
-        prepare=worlds.having(
-            "tokenizer", then=lambda folder: (folder / "tokenizer").rename(folder / "model")
-        ),
+        prepare=worlds.having("tokenizer", then=worlds.renamed("tokenizer", "model")),
         says="model: holds no config.json; give the folder of a model",
     ),
     Case(

@@ -84,13 +84,14 @@ def having(*names: str, then: Callable[[Path], None] | None = None) -> Callable[
     return prepare
 
 
-def build_tokenizer(out: Path) -> None:
+def build_tokenizer(out: Path, *, merges: int = 0) -> None:
     from koine.tokenizer import train_tokenizer
     from koine.tokenizer.special import SMALLEST_VOCABULARY
 
     train_tokenizer(
         {code: (lambda text=text: [text]) for code, text in TEXTS.items()},  # type: ignore[misc]
-        vocab_size=SMALLEST_VOCABULARY,
+        vocab_size=SMALLEST_VOCABULARY + merges,
+        min_frequency=2,
         scheme="natural",
         english_share=None,
     ).save(out)
@@ -121,6 +122,17 @@ def build_model(out: Path) -> None:
     torch.manual_seed(0)
     config = preset("koine-0.5m", load_tokenizer(built("tokenizer")).vocab_size)
     save_model(Decoder(config), out, tokenizer=built("tokenizer"))
+
+
+def build_exportable(out: Path) -> None:
+    """As `build_model`, with a tokenizer of two merges: llama.cpp reads no model without any."""
+    from koine.model import Decoder, preset, save_model
+    from koine.tokenizer import load_tokenizer
+
+    folder = out.with_name("tokenizer-with-merges")
+    build_tokenizer(folder, merges=2)
+    config = preset("koine-0.5m", load_tokenizer(folder).vocab_size)
+    save_model(Decoder(config), out, tokenizer=folder)
 
 
 def build_trained(out: Path) -> None:
@@ -157,6 +169,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokenizer": build_tokenizer,
     "tokens": build_tokens,
     "model": build_model,
+    "exportable": build_exportable,
     "trained": build_trained,
     "halfway": build_halfway,
 }
@@ -195,6 +208,13 @@ def written(path: str, content: str) -> Callable[[Path], None]:
 
 def removed(path: str) -> Callable[[Path], None]:
     return lambda folder: (folder / path).unlink()
+
+
+def renamed(path: str, to: str) -> Callable[[Path], None]:
+    def rename(folder: Path) -> None:
+        (folder / path).rename(folder / to)
+
+    return rename
 
 
 def edited_json(path: str, **changes: Any) -> Callable[[Path], None]:
