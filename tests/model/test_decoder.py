@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from koine.model import Decoder, LayerSpec, ModelConfig
-from koine.model.decoder import LayerNorm
+from koine.model.block import LayerNorm
 from koine.model.reading import StretchReading
 
 

@@ -20,12 +20,18 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "data": ("koine.cli.data", "data", "Write the sample world, tokenize text, ask what a step saw."),
     "doctor": ("koine.cli.doctor", "doctor", "Print versions, hardware, and what each extra would add."),
     "evaluate": ("koine.cli.evaluate", "evaluate", "Measure bits per byte and question accuracy."),
+    "extend": ("koine.cli.upcycle", "extend", "Add an expert to a mixture, or remove one."),
     "lineage": ("koine.cli.run", "lineage", "Print an artifact's tree of ancestors."),
     "model": ("koine.cli.model", "model", "Describe presets and model directories."),
     "report": ("koine.cli.report", "report", "Write one self-contained HTML file about a run."),
     "run": ("koine.cli.run", "run", "Run a plan: build what is missing, reuse what is there."),
     "tokenizer": ("koine.cli.tokenizer", "tokenizer", "Language weights and tokenizer training."),
     "train": ("koine.cli.train", "train", "Pretrain or fine-tune a model."),
+    "upcycle": (
+        "koine.cli.upcycle",
+        "upcycle",
+        "Make a mixture of experts of dense branches: BTX, BAM, Nexus.",
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """Model directories in both directions: `config.json` and `model.safetensors` that `transformers` opens, and the reverse.
 
-A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when read.
+A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when read (`block_tensors`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.files import disk_errors, read_json, write_json
+from koine.model.block_tensors import join_stored, split_stored
 from koine.model.config import ModelConfig
 from koine.model.config_json import read_config, to_json
 from koine.model.decoder import Decoder
@@ -27,44 +28,32 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-_OUT = ("self_attn.o_proj", "mlp.down_proj")
+_TOP = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+"""Tensors outside the blocks, ours and as they are saved."""
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under the names and shapes of `transformers`' Cohere and Cohere2."""
-    out = {"model.embed_tokens.weight": state["embedding.weight"], "model.norm.weight": state["norm.weight"]}
-    if not config.tie_embeddings:
-        out["lm_head.weight"] = state["head.weight"]
-    for index, spec in enumerate(config.layers):
-        ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
-        out[theirs + "input_layernorm.weight"] = state[ours + "norm.weight"]
-        parts = torch.split(state[ours + "in_proj.weight"], list(config.projection_sizes), dim=0)
-        out.update({f"{theirs}{name}.weight": part for name, part in zip(_IN, parts, strict=True)})
-        parts = torch.split(
-            state[ours + "out_proj.weight"], [config.attention_size, config.intermediate_size], dim=1
-        )
-        out.update({f"{theirs}{name}.weight": part for name, part in zip(_OUT, parts, strict=True)})
-        if spec.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                out[f"{theirs}self_attn.{name}.weight"] = state[f"{ours}{name}.weight"]
+    """Our state dict under the names and shapes of `transformers`' Cohere and Cohere2, experts under names of our own."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("blocks."):
+            _, index, rest = name.split(".", 2)
+            parts = split_stored(rest, tensor, config)
+            out.update({f"model.layers.{index}.{stored}": part for stored, part in parts.items()})
+        else:
+            out[_TOP[name]] = tensor
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
 def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The reverse of `to_transformers`; a missing tensor raises `KeyError` with its name."""
-    out = {"embedding.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
-    if not config.tie_embeddings:
-        out["head.weight"] = state["lm_head.weight"]
-    for index, spec in enumerate(config.layers):
-        ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
-        out[ours + "norm.weight"] = state[theirs + "input_layernorm.weight"]
-        out[ours + "in_proj.weight"] = torch.cat([state[f"{theirs}{name}.weight"] for name in _IN], dim=0)
-        out[ours + "out_proj.weight"] = torch.cat([state[f"{theirs}{name}.weight"] for name in _OUT], dim=1)
-        if spec.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                out[f"{ours}{name}.weight"] = state[f"{theirs}self_attn.{name}.weight"]
-    return out
+    with torch.device("meta"):
+        names = Decoder(config).state_dict().keys()
+    return {name: _one(state, name, config) for name in names}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -184,7 +173,7 @@ def load_model(
     model.to(dtype=dtype or weights["model.norm.weight"].dtype)
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.state_dict(keep_vars=True).items():
             parameter.copy_(_one(weights, name, config))
             if not torch.isfinite(parameter).all():
                 raise UserError(
@@ -198,21 +187,9 @@ def load_model(
 def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tensor:
     """One of our tensors from the stored ones, so that loading needs room for the model and one tensor."""
     if not name.startswith("blocks."):
-        theirs = {
-            "embedding.weight": "model.embed_tokens.weight",
-            "norm.weight": "model.norm.weight",
-            "head.weight": "lm_head.weight",
-        }
-        return weights[theirs[name]]
+        return weights[_TOP[name]]
     _, index, rest = name.split(".", 2)
-    prefix = f"model.layers.{index}."
-    if rest == "in_proj.weight":
-        return torch.cat([weights[f"{prefix}{part}.weight"] for part in _IN], dim=0)
-    if rest == "out_proj.weight":
-        return torch.cat([weights[f"{prefix}{part}.weight"] for part in _OUT], dim=1)
-    if rest == "norm.weight":
-        return weights[prefix + "input_layernorm.weight"]
-    return weights[f"{prefix}self_attn.{rest}"]
+    return join_stored(rest, lambda stored: weights[f"model.layers.{index}.{stored}"], config)
 
 
 def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
@@ -245,12 +222,19 @@ def save_state(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model directory from a state dict of ours (see `save_model`)."""
+    tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_stored(tensors, config, path, tokenizer=tokenizer)
+
+
+def save_stored(
+    tensors: Mapping[str, Tensor], config: ModelConfig, path: Path, *, tokenizer: Path | None = None
+) -> None:
+    """Write a model directory from tensors under the names that they are saved by (see `save_model`)."""
     path = Path(path)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
-        if dtype is not None:
-            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 
 from koine.errors import UserError
 from koine.files import read_json
-from koine.model.config import LayerSpec, ModelConfig
+from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
 
 OWN_TYPES = ("cohere", "cohere2", "koine")
 _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM", "koine": "KoineForCausalLM"}
@@ -17,9 +17,11 @@ _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM",
 def model_type(config: ModelConfig) -> str:
     """The `transformers` class that is exactly this model, or `koine` where there is none.
 
-    Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones without, no QK-norm.
+    Experts: `koine`. Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones without, no QK-norm.
     """
     layers = config.layers
+    if config.mixture is not None:
+        return "koine"
     if all(layer.window is None and layer.rope and layer.qk_norm == layers[0].qk_norm for layer in layers):
         # transformers' Cohere takes head_dim from its config where given, and derives it otherwise.
         return "cohere"
@@ -69,6 +71,8 @@ def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
         value["layers"] = [
             {"window": layer.window, "rope": layer.rope, "qk_norm": layer.qk_norm} for layer in config.layers
         ]
+        if config.mixture is not None:
+            value["mixture"] = dataclasses.asdict(config.mixture) | {"experts": list(config.mixture.experts)}
     return value
 
 
@@ -102,6 +106,7 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
         num_kv_heads=fields.whole("num_key_value_heads", heads),
         head_dim=fields.whole("head_dim", max(1, hidden // max(1, heads))),
         layers=_layers(fields, kind, fields.whole("num_hidden_layers")),
+        mixture=_mixture(fields) if kind == "koine" else None,
         rope_theta=float(theta or (500_000.0 if kind == "cohere" else 10_000.0)),
         norm_eps=fields.number("layer_norm_eps", 1e-5),
         logit_scale=fields.number("logit_scale", 0.0625),
@@ -216,6 +221,21 @@ def _own_layer(fields: _Fields, layer: Any) -> LayerSpec:
     if not isinstance(layer, dict) or not layer.keys() <= known:
         raise fields.wrong("layers", f"a list of objects with the keys {', '.join(sorted(known))}")
     return LayerSpec(**layer)
+
+
+def _mixture(fields: _Fields) -> MixtureConfig | None:
+    value = fields.value.get("mixture")
+    if value is None:
+        return None
+    known = {field.name for field in dataclasses.fields(MixtureConfig)}
+    names = value.get("experts") if isinstance(value, dict) else None
+    if (
+        not isinstance(value, dict)
+        or not value.keys() <= known
+        or not (isinstance(names, list) and all(isinstance(name, str) for name in names))
+    ):
+        raise fields.wrong("mixture", f"an object with the keys {', '.join(sorted(known))}")
+    return MixtureConfig(**{**value, "experts": tuple(names)})
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -36,11 +36,13 @@ def describe_config(config: ModelConfig, *, length: int = 4096) -> dict[str, Any
         "layers": f"{len(config.layers)} ({len(config.layers) - full} windowed {windows}, {full} full)"
         if windows
         else f"{len(config.layers)} (all full)",
+        "experts": _experts(config),
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "length": length,
         "parameters": {
             "total": parameters.total,
+            "active": parameters.active,
             "embedding": parameters.embedding,
             "head": parameters.head,
             "non_embedding": parameters.non_embedding,
@@ -51,3 +53,17 @@ def describe_config(config: ModelConfig, *, length: int = 4096) -> dict[str, Any
         },
         "cache_bytes": cache,
     }
+
+
+def _experts(config: ModelConfig) -> str:
+    mixture = config.mixture
+    if mixture is None:
+        return "none (dense)"
+    router = "linear router" if mixture.domain_size is None else "router over domain embeddings"
+    shared = " and one shared" if mixture.shared_expert else ""
+    attention = {
+        "averaged": "averaged attention",
+        "kv-experts": "attention experts",
+        "shared-kv": "attention experts with shared keys and values",
+    }
+    return f"{len(mixture.experts)}, top-{mixture.top_k}{shared}, {router}, {attention[mixture.attention]}: {', '.join(mixture.experts)}"

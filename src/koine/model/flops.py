@@ -13,17 +13,24 @@ from koine.model.config import LayerSpec, ModelConfig
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts; `total` counts a tied embedding once."""
+    """Parameter counts; `total` counts a tied embedding once. Domain embeddings are fixed and not counted."""
 
     embedding: int
     head: int
     blocks: int
     norm: int
+    idle: int = 0
+    """Parameters of the feed-forward experts that a token does not go to."""
 
     @property
     def total(self) -> int:
         """All parameters."""
         return self.embedding + self.head + self.blocks + self.norm
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets, the whole embedding counted."""
+        return self.total - self.idle
 
     @property
     def non_embedding(self) -> int:
@@ -32,21 +39,54 @@ class Parameters:
 
 
 def block_matrix_parameters(config: ModelConfig) -> int:
-    """Entries of one block's projections."""
+    """Entries of one block's matrices that every token is multiplied with; of its experts, so many as a token goes to."""
     into = sum(config.projection_sizes)
-    out = config.attention_size + config.intermediate_size
-    return config.hidden_size * (into + out)
+    out = config.attention_size + config.dense_size
+    matrices = config.hidden_size * (into + out)
+    mixture = config.mixture
+    if mixture is None:
+        return matrices
+    matrices += mixture.top_k * expert_parameters(config)
+    linear_routers = (mixture.domain_size is None) + (mixture.attention != "averaged")
+    # Domain embeddings are projected once, not once a token: what a token costs is its product with the result.
+    return matrices + (linear_routers + (mixture.domain_size is not None)) * config.hidden_size * len(
+        mixture.experts
+    )
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """Entries of one feed-forward expert."""
+    return 3 * config.hidden_size * config.intermediate_size
+
+
+def _mixture_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Of one block: parameters beyond those that `block_matrix_parameters` counts, and those of them in experts a token does not go to."""
+    mixture = config.mixture
+    if mixture is None:
+        return 0, 0
+    idle = (len(mixture.experts) - mixture.top_k) * expert_parameters(config)
+    if mixture.domain_size is None:
+        return idle, idle
+    router = 2 * config.hidden_size * mixture.domain_size + config.hidden_size**2
+    return idle + router - config.hidden_size * len(mixture.experts), idle
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
     """Parameters by part."""
     blocks = 0
+    more, idle = _mixture_parameters(config)
     for spec in config.layers:
-        blocks += block_matrix_parameters(config) + config.hidden_size
+        blocks += block_matrix_parameters(config) + more + config.hidden_size
         if spec.qk_norm:
             blocks += config.attention_size + config.kv_size
     embedding = config.vocab_size * config.hidden_size
-    return Parameters(embedding, 0 if config.tie_embeddings else embedding, blocks, config.hidden_size)
+    return Parameters(
+        embedding,
+        0 if config.tie_embeddings else embedding,
+        blocks,
+        config.hidden_size,
+        idle * len(config.layers),
+    )
 
 
 def visible_pairs(time: int, window: int | None) -> int:

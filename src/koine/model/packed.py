@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from koine.model.decoder import Block, Decoder
+from koine.model.block import Block
+from koine.model.decoder import Decoder
 
 
 class PackedLinear(nn.Module):

@@ -91,7 +91,7 @@ class PagedCache:
         """Counts what makes a plan of reading out of date: sequences and pages that come and go."""
 
     def _new_ring(self, window: int, slots: int) -> tuple[Tensor, Tensor]:
-        shape = (slots, self.config.num_kv_heads, window, self.config.head_dim)
+        shape = (slots, self.config.kv_heads, window, self.config.head_dim)
         return self._empty(shape), self._empty(shape)
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
@@ -199,7 +199,7 @@ class PagedCache:
             raise OutOfPages
         while len(self._free) < count:
             size = min(max(SLAB, self._pages), LARGEST_SLAB)
-            shape = (self.config.num_kv_heads, size, self.page, self.config.head_dim)
+            shape = (self.config.kv_heads, size, self.page, self.config.head_dim)
             for slabs in self._slabs.values():
                 slabs.append((self._empty(shape), self._empty(shape)))
             self._starts.append(self._pages)

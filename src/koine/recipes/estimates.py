@@ -98,3 +98,21 @@ def extension(
 def long_evaluation(*, lengths: tuple[int, ...], documents: int, **_: Any) -> Estimate:
     """The same documents once for each length."""
     return Estimate(IMPORTED + 600 * 2**20, 5.0 + 2.0 * documents * len(lengths))
+
+
+def branch(*, steps: int, sequence_length: int, batch_size: int, micro_batch_size: int, **_: Any) -> Estimate:
+    """Training of a model whose sizes are not known beforehand: one of some ten million parameters."""
+    at_once = (micro_batch_size or batch_size) * sequence_length
+    return Estimate(
+        IMPORTED + 400 * 2**20 + 60_000 * at_once, 5.0 + steps * batch_size * sequence_length / 4_000
+    )
+
+
+def mixing(**_: Any) -> Estimate:
+    """Reading some models and writing one."""
+    return Estimate(IMPORTED + 500 * 2**20, 5.0)
+
+
+def domains(*, documents: int, **_: Any) -> Estimate:
+    """The same documents of some six domains."""
+    return Estimate(IMPORTED + 500 * 2**20, 5.0 + 0.5 * documents)

@@ -43,6 +43,8 @@ def finish(
             _save_other(model, partial, tokenizer)
         else:
             assert isinstance(model, Decoder)
+            # What is fixed is no master: the domain embeddings of a mixture.
+            full |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
             save_state(full, model.config, partial, tokenizer=tokenizer)
         fsync_tree(partial)
         for path in sorted(partial.iterdir()):

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from koine.errors import UserError
 from koine.train.loss import IGNORE, chunked_cross_entropy
+from koine.train.routing import has_experts, router_loss
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch
+    from koine.model.routers import Routing
 
 Objective = Callable[[Any, "Batch"], tuple[Tensor, dict[str, float]]]
 """`loss_sum, metrics = objective(model, batch)`; `metrics["units"]` says over how many units the sum runs, the others are sums
@@ -21,10 +23,16 @@ over the units too (the loop divides both by the units of all micro batches and 
 def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """Next-token cross-entropy; the units are the targets that are not -100. The loss is a sum in nats.
 
-    Serves pretraining and supervised fine-tuning alike: what carries loss is said by `batch.targets`.
+    Serves pretraining and supervised fine-tuning alike: what carries loss is said by `batch.targets`. A mixture of experts adds the losses
+    of its routers (`koine.train.routing`), which the metrics show apart.
     """
     units = int((batch.targets != IGNORE).sum())
-    hidden = model(batch.tokens, document_ids=batch.document_ids)
+    routings: list[Routing] | None = None
+    if has_experts(model):
+        routings = []
+        hidden = model(batch.tokens, document_ids=batch.document_ids, routings=routings)
+    else:
+        hidden = model(batch.tokens, document_ids=batch.document_ids)
     weight = getattr(model, "output_weight", None)
     if weight is None:
         # Another architecture keeps its own head: its logits are taken a row of the batch at a time.
@@ -38,7 +46,14 @@ def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
     else:
         scale = float(getattr(model, "logit_scale", 1.0))
         loss = chunked_cross_entropy(hidden, weight, batch.targets, scale=scale)
-    return loss, {"units": float(units)}
+    metrics = {"units": float(units)}
+    if routings is not None:
+        counted = None if batch.document_ids is None else batch.document_ids >= 0
+        routing, of_routers = router_loss(routings, model.config.mixture, counted)  # type: ignore[union-attr, arg-type]
+        # The loss is a sum over the units, and the routers' losses are means: they weigh as much as in the papers' mean loss.
+        loss = loss + units * routing
+        metrics |= {name: units * value for name, value in of_routers.items()}
+    return loss, metrics
 
 
 def supervised_fine_tuning(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:

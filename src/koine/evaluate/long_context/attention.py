@@ -24,7 +24,7 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.model import CausalLM, Decoder, LayerSpec
-from koine.model.decoder import Block
+from koine.model.block import Block
 from koine.model.rotary import Rotation, apply_rotary, rotation
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _keys(block: Block, x: Tensor) -> Tensor:
     config, spec = block.config, block.spec
     first = config.attention_size
     weight = block.in_proj.weight[first : first + config.kv_size]
-    k: Tensor = F.linear(block.norm(x), weight).view(1, -1, config.num_kv_heads, config.head_dim)
+    k: Tensor = F.linear(block.norm(x), weight).view(1, -1, config.kv_heads, config.head_dim)
     if spec.qk_norm:
         k = block.k_norm(k)
     if spec.rope:
@@ -118,7 +118,7 @@ def _queries(block: Block, x: Tensor, start: int, stop: int) -> Tensor:
     config, spec = block.config, block.spec
     weight = block.in_proj.weight[: config.attention_size]
     q: Tensor = F.linear(block.norm(x[:, start:stop]), weight)
-    q = q.view(1, -1, config.num_heads, config.head_dim)
+    q = q.view(1, -1, config.query_heads, config.head_dim)
     if spec.qk_norm:
         q = block.q_norm(q)
     if spec.rope:
@@ -136,9 +136,9 @@ def _weights(block: Block, q: Tensor, keys: Tensor, start: int) -> Tensor:
     """Softmax of the visible scores; q `[heads, rows, head_dim]` are the positions from `start` on."""
     config, window = block.config, block.spec.window
     rows, time = q.shape[1], keys.shape[1]
-    grouped = q.reshape(config.num_kv_heads, config.groups * rows, config.head_dim)
+    grouped = q.reshape(config.kv_heads, config.groups * rows, config.head_dim)
     scores = torch.bmm(grouped.float(), keys.float().transpose(1, 2))
-    scores = scores.view(config.num_heads, rows, time)
+    scores = scores.view(config.query_heads, rows, time)
     distance = (
         torch.arange(start, start + rows, device=q.device)[:, None]
         - torch.arange(time, device=q.device)[None]
@@ -224,7 +224,7 @@ def _of_decoder(model: Decoder, tokens: Sequence[int], segments: Tensor, rows: s
 
     def look(block: Block, x: Tensor) -> None:
         keys = _keys(block, x)
-        size = max(1, _WEIGHTS // (block.config.num_heads * len(tokens)))
+        size = max(1, _WEIGHTS // (block.config.query_heads * len(tokens)))
         parts = (
             _weights(block, _queries(block, x, first, min(first + size, stop)), keys, first)
             for first in range(start, stop, size)

@@ -1,0 +1,288 @@
+"""`koine upcycle` and `koine extend`: mixtures of experts from dense branches, and one expert more or less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from koine.model.config import ModelConfig
+
+SEED = click.option(
+    "--seed", type=click.Path(path_type=Path), required=True, help="The dense model that they branched from."
+)
+EXPERTS = click.option(
+    "--experts",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]MODEL...",
+    help="Its branches, one after another.",
+)
+MORE = click.argument("more", nargs=-1, metavar="")
+OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+TOP_K = click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Feed-forward experts a token goes to.",
+)
+BALANCE = click.option(
+    "--load-balancing", type=float, default=0.01, show_default=True, help="Factor of the balance loss."
+)
+Z_LOSS = click.option(
+    "--z-loss", type=float, default=0.001, show_default=True, help="Factor of the router's z-loss."
+)
+RANDOM = click.option("--random-seed", default=0, show_default=True, help="Seed of the routers' weights.")
+
+
+@click.group()
+def upcycle() -> None:
+    """Make one mixture of experts of a seed and its branches, each a folder of an equal dense model.
+
+    Experts are named after their folders, or by NAME=MODEL.
+    """
+
+
+@upcycle.command()
+@SEED
+@EXPERTS
+@MORE
+@OUT
+@TOP_K
+@BALANCE
+@Z_LOSS
+@RANDOM
+def btx(
+    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, load_balancing: float,
+    z_loss: float, random_seed: int,
+) -> None:  # fmt: skip
+    """Branch-train-mix: an expert of each feed-forward half, the seed's too; the rest is averaged."""
+    from koine.combine import upcycle_btx
+    from koine.files import atomic_directory
+
+    with atomic_directory(out) as folder:
+        config = upcycle_btx(
+            seed, _named((*experts, *more)), folder, top_k=top_k, random_seed=random_seed,
+            load_balancing=load_balancing, z_loss=z_loss,
+        )  # fmt: skip
+    _say(config, out)
+
+
+@upcycle.command()
+@SEED
+@EXPERTS
+@MORE
+@OUT
+@TOP_K
+@click.option(
+    "--attention", type=click.Choice(["kv-experts", "shared-kv"]), default="kv-experts", show_default=True,
+    help="Keys and values of each attention expert's own, or one average.",
+)  # fmt: skip
+@click.option(
+    "--attention-top-k",
+    type=click.IntRange(1),
+    help="Attention experts that keep their gate.  [default: all]",
+)
+@BALANCE
+@Z_LOSS
+@RANDOM
+def bam(
+    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, attention: str,
+    attention_top_k: int | None, load_balancing: float, z_loss: float, random_seed: int,
+) -> None:  # fmt: skip
+    """BAM: experts of each feed-forward half and a soft mixture of the attentions, the seed's too."""
+    from koine.combine import upcycle_bam
+    from koine.files import atomic_directory
+
+    with atomic_directory(out) as folder:
+        config = upcycle_bam(
+            seed, _named((*experts, *more)), folder, attention=attention, attention_top_k=attention_top_k,
+            top_k=top_k, random_seed=random_seed, load_balancing=load_balancing, z_loss=z_loss,
+        )  # fmt: skip
+    _say(config, out)
+
+
+@upcycle.command()
+@SEED
+@EXPERTS
+@MORE
+@OUT
+@click.option(
+    "--domain",
+    "domains",
+    multiple=True,
+    metavar="NAME=DATA",
+    help="Text of an expert's domain; one for each expert.",
+)
+@click.option("--router", type=click.Choice(["domains", "linear"]), default="domains", show_default=True,
+              help="Linear: the paper's baseline.")  # fmt: skip
+@click.option(
+    "--encoder", default="tfidf", show_default=True,
+    help="What embeds the domains: tfidf, hidden (of the seed), or a sentence-transformers folder.",
+)  # fmt: skip
+@click.option(
+    "--domain-size", type=click.IntRange(1), default=64, show_default=True, help="Dimensions of tfidf."
+)
+@click.option(
+    "--documents",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Of each domain, how many are read.",
+)
+@TOP_K
+@click.option(
+    "--load-balancing", type=float, default=0.05, show_default=True, help="Factor of the balance loss."
+)
+@click.option("--z-loss", type=float, default=0.0, show_default=True, help="Factor of the router's z-loss.")
+@RANDOM
+def nexus(
+    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...], router: str,
+    encoder: str, domain_size: int, documents: int, top_k: int, load_balancing: float, z_loss: float, random_seed: int,
+) -> None:  # fmt: skip
+    """Nexus: the seed's feed-forward half shared, the branches' routed by embeddings of their domains."""
+    from koine.combine import fit_encoder, upcycle_nexus
+    from koine.combine.domains import FOLDER, domain_embedding
+    from koine.errors import UserError
+    from koine.files import atomic_directory
+
+    named = _named((*experts, *more))
+    embeddings: Any = None
+    fitted: Any = None
+    if router == "domains":
+        import torch
+
+        texts = _domain_texts(domains, list(named), documents)
+        fitted = fit_encoder(encoder, texts, seed_model=seed, width=domain_size, random_seed=random_seed)
+        embeddings = torch.stack([domain_embedding(fitted, texts[name]) for name in named])
+    elif domains:
+        raise UserError(
+            "--domain is given and the router is linear", mend="leave it out, or --router domains"
+        )
+    with atomic_directory(out) as folder:
+        config = upcycle_nexus(
+            seed, named, folder, domains=embeddings, top_k=top_k, random_seed=random_seed,
+            load_balancing=load_balancing, z_loss=z_loss,
+        )  # fmt: skip
+        if fitted is not None:
+            (folder / FOLDER).mkdir()
+            fitted.save(folder / FOLDER)
+    _say(config, out)
+
+
+@click.command()
+@click.argument("mixture", type=click.Path(path_type=Path))
+@click.option(
+    "--expert", metavar="[NAME=]MODEL", help="A dense branch to add, or the one that --remove came from."
+)
+@click.option("--domain", type=click.Path(path_type=Path), help="Text of its domain, for a Nexus router.")
+@click.option("--remove", metavar="NAME", help="Leave this expert out.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option("--share", type=float, help="Its part in what is averaged.  [default: 1 / (experts + 1)]")
+@click.option("--reset-router", is_flag=True, help="Draw the routers anew, as linear ones need.")
+@click.option(
+    "--documents",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Of the domain, how many are read.",
+)
+@RANDOM
+def extend(
+    mixture: Path, expert: str | None, domain: Path | None, remove: str | None, out: Path, share: float | None,
+    reset_router: bool, documents: int, random_seed: int,
+) -> None:  # fmt: skip
+    """Add a dense branch to MIXTURE as one more expert, or remove one; its router is not trained again."""
+    from koine.combine import add_expert, remove_expert
+    from koine.errors import UserError
+    from koine.files import atomic_directory
+
+    if expert is None and remove is None:
+        raise UserError("nothing to do", mend="give --expert MODEL to add one, or --remove NAME")
+    if remove is not None:
+        for name, given in (
+            ("--domain", domain),
+            ("--share", share),
+            ("--reset-router", reset_router or None),
+        ):
+            if given is not None:
+                raise UserError(f"{name} is given with --remove", mend="leave it out")
+        with atomic_directory(out) as folder:
+            dense = None if expert is None else Path(_named((expert,)).popitem()[1])
+            config = remove_expert(mixture, remove, folder, dense=dense)
+    else:
+        assert expert is not None
+        [(name, path)] = _named((expert,)).items()
+        texts = None if domain is None else _texts(domain, documents)
+        with atomic_directory(out) as folder:
+            config = add_expert(
+                mixture, path, folder, name=name, texts=texts, share=share, reset_router=reset_router,
+                random_seed=random_seed,
+            )  # fmt: skip
+    _say(config, out)
+
+
+def _named(given: tuple[str, ...]) -> dict[str, Path]:
+    """Models by name: what stands before `=`, or the folder's own name."""
+    from koine.errors import UserError
+
+    named: dict[str, Path] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not equals:
+            name, path = Path(one).resolve().name, one
+        if name in named:
+            raise UserError(
+                f"two experts are named '{name}'", mend="name them: --experts code=A --experts law=B"
+            )
+        named[name] = Path(path)
+    return named
+
+
+def _domain_texts(given: tuple[str, ...], experts: list[str], documents: int) -> dict[str, list[str]]:
+    from koine.errors import UserError, did_you_mean
+
+    texts: dict[str, list[str]] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not equals:
+            raise UserError(f"'{one}' is not NAME=DATA", where="--domain")
+        if name not in experts:
+            raise UserError(
+                f"no expert is named '{name}'", where="--domain", mend=did_you_mean(name, experts)
+            )
+        texts.setdefault(name, []).extend(_texts(Path(path), documents))
+    missing = [name for name in experts if name not in texts]
+    if missing:
+        raise UserError(
+            f"no text of the domain of '{missing[0]}'",
+            mend=f"add --domain {missing[0]}=DATA, or --router linear",
+        )
+    return texts
+
+
+def _texts(path: Path, documents: int) -> list[str]:
+    from itertools import islice
+
+    from koine.data import read_records
+
+    def text(record: dict[str, Any]) -> str:
+        if "text" in record:
+            return str(record["text"])
+        return "\n".join(str(message["content"]) for message in record["messages"])
+
+    return [text(record) for record in islice(read_records(path, split="all"), documents)]
+
+
+def _say(config: ModelConfig, out: Path) -> None:
+    from koine.model.flops import count_parameters
+
+    assert config.mixture is not None
+    parameters = count_parameters(config)
+    click.echo(
+        f"{len(config.mixture.experts)} experts ({', '.join(config.mixture.experts)}): {parameters.total:,} parameters, "
+        f"{parameters.active:,} of them active for a token; written to {out}"
+    )

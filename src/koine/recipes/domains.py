@@ -1,0 +1,313 @@
+"""The steps of branch-train-mix: a domain's text, a branch trained on it, a mixture of branches, and what each knows of every domain.
+
+Heavy imports are inside the functions, so that a run in which everything is up to date never loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError, did_you_mean
+from koine.files import write_json
+from koine.plan import step
+from koine.recipes import estimates
+from koine.recipes.corpora import field_mapping
+from koine.recipes.corpus import read_lines, write_step_report
+from koine.recipes.training import phase_of, train_step, training_settings
+
+METHODS = ("btx", "bam", "bam-shared-kv", "nexus", "nexus-linear", "average")
+"""How branches become one model: see `koine.combine.upcycle`; `nexus-linear` is Nexus with a linear router, `average` one dense model."""
+
+ENCODED = 512
+"""Documents of each domain from which its embedding is made."""
+
+
+@step(version="1", estimate=estimates.own_text)
+def domain_text(
+    data: Path,
+    *,
+    domain: str,
+    fields: tuple[str, ...],
+    max_bytes: int,
+    heldout_bytes: int,
+    max_bad_share: float,
+    seed: int,
+    out: Path,
+) -> None:
+    """A domain's documents: `train.jsonl`, and `heldout.jsonl` that no step trains on.
+
+    Every twentieth document is held out (drawn with `seed`) until there are `heldout_bytes`; long ones are cut to 20,000 characters apart.
+    """
+    import random
+
+    from koine.data import read_records
+
+    draw = random.Random(seed)
+    reader = read_records(data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all")
+    sizes = {"train": 0, "heldout": 0}
+    counts = {"train": 0, "heldout": 0}
+    limits = {"train": max_bytes, "heldout": heldout_bytes}
+    with (
+        (out / "train.jsonl").open("w", encoding="utf-8") as train,
+        (out / "heldout.jsonl").open("w", encoding="utf-8") as heldout,
+    ):
+        files = {"train": train, "heldout": heldout}
+        for record in reader:
+            for number, text in enumerate(_pieces(record)):
+                part = "heldout" if draw.random() < 0.05 and sizes["heldout"] < heldout_bytes else "train"
+                if sizes[part] >= limits[part]:
+                    continue
+                line = {
+                    "id": f"{record['id']}-{number}",
+                    "text": text,
+                    "language": record["language"],
+                    "domain": domain,
+                }
+                files[part].write(json.dumps(line, ensure_ascii=False) + "\n")
+                sizes[part] += len(text.encode("utf-8"))
+                counts[part] += 1
+            if all(sizes[part] >= limits[part] for part in sizes):
+                break
+    if not all(counts.values()):
+        raise UserError(
+            f"the domain '{domain}' has {counts['train']} documents to train on and {counts['heldout']} held out",
+            where=data,
+            mend="give more documents: one in twenty is held out",
+        )
+    write_json(out / "metrics.json", {f"{part}_bytes": size for part, size in sizes.items()})
+
+
+def _pieces(record: Mapping[str, Any], size: int = 20_000) -> list[str]:
+    text = (
+        str(record["text"])
+        if "text" in record
+        else "\n".join(str(message["content"]) for message in record["messages"])
+    )
+    return [text[start : start + size] for start in range(0, len(text), size)] or [text]
+
+
+@step(version="1", estimate=estimates.tokens)
+def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) -> None:
+    """A domain's training documents as token shards, by the seed's tokenizer."""
+    from koine.data import tokenize
+
+    shutil.rmtree(out / "tokens", ignore_errors=True)
+    tokenize(
+        corpus / "train.jsonl", tokenizer, out=out / "tokens", workers=1, domain=domain, max_bad_share=0.0
+    )
+
+
+@step(version="1", estimate=estimates.branch)
+def train_on(
+    model: Path,
+    tokens: dict[str, Path],
+    *,
+    shares: tuple[float, ...],
+    steps: int,
+    sequence_length: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    min_rate_share: float,
+    dtype: str,
+    seed: int,
+    threads: int,
+    out: Path,
+) -> None:
+    """Train a model, dense or a mixture, on domains in the given shares; the learning rate falls on a cosine to `min_rate_share` of itself."""
+    import torch
+
+    from koine.data import Source
+    from koine.model import load_model
+
+    torch.set_num_threads(threads)
+    if len(shares) != len(tokens):
+        raise UserError(f"{len(shares)} shares for {len(tokens)} domains", mend="give one each")
+    sources = [
+        Source(name=name, path=path / "tokens", proportion=share, max_epochs=1_000.0)
+        for (name, path), share in zip(tokens.items(), shares, strict=True)
+        if share > 0.0
+    ]
+    train_step(
+        load_model(model),
+        phase_of("continue", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        training_settings(
+            learning_rate=learning_rate,
+            schedule="cosine",
+            min_lr_ratio=min_rate_share,
+            steps=steps,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
+            evaluate_every=0,
+            seed=seed,
+            threads=threads,
+        ),
+        out=out,
+        tokenizer=model,
+        evaluate=None,
+    )
+    _keep_record(model, out)
+
+
+def _keep_record(model: Path, out: Path) -> None:
+    """What a mixture was made of stays with it when it is trained."""
+    from koine.combine.domains import FOLDER
+    from koine.combine.upcycle import RECORD
+
+    if (model / RECORD).exists():
+        shutil.copyfile(model / RECORD, out / RECORD)
+    if (model / FOLDER).is_dir():
+        shutil.copytree(model / FOLDER, out / FOLDER, dirs_exist_ok=True)
+
+
+@step(version="1", estimate=estimates.mixing)
+def mix(
+    seed_model: Path,
+    experts: dict[str, Path],
+    corpora: dict[str, Path],
+    *,
+    method: str,
+    top_k: int,
+    attention_top_k: int,
+    encoder: str,
+    domain_size: int,
+    load_balancing: float,
+    z_loss: float,
+    seed: int,
+    out: Path,
+) -> None:
+    """Make one model of the seed and its branches, by one of `METHODS`; `attention_top_k` 0 is soft routing."""
+    import torch
+
+    from koine.combine import fit_encoder, upcycle_bam, upcycle_btx, upcycle_nexus
+    from koine.combine.domains import FOLDER, domain_embedding
+    from koine.combine.upcycle import average
+
+    losses = {"load_balancing": load_balancing, "z_loss": z_loss}
+    if method == "btx":
+        upcycle_btx(seed_model, experts, out, top_k=top_k, random_seed=seed, **losses)
+    elif method in ("bam", "bam-shared-kv"):
+        upcycle_bam(
+            seed_model, experts, out, attention="kv-experts" if method == "bam" else "shared-kv",
+            attention_top_k=attention_top_k or None, top_k=top_k, random_seed=seed, **losses,
+        )  # fmt: skip
+    elif method == "nexus-linear":
+        upcycle_nexus(seed_model, experts, out, domains=None, top_k=top_k, random_seed=seed, **losses)
+    elif method == "nexus":
+        texts = {name: documents_of(corpora[name], "train", ENCODED) for name in experts}
+        fitted = fit_encoder(encoder, texts, seed_model=seed_model, width=domain_size, random_seed=seed)
+        domains = torch.stack([domain_embedding(fitted, texts[name]) for name in experts])
+        upcycle_nexus(seed_model, experts, out, domains=domains, top_k=top_k, random_seed=seed, **losses)
+        (out / FOLDER).mkdir(exist_ok=True)
+        fitted.save(out / FOLDER)
+    elif method == "average":
+        average(seed_model, experts, out)
+    else:
+        raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
+
+
+@step(version="1", estimate=estimates.mixing)
+def grow(
+    model: Path, expert: Path, corpus: Path, *, domain: str, reset_router: bool, seed: int, out: Path
+) -> None:
+    """One more expert in a mixture (`koine.combine.extend`)."""
+    from koine.combine import add_expert
+
+    add_expert(
+        model,
+        expert,
+        out,
+        name=domain,
+        texts=documents_of(corpus, "train", ENCODED),
+        reset_router=reset_router,
+        random_seed=seed,
+    )
+
+
+@step(version="1", estimate=estimates.domains)
+def evaluate_domains(
+    model: Path, corpora: dict[str, Path], *, documents: int, characters: int, threads: int, out: Path
+) -> None:
+    """Bits per byte of a model on each domain's held-out documents, and where a mixture sends their tokens."""
+    import torch
+
+    from koine.evaluate import bits_per_byte
+    from koine.evaluate.routing import routing_blocks, routing_shares
+    from koine.model import load_model
+    from koine.tokenizer import load_tokenizer
+
+    torch.set_num_threads(threads)
+    tokenizer = load_tokenizer(model)
+    decoder = load_model(model, dtype=torch.float32)
+    found: dict[str, Any] = {"bits_per_byte": {}, "routing": {}}
+    shares = {}
+    for name, corpus in corpora.items():
+        records = [
+            {"id": str(number), "text": text[:characters], "language": "und", "domain": name}
+            for number, text in enumerate(documents_of(corpus, "heldout", documents))
+        ]
+        overall = bits_per_byte(decoder, tokenizer, records, batch_size=16)["overall"]
+        found["bits_per_byte"][name] = overall["bits_per_byte"]["value"]
+        if decoder.config.mixture is not None:
+            shares[name] = routing_shares(decoder, tokenizer, [record["text"] for record in records])
+            found["routing"][name] = shares[name].to_json()
+    values = list(found["bits_per_byte"].values())
+    found["mean"] = sum(values) / len(values)
+    write_json(out / "evaluation.json", found)
+    write_json(out / "metrics.json", {"bits_per_byte": found["mean"]})
+    if shares:
+        write_step_report(out, "Routing", routing_blocks(shares))
+
+
+@step(version="1", estimate=estimates.comparison)
+def compare_domains(evaluations: dict[str, Path], *, out: Path) -> None:
+    """The models' bits per byte side by side, domain by domain."""
+    read = {
+        name: json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
+        for name, path in evaluations.items()
+    }
+    domains = list(next(iter(read.values()))["bits_per_byte"])
+    rows = [
+        [name, *(round(one["bits_per_byte"][domain], 4) for domain in domains), round(one["mean"], 4)]
+        for name, one in read.items()
+    ]
+    write_json(out / "results.json", read)
+    write_step_report(
+        out,
+        "Bits per byte",
+        [
+            {
+                "kind": "table",
+                "title": "Held-out text, domain by domain",
+                "columns": ["model", *domains, "mean"],
+                "rows": rows,
+            },
+            {
+                "kind": "bars",
+                "categories": domains,
+                "series": [
+                    {"name": name, "values": [one["bits_per_byte"][domain] for domain in domains]}
+                    for name, one in read.items()
+                ],
+                "x_label": "domain",
+                "y_label": "bits per byte",
+            },
+        ],
+    )
+
+
+def documents_of(corpus: Path, part: str, limit: int) -> list[str]:
+    """The first documents of a domain's part."""
+    return [
+        record["text"] for record, _ in zip(read_lines(corpus / f"{part}.jsonl"), range(limit), strict=False)
+    ]
+
+
+def equal_shares(count: int, general: float = 0.0) -> Sequence[float]:
+    """Equal parts for `count` domains, and `general` for one that comes after them."""
+    parts = [(1.0 - general) / count] * count
+    return (*parts, general) if general else tuple(parts)

@@ -1,0 +1,114 @@
+"""One expert more: what is averaged, appended and kept; and one less again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from koine.combine import add_expert, fit_encoder, remove_expert, upcycle_bam, upcycle_nexus
+from koine.combine.domains import FOLDER, domain_embedding
+from koine.errors import UserError
+from koine.model import load_model
+
+from .models import write_branches
+from .test_upcycle import tensors
+
+TEXTS = {
+    "code": [f"def f{n}(x): return x + {n}" for n in range(9)],
+    "law": [f"the court held in section {n} that" for n in range(9)],
+}
+NEW = [f"eins plus {n} ist {n + 1}" for n in range(9)]
+ATTENTION = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
+    """A Nexus of two experts in `tmp_path/nexus`, and the third branch."""
+    seed, paths = write_branches(tmp_path, ("code", "law", "maths"))
+    experts = {name: paths[name] for name in ("code", "law")}
+    encoder = fit_encoder("tfidf", TEXTS, seed_model=seed, width=4)
+    domains = torch.stack([domain_embedding(encoder, TEXTS[name]) for name in experts])
+    upcycle_nexus(seed, experts, tmp_path / "nexus", domains=domains)
+    (tmp_path / "nexus" / FOLDER).mkdir()
+    encoder.save(tmp_path / "nexus" / FOLDER)
+    return tmp_path / "nexus", paths
+
+
+def test_a_nexus_router_needs_no_training(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    nexus, paths = world
+    add_expert(nexus, paths["maths"], tmp_path / "more", name="maths", texts=NEW)
+    before, after, dense = tensors(nexus), tensors(tmp_path / "more"), tensors(paths["maths"])
+    # lambda = 1 / (n + 1): the average over three branches.
+    assert torch.allclose(after[ATTENTION], before[ATTENTION] * 2 / 3 + dense[ATTENTION] / 3, atol=1e-6)
+    all_three = torch.stack([tensors(paths[name])[ATTENTION] for name in ("code", "law", "maths")])
+    assert torch.allclose(after[ATTENTION], all_three.mean(0), atol=1e-6)
+    assert torch.equal(
+        after["model.layers.1.mlp.experts.2.up_proj.weight"], dense["model.layers.1.mlp.up_proj.weight"]
+    )
+    for name in before:
+        if "mlp.experts" in name or "shared_expert" in name or name.endswith(("router.into", "router.out")):
+            assert torch.equal(after[name], before[name]), name
+    router = load_model(tmp_path / "more").blocks[1].router
+    old = load_model(nexus).blocks[1].router
+    assert torch.allclose(router.expert_embeddings()[:2], old.expert_embeddings(), atol=1e-6)
+    assert (router.expert_embeddings()[2] != 0).any()
+
+
+def test_added_and_taken_away_it_is_the_same_again(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    nexus, paths = world
+    add_expert(nexus, paths["maths"], tmp_path / "more", name="maths", texts=NEW)
+    remove_expert(tmp_path / "more", "maths", tmp_path / "again", dense=paths["maths"])
+    before, after = tensors(nexus), tensors(tmp_path / "again")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-6), name
+    # Without the dense model the averages stay.
+    remove_expert(tmp_path / "more", "code", tmp_path / "fewer")
+    fewer, more = tensors(tmp_path / "fewer"), tensors(tmp_path / "more")
+    assert torch.equal(fewer[ATTENTION], more[ATTENTION])
+    for number in (0, 1):
+        name = "model.layers.0.mlp.experts.{}.down_proj.weight"
+        assert torch.equal(fewer[name.format(number)], more[name.format(number + 1)])
+    assert load_model(tmp_path / "fewer").config.mixture.experts == ("law", "maths")  # type: ignore[union-attr]
+
+
+def test_linear_routers_are_reset(tmp_path: Path) -> None:
+    seed, paths = write_branches(tmp_path, ("code", "law", "maths"))
+    upcycle_bam(seed, {name: paths[name] for name in ("code", "law")}, tmp_path / "bam")
+    with pytest.raises(UserError, match="its router is linear"):
+        add_expert(tmp_path / "bam", paths["maths"], tmp_path / "out", name="maths", texts=None)
+    add_expert(
+        tmp_path / "bam", paths["maths"], tmp_path / "out", name="maths", texts=None, reset_router=True
+    )
+    after, dense = tensors(tmp_path / "out"), tensors(paths["maths"])
+    assert after["model.layers.0.mlp.router.weight"].shape[0] == 4
+    assert torch.equal(after["model.layers.0.self_attn.experts.3.k_proj.weight"], dense["model.layers.0.self_attn.k_proj.weight"])  # fmt: skip
+    everyone = torch.stack([tensors(path)["model.norm.weight"] for path in (seed, *paths.values())])
+    assert torch.allclose(after["model.norm.weight"], everyone.mean(0), atol=1e-6)
+    tokens = torch.randint(0, 200, (1, 9))
+    assert torch.isfinite(load_model(tmp_path / "out")(tokens)).all()
+
+
+def test_what_cannot_be_added_or_removed(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    nexus, paths = world
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="has an expert 'law' already"):
+        add_expert(nexus, paths["law"], out, name="law", texts=NEW)
+    with pytest.raises(UserError, match="no text is given"):
+        add_expert(nexus, paths["maths"], out, name="maths", texts=None)
+    with pytest.raises(UserError, match="share is 2.0"):
+        add_expert(nexus, paths["maths"], out, name="maths", texts=NEW, share=2.0)
+    with pytest.raises(UserError, match="is a dense model"):
+        add_expert(paths["law"], paths["maths"], out, name="maths", texts=NEW)
+    with pytest.raises(UserError, match="has no expert 'low'; did you mean 'law'"):
+        remove_expert(nexus, "low", out)
+    remove_expert(nexus, "law", out)
+    with pytest.raises(UserError, match="has 1 experts"):
+        remove_expert(out, "code", tmp_path / "none")
+    (nexus / FOLDER / "encoder.json").unlink()
+    with pytest.raises(UserError, match="holds no domain_encoder"):
+        add_expert(nexus, paths["maths"], tmp_path / "x", name="maths", texts=NEW)

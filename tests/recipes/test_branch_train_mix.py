@@ -1,0 +1,115 @@
+"""The whole recipe on three tiny domains, with each method; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from koine.errors import UserError
+from koine.files import read_json
+from koine.model import read_config
+from koine.plan import Plan
+from koine.plan.scheduler import execute
+from koine.recipes.branch_train_mix import branch_train_mix
+from koine.recipes.domains import METHODS, mix
+from tests.combine.models import write_branches
+
+SENTENCES = {
+    "code": "def f{0}(x): return x + {0}\n",
+    "law": "The court held that section {0} of the act applies. ",
+    "maths": "{0} plus 1 is more than {0}. ",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("domains")
+    write_branches(root, ("code", "law"))
+    for name, sentence in SENTENCES.items():
+        lines = [
+            json.dumps({"id": str(n), "text": sentence.format(n) * 5, "language": "en"}) for n in range(200)
+        ]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def settings(world: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "seed_model": world / "seed",
+        "domains": tuple(f"{name}={world / name}.jsonl" for name in ("code", "law")),
+        "branch_steps": 3,
+        "mixture_steps": 3,
+        "extension_steps": 2,
+        "sequence_length": 32,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_bytes": 50_000,
+        "heldout_bytes": 1_000,
+        "domain_size": 8,
+        **more,
+    }
+
+
+def test_from_a_seed_and_folders_to_a_model_with_one_domain_more(world: Path, tmp_path: Path) -> None:
+
+    plan = Plan("btm", tmp_path)
+    branch_train_mix(
+        plan, **settings(world, new_domain=f"maths={world / 'maths.jsonl'}", general=world / "law.jsonl")
+    )
+    assert plan.nodes["mixed"].parents[0] == "seed-given"
+    execute(plan)
+    results = read_json(tmp_path / "btm" / "results.json")
+    assert list(results) == [
+        "seed", "expert-code", "expert-law", "mixed", "model", "expert-maths", "grown", "extended",
+    ]  # fmt: skip
+    assert set(results["seed"]["bits_per_byte"]) == {"code", "law", "maths", "general"}
+    assert list(results["extended"]["routing"]["maths"]["chosen"]) == ["code", "law", "maths"]
+    mixture = read_config(tmp_path / "btm" / "extended").mixture
+    assert mixture is not None
+    assert mixture.experts == ("code", "law", "maths")
+    assert mixture.shared_expert
+    record = read_json(tmp_path / "btm" / "extended" / "mixture.json")
+    assert record["method"] == "nexus"
+    assert record["changes"][0]["share"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
+    for name in ("code", "law"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train.jsonl").write_text((world / f"{name}.jsonl").read_text())
+    (tmp_path / "out").mkdir()
+    mix(
+        world / "seed",
+        {name: world / name for name in ("code", "law")},
+        {name: tmp_path / name for name in ("code", "law")},
+        method=method, top_k=1, attention_top_k=0, encoder="tfidf", domain_size=8, load_balancing=0.01, z_loss=0.001,
+        seed=0, out=tmp_path / "out",
+    )  # fmt: skip
+    mixture = read_config(tmp_path / "out").mixture
+    if method == "average":
+        assert mixture is None
+    else:
+        assert mixture is not None
+        assert mixture.experts == (("code", "law") if "nexus" in method else ("seed", "code", "law"))
+        assert (mixture.domain_size == 8) == (method == "nexus")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "bams"}, "unknown method 'bams'; did you mean 'bam'"),
+        ({"domains": ("code=x",)}, "1 domains are given"),
+        ({"domains": ("code", "law=x")}, "'code' is not NAME=PATH"),
+        ({"domains": ("code=x", "code=y")}, "two domains have one name"),
+        ({"general_share": 1.0}, "general_share is 1.0"),
+        ({"method": "average", "new_domain": "maths=x"}, "an average has no experts to add to"),
+    ],
+)
+def test_what_is_refused(world: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        branch_train_mix(Plan("btm", tmp_path), **{**settings(world), **change})
