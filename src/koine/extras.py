@@ -27,6 +27,7 @@ PURPOSES = {
     "grammar": "answers that follow a JSON schema, a regular expression or a grammar: koine.serve.Grammar",
     "cluster": "run plans on a Ray cluster: koine run PLAN --executor ray",
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
+    "sentences": "embed domains by a sentence encoder: koine upcycle nexus --encoder FOLDER",
     "gguf": "export dense models for llama.cpp: koine model export --format gguf",
     "dev": "the tests, the type checker, the linters",
 }

@@ -135,6 +135,44 @@ def build_exportable(out: Path) -> None:
     save_model(Decoder(config), out, tokenizer=folder)
 
 
+def build_branch(out: Path) -> None:
+    """The model with a little added to every weight: a branch of it."""
+    import torch
+
+    from koine.model import load_model, save_model
+
+    model = load_model(built("model"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.001 * torch.randn_like(parameter))
+    save_model(model, out, tokenizer=built("tokenizer"))
+
+
+def build_unrelated(out: Path) -> None:
+    """A model of the same shape from other random weights."""
+    import torch
+
+    from koine.model import Decoder, save_model
+    from koine.model.config_json import read_config
+
+    torch.manual_seed(2)
+    save_model(Decoder(read_config(built("model"))), out, tokenizer=built("tokenizer"))
+
+
+def build_mixture(out: Path) -> None:
+    run_koine(
+        "upcycle",
+        "btx",
+        "--seed",
+        str(built("model")),
+        "--experts",
+        f"code={built('branch')}",
+        "--out",
+        str(out),
+    )
+
+
 def build_trained(out: Path) -> None:
     run_koine(
         *TRAIN, "--data", str(built("tokens")), "--tokenizer", str(built("tokenizer")), "--out", str(out)
@@ -170,6 +208,9 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokens": build_tokens,
     "model": build_model,
     "exportable": build_exportable,
+    "branch": build_branch,
+    "unrelated": build_unrelated,
+    "mixture": build_mixture,
     "trained": build_trained,
     "halfway": build_halfway,
 }

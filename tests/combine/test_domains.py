@@ -51,3 +51,29 @@ def test_what_has_no_embedding() -> None:
     for texts in ([], ["", " "]):
         with pytest.raises(UserError, match="no documents|no embedding"):
             domain_embedding(encoder, texts)
+
+
+def test_a_sentence_transformers_folder(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]  # fmt: skip
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "bert" / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    transformer = Transformer(str(tmp_path / "bert"))
+    library.SentenceTransformer(modules=[transformer, Pooling(32)]).save(str(tmp_path / "encoder"))
+    seed, _ = write_branches(tmp_path, ())
+    encoder = fit_encoder(str(tmp_path / "encoder"), {}, seed_model=seed, width=0)
+    assert encoder.encode(CODE).shape == (20, 32)
+    folder = tmp_path / "mixture" / FOLDER
+    folder.mkdir(parents=True)
+    encoder.save(folder)
+    assert torch.equal(load_encoder(tmp_path / "mixture").encode(LAW), encoder.encode(LAW))
+    with pytest.raises(UserError, match="no such folder"):
+        fit_encoder(str(tmp_path / "nothing"), {}, seed_model=seed, width=0)

@@ -85,6 +85,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL: bits per byte per language and domain, and the accuracy of its answers; with --suite long, what it makes of long texts.
 
+    A mixture of experts also says where it sends the tokens of each domain.
     Every document is scored alone from its beginning, all its bytes counted; intervals are 95 % bootstrap intervals over
     documents and questions.
     """
@@ -161,6 +162,8 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     if "overall" in result:
         console.print(_bits_table(result))
+    if "routing" in result:
+        console.print(_routing_table(result["routing"]))
     if "questions" in result:
         console.print(_question_table(result["questions"]))
 
@@ -185,6 +188,21 @@ def _bits_table(result: dict[str, Any]) -> Any:
             f"{measured['bytes']:,}",
             f"{measured['documents']:,}",
             f"{measured['bytes'] / max(measured['tokens'], 1):.2f}",
+        )
+    return table
+
+
+def _routing_table(routing: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    experts = list(next(iter(routing.values()))["chosen"])
+    table = Table(title="Share of tokens that goes to each expert (router's probability)")
+    table.add_column("")
+    for expert in experts:
+        table.add_column(expert, justify="right")
+    for name, entry in routing.items():
+        table.add_row(
+            name, *(f"{entry['chosen'][one]:.1%} ({entry['probability'][one]:.2f})" for one in experts)
         )
     return table
 

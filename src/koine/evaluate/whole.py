@@ -26,7 +26,8 @@ def evaluate_model(
 
     data, questions: files or folders as `koine.data.records.read_records` takes them.
     limit: at most this many records of each language, from the start of what was given.
-    Returns the results of `bits_per_byte`, and those of `question_accuracy` under `"questions"`.
+    Returns the results of `bits_per_byte`, those of `question_accuracy` under `"questions"`, and for a mixture of experts under `"routing"` where it sends the
+    tokens of each domain (of each language, where the records name no domain).
     Raises `UserError` where neither is given, or a path or the model cannot be read.
     """
     import torch
@@ -63,6 +64,8 @@ def evaluate_model(
             device=device,
             seed=seed,
         )
+        if isinstance(model, Decoder) and model.config.mixture is not None:
+            result["routing"] = _routing(model, tokenizer, first_of_each(_read(data), limit))
     if questions:
         result["questions"] = question_accuracy(
             model,
@@ -73,6 +76,16 @@ def evaluate_model(
             seed=seed,
         )
     return result
+
+
+def _routing(model: Any, tokenizer: Any, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    from koine.evaluate.routing import routing_shares
+
+    texts: dict[str, list[str]] = {}
+    for record in records:
+        if "text" in record:
+            texts.setdefault(str(record.get("domain") or record["language"]), []).append(record["text"])
+    return {name: routing_shares(model, tokenizer, part).to_json() for name, part in texts.items()}
 
 
 def open_model(path: Path, *, dtype: Any, device: str) -> Any:

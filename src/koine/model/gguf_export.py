@@ -111,6 +111,8 @@ def architecture_of(config: ModelConfig, *, where: Path) -> Literal["cohere2", "
     def refuse(what: str, mend: str) -> UserError:
         return UserError(f"llama.cpp has no architecture for this model: {what}", where=where, mend=mend)
 
+    if config.mixture is not None:
+        raise refuse("it is a mixture of experts", "export the dense models that it was made of")
     kind = model_type(config)
     if kind == "koine":
         raise refuse(
