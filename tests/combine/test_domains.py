@@ -63,7 +63,11 @@ def test_a_sentence_transformers_folder(tmp_path: Path) -> None:
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(tmp_path / "bert" / "vocab.txt")).save_pretrained(tmp_path / "bert")
     config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     BertModel(config).save_pretrained(tmp_path / "bert")
     transformer = Transformer(str(tmp_path / "bert"))

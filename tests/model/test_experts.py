@@ -1,0 +1,131 @@
+"""The feed-forward experts beside a loop over tokens, beside transformers' own, and beside finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from koine.model.experts import Chosen, choose, feed_forward_experts, load_balancing_loss, router_z_loss
+
+
+def inputs(
+    tokens: int = 23,
+    experts: int = 5,
+    k: int = 2,
+    hidden: int = 8,
+    width: int = 6,
+    dtype: Any = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Chosen]:
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    into = torch.randn(experts, 2 * width, hidden, dtype=dtype)
+    out = torch.randn(experts, hidden, width, dtype=dtype)
+    return x, into, out, choose(torch.randn(tokens, experts, dtype=dtype).softmax(-1), k)
+
+
+def one_by_one(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
+    rows = []
+    for token in range(len(x)):
+        said = torch.zeros_like(x[0])
+        for expert, gate in zip(chosen.experts[token].tolist(), chosen.gates[token], strict=True):
+            half, up = (into[expert] @ x[token]).chunk(2)
+            said = said + gate * (out[expert] @ (F.silu(half) * up))
+        rows.append(said)
+    return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+def test_equals_a_loop_over_tokens(tokens: int, k: int) -> None:
+    x, into, out, chosen = inputs(tokens=tokens, k=k)
+    leaves = [part.requires_grad_() for part in (x, into, out, chosen.gates)]
+    results = []
+    for function in (feed_forward_experts, one_by_one):
+        y = function(x, into, out, chosen)
+        weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()
+        results.append((y, torch.autograd.grad((y * weights).sum(), leaves, allow_unused=True)))
+    (ours, our_gradients), (theirs, their_gradients) = results
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    for got, wanted in zip(our_gradients, their_gradients, strict=True):
+        assert got is not None
+        assert torch.allclose(got, torch.zeros_like(got) if wanted is None else wanted, atol=1e-12)
+
+
+def test_gradients_are_right_where_an_expert_has_no_tokens() -> None:
+    x, into, out, chosen = inputs(tokens=4, experts=3, k=1, hidden=3, width=2)
+    experts = torch.tensor([[0], [2], [2], [0]])
+    assert torch.autograd.gradcheck(
+        lambda x, into, out, gates: feed_forward_experts(x, into, out, Chosen(experts, gates)),
+        tuple(part.requires_grad_() for part in (x, into, out, chosen.gates)),
+    )
+
+
+def test_only_what_is_asked_for_is_differentiated() -> None:
+    x, into, out, chosen = inputs()
+    x.requires_grad_()
+    feed_forward_experts(x, into, out, chosen).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_equals_transformers(dtype: torch.dtype, implementation: str) -> None:
+    """float32 within 1e-4 of sums of some hundred (rounding in another order); bfloat16 within two units in the last place of the largest."""
+    pytest.importorskip("transformers")
+    from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2)
+    config._experts_implementation = implementation
+    theirs = MixtralExperts(config).to(dtype)
+    x, into, out, chosen = inputs(tokens=64, experts=8, hidden=32, width=48, dtype=dtype)
+    chosen = Chosen(chosen.experts, chosen.gates.to(dtype))
+    with torch.no_grad():
+        theirs.gate_up_proj.copy_(into)
+        theirs.down_proj.copy_(out)
+    grads = torch.randn(64, 32, dtype=dtype)
+    x_theirs = x.clone().requires_grad_()
+    wanted = theirs(x_theirs, chosen.experts, chosen.gates)
+    wanted.backward(grads)
+    leaves = [part.requires_grad_() for part in (x, into, out)]
+    got = feed_forward_experts(x, into, out, chosen)
+    got.backward(grads)  # type: ignore[no-untyped-call]
+    pairs = [(got, wanted), (leaves[0].grad, x_theirs.grad), (leaves[1].grad, theirs.gate_up_proj.grad)]
+    pairs.append((leaves[2].grad, theirs.down_proj.grad))
+    for ours, other in pairs:
+        assert ours is not None
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+        assert (ours - other).abs().max() <= tolerance * other.abs().max()
+
+
+def test_gates_may_be_wider_than_the_tokens() -> None:
+    x, into, out, chosen = inputs(dtype=torch.bfloat16)
+    wide = Chosen(chosen.experts, chosen.gates.float().requires_grad_())
+    y = feed_forward_experts(x, into.float(), out.float(), wide)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()  # type: ignore[no-untyped-call]
+    assert wide.gates.grad is not None
+    assert wide.gates.grad.dtype == torch.float32
+
+
+def test_losses_in_closed_form_and_beside_transformers() -> None:
+    """transformers divides the choices by the tokens, so that its loss is `k` times ours."""
+    even = torch.full((12, 4), 0.25)
+    experts = torch.arange(12)[:, None] % 4
+    assert float(load_balancing_loss(even, experts)) == pytest.approx(1.0)
+    sure = F.one_hot(torch.zeros(12, dtype=torch.long), 4).float()
+    assert float(load_balancing_loss(sure, torch.zeros(12, 1, dtype=torch.long))) == pytest.approx(4.0)
+    assert float(router_z_loss(torch.zeros(5, 4))) == pytest.approx(float(torch.tensor(4.0).log() ** 2))
+    counted = torch.tensor([True] * 6 + [False] * 6)
+    mixed = torch.cat((even[:6], sure[:6]))
+    assert float(load_balancing_loss(mixed, experts, counted)) == pytest.approx(1.0)
+    assert float(router_z_loss(torch.zeros(2, 4), torch.tensor([False, False]))) == 0.0
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = torch.randn(40, 4)
+    probabilities = logits.softmax(-1)
+    theirs = modeling.load_balancing_loss_func((logits,), num_experts=4, top_k=2)
+    ours = load_balancing_loss(probabilities, choose(probabilities, 2).experts)
+    assert float(theirs) == pytest.approx(2 * float(ours), rel=1e-5)
