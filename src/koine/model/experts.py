@@ -1,7 +1,7 @@
 """Feed-forward experts: which tokens go to which, and what the chosen ones say.
 
 Tokens are sorted by expert, so that each expert is two matmuls over its own tokens, forward, and four backward; an expert that nobody chose
-costs nothing. One autograd function holds all of it: no graph of a dozen operations an expert, and every product is written where it belongs.
+costs nothing. Small groups of nearly equal size are one batched matmul. One autograd function holds all of it: no graph of a dozen operations an expert.
 """
 
 from __future__ import annotations
@@ -54,26 +54,45 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
     return result
 
 
-class _Groups(NamedTuple):
-    """Choices sorted by expert.
+PADDED: tuple[tuple[int, float], ...] = ((48, 1.5), (256, 1.2))
+"""Up to so many tokens an expert, groups are filled up to the longest where that makes at most so many times as many rows: one batched matmul of many small
+matrices is up to twice as fast as one each (docs/log.md). Beyond, it is worth 1.03."""
 
-    rows: `[choices]`, the token of each. place: `[tokens * k]`, where each token's choices went. ends: `[(expert, start, end)]` of the experts
-    that were chosen.
+PADDED_BEYOND = 1.03
+
+
+class _Groups(NamedTuple):
+    """Choices sorted by expert, in rows.
+
+    tokens: `[rows]`, the token of each row. place: `[tokens * k]`, the row of each choice. ends: `[(expert, start, end)]` of the experts that were
+    chosen. each: rows an expert where all have as many, filled up with rows that are no choice (their token is 0 and nothing reads what is said to it);
+    0 where each has as many as it has choices.
     """
 
-    rows: Tensor
+    tokens: Tensor
     place: Tensor
     ends: tuple[tuple[int, int, int], ...]
+    each: int
 
 
 def _grouped(experts: Tensor, count: int) -> _Groups:
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=count).tolist()
+    ends = tuple(_runs(counts))
+    row = torch.arange(order.numel(), device=order.device)
+    each = _filled_up(counts)
+    if each:
+        before = torch.tensor([number * each - start for number, start, _ in ends], device=order.device)
+        row = row + before.repeat_interleave(torch.tensor(counts, device=order.device))
+        tokens = order.new_zeros(count * each)
+        tokens[row] = order // experts.shape[1]
+        ends = tuple((number, number * each, (number + 1) * each) for number in range(count))
+    else:
+        tokens = order // experts.shape[1]
     place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    return _Groups(
-        order // experts.shape[1], place, tuple(_runs(torch.bincount(flat, minlength=count).tolist()))
-    )
+    place[order] = row
+    return _Groups(tokens, place, ends, each)
 
 
 def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -84,66 +103,84 @@ def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
         start += number
 
 
+def _filled_up(counts: list[int]) -> int:
+    """The rows that each expert gets where it pays to give all as many, else 0; an expert that nobody chose gets none."""
+    total, largest = sum(counts), max(counts)
+    if not total or not min(counts):
+        return 0
+    allowed = next((factor for most, factor in PADDED if total <= most * len(counts)), PADDED_BEYOND)
+    return largest if largest * len(counts) <= allowed * total else 0
+
+
+def _products(rows: Tensor, weight: Tensor, groups: _Groups) -> Tensor:
+    """`rows` `[rows, in]` times each one's expert's matrix, of `weight` `[experts, in, out]`: `[rows, out]`."""
+    if groups.each:
+        return torch.bmm(rows.view(len(weight), groups.each, -1), weight).view(len(rows), -1)
+    out = rows.new_empty(len(rows), weight.shape[2])
+    for expert, start, end in groups.ends:
+        torch.mm(rows[start:end], weight[expert], out=out[start:end])
+    return out
+
+
+def _outer_products(left: Tensor, right: Tensor, groups: _Groups, experts: int) -> Tensor:
+    """The gradient of each expert's matrix: `left^T right` over its rows, `[experts, left, right]`; zeros for those that nobody chose."""
+    if groups.each:
+        three = (experts, groups.each, -1)
+        return torch.bmm(left.view(three).transpose(1, 2), right.view(three))
+    out = left.new_empty(experts, left.shape[1], right.shape[1])
+    chosen = set()
+    for expert, start, end in groups.ends:
+        torch.mm(left[start:end].t(), right[start:end], out=out[expert])
+        chosen.add(expert)
+    for expert in set(range(experts)) - chosen:
+        out[expert].zero_()
+    return out
+
+
 class _FeedForwardExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         tokens, k = experts.shape
         groups = _grouped(experts, into.shape[0])
-        picked = x.index_select(0, groups.rows)
-        both = x.new_empty(len(picked), into.shape[1])
-        for expert, start, end in groups.ends:
-            torch.mm(picked[start:end], into[expert].t(), out=both[start:end])
+        picked = x.index_select(0, groups.tokens)
+        both = _products(picked, into.transpose(1, 2), groups)
         gate, up = both.chunk(2, dim=-1)
-        units = F.silu(gate).mul_(up)
-        said = torch.empty_like(picked)
-        for expert, start, end in groups.ends:
-            torch.mm(units[start:end], out[expert].t(), out=said[start:end])
+        active = F.silu(gate)
+        said = _products(active * up, out.transpose(1, 2), groups)
         by_token = said.index_select(0, groups.place).view(tokens, k, x.shape[1])
         ctx.groups = groups
-        ctx.save_for_backward(picked, into, out, gates, both, units, by_token)
-        return torch.bmm(gates[:, None], by_token)[:, 0] if k > 1 else by_token[:, 0] * gates
+        # The products of active and up are worked out again: a multiplication, where silu would be an exponential.
+        ctx.save_for_backward(picked, into, out, gates, both, active, by_token)
+        result = by_token[:, 0] * gates[:, :1]
+        for number in range(1, k):
+            result.addcmul_(by_token[:, number], gates[:, number : number + 1])
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        picked, into, out, gates, both, units, by_token = ctx.saved_tensors
+        picked, into, out, gates, both, active, by_token = ctx.saved_tensors
         groups: _Groups = ctx.groups
         tokens, k = gates.shape
-        grad_gates = torch.bmm(by_token, grad[:, :, None])[..., 0] if ctx.needs_input_grad[4] else None
-        # Sorted by expert again: where each choice's gate stands is the inverse of where it went.
-        weights = torch.empty_like(gates.reshape(-1))
+        grad_gates = (by_token * grad[:, None]).sum(dim=-1) if ctx.needs_input_grad[4] else None
+        # Rows that are no choice have a weight of 0, so that they reach no gradient.
+        weights = gates.new_zeros(len(picked))
         weights[groups.place] = gates.reshape(-1)
-        grad_said = grad.index_select(0, groups.rows).mul_(weights[:, None])
-        width = units.shape[1]
-        grad_units = torch.empty_like(units)
-        grad_out = _gradient_like(out, groups) if ctx.needs_input_grad[2] else None
-        for expert, start, end in groups.ends:
-            torch.mm(grad_said[start:end], out[expert], out=grad_units[start:end])
-            if grad_out is not None:
-                torch.mm(grad_said[start:end].t(), units[start:end], out=grad_out[expert])
+        grad_said = grad.index_select(0, groups.tokens).mul_(weights[:, None])
+        grad_units = _products(grad_said, out, groups)
         gate, up = both.chunk(2, dim=-1)
+        grad_out = (
+            _outer_products(grad_said, active * up, groups, len(out)) if ctx.needs_input_grad[2] else None
+        )
+        width = active.shape[1]
         grad_both = torch.empty_like(both)
-        torch.mul(grad_units, F.silu(gate), out=grad_both[:, width:])
+        torch.mul(grad_units, active, out=grad_both[:, width:])
         torch.ops.aten.silu_backward.grad_input(grad_units.mul_(up), gate, grad_input=grad_both[:, :width])
-        grad_picked = torch.empty_like(picked)
-        grad_into = _gradient_like(into, groups) if ctx.needs_input_grad[1] else None
-        for expert, start, end in groups.ends:
-            torch.mm(grad_both[start:end], into[expert], out=grad_picked[start:end])
-            if grad_into is not None:
-                torch.mm(grad_both[start:end].t(), picked[start:end], out=grad_into[expert])
-        grad_x = grad_picked.index_select(0, groups.place)
-        if k > 1:
-            grad_x = grad_x.view(tokens, k, grad.shape[1]).sum(dim=1)
+        grad_into = _outer_products(grad_both, picked, groups, len(into)) if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            by_choice = _products(grad_both, into, groups).index_select(0, groups.place)
+            grad_x = by_choice if k == 1 else by_choice.view(tokens, k, grad.shape[1]).sum(dim=1)
         return grad_x, grad_into, grad_out, None, grad_gates
-
-
-def _gradient_like(weight: Tensor, groups: _Groups) -> Tensor:
-    """Room for the gradient of every expert; zeros for those that nobody chose."""
-    room = torch.empty_like(weight)
-    chosen = {expert for expert, _, _ in groups.ends}
-    for expert in range(weight.shape[0]):
-        if expert not in chosen:
-            room[expert].zero_()
-    return room
 
 
 def _on_accelerator(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
