@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("koine.cli.evaluate", "evaluate", "Measure bits per byte and question accuracy."),
     "extend": ("koine.cli.upcycle", "extend", "Add an expert to a mixture, or remove one."),
     "lineage": ("koine.cli.run", "lineage", "Print an artifact's tree of ancestors."),
+    "merge": ("koine.cli.merge", "merge", "Merge checkpoints of one architecture."),
     "model": ("koine.cli.model", "model", "Describe presets and model directories."),
     "report": ("koine.cli.report", "report", "Write one self-contained HTML file about a run."),
     "run": ("koine.cli.run", "run", "Run a plan: build what is missing, reuse what is there."),

@@ -1,0 +1,22 @@
+"""`koine merge cross-modal`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("cross-modal")
+@click.argument("multimodal", type=click.Path(path_type=Path))
+@click.argument("text", type=click.Path(path_type=Path))
+@click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file of weights.")
+def command(multimodal: Path, text: Path, alpha: float, out: Path, max_shard_size: str) -> None:
+    """Merge the language model inside MULTIMODAL with the model TEXT, which it began as; vision and connector stay (Aya Vision)."""
+    from koine.cli.merge import bytes_of
+    from koine.combine.cross_modal import merge_cross_modal
+
+    done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=bytes_of(max_shard_size))
+    click.echo(f"{done['merged']} tensors merged, {done['copied']} copied; written to {out}")

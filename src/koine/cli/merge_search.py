@@ -1,0 +1,146 @@
+"""`koine merge search`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("search")
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]PATH",
+    help="Text to measure bits per byte on; a figure for each.",
+)
+@click.option("--method", default="linear", show_default=True, help="A method that takes weights.")
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="The common ancestor, for methods that need it."
+)
+@click.option("--density", type=float, help="Of a method that has one.")
+@click.option(
+    "--parts",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Parts into which the grid cuts the whole.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="Rounds of finer steps around the best.",
+)
+@click.option(
+    "--budget", type=click.IntRange(1), default=200, show_default=True, help="Merges to evaluate at most."
+)
+@click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Records of each PATH.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write all trials as JSON to this file.")
+def command(
+    models: tuple[Path, ...], data: tuple[str, ...], method: str, base: Path | None, density: float | None, parts: int,
+    rounds: int, budget: int, limit: int, out: Path | None,
+) -> None:  # fmt: skip
+    """Search the weights of a merge by bits per byte, without writing any merge; and tell which models collide.
+
+    The mean over the texts decides. Shown are the best, the Pareto front over the texts, and how each text changes when a model is left out of the best.
+    """
+    from itertools import islice
+
+    from koine.combine.methods import METHODS
+    from koine.combine.search import InMemoryMerge, leave_one_out, pareto_front, search_weights
+    from koine.data import read_records
+    from koine.errors import UserError, did_you_mean
+    from koine.evaluate import bits_per_byte
+    from koine.files import write_json
+    from koine.tokenizer import load_tokenizer
+
+    if method not in METHODS:
+        raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
+    if len(models) < 2:
+        raise UserError("one model is given", mend="give at least two: there is nothing to weigh")
+    if out is not None and not out.parent.is_dir():
+        raise UserError("no such folder", where=out.parent, mend="make it first, or choose another --out")
+    texts: dict[str, list[Mapping[str, Any]]] = {}
+    for one in data:
+        name, equals, path = one.partition("=")
+        if not equals:
+            name, path = Path(one).stem, one
+        if not Path(path).exists():
+            raise UserError("no such file or folder", where=path)
+        texts[name] = list(islice(read_records(path, split="all"), limit))
+    tokenizer = load_tokenizer(models[0])
+    merged = InMemoryMerge(
+        models, method=method, base=base, options={} if density is None else {"density": density}
+    )
+
+    def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
+        model: Any = merged.set(weights)
+        return {
+            name: bits_per_byte(model, tokenizer, records, resamples=1)["overall"]["bits_per_byte"]["value"]
+            for name, records in texts.items()
+        }
+
+    trials = search_weights(evaluate, len(models), parts=parts, rounds=rounds, budget=budget)
+    best = min(trials, key=lambda trial: trial.mean)
+    front = pareto_front(trials)
+    left_out = leave_one_out(evaluate, best.weights)
+    if out is not None:
+        write_json(
+            out,
+            {
+                "models": [str(path) for path in models],
+                "method": method,
+                "best": {"weights": best.weights, "scores": best.scores},
+                "front": [{"weights": trial.weights, "scores": trial.scores} for trial in front],
+                "trials": [{"weights": trial.weights, "scores": trial.scores} for trial in trials],
+                "left_out": dict(zip(map(str, models), left_out, strict=True)),
+            },
+        )
+    show(models, list(texts), trials, best, front, left_out)
+    if out is not None:
+        click.echo(f"written to {out}")
+    click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
+
+
+def show(
+    models: tuple[Path, ...],
+    names: list[str],
+    trials: Any,
+    best: Any,
+    front: Any,
+    left_out: list[dict[str, float]],
+) -> None:
+    """The best and the front, and what leaving a model out does."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"Bits per byte of {len(trials)} merges: the best, and the Pareto front")
+    for path in models:
+        table.add_column(path.resolve().name, justify="right")
+    for name in [*names, "mean"]:
+        table.add_column(name, justify="right")
+    others = sorted((trial for trial in front if trial != best), key=lambda trial: float(trial.mean))
+    for number, trial in enumerate([best, *others[:9]]):
+        table.add_row(
+            *(f"{weight:g}" for weight in trial.weights),
+            *(f"{trial.scores[name]:.4f}" for name in names),
+            f"{trial.mean:.4f}",
+            end_section=number == 0,
+        )
+    console.print(table)
+    table = Table(
+        title="Change when a model is left out of the best (below 0: it collides with the others there)"
+    )
+    table.add_column("left out")
+    for name in names:
+        table.add_column(name, justify="right")
+    for path, changes in zip(models, left_out, strict=True):
+        table.add_row(path.resolve().name, *(f"{changes[name]:+.4f}" for name in names))
+    console.print(table)

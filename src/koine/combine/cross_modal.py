@@ -1,0 +1,119 @@
+"""Merging across modalities, as Aya Vision does (arXiv 2505.08751): language-model tensors only.
+
+    W = alpha W_multimodal + (1 - alpha) W_text
+
+Vision encoder and connector are those of the multimodal model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from pathlib import Path
+
+from koine.combine.methods import linear
+from koine.combine.tensor_files import Checkpoint, CheckpointWriter
+from koine.errors import UserError
+from koine.files import atomic_directory, write_json
+
+BLOCK_ENTRIES = 2**21
+
+
+def text_name(name: str) -> str | None:
+    """The text model's name of a multimodal checkpoint's tensor; None for what is not the language model's."""
+    for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name if name == "lm_head.weight" else None
+
+
+def merge_cross_modal(
+    multimodal: Path, text: Path, out: Path, *, alpha: float, max_shard_bytes: int = 5_000_000_000
+) -> dict[str, int]:
+    """Write the multimodal model with its language model merged with `text`'s to `out`; how many tensors were merged and copied.
+
+    alpha: the weight of the MULTIMODAL model.
+
+    Raises `UserError` where the first model has no language model inside, the second lacks one of its tensors or has it in another shape, or `alpha` is not from 0 to 1.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise UserError(
+            f"alpha is {alpha}", mend="it must lie between 0 and 1; it is the multimodal model's weight"
+        )
+    whole, plain = Checkpoint(multimodal), Checkpoint(text)
+    try:
+        names = {name: text_name(name) for name in whole}
+        if not any(names.values()):
+            raise UserError(
+                "holds no tensor of a language model inside",
+                where=multimodal,
+                mend="give the multimodal model first",
+            )
+        for name, theirs in names.items():
+            # A tied head is kept by one of the models and not by the other.
+            if theirs is None or (theirs == "lm_head.weight" and theirs not in plain):
+                names[name] = None
+                continue
+            if theirs not in plain:
+                raise UserError(
+                    f"lacks {theirs}", where=text, mend="give the text model that the other began as"
+                )
+            if plain[theirs].shape != whole[name].shape:
+                raise UserError(
+                    f"{theirs} has shape {list(plain[theirs].shape)}, and {list(whole[name].shape)} in {multimodal}",
+                    where=text,
+                    mend="give the text model that the other began as",
+                )
+        with atomic_directory(out) as folder:
+            _write(whole, plain, names, folder, alpha, max_shard_bytes)
+        merged = sum(theirs is not None for theirs in names.values())
+        return {"merged": merged, "copied": len(names) - merged}
+    finally:
+        whole.close()
+        plain.close()
+
+
+def _write(
+    whole: Checkpoint,
+    plain: Checkpoint,
+    names: dict[str, str | None],
+    folder: Path,
+    alpha: float,
+    max_shard_bytes: int,
+) -> None:
+    for file in sorted(whole.path.iterdir()):
+        if file.is_file() and not any(
+            fnmatch.fnmatch(file.name, one) for one in ("*.safetensors*", ".*", "README.md")
+        ):
+            shutil.copyfile(file, folder / file.name)
+    layout = {name: (entry.dtype, entry.shape) for name, entry in whole.items()}
+    writer = CheckpointWriter(folder, layout, max_shard_bytes=max_shard_bytes)
+    try:
+        for name, entry in whole.items():
+            theirs = names[name]
+            rows = max(1, BLOCK_ENTRIES // max(1, entry.row))
+            for start in range(0, entry.rows, rows):
+                stop = min(entry.rows, start + rows)
+                block = whole.read(name, start, stop)
+                if theirs is not None:
+                    block = linear((block, plain.read(theirs, start, stop)), (alpha, 1.0 - alpha))
+                    if not block.isfinite().all():
+                        raise UserError(
+                            f"{name} holds NaN or infinity",
+                            where=whole.path,
+                            mend="one of the models is broken",
+                        )
+                writer.write(name, block, start)
+    finally:
+        writer.close()
+    write_json(
+        folder / "merge_report.json",
+        {"method": "cross-modal", "alpha": alpha, "multimodal": str(whole.path), "text": str(plain.path),
+         "merged": sorted(name for name, theirs in names.items() if theirs is not None)},
+    )  # fmt: skip
+    (folder / "README.md").write_text(
+        f"# {whole.path.resolve().name}, merged with the text model {plain.path.resolve().name}\n\n"
+        f"The language model's tensors are {alpha:g} of the multimodal model's and {1 - alpha:g} of the text model's; everything else is the multimodal "
+        "model's (Dash et al., Aya Vision, 2025, arXiv 2505.08751).\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,274 @@
+"""Ways to merge checkpoints, each one a function of the tensors that have one name in all models.
+
+A method takes `tensors` (one a model, of equal shape), and of these parameters those that it has: `weights` (one a model), `base` (the common ancestor's tensor) and numbers of its own,
+which become options of `koine merge`. The maths are float32 (float64 stays) whatever the models' dtype; the result has the dtype of the first. To add a method, write a
+function and name it in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLLINEAR = 0.9995
+"""Cosine from which on SLERP interpolates on a line: the sine that it would divide by is nearly 0."""
+
+BLOCK = 2**21
+"""Entries that are worked on at once where a method needs several passes."""
+
+
+def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+    """`sum_k c_k W_k / sum_k c_k`: the weighted average, model soups (arXiv 2203.05482); with `normalize` off, not divided."""
+    total = _sum(tensors, weights)
+    return _narrow(total.div_(sum(weights)) if normalize else total, tensors)
+
+
+def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
+    """Of two models, the point at share `t` of the arc between them (spherical linear interpolation); on a line where they are nearly collinear.
+
+    The angle is that of the whole tensor as one vector, norms are not kept apart: `sin((1 - t) a) / sin(a) W_0 + sin(t a) / sin(a) W_1`.
+    """
+    first, second = tensors
+    dot = _dot(first, second) / max(1e-30, math.sqrt(_dot(first, first) * _dot(second, second)))
+    if abs(dot) > COLLINEAR:
+        parts = (1.0 - t, t)
+    else:
+        angle = torch.arccos(torch.tensor(dot, dtype=torch.float64))
+        parts = (float(((1.0 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin()))
+    return _by_blocks(lambda a, b: _narrow(_sum((a, b), parts), (a,)), first, second)
+
+
+def task_arithmetic(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    base: Tensor,
+    *,
+    scale: float = 1.0,
+    normalize: bool = False,
+) -> Tensor:
+    """`W_0 + scale sum_k c_k (W_k - W_0)` (arXiv 2212.04089)."""
+    return _add(base, _sum(_deltas(tensors, base), weights), scale / sum(weights) if normalize else scale)
+
+
+def ties(
+    tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, *, density: float = 0.2, scale: float = 1.0,
+    normalize: bool = True,
+) -> Tensor:  # fmt: skip
+    """Trim, elect sign, merge (arXiv 2306.01708): of each difference to the base keep the `density` largest entries, and of those the ones whose sign
+    is that of their weighted sum.
+
+    normalize: divide by the weights of the models that take part in an entry.
+    """
+    least = [smallest_kept(tensor, base, density) for tensor in tensors]
+
+    def merged(block_of_base: Tensor, *blocks: Tensor) -> Tensor:
+        kept = [
+            delta.mul_(delta.abs() >= limit)
+            for delta, limit in zip(_deltas(blocks, block_of_base), least, strict=True)
+        ]
+        return _add(block_of_base, _agreeing(kept, weights, normalize=normalize), scale)
+
+    return _by_blocks(merged, base, *tensors)
+
+
+def dare_linear(
+    tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, *, density: float = 0.2, scale: float = 1.0,
+    normalize: bool = False, generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Drop and rescale (arXiv 2311.03099): entries of each difference are kept with probability `density`, divided by it, and added up."""
+    kept = _dropped(_deltas(tensors, base), density, generator)
+    return _add(base, _sum(kept, weights), scale / sum(weights) if normalize else scale)
+
+
+def dare_ties(
+    tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, *, density: float = 0.2, scale: float = 1.0,
+    normalize: bool = False, generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """As `dare_linear`, and of what is left only the entries that agree in sign with their weighted sum take part."""
+    kept = _dropped(_deltas(tensors, base), density, generator)
+    return _add(base, _agreeing(kept, weights, normalize=normalize), scale)
+
+
+def model_stock(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
+    """`t mean_k(W_k) + (1 - t) W_0` with `t = N cos a / (1 + (N - 1) cos a)`, where `a` is the mean angle between the differences to the base (arXiv
+    2403.19522, equation 3)."""
+    count = len(tensors)
+    cosines = [
+        _cosine_of_deltas(tensors[one], tensors[other], base) for one in range(count) for other in range(one)
+    ]
+    cosine = sum(cosines) / len(cosines)
+    below = 1.0 + (count - 1) * cosine
+    # Differences that cancel out have no estimate: the base stays.
+    share = count * cosine / below if abs(below) > 1e-6 else 0.0
+
+    def merged(block_of_base: Tensor, *blocks: Tensor) -> Tensor:
+        average = _sum(blocks, [share / count] * count)
+        return _narrow(average.add_(_wide(block_of_base), alpha=1.0 - share), blocks)
+
+    return _by_blocks(merged, base, *tensors)
+
+
+Method = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method as `koine merge` offers it.
+
+    elementwise: an entry of the result depends on the same entry of the inputs alone, so that a tensor may be worked on in pieces.
+    models: the least and the most that it takes. source: for the model card.
+    """
+
+    function: Method
+    elementwise: bool
+    models: tuple[int, int | None]
+    source: str
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The method's own numbers and switches, by name."""
+        known = {"tensors", "weights", "base", "generator"}
+        signature = inspect.signature(self.function).parameters
+        return {name: parameter for name, parameter in signature.items() if name not in known}
+
+    def takes(self, name: str) -> bool:
+        """Whether the function has a parameter `name`."""
+        return name in inspect.signature(self.function).parameters
+
+
+METHODS: dict[str, MethodInfo] = {
+    "linear": MethodInfo(
+        linear, True, (1, None), "Wortsman et al., Model soups, 2022 (arXiv 2203.05482)"
+    ),
+    "slerp": MethodInfo(slerp, False, (2, 2), "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"),
+    "task-arithmetic": MethodInfo(
+        task_arithmetic, True, (1, None), "Ilharco et al., Editing models with task arithmetic, 2022 (arXiv 2212.04089)"
+    ),
+    "ties": MethodInfo(ties, False, (1, None), "Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)"),
+    "dare-linear": MethodInfo(
+        dare_linear, True, (1, None), "Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099)"
+    ),
+    "dare-ties": MethodInfo(
+        dare_ties, True, (1, None),
+        "Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099); Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)",
+    ),
+    "model-stock": MethodInfo(model_stock, False, (2, None), "Jang et al., Model Stock, 2024 (arXiv 2403.19522)"),
+}  # fmt: skip
+
+
+def smallest_kept(tensor: Tensor, base: Tensor, density: float) -> float:
+    """The magnitude of the `k`-th largest entry of `tensor - base`, `k` the `density`'s share of all, at least one. Entries as large as it are kept
+    too, where sorting would keep some of them by chance.
+
+    Selected, not sorted: a sample brackets it, the entries outside of the bracket are counted, and only those inside are put in order.
+    """
+    total = tensor.numel()
+    if density >= 1.0:
+        return 0.0
+    keep = max(1, int(density * total))
+    magnitudes = torch.empty(total, dtype=_wide_dtype(tensor))
+    start = 0
+    for mine, theirs in _blocks(tensor, base):
+        torch.sub(_wide(mine), _wide(theirs), out=magnitudes[start : start + mine.numel()])
+        start += mine.numel()
+    magnitudes.abs_()
+    # An odd stride, so that no column of a matrix is preferred.
+    stride = max(1, total // 16_384) | 1
+    sample = magnitudes[::stride].sort(descending=True).values
+    at, slack = keep / total * len(sample), 4.0 * len(sample) ** 0.5
+    high = float(sample[int(at - slack)]) if at > slack else float("inf")
+    low = float(sample[int(at + slack)]) if at + slack < len(sample) else -1.0
+    above = int((magnitudes > high).sum())
+    inside = magnitudes[(magnitudes <= high) & (magnitudes >= low)]
+    if not above < keep <= above + len(inside):
+        above, inside = 0, magnitudes
+    return float(inside.kthvalue(len(inside) - (keep - above) + 1).values)
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_dtype(tensor))
+
+
+def _narrow(result: Tensor, like: Sequence[Tensor]) -> Tensor:
+    return result.to(like[0].dtype)
+
+
+def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum, wide."""
+    total = _wide(tensors[0]) * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total.add_(_wide(tensor), alpha=weight)
+    return total
+
+
+def _deltas(tensors: Sequence[Tensor], base: Tensor) -> list[Tensor]:
+    wide = _wide(base)
+    return [_wide(tensor) - wide for tensor in tensors]
+
+
+def _add(base: Tensor, change: Tensor, scale: float) -> Tensor:
+    return _narrow(change.mul_(scale).add_(_wide(base)), (base,))
+
+
+def _dropped(deltas: list[Tensor], density: float, generator: torch.Generator) -> list[Tensor]:
+    for delta in deltas:
+        keep = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
+        delta.mul_(keep).div_(density)
+    return deltas
+
+
+def _agreeing(deltas: list[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """The weighted sum of the entries whose sign is that of the weighted sum of all; a sum of 0 counts as positive."""
+    majority = _sum(deltas, weights) >= 0
+    total, taken = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = torch.where(majority, delta * weight > 0, delta * weight < 0)
+        total.add_(delta * agrees, alpha=weight)
+        if normalize:
+            taken.add_(agrees, alpha=weight)
+    if normalize:
+        total.div_(taken.masked_fill_(taken.abs() < 1e-8, 1.0))
+    return total
+
+
+def _blocks(*tensors: Tensor) -> Any:
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), BLOCK):
+        yield [part[start : start + BLOCK] for part in flat]
+
+
+def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """An elementwise `function` over tensors of one shape, a block at a time, so that little is wide at once."""
+    out = torch.empty_like(tensors[0])
+    flat, start = out.view(-1), 0
+    for blocks in _blocks(*tensors):
+        flat[start : start + blocks[0].numel()] = function(*blocks)
+        start += blocks[0].numel()
+    return out
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    total = 0.0
+    for a, b in _blocks(first, second):
+        total += float(torch.dot(_wide(a), _wide(b)))
+    return total
+
+
+def _cosine_of_deltas(first: Tensor, second: Tensor, base: Tensor) -> float:
+    dot = squares = other = 0.0
+    for a, b, origin in _blocks(first, second, base):
+        one, two = _deltas((a, b), origin)
+        dot += float(torch.dot(one, two))
+        squares += float(torch.dot(one, one))
+        other += float(torch.dot(two, two))
+    return max(-1.0, min(1.0, dot / max(1e-30, math.sqrt(squares * other))))

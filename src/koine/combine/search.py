@@ -1,0 +1,183 @@
+"""Weights of a merge, searched: a coarse grid over the simplex, then steps around the best; and what each model costs the others.
+
+The evaluation is any function from weights to figures of which lower is better, so that nothing need be written: see `InMemoryMerge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koine.combine.methods import METHODS
+from koine.errors import UserError
+from koine.model import Decoder, load_causal_lm
+from koine.model.checkpoint import from_transformers, to_transformers
+
+Evaluate = Callable[[tuple[float, ...]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Weights, what they scored (lower is better), and the mean of the scores."""
+
+    weights: tuple[float, ...]
+    scores: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Of all figures."""
+        return sum(self.scores.values()) / len(self.scores)
+
+
+def simplex_grid(count: int, parts: int) -> Iterator[tuple[float, ...]]:
+    """All weights of `count` models that are whole multiples of `1 / parts` and sum to 1."""
+
+    def split(left: int, places: int) -> Iterator[tuple[int, ...]]:
+        if places == 1:
+            yield (left,)
+            return
+        for first in range(left + 1):
+            for rest in split(left - first, places - 1):
+                yield (first, *rest)
+
+    for numbers in split(parts, count):
+        yield tuple(number / parts for number in numbers)
+
+
+def search_weights(
+    evaluate: Evaluate, count: int, *, parts: int = 4, rounds: int = 2, budget: int = 200,
+    score: Callable[[Trial], float] = lambda trial: trial.mean,
+) -> list[Trial]:  # fmt: skip
+    """Every trial in the order in which it was made: the grid of `parts`, then `rounds` of moving weight between two models, by half the grid's step, a quarter, ...
+
+    Raises `UserError` where the grid alone has more points than `budget`.
+    """
+    grid = list(simplex_grid(count, parts))
+    if len(grid) > budget:
+        raise UserError(
+            f"the grid has {len(grid)} points and the budget is {budget}",
+            mend="take fewer parts, or a larger budget",
+        )
+    trials: dict[tuple[float, ...], Trial] = {}
+
+    def run(weights: tuple[float, ...]) -> None:
+        key = tuple(round(weight, 6) for weight in weights)
+        if key not in trials and len(trials) < budget:
+            trials[key] = Trial(key, evaluate(key))
+
+    for point in grid:
+        run(point)
+    step = 1.0 / parts
+    for _ in range(rounds):
+        step /= 2
+        best = min(trials.values(), key=score)
+        for gains in range(count):
+            for loses in range(count):
+                if gains != loses and best.weights[loses] >= step - 1e-9:
+                    moved = list(best.weights)
+                    moved[gains] += step
+                    moved[loses] -= step
+                    run(tuple(moved))
+    return list(trials.values())
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other beats in one figure without losing in another."""
+
+    def beaten(one: Trial) -> bool:
+        return any(
+            all(other.scores[name] <= one.scores[name] for name in one.scores)
+            and any(other.scores[name] < one.scores[name] for name in one.scores)
+            for other in trials
+        )
+
+    return [trial for trial in trials if not beaten(trial)]
+
+
+def leave_one_out(evaluate: Evaluate, weights: tuple[float, ...]) -> list[dict[str, float]]:
+    """For each model, how much each figure rises when it is left out and the others keep their proportions (Command A, arXiv
+    2504.00698): below 0, the model collides with the others there."""
+    whole = evaluate(weights)
+    found = []
+    for gone, weight in enumerate(weights):
+        rest = 1.0 - weight / sum(weights)
+        if rest < 1e-9:
+            found.append(dict.fromkeys(whole, float("inf")))
+            continue
+        others = tuple(
+            0.0 if index == gone else one / (rest * sum(weights)) for index, one in enumerate(weights)
+        )
+        scores = evaluate(others)
+        found.append({name: scores[name] - whole[name] for name in whole})
+    return found
+
+
+class InMemoryMerge:
+    """A model that is set to one merge after another. All models' weights stay in memory, in their own dtype.
+
+    Raises `UserError` where a method takes no weights, or the models differ in a tensor.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        method: str = "linear",
+        base: Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.info = METHODS[method]
+        if not self.info.takes("weights"):
+            raise UserError(
+                f"{method} has no weights to search",
+                mend="take linear, task-arithmetic, ties or a dare method",
+            )
+        if self.info.takes("base") != (base is not None):
+            raise UserError(
+                f"{method} needs the common ancestor" if base is None else f"{method} uses no base",
+                mend="see --base",
+            )
+        self.options = dict(options or {})
+        self.states = [_stored(load_causal_lm(path)) for path in (*paths, *([] if base is None else [base]))]
+        for path, state in zip(paths, self.states, strict=False):
+            for name, tensor in self.states[0].items():
+                if name not in state or state[name].shape != tensor.shape:
+                    raise UserError(
+                        f"differs in {name}",
+                        where=path,
+                        mend="models of one architecture and size can be merged",
+                    )
+        self.with_base = base is not None
+        self.model: nn.Module = load_causal_lm(paths[0], dtype=torch.float32)
+
+    @torch.no_grad()
+    def set(self, weights: tuple[float, ...]) -> nn.Module:
+        """The model, with the merge of these weights in float32."""
+        # The seed of what a DARE method drops is the same for all weights, so that they are compared on the same mask.
+        arguments: dict[str, Any] = {**self.options, "weights": weights}
+        merged: dict[str, Tensor] = {}
+        for name, first in self.states[0].items():
+            if not first.is_floating_point():
+                merged[name] = first
+                continue
+            tensors = [state[name].float() for state in self.states]
+            if self.with_base:
+                arguments["base"] = tensors.pop()
+            if self.info.takes("generator"):
+                arguments["generator"] = torch.Generator().manual_seed(0)
+            merged[name] = self.info.function(tensors, **arguments)
+        self.model.load_state_dict(
+            from_transformers(merged, self.model.config) if isinstance(self.model, Decoder) else merged
+        )
+        return self.model
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors as they are saved: a method that looks at a tensor whole must not see several fused into one."""
+    state = model.state_dict()
+    return to_transformers(state, model.config) if isinstance(model, Decoder) else state

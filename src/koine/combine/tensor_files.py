@@ -1,0 +1,267 @@
+"""Safetensors checkpoints, sharded or not, read and written a piece of a tensor at a time: memory does not grow with the model.
+
+A file is eight bytes of length, a JSON header (name -> dtype, shape, offsets) and the tensors' bytes. The `safetensors` library maps files whole
+and writes them from memory; here pieces are read and written at their offsets, by several threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from koine.errors import UserError
+from koine.files import read_json, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a checkpoint. offset: of its first byte in `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """How many entries."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def row(self) -> int:
+        """Entries of a row: of one index of the first dimension; 1 for a scalar."""
+        return torch.Size(self.shape[1:]).numel() if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+
+class Checkpoint(Mapping[str, Entry]):
+    """The tensors of a model directory by name; nothing but headers is read before `read` is called.
+
+    Raises `UserError` for a missing folder, file or shard, a damaged file, and a tensor that stands in two shards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise UserError("no such folder", where=path, mend="give the folder of a model")
+        self.entries: dict[str, Entry] = {}
+        for file in self._files():
+            for name, entry in _header(file).items():
+                if name in self.entries:
+                    raise UserError(
+                        f"{name} stands in two files",
+                        where=path,
+                        mend="the folder holds the shards of two models",
+                    )
+                self.entries[name] = entry
+        self._descriptors = {
+            file: os.open(file, os.O_RDONLY) for file in {entry.file for entry in self.entries.values()}
+        }
+
+    def _files(self) -> list[Path]:
+        if (self.path / INDEX).exists():
+            content = read_json(self.path / INDEX)
+            shards = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(shards, dict):
+                raise UserError(
+                    "holds no weight_map",
+                    where=self.path / INDEX,
+                    mend="the file is damaged; copy the folder again",
+                )
+            names = sorted(set(map(str, shards.values())))
+        elif (self.path / SINGLE).exists():
+            names = [SINGLE]
+        else:
+            raise UserError(
+                "holds no model.safetensors",
+                where=self.path,
+                mend="weights in another format must be converted first",
+            )
+        for name in names:
+            if not (self.path / name).exists():
+                raise UserError(
+                    f"the shard {name} is missing", where=self.path, mend="copy the whole folder again"
+                )
+        return [self.path / name for name in names]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` of a tensor; all of it by default."""
+        entry = self.entries[name]
+        last = entry.rows if stop is None else stop
+        shape = (last - start, *entry.shape[1:]) if entry.shape else ()
+        tensor = torch.empty(shape, dtype=entry.dtype)
+        size = tensor.numel() * entry.dtype.itemsize
+        if size:
+            at = entry.offset + start * entry.row * entry.dtype.itemsize
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+            done = 0
+            while done < size:
+                count = os.preadv(self._descriptors[entry.file], [view[done:]], at + done)
+                if count == 0:
+                    raise UserError("ends too early", where=entry.file, mend="it is truncated; copy it again")
+                done += count
+        return tensor
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    def damaged(why: str) -> UserError:
+        return UserError(
+            f"not a whole safetensors file ({why})",
+            where=file,
+            mend="it is truncated or damaged; copy or build it again",
+        )
+
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        first = handle.read(8)
+        if len(first) < 8:
+            raise damaged("it has no header")
+        length = struct.unpack("<Q", first)[0]
+        if length > min(LARGEST_HEADER, size - 8):
+            raise damaged("its header is longer than itself")
+        try:
+            content = json.loads(handle.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise damaged(f"its header is no JSON: {error}") from None
+    found: dict[str, Entry] = {}
+    for name, about in content.items():
+        if name == "__metadata__":
+            continue
+        if about["dtype"] not in DTYPES:
+            raise UserError(
+                f"{name} is of dtype {about['dtype']}",
+                where=file,
+                mend=f"these are merged: {', '.join(DTYPES)}",
+            )
+        begin, end = about["data_offsets"]
+        entry = Entry(file, DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + begin)
+        if end - begin != entry.nbytes or 8 + length + end > size:
+            raise damaged(f"{name} reaches beyond its end")
+        found[name] = entry
+    return found
+
+
+class CheckpointWriter:
+    """A checkpoint whose tensors are known by name, dtype and shape before the first of them is written; pieces may come in any order, from any thread.
+
+    Files of at most `max_shard_bytes` each (a larger tensor has one alone). `resume` goes on with files that an earlier writer of the same layout left.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        *,
+        max_shard_bytes: int,
+        resume: bool = False,
+    ) -> None:
+        self.folder = folder
+        shards: list[list[str]] = [[]]
+        filled = 0
+        sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (dtype, shape) in layout.items()}
+        for name, size in sizes.items():
+            if shards[-1] and filled + size > max_shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+        self.entries: dict[str, Entry] = {}
+        self._descriptors: dict[Path, int] = {}
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = folder / (
+                SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
+            header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+            at = 0
+            for name in names:
+                dtype, shape = layout[name]
+                header[name] = {
+                    "dtype": NAMES[dtype],
+                    "shape": list(shape),
+                    "data_offsets": [at, at + sizes[name]],
+                }
+                at += sizes[name]
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            offset = 8 + len(text)
+            for name in names:
+                dtype, shape = layout[name]
+                self.entries[name] = Entry(file, dtype, tuple(shape), offset)
+                weight_map[name] = file.name
+                offset += sizes[name]
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptors[file] = descriptor
+            if not resume:
+                os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+            # The room is taken now, where the system can: a disk that is too small is known before hours of work, not after.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, offset)
+            else:
+                os.ftruncate(descriptor, offset)
+        if len(shards) > 1:
+            total = sum(sizes.values())
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
+        """Rows of a tensor, from row `start` on."""
+        entry = self.entries[name]
+        if not tensor.numel():
+            return
+        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        at, done = entry.offset + start * entry.row * entry.dtype.itemsize, 0
+        while done < len(data):
+            done += os.pwrite(self._descriptors[entry.file], data[done:], at + done)
+
+    def sync(self) -> None:
+        """Wait until everything that was written is on the disk."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Sync and close the files."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+            os.close(descriptor)
+        self._descriptors = {}

@@ -1,0 +1,86 @@
+"""The search over weights on functions whose best is known, and merges that are never written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from koine.combine.merge import merge
+from koine.combine.search import (
+    InMemoryMerge,
+    Trial,
+    leave_one_out,
+    pareto_front,
+    search_weights,
+    simplex_grid,
+)
+from koine.errors import UserError
+from koine.model import load_model
+
+from .models import write_branches
+from .test_merge import recipe_of
+
+
+def test_the_grid_is_the_simplex() -> None:
+    grid = list(simplex_grid(3, 4))
+    assert len(grid) == len(set(grid)) == 15
+    assert all(sum(point) == pytest.approx(1.0) for point in grid)
+
+
+def test_finer_steps_come_closer() -> None:
+    target = (0.3, 0.6, 0.1)
+    calls = []
+
+    def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
+        calls.append(weights)
+        return {"distance": sum((a - b) ** 2 for a, b in zip(weights, target, strict=True))}
+
+    trials = search_weights(evaluate, 3, parts=4, rounds=4)
+    best = min(trials, key=lambda trial: trial.mean)
+    assert all(abs(a - b) <= 1 / 64 + 1e-9 for a, b in zip(best.weights, target, strict=True))
+    assert len(calls) == len(set(calls)) == len(trials)
+    assert len(search_weights(evaluate, 3, parts=4, rounds=4, budget=17)) == 17
+    with pytest.raises(UserError, match="the grid has 15 points and the budget is 9"):
+        search_weights(evaluate, 3, parts=4, budget=9)
+
+
+def test_the_front_and_what_is_left_out() -> None:
+    trials = [
+        Trial((w, 1 - w), {"a": (1 - w) ** 2, "b": w**2 + (0.5 if w == 0.25 else 0.0)})
+        for w in (0.0, 0.25, 0.5, 1.0)
+    ]
+    assert [trial.weights[0] for trial in pareto_front(trials)] == [0.0, 0.5, 1.0]
+
+    def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
+        return {"code": 1.0 - weights[0], "prose": 1.0 - weights[1] + 0.5 * weights[2]}
+
+    changes = leave_one_out(evaluate, (0.5, 0.25, 0.25))
+    # Without the third, the first two have 2/3 and 1/3: prose is better, so the third collides there.
+    assert changes[2]["prose"] == pytest.approx((1 - 1 / 3) - (1 - 0.25 + 0.125))
+    assert changes[0]["code"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare-linear"])
+def test_in_memory_is_what_would_be_written(tmp_path: Path, method: str) -> None:
+    base, branches = write_branches(tmp_path, ("a", "b"))
+    with_base = method != "linear"
+    options = {"density": 1.0} if method == "dare-linear" else {}
+    merged = InMemoryMerge(
+        list(branches.values()), method=method, base=base if with_base else None, options=options
+    )
+    tokens = torch.randint(0, 200, (1, 12))
+    first = merged.set((1.0, 0.0))(tokens)
+    got = merged.set((0.25, 0.75))(tokens)
+    assert not torch.equal(first, got)
+    merge(recipe_of(method, {"base": base, **branches}, options=options), tmp_path / "out")
+    assert torch.allclose(got, load_model(tmp_path / "out")(tokens), atol=1e-5)
+
+
+def test_what_cannot_be_searched(tmp_path: Path) -> None:
+    _, branches = write_branches(tmp_path, ("a", "b"))
+    with pytest.raises(UserError, match="model-stock has no weights to search"):
+        InMemoryMerge(list(branches.values()), method="model-stock")
+    with pytest.raises(UserError, match="ties needs the common ancestor"):
+        InMemoryMerge(list(branches.values()), method="ties")
