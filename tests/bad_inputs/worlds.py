@@ -247,6 +247,29 @@ def written(path: str, content: str) -> Callable[[Path], None]:
     return write
 
 
+def changed_tensors(path: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
+    """Change the tensors of a safetensors file."""
+
+    def apply(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / path)
+        change(tensors)
+        save_file(tensors, folder / path)
+
+    return apply
+
+
+def other_shape(path: str) -> Callable[[Path], None]:
+    import torch
+
+    return changed_tensors(path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+
+
+def with_nan(path: str) -> Callable[[Path], None]:
+    return changed_tensors(path, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+
+
 def removed(path: str) -> Callable[[Path], None]:
     return lambda folder: (folder / path).unlink()
 

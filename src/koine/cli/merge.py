@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def command_of(name: str, info: MethodInfo) -> click.Command:
     summary = inspect.getdoc(info.function) or ""
     return click.Command(
         name, callback=function, params=parameters, help=f"{summary}\n\nSource: {info.source}",
-        short_help=summary.split("\n")[0], context_settings={"max_content_width": 110},
+        short_help=re.split(r"[.:;] ", " ".join(summary.split()))[0] + ".", context_settings={"max_content_width": 110},
     )  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def show(report: dict[str, Any], most: int = 8) -> None:
         title=f"Where the models are {'most in conflict' if conflicts else 'farthest apart'} ({most} of {len(measured)} tensors)"
     )
     for column in ("tensor", "distance", *(("cosine", "sign conflicts") if conflicts else ())):
-        table.add_column(column, justify="left" if column == "tensor" else "right")
+        table.add_column(column, justify="left" if column == "tensor" else "right", overflow="fold")
     for name in sorted(measured, key=order, reverse=True)[:most]:
         one = measured[name]
         cells = [" ".join("–" if value is None else f"{value:.3f}" for value in one["distance"])]

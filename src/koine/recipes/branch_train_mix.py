@@ -65,8 +65,8 @@ def branch_train_mix(
         )
     if not 0.0 <= general_share < 1.0:
         raise UserError(f"general_share is {general_share}", mend="it must be at least 0 and below 1")
-    named = dict(_named(one) for one in domains)
-    added = dict([_named(new_domain)]) if new_domain else {}
+    named = dict(named_path(one) for one in domains)
+    added = dict([named_path(new_domain)]) if new_domain else {}
     if len(named) < len(domains) or named.keys() & added.keys() or "general" in {*named, *added}:
         raise UserError("two domains have one name", mend="name each differently, and none 'general'")
     if added and method == "average":
@@ -193,7 +193,8 @@ def branch_train_mix(
     )
 
 
-def _named(text: str) -> tuple[str, Path]:
+def named_path(text: str) -> tuple[str, Path]:
+    """`NAME=PATH` as a pair."""
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
         raise UserError(

@@ -211,6 +211,27 @@ def mix(
 
 
 @step(version="1", estimate=estimates.mixing)
+def merge_models(
+    models: list[Path],
+    base: Path | None = None,
+    *,
+    method: str,
+    weights: tuple[float, ...],
+    seed: int,
+    out: Path,
+) -> None:
+    """A merge of models, by a method that takes weights (`koine.combine.methods`)."""
+    from koine.combine.merge import Recipe, merge
+
+    recipe = Recipe(method=method, models=tuple(models), base=base, weights=weights, seed=seed)
+    merged = out / ".merged"
+    merge(recipe, merged, threads=1)
+    for path in merged.iterdir():
+        path.replace(out / path.name)
+    merged.rmdir()
+
+
+@step(version="1", estimate=estimates.mixing)
 def grow(
     model: Path, expert: Path, corpus: Path, *, domain: str, reset_router: bool, seed: int, out: Path
 ) -> None:

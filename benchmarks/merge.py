@@ -1,0 +1,222 @@
+"""Our merging beside mergekit: whole commands, start-up included, on four checkpoints of 135 to 200 million parameters in bfloat16.
+
+    python benchmarks/peers/install.py mergekit
+    python benchmarks/merge.py --out benchmarks/results/merge.json
+
+Four random branches of one random base are written once (Cohere2, the only kind of ours that mergekit takes). For each method both commands run in turn, each in a fresh
+process into a fresh folder, and the largest resident memory of each is read from the system. Beside them stands the ceiling: the time to read the inputs and write
+as many bytes as the result has. Before the first round both results are compared, tensor by tensor. mergekit merges in the models' dtype, bfloat16, which is its fastest;
+ours works in float32. The last line printed is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from koine.files import write_json
+from koine.hardware import processor_name
+from koine.model import Decoder, ModelConfig, hybrid_layers, save_model
+from koine.model.flops import count_parameters
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from peers.install import python_of
+
+NAMES = ("a", "b", "c", "d")
+METHODS = ("linear", "slerp", "task-arithmetic", "ties", "dare-linear")
+"""Each is compared in value where it draws nothing at random."""
+ROUNDING = 2**-6
+"""Largest difference that is rounding, of entries of size 1: mergekit's sums are rounded to bfloat16 at every step."""
+
+
+def config_of(millions: int) -> ModelConfig:
+    """A model of the size of SmolLM-135M, or of 200 million parameters."""
+    hidden, layers = (576, 30) if millions <= 135 else (768, 26)
+    return ModelConfig(
+        vocab_size=49_152, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 32 * 32, num_heads=hidden // 64,
+        num_kv_heads=hidden // 192, head_dim=64, layers=hybrid_layers(layers, window=4096),
+    )  # fmt: skip
+
+
+def write_models(folder: Path, config: ModelConfig) -> None:
+    """A base and four branches of it; the tokenizers that mergekit wants to copy are left out."""
+    torch.manual_seed(0)
+    base = Decoder(config)
+    save_model(base, folder / "base", dtype=torch.bfloat16)
+    for name in NAMES:
+        branch = Decoder(config)
+        with torch.no_grad():
+            for ours, theirs in zip(branch.parameters(), base.parameters(), strict=True):
+                ours.copy_(theirs + 0.2 * theirs.std() * torch.randn_like(theirs))
+        save_model(branch, folder / name, dtype=torch.bfloat16)
+        del branch
+
+
+def models_of(method: str) -> tuple[str, ...]:
+    """Those that a method merges."""
+    return NAMES[:2] if method == "slerp" else NAMES
+
+
+def our_command(method: str, folder: Path, out: Path) -> list[str]:
+    """As a user types it."""
+    command = [
+        sys.executable,
+        "-m",
+        "koine",
+        "merge",
+        method,
+        *(str(folder / name) for name in models_of(method)),
+    ]
+    if method == "slerp":
+        command += ["--t", "0.5"]
+    elif method == "linear":
+        command += ["--weights", "0.25,0.25,0.25,0.25"]
+    else:
+        command += ["--weights", "0.25,0.25,0.25,0.25", "--base", str(folder / "base")]
+    if method in ("ties", "dare-linear"):
+        command += ["--density", "0.5"]
+    return [*command, "--out", str(out)]
+
+
+def their_command(method: str, folder: Path, out: Path) -> list[str]:
+    """mergekit on the same."""
+    models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in models_of(method)]
+    content: dict[str, Any] = {
+        "merge_method": method.replace("-", "_"),
+        "models": models,
+        "dtype": "bfloat16",
+    }
+    if method == "slerp":
+        content |= {"base_model": str(folder / "a"), "parameters": {"t": 0.5}}
+    else:
+        for one in models:
+            one["parameters"] = {"weight": 0.25}
+        if method != "linear":
+            content["base_model"] = str(folder / "base")
+        if method in ("ties", "dare-linear"):
+            content["parameters"] = {"density": 0.5, "normalize": method == "ties"}
+    (folder / f"{method}.yml").write_text(json.dumps(content))
+    program = python_of("mergekit").parent / "mergekit-yaml"
+    return [str(program), str(folder / f"{method}.yml"), str(out), "--no-copy-tokenizer", "--quiet"]
+
+
+def run(command: list[str], out: Path) -> tuple[float, int]:
+    """Seconds and the largest resident bytes of a command."""
+    shutil.rmtree(out, ignore_errors=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        assert child.stderr is not None
+        raise RuntimeError(f"{command[0]} failed: {child.stderr.read().decode()[-2000:]}")
+    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Of two results, over all tensors, relative to the tensor's largest entry."""
+    from safetensors import safe_open
+
+    worst = 0.0
+    with safe_open(first / "model.safetensors", "pt") as ours:
+        for file in second.glob("*.safetensors"):
+            with safe_open(file, "pt") as theirs:
+                for name in theirs.keys():  # noqa: SIM118 (not a mapping)
+                    a, b = ours.get_tensor(name).float(), theirs.get_tensor(name).float()
+                    worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+    return worst
+
+
+def copy_seconds(folder: Path, method: str, out: Path) -> float:
+    """To read the inputs and to write as many bytes as one model has."""
+    names = models_of(method) + (() if method in ("linear", "slerp") else ("base",))
+    start = time.perf_counter()
+    data = b""
+    for name in names:
+        data = (folder / name / "model.safetensors").read_bytes()
+    out.mkdir(exist_ok=True)
+    with (out / "copy").open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(out)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--millions", type=int, default=135, choices=(135, 200))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    config = config_of(options.millions)
+    result: dict[str, Any] = {
+        "name": "merge",
+        "parameters": count_parameters(config).total,
+        "models": len(NAMES),
+        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "torch": torch.__version__,
+        "results": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_models(folder, config)
+        result["checkpoint_bytes"] = (folder / "a" / "model.safetensors").stat().st_size
+        for method in options.methods:
+            commands = {
+                "ours": our_command(method, folder, folder / "ours"),
+                "mergekit": their_command(method, folder, folder / "theirs"),
+            }
+            outs = {"ours": folder / "ours", "mergekit": folder / "theirs"}
+            for side, command in commands.items():
+                run(command, outs[side])
+            # TIES breaks ties by chance there: entries of equal size in bfloat16 are kept or not, so that values are compared in the tests, in float32.
+            difference = None
+            if method in ("linear", "slerp", "task-arithmetic"):
+                difference = largest_difference(outs["ours"], outs["mergekit"])
+                assert difference <= ROUNDING, f"{method} differs by {difference}"
+            seconds: dict[str, list[float]] = {side: [] for side in commands}
+            memory: dict[str, int] = dict.fromkeys(commands, 0)
+            ceilings = []
+            for _ in range(options.rounds):
+                for side, command in commands.items():
+                    one, peak = run(command, outs[side])
+                    seconds[side].append(one)
+                    memory[side] = max(memory[side], peak)
+                ceilings.append(copy_seconds(folder, method, folder / "copied"))
+            ratios = sorted(a / b for a, b in zip(seconds["mergekit"], seconds["ours"], strict=True))
+            row = {
+                "seconds": {side: statistics.median(values) for side, values in seconds.items()},
+                "ratio": statistics.median(ratios),
+                "ratio_spread": [ratios[0], ratios[-1]],
+                "peak_memory_bytes": memory,
+                "copy_seconds": statistics.median(ceilings),
+                "largest_difference": difference,
+            }
+            result["results"][method] = row
+            print(method, json.dumps(row), flush=True)
+    if options.out:
+        write_json(options.out, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
