@@ -1,0 +1,130 @@
+"""The figures of a result file, and its tables: `python experiments/rope_to_nope/plots.py experiments/rope_to_nope/results/laptop.json`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+from koine.files import read_json
+
+NAMES = {
+    "rope": "RoPE",
+    "qk-norm": "QK-Norm",
+    "nope": "NoPE",
+    "rnope-10k": "RNoPE, θ 10k",
+    "rnope-100k": "RNoPE, θ 100k",
+    "rnope-2m": "RNoPE, θ 2M",
+    "rnope-4m": "RNoPE, θ 4M",
+    "swa-1": "RNoPE-SWA 1:1",
+    "swa-3": "RNoPE-SWA 3:1",
+    "swa-7": "RNoPE-SWA 7:1",
+}
+DRAWN = ("rope", "qk-norm", "nope", "rnope-10k", "swa-1", "swa-3")
+"""Arms that the figure by length shows; the others are in the table."""
+
+
+def mean_of(results: dict[str, Any], arm: str, length: str, what: str) -> list[float]:
+    """A figure of each seed."""
+    return [results["runs"][f"{arm}/{seed}"]["answers"][length][what] for seed in results["seeds"]]
+
+
+def by_length(results: dict[str, Any], out: Path) -> None:
+    """Log-probability and accuracy of the right value, by the length of the text."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, what, label in zip(
+        axes, ("log_probability", "accuracy"), ("log-probability of the value, nats", "accuracy"), strict=True
+    ):
+        for arm in DRAWN:
+            lengths = list(results["runs"][f"{arm}/0"]["answers"])
+            seeds = [mean_of(results, arm, length, what) for length in lengths]
+            x = [int(length) for length in lengths]
+            (line,) = axis.plot(
+                x, [statistics.mean(one) for one in seeds], marker="o", markersize=3, label=NAMES[arm]
+            )
+            axis.fill_between(
+                x,
+                [min(one) for one in seeds],
+                [max(one) for one in seeds],
+                color=line.get_color(),
+                alpha=0.15,
+                linewidth=0,
+            )
+        axis.axvline(results["lengths"]["long"], color="0.6", linewidth=0.8, linestyle="--")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [f"{one:,}" for one in x])
+        axis.set_xlabel("tokens of the text (dashed: the longest in training)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+def attention(results: dict[str, Any], out: Path) -> None:
+    """Mass on the fact that is asked for, layer by layer."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+    for arm in DRAWN:
+        runs = [results["runs"][f"{arm}/{seed}"]["attention"] for seed in results["seeds"]]
+        middle = [
+            statistics.mean(layers[index]["mass"]["needle"] for layers in runs)
+            for index in range(len(runs[0]))
+        ]
+        axis.plot(range(1, len(middle) + 1), middle, marker="o", markersize=3, label=NAMES[arm])
+    axis.set_xlabel("layer")
+    axis.set_ylabel("attention mass on the fact")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+def verdict_table(results: dict[str, Any]) -> str:
+    """The verdicts as a Markdown table; docs/rope-to-nope.md holds it as it is."""
+    lines = ["| id | verdict | measured, mean over seeds (95 % interval) | paper |", "|---|---|---|---|"]
+    for name, one in results["hypotheses"].items():
+        parts = [
+            f"{label}: {statistics.mean(series['by_seed']):+.3f} ({series['interval'][0]:+.3f} to {series['interval'][1]:+.3f})"
+            for label, series in one["series"].items()
+        ]
+        lines.append(f"| {name} | {one['verdict']} | {'; '.join(parts)} | {one['paper']} |")
+    return "\n".join(lines) + "\n"
+
+
+def arm_table(results: dict[str, Any]) -> str:
+    """Each arm's means over seeds as a Markdown table; the manual holds it too."""
+    lengths = list(next(iter(results["runs"].values()))["answers"])
+    header = [f"{int(length):,}" for length in lengths]
+    lines = [
+        f"| arm | bits per byte, short | {' | '.join(f'{one} tokens' for one in header)} |",
+        f"|---|---|{'---|' * len(lengths)}",
+    ]
+    for arm in results["arms"]:
+        bits = statistics.mean(results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"])
+        cells = [
+            f"{statistics.mean(mean_of(results, arm, length, 'log_probability')):.2f} ({statistics.mean(mean_of(results, arm, length, 'accuracy')):.0%})"
+            for length in lengths
+        ]
+        lines.append(f"| {NAMES[arm]} | {bits:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    results = read_json(path)
+    # The same figures give the same bytes.
+    mpl.rcParams["svg.hashsalt"] = "koine"
+    for name, draw in (("length", by_length), ("attention", attention)):
+        draw(results, path.with_name(f"{path.stem}_{name}.svg"))
+    print(verdict_table(results))
+    print(arm_table(results))
+
+
+if __name__ == "__main__":
+    main()
