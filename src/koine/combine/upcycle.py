@@ -38,13 +38,20 @@ KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def upcycle_btx(seed: Path, experts: Mapping[str, Path], out: Path, *, top_k: int = 1, random_seed: int = 0,
+def upcycle_btx(seed: Path, experts: Mapping[str, Path], out: Path, *, top_k: int = 1, seed_copies: int = 0, random_seed: int = 0,
                 load_balancing: float = 0.01, z_loss: float = 0.001) -> ModelConfig:  # fmt: skip
-    """Branch-train-mix: feed-forward experts and averaged attention. See `koine.combine.branches.open_branches` for what is refused."""
+    """Branch-train-mix: feed-forward experts and averaged attention. See `koine.combine.branches.open_branches` for what is refused.
+
+    seed_copies: more experts that begin as the seed's feed-forward half, as in the parameter-matched baseline of arXiv 2408.08274; they do not count in
+    the average.
+    """
+    copies = tuple(f"seed-{number}" for number in range(2, seed_copies + 2))
     mixture = MixtureConfig(
-        experts=("seed", *experts), top_k=top_k, load_balancing=load_balancing, z_loss=z_loss
+        experts=("seed", *experts, *copies), top_k=top_k, load_balancing=load_balancing, z_loss=z_loss
     )
-    return _upcycle("btx", seed, experts, mixture, out, random_seed=random_seed, domains=None)
+    return _upcycle(
+        "btx", seed, experts, mixture, out, random_seed=random_seed, domains=None, seed_copies=seed_copies
+    )
 
 
 def upcycle_bam(seed: Path, experts: Mapping[str, Path], out: Path, *, attention: str = "kv-experts",
@@ -86,13 +93,14 @@ def _upcycle(
     *,
     random_seed: int,
     domains: Tensor | None,
+    seed_copies: int = 0,
 ) -> ModelConfig:
     if not experts:
         raise UserError("no experts are given", mend="give the folder of at least one branch of the seed")
     root, branches = open_branches(seed, experts)
     everyone = branches if mixture.shared_expert else [root, *branches]
     config = replace(root.config, mixture=mixture)
-    tensors = dict(_tensors(root, everyone, config))
+    tensors = dict(_tensors(root, everyone, config, seed_copies))
     tensors |= new_routers(config, random_seed, dtype=tensors["model.norm.weight"].dtype)
     if domains is not None:
         for name in [name for name in tensors if name.endswith(DOMAINS)]:
@@ -154,7 +162,9 @@ def layer_of(name: str) -> tuple[str, str]:
     return (".".join(parts[:3]) + ".", parts[3]) if name.startswith("model.layers.") else ("", name)
 
 
-def _tensors(root: Branch, everyone: Sequence[Branch], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    root: Branch, everyone: Sequence[Branch], config: ModelConfig, seed_copies: int
+) -> Iterator[tuple[str, Tensor]]:
     assert config.mixture is not None
     for name in sorted(root.weights):
         if _left_out(name, root.config):
@@ -164,7 +174,7 @@ def _tensors(root: Branch, everyone: Sequence[Branch], config: ModelConfig) -> I
         if kind is None:
             yield name, mean([branch.tensor(name) for branch in everyone])
             continue
-        for number, branch in enumerate(everyone):
+        for number, branch in enumerate([*everyone, *[root] * seed_copies]):
             yield expert_name(prefix, rest, number), branch.tensor(name)
         if kind == "feed-forward" and config.mixture.shared_expert:
             yield f"{prefix}mlp.shared_expert.{rest.split('.', 1)[1]}", root.tensor(name)

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
+from koine.recipes.domain_corpora import tokenize_domain
 from koine.recipes.domains import (
     METHODS,
     compare_domains,
-    domain_text,
     equal_shares,
     evaluate_domains,
     grow,
     mix,
-    tokenize_domain,
     train_on,
 )
 

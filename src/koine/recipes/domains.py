@@ -1,4 +1,4 @@
-"""The steps of branch-train-mix: a domain's text, a branch trained on it, a mixture of branches, and what each knows of every domain.
+"""The steps of branch-train-mix: a seed, a branch trained on a domain, a mixture of branches, and what each knows of every domain.
 
 Heavy imports are inside the functions, so that a run in which everything is up to date never loads torch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from koine.errors import UserError, did_you_mean
 from koine.files import write_json
 from koine.plan import step
 from koine.recipes import estimates
-from koine.recipes.corpora import field_mapping
-from koine.recipes.corpus import read_lines, write_step_report
+from koine.recipes.corpus import write_step_report
+from koine.recipes.domain_corpora import documents_of
 from koine.recipes.training import phase_of, train_step, training_settings
 
 METHODS = ("btx", "bam", "bam-shared-kv", "nexus", "nexus-linear", "average")
@@ -26,79 +26,56 @@ ENCODED = 512
 """Documents of each domain from which its embedding is made."""
 
 
-@step(version="1", estimate=estimates.own_text)
-def domain_text(
-    data: Path,
+@step(version="1", estimate=estimates.branch)
+def new_seed(
+    tokenizer: Path,
+    tokens: dict[str, Path],
     *,
-    domain: str,
-    fields: tuple[str, ...],
-    max_bytes: int,
-    heldout_bytes: int,
-    max_bad_share: float,
+    shares: tuple[float, ...],
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    steps: int,
+    sequence_length: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    dtype: str,
     seed: int,
+    threads: int,
     out: Path,
 ) -> None:
-    """A domain's documents: `train.jsonl`, and `heldout.jsonl` that no step trains on.
+    """A seed of the given sizes (every layer full with RoPE, as in arXiv 2408.08274) from random weights, trained on domains in the given shares."""
+    import torch
 
-    Every twentieth document is held out (drawn with `seed`) until there are `heldout_bytes`; long ones are cut to 20,000 characters apart.
-    """
-    import random
+    from koine.data import Source
+    from koine.model import Decoder, LayerSpec, ModelConfig
+    from koine.tokenizer import load_tokenizer
 
-    from koine.data import read_records
-
-    draw = random.Random(seed)
-    reader = read_records(data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all")
-    sizes = {"train": 0, "heldout": 0}
-    counts = {"train": 0, "heldout": 0}
-    limits = {"train": max_bytes, "heldout": heldout_bytes}
-    with (
-        (out / "train.jsonl").open("w", encoding="utf-8") as train,
-        (out / "heldout.jsonl").open("w", encoding="utf-8") as heldout,
-    ):
-        files = {"train": train, "heldout": heldout}
-        for record in reader:
-            for number, text in enumerate(_pieces(record)):
-                part = "heldout" if draw.random() < 0.05 and sizes["heldout"] < heldout_bytes else "train"
-                if sizes[part] >= limits[part]:
-                    continue
-                line = {
-                    "id": f"{record['id']}-{number}",
-                    "text": text,
-                    "language": record["language"],
-                    "domain": domain,
-                }
-                files[part].write(json.dumps(line, ensure_ascii=False) + "\n")
-                sizes[part] += len(text.encode("utf-8"))
-                counts[part] += 1
-            if all(sizes[part] >= limits[part] for part in sizes):
-                break
-    if not all(counts.values()):
-        raise UserError(
-            f"the domain '{domain}' has {counts['train']} documents to train on and {counts['heldout']} held out",
-            where=data,
-            mend="give more documents: one in twenty is held out",
-        )
-    write_json(out / "metrics.json", {f"{part}_bytes": size for part, size in sizes.items()})
-
-
-def _pieces(record: Mapping[str, Any], size: int = 20_000) -> list[str]:
-    text = (
-        str(record["text"])
-        if "text" in record
-        else "\n".join(str(message["content"]) for message in record["messages"])
-    )
-    return [text[start : start + size] for start in range(0, len(text), size)] or [text]
-
-
-@step(version="1", estimate=estimates.tokens)
-def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) -> None:
-    """A domain's training documents as token shards, by the seed's tokenizer."""
-    from koine.data import tokenize
-
-    shutil.rmtree(out / "tokens", ignore_errors=True)
-    tokenize(
-        corpus / "train.jsonl", tokenizer, out=out / "tokens", workers=1, domain=domain, max_bad_share=0.0
-    )
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        vocab_size=load_tokenizer(tokenizer).vocab_size, hidden_size=hidden, intermediate_size=intermediate, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=hidden // heads, layers=(LayerSpec(),) * layers, logit_scale=1.0,
+    )  # fmt: skip
+    sources = [
+        Source(name=name, path=path / "tokens", proportion=share, max_epochs=1_000.0)
+        for (name, path), share in zip(tokens.items(), shares, strict=True)
+        if share > 0.0
+    ]
+    train_step(
+        Decoder(config),
+        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        training_settings(
+            learning_rate=learning_rate, schedule="cosine", min_lr_ratio=0.1, steps=steps, micro_batch_size=micro_batch_size,
+            dtype=dtype, evaluate_every=0, seed=seed, threads=threads,
+        ),
+        out=out,
+        tokenizer=tokenizer,
+        evaluate=None,
+    )  # fmt: skip
 
 
 @step(version="1", estimate=estimates.branch)
@@ -178,9 +155,10 @@ def mix(
     load_balancing: float,
     z_loss: float,
     seed: int,
+    seed_copies: int = 0,
     out: Path,
 ) -> None:
-    """Make one model of the seed and its branches, by one of `METHODS`; `attention_top_k` 0 is soft routing."""
+    """Make one model of the seed and its branches, by one of `METHODS`; `attention_top_k` 0 is soft routing, `seed_copies` is of `btx`."""
     import torch
 
     from koine.combine import fit_encoder, upcycle_bam, upcycle_btx, upcycle_nexus
@@ -189,7 +167,9 @@ def mix(
 
     losses = {"load_balancing": load_balancing, "z_loss": z_loss}
     if method == "btx":
-        upcycle_btx(seed_model, experts, out, top_k=top_k, random_seed=seed, **losses)
+        upcycle_btx(
+            seed_model, experts, out, top_k=top_k, seed_copies=seed_copies, random_seed=seed, **losses
+        )
     elif method in ("bam", "bam-shared-kv"):
         upcycle_bam(
             seed_model, experts, out, attention="kv-experts" if method == "bam" else "shared-kv",
@@ -319,13 +299,6 @@ def compare_domains(evaluations: dict[str, Path], *, out: Path) -> None:
             },
         ],
     )
-
-
-def documents_of(corpus: Path, part: str, limit: int) -> list[str]:
-    """The first documents of a domain's part."""
-    return [
-        record["text"] for record, _ in zip(read_lines(corpus / f"{part}.jsonl"), range(limit), strict=False)
-    ]
 
 
 def equal_shares(count: int, general: float = 0.0) -> Sequence[float]:

@@ -116,3 +116,8 @@ def mixing(**_: Any) -> Estimate:
 def domains(*, documents: int, **_: Any) -> Estimate:
     """The same documents of some six domains."""
     return Estimate(IMPORTED + 500 * 2**20, 5.0 + 0.5 * documents)
+
+
+def sample_code(**_: Any) -> Estimate:
+    """Some megabytes of Python."""
+    return Estimate(LIGHT + 100 * 2**20, 3.0)

@@ -7,13 +7,12 @@ from pathlib import Path
 from koine.errors import UserError
 from koine.plan import Artifact, Plan
 from koine.recipes.branch_train_mix import named_path
+from koine.recipes.domain_corpora import tokenize_domain
 from koine.recipes.domains import (
     compare_domains,
-    domain_text,
     equal_shares,
     evaluate_domains,
     merge_models,
-    tokenize_domain,
     train_on,
 )
 
