@@ -6,7 +6,7 @@ from pathlib import Path
 
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
-from koine.recipes.domain_corpora import tokenize_domain
+from koine.recipes.domain_corpora import domain_text, tokenize_domain
 from koine.recipes.domains import (
     METHODS,
     compare_domains,

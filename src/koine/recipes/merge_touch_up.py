@@ -7,7 +7,7 @@ from pathlib import Path
 from koine.errors import UserError
 from koine.plan import Artifact, Plan
 from koine.recipes.branch_train_mix import named_path
-from koine.recipes.domain_corpora import tokenize_domain
+from koine.recipes.domain_corpora import domain_text, tokenize_domain
 from koine.recipes.domains import (
     compare_domains,
     equal_shares,
