@@ -82,6 +82,21 @@ def test_nexus_averages_the_experts_alone_and_shares_the_seed(
         assert torch.equal(got[f"model.layers.{layer}.mlp.router.domains"], domains)
 
 
+def test_copies_of_the_seed_do_not_count_in_the_average(
+    branches: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    seed, experts = branches
+    upcycle_btx(seed, experts, tmp_path / "four")
+    upcycle_btx(seed, experts, tmp_path / "six", seed_copies=2, top_k=3)
+    four, six = tensors(tmp_path / "four"), tensors(tmp_path / "six")
+    assert torch.equal(four["model.norm.weight"], six["model.norm.weight"])
+    name = f"{LAYER}mlp.experts.{{}}.up_proj.weight"
+    assert torch.equal(six[name.format(4)], six[name.format(0)])
+    mixture = load_model(tmp_path / "six").config.mixture
+    assert mixture is not None
+    assert mixture.experts == ("seed", "code", "law", "seed-2", "seed-3")
+
+
 def test_the_same_random_seed_gives_the_same_bytes(
     branches: tuple[Path, dict[str, Path]], tmp_path: Path
 ) -> None:

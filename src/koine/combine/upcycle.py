@@ -174,8 +174,11 @@ def _tensors(
         if kind is None:
             yield name, mean([branch.tensor(name) for branch in everyone])
             continue
-        for number, branch in enumerate([*everyone, *[root] * seed_copies]):
+        for number, branch in enumerate(everyone):
             yield expert_name(prefix, rest, number), branch.tensor(name)
+        for number in range(len(everyone), len(everyone) + seed_copies):
+            # Copies: tensors of a file share no memory.
+            yield expert_name(prefix, rest, number), root.tensor(name).clone()
         if kind == "feed-forward" and config.mixture.shared_expert:
             yield f"{prefix}mlp.shared_expert.{rest.split('.', 1)[1]}", root.tensor(name)
 
