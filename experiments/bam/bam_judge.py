@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from koine.evaluate.verdicts import above, interval, together
+from koine.evaluate.verdicts import above, hypothesis, together
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.recipes import estimates
@@ -37,21 +36,6 @@ class Runs:
         return [a - b for a, b in zip(self.mean(first), self.mean(second), strict=True)]
 
 
-def entry(verdict: str, measured: Mapping[str, Values], paper: str, why: str) -> dict[str, Any]:
-    """A hypothesis: the first series is the headline, every series has its seeds and interval."""
-    first = next(iter(measured.values()))
-    return {
-        "verdict": verdict,
-        "measured": statistics.mean(first),
-        "interval": interval(first),
-        "series": {
-            name: {"by_seed": values, "interval": interval(values)} for name, values in measured.items()
-        },
-        "paper": paper,
-        "why": why,
-    }
-
-
 def verdicts(found: Runs, seconds: Mapping[str, Values]) -> dict[str, Any]:
     """BM1 to BM4. seconds: latency by arm, one value a seed."""
     bm1 = {
@@ -73,17 +57,17 @@ def verdicts(found: Runs, seconds: Mapping[str, Values]) -> dict[str, Any]:
         "log of own over shared": ratio("bam", "bam-shared"),
     }
     return {
-        "BM1": entry(
+        "BM1": hypothesis(
             together(map(above, bm1.values())), bm1, "perplexity 10.72; DM 9.70 / 10.32, CM 10.00 / 10.46",
             "BAM better with equal data and with equal compute",
         ),
-        "BM2": entry(
+        "BM2": hypothesis(
             together([*map(above, soft.values()), *(above(values, -TIE) for values in gain.values())]), {**soft, **gain},
             "10.47 / 10.72 / 10.81; BTX 10.72", "soft best, top-k no gain over BTX",
         ),
-        "BM3": entry(together(map(above, bm3.values())), bm3, "5.09 against 4.93; 6.44 against 5.36",
+        "BM3": hypothesis(together(map(above, bm3.values())), bm3, "5.09 against 4.93; 6.44 against 5.36",
                      "more feed-forward experts do not make up for attention experts"),
-        "BM4": entry(together(map(above, bm4.values())), bm4, "4.81 / 5.96 / 6.17 s", "BTX, then shared keys, then own"),
+        "BM4": hypothesis(together(map(above, bm4.values())), bm4, "4.81 / 5.96 / 6.17 s", "BTX, then shared keys, then own"),
     }  # fmt: skip
 
 

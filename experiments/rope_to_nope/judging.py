@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from stages import layers_of
 
-from koine.evaluate.verdicts import above, interval, together, within
+from koine.evaluate.verdicts import above, hypothesis, less, together, within
 from koine.files import read_json, write_json
 from koine.model import Decoder, LayerSpec, ModelConfig, preset
 from koine.model.flops import all_full, cache_bytes
@@ -69,32 +69,12 @@ class Runs:
         return found
 
 
-def less(first: Values, second: Values) -> Values:
-    """Seed by seed, the first minus the second."""
-    return [a - b for a, b in zip(first, second, strict=True)]
-
-
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Of the line of least squares."""
     mean_x, mean_y = statistics.mean(x), statistics.mean(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
         (a - mean_x) ** 2 for a in x
     )
-
-
-def entry(verdict: str, measured: Mapping[str, Values], paper: str, why: str) -> dict[str, Any]:
-    """A hypothesis: the first series is the headline, every series has its seeds and interval."""
-    first = next(iter(measured.values()))
-    return {
-        "verdict": verdict,
-        "measured": statistics.mean(first),
-        "interval": interval(first),
-        "series": {
-            name: {"by_seed": values, "interval": interval(values)} for name, values in measured.items()
-        },
-        "paper": paper,
-        "why": why,
-    }
 
 
 @step(version="1", estimate=estimates.comparison)
@@ -208,32 +188,32 @@ def verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]
     share = speed["command_a_share_128k"]
     first, second = rn1.values()
     return {
-        "RN1": entry(
+        "RN1": hypothesis(
             together([above(first, -TIE), above(second)]), rn1, "1.52 / 1.53 / 1.58",
             "RoPE at most QK-Norm (a tie counts), which is below NoPE",
         ),
-        "RN2": entry(together(map(above, rn2.values())), rn2, ".0325 / .0201 / .0056", "NoPE, then RoPE, then QK-Norm"),
-        "RN3": entry(together(map(above, rn3.values())), rn3, "12.46 against 6.95 bits", "QK-Norm spreads attention"),
-        "RN4": entry(
+        "RN2": hypothesis(together(map(above, rn2.values())), rn2, ".0325 / .0201 / .0056", "NoPE, then RoPE, then QK-Norm"),
+        "RN3": hypothesis(together(map(above, rn3.values())), rn3, "12.46 against 6.95 bits", "QK-Norm spreads attention"),
+        "RN4": hypothesis(
             together(map(above, rn4.values())), rn4, "needle .0765 against .0004; qc .0287 against .3142",
             "full layers hold the needle, RoPE layers what is near",
         ),
-        "RN5": entry(together(map(above, rn5.values())), rn5, "8.036 / 7.461 / 7.022 / 6.203", "a larger theta is worse"),
-        "RN6": entry(together(map(above, rn6.values())), rn6, "9.562 / 8.036 / 7.395", "windowed, then RNoPE, then RoPE"),
-        "RN7": entry(
+        "RN5": hypothesis(together(map(above, rn5.values())), rn5, "8.036 / 7.461 / 7.022 / 6.203", "a larger theta is worse"),
+        "RN6": hypothesis(together(map(above, rn6.values())), rn6, "9.562 / 8.036 / 7.395", "windowed, then RNoPE, then RoPE"),
+        "RN7": hypothesis(
             together([above(better), within(tie, TIE)]), rn7, "RULER at 256k 74.8 against 57.1; short tasks equal",
             "long better, short equal",
         ),
-        "RN8": entry(
+        "RN8": hypothesis(
             together([above(speed["ratios"], 1.0), "reproduced" if exact else "not reproduced"]), rn8,
             "training +50 % at 64k, twice at 128k; cache down by up to 75 %",
             f"faster at {STEP_TOKENS} tokens, and bytes of cache {'equal to' if exact else 'off'} the formula",
         ),
-        "RN9": entry(
+        "RN9": hypothesis(
             above(rn9["1:3 less 1:7, nats"]), rn9, "1:3 chosen, no numbers",
             "1:7 has the smaller cache, so 1:3 must answer better; 1:1 has the larger one",
         ),
-        "CA1": entry(
+        "CA1": hypothesis(
             together([above(better), within(tie, TIE), "reproduced" if abs(share - 0.27) < 0.01 else "not reproduced"]),
             {"RNoPE-SWA less RoPE, nats": better, "short texts, bits per byte": tie},
             "equal short, better long, cache about 27 % at 128k",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -43,3 +44,23 @@ def together(verdicts: Iterable[str]) -> str:
     if "not reproduced" in found:
         return "not reproduced"
     return "inconclusive" if "inconclusive" in found else "reproduced"
+
+
+def less(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Seed by seed, the first minus the second."""
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def hypothesis(verdict: str, measured: Mapping[str, Sequence[float]], paper: str, why: str) -> dict[str, Any]:
+    """An experiment's entry of one hypothesis: the first series is the headline, every series has its seeds and interval."""
+    first = next(iter(measured.values()))
+    return {
+        "verdict": verdict,
+        "measured": statistics.mean(first),
+        "interval": interval(first),
+        "series": {
+            name: {"by_seed": list(values), "interval": interval(values)} for name, values in measured.items()
+        },
+        "paper": paper,
+        "why": why,
+    }

@@ -198,12 +198,16 @@ def merge_models(
     method: str,
     weights: tuple[float, ...],
     seed: int,
+    options: tuple[str, ...] = (),
     out: Path,
 ) -> None:
-    """A merge of models, by a method that takes weights (`koine.combine.methods`)."""
+    """A merge of models (`koine.combine.methods`); `options` are the method's own numbers, as `density=0.5`."""
     from koine.combine.merge import Recipe, merge
 
-    recipe = Recipe(method=method, models=tuple(models), base=base, weights=weights, seed=seed)
+    numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
+    recipe = Recipe(
+        method=method, models=tuple(models), base=base, weights=weights, options=numbers, seed=seed
+    )
     merged = out / ".merged"
     merge(recipe, merged, threads=1)
     for path in merged.iterdir():
