@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from koine.evaluate.verdicts import above, hypothesis, together
+from koine.evaluate.verdicts import above, hypothesis, together, verdict_blocks
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.recipes import estimates
@@ -90,9 +90,4 @@ def judge(
         {"experiment": "bam", "scale": scale, "seeds": list(range(seeds)), "hypotheses": hypotheses, "latency": seconds,
          "runs": found.evaluations},
     )  # fmt: skip
-    rows = [[name, one["verdict"], f"{one['measured']:+.4f}", one["why"]] for name, one in hypotheses.items()]
-    write_json(
-        out / "report.json",
-        {"title": "BAM: verdicts",
-         "blocks": [{"kind": "table", "title": "Hypotheses", "columns": ["", "verdict", "measured", "why"], "rows": rows}]},
-    )  # fmt: skip
+    write_json(out / "report.json", {"title": "BAM: verdicts", "blocks": verdict_blocks(hypotheses)})

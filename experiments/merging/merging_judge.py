@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from koine.evaluate.verdicts import above, below, hypothesis, less, together
+from koine.evaluate.verdicts import above, below, hypothesis, less, together, verdict_blocks
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.recipes import estimates
@@ -112,9 +112,4 @@ def judge(
         out / "results.json",
         {"experiment": "merging", "scale": scale, "seeds": list(range(seeds)), "hypotheses": hypotheses, "runs": found.evaluations},
     )  # fmt: skip
-    rows = [[name, one["verdict"], f"{one['measured']:+.4f}", one["why"]] for name, one in hypotheses.items()]
-    write_json(
-        out / "report.json",
-        {"title": "Merging: verdicts",
-         "blocks": [{"kind": "table", "title": "Hypotheses", "columns": ["", "verdict", "measured", "why"], "rows": rows}]},
-    )  # fmt: skip
+    write_json(out / "report.json", {"title": "Merging: verdicts", "blocks": verdict_blocks(hypotheses)})

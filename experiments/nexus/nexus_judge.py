@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from koine.evaluate.verdicts import above, hypothesis, less, together
+from koine.evaluate.verdicts import above, hypothesis, less, together, verdict_blocks
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.recipes import estimates
@@ -80,13 +80,18 @@ def judge(
         {"experiment": "nexus", "scale": scale, "seeds": list(range(seeds)), "hypotheses": hypotheses,
          "share_of_new_tokens_to_the_new_expert": own, "runs": found.evaluations},
     )  # fmt: skip
-    rows = [[name, one["verdict"], f"{one['measured']:+.4f}", one["why"]] for name, one in hypotheses.items()]
     write_json(
         out / "report.json",
-        {"title": "Nexus: verdicts",
-         "blocks": [
-             {"kind": "table", "title": "Hypotheses", "columns": ["", "verdict", "measured", "why"], "rows": rows},
-             {"kind": "table", "title": "Share of the new domain's tokens that goes to its expert", "columns": ["", "mean over seeds"],
-              "rows": [[name, round(statistics.mean(values), 3)] for name, values in own.items()]},
-         ]},
-    )  # fmt: skip
+        {
+            "title": "Nexus: verdicts",
+            "blocks": [
+                *verdict_blocks(hypotheses),
+                {
+                    "kind": "table",
+                    "title": "Share of the new domain's tokens that goes to its expert",
+                    "columns": ["", "mean over seeds"],
+                    "rows": [[name, round(statistics.mean(values), 3)] for name, values in own.items()],
+                },
+            ],
+        },
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from stages import layers_of
 
-from koine.evaluate.verdicts import above, hypothesis, less, together, within
+from koine.evaluate.verdicts import above, hypothesis, less, together, verdict_blocks, within
 from koine.files import read_json, write_json
 from koine.model import Decoder, LayerSpec, ModelConfig, preset
 from koine.model.flops import all_full, cache_bytes
@@ -118,21 +118,7 @@ def judge(
         "runs": found.measures,
     }
     write_json(out / "results.json", results)
-    rows = [[name, one["verdict"], f"{one['measured']:+.3f}", one["why"]] for name, one in hypotheses.items()]
-    write_json(
-        out / "report.json",
-        {
-            "title": "RoPE to NoPE: verdicts",
-            "blocks": [
-                {
-                    "kind": "table",
-                    "title": "Hypotheses",
-                    "columns": ["", "verdict", "measured", "why"],
-                    "rows": rows,
-                }
-            ],
-        },
-    )
+    write_json(out / "report.json", {"title": "RoPE to NoPE: verdicts", "blocks": verdict_blocks(hypotheses)})
 
 
 def verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,3 +64,25 @@ def hypothesis(verdict: str, measured: Mapping[str, Sequence[float]], paper: str
         "paper": paper,
         "why": why,
     }
+
+
+def verdict_blocks(hypotheses: Mapping[str, Mapping[str, Any]], digits: int = 3) -> list[dict[str, Any]]:
+    """An experiment's hypotheses for a report: how many were reproduced, in a sentence, and a table of all."""
+    by_verdict: dict[str, list[str]] = {}
+    for name, one in hypotheses.items():
+        by_verdict.setdefault(one["verdict"], []).append(name)
+    text = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in sorted(by_verdict.items()))
+    rows = [
+        [name, one["verdict"], f"{one['measured']:+.{digits}f}", one["why"]]
+        for name, one in hypotheses.items()
+    ]
+    title = f"{len(by_verdict.get('reproduced', []))} of {len(hypotheses)} hypotheses reproduced"
+    return [
+        {"kind": "verdict", "title": title, "text": text},
+        {
+            "kind": "table",
+            "title": "Hypotheses",
+            "columns": ["", "verdict", "measured", "why"],
+            "rows": rows,
+        },
+    ]

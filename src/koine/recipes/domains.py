@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,7 @@ def evaluate_domains(
         write_step_report(out, "Routing", routing_blocks(shares))
 
 
-@step(version="1", estimate=estimates.comparison)
+@step(version="2", estimate=estimates.comparison)
 def compare_domains(evaluations: dict[str, Path], *, out: Path) -> None:
     """The models' bits per byte side by side, domain by domain."""
     read = {
@@ -281,10 +281,17 @@ def compare_domains(evaluations: dict[str, Path], *, out: Path) -> None:
         for name, one in read.items()
     ]
     write_json(out / "results.json", read)
+    best = min(read, key=lambda name: float(read[name]["mean"]))
+    first = next(iter(read))
     write_step_report(
         out,
-        "Bits per byte",
+        "Bits per byte and routing",
         [
+            {
+                "kind": "verdict",
+                "title": f"Best over all domains: {best}",
+                "text": f"{read[best]['mean']:.4f} bits per byte in the mean over {len(domains)} domains; {first}: {read[first]['mean']:.4f}.",
+            },
             {
                 "kind": "table",
                 "title": "Held-out text, domain by domain",
@@ -301,8 +308,28 @@ def compare_domains(evaluations: dict[str, Path], *, out: Path) -> None:
                 "x_label": "domain",
                 "y_label": "bits per byte",
             },
+            *_last_routing(read),
         ],
     )
+
+
+def _last_routing(read: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where the last mixture sends the tokens of each domain; nothing where all models are dense."""
+    mixtures = [(name, one["routing"]) for name, one in read.items() if one["routing"]]
+    if not mixtures:
+        return []
+    name, routing = mixtures[-1]
+    experts = list(next(iter(routing.values()))["chosen"])
+    return [
+        {
+            "kind": "heatmap",
+            "title": f"Tokens by domain and expert: {name}",
+            "label": "share",
+            "rows": list(routing),
+            "columns": experts,
+            "values": [[shares["chosen"][expert] for expert in experts] for shares in routing.values()],
+        }
+    ]
 
 
 def equal_shares(count: int, general: float = 0.0) -> Sequence[float]:
