@@ -6,8 +6,8 @@
 At each length every side is tried in each of its configurations (transformers: with each of its attention back ends that has a backward pass on this
 machine), and then the best ones take turns, each between two matmuls of the block's own shape. `time_over_flops` compares the growth of our
 time a token from the shortest length on with the growth of the counted operations: at most 1 where the kernels of attention are as good as
-the plain matmuls. A side whose step would take longer than `--most-seconds`, judged by its step at the length before, or that fails
-alone on the machine, is left out, and the result says so. The last line printed is one line of JSON.
+the plain matmuls. A side whose step would take longer than `--most-seconds`, judged by its step at the length before, or that the
+system ends for want of memory, is left out, and the result says so. The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -70,29 +70,54 @@ def turns(
     config: ModelConfig,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Seconds of a step of each side, alternating."""
+    """Seconds of a step of each side, alternating.
+
+    At the longest length no two sides fit into memory together: each is then a process of its own whose first step counts, and a side that
+    the system ends for want of memory is left out.
+    """
     batch, time_ = TOKENS[length]
     shape = (min(batch * time_, 4096), config.hidden_size, sum(config.projection_sizes))
     samples: dict[str, list[float]] = {name: [] for name in sides}
     ceilings: dict[str, list[float]] = {name: [] for name in sides}
-    processes = {
-        name: Process(configuration, weights, length, options.threads)
-        for name, (configuration, weights) in sides.items()
-    }
-    try:
-        for process in processes.values():
-            process.ask("step")
-        for _ in range(options.rounds if length < LENGTHS[-1] else options.long_rounds):
-            for name, process in processes.items():
-                before = matmul_rate(shape, torch.bfloat16)
-                samples[name].append(process.ask("step")["seconds"])
-                ceilings[name].append(max(before, matmul_rate(shape, torch.bfloat16)))
-        memory = {name: process.ask("memory")["value"] for name, process in processes.items()}
-    finally:
-        for process in processes.values():
-            process.close()
+    memory: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+
+    def measure(name: str, process: Process) -> None:
+        before = matmul_rate(shape, torch.bfloat16)
+        samples[name].append(process.ask("step")["seconds"])
+        ceilings[name].append(max(before, matmul_rate(shape, torch.bfloat16)))
+        memory[name] = process.ask("memory")["value"]
+
+    if length == LENGTHS[-1]:
+        for _ in range(options.long_rounds):
+            for name, (configuration, weights) in sides.items():
+                if name in left_out:
+                    continue
+                process = Process(configuration, weights, length, options.threads)
+                try:
+                    measure(name, process)
+                except RuntimeError as error:
+                    left_out[name] = str(error)
+                finally:
+                    process.close()
+                print(f"  {name} {length}: {samples[name]} {left_out.get(name, '')}", flush=True)
+    else:
+        processes = {
+            name: Process(configuration, weights, length, options.threads)
+            for name, (configuration, weights) in sides.items()
+        }
+        try:
+            for process in processes.values():
+                process.ask("step")
+            for _ in range(options.rounds):
+                for name, process in processes.items():
+                    measure(name, process)
+        finally:
+            for process in processes.values():
+                process.close()
+    sides = {name: side for name, side in sides.items() if name not in left_out}
     tokens = batch * time_
-    row: dict[str, Any] = {"length": length, "tokens": tokens}
+    row: dict[str, Any] = {"length": length, "tokens": tokens, "left_out": left_out}
     flops = {
         name: tokens * training_flops_per_token(all_full(config) if name == "all_full" else config, time_)
         for name in sides
@@ -170,21 +195,22 @@ def main() -> None:
                 choices = [
                     c for c in candidates(name) if length < LENGTHS[-1] or str(c) == known
                 ] or candidates(name)
-                found = [(c, seconds_of(c, weights[name], length, options.threads)) for c in choices]
+                found = (
+                    [(c, seconds_of(c, weights[name], length, options.threads)) for c in choices]
+                    if len(choices) > 1
+                    else []
+                )
                 for _, one in found:
                     print(f"  {name} {length}: {one}", flush=True)
                 tried[name] = [one for _, one in found]
                 working = [(c, one) for c, one in found if "seconds" in one]
-                if not working:
-                    # Alone on the machine, so it is the side's own need that ended it.
-                    left_out[name] = "; ".join(one["failed"] for _, one in found)
-                    continue
-                sides[name] = (min(working, key=lambda pair: pair[1]["seconds"])[0], weights[name])
+                best = min(working, key=lambda pair: pair[1]["seconds"])[0] if working else choices[0]
+                sides[name] = (best, weights[name])
             row = turns(sides, length, config, options)
-            row |= {"tried": tried, "left_out": left_out}
+            row |= {"tried": tried, "left_out": left_out | row["left_out"]}
             result["results"][str(length)] = row
             first = result["results"][str(min(map(int, result["results"])))]
-            for name in {"ours", "all_full"} & sides.keys():
+            for name in {"ours", "all_full"} & row.keys():
                 per_token = [one[name]["seconds"] / one["tokens"] for one in (row, first)]
                 per_flop = [one[name]["flops"] / one["tokens"] for one in (row, first)]
                 row[name]["time_over_flops"] = (per_token[0] / per_token[1]) / (per_flop[0] / per_flop[1])

@@ -168,3 +168,29 @@ def test_what_is_no_branch_of_the_seed_is_refused(
 def test_domain_embeddings_are_one_an_expert(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 domain embeddings for 2 experts"):
         upcycle_nexus(*branches, tmp_path / "out", domains=torch.randn(3, 6))
+
+
+def test_a_mixture_is_a_model_as_any_other(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    """It answers through the engine as through the whole text at once, and merges with another of its kind."""
+    from koine.combine.merge import Recipe, merge
+    from koine.serve import LocalEngine, Sampling
+
+    for name, random_seed in (("one", 1), ("two", 2)):
+        upcycle_bam(*branches, tmp_path / name, random_seed=random_seed)
+    engine = LocalEngine(tmp_path / "one", dtype="float32", threads=1)
+    conversation = [{"role": "user", "content": "ein Text"}]
+    [answer] = engine.generate([conversation], Sampling(max_new_tokens=5, temperature=0))
+    model = load_model(tmp_path / "one")
+    text, _ = engine.tokenizer.encode_messages(conversation, generation_prompt=True)
+    for token in answer.tokens:
+        with torch.no_grad():
+            assert int(model.logits(model(torch.tensor([text])))[0, -1].argmax()) == token
+        text = [*text, token]
+    merge(
+        Recipe(method="linear", models=(tmp_path / "one", tmp_path / "two"), weights=(0.5, 0.5)),
+        tmp_path / "merged",
+    )
+    got, one, two = (tensors(tmp_path / name) for name in ("merged", "one", "two"))
+    router = "model.layers.0.mlp.router.weight"
+    assert torch.allclose(got[router], (one[router] + two[router]) / 2, atol=1e-7)
+    assert load_model(tmp_path / "merged").config == model.config
