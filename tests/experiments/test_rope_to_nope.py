@@ -208,3 +208,26 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [layer["kind"] for layer in results["runs"]["swa-3/0"]["attention"]][:4] == [
         "sliding RoPE"
     ] * 3 + ["full NoPE"]
+
+
+def test_the_manual_has_the_tables_of_the_committed_results() -> None:
+    from plots import arm_table, verdict_table
+
+    results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "rope-to-nope.md").read_text(encoding="utf-8")
+    assert verdict_table(results) in page
+    assert arm_table(results) in page
+
+
+def test_the_committed_verdicts_follow_from_the_committed_runs() -> None:
+    """Every verdict is worked out again from the seeds beside it."""
+    results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
+    assert len(results["seeds"]) >= 3
+    found = object.__new__(judging.Runs)
+    found.measures, found.seeds = results["runs"], range(len(results["seeds"]))
+    again = judging.verdicts(found, results["lengths"]["long"], results["speed"])
+    for name, one in results["hypotheses"].items():
+        assert one["verdict"] == again[name]["verdict"], name
+        assert one["series"].keys() == again[name]["series"].keys()
+        for label, series in one["series"].items():
+            assert series["by_seed"] == pytest.approx(again[name]["series"][label]["by_seed"])
