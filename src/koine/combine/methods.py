@@ -166,29 +166,35 @@ def smallest_kept(tensor: Tensor, base: Tensor, density: float) -> float:
     """The magnitude of the `k`-th largest entry of `tensor - base`, `k` the `density`'s share of all, at least one. Entries as large as it are kept
     too, where sorting would keep some of them by chance.
 
-    Selected, not sorted: a sample brackets it, the entries outside of the bracket are counted, and only those inside are put in order.
+    Selected, not sorted, a block at a time: a sample brackets it, the entries above the bracket are counted, and only those inside are put in order.
     """
     total = tensor.numel()
     if density >= 1.0:
         return 0.0
     keep = max(1, int(density * total))
-    magnitudes = torch.empty(total, dtype=_wide_dtype(tensor))
-    start = 0
-    for mine, theirs in _blocks(tensor, base):
-        torch.sub(_wide(mine), _wide(theirs), out=magnitudes[start : start + mine.numel()])
-        start += mine.numel()
-    magnitudes.abs_()
     # An odd stride, so that no column of a matrix is preferred.
     stride = max(1, total // 16_384) | 1
-    sample = magnitudes[::stride].sort(descending=True).values
+    [delta] = _deltas([tensor.reshape(-1)[::stride]], base.reshape(-1)[::stride])
+    sample = delta.abs().sort(descending=True).values
     at, slack = keep / total * len(sample), 4.0 * len(sample) ** 0.5
-    high = float(sample[int(at - slack)]) if at > slack else float("inf")
+    high = float(sample[int(at - slack)]) if at > slack else math.inf
     low = float(sample[int(at + slack)]) if at + slack < len(sample) else -1.0
-    above = int((magnitudes > high).sum())
-    inside = magnitudes[(magnitudes <= high) & (magnitudes >= low)]
+    above, inside = _bracketed(tensor, base, low, high)
     if not above < keep <= above + len(inside):
-        above, inside = 0, magnitudes
+        above, inside = _bracketed(tensor, base, -1.0, math.inf)
     return float(inside.kthvalue(len(inside) - (keep - above) + 1).values)
+
+
+def _bracketed(tensor: Tensor, base: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+    """How many entries of `|tensor - base|` are above `high`, and those from `low` to `high`."""
+    above, inside = 0, []
+    for mine, theirs in _blocks(tensor, base):
+        [delta] = _deltas([mine], theirs)
+        delta.abs_()
+        larger = delta > high
+        above += int(larger.sum())
+        inside.append(delta[larger.logical_or_(delta < low).logical_not_()])
+    return above, torch.cat(inside)
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
