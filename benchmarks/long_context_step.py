@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="koine-8m")
+    parser.add_argument("--head-dim", type=int, help="width of a head, in place of the preset's")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), choices=LENGTHS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long-rounds", type=int, default=1, help="rounds at the longest length")
@@ -157,10 +159,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config = preset(options.preset)
+    if options.head_dim is not None:
+        # As many query and key channels in fewer, wider heads.
+        config = replace(
+            config,
+            head_dim=options.head_dim,
+            num_heads=config.attention_size // options.head_dim,
+            num_kv_heads=max(1, config.kv_size // options.head_dim),
+        )
     result: dict[str, Any] = {
         "name": "long_context_step",
         "model": options.preset,
         "parameters": count_parameters(config).total,
+        "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
         "window": next(spec.window for spec in config.layers if spec.window is not None),
         "machine": {
             "processor": processor_name(),
@@ -173,7 +184,7 @@ def main() -> None:
     if options.out and options.out.exists():
         # Lengths may be measured one call at a time.
         before = read_json(options.out)
-        if before["machine"] == result["machine"] and before["torch"] == result["torch"]:
+        if all(before.get(key) == result[key] for key in ("machine", "torch", "model", "heads")):
             result["results"] = before["results"]
     with tempfile.TemporaryDirectory() as folder:
         weights = {"ours": Path(folder) / "hybrid", "all_full": Path(folder) / "full"}

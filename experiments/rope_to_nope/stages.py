@@ -163,6 +163,8 @@ def _train(
         seed=seed,
         compile="off",
         weight_decay=0.1,
+        # An arm without positions may jump and come back; all arms go on.
+        spike_deviations=0.0,
     )
     train(
         model,
