@@ -11,10 +11,12 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    # The command reads its options off these functions: its help must not wait for torch.
+    import torch
+    from torch import Tensor
 
 COLLINEAR = 0.9995
 """Cosine from which on SLERP interpolates on a line: the sine that it would divide by is nearly 0."""
@@ -39,8 +41,8 @@ def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
     if abs(dot) > COLLINEAR:
         parts = (1.0 - t, t)
     else:
-        angle = torch.arccos(torch.tensor(dot, dtype=torch.float64))
-        parts = (float(((1.0 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin()))
+        angle = math.acos(dot)
+        parts = (math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
     return _by_blocks(lambda a, b: _narrow(_sum((a, b), parts), (a,)), first, second)
 
 
@@ -114,7 +116,7 @@ def model_stock(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
     return _by_blocks(merged, base, *tensors)
 
 
-Method = Callable[..., Tensor]
+Method = Callable[..., "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ def smallest_kept(tensor: Tensor, base: Tensor, density: float) -> float:
 
 def _bracketed(tensor: Tensor, base: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """How many entries of `|tensor - base|` are above `high`, and those from `low` to `high`."""
+    import torch
+
     above, inside = 0, []
     for mine, theirs in _blocks(tensor, base):
         [delta] = _deltas([mine], theirs)
@@ -198,6 +202,8 @@ def _bracketed(tensor: Tensor, base: Tensor, low: float, high: float) -> tuple[i
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    import torch
+
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -228,7 +234,7 @@ def _add(base: Tensor, change: Tensor, scale: float) -> Tensor:
 
 def _dropped(deltas: list[Tensor], density: float, generator: torch.Generator) -> list[Tensor]:
     for delta in deltas:
-        keep = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
+        keep = delta.new_empty(delta.shape).uniform_(generator=generator) < density
         delta.mul_(keep).div_(density)
     return deltas
 
@@ -236,9 +242,11 @@ def _dropped(deltas: list[Tensor], density: float, generator: torch.Generator) -
 def _agreeing(deltas: list[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
     """The weighted sum of the entries whose sign is that of the weighted sum of all; a sum of 0 counts as positive."""
     majority = _sum(deltas, weights) >= 0
-    total, taken = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    shape = deltas[0].shape
+    total, taken = deltas[0].new_zeros(shape), deltas[0].new_zeros(shape)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = torch.where(majority, delta * weight > 0, delta * weight < 0)
+        weighted = delta * weight
+        agrees = ((weighted > 0) & majority) | ((weighted < 0) & ~majority)
         total.add_(delta * agrees, alpha=weight)
         if normalize:
             taken.add_(agrees, alpha=weight)
@@ -255,7 +263,7 @@ def _blocks(*tensors: Tensor) -> Any:
 
 def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """An elementwise `function` over tensors of one shape, a block at a time, so that little is wide at once."""
-    out = torch.empty_like(tensors[0])
+    out = tensors[0].new_empty(tensors[0].shape)
     flat, start = out.view(-1), 0
     for blocks in _blocks(*tensors):
         flat[start : start + blocks[0].numel()] = function(*blocks)
@@ -266,7 +274,7 @@ def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 def _dot(first: Tensor, second: Tensor) -> float:
     total = 0.0
     for a, b in _blocks(first, second):
-        total += float(torch.dot(_wide(a), _wide(b)))
+        total += float(_wide(a).dot(_wide(b)))
     return total
 
 
@@ -274,7 +282,7 @@ def _cosine_of_deltas(first: Tensor, second: Tensor, base: Tensor) -> float:
     dot = squares = other = 0.0
     for a, b, origin in _blocks(first, second, base):
         one, two = _deltas((a, b), origin)
-        dot += float(torch.dot(one, two))
-        squares += float(torch.dot(one, one))
-        other += float(torch.dot(two, two))
+        dot += float(one.dot(two))
+        squares += float(one.dot(one))
+        other += float(two.dot(two))
     return max(-1.0, min(1.0, dot / max(1e-30, math.sqrt(squares * other))))
