@@ -29,7 +29,7 @@ class Scale:
     intermediate: int = 192
     vocabulary: int = 2048
     sequence_length: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     micro_batch_size: int = 8
     seed_steps: int = 800
     branch_steps: int = 250
@@ -41,6 +41,7 @@ class Scale:
     rounds: int = 9
     seeds: int = 3
     threads: int = 1
+    dtype: str = "float32"
 
 
 SCALES = {
@@ -53,13 +54,13 @@ SCALES = {
     "gpu": Scale(
         hidden=512, layers=8, heads=8, kv_heads=8, intermediate=1024, vocabulary=16_384, sequence_length=1024, batch_size=64,
         micro_batch_size=32, seed_steps=4_000, branch_steps=1_500, mixture_steps=1_500, learning_rate=1e-3, max_bytes=20_000_000,
-        threads=8,
+        threads=8, dtype="bfloat16",
     ),
     # The paper's small model; planned, not run.
     "cluster": Scale(
         hidden=1024, layers=6, heads=8, kv_heads=8, intermediate=2048, vocabulary=256_000, sequence_length=4096, batch_size=256,
         micro_batch_size=8, seed_steps=400_000, branch_steps=100_000, mixture_steps=100_000, learning_rate=1.2e-4,
-        max_bytes=1_000_000_000_000, threads=8,
+        max_bytes=1_000_000_000_000, threads=8, dtype="bfloat16",
     ),
 }  # fmt: skip
 
@@ -167,7 +168,7 @@ def one_seed(
         "sequence_length": size.sequence_length,
         "batch_size": size.batch_size,
         "micro_batch_size": size.micro_batch_size,
-        "dtype": "bfloat16",
+        "dtype": size.dtype,
         "seed": seed,
         "threads": size.threads,
     }

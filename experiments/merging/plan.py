@@ -38,7 +38,7 @@ class Scale:
     heads: int = 4
     vocabulary: int = 2048
     sequence_length: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     micro_batch_size: int = 8
     seed_steps: int = 800
     branch_steps: int = 250
@@ -49,6 +49,7 @@ class Scale:
     documents: int = 40
     seeds: int = 3
     threads: int = 1
+    dtype: str = "float32"
 
 
 SCALES = {
@@ -59,12 +60,12 @@ SCALES = {
     "laptop": Scale(),
     "gpu": Scale(
         hidden=(512, 256, 768), layers=8, heads=8, vocabulary=16_384, sequence_length=1024, batch_size=64, micro_batch_size=32,
-        seed_steps=4_000, branch_steps=1_500, touch_up_steps=200, learning_rate=1e-3, max_bytes=20_000_000, threads=8,
+        seed_steps=4_000, branch_steps=1_500, touch_up_steps=200, learning_rate=1e-3, max_bytes=20_000_000, threads=8, dtype="bfloat16",
     ),
     # Aya Expanse's two sizes have hidden 4,096 and 8,192; planned, not run.
     "cluster": Scale(
         hidden=(8192, 4096, 8192), layers=32, heads=32, vocabulary=256_000, sequence_length=8192, batch_size=512, micro_batch_size=4,
-        seed_steps=500_000, branch_steps=10_000, touch_up_steps=500, learning_rate=2.5e-4, max_bytes=1_000_000_000_000, threads=8,
+        seed_steps=500_000, branch_steps=10_000, touch_up_steps=500, learning_rate=2.5e-4, max_bytes=1_000_000_000_000, threads=8, dtype="bfloat16",
     ),
 }  # fmt: skip
 
@@ -157,7 +158,7 @@ class Trainer:
             "sequence_length": size.sequence_length,
             "batch_size": size.batch_size,
             "micro_batch_size": size.micro_batch_size,
-            "dtype": "bfloat16",
+            "dtype": size.dtype,
             "seed": seed,
             "threads": size.threads,
         }

@@ -41,7 +41,7 @@ class Scale:
     vocabulary: int = 2048
     domain_size: int = 32
     sequence_length: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     micro_batch_size: int = 8
     seed_steps: int = 800
     branch_steps: int = 250
@@ -53,6 +53,7 @@ class Scale:
     documents: int = 60
     seeds: int = 3
     threads: int = 1
+    dtype: str = "float32"
 
 
 SCALES = {
@@ -65,13 +66,13 @@ SCALES = {
     "gpu": Scale(
         hidden=512, layers=8, heads=8, kv_heads=8, intermediate=1024, vocabulary=16_384, domain_size=256, sequence_length=1024,
         batch_size=64, micro_batch_size=32, seed_steps=4_000, branch_steps=1_500, mixture_steps=1_500, budgets=(100, 250, 500),
-        learning_rate=1e-3, max_bytes=20_000_000, threads=8,
+        learning_rate=1e-3, max_bytes=20_000_000, threads=8, dtype="bfloat16",
     ),
     # The paper's small model, as far as its sizes are known; planned, not run.
     "cluster": Scale(
         hidden=1024, layers=12, heads=16, kv_heads=16, intermediate=4096, vocabulary=256_000, domain_size=1024, sequence_length=4096,
         batch_size=256, micro_batch_size=8, seed_steps=700_000, branch_steps=24_000, mixture_steps=24_000, budgets=(190, 480, 950),
-        learning_rate=1e-3, max_bytes=1_000_000_000_000, threads=8,
+        learning_rate=1e-3, max_bytes=1_000_000_000_000, threads=8, dtype="bfloat16",
     ),
 }  # fmt: skip
 
@@ -150,7 +151,7 @@ def one_seed(
         "sequence_length": size.sequence_length,
         "batch_size": size.batch_size,
         "micro_batch_size": size.micro_batch_size,
-        "dtype": "bfloat16",
+        "dtype": size.dtype,
         "seed": seed,
         "threads": size.threads,
     }
