@@ -12,6 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
+from koine.evaluate.verdicts import verdict_markdown
 from koine.files import read_json
 
 NAMES = {
@@ -63,7 +64,7 @@ def by_length(results: dict[str, Any], out: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -81,20 +82,8 @@ def attention(results: dict[str, Any], out: Path) -> None:
     axis.set_ylabel("attention mass on the fact")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
-
-
-def verdict_table(results: dict[str, Any]) -> str:
-    """The verdicts as a Markdown table; docs/rope-to-nope.md holds it as it is."""
-    lines = ["| id | verdict | measured, mean over seeds (95 % interval) | paper |", "|---|---|---|---|"]
-    for name, one in results["hypotheses"].items():
-        parts = [
-            f"{label}: {statistics.mean(series['by_seed']):+.3f} ({series['interval'][0]:+.3f} to {series['interval'][1]:+.3f})"
-            for label, series in one["series"].items()
-        ]
-        lines.append(f"| {name} | {one['verdict']} | {'; '.join(parts)} | {one['paper']} |")
-    return "\n".join(lines) + "\n"
 
 
 def arm_table(results: dict[str, Any]) -> str:
@@ -122,7 +111,7 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "koine"
     for name, draw in (("length", by_length), ("attention", attention)):
         draw(results, path.with_name(f"{path.stem}_{name}.svg"))
-    print(verdict_table(results))
+    print(verdict_markdown(results["hypotheses"]))
     print(arm_table(results))
 
 

@@ -55,7 +55,7 @@ def adaptation(results: dict[str, Any], out: Path) -> None:
     axes[0].set_ylabel("bits per byte, expanded languages")
     axes[0].set_ylim(top=min(8.0, axes[0].get_ylim()[1]))
     axes[1].legend(fontsize=8, frameon=False)
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -73,7 +73,7 @@ def sweep(results: dict[str, Any], out: Path) -> None:
     axis.set_xlabel("vocabulary")
     axis.set_ylabel("Universal − Cluster,\nbits per byte, primary")
     axis.grid(alpha=0.3)
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -93,7 +93,7 @@ def predicted(results: dict[str, Any], out: Path) -> None:
     axis.set_xlabel("expected cost, before any training")
     axis.set_ylabel("bits per byte after adaptation")
     axis.grid(alpha=0.3)
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
 
 

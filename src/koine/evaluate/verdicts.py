@@ -86,3 +86,15 @@ def verdict_blocks(hypotheses: Mapping[str, Mapping[str, Any]], digits: int = 3)
             "rows": rows,
         },
     ]
+
+
+def verdict_markdown(hypotheses: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of verdicts that the manual holds, in Markdown: every series with the mean over seeds and its interval."""
+    lines = ["| id | verdict | measured, mean over seeds (95 % interval) | paper |", "|---|---|---|---|"]
+    for name, one in hypotheses.items():
+        parts = [
+            f"{label}: {statistics.mean(series['by_seed']):+.3f} ({series['interval'][0]:+.3f} to {series['interval'][1]:+.3f})"
+            for label, series in one["series"].items()
+        ]
+        lines.append(f"| {name} | {one['verdict']} | {'; '.join(parts)} | {one['paper']} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,89 @@
+"""The figure of a result file, and its tables: `python experiments/bam/plots.py experiments/bam/results/laptop.json`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+from koine.evaluate.verdicts import verdict_markdown
+from koine.files import read_json
+
+NAMES = {
+    "seed": "seed",
+    "btx": "BTX",
+    "bam-shared": "BAM, shared keys",
+    "bam-shared-flops": "… as many operations",
+    "bam-shared-seconds": "… as many seconds",
+    "bam": "BAM, own keys",
+    "bam-flops": "… as many operations",
+    "bam-seconds": "… as many seconds",
+    "shared-top-2": "shared keys, top-2",
+    "shared-top-1": "shared keys, top-1",
+    "btx-6": "BTX of six",
+    "btx-6-top-3": "BTX of six, top-3",
+}
+"""Arms from the top of the figure and of the table down."""
+
+
+def by_seed(results: dict[str, Any], arm: str, domain: str | None = None) -> list[float]:
+    """Bits per byte of each seed, of a domain or in the mean."""
+    runs = [results["runs"][f"{arm}/{seed}"] for seed in results["seeds"]]
+    return [one["mean"] if domain is None else one["bits_per_byte"][domain] for one in runs]
+
+
+def mixtures(results: dict[str, Any], out: Path) -> None:
+    """Each mixture's bits per byte, every seed a dot, less those of BTX of the same seed."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    arms = [arm for arm in NAMES if arm not in ("seed", "btx")]
+    base = by_seed(results, "btx")
+    for row, arm in enumerate(arms):
+        found = [one - other for one, other in zip(by_seed(results, arm), base, strict=True)]
+        axis.scatter(found, [row] * len(found), s=14, color="C0")
+        axis.plot(
+            [statistics.mean(found)] * 2,
+            [row - 0.3, row + 0.3],
+            color="C1",
+            linewidth=2,
+            solid_capstyle="butt",
+        )
+    axis.axvline(0.0, color="0.4", linewidth=0.8)
+    axis.set_yticks(range(len(arms)), [NAMES[arm] for arm in arms])
+    axis.invert_yaxis()
+    axis.set_xlabel("bits per byte less BTX's of the same seed (dots: seeds; bars: means)")
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
+def arm_table(results: dict[str, Any]) -> str:
+    """Each arm's means over seeds as a Markdown table; docs/combining.md holds it as it is."""
+    domains = list(results["runs"]["seed/0"]["bits_per_byte"])
+    lines = [f"| arm | {' | '.join(domains)} | mean | latency, s |", f"|---|{'---|' * (len(domains) + 2)}"]
+    for arm, name in NAMES.items():
+        cells = [f"{statistics.mean(by_seed(results, arm, domain)):.3f}" for domain in (*domains, None)]
+        seconds = results["latency"].get(arm)
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {f'{statistics.mean(seconds):.3f}' if seconds else ''} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    results = read_json(path)
+    # The same figures give the same bytes.
+    mpl.rcParams["svg.hashsalt"] = "koine"
+    mixtures(results, path.with_name(f"{path.stem}_mixtures.svg"))
+    print(verdict_markdown(results["hypotheses"]))
+    print(arm_table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The figure of a result file, and its tables: `python experiments/merging/plots.py experiments/merging/results/laptop.json`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+from koine.evaluate.verdicts import verdict_markdown
+from koine.files import read_json
+
+DOMAINS = ("code", "reviews", "maths")
+PAIR = ("code", "maths")
+MERGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "linear": ("linear", DOMAINS),
+    "touched-up": ("linear, touched up", DOMAINS),
+    "task-arithmetic": ("task arithmetic, scale 1.5", DOMAINS),
+    "ties": ("TIES", DOMAINS),
+    "dare-ties": ("DARE-TIES", DOMAINS),
+    "linear-pair": ("linear, two models", PAIR),
+    "slerp-pair": ("SLERP, two models", PAIR),
+}
+CLUSTERS = ("romance", "slavic", "others")
+SIZES = ("small", "large")
+
+
+def by_seed(results: dict[str, Any], arm: str, texts: Sequence[str]) -> list[float]:
+    """Mean bits per byte over some texts, of each seed."""
+    runs = [results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"]]
+    return [statistics.mean(one[text] for text in texts) for one in runs]
+
+
+def lost(results: dict[str, Any], arm: str, domain: str) -> list[float]:
+    """Of each seed, how far the arm is above the domain's own expert, relative."""
+    return [
+        one / own - 1.0
+        for one, own in zip(
+            by_seed(results, arm, [domain]), by_seed(results, f"expert-{domain}", [domain]), strict=True
+        )
+    ]
+
+
+def collisions(results: dict[str, Any], out: Path) -> None:
+    """What each merge loses of each domain's own expert, every seed a dot."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    for number, domain in enumerate(DOMAINS):
+        for row, (arm, (_, domains)) in enumerate(MERGES.items()):
+            if domain in domains:
+                found = lost(results, arm, domain)
+                axis.scatter(
+                    [100 * value for value in found],
+                    [row + 0.2 * (number - 1)] * len(found),
+                    s=14,
+                    color=f"C{number}",
+                    label=domain if row == 0 else None,
+                )
+    axis.axvline(0.0, color="0.4", linewidth=0.8)
+    axis.set_yticks(range(len(MERGES)), [name for name, _ in MERGES.values()])
+    axis.invert_yaxis()
+    axis.set_xlabel("bits per byte above the domain's own expert, %")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
+def domain_table(results: dict[str, Any]) -> str:
+    """What each merge loses of each domain's own expert, means over seeds, as a Markdown table; docs/combining.md holds it as it is."""
+    lines = [f"| merge | {' | '.join(DOMAINS)} |", f"|---|{'---|' * len(DOMAINS)}"]
+    for arm, (name, domains) in MERGES.items():
+        cells = [
+            f"{statistics.mean(lost(results, arm, domain)):+.1%}" if domain in domains else ""
+            for domain in DOMAINS
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def language_table(results: dict[str, Any]) -> str:
+    """Bits per byte over all eleven languages, means over seeds, as a Markdown table; docs/combining.md holds it too."""
+    languages = list(results["runs"]["small-clusters/0"]["bits_per_byte"])
+    rows = {
+        **{f"cluster {name} alone": f"-{name}" for name in CLUSTERS},
+        "merge of clusters": "-clusters",
+        "merge of single languages": "-languages",
+    }
+    lines = [f"| model | {' | '.join(SIZES)} |", f"|---|{'---|' * len(SIZES)}"]
+    for name, arm in rows.items():
+        cells = [f"{statistics.mean(by_seed(results, f'{size}{arm}', languages)):.3f}" for size in SIZES]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    results = read_json(path)
+    # The same figures give the same bytes.
+    mpl.rcParams["svg.hashsalt"] = "koine"
+    collisions(results, path.with_name(f"{path.stem}_collisions.svg"))
+    print(verdict_markdown(results["hypotheses"]))
+    print(domain_table(results))
+    print(language_table(results))
+
+
+if __name__ == "__main__":
+    main()

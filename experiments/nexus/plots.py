@@ -1,0 +1,118 @@
+"""The figure of a result file, and its tables: `python experiments/nexus/plots.py experiments/nexus/results/laptop.json`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+from koine.evaluate.verdicts import verdict_markdown
+from koine.files import read_json
+
+NEW = "code"
+ROUTERS = {"nexus": "Nexus", "linear": "linear, reset"}
+NAMES = {
+    "seed": "seed",
+    "average": "dense average",
+    "nexus": "Nexus",
+    "linear": "linear router",
+    "nexus-low": "Nexus, balance 0.0005",
+    "linear-low": "linear, balance 0.0005",
+}
+"""Arms before the extension, from the top of the table down."""
+
+
+def by_seed(results: dict[str, Any], arm: str, domains: list[str]) -> list[float]:
+    """Mean bits per byte over some domains, of each seed."""
+    runs = [results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"]]
+    return [statistics.mean(one[domain] for domain in domains) for one in runs]
+
+
+def budgets(results: dict[str, Any]) -> list[int]:
+    """Steps of the extension, none first."""
+    return sorted(
+        int(arm.removeprefix("nexus-").partition("/")[0])
+        for arm in results["runs"]
+        if arm.startswith("nexus-") and arm.endswith("/0") and arm.split("-")[1].split("/")[0].isdigit()
+    )
+
+
+def extension(results: dict[str, Any], out: Path) -> None:
+    """The new domain and the old ones, and the share of the new domain's tokens that its expert gets, by the steps of the extension."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    steps = budgets(results)
+    old = [name for name in results["runs"]["seed/0"]["bits_per_byte"] if name != NEW]
+    panels = (
+        ("bits per byte, the new domain", lambda arm: by_seed(results, arm, [NEW])),
+        ("bits per byte, the others", lambda arm: by_seed(results, arm, old)),
+        (
+            "share of the new domain's tokens\nthat its expert gets",
+            lambda arm: [
+                results["runs"][f"{arm}/{seed}"]["routing"][NEW]["chosen"][NEW] for seed in results["seeds"]
+            ],
+        ),
+    )
+    for axis, (label, values) in zip(axes, panels, strict=True):
+        for router, name in ROUTERS.items():
+            found = [values(f"{router}-{one}") for one in steps]
+            middle = [statistics.mean(one) for one in found]
+            (line,) = axis.plot(steps, middle, marker="o", markersize=3, label=name)
+            axis.fill_between(
+                steps,
+                [min(one) for one in found],
+                [max(one) for one in found],
+                color=line.get_color(),
+                alpha=0.15,
+                linewidth=0,
+            )
+        axis.set_xlabel("steps of the extension")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[2].set_ylim(0.0, 1.0)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
+def arm_table(results: dict[str, Any]) -> str:
+    """Each arm's bits per byte, means over seeds, as a Markdown table; docs/combining.md holds it as it is."""
+    domains = list(results["runs"]["seed/0"]["bits_per_byte"])
+    rows = dict(NAMES)
+    for router, name in ROUTERS.items():
+        rows |= {
+            f"{router}-{steps}": f"{name}, extended, {f'{steps} steps' if steps else 'no step'}"
+            for steps in budgets(results)
+        }
+    lines = [
+        f"| arm | {' | '.join(domains)} | share of code's tokens to its expert |",
+        f"|---|{'---|' * (len(domains) + 1)}",
+    ]
+    for arm, name in rows.items():
+        cells = [f"{statistics.mean(by_seed(results, arm, [domain])):.3f}" for domain in domains]
+        shares = [
+            results["runs"][f"{arm}/{seed}"]["routing"].get(NEW, {}).get("chosen", {}).get(NEW)
+            for seed in results["seeds"]
+        ]
+        known = [share for share in shares if share is not None]
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{statistics.mean(known):.0%}' if known else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    results = read_json(path)
+    # The same figures give the same bytes.
+    mpl.rcParams["svg.hashsalt"] = "koine"
+    extension(results, path.with_name(f"{path.stem}_extension.svg"))
+    print(verdict_markdown(results["hypotheses"]))
+    print(arm_table(results))
+
+
+if __name__ == "__main__":
+    main()
