@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def extension(results: dict[str, Any], out: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     steps = budgets(results)
     old = [name for name in results["runs"]["seed/0"]["bits_per_byte"] if name != NEW]
-    panels = (
+    panels: tuple[tuple[str, Callable[[str], list[float]]], ...] = (
         ("bits per byte, the new domain", lambda arm: by_seed(results, arm, [NEW])),
         ("bits per byte, the others", lambda arm: by_seed(results, arm, old)),
         (

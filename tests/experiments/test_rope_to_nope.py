@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from koine.evaluate.verdicts import verdict_markdown
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "rope_to_nope"
 PACK = ROOT.parent / "shared" / "data"
