@@ -148,7 +148,8 @@ def code_domain(*, max_bytes: int, heldout_bytes: int, out: Path) -> None:
 
 
 def documents_of(corpus: Path, part: str, limit: int) -> list[str]:
-    """The first documents of a domain's part."""
-    return [
-        record["text"] for record, _ in zip(read_lines(corpus / f"{part}.jsonl"), range(limit), strict=False)
-    ]
+    """At most `limit` documents of a domain's part, evenly from its beginning to its end: a corpus may hold one language after the other."""
+    file = corpus / f"{part}.jsonl"
+    count = sum(1 for _ in read_lines(file))
+    wanted = {number * count // limit for number in range(limit)} if count > limit else range(count)
+    return [record["text"] for number, record in enumerate(read_lines(file)) if number in wanted]
