@@ -25,8 +25,9 @@ def install(name: str) -> None:
     target = ENVIRONMENTS / name
     venv.create(target, with_pip=True, clear=True)
     pip = [str(target / "bin" / "pip"), "install", "--quiet"]
-    subprocess.run([*pip, *[line for line in wanted if line.startswith("torch==")]], check=True)
-    subprocess.run([*pip, *wanted], check=True)
+    torch = [line for line in wanted if line.startswith("torch==")]
+    for packages in ([torch] if torch else []) + [wanted]:
+        subprocess.run([*pip, *packages], check=True)
 
 
 if __name__ == "__main__":
