@@ -59,7 +59,7 @@ def verdicts(
     ca3 = {
         **{
             f"linear less {arm}": less(linear, found.bits(arm, domains))
-            for arm in ("task-arithmetic", "ties", "dare-ties")
+            for arm in ("task-arithmetic", "ties", "dare-ties", "model-stock")
         },
         "linear less slerp, of two": less(found.bits("linear-pair", pair), found.bits("slerp-pair", pair)),
     }

@@ -26,6 +26,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 SHARED = ("en", "es", "fr")
 CLUSTERS = {"romance": ("pt", "it"), "slavic": ("pl", "hr", "bg"), "others": ("tr", "hu", "vi")}
+UNWEIGHTED = ("slerp", "model-stock")
 LANGUAGES = (*SHARED, *(code for members in CLUSTERS.values() for code in members))
 
 
@@ -220,7 +221,7 @@ def domains_of_one_seed(
             models=[experts[name] for name in names],
             base=root if base else None,
             method=method,
-            weights=() if method == "slerp" else (1.0 / len(names),) * len(names),
+            weights=() if method in UNWEIGHTED else (1.0 / len(names),) * len(names),
             seed=seed,
             **more,
         )
@@ -232,6 +233,7 @@ def domains_of_one_seed(
         "task-arithmetic": merged("task-arithmetic", "task-arithmetic", options=("scale=1.5",)),
         "ties": merged("ties", "ties", options=("density=0.5",)),
         "dare-ties": merged("dare-ties", "dare-ties", options=("density=0.5",)),
+        "model-stock": merged("model-stock", "model-stock"),
         "linear-pair": merged("linear-pair", "linear", ("code", "maths"), base=False),
         "slerp-pair": merged("slerp-pair", "slerp", ("code", "maths"), base=False, options=("t=0.5",)),
     }
@@ -272,6 +274,10 @@ def languages_of_one_seed(
         for code in LANGUAGES
     ]
 
+    joint = trainer.branch(
+        f"{name}/joint", root, equal(LANGUAGES), steps=len(CLUSTERS) * size.branch_steps, factor=0.5
+    )
+
     def merged(arm: str, models: list[Artifact]) -> Artifact:
         return plan.step(
             merge_models,
@@ -284,6 +290,8 @@ def languages_of_one_seed(
 
     return {
         **{f"{name}-{cluster}": model for cluster, model in clusters.items()},
+        f"{name}-base": root,
+        f"{name}-joint": joint,
         f"{name}-clusters": merged("merged-clusters", list(clusters.values())),
         f"{name}-languages": merged("merged-languages", alone),
     }

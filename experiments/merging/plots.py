@@ -24,6 +24,7 @@ MERGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "task-arithmetic": ("task arithmetic, scale 1.5", DOMAINS),
     "ties": ("TIES", DOMAINS),
     "dare-ties": ("DARE-TIES", DOMAINS),
+    "model-stock": ("Model Stock", DOMAINS),
     "linear-pair": ("linear, two models", PAIR),
     "slerp-pair": ("SLERP, two models", PAIR),
 }
@@ -87,9 +88,11 @@ def language_table(results: dict[str, Any]) -> str:
     """Bits per byte over all eleven languages, means over seeds, as a Markdown table; docs/combining.md holds it too."""
     languages = list(results["runs"]["small-clusters/0"]["bits_per_byte"])
     rows = {
+        "base": "-base",
         **{f"cluster {name} alone": f"-{name}" for name in CLUSTERS},
         "merge of clusters": "-clusters",
         "merge of single languages": "-languages",
+        "one model on all languages, as many steps as the clusters together": "-joint",
     }
     lines = [f"| model | {' | '.join(SIZES)} |", f"|---|{'---|' * len(SIZES)}"]
     for name, arm in rows.items():

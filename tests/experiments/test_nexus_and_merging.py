@@ -70,7 +70,7 @@ def merging_bits(*, linear: float, complex_: float, touched: float, small: float
     bits |= {arm: dict.fromkeys(domains, linear) for arm in ("linear", "linear-pair")}
     bits |= {
         arm: dict.fromkeys(domains, complex_)
-        for arm in ("task-arithmetic", "ties", "dare-ties", "slerp-pair")
+        for arm in ("task-arithmetic", "ties", "dare-ties", "model-stock", "slerp-pair")
     }
     bits["touched-up"] = dict.fromkeys(domains, touched)
     for size, gain in (("small", small), ("large", large)):
