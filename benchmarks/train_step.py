@@ -103,15 +103,19 @@ class Process(Side):
         super().__init__(command)
 
 
-def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 6) -> float:
+def matmul_rate(
+    shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 6, device: str = "cpu"
+) -> float:
     """FLOP/s of `[m, k] @ [k, n]`, the best of a few."""
     m, k, n = shape
-    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    out = torch.empty(m, n, dtype=dtype)
+    a, b = torch.randn(m, k).to(device, dtype), torch.randn(k, n).to(device, dtype)
+    out = torch.empty(m, n, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         torch.mm(a, b, out=out)
+        if device != "cpu":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * m * k * n / best
 

@@ -41,8 +41,8 @@ class Scale:
     sequence_length: int = 256
     batch_size: int = 8
     micro_batch_size: int = 8
-    seed_steps: int = 500
-    branch_steps: int = 150
+    seed_steps: int = 350
+    branch_steps: int = 100
     touch_up_steps: int = 60
     learning_rate: float = 2e-3
     max_bytes: int = 1_500_000
