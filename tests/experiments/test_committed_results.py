@@ -1,0 +1,77 @@
+"""What is committed of the experiments of combining: the manual holds the tables of the results, and the verdicts follow from the runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from koine.evaluate.verdicts import verdict_markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = ROOT / "experiments"
+TABLES = {"bam": ("arm_table",), "nexus": ("arm_table",), "merging": ("domain_table", "language_table")}
+HAVE_RESULTS = [name for name in TABLES if (EXPERIMENTS / name / "results" / "laptop.json").exists()]
+
+
+def load(file: Path) -> ModuleType:
+    """A module by its file: every experiment has a plots.py of its own."""
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    name = f"{file.parent.name}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def results_of(name: str) -> Any:
+    return json.loads((EXPERIMENTS / name / "results" / "laptop.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", HAVE_RESULTS)
+def test_the_manual_has_their_tables(name: str) -> None:
+    page = (ROOT / "docs" / "combining.md").read_text(encoding="utf-8")
+    results, plots = results_of(name), load(EXPERIMENTS / name / "plots.py")
+    assert verdict_markdown(results["hypotheses"]) in page
+    for table in TABLES[name]:
+        assert getattr(plots, table)(results) in page
+
+
+@pytest.mark.parametrize("name", HAVE_RESULTS)
+def test_the_verdicts_follow_from_the_runs(name: str) -> None:
+    results = results_of(name)
+    judge = load(EXPERIMENTS / name / f"{name}_judge.py")
+    assert len(results["seeds"]) >= 3
+    found = object.__new__(judge.Runs)
+    found.evaluations, found.seeds = results["runs"], range(len(results["seeds"]))
+    if name == "bam":
+        again = judge.verdicts(found, results["latency"])
+    elif name == "nexus":
+        budgets = sorted(
+            {
+                int(arm.split("-")[1].partition("/")[0])
+                for arm in results["runs"]
+                if arm[:6] == "nexus-" and arm[6] != "l"
+            }
+        )
+        again = judge.verdicts(found, [steps for steps in budgets if steps])
+    else:
+        plan = load(EXPERIMENTS / name / "plan.py")
+        again = judge.verdicts(found, plan.DOMAINS, plan.CLUSTERS, plan.SHARED, ("small", "large"))
+    assert {key: one["verdict"] for key, one in results["hypotheses"].items()} == {
+        key: one["verdict"] for key, one in again.items()
+    }
+
+
+def test_the_register_is_in_the_manual() -> None:
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert load(EXPERIMENTS / "register.py").table() in page
