@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -171,6 +172,103 @@ def test_an_interruption_anywhere_loses_nothing(tiny: ModelConfig, monkeypatch: 
                 interrupted += 1
     assert interrupted > 2
     for request in requests:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+
+
+class Rules:
+    """A grammar that allows everything, and raises where it is told to."""
+
+    def __init__(self, *, fails: str | None = None, after: int = 3) -> None:
+        self.fails, self.after, self.calls = fails, after, 0
+
+    def mask(self) -> torch.Tensor:
+        self.calls += 1
+        if self.fails == "mask" and self.calls > self.after:
+            raise UserError("the grammar is too complex")
+        return torch.full((99,), self.fails != "nothing allowed" or self.calls <= self.after)
+
+    def advance(self, token: int) -> None:
+        if self.fails == "advance" and self.calls > self.after:
+            raise ValueError(f"token {token} is not allowed")
+
+
+@pytest.mark.parametrize("fails", ["mask", "advance", "watch", "nothing allowed"])
+def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None:
+    """Its neighbours of equal settings, drawn in the same go, get what they would have got without it."""
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=4)
+    sampling = Sampling(max_new_tokens=9, temperature=0.9, seed=4)
+
+    def watch(token: int) -> bool:
+        if fails == "watch" and len(bad.tokens) > 3:
+            raise RuntimeError("watching failed")
+        return False
+
+    first = scheduler.submit(prompt_of(6, 1), sampling)
+    bad = scheduler.submit(
+        prompt_of(5, 2), sampling, watch=watch, grammar=None if fails == "watch" else Rules(fails=fails)
+    )
+    others = [
+        scheduler.submit(prompt_of(7, 3), sampling, grammar=Rules()),
+        scheduler.submit(prompt_of(8, 4), Sampling(max_new_tokens=9)),
+    ]
+    while bad.finish is None:
+        scheduler.step()
+    assert bad.finish == "failed"
+    with pytest.raises((UserError, ValueError, RuntimeError)) as raised:
+        bad.raise_error()
+    assert raised.value is bad.error
+    scheduler.run()
+    for request in (first, *others):
+        assert (request.finish, request.error) == ("length", None)
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+    assert bad.tokens[:3] == alone(model, bad.prompt, sampling)[:3]
+    assert not scheduler.cache.sequences
+    # What runs to the end by itself has nobody else to tell.
+    scheduler.submit([5, 7], sampling, grammar=Rules(fails="mask", after=1))
+    with pytest.raises(UserError, match="too complex"):
+        scheduler.run()
+
+
+@pytest.mark.parametrize("where", ["drawing", "taking"])
+def test_an_interruption_between_draws_and_tokens_changes_no_answer(
+    tiny: ModelConfig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows are drawn before any token is taken: the draws that come to nothing are undone."""
+    from koine.model import requests as module
+
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=4)
+    asked = [
+        scheduler.submit(prompt_of(5 + seed, seed), Sampling(max_new_tokens=8, temperature=0.9, seed=seed))
+        for seed in range(3)
+    ]
+    calls = 0
+
+    def interrupted(function: Callable[..., object]) -> Callable[..., object]:
+        def sometimes(*arguments: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls in (2, 5, 8):
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
+
+        return sometimes
+
+    if where == "drawing":
+        # After the draws, before the first token is taken.
+        monkeypatch.setattr(module, "log_probabilities", interrupted(module.log_probabilities))
+    else:
+        # After some of the tokens are taken.
+        monkeypatch.setattr(Request, "take", interrupted(Request.take))
+    seen = 0
+    while scheduler.busy:
+        try:
+            scheduler.step()
+        except KeyboardInterrupt:
+            seen += 1
+    assert seen == 3
+    for request in asked:
         assert request.tokens == alone(model, request.prompt, request.sampling)
 
 

@@ -208,6 +208,34 @@ def test_a_schema_that_is_no_json_is_the_users_error(schema: Any) -> None:
         Sampling(json_schema=schema)
 
 
+@pytest.mark.parametrize("which", ["ours", "llama"])
+def test_an_answer_that_fails_ends_alone(which: str, model_folder: Path, foreign_folder: Path) -> None:
+    """Its caller gets the exception, whoever drove the batch; the others' answers do not change."""
+    engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
+    prompt = engine.encode(QUESTION)
+    expected = [token.id for token in engine.stream(prompt, GREEDY)]
+    bad, good = engine.submit(prompt, GREEDY), engine.submit(prompt, GREEDY)
+
+    def fail(token: int) -> bool:
+        raise RuntimeError("watching failed")
+
+    bad.request.watch = fail
+    engine.wait(good)
+    assert good.request.tokens == expected
+    with pytest.raises(RuntimeError, match="watching failed"):
+        engine.wait(bad)
+    assert not engine.scheduler.busy
+
+
+@pytest.mark.parametrize("which", ["ours", "llama"])
+def test_a_temperature_next_to_nothing_is_greedy(
+    which: str, model_folder: Path, foreign_folder: Path
+) -> None:
+    engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
+    cold = replace(GREEDY, temperature=1e-40)
+    assert engine.generate([QUESTION], cold)[0].tokens == engine.generate([QUESTION], GREEDY)[0].tokens
+
+
 def test_threads_share_one_batch(model_folder: Path) -> None:
     engine = LocalEngine(model_folder, dtype="float32", threads=1)
     conversations = [[{"role": "user", "content": "x" * (3 + number)}] for number in range(6)]

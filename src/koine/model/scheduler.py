@@ -94,16 +94,20 @@ class Scheduler:
         return bool(self.waiting or self.reading or self.running)
 
     def run(self) -> None:
-        """Step until every request is finished."""
+        """Step until every request is finished; then raise what the first of those that failed, if any, failed with."""
+        unfinished = [*self.running, *self.reading, *self.waiting]
         while self.busy:
             self.step()
+        for request in unfinished:
+            request.raise_error()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[Request, int]]:
         """Read a stretch of prompts and give each running request a token; the new tokens, request by request.
 
-        Where it is interrupted (Ctrl-C, out of memory), every request goes back to the queue as it was: nothing half-read stays.
+        Where it is interrupted (Ctrl-C, out of memory), every request goes back to the queue as it was: nothing half-read or half-drawn
+        stays. Where the grammar, the draw or the `watch` of one request raises, it alone ends: `finish` is "failed", `error` what it raised.
         """
         try:
             with torch.inference_mode():
@@ -205,11 +209,18 @@ class Scheduler:
         return []
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[tuple[Request, int]]:
-        """The next token of each request from its logits `[batch, vocab]`; finished requests leave."""
+        """The next token of each request from its logits `[batch, vocab]`; finished and failed requests leave."""
         new = []
-        for request, (token, score) in zip(requests, choose_next(requests, logits), strict=True):
-            finish = request.take(token, score)
-            new.append((request, token))
+        for request, choice in zip(requests, choose_next(requests, logits), strict=True):
+            if isinstance(choice, Exception):
+                self._fail(request, choice)
+                continue
+            try:
+                finish = request.take(*choice)
+            except Exception as error:  # noqa: BLE001 - its own grammar or watch raised it; the others go on
+                self._fail(request, error)
+                continue
+            new.append((request, choice[0]))
             if finish is not None:
                 self._end(request, finish)
         return new
@@ -226,6 +237,10 @@ class Scheduler:
             if request in queue:
                 queue.remove(request)
 
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error = error
+        self._end(request, "failed")
+
     def _make_room(self) -> None:
         """Give pages back: a kept beginning, or else the youngest request's."""
         if self.prefixes.drop_oldest():
@@ -234,6 +249,7 @@ class Scheduler:
         self._requeue(youngest)
 
     def _requeue(self, request: Request) -> None:
+        request.take_back()
         if request.sequence is not None and request.sequence in self.cache.sequences:
             self.cache.remove(request.sequence)
         request.sequence = None

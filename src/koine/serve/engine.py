@@ -170,9 +170,10 @@ class LocalEngine:
         return Answer(request, stops)
 
     def wait(self, answer: Answer) -> None:
-        """Drive the batch until this answer is finished."""
+        """Drive the batch until this answer is finished. Raises what its own drawing or grammar raised."""
         while answer.request.finish is None:
             self._drive(answer)
+        answer.request.raise_error()
 
     def cancel(self, answer: Answer) -> None:
         """Stop an answer; what was written of it stays."""
@@ -196,6 +197,7 @@ class LocalEngine:
                     yield Token(token, request.log_probabilities[place], last)
                     given += 1
                 if request.finish is not None and given == len(request.tokens):
+                    request.raise_error()
                     return
                 self._drive(answer)
         finally:
