@@ -118,10 +118,51 @@ def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
     # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
     twins = [scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9)) for token in (7, 8)]
     scheduler.run()
-    # The second of them had one token more in common with the first.
-    assert [twin.reused for twin in twins] == [len(turn.text) - 1, len(turn.text)]
+    # That the second has one token more in common with the first is not worth a stop.
+    assert [twin.reused for twin in twins] == [len(turn.text) - 1] * 2
     for twin in twins:
         assert twin.tokens == alone(model, twin.prompt, twin.sampling)
+
+
+@pytest.mark.parametrize(("prefixes", "shared", "most"), [(0, 64, 2), (16, 64, 2), (16, 0, 2)])
+@pytest.mark.parametrize("layers", [None, (LayerSpec(),) * 2], ids=["hybrid", "full"])
+def test_common_beginnings_are_packed(
+    tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, prefixes: int, shared: int, most: int
+) -> None:
+    """32 prompts of 84 tokens take two stretches of 2,048, or one for what they share and one for all the rest."""
+    model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
+    scheduler = Scheduler(model, prefixes=prefixes, page=8)
+    common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4)
+    requests = [scheduler.submit(common + prompt_of(84 - shared, seed), sampling) for seed in range(1, 33)]
+    steps = 0
+    while scheduler.waiting or scheduler.reading:
+        scheduler.step()
+        steps += 1
+    assert steps <= most
+    scheduler.run()
+    assert [request.reused for request in requests] == [0] + [shared if prefixes else 0] * 31
+    for request in requests[:2] + requests[-2:]:
+        assert request.tokens == alone(model, request.prompt, sampling)
+
+
+def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons grow with the number of prompts, not with its square."""
+    from koine.model import prefixes as module
+
+    calls = 0
+
+    def counted(first: list[int], second: list[int]) -> int:
+        nonlocal calls
+        calls += 1
+        return common_length(first, second)
+
+    monkeypatch.setattr(module, "common_length", counted)
+    scheduler = Scheduler(Decoder(tiny).eval())
+    count = 400
+    for seed in range(count):
+        scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1))
+    scheduler.run()
+    assert 0 < calls <= 2 * module.REMEMBERED * count
 
 
 def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:

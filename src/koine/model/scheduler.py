@@ -123,16 +123,12 @@ class Scheduler:
         if not self.reading:
             return
         first = self.reading[0]
-        assert first.sequence is not None
         group, counts = [first], [min(self._stretch(first), self.prefill_chunk)]
-        if not first.sequence.length and counts[0] == first.to_read():
-            # Short new prompts share a forward pass.
-            room = self.prefill_chunk - counts[0]
-            for other in self.reading[1:]:
-                assert other.sequence is not None
-                size = self._stretch(other)
-                if other.sequence.length or size < other.to_read() or size > room:
-                    continue
+        # Short stretches share a forward pass, wherever in their prompts they begin.
+        room = self.prefill_chunk - counts[0]
+        for other in self.reading[1:]:
+            size = self._stretch(other)
+            if size <= room:
                 group.append(other)
                 counts.append(size)
                 room -= size
@@ -189,8 +185,7 @@ class Scheduler:
             if not request.tokens:
                 request.reused = request.sequence.length
                 others = (other.prompt for other in self.waiting)
-                pause = self.prefixes.worth_keeping(request.prompt, others)
-                request.pause_at = pause if pause > request.sequence.length else 0
+                request.pause_at = self.prefixes.worth_keeping(request.prompt, others, known=request.reused)
             self.reading.append(request)
 
     def _step_running(self) -> list[tuple[Request, int]]:
