@@ -6,7 +6,7 @@ values back. A reading belongs to one forward pass; `finish` counts its tokens a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,22 +61,34 @@ class StretchReading:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Reading.attend`."""
-        window = self.cache.windowed.get(layer)
-        mixed = []
         if self._new:
             # One call for all: they are the documents of a row.
-            mixed = [attend(q, k, v, window=window, document_starts=self._starts)]
-        start = 0
-        for sequence, count in zip(self.sequences, self.counts, strict=True):
-            part = slice(start, start + count)
-            if not self._new:
-                mixed.append(self._attend_after(layer, sequence, q[:, part], k[:, part], v[:, part]))
+            window = self.cache.windowed.get(layer)
+            mixed = attend(q, k, v, window=window, document_starts=self._starts)
+        else:
+            parts = [
+                self._attend_after(layer, sequence, q[:, part], k[:, part], v[:, part])
+                for sequence, part in self._parts()
+            ]
+            mixed = torch.cat(parts, dim=1)
+        self.keep(layer, k, v)
+        return mixed
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write a layer's keys and values `[1, time, kv_heads, head_dim]` where the sequences have them."""
+        window = self.cache.windowed.get(layer)
+        for sequence, part in self._parts():
             if window is None:
                 self._write_pages(layer, sequence, k[0, part], v[0, part])
             else:
                 self._write_ring(layer, window, sequence, k[0, part], v[0, part])
+
+    def _parts(self) -> Iterator[tuple[CachedSequence, slice]]:
+        """Each sequence with its stretch of the row."""
+        start = 0
+        for sequence, count in zip(self.sequences, self.counts, strict=True):
+            yield sequence, slice(start, start + count)
             start += count
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
 
     def _attend_after(self, layer: int, sequence: CachedSequence, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One sequence's new positions over those that it has read and themselves."""
