@@ -37,6 +37,11 @@ CASES = (
         says="top-p is 1.5; give above 0 and at most 1",
     ),
     Case(
+        mistake="a sampling setting that is no number",
+        command="chat model --temperature nan",
+        says="temperature is nan; give 0 (greedy) or more",
+    ),
+    Case(
         mistake="a negative number of tokens",
         command="chat model --max-new-tokens -1",
         says="max-new-tokens is -1; give at least 1",

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from koine.cli.main import cli
-from koine.errors import UserError
+from koine.errors import KoineWarning, UserError
 from koine.evaluate.long_context import evaluate_long_context, needles, ruler
 from koine.evaluate.long_context.haystack import (
     LONGEST_PIECE,
@@ -27,6 +27,7 @@ from koine.evaluate.long_context.haystack import (
     sample_texts,
     split_pieces,
 )
+from koine.evaluate.long_context.page import facts, sections, task_rows
 from koine.evaluate.long_context.phrases import lead_and_answer, phrase_languages, phrases_of
 from koine.evaluate.long_context.positions import bin_edges, long_documents, loss_by_position, token_losses
 from koine.evaluate.long_context.prompts import Material, Prompt, chat_frame, material_of
@@ -480,11 +481,18 @@ def test_the_suite_is_deterministic_and_its_prompts_are_independent(model_folder
     assert again["attention"] == result["attention"]
     assert {one["task"] for one in result["left_out"]} <= set(TASKS)
     left_out = {(one["task"], one["length"]) for one in result["left_out"]}
-    run = {(task, int(length)) for task, lengths in result["tasks"].items() for length in lengths}
-    assert run | left_out == {(task, length) for task in TASKS for length in (256, 400)}
-    assert not run & left_out
-    for lengths in result["tasks"].values():
-        for entry in lengths.values():
+    entries = {
+        (task, int(length)): entry
+        for task, lengths in result["tasks"].items()
+        for length, entry in lengths.items()
+    }
+    assert set(entries) == {(task, length) for task in TASKS for length in (256, 400)}
+    assert {cell for cell, entry in entries.items() if entry["value"] is None} == left_out
+    for cell, entry in entries.items():
+        if cell in left_out:
+            assert (entry["samples"], entry["logprob"]) == (0, None)
+            assert "no room" in entry["why"]
+        else:
             assert entry["samples"] == 4
             assert entry["logprob"] < -1.0
     grid = result["grid"]["single"]
@@ -504,7 +512,29 @@ def test_cells_without_room_are_left_out_unless_they_were_named(materials: dict[
     assert {cell.task for cell in cells} == {"single"}
     assert [one["task"] for one in left_out] == ["frequent-words"]
     with pytest.raises(UserError, match="has no room for the task 'frequent-words'"):
-        plan_cells(["frequent-words"], [120], [50], 2, strict=True, **arguments)
+        plan_cells(["frequent-words"], [120, 60], [50], 2, strict=True, **arguments)
+    cells, left_out = plan_cells(["frequent-words"], [120, 900], [50], 2, strict=True, **arguments)
+    assert {cell.length for cell in cells} == {900}
+    assert [(one["task"], one["length"]) for one in left_out] == [("frequent-words", 120)]
+
+
+def test_a_named_task_is_left_out_where_a_length_has_no_room(model_folder: Path, tmp_path: Path) -> None:
+    """It is said before anything is run and stands in the result; the other lengths are measured."""
+    tasks = ["single", "multi-needle", "attention"]
+    with pytest.warns(KoineWarning, match="left out at") as warned:
+        result = evaluate_long_context(
+            model_folder, lengths=[40, 256, 600], depths=[50], samples=1, language="de", tasks=tasks
+        )
+    found = result["tasks"]["multi-needle"]
+    assert list(found) == ["40", "256", "600"]
+    for length in ("40", "256"):
+        assert found[length]["value"] is None
+        assert f"a prompt of {length} tokens has no room for the task 'multi-needle'" in found[length]["why"]
+    assert found["600"]["samples"] == 1
+    assert set(result["attention"]) == {"256", "600"}
+    assert len(warned) == len(result["left_out"]) == 4
+    assert {row[1] for row in task_rows(result) if row[0] == "multi-needle"} == {"600"}
+    json.dumps([sections(result), facts(result)])
 
 
 def test_the_command_writes_json_and_a_page(model_folder: Path, tmp_path: Path) -> None:

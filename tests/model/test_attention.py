@@ -10,6 +10,7 @@ from torch import Tensor
 
 from koine.model import Decoder, ModelConfig
 from koine.model.attention import (
+    _window_mask,
     attend,
     attend_after,
     block_mask,
@@ -162,6 +163,17 @@ def test_block_masks_are_those_that_torch_finds_by_trying_every_pair(
     if time % 128 == 0:
         # Of a tile that reaches past the end torch says "in part"; for us it is whole if every position that exists is seen.
         assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+
+
+def test_a_kept_block_mask_can_be_trained_with_wherever_it_was_made() -> None:
+    """Tensors that are made in inference mode cannot be saved for a backward pass, and the mask is kept from one call to the next."""
+    _window_mask.cache_clear()
+    with torch.inference_mode():
+        mask = _window_mask(300, 5, torch.device("cpu"))
+    tensors = [value for value in vars(mask).values() if isinstance(value, Tensor)]
+    assert len(tensors) >= 8
+    assert not any(tensor.is_inference() for tensor in tensors)
+    _window_mask.cache_clear()
 
 
 def test_windowed_layers_touch_only_their_window(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,18 @@ def test_the_same_weights_give_the_same_bytes(tiny: ModelConfig, tmp_path: Path)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+def test_a_model_is_saved_where_its_tokenizer_is(tiny: ModelConfig, tmp_path: Path) -> None:
+    """In the folder itself, and through a link to it."""
+    folder, link = tmp_path / "model", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    for tokenizer in (folder, link):
+        save_model(Decoder(tiny), folder, tokenizer=tokenizer)
+        assert (folder / "tokenizer.json").read_text() == "{}"
+    assert load_model(folder).config == tiny
+
+
 def test_truncated_weights(saved: Path) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
 import torch
 
 from koine.model import Decoder, LayerSpec, ModelConfig, hybrid_layers, preset
 from koine.model.flops import (
+    all_full,
     cache_bytes,
     cache_bytes_per_token,
     count_parameters,
@@ -13,6 +18,7 @@ from koine.model.flops import (
     training_flops_per_token,
     visible_pairs,
 )
+from koine.model.paged_cache import SLAB, PagedCache
 from koine.model.reading import StepReading, StretchReading
 
 SMALL = ModelConfig(
@@ -79,6 +85,7 @@ def test_cache_bytes_by_hand_and_as_held() -> None:
         model(torch.zeros(1, 18, dtype=torch.long), reading=StretchReading(cache, sequences, [6, 6, 6]))
         for _ in range(4):
             model(torch.zeros(3, 1, dtype=torch.long), reading=StepReading(cache, sequences))
+    # Whole pages, and rings with their three places filled.
     assert cache.bytes_held() == 3 * 208
     # Ten positions fill two pages of five each: nothing is held that is not used.
     assert cache.pages_in_use == 6
@@ -108,3 +115,70 @@ def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
     share = cache_bytes(big, 131_072) / (cache_bytes_per_token(big) * 131_072)
     # (24 * 4096 + 8 * 131072) / (32 * 131072)
     assert share == 0.2734375
+
+
+def held_after(config: ModelConfig, lengths: Sequence[int], page: int) -> PagedCache:
+    """A cache that has read texts of these lengths, all at once."""
+    model = Decoder(config).eval()
+    cache = model.new_cache(page=page)
+    sequences = [cache.add() for _ in lengths]
+    with torch.inference_mode():
+        tokens = torch.randint(0, config.vocab_size, (1, sum(lengths)))
+        model(tokens, reading=StretchReading(cache, sequences, lengths))
+    return cache
+
+
+def written_bytes(cache: PagedCache) -> int:
+    """Bytes of the places that are not zero any more, in everything that is allocated."""
+    slabs = [cache.slab(layer, number) for layer in cache.full for number in range(cache.slabs)]
+    rings = [cache.ring(layer) for layer in cache.windowed]
+    return sum(int(part.count_nonzero()) * part.element_size() for pair in (*slabs, *rings) for part in pair)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (16, 3, 40), (9,) * 11])
+def test_bytes_in_use_are_counted_in_the_tensors(lengths: tuple[int, ...]) -> None:
+    """What is written is the formula; what is in use is the formula with whole pages; what is reserved is bounded."""
+    config, page = replace(SMALL, layers=hybrid_layers(4, window=6)), 8
+    cache = held_after(config, lengths, page)
+    # Keys and values of random weights are never exactly 0.
+    assert written_bytes(cache) == sum(cache_bytes(config, length, element_bytes=4) for length in lengths)
+    position = 2 * config.kv_size * 4
+    whole = sum(-(-length // page) * page + 3 * min(length, 6) for length in lengths)
+    assert cache.bytes_held() == whole * position
+    # Full layers: less than a slab more than is needed; rings: as many slots as sequences, and a quarter.
+    pages = sum(-(-length // page) for length in lengths)
+    slots = len(lengths) * 5 / 4
+    most = (pages + max(SLAB, pages)) * page + 3 * slots * 6
+    assert cache.bytes_held() <= cache.bytes_reserved() <= most * position
+    cache.remove(cache.sequences[0])
+    assert cache.bytes_held() < whole * position
+
+
+def test_a_hybrid_holds_a_quarter_of_its_full_twin_at_128k() -> None:
+    """131,072 tokens of keys and values in real tensors, written by the reading itself: a layer at a time, no forward pass."""
+    hybrid = ModelConfig(
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=4,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
+        layers=hybrid_layers(4, window=4096),
+    )
+    held, chunk = {}, 8192
+    for config in (hybrid, all_full(hybrid)):
+        cache = PagedCache(config, torch.float32, torch.device("cpu"))
+        sequence = cache.add()
+        for _ in range(131_072 // chunk):
+            reading = StretchReading(cache, [sequence], [chunk])
+            for layer in range(4):
+                k, v = torch.rand(2, 1, chunk, 1, 2).add(1)
+                reading.keep(layer, k, v)
+            reading.finish()
+        assert sequence.length == 131_072
+        assert written_bytes(cache) == cache.bytes_held() == cache_bytes(config, 131_072, element_bytes=4)
+        held[config] = cache.bytes_held()
+    ratio = held[hybrid] / held[all_full(hybrid)]
+    # (3 * 4,096 + 131,072) / (4 * 131,072)
+    assert ratio == 0.2734375
+    assert 0.25 <= ratio <= 0.30

@@ -90,3 +90,35 @@ def test_a_prompt_read_in_pieces_is_the_prompt(tiny: ModelConfig) -> None:
 def test_ids_beyond_the_vocabulary_are_refused(tiny: ModelConfig) -> None:
     with pytest.raises(UserError, match="holds id 99 and the model knows 99"):
         generate(Decoder(tiny), [[5, 99]], Sampling())
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_settings_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value}; it must be"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1.0, 1e300])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e30, 1e300])
+def test_settings_at_the_edge_of_floats_still_choose(temperature: float, penalty: float) -> None:
+    """Of a grammar's two allowed tokens, and the likeliest where the temperature is next to 0."""
+    logits = 10 * torch.randn(3, 40)
+    logits[:, 2:] = -torch.inf
+    seen = torch.rand(3, 40) < 0.5
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+    chosen = choose(logits, sampling, [torch.Generator().manual_seed(row) for row in range(3)], seen)
+    assert (chosen < 2).all()
+    if temperature <= 1e-6:
+        coldest = candidates(logits, Sampling(repetition_penalty=penalty), seen)
+        assert torch.equal(chosen, coldest.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_no_numbers_are_told(
+    tiny: ModelConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Decoder(tiny).eval()
+    monkeypatch.setattr(model, "logits", lambda hidden: torch.full((len(hidden), 99), torch.nan))
+    with pytest.raises(UserError, match="no next token can be chosen"):
+        generate(model, [[5, 7]], Sampling(temperature=temperature))

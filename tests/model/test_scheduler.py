@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -117,10 +118,51 @@ def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
     # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
     twins = [scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9)) for token in (7, 8)]
     scheduler.run()
-    # The second of them had one token more in common with the first.
-    assert [twin.reused for twin in twins] == [len(turn.text) - 1, len(turn.text)]
+    # That the second has one token more in common with the first is not worth a stop.
+    assert [twin.reused for twin in twins] == [len(turn.text) - 1] * 2
     for twin in twins:
         assert twin.tokens == alone(model, twin.prompt, twin.sampling)
+
+
+@pytest.mark.parametrize(("prefixes", "shared", "most"), [(0, 64, 2), (16, 64, 2), (16, 0, 2)])
+@pytest.mark.parametrize("layers", [None, (LayerSpec(),) * 2], ids=["hybrid", "full"])
+def test_common_beginnings_are_packed(
+    tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, prefixes: int, shared: int, most: int
+) -> None:
+    """32 prompts of 84 tokens take two stretches of 2,048, or one for what they share and one for all the rest."""
+    model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
+    scheduler = Scheduler(model, prefixes=prefixes, page=8)
+    common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4)
+    requests = [scheduler.submit(common + prompt_of(84 - shared, seed), sampling) for seed in range(1, 33)]
+    steps = 0
+    while scheduler.waiting or scheduler.reading:
+        scheduler.step()
+        steps += 1
+    assert steps <= most
+    scheduler.run()
+    assert [request.reused for request in requests] == [0] + [shared if prefixes else 0] * 31
+    for request in requests[:2] + requests[-2:]:
+        assert request.tokens == alone(model, request.prompt, sampling)
+
+
+def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons grow with the number of prompts, not with its square."""
+    from koine.model import prefixes as module
+
+    calls = 0
+
+    def counted(first: list[int], second: list[int]) -> int:
+        nonlocal calls
+        calls += 1
+        return common_length(first, second)
+
+    monkeypatch.setattr(module, "common_length", counted)
+    scheduler = Scheduler(Decoder(tiny).eval())
+    count = 400
+    for seed in range(count):
+        scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1))
+    scheduler.run()
+    assert 0 < calls <= 2 * module.REMEMBERED * count
 
 
 def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
@@ -174,6 +216,103 @@ def test_an_interruption_anywhere_loses_nothing(tiny: ModelConfig, monkeypatch: 
         assert request.tokens == alone(model, request.prompt, request.sampling)
 
 
+class Rules:
+    """A grammar that allows everything, and raises where it is told to."""
+
+    def __init__(self, *, fails: str | None = None, after: int = 3) -> None:
+        self.fails, self.after, self.calls = fails, after, 0
+
+    def mask(self) -> torch.Tensor:
+        self.calls += 1
+        if self.fails == "mask" and self.calls > self.after:
+            raise UserError("the grammar is too complex")
+        return torch.full((99,), self.fails != "nothing allowed" or self.calls <= self.after)
+
+    def advance(self, token: int) -> None:
+        if self.fails == "advance" and self.calls > self.after:
+            raise ValueError(f"token {token} is not allowed")
+
+
+@pytest.mark.parametrize("fails", ["mask", "advance", "watch", "nothing allowed"])
+def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None:
+    """Its neighbours of equal settings, drawn in the same go, get what they would have got without it."""
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=4)
+    sampling = Sampling(max_new_tokens=9, temperature=0.9, seed=4)
+
+    def watch(token: int) -> bool:
+        if fails == "watch" and len(bad.tokens) > 3:
+            raise RuntimeError("watching failed")
+        return False
+
+    first = scheduler.submit(prompt_of(6, 1), sampling)
+    bad = scheduler.submit(
+        prompt_of(5, 2), sampling, watch=watch, grammar=None if fails == "watch" else Rules(fails=fails)
+    )
+    others = [
+        scheduler.submit(prompt_of(7, 3), sampling, grammar=Rules()),
+        scheduler.submit(prompt_of(8, 4), Sampling(max_new_tokens=9)),
+    ]
+    while bad.finish is None:
+        scheduler.step()
+    assert bad.finish == "failed"
+    with pytest.raises((UserError, ValueError, RuntimeError)) as raised:
+        bad.raise_error()
+    assert raised.value is bad.error
+    scheduler.run()
+    for request in (first, *others):
+        assert (request.finish, request.error) == ("length", None)
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+    assert bad.tokens[:3] == alone(model, bad.prompt, sampling)[:3]
+    assert not scheduler.cache.sequences
+    # What runs to the end by itself has nobody else to tell.
+    scheduler.submit([5, 7], sampling, grammar=Rules(fails="mask", after=1))
+    with pytest.raises(UserError, match="too complex"):
+        scheduler.run()
+
+
+@pytest.mark.parametrize("where", ["drawing", "taking"])
+def test_an_interruption_between_draws_and_tokens_changes_no_answer(
+    tiny: ModelConfig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows are drawn before any token is taken: the draws that come to nothing are undone."""
+    from koine.model import requests as module
+
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=4)
+    asked = [
+        scheduler.submit(prompt_of(5 + seed, seed), Sampling(max_new_tokens=8, temperature=0.9, seed=seed))
+        for seed in range(3)
+    ]
+    calls = 0
+
+    def interrupted(function: Callable[..., object]) -> Callable[..., object]:
+        def sometimes(*arguments: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls in (2, 5, 8):
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
+
+        return sometimes
+
+    if where == "drawing":
+        # After the draws, before the first token is taken.
+        monkeypatch.setattr(module, "log_probabilities", interrupted(module.log_probabilities))
+    else:
+        # After some of the tokens are taken.
+        monkeypatch.setattr(Request, "take", interrupted(Request.take))
+    seen = 0
+    while scheduler.busy:
+        try:
+            scheduler.step()
+        except KeyboardInterrupt:
+            seen += 1
+    assert seen == 3
+    for request in asked:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+
+
 def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
     """Only allowed tokens come, one row's grammar is not another's, and log-probabilities are the model's own."""
 
@@ -207,7 +346,7 @@ def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
 
 
 def test_memory_follows_use(tiny: ModelConfig) -> None:
-    """Held bytes are the formula's; slabs come with need and go when they are empty, but for one."""
+    """Held bytes are the formula's, in whole pages; slabs come with need and go when they are empty, but for one."""
     model = Decoder(tiny).eval()
     cache = model.new_cache(page=4)
     long, short = cache.add(), cache.add()
@@ -217,7 +356,9 @@ def test_memory_follows_use(tiny: ModelConfig) -> None:
         )
         model(torch.tensor([prompt_of(3, 2)]), reading=StretchReading(cache, [short], [3]))
     lengths = (4 * SLAB * 3, 3)
-    assert cache.bytes_held() == sum(cache_bytes(tiny, length, element_bytes=4) for length in lengths)
+    place = 2 * tiny.kv_size * 4
+    # One full layer, whose second sequence has a page of four.
+    assert cache.bytes_held() == place + sum(cache_bytes(tiny, length, element_bytes=4) for length in lengths)
     most = cache.bytes_reserved()
     cache.remove(long)
     cache.remove(short)

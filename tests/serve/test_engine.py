@@ -6,6 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,59 @@ def test_an_answer_that_follows_a_schema(which: str, model_folder: Path, foreign
         assert isinstance(found["right"], bool)
     engine.wait(plain)
     assert len(plain.request.tokens) == 5
+
+
+def test_keys_come_in_the_order_of_the_schema(model_folder: Path) -> None:
+    """Two schemas that differ in the order of their keys alone are two grammars."""
+    pytest.importorskip("llguidance")
+    engine = LocalEngine(model_folder, dtype="float32", threads=1)
+    for names in (("zeta", "alpha"), ("alpha", "zeta")):
+        schema = {
+            "type": "object",
+            "properties": {name: {"type": "boolean"} for name in names},
+            "required": ["alpha", "zeta"],
+            "additionalProperties": False,
+        }
+        [completion] = engine.generate(
+            [QUESTION], Sampling(temperature=0, max_new_tokens=80, json_schema=schema)
+        )
+        assert tuple(json.loads(completion.text)) == names
+
+
+@pytest.mark.parametrize(
+    "schema", [{"enum": {1, 2}}, {"enum": [1], 2: 3}, {"properties": [{1: 2}]}, ["type"]]
+)
+def test_a_schema_that_is_no_json_is_the_users_error(schema: Any) -> None:
+    with pytest.raises(UserError, match="the schema is no JSON"):
+        Sampling(json_schema=schema)
+
+
+@pytest.mark.parametrize("which", ["ours", "llama"])
+def test_an_answer_that_fails_ends_alone(which: str, model_folder: Path, foreign_folder: Path) -> None:
+    """Its caller gets the exception, whoever drove the batch; the others' answers do not change."""
+    engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
+    prompt = engine.encode(QUESTION)
+    expected = [token.id for token in engine.stream(prompt, GREEDY)]
+    bad, good = engine.submit(prompt, GREEDY), engine.submit(prompt, GREEDY)
+
+    def fail(token: int) -> bool:
+        raise RuntimeError("watching failed")
+
+    bad.request.watch = fail
+    engine.wait(good)
+    assert good.request.tokens == expected
+    with pytest.raises(RuntimeError, match="watching failed"):
+        engine.wait(bad)
+    assert not engine.scheduler.busy
+
+
+@pytest.mark.parametrize("which", ["ours", "llama"])
+def test_a_temperature_next_to_nothing_is_greedy(
+    which: str, model_folder: Path, foreign_folder: Path
+) -> None:
+    engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
+    cold = replace(GREEDY, temperature=1e-40)
+    assert engine.generate([QUESTION], cold)[0].tokens == engine.generate([QUESTION], GREEDY)[0].tokens
 
 
 def test_threads_share_one_batch(model_folder: Path) -> None:

@@ -370,6 +370,15 @@ def test_another_model_setting_or_text_is_another_question(endpoint: Endpoint, t
     assert len(endpoint.questions()) == 4
 
 
+def test_the_order_of_a_schemas_keys_is_part_of_the_question(endpoint: Endpoint, tmp_path: Path) -> None:
+    """It is the order in which an answer's keys are written; the same order again is the same question."""
+    for names in (("a", "b"), ("b", "a"), ("a", "b")):
+        schema = {"type": "object", "properties": {name: {"type": "null"} for name in names}}
+        sampling = Sampling(temperature=0, json_schema=schema)
+        texts(engine(endpoint, cache=tmp_path), "a", sampling=sampling)
+    assert len(endpoint.questions()) == 2
+
+
 def test_draws(endpoint: Endpoint, tmp_path: Path) -> None:
     """Greedy: one question however often it stands there. With a seed: one a place. Without: one a draw."""
     assert texts(engine(endpoint, cache=tmp_path), "g", "g") == ["g|None|1"] * 2

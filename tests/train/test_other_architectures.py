@@ -106,6 +106,59 @@ def test_trains_and_opens_in_transformers(
     assert losses(tmp_path / "next")[0] < found[0] - 0.3
 
 
+# Sizes and settings that a class takes beyond those of all; windows are shorter than the rows.
+CLASSES: dict[str, dict[str, Any]] = {
+    "Cohere": {"logit_scale": 0.5, "attention_bias": True},
+    "Cohere2": {"logit_scale": 0.5, "head_dim": 8, "sliding_window": 7, "attention_bias": True},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Gemma2": {
+        "head_dim": 8,
+        "sliding_window": 7,
+        "query_pre_attn_scalar": 8,
+        "attn_implementation": "eager",
+    },
+    "Gemma3": {"head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8},
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_trains_and_opens_again(
+    made: tuple[Path, dict[str, Path]], name: str, tmp_path: Path
+) -> None:
+    """Its own loss, one step that changes every tensor that has a gradient, its own files with the trained weights in them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))(
+        vocab_size=350,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **CLASSES[name],
+    )
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
+    before = {key: tensor.detach().clone() for key, tensor in model.named_parameters()}
+    tokenizer, shards = made
+    data = order(shards, 1)
+    batch = data.batch(0)
+    with torch.no_grad():
+        expected = model.inner(
+            input_ids=batch.tokens,
+            attention_mask=(batch.document_ids >= 0).long(),
+            labels=batch.tokens.masked_fill(batch.document_ids < 0, -100),
+        ).loss
+    run(tmp_path / "o", model, data, tokenizer=tokenizer)
+    assert losses(tmp_path / "o") == pytest.approx([float(expected)], rel=1e-5)
+    assert all(not torch.equal(tensor, before[key]) for key, tensor in model.named_parameters())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o").eval()
+    assert type(theirs) is type(model.inner)
+    with torch.no_grad():
+        assert torch.equal(theirs(batch.tokens).logits, model.eval().inner(batch.tokens).logits)
+    assert load_causal_lm(tmp_path / "o") is not None
+
+
 class StoppedError(Exception):
     pass
 

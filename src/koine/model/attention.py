@@ -175,8 +175,10 @@ def block_mask(time: int, window: int | None, document_starts: Tensor | None, de
 
 @functools.lru_cache(maxsize=16)
 def _window_mask(time: int, window: int | None, device: torch.device) -> Any:
-    # Without documents every layer and every step has the same one.
-    return block_mask(time, window, None, device)
+    # Without documents every layer and every step has the same one. Ordinary tensors even where it is first asked for in inference
+    # mode: training asks for the same one, and saves it for its backward pass.
+    with torch.inference_mode(False):
+        return block_mask(time, window, None, device)
 
 
 @functools.cache

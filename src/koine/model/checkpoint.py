@@ -249,14 +249,16 @@ def save_stored(
         )
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
-                if (tokenizer / name).exists():
-                    shutil.copyfile(tokenizer / name, path / name)
+                source, target = Path(tokenizer) / name, path / name
+                # A model may be saved where its tokenizer is: the file is there already.
+                if source.exists() and not (target.exists() and source.samefile(target)):
+                    shutil.copyfile(source, target)
 
 
 def save_model(
     model: Decoder, path: Path, *, tokenizer: Path | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path`.
+    """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path` (which may be that directory).
 
     Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`. Raises `UserError` for a
     full disk or a folder that cannot be written. What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.

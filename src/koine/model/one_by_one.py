@@ -14,7 +14,7 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.model.interop import CausalLM
-from koine.model.requests import Request, TokenGrammar, choose_next, new_request
+from koine.model.requests import Finish, Request, TokenGrammar, choose_next, new_request
 from koine.model.sampling import Sampling
 
 
@@ -63,23 +63,37 @@ class OneByOne:
         return bool(self.waiting)
 
     def run(self) -> None:
-        """Step until every request is finished."""
+        """Step until every request is finished; then raise what the first of those that failed, if any, failed with."""
+        unfinished = list(self.waiting)
         while self.busy:
             self.step()
+        for request in unfinished:
+            request.raise_error()
 
     def step(self) -> list[tuple[Request, int]]:
-        """The next token of the oldest request."""
+        """The next token of the oldest request. What reading, drawing, its grammar or its `watch` raises is the request's: its `finish` is
+        "failed" and `error` what was raised. Interrupted, a draw that was not taken is undone."""
         if not self.waiting:
             return []
         request = self.waiting[0]
-        with torch.inference_mode():
-            logits = self._read_up_to(request)
-            [(token, score)] = choose_next([request], logits[None])
-        finish = request.take(token, score)
+        finish: Finish | None
+        try:
+            with torch.inference_mode():
+                logits = self._read_up_to(request)
+                [choice] = choose_next([request], logits[None])
+            if isinstance(choice, Exception):
+                raise choice
+            finish = request.take(*choice)
+            new = [(request, choice[0])]
+        except Exception as error:  # noqa: BLE001 - the request's caller gets it
+            request.error, finish, new = error, "failed", []
+        except BaseException:
+            request.take_back()
+            raise
         if finish is not None:
             request.finish = finish
             self.waiting.popleft()
-        return [(request, token)]
+        return new
 
     def _read_up_to(self, request: Request) -> Tensor:
         """Logits `[vocab]` after the request's text. Interrupted, it forgets everything rather than half a token."""

@@ -25,12 +25,18 @@ PAGE = 128
 """Positions a page."""
 
 SLAB = 32
-"""Pages of the first slab. Each later one is as large as all before it, so that there are few to go through, up to `LARGEST_SLAB`."""
+"""Pages of the first slab."""
 
-LARGEST_SLAB = 512
+DOUBLING = 256
+"""Up to so many pages each slab is as large as all before it, so that there are few to go through; later ones are a quarter of that."""
 
 SPARSE = 0.5
 """Below this share of wanted pages between the first and the last wanted one of a slab, they are gathered and not read in place."""
+
+
+def slab_pages(pages: int) -> int:
+    """Pages of the next slab, after so many."""
+    return max(SLAB, pages if pages < DOUBLING else pages // 4)
 
 
 @dataclass(eq=False)
@@ -106,7 +112,7 @@ class PagedCache:
         slot = len(self.sequences)
         for index, (k, v) in self._rings.items():
             if slot == k.shape[0]:
-                grown = self._new_ring(self.windowed[index], max(1, 2 * slot))
+                grown = self._new_ring(self.windowed[index], slot + max(1, slot // 4))
                 grown[0][:slot], grown[1][:slot] = k, v
                 self._rings[index] = grown
         sequence = CachedSequence(slot)
@@ -181,6 +187,11 @@ class PagedCache:
         """Pages that some sequence or prefix holds."""
         return len(self._holders)
 
+    @property
+    def slabs(self) -> int:
+        """Slabs that are allocated."""
+        return len(self._starts)
+
     def pages_left(self) -> float:
         """Pages that may still be taken."""
         return float("inf") if self.max_pages is None else self.max_pages - len(self._holders)
@@ -198,7 +209,7 @@ class PagedCache:
         if count > self.pages_left():
             raise OutOfPages
         while len(self._free) < count:
-            size = min(max(SLAB, self._pages), LARGEST_SLAB)
+            size = slab_pages(self._pages)
             shape = (self.config.kv_heads, size, self.page, self.config.head_dim)
             for slabs in self._slabs.values():
                 slabs.append((self._empty(shape), self._empty(shape)))
@@ -230,19 +241,21 @@ class PagedCache:
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
-    def _position_bytes(self) -> int:
-        return 2 * self.config.kv_size * torch.empty((), dtype=self.dtype).element_size()
-
     def bytes_held(self) -> int:
-        """Bytes of the keys and values of all sequences' positions: what `koine.model.flops.cache_bytes` counts."""
-        held = sum(len(self.full) * sequence.length for sequence in self.sequences)
-        held += sum(
-            min(sequence.length, window) for window in self.windowed.values() for sequence in self.sequences
-        )
-        return held * self._position_bytes()
+        """Bytes of the keys and values in use, counted in the tensors themselves: pages that somebody holds (whole, a shared one once), and
+        the filled places of each sequence's rings. Kept prefixes have copies of their rings beside the cache (`Prefix.bytes`)."""
+        held = 0
+        for number in self._holders:
+            slab, at = self.place_of(number)
+            held += sum(part[:, at].nbytes for slabs in self._slabs.values() for part in slabs[slab])
+        for ring in self._rings.values():
+            for part in ring:
+                filled = (part[one.slot, :, : one.length] for one in self.sequences)
+                held += sum(places.nbytes for places in filled)
+        return held
 
     def bytes_reserved(self) -> int:
-        """Bytes of the memory that holds them, empty places included."""
+        """Bytes of the memory that holds them: slabs and rings with their places that are not used yet."""
         slabs = sum(k.nbytes + v.nbytes for slabs in self._slabs.values() for k, v in slabs)
         return slabs + sum(k.nbytes + v.nbytes for k, v in self._rings.values())
 

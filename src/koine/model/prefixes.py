@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from koine.model.paged_cache import CachedSequence, PagedCache, Prefix
 
@@ -11,7 +12,7 @@ SHORTEST = 32
 """A common beginning of fewer tokens is read again rather than kept."""
 
 REMEMBERED = 64
-"""Prompts that a new one is compared with, to find what prompts have in common."""
+"""Prompts that a new one is compared with, to find what prompts have in common: so many earlier ones, and so many that wait."""
 
 
 class PrefixStore:
@@ -40,16 +41,22 @@ class PrefixStore:
         self._kept.move_to_end(found)
         return self._kept[found]
 
-    def worth_keeping(self, prompt: Sequence[int], others: Iterable[Sequence[int]]) -> int:
-        """How many tokens `prompt` has in common with a prompt of the recent ones or of `others`: reading stops there once, so
-        that the next one can go on from it. 0 where that is too little, or the whole prompt."""
+    def worth_keeping(self, prompt: Sequence[int], others: Iterable[Sequence[int]], *, known: int = 0) -> int:
+        """How many tokens `prompt` has in common with a prompt of the recent ones or of the first of `others`: reading stops there once, so
+        that the next one can go on from it.
+
+        known: tokens that a kept beginning has already. 0 where what is common is the whole prompt or hardly more than that, since a stop
+        costs a step and a copy of the windows; and where no beginnings are kept.
+        """
+        if not self.entries:
+            return 0
         longest = 0
-        for other in (*self._recent, *others):
+        for other in (*self._recent, *islice(others, REMEMBERED)):
             if other is not prompt:
                 longest = max(longest, common_length(prompt, other))
         self._recent.append(prompt)
         longest = min(longest, len(prompt) - 1)
-        return longest if longest >= SHORTEST and tuple(prompt[:longest]) not in self._kept else 0
+        return longest if longest >= known + SHORTEST and tuple(prompt[:longest]) not in self._kept else 0
 
     def keep(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
         """Keep `sequence` as it is now; `tokens` are what was read."""

@@ -1,4 +1,4 @@
-"""Reading tokens into a `PagedCache`: a stretch of one sequence (or of several new ones, packed), or one token of each.
+"""Reading tokens into a `PagedCache`: stretches of one or several sequences, packed, or one token of each.
 
 The decoder asks a reading for the positions of its tokens, gives it each layer's queries, keys and values, and gets the mixed
 values back. A reading belongs to one forward pass; `finish` counts its tokens as read.
@@ -6,7 +6,7 @@ values back. A reading belongs to one forward pass; `finish` counts its tokens a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,19 +39,18 @@ class Reading(Protocol):
 
 
 class StretchReading:
-    """`[1, time]` tokens: the next `counts[i]` of each sequence, one after another. Several only where all of them are new."""
+    """`[1, time]` tokens: the next `counts[i]` of each sequence, one after another."""
 
     def __init__(self, cache: PagedCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
-        if len(sequences) > 1 and any(sequence.length for sequence in sequences):
-            raise ValueError("a sequence that goes on is read alone")
         for sequence, count in zip(sequences, counts, strict=True):
             cache.reserve(sequence, count)
         self.cache, self.sequences, self.counts = cache, sequences, counts
         before = [sequence.length for sequence in sequences]
         spans = [torch.arange(b, b + n) for b, n in zip(before, counts, strict=True)]
         self._positions = torch.cat(spans)[None].to(cache.device)
+        self._new = not any(before)
         self._starts: Tensor | None = None
-        if len(sequences) > 1:
+        if self._new and len(sequences) > 1:
             begins = torch.tensor([0, *counts[:-1]]).cumsum(0)
             self._starts = begins.repeat_interleave(torch.tensor(counts))[None].to(cache.device)
 
@@ -62,47 +61,68 @@ class StretchReading:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Reading.attend`."""
-        window = self.cache.windowed.get(layer)
-        before = self.sequences[0].length
-        if not before:
+        if self._new:
+            # One call for all: they are the documents of a row.
+            window = self.cache.windowed.get(layer)
             mixed = attend(q, k, v, window=window, document_starts=self._starts)
         else:
-            held_k, held_v = (
-                self._pages(layer, before) if window is None else self._ring(layer, window, before)
-            )
-            keys = torch.cat((held_k, k[0].transpose(0, 1)), dim=1)[None]
-            values = torch.cat((held_v, v[0].transpose(0, 1)), dim=1)[None]
-            mixed = attend_after(q, keys, values, window=window)
-        start = 0
-        for sequence, count in zip(self.sequences, self.counts, strict=True):
-            part = slice(start, start + count)
+            parts = [
+                self._attend_after(layer, sequence, q[:, part], k[:, part], v[:, part])
+                for sequence, part in self._parts()
+            ]
+            mixed = torch.cat(parts, dim=1)
+        self.keep(layer, k, v)
+        return mixed
+
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write a layer's keys and values `[1, time, kv_heads, head_dim]` where the sequences have them."""
+        window = self.cache.windowed.get(layer)
+        for sequence, part in self._parts():
             if window is None:
                 self._write_pages(layer, sequence, k[0, part], v[0, part])
             else:
                 self._write_ring(layer, window, sequence, k[0, part], v[0, part])
+
+    def _parts(self) -> Iterator[tuple[CachedSequence, slice]]:
+        """Each sequence with its stretch of the row."""
+        start = 0
+        for sequence, count in zip(self.sequences, self.counts, strict=True):
+            yield sequence, slice(start, start + count)
             start += count
-        return mixed
+
+    def _attend_after(self, layer: int, sequence: CachedSequence, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One sequence's new positions over those that it has read and themselves."""
+        window = self.cache.windowed.get(layer)
+        if not sequence.length:
+            return attend(q, k, v, window=window, document_starts=None)
+        held_k, held_v = (
+            self._pages(layer, sequence) if window is None else self._ring(layer, window, sequence)
+        )
+        keys = torch.cat((held_k, k[0].transpose(0, 1)), dim=1)[None]
+        values = torch.cat((held_v, v[0].transpose(0, 1)), dim=1)[None]
+        return attend_after(q, keys, values, window=window)
 
     def finish(self) -> None:
         """See `Reading.finish`."""
         for sequence, count in zip(self.sequences, self.counts, strict=True):
             sequence.length += count
 
-    def _pages(self, layer: int, before: int) -> tuple[Tensor, Tensor]:
+    def _pages(self, layer: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
         """Keys and values of the positions read before, `[kv_heads, before, head_dim]`."""
-        pages = self.sequences[0].pages[: self.cache.pages_for(before)]
+        before = sequence.length
+        pages = sequence.pages[: self.cache.pages_for(before)]
         places = [self.cache.place_of(number) for number in pages]
         found = [(self.cache.slab(layer, slab), at) for slab, at in places]
         k = torch.cat([slab[0][:, at] for slab, at in found], dim=1)[:, :before]
         v = torch.cat([slab[1][:, at] for slab, at in found], dim=1)[:, :before]
         return k, v
 
-    def _ring(self, layer: int, window: int, before: int) -> tuple[Tensor, Tensor]:
+    def _ring(self, layer: int, window: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
         """The last `window - 1` positions read before, oldest first."""
+        before = sequence.length
         held = torch.arange(before - min(before, window - 1), before, device=self.cache.device) % window
         k, v = self.cache.ring(layer)
-        slot = self.sequences[0].slot
-        return k[slot][:, held], v[slot][:, held]
+        return k[sequence.slot][:, held], v[sequence.slot][:, held]
 
     def _write_pages(self, layer: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
         done, page = 0, self.cache.page

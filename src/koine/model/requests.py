@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.model.paged_cache import CachedSequence
-from koine.model.sampling import Sampling, choose, log_probabilities
+from koine.model.sampling import NoTokenError, Sampling, choose, log_probabilities
 
-Finish = Literal["stop", "length", "cancelled"]
+Finish = Literal["stop", "length", "cancelled", "failed"]
 
 
 class TokenGrammar(Protocol):
@@ -45,11 +46,15 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     finish: Finish | None = None
+    error: Exception | None = None
+    """What its own sampling, grammar or `watch` raised, where `finish` is "failed"."""
     reused: int = 0
     """Tokens of the prompt that did not have to be read."""
     generator: torch.Generator | None = field(default=None, repr=False)
     seen: Tensor | None = field(default=None, repr=False)
     """`[vocab]` bool, for a repetition penalty."""
+    undrawn: Tensor | None = field(default=None, repr=False)
+    """The generator's state before a draw whose token is not taken yet."""
     sequence: CachedSequence | None = field(default=None, repr=False)
     pause_at: int = field(default=0, repr=False)
     """Where reading stops once, because others begin alike."""
@@ -65,9 +70,10 @@ class Request:
         return len(self.prompt) + len(self.tokens) - self.sequence.length
 
     def take(self, token: int, log_probability: float) -> Finish | None:
-        """Add a token; how the answer ends with it, or None where it goes on."""
+        """Add a token; how the answer ends with it, or None where it goes on. Raises what `grammar` and `watch` raise."""
         self.tokens.append(token)
         self.log_probabilities.append(log_probability)
+        self.undrawn = None
         if self.seen is not None:
             self.seen[token] = True
         if self.grammar is not None and token not in self.stop_ids:
@@ -75,6 +81,18 @@ class Request:
         if token in self.stop_ids or (self.watch is not None and self.watch(token)):
             return "stop"
         return "length" if len(self.tokens) == self.sampling.max_new_tokens else None
+
+    def take_back(self) -> None:
+        """Undo a draw whose token was not taken, so that the next draw is the same one."""
+        del self.tokens[len(self.log_probabilities) :]
+        if self.undrawn is not None and self.generator is not None:
+            self.generator.set_state(self.undrawn)
+        self.undrawn = None
+
+    def raise_error(self) -> None:
+        """Raise what the request failed with, if it did."""
+        if self.error is not None:
+            raise self.error
 
 
 def new_request(
@@ -104,38 +122,64 @@ def new_request(
     return request
 
 
-def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, float]]:
-    """The next token of each request and its log-probability as the model gives it, from logits `[batch, vocab]`.
+def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, float] | Exception]:
+    """The next token of each request and its log-probability as the model gives it, from logits `[batch, vocab]`; for a request whose own
+    grammar or draw raises, the exception.
 
-    Requests with equal settings are drawn together; each has a generator of its own, so that its draw does not depend on the others.
+    Requests with equal settings are drawn together; each has a generator of its own, so that its draw does not depend on the others. Until a
+    token is taken, `Request.take_back` undoes its draw.
     """
-    allowed = logits
-    if any(request.grammar is not None for request in requests):
-        allowed = logits.clone()
-        for row, request in enumerate(requests):
-            if request.grammar is not None:
-                mask = request.grammar.mask().to(logits.device)
-                # A model may have more rows than its tokenizer has ids.
-                allowed[row, : mask.shape[0]].masked_fill_(~mask, -torch.inf)
-                allowed[row, mask.shape[0] :] = -torch.inf
+    failed: dict[int, Exception] = {}
+    allowed = _allowed(requests, logits, failed)
     rules: dict[object, list[int]] = {}
     for row, request in enumerate(requests):
-        rules.setdefault(request.sampling.rule, []).append(row)
-    chosen: Tensor | None = None
+        if row not in failed:
+            rules.setdefault(request.sampling.rule, []).append(row)
+    tokens = [0] * len(requests)
     for rows in rules.values():
-        group = [requests[row] for row in rows]
-        generators = [request.generator for request in group if request.generator is not None]
-        seen = [request.seen for request in group if request.seen is not None]
         part = allowed if len(rows) == len(requests) else allowed[rows]
-        drawn = choose(part, group[0].sampling, generators, torch.stack(seen) if seen else None)
-        if len(rows) == len(requests):
-            chosen = drawn
+        try:
+            drawn = _drawn([requests[row] for row in rows], part)
+        except Exception:  # noqa: BLE001 - whose it is shows when each is drawn for alone
+            for row in rows:
+                try:
+                    [tokens[row]] = _drawn([requests[row]], allowed[row : row + 1])
+                except Exception as error:  # noqa: BLE001 - it is its own caller's
+                    failed[row] = error
         else:
-            chosen = (
-                torch.empty(len(requests), dtype=torch.long, device=logits.device)
-                if chosen is None
-                else chosen
-            )
-            chosen[rows] = drawn
-    assert chosen is not None
-    return list(zip(chosen.tolist(), log_probabilities(logits, chosen).tolist(), strict=True))
+            for row, token in zip(rows, drawn, strict=True):
+                tokens[row] = token
+    scores = log_probabilities(logits, torch.tensor(tokens, device=logits.device)).tolist()
+    failed.update({row: NoTokenError() for row, score in enumerate(scores) if math.isnan(score)} | failed)
+    return [failed.get(row, pair) for row, pair in enumerate(zip(tokens, scores, strict=True))]
+
+
+def _allowed(requests: Sequence[Request], logits: Tensor, failed: dict[int, Exception]) -> Tensor:
+    """The logits with `-inf` where a grammar forbids a token; what a grammar raises goes into `failed`, by row."""
+    if all(request.grammar is None for request in requests):
+        return logits
+    allowed = logits.clone()
+    for row, request in enumerate(requests):
+        if request.grammar is None:
+            continue
+        try:
+            mask = request.grammar.mask().to(logits.device)
+            # A model may have more rows than its tokenizer has ids.
+            allowed[row, : mask.shape[0]].masked_fill_(~mask, -torch.inf)
+            allowed[row, mask.shape[0] :] = -torch.inf
+        except Exception as error:  # noqa: BLE001 - it is its own caller's
+            failed[row] = error
+    return allowed
+
+
+def _drawn(group: Sequence[Request], logits: Tensor) -> list[int]:
+    """A token for each request of a group of equal settings. A draw that was made before and not taken is made again."""
+    sampling = group[0].sampling
+    if not sampling.greedy:
+        for request in group:
+            request.take_back()
+            assert request.generator is not None
+            request.undrawn = request.generator.get_state()
+    generators = [request.generator for request in group if request.generator is not None]
+    seen = [request.seen for request in group if request.seen is not None]
+    return choose(logits, sampling, generators, torch.stack(seen) if seen else None).tolist()

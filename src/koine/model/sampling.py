@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,18 @@ from torch import Tensor
 
 from koine.errors import UserError
 
+COLDEST = 1e-6
+"""Below this temperature the likeliest token is taken. float32 logits of about 10 are 1e-6 apart, so that a colder draw could differ from
+the likeliest token only where the model's own rounding decides, and the division by it leaves the range of float32 soon after."""
+
+EXTREME = 1e20
+"""A temperature or penalty further from 1 than this factor does what this one does; its product with a logit would overflow in float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy. Raises `UserError` for values out of range."""
+    """How the next token is chosen. `temperature` 0 (or below `COLDEST`) is greedy. Raises `UserError` for values out of range, NaN and
+    infinity among them."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -32,23 +41,43 @@ class Sampling:
             ("min_p", 0.0, 1.0),
         ):
             value = getattr(self, name)
-            if value < low or (high is not None and value > high) or (name == "top_p" and value == 0.0):
+            if (
+                not _finite(value)
+                or value < low
+                or (high is not None and value > high)
+                or (name == "top_p" and value == 0.0)
+            ):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise UserError(f"{name} is {value}", mend=f"it must be {limits}")
-        if self.repetition_penalty <= 0.0:
+        if not _finite(self.repetition_penalty) or self.repetition_penalty <= 0.0:
             raise UserError(
                 f"repetition_penalty is {self.repetition_penalty}", mend="it must be above 0 (1: none)"
             )
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken, with nothing that changes which one that is."""
-        return self.temperature == 0.0 and self.repetition_penalty == 1.0
+        """Whether the likeliest token (after the penalty) is taken, and nothing drawn."""
+        return self.temperature < COLDEST
 
     @property
     def rule(self) -> tuple[float, int, float, float, float]:
         """What of the settings decides a draw: rows with an equal rule are drawn together."""
         return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
+
+def _finite(value: float) -> bool:
+    # A whole number is, and one of hundreds of digits fits no float.
+    return isinstance(value, int) or math.isfinite(value)
+
+
+class NoTokenError(UserError):
+    """No token can be chosen from these scores."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no next token can be chosen: the model's scores are NaN or infinite, or no token is allowed",
+            mend="use the model in float32, or an earlier checkpoint",
+        )
 
 
 def candidates(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
@@ -60,13 +89,12 @@ def candidates(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tenso
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
         assert seen is not None
-        penalised = torch.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )
+        penalty = min(max(sampling.repetition_penalty, 1 / EXTREME), EXTREME)
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
-    if sampling.temperature == 0.0:
+    if sampling.greedy:
         return logits
-    logits = logits / sampling.temperature
+    logits = logits / min(sampling.temperature, EXTREME)
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -87,11 +115,14 @@ def choose(
     logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None
 ) -> Tensor:
     """The next token of each row, `[batch]`, from `logits` `[batch, vocab]`; one generator a row, so that a row's draw does not
-    depend on its neighbours. `seen`: see `candidates`."""
+    depend on its neighbours. `seen`: see `candidates`. Raises `NoTokenError` before anything is drawn where a row has nothing to draw from."""
     logits = candidates(logits, sampling, seen)
-    if sampling.temperature == 0.0:
+    if sampling.greedy:
         return logits.argmax(dim=-1)
     probabilities = logits.softmax(dim=-1)
+    # Drawing from NaN would end a CUDA device's context, and every request with it.
+    if not probabilities.sum(dim=-1).isfinite().all():
+        raise NoTokenError
     rows = [
         torch.multinomial(probabilities[row], 1, generator=generator)
         for row, generator in enumerate(generators)

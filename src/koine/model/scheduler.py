@@ -94,16 +94,20 @@ class Scheduler:
         return bool(self.waiting or self.reading or self.running)
 
     def run(self) -> None:
-        """Step until every request is finished."""
+        """Step until every request is finished; then raise what the first of those that failed, if any, failed with."""
+        unfinished = [*self.running, *self.reading, *self.waiting]
         while self.busy:
             self.step()
+        for request in unfinished:
+            request.raise_error()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[Request, int]]:
         """Read a stretch of prompts and give each running request a token; the new tokens, request by request.
 
-        Where it is interrupted (Ctrl-C, out of memory), every request goes back to the queue as it was: nothing half-read stays.
+        Where it is interrupted (Ctrl-C, out of memory), every request goes back to the queue as it was: nothing half-read or half-drawn
+        stays. Where the grammar, the draw or the `watch` of one request raises, it alone ends: `finish` is "failed", `error` what it raised.
         """
         try:
             with torch.inference_mode():
@@ -119,16 +123,12 @@ class Scheduler:
         if not self.reading:
             return
         first = self.reading[0]
-        assert first.sequence is not None
         group, counts = [first], [min(self._stretch(first), self.prefill_chunk)]
-        if not first.sequence.length and counts[0] == first.to_read():
-            # Short new prompts share a forward pass.
-            room = self.prefill_chunk - counts[0]
-            for other in self.reading[1:]:
-                assert other.sequence is not None
-                size = self._stretch(other)
-                if other.sequence.length or size < other.to_read() or size > room:
-                    continue
+        # Short stretches share a forward pass, wherever in their prompts they begin.
+        room = self.prefill_chunk - counts[0]
+        for other in self.reading[1:]:
+            size = self._stretch(other)
+            if size <= room:
                 group.append(other)
                 counts.append(size)
                 room -= size
@@ -185,8 +185,7 @@ class Scheduler:
             if not request.tokens:
                 request.reused = request.sequence.length
                 others = (other.prompt for other in self.waiting)
-                pause = self.prefixes.worth_keeping(request.prompt, others)
-                request.pause_at = pause if pause > request.sequence.length else 0
+                request.pause_at = self.prefixes.worth_keeping(request.prompt, others, known=request.reused)
             self.reading.append(request)
 
     def _step_running(self) -> list[tuple[Request, int]]:
@@ -205,11 +204,18 @@ class Scheduler:
         return []
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[tuple[Request, int]]:
-        """The next token of each request from its logits `[batch, vocab]`; finished requests leave."""
+        """The next token of each request from its logits `[batch, vocab]`; finished and failed requests leave."""
         new = []
-        for request, (token, score) in zip(requests, choose_next(requests, logits), strict=True):
-            finish = request.take(token, score)
-            new.append((request, token))
+        for request, choice in zip(requests, choose_next(requests, logits), strict=True):
+            if isinstance(choice, Exception):
+                self._fail(request, choice)
+                continue
+            try:
+                finish = request.take(*choice)
+            except Exception as error:  # noqa: BLE001 - its own grammar or watch raised it; the others go on
+                self._fail(request, error)
+                continue
+            new.append((request, choice[0]))
             if finish is not None:
                 self._end(request, finish)
         return new
@@ -226,6 +232,10 @@ class Scheduler:
             if request in queue:
                 queue.remove(request)
 
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error = error
+        self._end(request, "failed")
+
     def _make_room(self) -> None:
         """Give pages back: a kept beginning, or else the youngest request's."""
         if self.prefixes.drop_oldest():
@@ -234,6 +244,7 @@ class Scheduler:
         self._requeue(youngest)
 
     def _requeue(self, request: Request) -> None:
+        request.take_back()
         if request.sequence is not None and request.sequence in self.cache.sequences:
             self.cache.remove(request.sequence)
         request.sequence = None

@@ -17,8 +17,11 @@ VERSION = 1
 
 
 def request_key(request: Mapping[str, Any]) -> str:
-    """Hexadecimal sha256 of a request: the same for the same content, whatever the order of its fields."""
-    return hashlib.sha256(_canonical(request)).hexdigest()
+    """Hexadecimal sha256 of a request: the same for the same content, whatever the order of its fields.
+
+    Only a JSON schema counts in its own order: an answer writes its keys in the order of the schema's.
+    """
+    return hashlib.sha256(_canonical(_schema_in_order(request))).hexdigest()
 
 
 class AnswerCache:
@@ -83,6 +86,22 @@ class AnswerCache:
             KoineWarning,
             stacklevel=3,
         )
+
+
+def _schema_in_order(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The request with its schema (see `koine.serve.wire.request_body`) as text, which sorting leaves as it is.
+
+    A request from a damaged file may have any form: it goes back as it came, and its hash is another.
+    """
+    found: Any = request
+    for name in ("body", "response_format", "json_schema"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or "schema" not in found:
+        return request
+    text = json.dumps(found["schema"], ensure_ascii=False)
+    body = request["body"]
+    form = {**body["response_format"], "json_schema": {**found, "schema": text}}
+    return {**request, "body": {**body, "response_format": form}}
 
 
 def _canonical(value: Any) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from koine.model.packed import pack
 from koine.model.paged_cache import PAGE
 from koine.serve.conversation import Message
 from koine.serve.sampling import Sampling
+from koine.serve.schema import schema_text
 from koine.serve.stops import StopStrings
 from koine.tokenizer import Tokenizer, load_tokenizer
 
@@ -157,7 +158,7 @@ class LocalEngine:
         stops = StopStrings(self.tokenizer.stream_decoder(), sampling.stop)
         grammar = None
         if sampling.json_schema is not None:
-            grammar = self._grammar(_canonical(sampling.json_schema)).start()
+            grammar = self._grammar(schema_text(sampling.json_schema)).start()
         with self._driving:
             request = self.scheduler.submit(
                 prompt,
@@ -169,9 +170,10 @@ class LocalEngine:
         return Answer(request, stops)
 
     def wait(self, answer: Answer) -> None:
-        """Drive the batch until this answer is finished."""
+        """Drive the batch until this answer is finished. Raises what its own drawing or grammar raised."""
         while answer.request.finish is None:
             self._drive(answer)
+        answer.request.raise_error()
 
     def cancel(self, answer: Answer) -> None:
         """Stop an answer; what was written of it stays."""
@@ -195,6 +197,7 @@ class LocalEngine:
                     yield Token(token, request.log_probabilities[place], last)
                     given += 1
                 if request.finish is not None and given == len(request.tokens):
+                    request.raise_error()
                     return
                 self._drive(answer)
         finally:
@@ -289,10 +292,6 @@ def _rows(model: CausalLM) -> int:
 def _context(model: Decoder | CausalLM) -> int:
     config = model.config if isinstance(model, Decoder) else model.inner.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
-
-
-def _canonical(schema: Mapping[str, Any]) -> str:
-    return json.dumps(schema, sort_keys=True)
 
 
 def _token_sampling(sampling: Sampling) -> TokenSampling:

@@ -7,7 +7,6 @@ the tokens into which the tokenizer would cut it, as the model has seen it in tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.extras import import_extra
+from koine.serve.schema import schema_text
 from koine.tokenizer import StreamDecoder, Tokenizer
 
 # Left to itself a model may write white space for ever; these are the separators of `json.dumps`.
@@ -43,15 +43,7 @@ class Grammar:
         Raises `UserError` for a schema that is malformed, that nothing satisfies, or that uses a keyword which cannot
         be enforced token by token; for a tokenizer that is not byte-level; and without the extra `grammar`.
         """
-        try:
-            text = json.dumps(schema, ensure_ascii=False)
-            text.encode("utf-8")
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"the schema is no JSON ({error})", mend="give a JSON schema as an object"
-            ) from None
-        if not text.startswith("{"):
-            raise UserError("the schema is no JSON object", mend='give one such as {"type": "object"}')
+        text = schema_text(schema)
         return cls._compile(
             lambda library: library.LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT),
             tokenizer,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
+from koine.serve.schema import schema_text
 
 _NO_NUMBERS = ("stop", "json_schema")
 """Settings that a chat's `/set NAME VALUE` does not know."""
@@ -26,7 +27,7 @@ class Sampling:
     seed: the same seed, question and settings give the same answer; None draws afresh.
     max_new_tokens: the longest answer.
     stop: strings that end the answer; the one met is no part of it.
-    json_schema: the answer is a JSON document that follows this schema (extra `grammar`).
+    json_schema: the answer is a JSON document that follows this schema, keys in its order (extra `grammar`).
     """
 
     temperature: float = 0.3
@@ -52,6 +53,8 @@ class Sampling:
         self._require(
             "stop", isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings, none of them empty"
         )
+        if self.json_schema is not None:
+            schema_text(self.json_schema)
 
     def _require(self, name: str, holds: bool, mend: str) -> None:
         if not holds:

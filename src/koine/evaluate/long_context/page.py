@@ -81,8 +81,13 @@ def length_blocks(result: Result) -> list[Block]:
                 "Log-probability of the right answers by length",
                 "nats a token",
                 {
-                    task: [(length, entry["logprob"]) for length, entry in lengths.items()]
+                    task: points
                     for task, lengths in tasks.items()
+                    if (
+                        points := [
+                            (length, one["logprob"]) for length, one in lengths.items() if one["samples"]
+                        ]
+                    )
                 },
             )
         )
@@ -103,7 +108,7 @@ TABLE = ("task", "length", "score", "95 % interval", "exact", "log-probability",
 
 
 def task_rows(result: Result) -> list[list[str]]:
-    """A row for each task and length."""
+    """A row for each task and length that was run."""
     return [
         [
             task,
@@ -116,6 +121,7 @@ def task_rows(result: Result) -> list[list[str]]:
         ]
         for task, lengths in result["tasks"].items()
         for length, entry in lengths.items()
+        if entry["samples"]
     ]
 
 

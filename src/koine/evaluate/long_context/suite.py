@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,17 @@ from koine.evaluate.long_context.haystack import (
     sample_haystack,
     sample_texts,
 )
-from koine.evaluate.long_context.prompts import Material, material_of
+from koine.evaluate.long_context.prompts import Material, Prompt, material_of
 from koine.evaluate.long_context.summary import Scored, by_group, by_task, examples, grids
-from koine.evaluate.long_context.tasks import ATTENTION, MEASURES, POSITIONS, Cell, make_prompt, plan_cells
+from koine.evaluate.long_context.tasks import (
+    ATTENTION,
+    MEASURES,
+    POSITIONS,
+    TASKS,
+    LeftOut,
+    make_prompt,
+    plan_cells,
+)
 
 if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
@@ -74,10 +82,11 @@ def evaluate_long_context(
     Returns:
         `{"settings", "tasks": {task: {length: {"value", "interval", "exact", "logprob", "samples"}}}, "groups": {group: {length: value}},
         "grid": {task: {"lengths", "depths", "score" | "exact" | "logprob": [[...] a row a depth]}}, "positions", "attention": {length:
-        ...}, "left_out": [...], "examples": [...]}`; see docs/evaluate.md. The same arguments give the same result.
+        ...}, "left_out": [...], "examples": [...]}`; see docs/evaluate.md. The same arguments give the same result. A task that has no room
+        at a length is null there, with the reason as "why"; where it was named, a `KoineWarning` says so before anything is run.
 
     Raises:
-        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, lengths that have no room for a task that was named.
+        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, a task that was named and has room at no length.
     """
     import torch
 
@@ -113,6 +122,17 @@ def evaluate_long_context(
         questions=asked_questions,
         strict=tasks is not None,
     )
+    looks: dict[int, list[Prompt]] = {}
+    if ATTENTION in chosen:
+        looks, without = _attention_prompts(material, sizes, samples, seed=seed, strict=tasks is not None)
+        left_out += without
+    if tasks is not None:
+        for one in left_out:
+            warnings.warn(
+                f"{one['task']} is left out at {one['length']} tokens: {one['why']}",
+                KoineWarning,
+                stacklevel=2,
+            )
     scored: list[Scored] = []
     for number, cell in enumerate(cells):
         say(number, len(cells), f"{cell.task}, {cell.length:,} tokens")
@@ -131,7 +151,7 @@ def evaluate_long_context(
             "seed": seed,
             "dtype": dtype,
         },
-        "tasks": by_task(scored, seed=seed),
+        "tasks": by_task(scored, [one for one in left_out if one["task"] in TASKS], seed=seed),
         "groups": by_group(scored),
         "grid": grids(scored, sizes, depths),
         "left_out": left_out,
@@ -144,7 +164,7 @@ def evaluate_long_context(
         )
     if ATTENTION in chosen:
         say(len(cells), len(cells), "attention")
-        result["attention"] = _attention(model, material, sizes, samples, seed=seed)
+        result["attention"] = _attention(model, looks)
     return result
 
 
@@ -260,13 +280,26 @@ def _positions(
     }
 
 
-def _attention(
-    model: Any, material: Material, lengths: Sequence[int], samples: int, *, seed: int
-) -> dict[str, Any]:
+def _attention_prompts(
+    material: Material, lengths: Sequence[int], samples: int, *, seed: int, strict: bool
+) -> tuple[dict[int, list[Prompt]], list[LeftOut]]:
+    """The prompts whose attention is measured, by length, and the lengths that have no room; see `plan_cells`."""
+    cells, left_out = plan_cells(
+        ["single"], lengths, [100 * ATTENTION_DEPTH], samples, seed=seed, material=material, questions=None,
+        strict=strict,
+    )  # fmt: skip
+    prompts: dict[int, list[Prompt]] = {}
+    for cell in cells:
+        prompts.setdefault(cell.length, []).append(make_prompt(cell, seed=seed, material=material))
+    without: list[LeftOut] = [{**one, "task": ATTENTION} for one in left_out]
+    return prompts, without
+
+
+def _attention(model: Any, prompts: Mapping[int, list[Prompt]]) -> dict[str, Any]:
     from koine.evaluate.long_context.attention import attention_of_prompts, describe
 
     result: dict[str, Any] = {}
-    for length in lengths:
+    for length, some in prompts.items():
         if _whole_weights(model, length) > _WHOLE_WEIGHTS:
             warnings.warn(
                 f"attention is not measured at {length} tokens: this model's weights would not fit in memory",
@@ -274,11 +307,7 @@ def _attention(
                 stacklevel=2,
             )
             continue
-        prompts = [
-            make_prompt(Cell("single", length, ATTENTION_DEPTH, index), seed=seed, material=material)
-            for index in range(samples)
-        ]
-        result[str(length)] = describe(model, attention_of_prompts(model, prompts), prompts=samples)
+        result[str(length)] = describe(model, attention_of_prompts(model, some), prompts=len(some))
     return result
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from koine.evaluate.intervals import bootstrap_interval
 from koine.evaluate.long_context.prompts import Prompt
-from koine.evaluate.long_context.tasks import GROUPS, Cell
+from koine.evaluate.long_context.tasks import GROUPS, Cell, LeftOut
 
 if TYPE_CHECKING:
     from koine.evaluate.long_context.scores import Score
@@ -27,8 +27,11 @@ class Scored:
     score: Score
 
 
-def by_task(scored: Sequence[Scored], *, seed: int) -> dict[str, Any]:
-    """`{task: {length: {"value", "interval", "exact", "logprob", "samples"}}}`; the interval is that of the value, over prompts."""
+def by_task(scored: Sequence[Scored], left_out: Sequence[LeftOut] = (), *, seed: int) -> dict[str, Any]:
+    """`{task: {length: {"value", "interval", "exact", "logprob", "samples"}}}`; the interval is that of the value, over prompts.
+
+    What was left out at a length has an entry of the same form with nothing in it, and the reason as "why".
+    """
     result: dict[str, Any] = {}
     for (task, length), scores in _grouped(scored).items():
         interval = bootstrap_interval([one.score for one in scores], seed=seed)
@@ -39,7 +42,14 @@ def by_task(scored: Sequence[Scored], *, seed: int) -> dict[str, Any]:
             "logprob": fmean(one.logprob for one in scores),
             "samples": len(scores),
         }
-    return result
+    for one in left_out:
+        if one["length"] is not None:
+            nothing = dict.fromkeys(("value", "interval", "exact", "logprob"))
+            entry = {**nothing, "samples": 0, "why": one["why"]}
+            result.setdefault(one["task"], {})[str(one["length"])] = entry
+    return {
+        task: dict(sorted(lengths.items(), key=lambda item: int(item[0]))) for task, lengths in result.items()
+    }
 
 
 def _grouped(scored: Sequence[Scored]) -> dict[tuple[str, int], list[Score]]:

@@ -86,7 +86,7 @@ def plan_cells(
     """The cell of every prompt, and what is left out because there is no room for it.
 
     depths: per cent. samples: prompts of each length and depth; a task without depths has as many prompts of a length in all.
-    strict: no room is a `UserError`. Every prompt is made once, so that nothing can go wrong hours later.
+    strict: a task that has room at no length is a `UserError`. Every prompt is made once, so that nothing can go wrong hours later.
     """
     work: list[Cell] = []
     left_out: list[LeftOut] = []
@@ -94,7 +94,8 @@ def plan_cells(
         if task == "question-answering" and questions is None:
             left_out.append({"task": task, "length": None, "why": "there are no questions in this language"})
             continue
-        for length in lengths:
+        found: list[Cell] = []
+        for length in sorted(lengths):
             if task in DEPTH_TASKS:
                 cells = [
                     Cell(task, length, depth / 100, number) for depth in depths for number in range(samples)
@@ -105,9 +106,10 @@ def plan_cells(
                 for cell in cells:
                     make_prompt(cell, seed=seed, material=material, questions=questions)
             except UserError as error:
-                if strict:
+                if strict and not found and length == max(lengths):
                     raise
                 left_out.append({"task": task, "length": length, "why": error.what})
             else:
-                work += cells
+                found += cells
+        work += found
     return work, left_out

@@ -1,0 +1,40 @@
+"""A JSON schema as text. The order of its keys says in which order an answer's keys are written, so it is part of the schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from koine.errors import UserError
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """The schema as one line of JSON, its keys in its own order.
+
+    Raises `UserError` for a schema that is no JSON object: sets, keys that are no strings, lone surrogates, NaN.
+    """
+    try:
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the schema is no JSON ({error})", mend="give a JSON schema as an object") from None
+    if not text.startswith("{"):
+        raise UserError("the schema is no JSON object", mend='give one such as {"type": "object"}')
+    _check_keys(schema)
+    return text
+
+
+def _check_keys(value: Any) -> None:
+    """`json` writes the key 1 as "1", which is another schema than the one that was given."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise UserError(
+                    f"the schema is no JSON (the key {key!r} is no string)",
+                    mend="give a JSON schema as an object",
+                )
+            _check_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_keys(inner)
