@@ -168,6 +168,36 @@ CASES = (
         says="mixture.json: unknown key 'sequnce_length' of a mixture; did you mean 'sequence_length'?",
     ),
     Case(
+        mistake="languages of a mixture without their weights",
+        command=MIXTURE,
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": ["de", "en"]})
+        ),
+        says='mixture.json: languages of the source \'tales\' is ["de", "en"]; it must be an object with numbers or null',
+    ),
+    Case(
+        mistake="a number of a mixture that is not whole",
+        command=MIXTURE,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(batch_size=2.5)),
+        says="mixture.json: batch_size of a mixture is 2.5; it must be a whole number",
+    ),
+    Case(
+        mistake="a word where a mixture has true or false",
+        command=MIXTURE,
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(cross_document_attention="no")
+        ),
+        says='mixture.json: cross_document_attention of a mixture is "no"; it must be true or false',
+    ),
+    Case(
+        mistake="a dry run of what would be refused",
+        command=MIXTURE + " --dry-run",
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": {"fr": 1}})
+        ),
+        says="tokens: holds no document in 'fr'; known: de, en",
+    ),
+    Case(
         mistake="a mixture that is not JSON",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.written("mixture.json", '{"phases": [')),

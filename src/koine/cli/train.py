@@ -245,7 +245,7 @@ def _run(
         seed=seed,
     )
     from koine.data import DataOrder, TokenSource
-    from koine.train.architecture import refuse_data_beyond_the_model
+    from koine.train.architecture import refuse_data_beyond_the_model, refuse_packed_documents
 
     paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.all_sources)
     manifests = {path: TokenSource(path, verify=False) for path in paths}
@@ -265,12 +265,15 @@ def _run(
         raise UserError("no tokenizer here", where=tokenizer, mend="give a folder with tokenizer.json")
     model = make_model(vocab_size)
     refuse_data_beyond_the_model(model, mix, vocab_size)
+    refuse_packed_documents(model, mix, out)
+    # Before a dry run too, which must refuse and note what the run would.
+    order = DataOrder(mix)
     if dry_run:
         print_estimate(model, chosen, mix)
         return
     from koine.train.loop import train as run
 
-    run(model, objective, DataOrder(mix), chosen, out=out, tokenizer=tokenizer, device=device)
+    run(model, objective, order, chosen, out=out, tokenizer=tokenizer, device=device)
 
 
 def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: Mixture) -> None:
