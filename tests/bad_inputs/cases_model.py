@@ -205,9 +205,33 @@ CASES = (
     ),
     Case(
         mistake="a model and tokens of different vocabularies",
-        command="train sft --model model --data tokens --steps 2 --sequence-length 32 --batch-size 2 --out new",
+        command="train pretrain --model model --data tokens --steps 2 --sequence-length 32 --batch-size 2 --out new",
         prepare=worlds.having("model", "tokens", then=worlds.shrink_vocabulary),
         says="the data have ids up to 294, the model knows 200; tokenize with the model's own tokenizer",
+    ),
+    Case(
+        mistake="fine-tuning on documents in place of chats",
+        command="train sft --model model --data tokens --steps 2 --sequence-length 32 --batch-size 2 --out new",
+        prepare=worlds.having("model", "tokens"),
+        says="tokens: holds no chats, so nothing says which tokens are completions; tokenize records with messages, or use `koine train pretrain` for documents",
+    ),
+    Case(
+        mistake="a training on a device that does not exist",
+        command=PRETRAIN + " --device foo",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="unknown device 'foo'; give cpu, cuda or cuda:0",
+    ),
+    Case(
+        mistake="a training on a device that is not there",
+        command=PRETRAIN + " --device meta",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="no device 'meta' here; there is: cpu…",
+    ),
+    Case(
+        mistake="an evaluation on a device that is not there",
+        command=EVALUATE + " --device xpu:7",
+        prepare=worlds.having("model", "text"),
+        says="no device 'xpu:7' here; there is: cpu…",
     ),
     Case(
         mistake="going on with other settings",

@@ -230,6 +230,10 @@ def _run(
     **settings: Any,
 ) -> None:
     chosen = TrainSettings(seed=seed, **settings)
+    if device != "auto":
+        from koine.hardware import check_device
+
+        check_device(device)
     long = read_long_rows(
         long_every, long_sequence_length, long_batch_size, long_data, long_min_tokens, others=data
     )
@@ -246,9 +250,12 @@ def _run(
     )
     from koine.data import DataOrder, TokenSource
     from koine.train.architecture import refuse_data_beyond_the_model, refuse_packed_documents
+    from koine.train.objectives import refuse_plain_documents, supervised_fine_tuning
 
     paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.all_sources)
     manifests = {path: TokenSource(path, verify=False) for path in paths}
+    if objective is supervised_fine_tuning:
+        refuse_plain_documents(manifests.values())
     vocab_size = max(source.vocab_size for source in manifests.values())
     if tokenizer is not None and (tokenizer / "tokenizer.json").exists():
         from koine.files import sha256_file

@@ -8,6 +8,7 @@ from typing import Any
 
 from koine.allocator import keep_freed_memory
 from koine.errors import UserError
+from koine.hardware import check_device
 
 
 def evaluate_model(
@@ -110,20 +111,6 @@ def _read(paths: Sequence[str | Path]) -> Iterator[Mapping[str, Any]]:
 
     for path in paths:
         yield from read_records(path)
-
-
-def check_device(device: str) -> None:
-    """Raise `UserError` for a device that torch does not know or that is not here."""
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"unknown device '{device}'", mend="give cpu, cuda or cuda:0") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA device here", where="--device", mend="give cpu; `koine doctor` shows what there is"
-        )
 
 
 def check_vocabulary(model: Any, size: int, path: str | Path) -> None:
