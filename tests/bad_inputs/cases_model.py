@@ -388,6 +388,30 @@ CASES = (
         says="results: no such folder; make it first, or choose another --out",
     ),
     Case(
+        mistake="results over a folder that is there",
+        command=EVALUATE + " --out results",
+        prepare=worlds.having("model", "text", then=lambda folder: (folder / "results").mkdir()),
+        says="results: a folder; give the file to write, such as results.json",
+    ),
+    Case(
+        mistake="a negative seed in evaluation",
+        command=EVALUATE + " --seed -1",
+        prepare=worlds.having("model", "text"),
+        says="Invalid value for '--seed': -1 is not in the range x>=0.",
+    ),
+    Case(
+        mistake="an evaluation on a folder of several splits",
+        command="evaluate model --data texts",
+        prepare=worlds.having(
+            "model",
+            then=worlds.both(
+                worlds.written("texts/train.jsonl", '{"text": "seen"}'),
+                worlds.written("texts/test.jsonl", '{"text": "unseen"}'),
+            ),
+        ),
+        says="texts: its files are of several splits (test, train); say which is meant, for example --split test, or all",
+    ),
+    Case(
         mistake="a batch size of zero in evaluation",
         command=EVALUATE + " --batch-size 0",
         prepare=worlds.having("model", "text"),

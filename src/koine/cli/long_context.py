@@ -29,11 +29,6 @@ def run_long(model: Path, *, out: Path | None, page: Path | None, options: dict[
     from koine.evaluate.long_context import evaluate_long_context
     from koine.files import write_json
 
-    for target in (out, page):
-        if target is not None and not target.parent.is_dir():
-            raise UserError("no such folder", where=target.parent, mend="make it first, or choose another")
-    if page is not None and page.is_dir():
-        raise UserError("a folder", where=page, mend="give the file to write, such as long.html")
     result = _with_progress(lambda say: evaluate_long_context(model, say=say, **options))
     if out is not None:
         write_json(out, result)
