@@ -234,6 +234,49 @@ CASES = (
         says="no device 'xpu:7' here; there is: cpu…",
     ),
     Case(
+        mistake="how often to evaluate, and on nothing",
+        command=PRETRAIN + " --evaluate-every 2",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="--evaluate-every without --evaluate-data; give documents to evaluate on",
+    ),
+    Case(
+        mistake="the best of evaluations that are not made",
+        command=PRETRAIN + " --best-metric loss",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="--best-metric without --evaluate-data; give documents to evaluate on",
+    ),
+    Case(
+        mistake="documents to evaluate on, and never",
+        command=PRETRAIN + " --evaluate-data text.jsonl",
+        prepare=worlds.having("text", "tokens", "tokenizer"),
+        says="--evaluate-data without --evaluate-every; say after how many steps to evaluate",
+    ),
+    Case(
+        mistake="a metric that the evaluation does not have",
+        command=PRETRAIN
+        + " --evaluate-data text.jsonl --evaluate-every 2 --best-metric bits_per_byte_language",
+        prepare=worlds.having("text", "tokens", "tokenizer"),
+        says="the evaluation has no metric 'bits_per_byte_language'; did you mean 'bits_per_byte_languages' or 'bits_per_byte_domains' or 'bits_per_byte'?",
+    ),
+    Case(
+        mistake="a checkpoint where a model is needed",
+        command=CHAT.replace("chat model", "chat halfway/checkpoints/step-000001"),
+        prepare=worlds.having("halfway"),
+        says="halfway/checkpoints/step-000001: is a checkpoint of a training; make a model of it: koine model export halfway/checkpoints/step-000001 --format safetensors --out MODEL",
+    ),
+    Case(
+        mistake="a model where a checkpoint is needed",
+        command="model export model --format safetensors --out new",
+        prepare=worlds.having("model"),
+        says="model: is no checkpoint of a training; give OUT/checkpoints/step-N of a training",
+    ),
+    Case(
+        mistake="a damaged checkpoint to make a model of",
+        command="model export halfway/checkpoints/step-000001 --format safetensors --out new",
+        prepare=worlds.having("halfway", then=worlds.spoil_checkpoint),
+        says="halfway/checkpoints/step-000001/__0_0.distcp: damaged checkpoint (its sha256 differs); choose an earlier checkpoint",
+    ),
+    Case(
         mistake="going on with other settings",
         command=RESUME.replace("--batch-size 2", "--batch-size 4"),
         prepare=worlds.having("tokens", "tokenizer", "halfway"),

@@ -109,18 +109,38 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @model.command()
-@click.argument("directory", metavar="MODEL", type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(("gguf",)), required=True, help="gguf: for llama.cpp.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.argument("directory", metavar="MODEL|CHECKPOINT", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(("gguf", "safetensors")),
+    required=True,
+    help="gguf: a model for llama.cpp; safetensors: a model directory of a training's checkpoint.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The file to write; safetensors: the folder.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16", "q8_0")),
-    help="Of the matrices; norms stay float32.  [default: as stored]",
+    help="Of the matrices (norms of a gguf stay float32).  [default: as stored]",
 )
 def export(directory: Path, kind: str, out: Path, dtype: Any) -> None:
-    """Write MODEL as one file that another engine runs."""
+    """Write MODEL as one file that another engine runs, or OUT/checkpoints/step-N of a training as a model directory."""
+    if kind == "safetensors":
+        if dtype == "q8_0":
+            raise UserError("safetensors hold no q8_0", mend="choose float32, float16 or bfloat16")
+        import torch
+
+        from koine.train.export import export_checkpoint
+
+        export_checkpoint(directory, out, dtype=None if dtype is None else getattr(torch, dtype))
+        click.echo(f"written to {out}")
+        return
     from koine.model.gguf_export import export_gguf
 
-    assert kind == "gguf"
     export_gguf(directory, out, dtype=dtype)
     click.echo(f"{out}: {out.stat().st_size:,} bytes")

@@ -22,12 +22,9 @@ OF_DOMAINS = "bits_per_byte_domains"
 class BitsPerByteProbe:
     """An `evaluate` for the training loop; see `figures_of` for what it returns. The documents are kept in memory."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, records: Iterable[Mapping[str, Any]], *, device: str = "cpu"
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, records: Iterable[Mapping[str, Any]]) -> None:
         self.tokenizer = tokenizer
         self.records = list(records)
-        self.device = device
         if not any("text" in record for record in self.records):
             raise UserError("the evaluation has no documents", mend="give records with text")
 
@@ -48,8 +45,9 @@ class BitsPerByteProbe:
             raise UserError(f"the evaluation has no metric '{name}'", mend=did_you_mean(name, self.names))
 
     def __call__(self, model: nn.Module, done: int) -> dict[str, float]:
+        device = str(next(model.parameters()).device)
         scored = bits_per_byte(
-            cast("ScoringModel", model), self.tokenizer, self.records, device=self.device, resamples=1
+            cast("ScoringModel", model), self.tokenizer, self.records, device=device, resamples=1
         )
         return figures_of(scored)
 

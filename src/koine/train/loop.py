@@ -16,7 +16,8 @@ from koine.errors import KoineWarning, UserError
 from koine.files import disk_errors, exclusive, read_json, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.architecture import prepare, refuse_packed_documents
-from koine.train.finish import finish
+from koine.train.export import model_tensors
+from koine.train.finish import describe, finish
 from koine.train.identity import identity, refuse_difference
 from koine.train.interrupt import Interrupt, listen
 from koine.train.objectives import Objective
@@ -70,6 +71,10 @@ def train(
     """
     out = Path(out)
     refuse_packed_documents(model, data.mixture, out)
+    if settings.evaluate_every and evaluate is None:
+        raise UserError(
+            f"evaluate_every is {settings.evaluate_every} and there is no evaluation", mend="give `evaluate`"
+        )
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
         out.mkdir(parents=True, exist_ok=True)
         if not ranks.first:
@@ -133,6 +138,9 @@ def _train(
         reporter = Reporter(out, first_step=first_step, steps=steps, progress=progress)
         if found is not None:
             reporter.say(f"resuming from {found.path}")
+
+    def describe_into(path: Path) -> None:
+        describe(model, path, tokenizer)
 
     saved = first_step
     try:
@@ -217,7 +225,8 @@ def _train(
                     "identity": what, "rounding": rounding, "best": best,
                     "losses": watches[False].losses, "long_losses": watches[True].losses,
                 }  # fmt: skip
-                path = checkpoints.save(folder, done, optimiser.tensors(done), about, ranks)
+                tensors = optimiser.tensors(done) | model_tensors(model)
+                path = checkpoints.save(folder, done, tensors, about, ranks, describe_into)
                 saved = done
                 if ranks.first:
                     checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
@@ -299,5 +308,10 @@ def _incident(
         f"{trouble} at step {step}, before the weights were changed; documents of the batch: {shown}; "
         f"last good checkpoint: {last_good or 'none yet'}",
         where=path,
-        mend="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out",
+        mend="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out"
+        + (
+            f" (from the model of `koine model export {last_good} --format safetensors --out MODEL`)"
+            if last_good
+            else ""
+        ),
     )
