@@ -40,6 +40,24 @@ CASES = (
         says="tokens/manifest.json: not valid JSON (Expecting ',' delimiter: line 30 column 3 (char 535)); the file is damaged or truncated; write it again",
     ),
     Case(
+        mistake="a manifest that is JSON and no manifest",
+        command=PRETRAIN,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.written("tokens/manifest.json", "[]")),
+        says="tokens/manifest.json: is no JSON object; it is damaged; tokenize again",
+    ),
+    Case(
+        mistake="the same token shards twice",
+        command=PRETRAIN.replace("--data tokens", "--data tokens:0.4 --data tokens:0.6"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="tokens: is given more than once; give it once: tokens:1",
+    ),
+    Case(
+        mistake="a model in a place where nothing can be made",
+        command=PRETRAIN.replace("--out new", "--out /proc/new"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="/proc/new: no file can be made here; choose another place, and leave the folder alone while this runs",
+    ),
+    Case(
         mistake="text where token shards are needed",
         command=PRETRAIN.replace("--data tokens", "--data text.jsonl"),
         prepare=worlds.having("text", "tokenizer"),

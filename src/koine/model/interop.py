@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koine.errors import UserError
+from koine.errors import UserError, first_line
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.model.checkpoint import load_model
@@ -134,7 +134,7 @@ def load_causal_lm(
         )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"transformers cannot open it as a causal LM ({str(error).splitlines()[0]})",
+            f"transformers cannot open it as a causal LM ({first_line(error)})",
             where=path,
             mend="check config.json and the weights, or upgrade transformers",
         ) from None

@@ -51,11 +51,18 @@ def finish(
             path.replace(out / path.name)
         partial.rmdir()
         write_json(out / "training.json", about)
-        best = about["best"] and about["best"]["step"]
-        checkpoints.clean(out / "checkpoints", keep_last=0, best=best)
-        if not any((out / "checkpoints").iterdir()):
-            (out / "checkpoints").rmdir()
+        drop_checkpoints(out, about["best"])
     ranks.barrier()
+
+
+def drop_checkpoints(out: Path, best: dict[str, Any] | None) -> None:
+    """Remove the checkpoints of a complete training but the best."""
+    folder = out / "checkpoints"
+    if not folder.is_dir():
+        return
+    checkpoints.clean(folder, keep_last=0, best=best and best["step"])
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:

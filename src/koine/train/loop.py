@@ -17,7 +17,7 @@ from koine.files import disk_errors, exclusive, read_json, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.architecture import prepare, refuse_packed_documents
 from koine.train.export import model_tensors
-from koine.train.finish import describe, finish
+from koine.train.finish import describe, drop_checkpoints, finish
 from koine.train.identity import identity, refuse_difference
 from koine.train.interrupt import Interrupt, listen
 from koine.train.objectives import Objective
@@ -71,10 +71,6 @@ def train(
     """
     out = Path(out)
     refuse_packed_documents(model, data.mixture, out)
-    if settings.evaluate_every and evaluate is None:
-        raise UserError(
-            f"evaluate_every is {settings.evaluate_every} and there is no evaluation", mend="give `evaluate`"
-        )
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
         out.mkdir(parents=True, exist_ok=True)
         if not ranks.first:
@@ -98,7 +94,11 @@ def _train(
 ) -> None:
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
-        refuse_difference(read_json(out / "training.json")["identity"], what, out)
+        before = read_json(out / "training.json")
+        refuse_difference(before["identity"], what, out)
+        if ranks.first:
+            # A kill may have come between the model and this.
+            drop_checkpoints(out, before.get("best"))
         if progress and ranks.first:
             print(f"{out}: complete already, nothing to do")
         return
