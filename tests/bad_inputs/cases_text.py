@@ -16,6 +16,11 @@ CASES = (
         says="unknown language 'jp'; did you mean 'ja' (Japanese) or 'ajp' (South Levantine Arabic) or 'pt' (Portuguese)?",
     ),
     Case(
+        mistake="a script with a typo",
+        command="data sample --languages de,srp_Cryl --out world",
+        says="unknown subtag 'cryl' of the language code 'srp_Cryl'; did you mean 'Cyrl'…",
+    ),
+    Case(
         mistake="no language at all",
         command="data sample --languages , --out world",
         says="no language is named; give codes separated by commas, for example de,hi,ja",
