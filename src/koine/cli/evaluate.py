@@ -218,22 +218,21 @@ def check_file(path: Path | None, example: str) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """Print the results as tables."""
-    from rich.console import Console
+    from koine.cli.tables import print_table
 
-    console = Console()
     if "overall" in result:
-        console.print(_bits_table(result))
+        print_table(_bits_table(result))
     if "routing" in result:
-        console.print(_routing_table(result["routing"]))
+        print_table(_routing_table(result["routing"]))
     if "questions" in result:
-        console.print(_question_table(result["questions"]))
+        print_table(_question_table(result["questions"]))
 
 
 def _bits_table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="Bits per byte (lower is better)")
-    for name in ("", "bits/byte", "95 % interval", "bytes", "documents", "bytes/token"):
+    for name in ("", "bits/byte", "95 % interval", "bytes", "texts", "bytes/token"):
         table.add_column(name, justify="left" if not name else "right")
     rows = [("all", result["overall"])]
     rows += list(result["languages"].items())
@@ -277,7 +276,7 @@ def _question_table(questions: dict[str, Any]) -> Any:
     for kind in kinds:
         table.add_column(kind, justify="right")
         table.add_column("95 % interval", justify="right")
-        table.add_column("questions", justify="right")
+        table.add_column("asked", justify="right")
     for index, (name, entry) in enumerate([("all", questions["overall"]), *questions["languages"].items()]):
         if index == 1:
             table.add_section()

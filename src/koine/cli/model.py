@@ -31,13 +31,12 @@ def model() -> None:
 @attention_options
 def describe(which: str | None, vocab_size: int | None, length: int, as_json: bool, **attention: Any) -> None:
     """Print parameters, FLOPs per token and bytes of cache; without an argument, the list of presets."""
-    from rich.console import Console
     from rich.table import Table
 
+    from koine.cli.tables import print_table
     from koine.model.describe import describe_config
     from koine.model.presets import PRESETS, preset
 
-    console = Console()
     if which is None:
         table = Table("preset", "parameters", "layers", "hidden", "vocabulary", box=None)
         totals = {name: describe_config(preset(name))["parameters"]["total"] for name in PRESETS}
@@ -47,7 +46,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
         for name, size in PRESETS.items():
             total = totals[name]
             table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
-        console.print(table)
+        print_table(table)
         return
     if Path(which).is_dir():
         from koine.model.config_json import read_config
@@ -77,7 +76,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
     table.add_column(justify="right")
     for label, value in rows(description):
         table.add_row(label, value)
-    console.print(table)
+    print_table(table)
 
 
 def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
