@@ -57,6 +57,48 @@ def test_a_typo_gets_the_nearest(typo: str, mend: str) -> None:
     assert mend in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("srp_Cryl", "unknown subtag 'cryl' of the language code 'srp_Cryl'; did you mean 'Cyrl'"),
+        ("uzn_Cyrll", "unknown subtag 'cyrll' of the language code 'uzn_Cyrll'; did you mean 'Cyrl'"),
+        ("zh-Hanz", "unknown subtag 'hanz' of the language code 'zh-Hanz'; did you mean 'Han"),
+        ("de-Abcd", "unknown subtag 'abcd'"),
+        ("de-garbage", "unknown subtag 'garbage'"),
+        ("en-1234", "unknown subtag '1234'"),
+        ("en-QX", "unknown subtag 'qx' of the language code 'en-QX'; regions are ISO 3166"),
+        ("de-Latn-Cyrl", "unknown subtag 'cyrl'"),
+    ],
+)
+def test_a_subtag_that_does_not_exist_is_refused(given: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        language(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ("de-AT-1996", "de"),
+        ("es-419", "es"),
+        ("ca_ES_valencia", "ca"),
+        ("por_Latn-PT", "pt"),
+        ("de-x-garbage", "de"),
+        ("en-u-nu-latn", "en"),
+        ("cmn-TW", "zh-Hant"),
+        ("zho_TW", "zh-Hant"),
+        ("zh-Hans-TW", "zh"),
+        ("zh-yue-Hant", "yue"),
+    ],
+)
+def test_subtags_that_exist_are_read(given: str, code: str) -> None:
+    assert language(given).code == code
+
+
+def test_a_cluster_with_a_typo_gets_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown cluster 'europan'; did you mean 'european'"):
+        cluster_languages("europan")
+
+
 def test_names_and_scripts_are_those_of_cldr() -> None:
     english = Locale("en").languages
     likely = get_global("likely_subtags")

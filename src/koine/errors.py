@@ -28,6 +28,11 @@ class UserError(Exception):
         super().__init__(" ".join(line.split()))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's exception says; its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The `count` candidates that look most like `word`, best first; empty where none is close."""
     by_lower: dict[str, str] = {}

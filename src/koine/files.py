@@ -33,6 +33,19 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 "cannot write here", where=path, mend="choose a folder that you may write to"
             ) from error
+        if error.errno == errno.ENOENT and _beside(error.filename, path):
+            # `/proc`, or a folder that another process has removed meanwhile; what is missing elsewhere is another matter.
+            raise UserError(
+                "no file can be made here",
+                where=error.filename or path,
+                mend="choose another place, and leave the folder alone while this runs",
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise UserError(
+                "a folder stands where a file must go",
+                where=error.filename or path,
+                mend="choose another place or remove the folder",
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(
                 "a file stands where a folder must go",
@@ -40,6 +53,11 @@ def disk_errors(path: Path) -> Iterator[None]:
                 mend="choose another place or remove the file",
             ) from error
         raise
+
+
+def _beside(filename: object, path: Path) -> bool:
+    """Whether a system's error is about `path`, what is below it, or what is written beside it first."""
+    return isinstance(filename, str) and Path(filename).absolute().is_relative_to(path.absolute().parent)
 
 
 def fsync_directory(path: Path) -> None:

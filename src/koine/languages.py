@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from types import MappingProxyType
 
-from koine.errors import UserError, nearest
+from koine.errors import UserError, did_you_mean, nearest
 
 CLUSTERS = ("european", "asian", "middle-eastern-indic")
 
@@ -112,7 +112,7 @@ _ALIASES = {
     "zh-hk": "zh-Hant",
     "zh-mo": "zh-Hant",
 }
-_WELL_FORMED = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+_WELL_FORMED = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})*(-[a-z0-9](-[a-z0-9]{1,8})+)*")
 
 
 @functools.cache
@@ -130,8 +130,8 @@ def _index() -> dict[str, str]:
 def language(code: str) -> Language:
     """The language of a code: BCP-47 (`de`, `pt-BR`, `zh-Hant`), ISO 639-3 (`deu`) or with a script (`deu_Latn`, `kas_Deva`).
 
-    A region is dropped; a script other than the language's usual one gives a language of its own (`uz-Cyrl`).
-    Raises `UserError` for what is no code or not in the table, with the nearest ones.
+    A region, a variant and private subtags are dropped; a script other than the language's usual one gives a language of its own
+    (`uz-Cyrl`). Raises `UserError` for what is no code or not in the table, and for subtags that CLDR does not know, with the nearest ones.
     """
     index = _index()
     given = code.strip().replace("_", "-").lower()
@@ -139,11 +139,16 @@ def language(code: str) -> Language:
         return LANGUAGES[index[given]]
     head, *rest = given.split("-")
     if head in index and _WELL_FORMED.fullmatch(given):
+        if rest and rest[0] in index and len(rest[0]) == 3:
+            # The macrolanguage first (`zh-yue`).
+            return language("-".join(rest))
         found = LANGUAGES[index[head]]
-        script = next((part.title() for part in rest if len(part) == 4 and part.isalpha()), None)
+        script, region = _script_and_region(code, rest)
+        base = found.code.split("-")[0]
+        if script is None and f"{base}-{region}" in _ALIASES:
+            return LANGUAGES[_ALIASES[f"{base}-{region}"]]
         if script in (None, found.script) or {script, found.script} <= {"Hang", "Kore"}:
             return found
-        base = found.code.split("-")[0]
         if script == LANGUAGES[base].script:
             return LANGUAGES[base]
         with_script = f"{base}-{script}"
@@ -151,6 +156,40 @@ def language(code: str) -> Language:
             found, code=with_script, script=script, cluster="none", role="none"
         )
     raise UserError(f"unknown language '{code}'", mend=_suggestion(code))
+
+
+@functools.cache
+def _subtags() -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Scripts (ISO 15924), regions (ISO 3166, UN M.49) and variants of CLDR, in the case of BCP-47."""
+    from babel import Locale
+
+    english = Locale("en")
+    return (
+        frozenset(english.scripts),
+        frozenset(english.territories),
+        frozenset(variant.lower() for variant in english.variants),
+    )
+
+
+def _script_and_region(code: str, subtags: list[str]) -> tuple[str | None, str | None]:
+    """The script and the region (in lower case) among the subtags behind a language; raises `UserError` for one that does not exist."""
+    scripts, regions, variants = _subtags()
+    script = region = None
+    for part in subtags:
+        if len(part) == 1:
+            # Extensions and private use: what follows is free.
+            break
+        if script is None and part.title() in scripts:
+            script = part.title()
+        elif region is None and part.upper() in regions:
+            region = part
+        elif part not in variants:
+            if len(part) <= 3:
+                mend = "regions are ISO 3166 (BR) or UN M.49 (419)"
+            else:
+                mend = did_you_mean(part.title(), [*scripts, *variants])
+            raise UserError(f"unknown subtag '{part}' of the language code '{code}'", mend=mend)
+    return script, region
 
 
 def _suggestion(code: str) -> str:
@@ -177,10 +216,15 @@ def parse_languages(text: str) -> tuple[str, ...]:
     return codes
 
 
+def check_cluster(cluster: str) -> None:
+    """Raise `UserError` for an unknown cluster, with the nearest ones."""
+    if cluster not in CLUSTERS:
+        raise UserError(f"unknown cluster '{cluster}'", mend=did_you_mean(cluster, CLUSTERS))
+
+
 def cluster_languages(cluster: str) -> tuple[str, ...]:
     """Codes of a cluster's languages; raises `UserError` for an unknown cluster."""
-    if cluster not in CLUSTERS:
-        raise UserError(f"unknown cluster '{cluster}'", mend=f"known: {', '.join(CLUSTERS)}")
+    check_cluster(cluster)
     return tuple(entry.code for entry in LANGUAGES.values() if entry.cluster == cluster)
 
 

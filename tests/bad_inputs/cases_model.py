@@ -40,6 +40,24 @@ CASES = (
         says="tokens/manifest.json: not valid JSON (Expecting ',' delimiter: line 30 column 3 (char 535)); the file is damaged or truncated; write it again",
     ),
     Case(
+        mistake="a manifest that is JSON and no manifest",
+        command=PRETRAIN,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.written("tokens/manifest.json", "[]")),
+        says="tokens/manifest.json: is no JSON object; it is damaged; tokenize again",
+    ),
+    Case(
+        mistake="the same token shards twice",
+        command=PRETRAIN.replace("--data tokens", "--data tokens:0.4 --data tokens:0.6"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="tokens: is given more than once; give it once: tokens:1",
+    ),
+    Case(
+        mistake="a model in a place where nothing can be made",
+        command=PRETRAIN.replace("--out new", "--out /proc/new"),
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="/proc/new: no file can be made here; choose another place, and leave the folder alone while this runs",
+    ),
+    Case(
         mistake="text where token shards are needed",
         command=PRETRAIN.replace("--data tokens", "--data text.jsonl"),
         prepare=worlds.having("text", "tokenizer"),
@@ -168,6 +186,36 @@ CASES = (
         says="mixture.json: unknown key 'sequnce_length' of a mixture; did you mean 'sequence_length'?",
     ),
     Case(
+        mistake="languages of a mixture without their weights",
+        command=MIXTURE,
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": ["de", "en"]})
+        ),
+        says='mixture.json: languages of the source \'tales\' is ["de", "en"]; it must be an object with numbers or null',
+    ),
+    Case(
+        mistake="a number of a mixture that is not whole",
+        command=MIXTURE,
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(batch_size=2.5)),
+        says="mixture.json: batch_size of a mixture is 2.5; it must be a whole number",
+    ),
+    Case(
+        mistake="a word where a mixture has true or false",
+        command=MIXTURE,
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(cross_document_attention="no")
+        ),
+        says='mixture.json: cross_document_attention of a mixture is "no"; it must be true or false',
+    ),
+    Case(
+        mistake="a dry run of what would be refused",
+        command=MIXTURE + " --dry-run",
+        prepare=worlds.having(
+            "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": {"fr": 1}})
+        ),
+        says="tokens: holds no document in 'fr'; known: de, en",
+    ),
+    Case(
         mistake="a mixture that is not JSON",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.written("mixture.json", '{"phases": [')),
@@ -175,9 +223,76 @@ CASES = (
     ),
     Case(
         mistake="a model and tokens of different vocabularies",
-        command="train sft --model model --data tokens --steps 2 --sequence-length 32 --batch-size 2 --out new",
+        command="train pretrain --model model --data tokens --steps 2 --sequence-length 32 --batch-size 2 --out new",
         prepare=worlds.having("model", "tokens", then=worlds.shrink_vocabulary),
         says="the data have ids up to 294, the model knows 200; tokenize with the model's own tokenizer",
+    ),
+    Case(
+        mistake="fine-tuning on documents in place of chats",
+        command="train sft --model model --data tokens --steps 2 --sequence-length 32 --batch-size 2 --out new",
+        prepare=worlds.having("model", "tokens"),
+        says="tokens: holds no chats, so nothing says which tokens are completions; tokenize records with messages, or use `koine train pretrain` for documents",
+    ),
+    Case(
+        mistake="a training on a device that does not exist",
+        command=PRETRAIN + " --device foo",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="unknown device 'foo'; give cpu, cuda or cuda:0",
+    ),
+    Case(
+        mistake="a training on a device that is not there",
+        command=PRETRAIN + " --device meta",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="no device 'meta' here; there is: cpu…",
+    ),
+    Case(
+        mistake="an evaluation on a device that is not there",
+        command=EVALUATE + " --device xpu:7",
+        prepare=worlds.having("model", "text"),
+        says="no device 'xpu:7' here; there is: cpu…",
+    ),
+    Case(
+        mistake="how often to evaluate, and on nothing",
+        command=PRETRAIN + " --evaluate-every 2",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="--evaluate-every without --evaluate-data; give documents to evaluate on",
+    ),
+    Case(
+        mistake="the best of evaluations that are not made",
+        command=PRETRAIN + " --best-metric loss",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="--best-metric without --evaluate-data; give documents to evaluate on",
+    ),
+    Case(
+        mistake="documents to evaluate on, and never",
+        command=PRETRAIN + " --evaluate-data text.jsonl",
+        prepare=worlds.having("text", "tokens", "tokenizer"),
+        says="--evaluate-data without --evaluate-every; say after how many steps to evaluate",
+    ),
+    Case(
+        mistake="a metric that the evaluation does not have",
+        command=PRETRAIN
+        + " --evaluate-data text.jsonl --evaluate-every 2 --best-metric bits_per_byte_language",
+        prepare=worlds.having("text", "tokens", "tokenizer"),
+        says="the evaluation has no metric 'bits_per_byte_language'; did you mean 'bits_per_byte_languages' or 'bits_per_byte_domains' or 'bits_per_byte'?",
+    ),
+    Case(
+        mistake="a checkpoint where a model is needed",
+        command=CHAT.replace("chat model", "chat halfway/checkpoints/step-000001"),
+        prepare=worlds.having("halfway"),
+        says="halfway/checkpoints/step-000001: is a checkpoint of a training; make a model of it: koine model export halfway/checkpoints/step-000001 --format safetensors --out MODEL",
+    ),
+    Case(
+        mistake="a model where a checkpoint is needed",
+        command="model export model --format safetensors --out new",
+        prepare=worlds.having("model"),
+        says="model: is no checkpoint of a training; give OUT/checkpoints/step-N of a training",
+    ),
+    Case(
+        mistake="a damaged checkpoint to make a model of",
+        command="model export halfway/checkpoints/step-000001 --format safetensors --out new",
+        prepare=worlds.having("halfway", then=worlds.spoil_checkpoint),
+        says="halfway/checkpoints/step-000001/__0_0.distcp: damaged checkpoint (its sha256 differs); choose an earlier checkpoint",
     ),
     Case(
         mistake="going on with other settings",
@@ -332,6 +447,30 @@ CASES = (
         command=EVALUATE + " --out results/today.json",
         prepare=worlds.having("model", "text"),
         says="results: no such folder; make it first, or choose another --out",
+    ),
+    Case(
+        mistake="results over a folder that is there",
+        command=EVALUATE + " --out results",
+        prepare=worlds.having("model", "text", then=lambda folder: (folder / "results").mkdir()),
+        says="results: a folder; give the file to write, such as results.json",
+    ),
+    Case(
+        mistake="a negative seed in evaluation",
+        command=EVALUATE + " --seed -1",
+        prepare=worlds.having("model", "text"),
+        says="Invalid value for '--seed': -1 is not in the range x>=0.",
+    ),
+    Case(
+        mistake="an evaluation on a folder of several splits",
+        command="evaluate model --data texts",
+        prepare=worlds.having(
+            "model",
+            then=worlds.both(
+                worlds.written("texts/train.jsonl", '{"text": "seen"}'),
+                worlds.written("texts/test.jsonl", '{"text": "unseen"}'),
+            ),
+        ),
+        says="texts: its files are of several splits (test, train); say which is meant, for example --split test, or all",
     ),
     Case(
         mistake="a batch size of zero in evaluation",

@@ -53,6 +53,11 @@ CASES = (
         says="--set: unknown key 'wrods'; did you mean 'words'?",
     ),
     Case(
+        mistake="a cluster of languages with a typo",
+        command="run quickstart --set primary_cluster=europan",
+        says="unknown cluster 'europan'; did you mean 'european'?",
+    ),
+    Case(
         mistake="a setting without a value",
         command="run plans.py:small --set words",
         prepare=WITH_PLAN,

@@ -16,6 +16,11 @@ CASES = (
         says="unknown language 'jp'; did you mean 'ja' (Japanese) or 'ajp' (South Levantine Arabic) or 'pt' (Portuguese)?",
     ),
     Case(
+        mistake="a script with a typo",
+        command="data sample --languages de,srp_Cryl --out world",
+        says="unknown subtag 'cryl' of the language code 'srp_Cryl'; did you mean 'Cyrl'…",
+    ),
+    Case(
         mistake="no language at all",
         command="data sample --languages , --out world",
         says="no language is named; give codes separated by commas, for example de,hi,ja",
@@ -73,6 +78,36 @@ CASES = (
         command="tokenizer train --data text.parquet --vocab-size 300 --out new",
         prepare=worlds.cut_parquet,
         says="text.parquet: not a whole Parquet file (Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file.); it is truncated or damaged; copy or write it again",
+    ),
+    Case(
+        mistake="a Parquet file of no bytes",
+        command="tokenizer train --data text.parquet --vocab-size 300 --out new",
+        prepare=worlds.written("text.parquet", ""),
+        says="text.parquet: not a whole Parquet file (Parquet file size is 0 bytes); it is truncated or damaged; copy or write it again",
+    ),
+    Case(
+        mistake="an Arrow stream of no bytes",
+        command="tokenizer train --data text.arrow --vocab-size 300 --out new",
+        prepare=worlds.written("text.arrow", ""),
+        says="text.arrow: not a whole Arrow stream (…); it is truncated or damaged; copy or write it again",
+    ),
+    Case(
+        mistake="a quote in CSV that is never closed",
+        command="tokenizer train --data text.csv --vocab-size 300 --out new",
+        prepare=worlds.written("text.csv", 'text,language\nGuten Tag,de\n"Hello,en\nGood day,en\n'),
+        says="text.csv: a quote in line 3 is not closed as it should be (line 4: unexpected end of data); close it, and write a quote inside a quoted cell twice",
+    ),
+    Case(
+        mistake="a Hugging Face data set whose list of files is damaged",
+        command="tokenizer train --data texts --vocab-size 300 --out new",
+        prepare=worlds.written("texts/state.json", "{}"),
+        says="texts/state.json: lists no _data_files; it is damaged; copy the data set again, or save it again",
+    ),
+    Case(
+        mistake="a Hugging Face data set that was not copied whole",
+        command="tokenizer train --data texts --vocab-size 300 --out new",
+        prepare=worlds.written("texts/state.json", '{"_data_files": [{"filename": "data-0.arrow"}]}'),
+        says="texts/data-0.arrow: is missing; state.json lists it; copy the data set whole, or save it again",
     ),
     Case(
         mistake="Latin-1 instead of UTF-8",

@@ -49,6 +49,18 @@ def parquet(records: list[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
+def text(records: list[dict[str, Any]]) -> bytes:
+    return "\n\n".join(record["text"] for record in records).encode("utf-8")
+
+
+def arrow(records: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    table = pa.Table.from_pylist(records)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
 COMPRESS = {
     "": lambda data: data,
     ".gz": gzip.compress,
@@ -60,7 +72,9 @@ COMPRESS = {
 
 
 @pytest.mark.parametrize("packed", COMPRESS)
-@pytest.mark.parametrize(("kind", "write"), [(".jsonl", jsonl), (".csv", as_csv), (".parquet", parquet)])
+@pytest.mark.parametrize(
+    ("kind", "write"), [(".jsonl", jsonl), (".csv", as_csv), (".parquet", parquet), (".arrow", arrow)]
+)
 def test_every_kind_and_compression(kind: str, write: Any, packed: str, tmp_path: Path) -> None:
     path = tmp_path / f"some.data{kind}{packed}"
     path.write_bytes(COMPRESS[packed](write(RECORDS)))
@@ -69,6 +83,66 @@ def test_every_kind_and_compression(kind: str, write: Any, packed: str, tmp_path
         (r["id"], r["text"], r["language"]) for r in RECORDS
     ]
     assert [int(r["extra"]) for r in found] == list(range(30))
+
+
+@pytest.mark.parametrize("packed", COMPRESS)
+def test_compressed_plain_text(packed: str, tmp_path: Path) -> None:
+    path = tmp_path / f"some.txt{packed}"
+    path.write_bytes(COMPRESS[packed](text(RECORDS)))
+    assert [r["text"] for r in read_records(path)] == [r["text"] for r in RECORDS]
+
+
+def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+    for packed, compress in COMPRESS.items():
+        (tmp_path / f"A{len(packed)}{packed}.JSONL{packed.upper()}").write_bytes(compress(jsonl(RECORDS[:1])))
+    assert len(list(read_records(tmp_path))) == len(COMPRESS)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['a,"one', "b,two", "c,three"], r"a quote in line 2 is not closed as it should be \(line 4: unexpected end"),
+        (['a,"one', "b,two", 'c,"three"'], r"a quote in line 2 is not closed as it should be \(line 4: ',' expected"),
+    ],
+)  # fmt: skip
+def test_a_quote_that_is_not_closed_does_not_swallow_the_rest(
+    lines: list[str], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(["id,text", *lines]) + "\n")
+    with pytest.raises(UserError, match=says):
+        list(read_records(tmp_path / "a.csv", max_bad_share=1.0))
+
+
+def test_a_quote_inside_one_line_is_one_bad_record(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\na,"one" two\nb,"three"\n')
+    reader = read_records(tmp_path / "a.csv", max_bad_share=0.5)
+    assert [r["text"] for r in reader] == ["three"]
+    assert "line 2: not CSV" in str(reader.examples[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "state.json: not valid JSON"),
+        ("{}", "state.json: lists no _data_files"),
+        ("[]", "state.json: lists no _data_files"),
+        ('{"_data_files": [{"filename": 3}]}', "state.json: lists no _data_files"),
+        ('{"_data_files": [{"filename": "data-0.arrow"}]}', "data-0.arrow: is missing; state.json lists it"),
+    ],
+)
+def test_a_damaged_state_of_a_data_set_is_said(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(UserError, match=says):
+        read_records(tmp_path)
+
+
+def test_a_hub_that_says_nothing_is_told_by_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"cannot be fetched from the hub \(ConnectionError\)"):
+        locate("hub:a/b")
 
 
 @pytest.mark.parametrize(

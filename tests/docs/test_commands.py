@@ -30,7 +30,7 @@ def run_bash(block: manual.Block, where: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "NO_COLOR": "1",
-        "COLUMNS": "110",
+        "COLUMNS": "80",
     }
     process = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],

@@ -263,3 +263,19 @@ def test_sft_needs_completions() -> None:
 def test_settings_are_checked(given: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         TrainSettings(**given)
+
+
+def test_a_kill_between_the_model_and_the_checkpoints_leaves_none_for_ever(tmp_path: Path) -> None:
+    order = fake_order(tmp_path / "s", steps=(4,))
+    settings = replace(BASE, checkpoint_every=1, keep_last=4)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise StoppedError
+
+        patch.setattr("koine.train.finish.drop_checkpoints", killed)
+        with pytest.raises(StoppedError):
+            run(tmp_path / "o", order, settings)
+    assert len(list((tmp_path / "o" / "checkpoints").iterdir())) == 4
+    run(tmp_path / "o", order, settings)
+    assert not (tmp_path / "o" / "checkpoints").exists()

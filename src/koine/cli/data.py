@@ -86,7 +86,11 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 def sample(
     languages: str | None, out: Path, seed: int, documents: int, questions: int, code_bytes: int
 ) -> None:
-    """Write the sample world: documents, questions with exact answers, and code."""
+    """Write the sample world: documents, questions with exact answers, and code.
+
+    The table counts training texts, held-out ones, chats to learn from, and test questions on facts that stood in the training text (recall), on
+    facts that did not, and on territories that did not.
+    """
     from koine.data.sample import QUESTION_LANGUAGES, write_sample
     from koine.languages import parse_languages
 
@@ -99,7 +103,20 @@ def sample(
         questions_per_language=questions,
         code_bytes=code_bytes,
     )
-    _table(list(summary.columns), [list(row) for row in summary.rows()])
+    # Shorter than the report's headings: ten columns must fit into 80 characters.
+    short = [
+        "language",
+        "name",
+        "texts",
+        "bytes",
+        "held_out",
+        "its_bytes",
+        "chats",
+        "recall",
+        "new_facts",
+        "new_places",
+    ]
+    _table([heading.replace("_", " ") for heading in short], [list(row) for row in summary.rows()])
     click.echo(f"written to {out}")
 
 
@@ -235,10 +252,11 @@ def _say_bad(reader: RecordReader) -> None:
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold")
+    from koine.cli.tables import print_table
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     numeric = [
         bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))
     ]
@@ -246,4 +264,4 @@ def _table(columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*[f"{value:,}" if isinstance(value, int) else str(value) for value in row])
-    Console().print(table)
+    print_table(table)

@@ -10,9 +10,17 @@ import click
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", multiple=True, type=click.Path(), help="Documents (file or folder); may be repeated.")
 @click.option(
-    "--questions", multiple=True, type=click.Path(), help="Questions with answers; may be repeated."
+    "--data",
+    multiple=True,
+    metavar="SOURCE",
+    help="Documents: a file, a folder, a Hugging Face data set or hub:OWNER/NAME; may be repeated.",
+)
+@click.option(
+    "--questions",
+    multiple=True,
+    metavar="SOURCE",
+    help="Questions with answers, likewise; may be repeated.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
 @click.option(
@@ -25,6 +33,27 @@ import click
     "[default: as the model's configuration says]",
 )
 @click.option("--limit", type=int, help="At most this many records of each language.  [default: all]")
+@click.option(
+    "--split",
+    help="Which files of a folder to read, where their names say a split; all: every one.  "
+    "[default: all; a folder of several splits is refused]",
+)
+@click.option("--field", "fields", multiple=True, metavar="NAME=COLUMN", help="Our field's name in the data.")
+@click.option(
+    "--max-bad",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Share of bad records above which to stop.",
+)
+@click.option(
+    "--txt",
+    "unit",
+    type=click.Choice(["paragraph", "line", "file"]),
+    default="paragraph",
+    show_default=True,
+    help="What a document is in a .txt file.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
     "--dtype",
@@ -34,7 +63,11 @@ import click
     help="Precision.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, help="Seed of the intervals and of the suite's prompts."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the intervals and of the suite's prompts.",
 )
 @click.option(
     "--suite",
@@ -53,7 +86,10 @@ import click
     type=click.Path(),
     help="Text to hide the needles in (file or folder); may be repeated.  [default: the sample world]",
 )
-@click.option("--language", help="Language of haystack and needles.  [default: the haystack's, or en]")
+@click.option(
+    "--language",
+    help="Language of records that do not say; with --suite long, of haystack and needles.  [default: the haystack's, or en]",
+)
 @click.option(
     "--qa",
     type=click.Path(),
@@ -69,6 +105,10 @@ def evaluate(
     batch_size: int,
     max_length: int | None,
     limit: int | None,
+    split: str | None,
+    fields: tuple[str, ...],
+    max_bad: float,
+    unit: Any,
     device: str,
     dtype: str,
     seed: int,
@@ -97,18 +137,26 @@ def evaluate(
         "--tasks": tasks,
         "--samples": samples,
         "--haystack": haystack,
-        "--language": language,
         "--qa": qa,
         "--chat": chat,
         "--page": page,
     }
-    of_others = {"--data": data, "--questions": questions, "--max-length": max_length, "--limit": limit}
+    of_others = {
+        "--data": data,
+        "--questions": questions,
+        "--max-length": max_length,
+        "--limit": limit,
+        "--split": split,
+        "--field": fields,
+    }
     for option, value in (of_others if suite else of_suite).items():
         if value:
             raise UserError(
                 f"{option} is not an option of {'the suite long' if suite else 'an evaluation without --suite long'}",
                 mend=f"leave it out, or {'leave --suite out' if suite else 'add --suite long'}",
             )
+    check_file(out, "results.json")
+    check_file(page, "long.html")
     if suite is not None:
         from koine.cli.long_context import numbers, run_long
 
@@ -131,10 +179,10 @@ def evaluate(
             options["samples"] = samples
         run_long(model, out=out, page=page, options=options)
         return
+    from koine.cli.data import field_mapping
     from koine.evaluate import evaluate_model
+    from koine.evaluate.reading import Reading
 
-    if out is not None and not out.parent.is_dir():
-        raise UserError("no such folder", where=out.parent, mend="make it first, or choose another --out")
     result = evaluate_model(
         model,
         data=data,
@@ -145,6 +193,9 @@ def evaluate(
         device=device,
         dtype=dtype,
         seed=seed,
+        reading=Reading(
+            split=split, fields=field_mapping(fields), language=language, max_bad_share=max_bad, unit=unit
+        ),
     )
     if out is not None:
         from koine.files import write_json
@@ -155,24 +206,33 @@ def evaluate(
         click.echo(f"written to {out}")
 
 
+def check_file(path: Path | None, example: str) -> None:
+    """Raise `UserError`, before anything is measured, where no file can be written under this name."""
+    from koine.errors import UserError
+
+    if path is not None and not path.parent.is_dir():
+        raise UserError("no such folder", where=path.parent, mend="make it first, or choose another --out")
+    if path is not None and path.is_dir():
+        raise UserError("a folder", where=path, mend=f"give the file to write, such as {example}")
+
+
 def show(result: dict[str, Any]) -> None:
     """Print the results as tables."""
-    from rich.console import Console
+    from koine.cli.tables import print_table
 
-    console = Console()
     if "overall" in result:
-        console.print(_bits_table(result))
+        print_table(_bits_table(result))
     if "routing" in result:
-        console.print(_routing_table(result["routing"]))
+        print_table(_routing_table(result["routing"]))
     if "questions" in result:
-        console.print(_question_table(result["questions"]))
+        print_table(_question_table(result["questions"]))
 
 
 def _bits_table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="Bits per byte (lower is better)")
-    for name in ("", "bits/byte", "95 % interval", "bytes", "documents", "bytes/token"):
+    for name in ("", "bits/byte", "95 % interval", "bytes", "texts", "bytes/token"):
         table.add_column(name, justify="left" if not name else "right")
     rows = [("all", result["overall"])]
     rows += list(result["languages"].items())
@@ -216,7 +276,7 @@ def _question_table(questions: dict[str, Any]) -> Any:
     for kind in kinds:
         table.add_column(kind, justify="right")
         table.add_column("95 % interval", justify="right")
-        table.add_column("questions", justify="right")
+        table.add_column("asked", justify="right")
     for index, (name, entry) in enumerate([("all", questions["overall"]), *questions["languages"].items()]):
         if index == 1:
             table.add_section()

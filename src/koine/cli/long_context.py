@@ -29,11 +29,6 @@ def run_long(model: Path, *, out: Path | None, page: Path | None, options: dict[
     from koine.evaluate.long_context import evaluate_long_context
     from koine.files import write_json
 
-    for target in (out, page):
-        if target is not None and not target.parent.is_dir():
-            raise UserError("no such folder", where=target.parent, mend="make it first, or choose another")
-    if page is not None and page.is_dir():
-        raise UserError("a folder", where=page, mend="give the file to write, such as long.html")
     result = _with_progress(lambda say: evaluate_long_context(model, say=say, **options))
     if out is not None:
         write_json(out, result)
@@ -69,20 +64,18 @@ def _with_progress(run: Callable[[Callable[[int, int, str], None]], dict[str, An
 
 def show(result: dict[str, Any]) -> None:
     """Print the results as tables."""
-    from rich.console import Console
-
+    from koine.cli.tables import print_table
     from koine.evaluate.long_context.page import TABLE, attention_rows, task_rows
 
-    console = Console()
     if result["tasks"]:
-        console.print(_table("Long-context tasks", list(TABLE), task_rows(result), left=("task",)))
+        print_table(_table("Long-context tasks", list(TABLE), task_rows(result), left=("task",)))
     for task, grid in result["grid"].items():
         rows = [
             [f"{depth:g} %", *("" if value is None else f"{value:.0%}" for value in values)]
             for depth, values in zip(grid["depths"], grid["score"], strict=True)
         ]
         columns = ["depth", *(f"{length:,}" for length in grid["lengths"])]
-        console.print(_table(task, columns, rows))
+        print_table(_table(task, columns, rows))
     if "positions" in result:
         lengths = result["positions"]["lengths"]
         rows = [
@@ -93,11 +86,11 @@ def show(result: dict[str, Any]) -> None:
             ]
             for length, one in lengths.items()
         ]
-        console.print(_table("Loss over the first tokens", ["tokens", "nats/token", "bits/byte"], rows))
+        print_table(_table("Loss over the first tokens", ["tokens", "nats/token", "bits/byte"], rows))
     if result.get("attention"):
         segments = next(iter(result["attention"].values()))["overall"]["mass"]
         columns = ["length", "layers", *segments, "bits, rows", "bits, mean row"]
-        console.print(
+        print_table(
             _table("Attention of question and answer", columns, attention_rows(result), left=("layers",))
         )
     for left in result["left_out"]:

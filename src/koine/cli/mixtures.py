@@ -89,6 +89,17 @@ def read_sources(data: tuple[str, ...]) -> list[Source]:
         raise UserError(
             "some --data have a proportion and some have none", mend="give it for all or for none"
         )
+    folders = [Path(path).resolve() for path, _ in parts]
+    for (path, _), folder in zip(parts, folders, strict=True):
+        if folders.count(folder) > 1:
+            total = sum(
+                number or 0.0 for (_, number), other in zip(parts, folders, strict=True) if other == folder
+            )
+            raise UserError(
+                "is given more than once",
+                where=path,
+                mend=f"give it once: {path}:{total:g}" if given else "give it once",
+            )
     names = [Path(path).name for path, _ in parts]
     return [
         Source(

@@ -31,13 +31,12 @@ def model() -> None:
 @attention_options
 def describe(which: str | None, vocab_size: int | None, length: int, as_json: bool, **attention: Any) -> None:
     """Print parameters, FLOPs per token and bytes of cache; without an argument, the list of presets."""
-    from rich.console import Console
     from rich.table import Table
 
+    from koine.cli.tables import print_table
     from koine.model.describe import describe_config
     from koine.model.presets import PRESETS, preset
 
-    console = Console()
     if which is None:
         table = Table("preset", "parameters", "layers", "hidden", "vocabulary", box=None)
         totals = {name: describe_config(preset(name))["parameters"]["total"] for name in PRESETS}
@@ -47,7 +46,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
         for name, size in PRESETS.items():
             total = totals[name]
             table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
-        console.print(table)
+        print_table(table)
         return
     if Path(which).is_dir():
         from koine.model.config_json import read_config
@@ -77,7 +76,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
     table.add_column(justify="right")
     for label, value in rows(description):
         table.add_row(label, value)
-    console.print(table)
+    print_table(table)
 
 
 def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
@@ -109,18 +108,38 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @model.command()
-@click.argument("directory", metavar="MODEL", type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(("gguf",)), required=True, help="gguf: for llama.cpp.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.argument("directory", metavar="MODEL|CHECKPOINT", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(("gguf", "safetensors")),
+    required=True,
+    help="gguf: a model for llama.cpp; safetensors: a model directory of a training's checkpoint.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The file to write; safetensors: the folder.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16", "q8_0")),
-    help="Of the matrices; norms stay float32.  [default: as stored]",
+    help="Of the matrices (norms of a gguf stay float32).  [default: as stored]",
 )
 def export(directory: Path, kind: str, out: Path, dtype: Any) -> None:
-    """Write MODEL as one file that another engine runs."""
+    """Write MODEL as one file that another engine runs, or OUT/checkpoints/step-N of a training as a model directory."""
+    if kind == "safetensors":
+        if dtype == "q8_0":
+            raise UserError("safetensors hold no q8_0", mend="choose float32, float16 or bfloat16")
+        import torch
+
+        from koine.train.export import export_checkpoint
+
+        export_checkpoint(directory, out, dtype=None if dtype is None else getattr(torch, dtype))
+        click.echo(f"written to {out}")
+        return
     from koine.model.gguf_export import export_gguf
 
-    assert kind == "gguf"
     export_gguf(directory, out, dtype=dtype)
     click.echo(f"{out}: {out.stat().st_size:,} bytes")

@@ -16,6 +16,7 @@ from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
+    from koine.evaluate.probe import BitsPerByteProbe
     from koine.model.decoder import Decoder
     from koine.model.interop import CausalLM
 
@@ -89,6 +90,22 @@ def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., 
         ),
         click.option(
             "--long-min-tokens", type=int, help="Long sequences are of documents of at least as many tokens."
+        ),
+        click.option(
+            "--evaluate-data",
+            multiple=True,
+            metavar="SOURCE",
+            help="Documents (as for `koine evaluate --data`) whose bits per byte are measured on the way; may be repeated.",
+        ),
+        click.option(
+            "--evaluate-split", help="Split of --evaluate-data.  [default: all; several splits are refused]"
+        ),
+        click.option(
+            "--evaluate-limit",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="At most this many documents of each language of --evaluate-data.",
         ),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the model."),
@@ -223,6 +240,9 @@ def _run(
     long_batch_size: int | None,
     long_data: tuple[str, ...],
     long_min_tokens: int | None,
+    evaluate_data: tuple[str, ...],
+    evaluate_split: str | None,
+    evaluate_limit: int,
     seed: int,
     device: str,
     out: Path,
@@ -230,6 +250,11 @@ def _run(
     **settings: Any,
 ) -> None:
     chosen = TrainSettings(seed=seed, **settings)
+    _refuse_half_an_evaluation(chosen, evaluate_data, evaluate_split)
+    if device != "auto":
+        from koine.hardware import check_device
+
+        check_device(device)
     long = read_long_rows(
         long_every, long_sequence_length, long_batch_size, long_data, long_min_tokens, others=data
     )
@@ -245,10 +270,13 @@ def _run(
         seed=seed,
     )
     from koine.data import DataOrder, TokenSource
-    from koine.train.architecture import refuse_data_beyond_the_model
+    from koine.train.architecture import refuse_data_beyond_the_model, refuse_packed_documents
+    from koine.train.objectives import refuse_plain_documents, supervised_fine_tuning
 
     paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.all_sources)
     manifests = {path: TokenSource(path, verify=False) for path in paths}
+    if objective is supervised_fine_tuning:
+        refuse_plain_documents(manifests.values())
     vocab_size = max(source.vocab_size for source in manifests.values())
     if tokenizer is not None and (tokenizer / "tokenizer.json").exists():
         from koine.files import sha256_file
@@ -265,12 +293,57 @@ def _run(
         raise UserError("no tokenizer here", where=tokenizer, mend="give a folder with tokenizer.json")
     model = make_model(vocab_size)
     refuse_data_beyond_the_model(model, mix, vocab_size)
+    refuse_packed_documents(model, mix, out)
+    # Before a dry run too, which must refuse and note what the run would.
+    order = DataOrder(mix)
+    evaluate = (
+        _probe(evaluate_data, evaluate_split, evaluate_limit, tokenizer, chosen.best_metric)
+        if evaluate_data
+        else None
+    )
     if dry_run:
         print_estimate(model, chosen, mix)
         return
     from koine.train.loop import train as run
 
-    run(model, objective, DataOrder(mix), chosen, out=out, tokenizer=tokenizer, device=device)
+    run(model, objective, order, chosen, out=out, tokenizer=tokenizer, evaluate=evaluate, device=device)
+
+
+def _refuse_half_an_evaluation(settings: TrainSettings, data: tuple[str, ...], split: str | None) -> None:
+    """Data, and how often: one without the other would measure nothing."""
+    if data and not settings.evaluate_every:
+        raise UserError(
+            "--evaluate-data without --evaluate-every", mend="say after how many steps to evaluate"
+        )
+    for option, given in (
+        ("--evaluate-every", settings.evaluate_every),
+        ("--best-metric", settings.best_metric),
+        ("--evaluate-split", split),
+    ):
+        if given and not data:
+            raise UserError(f"{option} without --evaluate-data", mend="give documents to evaluate on")
+
+
+def _probe(
+    data: tuple[str, ...],
+    split: str | None,
+    limit: int,
+    tokenizer: Path | None,
+    metric: str,
+) -> BitsPerByteProbe:
+    """What measures `data` on the way; raises `UserError` for a metric that it does not have."""
+    from koine.evaluate.probe import BitsPerByteProbe
+    from koine.evaluate.reading import Reading, Records
+    from koine.evaluate.whole import first_of_each
+    from koine.tokenizer import load_tokenizer
+
+    if tokenizer is None:
+        raise UserError("--evaluate-data without --tokenizer", mend="give the tokenizer of the token shards")
+    records = Records(data, Reading(split=split), option="--evaluate-split")
+    probe = BitsPerByteProbe(load_tokenizer(tokenizer), first_of_each(records, limit))
+    records.note_bad()
+    probe.check_metric(metric)
+    return probe
 
 
 def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: Mixture) -> None:

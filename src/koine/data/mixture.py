@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from koine.errors import UserError, did_you_mean
 from koine.languages import language
@@ -274,7 +277,7 @@ class Mixture:
     def from_json(value: Any, *, where: str | Path = "mixture", relative_to: Path | None = None) -> Mixture:
         """A mixture from its JSON value; paths that are not absolute are taken from `relative_to`.
 
-        Raises `UserError` for unknown keys (with the nearest known one), missing ones, and impossible values.
+        Raises `UserError` for unknown keys (with the nearest known one), missing ones, values of another type, and impossible ones.
         """
 
         def source(item: Any) -> Source:
@@ -284,7 +287,7 @@ class Mixture:
             return Source(**fields)
 
         def sources(items: Any) -> tuple[Source, ...]:
-            return tuple(source(one) for one in _list(items, where))
+            return tuple(source(one) for one in items)
 
         def phase(item: Any) -> Phase:
             fields = _fields(Phase, item, where)
@@ -295,12 +298,7 @@ class Mixture:
             return Phase(**fields)
 
         fields = _fields(Mixture, value, where)
-        try:
-            return Mixture(
-                **{**fields, "phases": tuple(phase(one) for one in _list(fields["phases"], where))}
-            )
-        except TypeError as error:
-            raise UserError(f"a value has the wrong type ({error})", where=where) from None
+        return Mixture(**{**fields, "phases": tuple(phase(one) for one in fields["phases"])})
 
 
 def _check_shape(sequence_length: int | None, batch_size: int | None, where: str | None) -> None:
@@ -325,10 +323,45 @@ def _check_sources(sources: tuple[Source, ...], where: str) -> None:
         )
 
 
-def _list(value: Any, where: str | Path) -> list[Any]:
-    if not isinstance(value, list):
-        raise UserError(f"expected a list, found {type(value).__name__}", where=where)
-    return value
+# What a JSON value must be, by the type that a field is declared with.
+_KINDS: Mapping[Any, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a string",
+    type(None): "null",
+    tuple: "a list",
+    collections.abc.Mapping: "an object with numbers",
+}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a declared type; what lists and objects hold is checked where it is read."""
+    kind = get_origin(hint) or hint
+    if kind is float:
+        # A bool is an int to Python, but no number to a user.
+        return type(value) in (int, float)
+    if kind in (int, bool, str, type(None)):
+        return type(value) is kind
+    if kind in (Path, Literal):
+        return isinstance(value, str)
+    if kind is tuple:
+        return isinstance(value, list)
+    if kind is collections.abc.Mapping:
+        return isinstance(value, dict) and all(_fits(entry, float) for entry in value.values())
+    return isinstance(value, dict)
+
+
+def _wanted(hint: Any) -> str:
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return " or ".join(f'"{choice}"' for choice in get_args(hint))
+    return _KINDS.get(kind, "an object")
 
 
 def _fields(kind: type[Any], value: Any, where: str | Path) -> dict[str, Any]:
@@ -347,4 +380,15 @@ def _fields(kind: type[Any], value: Any, where: str | Path) -> dict[str, Any]:
     for name, field in known.items():
         if name not in value and field.default is dataclasses.MISSING:
             raise UserError(f"a {what} lacks '{name}'", where=where)
+    hints = get_type_hints(kind)
+    named = f"the {what} '{value['name']}'" if isinstance(value.get("name"), str) else f"a {what}"
+    for name, entry in value.items():
+        hints_of = _alternatives(hints[name])
+        if not any(_fits(entry, hint) for hint in hints_of):
+            shown = json.dumps(entry, ensure_ascii=False)
+            raise UserError(
+                f"{name} of {named} is {shown if len(shown) <= 60 else shown[:57] + '...'}",
+                where=where,
+                mend=f"it must be {' or '.join(_wanted(hint) for hint in hints_of)}",
+            )
     return dict(value)

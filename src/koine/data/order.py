@@ -135,7 +135,9 @@ class DataOrder:
             )
         if source.languages is None:
             power = 1.0 / (source.temperature or 1.0)
-            weights = {code: total**power for code, total in totals.items()}
+            # A power above 1 may leave the range of floats: then as shares of the largest.
+            unit = max(totals.values()) if power > 1.0 else 1
+            weights = {code: (total / unit) ** power for code, total in totals.items()}
         else:
             for code in source.languages:
                 if code not in totals:

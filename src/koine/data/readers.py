@@ -19,7 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError, did_you_mean, first_line
+from koine.files import read_json
 
 TextUnit = Literal["paragraph", "line", "file"]
 Row = tuple[str, dict[str, Any] | str]
@@ -96,12 +97,28 @@ def _read_jsonl(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
 def _read_csv(file: IO[bytes], _: TextUnit, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(_MAX_LINE)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter)
-    header = next(reader, None)
-    if header is None:
-        return
+    # Strict: else a quote that is never closed takes the rest of the file into one cell.
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
     try:
-        for cells in reader:
+        while True:
+            begin = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if reader.line_num > begin or "unexpected end" in str(error) or header is None:
+                    # Other records may be inside this one: it cannot be counted as one bad record.
+                    raise _DamagedError(
+                        f"a quote in line {begin} is not closed as it should be (line {reader.line_num}: {error})",
+                        "close it, and write a quote inside a quoted cell twice",
+                    ) from None
+                yield f"line {begin}", f"not CSV ({error})"
+                continue
+            if header is None:
+                header = cells
+                continue
             place = f"line {reader.line_num}"
             if not cells:
                 continue
@@ -111,8 +128,6 @@ def _read_csv(file: IO[bytes], _: TextUnit, delimiter: str = ",") -> Iterator[Ro
                 yield place, "not UTF-8"
             else:
                 yield place, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        yield f"line {reader.line_num}", f"not CSV ({error})"
     finally:
         text.detach()
 
@@ -133,7 +148,7 @@ def _read_parquet(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
                     number += 1
                     yield f"row {number}", row
         except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-            raise _DamagedError(f"not a whole Parquet file ({str(error).splitlines()[0]})") from None
+            raise _DamagedError(f"not a whole Parquet file ({first_line(error)})") from None
 
 
 def _read_arrow(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
@@ -146,7 +161,7 @@ def _read_arrow(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
                 number += 1
                 yield f"row {number}", row
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise _DamagedError(f"not a whole Arrow stream ({str(error).splitlines()[0]})") from None
+        raise _DamagedError(f"not a whole Arrow stream ({first_line(error)})") from None
 
 
 _READERS: dict[str, Callable[[IO[bytes], TextUnit], Iterator[Row]]] = {
@@ -162,6 +177,10 @@ _READERS: dict[str, Callable[[IO[bytes], TextUnit], Iterator[Row]]] = {
 
 class _DamagedError(Exception):
     """The file cannot be read on from here."""
+
+    def __init__(self, what: str, mend: str = "it is truncated or damaged; copy or write it again") -> None:
+        super().__init__(what)
+        self.mend = mend
 
 
 @contextmanager
@@ -211,13 +230,14 @@ class _Zstd(io.RawIOBase):
 
 @contextmanager
 def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    suffix = path.suffix.lower()
     with ExitStack() as stack:
-        if path.suffix == ".gz":
+        if suffix == ".gz":
             packed = stack.enter_context(gzip.open(path, "rb"))
             yield cast("IO[bytes]", packed)
-        elif path.suffix == ".xz":
+        elif suffix == ".xz":
             yield stack.enter_context(lzma.open(path, "rb"))
-        elif path.suffix == ".zst":
+        elif suffix == ".zst":
             raw = stack.enter_context(path.open("rb"))
             yield stack.enter_context(io.BufferedReader(_Zstd(raw), 2**16))
         else:
@@ -227,7 +247,7 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
 def kind_of(path: Path) -> str | None:
     """The extension that decides how a file is read, or `None` for a file that is not data."""
     suffixes = path.suffixes
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
+    if suffixes and suffixes[-1].lower() in _COMPRESSIONS:
         suffixes = suffixes[:-1]
     return suffixes[-1].lower() if suffixes and suffixes[-1].lower() in _READERS else None
 
@@ -257,9 +277,7 @@ def read_rows(path: Path, *, unit: TextUnit = "paragraph") -> Iterator[Row]:
             mend="copy or download it again",
         ) from None
     except _DamagedError as error:
-        raise UserError(
-            str(error), where=path, mend="it is truncated or damaged; copy or write it again"
-        ) from None
+        raise UserError(str(error), where=path, mend=error.mend) from None
     except PermissionError:
         raise UserError("cannot be read", where=path, mend="check its permissions") from None
 
@@ -321,10 +339,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
 
 def _below(folder: Path) -> list[Path]:
     if (folder / "state.json").exists():
-        return [
-            folder / item["filename"]
-            for item in json.loads((folder / "state.json").read_text())["_data_files"]
-        ]
+        return _of_state(folder / "state.json")
     found = []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
@@ -334,3 +349,25 @@ def _below(folder: Path) -> list[Path]:
         elif kind_of(entry) is not None:
             found.append(entry)
     return found
+
+
+def _of_state(state: Path) -> list[Path]:
+    """The files that `save_to_disk` of Hugging Face's `datasets` lists in a folder."""
+    value = read_json(state)
+    listed = value.get("_data_files") if isinstance(value, dict) else None
+    names = [item.get("filename") if isinstance(item, dict) else None for item in listed or ()]
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(
+            "lists no _data_files",
+            where=state,
+            mend="it is damaged; copy the data set again, or save it again",
+        )
+    files = [state.parent / str(name) for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"is missing; {state.name} lists it",
+                where=file,
+                mend="copy the data set whole, or save it again",
+            )
+    return files

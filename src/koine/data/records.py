@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.data.readers import TextUnit, data_files, read_rows
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError, did_you_mean, first_line
 from koine.languages import language as find_language
 
 Record = dict[str, Any]
@@ -218,7 +218,7 @@ def locate(path: str | Path) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, HFValidationError) as error:
         raise UserError(
-            f"'{text}' cannot be fetched from the hub ({str(error).splitlines()[0]})",
+            f"'{text}' cannot be fetched from the hub ({first_line(error)})",
             mend="check the name and the connection, or give a local folder",
         ) from None
 

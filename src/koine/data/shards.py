@@ -57,6 +57,10 @@ class TokenSource:
                 mend="write them with `koine data tokenize`",
             )
         self.manifest: dict[str, Any] = read_json(self.path / "manifest.json")
+        if not isinstance(self.manifest, dict):
+            raise UserError(
+                "is no JSON object", where=self.path / "manifest.json", mend="it is damaged; tokenize again"
+            )
         if self.manifest.get("format") != FORMAT:
             raise UserError(
                 f"has format {self.manifest.get('format')}, this version reads {FORMAT}",

@@ -8,6 +8,8 @@ from typing import Any
 
 from koine.allocator import keep_freed_memory
 from koine.errors import UserError
+from koine.evaluate.reading import Reading, Records
+from koine.hardware import check_device
 
 
 def evaluate_model(
@@ -21,10 +23,12 @@ def evaluate_model(
     device: str = "cpu",
     dtype: str = "float32",
     seed: int = 0,
+    reading: Reading | None = None,
 ) -> dict[str, Any]:
     """Bits per byte on the documents of `data` and accuracy on `questions`, for the model directory `path`.
 
-    data, questions: files or folders as `koine.data.records.read_records` takes them.
+    data, questions: files, folders or `hub:OWNER/NAME`, read as `reading` says (by default: all of each, and a folder of several splits is
+        refused).
     limit: at most this many records of each language, from the start of what was given.
     Returns the results of `bits_per_byte`, those of `question_accuracy` under `"questions"`, and for a mixture of experts under `"routing"` where it sends the
     tokens of each domain (of each language, where the records name no domain).
@@ -42,9 +46,9 @@ def evaluate_model(
         raise UserError("nothing to evaluate on", mend="give --data PATH, --questions PATH, or both")
     if limit is not None and limit < 1:
         raise UserError(f"the limit is {limit}", mend="give at least 1")
-    for source in (*data, *questions):
-        if not Path(source).exists():
-            raise UserError("no such file or folder", where=source)
+    if seed < 0:
+        raise UserError(f"the seed is {seed}", mend="it must not be negative")
+    documents, asked = (Records(paths, reading or Reading()) for paths in (data, questions))
     check_device(device)
     keep_freed_memory()
     tokenizer = load_tokenizer(path)
@@ -58,23 +62,25 @@ def evaluate_model(
         result = bits_per_byte(
             model,
             tokenizer,
-            first_of_each(_read(data), limit),
+            first_of_each(documents, limit),
             batch_size=batch_size,
             max_length=max_length,
             device=device,
             seed=seed,
         )
         if isinstance(model, Decoder) and model.config.mixture is not None:
-            result["routing"] = _routing(model, tokenizer, first_of_each(_read(data), limit))
+            result["routing"] = _routing(model, tokenizer, first_of_each(documents, limit))
     if questions:
         result["questions"] = question_accuracy(
             model,
             tokenizer,
-            first_of_each(_read(questions), limit),
+            first_of_each(asked, limit),
             batch_size=batch_size,
             device=device,
             seed=seed,
         )
+    for records in (documents, asked):
+        records.note_bad()
     return result
 
 
@@ -103,27 +109,6 @@ def first_of_each(records: Iterable[Mapping[str, Any]], limit: int | None) -> It
         if limit is None or count < limit:
             seen[record.get("language")] = count + 1
             yield record
-
-
-def _read(paths: Sequence[str | Path]) -> Iterator[Mapping[str, Any]]:
-    from koine.data.records import read_records
-
-    for path in paths:
-        yield from read_records(path)
-
-
-def check_device(device: str) -> None:
-    """Raise `UserError` for a device that torch does not know or that is not here."""
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"unknown device '{device}'", mend="give cpu, cuda or cuda:0") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA device here", where="--device", mend="give cpu; `koine doctor` shows what there is"
-        )
 
 
 def check_vocabulary(model: Any, size: int, path: str | Path) -> None:

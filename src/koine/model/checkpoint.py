@@ -238,21 +238,26 @@ def save_stored(
         kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
-        write_json(path / "config.json", to_json(config, dtype=kind))
-        write_json(
-            path / "generation_config.json",
-            {
-                "bos_token_id": config.bos_token_id,
-                "eos_token_id": config.eos_token_id,
-                "pad_token_id": config.pad_token_id,
-            },
-        )
-        if tokenizer is not None:
-            for name in TOKENIZER_FILES:
-                source, target = Path(tokenizer) / name, path / name
-                # A model may be saved where its tokenizer is: the file is there already.
-                if source.exists() and not (target.exists() and source.samefile(target)):
-                    shutil.copyfile(source, target)
+        save_description(config, path, dtype=kind, tokenizer=tokenizer)
+
+
+def save_description(config: ModelConfig, path: Path, *, dtype: str, tokenizer: Path | None = None) -> None:
+    """Write what a model directory holds besides the weights: the configurations and the tokenizer's files."""
+    write_json(path / "config.json", to_json(config, dtype=dtype))
+    write_json(
+        path / "generation_config.json",
+        {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        },
+    )
+    if tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            source, target = Path(tokenizer) / name, path / name
+            # A model may be saved where its tokenizer is: the file is there already.
+            if source.exists() and not (target.exists() and source.samefile(target)):
+                shutil.copyfile(source, target)
 
 
 def save_model(

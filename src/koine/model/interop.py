@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koine.errors import UserError
+from koine.errors import UserError, first_line
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.model.checkpoint import load_model
@@ -96,6 +96,19 @@ def _several_documents(document_ids: Tensor) -> bool:
     return bool(((document_ids >= 0) & (document_ids != highest)).any())
 
 
+def opens_as_decoder(path: Path) -> bool:
+    """Whether the `config.json` of a folder says a model that our decoder implements."""
+    value = read_json(path / "config.json")
+    if not isinstance(value, dict) or value.get("model_type") not in OWN_TYPES:
+        return False
+    try:
+        read_config(path)
+    except UnsupportedModelError:
+        # A Cohere with biases, say: transformers has the maths that ours lack.
+        return False
+    return True
+
+
 def load_causal_lm(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> nn.Module:
@@ -106,15 +119,14 @@ def load_causal_lm(
     path = Path(path)
     if not (path / "config.json").exists():
         raise UserError("holds no config.json", where=path, mend="give the folder of a model")
-    value = read_json(path / "config.json")
-    if isinstance(value, dict) and value.get("model_type") in OWN_TYPES:
-        try:
-            read_config(path)
-        except UnsupportedModelError:
-            # A Cohere with biases, say: transformers has the maths that ours lack.
-            pass
-        else:
-            return load_model(path, dtype=dtype, device=device)
+    if (path / "checkpoint.json").exists():
+        raise UserError(
+            "is a checkpoint of a training",
+            where=path,
+            mend=f"make a model of it: koine model export {path} --format safetensors --out MODEL",
+        )
+    if opens_as_decoder(path):
+        return load_model(path, dtype=dtype, device=device)
     transformers = require_transformers()
     try:
         inner = transformers.AutoModelForCausalLM.from_pretrained(
@@ -122,7 +134,7 @@ def load_causal_lm(
         )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"transformers cannot open it as a causal LM ({str(error).splitlines()[0]})",
+            f"transformers cannot open it as a causal LM ({first_line(error)})",
             where=path,
             mend="check config.json and the weights, or upgrade transformers",
         ) from None

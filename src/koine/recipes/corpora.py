@@ -125,13 +125,13 @@ def own_corpus(
         tuple(shares), primary_cluster=primary_cluster, primary_languages=primary_languages
     )
     chat = tuple(code for code in shares if shares[code].chats)
-    borrowed = tuple(code for code in shares if code in QUESTION_LANGUAGES) or ("en",)
-    if not chat:
-        chat = borrowed
+    own_chats = bool(chat)
+    if not own_chats:
+        chat = tuple(code for code in shares if code in QUESTION_LANGUAGES) or ("en",)
         world = out / "world"
         shutil.rmtree(world, ignore_errors=True)
         write_sample(
-            borrowed,
+            chat,
             world,
             seed=seed,
             documents_per_language=1,
@@ -152,7 +152,7 @@ def own_corpus(
                 "text": f"{len(shares)} languages; pretrained on: {', '.join(primary)}. Coming in later: {', '.join(expanded)}. "
                 + (
                     "Chats are yours."
-                    if not borrowed or chat != borrowed
+                    if own_chats
                     else f"The text holds no chats, so the sample world's questions stand in for: {', '.join(chat)}."
                 )
                 + (f" {unknown} records name no language and were left out." if unknown else "")

@@ -156,7 +156,8 @@ def write_own_corpus(
 def _hold_back(out: Path, code: str, share: LanguageShare, heldout_share: float, heldout_bytes: int) -> None:
     """Move some training documents of a language to its held-out ones: those that their identifiers' hashes choose, else the last one."""
     path = out / "documents" / f"{code}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Cut at line feeds alone: text may hold what str.splitlines takes for a line's end (U+0085, U+2028).
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     records = [json.loads(line) for line in lines]
     chosen = [index for index, record in enumerate(records) if _hash_holds_out(record, share=heldout_share)]
     moved: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from koine.languages import check_cluster
 from koine.plan import Artifact, Plan
 from koine.recipes.compare import ARMS, compare_arms
 from koine.recipes.corpora import own_corpus, sample_corpus
@@ -61,6 +62,8 @@ def quickstart(
     the tokenizer and not the text; both are then adapted to the others. `attention`, `window`, `full_every` and `rope_theta` make another
     variant of the preset (`koine.model.with_attention`); empty or 0: its own. Each arm trains on `threads` cores, side by side.
     """
+    if not primary_languages:
+        check_cluster(primary_cluster)
     if data is None:
         corpus = plan.step(
             sample_corpus,

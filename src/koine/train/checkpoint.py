@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.split("-")[1]))
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any], ranks: Ranks) -> Path:
-    """Write `folder/step-N`: beside it, synced to disk, then renamed; returns its path. `about` must be JSON-able."""
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    about: dict[str, Any],
+    ranks: Ranks,
+    describe: Callable[[Path], None],
+) -> Path:
+    """Write `folder/step-N`: beside it, synced to disk, then renamed; returns its path.
+
+    about: JSON-able. describe: called on the first rank, adds what a model directory holds besides its weights.
+    """
     path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
     with disk_errors(path):
         if ranks.first:
@@ -57,6 +68,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, A
             save_distributed(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
         ranks.barrier()
         if ranks.first:
+            describe(partial)
             files = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
             random_state = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
             write_json(
@@ -97,6 +109,11 @@ def latest(folder: Path) -> Checkpoint | None:
         if len(paths) > 1
         else "start from the beginning (there is none before it)"
     )
+    return read(path, mend=mend)
+
+
+def read(path: Path, *, mend: str) -> Checkpoint:
+    """A checkpoint, its files checked against their sha256; a `UserError` that names a damaged file, with this mend."""
     try:
         about = read_json(path / "checkpoint.json")
         listed: dict[str, str] = about["files"]

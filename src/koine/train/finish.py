@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from koine.files import fsync_tree, write_json
-from koine.model.checkpoint import TOKENIZER_FILES, save_state
+from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM
 from koine.train import checkpoint as checkpoints
@@ -40,7 +40,7 @@ def finish(
         partial = out / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(model, CausalLM):
-            _save_other(model, partial, tokenizer)
+            save_other(model, partial, tokenizer)
         else:
             assert isinstance(model, Decoder)
             # What is fixed is no master: the domain embeddings of a mixture.
@@ -51,14 +51,21 @@ def finish(
             path.replace(out / path.name)
         partial.rmdir()
         write_json(out / "training.json", about)
-        best = about["best"] and about["best"]["step"]
-        checkpoints.clean(out / "checkpoints", keep_last=0, best=best)
-        if not any((out / "checkpoints").iterdir()):
-            (out / "checkpoints").rmdir()
+        drop_checkpoints(out, about["best"])
     ranks.barrier()
 
 
-def _save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
+def drop_checkpoints(out: Path, best: dict[str, Any] | None) -> None:
+    """Remove the checkpoints of a complete training but the best."""
+    folder = out / "checkpoints"
+    if not folder.is_dir():
+        return
+    checkpoints.clean(folder, keep_last=0, best=best and best["step"])
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     """As `transformers` saves it, with the tokenizer's files."""
     from transformers.utils import logging
 
@@ -70,6 +77,19 @@ def _save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+    _copy_tokenizer(tokenizer, folder)
+
+
+def describe(model: nn.Module, folder: Path, tokenizer: Path | None) -> None:
+    """Write what a model is besides its weights, so that a checkpoint can become a model without its training."""
+    if isinstance(model, Decoder):
+        save_description(model.config, folder, dtype="float32", tokenizer=tokenizer)
+    elif isinstance(model, CausalLM):
+        model.inner.config.save_pretrained(folder)
+        _copy_tokenizer(tokenizer, folder)
+
+
+def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
     for name in (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES):
         if tokenizer is not None and (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)

@@ -16,7 +16,8 @@ from koine.errors import KoineWarning, UserError
 from koine.files import disk_errors, exclusive, read_json, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.architecture import prepare, refuse_packed_documents
-from koine.train.finish import finish
+from koine.train.export import model_tensors
+from koine.train.finish import describe, drop_checkpoints, finish
 from koine.train.identity import identity, refuse_difference
 from koine.train.interrupt import Interrupt, listen
 from koine.train.objectives import Objective
@@ -93,7 +94,11 @@ def _train(
 ) -> None:
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
-        refuse_difference(read_json(out / "training.json")["identity"], what, out)
+        before = read_json(out / "training.json")
+        refuse_difference(before["identity"], what, out)
+        if ranks.first:
+            # A kill may have come between the model and this.
+            drop_checkpoints(out, before.get("best"))
         if progress and ranks.first:
             print(f"{out}: complete already, nothing to do")
         return
@@ -133,6 +138,9 @@ def _train(
         reporter = Reporter(out, first_step=first_step, steps=steps, progress=progress)
         if found is not None:
             reporter.say(f"resuming from {found.path}")
+
+    def describe_into(path: Path) -> None:
+        describe(model, path, tokenizer)
 
     saved = first_step
     try:
@@ -217,7 +225,8 @@ def _train(
                     "identity": what, "rounding": rounding, "best": best,
                     "losses": watches[False].losses, "long_losses": watches[True].losses,
                 }  # fmt: skip
-                path = checkpoints.save(folder, done, optimiser.tensors(done), about, ranks)
+                tensors = optimiser.tensors(done) | model_tensors(model)
+                path = checkpoints.save(folder, done, tensors, about, ranks, describe_into)
                 saved = done
                 if ranks.first:
                     checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
@@ -299,5 +308,10 @@ def _incident(
         f"{trouble} at step {step}, before the weights were changed; documents of the batch: {shown}; "
         f"last good checkpoint: {last_good or 'none yet'}",
         where=path,
-        mend="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out",
+        mend="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out"
+        + (
+            f" (from the model of `koine model export {last_good} --format safetensors --out MODEL`)"
+            if last_good
+            else ""
+        ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from koine.train.routing import has_experts, router_loss
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch
+    from koine.data.shards import TokenSource
     from koine.model.routers import Routing
 
 Objective = Callable[[Any, "Batch"], tuple[Tensor, dict[str, float]]]
@@ -54,6 +55,17 @@ def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
         loss = loss + units * routing
         metrics |= {name: units * value for name, value in of_routers.items()}
     return loss, metrics
+
+
+def refuse_plain_documents(sources: Iterable[TokenSource]) -> None:
+    """Raise `UserError` for token shards that are no chats: every token of theirs would carry loss, unasked."""
+    for source in sources:
+        if not source.chat:
+            raise UserError(
+                "holds no chats, so nothing says which tokens are completions",
+                where=source.path,
+                mend="tokenize records with messages, or use `koine train pretrain` for documents",
+            )
 
 
 def supervised_fine_tuning(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from koine.errors import UserError
+from koine.hardware import check_device
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,19 @@ class Ranks:
 
 @contextmanager
 def join(device: str = "auto") -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started (its environment variables say so); alone where there are none."""
+    """Join the processes that `torchrun` started (its environment variables say so); alone where there are none.
+
+    Raises `UserError` where the device is not here.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     if device == "cuda":
-        torch.cuda.set_device(local)
         device = f"cuda:{local}"
+        check_device(device)
+        torch.cuda.set_device(local)
     if world_size == 1:
         yield Ranks(0, 1, torch.device(device))
         return

@@ -92,7 +92,8 @@ def evaluate_long_context(
 
     from koine.allocator import keep_freed_memory
     from koine.evaluate.long_context.scores import score_prompt
-    from koine.evaluate.whole import check_device, check_vocabulary, open_model
+    from koine.evaluate.whole import check_vocabulary, open_model
+    from koine.hardware import check_device
     from koine.languages import language as find_language
     from koine.tokenizer import load_tokenizer
 

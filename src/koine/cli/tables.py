@@ -1,0 +1,20 @@
+"""Tables that can be read wherever they go: whole and plain through a pipe, folded and never cut off in a narrow terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def print_table(table: Any) -> None:
+    """Print a table of rich. Off a terminal it has no lines and is as wide as it must be, so that every row is one line."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        for column in table.columns:
+            column.overflow = "fold"
+    else:
+        table.box = None
+        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        console = Console(width=max(console.width, needed))
+    console.print(table)

@@ -1,0 +1,93 @@
+"""A model directory from a checkpoint of a training: the best one, or the last good one before a spike."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+from koine.errors import UserError
+from koine.files import atomic_directory
+from koine.model.checkpoint import save_state
+from koine.model.config_json import read_config
+from koine.model.decoder import Decoder
+from koine.model.interop import CausalLM, opens_as_decoder, require_transformers
+from koine.train import checkpoint as checkpoints
+from koine.train.finish import save_other
+
+if TYPE_CHECKING:
+    from koine.train.checkpoint import Checkpoint
+
+WEIGHTS, BUFFERS = "weights.", "buffers."
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model of ours holds besides its weights, for a checkpoint: the domain embeddings of a mixture are fixed."""
+    if not isinstance(model, Decoder):
+        return {}
+    return {BUFFERS + name: buffer.detach() for name, buffer in model.named_buffers()}
+
+
+def export_checkpoint(path: Path, out: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the model directory `out` from the checkpoint folder `path` (`OUT/checkpoints/step-N`); the checkpoint stays as it is.
+
+    dtype: of the tensors; None: float32, as they are trained. Raises `UserError` where `path` is no whole checkpoint, or `out` exists.
+    """
+    path = Path(path)
+    if not (path / "checkpoint.json").exists():
+        raise UserError(
+            "is no checkpoint of a training", where=path, mend="give OUT/checkpoints/step-N of a training"
+        )
+    found = checkpoints.read(path, mend="choose an earlier checkpoint")
+    if not (path / "config.json").exists():
+        raise UserError(
+            "holds no config.json (written by an earlier version of Koine)",
+            where=path,
+            mend="resume the training, whose next checkpoint will",
+        )
+    state = _tensors(found)
+    with atomic_directory(out) as folder:
+        if opens_as_decoder(path):
+            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype)
+        else:
+            folder.rmdir()
+            save_other(_other_model(path, state, dtype), folder, path)
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights by the names of the model's parameters, without the optimiser's moments, whatever number of ranks wrote them."""
+    reader = FileSystemReader(checkpoint.path)
+    stored = reader.read_metadata().state_dict_metadata
+    wanted: dict[str, Any] = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in stored.items()
+        if name.startswith((WEIGHTS, BUFFERS)) and isinstance(about, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load_distributed(wanted, storage_reader=reader, no_dist=True)
+    return {name.partition(".")[2]: tensor for name, tensor in wanted.items()}
+
+
+def _other_model(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None) -> CausalLM:
+    """A model of `transformers` from its configuration and these weights."""
+    transformers = require_transformers()
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    parameters = dict(model.named_parameters())
+    if missing := sorted(parameters.keys() ^ state.keys()):
+        raise UserError(
+            f"its weights are not those of its config.json ({', '.join(missing[:3])})",
+            where=path,
+            mend="open it with the version of transformers that trained it",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+    return cast("CausalLM", model if dtype is None else model.to(dtype))

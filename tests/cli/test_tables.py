@@ -1,0 +1,102 @@
+"""Tables through a pipe are whole whatever the width; in a terminal of 80 characters no heading and no cell is cut off."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from koine.cli.data import data
+from koine.cli.evaluate import _bits_table, _question_table
+from koine.cli.tables import print_table
+
+
+def measured(value: float, **more: Any) -> dict[str, Any]:
+    return {"value": value, "interval": [value - 0.1, value + 0.1], **more}
+
+
+BITS = measured(2.3456, bytes=123_456_789, documents=123_456, tokens=45_678_901)
+RESULT = {
+    "overall": {"bits_per_byte": BITS},
+    "languages": {code: {"bits_per_byte": BITS} for code in ("de", "zh-Hant")},
+    "domains": {"encyclopedia": {"bits_per_byte": BITS}},
+}
+ASKED = {name: measured(0.5, questions=1_000) for name in ("recall", "generalisation")}
+QUESTIONS = {"overall": ASKED, "languages": {"de": ASKED}}
+
+
+def in_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> io.StringIO:
+    out = io.StringIO()
+    monkeypatch.setattr(
+        "rich.console.Console",
+        lambda **_: Console(file=out, width=width, force_terminal=True, color_system=None),
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    "table", [_bits_table(RESULT), _question_table(QUESTIONS)], ids=["bits", "questions"]
+)
+def test_the_tables_of_an_evaluation_fit_80_characters(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = in_a_terminal(monkeypatch, 80)
+    print_table(table)
+    assert "…" not in out.getvalue()
+    assert "123,456,789" in out.getvalue() or "1,000" in out.getvalue()
+
+
+def sample(out: Path) -> str:
+    words = [
+        "sample",
+        "--languages",
+        "de,zh-Hant,hi",
+        "--documents",
+        "20",
+        "--questions",
+        "10",
+        "--code-bytes",
+        "0",
+        "--out",
+        str(out),
+    ]
+    done = CliRunner().invoke(data, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("columns", ["40"])
+def test_a_row_is_a_line_through_a_pipe(
+    columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = sample(tmp_path / "w").splitlines()
+    assert lines[0].split() == [
+        "language",
+        "name",
+        "texts",
+        "bytes",
+        "held",
+        "out",
+        "its",
+        "bytes",
+        "chats",
+        "recall",
+        "new",
+        "facts",
+        "new",
+        "places",
+    ]
+    assert [line.split()[0] for line in lines[1:4]] == ["de", "zh-Hant", "hi"]
+    assert not any("…" in line for line in lines)
+
+
+def test_the_sample_fits_a_terminal_of_80_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = in_a_terminal(monkeypatch, 80)
+    sample(tmp_path / "w")
+    shown = out.getvalue()
+    assert "…" not in shown
+    # Headings break at spaces alone.
+    assert all(word in shown.split() for word in ("language", "texts", "chats", "recall", "facts", "places"))
