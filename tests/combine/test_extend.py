@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from koine.combine import add_expert, fit_encoder, remove_expert, upcycle_bam, upcycle_nexus
-from koine.combine.domains import FOLDER, domain_embedding
+from koine.combine.domains import domain_embedding, load_encoder
+from koine.combine.merge import Recipe, merge
 from koine.errors import UserError
 from koine.model import load_model
+from koine.model.mixture_files import DOMAIN_ENCODER, RECORD
+from koine.model.vocabulary import move_model
+from koine.train import TrainSettings, language_modelling, train
+from tests.train.fakes import fake_order
 
 from .models import write_branches
 from .test_upcycle import tensors
@@ -31,8 +36,8 @@ def world(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
     encoder = fit_encoder("tfidf", TEXTS, seed_model=seed, width=4)
     domains = torch.stack([domain_embedding(encoder, TEXTS[name]) for name in experts])
     upcycle_nexus(seed, experts, tmp_path / "nexus", domains=domains)
-    (tmp_path / "nexus" / FOLDER).mkdir()
-    encoder.save(tmp_path / "nexus" / FOLDER)
+    (tmp_path / "nexus" / DOMAIN_ENCODER).mkdir()
+    encoder.save(tmp_path / "nexus" / DOMAIN_ENCODER)
     return tmp_path / "nexus", paths
 
 
@@ -109,6 +114,24 @@ def test_what_cannot_be_added_or_removed(world: tuple[Path, dict[str, Path]], tm
     remove_expert(nexus, "law", out)
     with pytest.raises(UserError, match="has 1 experts"):
         remove_expert(out, "code", tmp_path / "none")
-    (nexus / FOLDER / "encoder.json").unlink()
+    (nexus / DOMAIN_ENCODER / "encoder.json").unlink()
     with pytest.raises(UserError, match="holds no domain_encoder"):
         add_expert(nexus, paths["maths"], tmp_path / "x", name="maths", texts=NEW)
+
+
+def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    """Trained, merged or moved to another tokenizer, a Nexus can be extended as before."""
+    nexus, paths = world
+    model = load_model(nexus)
+    settings = TrainSettings(dtype="float32", threads=1)
+    order = fake_order(tmp_path / "data", steps=(1,))
+    train(model, language_modelling, order, settings, out=tmp_path / "trained", tokenizer=nexus, began_as=nexus,
+          progress=False, device="cpu")  # fmt: skip
+    merge(
+        Recipe(method="linear", models=(nexus, tmp_path / "trained"), weights=(0.5, 0.5)), tmp_path / "merged"
+    )
+    move_model(tmp_path / "merged", tmp_path / "tokenizer", tmp_path / "moved")
+    for name in ("trained", "merged", "moved"):
+        assert load_encoder(tmp_path / name).encode(NEW).shape == (9, 4)
+        assert (tmp_path / name / RECORD).read_bytes() == (nexus / RECORD).read_bytes()
+    add_expert(tmp_path / "trained", paths["maths"], tmp_path / "more", name="maths", texts=NEW)

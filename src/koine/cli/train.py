@@ -150,6 +150,7 @@ def pretrain(
             language_modelling,
             seed=seed,
             tokenizer=tokenizer or model,
+            began_as=model,
             **options,
         )
         return
@@ -203,7 +204,13 @@ def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
     """Supervised fine-tuning on chats: the loss is on the completions only."""
     from koine.train.objectives import supervised_fine_tuning
 
-    _run(lambda vocabulary: _opened(model), supervised_fine_tuning, tokenizer=tokenizer or model, **options)
+    _run(
+        lambda vocabulary: _opened(model),
+        supervised_fine_tuning,
+        tokenizer=tokenizer or model,
+        began_as=model,
+        **options,
+    )
 
 
 def _run(
@@ -227,6 +234,7 @@ def _run(
     device: str,
     out: Path,
     dry_run: bool,
+    began_as: Path | None = None,
     **settings: Any,
 ) -> None:
     chosen = TrainSettings(seed=seed, **settings)
@@ -270,7 +278,16 @@ def _run(
         return
     from koine.train.loop import train as run
 
-    run(model, objective, DataOrder(mix), chosen, out=out, tokenizer=tokenizer, device=device)
+    run(
+        model,
+        objective,
+        DataOrder(mix),
+        chosen,
+        out=out,
+        tokenizer=tokenizer,
+        began_as=began_as,
+        device=device,
+    )
 
 
 def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: Mixture) -> None:

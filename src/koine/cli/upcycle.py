@@ -145,9 +145,10 @@ def nexus(
 ) -> None:  # fmt: skip
     """Nexus: the seed's feed-forward half shared, the branches' routed by embeddings of their domains."""
     from koine.combine import fit_encoder, upcycle_nexus
-    from koine.combine.domains import FOLDER, domain_embedding
+    from koine.combine.domains import domain_embedding
     from koine.errors import UserError
     from koine.files import atomic_directory
+    from koine.model.mixture_files import DOMAIN_ENCODER
 
     named = _named((*experts, *more))
     embeddings: Any = None
@@ -168,8 +169,8 @@ def nexus(
             load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
         if fitted is not None:
-            (folder / FOLDER).mkdir()
-            fitted.save(folder / FOLDER)
+            (folder / DOMAIN_ENCODER).mkdir()
+            fitted.save(folder / DOMAIN_ENCODER)
     _say(config, out)
 
 

@@ -8,7 +8,6 @@ for what is no expert's own. A Nexus router scores the new expert from its domai
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from koine.combine.branches import (
     refuse_other_shapes,
     refuse_other_tokenizer,
 )
-from koine.combine.domains import FOLDER, domain_embedding, load_encoder
+from koine.combine.domains import domain_embedding, load_encoder
 from koine.combine.upcycle import (
     DOMAINS,
     expert_name,
@@ -37,6 +36,7 @@ from koine.errors import UserError, did_you_mean
 from koine.model.checkpoint import StoredWeights, open_weights, save_stored
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.config_json import read_config
+from koine.model.mixture_files import carry_mixture_files
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
@@ -203,9 +203,8 @@ def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Pat
     save_stored(
         {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, config, out, tokenizer=model
     )
+    carry_mixture_files(model, out)
     record = read_record(model)
     history = record.get("changes")
     changes = [*(history if isinstance(history, list) else []), {"from": source_of(model), **change}]
     write_record(out, **{**record, "changes": changes})
-    if (model / FOLDER).is_dir():
-        shutil.copytree(model / FOLDER, out / FOLDER)

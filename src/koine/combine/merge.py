@@ -27,6 +27,7 @@ from koine.combine.tensor_files import Checkpoint, CheckpointWriter, Entry
 from koine.combine.vocabularies import Vocabularies, align, is_vocabulary_tensor
 from koine.errors import UserError, did_you_mean
 from koine.files import disk_errors, exclusive, fsync_tree, publish_directory, read_json, write_json
+from koine.model.mixture_files import carry_mixture_files
 
 BLOCK_ENTRIES = 2**21
 """Entries of an elementwise method's block."""
@@ -537,6 +538,7 @@ def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
     for file in sorted(source.iterdir()):
         if not any(fnmatch.fnmatch(file.name, pattern) for pattern in NOT_COPIED) and file.is_file():
             shutil.copyfile(file, work / file.name)
+    carry_mixture_files(source, work)
     config = _config(source)
     if plan.recipe.dtype is not None:
         config["dtype"] = plan.recipe.dtype

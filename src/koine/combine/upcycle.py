@@ -26,10 +26,8 @@ from koine.files import read_json, sha256_file, write_json
 from koine.model.block_tensors import split_stored
 from koine.model.checkpoint import save_stored
 from koine.model.config import MixtureConfig, ModelConfig
+from koine.model.mixture_files import RECORD
 from koine.model.routers import DomainRouter, LinearRouter
-
-RECORD = "mixture.json"
-"""What a mixture was made of, beside its weights."""
 
 DOMAINS = "mlp.router.domains"
 
