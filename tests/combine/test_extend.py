@@ -9,7 +9,8 @@ import torch
 
 from koine.combine import add_expert, fit_encoder, remove_expert, upcycle_bam, upcycle_nexus
 from koine.combine.domains import domain_embedding, load_encoder
-from koine.combine.merge import Recipe, merge
+from koine.combine.merge import merge
+from koine.combine.recipe import Recipe
 from koine.errors import UserError
 from koine.model import load_model
 from koine.model.mixture_files import DOMAIN_ENCODER, RECORD

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from koine.combine.alike import ALIKE
 from koine.combine.branches import (
-    ALIKE,
     Branch,
     open_branch,
     refuse_other_shapes,

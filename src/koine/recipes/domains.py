@@ -191,7 +191,8 @@ def merge_models(
     out: Path,
 ) -> None:
     """A merge of models (`koine.combine.methods`); `options` are the method's own numbers, as `density=0.5`."""
-    from koine.combine.merge import Recipe, merge
+    from koine.combine.merge import merge
+    from koine.combine.recipe import Recipe
 
     numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
     recipe = Recipe(
