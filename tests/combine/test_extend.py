@@ -82,6 +82,31 @@ def test_added_and_taken_away_it_is_the_same_again(
     assert load_model(tmp_path / "fewer").config.mixture.experts == ("law", "maths")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_taken_away_is_what_was_added_whatever_its_share(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path, share: float
+) -> None:
+    """Also when another was added and removed in between, and after one was removed whose part stayed."""
+    nexus, paths = world
+    remove_expert(nexus, "code", tmp_path / "one")
+    add_expert(tmp_path / "one", paths["maths"], tmp_path / "two", name="maths", texts=NEW, share=share)
+    add_expert(tmp_path / "two", paths["code"], tmp_path / "three", name="code", texts=NEW, share=0.3)
+    remove_expert(tmp_path / "three", "maths", tmp_path / "four", dense=paths["maths"])
+    remove_expert(tmp_path / "four", "code", tmp_path / "five", dense=paths["code"])
+    before, after = tensors(tmp_path / "one"), tensors(tmp_path / "five")
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-5), name
+
+
+def test_the_wrong_dense_model_is_not_taken_out(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    nexus, paths = world
+    with pytest.raises(UserError, match="is not the model that expert 'code' of .* was made of"):
+        remove_expert(nexus, "code", tmp_path / "out", dense=paths["law"])
+    add_expert(nexus, paths["maths"], tmp_path / "all", name="maths", texts=NEW, share=1.0)
+    with pytest.raises(UserError, match="is all that its averages hold"):
+        remove_expert(tmp_path / "all", "maths", tmp_path / "out", dense=paths["maths"])
+
+
 def test_linear_routers_are_reset(tmp_path: Path) -> None:
     seed, paths = write_branches(tmp_path, ("code", "law", "maths"))
     upcycle_bam(seed, {name: paths[name] for name in ("code", "law")}, tmp_path / "bam")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -224,7 +225,7 @@ def write_record(out: Path, **content: object) -> None:
     write_json(out / RECORD, content)
 
 
-def read_record(path: Path) -> dict[str, object]:
+def read_record(path: Path) -> dict[str, Any]:
     """The content of `mixture.json`; empty where there is none."""
     where = path / RECORD
     content = read_json(where) if where.exists() else {}
