@@ -140,13 +140,14 @@ def mix(
     attention_top_k: int,
     encoder: str,
     domain_size: int,
-    load_balancing: float,
-    z_loss: float,
+    load_balancing: float | None,
+    z_loss: float | None,
     seed: int,
     seed_copies: int = 0,
     out: Path,
 ) -> None:
-    """Make one model of the seed and its branches, by one of `METHODS`; `attention_top_k` 0 is soft routing, `seed_copies` is of `btx`."""
+    """Make one model of the seed and its branches, by one of `METHODS`; `attention_top_k` 0 is soft routing, `seed_copies` is of `btx`;
+    a router loss of None has the method's own factor."""
     import torch
 
     from koine.combine import fit_encoder, upcycle_bam, upcycle_btx, upcycle_nexus
@@ -154,7 +155,8 @@ def mix(
     from koine.combine.upcycle import average
     from koine.model.mixture_files import DOMAIN_ENCODER
 
-    losses = {"load_balancing": load_balancing, "z_loss": z_loss}
+    given = {"load_balancing": load_balancing, "z_loss": z_loss}
+    losses = {name: factor for name, factor in given.items() if factor is not None}
     if method == "btx":
         upcycle_btx(
             seed_model, experts, out, top_k=top_k, seed_copies=seed_copies, random_seed=seed, **losses
