@@ -189,6 +189,24 @@ CASES = (
         says="one model is given; give at least two: there is nothing to weigh",
     ),
     Case(
+        mistake="a search for a method that has nothing to search",
+        command="merge search model branch --data text.jsonl --method model-stock",
+        prepare=worlds.having("model", "branch", "text"),
+        says="model-stock has no weights to search; take linear, slerp, task-arithmetic, ties or a dare method",
+    ),
+    Case(
+        mistake="a search with an option that its method has not",
+        command="merge search model branch --data text.jsonl --scale 2",
+        prepare=worlds.having("model", "branch", "text"),
+        says="linear has no option 'scale'; known: normalize",
+    ),
+    Case(
+        mistake="a search with a model that holds NaN",
+        command="merge search model branch --data text.jsonl",
+        prepare=worlds.having("model", "branch", "text", then=worlds.with_nan("branch/model.safetensors")),
+        says="branch: … holds NaN or infinity; this checkpoint is broken; use an earlier one",
+    ),
+    Case(
         mistake="a search with a grid larger than its budget",
         command="merge search model branch --data text.jsonl --parts 500",
         prepare=worlds.having("model", "branch", "text"),
