@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,16 @@ def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_inside(out: Path, folders: Iterable[Path]) -> None:
+    """Raise `UserError` where a new folder would lie inside one of those that it is made from."""
+    place = out.resolve()
+    for folder in folders:
+        if folder.resolve() in place.parents:
+            raise UserError(
+                f"lies inside {folder}, which is read", where=out, mend="choose another --out, beside it"
+            )
 
 
 def publish_directory(temporary: Path, out: Path) -> None:

@@ -78,6 +78,19 @@ def memory_limit() -> int | None:
     return int(value) if value and value.isdigit() else None
 
 
+def available_memory() -> int | None:
+    """Bytes that this process may still take without swapping: what the system has free, and no more than the control group allows. None where the system
+    does not say."""
+    meminfo = Path("/proc/meminfo")
+    free = None
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            free = int(fields["MemAvailable"].split()[0]) * 1024
+    known = [one for one in (free, memory_limit()) if one is not None]
+    return min(known) if known else None
+
+
 def processor_flags() -> set[str]:
     """Instruction-set flags of the processor; empty where the system does not tell."""
     path = Path("/proc/cpuinfo")

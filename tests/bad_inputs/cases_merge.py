@@ -73,6 +73,72 @@ CASES = (
         says="branch: its vocabulary is another than that of model; say whose the result has: --tokenizer first, base, or a model's folder; rows are then merged token by token",
     ),
     Case(
+        mistake="models that turn positions by another base",
+        command=LINEAR,
+        prepare=worlds.having(
+            "model",
+            "branch",
+            then=worlds.edited_json("branch/config.json", rope_parameters={"rope_theta": 5e5}),
+        ),
+        says="branch/config.json: rope_theta is 500000.0, and 10000.0 in model; the same weights compute something else then: models of one configuration can be merged",
+    ),
+    Case(
+        mistake="models with equal vocabularies and different tokenizers",
+        command=LINEAR,
+        prepare=worlds.having(
+            "model", "branch", then=worlds.edited_json("branch/tokenizer.json", normalizer=None)
+        ),
+        says="branch/tokenizer.json: its tokenizer is another than that of model (they differ in normalizer); say whose the result has: --tokenizer first, base, or a model's folder",
+    ),
+    Case(
+        mistake="models without a common ancestor",
+        command="merge linear model unrelated --out new",
+        prepare=worlds.having("model", "unrelated"),
+        says="unrelated: has no common ancestor with model (the cosine of their matrices is …); weights of independent models have no common order; to merge them all the same, add --unrelated",
+    ),
+    Case(
+        mistake="the tokenizer of a base where there is none",
+        command=LINEAR + " --tokenizer base",
+        prepare=worlds.having("model", "branch"),
+        says="--tokenizer: there is no base; give first, or a model's folder",
+    ),
+    Case(
+        mistake="a share of SLERP's way that is no number",
+        command="merge slerp model branch --t nan --out new",
+        prepare=worlds.having("model", "branch"),
+        says="--t: t is nan; it must be a number",
+    ),
+    Case(
+        mistake="a share of SLERP's way beyond its end",
+        command="merge slerp model branch --t 7 --out new",
+        prepare=worlds.having("model", "branch"),
+        says="--t: t is 7.0; it must lie between 0 and 1",
+    ),
+    Case(
+        mistake="a scale that is no number",
+        command="merge task-arithmetic branch --base model --scale nan --out new",
+        prepare=worlds.having("model", "branch"),
+        says="--scale: scale is nan; it must be a number",
+    ),
+    Case(
+        mistake="weights and a scale that are too large for any number",
+        command="merge task-arithmetic branch --base model --weights 1e30 --scale 1e30 --out new",
+        prepare=worlds.having("model", "branch"),
+        says="the merged … holds NaN or infinity as float32; the weights or the scale are too large, or --dtype too narrow",
+    ),
+    Case(
+        mistake="files of endless size",
+        command=LINEAR + " --max-shard-size inf",
+        prepare=worlds.having("model", "branch"),
+        says="--max-shard-size: 'inf' is no size; for example 5GB or 200MB",
+    ),
+    Case(
+        mistake="a merge into one of its models",
+        command="merge linear model branch --out model/new",
+        prepare=worlds.having("model", "branch"),
+        says="model/new: lies inside model, which is read; choose another --out, beside it",
+    ),
+    Case(
         mistake="a model of which a shard is missing",
         command=LINEAR,
         prepare=worlds.having(
@@ -121,6 +187,24 @@ CASES = (
         mistake="a search over the weights of one model",
         command="merge search model --data text.jsonl",
         says="one model is given; give at least two: there is nothing to weigh",
+    ),
+    Case(
+        mistake="a search for a method that has nothing to search",
+        command="merge search model branch --data text.jsonl --method model-stock",
+        prepare=worlds.having("model", "branch", "text"),
+        says="model-stock has no weights to search; take linear, slerp, task-arithmetic, ties or a dare method",
+    ),
+    Case(
+        mistake="a search with an option that its method has not",
+        command="merge search model branch --data text.jsonl --scale 2",
+        prepare=worlds.having("model", "branch", "text"),
+        says="linear has no option 'scale'; known: normalize",
+    ),
+    Case(
+        mistake="a search with a model that holds NaN",
+        command="merge search model branch --data text.jsonl",
+        prepare=worlds.having("model", "branch", "text", then=worlds.with_nan("branch/model.safetensors")),
+        says="branch: … holds NaN or infinity; this checkpoint is broken; use an earlier one",
     ),
     Case(
         mistake="a search with a grid larger than its budget",

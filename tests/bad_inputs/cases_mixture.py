@@ -92,6 +92,12 @@ CASES = (
         says="mixture: has no expert 'cod'; did you mean 'code'?",
     ),
     Case(
+        mistake="an expert to remove, with another model than it was made of",
+        command="extend mixture --remove code --expert model --out new",
+        prepare=worlds.having("mixture", "model"),
+        says="model: is not the model that expert 'code' of mixture was made of (the sha256 of its weights is another); give that one: it was …",
+    ),
+    Case(
         mistake="nothing to add or remove",
         command="extend mixture --out new",
         says="nothing to do; give --expert MODEL to add one, or --remove NAME",

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from koine.combine.domains import FOLDER, TfidfEncoder, domain_embedding, fit_encoder, load_encoder
+from koine.combine.domains import TfidfEncoder, domain_embedding, fit_encoder, load_encoder
 from koine.errors import UserError
+from koine.model.mixture_files import DOMAIN_ENCODER
 
 from .models import write_branches
 
@@ -38,7 +39,7 @@ def test_tfidf_is_what_it_says() -> None:
 def test_saved_and_loaded_it_says_the_same(tmp_path: Path, kind: str) -> None:
     seed, _ = write_branches(tmp_path, ())
     encoder = fit_encoder(kind, {"code": CODE, "law": LAW}, seed_model=seed, width=8)
-    folder = tmp_path / "mixture" / FOLDER
+    folder = tmp_path / "mixture" / DOMAIN_ENCODER
     folder.mkdir(parents=True)
     encoder.save(folder)
     assert torch.equal(load_encoder(tmp_path / "mixture").encode(MORE_CODE), encoder.encode(MORE_CODE))
@@ -75,7 +76,7 @@ def test_a_sentence_transformers_folder(tmp_path: Path) -> None:
     seed, _ = write_branches(tmp_path, ())
     encoder = fit_encoder(str(tmp_path / "encoder"), {}, seed_model=seed, width=0)
     assert encoder.encode(CODE).shape == (20, 32)
-    folder = tmp_path / "mixture" / FOLDER
+    folder = tmp_path / "mixture" / DOMAIN_ENCODER
     folder.mkdir(parents=True)
     encoder.save(folder)
     assert torch.equal(load_encoder(tmp_path / "mixture").encode(LAW), encoder.encode(LAW))

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from koine.combine import add_expert, fit_encoder, remove_expert, upcycle_bam, upcycle_nexus
-from koine.combine.domains import FOLDER, domain_embedding
+from koine.combine.domains import domain_embedding, load_encoder
+from koine.combine.merge import merge
+from koine.combine.recipe import Recipe
 from koine.errors import UserError
 from koine.model import load_model
+from koine.model.mixture_files import DOMAIN_ENCODER, RECORD
+from koine.model.vocabulary import move_model
+from koine.train import TrainSettings, language_modelling, train
+from tests.train.fakes import fake_order
 
 from .models import write_branches
 from .test_upcycle import tensors
@@ -31,8 +37,8 @@ def world(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
     encoder = fit_encoder("tfidf", TEXTS, seed_model=seed, width=4)
     domains = torch.stack([domain_embedding(encoder, TEXTS[name]) for name in experts])
     upcycle_nexus(seed, experts, tmp_path / "nexus", domains=domains)
-    (tmp_path / "nexus" / FOLDER).mkdir()
-    encoder.save(tmp_path / "nexus" / FOLDER)
+    (tmp_path / "nexus" / DOMAIN_ENCODER).mkdir()
+    encoder.save(tmp_path / "nexus" / DOMAIN_ENCODER)
     return tmp_path / "nexus", paths
 
 
@@ -76,6 +82,31 @@ def test_added_and_taken_away_it_is_the_same_again(
     assert load_model(tmp_path / "fewer").config.mixture.experts == ("law", "maths")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_taken_away_is_what_was_added_whatever_its_share(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path, share: float
+) -> None:
+    """Also when another was added and removed in between, and after one was removed whose part stayed."""
+    nexus, paths = world
+    remove_expert(nexus, "code", tmp_path / "one")
+    add_expert(tmp_path / "one", paths["maths"], tmp_path / "two", name="maths", texts=NEW, share=share)
+    add_expert(tmp_path / "two", paths["code"], tmp_path / "three", name="code", texts=NEW, share=0.3)
+    remove_expert(tmp_path / "three", "maths", tmp_path / "four", dense=paths["maths"])
+    remove_expert(tmp_path / "four", "code", tmp_path / "five", dense=paths["code"])
+    before, after = tensors(tmp_path / "one"), tensors(tmp_path / "five")
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-5), name
+
+
+def test_the_wrong_dense_model_is_not_taken_out(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    nexus, paths = world
+    with pytest.raises(UserError, match="is not the model that expert 'code' of .* was made of"):
+        remove_expert(nexus, "code", tmp_path / "out", dense=paths["law"])
+    add_expert(nexus, paths["maths"], tmp_path / "all", name="maths", texts=NEW, share=1.0)
+    with pytest.raises(UserError, match="is all that its averages hold"):
+        remove_expert(tmp_path / "all", "maths", tmp_path / "out", dense=paths["maths"])
+
+
 def test_linear_routers_are_reset(tmp_path: Path) -> None:
     seed, paths = write_branches(tmp_path, ("code", "law", "maths"))
     upcycle_bam(seed, {name: paths[name] for name in ("code", "law")}, tmp_path / "bam")
@@ -109,6 +140,24 @@ def test_what_cannot_be_added_or_removed(world: tuple[Path, dict[str, Path]], tm
     remove_expert(nexus, "law", out)
     with pytest.raises(UserError, match="has 1 experts"):
         remove_expert(out, "code", tmp_path / "none")
-    (nexus / FOLDER / "encoder.json").unlink()
+    (nexus / DOMAIN_ENCODER / "encoder.json").unlink()
     with pytest.raises(UserError, match="holds no domain_encoder"):
         add_expert(nexus, paths["maths"], tmp_path / "x", name="maths", texts=NEW)
+
+
+def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    """Trained, merged or moved to another tokenizer, a Nexus can be extended as before."""
+    nexus, paths = world
+    model = load_model(nexus)
+    settings = TrainSettings(dtype="float32", threads=1)
+    order = fake_order(tmp_path / "data", steps=(1,))
+    train(model, language_modelling, order, settings, out=tmp_path / "trained", tokenizer=nexus, began_as=nexus,
+          progress=False, device="cpu")  # fmt: skip
+    merge(
+        Recipe(method="linear", models=(nexus, tmp_path / "trained"), weights=(0.5, 0.5)), tmp_path / "merged"
+    )
+    move_model(tmp_path / "merged", tmp_path / "tokenizer", tmp_path / "moved")
+    for name in ("trained", "merged", "moved"):
+        assert load_encoder(tmp_path / name).encode(NEW).shape == (9, 4)
+        assert (tmp_path / name / RECORD).read_bytes() == (nexus / RECORD).read_bytes()
+    add_expert(tmp_path / "trained", paths["maths"], tmp_path / "more", name="maths", texts=NEW)

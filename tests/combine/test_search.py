@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from koine.cli.merge_search import command
 from koine.combine.merge import merge
 from koine.combine.search import (
     InMemoryMerge,
@@ -62,11 +66,32 @@ def test_the_front_and_what_is_left_out() -> None:
     assert changes[0]["code"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare-linear"])
+def test_nothing_is_left_of_a_vertex() -> None:
+    """Where one model has all the weight, what it is worth to the others has no number: JSON knows no infinity."""
+    changes = leave_one_out(lambda weights: {"code": weights[1]}, (1.0, 0.0))
+    assert changes == [{"code": None}, {"code": 0.0}]
+
+
+def test_a_vertex_as_the_best_is_written_and_shown(tmp_path: Path) -> None:
+    """The whole command, with slerp, whose `t` is searched."""
+    _, branches = write_branches(tmp_path, ("a", "b"))
+    (tmp_path / "text.jsonl").write_text('{"id": "1", "text": "ein Text", "language": "de"}\n')
+    arguments = [*map(str, branches.values()), "--data", str(tmp_path / "text.jsonl"), "--method", "slerp",
+                 "--parts", "1", "--rounds", "0", "--out", str(tmp_path / "search.json")]  # fmt: skip
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    found = json.loads((tmp_path / "search.json").read_text(), parse_constant=pytest.fail)
+    assert sorted(found["best"]["weights"]) == [0.0, 1.0]
+    assert {"text": None} in found["left_out"].values()
+    assert "–" in result.output
+    assert result.output.endswith(f"--t {found['best']['weights'][1]:g}\n")
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare-linear"])
 def test_in_memory_is_what_would_be_written(tmp_path: Path, method: str) -> None:
     base, branches = write_branches(tmp_path, ("a", "b"))
-    with_base = method != "linear"
-    options = {"density": 1.0} if method == "dare-linear" else {}
+    with_base = method not in ("linear", "slerp")
+    more = {"dare-linear": {"density": 1.0, "scale": 0.5}, "linear": {"normalize": False}}
+    options = more.get(method, {})
     merged = InMemoryMerge(
         list(branches.values()), method=method, base=base if with_base else None, options=options
     )
@@ -74,7 +99,8 @@ def test_in_memory_is_what_would_be_written(tmp_path: Path, method: str) -> None
     first = merged.set((1.0, 0.0))(tokens)
     got = merged.set((0.25, 0.75))(tokens)
     assert not torch.equal(first, got)
-    merge(recipe_of(method, {"base": base, **branches}, options=options), tmp_path / "out")
+    written = {"t": 0.75} if method == "slerp" else options
+    merge(recipe_of(method, {"base": base, **branches}, options=written), tmp_path / "out")
     assert torch.allclose(got, load_model(tmp_path / "out")(tokens), atol=1e-5)
 
 
@@ -84,3 +110,14 @@ def test_what_cannot_be_searched(tmp_path: Path) -> None:
         InMemoryMerge(list(branches.values()), method="model-stock")
     with pytest.raises(UserError, match="ties needs the common ancestor"):
         InMemoryMerge(list(branches.values()), method="ties")
+    with pytest.raises(UserError, match="linear has no option 'scale'"):
+        InMemoryMerge(list(branches.values()), options={"scale": 2.0})
+    content = json.loads((branches["b"] / "tokenizer.json").read_text())
+    (branches["b"] / "tokenizer.json").write_text(json.dumps({**content, "normalizer": None}))
+    with pytest.raises(UserError, match="its tokenizer is another than that of"):
+        InMemoryMerge(list(branches.values()))
+    stored = load_file(branches["b"] / "model.safetensors")
+    stored["model.norm.weight"][1] = float("nan")
+    save_file(stored, branches["b"] / "model.safetensors")
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        InMemoryMerge(list(branches.values()), tokenizer="first")

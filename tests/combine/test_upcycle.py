@@ -172,7 +172,8 @@ def test_domain_embeddings_are_one_an_expert(branches: tuple[Path, dict[str, Pat
 
 def test_a_mixture_is_a_model_as_any_other(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     """It answers through the engine as through the whole text at once, and merges with another of its kind."""
-    from koine.combine.merge import Recipe, merge
+    from koine.combine.merge import merge
+    from koine.combine.recipe import Recipe
     from koine.serve import LocalEngine, Sampling
 
     for name, random_seed in (("one", 1), ("two", 2)):

@@ -87,7 +87,7 @@ def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
         world / "seed",
         {name: world / name for name in ("code", "law")},
         {name: tmp_path / name for name in ("code", "law")},
-        method=method, top_k=1, attention_top_k=0, encoder="tfidf", domain_size=8, load_balancing=0.01, z_loss=0.001,
+        method=method, top_k=1, attention_top_k=0, encoder="tfidf", domain_size=8, load_balancing=None, z_loss=None,
         seed=0, out=tmp_path / "out",
     )  # fmt: skip
     mixture = read_config(tmp_path / "out").mixture
@@ -97,6 +97,8 @@ def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
         assert mixture is not None
         assert mixture.experts == (("code", "law") if "nexus" in method else ("seed", "code", "law"))
         assert (mixture.domain_size == 8) == (method == "nexus")
+        own = (0.05, 0.0) if "nexus" in method else (0.01, 0.001)
+        assert (mixture.load_balancing, mixture.z_loss) == own
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -113,8 +114,9 @@ HELP = {
 COMMON: list[click.Parameter] = [
     click.Option(
         ["--tokenizer"], default="", metavar="first|base|MODEL",
-        help="Whose vocabulary and chat template the result has, where the models' differ.",
+        help="Whose tokenizer and chat template the result has.  [default: the first's; tokenizers must not differ then]",
     ),
+    click.Option(["--unrelated"], is_flag=True, help="Merge models without a common ancestor too."),
     click.Option(["--dtype"], help="float32, bfloat16 or float16.  [default: the first model's]"),
     click.Option(["--max-shard-size"], default="5GB", show_default=True, help="Largest file of weights."),
     click.Option(["--threads"], type=click.IntRange(1), help="Tensors at a time.  [default: the cores]"),
@@ -124,7 +126,12 @@ COMMON: list[click.Parameter] = [
 
 def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Path, **given: Any) -> None:
     """Merge, or say what it would take."""
-    from koine.combine.merge import Recipe, merge, need, plan_merge
+    from koine.combine.fit import plan_merge
+    from koine.combine.memory import need
+    from koine.combine.merge import merge
+    from koine.combine.recipe import Recipe
+    from koine.files import refuse_inside
+    from koine.hardware import usable_cores
     from koine.plan.units import duration, size
 
     weights: tuple[float, ...] = ()
@@ -141,12 +148,14 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
         options={key: given.pop(key) for key in info.parameters if given.get(key) is not None},
         seed=given.pop("seed", 0),
         tokenizer=given["tokenizer"],
+        unrelated=given["unrelated"],
         dtype=given["dtype"],
         max_shard_bytes=bytes_of(given["max_shard_size"]),
     )
     if given["dry_run"]:
+        refuse_inside(out, [*models, *([] if recipe.base is None else [recipe.base])])
         plan = plan_merge(recipe)
-        threads = given["threads"] or 2
+        threads = given["threads"] or usable_cores()
         found = need(plan, threads)
         plan.close()
         click.echo(
@@ -231,6 +240,6 @@ def bytes_of(text: str) -> int:
         count = float(text[:-2]) * units[unit] if unit in units else float(text)
     except ValueError:
         count = 0.0
-    if not count >= 1:
+    if not 1 <= count < math.inf:
         raise UserError(f"'{text}' is no size", where="--max-shard-size", mend="for example 5GB or 200MB")
     return int(count)

@@ -18,11 +18,20 @@ import click
     metavar="[NAME=]PATH",
     help="Text to measure bits per byte on; a figure for each.",
 )
-@click.option("--method", default="linear", show_default=True, help="A method that takes weights.")
+@click.option("--method", default="linear", show_default=True, help="A method that takes weights, or slerp.")
 @click.option(
     "--base", type=click.Path(path_type=Path), help="The common ancestor, for methods that need it."
 )
 @click.option("--density", type=float, help="Of a method that has one.")
+@click.option("--scale", type=float, help="Of a method that has one.")
+@click.option("--normalize/--no-normalize", default=None, help="Of a method that has it.")
+@click.option(
+    "--tokenizer",
+    default="",
+    metavar="first|base|MODEL",
+    help="Whose tokenizer the texts are cut by, where equal vocabularies are cut otherwise.",
+)
+@click.option("--unrelated", is_flag=True, help="Models without a common ancestor too.")
 @click.option(
     "--parts",
     type=click.IntRange(1),
@@ -43,8 +52,8 @@ import click
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Records of each PATH.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write all trials as JSON to this file.")
 def command(
-    models: tuple[Path, ...], data: tuple[str, ...], method: str, base: Path | None, density: float | None, parts: int,
-    rounds: int, budget: int, limit: int, out: Path | None,
+    models: tuple[Path, ...], data: tuple[str, ...], method: str, base: Path | None, density: float | None, scale: float | None,
+    normalize: bool | None, tokenizer: str, unrelated: bool, parts: int, rounds: int, budget: int, limit: int, out: Path | None,
 ) -> None:  # fmt: skip
     """Search the weights of a merge by bits per byte, without writing any merge; and tell which models collide.
 
@@ -54,6 +63,7 @@ def command(
 
     from koine.combine.methods import METHODS
     from koine.combine.search import InMemoryMerge, leave_one_out, pareto_front, search_weights
+    from koine.combine.vocabularies import tokenizer_source
     from koine.data import read_records
     from koine.errors import UserError, did_you_mean
     from koine.evaluate import bits_per_byte
@@ -74,15 +84,18 @@ def command(
         if not Path(path).exists():
             raise UserError("no such file or folder", where=path)
         texts[name] = list(islice(read_records(path, split="all"), limit))
-    tokenizer = load_tokenizer(models[0])
+    given = {"density": density, "scale": scale, "normalize": normalize}
     merged = InMemoryMerge(
-        models, method=method, base=base, options={} if density is None else {"density": density}
-    )
+        models, method=method, base=base, tokenizer=tokenizer, unrelated=unrelated,
+        options={name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    everyone = [*models, *([] if base is None else [base])]
+    cutter = load_tokenizer(tokenizer_source(everyone, with_base=base is not None, policy=tokenizer))
 
     def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
         model: Any = merged.set(weights)
         return {
-            name: bits_per_byte(model, tokenizer, records, resamples=1)["overall"]["bits_per_byte"]["value"]
+            name: bits_per_byte(model, cutter, records, resamples=1)["overall"]["bits_per_byte"]["value"]
             for name, records in texts.items()
         }
 
@@ -105,7 +118,10 @@ def command(
     show(models, list(texts), trials, best, front, left_out)
     if out is not None:
         click.echo(f"written to {out}")
-    click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
+    if METHODS[method].takes("weights"):
+        click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
+    else:
+        click.echo(f"--t {best.weights[1]:g}")
 
 
 def show(
@@ -114,7 +130,7 @@ def show(
     trials: Any,
     best: Any,
     front: Any,
-    left_out: list[dict[str, float]],
+    left_out: list[dict[str, float | None]],
 ) -> None:
     """The best and the front, and what leaving a model out does."""
     from rich.console import Console
@@ -142,5 +158,6 @@ def show(
     for name in names:
         table.add_column(name, justify="right")
     for path, changes in zip(models, left_out, strict=True):
-        table.add_row(path.resolve().name, *(f"{changes[name]:+.4f}" for name in names))
+        cells = ("–" if changes[name] is None else f"{changes[name]:+.4f}" for name in names)
+        table.add_row(path.resolve().name, *cells)
     console.print(table)

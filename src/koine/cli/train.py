@@ -167,6 +167,7 @@ def pretrain(
             language_modelling,
             seed=seed,
             tokenizer=tokenizer or model,
+            began_as=model,
             **options,
         )
         return
@@ -220,7 +221,13 @@ def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
     """Supervised fine-tuning on chats: the loss is on the completions only."""
     from koine.train.objectives import supervised_fine_tuning
 
-    _run(lambda vocabulary: _opened(model), supervised_fine_tuning, tokenizer=tokenizer or model, **options)
+    _run(
+        lambda vocabulary: _opened(model),
+        supervised_fine_tuning,
+        tokenizer=tokenizer or model,
+        began_as=model,
+        **options,
+    )
 
 
 def _run(
@@ -247,6 +254,7 @@ def _run(
     device: str,
     out: Path,
     dry_run: bool,
+    began_as: Path | None = None,
     **settings: Any,
 ) -> None:
     chosen = TrainSettings(seed=seed, **settings)
@@ -306,7 +314,17 @@ def _run(
         return
     from koine.train.loop import train as run
 
-    run(model, objective, order, chosen, out=out, tokenizer=tokenizer, evaluate=evaluate, device=device)
+    run(
+        model,
+        objective,
+        order,
+        chosen,
+        out=out,
+        tokenizer=tokenizer,
+        evaluate=evaluate,
+        began_as=began_as,
+        device=device,
+    )
 
 
 def _refuse_half_an_evaluation(settings: TrainSettings, data: tuple[str, ...], split: str | None) -> None:

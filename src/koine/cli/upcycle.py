@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from koine.model.router_losses import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
     from koine.model.config import ModelConfig
@@ -29,12 +32,23 @@ TOP_K = click.option(
     show_default=True,
     help="Feed-forward experts a token goes to.",
 )
-BALANCE = click.option(
-    "--load-balancing", type=float, default=0.01, show_default=True, help="Factor of the balance loss."
-)
-Z_LOSS = click.option(
-    "--z-loss", type=float, default=0.001, show_default=True, help="Factor of the router's z-loss."
-)
+
+
+def losses(method: RouterLosses) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of a method's router losses."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        balance = click.option(
+            "--load-balancing", type=float, default=method.load_balancing, show_default=True, help="Factor of the balance loss."
+        )  # fmt: skip
+        z_loss = click.option(
+            "--z-loss", type=float, default=method.z_loss, show_default=True, help="Factor of the router's z-loss."
+        )  # fmt: skip
+        return balance(z_loss(function))
+
+    return add
+
+
 RANDOM = click.option("--random-seed", default=0, show_default=True, help="Seed of the routers' weights.")
 
 
@@ -52,8 +66,7 @@ def upcycle() -> None:
 @MORE
 @OUT
 @TOP_K
-@BALANCE
-@Z_LOSS
+@losses(BTX)
 @RANDOM
 def btx(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, load_balancing: float,
@@ -86,8 +99,7 @@ def btx(
     type=click.IntRange(1),
     help="Attention experts that keep their gate.  [default: all]",
 )
-@BALANCE
-@Z_LOSS
+@losses(BAM)
 @RANDOM
 def bam(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, attention: str,
@@ -134,10 +146,7 @@ def bam(
     help="Of each domain, how many are read.",
 )
 @TOP_K
-@click.option(
-    "--load-balancing", type=float, default=0.05, show_default=True, help="Factor of the balance loss."
-)
-@click.option("--z-loss", type=float, default=0.0, show_default=True, help="Factor of the router's z-loss.")
+@losses(NEXUS)
 @RANDOM
 def nexus(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...], router: str,
@@ -145,9 +154,10 @@ def nexus(
 ) -> None:  # fmt: skip
     """Nexus: the seed's feed-forward half shared, the branches' routed by embeddings of their domains."""
     from koine.combine import fit_encoder, upcycle_nexus
-    from koine.combine.domains import FOLDER, domain_embedding
+    from koine.combine.domains import domain_embedding
     from koine.errors import UserError
     from koine.files import atomic_directory
+    from koine.model.mixture_files import DOMAIN_ENCODER
 
     named = _named((*experts, *more))
     embeddings: Any = None
@@ -168,8 +178,8 @@ def nexus(
             load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
         if fitted is not None:
-            (folder / FOLDER).mkdir()
-            fitted.save(folder / FOLDER)
+            (folder / DOMAIN_ENCODER).mkdir()
+            fitted.save(folder / DOMAIN_ENCODER)
     _say(config, out)
 
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from koine.combine.alike import ALIKE, field_difference, likeness, tokenizer_differences
 from koine.errors import UserError
-from koine.files import read_json
 from koine.model.checkpoint import StoredWeights, open_weights
 from koine.model.config import ModelConfig
 from koine.model.config_json import read_config
-
-ALIKE = 0.2
-"""Cosine of the matrices of two models below which they have no common ancestor: that of two models trained from different random weights is
-within a few hundredths of 0, and a branch of billions of tokens stays far above."""
-
-COMPARED = 4_000_000
-"""Entries of a matrix that are compared."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +59,14 @@ def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list
 
 def refuse_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
     """Raise `UserError` with the first field in which two configurations differ; experts are not compared."""
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in ("mixture", "initializer_range"):
-            continue
-        ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
-        if ours != theirs:
-            if field.name == "layers":
-                ours, theirs = f"{len(ours)} of one kind", f"{len(theirs)} of another"
-            raise UserError(
-                f"{field.name} is {theirs}, and {ours} in {than}",
-                where=path / "config.json",
-                mend="experts are branches of one seed: give models of equal shape",
-            )
+    difference = field_difference(wanted, found, but=("mixture", "initializer_range"))
+    if difference is not None:
+        name, ours, theirs = difference
+        raise UserError(
+            f"{name} is {theirs}, and {ours} in {than}",
+            where=path / "config.json",
+            mend="experts are branches of one seed: give models of equal shape",
+        )
 
 
 def refuse_other_tokenizer(wanted: Path, found: Path) -> None:
@@ -89,8 +76,7 @@ def refuse_other_tokenizer(wanted: Path, found: Path) -> None:
             raise UserError(
                 "holds no tokenizer.json", where=path, mend="it is needed to check that the models fit"
             )
-    first, second = (_essence(path / "tokenizer.json") for path in (wanted, found))
-    differing = [key for key in first if first[key] != second.get(key)]
+    differing = tokenizer_differences(wanted, found)
     if differing:
         raise UserError(
             f"its tokenizer is another than that of {wanted} (they differ in {', '.join(differing)})",
@@ -99,29 +85,14 @@ def refuse_other_tokenizer(wanted: Path, found: Path) -> None:
         )
 
 
-def _essence(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError("is not a JSON object", where=path, mend="it is no tokenizer")
-    return {
-        key: content.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")
-    }
-
-
 def refuse_other_ancestor(seed: Branch, branch: Branch) -> None:
-    """Raise `UserError` where the matrices of two models have nothing in common (see `ALIKE`)."""
+    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.alike.ALIKE`)."""
     middle = f"model.layers.{len(seed.config.layers) // 2}."
     names = [f"{middle}{part}.weight" for part in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")]
-    likeness = sum(_cosine(seed, branch, name) for name in names) / len(names)
-    if likeness < ALIKE:
+    found = likeness([(seed.tensor(name), branch.tensor(name)) for name in names])
+    if found is not None and found < ALIKE:
         raise UserError(
-            f"has no common ancestor with {seed.path} (the cosine of their matrices is {likeness:.2f})",
+            f"has no common ancestor with {seed.path} (the cosine of their matrices is {found:.2f})",
             where=branch.path,
             mend="give branches of one seed: models that were trained on from it",
         )
-
-
-def _cosine(one: Branch, other: Branch, name: str) -> float:
-    a, b = (branch.tensor(name).flatten()[:COMPARED].double() for branch in (one, other))
-    norms = float(a.norm() * b.norm())
-    return float(a @ b) / norms if norms else float(torch.equal(a, b))

@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from koine.combine.merge import Recipe
+    from koine.combine.recipe import Recipe
 
 
 def model_card(recipe: Recipe, source: str) -> str:
-    """Markdown, with the recipe as JSON that `koine.combine.merge.Recipe` reads back."""
+    """Markdown, with the recipe as JSON that `koine.combine.recipe.Recipe` reads back."""
     names = [path.resolve().name for path in recipe.models]
     weights = recipe.weights or (None,) * len(names)
     rows = "\n".join(

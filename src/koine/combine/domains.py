@@ -18,9 +18,7 @@ from torch import Tensor
 from koine.errors import UserError
 from koine.extras import import_extra
 from koine.files import read_json, write_json
-
-FOLDER = "domain_encoder"
-"""Where the encoder lies in a mixture's folder."""
+from koine.model.mixture_files import DOMAIN_ENCODER
 
 BUCKETS = 32_768
 NGRAMS = (3, 4)
@@ -188,10 +186,10 @@ def fit_encoder(
 
 def load_encoder(model: Path) -> Encoder:
     """The encoder that a mixture's domain embeddings were made by."""
-    folder = model / FOLDER
+    folder = model / DOMAIN_ENCODER
     if not (folder / "encoder.json").exists():
         raise UserError(
-            f"holds no {FOLDER}",
+            f"holds no {DOMAIN_ENCODER}",
             where=model,
             mend="it was not upcycled by nexus; only its router knows domains",
         )

@@ -8,21 +8,22 @@ for what is no expert's own. A Nexus router scores the new expert from its domai
 from __future__ import annotations
 
 import re
-import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from koine.combine.alike import ALIKE
 from koine.combine.branches import (
-    ALIKE,
     Branch,
     open_branch,
     refuse_other_shapes,
     refuse_other_tokenizer,
 )
-from koine.combine.domains import FOLDER, domain_embedding, load_encoder
+from koine.combine.domains import domain_embedding, load_encoder
 from koine.combine.upcycle import (
     DOMAINS,
     expert_name,
@@ -37,6 +38,7 @@ from koine.errors import UserError, did_you_mean
 from koine.model.checkpoint import StoredWeights, open_weights, save_stored
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.config_json import read_config
+from koine.model.mixture_files import carry_mixture_files
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
@@ -121,10 +123,11 @@ def add_expert(
 def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = None) -> ModelConfig:
     """Write `model` without expert `name` to `out`.
 
-    dense: the model that the expert came from: its part in the averages, `1 / n`, is taken out again. That is exact for a mixture that was not trained
-    since; without it the averages stay.
+    dense: the model that the expert came from: its part in the averages, which follows from `mixture.json`, is taken out again. That is exact for a mixture that
+    was not trained since; without it the averages stay.
 
-    Raises `UserError` for an unknown name, the last expert, or a `top_k` that would be larger than the rest.
+    Raises `UserError` for an unknown name, the last expert, a `top_k` that would be larger than the rest, or a dense model whose weights are not those that
+    `mixture.json` tells of.
     """
     config, mixture, weights = open_mixture(model)
     if name not in mixture.experts:
@@ -147,8 +150,18 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
         ),
     )
     branch = None if dense is None else open_branch(dense, name)
+    part: float | None = None
     if branch is not None:
         refuse_other_shapes(config, branch.config, branch.path, than=model)
+        record = read_record(model)
+        _refuse_other_source(record, name, branch.path, model)
+        part = averaged_parts(record).get(name, 1.0 / count)
+        if part >= 1.0:
+            raise UserError(
+                f"expert '{name}' is all that its averages hold",
+                where=model,
+                mend="without its part nothing would be left: leave --expert out, the averages then stay",
+            )
     out_tensors: dict[str, Tensor] = {}
     for stored in weights:
         _, rest = layer_of(stored)
@@ -159,13 +172,49 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
                 out_tensors[f"{found[1]}{number - (number > gone)}{found[3]}"] = weights[stored]
         elif rest in (DOMAINS, "mlp.router.weight", "self_attn.router.weight"):
             out_tensors[stored] = torch.cat((weights[stored][:gone], weights[stored][gone + 1 :]))
-        elif branch is not None and stored in branch.weights and not _is_router(rest):
-            # The reverse of `interpolate` with a share of 1 / count.
-            out_tensors[stored] = interpolate(weights[stored], branch.tensor(stored), -1.0 / (count - 1))
+        elif branch is not None and part is not None and stored in branch.weights and not _is_router(rest):
+            # The reverse of `interpolate` with this part.
+            out_tensors[stored] = interpolate(weights[stored], branch.tensor(stored), -part / (1.0 - part))
         else:
             out_tensors[stored] = weights[stored]
-    _save(out_tensors, shrunk, model, out, removed=name)
+    _save(out_tensors, shrunk, model, out, removed=name, **({} if part is None else {"share": part}))
     return shrunk
+
+
+def averaged_parts(record: Mapping[str, Any]) -> dict[str, float]:
+    """The part of each model in a mixture's averages, by the content of `mixture.json`; they sum to 1, with what was removed and left in the averages.
+
+    Equal at first; one that is added with a share leaves the others the rest of it, and one whose part is taken out gives it back to them.
+    """
+    names = list(record.get("experts", {}))
+    parts = {name: 1.0 / len(names) for name in names}
+    for change in record.get("changes", []):
+        share = change.get("share")
+        if "added" in change:
+            parts = {name: part * (1.0 - share) for name, part in parts.items()}
+            parts |= dict.fromkeys(change["added"], share)
+        elif "removed" in change:
+            part = parts.pop(change["removed"], 0.0)
+            if share is not None:
+                parts = {name: one / (1.0 - share) for name, one in parts.items()}
+            else:
+                # Its expert is gone, and its part in the averages stays, under a name that no expert has.
+                parts[""] = parts.get("", 0.0) + part
+    return parts
+
+
+def _refuse_other_source(record: Mapping[str, Any], name: str, dense: Path, model: Path) -> None:
+    """Raise `UserError` where the weights of `dense` are not those that expert `name` was made of; nothing is known of mixtures without a record."""
+    sources = dict(record.get("experts", {}))
+    for change in record.get("changes", []):
+        sources |= change.get("added", {})
+    source = sources.get(name)
+    if source is not None and source["sha256"] != source_of(dense)["sha256"]:
+        raise UserError(
+            f"is not the model that expert '{name}' of {model} was made of (the sha256 of its weights is another)",
+            where=dense,
+            mend=f"give that one: it was {source['path']}",
+        )
 
 
 def interpolate(old: Tensor, new: Tensor, share: float) -> Tensor:
@@ -203,9 +252,8 @@ def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Pat
     save_stored(
         {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, config, out, tokenizer=model
     )
+    carry_mixture_files(model, out)
     record = read_record(model)
     history = record.get("changes")
     changes = [*(history if isinstance(history, list) else []), {"from": source_of(model), **change}]
     write_record(out, **{**record, "changes": changes})
-    if (model / FOLDER).is_dir():
-        shutil.copytree(model / FOLDER, out / FOLDER)

@@ -13,23 +13,32 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from koine.combine.methods import METHODS, MethodInfo
-from koine.combine.tensor_files import Checkpoint, CheckpointWriter, Entry
-from koine.combine.vocabularies import Vocabularies, align, is_vocabulary_tensor
-from koine.errors import UserError, did_you_mean
-from koine.files import disk_errors, exclusive, fsync_tree, publish_directory, read_json, write_json
-
-BLOCK_ENTRIES = 2**21
-"""Entries of an elementwise method's block."""
+from koine.combine.alike import model_configuration
+from koine.combine.fit import Plan, plan_merge
+from koine.combine.journal import read_journal
+from koine.combine.memory import BLOCK_ENTRIES, ByteBudget, budget_of, workers_of, working_bytes
+from koine.combine.recipe import Recipe
+from koine.combine.tensor_files import CheckpointWriter, Entry
+from koine.combine.vocabularies import write_tokenizer
+from koine.errors import UserError
+from koine.files import (
+    disk_errors,
+    exclusive,
+    fsync_tree,
+    publish_directory,
+    refuse_inside,
+    write_json,
+)
+from koine.hardware import usable_cores
+from koine.model.mixture_files import carry_mixture_files
 
 SYNC_BYTES = 512 * 2**20
 """So many bytes are written between two entries of the journal."""
@@ -60,245 +69,6 @@ NOT_COPIED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is merged, and how.
-
-    weights: one a model. weights_for: pairs of a pattern (`model.layers.[0-3].*`) and the weights of the tensors that it names; the first that fits counts.
-    tokenizer: `first`, `base`, or `union`: whose vocabulary the result has, where the models' differ; empty: they must not differ.
-    options: the method's own numbers. dtype: of the result; None: the first model's.
-    """
-
-    method: str
-    models: tuple[Path, ...]
-    base: Path | None = None
-    weights: tuple[float, ...] = ()
-    weights_for: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    options: Mapping[str, float | bool] = field(default_factory=dict)
-    seed: int = 0
-    tokenizer: str = ""
-    dtype: str | None = None
-    max_shard_bytes: int = 5_000_000_000
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON, paths as text."""
-        content = asdict(self)
-        content["models"] = [str(path) for path in self.models]
-        content["base"] = None if self.base is None else str(self.base)
-        content["options"] = dict(self.options)
-        return content
-
-    def method_info(self) -> MethodInfo:
-        """The method; raises `UserError` for one that does not exist."""
-        if self.method not in METHODS:
-            raise UserError(f"unknown method '{self.method}'", mend=did_you_mean(self.method, METHODS))
-        return METHODS[self.method]
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a merge will take."""
-
-    peak_memory_bytes: int
-    seconds: float
-    output_bytes: int
-    tensors: int
-
-
-@dataclass
-class Plan:
-    """The opened models, and the layout of the result."""
-
-    recipe: Recipe
-    info: MethodInfo
-    models: list[Checkpoint]
-    base: Checkpoint | None
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    vocabularies: Vocabularies | None
-
-    def everyone(self) -> list[Checkpoint]:
-        """The models, and the base last where there is one."""
-        return self.models if self.base is None else [*self.models, self.base]
-
-    def weights_of(self, name: str) -> tuple[float, ...]:
-        """The models' weights for a tensor."""
-        for pattern, weights in self.recipe.weights_for:
-            if fnmatch.fnmatchcase(name, pattern):
-                return weights
-        return self.recipe.weights
-
-    def close(self) -> None:
-        """Close the files."""
-        for checkpoint in self.everyone():
-            checkpoint.close()
-
-
-def plan_merge(recipe: Recipe) -> Plan:
-    """Open and check everything. Raises `UserError` where the models do not fit together or the recipe does not fit the method."""
-    info = recipe.method_info()
-    _check(recipe, info)
-    models = [Checkpoint(path) for path in recipe.models]
-    base = None if recipe.base is None else Checkpoint(recipe.base)
-    everyone = models if base is None else [*models, base]
-    kinds = {one.path: _config(one.path).get("model_type") for one in everyone}
-    first = models[0]
-    for one in everyone[1:]:
-        if kinds[one.path] != kinds[first.path]:
-            raise UserError(
-                f"is a {kinds[one.path]}, and {first.path} a {kinds[first.path]}",
-                where=one.path,
-                mend="models of one architecture can be merged",
-            )
-    vocabularies = align([one.path for one in everyone], with_base=base is not None, policy=recipe.tokenizer)
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    tied = {name for name in ("lm_head.weight",) if _tied(first.path)}
-    names = [name for name in first if name not in tied and not name.endswith("rotary_emb.inv_freq")]
-    for one in everyone[1:]:
-        missing = [name for name in names if name not in one]
-        extra = [
-            name
-            for name in one
-            if name not in first and name not in tied and not name.endswith("rotary_emb.inv_freq")
-        ]
-        if missing or extra:
-            raise UserError(
-                f"lacks {missing[0]}" if missing else f"has {extra[0]}, which {first.path} lacks",
-                where=one.path,
-                mend="models of one architecture and size can be merged",
-            )
-    for name in names:
-        entries = [one[name] for one in everyone]
-        shape = entries[0].shape
-        if vocabularies is not None and is_vocabulary_tensor(name, entries):
-            shape = (vocabularies.rows, *shape[1:])
-        else:
-            _same_shape(name, everyone)
-        _same_kind(name, everyone)
-        dtype = entries[0].dtype
-        if recipe.dtype is not None and dtype.is_floating_point:
-            dtype = getattr(torch, recipe.dtype)
-        layout[name] = (dtype, shape)
-    for pattern, _ in recipe.weights_for:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise UserError(
-                f"no tensor is named '{pattern}'",
-                where="--weights-for",
-                mend=f"names are like {names[len(names) // 2]}",
-            )
-    return Plan(recipe, info, models, base, layout, vocabularies)
-
-
-def _check(recipe: Recipe, info: MethodInfo) -> None:
-    least, most = info.models
-    count = len(recipe.models)
-    if count < least or (most is not None and count > most):
-        wanted = str(least) if least == most else f"at least {least}"
-        raise UserError(f"{recipe.method} merges {wanted} models, and {count} are given")
-    if info.takes("base") != (recipe.base is not None):
-        raise UserError(
-            f"{recipe.method} needs the common ancestor"
-            if info.takes("base")
-            else f"{recipe.method} uses no base",
-            mend="give --base MODEL" if info.takes("base") else "leave --base out",
-        )
-    for weights in (recipe.weights, *(weights for _, weights in recipe.weights_for)):
-        if not info.takes("weights"):
-            if weights:
-                raise UserError(f"{recipe.method} uses no weights", mend="leave --weights out")
-            continue
-        if len(weights) != count:
-            raise UserError(
-                f"{len(weights)} weights for {count} models", mend="give one each, with commas between"
-            )
-        if not all(math.isfinite(weight) for weight in weights):
-            raise UserError(f"the weights are {', '.join(map(str, weights))}", mend="they must be numbers")
-        divided = recipe.options.get(
-            "normalize", info.parameters.get("normalize") and info.parameters["normalize"].default
-        )
-        if divided and abs(sum(weights)) < 1e-8:
-            raise UserError(
-                "the weights sum to 0", mend="they are divided by their sum: choose others, or --no-normalize"
-            )
-    for name in recipe.options:
-        if name not in info.parameters:
-            raise UserError(
-                f"{recipe.method} has no option '{name}'", mend=did_you_mean(name, info.parameters)
-            )
-    for name, parameter in info.parameters.items():
-        if name not in recipe.options and parameter.default is parameter.empty:
-            raise UserError(f"{recipe.method} needs --{name}", mend=f"for example --{name} 0.5")
-    density = recipe.options.get("density")
-    if density is not None and not 0.0 < density <= 1.0:
-        raise UserError(f"the density is {density}", mend="it must be above 0 and at most 1")
-    if recipe.dtype is not None and recipe.dtype not in ("float32", "bfloat16", "float16", "float64"):
-        raise UserError(
-            f"unknown dtype '{recipe.dtype}'",
-            mend=did_you_mean(recipe.dtype, ("float32", "bfloat16", "float16")),
-        )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    content = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    if not isinstance(content, dict):
-        raise UserError(
-            "is not a JSON object", where=path / "config.json", mend="it is no model's configuration"
-        )
-    return content
-
-
-def _tied(path: Path) -> bool:
-    content = _config(path)
-    own_default = content.get("model_type") in ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text")
-    return bool(content.get("tie_word_embeddings", own_default))
-
-
-def _same_shape(name: str, everyone: Sequence[Checkpoint]) -> None:
-    for one in everyone[1:]:
-        if one[name].shape != everyone[0][name].shape:
-            raise UserError(
-                f"{name} has shape {list(one[name].shape)}, and {list(everyone[0][name].shape)} in {everyone[0].path}",
-                where=one.path,
-                mend="models of one size can be merged",
-            )
-
-
-def _same_kind(name: str, everyone: Sequence[Checkpoint]) -> None:
-    for one in everyone[1:]:
-        dtypes = (everyone[0][name].dtype, one[name].dtype)
-        if dtypes[0] != dtypes[1] and not all(dtype.is_floating_point for dtype in dtypes):
-            raise UserError(
-                f"{name} is {dtypes[1]}, and {dtypes[0]} in {everyone[0].path}".replace("torch.", ""),
-                where=one.path,
-                mend="whole numbers are copied where they are equal, and not merged",
-            )
-
-
-def need(plan: Plan, threads: int) -> Need:
-    """What the merge will take, from the sizes of its tensors and rates seen on two cores."""
-    sizes = {name: torch.Size(shape).numel() for name, (_, shape) in plan.layout.items()}
-    output = sum(sizes[name] * dtype.itemsize for name, (dtype, _) in plan.layout.items())
-    copies = len(plan.everyone()) + 1
-    largest = max(plan.layout, key=lambda name: sizes[name])
-    itemsize = plan.models[0][largest].dtype.itemsize
-    if plan.info.elementwise and plan.vocabularies is None:
-        working = threads * BLOCK_ENTRIES * (copies * itemsize + (copies + 2) * 4)
-    else:
-        # The largest tensor of every model, one wide copy of it, and a block of each.
-        working = sizes[largest] * (copies * itemsize + 4) + threads * BLOCK_ENTRIES * (copies + 2) * 4
-    rate = {
-        "linear": 4e8,
-        "slerp": 2e8,
-        "task-arithmetic": 3e8,
-        "ties": 6e7,
-        "dare-linear": 8e7,
-        "dare-ties": 6e7,
-    }
-    entries = sum(sizes.values()) * len(plan.models)
-    return Need(
-        300 * 2**20 + working, 2.0 + entries / rate.get(plan.recipe.method, 1e8), output, len(plan.layout)
-    )
-
-
 def merge(recipe: Recipe, out: Path, *, threads: int | None = None, say: Any = None) -> dict[str, Any]:
     """Merge into the new folder `out`, and return the report (also written there as `merge_report.json`).
 
@@ -310,10 +80,9 @@ def merge(recipe: Recipe, out: Path, *, threads: int | None = None, say: Any = N
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("exists already", where=out, mend="choose another --out or remove it first")
+    refuse_inside(out, [*recipe.models, *([] if recipe.base is None else [recipe.base])])
     plan = plan_merge(recipe)
-    workers = threads or (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    workers = threads or usable_cores()
     work = out.with_name(f".{out.name}.merge")
     try:
         with disk_errors(out):
@@ -346,13 +115,13 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
     journal = work / "journal.jsonl"
     fingerprint = _fingerprint(plan)
     done: dict[str, Any] = {}
-    if journal.exists():
-        lines = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
-        if lines and lines[0].get("fingerprint") == fingerprint:
-            done = {name: figures for line in lines[1:] for name, figures in line.items()}
-        else:
-            shutil.rmtree(work)
+    lines = read_journal(journal)
+    if lines and lines[0].get("fingerprint") == fingerprint:
+        done = {name: figures for line in lines[1:] for name, figures in line.items()}
+    elif work.exists():
+        shutil.rmtree(work)
     work.mkdir(exist_ok=True)
+    budget = ByteBudget(budget_of(plan, threads))
     writer = CheckpointWriter(
         work, plan.layout, max_shard_bytes=plan.recipe.max_shard_bytes, resume=journal.exists()
     )
@@ -378,7 +147,8 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
 
             def one(name: str) -> None:
                 nonlocal written
-                figures = _merge_tensor(plan, writer, name)
+                with budget.hold(working_bytes(plan, name)):
+                    figures = _merge_tensor(plan, writer, name)
                 with lock:
                     done[name] = pending[name] = figures
                     written += writer.entries[name].nbytes
@@ -390,7 +160,7 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
 
             # One thread of torch in each worker: they would wait for each other.
             torch.set_num_threads(1)
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(workers_of(plan, threads)) as pool:
                 futures = [pool.submit(one, name) for name in todo]
                 try:
                     for future in futures:
@@ -423,17 +193,17 @@ def _merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, 
                 )
         writer.write(name, first)
         return {}
-    if plan.vocabularies is not None and is_vocabulary_tensor(name, entries):
+    if plan.by_token(name):
         tensors = [one.read(name) for one in everyone]
         for one, tensor in zip(everyone, tensors, strict=True):
             _refuse_not_finite(tensor, name, one.path)
-        writer.write(name, _by_token(plan, name, tensors).to(dtype))
+        _write(writer, name, _by_token(plan, name, tensors), dtype)
         return {}
     if not plan.info.elementwise:
         tensors = [one.read(name) for one in everyone]
         for one, tensor in zip(everyone, tensors, strict=True):
             _refuse_not_finite(tensor, name, one.path)
-        writer.write(name, apply_method(plan, name, tensors, block=0).to(dtype))
+        _write(writer, name, apply_method(plan, name, tensors, block=0), dtype)
         return figures_of(tensors, plan)
     entry = entries[0]
     rows = max(1, BLOCK_ENTRIES // max(1, entry.row))
@@ -443,7 +213,7 @@ def _merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, 
         tensors = [one.read(name, start, stop) for one in everyone]
         for one, tensor in zip(everyone, tensors, strict=True):
             _refuse_not_finite(tensor, name, one.path)
-        writer.write(name, apply_method(plan, name, tensors, block=number).to(dtype), start)
+        _write(writer, name, apply_method(plan, name, tensors, block=number), dtype, start)
         sampled.append([_sample(tensor, entry) for tensor in tensors])
     return figures_of([torch.cat(parts) for parts in zip(*sampled, strict=True)], plan) if sampled else {}
 
@@ -480,19 +250,35 @@ def _by_token(plan: Plan, name: str, tensors: Sequence[Tensor]) -> Tensor:
             (weights[model] if model < len(weights) else 0.0, tensors[model][place])
             for model, place in holders
         ]
-        if not any(weight for weight, _ in given):
+        if abs(sum(weight for weight, _ in given)) < 1e-8:
+            # The weights of these models cancel out, or are 0: they say nothing about a row that the others lack.
             given = [(1.0, tensor) for _, tensor in given]
         total = sum(weight for weight, _ in given)
         out[row] = sum(tensor.float() * (weight / total) for weight, tensor in given).to(out.dtype)  # type: ignore[union-attr]
     return out
 
 
+def _write(writer: CheckpointWriter, name: str, result: Tensor, dtype: torch.dtype, start: int = 0) -> None:
+    """Write a result, or rows of one, as `dtype`; raises `UserError` where it is too large for that."""
+    cast = result.to(dtype)
+    if not _finite(cast):
+        raise UserError(
+            f"the merged {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}",
+            mend="the weights or the scale are too large, or --dtype too narrow",
+        )
+    writer.write(name, cast, start)
+
+
 def _refuse_not_finite(tensor: Tensor, name: str, path: Path) -> None:
-    # The sum is finite where every entry is; only where it is not, the entries are looked at (large ones may overflow it).
-    if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+    if not _finite(tensor):
         raise UserError(
             f"{name} holds NaN or infinity", where=path, mend="this checkpoint is broken; use an earlier one"
         )
+
+
+def _finite(tensor: Tensor) -> bool:
+    # The sum is finite where every entry is; only where it is not, the entries are looked at (large ones may overflow it).
+    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def _sample(tensor: Tensor, entry: Entry) -> Tensor:
@@ -537,12 +323,14 @@ def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
     for file in sorted(source.iterdir()):
         if not any(fnmatch.fnmatch(file.name, pattern) for pattern in NOT_COPIED) and file.is_file():
             shutil.copyfile(file, work / file.name)
-    config = _config(source)
+    carry_mixture_files(source, work)
+    config = model_configuration(source)
     if plan.recipe.dtype is not None:
         config["dtype"] = plan.recipe.dtype
         config.pop("torch_dtype", None)
-    if plan.vocabularies is not None:
-        plan.vocabularies.write(work, config)
+    if plan.vocabularies is not None or plan.tokenizer != source:
+        rows = None if plan.vocabularies is None else plan.vocabularies.rows
+        write_tokenizer(plan.tokenizer, work, config, rows=rows)
     if config:
         write_json(work / "config.json", config)
     report |= {

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from koine.combine.fit import plan_merge
 from koine.combine.methods import METHODS
+from koine.combine.recipe import Recipe
 from koine.errors import UserError
 from koine.model import Decoder, load_causal_lm
 from koine.model.checkpoint import from_transformers, to_transformers
@@ -99,15 +101,15 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if not beaten(trial)]
 
 
-def leave_one_out(evaluate: Evaluate, weights: tuple[float, ...]) -> list[dict[str, float]]:
+def leave_one_out(evaluate: Evaluate, weights: tuple[float, ...]) -> list[dict[str, float | None]]:
     """For each model, how much each figure rises when it is left out and the others keep their proportions (Command A, arXiv
-    2504.00698): below 0, the model collides with the others there."""
+    2504.00698): below 0, the model collides with the others there. None where it has all the weight: nothing is left then."""
     whole = evaluate(weights)
-    found = []
+    found: list[dict[str, float | None]] = []
     for gone, weight in enumerate(weights):
         rest = 1.0 - weight / sum(weights)
         if rest < 1e-9:
-            found.append(dict.fromkeys(whole, float("inf")))
+            found.append(dict.fromkeys(whole))
             continue
         others = tuple(
             0.0 if index == gone else one / (rest * sum(weights)) for index, one in enumerate(weights)
@@ -120,7 +122,9 @@ def leave_one_out(evaluate: Evaluate, weights: tuple[float, ...]) -> list[dict[s
 class InMemoryMerge:
     """A model that is set to one merge after another. All models' weights stay in memory, in their own dtype.
 
-    Raises `UserError` where a method takes no weights, or the models differ in a tensor.
+    What two models are merged by along a way, SLERP's `t`, is the second's weight.
+
+    Raises `UserError` where a method has nothing to search, a tensor holds NaN or infinity, or the models do not fit together (see `plan_merge`).
     """
 
     def __init__(
@@ -130,27 +134,43 @@ class InMemoryMerge:
         method: str = "linear",
         base: Path | None = None,
         options: Mapping[str, Any] | None = None,
+        tokenizer: str = "",
+        unrelated: bool = False,
     ) -> None:
         self.info = METHODS[method]
-        if not self.info.takes("weights"):
+        if not self.info.takes("weights") and "t" not in self.info.parameters:
             raise UserError(
                 f"{method} has no weights to search",
-                mend="take linear, task-arithmetic, ties or a dare method",
-            )
-        if self.info.takes("base") != (base is not None):
-            raise UserError(
-                f"{method} needs the common ancestor" if base is None else f"{method} uses no base",
-                mend="see --base",
+                mend="take linear, slerp, task-arithmetic, ties or a dare method",
             )
         self.options = dict(options or {})
-        self.states = [_stored(load_causal_lm(path)) for path in (*paths, *([] if base is None else [base]))]
-        for path, state in zip(paths, self.states, strict=False):
-            for name, tensor in self.states[0].items():
-                if name not in state or state[name].shape != tensor.shape:
+        equal = (1.0 / len(paths),) * len(paths)
+        plan = plan_merge(
+            Recipe(
+                method=method,
+                models=tuple(paths),
+                base=base,
+                weights=equal if self.info.takes("weights") else (),
+                options=self.options if self.info.takes("weights") else {**self.options, "t": 0.5},
+                tokenizer=tokenizer,
+                unrelated=unrelated,
+            )
+        )
+        plan.close()
+        if plan.vocabularies is not None:
+            raise UserError(
+                "the models' vocabularies differ",
+                mend="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
+            )
+        everyone = [*paths, *([] if base is None else [base])]
+        self.states = [_stored(load_causal_lm(path)) for path in everyone]
+        for path, state in zip(everyone, self.states, strict=True):
+            for name, tensor in state.items():
+                if not torch.isfinite(tensor).all():
                     raise UserError(
-                        f"differs in {name}",
+                        f"{name} holds NaN or infinity",
                         where=path,
-                        mend="models of one architecture and size can be merged",
+                        mend="this checkpoint is broken; use an earlier one",
                     )
         self.with_base = base is not None
         self.model: nn.Module = load_causal_lm(paths[0], dtype=torch.float32)
@@ -159,7 +179,8 @@ class InMemoryMerge:
     def set(self, weights: tuple[float, ...]) -> nn.Module:
         """The model, with the merge of these weights in float32."""
         # The seed of what a DARE method drops is the same for all weights, so that they are compared on the same mask.
-        arguments: dict[str, Any] = {**self.options, "weights": weights}
+        searched: dict[str, Any] = {"weights": weights} if self.info.takes("weights") else {"t": weights[1]}
+        arguments = self.options | searched
         merged: dict[str, Tensor] = {}
         for name, first in self.states[0].items():
             if not first.is_floating_point():

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,9 @@ from koine.files import read_json, sha256_file, write_json
 from koine.model.block_tensors import split_stored
 from koine.model.checkpoint import save_stored
 from koine.model.config import MixtureConfig, ModelConfig
+from koine.model.mixture_files import RECORD
+from koine.model.router_losses import BAM, BTX, NEXUS
 from koine.model.routers import DomainRouter, LinearRouter
-
-RECORD = "mixture.json"
-"""What a mixture was made of, beside its weights."""
 
 DOMAINS = "mlp.router.domains"
 
@@ -39,7 +39,7 @@ FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def upcycle_btx(seed: Path, experts: Mapping[str, Path], out: Path, *, top_k: int = 1, seed_copies: int = 0, random_seed: int = 0,
-                load_balancing: float = 0.01, z_loss: float = 0.001) -> ModelConfig:  # fmt: skip
+                load_balancing: float = BTX.load_balancing, z_loss: float = BTX.z_loss) -> ModelConfig:  # fmt: skip
     """Branch-train-mix: feed-forward experts and averaged attention. See `koine.combine.branches.open_branches` for what is refused.
 
     seed_copies: more experts that begin as the seed's feed-forward half, as in the parameter-matched baseline of arXiv 2408.08274; they do not count in
@@ -56,7 +56,7 @@ def upcycle_btx(seed: Path, experts: Mapping[str, Path], out: Path, *, top_k: in
 
 def upcycle_bam(seed: Path, experts: Mapping[str, Path], out: Path, *, attention: str = "kv-experts",
                 attention_top_k: int | None = None, top_k: int = 1, random_seed: int = 0,
-                load_balancing: float = 0.01, z_loss: float = 0.001) -> ModelConfig:  # fmt: skip
+                load_balancing: float = BAM.load_balancing, z_loss: float = BAM.z_loss) -> ModelConfig:  # fmt: skip
     """BAM: feed-forward experts, and a mixture of attention experts with their own keys and values or with shared ones."""
     if attention == "averaged":
         raise UserError("BAM does not average the attention", mend="give kv-experts or shared-kv, or use btx")
@@ -68,7 +68,7 @@ def upcycle_bam(seed: Path, experts: Mapping[str, Path], out: Path, *, attention
 
 
 def upcycle_nexus(seed: Path, experts: Mapping[str, Path], out: Path, *, domains: Tensor | None, top_k: int = 1,
-                  random_seed: int = 0, load_balancing: float = 0.05, z_loss: float = 0.0) -> ModelConfig:  # fmt: skip
+                  random_seed: int = 0, load_balancing: float = NEXUS.load_balancing, z_loss: float = NEXUS.z_loss) -> ModelConfig:  # fmt: skip
     """Nexus: the seed's feed-forward half shared, the branches' routed by their domains' embeddings.
 
     domains: `[experts, domain_size]`, in the order of `experts`; `None` for the paper's baseline, a linear router on the same experts.
@@ -226,7 +226,7 @@ def write_record(out: Path, **content: object) -> None:
     write_json(out / RECORD, content)
 
 
-def read_record(path: Path) -> dict[str, object]:
+def read_record(path: Path) -> dict[str, Any]:
     """The content of `mixture.json`; empty where there is none."""
     where = path / RECORD
     content = read_json(where) if where.exists() else {}

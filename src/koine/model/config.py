@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from koine.errors import UserError, did_you_mean
+from koine.model.router_losses import BTX
 
 ATTENTIONS = ("averaged", "kv-experts", "shared-kv")
 """What a mixture does with the attention of its dense models: one average (BTX, Nexus), one expert each with keys and values of its own, or
@@ -48,9 +49,9 @@ class MixtureConfig:
     """Attention experts that keep their gate; `None`: all of them (soft routing)."""
     domain_size: int | None = None
     """Width of the domain embeddings from which the router is projected (Nexus); `None`: a linear router."""
-    load_balancing: float = 0.01
+    load_balancing: float = BTX.load_balancing
     """Factor of the load-balancing loss in training."""
-    z_loss: float = 0.001
+    z_loss: float = BTX.z_loss
     """Factor of the router's z-loss in training."""
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from koine.files import write_json
 from koine.model.checkpoint import save_model
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, load_causal_lm
+from koine.model.mixture_files import carry_mixture_files
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.foreign import open_tokenizer
 from koine.tokenizer.initialise import METHODS, Method, auxiliary_vectors, initialise_rows
@@ -84,6 +85,7 @@ def move_model(
 
         new_embedding = distill_rows(loaded, before, after, match, new_embedding, sample, seed=seed)
     _write(inner, out, tokenizer, after, new_embedding, new_head, match)
+    carry_mixture_files(model, out)
     write_json(
         out / RECORD,
         {

@@ -40,8 +40,8 @@ def branch_train_mix(
     attention_top_k: int = 0,
     encoder: str = "tfidf",
     domain_size: int = 32,
-    load_balancing: float = 0.01,
-    z_loss: float = 0.001,
+    load_balancing: float | None = None,
+    z_loss: float | None = None,
     dtype: str = "bfloat16",
     max_bytes: int = 20_000_000,
     heldout_bytes: int = 200_000,
@@ -55,6 +55,7 @@ def branch_train_mix(
     general: text like that of the seed's own training; `general_share` of each training is of it, and the mixture has it as one more domain.
     new_domain: NAME=PATH of one more, whose expert is added to the finished mixture and tuned in for `extension_steps` on equal parts of it and of the others.
     method: btx, bam, bam-shared-kv, nexus, nexus-linear (the paper's baseline), or average (one dense model). attention_top_k: 0 is soft routing.
+    load_balancing, z_loss: factors of the router losses; none: the method's own (`koine upcycle METHOD --help`).
     """
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))

@@ -6,7 +6,6 @@ Heavy imports are inside the functions, so that a run in which everything is up 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,19 +125,8 @@ def train_on(
         out=out,
         tokenizer=model,
         evaluate=None,
+        began_as=model,
     )
-    _keep_record(model, out)
-
-
-def _keep_record(model: Path, out: Path) -> None:
-    """What a mixture was made of stays with it when it is trained."""
-    from koine.combine.domains import FOLDER
-    from koine.combine.upcycle import RECORD
-
-    if (model / RECORD).exists():
-        shutil.copyfile(model / RECORD, out / RECORD)
-    if (model / FOLDER).is_dir():
-        shutil.copytree(model / FOLDER, out / FOLDER, dirs_exist_ok=True)
 
 
 @step(version="1", estimate=estimates.mixing)
@@ -152,20 +140,23 @@ def mix(
     attention_top_k: int,
     encoder: str,
     domain_size: int,
-    load_balancing: float,
-    z_loss: float,
+    load_balancing: float | None,
+    z_loss: float | None,
     seed: int,
     seed_copies: int = 0,
     out: Path,
 ) -> None:
-    """Make one model of the seed and its branches, by one of `METHODS`; `attention_top_k` 0 is soft routing, `seed_copies` is of `btx`."""
+    """Make one model of the seed and its branches, by one of `METHODS`; `attention_top_k` 0 is soft routing, `seed_copies` is of `btx`;
+    a router loss of None has the method's own factor."""
     import torch
 
     from koine.combine import fit_encoder, upcycle_bam, upcycle_btx, upcycle_nexus
-    from koine.combine.domains import FOLDER, domain_embedding
+    from koine.combine.domains import domain_embedding
     from koine.combine.upcycle import average
+    from koine.model.mixture_files import DOMAIN_ENCODER
 
-    losses = {"load_balancing": load_balancing, "z_loss": z_loss}
+    given = {"load_balancing": load_balancing, "z_loss": z_loss}
+    losses = {name: factor for name, factor in given.items() if factor is not None}
     if method == "btx":
         upcycle_btx(
             seed_model, experts, out, top_k=top_k, seed_copies=seed_copies, random_seed=seed, **losses
@@ -182,8 +173,8 @@ def mix(
         fitted = fit_encoder(encoder, texts, seed_model=seed_model, width=domain_size, random_seed=seed)
         domains = torch.stack([domain_embedding(fitted, texts[name]) for name in experts])
         upcycle_nexus(seed_model, experts, out, domains=domains, top_k=top_k, random_seed=seed, **losses)
-        (out / FOLDER).mkdir(exist_ok=True)
-        fitted.save(out / FOLDER)
+        (out / DOMAIN_ENCODER).mkdir(exist_ok=True)
+        fitted.save(out / DOMAIN_ENCODER)
     elif method == "average":
         average(seed_model, experts, out)
     else:
@@ -202,7 +193,8 @@ def merge_models(
     out: Path,
 ) -> None:
     """A merge of models (`koine.combine.methods`); `options` are the method's own numbers, as `density=0.5`."""
-    from koine.combine.merge import Recipe, merge
+    from koine.combine.merge import merge
+    from koine.combine.recipe import Recipe
 
     numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
     recipe = Recipe(

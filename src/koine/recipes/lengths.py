@@ -80,7 +80,7 @@ def extend_stage(
         batch_size=batch_size,
         seed=seed,
     )
-    train_step(start, mixture, settings, out=out, tokenizer=tokenizer, evaluate=None)
+    train_step(start, mixture, settings, out=out, tokenizer=tokenizer, evaluate=None, began_as=model)
 
 
 def stage_mixture(

@@ -183,6 +183,7 @@ def teach_chat(
         out=out,
         tokenizer=tokenizer,
         evaluate=None,
+        began_as=model,
     )
 
 
@@ -255,6 +256,7 @@ def train_step(
     out: Path,
     tokenizer: Path,
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
+    began_as: Path | None = None,
 ) -> None:
     import torch
 
@@ -269,6 +271,7 @@ def train_step(
         settings,
         out=out,
         tokenizer=tokenizer,
+        began_as=began_as,
         evaluate=evaluate,
     )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -12,6 +12,7 @@ from koine.files import fsync_tree, write_json
 from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM
+from koine.model.mixture_files import carry_mixture_files
 from koine.train import checkpoint as checkpoints
 from koine.train.optimiser import Optimiser
 from koine.train.parallel import Ranks
@@ -25,6 +26,7 @@ def finish(
     optimiser: Optimiser,
     out: Path,
     tokenizer: Path | None,
+    began_as: Path | None,
     ranks: Ranks,
     about: dict[str, Any],
 ) -> None:
@@ -50,6 +52,8 @@ def finish(
         for path in sorted(partial.iterdir()):
             path.replace(out / path.name)
         partial.rmdir()
+        if began_as is not None:
+            carry_mixture_files(began_as, out)
         write_json(out / "training.json", about)
         drop_checkpoints(out, about["best"])
     ranks.barrier()

@@ -48,6 +48,7 @@ def train(
     *,
     out: Path,
     tokenizer: Path | None = None,
+    began_as: Path | None = None,
     evaluate: Evaluate | None = None,
     progress: bool = True,
     device: str = "auto",
@@ -61,6 +62,7 @@ def train(
         model: our decoder, or a `CausalLM` around any of `transformers`, which takes one document a row (see
             `architecture.refuse_packed_documents`); its weights become float32.
         objective: see `Objective`.
+        began_as: the folder that `model` was opened from: what belongs to a mixture beside its weights is carried along.
         evaluate: called every `evaluate_every` steps and after the last one with the model and the number of steps done; its
             figures go to the metrics, and lower is better where the best checkpoint is chosen. Must not change the model.
 
@@ -74,10 +76,34 @@ def train(
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
         out.mkdir(parents=True, exist_ok=True)
         if not ranks.first:
-            _train(model, objective, data, settings, out, tokenizer, evaluate, progress, ranks, interrupt)
+            _train(
+                model,
+                objective,
+                data,
+                settings,
+                out,
+                tokenizer,
+                began_as,
+                evaluate,
+                progress,
+                ranks,
+                interrupt,
+            )
             return
         with exclusive(out / ".lock", doing="training in this folder"):
-            _train(model, objective, data, settings, out, tokenizer, evaluate, progress, ranks, interrupt)
+            _train(
+                model,
+                objective,
+                data,
+                settings,
+                out,
+                tokenizer,
+                began_as,
+                evaluate,
+                progress,
+                ranks,
+                interrupt,
+            )
 
 
 def _train(
@@ -87,6 +113,7 @@ def _train(
     settings: TrainSettings,
     out: Path,
     tokenizer: Path | None,
+    began_as: Path | None,
     evaluate: Evaluate | None,
     progress: bool,
     ranks: Ranks,
@@ -240,7 +267,7 @@ def _train(
         if reporter is not None:
             reporter.close()
     assert saved == steps
-    finish(model, optimiser, out, tokenizer, ranks, {
+    finish(model, optimiser, out, tokenizer, began_as, ranks, {
         "identity": what, "mixture": mixture.to_json(), "seed": mixture.seed, "settings": settings.to_json(),
         "rounding": rounding, "sources": what["sources"], "steps": steps, "best": best, "version": __version__,
     })  # fmt: skip
