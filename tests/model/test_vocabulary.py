@@ -194,3 +194,21 @@ def test_what_cannot_be_moved(folders: tuple[Path, Path], tmp_path: Path) -> Non
     (model / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="holds no tokenizer"):
         move_model(model, tokenizer, tmp_path / "out")
+
+
+def test_distillation_on_a_llama_style_vocabulary(tiny: ModelConfig, tmp_path: Path) -> None:
+    from koine.model.distill import snippets
+    from tests.tokenizer.conftest import save_metaspace
+
+    model = save_metaspace(tmp_path / "model", leading_space=True)
+    before = load_tokenizer(model)
+    save_model(Decoder(replace(tiny, vocab_size=before.vocab_size)), model)
+    trained(GERMAN + KOREAN, 380).save(tmp_path / "new")
+    after = load_tokenizer(tmp_path / "new")
+    match = match_tokenizers(model, tmp_path / "new")
+    places = list(snippets(before, after, match, KOREAN[:20]))
+    assert places
+    for place in places:
+        assert b"".join(map(before.token_bytes, place.spelled)) == after.token_bytes(place.token)
+    move_model(model, tmp_path / "new", tmp_path / "out", method="distill", texts=KOREAN)
+    assert load_model(tmp_path / "out").embedding.weight.shape[0] == after.vocab_size

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from koine.errors import UserError
-from koine.tokenizer.foreign import AnyTokenizer
+from koine.tokenizer.spelling import AnyTokenizer, scored_lengths
 
 SEEN_SHARE = 1e-5
 """A letter counts as seen where it is at least this share of the primary languages' letters."""
@@ -53,7 +53,8 @@ def predict_costs(
     rate, overlap = {}, {}
     for code in expanded:
         size = sum(len(text.encode("utf-8")) for text in texts[code])
-        rate[code] = sum(map(len, tokenizer.encode_batch(texts[code]))) / max(size, 1)
+        lengths, _ = scored_lengths(tokenizer, texts[code], tokenizer.encode_batch(texts[code]))
+        rate[code] = sum(lengths) / max(size, 1)
         letters = _letters(texts[code])
         overlap[code] = sum(letters[letter] for letter in familiar) / max(letters.total(), 1)
     by_rate, by_overlap = ranks(rate), ranks({code: -value for code, value in overlap.items()})
