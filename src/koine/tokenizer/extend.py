@@ -86,10 +86,10 @@ def extend_tokenizer(
             spelled, new_tokens=new_tokens - added, min_frequency=min_frequency, letters=len(letters)
         )
     token_of = {letter: token for token, letter in letters.items()}
-    listed = bool(model["merges"]) and isinstance(model["merges"][0], list)
+    listed = not model["merges"] or isinstance(model["merges"][0], list)
     for left, right in merges:
         first, second = (("".join(token_of[letter] for letter in part)) for part in (left, right))
-        model["merges"].append([first, second] if listed or not model["merges"] else f"{first} {second}")
+        model["merges"].append([first, second] if listed else f"{first} {second}")
         if first + second not in vocabulary:
             vocabulary[first + second] = next_id
             next_id += 1
@@ -124,6 +124,15 @@ def extend_tokenizer(
     _check_kept(old, extended)
     _check_decodes(old, extended, sample, base)
     return Extended(extended, added, len(merges), len(characters))
+
+
+def trained_languages(base: Path) -> set[str] | None:
+    """The languages that the record of folder `base` says it was trained on or extended by; None where there is no record."""
+    path = base / TRAINING
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {*record.get("languages", {}), *record.get("base_languages", [])}
 
 
 def _check_kind(content: Mapping[str, Any], base: Path) -> None:
@@ -179,9 +188,7 @@ def _missing_characters(
     return [character for character in ordered if found[character] >= min_frequency][:most]
 
 
-def _spell(
-    backend: Any, table: PretokenCounts, unknown: str | None
-) -> tuple[dict[str, str], PretokenCounts]:
+def _spell(backend: Any, table: PretokenCounts, unknown: str | None) -> tuple[dict[str, str], PretokenCounts]:
     """The private letter of each old token that occurs, and the table with its pre-tokens spelled in letters.
 
     A pre-token ends at a token that must not be merged: a byte that is written out, unknown text.

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from koine.errors import UserError
+from koine.errors import UserError, did_you_mean
 from koine.tokenizer.spelling import AnyTokenizer, scored_lengths
 
 SEEN_SHARE = 1e-5
@@ -36,9 +36,12 @@ def predict_costs(
 ) -> list[Expected]:
     """Expected adaptation cost of each language of `texts` that is not `primary`, the dearest first.
 
-    `cost` is the mean of the two ranks, from 0 (cheapest) to 1. Raises `UserError` where either side is empty.
+    `cost` is the mean of the two ranks, from 0 (cheapest) to 1. Raises `UserError` where a primary language has no text, or no other
+    language is there.
     """
     known = set(primary)
+    for code in sorted(known - texts.keys()):
+        raise UserError(f"no text of the primary language '{code}'", mend=did_you_mean(code, texts))
     seen: Counter[str] = Counter()
     for code in known & texts.keys():
         seen.update(_letters(texts[code]))
