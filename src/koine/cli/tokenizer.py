@@ -295,7 +295,7 @@ def adapt(
 ) -> None:
     """Move MODEL, any causal language model with a tokenizer.json, to another tokenizer.
 
-    Shared tokens keep their rows. Where the new vocabulary holds the whole old one, moving back gives the old model again.
+    Shared tokens keep their rows. Where the new vocabulary holds the whole old one, moving back gives the old weights again.
     """
     from koine.files import atomic_directory
     from koine.model.vocabulary import move_model
