@@ -37,9 +37,9 @@ def curves(results: dict[str, Any], arm: str) -> tuple[list[int], list[list[floa
 
 
 def adaptation(results: dict[str, Any], out: Path) -> None:
-    """Bits per byte of the expanded languages while they are learnt, per step and per byte of text."""
+    """Bits per byte of the expanded languages while they are learnt, per step and per byte of *expanded* text (the primary fifth is not counted)."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, label in zip(axes, ("steps", "steps × bytes per token"), strict=True):
+    for axis, label in zip(axes, ("steps", "steps × bytes per token of expanded text"), strict=True):
         for arm, name in ARMS.items():
             steps, seeds = curves(results, arm)
             scale = 1.0

@@ -344,8 +344,8 @@ def report(
             },
             {
                 "kind": "lines",
-                "title": "The same, per byte of text",
-                "x_label": "steps times bytes per token",
+                "title": "The same, per byte of expanded text",
+                "x_label": "steps times bytes per token of expanded text",
                 "y_label": "bits per byte",
                 "series": curves(lambda arm, steps: steps * token_bytes(arm)),
             },

@@ -204,4 +204,32 @@ CASES = (
         prepare=worlds.having("text", "tokenizer"),
         says="Invalid value for '--workers': 0 is not in the range x>=1.",
     ),
+    Case(
+        mistake="a language to measure that the data do not have",
+        command="tokenizer measure tokenizer --data text.jsonl --languages de,sw --out m.json",
+        prepare=worlds.having("text", "tokenizer"),
+        says="text.jsonl: no text of language 'sw'; known: de, en",
+    ),
+    Case(
+        mistake="a primary language without text",
+        command="tokenizer predict tokenizer --data text.jsonl --primary en,pl",
+        prepare=worlds.having("text", "tokenizer"),
+        says="no text of the primary language 'pl'; known: de, en",
+    ),
+    Case(
+        mistake="a vocabulary to extend that marks the inside of words",
+        command="tokenizer extend tokenizer --data text.jsonl --tokens 5 --out new",
+        prepare=worlds.having(
+            "text",
+            "tokenizer",
+            then=worlds.marked_inside("tokenizer/tokenizer.json", "##"),
+        ),
+        says="tokenizer: marks the inside of words with '##'; extend a byte-level or byte-fallback BPE tokenizer",
+    ),
+    Case(
+        mistake="a way to guess new rows that needs text, without any",
+        command="tokenizer adapt model --tokenizer tokenizer --init focus --out new",
+        prepare=worlds.having("model", "tokenizer"),
+        says="the method 'focus' learns from text; give some with --text FILE",
+    ),
 )

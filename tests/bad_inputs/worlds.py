@@ -293,6 +293,17 @@ def edited_json(path: str, **changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+def marked_inside(path: str, prefix: str) -> Callable[[Path], None]:
+    """A BPE tokenizer that marks what does not begin a word."""
+
+    def edit(folder: Path) -> None:
+        value = json.loads((folder / path).read_text())
+        value["model"]["continuing_subword_prefix"] = prefix
+        (folder / path).write_text(json.dumps(value))
+
+    return edit
+
+
 def both(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
     def prepare(folder: Path) -> None:
         for step in steps:

@@ -89,3 +89,37 @@ def test_the_committed_results_are_what_the_statistics_make_of_them() -> None:
             assert entry["interval"] == pytest.approx(interval(entry["by_seed"]))
         assert len(results["seeds"]) >= 3
         assert len(results["primary_seeds"]) >= 5
+
+
+def test_the_manual_states_what_follows_from_the_committed_results() -> None:
+    from derived import forgetting, statements
+
+    results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
+    assert forgetting(results) in page
+    for name, text in statements(results).items():
+        assert text in page, name
+
+
+def test_gaps_shares_and_counts_by_hand() -> None:
+    from derived import better_languages, chats_gap, text_of_a_step
+
+    runs = {
+        "chats/universal/0": {"-1": {"th": 3.0}, "10": {"th": 2.0}},
+        "chats/cluster/0": {"-1": {"th": 8.0}, "10": {"th": 2.5}},
+        "continued/universal/0": {"10": {"en": 1.0, "th": 2.0}},
+        "continued/data-mass/0": {"10": {"en": 1.2, "th": 2.0}},
+        "continued/uniform/0": {"10": {"en": 1.1, "th": 2.5}},
+    }
+    results = {
+        "runs": runs,
+        "seeds": [0],
+        "languages": {"primary": ["en"], "expanded": ["th"], "chats": ["th"]},
+        "training_bytes_per_token": {"universal": 4.0, "cluster": 1.0},
+        "bytes_per_token": {"universal": {"en": 2.0}, "cluster": {"en": 3.0}},
+    }
+    assert chats_gap(results, first=True) == [-5.0]
+    assert chats_gap(results, first=False) == [-0.5]
+    assert better_languages(results) == {"uniform": 2, "data": 1}
+    # 0.8 x 4 + 0.2 x 2 over 0.8 x 1 + 0.2 x 3
+    assert text_of_a_step(results) == pytest.approx({"expanded": 4.0, "all": 3.6 / 1.4})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +118,7 @@ def test_a_model_of_transformers(tied: bool, folders: tuple[Path, Path], tmp_pat
     opened = load_causal_lm(tmp_path / "moved")
     assert isinstance(opened, CausalLM)
     inner = opened.inner
-    assert inner.get_input_embeddings().weight.shape[0] == after.vocab_size
+    assert inner.get_input_embeddings().weight.shape[0] == after.vocab_size + 3
     assert inner.config.tie_word_embeddings is tied
     assert inner.config.eos_token_id == after.eos_id
     match = match_tokenizers(model, tokenizer)
@@ -189,8 +191,116 @@ def test_what_cannot_be_moved(folders: tuple[Path, Path], tmp_path: Path) -> Non
     model, tokenizer = folders
     with pytest.raises(UserError, match="learns from text"):
         move_model(model, tokenizer, tmp_path / "out", method="focus")
+    with pytest.raises(UserError, match="learns from text"):
+        move_model(model, tokenizer, tmp_path / "out", method="distill", texts=iter([" ", ""]))
     with pytest.raises(UserError, match="subword-mean"):
         move_model(model, tokenizer, tmp_path / "out", method="subword-men")  # type: ignore[arg-type]
     (model / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="holds no tokenizer"):
         move_model(model, tokenizer, tmp_path / "out")
+
+
+def test_distillation_on_a_llama_style_vocabulary(tiny: ModelConfig, tmp_path: Path) -> None:
+    from koine.model.distill import snippets
+    from tests.tokenizer.conftest import save_metaspace
+
+    model = save_metaspace(tmp_path / "model", leading_space=True)
+    before = load_tokenizer(model)
+    save_model(Decoder(replace(tiny, vocab_size=before.vocab_size)), model)
+    trained(GERMAN + KOREAN, 380).save(tmp_path / "new")
+    after = load_tokenizer(tmp_path / "new")
+    match = match_tokenizers(model, tmp_path / "new")
+    places = list(snippets(before, after, match, KOREAN[:20]))
+    assert places
+    for place in places:
+        assert b"".join(map(before.token_bytes, place.spelled)) == after.token_bytes(place.token)
+    move_model(model, tmp_path / "new", tmp_path / "out", method="distill", texts=KOREAN)
+    assert load_model(tmp_path / "out").embedding.weight.shape[0] == after.vocab_size
+
+
+def llama_of(tokenizer: Tokenizer, folder: Path, *, padding: int = 0, **named: object) -> Path:
+    """A tiny model of transformers with this tokenizer, its embedding padded."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size + padding,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    llama = transformers.LlamaForCausalLM(config)
+    for name, value in named.items():
+        setattr(llama.generation_config, name, value)
+    llama.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_there_and_back_keeps_the_padding(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = folders
+    padded = llama_of(load_tokenizer(model), tmp_path / "padded", padding=12)
+    extend_tokenizer(model, ((text, 1) for text in KOREAN), new_tokens=30).tokenizer.save(tmp_path / "longer")
+    there = move_model(padded, tmp_path / "longer", tmp_path / "there")
+    assert there.reversible
+    assert there.padding == 12
+    move_model(tmp_path / "there", model, tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        padded / "model.safetensors"
+    ).read_bytes()
+
+
+def test_several_ids_that_end_an_answer_are_all_moved(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, tokenizer = folders[0], tmp_path / "korean"
+    trained(KOREAN, 330).save(tokenizer)
+    before, after = load_tokenizer(model), load_tokenizer(tokenizer)
+    gone = next(
+        index
+        for token, index in sorted(before.vocabulary().items())
+        if token not in after.vocabulary() and before.token_bytes(index)
+    )
+    comma = before.encode(",")[0]
+    padded = llama_of(before, tmp_path / "llama", eos_token_id=[before.eos_id, comma, gone])
+    move_model(padded, tokenizer, tmp_path / "moved")
+    found = json.loads((tmp_path / "moved" / "generation_config.json").read_text(encoding="utf-8"))
+    assert found["eos_token_id"] == [after.eos_id, after.encode(",")[0]]
+
+
+@pytest.mark.parametrize("has_markers", [True, False])
+def test_the_model_s_chat_template_is_kept_where_its_markers_are_there(
+    has_markers: bool, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from koine.errors import KoineWarning
+    from koine.tokenizer.special import START_OF_TURN
+
+    model, tokenizer = folders
+    (tokenizer / "chat_template.jinja").unlink()
+    if not has_markers:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            text = (tokenizer / name).read_text(encoding="utf-8")
+            (tokenizer / name).write_text(text.replace(START_OF_TURN, "<|else|>"), encoding="utf-8")
+    if has_markers:
+        move_model(model, tokenizer, tmp_path / "out")
+        assert load_tokenizer(tmp_path / "out").chat_template == load_tokenizer(model).chat_template
+    else:
+        with pytest.warns(
+            KoineWarning, match=r"chat template is left behind.*lacks '<\|START_OF_TURN_TOKEN\|>'"
+        ):
+            move_model(model, tokenizer, tmp_path / "out")
+        assert load_tokenizer(tmp_path / "out").chat_template is None
+
+
+def test_nothing_of_transformers_reaches_standard_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, tokenizer = folders
+    llama = llama_of(load_tokenizer(model), tmp_path / "llama")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "koine", "tokenizer", "adapt", str(llama)),
+            *("--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.endswith(f"written to {tmp_path / 'out'}\n")

@@ -143,6 +143,22 @@ def test_a_moved_model_can_be_adapted(method: str, world: Path, tmp_path: Path) 
     assert counts["dropped"] == counts["spelled"] > 0
 
 
+def test_no_languages_are_all_of_the_corpus(world: Path, tmp_path: Path) -> None:
+    """A method that learns from text must not learn from none in silence, and give the mean of the pieces."""
+    for name, languages in (("all", ()), ("named", ("de", "hi", "tr"))):
+        move_to_tokenizer(
+            world / "model",
+            world / "universal",
+            world / "corpus",
+            method="focus",
+            languages=languages,
+            seed=0,
+            out=tmp_path / name,
+        )
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "named")]
+    assert weights[0] == weights[1]
+
+
 def test_expanded_text_comes_out_of_english(world: Path, tmp_path: Path) -> None:
     from koine.recipes.training import with_english_share
 

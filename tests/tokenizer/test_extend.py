@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from koine.errors import UserError
-from koine.tokenizer import Tokenizer
+from koine import __version__
+from koine.errors import KoineWarning, UserError
+from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.extend import extend_tokenizer
 from koine.tokenizer.predict import predict_costs, ranks, spearman
 
@@ -39,7 +40,7 @@ def test_old_ids_and_merges_stay_and_the_new_language_is_shorter(small: Tokenize
 def test_it_is_as_the_old_merges_first_and_the_new_ones_on_what_they_leave(
     small: Tokenizer, base: Path
 ) -> None:
-    new = extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=60).tokenizer
+    new = extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=30).tokenizer
     for text in KOREAN[:5]:
         old_cuts, total = {0}, 0
         for token in small.encode(text):
@@ -52,6 +53,46 @@ def test_it_is_as_the_old_merges_first_and_the_new_ones_on_what_they_leave(
         assert new_cuts <= old_cuts
 
 
+THAI = [f"แม่น้ำไหลลงทะเล {i} ทะเลกว้างใหญ่" for i in range(100)]
+
+
+@pytest.mark.parametrize("tokens", [10, 30])
+def test_a_byte_fallback_vocabulary_gets_characters_and_still_decodes(metaspace: Path, tokens: int) -> None:
+    """The bytes of a character cannot be merged: such a token would decode to the text `<0xE0><0xB8>`."""
+    old = load_tokenizer(metaspace)
+    extended = extend_tokenizer(metaspace, ((text, 1) for text in THAI), new_tokens=tokens)
+    new = extended.tokenizer
+    added = set(new.vocabulary()) - set(old.vocabulary())
+    assert len(added) == extended.added_tokens == tokens
+    assert extended.added_characters == min(tokens, len({c for c in "".join(THAI) if not c.isascii()}))
+    assert not [token for token in added if "<0x" in token]
+    for text in [*THAI[:3], "a ปลา b", "サ  x\n\nThe map", "The territory number 7 isn't far."]:
+        assert new.decode(new.encode(text)) == text
+        assert b"".join(map(new.token_bytes, new.encode(text))).decode().removeprefix(" ") == text
+    assert len(new.encode(THAI[0])) < 0.8 * len(old.encode(THAI[0]))
+    # words are not merged with their neighbours, though Gemma's tokenizer does not cut them
+    assert not [token for token in added if "▁" in token.lstrip("▁")]
+    assert new.encode("The map says 37") == old.encode("The map says 37")
+
+
+def test_the_record_says_what_it_extends_and_by_what(small: Tokenizer, base: Path, tmp_path: Path) -> None:
+    extended = extend_tokenizer(
+        base, ((text, 1) for text in KOREAN), new_tokens=30, training={"languages": {"ko": 7}}
+    )
+    extended.tokenizer.save(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "tokenizer_training.json").read_text(encoding="utf-8"))
+    assert record["extends"]["tokenizer_sha256"] == small.fingerprint
+    assert record["extends"]["path"] == str(base)
+    assert (record["new_tokens"], record["added_tokens"], record["languages"]) == (30, 30, {"ko": 7})
+    assert record["koine"] == __version__
+    assert "scheme" not in record
+
+
+def test_fewer_tokens_than_asked_for_are_said(base: Path) -> None:
+    with pytest.warns(KoineWarning, match=r"the text gives \d+ tokens, not 100000"):
+        extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=100_000)
+
+
 def test_what_cannot_be_extended(base: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
         extend_tokenizer(base, [("a", 1)], new_tokens=0)
@@ -62,6 +103,11 @@ def test_what_cannot_be_extended(base: Path) -> None:
     content["pre_tokenizer"] = None
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="cuts no text"):
+        extend_tokenizer(base, [("a", 1)], new_tokens=5)
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    content["model"]["continuing_subword_prefix"] = "##"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="marks the inside of words with '##'"):
         extend_tokenizer(base, [("a", 1)], new_tokens=5)
 
 

@@ -10,22 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from koine.errors import UserError
+from koine.errors import KoineWarning, UserError
 from koine.tokenizer import Tokenizer
-from koine.tokenizer.foreign import open_tokenizer, piece_bytes
+from koine.tokenizer.foreign import open_tokenizer
 from koine.tokenizer.measures import Unit, gini, measure, renyi_efficiency, script_of
+from koine.tokenizer.spelling import piece_bytes
 
 
 class Bytes:
     """A token a byte."""
 
     vocab_size = 256
+    unknown_id = None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
+
+    def unknown_bytes(self, texts: list[str]) -> list[int]:
+        return [0] * len(texts)
 
 
 UNITS = [
@@ -59,6 +64,60 @@ def test_numbers_by_hand() -> None:
     assert rows["cluster:asian"]["bytes_per_token"] == 1.0
     # distinct bytes of all texts: half of the vocabulary is not UTF-8 on its own
     assert rows["overall"]["scripts"]["bytes"]["tokens"] == 128
+
+
+def word_pieces(folder: Path, words: list[str]) -> Path:
+    """A WordPiece tokenizer of these words and no other text."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary = {"[UNK]": 0} | {word: index for index, word in enumerate(words, 1)}
+    backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "pieces.json"))
+    return folder / "pieces.json"
+
+
+def test_a_tokenizer_that_does_not_know_a_script_does_not_win_on_it(tmp_path: Path) -> None:
+    opened = open_tokenizer(word_pieces(tmp_path, ["the", "sea", "##s"]))
+    thai = "แม่น้ำไหลลงทะเล"
+    units = [Unit("en", "the seas", "1"), Unit("th", thai, "1")]
+    with pytest.warns(KoineWarning, match=r"pieces has no tokens for 100.0% of th: unknown text counts as"):
+        rows = measure({"pieces": opened, "bytes": Bytes()}, units)
+    # three tokens for the English, the Thai as if each of its bytes were a token
+    assert rows["pieces"]["en"]["tokens"] == 3
+    assert rows["pieces"]["en"]["unknown_share"] == 0.0
+    size = len(thai.encode())
+    assert rows["pieces"]["th"]["tokens"] == size
+    assert rows["pieces"]["th"]["bytes_per_token"] == rows["bytes"]["th"]["bytes_per_token"] == 1.0
+    assert rows["pieces"]["th"]["unknown_share"] == 1.0
+    assert rows["pieces"]["th"]["parity"] == pytest.approx(size / 3)
+    assert rows["pieces"]["th"]["partial_character_share"] == 1.0
+
+
+def test_text_that_a_tokenizer_drops_without_a_token_is_unknown_too(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    Backend(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(str(tmp_path / "drops.json"))
+    opened = open_tokenizer(tmp_path / "drops.json")
+    assert opened.encode_batch(["abä日"]) == [[2]]
+    assert opened.unknown_bytes(["abä日", "a b"]) == [5, 0]
+
+
+def test_sentencepiece_without_byte_fallback(tmp_path: Path) -> None:
+    import sentencepiece
+
+    text = tmp_path / "text.txt"
+    text.write_text("the river runs to the sea\n" * 50, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=18, minloglevel=2
+    )
+    opened = open_tokenizer(tmp_path / "m.model")
+    assert opened.unknown_bytes(["the sea", "the 日本 sea"]) == [0, 6]
+    with pytest.warns(KoineWarning, match="100.0% of ja"):
+        rows = measure({"m": opened}, [Unit("ja", "日本", None)])["m"]
+    assert rows["ja"]["bytes_per_token"] == pytest.approx(6 / 7)  # the six bytes and the leading space
 
 
 def test_gini_of_two_and_of_equals() -> None:

@@ -125,3 +125,13 @@ def test_too_little_text_for_the_vocabulary_is_told() -> None:
 def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"language 'de'.*surrogate"):
         train_tokenizer({"de": lambda: ["a\ud800"]}, vocab_size=400)
+
+
+def test_text_so_long_that_counts_are_scaled_is_said() -> None:
+    from koine.tokenizer.counting import PretokenCounts
+    from koine.tokenizer.training import _say_approximations
+
+    with pytest.warns(
+        KoineWarning, match=r"3 occurrences .* \(1.50% of all\); all counts were scaled by 0.25"
+    ):
+        _say_approximations(PretokenCounts({"a": 197}, occurrences=200, dropped=3, dropped_below=1), 0.25)

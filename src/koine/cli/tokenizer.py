@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,15 @@ def weighting(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=True,
                 help="Only for --scheme temperature: share^(1/T).",
             ),
+            click.option(
+                "--sample-bytes", type=int, help="Bytes of text to train on.  [default: as many as there are]"
+            ),
+            click.option(
+                "--max-repeats",
+                default=10.0,
+                show_default=True,
+                help="Read a language at most this many times.",
+            ),
         ]
     ):
         command = option(command)
@@ -91,10 +101,6 @@ def tokenizer() -> None:
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the tokenizer to."
 )
 @click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
-@click.option("--sample-bytes", type=int, help="Bytes of text to train on.  [default: as many as there are]")
-@click.option(
-    "--max-repeats", default=10.0, show_default=True, help="Read a language at most this many times."
-)
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of texts.")
 def train(
     data: tuple[str, ...],
@@ -103,11 +109,11 @@ def train(
     bucket_mass: Any,
     english_share: float | None,
     temperature: float,
+    sample_bytes: int | None,
+    max_repeats: float,
     vocab_size: int,
     out: Path,
     min_frequency: int,
-    sample_bytes: int | None,
-    max_repeats: float,
     seed: int,
 ) -> None:
     """Train a byte-level BPE tokenizer on weighted languages."""
@@ -136,6 +142,7 @@ def train(
             max_repeats=max_repeats,
             seed=seed,
             show_progress=True,
+            data=data,
         )
         trained.save(folder)
     click.echo(f"{trained.vocab_size:,} tokens written to {out}")
@@ -150,25 +157,28 @@ def weights(
     bucket_mass: Any,
     english_share: float | None,
     temperature: float,
+    sample_bytes: int | None,
+    max_repeats: float,
 ) -> None:
-    """Show how much of each language a tokenizer would be trained on."""
+    """Show how much of each language a tokenizer would be trained on, and how often it would be read."""
     from rich.bar import Bar
     from rich.console import Console
     from rich.table import Table
 
     from koine.languages import bucket
-    from koine.tokenizer.sampling import count_bytes
+    from koine.tokenizer.sampling import count_bytes, quotas
     from koine.tokenizer.weights import language_weights
 
     sizes = count_bytes(texts_of(data, languages))
     shares = language_weights(
         sizes, scheme=scheme, bucket_mass=bucket_mass, english_share=english_share, temperature=temperature
     )
+    drawn = quotas(sizes, shares, sample_bytes=sample_bytes, max_repeats=max_repeats)
     total = sum(sizes.values())
     largest = max(shares.values())
-    table = Table(title=f"{len(sizes)} languages, {total:,} bytes, {scheme}")
-    for name in ("language", "bytes", "share", "bucket", "weight", ""):
-        table.add_column(name, justify="right" if name in ("bytes", "share", "weight") else "left")
+    table = Table(title=f"{len(sizes)} languages, {total:,} bytes, {scheme}", title_justify="left")
+    for name in ("language", "bytes", "share", "bucket", "weight", "read", ""):
+        table.add_column(name, justify="right" if name in ("bytes", "share", "weight", "read") else "left")
     for code in sorted(shares, key=lambda code: (-shares[code], code)):
         key = bucket(code)
         table.add_row(
@@ -177,7 +187,8 @@ def weights(
             f"{sizes[code] / total:.2%}",
             key if isinstance(key, str) else " / ".join(map(str, key)),
             f"{shares[code]:.2%}",
-            Bar(largest, 0.0, shares[code], width=24),
+            f"{drawn[code] / sizes[code]:.2f}×",
+            Bar(largest, 0.0, shares[code], width=8),
         )
     Console().print(table)
 
@@ -237,6 +248,7 @@ def measure(
     result = measure_tokenizers(
         opened,
         units_of(data, languages, parallel=parallel, split=split, max_bytes=max_bytes, max_bad_share=max_bad),
+        languages=codes_of(languages),
         price_per_million=price,
     )
     if out is not None:
@@ -283,7 +295,7 @@ def adapt(
 ) -> None:
     """Move MODEL, any causal language model with a tokenizer.json, to another tokenizer.
 
-    Shared tokens keep their rows. Where the new vocabulary holds the whole old one, moving back gives the old model again.
+    Shared tokens keep their rows. Where the new vocabulary holds the whole old one, moving back gives the old weights again.
     """
     from koine.files import atomic_directory
     from koine.model.vocabulary import move_model
@@ -297,7 +309,8 @@ def adapt(
     click.echo(
         f"{moved.rows:,} tokens: {moved.shared:,} keep their rows, {moved.spelled:,} are new ({init}), "
         f"{moved.unspelled:,} have no spelling (mean); {moved.dropped:,} old tokens dropped"
-        + (": moving back gives the old model again" if moved.reversible else "")
+        + (f"; {moved.padding:,} rows of padding kept" if moved.padding else "")
+        + (": moving back gives the old weights again" if moved.reversible else "")
     )
     click.echo(f"written to {out}")
 
@@ -314,6 +327,12 @@ def adapt(
 @click.option(
     "--compare", is_flag=True, help="Also train a tokenizer of the same size from scratch, and compare."
 )
+@click.option(
+    "--heldout",
+    multiple=True,
+    type=click.Path(),
+    help="Text to measure on.  [default: every 20th text of --data, which is not learnt from]",
+)
 def extend(
     base: Path,
     data: tuple[str, ...],
@@ -322,36 +341,85 @@ def extend(
     out: Path,
     min_frequency: int,
     compare: bool,
+    heldout: tuple[str, ...],
 ) -> None:
-    """Add tokens to the BPE tokenizer BASE for more languages, keeping every old id and every old merge."""
+    """Add tokens to the BPE tokenizer BASE for more languages, keeping every old id and every old merge.
+
+    Other languages of the data that BASE was trained on are measured too, and the tokenizer of --compare learns them with the new ones.
+    """
+    from koine.errors import KoineWarning
     from koine.files import atomic_directory
     from koine.tokenizer import load_tokenizer, train_tokenizer
-    from koine.tokenizer.extend import extend_tokenizer
-    from koine.tokenizer.foreign import open_tokenizer
+    from koine.tokenizer.extend import extend_tokenizer, trained_languages
+    from koine.tokenizer.foreign import AnyTokenizer, open_tokenizer
+    from koine.tokenizer.heldout import EVERY, split_texts
     from koine.tokenizer.measures import Unit
     from koine.tokenizer.measures import measure as measure_tokenizers
+    from koine.tokenizer.sampling import count_bytes
 
     load_tokenizer(base)
-    read = texts_of(data, languages)
+    known = trained_languages(base)
+    new_text = split_texts(texts_of(data, languages), heldout=False, every=None if heldout else EVERY)
+    sizes = count_bytes(new_text)
+    everything = texts_of(data, None)
+    present = count_bytes(everything)
+    old = sorted(code for code in present if code not in sizes and (known is None or code in known))
+    chosen = ",".join([*sizes, *old])
+    if heldout:
+        measured = texts_of(heldout, None)
+        scratch_text = texts_of(data, chosen)
+    else:
+        measured = split_texts(texts_of(data, chosen), heldout=True)
+        scratch_text = split_texts(texts_of(data, chosen), heldout=False)
     with atomic_directory(out) as folder:
         extended = extend_tokenizer(
-            base, ((text, 1) for _, text in read()), new_tokens=tokens, min_frequency=min_frequency
+            base,
+            ((text, 1) for _, text in new_text()),
+            new_tokens=tokens,
+            min_frequency=min_frequency,
+            training={
+                "data": list(data),
+                "languages": {code: {"bytes": size} for code, size in sizes.items()},
+                "base_languages": sorted(known or ()),
+                "sample": "all texts" if heldout else f"all but every {EVERY}th text of each language",
+                "seed": None,
+            },
         )
         extended.tokenizer.save(folder)
+        opened: dict[str, AnyTokenizer] = {"before": open_tokenizer(base), "extended": extended.tokenizer}
+        if compare:
+            if not old:
+                warnings.warn(
+                    "the data has no text of the base's languages, so that the tokenizer from scratch learns the added ones alone; "
+                    "give it with --data, and name the added languages with --languages",
+                    KoineWarning,
+                    stacklevel=2,
+                )
+            opened["from scratch"] = train_tokenizer(
+                scratch_text,
+                vocab_size=extended.tokenizer.vocab_size,
+                min_frequency=min_frequency,
+                scheme="natural",
+                english_share=None,
+            )
     click.echo(
-        f"{extended.added_tokens:,} tokens and {extended.added_merges:,} merges added; written to {out}"
+        f"{extended.added_tokens:,} tokens ({extended.added_characters:,} of them characters) and {extended.added_merges:,} merges added; "
+        f"written to {out}"
     )
-    opened = {"before": open_tokenizer(base), "extended": open_tokenizer(out)}
+    added_codes = ", ".join(sizes)
+    click.echo(f"added languages: {added_codes}; the base's: {', '.join(old) or 'none in the data'}")
     if compare:
-        scratch = train_tokenizer(
-            read,
-            vocab_size=extended.tokenizer.vocab_size,
-            min_frequency=min_frequency,
-            scheme="natural",
-            english_share=None,
+        click.echo(
+            f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from {', '.join([*sizes, *old])}, weighted as they are"
         )
-        opened["from scratch"] = scratch
-    show_measures(measure_tokenizers(opened, (Unit(code, text) for code, text in read())))
+    units = [Unit(code, text) for code, text in measured()]
+    if not units:
+        warnings.warn(
+            "too little text to hold any out; nothing is measured; give --heldout", KoineWarning, stacklevel=2
+        )
+        return
+    click.echo(f"measured on {', '.join(heldout) or f'every {EVERY}th text, which nothing was learnt from'}:")
+    show_measures(measure_tokenizers(opened, units))
 
 
 @tokenizer.command()
@@ -384,34 +452,54 @@ def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> 
 
 
 def show_measures(result: dict[str, dict[str, Any]]) -> None:
-    """The means over languages, a tokenizer a line, and bytes per token of each language."""
+    """The means over languages and bytes per token of each language, a tokenizer a column, in as many tables as the terminal is wide for."""
     from rich.console import Console
     from rich.table import Table
 
     from koine.tokenizer.comparison import is_group, table
 
     console = Console()
+    names = short_names(list(result))
     columns, rows = table(result)
-    overall = Table(title="means over languages")
-    for column in columns:
-        overall.add_column(column, justify="left" if column == "tokenizer" else "right")
-    for row in rows:
-        overall.add_row(*row)
-    console.print(overall)
-    by_language = Table(title="bytes per token (parity with English)")
-    by_language.add_column("language")
-    for name in result:
-        by_language.add_column(Path(name).name, justify="right")
+    by_measure = list(zip(columns[1:], *(row[1:] for row in rows), strict=True))
     codes = [code for code in next(iter(result.values())) if not is_group(code)]
-    for code in codes:
-        cells = []
-        for rows_of in result.values():
-            parity = rows_of[code].get("parity")
-            cells.append(
-                f"{rows_of[code]['bytes_per_token']:.2f}" + ("" if parity is None else f" ({parity:.2f})")
-            )
-        by_language.add_row(code, *cells)
-    console.print(by_language)
+    with_parity = any("parity" in rows_of[code] for rows_of in result.values() for code in codes)
+
+    def cell(name: str, code: str) -> str:
+        parity = result[name][code].get("parity")
+        return f"{result[name][code]['bytes_per_token']:.2f}" + ("" if parity is None else f" ({parity:.2f})")
+
+    widest = max((len(name) for name in columns), default=0)
+    column = min(24, max(12, *map(len, names.values())))
+    most = max(1, (console.width - widest - 5) // (column + 3))
+    for start in range(0, len(result), most):
+        shown = list(result)[start : start + most]
+        overall = Table()
+        overall.add_column("measure", no_wrap=True)
+        by_language = Table()
+        by_language.add_column("language")
+        for name in shown:
+            for one in (overall, by_language):
+                one.add_column(names[name], justify="right", overflow="fold", max_width=column)
+        for measure_name, *values in by_measure:
+            overall.add_row(measure_name, *values[start : start + most])
+        for code in codes:
+            by_language.add_row(code, *(cell(name, code) for name in shown))
+        # As lines: a table breaks its title at its own width.
+        console.print("means over languages")
+        console.print(overall)
+        console.print("bytes per token" + (" (parity with English)" if with_parity else ""))
+        console.print(by_language)
+
+
+def short_names(paths: list[str]) -> dict[str, str]:
+    """The last parts of paths, as many as tell them apart."""
+    longest = max(len(Path(path).parts) for path in paths)
+    for count in range(1, longest + 1):
+        names = {path: str(Path(*Path(path).parts[-count:])) for path in paths}
+        if len(set(names.values())) == len(paths):
+            break
+    return names
 
 
 def units_of(
@@ -425,38 +513,57 @@ def units_of(
 ) -> Iterator[Unit]:
     """The text of records, in the chosen languages, at most `max_bytes` of each; records without a language are `und`."""
     from koine.data.records import TRANSLATED, read_records
-    from koine.errors import UserError
-    from koine.tokenizer.measures import Unit
+    from koine.errors import UserError, did_you_mean
+    from koine.tokenizer.measures import REFERENCE, Unit
 
-    chosen = None if languages is None else [code.strip() for code in languages.split(",") if code.strip()]
+    chosen = codes_of(languages)
+    # Parity needs the English translations, whatever is reported.
+    read = None if chosen is None else chosen | {REFERENCE}
     taken: dict[str, int] = {}
+    present: set[str] = set()
     for path in paths:
-        for record in read_records(path, languages=chosen, max_bad_share=max_bad_share, split="all"):
+        records = read_records(path, languages=read, max_bad_share=max_bad_share, split="all")
+        for record in records:
             code = record["language"]
             if split is not None and record.get("split", split) != split:
                 continue
+            translated = parallel or record.get(TRANSLATED, False)
+            if chosen is not None and code not in chosen and not translated:
+                continue
             if max_bytes is not None and taken.get(code, 0) >= max_bytes:
                 continue
-            translated = parallel or record.get(TRANSLATED, False)
             texts = [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
             for text in texts:
                 taken[code] = taken.get(code, 0) + len(text.encode("utf-8"))
                 yield Unit(code, text, f"{record['id']}" if translated and "text" in record else None)
-    if split is not None and not taken:
+        present |= records.present
+    where = ", ".join(paths)
+    for code in sorted((chosen or set()) - taken.keys()):
         raise UserError(
-            f"no record is of the split '{split}'", where=", ".join(paths), mend="give another --split"
+            f"no text of language '{code}'"
+            + (f" in the split '{split}'" if split is not None and taken else ""),
+            where=where,
+            mend=did_you_mean(code, present),
         )
+    if split is not None and not taken:
+        raise UserError(f"no record is of the split '{split}'", where=where, mend="give another --split")
+
+
+def codes_of(languages: str | None) -> set[str] | None:
+    """The canonical codes of a list with commas; None for no list."""
+    from koine.languages import language
+
+    if languages is None:
+        return None
+    return {language(code.strip()).code for code in languages.split(",") if code.strip()}
 
 
 def texts_of(paths: tuple[str, ...], languages: str | None) -> Callable[[], Iterator[tuple[str, str]]]:
     """A function that reads (language, text) of the chosen languages anew at each call."""
     from koine.errors import UserError, did_you_mean
-    from koine.languages import language
 
     where = ", ".join(paths)
-    chosen = None
-    if languages is not None:
-        chosen = {language(code.strip()).code for code in languages.split(",") if code.strip()}
+    chosen = codes_of(languages)
     checked = False
 
     def read() -> Iterator[tuple[str, str]]:

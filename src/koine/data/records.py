@@ -42,7 +42,7 @@ class RecordReader:
     """Iterates over the good records of a path; `bad` counts the others and `examples` holds the first few.
 
     Iterating raises `UserError` once more than `max_bad_share` of the records are bad (looked at after the first 1,000 and at the
-    end), or where there is no record at all.
+    end), or where there is no record at all. `present` holds the languages of all records, those passed over included.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class RecordReader:
         self.good = 0
         self.bad = 0
         self.examples: list[BadRecord] = []
+        self.present: set[str] = set()
 
     def __iter__(self) -> Iterator[Record]:
-        self.good, self.bad, self.examples = 0, 0, []
+        self.good, self.bad, self.examples, self.present = 0, 0, [], set()
         codes: dict[str, str] = {}
         for file in self.files:
             for place, row in read_rows(file, unit=self.unit):
@@ -91,10 +92,11 @@ class RecordReader:
                             self._check()
                     else:
                         self.good += 1
+                        self.present.add(found["language"])
                         if self.languages is None or found["language"] in self.languages:
                             yield found
         self._check()
-        if not self.good:
+        if not self.good and not self.present:
             raise UserError("holds no records", where=str(self.path), mend="the files are empty")
 
     def _check(self) -> None:
@@ -121,9 +123,11 @@ class RecordReader:
 
     def _wanted(self, code: str) -> bool:
         try:
-            return self.languages is None or find_language(code).code in self.languages
+            found = find_language(code).code
         except UserError:
             return False
+        self.present.add(found)
+        return self.languages is None or found in self.languages
 
     def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
         """The record of a row, or what is wrong with it."""

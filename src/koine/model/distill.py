@@ -43,7 +43,7 @@ def snippets(
     seen: dict[int, int] = {}
     for text in texts:
         old, new = before.encode(text), after.encode(text)
-        old_ends, new_ends = _ends(before, old), _ends(after, new)
+        old_ends, new_ends = _ends(before, old, text), _ends(after, new, text)
         if not old_ends or old_ends[-1] != new_ends[-1]:
             continue  # the two normalise this text differently
         place_of = {0: 0} | {end: index + 1 for index, end in enumerate(old_ends)}
@@ -64,10 +64,13 @@ def snippets(
             )
 
 
-def _ends(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    ends, total = [], 0
-    for token in ids:
-        total += len(tokenizer.token_bytes(token))
+def _ends(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
+    """Where each token ends in the bytes of the text, a space that the tokenizer puts before every text not counted."""
+    parts = [tokenizer.token_bytes(token) for token in ids]
+    total = -1 if b"".join(parts[:2]).startswith(b" ") and not text.startswith(" ") else 0
+    ends = []
+    for part in parts:
+        total += len(part)
         ends.append(total)
     return ends
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from koine.errors import UserError, first_line
+from koine.errors import KoineWarning, UserError, first_line
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.model.checkpoint import load_model
@@ -129,16 +132,39 @@ def load_causal_lm(
         return load_model(path, dtype=dtype, device=device)
     transformers = require_transformers()
     try:
-        inner = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True
-        )
+        with quiet(transformers):
+            inner, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
             f"transformers cannot open it as a causal LM ({first_line(error)})",
             where=path,
             mend="check config.json and the weights, or upgrade transformers",
         ) from None
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"{path}: the weights lack {len(missing)} tensors, the first is {missing[0]}; they are random",
+            KoineWarning,
+            stacklevel=2,
+        )
     return CausalLM(inner).to(device).eval()
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the bars and notes of `transformers` on standard error; what a user should know of, we say ourselves."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def register_with_transformers() -> None:

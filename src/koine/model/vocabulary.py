@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koine.errors import UserError, did_you_mean
-from koine.files import write_json
+from koine.errors import KoineWarning, UserError, did_you_mean
+from koine.files import write_atomically, write_json
 from koine.model.checkpoint import save_model
 from koine.model.decoder import Decoder
-from koine.model.interop import CausalLM, load_causal_lm
+from koine.model.interop import CausalLM, load_causal_lm, quiet, require_transformers
 from koine.model.mixture_files import carry_mixture_files
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.foreign import open_tokenizer
 from koine.tokenizer.initialise import METHODS, Method, auxiliary_vectors, initialise_rows
 from koine.tokenizer.matching import VocabularyMatch, match_vocabularies
+from koine.tokenizer.tokenizer import TEMPLATE
 
 RECORD = "vocabulary.json"
 """Which old token each new one came from; beside the model, so that the move can be understood and taken back."""
@@ -36,10 +38,12 @@ class Moved:
     unspelled: int
     dropped: int
     rows: int
+    padding: int
+    """Rows beyond the old tokenizer's ids; they stand beyond the new one's ids too."""
 
     @property
     def reversible(self) -> bool:
-        """Whether moving the model back gives the old model again: nothing of the old vocabulary was dropped."""
+        """Whether moving the model back gives the old weights again: nothing of the old vocabulary was dropped."""
         return self.dropped == 0
 
 
@@ -55,29 +59,39 @@ def move_model(
     """Write to `out` the model of `model` with the vocabulary of `tokenizer`, its files and its chat template.
 
     method: see `koine.tokenizer.initialise`; `focus` and `distill` learn from `texts`, in the languages that the new tokens are for.
-    Tied embeddings stay tied; an untied head is initialised like the embedding, from its own rows.
+    Tied embeddings stay tied; an untied head is initialised like the embedding, from its own rows. Rows beyond the tokenizer's ids (padding to
+    a round number) stay beyond them, as many as there were. Where the new tokenizer has no chat template, the model keeps its own if the
+    new vocabulary has its special tokens; otherwise a `KoineWarning` says that it is left behind.
 
-    Raises `UserError` where the model has no tokenizer of its own, or a method lacks its text.
+    Raises `UserError` where the model has no tokenizer of its own or fewer rows than that has ids, or a method lacks its text.
     """
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
-    if method in TEXT_METHODS and texts is None:
+    sample = list(texts) if texts is not None and method in TEXT_METHODS else []
+    if method in TEXT_METHODS and not any(text.strip() for text in sample):
         raise UserError(f"the method '{method}' learns from text", mend="give some with --text FILE")
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
     match = match_tokenizers(model, tokenizer)
     loaded = load_causal_lm(model)
     assert isinstance(loaded, Decoder | CausalLM)
     inner = loaded.inner if isinstance(loaded, CausalLM) else loaded
-    sample = list(texts) if texts is not None and method in TEXT_METHODS else []
     auxiliary = None
     if method == "focus":
         auxiliary = auxiliary_vectors((after.encode(text) for text in sample), match.new_size)
     generator = torch.Generator().manual_seed(seed)
 
     def rows(old: Tensor) -> Tensor:
-        return initialise_rows(old.detach(), match, method=method, generator=generator, auxiliary=auxiliary)
+        new = initialise_rows(old.detach(), match, method=method, generator=generator, auxiliary=auxiliary)
+        return torch.cat((new, old.detach()[match.old_size :].cpu()))
 
     embedding, head = _matrices(inner)
+    padding = len(embedding) - match.old_size
+    if padding < 0:
+        raise UserError(
+            f"the model has {len(embedding)} rows and its tokenizer {match.old_size} ids",
+            where=model,
+            mend="give the model its own tokenizer",
+        )
     new_embedding = rows(embedding)
     new_head = None if head is None else rows(head)
     if method == "distill":
@@ -86,6 +100,7 @@ def move_model(
         new_embedding = distill_rows(loaded, before, after, match, new_embedding, sample, seed=seed)
     _write(inner, out, tokenizer, after, new_embedding, new_head, match)
     carry_mixture_files(model, out)
+    _keep_template(before, after, model, tokenizer, out)
     write_json(
         out / RECORD,
         {
@@ -95,6 +110,7 @@ def move_model(
             "new_tokenizer": after.fingerprint,
             "shared": {str(new): old for new, old in sorted(match.shared.items())},
             "dropped": list(match.dropped),
+            "padding": padding,
         },
     )
     return Moved(
@@ -103,6 +119,27 @@ def move_model(
         unspelled=len(match.unspelled),
         dropped=len(match.dropped),
         rows=match.new_size,
+        padding=padding,
+    )
+
+
+def _keep_template(before: Tokenizer, after: Tokenizer, model: Path, tokenizer: Path, out: Path) -> None:
+    if before.chat_template is None or after.chat_template is not None:
+        return
+    template = before.chat_template
+    lacking = [
+        token
+        for token in special_tokens(model)
+        if token in template and token not in special_tokens(tokenizer)
+    ]
+    if not lacking:
+        write_atomically(out / TEMPLATE, template)
+        return
+    warnings.warn(
+        f"the model's chat template is left behind: the new tokenizer has none, and lacks '{lacking[0]}'"
+        + (f" and {len(lacking) - 1} other special tokens of it" if len(lacking) > 1 else ""),
+        KoineWarning,
+        stacklevel=3,
     )
 
 
@@ -175,15 +212,24 @@ def _write(
         ("eos_token_id", tokenizer.eos_id),
         ("pad_token_id", tokenizer.pad_id),
     ):
-        setattr(model.config, name, value)
-        if getattr(model, "generation_config", None) is not None:
-            setattr(model.generation_config, name, value)
-    model.save_pretrained(out)
+        for config in (model.config, getattr(model, "generation_config", None)):
+            if config is not None:
+                setattr(config, name, _moved_ids(getattr(config, name, None), value, match))
+    with quiet(require_transformers()):
+        model.save_pretrained(out)
     tokenizer.save(out)
+
+
+def _moved_ids(old: int | Sequence[int] | None, own: int, match: VocabularyMatch) -> int | list[int]:
+    """What a list of ids (several tokens end an answer) becomes: those that the new vocabulary has, and its `own`; a single id becomes `own`."""
+    if old is None or isinstance(old, int):
+        return own
+    new_of = {source: new for new, source in sorted(match.shared.items(), reverse=True)}
+    return list(dict.fromkeys([*(new_of[one] for one in old if one in new_of), own]))
 
 
 def _bias_rows(bias: nn.Parameter, match: VocabularyMatch) -> Tensor:
     new = torch.full((match.new_size,), float(bias.detach().float().mean()), dtype=bias.dtype)
     for index, source in match.shared.items():
         new[index] = bias.detach()[source]
-    return new
+    return torch.cat((new, bias.detach()[match.old_size :].cpu()))

@@ -156,7 +156,7 @@ def forgetting_blocks(model: Path, primary: tuple[str, ...]) -> list[dict[str, A
     ]
 
 
-@step(version="1", estimate=estimates.tokens)
+@step(version="2", estimate=estimates.tokens)
 def move_to_tokenizer(
     model: Path,
     tokenizer: Path,
@@ -167,13 +167,16 @@ def move_to_tokenizer(
     seed: int,
     out: Path,
 ) -> None:
-    """Swap a model's vocabulary for `tokenizer`'s (the CVA baselines of arXiv 2506.10766 and later ones; see `koine.model.vocabulary`)."""
+    """Swap a model's vocabulary for `tokenizer`'s (the CVA baselines of arXiv 2506.10766 and later ones; see `koine.model.vocabulary`).
+
+    languages: whose text `focus` and `distill` learn from; empty for all of the corpus.
+    """
     from koine.model.vocabulary import TEXT_METHODS, move_model
     from koine.recipes.corpus import existing, read_lines
 
     texts = None
     if method in TEXT_METHODS:
-        paths = existing(corpus, "documents", languages).values()
+        paths = existing(corpus, "documents", languages or load_roles(corpus).all).values()
         texts = [
             record["text"] for path in paths for record, _ in zip(read_lines(path), range(60), strict=False)
         ]

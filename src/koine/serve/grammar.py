@@ -18,7 +18,8 @@ from torch import Tensor
 from koine.errors import UserError
 from koine.extras import import_extra
 from koine.serve.schema import schema_text
-from koine.tokenizer import StreamDecoder, Tokenizer
+from koine.tokenizer import Tokenizer
+from koine.tokenizer.spelling import exact_ids
 
 # Left to itself a model may write white space for ever; these are the separators of `json.dumps`.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -69,10 +70,10 @@ class Grammar:
     @classmethod
     def _compile(cls, source: Callable[[Any], str], tokenizer: Tokenizer, *, kind: str) -> Grammar:
         library: Any = import_extra("llguidance", extra="grammar", purpose="constrain an answer to a grammar")
-        if not isinstance(tokenizer.stream_decoder(), StreamDecoder):
+        if not tokenizer.lossless:
             raise UserError(
-                "constrained answers need a byte-level vocabulary, and this tokenizer's is another",
-                mend="use a model with a byte-level tokenizer",
+                "constrained answers need a vocabulary that holds all bytes, and this tokenizer's does not",
+                mend="use a model with a byte-level or byte-fallback tokenizer",
             )
         matcher = library.LLMatcher(_library_tokenizer(tokenizer), source(library), log_level=0)
         if matcher.is_error():
@@ -153,11 +154,11 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         """How a text that the grammar forces is cut into tokens."""
-        ids = self._tokenizer.encode(text)
-        data = text.encode("utf-8")
-        if b"".join(self.tokens[token_id] for token_id in ids) == data:
+        ids = exact_ids(self._tokenizer, text)
+        if ids is not None:
             return ids
         # The normaliser has changed the text (a schema may hold any form of a letter); its bytes are asked for.
+        data = text.encode("utf-8")
         return [self._single[byte] for byte in data]
 
 

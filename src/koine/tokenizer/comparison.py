@@ -18,6 +18,7 @@ SHOWN = {
     "parity": ("tokens relative to English", 2),
     "gini": ("Gini over languages", 3),
     "renyi_efficiency": ("Rényi efficiency", 3),
+    "unknown_share": ("unknown text", 4),
     "partial_character_share": ("partial characters", 4),
     "cost_per_megabyte": ("cost of a megabyte", 3),
     "megabytes_per_second": ("MB/s", 1),

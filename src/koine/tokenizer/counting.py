@@ -7,11 +7,14 @@ chunk at a time (in Rust, on all cores), its tables are merged, and the rarest e
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
+
+Watched = Callable[[Iterable[tuple[str, str]]], Iterator[tuple[str, str]]]
 
 CHUNK_BYTES = 32 * 2**20
 DIRECT_BYTES = 64 * 2**20
@@ -118,28 +121,35 @@ def repeated(table: PretokenCounts, scale: float) -> Iterator[str]:
 
 
 @contextmanager
-def counting_progress(
-    shown: bool, *, total: int
-) -> Iterator[Callable[[Iterable[tuple[str, int]]], Iterator[tuple[str, int]]]]:
-    """A function to pass (text, times) through, with a bar of the bytes counted so far where `shown`."""
-    if not shown:
+def counting_progress(shown: bool, *, what: str, total: int | None = None) -> Iterator[Watched]:
+    """A function to pass (language, text) through, with a bar on standard error of the bytes so far where `shown` and a terminal is there.
+
+    total: bytes, where it is known how many there will be.
+    """
+    if not shown or not on_terminal():
         yield iter
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("counting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("counting", total=total)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
 
-        def watched(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+        def watched(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
             since = 0
-            for text, times in texts:
-                yield text, times
+            for code, text in texts:
+                yield code, text
                 since += len(text.encode("utf-8"))
                 if since > 1_000_000:
                     progress.advance(task, since)
                     since = 0
-            progress.update(task, completed=total)
+            if total is not None:
+                progress.update(task, completed=total)
 
         yield watched
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: elsewhere bars are noise, and the library's trainer prints empty lines to standard output."""
+    return sys.stdout.isatty() and sys.stderr.isatty()

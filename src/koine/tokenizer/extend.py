@@ -8,13 +8,17 @@ letter of a private alphabet, and the library's trainer learns merges of these l
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koine.errors import UserError
+from koine import __version__
+from koine.errors import KoineWarning, UserError
 from koine.tokenizer.counting import PretokenCounts, count_pretokens, feeding_scale, repeated
+from koine.tokenizer.spelling import BYTE_TOKEN, SPACE_MARK
 from koine.tokenizer.tokenizer import TOKENIZER, TRAINING, Tokenizer, load_tokenizer, read_files
 
 # The private alphabet: code points from here on, without the surrogates.
@@ -22,13 +26,18 @@ _FIRST_LETTER = 0x4E00
 _SURROGATES = (0xD800, 0xE000)
 
 
+SAMPLE_BYTES = 200_000
+"""Text of the sample that must decode as before."""
+
+
 @dataclass(frozen=True)
 class Extended:
-    """A tokenizer with tokens added to it."""
+    """A tokenizer with tokens added to it, `added_characters` of them characters that it had only as bytes or not at all."""
 
     tokenizer: Tokenizer
     added_tokens: int
     added_merges: int
+    added_characters: int
 
 
 def extend_tokenizer(
@@ -41,11 +50,92 @@ def extend_tokenizer(
 ) -> Extended:
     """The tokenizer of folder `base` with up to `new_tokens` more, learnt from (text, times).
 
-    Raises `UserError` where `base` is no BPE tokenizer that cuts text before it merges, or the text has nothing to add.
+    A byte-fallback vocabulary decodes `<0xE0>` only where it stands alone, so its bytes cannot be merged: the characters that the text
+    has and the vocabulary lacks come first, the most frequent first (each saves two tokens or so, a merge one), then merges.
+
+    training: what the record of the extension (`tokenizer_training.json`) says of the text, beside base, sizes and version.
+
+    Fewer tokens than asked for are a `KoineWarning`. Raises `UserError` where `base` is no BPE tokenizer that cuts text before it merges,
+    the text has nothing to add, or the result would not decode its own sample as before.
     """
     if new_tokens < 1:
         raise UserError(f"{new_tokens} new tokens", mend="ask for at least 1")
     content = json.loads((base / TOKENIZER).read_text(encoding="utf-8"))
+    _check_kind(content, base)
+    model = content["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(base / TOKENIZER))
+    sample: list[str] = []
+    table = count_pretokens(
+        _watched(texts, sample), normalizer=backend.normalizer, pre_tokenizer=_cuts(backend, vocabulary)
+    )
+    taken = [*vocabulary.values(), *(token["id"] for token in content.get("added_tokens", []))]
+    next_id = max(taken) + 1
+    characters = _missing_characters(table, vocabulary, most=new_tokens, min_frequency=min_frequency)
+    for character in characters:
+        vocabulary[character] = next_id
+        next_id += 1
+    added = len(characters)
+    learner = Backend.from_str(json.dumps(content)) if characters else backend
+    letters, spelled = _spell(learner, table, model.get("unk_token"))
+    merges: list[tuple[str, str]] = []
+    if added < new_tokens:
+        merges = _learn(
+            spelled, new_tokens=new_tokens - added, min_frequency=min_frequency, letters=len(letters)
+        )
+    token_of = {letter: token for token, letter in letters.items()}
+    listed = not model["merges"] or isinstance(model["merges"][0], list)
+    for left, right in merges:
+        first, second = (("".join(token_of[letter] for letter in part)) for part in (left, right))
+        model["merges"].append([first, second] if listed else f"{first} {second}")
+        if first + second not in vocabulary:
+            vocabulary[first + second] = next_id
+            next_id += 1
+            added += 1
+    if not added:
+        raise UserError(
+            f"the text gives no pair of tokens that occurs {min_frequency} times",
+            mend="give more text, or a lower --min-frequency",
+        )
+    if added < new_tokens:
+        warnings.warn(
+            f"the text gives {added} tokens, not {new_tokens}: no other pair occurs {min_frequency} times; "
+            "give more text, a lower min_frequency or fewer tokens",
+            KoineWarning,
+            stacklevel=2,
+        )
+    old = load_tokenizer(base)
+    files = read_files(base)
+    files[TOKENIZER] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    record = {
+        "koine": __version__,
+        "extends": {"path": str(base), "tokenizer_sha256": old.fingerprint, "vocab_size": old.vocab_size},
+        "new_tokens": new_tokens,
+        "min_frequency": min_frequency,
+        "added_tokens": added,
+        "added_merges": len(merges),
+        "added_characters": len(characters),
+        **(training or {}),
+    }
+    files[TRAINING] = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+    extended = Tokenizer(files, where=base)
+    _check_kept(old, extended)
+    _check_decodes(old, extended, sample, base)
+    return Extended(extended, added, len(merges), len(characters))
+
+
+def trained_languages(base: Path) -> set[str] | None:
+    """The languages that the record of folder `base` says it was trained on or extended by; None where there is no record."""
+    path = base / TRAINING
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {*record.get("languages", {}), *record.get("base_languages", [])}
+
+
+def _check_kind(content: Mapping[str, Any], base: Path) -> None:
     model = content.get("model", {})
     if model.get("type") != "BPE":
         raise UserError(
@@ -57,49 +147,68 @@ def extend_tokenizer(
             where=base,
             mend="extend a tokenizer with a pre-tokenizer",
         )
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(base / TOKENIZER))
-    table = count_pretokens(texts, normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer)
-    letters, spelled = _spell(backend, table)
-    merges = _learn(spelled, new_tokens=new_tokens, min_frequency=min_frequency, letters=len(letters))
-    token_of = {letter: token for token, letter in letters.items()}
-    vocabulary: dict[str, int] = model["vocab"]
-    listed = bool(model["merges"]) and isinstance(model["merges"][0], list)
-    taken = [*vocabulary.values(), *(token["id"] for token in content.get("added_tokens", []))]
-    next_id = max(taken) + 1
-    added = 0
-    for left, right in merges:
-        first, second = (("".join(token_of[letter] for letter in part)) for part in (left, right))
-        model["merges"].append([first, second] if listed or not model["merges"] else f"{first} {second}")
-        if first + second not in vocabulary:
-            vocabulary[first + second] = next_id + added
-            added += 1
-    if not added:
+    if model.get("continuing_subword_prefix"):
         raise UserError(
-            f"the text gives no pair of tokens that occurs {min_frequency} times",
-            mend="give more text, or a lower --min-frequency",
+            f"marks the inside of words with '{model['continuing_subword_prefix']}'",
+            where=base,
+            mend="extend a byte-level or byte-fallback BPE tokenizer",
         )
-    files = read_files(base)
-    files[TOKENIZER] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    if training is not None:
-        files[TRAINING] = json.dumps(training, ensure_ascii=False, indent=2) + "\n"
-    extended = Tokenizer(files, where=base)
-    _check_kept(load_tokenizer(base), extended)
-    return Extended(extended, added, len(merges))
 
 
-def _spell(backend: Any, table: PretokenCounts) -> tuple[dict[str, str], PretokenCounts]:
-    """The private letter of each old token that occurs, and the table with its pre-tokens spelled in letters."""
+def _cuts(backend: Any, vocabulary: Mapping[str, int]) -> Any:
+    """The tokenizer's cuts; where it writes spaces as `▁`, also one before these, since Gemma's cuts only where a space is left."""
+    from tokenizers import Regex, pre_tokenizers
+
+    if SPACE_MARK not in vocabulary:
+        return backend.pre_tokenizer
+    words = pre_tokenizers.Split(Regex(f"{SPACE_MARK}*[^{SPACE_MARK}]+|{SPACE_MARK}+"), behavior="isolated")
+    return pre_tokenizers.Sequence([backend.pre_tokenizer, words])
+
+
+def _watched(texts: Iterable[tuple[str, int]], sample: list[str]) -> Iterator[tuple[str, int]]:
+    """The texts as they are; the first `SAMPLE_BYTES` of them also go into `sample`."""
+    size = 0
+    for text, times in texts:
+        if size < SAMPLE_BYTES:
+            size += len(text.encode("utf-8"))
+            sample.append(text)
+        yield text, times
+
+
+def _missing_characters(
+    table: PretokenCounts, vocabulary: Mapping[str, int], *, most: int, min_frequency: int
+) -> list[str]:
+    """Up to `most` characters of the pre-tokens that are no tokens, the most frequent first; none in a byte-level vocabulary."""
+    found: Counter[str] = Counter()
+    for word, count in table.counts.items():
+        for character in word:
+            if character not in vocabulary:
+                found[character] += count
+    ordered = sorted(found, key=lambda character: (-found[character], character))
+    return [character for character in ordered if found[character] >= min_frequency][:most]
+
+
+def _spell(backend: Any, table: PretokenCounts, unknown: str | None) -> tuple[dict[str, str], PretokenCounts]:
+    """The private letter of each old token that occurs, and the table with its pre-tokens spelled in letters.
+
+    A pre-token ends at a token that must not be merged: a byte that is written out, unknown text.
+    """
     letters: dict[str, str] = {}
     spelled = PretokenCounts(occurrences=table.occurrences)
+    fallback = bool(getattr(backend.model, "byte_fallback", False))
     for word, count in table.counts.items():
-        text = ""
+        parts = [""]
         for token in backend.model.tokenize(word):
-            if token.value not in letters:
-                letters[token.value] = _letter(len(letters))
-            text += letters[token.value]
-        spelled.counts[text] = spelled.counts.get(text, 0) + count
+            value = token.value
+            if value == unknown or (fallback and BYTE_TOKEN.fullmatch(value)):
+                parts.append("")
+                continue
+            if value not in letters:
+                letters[value] = _letter(len(letters))
+            parts[-1] += letters[value]
+        for text in parts:
+            if text:
+                spelled.counts[text] = spelled.counts.get(text, 0) + count
     return letters, spelled
 
 
@@ -133,3 +242,16 @@ def _check_kept(old: Tokenizer, new: Tokenizer) -> None:
     moved = [token for token, token_id in before.items() if after.get(token) != token_id]
     if moved:
         raise RuntimeError(f"extending moved the ids of {len(moved)} tokens, the first is {moved[0]!r}")
+
+
+def _check_decodes(old: Tokenizer, new: Tokenizer, sample: Sequence[str], base: Path) -> None:
+    """Text goes to ids and back as it did before; where the old tokenizer lost some of it, the new one may lose less."""
+    for text in sample:
+        decoded = new.decode(new.encode(text))
+        before = old.decode(old.encode(text))
+        if decoded not in (before, text) and (old.lossless or len(decoded) < len(before)):
+            raise UserError(
+                f"extended, it would decode '{text[:30]}' to '{decoded[:30]}'",
+                where=base,
+                mend="extend a byte-level or byte-fallback BPE tokenizer",
+            )

@@ -13,17 +13,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from koine.errors import UserError
 from koine.extras import import_extra
-from koine.tokenizer.streaming import byte_level_table
-
-SPACE_MARK = "▁"
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from koine.tokenizer.spelling import SPACE_MARK, AnyTokenizer, Spelling, piece_bytes
 
 # How the published vocabularies cut text; a `.tiktoken` file holds the ranks alone.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -55,20 +51,6 @@ TIKTOKEN_PATTERNS = {
 }
 
 
-class AnyTokenizer(Protocol):
-    """What a measure needs of a tokenizer."""
-
-    vocab_size: int
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
-        ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text that a token stands for; none for a special token."""
-        ...
-
-
 class _Backend:
     """A tokenizer of the `tokenizers` library."""
 
@@ -77,33 +59,25 @@ class _Backend:
         backend.no_truncation()
         backend.encode_special_tokens = True
         self._backend = backend
-        ids = backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1
-        self._tokens = {token_id: token for token, token_id in ids.items()}
-        self._added = backend.get_added_tokens_decoder()
-        parts = _parts(json.loads(backend.to_str()))
-        self._characters = byte_level_table() if "ByteLevel" in parts else None
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._spelling = Spelling(backend, json.loads(backend.to_str()))
+        self.unknown_id = self._spelling.unknown_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def token_bytes(self, token_id: int) -> bytes:
-        added = self._added.get(token_id)
-        if added is not None:
-            return b"" if added.special else str(added.content).encode("utf-8")
-        token = self._tokens.get(token_id)
-        if token is None:
-            return b""
-        if self._characters is not None:
-            if all(character in self._characters for character in token):
-                return bytes(self._characters[character] for character in token)
-            return str(token).encode("utf-8")
-        return piece_bytes(str(token).removeprefix("##"))
+        return self._spelling.token_bytes(token_id)
+
+    def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
+        return self._spelling.unknown_bytes(texts)
 
 
 class _Tiktoken:
-    """A vocabulary of the `tiktoken` library."""
+    """A vocabulary of the `tiktoken` library; it holds all bytes."""
+
+    unknown_id: int | None = None
 
     def __init__(self, path: Path) -> None:
         tiktoken = import_extra("tiktoken", extra="measure", purpose="open a .tiktoken file")
@@ -124,6 +98,9 @@ class _Tiktoken:
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokens.get(token_id, b"")
 
+    def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
+        return [0] * len(texts)
+
 
 class _SentencePiece:
     """A model of the `sentencepiece` library."""
@@ -139,6 +116,8 @@ class _SentencePiece:
                 mend="give another file",
             ) from None
         self.vocab_size = int(self._processor.get_piece_size())
+        self.unknown_id: int | None = int(self._processor.unk_id())
+        self._byte_tokens = any(map(self._processor.is_byte, range(self.vocab_size)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self._processor.encode(list(texts), num_threads=2)
@@ -147,15 +126,22 @@ class _SentencePiece:
     def token_bytes(self, token_id: int) -> bytes:
         if self._processor.is_control(token_id) or self._processor.is_unknown(token_id):
             return b""
-        return piece_bytes(self._processor.id_to_piece(token_id))
+        return piece_bytes(self._processor.id_to_piece(token_id), byte_tokens=self._byte_tokens)
 
-
-def piece_bytes(piece: str) -> bytes:
-    """The bytes of a SentencePiece-style token: `▁` is a space, `<0xE2>` a byte."""
-    match = BYTE_TOKEN.fullmatch(piece)
-    if match is not None:
-        return bytes([int(match.group(1), 16)])
-    return piece.replace(SPACE_MARK, " ").encode("utf-8")
+    def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
+        if self._byte_tokens:
+            return [0] * len(texts)
+        # As strings, unknown pieces are the text that they stand for.
+        return [
+            sum(
+                len(piece.replace(SPACE_MARK, "").encode("utf-8"))
+                for token, piece in zip(ids, pieces, strict=True)
+                if token == self.unknown_id
+            )
+            for ids, pieces in zip(
+                self.encode_batch(texts), self._processor.encode(list(texts), out_type=str), strict=True
+            )
+        ]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -189,18 +175,6 @@ def tiktoken_pattern(path: Path, size: int) -> str:
     if size <= 60_000:
         return TIKTOKEN_PATTERNS["50k"]
     return TIKTOKEN_PATTERNS["cl100k" if size <= 120_000 else "o200k"]
-
-
-def _parts(value: dict[str, Any]) -> set[str]:
-    """The kinds of the pre-tokenizers and decoders of a `tokenizer.json`."""
-    found = set()
-    waiting = [value.get("pre_tokenizer"), value.get("decoder")]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            found.add(str(part.get("type")))
-            waiting += [*part.get("pretokenizers", []), *part.get("decoders", [])]
-    return found
 
 
 def open_tokenizer(path: str | Path) -> AnyTokenizer:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from koine.tokenizer.foreign import AnyTokenizer
+from koine.tokenizer.spelling import AnyTokenizer, exact_ids
 
 
 class Named(Protocol):
@@ -49,19 +49,24 @@ def match_vocabularies(
     old_special, new_special: special token -> id.
     parts: (new id, old id) of special tokens that play the same part under different names (begin of text, ...).
     """
-    by_bytes: dict[bytes, int] = {}
+    same: dict[bytes, list[int]] = {}
     for index in range(old.vocab_size):
         data = old.token_bytes(index)
         if data:
-            by_bytes.setdefault(data, index)
+            same.setdefault(data, []).append(index)
+    by_bytes = {data: places[0] for data, places in same.items()}
     shared: dict[int, int] = {}
     missing: list[tuple[int, bytes]] = []
+    met: dict[bytes, int] = {}
     for index in range(new.vocab_size):
         data = new.token_bytes(index)
         if not data:
             continue
-        if data in by_bytes:
-            shared[index] = by_bytes[data]
+        if data in same:
+            # Byte-fallback vocabularies hold some bytes twice (`A` and `<0x41>`), each with a row of its own.
+            place = met.get(data, 0)
+            met[data] = place + 1
+            shared[index] = same[data][min(place, len(same[data]) - 1)]
         else:
             missing.append((index, data))
     for token, index in new_special.items():
@@ -94,7 +99,9 @@ def _spell(
             found = [by_bytes.get(bytes([byte])) for byte in data]
             if all(one is not None for one in found):
                 pieces[index] = tuple(one for one in found if one is not None)
-    for (index, _), ids in zip(texts, old.encode_batch([text for _, text in texts]), strict=True):
-        if ids:
-            pieces[index] = tuple(ids)
+    for (index, text), ids in zip(texts, old.encode_batch([text for _, text in texts]), strict=True):
+        # Where no exact spelling is found (the old tokenizer changes the text), its own is the best guess there is.
+        spelled = exact_ids(old, text, ids) or [token for token in ids if token != old.unknown_id]
+        if spelled:
+            pieces[index] = tuple(spelled)
     return pieces

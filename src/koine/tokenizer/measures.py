@@ -8,9 +8,13 @@
 | `tokens_per_sentence` | tokens over records that have a translation into English, in parallel text |
 | `parity` | tokens of these records over those of their English translations (Petrov et al. 2023, "premium") |
 | `renyi_efficiency` | H_2.5(p) / log V of the token frequencies p (Zouhar et al. 2023) |
+| `unknown_share` | share of the bytes that the tokenizer reads as unknown (`[UNK]`) or drops; **each such byte counts as one token** in all rows |
 | `partial_character_share` | share of tokens that are not whole characters: bytes, or pieces of characters |
 | `distinct_tokens` | different tokens that the text uses |
 | `cost_per_megabyte` | price of 10^6 bytes of text, at a given price of 10^6 tokens |
+
+Unknown text counts as its bytes because one `[UNK]` for a word would be the best compression of all: a tokenizer that does not know a script
+would win on it.
 
 Groups (all languages, and each cluster) hold the means over their languages, so that a large language does not hide a small one, and the
 Gini coefficient of what a text costs: of parity in parallel text, else of tokens per byte (0: all pay the same).
@@ -21,18 +25,17 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from koine.errors import UserError
+from koine.errors import KoineWarning, UserError
 from koine.languages import CLUSTERS, language
-
-if TYPE_CHECKING:
-    from koine.tokenizer.foreign import AnyTokenizer
+from koine.tokenizer.spelling import AnyTokenizer, scored_lengths
 
 RENYI_ORDER = 2.5
 """Zouhar et al. 2023 found that this order predicts translation quality best."""
@@ -72,17 +75,26 @@ class _Count:
     """What one tokenizer made of one language."""
 
     tokens: int = 0
+    unknown: int = 0  # bytes, each counted as a token
     frequencies: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     parallel: list[int] = field(default_factory=list)
 
 
 def measure(
-    tokenizers: Mapping[str, AnyTokenizer], units: Iterable[Unit], *, price_per_million: float | None = None
+    tokenizers: Mapping[str, AnyTokenizer],
+    units: Iterable[Unit],
+    *,
+    languages: Collection[str] | None = None,
+    price_per_million: float | None = None,
 ) -> dict[str, dict[str, Measures]]:
     """tokenizer -> language -> measure, and tokenizer -> `overall` and `cluster:NAME` for the groups.
 
     The text is read once, in batches; memory grows with vocabularies and languages, and with the number of parallel units, not with the
     text. Special tokens in the text count as plain text.
+
+    languages: the codes to report; English among `units` beside them serves as the reference of parity alone.
+
+    A tokenizer that reads text as unknown or drops it is named in a `KoineWarning`.
 
     Raises `UserError` where there is no text at all.
     """
@@ -101,24 +113,44 @@ def measure(
                 start = time.perf_counter()
                 encoded = tokenizer.encode_batch([unit.text for unit in group])
                 seconds[name] += time.perf_counter() - start
-                _count(counts[name].setdefault(code, _Count()), encoded, places, tokenizer.vocab_size)
-    if not texts:
+                lengths, unknown = scored_lengths(tokenizer, [unit.text for unit in group], encoded)
+                count = counts[name].setdefault(code, _Count())
+                count.unknown += sum(unknown)
+                _count(count, encoded, lengths, places, tokenizer.vocab_size)
+    shown = [code for code in sorted(texts) if languages is None or code in languages]
+    if not shown:
         raise UserError("no text to measure", mend="give text in the languages asked for")
     total = sum(text.bytes for text in texts.values())
+    _say_unknown(texts, counts, shown)
     result = {}
     for name, tokenizer in tokenizers.items():
         partial = _partial(tokenizer)
         rows = {
             code: _measures(texts, counts[name], code, tokenizer.vocab_size, partial, price_per_million)
-            for code in sorted(texts)
+            for code in shown
         }
         groups = _groups(rows)
         groups["overall"]["vocabulary_size"] = tokenizer.vocab_size
         groups["overall"]["megabytes_per_second"] = total / 1e6 / max(seconds[name], 1e-9)
-        used = np.sum([count.frequencies for count in counts[name].values()], axis=0) > 0
+        used = np.sum([counts[name][code].frequencies for code in shown], axis=0) > 0
         groups["overall"]["scripts"] = scripts_of_vocabulary(tokenizer, used)
         result[name] = {**rows, **groups}
     return result
+
+
+def _say_unknown(
+    texts: Mapping[str, _Text], counts: Mapping[str, Mapping[str, _Count]], codes: Sequence[str]
+) -> None:
+    for name, by_language in counts.items():
+        shares = {code: by_language[code].unknown / max(texts[code].bytes, 1) for code in codes}
+        worst = [code for code in sorted(shares, key=lambda code: -shares[code]) if shares[code] >= 0.0005]
+        if worst:
+            named = ", ".join(f"{shares[code]:.1%} of {code}" for code in worst[:5])
+            warnings.warn(
+                f"{name} has no tokens for {named}{' and others' if len(worst) > 5 else ''}: unknown text counts as a token a byte",
+                KoineWarning,
+                stacklevel=3,
+            )
 
 
 def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
@@ -148,11 +180,18 @@ def _read(text: _Text, units: Sequence[Unit], code: str) -> list[int]:
     return places
 
 
-def _count(count: _Count, encoded: Sequence[Sequence[int]], places: Sequence[int], vocab_size: int) -> None:
-    lengths = [len(ids) for ids in encoded]
+def _count(
+    count: _Count,
+    encoded: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    places: Sequence[int],
+    vocab_size: int,
+) -> None:
     count.tokens += sum(lengths)
     count.parallel += [lengths[place] for place in places]
-    flat = np.fromiter((token for ids in encoded for token in ids), dtype=np.int64, count=sum(lengths))
+    flat = np.fromiter(
+        (token for ids in encoded for token in ids), dtype=np.int64, count=sum(map(len, encoded))
+    )
     if not count.frequencies.size:
         count.frequencies = np.zeros(vocab_size, dtype=np.int64)
     count.frequencies += np.bincount(flat, minlength=vocab_size)
@@ -187,7 +226,8 @@ def _measures(
         "bytes_per_token": text.bytes / tokens,
         "characters_per_token": text.characters / tokens,
         "renyi_efficiency": renyi_efficiency(count.frequencies, vocab_size),
-        "partial_character_share": float(count.frequencies[partial].sum()) / tokens,
+        "unknown_share": count.unknown / max(text.bytes, 1),
+        "partial_character_share": (float(count.frequencies[partial].sum()) + count.unknown) / tokens,
         "distinct_tokens": int((count.frequencies > 0).sum()),
     }
     if text.words:

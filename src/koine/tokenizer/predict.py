@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from koine.errors import UserError
-from koine.tokenizer.foreign import AnyTokenizer
+from koine.errors import UserError, did_you_mean
+from koine.tokenizer.spelling import AnyTokenizer, scored_lengths
 
 SEEN_SHARE = 1e-5
 """A letter counts as seen where it is at least this share of the primary languages' letters."""
@@ -36,9 +36,12 @@ def predict_costs(
 ) -> list[Expected]:
     """Expected adaptation cost of each language of `texts` that is not `primary`, the dearest first.
 
-    `cost` is the mean of the two ranks, from 0 (cheapest) to 1. Raises `UserError` where either side is empty.
+    `cost` is the mean of the two ranks, from 0 (cheapest) to 1. Raises `UserError` where a primary language has no text, or no other
+    language is there.
     """
     known = set(primary)
+    for code in sorted(known - texts.keys()):
+        raise UserError(f"no text of the primary language '{code}'", mend=did_you_mean(code, texts))
     seen: Counter[str] = Counter()
     for code in known & texts.keys():
         seen.update(_letters(texts[code]))
@@ -53,7 +56,8 @@ def predict_costs(
     rate, overlap = {}, {}
     for code in expanded:
         size = sum(len(text.encode("utf-8")) for text in texts[code])
-        rate[code] = sum(map(len, tokenizer.encode_batch(texts[code]))) / max(size, 1)
+        lengths, _ = scored_lengths(tokenizer, texts[code], tokenizer.encode_batch(texts[code]))
+        rate[code] = sum(lengths) / max(size, 1)
         letters = _letters(texts[code])
         overlap[code] = sum(letters[letter] for letter in familiar) / max(letters.total(), 1)
     by_rate, by_overlap = ranks(rate), ranks({code: -value for code, value in overlap.items()})

@@ -65,6 +65,7 @@ def quotas(
     repeated = {code: drawn[code] / sizes[code] for code in sizes if drawn[code] > sizes[code] * (1 + 1e-9)}
     if repeated:
         reached = math.fsum(drawn.values())
+        short = reached < total * (1 - 1e-9)
         parts = []
         for code, times in repeated.items():
             part = f"{code} {times:.1f} times"
@@ -74,6 +75,7 @@ def quotas(
         warnings.warn(
             "to reach its weight, text is read more than once: "
             + ", ".join(parts)
+            + (f"; {reached:,.0f} bytes are drawn in all, not {total:,.0f}" if short else "")
             + "; give more text, a smaller sample, or another weighting",
             KoineWarning,
             stacklevel=3,

@@ -25,7 +25,8 @@ from koine.tokenizer.special import (
     START_OF_TURN,
     UNK,
 )
-from koine.tokenizer.streaming import StreamDecoder, WindowStreamDecoder, byte_level_table
+from koine.tokenizer.spelling import Spelling
+from koine.tokenizer.streaming import StreamDecoder, WindowStreamDecoder
 from koine.tokenizer.template import completion_spans
 
 TOKENIZER = "tokenizer.json"
@@ -147,13 +148,25 @@ class Tokenizer:
         return dict(self._ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text that a token of a byte-level vocabulary stands for; none for a special token."""
-        if token_id in self._special_ids:
-            return b""
-        if token_id in self._added:
-            return self._added[token_id].encode("utf-8")
-        token = self._backend.id_to_token(token_id)
-        return bytes(self._bytes_of_character[character] for character in token) if token else b""
+        """The bytes of text that a token stands for, whatever the kind of vocabulary; none for a special token.
+
+        Where a SentencePiece-style tokenizer begins every text with a space, the bytes of the text's tokens begin with it too.
+        """
+        return self._spelling.token_bytes(token_id)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every text has tokens: the vocabulary holds all bytes."""
+        return self._spelling.lossless
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that stands for text of which the vocabulary has nothing; None where there is none, as in ours."""
+        return self._spelling.unknown_id
+
+    def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
+        """UTF-8 bytes of each text, without its spaces, that the tokenizer reads as unknown or drops."""
+        return self._spelling.unknown_bytes(texts)
 
     # --- files ---
 
@@ -177,8 +190,8 @@ class Tokenizer:
         return bool(decoder.get("type") == "ByteLevel")
 
     @cached_property
-    def _bytes_of_character(self) -> dict[str, int]:
-        return byte_level_table()
+    def _spelling(self) -> Spelling:
+        return Spelling(self._backend, json.loads(self._files[TOKENIZER]))
 
     @cached_property
     def _added(self) -> dict[int, str]:

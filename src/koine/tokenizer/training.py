@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer.counting import (
     DIRECT_BYTES,
@@ -13,10 +14,11 @@ from koine.tokenizer.counting import (
     count_pretokens,
     counting_progress,
     feeding_scale,
+    on_terminal,
     repeated,
 )
 from koine.tokenizer.pretokenize import pre_tokenizer
-from koine.tokenizer.sampling import Corpus, count_bytes, draw, quotas
+from koine.tokenizer.sampling import Corpus, count_bytes, draw, quotas, stream
 from koine.tokenizer.special import BOS, SMALLEST_VOCABULARY, SPECIAL_TOKENS
 from koine.tokenizer.tokenizer import Tokenizer, from_backend
 from koine.tokenizer.weights import BucketMass, Scheme, language_weights
@@ -35,6 +37,7 @@ def train_tokenizer(
     max_repeats: float = 10.0,
     seed: int = 0,
     show_progress: bool = False,
+    data: Sequence[str] = (),
 ) -> Tokenizer:
     """A tokenizer of `vocab_size` ids: the special tokens, the 256 bytes, then merges, most frequent first.
 
@@ -46,6 +49,9 @@ def train_tokenizer(
         Memory does not grow with the text: see `koine.tokenizer.counting`.
     sample_bytes: text to train on, all languages together; None takes as much as there is.
     max_repeats: a language is read at most this many times to reach its weight; any repetition is a `KoineWarning`.
+    data: where the text lies, for the record in `tokenizer_training.json`.
+
+    A text so long that its counts are scaled down, or its rarest pre-tokens left out, is a `KoineWarning` too.
 
     Raises `UserError` for a vocabulary smaller than special tokens and bytes, for languages without text, unknown codes.
     """
@@ -56,27 +62,33 @@ def train_tokenizer(
         )
     if min_frequency < 1:
         raise UserError(f"the smallest frequency is {min_frequency}", mend="give at least 1")
-    sizes = count_bytes(texts_by_language)
+    with counting_progress(show_progress, what="reading") as watched:
+        sizes = count_bytes(lambda: watched(stream(texts_by_language)))
+    if isinstance(texts_by_language, Mapping):
+        # A language without any text passes no text by, and has no weight.
+        sizes = dict.fromkeys(texts_by_language, 0) | sizes
     weights = language_weights(
         sizes, scheme=scheme, bucket_mass=bucket_mass, english_share=english_share, temperature=temperature
     )
     drawn = quotas(sizes, weights, sample_bytes=sample_bytes, max_repeats=max_repeats)
-    sample = draw(texts_by_language, sizes=sizes, quota=drawn, seed=seed)
     backend = _empty_backend()
     pretokens: dict[str, Any] | None = None
     if sum(drawn.values()) <= DIRECT_BYTES:
+        sample = draw(texts_by_language, sizes=sizes, quota=drawn, seed=seed)
         texts = (text for text, times in sample for _ in range(times))
         _learn(
             backend, texts, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
         )
     else:
-        with counting_progress(show_progress, total=sum(sizes.values())) as watched:
+        with counting_progress(show_progress, what="counting", total=sum(sizes.values())) as watched:
+            sample = draw(lambda: watched(stream(texts_by_language)), sizes=sizes, quota=drawn, seed=seed)
             table = count_pretokens(
-                watched(sample), normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
+                sample, normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
             )
         scale = learn_from_table(
             backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
         )
+        _say_approximations(table, scale)
         pretokens = {
             "occurrences": table.occurrences,
             "distinct": len(table.counts),
@@ -94,6 +106,8 @@ def train_tokenizer(
     return from_backend(
         backend,
         training={
+            "koine": __version__,
+            "data": list(data),
             "vocab_size": vocab_size,
             "scheme": scheme,
             "bucket_mass": bucket_mass,
@@ -110,6 +124,20 @@ def train_tokenizer(
             },
         },
     )
+
+
+def _say_approximations(table: PretokenCounts, scale: float) -> None:
+    said = []
+    if table.dropped:
+        said.append(
+            f"{table.dropped:,} occurrences of rare pre-tokens were left out ({table.dropped / table.occurrences:.2%} of all)"
+        )
+    if scale < 1.0:
+        said.append(
+            f"all counts were scaled by {scale:.3g} to fit the library, so that pairs are merged by rounded frequencies"
+        )
+    if said:
+        warnings.warn("the text is long: " + "; ".join(said), KoineWarning, stacklevel=3)
 
 
 def _empty_backend() -> Any:
@@ -155,7 +183,7 @@ def _learn(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        show_progress=show_progress,
+        show_progress=show_progress and on_terminal(),
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
