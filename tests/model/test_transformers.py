@@ -153,10 +153,14 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
     counts = mask.bool()
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
+        blocks = hidden_states(theirs, ids, attention_mask=mask, position_ids=positions)
+        ours_whole = hidden_states(model, ids, attention_mask=mask)
+        assert first_drifting_block(ours_whole, blocks, tolerance=FLOAT32, where=counts) is None
         whole = model.logits(model(ids, attention_mask=mask))
         assert (whole - expected)[counts].abs().max() <= FLOAT32
         # Prefill shorter than the window, a chunk that crosses it, then one by one; ours has no padding to step over.
         ours, theirs_cached, past = torch.zeros_like(expected), [], None
+        cached = [torch.zeros_like(state) for state in blocks]
         cache = model.new_cache(page=4)
         sequences = [cache.add(), cache.add()]
         cuts = [0, 5, 16, *range(17, 25)]
@@ -164,11 +168,18 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
             if end - start > 1:
                 for row, first in ((0, max(start, padded)), (1, start)):
                     reading = StretchReading(cache, [sequences[row]], [end - first])
-                    part = model(ids[row : row + 1, first:end], reading=reading)
+                    states: list[Tensor] = []
+                    part = model(ids[row : row + 1, first:end], reading=reading, block_outputs=states)
                     ours[row, first:end] = model.logits(part)[0]
+                    for kept, state in zip(cached, states, strict=True):
+                        kept[row, first:end] = state[0]
             else:
-                step = model(ids[:, start:end], reading=StepReading(cache, sequences))
+                states = []
+                reader = StepReading(cache, sequences)
+                step = model(ids[:, start:end], reading=reader, block_outputs=states)
                 ours[:, start:end] = model.logits(step)
+                for kept, state in zip(cached, states, strict=True):
+                    kept[:, start:end] = state
             out = theirs(
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
@@ -178,6 +189,8 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
             )
             past = out.past_key_values
             theirs_cached.append(out.logits)
+    # Block by block first, so that a failure names the first block that drifts.
+    assert first_drifting_block(cached, blocks, tolerance=FLOAT32, where=counts) is None
     assert (ours - expected)[counts].abs().max() <= FLOAT32
     assert (ours - torch.cat(theirs_cached, 1))[counts].abs().max() <= FLOAT32
 

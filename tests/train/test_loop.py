@@ -279,3 +279,31 @@ def test_a_kill_between_the_model_and_the_checkpoints_leaves_none_for_ever(tmp_p
     assert len(list((tmp_path / "o" / "checkpoints").iterdir())) == 4
     run(tmp_path / "o", order, settings)
     assert not (tmp_path / "o" / "checkpoints").exists()
+
+
+class TickingClock:
+    """Half a second goes by between two looks."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 0.5
+        return self.now
+
+
+def test_the_rates_are_those_worked_out_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("koine.train.loop.time", TickingClock())
+    monkeypatch.setattr("koine.train.work.measured_ceiling", lambda *_: 1e7)
+    run(tmp_path / "o", fake_order(tmp_path / "s", steps=(2,)))
+    # A step is 4 rows of 16 tokens in half a second.
+    tokens_per_second = 4 * 16 / 0.5
+    # Matrices of a block: q and o of 32 x 32, k and v of 32 x 16, three of the feed-forward of 32 x 48; the logits: 64 x 32.
+    matrices = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 64 * 32
+    # Queries see keys: 1 + 2 + ... + 16 in the full layer; 1 + ... + 8, then 8 times 8 in the layer of window 8. A pair costs a product of
+    # q and k and one with v, of 2 heads of 16.
+    pairs = 136 + (36 + 64)
+    forward = (2 * 16 * matrices + pairs * 2 * 2 * 2 * 16) / 16
+    for line in lines(tmp_path / "o"):
+        assert line["tokens_per_second"] == pytest.approx(tokens_per_second, rel=1e-12)
+        assert line["ceiling_share"] == pytest.approx(tokens_per_second * 3 * forward / 1e7, rel=1e-12)

@@ -81,3 +81,39 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, before:
     assert (tmp_path / "o" / "checkpoints" / "step-000003").is_dir()
     run(after, tmp_path / "s", tmp_path / "o")
     assert losses(tmp_path / "o") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_the_command_line_of_the_manual(tmp_path: Path) -> None:
+    """`torchrun --nproc-per-node 2 -m koine train pretrain ...` as docs/training.md shows it, with an evaluation on the way."""
+    from .tokens import write_tokens
+
+    tokenizer, shards = write_tokens(tmp_path)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "the river runs down to the sea", "language": "en"}\n')
+    out = tmp_path / "model"
+    words = [
+        *("torchrun", "--nproc-per-node", 2, "-m", "koine", "train", "pretrain", "--data", shards["short"]),
+        *("--tokenizer", tokenizer, "--preset", "koine-0.5m", "--steps", 3, "--batch-size", 2),
+        *("--sequence-length", 16, "--device", "cpu", "--evaluate-every", 2, "--evaluate-data", text),
+        *("--threads", 1, "--out", out),
+    ]
+    program = Path(sys.executable).parent / "torchrun"
+    done = subprocess.run(
+        [str(program), *map(str, words[1:])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(out)) == 3
+    about = json.loads((out / "training.json").read_text())
+    assert about["rounding"]["ranks"] == 2
+    # Measured on the split model, and again on the whole one.
+    from koine.evaluate import evaluate_model
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "evaluation/bits_per_byte" in line][-1]
+    again = evaluate_model(out, data=[text], dtype="bfloat16")["overall"]["bits_per_byte"]["value"]
+    assert last["evaluation/bits_per_byte"] == pytest.approx(again, rel=0.02)

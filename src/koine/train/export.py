@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -90,4 +90,4 @@ def _other_model(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
-    return cast("CausalLM", model if dtype is None else model.to(dtype))
+    return model if dtype is None else model.to(dtype)

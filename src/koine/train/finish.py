@@ -64,7 +64,7 @@ def drop_checkpoints(out: Path, best: dict[str, Any] | None) -> None:
     folder = out / "checkpoints"
     if not folder.is_dir():
         return
-    checkpoints.clean(folder, keep_last=0, best=best and best["step"])
+    checkpoints.clean(folder, keep_last=0, best=best["step"] if best else None)
     if not any(folder.iterdir()):
         folder.rmdir()
 
