@@ -184,6 +184,12 @@ CASES = (
         says="model: holds no tensor of a language model inside; give the multimodal model first",
     ),
     Case(
+        mistake="a merge across modalities with a larger text model",
+        command="merge cross-modal multimodal model --out new",
+        prepare=worlds.having("model", then=worlds.inside_another),
+        says="model: has …, which the language model inside multimodal lacks; give the text model that the other began as",
+    ),
+    Case(
         mistake="a search over the weights of one model",
         command="merge search model --data text.jsonl",
         says="one model is given; give at least two: there is nothing to weigh",

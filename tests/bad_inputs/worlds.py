@@ -270,6 +270,18 @@ def with_nan(path: str) -> Callable[[Path], None]:
     return changed_tensors(path, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
 
 
+def inside_another(folder: Path) -> None:
+    """`multimodal`: the model under the names that a multimodal checkpoint gives its language model, a norm of each layer left out."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / "model", folder / "multimodal")
+    stored = load_file(folder / "model" / "model.safetensors")
+    kept = {
+        f"language_model.{name}": tensor for name, tensor in stored.items() if "input_layernorm" not in name
+    }
+    save_file(kept, folder / "multimodal" / "model.safetensors")
+
+
 def removed(path: str) -> Callable[[Path], None]:
     return lambda folder: (folder / path).unlink()
 

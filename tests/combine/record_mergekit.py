@@ -1,4 +1,4 @@
-"""Record what mergekit makes of tiny models: `python -m tests.combine.record_mergekit` (needs `benchmarks/peers/install.py mergekit`).
+"""Record what mergekit makes of tiny models: `python -m tests.combine.record_mergekit [CASE...]` (needs `benchmarks/peers/install.py mergekit`).
 
 Writes `recorded/models.safetensors` (a base and three branches of it, `N/name`) and one file a method. The versions stand in `recorded/README.md`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ CASES: dict[str, dict[str, Any]] = {
     "ties-sum": {
         "merge_method": "ties", "weights": (0.5, 0.3, 0.4),
         "parameters": {"density": 0.6, "normalize": False, "lambda": 0.7},
+    },
+    # At a density of 1 nothing is dropped: what chance would decide has a closed form.
+    "dare-linear": {
+        "merge_method": "dare_linear", "weights": (0.5, 0.3, 0.4),
+        "parameters": {"density": 1.0, "normalize": False, "lambda": 0.9},
+    },
+    "dare-ties": {
+        "merge_method": "dare_ties", "weights": (0.5, 0.3, 0.4), "parameters": {"density": 1.0, "normalize": True},
     },
     "model-stock": {"merge_method": "model_stock"},
 }  # fmt: skip
@@ -83,7 +92,8 @@ def main() -> None:
         }
         RECORDED.mkdir(exist_ok=True)
         save_file(everything, RECORDED / "models.safetensors")
-        for name, case in CASES.items():
+        for name in sys.argv[1:] or CASES:
+            case = CASES[name]
             (folder / "config.yml").write_text(json.dumps(configuration(case, folder)))
             subprocess.run(
                 [MERGEKIT, folder / "config.yml", folder / name],

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
 
-from koine.combine.cross_modal import merge_cross_modal, text_name
+from koine.cli.cross_modal import command
+from koine.combine.cross_modal import merge_cross_modal, need_cross_modal, text_name
 from koine.errors import UserError
 from koine.model import Decoder, ModelConfig, hybrid_layers, save_model
 
 from .test_merge import tensors
 
 
-def text_config(hidden_size: int = 32) -> ModelConfig:
+def text_config(hidden_size: int = 32, layers: int = 4) -> ModelConfig:
     return ModelConfig(
         vocab_size=64, hidden_size=hidden_size, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8,
-        layers=hybrid_layers(4, window=8), logit_scale=0.0625,
+        layers=hybrid_layers(layers, window=8), logit_scale=0.0625,
     )  # fmt: skip
 
 
@@ -77,7 +82,53 @@ def test_what_does_not_fit(aya_vision: Path, tmp_path: Path) -> None:
         merge_cross_modal(aya_vision, tmp_path / "wide", tmp_path / "out", alpha=0.4)
     with pytest.raises(UserError, match="lacks model"):
         merge_cross_modal(aya_vision, aya_vision, tmp_path / "out", alpha=0.4)
+    save_model(Decoder(text_config(layers=5)), tmp_path / "deep")
+    with pytest.raises(UserError, match="has model.layers.4.*, which the language model inside"):
+        merge_cross_modal(aya_vision, tmp_path / "deep", tmp_path / "out", alpha=0.4)
     save_model(Decoder(text_config()), tmp_path / "text")
+    with pytest.raises(UserError, match="lies inside"):
+        merge_cross_modal(aya_vision, tmp_path / "text", aya_vision / "out", alpha=0.4)
     with pytest.raises(UserError, match="alpha is 1.5"):
         merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=1.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_both_know_have_one_id(aya_vision: Path, tmp_path: Path) -> None:
+    """A token for images is the multimodal model's alone; any other difference is another tokenizer."""
+    save_model(Decoder(text_config()), tmp_path / "text")
+    content: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
+    (tmp_path / "text" / "tokenizer.json").write_text(json.dumps(content))
+    image = {**content, "added_tokens": [{"content": "<image>", "id": 2}]}
+    (aya_vision / "tokenizer.json").write_text(json.dumps(image))
+    merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
+    for other, says in (
+        ({**content, "normalizer": {"type": "NFC"}}, "they differ in normalizer"),
+        ({**content, "added_tokens": [{"content": "<image>", "id": 3}]}, "they differ in ids"),
+    ):
+        (tmp_path / "text" / "tokenizer.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=says):
+            merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "other", alpha=0.4)
+
+
+def test_what_is_copied_is_looked_at_too(aya_vision: Path, tmp_path: Path) -> None:
+    save_model(Decoder(text_config()), tmp_path / "text")
+    stored = tensors(aya_vision)
+    name = next(name for name in stored if text_name(name) is None and stored[name].dim() > 1)
+    stored[name].view(-1)[3] = float("nan")
+    save_file(stored, aya_vision / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} holds NaN or infinity; this checkpoint is broken"):
+        merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_it_would_take(aya_vision: Path, tmp_path: Path) -> None:
+    save_model(Decoder(text_config()), tmp_path / "text")
+    found = need_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
+    done = merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
+    assert {"merged": found.merged, "copied": found.copied} == done
+    written = sum(tensor.numel() * tensor.element_size() for tensor in tensors(tmp_path / "out").values())
+    assert found.output_bytes == written
+    arguments = [str(aya_vision), str(tmp_path / "text"), "--dry-run", "--out", str(tmp_path / "no")]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.output.startswith(f"{found.merged} tensors to merge, {found.copied} to copy")
+    assert not (tmp_path / "no").exists()

@@ -44,6 +44,8 @@ def test_equals_mergekit(case: str, block: int | None, monkeypatch: pytest.Monke
     }
     if info.takes("weights"):
         options["weights"] = about["weights"]
+    if info.takes("generator"):
+        options["generator"] = torch.Generator().manual_seed(0)
     for key, theirs in wanted.items():
         models = [inputs[f"{model}/{key}"] for model in (NAMES[1:3] if name == "slerp" else NAMES[1:])]
         if info.takes("base"):

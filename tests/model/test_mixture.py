@@ -243,3 +243,39 @@ def test_windows_hold_for_attention_experts(tiny: ModelConfig) -> None:
 def test_what_does_not_fit_is_refused(tiny: ModelConfig, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says.replace("(", r"\(")):
         mixed(tiny, **fields)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "layers", "experts", "feed_forward", "dense", "active", "total"),
+    [
+        (1024, 2800, 16, 6, "0.138", "0.47", "0.605", "1.3"),
+        (2560, 10254, 20, 4, "1.575", "2.8", "4.3", "9.1"),
+    ],
+)
+def test_counts_of_nexus(
+    hidden: int, intermediate: int, layers: int, experts: int, feed_forward: str, dense: str, active: str, total: str
+) -> None:  # fmt: skip
+    """The sizes in billions that arXiv 2408.15901 names, rounded as there; a token meets the shared expert and one of the routed ones.
+
+    The paper names no widths: these are of our choice, with a feed-forward half of the size that follows from its numbers, (1.3 - 0.605) / 5 and (9.1 - 4.3) / 3.
+    """
+    config = ModelConfig(
+        vocab_size=256_000, hidden_size=hidden, intermediate_size=intermediate, num_heads=8, num_kv_heads=8, head_dim=hidden // 8,
+        layers=(LayerSpec(),) * layers,
+    )  # fmt: skip
+    names = tuple(f"expert-{number}" for number in range(experts))
+    linear = count_parameters(mixed(config, experts=names, shared_expert=True))
+
+    def rounded(count: int, like: str) -> str:
+        return f"{count / 1e9:.{len(like.partition('.')[2])}f}"
+
+    half = 3 * hidden * intermediate * layers
+    assert rounded(half, feed_forward) == feed_forward
+    assert rounded(count_parameters(config).total, dense) == dense
+    assert (rounded(linear.active, active), rounded(linear.total, total)) == (active, total)
+    routers = layers * hidden * experts
+    assert linear.active == count_parameters(config).total + half + routers
+    assert linear.total == linear.active + (experts - 1) * half
+    # A Nexus router has two projections in place of a row an expert: so many that the named sizes are those of the experts alone.
+    nexus = count_parameters(mixed(config, experts=names, shared_expert=True, domain_size=64))
+    assert nexus.total - linear.total == layers * (2 * hidden * 64 + hidden**2) - routers

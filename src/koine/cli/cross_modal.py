@@ -13,10 +13,24 @@ import click
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file of weights.")
-def command(multimodal: Path, text: Path, alpha: float, out: Path, max_shard_size: str) -> None:
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be merged, peak memory and size; write nothing."
+)
+def command(
+    multimodal: Path, text: Path, alpha: float, out: Path, max_shard_size: str, dry_run: bool
+) -> None:
     """Merge the language model inside MULTIMODAL with the model TEXT, which it began as; vision and connector stay (Aya Vision)."""
     from koine.cli.merge import bytes_of
-    from koine.combine.cross_modal import merge_cross_modal
+    from koine.combine.cross_modal import merge_cross_modal, need_cross_modal
+    from koine.plan.units import size
 
-    done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=bytes_of(max_shard_size))
+    largest = bytes_of(max_shard_size)
+    if dry_run:
+        found = need_cross_modal(multimodal, text, out, alpha=alpha)
+        click.echo(
+            f"{found.merged:,} tensors to merge, {found.copied:,} to copy, {size(found.output_bytes)} to write; "
+            f"about {size(found.peak_memory_bytes)} of memory"
+        )
+        return
+    done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=largest)
     click.echo(f"{done['merged']} tensors merged, {done['copied']} copied; written to {out}")

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from koine.combine.alike import tokenizer_differences
+from koine.combine.memory import BLOCK_ENTRIES, LIBRARIES
 from koine.combine.methods import linear
 from koine.combine.tensor_files import Checkpoint, CheckpointWriter
+from koine.combine.vocabularies import tokens_of
 from koine.errors import UserError
-from koine.files import atomic_directory, write_json
+from koine.files import atomic_directory, refuse_inside, write_json
 
-BLOCK_ENTRIES = 2**21
+ANCESTOR = "give the text model that the other began as"
 
 
 def text_name(name: str) -> str | None:
@@ -27,6 +33,16 @@ def text_name(name: str) -> str | None:
     return name if name == "lm_head.weight" else None
 
 
+@dataclass(frozen=True)
+class CrossModalNeed:
+    """What a merge across modalities will take."""
+
+    merged: int
+    copied: int
+    output_bytes: int
+    peak_memory_bytes: int
+
+
 def merge_cross_modal(
     multimodal: Path, text: Path, out: Path, *, alpha: float, max_shard_bytes: int = 5_000_000_000
 ) -> dict[str, int]:
@@ -34,43 +50,95 @@ def merge_cross_modal(
 
     alpha: the weight of the MULTIMODAL model.
 
-    Raises `UserError` where the first model has no language model inside, the second lacks one of its tensors or has it in another shape, or `alpha` is not from 0 to 1.
+    Raises `UserError` where the first model has no language model inside, the second is another than that (in its tensors, their shapes or its tokenizer), a
+    tensor holds NaN or infinity, or `alpha` is not from 0 to 1.
     """
+    refuse_inside(out, (multimodal, text))
+    with _opened(multimodal, text, alpha) as (whole, plain, names):
+        with atomic_directory(out) as folder:
+            _write(whole, plain, names, folder, alpha, max_shard_bytes)
+        merged = sum(theirs is not None for theirs in names.values())
+        return {"merged": merged, "copied": len(names) - merged}
+
+
+def need_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -> CrossModalNeed:
+    """What `merge_cross_modal` will take; raises as it does, but for what only reading the weights shows."""
+    refuse_inside(out, (multimodal, text))
+    with _opened(multimodal, text, alpha) as (whole, _, names):
+        merged = sum(theirs is not None for theirs in names.values())
+        block = max(
+            min(entry.numel, max(BLOCK_ENTRIES, entry.row)) * (3 * entry.dtype.itemsize + 4)
+            for entry in whole.values()
+        )
+        size = sum(entry.nbytes for entry in whole.values())
+        return CrossModalNeed(merged, len(names) - merged, size, LIBRARIES + block)
+
+
+@contextmanager
+def _opened(
+    multimodal: Path, text: Path, alpha: float
+) -> Iterator[tuple[Checkpoint, Checkpoint, dict[str, str | None]]]:
+    """Both models, checked to fit, and for each tensor of the first the name that the second has it by, if any."""
     if not 0.0 <= alpha <= 1.0:
         raise UserError(
             f"alpha is {alpha}", mend="it must lie between 0 and 1; it is the multimodal model's weight"
         )
     whole, plain = Checkpoint(multimodal), Checkpoint(text)
     try:
-        names = {name: text_name(name) for name in whole}
-        if not any(names.values()):
-            raise UserError(
-                "holds no tensor of a language model inside",
-                where=multimodal,
-                mend="give the multimodal model first",
-            )
-        for name, theirs in names.items():
-            # A tied head is kept by one of the models and not by the other.
-            if theirs is None or (theirs == "lm_head.weight" and theirs not in plain):
-                names[name] = None
-                continue
-            if theirs not in plain:
-                raise UserError(
-                    f"lacks {theirs}", where=text, mend="give the text model that the other began as"
-                )
-            if plain[theirs].shape != whole[name].shape:
-                raise UserError(
-                    f"{theirs} has shape {list(plain[theirs].shape)}, and {list(whole[name].shape)} in {multimodal}",
-                    where=text,
-                    mend="give the text model that the other began as",
-                )
-        with atomic_directory(out) as folder:
-            _write(whole, plain, names, folder, alpha, max_shard_bytes)
-        merged = sum(theirs is not None for theirs in names.values())
-        return {"merged": merged, "copied": len(names) - merged}
+        names = _names(whole, plain)
+        _refuse_other_tokenizer(multimodal, text)
+        yield whole, plain, names
     finally:
         whole.close()
         plain.close()
+
+
+def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
+    names = {name: text_name(name) for name in whole}
+    if not any(names.values()):
+        raise UserError(
+            "holds no tensor of a language model inside",
+            where=whole.path,
+            mend="give the multimodal model first",
+        )
+    for name, theirs in names.items():
+        # A tied head is kept by one of the models and not by the other.
+        if theirs is None or (theirs == "lm_head.weight" and theirs not in plain):
+            names[name] = None
+            continue
+        if theirs not in plain:
+            raise UserError(f"lacks {theirs}", where=plain.path, mend=ANCESTOR)
+        if plain[theirs].shape != whole[name].shape:
+            raise UserError(
+                f"{theirs} has shape {list(plain[theirs].shape)}, and {list(whole[name].shape)} in {whole.path}",
+                where=plain.path,
+                mend=ANCESTOR,
+            )
+    taken = {*names.values(), "lm_head.weight"}
+    for theirs in plain:
+        if theirs not in taken and not theirs.endswith("rotary_emb.inv_freq"):
+            raise UserError(
+                f"has {theirs}, which the language model inside {whole.path} lacks",
+                where=plain.path,
+                mend=ANCESTOR,
+            )
+    return names
+
+
+def _refuse_other_tokenizer(multimodal: Path, text: Path) -> None:
+    """A multimodal model has tokens of its own for images; those that both know must have one id, and text must be cut alike."""
+    known = [tokens_of(path) for path in (multimodal, text)]
+    if known[0] is None or known[1] is None:
+        return
+    differing = [part for part in tokenizer_differences(multimodal, text) if part != "added_tokens"]
+    if any(known[0].get(token, row) != row for token, row in known[1].items()):
+        differing.append("ids")
+    if differing:
+        raise UserError(
+            f"its tokenizer is another than that of {multimodal} (they differ in {', '.join(differing)})",
+            where=text / "tokenizer.json",
+            mend=ANCESTOR,
+        )
 
 
 def _write(
@@ -97,12 +165,14 @@ def _write(
                 block = whole.read(name, start, stop)
                 if theirs is not None:
                     block = linear((block, plain.read(theirs, start, stop)), (alpha, 1.0 - alpha))
-                    if not block.isfinite().all():
-                        raise UserError(
-                            f"{name} holds NaN or infinity",
-                            where=whole.path,
-                            mend="one of the models is broken",
-                        )
+                if not block.isfinite().all():
+                    raise UserError(
+                        f"{name} holds NaN or infinity",
+                        where=whole.path,
+                        mend="one of the models is broken"
+                        if theirs is not None
+                        else "this checkpoint is broken",
+                    )
                 writer.write(name, block, start)
     finally:
         writer.close()

@@ -85,7 +85,7 @@ def align(
     Raises `UserError` where the tokenizers differ and no policy is given, or one of the models has no tokenizer.json.
     """
     chosen = _chosen(paths, with_base=with_base, policy=policy or "first")
-    tokens = [_tokens(path) for path in paths]
+    tokens = [tokens_of(path) for path in paths]
     if all(one == tokens[0] for one in tokens) and len(set(rows_of_each)) == 1:
         if not policy:
             _refuse_other_tokenizers(paths)
@@ -191,7 +191,8 @@ def write_tokenizer(source: Path, folder: Path, config: dict[str, Any], *, rows:
         write_json(generation, {**settings, **{key: own[key] for key in IDS if key in own}})
 
 
-def _tokens(path: Path) -> dict[str, int] | None:
+def tokens_of(path: Path) -> dict[str, int] | None:
+    """The id of every token of a folder's tokenizer.json; None where there is none."""
     file = path / TOKENIZER
     if not file.exists():
         return None
