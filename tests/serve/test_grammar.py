@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -219,3 +220,17 @@ def test_a_vocabulary_that_is_not_bytes_is_refused() -> None:
     files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": '{"eos_token": "<s>"}'}
     with pytest.raises(UserError, match="byte-level"):
         Grammar.from_json_schema({"type": "null"}, Tokenizer(files))
+
+
+@pytest.mark.parametrize("leading_space", [True, False])
+def test_a_byte_fallback_vocabulary_is_constrained_too(leading_space: bool, tmp_path: Path) -> None:
+    """Llama's and Gemma's: `▁` and `<0xE0>` stand for bytes as the characters of a byte-level vocabulary do."""
+    from koine.tokenizer import load_tokenizer
+    from tests.tokenizer.conftest import save_metaspace
+
+    tokenizer = load_tokenizer(save_metaspace(tmp_path / "one", leading_space=leading_space))
+    for seed in range(3):
+        state = Grammar.from_json_schema({"enum": ["東京", "the map"]}, tokenizer).start()
+        ids = [token for token in walk(state, random.Random(seed)) if tokenizer.token_bytes(token)]
+        assert json.loads(b"".join(map(tokenizer.token_bytes, ids))) in ("東京", "the map")
+        assert json.loads(tokenizer.decode(ids)) in ("東京", "the map")

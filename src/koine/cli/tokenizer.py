@@ -351,11 +351,12 @@ def extend(
     from koine.files import atomic_directory
     from koine.tokenizer import load_tokenizer, train_tokenizer
     from koine.tokenizer.extend import extend_tokenizer, trained_languages
-    from koine.tokenizer.foreign import AnyTokenizer, open_tokenizer
+    from koine.tokenizer.foreign import open_tokenizer
     from koine.tokenizer.heldout import EVERY, split_texts
     from koine.tokenizer.measures import Unit
     from koine.tokenizer.measures import measure as measure_tokenizers
     from koine.tokenizer.sampling import count_bytes
+    from koine.tokenizer.spelling import AnyTokenizer
 
     load_tokenizer(base)
     known = trained_languages(base)

@@ -212,9 +212,9 @@ def _write(
         ("eos_token_id", tokenizer.eos_id),
         ("pad_token_id", tokenizer.pad_id),
     ):
-        for config in (model.config, getattr(model, "generation_config", None)):
-            if config is not None:
-                setattr(config, name, _moved_ids(getattr(config, name, None), value, match))
+        for holder in (model.config, getattr(model, "generation_config", None)):
+            if holder is not None:
+                setattr(holder, name, _moved_ids(getattr(holder, name, None), value, match))
     with quiet(require_transformers()):
         model.save_pretrained(out)
     tokenizer.save(out)
