@@ -41,13 +41,13 @@ class Scale:
     sequence_length: int = 256
     batch_size: int = 8
     micro_batch_size: int = 8
-    seed_steps: int = 350
-    branch_steps: int = 100
-    touch_up_steps: int = 60
+    seed_steps: int = 300
+    branch_steps: int = 80
+    touch_up_steps: int = 40
     learning_rate: float = 2e-3
     max_bytes: int = 1_500_000
     heldout_bytes: int = 40_000
-    documents: int = 40
+    documents: int = 30
     seeds: int = 3
     threads: int = 1
     dtype: str = "float32"
