@@ -135,11 +135,19 @@ def compare(
     with torch.no_grad():
         wanted = made["loop"][0](x).float()
         for side, (function, _) in made.items():
-            if side != "dense":
+            # transformers' batched products, which copy the weights for every choice, are compared at few tokens.
+            if side != "dense" and (side != "transformers batched_mm" or tokens <= 64):
                 worst = float((function(x).float() - wanted).abs().max() / wanted.abs().max())
                 assert worst < (1e-5 if dtype == torch.float32 else 3e-2), f"{side} differs by {worst}"
     left_out, repeats = {}, {}
     for side, (function, weights) in list(made.items()):
+        if side == "transformers batched_mm":
+            # It copies the weights for every choice, and their gradients with them.
+            needed = tokens * CHOSEN * 3 * hidden * hidden * dtype.itemsize * (3 if training else 1)
+            if needed > options.most_gigabytes * 1e9:
+                left_out[side] = f"a call takes {needed / 1e9:.0f} GB"
+                del made[side]
+                continue
         seconds(function, x, weights, grad, 1)
         one = seconds(function, x, weights, grad, 1)
         if one > options.most_seconds and side not in ("ours", "dense"):
@@ -256,6 +264,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--most-seconds", type=float, default=1.0, help="longest call that is waited for")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--most-gigabytes", type=float, default=4.0, help="largest memory of a call that is tried"
+    )
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path)

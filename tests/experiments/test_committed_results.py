@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from koine.evaluate.verdicts import verdict_markdown
+from tests.experiments.loading import load
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"
 TABLES = {"bam": ("arm_table",), "nexus": ("arm_table",), "merging": ("domain_table", "language_table")}
 HAVE_RESULTS = [name for name in TABLES if (EXPERIMENTS / name / "results" / "laptop.json").exists()]
-
-
-def load(file: Path) -> ModuleType:
-    """A module by its file: every experiment has a plots.py of its own."""
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    name = f"{file.parent.name}_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def results_of(name: str) -> Any:

@@ -60,6 +60,9 @@ matrices is up to twice as fast as one each (docs/log.md). Beyond, it is worth 1
 
 PADDED_BEYOND = 1.03
 
+LARGE = 2**20
+"""Entries of a matrix from which on its product is no longer held up by the call itself: rows are then never filled up (docs/log.md)."""
+
 
 class _Groups(NamedTuple):
     """Choices sorted by expert, in rows.
@@ -75,13 +78,13 @@ class _Groups(NamedTuple):
     each: int
 
 
-def _grouped(experts: Tensor, count: int) -> _Groups:
+def _grouped(experts: Tensor, count: int, *, fill_up: bool) -> _Groups:
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=count).tolist()
     ends = tuple(_runs(counts))
     row = torch.arange(order.numel(), device=order.device)
-    each = _filled_up(counts)
+    each = _filled_up(counts) if fill_up else 0
     if each:
         before = torch.tensor([number * each - start for number, start, _ in ends], device=order.device)
         row = row + before.repeat_interleave(torch.tensor(counts, device=order.device))
@@ -141,7 +144,7 @@ class _FeedForwardExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         tokens, k = experts.shape
-        groups = _grouped(experts, into.shape[0])
+        groups = _grouped(experts, into.shape[0], fill_up=into[0].numel() < LARGE)
         picked = x.index_select(0, groups.tokens)
         both = _products(picked, into.transpose(1, 2), groups)
         gate, up = both.chunk(2, dim=-1)
