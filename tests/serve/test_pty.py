@@ -58,12 +58,12 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def interrupted_to_the_end(self) -> int:
-        """Ctrl-C every two seconds until the program ends: one that comes between the prompt and readline's wait for a key is
+        """Ctrl-C every eight seconds until the program ends: one that comes between the prompt and readline's wait for a key is
         noticed only at the next key, which is Python's own behaviour."""
         for _ in range(6):
             self.type("\x03")
             try:
-                return self.exit_code(seconds=2.0)
+                return self.exit_code(seconds=8.0)
             except AssertionError:
                 continue
         raise AssertionError("Ctrl-C did not end the program")
