@@ -28,7 +28,7 @@ def value(results: dict[str, Any], run: str, seed: int, codes: list[str], *, fir
     """Mean bits per byte over languages at the last evaluation of a run, or before its first step."""
     tracked = results["runs"][f"{run}/{seed}"]
     place = (min if first else max)(tracked, key=int)
-    return statistics.mean(tracked[place][code] for code in codes)
+    return float(statistics.mean(tracked[place][code] for code in codes))
 
 
 def chats_gap(results: dict[str, Any], *, first: bool) -> list[float]:
