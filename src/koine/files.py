@@ -69,12 +69,17 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """Make what was written to `path` survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_tree(path: Path) -> None:
-    """fsync every file and folder below `path`."""
+    """fsync every file and folder below `path`, in which nobody else may be writing."""
     for folder, _, names in os.walk(path):
         for name in names:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(Path(folder) / name)
         fsync_directory(Path(folder))
 
 

@@ -151,3 +151,17 @@ def test_the_manifest_is_protected_too(source: Path, tokenizer: Path, tmp_path: 
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="manifest.json: does not match its own sha256"):
         TokenSource(tmp_path / "out")
+
+
+def test_a_shard_is_written_beside_other_processes_files(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker renames its partial file at any moment: one that is seen and then gone must not end this worker."""
+    from koine.data import tokenizing
+
+    walked: list[Path] = []
+    monkeypatch.setattr(tokenizing, "fsync_tree", walked.append)
+    record = {"text": "one", "language": "de", "domain": "d", "source": "s", "id": "1"}
+    tokenizing._write_shard(tmp_path, 0, [record], "digest", tokenizer)
+    assert walked == []
+    assert (tmp_path / "shard-00000.json").exists()

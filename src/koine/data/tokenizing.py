@@ -25,6 +25,8 @@ from koine.errors import UserError
 from koine.files import (
     disk_errors,
     exclusive,
+    fsync_directory,
+    fsync_file,
     fsync_tree,
     publish_directory,
     read_json,
@@ -215,8 +217,11 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
             totals[0] += 1
             totals[1] += length
             totals[2] += size
-    fsync_tree(work)
     endings = (".tokens", ".offsets", ".documents.parquet", *([".mask"] if chat else []))
+    # Its own files alone: other processes write and rename theirs in the same folder.
+    for ending in endings:
+        fsync_file(work / (name + ending))
+    fsync_directory(work)
     write_json(
         work / f"{name}.json",
         {
