@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.evaluate.verdicts import verdict_markdown
-from koine.files import read_json
+from koine.evaluate.results import markdown_table, save_figure, show_results
 
 NAMES = {
     "seed": "seed",
@@ -58,32 +56,19 @@ def mixtures(results: dict[str, Any], out: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("bits per byte less BTX's of the same seed (dots: seeds; bars: means)")
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def arm_table(results: dict[str, Any]) -> str:
     """Each arm's means over seeds as a Markdown table; docs/combining.md holds it as it is."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
-    lines = [f"| arm | {' | '.join(domains)} | mean | latency, s |", f"|---|{'---|' * (len(domains) + 2)}"]
+    rows = []
     for arm, name in NAMES.items():
         cells = [f"{statistics.mean(by_seed(results, arm, domain)):.3f}" for domain in (*domains, None)]
         seconds = results["latency"].get(arm)
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {f'{statistics.mean(seconds):.3f}' if seconds else ''} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    path = Path(sys.argv[1])
-    results = read_json(path)
-    # The same figures give the same bytes.
-    mpl.rcParams["svg.hashsalt"] = "koine"
-    mixtures(results, path.with_name(f"{path.stem}_mixtures.svg"))
-    print(verdict_markdown(results["hypotheses"]))
-    print(arm_table(results))
+        rows.append([name, *cells, f"{statistics.mean(seconds):.3f}" if seconds else ""])
+    return markdown_table(["arm", *domains, "mean", "latency, s"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    show_results({"mixtures": mixtures}, [arm_table])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.evaluate.verdicts import verdict_markdown
-from koine.files import read_json
+from koine.evaluate.results import markdown_table, save_figure, show_results
 
 DOMAINS = ("code", "reviews", "maths")
 PAIR = ("code", "maths")
@@ -68,20 +66,19 @@ def collisions(results: dict[str, Any], out: Path) -> None:
     axis.set_xlabel("bits per byte above the domain's own expert, %")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def domain_table(results: dict[str, Any]) -> str:
     """What each merge loses of each domain's own expert, means over seeds, as a Markdown table; docs/combining.md holds it as it is."""
-    lines = [f"| merge | {' | '.join(DOMAINS)} |", f"|---|{'---|' * len(DOMAINS)}"]
+    rows = []
     for arm, (name, domains) in MERGES.items():
         cells = [
             f"{statistics.mean(lost(results, arm, domain)):+.1%}" if domain in domains else ""
             for domain in DOMAINS
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells])
+    return markdown_table(["merge", *DOMAINS], rows)
 
 
 def language_table(results: dict[str, Any]) -> str:
@@ -94,23 +91,12 @@ def language_table(results: dict[str, Any]) -> str:
         "merge of single languages": "-languages",
         "one model on all languages, as many steps as the clusters together": "-joint",
     }
-    lines = [f"| model | {' | '.join(SIZES)} |", f"|---|{'---|' * len(SIZES)}"]
-    for name, arm in rows.items():
-        cells = [f"{statistics.mean(by_seed(results, f'{size}{arm}', languages)):.3f}" for size in SIZES]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    path = Path(sys.argv[1])
-    results = read_json(path)
-    # The same figures give the same bytes.
-    mpl.rcParams["svg.hashsalt"] = "koine"
-    collisions(results, path.with_name(f"{path.stem}_collisions.svg"))
-    print(verdict_markdown(results["hypotheses"]))
-    print(domain_table(results))
-    print(language_table(results))
+    cells = [
+        [name, *(f"{statistics.mean(by_seed(results, f'{size}{arm}', languages)):.3f}" for size in SIZES)]
+        for name, arm in rows.items()
+    ]
+    return markdown_table(["model", *SIZES], cells)
 
 
 if __name__ == "__main__":
-    main()
+    show_results({"collisions": collisions}, [domain_table, language_table])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.evaluate.verdicts import verdict_markdown
-from koine.files import read_json
+from koine.evaluate.results import markdown_table, save_figure, show_results
 
 NEW = "code"
 ROUTERS = {"nexus": "Nexus", "linear": "linear, reset"}
@@ -77,8 +75,7 @@ def extension(results: dict[str, Any], out: Path) -> None:
         axis.grid(alpha=0.3)
     axes[2].set_ylim(0.0, 1.0)
     axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def arm_table(results: dict[str, Any]) -> str:
@@ -90,30 +87,17 @@ def arm_table(results: dict[str, Any]) -> str:
             f"{router}-{steps}": f"{name}, extended, {f'{steps} steps' if steps else 'no step'}"
             for steps in budgets(results)
         }
-    lines = [
-        f"| arm | {' | '.join(domains)} | share of code's tokens to its expert |",
-        f"|---|{'---|' * (len(domains) + 1)}",
-    ]
+    cells = []
     for arm, name in rows.items():
-        cells = [f"{statistics.mean(by_seed(results, arm, [domain])):.3f}" for domain in domains]
+        bits = [f"{statistics.mean(by_seed(results, arm, [domain])):.3f}" for domain in domains]
         shares = [
             results["runs"][f"{arm}/{seed}"]["routing"].get(NEW, {}).get("chosen", {}).get(NEW)
             for seed in results["seeds"]
         ]
         known = [share for share in shares if share is not None]
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'{statistics.mean(known):.0%}' if known else ''} |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    path = Path(sys.argv[1])
-    results = read_json(path)
-    # The same figures give the same bytes.
-    mpl.rcParams["svg.hashsalt"] = "koine"
-    extension(results, path.with_name(f"{path.stem}_extension.svg"))
-    print(verdict_markdown(results["hypotheses"]))
-    print(arm_table(results))
+        cells.append([name, *bits, f"{statistics.mean(known):.0%}" if known else ""])
+    return markdown_table(["arm", *domains, "share of code's tokens to its expert"], cells)
 
 
 if __name__ == "__main__":
-    main()
+    show_results({"extension": extension}, [arm_table])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.evaluate.verdicts import verdict_markdown
-from koine.files import read_json
+from koine.evaluate.results import markdown_table, save_figure, show_results
 
 NAMES = {
     "rope": "RoPE",
@@ -64,8 +62,7 @@ def by_length(results: dict[str, Any], out: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def attention(results: dict[str, Any], out: Path) -> None:
@@ -82,38 +79,23 @@ def attention(results: dict[str, Any], out: Path) -> None:
     axis.set_ylabel("attention mass on the fact")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def arm_table(results: dict[str, Any]) -> str:
     """Each arm's means over seeds as a Markdown table; the manual holds it too."""
     lengths = list(next(iter(results["runs"].values()))["answers"])
     header = [f"{int(length):,}" for length in lengths]
-    lines = [
-        f"| arm | bits per byte, short | {' | '.join(f'{one} tokens' for one in header)} |",
-        f"|---|---|{'---|' * len(lengths)}",
-    ]
+    rows = []
     for arm in results["arms"]:
         bits = statistics.mean(results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"])
         cells = [
             f"{statistics.mean(mean_of(results, arm, length, 'log_probability')):.2f} ({statistics.mean(mean_of(results, arm, length, 'accuracy')):.0%})"
             for length in lengths
         ]
-        lines.append(f"| {NAMES[arm]} | {bits:.3f} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    path = Path(sys.argv[1])
-    results = read_json(path)
-    # The same figures give the same bytes.
-    mpl.rcParams["svg.hashsalt"] = "koine"
-    for name, draw in (("length", by_length), ("attention", attention)):
-        draw(results, path.with_name(f"{path.stem}_{name}.svg"))
-    print(verdict_markdown(results["hypotheses"]))
-    print(arm_table(results))
+        rows.append([NAMES[arm], f"{bits:.3f}", *cells])
+    return markdown_table(["arm", "bits per byte, short", *(f"{one} tokens" for one in header)], rows)
 
 
 if __name__ == "__main__":
-    main()
+    show_results({"length": by_length, "attention": attention}, [arm_table])

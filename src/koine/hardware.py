@@ -78,17 +78,13 @@ def memory_limit() -> int | None:
     return int(value) if value and value.isdigit() else None
 
 
-def available_memory() -> int | None:
-    """Bytes that this process may still take without swapping: what the system has free, and no more than the control group allows. None where the system
-    does not say."""
-    meminfo = Path("/proc/meminfo")
-    free = None
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        if "MemAvailable" in fields:
-            free = int(fields["MemAvailable"].split()[0]) * 1024
-    known = [one for one in (free, memory_limit()) if one is not None]
-    return min(known) if known else None
+def available_memory() -> int:
+    """Bytes that this process may take without swapping: what the system has free, and no more than the control group allows in all."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit = memory_limit()
+    return free if limit is None else min(free, limit)
 
 
 def processor_flags() -> set[str]:
@@ -138,7 +134,7 @@ def machine() -> Machine:
         physical_cores=psutil.cpu_count(logical=False),
         usable_cores=usable_cores(),
         memory_bytes=total,
-        available_memory_bytes=min(memory.available, total),
+        available_memory_bytes=available_memory(),
         bfloat16_instructions=tuple(name for flag, name in CPU_FLAGS_WITH_BFLOAT16.items() if flag in flags),
         compiler=compiler(),
     )

@@ -93,8 +93,7 @@ def budget_of(plan: Plan, threads: int) -> int:
     most = sorted((working_bytes(plan, name) for name in plan.layout), reverse=True)
     whole = not plan.info.elementwise or plan.vocabularies is not None
     wanted = sum(most[: min(threads, WHOLE_TENSORS) if whole else threads])
-    free = available_memory()
-    return max(most[0], wanted if free is None else min(wanted, free))
+    return max(most[0], min(wanted, available_memory()))
 
 
 def workers_of(plan: Plan, threads: int) -> int:

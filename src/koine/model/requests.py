@@ -124,7 +124,7 @@ def new_request(
 
 def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, float] | Exception]:
     """The next token of each request and its log-probability as the model gives it, from logits `[batch, vocab]`; for a request whose own
-    grammar or draw raises, the exception.
+    grammar raises, or for which no token can be drawn, the exception.
 
     Requests with equal settings are drawn together; each has a generator of its own, so that its draw does not depend on the others. Until a
     token is taken, `Request.take_back` undoes its draw.
@@ -140,11 +140,12 @@ def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, 
         part = allowed if len(rows) == len(requests) else allowed[rows]
         try:
             drawn = _drawn([requests[row] for row in rows], part)
-        except Exception:  # noqa: BLE001 - whose it is shows when each is drawn for alone
+        except NoTokenError:
+            # Whose it is shows when each is drawn for alone.
             for row in rows:
                 try:
                     [tokens[row]] = _drawn([requests[row]], allowed[row : row + 1])
-                except Exception as error:  # noqa: BLE001 - it is its own caller's
+                except NoTokenError as error:
                     failed[row] = error
         else:
             for row, token in zip(rows, drawn, strict=True):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from koine.hardware import available_memory, usable_cores
 from koine.plan.job import Job, Process
 
 
@@ -11,12 +10,8 @@ class LocalExecutor:
     """Each step is a process of its own; as many at once as cores and free memory allow."""
 
     def __init__(self, cores: int | None = None) -> None:
-        import psutil
-
-        if cores is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.cores = cores
-        self.free_memory: int | None = psutil.virtual_memory().available
+        self.cores = usable_cores() if cores is None else cores
+        self.free_memory: int | None = available_memory()
 
     def start(self, job: Job) -> Process:
         """Start a step."""

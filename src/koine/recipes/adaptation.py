@@ -81,7 +81,7 @@ def adaptation(
             tokenizer=plan.input(tokenizer, name="tokenizer-given"),
             corpus=corpus,
             method=init,
-            # Empty for all languages that the corpus has, as there.
+            # Empty: the text of all languages that the corpus has.
             languages=tuple(language(code).code for code in languages),
             seed=seed,
         )

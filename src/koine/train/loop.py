@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,35 +76,11 @@ def train(
     refuse_packed_documents(model, data.mixture, out)
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
         out.mkdir(parents=True, exist_ok=True)
-        if not ranks.first:
+        alone = exclusive(out / ".lock", doing="training in this folder") if ranks.first else nullcontext()
+        with alone:
             _train(
-                model,
-                objective,
-                data,
-                settings,
-                out,
-                tokenizer,
-                began_as,
-                evaluate,
-                progress,
-                ranks,
-                interrupt,
-            )
-            return
-        with exclusive(out / ".lock", doing="training in this folder"):
-            _train(
-                model,
-                objective,
-                data,
-                settings,
-                out,
-                tokenizer,
-                began_as,
-                evaluate,
-                progress,
-                ranks,
-                interrupt,
-            )
+                model, objective, data, settings, out, tokenizer, began_as, evaluate, progress, ranks, interrupt
+            )  # fmt: skip
 
 
 def _train(
