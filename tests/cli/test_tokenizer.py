@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from koine.cli.tokenizer import show_measures, tokenizer
+from koine.cli.tokenizer import tokenizer
+from koine.cli.tokenizer_tables import show_measures
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import load_tokenizer
 from koine.tokenizer.heldout import split_texts

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.tokenizer_extend import extend
+from koine.cli.tokenizer_tables import show_measures
+from koine.cli.tokenizer_texts import codes_of, texts_of, units_of
+
 if TYPE_CHECKING:
-    from koine.tokenizer.measures import Unit
+    pass
 
 SCHEMES = ("bucketed", "natural", "uniform", "temperature")
 BUCKET_MASSES = ("uniform", "data")
@@ -317,114 +320,6 @@ def adapt(
 
 @tokenizer.command()
 @click.argument("base", type=click.Path(path_type=Path))
-@click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
-@click.option("--languages", help="Only these codes, with commas between.  [default: all in the data]")
-@click.option("--tokens", type=int, required=True, help="How many tokens to add.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the tokenizer to."
-)
-@click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
-@click.option(
-    "--compare", is_flag=True, help="Also train a tokenizer of the same size from scratch, and compare."
-)
-@click.option(
-    "--heldout",
-    multiple=True,
-    type=click.Path(),
-    help="Text to measure on.  [default: every 20th text of --data, which is not learnt from]",
-)
-def extend(
-    base: Path,
-    data: tuple[str, ...],
-    languages: str | None,
-    tokens: int,
-    out: Path,
-    min_frequency: int,
-    compare: bool,
-    heldout: tuple[str, ...],
-) -> None:
-    """Add tokens to the BPE tokenizer BASE for more languages, keeping every old id and every old merge.
-
-    Other languages of the data that BASE was trained on are measured too, and the tokenizer of --compare learns them with the new ones.
-    """
-    from koine.errors import KoineWarning
-    from koine.files import atomic_directory
-    from koine.tokenizer import load_tokenizer, train_tokenizer
-    from koine.tokenizer.extend import extend_tokenizer, trained_languages
-    from koine.tokenizer.foreign import open_tokenizer
-    from koine.tokenizer.heldout import EVERY, split_texts
-    from koine.tokenizer.measures import Unit
-    from koine.tokenizer.measures import measure as measure_tokenizers
-    from koine.tokenizer.sampling import count_bytes
-    from koine.tokenizer.spelling import AnyTokenizer
-
-    load_tokenizer(base)
-    known = trained_languages(base)
-    new_text = split_texts(texts_of(data, languages), heldout=False, every=None if heldout else EVERY)
-    sizes = count_bytes(new_text)
-    everything = texts_of(data, None)
-    present = count_bytes(everything)
-    old = sorted(code for code in present if code not in sizes and (known is None or code in known))
-    chosen = ",".join([*sizes, *old])
-    if heldout:
-        measured = texts_of(heldout, None)
-        scratch_text = texts_of(data, chosen)
-    else:
-        measured = split_texts(texts_of(data, chosen), heldout=True)
-        scratch_text = split_texts(texts_of(data, chosen), heldout=False)
-    with atomic_directory(out) as folder:
-        extended = extend_tokenizer(
-            base,
-            ((text, 1) for _, text in new_text()),
-            new_tokens=tokens,
-            min_frequency=min_frequency,
-            training={
-                "data": list(data),
-                "languages": {code: {"bytes": size} for code, size in sizes.items()},
-                "base_languages": sorted(known or ()),
-                "sample": "all texts" if heldout else f"all but every {EVERY}th text of each language",
-                "seed": None,
-            },
-        )
-        extended.tokenizer.save(folder)
-        opened: dict[str, AnyTokenizer] = {"before": open_tokenizer(base), "extended": extended.tokenizer}
-        if compare:
-            if not old:
-                warnings.warn(
-                    "the data has no text of the base's languages, so that the tokenizer from scratch learns the added ones alone; "
-                    "give it with --data, and name the added languages with --languages",
-                    KoineWarning,
-                    stacklevel=2,
-                )
-            opened["from scratch"] = train_tokenizer(
-                scratch_text,
-                vocab_size=extended.tokenizer.vocab_size,
-                min_frequency=min_frequency,
-                scheme="natural",
-                english_share=None,
-            )
-    click.echo(
-        f"{extended.added_tokens:,} tokens ({extended.added_characters:,} of them characters) and {extended.added_merges:,} merges added; "
-        f"written to {out}"
-    )
-    added_codes = ", ".join(sizes)
-    click.echo(f"added languages: {added_codes}; the base's: {', '.join(old) or 'none in the data'}")
-    if compare:
-        click.echo(
-            f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from {', '.join([*sizes, *old])}, weighted as they are"
-        )
-    units = [Unit(code, text) for code, text in measured()]
-    if not units:
-        warnings.warn(
-            "too little text to hold any out; nothing is measured; give --heldout", KoineWarning, stacklevel=2
-        )
-        return
-    click.echo(f"measured on {', '.join(heldout) or f'every {EVERY}th text, which nothing was learnt from'}:")
-    show_measures(measure_tokenizers(opened, units))
-
-
-@tokenizer.command()
-@click.argument("base", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text of all these languages.")
 @click.option("--primary", required=True, help="Codes of the languages that the model was pretrained on.")
 @click.option("--max-bytes", default=200_000, show_default=True, help="Bytes of each language to look at.")
@@ -452,150 +347,4 @@ def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> 
     Console().print(table)
 
 
-def show_measures(result: dict[str, dict[str, Any]]) -> None:
-    """The means over languages and bytes per token of each language, a tokenizer a column, in as many tables as the terminal is wide for."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from koine.tokenizer.comparison import is_group, table
-
-    console = Console()
-    names = short_names(list(result))
-    columns, rows = table(result)
-    by_measure = list(zip(columns[1:], *(row[1:] for row in rows), strict=True))
-    codes = [code for code in next(iter(result.values())) if not is_group(code)]
-    with_parity = any("parity" in rows_of[code] for rows_of in result.values() for code in codes)
-
-    def cell(name: str, code: str) -> str:
-        parity = result[name][code].get("parity")
-        return f"{result[name][code]['bytes_per_token']:.2f}" + ("" if parity is None else f" ({parity:.2f})")
-
-    widest = max((len(name) for name in columns), default=0)
-    column = min(24, max(12, *map(len, names.values())))
-    most = max(1, (console.width - widest - 5) // (column + 3))
-    for start in range(0, len(result), most):
-        shown = list(result)[start : start + most]
-        overall = Table()
-        overall.add_column("measure", no_wrap=True)
-        by_language = Table()
-        by_language.add_column("language")
-        for name in shown:
-            for one in (overall, by_language):
-                one.add_column(names[name], justify="right", overflow="fold", max_width=column)
-        for measure_name, *values in by_measure:
-            overall.add_row(measure_name, *values[start : start + most])
-        for code in codes:
-            by_language.add_row(code, *(cell(name, code) for name in shown))
-        # As lines: a table breaks its title at its own width.
-        console.print("means over languages")
-        console.print(overall)
-        console.print("bytes per token" + (" (parity with English)" if with_parity else ""))
-        console.print(by_language)
-
-
-def short_names(paths: list[str]) -> dict[str, str]:
-    """The last parts of paths, as many as tell them apart."""
-    longest = max(len(Path(path).parts) for path in paths)
-    for count in range(1, longest + 1):
-        names = {path: str(Path(*Path(path).parts[-count:])) for path in paths}
-        if len(set(names.values())) == len(paths):
-            break
-    return names
-
-
-def units_of(
-    paths: tuple[str, ...],
-    languages: str | None,
-    *,
-    parallel: bool,
-    split: str | None,
-    max_bytes: int | None,
-    max_bad_share: float,
-) -> Iterator[Unit]:
-    """The text of records, in the chosen languages, at most `max_bytes` of each; records without a language are `und`."""
-    from koine.data.records import TRANSLATED, read_records
-    from koine.errors import UserError, did_you_mean
-    from koine.tokenizer.measures import REFERENCE, Unit
-
-    chosen = codes_of(languages)
-    # Parity needs the English translations, whatever is reported.
-    read = None if chosen is None else chosen | {REFERENCE}
-    taken: dict[str, int] = {}
-    present: set[str] = set()
-    for path in paths:
-        records = read_records(path, languages=read, max_bad_share=max_bad_share, split="all")
-        for record in records:
-            code = record["language"]
-            if split is not None and record.get("split", split) != split:
-                continue
-            translated = parallel or record.get(TRANSLATED, False)
-            if chosen is not None and code not in chosen and not translated:
-                continue
-            if max_bytes is not None and taken.get(code, 0) >= max_bytes:
-                continue
-            texts = [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
-            for text in texts:
-                taken[code] = taken.get(code, 0) + len(text.encode("utf-8"))
-                yield Unit(code, text, f"{record['id']}" if translated and "text" in record else None)
-        present |= records.present
-    where = ", ".join(paths)
-    for code in sorted((chosen or set()) - taken.keys()):
-        raise UserError(
-            f"no text of language '{code}'"
-            + (f" in the split '{split}'" if split is not None and taken else ""),
-            where=where,
-            mend=did_you_mean(code, present),
-        )
-    if split is not None and not taken:
-        raise UserError(f"no record is of the split '{split}'", where=where, mend="give another --split")
-
-
-def codes_of(languages: str | None) -> set[str] | None:
-    """The canonical codes of a list with commas; None for no list."""
-    from koine.languages import language
-
-    if languages is None:
-        return None
-    return {language(code.strip()).code for code in languages.split(",") if code.strip()}
-
-
-def texts_of(paths: tuple[str, ...], languages: str | None) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that reads (language, text) of the chosen languages anew at each call."""
-    from koine.errors import UserError, did_you_mean
-
-    where = ", ".join(paths)
-    chosen = codes_of(languages)
-    checked = False
-
-    def read() -> Iterator[tuple[str, str]]:
-        nonlocal checked
-        present = set()
-        for path in paths:
-            for code, text in _texts(path):
-                present.add(code)
-                if chosen is None or code in chosen:
-                    yield code, text
-        if not checked:
-            for code in sorted(chosen or ()):
-                if code not in present:
-                    raise UserError(
-                        f"no text of language '{code}'", where=where, mend=did_you_mean(code, present)
-                    )
-            checked = True
-
-    return read
-
-
-def _texts(path: str) -> Iterator[tuple[str, str]]:
-    from koine.data.records import read_records
-    from koine.errors import UserError
-
-    for record in read_records(path):
-        code = record.get("language")
-        if not code:
-            raise UserError("a record without a language", where=path, mend='give each record a "language"')
-        if "text" in record:
-            yield code, record["text"]
-        else:
-            for message in record["messages"]:
-                yield code, message["content"]
+tokenizer.add_command(extend)
