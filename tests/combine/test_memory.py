@@ -1,0 +1,101 @@
+"""What a merge holds at once: some tensors, whatever the model and the number of threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from koine.combine.fit import plan_merge
+from koine.combine.memory import LIBRARIES, ByteBudget, need, workers_of
+from koine.combine.recipe import Recipe
+from koine.combine.tensor_files import CheckpointWriter
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Two models of 200 MB merged in a process whose memory grows by less than half of one."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        layout = {f"layer.{number}": (torch.float32, (1024, 1024)) for number in range(50)}
+        writer = CheckpointWriter(tmp_path / name, layout, max_shard_bytes=10**9)
+        for number in range(50):
+            writer.write(f"layer.{number}", torch.full((1024, 1024), float(number)))
+        writer.close()
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merge import merge\nfrom koine.combine.recipe import Recipe\n"
+        "folder = Path(sys.argv[1])\n"
+        "recipe = Recipe(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "merge(recipe, folder / 'out', threads=2)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    grown = int(
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    assert grown * 1024 < 100 * 2**20
+    plan = plan_merge(Recipe(method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5)))
+    assert need(plan, 2).output_bytes == 50 * 4 * 2**20
+    plan.close()
+
+
+def test_a_budget_of_bytes_is_kept() -> None:
+    """What does not fit beside the others waits; what is larger than all waits until it is alone."""
+    budget, held, most = ByteBudget(100), 0, 0
+    lock = threading.Lock()
+
+    def work(count: int) -> None:
+        nonlocal held, most
+        with budget.hold(count):
+            with lock:
+                held += count
+                most = max(most, held if held > count else 0)
+            time.sleep(0.002)
+            with lock:
+                held -= count
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [30, 60, 150, 40, 100, 10, 20] * 6))
+    assert 0 < most <= 100
+    assert held == 0
+
+
+def test_more_threads_need_no_more_memory(tmp_path: Path) -> None:
+    """TIES needs tensors whole: eight threads hold two at a time, and `need` says so."""
+    layout = {f"layer.{number}": (torch.float32, (1024, 2048)) for number in range(8)}
+    for index, name in enumerate(("base", "a", "b")):
+        (tmp_path / name).mkdir()
+        writer = CheckpointWriter(tmp_path / name, layout, max_shard_bytes=10**9)
+        for number in range(8):
+            generator = torch.Generator().manual_seed(100 * number + index)
+            writer.write(f"layer.{number}", 1.0 + 0.1 * torch.randn(1024, 2048, generator=generator))
+        writer.close()
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merge import merge\n"
+        "from koine.combine.recipe import Recipe\nfolder = Path(sys.argv[1])\n"
+        "recipe = Recipe(method='ties', models=(folder / 'a', folder / 'b'), base=folder / 'base', weights=(0.5, 0.5))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "merge(recipe, folder / f'out-{sys.argv[2]}', threads=int(sys.argv[2]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    recipe = Recipe(
+        method="ties", models=(tmp_path / "a", tmp_path / "b"), base=tmp_path / "base", weights=(0.5, 0.5)
+    )
+    plan = plan_merge(recipe)
+    assert need(plan, 8) == need(plan, 2)
+    assert need(plan, 1).peak_memory_bytes < need(plan, 2).peak_memory_bytes
+    assert workers_of(plan, 8) == 2
+    allowed = need(plan, 8).peak_memory_bytes - LIBRARIES
+    plan.close()
+    grown = 1024 * int(
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), "8"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    assert grown < allowed + 50 * 2**20
