@@ -89,25 +89,40 @@ def available_memory() -> int:
 
 def processor_flags() -> set[str]:
     """Instruction-set flags of the processor; empty where the system does not tell."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return set()
-    for line in path.read_text(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
+    return set((_cpuinfo("flags", "Features") or "").split())
+
+
+def chosen_dtype(wanted: str) -> str:
+    """The precision that training computes in: `wanted`, or where that is "auto" the one in which this machine is known to multiply faster.
+
+    bfloat16 on an accelerator, and on processors with matrix instructions for it (AMX, ARM's, AMD's AVX-512 BF16); float32 on all others: without instructions
+    bfloat16 is emulated, and Intel's AVX-512 BF16 alone is slower than its float32 (docs/log.md). Reads files of the system only, so that it is the same at every
+    start on one machine; `koine doctor` measures both.
+    """
+    if wanted != "auto":
+        return wanted
+    if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+        return "bfloat16"
+    flags = processor_flags()
+    fast = {"amx_bf16", "bf16"} & flags or (
+        "avx512_bf16" in flags and _cpuinfo("vendor_id") == "AuthenticAMD"
+    )
+    return "bfloat16" if fast else "float32"
 
 
 def processor_name() -> str:
     """The processor's name as the system tells it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> str | None:
+    """The first value in /proc/cpuinfo under one of these keys."""
     path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return None
 
 
 def compiler() -> str | None:

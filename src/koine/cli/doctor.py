@@ -61,6 +61,7 @@ def print_machine(path: Path) -> None:
     )
     instructions = ", ".join(found.bfloat16_instructions)
     line("bfloat16", instructions or "no CPU instructions: emulated, slower than float32")
+    line("training", f"in {hardware.chosen_dtype('auto')}, where --dtype does not say otherwise")
 
 
 def print_devices() -> None:

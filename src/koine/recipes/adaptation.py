@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from koine.errors import UserError, did_you_mean
+from koine.hardware import chosen_dtype
 from koine.languages import language
 from koine.plan import Plan
 from koine.recipes.corpora import own_corpus
@@ -34,7 +35,7 @@ def adaptation(
     batch_size: int = 8,
     micro_batch_size: int = 4,
     learning_rate: float = 5e-4,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     evaluations: int = 10,
     evaluation_documents: int = 8,
     max_bytes_per_language: int = 2_000_000,
@@ -50,6 +51,7 @@ def adaptation(
     tokenizer: move the model to this one first, the new rows guessed by `init`. What every language gains and loses is measured
     `evaluations` times on the way, and before the first step.
     """
+    dtype = chosen_dtype(dtype)
     if regime not in REGIMES:
         raise UserError(f"unknown regime '{regime}'", mend=did_you_mean(regime, REGIMES))
     if not primary_languages:

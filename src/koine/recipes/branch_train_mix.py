@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from koine.errors import UserError, did_you_mean
+from koine.hardware import chosen_dtype
 from koine.plan import Artifact, Plan
 from koine.recipes.domain_corpora import domain_text, tokenize_domain
 from koine.recipes.domains import (
@@ -42,7 +43,7 @@ def branch_train_mix(
     domain_size: int = 32,
     load_balancing: float | None = None,
     z_loss: float | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     max_bytes: int = 20_000_000,
     heldout_bytes: int = 200_000,
     evaluation_documents: int = 40,
@@ -57,6 +58,7 @@ def branch_train_mix(
     method: btx, bam, bam-shared-kv, nexus, nexus-linear (the paper's baseline), or average (one dense model). attention_top_k: 0 is soft routing.
     load_balancing, z_loss: factors of the router losses; none: the method's own (`koine upcycle METHOD --help`).
     """
+    dtype = chosen_dtype(dtype)
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
     if len(domains) < 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from koine.errors import UserError
+from koine.hardware import chosen_dtype
 from koine.plan import Artifact, Plan
 from koine.recipes.corpora import text_corpus
 from koine.recipes.lengths import compare_lengths, evaluate_lengths, extend_stage
@@ -28,7 +29,7 @@ def extend(
     micro_batch_size: int = 4,
     learning_rate: float = 5e-4,
     final_rate_share: float = 0.1,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     evaluation_documents: int = 8,
     max_bytes_per_language: int = 20_000_000,
     min_bytes_per_language: int = 20_000,
@@ -44,6 +45,7 @@ def extend(
     learning rate falls on one line over all stages, to `final_rate_share` of itself. batch_size counts rows of the first length;
     a step of long rows has as many tokens, and micro batches likewise.
     """
+    dtype = chosen_dtype(dtype)
     _check(lengths, steps, thetas, long_every=long_every, long_share=long_share_of_length)
 
     def corpus_of(path: Path, name: str) -> Artifact:

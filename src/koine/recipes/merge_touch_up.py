@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from koine.errors import UserError
+from koine.hardware import chosen_dtype
 from koine.plan import Artifact, Plan
 from koine.recipes.branch_train_mix import named_path
 from koine.recipes.domain_corpora import domain_text, tokenize_domain
@@ -31,7 +32,7 @@ def merge_touch_up(
     sequence_length: int = 256,
     batch_size: int = 16,
     micro_batch_size: int = 8,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     max_bytes: int = 20_000_000,
     heldout_bytes: int = 200_000,
     evaluation_documents: int = 40,
@@ -41,6 +42,7 @@ def merge_touch_up(
 ) -> None:
     """Directories of our models, and text of each domain as NAME=PATH. `weights`: one a model (default: equal); `method`: one that takes weights; `base`: the
     common ancestor, where the method needs it. The learning rate should be ten to twenty times lower than the models' own."""
+    dtype = chosen_dtype(dtype)
     if len(models) < 2:
         raise UserError(f"{len(models)} models are given", mend="give at least two: --set models=A,B")
     named = dict(named_path(one) for one in domains)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from koine.hardware import chosen_dtype
 from koine.languages import check_cluster
 from koine.plan import Artifact, Plan
 from koine.recipes.compare import ARMS, compare_arms
@@ -44,7 +45,7 @@ def quickstart(
     code_share: float = 0.1,
     english_share: float = 0.3,
     primary_share: float = 0.2,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     documents_per_language: int = 600,
     questions_per_language: int = 600,
     max_bytes_per_language: int = 400_000,
@@ -62,6 +63,7 @@ def quickstart(
     the tokenizer and not the text; both are then adapted to the others. `attention`, `window`, `full_every` and `rope_theta` make another
     variant of the preset (`koine.model.with_attention`); empty or 0: its own. Each arm trains on `threads` cores, side by side.
     """
+    dtype = chosen_dtype(dtype)
     if not primary_languages:
         check_cluster(primary_cluster)
     if data is None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from koine.errors import UserError, did_you_mean
+from koine.hardware import chosen_dtype
 
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
-DType = Literal["float32", "bfloat16"]
+DType = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
 
 # What a field changes: the result itself, only its rounding, or nothing of it.
@@ -51,7 +52,8 @@ class TrainSettings:
     epsilon: float = setting(1e-8, "AdamW's epsilon.", above=0)
     clip_norm: float = setting(1.0, "Largest norm of the gradient; 0: no clipping.", low=0)
     dtype: DType = setting(
-        "bfloat16", "Precision of the computation; weights and optimiser stay in float32 either way."
+        "auto",
+        "Precision of the computation (auto: the one in which this machine is faster); weights and optimiser stay in float32 either way.",
     )
     seed: int = setting(0, "Seed of the random state (a model's first weights are drawn from it).", low=0)
     spike_deviations: float = setting(
@@ -113,6 +115,7 @@ class TrainSettings:
                 raise UserError(f"{field.name} is {value!r}", mend=f"it must be of type {expected.__name__}")
             if expected in (int, float):
                 self._check_bounds(field.name, value, bounds["low"], bounds["high"], bounds["above"])
+        object.__setattr__(self, "dtype", chosen_dtype(self.dtype))
 
     @staticmethod
     def _check_bounds(

@@ -1,0 +1,42 @@
+"""What this machine offers, by what its system's files say."""
+
+from __future__ import annotations
+
+import pytest
+
+from koine import hardware
+from koine.train import TrainSettings
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "expected"),
+    [
+        ("GenuineIntel", "avx512f amx_bf16 avx512_bf16", "bfloat16"),
+        ("GenuineIntel", "avx512f avx512_bf16", "float32"),
+        ("AuthenticAMD", "avx512f avx512_bf16", "bfloat16"),
+        ("AuthenticAMD", "avx2", "float32"),
+        (None, "asimd bf16", "bfloat16"),
+        (None, None, "float32"),
+    ],
+)
+def test_training_takes_the_faster_precision(
+    monkeypatch: pytest.MonkeyPatch, vendor: str | None, flags: str | None, expected: str
+) -> None:
+    told = {"vendor_id": vendor, "flags": flags}
+    monkeypatch.setattr(hardware, "_cpuinfo", lambda *keys: told.get(keys[0]))
+    monkeypatch.setattr(hardware.Path, "exists", lambda path: False)
+    assert hardware.chosen_dtype("auto") == expected
+    assert hardware.chosen_dtype("bfloat16") == "bfloat16"
+    assert TrainSettings().dtype == expected
+
+
+def test_an_accelerator_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_cpuinfo", lambda *keys: None)
+    monkeypatch.setattr(hardware.Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    assert hardware.chosen_dtype("auto") == "bfloat16"
+
+
+def test_what_is_free_is_no_more_than_the_control_group_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "memory_limit", lambda: 2**20)
+    assert hardware.available_memory() == 2**20
+    assert hardware.machine().available_memory_bytes == 2**20
