@@ -65,7 +65,7 @@ def test_logits_in_parts_are_the_same(
     tokenizer: Tokenizer, llama: Wrapped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = bits_per_byte(llama, tokenizer, RECORDS)
-    monkeypatch.setattr("koine.evaluate.scoring._LOGITS", 7 * tokenizer.vocab_size)
+    monkeypatch.setattr("koine.evaluate.scoring._LOGITS", {"cpu": 7 * tokenizer.vocab_size})
     parts = bits_per_byte(llama, tokenizer, RECORDS)
     assert parts["overall"]["bits_per_byte"]["value"] == pytest.approx(
         whole["overall"]["bits_per_byte"]["value"], rel=1e-5

@@ -53,7 +53,7 @@ def evaluate_model(
     asked = existing(corpus, "questions/test", roles.chat)
     if asked and questions_per_language:
         results["questions"] = question_accuracy(
-            decoder, tokenizer, _first(asked.values(), questions_per_language), batch_size=64, seed=seed
+            decoder, tokenizer, _first(asked.values(), questions_per_language), batch_size=32, seed=seed
         )
     write_json(out / "evaluation.json", results)
     metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]["value"]}
