@@ -115,20 +115,30 @@ def their_command(method: str, folder: Path, out: Path) -> list[str]:
     return [str(program), str(folder / f"{method}.yml"), str(out), "--no-copy-tokenizer", "--quiet"]
 
 
+LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(child.pid, 0)
+print(json.dumps([time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
+"""
+"""Starts a command and measures it. Linux lets the largest resident memory of a process survive exec, and with it the size of whatever process started
+it: this one has compared models, a small one has not."""
+
+
 def run(command: list[str], out: Path) -> tuple[float, int]:
     """Seconds and the largest resident bytes of a command."""
     shutil.rmtree(out, ignore_errors=True)
+    # What the last command wrote is on the disk before this one starts.
+    os.sync()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"{command[0]} failed: {errors.read().decode()[-2000:]}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command], env=environment, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    seconds, largest, code = json.loads(done.stdout)
+    if code:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
+    return seconds, largest * (1 if sys.platform == "darwin" else 1024)
 
 
 def differences(first: Path, second: Path) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What a merge holds at once: some tensors, whatever the model and the number of threads."""
+"""What a merge holds at once: blocks of some tensors, whatever the model and the number of threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from koine.combine.fit import plan_merge
-from koine.combine.memory import LIBRARIES, ByteBudget, need, workers_of
+from koine.combine.memory import LIBRARIES, RETAINED, ByteBudget, need, workers_of, working_bytes
+from koine.combine.methods import BLOCK
 from koine.combine.recipe import Recipe
 from koine.combine.tensor_files import CheckpointWriter
 
@@ -66,15 +67,15 @@ def test_a_budget_of_bytes_is_kept() -> None:
     assert held == 0
 
 
-def test_more_threads_need_no_more_memory(tmp_path: Path) -> None:
-    """TIES needs tensors whole: eight threads hold two at a time, and `need` says so."""
-    layout = {f"layer.{number}": (torch.float32, (1024, 2048)) for number in range(8)}
+def test_passes_over_large_tensors_hold_blocks(tmp_path: Path) -> None:
+    """TIES looks at a tensor several times: of three of 16 MB each worker holds the result and blocks, and `need` says how much."""
+    layout = {f"layer.{number}": (torch.float32, (2048, 2048)) for number in range(4)}
     for index, name in enumerate(("base", "a", "b")):
         (tmp_path / name).mkdir()
         writer = CheckpointWriter(tmp_path / name, layout, max_shard_bytes=10**9)
-        for number in range(8):
+        for number in range(4):
             generator = torch.Generator().manual_seed(100 * number + index)
-            writer.write(f"layer.{number}", 1.0 + 0.1 * torch.randn(1024, 2048, generator=generator))
+            writer.write(f"layer.{number}", 1.0 + 0.1 * torch.randn(2048, 2048, generator=generator))
         writer.close()
     script = (
         "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merge import merge\n"
@@ -88,14 +89,15 @@ def test_more_threads_need_no_more_memory(tmp_path: Path) -> None:
         method="ties", models=(tmp_path / "a", tmp_path / "b"), base=tmp_path / "base", weights=(0.5, 0.5)
     )
     plan = plan_merge(recipe)
-    assert need(plan, 8) == need(plan, 2)
-    assert need(plan, 1).peak_memory_bytes < need(plan, 2).peak_memory_bytes
-    assert workers_of(plan, 8) == 2
-    allowed = need(plan, 8).peak_memory_bytes - LIBRARIES
+    each = working_bytes(plan, "layer.0")
+    assert each == 2048 * 2048 * 4 + BLOCK * 4 * (3 + 2 * 3 + 2)
+    assert workers_of(plan, 2) == 2
+    assert need(plan, 2).peak_memory_bytes - need(plan, 1).peak_memory_bytes == each + RETAINED
+    allowed = need(plan, 2).peak_memory_bytes - LIBRARIES
     plan.close()
     grown = 1024 * int(
         subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path), "8"], capture_output=True, text=True, check=True
+            [sys.executable, "-c", script, str(tmp_path), "2"], capture_output=True, text=True, check=True
         ).stdout
     )
-    assert grown < allowed + 50 * 2**20
+    assert grown < allowed

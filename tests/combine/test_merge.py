@@ -227,8 +227,7 @@ def test_a_cut_line_of_the_journal_is_dropped(
     stop_after(3)
     stop_after(3)
     lines = journal.read_text().splitlines()
-    assert all(json.loads(line) for line in lines[:-1])
-    assert len(lines) >= 7
+    assert sum(len(json.loads(line)) for line in lines[1:-1]) == 6
     monkeypatch.setattr(merging, "_merge_tensor", real)
     merge(recipe_of("linear", models), tmp_path / "out")
     merge(recipe_of("linear", models), tmp_path / "fresh")

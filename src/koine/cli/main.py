@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -92,6 +93,8 @@ def show_warning(
 def main() -> None:
     """Run the command line; a `UserError` ends in one line on stderr and exit code 2."""
     warnings.showwarning = show_warning
+    # Importing torch makes half a million objects that stay; by default the collector looks through them again and again.
+    gc.set_threshold(50_000, 20, 100)
     try:
         cli.main(standalone_mode=False)
     except UserError as error:

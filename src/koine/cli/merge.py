@@ -126,6 +126,7 @@ COMMON: list[click.Parameter] = [
 
 def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Path, **given: Any) -> None:
     """Merge, or say what it would take."""
+    from koine.allocator import keep_freed_memory
     from koine.combine.fit import plan_merge
     from koine.combine.memory import need
     from koine.combine.merge import merge
@@ -163,6 +164,7 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
             f"and {duration(found.seconds)} on {threads} threads"
         )
         return
+    keep_freed_memory()
     report = with_progress(lambda say: merge(recipe, out, threads=given["threads"], say=say))
     show(report)
     click.echo(f"written to {out}")

@@ -13,11 +13,14 @@ from koine.combine.fit import Plan
 from koine.combine.methods import BLOCK
 from koine.hardware import available_memory
 
-BLOCK_ENTRIES = 2**21
+BLOCK_ENTRIES = 2**19
 """Entries of an elementwise method's block."""
 
+WHOLE_ENTRIES = 2**21
+"""A tensor of at most so many entries is read whole where a method makes several passes over it; a larger one is read again in each."""
+
 WHOLE_TENSORS = 2
-"""So many of the largest tensors may be worked on at once, where a method needs them whole: one is read while the other is merged."""
+"""So many of the largest tensors may be worked on at once, where rows are matched by their tokens: one is read while the other is merged."""
 
 LIBRARIES = 300 * 2**20
 """Bytes of the process without any tensor."""
@@ -84,15 +87,16 @@ def working_bytes(plan: Plan, name: str) -> int:
     if plan.info.elementwise:
         block = min(numel, max(BLOCK_ENTRIES, entries[0].row))
         return block * (sum(entry.dtype.itemsize for entry in entries) + out + wide)
-    return sum(entry.nbytes for entry in entries) + numel * out + min(numel, BLOCK) * wide
+    block, held = min(numel, BLOCK), numel if numel <= WHOLE_ENTRIES else min(numel, BLOCK)
+    return numel * out + held * sum(entry.dtype.itemsize for entry in entries) + block * wide
 
 
 def budget_of(plan: Plan, threads: int) -> int:
-    """Bytes that the workers of a merge may hold together: where tensors are needed whole, those of `WHOLE_TENSORS` of the largest, or what the machine
-    has free where that is less; never less than the largest alone."""
+    """Bytes that the workers of a merge may hold together: those of `threads` of the largest tensors (of `WHOLE_TENSORS` where vocabularies differ), or what
+    the machine has free where that is less; never less than the largest alone."""
     most = sorted((working_bytes(plan, name) for name in plan.layout), reverse=True)
-    whole = not plan.info.elementwise or plan.vocabularies is not None
-    wanted = sum(most[: min(threads, WHOLE_TENSORS) if whole else threads])
+    at_once = threads if plan.vocabularies is None else min(threads, WHOLE_TENSORS)
+    wanted = sum(most[:at_once])
     return max(most[0], min(wanted, available_memory()))
 
 

@@ -1,7 +1,7 @@
 """Merging of whole checkpoints: tensor by tensor, a piece at a time, on several threads, resumable.
 
 Work is done beside `out`, in `.NAME.merge`, whose journal says what is finished; the same command goes on there after an interruption. Elementwise methods work on
-blocks of rows, the others on one tensor of each model at a time.
+blocks of rows; the others walk through one tensor of each model, in blocks too, and hold the result of it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import os
 import shutil
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,9 +24,16 @@ from torch import Tensor
 from koine.combine.alike import model_configuration
 from koine.combine.fit import Plan, plan_merge
 from koine.combine.journal import read_journal
-from koine.combine.memory import BLOCK_ENTRIES, ByteBudget, budget_of, workers_of, working_bytes
+from koine.combine.memory import (
+    BLOCK_ENTRIES,
+    WHOLE_ENTRIES,
+    ByteBudget,
+    budget_of,
+    workers_of,
+    working_bytes,
+)
 from koine.combine.recipe import Recipe
-from koine.combine.tensor_files import CheckpointWriter, Entry
+from koine.combine.tensor_files import Checkpoint, CheckpointWriter, Entry, StoredTensor
 from koine.combine.vocabularies import write_tokenizer
 from koine.errors import UserError
 from koine.files import (
@@ -40,10 +47,10 @@ from koine.files import (
 from koine.hardware import usable_cores
 from koine.model.mixture_files import carry_mixture_files
 
-SYNC_BYTES = 512 * 2**20
-"""So many bytes are written between two entries of the journal."""
+SYNC_BYTES = 64 * 2**20
+"""So many bytes are written, at least, between two entries of the journal."""
 
-SAMPLED = 65_536
+SAMPLED = 32_768
 """Entries of each tensor from which the report's figures are estimated."""
 
 WEIGHT_FILES = (
@@ -126,6 +133,7 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
         work, plan.layout, max_shard_bytes=plan.recipe.max_shard_bytes, resume=journal.exists()
     )
     lock, pending, written = threading.Lock(), dict[str, Any](), 0
+    entering: Future[None] | None = None
     before = torch.get_num_threads()
     # The largest first: at the end all threads have something to do.
     todo = sorted(
@@ -138,39 +146,42 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
                 log.write(json.dumps({"fingerprint": fingerprint}) + "\n")
                 log.flush()
 
-            def flush() -> None:
+            def enter(figures: dict[str, Any]) -> None:
                 writer.sync()
-                log.write(json.dumps(pending) + "\n")
+                log.write(json.dumps(figures) + "\n")
                 log.flush()
                 os.fsync(log.fileno())
-                pending.clear()
 
             def one(name: str) -> None:
-                nonlocal written
+                nonlocal written, entering
                 with budget.hold(working_bytes(plan, name)):
                     figures = _merge_tensor(plan, writer, name)
                 with lock:
                     done[name] = pending[name] = figures
                     written += writer.entries[name].nbytes
-                    if written >= SYNC_BYTES:
-                        flush()
+                    if written >= SYNC_BYTES and (entering is None or entering.done()):
+                        if entering is not None:
+                            entering.result()
+                        # The disk works while the next tensors are merged.
+                        entering = syncing.submit(enter, dict(pending))
+                        pending.clear()
                         written = 0
                     if say is not None:
                         say(len(done), len(plan.layout))
 
             # One thread of torch in each worker: they would wait for each other.
             torch.set_num_threads(1)
-            with ThreadPoolExecutor(workers_of(plan, threads)) as pool:
+            with ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(workers_of(plan, threads)) as pool:
                 futures = [pool.submit(one, name) for name in todo]
                 try:
                     for future in futures:
                         future.result()
-                except BaseException:
+                finally:
                     pool.shutdown(wait=True, cancel_futures=True)
+                    if entering is not None:
+                        entering.result()
                     if pending:
-                        flush()
-                    raise
-            flush()
+                        enter(pending)
     finally:
         torch.set_num_threads(before)
         writer.close()
@@ -200,22 +211,32 @@ def _merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, 
         _write(writer, name, _by_token(plan, name, tensors), dtype)
         return {}
     if not plan.info.elementwise:
-        tensors = [one.read(name) for one in everyone]
-        for one, tensor in zip(everyone, tensors, strict=True):
-            _refuse_not_finite(tensor, name, one.path)
-        _write(writer, name, apply_method(plan, name, tensors, block=0), dtype)
-        return figures_of(tensors, plan)
+        stored = [_stored(one, name) for one in everyone]
+        # Several passes over a small tensor are made in memory.
+        small = entries[0].numel <= WHOLE_ENTRIES
+        given = [one[:] for one in stored] if small else cast("list[Tensor]", stored)
+        _write(writer, name, apply_method(plan, name, given, block=0), dtype)
+        return figures_of(given, plan)
     entry = entries[0]
     rows = max(1, BLOCK_ENTRIES // max(1, entry.row))
-    sampled: list[list[Tensor]] = []
+    # Room for the whole sample before the first block: what is small and kept between large blocks that come and go tears the heap apart.
+    sampled = [_room(entry, tensor_dtype=one[name].dtype, rows=rows) for one in everyone]
+    filled = 0
     for number, start in enumerate(range(0, entry.rows, rows)):
         stop = min(entry.rows, start + rows)
         tensors = [one.read(name, start, stop) for one in everyone]
         for one, tensor in zip(everyone, tensors, strict=True):
             _refuse_not_finite(tensor, name, one.path)
         _write(writer, name, apply_method(plan, name, tensors, block=number), dtype, start)
-        sampled.append([_sample(tensor, entry) for tensor in tensors])
-    return figures_of([torch.cat(parts) for parts in zip(*sampled, strict=True)], plan) if sampled else {}
+        parts = [_sample(tensor, entry) for tensor in tensors]
+        for kept, part in zip(sampled, parts, strict=True):
+            kept[filled : filled + part.numel()] = part
+        filled += parts[0].numel()
+    return figures_of([kept[:filled] for kept in sampled], plan) if filled else {}
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> StoredTensor:
+    return StoredTensor(checkpoint, name, lambda part: _refuse_not_finite(part, name, checkpoint.path))
 
 
 def apply_method(plan: Plan, name: str, tensors: Sequence[Tensor], *, block: int) -> Tensor:
@@ -277,13 +298,24 @@ def _refuse_not_finite(tensor: Tensor, name: str, path: Path) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    # The sum is finite where every entry is; only where it is not, the entries are looked at (large ones may overflow it).
-    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    # The sum is finite where every entry is; only where it is not, the entries are looked at (large ones may overflow it). One of
+    # bfloat16 has the range of float32, adds up in it, and takes half the time without a copy in it.
+    wide = None if tensor.dtype == torch.bfloat16 else torch.float32
+    return math.isfinite(float(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
+
+
+def _stride(entry: Entry) -> int:
+    return max(1, entry.numel // SAMPLED) | 1
 
 
 def _sample(tensor: Tensor, entry: Entry) -> Tensor:
-    stride = max(1, entry.numel // SAMPLED) | 1
-    return tensor.reshape(-1)[::stride].clone()
+    return tensor.reshape(-1)[:: _stride(entry)]
+
+
+def _room(entry: Entry, *, tensor_dtype: torch.dtype, rows: int) -> Tensor:
+    """For the samples of all blocks of `rows` rows; each block may hold one entry more than its share."""
+    blocks = -(-entry.rows // rows)
+    return torch.empty(entry.numel // _stride(entry) + blocks + 1, dtype=tensor_dtype)
 
 
 def figures_of(tensors: Sequence[Tensor], plan: Plan) -> dict[str, Any]:
@@ -293,23 +325,19 @@ def figures_of(tensors: Sequence[Tensor], plan: Plan) -> dict[str, Any]:
     sign_conflicts: share of the entries in which not all differences have one sign.
     """
     stride = max(1, tensors[0].numel() // SAMPLED) | 1
-    parts = [tensor.reshape(-1)[::stride].float() for tensor in tensors]
-    origin = parts.pop() if plan.base is not None else torch.stack(parts).mean(dim=0)
-    deltas = [part - origin for part in parts]
-    norm = float(origin.norm())
+    parts = torch.stack([tensor.reshape(-1)[::stride].float() for tensor in tensors])
+    origin = parts.mean(dim=0) if plan.base is None else parts[-1]
+    deltas = (parts if plan.base is None else parts[:-1]) - origin
+    norm, norms = float(origin.norm()), deltas.norm(dim=1)
     figures: dict[str, Any] = {
-        "distance": [round(float(delta.norm()) / norm, 6) if norm else None for delta in deltas]
+        "distance": [round(value / norm, 6) if norm else None for value in norms.tolist()]
     }
     if plan.base is not None and len(deltas) > 1:
-        cosines = [
-            float(torch.cosine_similarity(deltas[a], deltas[b], dim=0))
-            for a in range(len(deltas))
-            for b in range(a)
-        ]
-        signs = torch.stack([delta.sign() for delta in deltas])
-        conflicts = (signs.amax(dim=0) > 0) & (signs.amin(dim=0) < 0)
+        unit = deltas / norms.clamp_min(1e-12)[:, None]
+        above, below = torch.triu_indices(len(deltas), len(deltas), offset=1)
+        conflicts = (deltas.amax(dim=0) > 0) & (deltas.amin(dim=0) < 0)
         figures |= {
-            "cosine": round(min(cosines), 6),
+            "cosine": round(float((unit @ unit.T)[above, below].min()), 6),
             "sign_conflicts": round(float(conflicts.float().mean()), 6),
         }
     return figures

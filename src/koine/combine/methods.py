@@ -1,7 +1,8 @@
 """Ways to merge checkpoints, each one a function of the tensors that have one name in all models.
 
 A method takes `tensors` (one a model, of equal shape), and of these parameters those that it has: `weights` (one a model), `base` (the common ancestor's tensor) and numbers of its own,
-which become options of `koine merge`. The maths are float32 (float64 stays) whatever the models' dtype; the result has the dtype of the first. To add a method, write a
+which become options of `koine merge`. A method that is not elementwise walks through its tensors by `_blocks` and `_by_blocks`, or slices them as one line of numbers
+(`reshape(-1)`): what it is given may be on the disk (`koine.combine.tensor_files.StoredTensor`). The maths are float32 (float64 stays) whatever the models' dtype; the result has the dtype of the first. To add a method, write a
 function and name it in `METHODS`.
 """
 
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 COLLINEAR = 0.9995
 """Cosine from which on SLERP interpolates on a line: the sine that it would divide by is nearly 0."""
 
-BLOCK = 2**21
+BLOCK = 2**19
 """Entries that are worked on at once where a method needs several passes."""
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
     """`sum_k c_k W_k / sum_k c_k`: the weighted average, model soups (arXiv 2203.05482); with `normalize` off, not divided."""
-    total = _sum(tensors, weights)
-    return _narrow(total.div_(sum(weights)) if normalize else total, tensors)
+    total = sum(weights) if normalize else 1.0
+    return _narrow(_sum(tensors, [weight / total for weight in weights]), tensors)
 
 
 def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
@@ -37,7 +38,8 @@ def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
     The angle is that of the whole tensor as one vector, norms are not kept apart: `sin((1 - t) a) / sin(a) W_0 + sin(t a) / sin(a) W_1`.
     """
     first, second = tensors
-    dot = _dot(first, second) / max(1e-30, math.sqrt(_dot(first, first) * _dot(second, second)))
+    product, one, two = _products(first, second)
+    dot = product / max(1e-30, math.sqrt(one * two))
     if abs(dot) > COLLINEAR:
         parts = (1.0 - t, t)
     else:
@@ -217,9 +219,9 @@ def _narrow(result: Tensor, like: Sequence[Tensor]) -> Tensor:
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum, wide."""
-    total = _wide(tensors[0]) * weights[0]
+    total = tensors[0].to(_wide_dtype(tensors[0]), copy=True).mul_(weights[0])
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(_wide(tensor), alpha=weight)
+        total.add_(tensor, alpha=weight)
     return total
 
 
@@ -271,11 +273,15 @@ def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return out
 
 
-def _dot(first: Tensor, second: Tensor) -> float:
-    total = 0.0
-    for a, b in _blocks(first, second):
-        total += float(_wide(a).dot(_wide(b)))
-    return total
+def _products(first: Tensor, second: Tensor) -> tuple[float, float, float]:
+    """The dot products of two tensors as vectors: of one with the other, and of each with itself."""
+    dot = one = two = 0.0
+    for blocks in _blocks(first, second):
+        a, b = (_wide(block) for block in blocks)
+        dot += float(a.dot(b))
+        one += float(a.dot(a))
+        two += float(b.dot(b))
+    return dot, one, two
 
 
 def _cosine_of_deltas(first: Tensor, second: Tensor, base: Tensor) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 * 2**20
+STRIDED = 2**19
+"""Entries that are read at once where only some of them are wanted."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,16 @@ class Checkpoint(Mapping[str, Entry]):
         entry = self.entries[name]
         last = entry.rows if stop is None else stop
         shape = (last - start, *entry.shape[1:]) if entry.shape else ()
-        tensor = torch.empty(shape, dtype=entry.dtype)
+        return self.read_flat(name, start * entry.row, last * entry.row).view(shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop` of a tensor as one line of numbers."""
+        entry = self.entries[name]
+        tensor = torch.empty(max(0, stop - start), dtype=entry.dtype)
         size = tensor.numel() * entry.dtype.itemsize
         if size:
-            at = entry.offset + start * entry.row * entry.dtype.itemsize
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+            at = entry.offset + start * entry.dtype.itemsize
+            view = memoryview(tensor.view(torch.uint8).numpy().data)
             done = 0
             while done < size:
                 count = os.preadv(self._descriptors[entry.file], [view[done:]], at + done)
@@ -141,6 +148,51 @@ class Checkpoint(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+class StoredTensor:
+    """A tensor of a checkpoint that is read where it is sliced. It has what a method of `koine.combine.methods` asks of a tensor that it walks through in
+    blocks, so that a method that makes several passes holds no tensor whole.
+
+    check: called with every part that was read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, check: Callable[[Tensor], None]) -> None:
+        self._checkpoint, self._name, self._check = checkpoint, name, check
+        self._entry = checkpoint[name]
+
+    @property
+    def shape(self) -> torch.Size:
+        """As a tensor's."""
+        return torch.Size(self._entry.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As a tensor's."""
+        return self._entry.dtype
+
+    def numel(self) -> int:
+        """As a tensor's."""
+        return self._entry.numel
+
+    def new_empty(self, shape: torch.Size) -> Tensor:
+        """As a tensor's."""
+        return torch.empty(shape, dtype=self.dtype)
+
+    def reshape(self, size: int) -> StoredTensor:
+        """Itself: it is sliced as one line of numbers, whatever its shape."""
+        if size != -1:
+            raise ValueError(f"a stored tensor is read as one line of numbers, not as {size}")
+        return self
+
+    def __getitem__(self, part: slice) -> Tensor:
+        start, stop, step = part.indices(self.numel())
+        if step == 1:
+            read = self._checkpoint.read_flat(self._name, start, stop)
+            self._check(read)
+            return read
+        span = max(1, STRIDED // step) * step
+        return torch.cat([self[at : min(stop, at + span)][::step] for at in range(start, stop, span)])
 
 
 def _header(file: Path) -> dict[str, Entry]:
