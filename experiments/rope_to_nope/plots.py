@@ -82,6 +82,46 @@ def attention(results: dict[str, Any], out: Path) -> None:
     save_figure(figure, out)
 
 
+SEGMENTS = {
+    "begin": "beginning",
+    "needle": "the fact",
+    "context": "other text",
+    "question": "question and answer",
+}
+
+
+def segments(results: dict[str, Any], out: Path) -> None:
+    """Where each layer looks when it answers, and how widely: mass by segment of the text, and the entropy of the rows of attention. Means over seeds."""
+    figure, axes = plt.subplots(
+        2, len(DRAWN), figsize=(2.1 * len(DRAWN), 4.6), sharex=True, sharey="row", layout="constrained"
+    )
+    for arm, above, below in zip(DRAWN, *axes, strict=True):
+        runs = [results["runs"][f"{arm}/{seed}"]["attention"] for seed in results["seeds"]]
+        layers = range(len(runs[0]))
+        places = [layer + 1 for layer in layers]
+        bottom = [0.0] * len(places)
+        for segment, label in SEGMENTS.items():
+            mass = [statistics.mean(run[layer]["mass"][segment] for run in runs) for layer in layers]
+            above.bar(places, mass, bottom=bottom, width=0.85, label=label)
+            bottom = [a + b for a, b in zip(bottom, mass, strict=True)]
+        entropy = [statistics.mean(run[layer]["entropy_of_rows"] for run in runs) for layer in layers]
+        full = [runs[0][layer]["kind"].startswith("full") for layer in layers]
+        below.bar(places, entropy, width=0.85, color=["0.3" if one else "0.75" for one in full])
+        above.set_title(NAMES[arm], fontsize=9)
+        below.set_xlabel("layer")
+        below.set_xticks(places)
+    axes[0][0].set_ylabel("attention mass")
+    axes[1][0].set_ylabel("entropy, bits (light: windows)")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
+    save_figure(figure, out)
+
+
 def arm_table(results: dict[str, Any]) -> str:
     """Each arm's means over seeds as a Markdown table; the manual holds it too."""
     lengths = list(next(iter(results["runs"].values()))["answers"])
@@ -98,4 +138,4 @@ def arm_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    show_results({"length": by_length, "attention": attention}, [arm_table])
+    show_results({"length": by_length, "attention": attention, "segments": segments}, [arm_table])
