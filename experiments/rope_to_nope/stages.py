@@ -207,7 +207,7 @@ def _measure_short(
         for number, text in enumerate(held_out_text(texts, 200))
     ]
     found: dict[str, Any] = {
-        "bits_per_byte": bits_per_byte(model, tokenizer, records)["overall"]["bits_per_byte"]["value"],
+        "bits_per_byte": bits_per_byte(model, tokenizer, records)["overall"]["bits_per_byte"],
         "answers": {},
     }
     for length in lengths:

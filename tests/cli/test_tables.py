@@ -19,11 +19,17 @@ def measured(value: float, **more: Any) -> dict[str, Any]:
     return {"value": value, "interval": [value - 0.1, value + 0.1], **more}
 
 
-BITS = measured(2.3456, bytes=123_456_789, documents=123_456, tokens=45_678_901)
+BITS = {
+    "bits_per_byte": 2.3456,
+    "interval": [2.2456, 2.4456],
+    "bytes": 123_456_789,
+    "documents": 123_456,
+    "tokens": 45_678_901,
+}
 RESULT = {
-    "overall": {"bits_per_byte": BITS},
-    "languages": {code: {"bits_per_byte": BITS} for code in ("de", "zh-Hant")},
-    "domains": {"encyclopedia": {"bits_per_byte": BITS}},
+    "overall": BITS,
+    "languages": dict.fromkeys(("de", "zh-Hant"), BITS),
+    "domains": {"encyclopedia": BITS},
 }
 ASKED = {name: measured(0.5, questions=1_000) for name in ("recall", "generalisation")}
 QUESTIONS = {"overall": ASKED, "languages": {"de": ASKED}}

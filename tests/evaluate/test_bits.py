@@ -30,13 +30,13 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(tokenizer: Token
         texts = [unicodedata.normalize("NFC", r["text"]) for r in RECORDS if r["language"] == code]
         size = sum(len(text.encode()) for text in texts)
         tokens = sum(len(tokenizer.encode(text)) for text in texts)
-        measured = result["languages"][code]["bits_per_byte"]
+        measured = result["languages"][code]
         assert (measured["bytes"], measured["tokens"], measured["documents"]) == (size, tokens, len(texts))
         # float32 log-softmax: a relative error of 1e-6
-        assert measured["value"] == pytest.approx(tokens * math.log2(1000) / size, rel=1e-6)
+        assert measured["bits_per_byte"] == pytest.approx(tokens * math.log2(1000) / size, rel=1e-6)
     assert set(result["domains"]) == {"facts", "marks", "none"}
-    assert result["overall"]["bits_per_byte"]["documents"] == 5
-    assert result["languages"]["ja"]["bits_per_byte"]["interval"] is None
+    assert result["overall"]["documents"] == 5
+    assert result["languages"]["ja"]["interval"] is None
 
 
 def test_the_sum_is_the_loss_of_transformers(tokenizer: Tokenizer, llama: Wrapped) -> None:
@@ -47,7 +47,7 @@ def test_the_sum_is_the_loss_of_transformers(tokenizer: Tokenizer, llama: Wrappe
         with torch.no_grad():
             nats += float(llama.model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         size += len(text.encode())
-    value = bits_per_byte(llama, tokenizer, RECORDS, batch_size=3)["overall"]["bits_per_byte"]["value"]
+    value = bits_per_byte(llama, tokenizer, RECORDS, batch_size=3)["overall"]["bits_per_byte"]
     # float32 sums in another order
     assert value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
@@ -57,8 +57,8 @@ def test_scores_do_not_depend_on_the_batch_size(tokenizer: Tokenizer, llama: Wra
     for result in results[1:]:
         for code, entry in result["languages"].items():
             # matrix products of another shape round differently in float32
-            expected = results[0]["languages"][code]["bits_per_byte"]["value"]
-            assert entry["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
+            expected = results[0]["languages"][code]["bits_per_byte"]
+            assert entry["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_logits_in_parts_are_the_same(
@@ -67,17 +67,15 @@ def test_logits_in_parts_are_the_same(
     whole = bits_per_byte(llama, tokenizer, RECORDS)
     monkeypatch.setattr("koine.evaluate.scoring._LOGITS", {"cpu": 7 * tokenizer.vocab_size})
     parts = bits_per_byte(llama, tokenizer, RECORDS)
-    assert parts["overall"]["bits_per_byte"]["value"] == pytest.approx(
-        whole["overall"]["bits_per_byte"]["value"], rel=1e-5
-    )
+    assert parts["overall"]["bits_per_byte"] == pytest.approx(whole["overall"]["bits_per_byte"], rel=1e-5)
 
 
 def test_long_documents_are_scored_to_the_end(tokenizer: Tokenizer) -> None:
     """A uniform model cannot tell the windows apart, so every token must be counted once."""
-    whole = bits_per_byte(Uniform(400), tokenizer, RECORDS)["overall"]["bits_per_byte"]
+    whole = bits_per_byte(Uniform(400), tokenizer, RECORDS)["overall"]
     for length in (2, 3, 16, 17):
-        cut = bits_per_byte(Uniform(400), tokenizer, RECORDS, max_length=length)["overall"]["bits_per_byte"]
-        assert cut["value"] == pytest.approx(whole["value"], rel=1e-6)
+        cut = bits_per_byte(Uniform(400), tokenizer, RECORDS, max_length=length)["overall"]
+        assert cut["bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=1e-6)
         assert cut["bytes"] == whole["bytes"]
 
 

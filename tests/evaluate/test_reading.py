@@ -75,4 +75,4 @@ def test_the_command_reads_as_the_other_readers_do(tmp_path: Path) -> None:
     done = CliRunner().invoke(evaluate, [str(model), *map(str, words)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     languages = json.loads(out.read_text())["languages"]
-    assert {code: entry["bits_per_byte"]["documents"] for code, entry in languages.items()} == {"en": 1}
+    assert {code: entry["documents"] for code, entry in languages.items()} == {"en": 1}

@@ -112,7 +112,7 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
     data = tmp_path / "text.jsonl"
     texts = [TEXT, OTHER, "a"]
     data.write_text("".join(json.dumps({"text": text, "language": "de"}) + "\n" for text in texts))
-    measured = evaluate_model(model, data=[data])["overall"]["bits_per_byte"]
+    measured = evaluate_model(model, data=[data])["overall"]
     tokenizer, inner, nats = load_tokenizer(model), theirs(model), 0.0
     for text in texts:
         ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
@@ -120,7 +120,7 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
             nats += float(inner(ids, labels=ids).loss) * (ids.shape[1] - 1)
     size = sum(len(text.encode()) for text in texts)
     assert measured["bytes"] == size
-    assert measured["value"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_evaluate_reads_the_context_and_the_vocabulary(model: Path, tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_evaluate_reads_the_context_and_the_vocabulary(model: Path, tmp_path: Pa
     data = tmp_path / "text.jsonl"
     data.write_text(json.dumps({"text": OTHER * 8, "language": "de"}) + "\n")
     assert len(load_tokenizer(model).encode(OTHER * 8)) > 256
-    whole = evaluate_model(model, data=[data])["overall"]["bits_per_byte"]["value"]
-    assert whole == evaluate_model(model, data=[data], max_length=256)["overall"]["bits_per_byte"]["value"]
+    whole = evaluate_model(model, data=[data])["overall"]["bits_per_byte"]
+    assert whole == evaluate_model(model, data=[data], max_length=256)["overall"]["bits_per_byte"]
     mixed = tmp_path / "mixed"
     theirs(model).save_pretrained(mixed)
     large = train_tokenizer(

@@ -124,10 +124,8 @@ def test_measured_on_the_way_and_again_as_a_model(made: tuple[Path, dict[str, Pa
     invoke(evaluate_command, tmp_path / "best", "--data", text, "--out", tmp_path / "results.json")
     again = json.loads((tmp_path / "results.json").read_text())
     measured = found[best]
-    of = {code: again["languages"][code]["bits_per_byte"]["value"] for code in ("de", "en")}
-    assert measured["evaluation/bits_per_byte"] == pytest.approx(
-        again["overall"]["bits_per_byte"]["value"], rel=1e-4
-    )
+    of = {code: again["languages"][code]["bits_per_byte"] for code in ("de", "en")}
+    assert measured["evaluation/bits_per_byte"] == pytest.approx(again["overall"]["bits_per_byte"], rel=1e-4)
     assert measured["evaluation/bits_per_byte/de"] == pytest.approx(of["de"], rel=1e-4)
     assert measured["evaluation/bits_per_byte_languages"] == pytest.approx(sum(of.values()) / 2, rel=1e-4)
     assert measured["evaluation/bits_per_byte/domain/tale"] == pytest.approx(

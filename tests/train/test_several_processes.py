@@ -115,5 +115,5 @@ def test_the_command_line_of_the_manual(tmp_path: Path) -> None:
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "evaluation/bits_per_byte" in line][-1]
-    again = evaluate_model(out, data=[text], dtype="bfloat16")["overall"]["bits_per_byte"]["value"]
+    again = evaluate_model(out, data=[text], dtype="bfloat16")["overall"]["bits_per_byte"]
     assert last["evaluation/bits_per_byte"] == pytest.approx(again, rel=0.02)

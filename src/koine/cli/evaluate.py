@@ -240,14 +240,13 @@ def _bits_table(result: dict[str, Any]) -> Any:
     for index, (name, entry) in enumerate(rows + domains):
         if index in (1, len(rows)):
             table.add_section()
-        measured = entry["bits_per_byte"]
         table.add_row(
             name,
-            f"{measured['value']:.4f}",
-            _interval(measured["interval"], 4),
-            f"{measured['bytes']:,}",
-            f"{measured['documents']:,}",
-            f"{measured['bytes'] / max(measured['tokens'], 1):.2f}",
+            f"{entry['bits_per_byte']:.4f}",
+            _interval(entry["interval"], 4),
+            f"{entry['bytes']:,}",
+            f"{entry['documents']:,}",
+            f"{entry['bytes'] / max(entry['tokens'], 1):.2f}",
         )
     return table
 

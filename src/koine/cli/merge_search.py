@@ -95,7 +95,7 @@ def command(
     def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
         model: Any = merged.set(weights)
         return {
-            name: bits_per_byte(model, cutter, records, resamples=1)["overall"]["bits_per_byte"]["value"]
+            name: bits_per_byte(model, cutter, records, resamples=1)["overall"]["bits_per_byte"]
             for name, records in texts.items()
         }
 

@@ -57,8 +57,8 @@ def bits_per_byte(
     records: with `text`, and `language` and `domain` where they are known ("und" and "none" where not).
     max_length: tokens that the model sees at once; longer documents are scored whole, in windows that overlap by half
         (see `scoring.windows`). None: as many as the model's configuration allows.
-    Returns `{"overall": {"bits_per_byte": {"value", "interval", "bytes", "documents", "tokens"}}, "languages": {code:
-    {"bits_per_byte": {...}}}, "domains": {...}}`; an interval is None for a single document.
+    Returns `{"overall": {"bits_per_byte", "interval", "bytes", "documents", "tokens"}, "languages": {code: {...}}, "domains":
+    {name: {...}}}`; an interval is None for a single document.
     Raises `UserError` for records without text, or no text at all.
     """
     scores = list(
@@ -70,9 +70,7 @@ def bits_per_byte(
         raise UserError("no text to score", mend="give documents with text")
 
     def measure(part: list[DocumentScore]) -> dict[str, Any]:
-        return {
-            "bits_per_byte": _measure(part, confidence=confidence, resamples=resamples, seed=seed),
-        }
+        return _measure(part, confidence=confidence, resamples=resamples, seed=seed)
 
     languages: dict[str, list[DocumentScore]] = defaultdict(list)
     domains: dict[str, list[DocumentScore]] = defaultdict(list)
@@ -161,7 +159,7 @@ def _measure(scores: list[DocumentScore], *, confidence: float, resamples: int, 
     sizes = [float(score.bytes) for score in scores]
     interval = bootstrap_interval(bits, sizes, confidence=confidence, resamples=resamples, seed=seed)
     return {
-        "value": math.fsum(bits) / math.fsum(sizes),
+        "bits_per_byte": math.fsum(bits) / math.fsum(sizes),
         "interval": None if interval is None else list(interval),
         "bytes": sum(score.bytes for score in scores),
         "documents": len(scores),

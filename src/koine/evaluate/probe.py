@@ -60,7 +60,7 @@ def figures_of(scored: Mapping[str, Any]) -> dict[str, float]:
     """
 
     def value(entry: Mapping[str, Any]) -> float:
-        return float(entry["bits_per_byte"]["value"])
+        return float(entry["bits_per_byte"])
 
     languages = {code: value(entry) for code, entry in scored["languages"].items()}
     domains = {name: value(entry) for name, entry in scored["domains"].items()}

@@ -48,12 +48,12 @@ def bytes_per_token(tokens: Path, codes: tuple[str, ...], shares: dict[str, floa
 def part_value(results: dict[str, Any], codes: tuple[str, ...]) -> float:
     """Mean over languages of bits per byte."""
     values: list[float] = [
-        results["languages"][code]["bits_per_byte"]["value"] for code in codes if code in results["languages"]
+        results["languages"][code]["bits_per_byte"] for code in codes if code in results["languages"]
     ]
     return sum(values) / len(values)
 
 
-@step(version="1", estimate=estimates.comparison)
+@step(version="2", estimate=estimates.comparison)
 def compare_arms(
     corpus: Path,
     tokenizers: dict[str, Path],
@@ -216,7 +216,7 @@ def _tables(
         for stage in ("pretrained", "adapted"):
             for arm in ARMS:
                 found = evaluations[stage][arm]["languages"].get(code)
-                row.append(None if found is None else round(found["bits_per_byte"]["value"], 3))
+                row.append(None if found is None else round(found["bits_per_byte"], 3))
         for arm in ARMS:
             row.append(results["bytes_per_token"][arm].get(code))
         bits.append(row)
@@ -246,17 +246,11 @@ def _tables(
                 {
                     "name": arm,
                     "values": [
-                        evaluations["adapted"][arm]["languages"]
-                        .get(code, {})
-                        .get("bits_per_byte", {})
-                        .get("value")
+                        evaluations["adapted"][arm]["languages"].get(code, {}).get("bits_per_byte")
                         for code in (*primary, *expanded)
                     ],
                     "intervals": [
-                        evaluations["adapted"][arm]["languages"]
-                        .get(code, {})
-                        .get("bits_per_byte", {})
-                        .get("interval")
+                        evaluations["adapted"][arm]["languages"].get(code, {}).get("interval")
                         for code in (*primary, *expanded)
                     ],
                 }

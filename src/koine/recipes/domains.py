@@ -248,7 +248,7 @@ def evaluate_domains(
             for number, text in enumerate(documents_of(corpus, "heldout", documents))
         ]
         overall = bits_per_byte(decoder, tokenizer, records, batch_size=16)["overall"]
-        found["bits_per_byte"][name] = overall["bits_per_byte"]["value"]
+        found["bits_per_byte"][name] = overall["bits_per_byte"]
         if decoder.config.mixture is not None:
             shares[name] = routing_shares(decoder, tokenizer, [record["text"] for record in records])
             found["routing"][name] = shares[name].to_json()

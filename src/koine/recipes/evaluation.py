@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
 
 
-@step(version="1", estimate=estimates.evaluation)
+@step(version="2", estimate=estimates.evaluation)
 def evaluate_model(
     corpus: Path,
     model: Path,
@@ -56,7 +56,7 @@ def evaluate_model(
             decoder, tokenizer, _first(asked.values(), questions_per_language), batch_size=32, seed=seed
         )
     write_json(out / "evaluation.json", results)
-    metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]["value"]}
+    metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]}
     write_json(out / "metrics.json", metrics)
 
 
@@ -119,16 +119,19 @@ def bits_per_byte_probe(
 
     def probe(model: nn.Module, step: int) -> Mapping[str, float]:
         scored = bits_per_byte(cast("ScoringModel", model), loaded, records, resamples=1)["languages"]
-        found = {code: scored[code]["bits_per_byte"] for code in codes if code in scored}
+        found = {code: scored[code] for code in codes if code in scored}
         if tracked is not None:
-            line = {"step": step, "bits_per_byte": {code: row["value"] for code, row in found.items()}}
+            line = {
+                "step": step,
+                "bits_per_byte": {code: row["bits_per_byte"] for code, row in found.items()},
+            }
             with tracked.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         result = {}
         for name, members in groups.items():
             rows = [found[code] for code in members if code in found]
             if rows:
-                bits = sum(row["value"] * row["bytes"] for row in rows)
+                bits = sum(row["bits_per_byte"] * row["bytes"] for row in rows)
                 result[f"bits_per_byte_{name}"] = bits / sum(row["bytes"] for row in rows)
         return result
 

@@ -116,7 +116,7 @@ def stage_mixture(
     return Mixture(phases=(phase,), sequence_length=base_length, batch_size=batch_size, seed=seed)
 
 
-@step(version="1", estimate=estimates.long_evaluation)
+@step(version="2", estimate=estimates.long_evaluation)
 def evaluate_lengths(
     corpus: Path,
     model: Path,
@@ -149,7 +149,7 @@ def evaluate_lengths(
     found = {
         str(length): bits_per_byte(decoder, tokenizer, chosen, batch_size=4, max_length=length, seed=seed)[
             "overall"
-        ]["bits_per_byte"]
+        ]
         for length in lengths
     }
     write_json(
@@ -157,16 +157,17 @@ def evaluate_lengths(
         {"lengths": found, "documents": len(chosen), "shortest": min(tokens), "longest": max(tokens)},
     )
     write_json(
-        out / "metrics.json", {f"bits_per_byte_{length}": row["value"] for length, row in found.items()}
+        out / "metrics.json",
+        {f"bits_per_byte_{length}": row["bits_per_byte"] for length, row in found.items()},
     )
 
 
-@step(version="1", estimate=estimates.comparison)
+@step(version="2", estimate=estimates.comparison)
 def compare_lengths(evaluations: dict[str, Path], *, lengths: tuple[int, ...], out: Path) -> None:
     """The table of bits per byte, stage by length, and what the longest context is worth over the shortest after each stage."""
     read = {stage: read_json(folder / "evaluation.json") for stage, folder in evaluations.items()}
     values = {
-        stage: {length: found["lengths"][str(length)]["value"] for length in lengths}
+        stage: {length: found["lengths"][str(length)]["bits_per_byte"] for length in lengths}
         for stage, found in read.items()
     }
     gain = {stage: row[lengths[0]] - row[lengths[-1]] for stage, row in values.items()}
