@@ -72,12 +72,14 @@ def training(
     )
     settings = TrainSettings(micro_batch_size=micro_batch_size, dtype=dtype, threads=threads)  # type: ignore[arg-type]
     found = estimate_training(model_preset(preset, vocab_size=vocabulary_size), settings, mixture)
-    return Estimate(found.peak_bytes + 100 * 2**20, found.seconds * 1.15 + 5.0)
+    return Estimate(found.peak_bytes + 180 * 2**20, found.seconds * 1.15 + 5.0)
 
 
 def evaluation(*, documents_per_language: int, questions_per_language: int, **_: Any) -> Estimate:
     """Evaluation of a few documents and questions in some two dozen languages."""
-    return Estimate(IMPORTED + 400 * 2**20, 5.0 + 0.4 * documents_per_language + 0.4 * questions_per_language)
+    return Estimate(
+        IMPORTED + 150 * 2**20, 5.0 + 0.4 * documents_per_language + 0.25 * questions_per_language
+    )
 
 
 def comparison(**_: Any) -> Estimate:
