@@ -195,6 +195,17 @@ CASES = (
         says="one model is given; give at least two: there is nothing to weigh",
     ),
     Case(
+        mistake="a search by nothing",
+        command="merge search model branch",
+        says="nothing to measure by is given; give --data, --questions or both",
+    ),
+    Case(
+        mistake="a search by two files of one name",
+        command="merge search model branch --data text.jsonl --questions text.jsonl",
+        prepare=worlds.having("model", "branch", "text"),
+        says="two figures are named 'text'; name them: --questions NAME=PATH",
+    ),
+    Case(
         mistake="a search for a method that has nothing to search",
         command="merge search model branch --data text.jsonl --method model-stock",
         prepare=worlds.having("model", "branch", "text"),

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from koine.cli.merge_search import command
+from koine.cli.merge_search import command, wrong_share
 from koine.combine.merge import merge
 from koine.combine.search import (
     InMemoryMerge,
@@ -21,7 +21,9 @@ from koine.combine.search import (
     simplex_grid,
 )
 from koine.errors import UserError
+from koine.evaluate import question_accuracy
 from koine.model import load_model
+from koine.tokenizer import load_tokenizer
 
 from .models import write_branches
 from .test_merge import recipe_of
@@ -84,6 +86,28 @@ def test_a_vertex_as_the_best_is_written_and_shown(tmp_path: Path) -> None:
     assert {"text": None} in found["left_out"].values()
     assert "–" in result.output
     assert result.output.endswith(f"--t {found['best']['weights'][1]:g}\n")
+
+
+def test_questions_are_a_figure_too(tmp_path: Path) -> None:
+    """The share of wrong answers stands beside bits per byte, and is what `question_accuracy` says of the same model."""
+    _, branches = write_branches(tmp_path, ("a", "b"))
+    (tmp_path / "text.jsonl").write_text('{"id": "1", "text": "ein Text", "language": "de"}\n')
+    messages = [{"role": "user", "content": "Text?"}, {"role": "assistant", "content": "Text"}]
+    record = {"messages": messages, "answer": "Text", "language": "de"}
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({**record, "id": str(number)}) + "\n" for number in range(3)))
+    arguments = [*map(str, branches.values()), "--data", str(tmp_path / "text.jsonl"), "--questions", f"wrong={asked}",
+                 "--parts", "1", "--rounds", "0", "--out", str(tmp_path / "search.json")]  # fmt: skip
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    trials = json.loads((tmp_path / "search.json").read_text())["trials"]
+    assert [set(trial["scores"]) for trial in trials] == [{"text", "wrong"}] * 2
+    for trial in trials:
+        alone = branches["a" if trial["weights"][0] == 1.0 else "b"]
+        accuracy = question_accuracy(load_model(alone), load_tokenizer(alone), [record] * 3, resamples=1)
+        assert trial["scores"]["wrong"] == wrong_share(accuracy)
+    kinds = {"recall": {"correct": 1, "questions": 4}, "generalisation": {"correct": 0, "questions": 1}}
+    assert wrong_share({"overall": kinds}) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare-linear"])

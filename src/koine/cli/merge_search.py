@@ -14,9 +14,14 @@ import click
 @click.option(
     "--data",
     multiple=True,
-    required=True,
     metavar="[NAME=]PATH",
     help="Text to measure bits per byte on; a figure for each.",
+)
+@click.option(
+    "--questions",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="Questions with exact answers; the share that is answered wrong, a figure for each.",
 )
 @click.option("--method", default="linear", show_default=True, help="A method that takes weights, or slerp.")
 @click.option(
@@ -52,21 +57,18 @@ import click
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Records of each PATH.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write all trials as JSON to this file.")
 def command(
-    models: tuple[Path, ...], data: tuple[str, ...], method: str, base: Path | None, density: float | None, scale: float | None,
+    models: tuple[Path, ...], data: tuple[str, ...], questions: tuple[str, ...], method: str, base: Path | None, density: float | None, scale: float | None,
     normalize: bool | None, tokenizer: str, unrelated: bool, parts: int, rounds: int, budget: int, limit: int, out: Path | None,
 ) -> None:  # fmt: skip
-    """Search the weights of a merge by bits per byte, without writing any merge; and tell which models collide.
+    """Search the weights of a merge by bits per byte or wrong answers, without writing any merge; and tell which models collide.
 
-    The mean over the texts decides. Shown are the best, the Pareto front over the texts, and how each text changes when a model is left out of the best.
+    The mean of the figures decides. Shown are the best, the Pareto front, and how each figure changes when a model is left out of the best.
     """
-    from itertools import islice
-
     from koine.combine.methods import METHODS
     from koine.combine.search import InMemoryMerge, leave_one_out, pareto_front, search_weights
     from koine.combine.vocabularies import tokenizer_source
-    from koine.data import read_records
     from koine.errors import UserError, did_you_mean
-    from koine.evaluate import bits_per_byte
+    from koine.evaluate import bits_per_byte, question_accuracy
     from koine.files import write_json
     from koine.tokenizer import load_tokenizer
 
@@ -76,14 +78,11 @@ def command(
         raise UserError("one model is given", mend="give at least two: there is nothing to weigh")
     if out is not None and not out.parent.is_dir():
         raise UserError("no such folder", where=out.parent, mend="make it first, or choose another --out")
-    texts: dict[str, list[Mapping[str, Any]]] = {}
-    for one in data:
-        name, equals, path = one.partition("=")
-        if not equals:
-            name, path = Path(one).stem, one
-        if not Path(path).exists():
-            raise UserError("no such file or folder", where=path)
-        texts[name] = list(islice(read_records(path, split="all"), limit))
+    if not data and not questions:
+        raise UserError("nothing to measure by is given", mend="give --data, --questions or both")
+    texts, asked = named_records(data, limit), named_records(questions, limit)
+    if twice := sorted(texts.keys() & asked.keys()):
+        raise UserError(f"two figures are named '{twice[0]}'", mend="name them: --questions NAME=PATH")
     given = {"density": density, "scale": scale, "normalize": normalize}
     merged = InMemoryMerge(
         models, method=method, base=base, tokenizer=tokenizer, unrelated=unrelated,
@@ -97,6 +96,9 @@ def command(
         return {
             name: bits_per_byte(model, cutter, records, resamples=1)["overall"]["bits_per_byte"]
             for name, records in texts.items()
+        } | {
+            name: wrong_share(question_accuracy(model, cutter, records, resamples=1))
+            for name, records in asked.items()
         }
 
     trials = search_weights(evaluate, len(models), parts=parts, rounds=rounds, budget=budget)
@@ -115,13 +117,40 @@ def command(
                 "left_out": dict(zip(map(str, models), left_out, strict=True)),
             },
         )
-    show(models, list(texts), trials, best, front, left_out)
+    show(models, [*texts, *asked], trials, best, front, left_out)
     if out is not None:
         click.echo(f"written to {out}")
     if METHODS[method].takes("weights"):
         click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
     else:
         click.echo(f"--t {best.weights[1]:g}")
+
+
+def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[str, Any]]]:
+    """The records of each `[NAME=]PATH`, at most `limit`."""
+    from itertools import islice
+
+    from koine.data import read_records
+    from koine.errors import UserError
+
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not equals:
+            name, path = Path(one).stem, one
+        if not Path(path).exists():
+            raise UserError("no such file or folder", where=path)
+        if name in found:
+            raise UserError(f"two figures are named '{name}'", mend="name them: NAME=PATH")
+        found[name] = list(islice(read_records(path, split="all"), limit))
+    return found
+
+
+def wrong_share(accuracy: Mapping[str, Any]) -> float:
+    """The share of all questions that `question_accuracy` found answered wrong."""
+    kinds = accuracy["overall"].values()
+    right, asked = (sum(int(kind[what]) for kind in kinds) for what in ("correct", "questions"))
+    return 1.0 - right / asked
 
 
 def show(
@@ -137,7 +166,7 @@ def show(
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"Bits per byte of {len(trials)} merges: the best, and the Pareto front")
+    table = Table(title=f"{len(trials)} merges, lower is better: the best, and the Pareto front")
     for path in models:
         table.add_column(path.resolve().name, justify="right")
     for name in [*names, "mean"]:

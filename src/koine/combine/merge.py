@@ -216,7 +216,7 @@ def _merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, 
         small = entries[0].numel <= WHOLE_ENTRIES
         given = [one[:] for one in stored] if small else cast("list[Tensor]", stored)
         _write(writer, name, apply_method(plan, name, given, block=0), dtype)
-        return figures_of(given, plan)
+        return figures_of(given, plan) if entries[0].numel else {}
     entry = entries[0]
     rows = max(1, BLOCK_ENTRIES // max(1, entry.row))
     # Room for the whole sample before the first block: what is small and kept between large blocks that come and go tears the heap apart.
