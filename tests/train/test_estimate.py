@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from koine.model.flops import count_parameters
+from koine.model.presets import preset
+from koine.train import TrainSettings, estimate_training
+
+from .fakes import fake_order
+
 WORKER = """
 import sys, warnings
 from pathlib import Path
@@ -55,3 +61,25 @@ def test_memory_is_within_a_factor_of_one_and_a_half(
     assert done.returncode == 0, done.stderr[-2000:]
     guess, peak = map(int, done.stdout.split())
     assert peak / 1.5 < guess < peak * 1.5
+
+
+def test_time_is_operations_over_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1 GFLOP/s: forward and backward of every token of all steps, at the share of the ceiling that a step reaches; each step's length counts for itself."""
+    rates: list[tuple[int, ...]] = []
+
+    def ceiling(rows: int, columns: int, out: int, *_: object) -> float:
+        rates.append((rows, columns, out))
+        return 1e9
+
+    monkeypatch.setattr("koine.train.ceiling.matmul_ceiling", ceiling)
+    config = preset("koine-0.5m", 1024)
+    order = fake_order(tmp_path / "s", steps=(7,), sequence_length=64, batch_size=4)
+    settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=2)
+    found = estimate_training(config, settings, order.mixture)
+    # Twice the parameters that multiply for a forward pass and twice that for the backward pass; the embedding is also the head. A score and its
+    # weighted sum are 4 operations a position seen and a channel of the queries, 12 with the backward pass.
+    matrices = count_parameters(config).total - sum(config.hidden_size for _ in range(len(config.layers) + 1))
+    seen = sum(sum(min(at + 1, layer.window or 64) for at in range(64)) / 64 for layer in config.layers)
+    operations = 6 * matrices + 12 * seen * config.num_heads * config.head_dim
+    assert found.seconds == pytest.approx(7 * 4 * 64 * operations / (1e9 * 0.35), rel=1e-6)
+    assert rates == [(128, config.hidden_size, sum(config.projection_sizes))]
