@@ -89,6 +89,10 @@ def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_sof
     ours = attend_after(q[:, before:], keys, values, window=window)
     # float64: only the order of the sums differs.
     assert torch.allclose(ours, expected, atol=1e-12)
+    # Without gradients layers that see all take the fused kernel.
+    with torch.inference_mode():
+        read = attend_after(q[:, before:], keys, values, window=window)
+    assert torch.allclose(read, expected, atol=1e-12)
     # What runs where there are no blocks, on the same inputs.
     masked = masked_attend(
         q.flatten(2, 3).transpose(1, 2)[:, :, before:],
