@@ -16,7 +16,7 @@ from koine.combine.cross_modal import merge_cross_modal, need_cross_modal, text_
 from koine.errors import UserError
 from koine.model import Decoder, ModelConfig, hybrid_layers, save_model
 
-from .test_merge import tensors
+from .merging import tensors
 
 
 def text_config(hidden_size: int = 32, layers: int = 4) -> ModelConfig:

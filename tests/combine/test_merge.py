@@ -69,7 +69,7 @@ def test_blocks_of_rows_are_put_together(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(recipe_of("task-arithmetic", models), tmp_path / "whole")
-    monkeypatch.setattr(merging, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(merging, "BLOCK", 100)
     merge(recipe_of("task-arithmetic", models), tmp_path / "blocks")
     whole, blocks = tensors(tmp_path / "whole"), tensors(tmp_path / "blocks")
     assert all(torch.equal(whole[name], blocks[name]) for name in whole)

@@ -25,8 +25,8 @@ from koine.evaluate import question_accuracy
 from koine.model import load_model
 from koine.tokenizer import load_tokenizer
 
+from .merging import recipe_of
 from .models import write_branches
-from .test_merge import recipe_of
 
 
 def test_the_grid_is_the_simplex() -> None:

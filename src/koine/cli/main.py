@@ -93,7 +93,7 @@ def show_warning(
 def main() -> None:
     """Run the command line; a `UserError` ends in one line on stderr and exit code 2."""
     warnings.showwarning = show_warning
-    # Importing torch makes half a million objects that stay; by default the collector looks through them again and again.
+    # Importing torch makes some 170,000 objects that stay; by default the collector looks through them again and again.
     gc.set_threshold(50_000, 20, 100)
     try:
         cli.main(standalone_mode=False)

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from koine.cli.named import named_paths
+
 
 @click.command("search")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
@@ -133,17 +135,11 @@ def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[
     from koine.data import read_records
     from koine.errors import UserError
 
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        if not equals:
-            name, path = Path(one).stem, one
-        if not Path(path).exists():
+    named = named_paths(given, what="figures", mend="name them: NAME=PATH", name_of=lambda path: path.stem)
+    for path in named.values():
+        if not path.exists():
             raise UserError("no such file or folder", where=path)
-        if name in found:
-            raise UserError(f"two figures are named '{name}'", mend="name them: NAME=PATH")
-        found[name] = list(islice(read_records(path, split="all"), limit))
-    return found
+    return {name: list(islice(read_records(path, split="all"), limit)) for name, path in named.items()}
 
 
 def wrong_share(accuracy: Mapping[str, Any]) -> float:

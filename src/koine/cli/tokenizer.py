@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from koine.cli.tokenizer_extend import extend
 from koine.cli.tokenizer_tables import show_measures
 from koine.cli.tokenizer_texts import codes_of, texts_of, units_of
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMES = ("bucketed", "natural", "uniform", "temperature")
 BUCKET_MASSES = ("uniform", "data")

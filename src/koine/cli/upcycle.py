@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.named import named_paths
 from koine.model.router_losses import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
@@ -237,19 +238,9 @@ def extend(
 
 def _named(given: tuple[str, ...]) -> dict[str, Path]:
     """Models by name: what stands before `=`, or the folder's own name."""
-    from koine.errors import UserError
-
-    named: dict[str, Path] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        if not equals:
-            name, path = Path(one).resolve().name, one
-        if name in named:
-            raise UserError(
-                f"two experts are named '{name}'", mend="name them: --experts code=A --experts law=B"
-            )
-        named[name] = Path(path)
-    return named
+    return named_paths(
+        given, what="experts", mend="name them: --experts code=A --experts law=B", name_of=lambda path: path.resolve().name
+    )  # fmt: skip
 
 
 def _domain_texts(given: tuple[str, ...], experts: list[str], documents: int) -> dict[str, list[str]]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koine.combine.alike import tokenizer_differences
-from koine.combine.memory import BLOCK_ENTRIES, LIBRARIES
-from koine.combine.methods import linear
+from koine.combine.memory import LIBRARIES
+from koine.combine.methods import BLOCK, linear
 from koine.combine.tensor_files import Checkpoint, CheckpointWriter
 from koine.combine.vocabularies import tokens_of
 from koine.errors import UserError
@@ -67,7 +67,7 @@ def need_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -
     with _opened(multimodal, text, alpha) as (whole, _, names):
         merged = sum(theirs is not None for theirs in names.values())
         block = max(
-            min(entry.numel, max(BLOCK_ENTRIES, entry.row)) * (3 * entry.dtype.itemsize + 4)
+            min(entry.numel, max(BLOCK, entry.row)) * (3 * entry.dtype.itemsize + 4)
             for entry in whole.values()
         )
         size = sum(entry.nbytes for entry in whole.values())
@@ -159,7 +159,7 @@ def _write(
     try:
         for name, entry in whole.items():
             theirs = names[name]
-            rows = max(1, BLOCK_ENTRIES // max(1, entry.row))
+            rows = max(1, BLOCK // max(1, entry.row))
             for start in range(0, entry.rows, rows):
                 stop = min(entry.rows, start + rows)
                 block = whole.read(name, start, stop)

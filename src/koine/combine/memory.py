@@ -13,9 +13,6 @@ from koine.combine.fit import Plan
 from koine.combine.methods import BLOCK
 from koine.hardware import available_memory
 
-BLOCK_ENTRIES = 2**19
-"""Entries of an elementwise method's block."""
-
 WHOLE_ENTRIES = 2**21
 """A tensor of at most so many entries is read whole where a method makes several passes over it; a larger one is read again in each."""
 
@@ -85,7 +82,7 @@ def working_bytes(plan: Plan, name: str) -> int:
         inside = numel * wide if plan.info.elementwise else min(numel, BLOCK) * wide
         return 2 * (sum(entry.nbytes for entry in entries) + numel * out) + inside
     if plan.info.elementwise:
-        block = min(numel, max(BLOCK_ENTRIES, entries[0].row))
+        block = min(numel, max(BLOCK, entries[0].row))
         return block * (sum(entry.dtype.itemsize for entry in entries) + out + wide)
     block, held = min(numel, BLOCK), numel if numel <= WHOLE_ENTRIES else min(numel, BLOCK)
     return numel * out + held * sum(entry.dtype.itemsize for entry in entries) + block * wide

@@ -25,13 +25,13 @@ from koine.combine.alike import model_configuration
 from koine.combine.fit import Plan, plan_merge
 from koine.combine.journal import read_journal
 from koine.combine.memory import (
-    BLOCK_ENTRIES,
     WHOLE_ENTRIES,
     ByteBudget,
     budget_of,
     workers_of,
     working_bytes,
 )
+from koine.combine.methods import BLOCK
 from koine.combine.recipe import Recipe
 from koine.combine.tensor_files import Checkpoint, CheckpointWriter, Entry, StoredTensor
 from koine.combine.vocabularies import write_tokenizer
@@ -218,7 +218,7 @@ def _merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, 
         _write(writer, name, apply_method(plan, name, given, block=0), dtype)
         return figures_of(given, plan) if entries[0].numel else {}
     entry = entries[0]
-    rows = max(1, BLOCK_ENTRIES // max(1, entry.row))
+    rows = max(1, BLOCK // max(1, entry.row))
     # Room for the whole sample before the first block: what is small and kept between large blocks that come and go tears the heap apart.
     sampled = [_room(entry, tensor_dtype=one[name].dtype, rows=rows) for one in everyone]
     filled = 0
@@ -228,7 +228,7 @@ def _merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, 
         for one, tensor in zip(everyone, tensors, strict=True):
             _refuse_not_finite(tensor, name, one.path)
         _write(writer, name, apply_method(plan, name, tensors, block=number), dtype, start)
-        parts = [_sample(tensor, entry) for tensor in tensors]
+        parts = [tensor.reshape(-1)[:: _stride(entry.numel)] for tensor in tensors]
         for kept, part in zip(sampled, parts, strict=True):
             kept[filled : filled + part.numel()] = part
         filled += parts[0].numel()
@@ -304,18 +304,15 @@ def _finite(tensor: Tensor) -> bool:
     return math.isfinite(float(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
 
 
-def _stride(entry: Entry) -> int:
-    return max(1, entry.numel // SAMPLED) | 1
-
-
-def _sample(tensor: Tensor, entry: Entry) -> Tensor:
-    return tensor.reshape(-1)[:: _stride(entry)]
+def _stride(numel: int) -> int:
+    # Odd, so that no column of a matrix is preferred.
+    return max(1, numel // SAMPLED) | 1
 
 
 def _room(entry: Entry, *, tensor_dtype: torch.dtype, rows: int) -> Tensor:
     """For the samples of all blocks of `rows` rows; each block may hold one entry more than its share."""
     blocks = -(-entry.rows // rows)
-    return torch.empty(entry.numel // _stride(entry) + blocks + 1, dtype=tensor_dtype)
+    return torch.empty(entry.numel // _stride(entry.numel) + blocks + 1, dtype=tensor_dtype)
 
 
 def figures_of(tensors: Sequence[Tensor], plan: Plan) -> dict[str, Any]:
@@ -324,7 +321,7 @@ def figures_of(tensors: Sequence[Tensor], plan: Plan) -> dict[str, Any]:
     distance: of each model from the base (from their mean, where there is none), relative to its norm. cosine: the least between two models' differences.
     sign_conflicts: share of the entries in which not all differences have one sign.
     """
-    stride = max(1, tensors[0].numel() // SAMPLED) | 1
+    stride = _stride(tensors[0].numel())
     parts = torch.stack([tensor.reshape(-1)[::stride].float() for tensor in tensors])
     origin = parts.mean(dim=0) if plan.base is None else parts[-1]
     deltas = (parts if plan.base is None else parts[:-1]) - origin

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from koine.combine.methods import BLOCK
 from koine.errors import UserError
 from koine.files import read_json, write_json
 
@@ -27,8 +28,6 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 * 2**20
-STRIDED = 2**19
-"""Entries that are read at once where only some of them are wanted."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class StoredTensor:
             read = self._checkpoint.read_flat(self._name, start, stop)
             self._check(read)
             return read
-        span = max(1, STRIDED // step) * step
+        span = max(1, BLOCK // step) * step
         return torch.cat([self[at : min(stop, at + span)][::step] for at in range(start, stop, span)])
 
 

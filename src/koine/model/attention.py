@@ -124,11 +124,8 @@ def _earlier_and_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     own = own.transpose(1, 2).view(batch, time, kv_heads, groups, head_dim)
     own_sum = own_sum.transpose(1, 2).reshape(batch, time, kv_heads, groups)
     share = torch.sigmoid(earlier_sum - own_sum)[..., None]
-    mixed = (
-        own.float().lerp(earlier.float(), share.float())
-        if q.dtype != torch.float64
-        else own.lerp(earlier, share)
-    )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mixed = own.to(wide).lerp(earlier.to(wide), share.to(wide))
     result: Tensor = mixed.to(q.dtype).reshape(batch, time, kv_heads * groups * head_dim)
     return result
 
