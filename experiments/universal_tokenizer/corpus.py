@@ -14,7 +14,7 @@ from koine.recipes import estimates
 from koine.recipes.corpus import Roles, write_own_corpus
 
 
-@step(version="1", estimate=estimates.own_text)
+@step(version="2", estimate=estimates.own_text)
 def experiment_corpus(
     texts: list[Path],
     chats: Path,
@@ -22,25 +22,36 @@ def experiment_corpus(
     primary: tuple[str, ...],
     expanded: tuple[str, ...],
     unseen: tuple[str, ...],
+    unseen_with_chats: tuple[str, ...],
     max_bytes: int,
     out: Path,
 ) -> None:
-    """Documents and held-out documents of all languages, chats of the expanded ones.
+    """Documents and held-out documents of all languages, chats of the expanded ones and of `unseen_with_chats`.
+
+    A chat of the pack asks for a command in words; here the command is the question and the words are the answer, so that what is learnt is the language.
 
     Raises `UserError` where a language has no text or nothing held out.
     """
     for folder in ("documents", "documents-heldout", "questions"):
         shutil.rmtree(out / folder, ignore_errors=True)
 
+    everyone = (*primary, *expanded, *unseen, *unseen_with_chats)
+    chatting = (*expanded, *unseen_with_chats)
+
     def records() -> Iterator[dict[str, Any]]:
         for path in texts:
-            yield from read_records(
-                path, languages=(*primary, *expanded, *unseen), split="all", max_bad_share=1.0
-            )
-        for record in read_records(chats, languages=expanded, split="all", max_bad_share=1.0):
+            yield from read_records(path, languages=everyone, split="all", max_bad_share=1.0)
+        for record in read_records(chats, languages=chatting, split="all", max_bad_share=1.0):
             # An answer must fit behind its question into a training sequence.
             if sum(len(message["content"]) for message in record["messages"]) < 400:
-                yield record
+                words, command = (message["content"] for message in record["messages"])
+                yield {
+                    **record,
+                    "messages": [
+                        {"role": "user", "content": command},
+                        {"role": "assistant", "content": words},
+                    ],
+                }
 
     shares = write_own_corpus(
         records(),
@@ -50,7 +61,8 @@ def experiment_corpus(
         heldout_share=0.0,
         min_bytes=10_000,
     )
-    missing = [code for code in (*primary, *expanded, *unseen) if code not in shares]
+    missing = [code for code in everyone if code not in shares]
+    missing += [code for code in unseen_with_chats if code in shares and not shares[code].chats]
     if missing:
         raise UserError(f"too little text of {', '.join(missing)}", mend="give the whole data pack")
     chat = tuple(code for code in expanded if shares[code].chats)

@@ -17,6 +17,7 @@ from koine.recipes.training import pretrain
 PRIMARY = ("en", "de", "fr", "it", "es", "pl", "pt", "ru", "bg", "uk", "hu", "nl")
 EXPANDED = ("zh", "ja", "th", "vi", "id", "mn", "ky", "ar", "fa", "hi", "tr", "ta", "pa", "ur")
 UNSEEN = ("kk", "as", "cy", "rw", "sah")
+UNSEEN_WITH_CHATS = ("ko", "bn", "ml", "ca", "ro", "cs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Scale:
     primary: tuple[str, ...] = PRIMARY
     expanded: tuple[str, ...] = EXPANDED
     unseen: tuple[str, ...] = UNSEEN
+    unseen_with_chats: tuple[str, ...] = UNSEEN_WITH_CHATS
 
 
 LAPTOP = Scale(
@@ -77,6 +79,7 @@ SCALES = {
         primary=("en", "de"),
         expanded=("hi", "tr"),
         unseen=("kk",),
+        unseen_with_chats=("ko",),
     ),
     "laptop": LAPTOP,
     "gpu": replace(
@@ -112,6 +115,7 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
         primary=size.primary,
         expanded=size.expanded,
         unseen=size.unseen,
+        unseen_with_chats=size.unseen_with_chats,
         max_bytes=size.max_bytes,
     )
     kinds = {
@@ -157,7 +161,7 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
             "sequence_length": size.sequence_length,
             "batch_size": size.batch_size,
             "micro_batch_size": size.batch_size,
-            "dtype": "bfloat16",
+            "dtype": "float32",
             "seed": seed,
             "threads": size.threads,
         }
@@ -285,6 +289,17 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
                     steps=size.unseen_steps,
                     primary_share=0.0,
                 )
+            for code in size.unseen_with_chats:
+                results[f"unseen-chats-{code}/{arm}/{seed}"] = adapted(
+                    f"unseen-chats-{code}/{arm}",
+                    arm,
+                    bases[arm, seed],
+                    seed,
+                    languages=(code,),
+                    steps=size.unseen_steps,
+                    primary_share=0.0,
+                    what="chats",
+                )
         for vocabulary in size.sweep:
             for arm in ("universal", "cluster"):
                 results[f"sweep-{vocabulary}/{arm}/{seed}"] = (
@@ -303,6 +318,7 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
         primary=size.primary,
         expanded=size.expanded,
         unseen=size.unseen,
+        unseen_with_chats=size.unseen_with_chats,
         chat_languages=with_chats,
         sweep=size.sweep,
         seeds=size.seeds,
