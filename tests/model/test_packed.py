@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from koine.model import Decoder, ModelConfig, Sampling, generate
-from koine.model.packed import can_pack, pack
+from koine.model.packed import PackedLinear, TransposedLinear, best_layout, can_pack, pack
 
 
+@pytest.mark.parametrize("layout", [PackedLinear, TransposedLinear])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_and_text_stay(tiny: ModelConfig, tied: bool) -> None:
+def test_logits_and_text_stay(
+    tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, tied: bool, layout: type[torch.nn.Module]
+) -> None:
+    monkeypatch.setattr("koine.model.packed.best_layout", lambda dtype: layout)
     model = Decoder(replace(tiny, tie_embeddings=tied)).eval()
     if not can_pack(model):
         pytest.skip("this build of torch packs no weights")
@@ -41,3 +45,20 @@ def test_bfloat16_stays_as_near_to_float32(tiny: ModelConfig) -> None:
         before = (model.logits(model(ids)).float() - truth).square().mean().sqrt()
         after = (pack(model).logits(model(ids)).float() - truth).square().mean().sqrt()
     assert after <= 2 * before
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtype", "layout"),
+    [
+        ("Intel(R) Xeon(R) Processor", torch.float32, TransposedLinear),
+        ("Intel(R) Xeon(R) Processor", torch.bfloat16, PackedLinear),
+        ("AMD EPYC", torch.float32, PackedLinear),
+        ("Neoverse-V2", torch.float32, PackedLinear),
+    ],
+)
+def test_the_layout_is_the_processor_s(
+    monkeypatch: pytest.MonkeyPatch, processor: str, dtype: torch.dtype, layout: type[torch.nn.Module]
+) -> None:
+    monkeypatch.setattr("koine.model.packed.processor_name", lambda: processor)
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
+    assert best_layout(dtype) is layout

@@ -15,6 +15,7 @@ from koine.model.flops import cache_bytes
 from koine.model.paged_cache import SLAB, OutOfPages
 from koine.model.prefixes import common_length
 from koine.model.reading import StepReading, StretchReading
+from koine.model.runs import page_runs, worth_reading
 
 
 def prompt_of(size: int, seed: int) -> list[int]:
@@ -366,6 +367,39 @@ def test_memory_follows_use(tiny: ModelConfig) -> None:
     # 97 pages took slabs of 32, 32 and 64 pages; the first stays.
     assert most - cache.bytes_reserved() == (32 + 64) * 2 * 4 * tiny.kv_size * 4
     assert cache.add().slot == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("few", [0, 100], ids=["long runs only", "any runs"])
+def test_pages_in_runs_and_by_slab_give_the_same(
+    tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, few: int, dtype: torch.dtype
+) -> None:
+    """Sequences whose pages were taken in turn lie in several runs; one shares its beginning with another."""
+    model = Decoder(tiny).to(dtype).eval()
+    cache = model.new_cache(page=4)
+    texts = [prompt_of(size, size) for size in (29, 3, 160, 24)]
+    sequences = [cache.add() for _ in texts]
+    with torch.inference_mode():
+        for start in range(0, 160, 8):
+            for text, sequence in zip(texts, sequences, strict=True):
+                if part := text[start : start + 8]:
+                    reading = StretchReading(cache, [sequence], [len(part)])
+                    model(torch.tensor([part]), reading=reading)
+        texts.append(texts[3])
+        sequences.append(cache.add(cache.prefix(sequences[3])))
+        runs = page_runs(cache, sequences)
+        assert [sum(run.pages for run in runs if run.row == row) for row in range(5)] == [8, 1, 40, 6, 6]
+        assert len(runs) > 5
+        monkeypatch.setattr("koine.model.runs.FEW_RUNS", few)
+        assert worth_reading(runs, cache) is (few == 100)
+        new = torch.tensor([[7], [9], [11], [5], [13]])
+        got = model(new, reading=StepReading(cache, sequences))[:, 0].float()
+        expected = [
+            model(torch.tensor([[*text, int(token)]]))[0, -1].float()
+            for text, token in zip(texts, new, strict=True)
+        ]
+    # Hidden states of the order of 1, summed in another order; bfloat16 has 8 bits, four layers of them.
+    assert torch.allclose(got, torch.stack(expected), atol=1e-5 if dtype == torch.float32 else 0.1)
 
 
 def test_pages_far_apart_and_a_cache_that_is_full(tiny: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from koine.model.attention import attend
 from koine.model.config import LayerSpec, ModelConfig
-from koine.model.rotary import Rotation, apply_rotary, rotation
+from koine.model.rotary import Rotation, apply_rotary, rotate_in_place, rotation
 from koine.model.routers import Routing
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,12 +50,13 @@ class LayerNorm(nn.Module):
     def __init__(self, *shape: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(*shape))
-        self.eps = eps
+        self.eps, self._vector = eps, len(shape) == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 1:
+        if self._vector:
             # The fused kernel keeps its statistics in float32 whatever the input is.
-            return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None, self.eps)
+            weight = self.weight.to(x.dtype)
+            return torch.layer_norm(x, weight.shape, weight, None, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = F.layer_norm(wide, x.shape[-1:], None, None, self.eps)
         return (normed * self.weight).to(x.dtype)
@@ -113,14 +114,14 @@ class Block(nn.Module):
         """
         config = self.config
         batch, time, kv_heads, width = *normed.shape[:2], config.kv_heads, config.head_dim
-        qk, v, gate, up = self.in_proj(normed).split(self._sizes, dim=-1)
+        qk, v, gate, up = self.in_proj(normed).split_with_sizes(self._sizes, dim=-1)
         qk = qk.view(batch, time, config.query_heads + kv_heads, width)
         v = v.view(batch, time, kv_heads, width)
         together = self.spec.rope and not self.spec.qk_norm and angles.both is not None
         if together:
             # Queries and keys lie side by side: one rotation turns both.
             assert angles.both is not None
-            qk = apply_rotary(qk, angles.both)
+            qk = rotate_in_place(qk, angles.both)
         q, k = qk[:, :, : config.query_heads], qk[:, :, config.query_heads :]
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

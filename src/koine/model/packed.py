@@ -1,4 +1,9 @@
-"""Weights in the layout of oneDNN, for a model that only reads: on CPUs that MKL does not favour, float32 products are two to four times as fast.
+"""Weights in the layout that the processor's library multiplies fastest, for a model that only reads (docs/log.md has the times).
+
+| processor and precision | layout |
+|---|---|
+| Intel, float32 | transposed, for MKL |
+| others, float32; any, bfloat16 | oneDNN's own: MKL, which torch calls in float32, is slow on them, and in bfloat16 torch packs anew at every call |
 
 A packed model computes the same sums in another order and cannot be trained or saved.
 """
@@ -8,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from koine.hardware import processor_name
 from koine.model.block import Block
 from koine.model.decoder import Decoder
 
@@ -27,10 +33,36 @@ class PackedLinear(nn.Module):
         return out
 
 
+class TransposedLinear(nn.Module):
+    """`x @ weight.T` with the transpose of a weight `[out, in]` laid out in memory."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        # Not a buffer, as in PackedLinear: neither is saved.
+        self._transposed = weight.detach().t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        rows = torch.mm(x.reshape(-1, self.in_features), self._transposed)
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
+def best_layout(dtype: torch.dtype) -> type[PackedLinear] | type[TransposedLinear]:
+    """Which of the two is faster on this processor; the same at every call, so that a machine's results stay the same."""
+    mkl = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+    intel = "intel" in processor_name().lower()
+    return TransposedLinear if intel and mkl and dtype == torch.float32 else PackedLinear
+
+
 def can_pack(model: Decoder) -> bool:
     """Whether this build of torch packs weights of the model's precision on its device."""
     weight = model.embedding.weight
-    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+    if weight.device.type != "cpu":
+        return False
+    if best_layout(weight.dtype) is TransposedLinear:
+        return True
+    if not torch._C._has_mkldnn:
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
@@ -45,11 +77,12 @@ def pack(model: Decoder) -> Decoder:
     The embedding stays as it is for looking up, so a tied one is held twice. Returns the model.
     """
     if can_pack(model):
+        layout = best_layout(model.embedding.weight.dtype)
         for block in model.blocks:
             assert isinstance(block, Block)
             for name in ("in_proj", "out_proj"):
-                setattr(block, name, PackedLinear(getattr(block, name).weight))
-        model.scorer = PackedLinear(model.output_weight)
+                setattr(block, name, layout(getattr(block, name).weight))
+        model.scorer = layout(model.output_weight)
         if not model.config.tie_embeddings:
             del model.head
     return model.requires_grad_(False).eval()

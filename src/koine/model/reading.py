@@ -15,6 +15,7 @@ from torch import Tensor
 
 from koine.model.attention import attend, attend_after
 from koine.model.paged_cache import SPARSE, CachedSequence, PagedCache
+from koine.model.runs import Run, attend_runs, page_runs, worth_reading
 
 NOWHERE = 2**40
 """The first position of a page that is nobody's: later than any query."""
@@ -176,18 +177,20 @@ class StepReading:
         lengths = [sequence.length for sequence in sequences]
         self._lengths = torch.tensor(lengths, device=cache.device)
         self._key = (cache.changes, len(sequences))
-        self._groups: list[PageGroup]
+        self._runs: list[Run]
+        self._groups: list[PageGroup] | None
         if last is not None and last.cache is cache and last._key == self._key:
-            self._groups = last._groups
+            self._runs, self._groups = last._runs, last._groups
         else:
-            self._groups = page_groups(cache, sequences) if cache.full else []
+            self._runs = page_runs(cache, sequences) if cache.full else []
+            by_slab = cache.full and not worth_reading(self._runs, cache)
+            self._groups = page_groups(cache, sequences) if by_slab else None
         self._targets = self._page_targets(lengths) if cache.full else {}
+        self._hidden = [self._hidden_places(group) for group in self._groups or ()]
         # One sequence alone is where every operation counts: plain slices take the place of indexed reads and writes.
         self._alone = len(sequences) == 1
-        self._run = self._one_run() if self._alone and cache.full else None
-        if self._alone and (self._run is not None or not cache.full):
+        if self._alone:
             return
-        self._hidden = [self._hidden_places(group) for group in self._groups]
         self._rows = torch.arange(len(sequences), device=cache.device)
         self._ring_at: dict[int, Tensor] = {}
         self._ring_hidden: dict[int, Tensor | None] = {}
@@ -196,14 +199,6 @@ class StepReading:
             filling = min(lengths) + 1 < window
             places = torch.arange(window, device=cache.device)
             self._ring_hidden[window] = places > self._lengths[:, None] if filling else None
-
-    def _one_run(self) -> tuple[int, int] | None:
-        """Slab and first page where the pages of the only sequence lie one after another; None where they do not."""
-        pages = self.sequences[0].pages
-        if pages[-1] - pages[0] != len(pages) - 1 or pages != sorted(pages):
-            return None
-        (slab, first), (end, _) = self.cache.place_of(pages[0]), self.cache.place_of(pages[-1])
-        return (slab, first) if slab == end else None
 
     def _hidden_places(self, group: PageGroup) -> tuple[Tensor, Tensor]:
         """The pages of a group that are not read whole, and which of their places are hidden: those after the new token."""
@@ -230,12 +225,11 @@ class StepReading:
         """See `Reading.attend`; `time` is 1."""
         window = self.cache.windowed.get(layer)
         q, k, v = q[:, 0], k[:, 0], v[:, 0]
-        if window is None:
-            mixed = self._over_pages(layer, q, k, v)
-        elif self._alone:
-            mixed = self._over_one_ring(layer, window, q, k, v)
-        else:
-            mixed = self._over_rings(layer, window, q, k, v)
+        if self._alone and window is not None:
+            return self._over_one_ring(layer, window, q[0], k[0], v[0]).view(1, 1, -1)
+        mixed = (
+            self._over_pages(layer, q, k, v) if window is None else self._over_rings(layer, window, q, k, v)
+        )
         return mixed.flatten(1)[:, None]
 
     def finish(self) -> None:
@@ -244,18 +238,13 @@ class StepReading:
             sequence.length += 1
 
     def _over_one_ring(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.ring(layer)
+        keys, values = (part[0] for part in self.cache.ring(layer))
         length = self.sequences[0].length
-        at, filled = length % window, min(length + 1, window)
-        keys[0, :, at], values[0, :, at] = k[0], v[0]
-        return attend_all(q[0], keys[0, :, :filled], values[0, :, :filled])[None]
-
-    def _over_one_run(self, layer: int, run: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (slab, first), length, count = run, self.sequences[0].length, len(self.sequences[0].pages)
-        # Pages that lie one after another are one stretch of positions.
-        keys, values = (part[:, first : first + count].flatten(1, 2) for part in self.cache.slab(layer, slab))
-        keys[:, length], values[:, length] = k[0], v[0]
-        return attend_all(q[0], keys[:, : length + 1], values[:, : length + 1])[None]
+        keys.select(1, length % window).copy_(k)
+        values.select(1, length % window).copy_(v)
+        if length + 1 < window:
+            keys, values = keys.narrow(1, 0, length + 1), values.narrow(1, 0, length + 1)
+        return attend_all(q, keys, values)
 
     def _over_rings(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = len(self.sequences)
@@ -269,12 +258,14 @@ class StepReading:
         return torch.matmul(torch.softmax(scores, dim=-1), values[:rows])
 
     def _over_pages(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._run is not None:
-            return self._over_one_run(layer, self._run, q, k, v)
         for slab, targets in self._targets.items():
             keys, values = self.cache.slab(layer, slab)
             for row, page, at in targets:
-                keys[:, page, at], values[:, page, at] = k[row], v[row]
+                keys[:, page, at].copy_(k[row])
+                values[:, page, at].copy_(v[row])
+        if self._groups is None:
+            lengths = [sequence.length for sequence in self.sequences]
+            return attend_runs(q, self._runs, lengths, lambda number: self.cache.slab(layer, number))
         by_head = q.transpose(0, 1)
         parts = []
         for group, (pages, places) in zip(self._groups, self._hidden, strict=True):

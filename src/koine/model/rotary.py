@@ -68,6 +68,14 @@ class _Rotate(torch.autograd.Function):
         return _rotate(grad, cos, -sin), None, None
 
 
+def rotate_in_place(x: Tensor, angles: Rotation) -> Tensor:
+    """`apply_rotary` where nothing is to be learnt and `x` `[..., head_dim]` is nobody else's: in float32 it is changed and given back."""
+    if angles.turns is None or x.dtype != torch.float32:
+        return apply_rotary(x, angles)
+    torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(angles.turns)
+    return x
+
+
 def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
     """Rotate `x` `[..., head_dim]`; computed in float32 and returned in the dtype of `x`, as Cohere does."""
     if torch.compiler.is_compiling():

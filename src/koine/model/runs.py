@@ -1,0 +1,85 @@
+"""Attention of new tokens to pages that lie one after another, on CPU: a run of pages is one stretch of keys, read where it lies by the fused kernel.
+
+Where a sequence has several runs, their results meet by the sums of their exponentials, which the kernel gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from koine.model.paged_cache import CachedSequence, PagedCache
+
+FEWEST_PAGES = 8
+"""Pages that a run must have in the mean, where there are many: each is a call of the kernel of some 14 µs, and many short ones are faster a slab at a
+time (docs/log.md)."""
+FEW_RUNS = 4
+
+
+class Run(NamedTuple):
+    """`pages` pages from `first` on of a slab, whose first key is at position `start` of the sequence of `row`."""
+
+    row: int
+    slab: int
+    first: int
+    pages: int
+    start: int
+
+
+def page_runs(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[Run]:
+    """The pages of each sequence, in order, as runs."""
+    runs: list[Run] = []
+    for row, sequence in enumerate(sequences):
+        for index, number in enumerate(sequence.pages):
+            slab, place = cache.place_of(number)
+            last = runs[-1] if index else None
+            if last is not None and last.slab == slab and place == last.first + last.pages:
+                runs[-1] = last._replace(pages=last.pages + 1)
+            else:
+                runs.append(Run(row, slab, place, 1, index * cache.page))
+    return runs
+
+
+def worth_reading(runs: Sequence[Run], cache: PagedCache) -> bool:
+    """Whether reading runs is faster than reading slabs: on CPU, where the pages lie together and the kernel, which works on one key head a
+    thread, leaves few threads idle."""
+    if cache.device.type != "cpu" or torch.get_num_threads() > 2 * cache.config.kv_heads:
+        return False
+    return len(runs) <= FEW_RUNS or sum(run.pages for run in runs) >= FEWEST_PAGES * len(runs)
+
+
+def attend_runs(
+    q: Tensor, runs: Sequence[Run], lengths: Sequence[int], slab: Callable[[int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Attention of each row to the first `lengths[row] + 1` positions of its pages.
+
+    q and the result: `[rows, kv_heads, groups, head_dim]`, scaled. slab: keys and values `[kv_heads, pages, page, head_dim]` by number.
+    """
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows, parts, sums = [], [], []
+    for run in runs:
+        keys, values = (part[:, run.first : run.first + run.pages].flatten(1, 2) for part in slab(run.slab))
+        seen = lengths[run.row] + 1 - run.start
+        if seen < keys.shape[1]:
+            keys, values = keys.narrow(1, 0, seen), values.narrow(1, 0, seen)
+        part, log_sum = fused(q[run.row : run.row + 1], keys[None], values[None], 0.0, False, scale=1.0)
+        rows.append(run.row)
+        parts.append(part)
+        sums.append(log_sum)
+    mixed = torch.cat(parts)
+    if len(runs) == q.shape[0]:
+        return mixed
+    return _meet(mixed, torch.cat(sums)[..., None], torch.tensor(rows), q.shape[0])
+
+
+def _meet(parts: Tensor, sums: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Parts `[runs, kv_heads, groups, head_dim]` of each row, weighted by the logarithms `[runs, kv_heads, groups, 1]` of their sums."""
+    highest = torch.full((count, *sums.shape[1:]), -torch.inf, dtype=sums.dtype)
+    highest.scatter_reduce_(0, rows[:, None, None, None].expand_as(sums), sums, "amax")
+    weights = (sums - highest[rows]).exp_()
+    total = torch.zeros_like(highest).index_add_(0, rows, weights)
+    mixed = torch.zeros((count, *parts.shape[1:]), dtype=sums.dtype).index_add_(0, rows, parts * weights)
+    return (mixed / total).to(parts.dtype)
