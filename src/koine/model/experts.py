@@ -49,7 +49,10 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
     gates = chosen.gates.to(x.dtype)
     if x.device.type == "cuda":
         return _on_accelerator(x, into, out, Chosen(chosen.experts, gates))
-    result = _FeedForwardExperts.apply(x, into.to(x.dtype), out.to(x.dtype), chosen.experts, gates)  # type: ignore[no-untyped-call]
+    learning = torch.is_grad_enabled() and any(part.requires_grad for part in (x, into, out, gates))
+    result = _FeedForwardExperts.apply(  # type: ignore[no-untyped-call]
+        x, into.to(x.dtype), out.to(x.dtype), chosen.experts, gates, learning
+    )
     assert isinstance(result, Tensor)
     return result
 
@@ -140,31 +143,66 @@ def _outer_products(left: Tensor, right: Tensor, groups: _Groups, experts: int) 
     return out
 
 
-class _FeedForwardExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        tokens, k = experts.shape
-        groups = _grouped(experts, into.shape[0], fill_up=into[0].numel() < LARGE)
+class _Spoken(NamedTuple):
+    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: their inputs, both halves, and the gate's half activated
+    (None where nothing is to be learnt)."""
+
+    said: Tensor
+    kept: tuple[Tensor, Tensor, Tensor] | None
+
+
+def _speak(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool) -> _Spoken:
+    if groups.each:
         picked = x.index_select(0, groups.tokens)
         both = _products(picked, into.transpose(1, 2), groups)
         gate, up = both.chunk(2, dim=-1)
         active = F.silu(gate)
         said = _products(active * up, out.transpose(1, 2), groups)
-        by_token = said.index_select(0, groups.place).view(tokens, k, x.shape[1])
-        ctx.groups = groups
-        # The products of active and up are worked out again: a multiplication, where silu would be an exponential.
-        ctx.save_for_backward(picked, into, out, gates, both, active, by_token)
-        result = by_token[:, 0] * gates[:, :1]
-        for number in range(1, k):
-            result.addcmul_(by_token[:, number], gates[:, number : number + 1])
-        return result
+        return _Spoken(said, (picked, both, active) if keep else None)
+    rows, width = len(groups.tokens), out.shape[2]
+    said = x.new_empty(rows, x.shape[1])
+    if not keep:
+        # An expert from beginning to end while what it works on is in the caches.
+        for expert, start, end in groups.ends:
+            both = torch.mm(x.index_select(0, groups.tokens[start:end]), into[expert].t())
+            torch.mm(F.silu(both[:, :width]).mul_(both[:, width:]), out[expert].t(), out=said[start:end])
+        return _Spoken(said, None)
+    picked = x.index_select(0, groups.tokens)
+    both, active = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
+    for expert, start, end in groups.ends:
+        part = torch.mm(picked[start:end], into[expert].t(), out=both[start:end])
+        lit = torch.ops.aten.silu.out(part[:, :width], out=active[start:end])
+        torch.mm(lit * part[:, width:], out[expert].t(), out=said[start:end])
+    return _Spoken(said, (picked, both, active))
+
+
+class _FeedForwardExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor, learning: bool
+    ) -> Tensor:
+        tokens, k = experts.shape
+        groups = _grouped(experts, into.shape[0], fill_up=into[0].numel() < LARGE)
+        said, kept = _speak(x, into, out, groups, keep=learning)
+        if kept is not None:
+            picked, both, active = kept
+            ctx.groups = groups
+            # The products of active and up are worked out again: a multiplication, where silu would be an exponential.
+            ctx.save_for_backward(picked, into, out, gates, both, active, said)
+        # What is said of a token, weighted and added up in one pass over memory.
+        return F.embedding_bag(
+            groups.place.view(tokens, k), said, mode="sum", per_sample_weights=gates.contiguous()
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        picked, into, out, gates, both, active, by_token = ctx.saved_tensors
+        picked, into, out, gates, both, active, said = ctx.saved_tensors
         groups: _Groups = ctx.groups
         tokens, k = gates.shape
-        grad_gates = (by_token * grad[:, None]).sum(dim=-1) if ctx.needs_input_grad[4] else None
+        grad_gates = None
+        if ctx.needs_input_grad[4]:
+            by_token = said.index_select(0, groups.place).view(tokens, k, grad.shape[1])
+            grad_gates = by_token.mul_(grad[:, None]).sum(dim=-1)
         # Rows that are no choice have a weight of 0, so that they reach no gradient.
         weights = gates.new_zeros(len(picked))
         weights[groups.place] = gates.reshape(-1)
@@ -181,9 +219,9 @@ class _FeedForwardExperts(torch.autograd.Function):
         grad_into = _outer_products(grad_both, picked, groups, len(into)) if ctx.needs_input_grad[1] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            by_choice = _products(grad_both, into, groups).index_select(0, groups.place)
-            grad_x = by_choice if k == 1 else by_choice.view(tokens, k, grad.shape[1]).sum(dim=1)
-        return grad_x, grad_into, grad_out, None, grad_gates
+            by_row = _products(grad_both, into, groups)
+            grad_x = F.embedding_bag(groups.place.view(tokens, k), by_row, mode="sum")
+        return grad_x, grad_into, grad_out, None, grad_gates, None
 
 
 def _on_accelerator(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
