@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--preset", default="koine-8m")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rate", type=float, default=64.0, help="arrivals a second")
-    parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--max-batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)

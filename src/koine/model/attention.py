@@ -2,7 +2,7 @@
 
 | case | kernel |
 |---|---|
-| CPU | `blocked_attention`, after earlier positions too; full float32 attention of a long text without documents: fused SDPA |
+| CPU | `blocked_attention`, after earlier positions too; full float32 attention without documents, of a long text or where nothing is learnt: fused SDPA |
 | accelerator, plain causal | fused SDPA |
 | CUDA, a window or documents | FlexAttention with a block mask, where the text is long enough to have blocks to skip |
 | accelerator, otherwise | SDPA under a mask |
@@ -21,7 +21,7 @@ from torch import Tensor
 from koine.model.blocked_attention import blocked_attention
 
 FUSED_FROM = 1024
-"""From this length on, full causal float32 attention on CPU is faster fused than in blocks (docs/log.md)."""
+"""From this length on, full causal float32 attention on CPU is faster fused than in blocks where it has a backward pass; without, at any (docs/log.md)."""
 
 FLEX_FROM = 256
 """FlexAttention skips tiles of 128 by 128: in a shorter text there is nothing to skip."""
@@ -54,7 +54,8 @@ def attend(
         window = None
     plain = window is None and document_starts is None
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type == "cpu" and not (plain and q.dtype == torch.float32 and time >= FUSED_FROM):
+    fused = plain and q.dtype == torch.float32 and (time >= FUSED_FROM or not torch.is_grad_enabled())
+    if q.device.type == "cpu" and not fused:
         return _in_blocks(q, keys, values, window=window, document_starts=document_starts)
     heads = q.flatten(2, 3).transpose(1, 2)
     if plain:
