@@ -168,6 +168,10 @@ def compare(
     kept = [index for index, rate in enumerate(ceilings) if rate >= 0.8 * best]
     medians = {side: statistics.median(samples[side][index] for index in kept) for side in made}
     theirs = {side: value for side, value in medians.items() if side.startswith("transformers")}
+    if not theirs:
+        sys.exit(
+            f"every implementation of transformers was left out ({left_out}); give a larger --most-seconds"
+        )
     peer = min(theirs, key=lambda side: theirs[side])
 
     def ratio(over: str, under: str) -> dict[str, Any]:
