@@ -279,27 +279,21 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
                 primary_share=0.0,
                 what="chats",
             )
-            for code in size.unseen:
-                results[f"unseen-{code}/{arm}/{seed}"] = adapted(
-                    f"unseen-{code}/{arm}",
-                    arm,
-                    bases[arm, seed],
-                    seed,
-                    languages=(code,),
-                    steps=size.unseen_steps,
-                    primary_share=0.0,
-                )
-            for code in size.unseen_with_chats:
-                results[f"unseen-chats-{code}/{arm}/{seed}"] = adapted(
-                    f"unseen-chats-{code}/{arm}",
-                    arm,
-                    bases[arm, seed],
-                    seed,
-                    languages=(code,),
-                    steps=size.unseen_steps,
-                    primary_share=0.0,
-                    what="chats",
-                )
+            for run, what, codes in (
+                ("unseen", "text", size.unseen),
+                ("unseen-chats", "chats", size.unseen_with_chats),
+            ):
+                for code in codes:
+                    results[f"{run}-{code}/{arm}/{seed}"] = adapted(
+                        f"{run}-{code}/{arm}",
+                        arm,
+                        bases[arm, seed],
+                        seed,
+                        languages=(code,),
+                        steps=size.unseen_steps,
+                        primary_share=0.0,
+                        what=what,
+                    )
         for vocabulary in size.sweep:
             for arm in ("universal", "cluster"):
                 results[f"sweep-{vocabulary}/{arm}/{seed}"] = (

@@ -60,5 +60,4 @@ def test_the_layout_is_the_processor_s(
     monkeypatch: pytest.MonkeyPatch, processor: str, dtype: torch.dtype, layout: type[torch.nn.Module]
 ) -> None:
     monkeypatch.setattr("koine.model.packed.processor_name", lambda: processor)
-    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
     assert best_layout(dtype) is layout

@@ -50,9 +50,8 @@ class TransposedLinear(nn.Module):
 
 def best_layout(dtype: torch.dtype) -> type[PackedLinear] | type[TransposedLinear]:
     """Which of the two is faster on this processor; the same at every call, so that a machine's results stay the same."""
-    mkl = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
     intel = "intel" in processor_name().lower()
-    return TransposedLinear if intel and mkl and dtype == torch.float32 else PackedLinear
+    return TransposedLinear if intel and dtype == torch.float32 else PackedLinear
 
 
 def can_pack(model: Decoder) -> bool:
