@@ -9,7 +9,7 @@ from typing import Any
 from koine.files import read_json
 
 HERE = Path(__file__).resolve().parent
-SCALES = ("laptop", "gpu", "cluster")
+SCALES = ("laptop", "laptop-deep", "gpu", "cluster")
 
 
 def measured(entry: Mapping[str, Any]) -> str:

@@ -106,7 +106,7 @@ def judge(
         layers=layers_of("swa-3", layers, short // 2),
     )
     speed = speed_and_cache(config, seeds=max(seeds, 3))
-    hypotheses = verdicts(found, long, speed)
+    hypotheses = verdicts(found, long, speed, arms)
     results = {
         "experiment": "rope_to_nope",
         "scale": scale,
@@ -121,10 +121,16 @@ def judge(
     write_json(out / "report.json", {"title": "RoPE to NoPE: verdicts", "blocks": verdict_blocks(hypotheses)})
 
 
-def verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]:
-    """RN1 to RN9 and CA1 from the measures."""
+def verdicts(found: Runs, long: int, speed: Mapping[str, Any], arms: Sequence[str]) -> dict[str, Any]:
+    """RN1 to RN9 and CA1 from the measures; of a scale that leaves arms out, RN7 to RN9 and CA1 alone."""
+    hybrid = of_the_hybrid(found, long, speed, with_equal="swa-1" in arms)
+    return hybrid if "qk-norm" not in arms else of_positions(found, long) | hybrid
+
+
+def of_positions(found: Runs, long: int) -> dict[str, Any]:
+    """RN1 to RN6: what each way to know positions does."""
     beyond = (2 * long, 4 * long)
-    rope, qk, nope, rnope, swa = "rope", "qk-norm", "nope", "rnope-10k", "swa-3"
+    rope, qk, nope, rnope = "rope", "qk-norm", "nope", "rnope-10k"
     rn1 = {
         "QK-Norm less RoPE, bits per byte": less(found.bits(qk), found.bits(rope)),
         "NoPE less QK-Norm": less(found.bits(nope), found.bits(qk)),
@@ -162,16 +168,6 @@ def verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]
         "windowed less full RNoPE, nats": less(found.score("swa-1", beyond), found.score(rnope, beyond)),
         "RNoPE less RoPE": less(found.score(rnope, beyond), found.score(rope, beyond)),
     }
-    better = less(found.score(swa, (4 * long,)), found.score(rope, (4 * long,)))
-    tie = less(found.bits(swa), found.bits(rope))
-    rn7 = {"RNoPE-SWA less RoPE at four times the length, nats": better, "short texts, bits per byte": tie}
-    rn8 = {"steps of RoPE over steps of RNoPE-SWA, time": speed["ratios"]}
-    rn9 = {
-        "1:3 less 1:7, nats": less(found.score(swa, beyond), found.score("swa-7", beyond)),
-        "1:3 less 1:1": less(found.score(swa, beyond), found.score("swa-1", beyond)),
-    }
-    exact = speed["held_bytes"] == speed["formula_bytes"]
-    share = speed["command_a_share_128k"]
     first, second = rn1.values()
     return {
         "RN1": hypothesis(
@@ -186,6 +182,23 @@ def verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]
         ),
         "RN5": hypothesis(together(map(above, rn5.values())), rn5, "8.036 / 7.461 / 7.022 / 6.203", "a larger theta is worse"),
         "RN6": hypothesis(together(map(above, rn6.values())), rn6, "9.562 / 8.036 / 7.395", "windowed, then RNoPE, then RoPE"),
+    }  # fmt: skip
+
+
+def of_the_hybrid(found: Runs, long: int, speed: Mapping[str, Any], *, with_equal: bool) -> dict[str, Any]:
+    """RN7 to RN9 and CA1: windowed layers and full ones, 3:1; `with_equal` where 1:1 was run too."""
+    beyond = (2 * long, 4 * long)
+    rope, swa = "rope", "swa-3"
+    better = less(found.score(swa, (4 * long,)), found.score(rope, (4 * long,)))
+    tie = less(found.bits(swa), found.bits(rope))
+    rn7 = {"RNoPE-SWA less RoPE at four times the length, nats": better, "short texts, bits per byte": tie}
+    rn8 = {"steps of RoPE over steps of RNoPE-SWA, time": speed["ratios"]}
+    rn9 = {"1:3 less 1:7, nats": less(found.score(swa, beyond), found.score("swa-7", beyond))}
+    if with_equal:
+        rn9["1:3 less 1:1"] = less(found.score(swa, beyond), found.score("swa-1", beyond))
+    exact = speed["held_bytes"] == speed["formula_bytes"]
+    share = speed["command_a_share_128k"]
+    return {
         "RN7": hypothesis(
             together([above(better), within(tie, TIE)]), rn7, "RULER at 256k 74.8 against 57.1; short tasks equal",
             "long better, short equal",

@@ -50,6 +50,7 @@ class Scale:
     prompts: int
     attention_prompts: int
     threads: int
+    dtype: str = "bfloat16"
     arms: tuple[str, ...] = tuple(ARMS)
 
     @property
@@ -96,6 +97,8 @@ SCALES = {
         attention_prompts=2,
     ),
     "laptop": LAPTOP,
+    # Twice the layers, for the hypotheses on 3:1 and 7:1 alone: the full layers of a pattern are as many as those of 1:1 and 3:1 in eight.
+    "laptop-deep": replace(LAPTOP, layers=16, dtype="float32", arms=("rope", "swa-3", "swa-7")),
     "gpu": replace(
         LAPTOP,
         layers=16,
@@ -166,6 +169,7 @@ def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str 
         "window": size.window,
         "tokens_per_step": size.tokens_per_step,
         "threads": size.threads,
+        "dtype": size.dtype,
     }
     results: dict[str, Artifact] = {}
     for seed in range(size.seeds):

@@ -63,6 +63,7 @@ def pretrain_short(
     prompts: int,
     seed: int,
     threads: int,
+    dtype: str,
     out: Path,
 ) -> None:
     """First stage: books as they are, pairs of fact and question, and short stretches of books with facts and questions."""
@@ -84,7 +85,7 @@ def pretrain_short(
     model = Decoder(config)
     first = max(1, round(PAIRS_SHARE * steps))
     phases = [({"pairs": 1.0}, first), ({"books": 0.2, "pairs": 0.2, "short": 0.6}, max(1, steps - first))]
-    _train(model, corpus, phases, length, tokens_per_step, learning_rate, seed, threads, out)
+    _train(model, corpus, phases, length, tokens_per_step, learning_rate, seed, threads, dtype, out)
     _measure_short(model, corpus, texts, (length,), prompts, out)
 
 
@@ -110,6 +111,7 @@ def extend(
     attention_prompts: int,
     seed: int,
     threads: int,
+    dtype: str,
     out: Path,
 ) -> None:
     """Second stage: three short texts for each long one, packed into rows of the long length, with RoPE's theta as given."""
@@ -118,7 +120,7 @@ def extend(
     grown.load_state_dict(start.state_dict())
     short_share = SHORT_TO_LONG * short / (SHORT_TO_LONG * short + long)
     shares = {"short": short_share, "long": 1.0 - short_share}
-    _train(grown, corpus, [(shares, steps)], long, tokens_per_step, learning_rate, seed, threads, out)
+    _train(grown, corpus, [(shares, steps)], long, tokens_per_step, learning_rate, seed, threads, dtype, out)
     found = _measure_short(grown, corpus, texts, (short, long, 2 * long, 4 * long), prompts, out)
     found["attention"] = _attention(grown, corpus, texts, long, attention_prompts)
     write_json(out / "measures.json", found)
@@ -133,6 +135,7 @@ def _train(
     learning_rate: float,
     seed: int,
     threads: int,
+    dtype: str,
     out: Path,
 ) -> None:
     from koine.data import DataOrder, Mixture, Phase, Source
@@ -159,7 +162,7 @@ def _train(
         learning_rate=learning_rate,
         warmup_steps=min(50, min(count for _, count in phases) // 4),
         schedule="cosine",
-        dtype="bfloat16",
+        dtype=dtype,
         seed=seed,
         compile="off",
         weight_decay=0.1,

@@ -26,6 +26,7 @@ ARMS = {
     "rope": 2e6, "qk-norm": 2e6, "nope": 1e4, "rnope-10k": 1e4, "rnope-100k": 1e5, "rnope-2m": 2e6, "rnope-4m": 4e6,
     "swa-1": 1e4, "swa-3": 1e4, "swa-7": 1e4,
 }  # fmt: skip
+SCALES = [path.stem for path in (FOLDER / "results").glob("*.json")]
 SENTENCES = [
     f"The {colour} house stood near the {place}." for colour in ("red", "old") for place in ("sea", "mill")
 ]
@@ -115,14 +116,17 @@ AS_THE_PAPER = {
 MASSES = {"nope": 0.033, "rope": 0.02, "qk-norm": 0.006}
 
 
-def verdicts(tmp_path: Path, found: dict[str, Any], speed: dict[str, Any]) -> dict[str, str]:
+def verdicts(
+    tmp_path: Path, found: dict[str, Any], speed: dict[str, Any], arms: tuple[str, ...] = tuple(ARMS)
+) -> dict[str, str]:
     folders = {}
     for name, value in found.items():
         folders[name] = tmp_path / name
         folders[name].mkdir(parents=True)
         (folders[name] / "measures.json").write_text(json.dumps(value), encoding="utf-8")
     return {
-        name: one["verdict"] for name, one in judging.verdicts(judging.Runs(folders, 3), 1024, speed).items()
+        name: one["verdict"]
+        for name, one in judging.verdicts(judging.Runs(folders, 3), 1024, speed, arms).items()
     }
 
 
@@ -142,6 +146,13 @@ def test_the_opposite_is_not(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_scale_with_fewer_arms_judges_what_it_can(tmp_path: Path) -> None:
+    arms = ("rope", "swa-3", "swa-7")
+    found = {name: one for name, one in measures(AS_THE_PAPER, {}, MASSES).items() if name[:-2] in arms}
+    got = verdicts(tmp_path, found, SPEED, arms)
+    assert got == dict.fromkeys(("RN7", "RN8", "RN9", "CA1"), "reproduced")
+
+
 @pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.skipif(not PACK.exists(), reason="the development data pack is not beside the checkout")
@@ -156,7 +167,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     sizes = {
         "num_layers": 8, "hidden": 32, "intermediate": 32, "heads": 1, "kv_heads": 1, "window": 64, "tokens_per_step": 256,
-        "threads": 1, "prompts": 1, "seed": 0, "steps": 2, "learning_rate": 1e-3,
+        "threads": 1, "dtype": "bfloat16", "prompts": 1, "seed": 0, "steps": 2, "learning_rate": 1e-3,
     }  # fmt: skip
     short: dict[str, Path] = {}
     runs: dict[str, Path] = {}
@@ -213,20 +224,22 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ] * 3 + ["full NoPE"]
 
 
-def test_the_manual_has_the_tables_of_the_committed_results() -> None:
-    results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_manual_has_the_tables_of_the_committed_results(scale: str) -> None:
+    results = json.loads((FOLDER / "results" / f"{scale}.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "rope-to-nope.md").read_text(encoding="utf-8")
     assert verdict_markdown(results["hypotheses"]) in page
     assert load(FOLDER / "plots.py").arm_table(results) in page
 
 
-def test_the_committed_verdicts_follow_from_the_committed_runs() -> None:
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_committed_verdicts_follow_from_the_committed_runs(scale: str) -> None:
     """Every verdict is worked out again from the seeds beside it."""
-    results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
+    results = json.loads((FOLDER / "results" / f"{scale}.json").read_text(encoding="utf-8"))
     assert len(results["seeds"]) >= 3
     found = object.__new__(judging.Runs)
     found.measures, found.seeds = results["runs"], range(len(results["seeds"]))
-    again = judging.verdicts(found, results["lengths"]["long"], results["speed"])
+    again = judging.verdicts(found, results["lengths"]["long"], results["speed"], results["arms"])
     for name, one in results["hypotheses"].items():
         assert one["verdict"] == again[name]["verdict"], name
         assert one["series"].keys() == again[name]["series"].keys()
