@@ -129,7 +129,7 @@ def test_an_interrupted_step_is_taken_again(model_folder: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model.blocks[-1], "forward", interrupt)
+        patch.setattr("koine.model.reading.StepReading.finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(answer)
     assert not engine.scheduler.busy

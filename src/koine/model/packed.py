@@ -32,6 +32,14 @@ class PackedLinear(nn.Module):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], None)
         return out
 
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """`forward` of `[rows, in]` into `out` `[rows, out]`."""
+        out.copy_(self(x))
+
+    def add_to(self, x: Tensor, out: Tensor) -> None:
+        """Add `forward` of `[rows, in]` to `out` `[rows, out]`."""
+        out.add_(self(x))
+
 
 class TransposedLinear(nn.Module):
     """`x @ weight.T` with the transpose of a weight `[out, in]` laid out in memory."""
@@ -46,6 +54,14 @@ class TransposedLinear(nn.Module):
         """`[..., in]` to `[..., out]`."""
         rows = torch.mm(x.reshape(-1, self.in_features), self._transposed)
         return rows.view(*x.shape[:-1], self.out_features)
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """`forward` of `[rows, in]` into `out` `[rows, out]`."""
+        torch.mm(x, self._transposed, out=out)
+
+    def add_to(self, x: Tensor, out: Tensor) -> None:
+        """Add `forward` of `[rows, in]` to `out` `[rows, out]`."""
+        out.addmm_(x, self._transposed)
 
 
 def best_layout(dtype: torch.dtype) -> type[PackedLinear] | type[TransposedLinear]:

@@ -54,11 +54,11 @@ class Prefix:
 
     length: int
     pages: tuple[int, ...]
-    rings: tuple[tuple[Tensor, Tensor], ...]
+    rings: tuple[Tensor, ...]
 
     def bytes(self) -> int:
         """Bytes of the windows (pages are counted by the cache)."""
-        return sum(k.nbytes + v.nbytes for k, v in self.rings)
+        return sum(ring.nbytes for ring in self.rings)
 
 
 class OutOfPages(Exception):  # noqa: N818
@@ -86,7 +86,7 @@ class PagedCache:
         self.windowed = {
             index: spec.window for index, spec in enumerate(config.layers) if spec.window is not None
         }
-        self._slabs: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in self.full}
+        self._slabs: dict[int, list[Tensor]] = {index: [] for index in self.full}
         self._rings = {index: self._new_ring(window, 0) for index, window in self.windowed.items()}
         self._starts: list[int] = []
         self._pages = 0
@@ -96,9 +96,8 @@ class PagedCache:
         self.changes = 0
         """Counts what makes a plan of reading out of date: sequences and pages that come and go."""
 
-    def _new_ring(self, window: int, slots: int) -> tuple[Tensor, Tensor]:
-        shape = (slots, self.config.kv_heads, window, self.config.head_dim)
-        return self._empty(shape), self._empty(shape)
+    def _new_ring(self, window: int, slots: int) -> Tensor:
+        return self._empty((2, slots, self.config.kv_heads, window, self.config.head_dim))
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         # A tensor made in inference mode could not be written to outside of it, where sequences come and go.
@@ -110,10 +109,10 @@ class PagedCache:
     def add(self, prefix: Prefix | None = None) -> CachedSequence:
         """A new sequence, empty or going on from a prefix; its slot is the last."""
         slot = len(self.sequences)
-        for index, (k, v) in self._rings.items():
-            if slot == k.shape[0]:
+        for index, ring in self._rings.items():
+            if slot == ring.shape[1]:
                 grown = self._new_ring(self.windowed[index], slot + max(1, slot // 4))
-                grown[0][:slot], grown[1][:slot] = k, v
+                grown[:, :slot] = ring
                 self._rings[index] = grown
         sequence = CachedSequence(slot)
         if prefix is not None:
@@ -124,15 +123,13 @@ class PagedCache:
                 [partial] = self._take(1)
                 (source, at), (target, to) = self.place_of(prefix.pages[whole]), self.place_of(partial)
                 for slabs in self._slabs.values():
-                    for part in (0, 1):
-                        slabs[target][part][:, to] = slabs[source][part][:, at]
+                    slabs[target][:, :, to] = slabs[source][:, :, at]
             for number in prefix.pages[:whole]:
                 self._holders[number] += 1
             sequence.pages = [*prefix.pages[:whole], *([] if partial is None else [partial])]
             sequence.length = prefix.length
-            for (k, v), (held_k, held_v) in zip(self._rings.values(), prefix.rings, strict=True):
-                k[slot, :, : held_k.shape[1]] = held_k
-                v[slot, :, : held_v.shape[1]] = held_v
+            for ring, held in zip(self._rings.values(), prefix.rings, strict=True):
+                ring[:, slot, :, : held.shape[2]] = held
         self.sequences.append(sequence)
         self.changes += 1
         return sequence
@@ -141,8 +138,8 @@ class PagedCache:
         """Forget a sequence; the last slot's ring moves into its place, so that slots stay dense."""
         last = self.sequences.pop()
         if last is not sequence:
-            for k, v in self._rings.values():
-                k[sequence.slot], v[sequence.slot] = k[last.slot], v[last.slot]
+            for ring in self._rings.values():
+                ring[:, sequence.slot] = ring[:, last.slot]
             last.slot = sequence.slot
             self.sequences[last.slot] = last
         self._give_back(sequence.pages)
@@ -156,8 +153,7 @@ class PagedCache:
             if other is sequence:
                 continue
             for ring in self._rings.values():
-                for part in ring:
-                    part[[slot, sequence.slot]] = part[[sequence.slot, slot]]
+                ring[:, [slot, sequence.slot]] = ring[:, [sequence.slot, slot]]
             self.sequences[slot], self.sequences[sequence.slot] = sequence, other
             sequence.slot, other.slot = slot, sequence.slot
             self.changes += 1
@@ -167,9 +163,9 @@ class PagedCache:
         for number in sequence.pages:
             self._holders[number] += 1
         rings = []
-        for index, (k, v) in self._rings.items():
+        for index, ring in self._rings.items():
             held = min(sequence.length, self.windowed[index])
-            rings.append((k[sequence.slot, :, :held].clone(), v[sequence.slot, :, :held].clone()))
+            rings.append(ring[:, sequence.slot, :, :held].clone())
         return Prefix(sequence.length, tuple(sequence.pages), tuple(rings))
 
     def release(self, prefix: Prefix) -> None:
@@ -210,9 +206,9 @@ class PagedCache:
             raise OutOfPages
         while len(self._free) < count:
             size = slab_pages(self._pages)
-            shape = (self.config.kv_heads, size, self.page, self.config.head_dim)
+            shape = (2, self.config.kv_heads, size, self.page, self.config.head_dim)
             for slabs in self._slabs.values():
-                slabs.append((self._empty(shape), self._empty(shape)))
+                slabs.append(self._empty(shape))
             self._starts.append(self._pages)
             for number in range(self._pages, self._pages + size):
                 heapq.heappush(self._free, number)
@@ -247,17 +243,15 @@ class PagedCache:
         held = 0
         for number in self._holders:
             slab, at = self.place_of(number)
-            held += sum(part[:, at].nbytes for slabs in self._slabs.values() for part in slabs[slab])
+            held += sum(slabs[slab][:, :, at].nbytes for slabs in self._slabs.values())
         for ring in self._rings.values():
-            for part in ring:
-                filled = (part[one.slot, :, : one.length] for one in self.sequences)
-                held += sum(places.nbytes for places in filled)
+            held += sum(ring[:, one.slot, :, : one.length].nbytes for one in self.sequences)
         return held
 
     def bytes_reserved(self) -> int:
         """Bytes of the memory that holds them: slabs and rings with their places that are not used yet."""
-        slabs = sum(k.nbytes + v.nbytes for slabs in self._slabs.values() for k, v in slabs)
-        return slabs + sum(k.nbytes + v.nbytes for k, v in self._rings.values())
+        slabs = sum(slab.nbytes for slabs in self._slabs.values() for slab in slabs)
+        return slabs + sum(ring.nbytes for ring in self._rings.values())
 
     # -- where things lie ----------------------------------------------------------------------------------------------
 
@@ -266,10 +260,10 @@ class PagedCache:
         slab = bisect.bisect_right(self._starts, page) - 1
         return slab, page - self._starts[slab]
 
-    def slab(self, layer: int, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a slab's pages, `[kv_heads, pages, page, head_dim]` each."""
+    def slab(self, layer: int, number: int) -> Tensor:
+        """Keys and values of a slab's pages, `[2, kv_heads, pages, page, head_dim]`."""
         return self._slabs[layer][number]
 
-    def ring(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of every slot's window, `[slots, kv_heads, window, head_dim]` each."""
+    def ring(self, layer: int) -> Tensor:
+        """Keys and values of every slot's window, `[2, slots, kv_heads, window, head_dim]`."""
         return self._rings[layer]

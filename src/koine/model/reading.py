@@ -15,7 +15,7 @@ from torch import Tensor
 
 from koine.model.attention import attend, attend_after
 from koine.model.paged_cache import SPARSE, CachedSequence, PagedCache
-from koine.model.runs import Run, attend_runs, page_runs, worth_reading
+from koine.model.runs import Run, attend_held, attend_runs, page_runs, run_of, worth_reading
 
 NOWHERE = 2**40
 """The first position of a page that is nobody's: later than any query."""
@@ -115,17 +115,16 @@ class StretchReading:
         before = sequence.length
         pages = sequence.pages[: self.cache.pages_for(before)]
         places = [self.cache.place_of(number) for number in pages]
-        found = [(self.cache.slab(layer, slab), at) for slab, at in places]
-        k = torch.cat([slab[0][:, at] for slab, at in found], dim=1)[:, :before]
-        v = torch.cat([slab[1][:, at] for slab, at in found], dim=1)[:, :before]
+        held = torch.cat([self.cache.slab(layer, slab)[:, :, at] for slab, at in places], dim=2)
+        k, v = held[:, :, :before]
         return k, v
 
     def _ring(self, layer: int, window: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
         """The last `window - 1` positions read before, oldest first."""
         before = sequence.length
         held = torch.arange(before - min(before, window - 1), before, device=self.cache.device) % window
-        k, v = self.cache.ring(layer)
-        return k[sequence.slot][:, held], v[sequence.slot][:, held]
+        k, v = self.cache.ring(layer)[:, sequence.slot][:, :, held]
+        return k, v
 
     def _write_pages(self, layer: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
         done, page = 0, self.cache.page
@@ -181,18 +180,18 @@ class StepReading:
         self._key = (cache.changes, len(sequences))
         self._runs: list[Run]
         self._groups: list[PageGroup] | None
+        self._stretches: dict[int, Tensor]
         if last is not None and last.cache is cache and last._key == self._key:
-            self._runs, self._groups = last._runs, last._groups
+            self._runs, self._groups, self._stretches = last._runs, last._groups, last._stretches
         else:
             self._runs = page_runs(cache, sequences) if cache.full else []
             by_slab = cache.full and not worth_reading(self._runs, cache)
             self._groups = page_groups(cache, sequences) if by_slab else None
+            self._stretches = self._lone_stretches()
+        if len(self._stretches) == len(cache.config.layers):
+            return
         self._targets = self._page_targets(lengths) if cache.full else {}
         self._hidden = [self._hidden_places(group) for group in self._groups or ()]
-        # One sequence alone is where every operation counts: plain slices take the place of indexed reads and writes.
-        self._alone = len(sequences) == 1
-        if self._alone:
-            return
         self._rows = torch.arange(len(sequences), device=cache.device)
         self._ring_at: dict[int, Tensor] = {}
         self._ring_hidden: dict[int, Tensor | None] = {}
@@ -201,6 +200,17 @@ class StepReading:
             filling = min(lengths) + 1 < window
             places = torch.arange(window, device=cache.device)
             self._ring_hidden[window] = places > self._lengths[:, None] if filling else None
+
+    def _lone_stretches(self) -> dict[int, Tensor]:
+        """Layers whose keys and values the fused kernel of the CPU reads where they lie, `[2, 1, kv_heads, positions, head_dim]`: those of one sequence alone,
+        for which every operation counts; its ring, and its pages where they are one run."""
+        if len(self.sequences) > 1 or self.cache.device.type != "cpu":
+            return {}
+        found = {layer: self.cache.ring(layer)[:, :1] for layer in self.cache.windowed}
+        if self._groups is None and len(self._runs) == 1:
+            [run] = self._runs
+            found |= {layer: run_of(self.cache.slab(layer, run.slab), run) for layer in self.cache.full}
+        return found
 
     def _hidden_places(self, group: PageGroup) -> tuple[Tensor, Tensor]:
         """The pages of a group that are not read whole, and which of their places are hidden: those after the new token."""
@@ -225,46 +235,41 @@ class StepReading:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Reading.attend`; `time` is 1."""
+        return self.mix(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
+
+    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """`attend` for q `[batch, kv_heads, groups, head_dim]` and keys with values `[2, batch, kv_heads, head_dim]`: a result like q."""
+        stretch = self._stretches.get(layer)
+        if stretch is not None:
+            # A run has a place for every position; a ring begins again.
+            length = self.sequences[0].length
+            stretch.select(3, length % stretch.shape[3]).copy_(new)
+            return attend_held(q, stretch, length + 1)[0]
         window = self.cache.windowed.get(layer)
-        q, k, v = q[:, 0], k[:, 0], v[:, 0]
-        if self._alone and window is not None:
-            return self._over_one_ring(layer, window, q[0], k[0], v[0]).view(1, 1, -1)
-        mixed = (
-            self._over_pages(layer, q, k, v) if window is None else self._over_rings(layer, window, q, k, v)
-        )
-        return mixed.flatten(1)[:, None]
+        if window is None:
+            return self._over_pages(layer, q, new)
+        return self._over_rings(layer, window, q, new)
 
     def finish(self) -> None:
         """See `Reading.finish`."""
         for sequence in self.sequences:
             sequence.length += 1
 
-    def _over_one_ring(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = (part[0] for part in self.cache.ring(layer))
-        length = self.sequences[0].length
-        keys.select(1, length % window).copy_(k)
-        values.select(1, length % window).copy_(v)
-        if length + 1 < window:
-            keys, values = keys.narrow(1, 0, length + 1), values.narrow(1, 0, length + 1)
-        return attend_all(q, keys, values)
-
-    def _over_rings(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = len(self.sequences)
-        keys, values = self.cache.ring(layer)
-        keys[self._rows, :, self._ring_at[window]] = k
-        values[self._rows, :, self._ring_at[window]] = v
-        scores = torch.matmul(q, keys[:rows].transpose(-1, -2))
+    def _over_rings(self, layer: int, window: int, q: Tensor, new: Tensor) -> Tensor:
+        ring = self.cache.ring(layer)
+        ring[:, self._rows, :, self._ring_at[window]] = new.transpose(0, 1)
+        keys, values = ring[:, : len(self.sequences)]
+        scores = torch.matmul(q, keys.transpose(-1, -2))
         hidden = self._ring_hidden[window]
         if hidden is not None:
             scores.masked_fill_(hidden[:, None, None], -torch.inf)
-        return torch.matmul(torch.softmax(scores, dim=-1), values[:rows])
+        return torch.matmul(torch.softmax(scores, dim=-1), values)
 
-    def _over_pages(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for slab, targets in self._targets.items():
-            keys, values = self.cache.slab(layer, slab)
+    def _over_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        for number, targets in self._targets.items():
+            slab = self.cache.slab(layer, number)
             for row, page, at in targets:
-                keys[:, page, at].copy_(k[row])
-                values[:, page, at].copy_(v[row])
+                slab[:, :, page, at].copy_(new[:, row])
         if self._groups is None:
             lengths = [sequence.length for sequence in self.sequences]
             return attend_runs(q, self._runs, lengths, lambda number: self.cache.slab(layer, number))
@@ -276,11 +281,6 @@ class StepReading:
             scores[:, pages] = scores[:, pages].masked_fill_(places, -torch.inf)
             parts.append((group, scores, values))
         return merge_pages(q, parts)
-
-
-def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one position to all of k and v `[kv_heads, positions, head_dim]`; q and the result are `[kv_heads, groups, head_dim]`."""
-    return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1), v)
 
 
 def by_heads(a: Tensor, b: Tensor) -> Tensor:

@@ -52,21 +52,35 @@ def worth_reading(runs: Sequence[Run], cache: PagedCache) -> bool:
     return len(runs) <= FEW_RUNS or sum(run.pages for run in runs) >= FEWEST_PAGES * len(runs)
 
 
+def run_of(slab: Tensor, run: Run) -> Tensor:
+    """Keys and values of a run, `[2, 1, kv_heads, positions, head_dim]`, where they lie in a slab `[2, kv_heads, pages, page, head_dim]`."""
+    return slab[:, :, run.first : run.first + run.pages].flatten(2, 3).unsqueeze(1)
+
+
+def attend_held(q: Tensor, held: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+    """Attention of one position, q `[1, kv_heads, groups, head_dim]` (scaled), to the first `seen` of `held` `[2, 1, kv_heads, positions, head_dim]`.
+
+    Returns the same shape as q, and the logarithms `[1, kv_heads, groups]` of the sums of the exponentials.
+    """
+    if seen < held.shape[3]:
+        held = held.narrow(3, 0, seen)
+    keys, values = held.unbind()
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mixed, log_sum = fused(q, keys, values, 0.0, False, scale=1.0)
+    return mixed, log_sum
+
+
 def attend_runs(
-    q: Tensor, runs: Sequence[Run], lengths: Sequence[int], slab: Callable[[int], tuple[Tensor, Tensor]]
+    q: Tensor, runs: Sequence[Run], lengths: Sequence[int], slab: Callable[[int], Tensor]
 ) -> Tensor:
     """Attention of each row to the first `lengths[row] + 1` positions of its pages.
 
-    q and the result: `[rows, kv_heads, groups, head_dim]`, scaled. slab: keys and values `[kv_heads, pages, page, head_dim]` by number.
+    q and the result: `[rows, kv_heads, groups, head_dim]`, scaled. slab: keys and values `[2, kv_heads, pages, page, head_dim]` by number.
     """
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     rows, parts, sums = [], [], []
     for run in runs:
-        keys, values = (part[:, run.first : run.first + run.pages].flatten(1, 2) for part in slab(run.slab))
         seen = lengths[run.row] + 1 - run.start
-        if seen < keys.shape[1]:
-            keys, values = keys.narrow(1, 0, seen), values.narrow(1, 0, seen)
-        part, log_sum = fused(q[run.row : run.row + 1], keys[None], values[None], 0.0, False, scale=1.0)
+        part, log_sum = attend_held(q[run.row : run.row + 1], run_of(slab(run.slab), run), seen)
         rows.append(run.row)
         parts.append(part)
         sums.append(log_sum)

@@ -20,6 +20,7 @@ from koine.model.prefixes import PrefixStore, common_length
 from koine.model.reading import StepReading, StretchReading
 from koine.model.requests import Finish, Request, TokenGrammar, choose_next, new_request
 from koine.model.sampling import Sampling
+from koine.model.stepper import stepper_of
 
 
 class Scheduler:
@@ -51,6 +52,7 @@ class Scheduler:
         self.reading: list[Request] = []
         self.running: list[Request] = []
         self._last: StepReading | None = None
+        self._stepper = stepper_of(model)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -198,8 +200,11 @@ class Scheduler:
                 self._make_room()
                 continue
             self._last = reading
-            ids = torch.tensor([[request.tokens[-1]] for request in self.running], device=self.device)
-            hidden = self.model(ids, reading=reading)[:, 0]
+            ids = torch.tensor([request.tokens[-1] for request in self.running], device=self.device)
+            if self._stepper is not None:
+                hidden = self._stepper(ids, reading)
+            else:
+                hidden = self.model(ids[:, None], reading=reading)[:, 0]
             return self._choose(list(self.running), self.model.logits(hidden))
         return []
 
