@@ -15,6 +15,7 @@ from torch import Tensor
 
 from koine.model.attention import attend, attend_after
 from koine.model.paged_cache import SPARSE, CachedSequence, PagedCache
+from koine.model.parts import attend_part, hidden_scores, meet
 from koine.model.runs import Run, attend_held, attend_runs, page_runs, run_of, worth_reading
 
 NOWHERE = 2**40
@@ -192,6 +193,8 @@ class StepReading:
             return
         self._targets = self._page_targets(lengths) if cache.full else {}
         self._hidden = [self._hidden_places(group) for group in self._groups or ()]
+        if self._groups:
+            self._owners = torch.cat([group.rows for group in self._groups])
         self._rows = torch.arange(len(sequences), device=cache.device)
         self._ring_at: dict[int, Tensor] = {}
         self._ring_hidden: dict[int, Tensor | None] = {}
@@ -199,7 +202,9 @@ class StepReading:
             self._ring_at[window] = self._lengths % window
             filling = min(lengths) + 1 < window
             places = torch.arange(window, device=cache.device)
-            self._ring_hidden[window] = places > self._lengths[:, None] if filling else None
+            self._ring_hidden[window] = (
+                hidden_scores(places > self._lengths[:, None], cache.dtype) if filling else None
+            )
 
     def _lone_stretches(self) -> dict[int, Tensor]:
         """Layers whose keys and values the fused kernel of the CPU reads where they lie, `[2, 1, kv_heads, positions, head_dim]`: those of one sequence alone,
@@ -212,12 +217,11 @@ class StepReading:
             found |= {layer: run_of(self.cache.slab(layer, run.slab), run) for layer in self.cache.full}
         return found
 
-    def _hidden_places(self, group: PageGroup) -> tuple[Tensor, Tensor]:
-        """The pages of a group that are not read whole, and which of their places are hidden: those after the new token."""
+    def _hidden_places(self, group: PageGroup) -> Tensor:
+        """What is added to the scores of a group's pages: of those in the middle of a sequence nothing is hidden, of a last one what comes after the new token."""
         last = self._lengths[group.rows] - group.first
-        [pages] = torch.nonzero(last < self.cache.page - 1, as_tuple=True)
         within = torch.arange(self.cache.page, device=self.cache.device)
-        return pages, (within > last[pages][:, None])[:, None]
+        return hidden_scores(within > last[:, None], self.cache.dtype)
 
     def _page_targets(self, lengths: Sequence[int]) -> dict[int, list[tuple[int, int, int]]]:
         """Where each row's new key goes: by slab, (row, page, place)."""
@@ -259,11 +263,7 @@ class StepReading:
         ring = self.cache.ring(layer)
         ring[:, self._rows, :, self._ring_at[window]] = new.transpose(0, 1)
         keys, values = ring[:, : len(self.sequences)]
-        scores = torch.matmul(q, keys.transpose(-1, -2))
-        hidden = self._ring_hidden[window]
-        if hidden is not None:
-            scores.masked_fill_(hidden[:, None, None], -torch.inf)
-        return torch.matmul(torch.softmax(scores, dim=-1), values)
+        return attend_part(q, keys, values, self._ring_hidden[window])[0]
 
     def _over_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         for number, targets in self._targets.items():
@@ -273,40 +273,13 @@ class StepReading:
         if self._groups is None:
             lengths = [sequence.length for sequence in self.sequences]
             return attend_runs(q, self._runs, lengths, lambda number: self.cache.slab(layer, number))
-        by_head = q.transpose(0, 1)
-        parts = []
-        for group, (pages, places) in zip(self._groups, self._hidden, strict=True):
-            keys, values = self.cache.slab(layer, group.slab)
-            scores = by_heads(by_head[:, group.rows], keys[:, group.pages].transpose(-1, -2)).float()
-            scores[:, pages] = scores[:, pages].masked_fill_(places, -torch.inf)
-            parts.append((group, scores, values))
-        return merge_pages(q, parts)
-
-
-def by_heads(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` for `[kv_heads, pages, n, k]` and `[kv_heads, pages, k, m]`, a head at a time: pages of a part of a slab are no plain batch over
-    heads, and one product over both would copy them."""
-    return torch.stack([torch.bmm(one, other) for one, other in zip(a, b, strict=True)])
-
-
-def merge_pages(q: Tensor, parts: Sequence[tuple[PageGroup, Tensor, Tensor]]) -> Tensor:
-    """Softmax over all pages of each row and the mix of their values; the scores are used up.
-
-    q: `[rows, kv_heads, groups, head_dim]`; each part holds scores `[kv_heads, pages, groups, page]` (float32, `-inf` where hidden)
-    and its slab's values. Every row has a page with a visible key. Returns the shape and dtype of `q`.
-    """
-    rows, kv_heads, groups, _ = q.shape
-    highest = torch.full((kv_heads, rows, groups, 1), -torch.inf, device=q.device)
-    for group, scores, _ in parts:
-        peaks = scores.amax(dim=-1, keepdim=True)
-        highest.scatter_reduce_(1, group.rows[None, :, None, None].expand_as(peaks), peaks, "amax")
-    total = torch.zeros_like(highest)
-    mixed = torch.zeros((kv_heads, rows, groups, q.shape[-1]), device=q.device)
-    for group, scores, values in parts:
-        weights = scores.sub_(highest[:, group.rows]).exp_()
-        total.index_add_(1, group.rows, weights.sum(dim=-1, keepdim=True))
-        mixed.index_add_(1, group.rows, by_heads(weights.to(q.dtype), values[:, group.pages]).float())
-    return (mixed / total).to(q.dtype).transpose(0, 1)
+        mixed, sums = [], []
+        for group, added in zip(self._groups, self._hidden, strict=True):
+            keys, values = self.cache.slab(layer, group.slab)[:, :, group.pages].transpose(1, 2)
+            part, log_sum = attend_part(q[group.rows], keys, values, added)
+            mixed.append(part)
+            sums.append(log_sum)
+        return meet(torch.cat(mixed), torch.cat(sums), self._owners, q.shape[0])
 
 
 def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageGroup]:

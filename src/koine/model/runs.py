@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from koine.model.paged_cache import CachedSequence, PagedCache
+from koine.model.parts import attend_part, meet
 
 FEWEST_PAGES = 8
 """Pages that a run must have in the mean, where there are many: each is a call of the kernel of some 14 µs, and many short ones are faster a slab at a
@@ -58,16 +59,11 @@ def run_of(slab: Tensor, run: Run) -> Tensor:
 
 
 def attend_held(q: Tensor, held: Tensor, seen: int) -> tuple[Tensor, Tensor]:
-    """Attention of one position, q `[1, kv_heads, groups, head_dim]` (scaled), to the first `seen` of `held` `[2, 1, kv_heads, positions, head_dim]`.
-
-    Returns the same shape as q, and the logarithms `[1, kv_heads, groups]` of the sums of the exponentials.
-    """
+    """`attend_part` of one position, q `[1, kv_heads, groups, head_dim]`, to the first `seen` of `held` `[2, 1, kv_heads, positions, head_dim]`."""
     if seen < held.shape[3]:
         held = held.narrow(3, 0, seen)
     keys, values = held.unbind()
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mixed, log_sum = fused(q, keys, values, 0.0, False, scale=1.0)
-    return mixed, log_sum
+    return attend_part(q, keys, values, None)
 
 
 def attend_runs(
@@ -87,14 +83,4 @@ def attend_runs(
     mixed = torch.cat(parts)
     if len(runs) == q.shape[0]:
         return mixed
-    return _meet(mixed, torch.cat(sums)[..., None], torch.tensor(rows), q.shape[0])
-
-
-def _meet(parts: Tensor, sums: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Parts `[runs, kv_heads, groups, head_dim]` of each row, weighted by the logarithms `[runs, kv_heads, groups, 1]` of their sums."""
-    highest = torch.full((count, *sums.shape[1:]), -torch.inf, dtype=sums.dtype)
-    highest.scatter_reduce_(0, rows[:, None, None, None].expand_as(sums), sums, "amax")
-    weights = (sums - highest[rows]).exp_()
-    total = torch.zeros_like(highest).index_add_(0, rows, weights)
-    mixed = torch.zeros((count, *parts.shape[1:]), dtype=sums.dtype).index_add_(0, rows, parts * weights)
-    return (mixed / total).to(parts.dtype)
+    return meet(mixed, torch.cat(sums), torch.tensor(rows), q.shape[0])
