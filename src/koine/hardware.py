@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -113,6 +114,12 @@ def chosen_dtype(wanted: str) -> str:
 def processor_name() -> str:
     """The processor's name as the system tells it."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's: which kernels are fastest on CPU depends on it (docs/log.md)."""
+    return "intel" in processor_name().lower()
 
 
 def _cpuinfo(*keys: str) -> str | None:

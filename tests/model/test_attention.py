@@ -1,15 +1,19 @@
-"""Blocked, cached and FlexAttention against a dense masked softmax written with einsum."""
+"""Blocked, windowed, cached and FlexAttention against a dense masked softmax written with einsum."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from koine.model import Decoder, ModelConfig
 from koine.model.attention import (
+    _in_blocks,
     _window_mask,
     attend,
     attend_after,
@@ -20,6 +24,7 @@ from koine.model.attention import (
 )
 from koine.model.attention import visible as mask_function
 from koine.model.blocked_attention import blocked_attention
+from koine.model.windowed_attention import _document_masks, windowed_attention
 
 
 def visible(time: int, window: int | None, documents: Tensor | None) -> Tensor:
@@ -104,6 +109,67 @@ def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_sof
     assert torch.allclose(masked.transpose(1, 2).flatten(2), expected, atol=1e-12)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    time=st.integers(1, 300),
+    window=st.integers(1, 150),
+    groups=st.integers(1, 3),
+    packed=st.booleans(),
+)
+def test_windows_through_the_fused_kernel_equal_the_dense_softmax_with_gradients(
+    data: st.DataObject, time: int, window: int, groups: int, packed: bool
+) -> None:
+    """Whichever kernel `attend` would take: texts shorter than a block, windows wider than the text, rows of a batch, positions read earlier."""
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    batch = data.draw(st.integers(1, 3))
+    documents, before = None, 0
+    if packed:
+        documents = torch.randint(0, 4, (batch, time)).sort(dim=1).values
+        documents[0, time - time // 4 :] = -1
+    elif batch == 1:
+        before = data.draw(st.integers(0, 200))
+    q, k, v = inputs(batch, before + time, 2, groups, torch.float64)
+    starts = None if documents is None else document_starts_of(documents)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    ours = windowed_attention(q[:, before:], keys, values, window=window, document_starts=starts).flatten(2)
+    theirs = dense(q, k, v, window, documents)[:, before:]
+    # float64: only the order of the sums differs.
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "before", "window", "packed"), [(1, 70, 3, 5, False), (2, 66, 0, 3, True)]
+)
+def test_gradcheck_of_windows(batch: int, time: int, before: int, window: int, packed: bool) -> None:
+    q = torch.randn(batch, time, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(batch, 1, before + time, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    starts = document_starts_of((torch.arange(time) // 9).expand(batch, -1)) if packed else None
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: windowed_attention(q, k, v, window=window, document_starts=starts), (q, k, v)
+    )
+
+
+def test_the_masks_of_documents_are_made_once_and_go_with_them() -> None:
+    starts = document_starts_of(torch.arange(200)[None] // 50)
+    q, k, v = inputs(1, 200, 1, 2, torch.float32)
+    with torch.inference_mode():
+        read = attend(q, k, v, window=10, document_starts=starts)
+    kept = _document_masks[starts]
+    assert attend(q, k, v, window=10, document_starts=starts).backward(torch.ones_like(read)) is None
+    assert list(_document_masks[starts]) == list(kept) == [(10, 2, torch.float32)]
+    held = len(_document_masks)
+    del starts, kept
+    assert len(_document_masks) == held - 1
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 11])
 def test_gradcheck(window: int | None) -> None:
     q = torch.randn(2, 11 * 2, 4, dtype=torch.float64, requires_grad=True)
@@ -127,10 +193,12 @@ def test_bfloat16_is_as_close_as_its_rounding() -> None:
     """Weights sum to one, so an output is off by at most the rounding of scores (here below 10: 2^-8 * 10 = 4 % of a weight) and of
     values; 0.05 against outputs of size about 1."""
     q, k, v = inputs(2, 200, 2, 2, torch.float32)
-    exact = attend(q, k, v, window=33, document_starts=None)
-    rounded = attend(*(x.bfloat16() for x in (q, k, v)), window=33, document_starts=None)
-    assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() - exact).abs().max() < 0.05
+    exact = dense(q, k, v, 33, None)
+    heads = k.transpose(1, 2), v.transpose(1, 2)
+    for kernel in (_in_blocks, windowed_attention):
+        rounded = kernel(*(x.bfloat16() for x in (q, *heads)), window=33, document_starts=None)
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded.flatten(2).float() - exact).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -180,23 +248,31 @@ def test_a_kept_block_mask_can_be_trained_with_wherever_it_was_made() -> None:
     _window_mask.cache_clear()
 
 
-def test_windowed_layers_touch_only_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
+class Scores(TorchDispatchMode):
+    """Counts the scores that products and fused kernels compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.count += args[0].shape[0] * args[0].shape[1] * args[1].shape[2]
+        elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.count += args[0].shape[:3].numel() * args[1].shape[2]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", [_in_blocks, windowed_attention])
+def test_windowed_layers_touch_only_their_window(kernel: Any) -> None:
     """The scores computed grow with time * window, not with time squared."""
-    computed = []
-    bmm = torch.bmm
-
-    def counting(a: Tensor, b: Tensor) -> Tensor:
-        out = bmm(a, b)
-        computed.append(out.numel())
-        return out
-
-    monkeypatch.setattr(torch, "bmm", counting)
     totals = []
     for time in (512, 1024, 2048):
-        computed.clear()
         q, k, v = (x.detach() for x in inputs(1, time, 1, 1, torch.float32))
-        attend(q, k, v, window=64, document_starts=None)
-        totals.append(sum(computed))
+        with Scores() as scores:
+            kernel(q, k.transpose(1, 2), v.transpose(1, 2), window=64, document_starts=None)
+        totals.append(scores.count)
+    assert totals[0] >= 512 * 64
     assert totals[1] < 2.1 * totals[0]
     assert totals[2] < 2.1 * totals[1]
 

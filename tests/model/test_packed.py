@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from koine.hardware import is_intel
 from koine.model import Decoder, ModelConfig, Sampling, generate
 from koine.model.packed import PackedLinear, TransposedLinear, best_layout, can_pack, pack
 
@@ -59,5 +60,7 @@ def test_bfloat16_stays_as_near_to_float32(tiny: ModelConfig) -> None:
 def test_the_layout_is_the_processor_s(
     monkeypatch: pytest.MonkeyPatch, processor: str, dtype: torch.dtype, layout: type[torch.nn.Module]
 ) -> None:
-    monkeypatch.setattr("koine.model.packed.processor_name", lambda: processor)
+    monkeypatch.setattr("koine.hardware.processor_name", lambda: processor)
+    is_intel.cache_clear()
     assert best_layout(dtype) is layout
+    is_intel.cache_clear()

@@ -2,7 +2,9 @@
 
 | case | kernel |
 |---|---|
-| CPU | `blocked_attention`, after earlier positions too; full float32 attention without documents, of a long text or where nothing is learnt: fused SDPA |
+| CPU, a window much shorter than the text | `windowed_attention`: blocks through the fused kernel |
+| CPU, full float32 attention without documents, of a long text or where nothing is learnt | fused SDPA |
+| CPU, otherwise | `blocked_attention` |
 | accelerator, plain causal | fused SDPA |
 | CUDA, a window or documents | FlexAttention with a block mask, where the text is long enough to have blocks to skip |
 | accelerator, otherwise | SDPA under a mask |
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from koine.model.blocked_attention import blocked_attention
+from koine.model.windowed_attention import windowed_attention, windows_are_faster
 
 FUSED_FROM = 1024
 """From this length on, full causal float32 attention on CPU is faster fused than in blocks where it has a backward pass; without, at any (docs/log.md)."""
@@ -56,7 +59,7 @@ def attend(
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     fused = plain and q.dtype == torch.float32 and (time >= FUSED_FROM or not torch.is_grad_enabled())
     if q.device.type == "cpu" and not fused:
-        return _in_blocks(q, keys, values, window=window, document_starts=document_starts)
+        return _on_cpu(q, keys, values, window=window, document_starts=document_starts)
     heads = q.flatten(2, 3).transpose(1, 2)
     if plain:
         out = F.scaled_dot_product_attention(
@@ -83,10 +86,18 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tens
     if q.device.type == "cpu":
         if window is None and k.shape[2] > q.shape[1] and not torch.is_grad_enabled():
             return _earlier_and_own(q, k, v)
-        return _in_blocks(q, k, v, window=window, document_starts=None)
+        return _on_cpu(q, k, v, window=window, document_starts=None)
     heads = q.flatten(2, 3).transpose(1, 2)
     out = masked_attend(heads, k, v, window=window, document_starts=None)
     return out.transpose(1, 2).flatten(2)
+
+
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None) -> Tensor:
+    """Windowed or blocked attention of q `[batch, time, kv_heads, groups, head_dim]` over k and v `[batch, kv_heads, positions, head_dim]`."""
+    if window is not None and windows_are_faster(q, k, window, document_starts):
+        mixed: Tensor = windowed_attention(q, k, v, window=window, document_starts=document_starts)
+        return mixed.flatten(2)
+    return _in_blocks(q, k, v, window=window, document_starts=document_starts)
 
 
 def _in_blocks(

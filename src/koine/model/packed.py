@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from koine.hardware import processor_name
+from koine.hardware import is_intel
 from koine.model.block import Block
 from koine.model.decoder import Decoder
 
@@ -66,8 +66,7 @@ class TransposedLinear(nn.Module):
 
 def best_layout(dtype: torch.dtype) -> type[PackedLinear] | type[TransposedLinear]:
     """Which of the two is faster on this processor; the same at every call, so that a machine's results stay the same."""
-    intel = "intel" in processor_name().lower()
-    return TransposedLinear if intel and dtype == torch.float32 else PackedLinear
+    return TransposedLinear if is_intel() and dtype == torch.float32 else PackedLinear
 
 
 def can_pack(model: Decoder) -> bool:
