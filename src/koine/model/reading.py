@@ -78,6 +78,11 @@ class StretchReading:
         self.keep(layer, k, v)
         return mixed
 
+    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """`attend` for q `[time, kv_heads, groups, head_dim]` and keys with values `[2, time, kv_heads, head_dim]`: a result like q."""
+        k, v = new.unsqueeze(1)
+        return self.attend(layer, q[None], k, v).view(q.shape)
+
     def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write a layer's keys and values `[1, time, kv_heads, head_dim]` where the sequences have them."""
         window = self.cache.windowed.get(layer)

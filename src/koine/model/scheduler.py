@@ -15,12 +15,12 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.model.decoder import Decoder
+from koine.model.packed_forward import packed_forward_of
 from koine.model.paged_cache import PAGE, OutOfPages, PagedCache
 from koine.model.prefixes import PrefixStore, common_length
 from koine.model.reading import StepReading, StretchReading
 from koine.model.requests import Finish, Request, TokenGrammar, choose_next, new_request
 from koine.model.sampling import Sampling
-from koine.model.stepper import stepper_of
 
 
 class Scheduler:
@@ -52,7 +52,7 @@ class Scheduler:
         self.reading: list[Request] = []
         self.running: list[Request] = []
         self._last: StepReading | None = None
-        self._stepper = stepper_of(model)
+        self._packed = packed_forward_of(model)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class Scheduler:
         except OutOfPages:
             self._make_room()
             return
-        hidden = self.model(torch.tensor([ids], device=self.device), reading=reading)[0]
+        hidden = self._hidden(ids, reading)
         ends = torch.tensor(counts, device=self.device).cumsum(0) - 1
         done = [index for index, request in enumerate(group) if not request.to_read()]
         for request in group:
@@ -200,13 +200,17 @@ class Scheduler:
                 self._make_room()
                 continue
             self._last = reading
-            ids = torch.tensor([request.tokens[-1] for request in self.running], device=self.device)
-            if self._stepper is not None:
-                hidden = self._stepper(ids, reading)
-            else:
-                hidden = self.model(ids[:, None], reading=reading)[:, 0]
+            hidden = self._hidden([request.tokens[-1] for request in self.running], reading)
             return self._choose(list(self.running), self.model.logits(hidden))
         return []
+
+    def _hidden(self, ids: Sequence[int], reading: StretchReading | StepReading) -> Tensor:
+        """Hidden states `[tokens, hidden]` of the tokens of a reading."""
+        tokens = torch.tensor(ids, device=self.device)
+        if self._packed is not None:
+            return self._packed(tokens, reading)
+        hidden: Tensor = self.model(tokens.view(reading.positions.shape), reading=reading)
+        return hidden.flatten(0, 1)
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[tuple[Request, int]]:
         """The next token of each request from its logits `[batch, vocab]`; finished and failed requests leave."""

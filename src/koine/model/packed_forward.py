@@ -1,7 +1,7 @@
-"""A step of decoding through a packed model in buffers that stay from step to step.
+"""Reading tokens into a cache through a packed model, in buffers that stay from one forward pass to the next.
 
 A token of a small model is a few hundred operations of a few microseconds, and most of those of `Decoder.forward` make views. Here every view is made
-once: a product writes where the next operation reads (docs/log.md has the times).
+once, a product writes where the next operation reads, and the residual stream is added to in place (docs/log.md has the times).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from koine.model.block import Block
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.packed import PackedLinear, TransposedLinear
-from koine.model.reading import StepReading
+from koine.model.reading import StepReading, StretchReading
 from koine.model.rotary import rotation
 
 
 class _Buffers:
-    """What the layers write, for so many rows.
+    """What the layers write, for so many tokens (rows).
 
     pairs: queries and keys of `projected` as complex numbers, in float32; `q`, `new`, `gate`, `up` are its parts, `mixed` and `gated` those of `written`.
     """
@@ -53,7 +53,7 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a step needs of a block."""
+    """What a forward pass needs of a block."""
 
     norm: Tensor
     in_proj: PackedLinear | TransposedLinear
@@ -62,7 +62,7 @@ class _Layer:
 
 
 def _layer_of(block: nn.Module) -> _Layer | None:
-    """A block as a step reads it; None where it has experts, norms on queries and keys, or matrices that are not packed."""
+    """A block as a packed model has it; None where it has experts, norms on queries and keys, or matrices that are not packed."""
     if type(block) is not Block or block.spec.qk_norm:
         return None
     layouts = (PackedLinear, TransposedLinear)
@@ -71,8 +71,8 @@ def _layer_of(block: nn.Module) -> _Layer | None:
     return _Layer(block.norm.weight, block.in_proj, block.out_proj, block.spec.rope)
 
 
-class Stepper:
-    """Reads one token of each sequence as `Decoder.forward` does with a `StepReading`, in inference mode alone. `stepper_of` makes it."""
+class PackedForward:
+    """What `Decoder.forward` does with a reading, in inference mode alone. `packed_forward_of` makes it."""
 
     def __init__(self, model: Decoder, layers: Sequence[_Layer]) -> None:
         config = model.config
@@ -83,14 +83,14 @@ class Stepper:
         self._scales = torch.ones(config.query_heads + config.kv_heads, 1)
         self._scales[: config.query_heads] = config.head_dim**-0.5
 
-    def __call__(self, tokens: Tensor, reading: StepReading) -> Tensor:
-        """Hidden states `[rows, hidden]` after the final norm, of `tokens` `[rows]`."""
+    def __call__(self, tokens: Tensor, reading: StepReading | StretchReading) -> Tensor:
+        """Hidden states `[rows, hidden]` after the final norm, of the reading's `tokens` `[rows]`."""
         config, rows = self._config, tokens.shape[0]
         if self._buffers.rows != rows:
             self._buffers = _Buffers(config, rows, self._embedding.dtype)
         buffers = self._buffers
         x = F.embedding(tokens, self._embedding)
-        turns = rotation(reading.positions, config.head_dim, config.rope_theta).turns
+        turns = rotation(reading.positions.view(-1, 1), config.head_dim, config.rope_theta).turns
         assert turns is not None
         turns = turns * self._scales
         shape = (config.hidden_size,)
@@ -108,8 +108,8 @@ class Stepper:
         return torch.layer_norm(x, shape, self._norm, None, config.norm_eps)
 
 
-def stepper_of(model: Decoder) -> Stepper | None:
-    """A `Stepper` for a packed dense model (`koine.model.packed`); None for others, which `Decoder.forward` reads."""
+def packed_forward_of(model: Decoder) -> PackedForward | None:
+    """For a packed dense model (`koine.model.packed`); None for others, which `Decoder.forward` reads."""
     layers = [_layer_of(block) for block in model.blocks]
     whole = [layer for layer in layers if layer is not None]
-    return Stepper(model, whole) if len(whole) == len(layers) else None
+    return PackedForward(model, whole) if len(whole) == len(layers) else None
