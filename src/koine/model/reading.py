@@ -196,7 +196,7 @@ class StepReading:
             self._stretches = self._lone_stretches()
         if len(self._stretches) == len(cache.config.layers):
             return
-        self._targets = self._page_targets(lengths) if cache.full else {}
+        self._targets = self._page_targets(lengths) if cache.full else []
         self._hidden = [self._hidden_places(group) for group in self._groups or ()]
         if self._groups:
             self._owners = torch.cat([group.rows for group in self._groups])
@@ -228,14 +228,14 @@ class StepReading:
         within = torch.arange(self.cache.page, device=self.cache.device)
         return hidden_scores(within > last[:, None], self.cache.dtype)
 
-    def _page_targets(self, lengths: Sequence[int]) -> dict[int, list[tuple[int, int, int]]]:
-        """Where each row's new key goes: by slab, (row, page, place)."""
+    def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """Where each row's new key goes: by slab, rows, pages and places `[3, rows]`."""
         found: dict[int, list[tuple[int, int, int]]] = {}
         for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
             index, at = divmod(length, self.cache.page)
             slab, page = self.cache.place_of(sequence.pages[index])
             found.setdefault(slab, []).append((row, page, at))
-        return found
+        return [(slab, torch.tensor(places, device=self.cache.device).T) for slab, places in found.items()]
 
     @property
     def positions(self) -> Tensor:
@@ -271,10 +271,8 @@ class StepReading:
         return attend_part(q, keys, values, self._ring_hidden[window])[0]
 
     def _over_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        for number, targets in self._targets.items():
-            slab = self.cache.slab(layer, number)
-            for row, page, at in targets:
-                slab[:, :, page, at].copy_(new[:, row])
+        for number, (rows, pages, places) in self._targets:
+            self.cache.slab(layer, number)[:, :, pages, places] = new[:, rows].transpose(1, 2)
         if self._groups is None:
             lengths = [sequence.length for sequence in self.sequences]
             return attend_runs(q, self._runs, lengths, lambda number: self.cache.slab(layer, number))
