@@ -15,7 +15,7 @@ from koine.model.flops import cache_bytes
 from koine.model.paged_cache import SLAB, OutOfPages
 from koine.model.prefixes import common_length
 from koine.model.reading import StepReading, StretchReading
-from koine.model.runs import page_runs, worth_reading
+from koine.model.runs import page_runs, runs_worth_reading
 
 
 def prompt_of(size: int, seed: int) -> list[int]:
@@ -391,7 +391,7 @@ def test_pages_in_runs_and_by_slab_give_the_same(
         assert [sum(run.pages for run in runs if run.row == row) for row in range(5)] == [8, 1, 40, 6, 6]
         assert len(runs) > 5
         monkeypatch.setattr("koine.model.runs.FEW_RUNS", few)
-        assert worth_reading(runs, cache) is (few == 100)
+        assert runs_worth_reading(cache, sequences) == (runs if few == 100 else [])
         new = torch.tensor([[7], [9], [11], [5], [13]])
         got = model(new, reading=StepReading(cache, sequences))[:, 0].float()
         expected = [

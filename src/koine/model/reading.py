@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from koine.model.attention import attend, attend_after
 from koine.model.paged_cache import SPARSE, CachedSequence, PagedCache
 from koine.model.parts import attend_part, hidden_scores, meet
-from koine.model.runs import Run, attend_held, attend_runs, page_runs, run_of, worth_reading
+from koine.model.runs import Run, attend_held, attend_runs, run_of, runs_worth_reading
 
 NOWHERE = 2**40
 """The first position of a page that is nobody's: later than any query."""
@@ -151,17 +151,24 @@ class StretchReading:
             held[sequence.slot].index_copy_(1, at, new[-count:].transpose(0, 1))
 
 
-@dataclass(frozen=True)
-class PageGroup:
-    """Pages of one slab that are read together, and whose they are.
-
-    pages: the pages of the slab, a range read in place or numbers to gather.
-    rows: `[pages]`, which query each page is for.
-    first: `[pages]`, the position of each page's first key in its sequence; `NOWHERE` for a page in between that nobody asks for.
-    """
+class PageGroup(NamedTuple):
+    """Pages of one slab that are read together: a range read in place, or numbers to gather."""
 
     slab: int
     pages: slice | Tensor
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """Which pages are read, and whose they are.
+
+    groups: by slab; sizes: how many pages each has.
+    rows: `[pages]` of all groups one after another, which query each page is for.
+    first: `[pages]`, the position of each page's first key in its sequence; `NOWHERE` for a page in between that nobody asks for.
+    """
+
+    groups: Sequence[PageGroup]
+    sizes: Sequence[int]
     rows: Tensor
     first: Tensor
 
@@ -185,21 +192,24 @@ class StepReading:
         self._lengths = torch.tensor(lengths, device=cache.device)
         self._key = (cache.changes, len(sequences))
         self._runs: list[Run]
-        self._groups: list[PageGroup] | None
+        self._plan: PagePlan | None
         self._stretches: dict[int, Tensor]
         if last is not None and last.cache is cache and last._key == self._key:
-            self._runs, self._groups, self._stretches = last._runs, last._groups, last._stretches
+            self._runs, self._plan, self._stretches = last._runs, last._plan, last._stretches
         else:
-            self._runs = page_runs(cache, sequences) if cache.full else []
-            by_slab = cache.full and not worth_reading(self._runs, cache)
-            self._groups = page_groups(cache, sequences) if by_slab else None
+            self._runs = runs_worth_reading(cache, sequences) if cache.full else []
+            self._plan = None if self._runs or not cache.full else page_plan(cache, sequences)
             self._stretches = self._lone_stretches()
         if len(self._stretches) == len(cache.config.layers):
             return
         self._targets = self._page_targets(lengths) if cache.full else []
-        self._hidden = [self._hidden_places(group) for group in self._groups or ()]
-        if self._groups:
-            self._owners = torch.cat([group.rows for group in self._groups])
+        self._added: Sequence[Tensor] = ()
+        if self._plan is not None:
+            # Of pages in the middle of a sequence nothing is hidden, of a last one what comes after the new token.
+            last_seen = self._lengths[self._plan.rows] - self._plan.first
+            places = torch.arange(cache.page, device=cache.device)
+            added = hidden_scores(places > last_seen[:, None], cache.dtype)
+            self._added = torch.split(added, list(self._plan.sizes))
         self._rows = torch.arange(len(sequences), device=cache.device)
         self._ring_at: dict[int, Tensor] = {}
         self._ring_hidden: dict[int, Tensor | None] = {}
@@ -217,16 +227,10 @@ class StepReading:
         if len(self.sequences) > 1 or self.cache.device.type != "cpu":
             return {}
         found = {layer: self.cache.ring(layer)[:, :1] for layer in self.cache.windowed}
-        if self._groups is None and len(self._runs) == 1:
+        if len(self._runs) == 1:
             [run] = self._runs
             found |= {layer: run_of(self.cache.slab(layer, run.slab), run) for layer in self.cache.full}
         return found
-
-    def _hidden_places(self, group: PageGroup) -> Tensor:
-        """What is added to the scores of a group's pages: of those in the middle of a sequence nothing is hidden, of a last one what comes after the new token."""
-        last = self._lengths[group.rows] - group.first
-        within = torch.arange(self.cache.page, device=self.cache.device)
-        return hidden_scores(within > last[:, None], self.cache.dtype)
 
     def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor]]:
         """Where each row's new key goes: by slab, rows, pages and places `[3, rows]`."""
@@ -273,19 +277,21 @@ class StepReading:
     def _over_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         for number, (rows, pages, places) in self._targets:
             self.cache.slab(layer, number)[:, :, pages, places] = new[:, rows].transpose(1, 2)
-        if self._groups is None:
+        plan = self._plan
+        if plan is None:
             lengths = [sequence.length for sequence in self.sequences]
             return attend_runs(q, self._runs, lengths, lambda number: self.cache.slab(layer, number))
         mixed, sums = [], []
-        for group, added in zip(self._groups, self._hidden, strict=True):
+        queries = torch.split(q[plan.rows], list(plan.sizes))
+        for group, query, added in zip(plan.groups, queries, self._added, strict=True):
             keys, values = self.cache.slab(layer, group.slab)[:, :, group.pages].transpose(1, 2)
-            part, log_sum = attend_part(q[group.rows], keys, values, added)
+            part, log_sum = attend_part(query, keys, values, added)
             mixed.append(part)
             sums.append(log_sum)
-        return meet(torch.cat(mixed), torch.cat(sums), self._owners, q.shape[0])
+        return meet(torch.cat(mixed), torch.cat(sums), plan.rows, q.shape[0])
 
 
-def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageGroup]:
+def page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePlan:
     """The pages of all sequences, by slab; a page of several sequences is in one group for each."""
     uses: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     met: dict[int, int] = {}
@@ -296,28 +302,29 @@ def page_groups(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[
             # The first user of each page, then the second: within one group a page is read once.
             slab, place = cache.place_of(number)
             uses.setdefault((slab, again), []).append((place, row, index * cache.page))
-    groups = []
+    groups, sizes = [], []
+    rows: list[int] = []
+    starts: list[int] = []
     for (slab, _), found in sorted(uses.items()):
         found.sort()
         first, last = found[0][0], found[-1][0] + 1
-        in_place = len(found) >= SPARSE * (last - first)
-        if in_place:
-            rows, starts = [0] * (last - first), [NOWHERE] * (last - first)
+        if len(found) >= SPARSE * (last - first):
+            begin, count = len(rows), last - first
+            rows += [0] * count
+            starts += [NOWHERE] * count
             for page, row, start in found:
-                rows[page - first], starts[page - first] = row, start
+                rows[begin + page - first], starts[begin + page - first] = row, start
+            groups.append(PageGroup(slab, slice(first, last)))
         else:
-            rows, starts = [row for _, row, _ in found], [start for _, _, start in found]
-        pages: slice | Tensor = (
-            slice(first, last)
-            if in_place
-            else torch.tensor([page for page, _, _ in found], device=cache.device)
-        )
-        groups.append(
-            PageGroup(
-                slab,
-                pages,
-                torch.tensor(rows, device=cache.device),
-                torch.tensor(starts, device=cache.device),
-            )
-        )
-    return groups
+            count = len(found)
+            rows += [row for _, row, _ in found]
+            starts += [start for _, _, start in found]
+            numbers = torch.tensor([page for page, _, _ in found], device=cache.device)
+            groups.append(PageGroup(slab, numbers))
+        sizes.append(count)
+    return PagePlan(
+        groups,
+        sizes,
+        torch.tensor(rows, device=cache.device),
+        torch.tensor(starts, device=cache.device),
+    )

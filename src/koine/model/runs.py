@@ -45,12 +45,17 @@ def page_runs(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[Ru
     return runs
 
 
-def worth_reading(runs: Sequence[Run], cache: PagedCache) -> bool:
-    """Whether reading runs is faster than reading slabs: on CPU, where the pages lie together and the kernel, which works on one key head a
-    thread, leaves few threads idle."""
+def runs_worth_reading(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[Run]:
+    """The runs, where reading them is faster than reading slabs, and none otherwise: on CPU, where the pages lie together and the kernel, which works on one
+    key head a thread, leaves few threads idle."""
     if cache.device.type != "cpu" or torch.get_num_threads() > 2 * cache.config.kv_heads:
-        return False
-    return len(runs) <= FEW_RUNS or sum(run.pages for run in runs) >= FEWEST_PAGES * len(runs)
+        return []
+    pages = sum(len(sequence.pages) for sequence in sequences)
+    # Every sequence has a run at least: often there is no need to find them.
+    if len(sequences) > FEW_RUNS and pages < FEWEST_PAGES * len(sequences):
+        return []
+    runs = page_runs(cache, sequences)
+    return runs if len(runs) <= FEW_RUNS or pages >= FEWEST_PAGES * len(runs) else []
 
 
 def run_of(slab: Tensor, run: Run) -> Tensor:

@@ -192,7 +192,8 @@ class Scheduler:
 
     def _step_running(self) -> list[tuple[Request, int]]:
         while self.running:
-            sequences = [request.sequence for request in self.running if request.sequence is not None]
+            batch = sorted(self.running, key=_slot)
+            sequences = [request.sequence for request in batch if request.sequence is not None]
             self.cache.arrange(sequences)
             try:
                 reading = StepReading(self.cache, sequences, self._last)
@@ -200,8 +201,8 @@ class Scheduler:
                 self._make_room()
                 continue
             self._last = reading
-            hidden = self._hidden([request.tokens[-1] for request in self.running], reading)
-            return self._choose(list(self.running), self.model.logits(hidden))
+            hidden = self._hidden([request.tokens[-1] for request in batch], reading)
+            return self._choose(batch, self.model.logits(hidden))
         return []
 
     def _hidden(self, ids: Sequence[int], reading: StretchReading | StepReading) -> Tensor:
@@ -264,6 +265,12 @@ class Scheduler:
     def _requeue_all(self) -> None:
         for request in reversed([*self.running, *self.reading]):
             self._requeue(request)
+
+
+def _slot(request: Request) -> int:
+    """Where the cache has a request: in this order a batch lies as it is, and nothing moves where somebody leaves."""
+    assert request.sequence is not None
+    return request.sequence.slot
 
 
 def _next_tokens(request: Request, count: int) -> list[int]:
