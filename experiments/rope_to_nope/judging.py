@@ -122,9 +122,9 @@ def judge(
 
 
 def verdicts(found: Runs, long: int, speed: Mapping[str, Any], arms: Sequence[str]) -> dict[str, Any]:
-    """RN1 to RN9 and CA1 from the measures; of a scale that leaves arms out, RN7 to RN9 and CA1 alone."""
-    hybrid = of_the_hybrid(found, long, speed, with_equal="swa-1" in arms)
-    return hybrid if "qk-norm" not in arms else of_positions(found, long) | hybrid
+    """RN1 to RN9 and CA1 from the measures; of a scale that has RoPE and 3:1 alone, RN7, RN8 and CA1."""
+    hybrid = of_the_hybrid(found, long, speed)
+    return hybrid if "qk-norm" not in arms else of_positions(found, long) | hybrid | of_the_ratio(found, long)
 
 
 def of_positions(found: Runs, long: int) -> dict[str, Any]:
@@ -185,17 +185,28 @@ def of_positions(found: Runs, long: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def of_the_hybrid(found: Runs, long: int, speed: Mapping[str, Any], *, with_equal: bool) -> dict[str, Any]:
-    """RN7 to RN9 and CA1: windowed layers and full ones, 3:1; `with_equal` where 1:1 was run too."""
+def of_the_ratio(found: Runs, long: int) -> dict[str, Any]:
+    """RN9: how many windowed layers for each full one."""
     beyond = (2 * long, 4 * long)
+    rn9 = {
+        "1:3 less 1:7, nats": less(found.score("swa-3", beyond), found.score("swa-7", beyond)),
+        "1:3 less 1:1": less(found.score("swa-3", beyond), found.score("swa-1", beyond)),
+    }
+    return {
+        "RN9": hypothesis(
+            above(rn9["1:3 less 1:7, nats"]), rn9, "1:3 chosen, no numbers",
+            "1:7 has the smaller cache, so 1:3 must answer better; 1:1 has the larger one",
+        )
+    }  # fmt: skip
+
+
+def of_the_hybrid(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]:
+    """RN7, RN8 and CA1: windowed layers and full ones, 3:1, beside RoPE."""
     rope, swa = "rope", "swa-3"
     better = less(found.score(swa, (4 * long,)), found.score(rope, (4 * long,)))
     tie = less(found.bits(swa), found.bits(rope))
     rn7 = {"RNoPE-SWA less RoPE at four times the length, nats": better, "short texts, bits per byte": tie}
     rn8 = {"steps of RoPE over steps of RNoPE-SWA, time": speed["ratios"]}
-    rn9 = {"1:3 less 1:7, nats": less(found.score(swa, beyond), found.score("swa-7", beyond))}
-    if with_equal:
-        rn9["1:3 less 1:1"] = less(found.score(swa, beyond), found.score("swa-1", beyond))
     exact = speed["held_bytes"] == speed["formula_bytes"]
     share = speed["command_a_share_128k"]
     return {
@@ -207,10 +218,6 @@ def of_the_hybrid(found: Runs, long: int, speed: Mapping[str, Any], *, with_equa
             together([above(speed["ratios"], 1.0), "reproduced" if exact else "not reproduced"]), rn8,
             "training +50 % at 64k, twice at 128k; cache down by up to 75 %",
             f"faster at {STEP_TOKENS} tokens, and bytes of cache {'equal to' if exact else 'off'} the formula",
-        ),
-        "RN9": hypothesis(
-            above(rn9["1:3 less 1:7, nats"]), rn9, "1:3 chosen, no numbers",
-            "1:7 has the smaller cache, so 1:3 must answer better; 1:1 has the larger one",
         ),
         "CA1": hypothesis(
             together([above(better), within(tie, TIE), "reproduced" if abs(share - 0.27) < 0.01 else "not reproduced"]),

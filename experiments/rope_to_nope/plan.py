@@ -97,8 +97,8 @@ SCALES = {
         attention_prompts=2,
     ),
     "laptop": LAPTOP,
-    # Twice the layers, for the hypotheses on 3:1 and 7:1 alone: the full layers of a pattern are as many as those of 1:1 and 3:1 in eight.
-    "laptop-deep": replace(LAPTOP, layers=16, dtype="float32", arms=("rope", "swa-3", "swa-7")),
+    # Twice the layers, for the hypotheses on 3:1 beside RoPE alone: its full layers are as many as those of 1:1 in eight.
+    "laptop-deep": replace(LAPTOP, layers=16, dtype="float32", arms=("rope", "swa-3")),
     "gpu": replace(
         LAPTOP,
         layers=16,

@@ -147,10 +147,10 @@ def test_the_opposite_is_not(tmp_path: Path) -> None:
 
 
 def test_a_scale_with_fewer_arms_judges_what_it_can(tmp_path: Path) -> None:
-    arms = ("rope", "swa-3", "swa-7")
+    arms = ("rope", "swa-3")
     found = {name: one for name, one in measures(AS_THE_PAPER, {}, MASSES).items() if name[:-2] in arms}
     got = verdicts(tmp_path, found, SPEED, arms)
-    assert got == dict.fromkeys(("RN7", "RN8", "RN9", "CA1"), "reproduced")
+    assert got == dict.fromkeys(("RN7", "RN8", "CA1"), "reproduced")
 
 
 @pytest.mark.slow
