@@ -59,7 +59,8 @@ def attend(
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     fused = plain and q.dtype == torch.float32 and (time >= FUSED_FROM or not torch.is_grad_enabled())
     if q.device.type == "cpu" and not fused:
-        return _on_cpu(q, keys, values, window=window, document_starts=document_starts)
+        mixed: Tensor = _on_cpu(q, keys, values, window=window, document_starts=document_starts)
+        return mixed
     heads = q.flatten(2, 3).transpose(1, 2)
     if plain:
         out = F.scaled_dot_product_attention(
@@ -86,17 +87,18 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tens
     if q.device.type == "cpu":
         if window is None and k.shape[2] > q.shape[1] and not torch.is_grad_enabled():
             return _earlier_and_own(q, k, v)
-        return _on_cpu(q, k, v, window=window, document_starts=None)
+        after: Tensor = _on_cpu(q, k, v, window=window, document_starts=None)
+        return after
     heads = q.flatten(2, 3).transpose(1, 2)
     out = masked_attend(heads, k, v, window=window, document_starts=None)
     return out.transpose(1, 2).flatten(2)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
 def _on_cpu(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None) -> Tensor:
     """Windowed or blocked attention of q `[batch, time, kv_heads, groups, head_dim]` over k and v `[batch, kv_heads, positions, head_dim]`."""
     if window is not None and windows_are_faster(q, k, window, document_starts):
-        mixed: Tensor = windowed_attention(q, k, v, window=window, document_starts=document_starts)
-        return mixed.flatten(2)
+        return windowed_attention(q, k, v, window=window, document_starts=document_starts).flatten(2)
     return _in_blocks(q, k, v, window=window, document_starts=document_starts)
 
 

@@ -129,7 +129,6 @@ class _BlockedAttention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
 def blocked_attention(
     q: Tensor,
     k: Tensor,

@@ -64,7 +64,17 @@ matrices is up to twice as fast as one each (docs/log.md). Beyond, it is worth 1
 PADDED_BEYOND = 1.03
 
 LARGE = 2**20
-"""Entries of a matrix from which on its product is no longer held up by the call itself: rows are then never filled up (docs/log.md)."""
+"""Entries of a matrix from which on its product is no longer held up by the call itself: rows are then not filled up, but where products lie in columns
+(docs/log.md)."""
+
+IN_COLUMNS: tuple[tuple[int, float], ...] = ((32, 2.1), (256, 1.25))
+"""The same table where products lie in columns (see `_in_columns`)."""
+
+FEW = 32
+"""Up to so many tokens an expert, large matrices are worth filling up for where products lie in columns."""
+
+STRIDE = 16
+"""Columns at a time: a group of a multiple of it costs no more than a shorter one."""
 
 
 class _Groups(NamedTuple):
@@ -81,13 +91,15 @@ class _Groups(NamedTuple):
     each: int
 
 
-def _grouped(experts: Tensor, count: int, *, fill_up: bool) -> _Groups:
+def _grouped(experts: Tensor, weight: Tensor, *, in_columns: bool) -> _Groups:
+    """`weight`: one of the experts' matrices, `[experts, ...]`; in_columns: see `_in_columns`."""
+    count = len(weight)
     flat = experts.reshape(-1)
     order = _order(flat)
     counts = torch.bincount(flat, minlength=count).tolist()
     ends = tuple(_runs(counts))
     row = torch.arange(order.numel(), device=order.device)
-    each = _filled_up(counts) if fill_up else 0
+    each = _filled_up(counts, weight[0].numel(), in_columns=in_columns)
     if each:
         before = torch.tensor([number * each - start for number, start, _ in ends], device=order.device)
         row = row + before.repeat_interleave(torch.tensor(counts, device=order.device))
@@ -116,12 +128,17 @@ def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
         start += number
 
 
-def _filled_up(counts: list[int]) -> int:
-    """The rows that each expert gets where it pays to give all as many, else 0; an expert that nobody chose gets none."""
+def _filled_up(counts: list[int], entries: int, *, in_columns: bool) -> int:
+    """The rows that each expert gets where it pays to give all as many, else 0; an expert that nobody chose gets none. entries: of its matrix."""
     total, largest = sum(counts), max(counts)
     if not total or not min(counts):
         return 0
-    allowed = next((factor for most, factor in PADDED if total <= most * len(counts)), PADDED_BEYOND)
+    if entries >= LARGE and not (in_columns and total <= FEW * len(counts)):
+        return 0
+    if in_columns:
+        largest = -(-largest // STRIDE) * STRIDE
+    table = IN_COLUMNS if in_columns else PADDED
+    allowed = next((factor for most, factor in table if total <= most * len(counts)), PADDED_BEYOND)
     return largest if largest * len(counts) <= allowed * total else 0
 
 
@@ -158,7 +175,17 @@ class _Spoken(NamedTuple):
     kept: tuple[Tensor, Tensor, Tensor] | None
 
 
+def _in_columns(x: Tensor) -> bool:
+    """Whether a matrix times columns is faster than rows times its transpose, where there are few: up to 1.8 times in float32 on CPU (docs/log.md)."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def _speak(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool) -> _Spoken:
+    if groups.each and not keep and _in_columns(x):
+        columns = x.index_select(0, groups.tokens).view(len(into), groups.each, -1).transpose(1, 2)
+        gate, up = torch.bmm(into, columns).chunk(2, dim=1)
+        said = torch.bmm(out, F.silu(gate).mul_(up)).transpose(1, 2)
+        return _Spoken(said.reshape(-1, x.shape[1]), None)
     if groups.each:
         picked = x.index_select(0, groups.tokens)
         both = _products(picked, into.transpose(1, 2), groups)
@@ -189,7 +216,7 @@ class _FeedForwardExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor, learning: bool
     ) -> Tensor:
         tokens, k = experts.shape
-        groups = _grouped(experts, into.shape[0], fill_up=into[0].numel() < LARGE)
+        groups = _grouped(experts, into, in_columns=not learning and _in_columns(x))
         said, kept = _speak(x, into, out, groups, keep=learning)
         if kept is not None:
             picked, both, active = kept

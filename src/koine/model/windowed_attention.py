@@ -251,7 +251,6 @@ def windows_are_faster(q: Tensor, k: Tensor, window: int, document_starts: Tenso
     return time >= LONG * window or (alone and not torch.is_grad_enabled())
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int, document_starts: Tensor | None = None
 ) -> Tensor:
