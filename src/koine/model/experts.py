@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,31 +94,22 @@ class _Groups(NamedTuple):
 
 def _grouped(experts: Tensor, weight: Tensor, *, in_columns: bool) -> _Groups:
     """`weight`: one of the experts' matrices, `[experts, ...]`; in_columns: see `_in_columns`."""
-    count = len(weight)
-    flat = experts.reshape(-1)
-    order = _order(flat)
-    counts = torch.bincount(flat, minlength=count).tolist()
-    ends = tuple(_runs(counts))
-    row = torch.arange(order.numel(), device=order.device)
-    each = _filled_up(counts, weight[0].numel(), in_columns=in_columns)
+    # With numpy: it sorts numbers of 16 bits by counting them (24 µs for 8,192 choices, torch 240), and a call takes it a microsecond.
+    flat = experts.reshape(-1).cpu().numpy()
+    order = flat.astype(np.uint16).argsort(kind="stable")
+    counts = np.bincount(flat, minlength=len(weight))
+    ends = tuple(_runs(counts.tolist()))
+    row, tokens = np.arange(order.size), order // experts.shape[1]
+    each = _filled_up(counts.tolist(), weight[0].numel(), in_columns=in_columns)
     if each:
-        before = torch.tensor([number * each - start for number, start, _ in ends], device=order.device)
-        row = row + before.repeat_interleave(torch.tensor(counts, device=order.device))
-        tokens = order.new_zeros(count * each)
-        tokens[row] = order // experts.shape[1]
-        ends = tuple((number, number * each, (number + 1) * each) for number in range(count))
-    else:
-        tokens = order // experts.shape[1]
-    place = torch.empty_like(order).scatter_(0, order, row)
-    return _Groups(tokens, place, ends, each)
-
-
-def _order(experts: Tensor) -> Tensor:
-    """What sorts `[choices]` by expert; of one expert in the order in which they stand."""
-    if experts.device.type != "cpu":
-        return experts.argsort(stable=True)
-    # numpy sorts numbers of 16 bits by counting them: 24 µs for 8,192 choices, where torch takes 240.
-    return torch.from_numpy(experts.numpy().astype("uint16").argsort(kind="stable"))
+        row += np.repeat(np.arange(counts.size) * each - (counts.cumsum() - counts), counts)
+        chosen, tokens = tokens, np.zeros(counts.size * each, dtype=np.int64)
+        tokens[row] = chosen
+        ends = tuple((number, number * each, (number + 1) * each) for number in range(counts.size))
+    place = np.empty_like(order)
+    place[order] = row
+    on = experts.device
+    return _Groups(torch.from_numpy(tokens).to(on), torch.from_numpy(place).to(on), ends, each)
 
 
 def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
