@@ -60,7 +60,9 @@ def runs_worth_reading(cache: PagedCache, sequences: Sequence[CachedSequence]) -
 
 def run_of(slab: Tensor, run: Run) -> Tensor:
     """Keys and values of a run, `[2, 1, kv_heads, positions, head_dim]`, where they lie in a slab `[2, kv_heads, pages, page, head_dim]`."""
-    return slab[:, :, run.first : run.first + run.pages].flatten(2, 3).unsqueeze(1)
+    pages = slab[:, :, run.first : run.first + run.pages]
+    # A view, not `flatten`, which might copy: new keys are written through it.
+    return pages.view(2, 1, slab.shape[1], -1, slab.shape[4])
 
 
 def attend_held(q: Tensor, held: Tensor, seen: int) -> tuple[Tensor, Tensor]:
