@@ -139,16 +139,17 @@ class StretchReading:
             number, place = self.cache.place_of(sequence.pages[index])
             count = min(page - at, k.shape[0] - done)
             slab = self.cache.slab(layer, number)
-            for held, new in zip(slab, (k, v), strict=True):
-                held[:, place, at : at + count] = new[done : done + count].transpose(0, 1)
+            for part, new in enumerate((k, v)):
+                slab[part, :, place, at : at + count] = new[done : done + count].transpose(0, 1)
             done += count
 
     def _write_ring(self, layer: int, window: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
         end = sequence.length + k.shape[0]
         count = min(window, k.shape[0])
         at = torch.arange(end - count, end, device=self.cache.device) % window
-        for held, new in zip(self.cache.ring(layer), (k, v), strict=True):
-            held[sequence.slot].index_copy_(1, at, new[-count:].transpose(0, 1))
+        ring = self.cache.ring(layer)
+        for part, new in enumerate((k, v)):
+            ring[part, sequence.slot].index_copy_(1, at, new[-count:].transpose(0, 1))
 
 
 class PageGroup(NamedTuple):
