@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gzip
 import json
@@ -65,6 +66,7 @@ def latin_1_text(folder: Path) -> None:
 def built(name: str) -> Path:
     """A sound folder `name`, built once in a place that the cases copy from."""
     folder = Path(tempfile.mkdtemp(prefix=f"koine-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     BUILDERS[name](folder / name)
     return folder / name
 

@@ -188,10 +188,14 @@ def _speak(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool)
     rows, width = len(groups.tokens), out.shape[2]
     said = x.new_empty(rows, x.shape[1])
     if not keep:
-        # An expert from beginning to end while what it works on is in the caches.
+        # An expert from beginning to end while what it works on is in the caches, and the next in the same memory.
+        most = max((end - start for _, start, end in groups.ends), default=0)
+        read, worked = x.new_empty(most, x.shape[1]), x.new_empty(most, 2 * width)
         for expert, start, end in groups.ends:
-            both = torch.mm(x.index_select(0, groups.tokens[start:end]), into[expert].t())
-            torch.mm(F.silu(both[:, :width]).mul_(both[:, width:]), out[expert].t(), out=said[start:end])
+            picked = torch.index_select(x, 0, groups.tokens[start:end], out=read[: end - start])
+            both = torch.mm(picked, into[expert].t(), out=worked[: end - start])
+            units = F.silu(both[:, :width], inplace=True).mul_(both[:, width:])
+            torch.mm(units, out[expert].t(), out=said[start:end])
         return _Spoken(said, None)
     picked = x.index_select(0, groups.tokens)
     both, active = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
