@@ -134,31 +134,6 @@ def _filled_up(counts: list[int], entries: int, *, in_columns: bool) -> int:
     return largest if largest * len(counts) <= allowed * total else 0
 
 
-def _products(rows: Tensor, weight: Tensor, groups: _Groups) -> Tensor:
-    """`rows` `[rows, in]` times each one's expert's matrix, of `weight` `[experts, in, out]`: `[rows, out]`."""
-    if groups.each:
-        return torch.bmm(rows.view(len(weight), groups.each, -1), weight).view(len(rows), -1)
-    out = rows.new_empty(len(rows), weight.shape[2])
-    for expert, start, end in groups.ends:
-        torch.mm(rows[start:end], weight[expert], out=out[start:end])
-    return out
-
-
-def _outer_products(left: Tensor, right: Tensor, groups: _Groups, experts: int) -> Tensor:
-    """The gradient of each expert's matrix: `left^T right` over its rows, `[experts, left, right]`; zeros for those that nobody chose."""
-    if groups.each:
-        three = (experts, groups.each, -1)
-        return torch.bmm(left.view(three).transpose(1, 2), right.view(three))
-    out = left.new_empty(experts, left.shape[1], right.shape[1])
-    chosen = set()
-    for expert, start, end in groups.ends:
-        torch.mm(left[start:end].t(), right[start:end], out=out[expert])
-        chosen.add(expert)
-    for expert in set(range(experts)) - chosen:
-        out[expert].zero_()
-    return out
-
-
 class _Spoken(NamedTuple):
     """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: their inputs, both halves, and the gate's half activated
     (None where nothing is to be learnt)."""
@@ -180,10 +155,11 @@ def _speak(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool)
         return _Spoken(said.reshape(-1, x.shape[1]), None)
     if groups.each:
         picked = x.index_select(0, groups.tokens)
-        both = _products(picked, into.transpose(1, 2), groups)
+        three = (len(into), groups.each, -1)
+        both = torch.bmm(picked.view(three), into.transpose(1, 2)).flatten(0, 1)
         gate, up = both.chunk(2, dim=-1)
         active = F.silu(gate)
-        said = _products(active * up, out.transpose(1, 2), groups)
+        said = torch.bmm((active * up).view(three), out.transpose(1, 2)).flatten(0, 1)
         return _Spoken(said, (picked, both, active) if keep else None)
     rows, width = len(groups.tokens), out.shape[2]
     said = x.new_empty(rows, x.shape[1])
@@ -236,22 +212,106 @@ class _FeedForwardExperts(torch.autograd.Function):
         # Rows that are no choice have a weight of 0, so that they reach no gradient.
         weights = gates.new_zeros(len(picked))
         weights[groups.place] = gates.reshape(-1)
-        grad_said = grad.index_select(0, groups.tokens).mul_(weights[:, None])
-        grad_units = _products(grad_said, out, groups)
-        gate, up = both.chunk(2, dim=-1)
-        grad_out = (
-            _outer_products(grad_said, active * up, groups, len(out)) if ctx.needs_input_grad[2] else None
-        )
-        width = active.shape[1]
-        grad_both = torch.empty_like(both)
-        torch.mul(grad_units, active, out=grad_both[:, width:])
-        torch.ops.aten.silu_backward.grad_input(grad_units.mul_(up), gate, grad_input=grad_both[:, :width])
-        grad_into = _outer_products(grad_both, picked, groups, len(into)) if ctx.needs_input_grad[1] else None
+        wanted = _Wanted(*ctx.needs_input_grad[:3])
+        unspeak = _unspeak_filled_up if groups.each else _unspeak
+        found = unspeak(grad, weights, picked, into, out, both, active, groups, wanted)
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            by_row = _products(grad_both, into, groups)
-            grad_x = F.embedding_bag(groups.place.view(tokens, k), by_row, mode="sum")
-        return grad_x, grad_into, grad_out, None, grad_gates, None
+        if found.rows is not None:
+            grad_x = F.embedding_bag(groups.place.view(tokens, k), found.rows, mode="sum")
+        return grad_x, found.into, found.out, None, grad_gates, None
+
+
+class _Wanted(NamedTuple):
+    """Which gradients of `_speak` are asked for."""
+
+    x: bool
+    into: bool
+    out: bool
+
+
+class _Gradients(NamedTuple):
+    """Of the rows that the experts read `[rows, hidden]`, and of their matrices; None where not asked for."""
+
+    rows: Tensor | None
+    into: Tensor | None
+    out: Tensor | None
+
+
+def _grad_both(grad_units: Tensor, both: Tensor, active: Tensor, into: Tensor) -> Tensor:
+    """The gradient of both halves from that of their product, written to `into`; `grad_units` is used up."""
+    width = active.shape[1]
+    torch.mul(grad_units, active, out=into[:, width:])
+    torch.ops.aten.silu_backward.grad_input(
+        grad_units.mul_(both[:, width:]), both[:, :width], grad_input=into[:, :width]
+    )
+    return into
+
+
+def _unspeak(
+    grad: Tensor,
+    weights: Tensor,
+    picked: Tensor,
+    into: Tensor,
+    out: Tensor,
+    both: Tensor,
+    active: Tensor,
+    groups: _Groups,
+    wanted: _Wanted,
+) -> _Gradients:
+    """The backward pass of `_speak`: an expert from beginning to end while what it works on is in the caches, and the next in the same memory."""
+    width = active.shape[1]
+    grad_rows = torch.empty_like(picked) if wanted.x else None
+    grad_into = torch.empty_like(into) if wanted.into else None
+    grad_out = torch.empty_like(out) if wanted.out else None
+    most = max((end - start for _, start, end in groups.ends), default=0)
+    said, units, worked = (grad.new_empty(most, size) for size in (grad.shape[1], width, 2 * width))
+    for expert, start, end in groups.ends:
+        here, count = slice(start, end), end - start
+        grad_said = torch.index_select(grad, 0, groups.tokens[here], out=said[:count])
+        grad_said.mul_(weights[here, None])
+        if grad_out is not None:
+            spoken = torch.mul(active[here], both[here, width:], out=units[:count])
+            torch.mm(grad_said.t(), spoken, out=grad_out[expert])
+        if grad_into is None and grad_rows is None:
+            continue
+        grad_units = torch.mm(grad_said, out[expert], out=units[:count])
+        part = _grad_both(grad_units, both[here], active[here], worked[:count])
+        if grad_into is not None:
+            torch.mm(part.t(), picked[here], out=grad_into[expert])
+        if grad_rows is not None:
+            torch.mm(part, into[expert], out=grad_rows[here])
+    for expert in set(range(len(into))) - {number for number, _, _ in groups.ends}:
+        for one in (grad_into, grad_out):
+            if one is not None:
+                one[expert].zero_()
+    return _Gradients(grad_rows, grad_into, grad_out)
+
+
+def _unspeak_filled_up(
+    grad: Tensor,
+    weights: Tensor,
+    picked: Tensor,
+    into: Tensor,
+    out: Tensor,
+    both: Tensor,
+    active: Tensor,
+    groups: _Groups,
+    wanted: _Wanted,
+) -> _Gradients:
+    """The same for groups of one size, all experts at once."""
+    experts, width = len(into), active.shape[1]
+
+    def by_expert(rows: Tensor) -> Tensor:
+        return rows.view(experts, groups.each, -1)
+
+    grad_said = by_expert(grad.index_select(0, groups.tokens).mul_(weights[:, None]))
+    spoken = by_expert(active * both[:, width:])
+    grad_out = torch.bmm(grad_said.transpose(1, 2), spoken) if wanted.out else None
+    grad_units = torch.bmm(grad_said, out).flatten(0, 1)
+    part = by_expert(_grad_both(grad_units, both, active, torch.empty_like(both)))
+    grad_into = torch.bmm(part.transpose(1, 2), by_expert(picked)) if wanted.into else None
+    grad_rows = torch.bmm(part, into).flatten(0, 1) if wanted.x else None
+    return _Gradients(grad_rows, grad_into, grad_out)
 
 
 def _on_accelerator(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
