@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from koine.combine.fit import plan_merge
 from koine.combine.memory import LIBRARIES, RETAINED, ByteBudget, need, workers_of, working_bytes
@@ -44,6 +46,44 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     plan = plan_merge(Recipe(method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5)))
     assert need(plan, 2).output_bytes == 50 * 4 * 2**20
     plan.close()
+
+
+def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
+    """Two embeddings of 100 MB whose rows lie in opposite order: the process grows by less than half of one, and no more than `need` says."""
+    count = 25_600
+    for index, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        writer = CheckpointWriter(
+            tmp_path / name, {"embed_tokens.weight": (torch.float32, (count, 1024))}, max_shard_bytes=10**9
+        )
+        rows = torch.arange(float(count)) if not index else torch.arange(float(count)).flip(0)
+        writer.write("embed_tokens.weight", rows[:, None].expand(count, 1024))
+        writer.close()
+        vocabulary = {f"t{int(row)}": place for place, row in enumerate(rows.tolist())}
+        tokenizer = {"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": []}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": count}))
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merge import merge\nfrom koine.combine.recipe import Recipe\n"
+        "folder = Path(sys.argv[1])\n"
+        "recipe = Recipe(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5), tokenizer='first', unrelated=True)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "merge(recipe, folder / 'out', threads=2)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    grown = 1024 * int(
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    models = (tmp_path / "a", tmp_path / "b")
+    plan = plan_merge(
+        Recipe(method="linear", models=models, weights=(0.5, 0.5), tokenizer="first", unrelated=True)
+    )
+    assert grown < min(50 * 2**20, need(plan, 2).peak_memory_bytes)
+    plan.close()
+    merged = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
+    assert torch.equal(merged[:, 0], torch.arange(float(count)))
 
 
 def test_a_budget_of_bytes_is_kept() -> None:

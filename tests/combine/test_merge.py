@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from koine.combine import merge as merging
+from koine.combine import one_tensor
 from koine.combine.merge import merge
 from koine.combine.methods import METHODS
 from koine.combine.recipe import Recipe
@@ -69,7 +70,7 @@ def test_blocks_of_rows_are_put_together(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(recipe_of("task-arithmetic", models), tmp_path / "whole")
-    monkeypatch.setattr(merging, "BLOCK", 100)
+    monkeypatch.setattr(one_tensor, "BLOCK", 100)
     merge(recipe_of("task-arithmetic", models), tmp_path / "blocks")
     whole, blocks = tensors(tmp_path / "whole"), tensors(tmp_path / "blocks")
     assert all(torch.equal(whole[name], blocks[name]) for name in whole)
@@ -92,8 +93,8 @@ def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(
     script = (
         "import sys, time\nfrom pathlib import Path\n"
         "from tests.combine.merging import recipe_of\nfrom koine.combine import merge as merging\n"
-        "merging.SYNC_BYTES = 1\nslow = merging._merge_tensor\n"
-        "merging._merge_tensor = lambda *given: (time.sleep(0.1), slow(*given))[1]\n"
+        "merging.SYNC_BYTES = 1\nslow = merging.merge_tensor\n"
+        "merging.merge_tensor = lambda *given: (time.sleep(0.1), slow(*given))[1]\n"
         "folder = Path(sys.argv[1])\n"
         "merging.merge(recipe_of('dare-ties', {n: folder / p for n, p in (('base', 'seed'), ('a', 'a'), ('b', 'b'))}), folder / 'out', threads=1)\n"
     )
@@ -115,10 +116,10 @@ def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(
     done = len(journal.read_text().splitlines()) - 1
     touched: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        real = merging._merge_tensor
+        real = merging.merge_tensor
         patch.setattr(
             merging,
-            "_merge_tensor",
+            "merge_tensor",
             lambda plan, writer, name: (touched.append(name), real(plan, writer, name))[1],
         )
         merge(recipe_of("dare-ties", named), tmp_path / "out")
@@ -207,7 +208,7 @@ def test_a_cut_line_of_the_journal_is_dropped(
 ) -> None:
     """An interrupted merge whose last line is cut, unterminated or of zeros goes on twice, and ends as a fresh one."""
     monkeypatch.setattr(merging, "SYNC_BYTES", 1)
-    real = merging._merge_tensor
+    real = merging.merge_tensor
     journal = tmp_path / ".out.merge" / "journal.jsonl"
 
     def stop_after(count: int) -> None:
@@ -218,7 +219,7 @@ def test_a_cut_line_of_the_journal_is_dropped(
                 raise KeyboardInterrupt
             return real(*given)
 
-        monkeypatch.setattr(merging, "_merge_tensor", some)
+        monkeypatch.setattr(merging, "merge_tensor", some)
         with pytest.raises(KeyboardInterrupt):
             merge(recipe_of("linear", models), tmp_path / "out", threads=1)
         with journal.open("a") as file:
@@ -228,7 +229,7 @@ def test_a_cut_line_of_the_journal_is_dropped(
     stop_after(3)
     lines = journal.read_text().splitlines()
     assert sum(len(json.loads(line)) for line in lines[1:-1]) == 6
-    monkeypatch.setattr(merging, "_merge_tensor", real)
+    monkeypatch.setattr(merging, "merge_tensor", real)
     merge(recipe_of("linear", models), tmp_path / "out")
     merge(recipe_of("linear", models), tmp_path / "fresh")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))

@@ -11,13 +11,11 @@ import torch
 
 from koine.combine.fit import Plan
 from koine.combine.methods import BLOCK
+from koine.combine.tensor_files import NEAR_ROWS
 from koine.hardware import available_memory
 
 WHOLE_ENTRIES = 2**21
 """A tensor of at most so many entries is read whole where a method makes several passes over it; a larger one is read again in each."""
-
-WHOLE_TENSORS = 2
-"""So many of the largest tensors may be worked on at once, where rows are matched by their tokens: one is read while the other is merged."""
 
 LIBRARIES = 300 * 2**20
 """Bytes of the process without any tensor."""
@@ -77,24 +75,21 @@ def working_bytes(plan: Plan, name: str) -> int:
     out = entries[0].dtype.itemsize + (dtype.itemsize if dtype != entries[0].dtype else 0)
     # A method works in float32 (float64 stays): the differences of all models, masks of them, and their sum.
     wide = (2 * copies + 2) * max(4, entries[0].dtype.itemsize)
+    read = sum(entry.dtype.itemsize for entry in entries)
     if plan.by_token(name):
-        # All rows, those that all models have once more, and the result twice.
-        inside = numel * wide if plan.info.elementwise else min(numel, BLOCK) * wide
-        return 2 * (sum(entry.nbytes for entry in entries) + numel * out) + inside
+        # Rows are gathered from what was read, which may hold some that are not wanted.
+        read *= 2 + NEAR_ROWS
     if plan.info.elementwise:
-        block = min(numel, max(BLOCK, entries[0].row))
-        return block * (sum(entry.dtype.itemsize for entry in entries) + out + wide)
+        return min(numel, max(BLOCK, entries[0].row)) * (read + out + wide)
     block, held = min(numel, BLOCK), numel if numel <= WHOLE_ENTRIES else min(numel, BLOCK)
-    return numel * out + held * sum(entry.dtype.itemsize for entry in entries) + block * wide
+    return numel * out + held * read + block * wide
 
 
 def budget_of(plan: Plan, threads: int) -> int:
-    """Bytes that the workers of a merge may hold together: those of `threads` of the largest tensors (of `WHOLE_TENSORS` where vocabularies differ), or what
-    the machine has free where that is less; never less than the largest alone."""
+    """Bytes that the workers of a merge may hold together: those of `threads` of the largest tensors, or what the machine has free where that is less; never
+    less than the largest alone."""
     most = sorted((working_bytes(plan, name) for name in plan.layout), reverse=True)
-    at_once = threads if plan.vocabularies is None else min(threads, WHOLE_TENSORS)
-    wanted = sum(most[:at_once])
-    return max(most[0], min(wanted, available_memory()))
+    return max(most[0], min(sum(most[:threads]), available_memory()))
 
 
 def workers_of(plan: Plan, threads: int) -> int:

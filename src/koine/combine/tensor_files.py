@@ -28,6 +28,8 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 * 2**20
+NEAR_ROWS = 8
+"""Rows of which so many or fewer lie between two that are wanted are read with them: a read costs more than a few rows."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +156,24 @@ class StoredTensor:
     blocks, so that a method that makes several passes holds no tensor whole.
 
     check: called with every part that was read.
+    rows: `[n]`, which of its rows, in this order; None: all of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str, check: Callable[[Tensor], None]) -> None:
-        self._checkpoint, self._name, self._check = checkpoint, name, check
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        check: Callable[[Tensor], None],
+        rows: Tensor | None = None,
+    ) -> None:
+        self._checkpoint, self._name, self._check, self._rows = checkpoint, name, check, rows
         self._entry = checkpoint[name]
 
     @property
     def shape(self) -> torch.Size:
         """As a tensor's."""
-        return torch.Size(self._entry.shape)
+        shape = self._entry.shape
+        return torch.Size(shape if self._rows is None else (len(self._rows), *shape[1:]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,7 +182,7 @@ class StoredTensor:
 
     def numel(self) -> int:
         """As a tensor's."""
-        return self._entry.numel
+        return self.shape.numel()
 
     def new_empty(self, shape: torch.Size) -> Tensor:
         """As a tensor's."""
@@ -187,11 +197,38 @@ class StoredTensor:
     def __getitem__(self, part: slice) -> Tensor:
         start, stop, step = part.indices(self.numel())
         if step == 1:
-            read = self._checkpoint.read_flat(self._name, start, stop)
+            read = self._flat(start, stop)
             self._check(read)
             return read
         span = max(1, BLOCK // step) * step
         return torch.cat([self[at : min(stop, at + span)][::step] for at in range(start, stop, span)])
+
+    def _flat(self, start: int, stop: int) -> Tensor:
+        if self._rows is None:
+            return self._checkpoint.read_flat(self._name, start, stop)
+        row = max(1, self._entry.row)
+        first, last = start // row, -(-stop // row)
+        found = self._gathered(self._rows[first:last])
+        return found.view(-1)[start - first * row : stop - first * row]
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """Rows in any order; those that lie near each other are read together."""
+        found = torch.empty((len(rows), *self._entry.shape[1:]), dtype=self.dtype)
+        order = rows.argsort()
+        ascending = rows[order]
+        for start, stop in runs_of(ascending, gap=NEAR_ROWS):
+            low, high = int(ascending[start]), int(ascending[stop - 1]) + 1
+            read = self._checkpoint.read(self._name, low, high)
+            found[order[start:stop]] = read[ascending[start:stop] - low]
+        return found
+
+
+def runs_of(rows: Tensor, *, gap: int = 1) -> list[tuple[int, int]]:
+    """The parts `[start, stop)` of ascending `rows` in which each is at most `gap` after the one before."""
+    if not len(rows):
+        return []
+    cuts = (torch.nonzero(rows[1:] - rows[:-1] > gap)[:, 0] + 1).tolist()
+    return list(zip([0, *cuts], [*cuts, len(rows)], strict=True))
 
 
 def _header(file: Path) -> dict[str, Entry]:
