@@ -214,11 +214,22 @@ class _FeedForwardExperts(torch.autograd.Function):
         weights[groups.place] = gates.reshape(-1)
         wanted = _Wanted(*ctx.needs_input_grad[:3])
         unspeak = _unspeak_filled_up if groups.each else _unspeak
-        found = unspeak(grad, weights, picked, into, out, both, active, groups, wanted)
+        spoken = _Kept(picked, both, active, into, out)
+        found = unspeak(grad, weights, spoken, groups, wanted)
         grad_x = None
         if found.rows is not None:
             grad_x = F.embedding_bag(groups.place.view(tokens, k), found.rows, mode="sum")
         return grad_x, found.into, found.out, None, grad_gates, None
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs: the rows that the experts read, both halves of what they made of them, the gate's half activated, and the matrices."""
+
+    picked: Tensor
+    both: Tensor
+    active: Tensor
+    into: Tensor
+    out: Tensor
 
 
 class _Wanted(NamedTuple):
@@ -247,18 +258,9 @@ def _grad_both(grad_units: Tensor, both: Tensor, active: Tensor, into: Tensor) -
     return into
 
 
-def _unspeak(
-    grad: Tensor,
-    weights: Tensor,
-    picked: Tensor,
-    into: Tensor,
-    out: Tensor,
-    both: Tensor,
-    active: Tensor,
-    groups: _Groups,
-    wanted: _Wanted,
-) -> _Gradients:
+def _unspeak(grad: Tensor, weights: Tensor, spoken: _Kept, groups: _Groups, wanted: _Wanted) -> _Gradients:
     """The backward pass of `_speak`: an expert from beginning to end while what it works on is in the caches, and the next in the same memory."""
+    picked, both, active, into, out = spoken
     width = active.shape[1]
     grad_rows = torch.empty_like(picked) if wanted.x else None
     grad_into = torch.empty_like(into) if wanted.into else None
@@ -270,8 +272,8 @@ def _unspeak(
         grad_said = torch.index_select(grad, 0, groups.tokens[here], out=said[:count])
         grad_said.mul_(weights[here, None])
         if grad_out is not None:
-            spoken = torch.mul(active[here], both[here, width:], out=units[:count])
-            torch.mm(grad_said.t(), spoken, out=grad_out[expert])
+            product = torch.mul(active[here], both[here, width:], out=units[:count])
+            torch.mm(grad_said.t(), product, out=grad_out[expert])
         if grad_into is None and grad_rows is None:
             continue
         grad_units = torch.mm(grad_said, out[expert], out=units[:count])
@@ -288,25 +290,18 @@ def _unspeak(
 
 
 def _unspeak_filled_up(
-    grad: Tensor,
-    weights: Tensor,
-    picked: Tensor,
-    into: Tensor,
-    out: Tensor,
-    both: Tensor,
-    active: Tensor,
-    groups: _Groups,
-    wanted: _Wanted,
+    grad: Tensor, weights: Tensor, spoken: _Kept, groups: _Groups, wanted: _Wanted
 ) -> _Gradients:
     """The same for groups of one size, all experts at once."""
+    picked, both, active, into, out = spoken
     experts, width = len(into), active.shape[1]
 
     def by_expert(rows: Tensor) -> Tensor:
         return rows.view(experts, groups.each, -1)
 
     grad_said = by_expert(grad.index_select(0, groups.tokens).mul_(weights[:, None]))
-    spoken = by_expert(active * both[:, width:])
-    grad_out = torch.bmm(grad_said.transpose(1, 2), spoken) if wanted.out else None
+    product = by_expert(active * both[:, width:])
+    grad_out = torch.bmm(grad_said.transpose(1, 2), product) if wanted.out else None
     grad_units = torch.bmm(grad_said, out).flatten(0, 1)
     part = by_expert(_grad_both(grad_units, both, active, torch.empty_like(both)))
     grad_into = torch.bmm(part.transpose(1, 2), by_expert(picked)) if wanted.into else None
