@@ -134,7 +134,7 @@ def _filled_up(counts: list[int], entries: int, *, in_columns: bool) -> int:
     return largest if largest * len(counts) <= allowed * total else 0
 
 
-class _Spoken(NamedTuple):
+class _ForwardResult(NamedTuple):
     """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: their inputs, both halves, and the gate's half activated
     (None where nothing is to be learnt)."""
 
@@ -147,12 +147,12 @@ def _in_columns(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def _speak(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool) -> _Spoken:
+def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool) -> _ForwardResult:
     if groups.each and not keep and _in_columns(x):
         columns = x.index_select(0, groups.tokens).view(len(into), groups.each, -1).transpose(1, 2)
         gate, up = torch.bmm(into, columns).chunk(2, dim=1)
         said = torch.bmm(out, F.silu(gate).mul_(up)).transpose(1, 2)
-        return _Spoken(said.reshape(-1, x.shape[1]), None)
+        return _ForwardResult(said.reshape(-1, x.shape[1]), None)
     if groups.each:
         picked = x.index_select(0, groups.tokens)
         three = (len(into), groups.each, -1)
@@ -160,7 +160,7 @@ def _speak(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool)
         gate, up = both.chunk(2, dim=-1)
         active = F.silu(gate)
         said = torch.bmm((active * up).view(three), out.transpose(1, 2)).flatten(0, 1)
-        return _Spoken(said, (picked, both, active) if keep else None)
+        return _ForwardResult(said, (picked, both, active) if keep else None)
     rows, width = len(groups.tokens), out.shape[2]
     said = x.new_empty(rows, x.shape[1])
     if not keep:
@@ -172,14 +172,14 @@ def _speak(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool)
             both = torch.mm(picked, into[expert].t(), out=worked[: end - start])
             units = F.silu(both[:, :width], inplace=True).mul_(both[:, width:])
             torch.mm(units, out[expert].t(), out=said[start:end])
-        return _Spoken(said, None)
+        return _ForwardResult(said, None)
     picked = x.index_select(0, groups.tokens)
     both, active = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
     for expert, start, end in groups.ends:
         part = torch.mm(picked[start:end], into[expert].t(), out=both[start:end])
         lit = torch.ops.aten.silu.out(part[:, :width], out=active[start:end])
         torch.mm(lit * part[:, width:], out[expert].t(), out=said[start:end])
-    return _Spoken(said, (picked, both, active))
+    return _ForwardResult(said, (picked, both, active))
 
 
 class _FeedForwardExperts(torch.autograd.Function):
@@ -189,7 +189,7 @@ class _FeedForwardExperts(torch.autograd.Function):
     ) -> Tensor:
         tokens, k = experts.shape
         groups = _grouped(experts, into, in_columns=not learning and _in_columns(x))
-        said, kept = _speak(x, into, out, groups, keep=learning)
+        said, kept = _forward(x, into, out, groups, keep=learning)
         if kept is not None:
             picked, both, active = kept
             ctx.groups = groups
@@ -213,9 +213,9 @@ class _FeedForwardExperts(torch.autograd.Function):
         weights = gates.new_zeros(len(picked))
         weights[groups.place] = gates.reshape(-1)
         wanted = _Wanted(*ctx.needs_input_grad[:3])
-        unspeak = _unspeak_filled_up if groups.each else _unspeak
-        spoken = _Kept(picked, both, active, into, out)
-        found = unspeak(grad, weights, spoken, groups, wanted)
+        run_backward = _backward_batched if groups.each else _backward_in_turn
+        kept_parts = _Kept(picked, both, active, into, out)
+        found = run_backward(grad, weights, kept_parts, groups, wanted)
         grad_x = None
         if found.rows is not None:
             grad_x = F.embedding_bag(groups.place.view(tokens, k), found.rows, mode="sum")
@@ -233,7 +233,7 @@ class _Kept(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Which gradients of `_speak` are asked for."""
+    """Which gradients of `_forward` are asked for."""
 
     x: bool
     into: bool
@@ -258,9 +258,11 @@ def _grad_both(grad_units: Tensor, both: Tensor, active: Tensor, into: Tensor) -
     return into
 
 
-def _unspeak(grad: Tensor, weights: Tensor, spoken: _Kept, groups: _Groups, wanted: _Wanted) -> _Gradients:
-    """The backward pass of `_speak`: an expert from beginning to end while what it works on is in the caches, and the next in the same memory."""
-    picked, both, active, into, out = spoken
+def _backward_in_turn(
+    grad: Tensor, weights: Tensor, kept_parts: _Kept, groups: _Groups, wanted: _Wanted
+) -> _Gradients:
+    """The backward pass of `_forward`: an expert from beginning to end while what it works on is in the caches, and the next in the same memory."""
+    picked, both, active, into, out = kept_parts
     width = active.shape[1]
     grad_rows = torch.empty_like(picked) if wanted.x else None
     grad_into = torch.empty_like(into) if wanted.into else None
@@ -289,11 +291,11 @@ def _unspeak(grad: Tensor, weights: Tensor, spoken: _Kept, groups: _Groups, want
     return _Gradients(grad_rows, grad_into, grad_out)
 
 
-def _unspeak_filled_up(
-    grad: Tensor, weights: Tensor, spoken: _Kept, groups: _Groups, wanted: _Wanted
+def _backward_batched(
+    grad: Tensor, weights: Tensor, kept_parts: _Kept, groups: _Groups, wanted: _Wanted
 ) -> _Gradients:
     """The same for groups of one size, all experts at once."""
-    picked, both, active, into, out = spoken
+    picked, both, active, into, out = kept_parts
     experts, width = len(into), active.shape[1]
 
     def by_expert(rows: Tensor) -> Tensor:
