@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from koine.model.block import Block
+from koine.model.block import Block, LayerNorm
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.packed import PackedLinear, TransposedLinear
@@ -24,7 +24,8 @@ from koine.model.rotary import rotation
 class _Buffers:
     """What the layers write, for so many tokens (rows).
 
-    pairs: queries and keys of `projected` as complex numbers, in float32; `q`, `new`, `gate`, `up` are its parts, `mixed` and `gated` those of `written`.
+    heads: queries and keys of `projected` by heads; pairs: the same as complex numbers, in float32; `q`, `new`, `gate`, `up` are its parts, `mixed` and
+    `gated` those of `written`.
     """
 
     def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype) -> None:
@@ -34,6 +35,11 @@ class _Buffers:
         self.rows = rows
         self.projected = torch.empty(rows, sum(config.projection_sizes), dtype=dtype)
         self.written = torch.empty(rows, queries + inner, dtype=dtype)
+        self.heads = (
+            self.projected[:, :turned]
+            .view(rows, -1, width)
+            .split_with_sizes((config.query_heads, kv_heads), dim=1)
+        )
         self.turned = self.projected[:, :turned].view(rows, -1, width // 2, 2)
         self.pairs = torch.view_as_complex(self.turned) if dtype == torch.float32 else None
         self.q = self.projected[:, :queries].view(rows, kv_heads, config.groups, width)
@@ -59,16 +65,19 @@ class _Layer:
     in_proj: PackedLinear | TransposedLinear
     out_proj: PackedLinear | TransposedLinear
     rope: bool
+    head_norms: tuple[LayerNorm, LayerNorm] | None
+    """Of queries and of keys (QK-Norm)."""
 
 
 def _layer_of(block: nn.Module) -> _Layer | None:
-    """A block as a packed model has it; None where it has experts, norms on queries and keys, or matrices that are not packed."""
-    if type(block) is not Block or block.spec.qk_norm:
+    """A block as a packed model has it; None where it has experts or matrices that are not packed."""
+    if type(block) is not Block:
         return None
     layouts = (PackedLinear, TransposedLinear)
     if not isinstance(block.in_proj, layouts) or not isinstance(block.out_proj, layouts):
         return None
-    return _Layer(block.norm.weight, block.in_proj, block.out_proj, block.spec.rope)
+    head_norms = (block.q_norm, block.k_norm) if block.spec.qk_norm else None
+    return _Layer(block.norm.weight, block.in_proj, block.out_proj, block.spec.rope, head_norms)
 
 
 class PackedForward:
@@ -97,6 +106,9 @@ class PackedForward:
         for index, layer in enumerate(self._layers):
             normed = torch.layer_norm(x, shape, layer.norm, None, config.norm_eps)
             layer.in_proj.write(normed, buffers.projected)
+            if layer.head_norms is not None:
+                for heads, norm in zip(buffers.heads, layer.head_norms, strict=True):
+                    heads.copy_(norm(heads))
             if layer.rope:
                 buffers.rotate(turns)
             else:
