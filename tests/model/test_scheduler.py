@@ -441,3 +441,23 @@ def test_generate_keeps_the_order(tiny: ModelConfig) -> None:
         assert answer.tokens == alone(
             model, prompt, Sampling(max_new_tokens=5, temperature=1.0, seed=7 + row)
         )
+
+
+def test_nothing_moves_in_the_cache_where_a_request_leaves(tiny: ModelConfig) -> None:
+    """The last one takes the place of the one that left, and no other."""
+    windowed = replace(tiny, layers=(LayerSpec(window=7),) * 2)
+    scheduler = Scheduler(Decoder(windowed).eval(), prefixes=0)
+    requests = [
+        scheduler.submit(prompt_of(4, seed), Sampling(max_new_tokens=2 if seed == 1 else 9))
+        for seed in range(6)
+    ]
+    while requests[1].finish is None:
+        scheduler.step()
+    changes = scheduler.cache.changes
+    scheduler.step()
+    assert scheduler.cache.changes == changes
+    slots = [request.sequence.slot for request in requests if request.sequence is not None]
+    assert slots == [0, 2, 3, 4, 1]
+    scheduler.run()
+    for request in requests:
+        assert request.tokens == alone(scheduler.model, request.prompt, request.sampling)
