@@ -29,6 +29,11 @@ DRAWN = ("rope", "qk-norm", "nope", "rnope-10k", "swa-1", "swa-3")
 """Arms that the figure by length shows; the others are in the table."""
 
 
+def drawn(results: dict[str, Any]) -> list[str]:
+    """Those of them that the scale has."""
+    return [arm for arm in DRAWN if arm in results["arms"]]
+
+
 def mean_of(results: dict[str, Any], arm: str, length: str, what: str) -> list[float]:
     """A figure of each seed."""
     return [results["runs"][f"{arm}/{seed}"]["answers"][length][what] for seed in results["seeds"]]
@@ -40,7 +45,7 @@ def by_length(results: dict[str, Any], out: Path) -> None:
     for axis, what, label in zip(
         axes, ("log_probability", "accuracy"), ("log-probability of the value, nats", "accuracy"), strict=True
     ):
-        for arm in DRAWN:
+        for arm in drawn(results):
             lengths = list(results["runs"][f"{arm}/0"]["answers"])
             seeds = [mean_of(results, arm, length, what) for length in lengths]
             x = [int(length) for length in lengths]
@@ -68,7 +73,7 @@ def by_length(results: dict[str, Any], out: Path) -> None:
 def attention(results: dict[str, Any], out: Path) -> None:
     """Mass on the fact that is asked for, layer by layer."""
     figure, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-    for arm in DRAWN:
+    for arm in drawn(results):
         runs = [results["runs"][f"{arm}/{seed}"]["attention"] for seed in results["seeds"]]
         middle = [
             statistics.mean(layers[index]["mass"]["needle"] for layers in runs)
@@ -92,10 +97,12 @@ SEGMENTS = {
 
 def segments(results: dict[str, Any], out: Path) -> None:
     """Where each layer looks when it answers, and how widely: mass by segment of the text, and the entropy of the rows of attention. Means over seeds."""
+    arms = drawn(results)
+    width = max(2.1 * len(arms), 7.0)
     figure, axes = plt.subplots(
-        2, len(DRAWN), figsize=(2.1 * len(DRAWN), 4.6), sharex=True, sharey="row", layout="constrained"
+        2, len(arms), figsize=(width, 4.6), sharex=True, sharey="row", layout="constrained"
     )
-    for arm, above, below in zip(DRAWN, *axes, strict=True):
+    for arm, above, below in zip(arms, *axes, strict=True):
         runs = [results["runs"][f"{arm}/{seed}"]["attention"] for seed in results["seeds"]]
         layers = range(len(runs[0]))
         places = [layer + 1 for layer in layers]
