@@ -118,7 +118,7 @@ def segments(results: dict[str, Any], out: Path) -> None:
         below.set_xlabel("layer")
         below.set_xticks(places)
     axes[0][0].set_ylabel("attention mass")
-    axes[1][0].set_ylabel("entropy, bits (light: windows)")
+    axes[1][0].set_ylabel("entropy, bits\n(light: windows)")
     figure.legend(
         *axes[0][0].get_legend_handles_labels(),
         loc="outside lower center",
