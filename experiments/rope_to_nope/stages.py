@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from needles import Prompt, held_out_text, prompts
@@ -28,6 +28,8 @@ INITIALIZER_RANGE = 0.08
 
 PAIRS_SHARE = 0.4
 """Of the first stage's steps, those on pairs alone: finding is learnt there first, and in a haystack after."""
+
+Precision = Literal["float32", "bfloat16"]
 
 SHORT_TO_LONG = 3
 """Short texts for each long one in the second stage."""
@@ -63,7 +65,7 @@ def pretrain_short(
     prompts: int,
     seed: int,
     threads: int,
-    dtype: str,
+    dtype: Precision,
     out: Path,
 ) -> None:
     """First stage: books as they are, pairs of fact and question, and short stretches of books with facts and questions."""
@@ -111,7 +113,7 @@ def extend(
     attention_prompts: int,
     seed: int,
     threads: int,
-    dtype: str,
+    dtype: Precision,
     out: Path,
 ) -> None:
     """Second stage: three short texts for each long one, packed into rows of the long length, with RoPE's theta as given."""
@@ -135,7 +137,7 @@ def _train(
     learning_rate: float,
     seed: int,
     threads: int,
-    dtype: str,
+    dtype: Precision,
     out: Path,
 ) -> None:
     from koine.data import DataOrder, Mixture, Phase, Source
