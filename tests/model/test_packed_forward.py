@@ -92,13 +92,20 @@ def test_steps_equal_the_decoder_without_a_cache(
     assert (got - whole[75][55:]).abs().max() <= near
 
 
-@torch.inference_mode()
-def test_prompts_equal_the_decoder_without_a_cache(tiny: ModelConfig) -> None:
-    """One alone, several packed, and on from where each was."""
+@pytest.fixture
+def packed(tiny: ModelConfig) -> tuple[Decoder, PackedForward]:
+    """A small model and what reads it."""
     model = pack(Decoder(tiny).eval())
     forward = packed_forward_of(model)
     if forward is None:
         pytest.skip("this build of torch packs no weights")
+    return model, forward
+
+
+@torch.inference_mode()
+def test_prompts_equal_the_decoder_without_a_cache(packed: tuple[Decoder, PackedForward]) -> None:
+    """One alone, several packed, and on from where each was."""
+    model, forward = packed
     texts = [torch.randint(6, 98, (length,)) for length in (90, 33, 41)]
     whole = [model(ids[None])[0] for ids in texts]
     cache = model.new_cache(page=16)
@@ -114,12 +121,9 @@ def test_prompts_equal_the_decoder_without_a_cache(tiny: ModelConfig) -> None:
 
 
 @torch.inference_mode()
-def test_pages_in_several_runs(tiny: ModelConfig) -> None:
+def test_pages_in_several_runs(packed: tuple[Decoder, PackedForward]) -> None:
     """A sequence whose pages do not lie together, alone: its windows are read in place all the same."""
-    model = pack(Decoder(tiny).eval())
-    forward = packed_forward_of(model)
-    if forward is None:
-        pytest.skip("this build of torch packs no weights")
+    model, forward = packed
     ids, other = torch.randint(6, 98, (60,)), torch.randint(6, 98, (20,))
     cache = model.new_cache(page=4)
     sequences = read_prompts(forward, cache, [ids[:3], other[:4]])

@@ -1,7 +1,7 @@
 """Merging of whole checkpoints: tensor by tensor, a piece at a time, on several threads, resumable.
 
-Work is done beside `out`, in `.NAME.merge`, whose journal says what is finished; the same command goes on there after an interruption. Elementwise methods work on
-blocks of rows; the others walk through one tensor of each model, in blocks too, and hold the result of it.
+Work is done beside `out`, in `.NAME.merge`, whose journal says what is finished; the same command goes on there after an interruption. One tensor is
+`koine.combine.one_tensor`'s.
 """
 
 from __future__ import annotations

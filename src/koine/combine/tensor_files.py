@@ -29,7 +29,7 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 * 2**20
 NEAR_ROWS = 8
-"""Rows of which so many or fewer lie between two that are wanted are read with them: a read costs more than a few rows."""
+"""Wanted rows at most so far apart are read together, with those between: a read costs more than a few rows."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from koine.model.block import Block, LayerNorm
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.packed import PackedLinear, TransposedLinear
-from koine.model.reading import StepReading, StretchReading
+from koine.model.reading import Reading
 from koine.model.rotary import rotation
 
 
@@ -92,7 +92,7 @@ class PackedForward:
         self._scales = torch.ones(config.query_heads + config.kv_heads, 1)
         self._scales[: config.query_heads] = config.head_dim**-0.5
 
-    def __call__(self, tokens: Tensor, reading: StepReading | StretchReading) -> Tensor:
+    def __call__(self, tokens: Tensor, reading: Reading) -> Tensor:
         """Hidden states `[rows, hidden]` after the final norm, of the reading's `tokens` `[rows]`."""
         config, rows = self._config, tokens.shape[0]
         if self._buffers.rows != rows:

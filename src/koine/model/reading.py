@@ -23,7 +23,7 @@ NOWHERE = 2**40
 
 
 class Reading(Protocol):
-    """What the decoder needs of a cache in one forward pass."""
+    """What the decoder (`attend`) or a packed one (`mix`) needs of a cache in one forward pass."""
 
     @property
     def positions(self) -> Tensor:
@@ -33,6 +33,10 @@ class Reading(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep k and v `[batch, time, kv_heads, head_dim]` and mix what q `[batch, time, kv_heads, groups, head_dim]` (scaled) may
         see: `[batch, time, heads * head_dim]`."""
+        ...
+
+    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """`attend` for the tokens in one row: q `[tokens, kv_heads, groups, head_dim]`, keys with values `[2, tokens, kv_heads, head_dim]`; a result like q."""
         ...
 
     def finish(self) -> None:
@@ -79,7 +83,7 @@ class StretchReading:
         return mixed
 
     def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """`attend` for q `[time, kv_heads, groups, head_dim]` and keys with values `[2, time, kv_heads, head_dim]`: a result like q."""
+        """See `Reading.mix`."""
         k, v = new.unsqueeze(1)
         return self.attend(layer, q[None], k, v).view(q.shape)
 
@@ -252,7 +256,7 @@ class StepReading:
         return self.mix(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
 
     def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """`attend` for q `[batch, kv_heads, groups, head_dim]` and keys with values `[2, batch, kv_heads, head_dim]`: a result like q."""
+        """See `Reading.mix`."""
         stretch = self._stretches.get(layer)
         if stretch is not None:
             # A run has a place for every position; a ring begins again.

@@ -18,7 +18,7 @@ from koine.model.decoder import Decoder
 from koine.model.packed_forward import packed_forward_of
 from koine.model.paged_cache import PAGE, OutOfPages, PagedCache
 from koine.model.prefixes import PrefixStore, common_length
-from koine.model.reading import StepReading, StretchReading
+from koine.model.reading import Reading, StepReading, StretchReading
 from koine.model.requests import Finish, Request, TokenGrammar, choose_next, new_request
 from koine.model.sampling import Sampling
 
@@ -205,7 +205,7 @@ class Scheduler:
             return self._choose(batch, self.model.logits(hidden))
         return []
 
-    def _hidden(self, ids: Sequence[int], reading: StretchReading | StepReading) -> Tensor:
+    def _hidden(self, ids: Sequence[int], reading: Reading) -> Tensor:
         """Hidden states `[tokens, hidden]` of the tokens of a reading."""
         tokens = torch.tensor(ids, device=self.device)
         if self._packed is not None:
