@@ -96,19 +96,25 @@ def processor_flags() -> set[str]:
 def chosen_dtype(wanted: str) -> str:
     """The precision that training computes in: `wanted`, or where that is "auto" the one in which this machine is known to multiply faster.
 
-    bfloat16 on an accelerator, and on processors with matrix instructions for it (AMX, ARM's, AMD's AVX-512 BF16); float32 on all others: without instructions
-    bfloat16 is emulated, and Intel's AVX-512 BF16 alone is slower than its float32 (docs/log.md). Reads files of the system only, so that it is the same at every
-    start on one machine; `koine doctor` measures both.
+    bfloat16 on an accelerator and where `bfloat16_is_fast`, else float32. Reads files of the system only, so that it is the same at every start on one machine;
+    `koine doctor` measures both.
     """
     if wanted != "auto":
         return wanted
     if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
         return "bfloat16"
+    return "bfloat16" if bfloat16_is_fast() else "float32"
+
+
+@functools.cache
+def bfloat16_is_fast() -> bool:
+    """Whether the processor is known to multiply in bfloat16 faster than in float32: with AMX, ARM's instructions or AMD's AVX-512 BF16.
+
+    Without instructions bfloat16 is emulated, and Intel's AVX-512 BF16 alone is slower than its float32 (docs/log.md).
+    """
     flags = processor_flags()
-    fast = {"amx_bf16", "bf16"} & flags or (
-        "avx512_bf16" in flags and _cpuinfo("vendor_id") == "AuthenticAMD"
-    )
-    return "bfloat16" if fast else "float32"
+    matrix = {"amx_bf16", "bf16"} & flags
+    return bool(matrix) or ("avx512_bf16" in flags and _cpuinfo("vendor_id") == "AuthenticAMD")
 
 
 def processor_name() -> str:

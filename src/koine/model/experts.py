@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from koine.hardware import bfloat16_is_fast
+from koine.model import few_rows
 
 class Chosen(NamedTuple):
     """Which experts each token goes to, and with what weight.
@@ -51,11 +53,17 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
     if x.device.type == "cuda":
         return _on_accelerator(x, into, out, Chosen(chosen.experts, gates))
     learning = torch.is_grad_enabled() and any(part.requires_grad for part in (x, into, out, gates))
+    dtype = torch.float32 if _widens(x, chosen.experts.numel() / len(into)) else x.dtype
     result = _FeedForwardExperts.apply(  # type: ignore[no-untyped-call]
-        x, into.to(x.dtype), out.to(x.dtype), chosen.experts, gates, learning
+        x.to(dtype), into.to(x.dtype), out.to(x.dtype), chosen.experts, gates.to(dtype), learning
     )
     assert isinstance(result, Tensor)
-    return result
+    return result.to(x.dtype)
+
+
+def _widens(x: Tensor, rows: float) -> bool:
+    """Whether products of bfloat16 are faster in float32, with the time that it takes to make the matrices float32. rows: an expert, on average."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > FEW and not bfloat16_is_fast()
 
 
 PADDED: tuple[tuple[int, float], ...] = ((48, 1.5), (256, 1.2))
@@ -65,17 +73,13 @@ matrices is up to twice as fast as one each (docs/log.md). Beyond, it is worth 1
 PADDED_BEYOND = 1.03
 
 LARGE = 2**20
-"""Entries of a matrix from which on its product is no longer held up by the call itself: rows are then not filled up, but where products lie in columns
-(docs/log.md)."""
+"""Entries of a matrix from which on its product is no longer held up by the call itself: groups are then not filled up (docs/log.md)."""
 
-IN_COLUMNS: tuple[tuple[int, float], ...] = ((32, 2.1), (256, 1.25))
-"""The same table where products lie in columns (see `_in_columns`)."""
+FEW = few_rows.MOST_ROWS
+"""Up to so many tokens an expert, on average, all experts are taken through each operation together, and products are those of `koine.model.few_rows`."""
 
-FEW = 32
-"""Up to so many tokens an expert, large matrices are worth filling up for where products lie in columns."""
-
-STRIDE = 16
-"""Columns at a time: a group of a multiple of it costs no more than a shorter one."""
+WIDENED = 2**19
+"""Entries of a matrix that are made float32 at a time: 2 MB, which stay in the caches until they are multiplied."""
 
 
 class _Groups(NamedTuple):
@@ -92,15 +96,42 @@ class _Groups(NamedTuple):
     each: int
 
 
-def _grouped(experts: Tensor, weight: Tensor, *, in_columns: bool) -> _Groups:
-    """`weight`: one of the experts' matrices, `[experts, ...]`; in_columns: see `_in_columns`."""
+class _Part(NamedTuple):
+    """Experts whose rows are taken through each operation together.
+
+    rows: which of `_Groups`. few: `[groups, 3]` int64, expert, start and end, counted from the first of the rows, of the experts whose products are those of
+    `koine.model.few_rows`; others: the same of all others. each: as in `_Groups`.
+    """
+
+    rows: slice
+    few: np.ndarray
+    others: list[tuple[int, int, int]]
+    each: int
+
+
+def _parts(groups: _Groups, x: Tensor, experts: int) -> list[_Part]:
+    """All experts at once where rows are few: fewer calls, and no matrix is driven from the caches by a gradient before it is read again. Otherwise one after
+    another, each from beginning to end while what it works on is in the caches."""
+    rows = len(groups.tokens)
+    none = np.empty((0, 3), dtype=np.int64)
+    if groups.each:
+        return [_Part(slice(0, rows), none, [], groups.each)]
+    if rows > FEW * experts:
+        return [_Part(slice(start, end), none, [(expert, 0, end - start)], 0) for expert, start, end in groups.ends]
+    few = [one for one in groups.ends if one[2] - one[1] <= FEW and few_rows.compiled_for(x)]
+    others = [one for one in groups.ends if one not in few]
+    return [_Part(slice(0, rows), np.array(few, dtype=np.int64).reshape(-1, 3), others, 0)] if rows else []
+
+
+def _grouped(experts: Tensor, weight: Tensor, *, may_fill: bool) -> _Groups:
+    """`weight`: one of the experts' matrices, `[experts, ...]`; may_fill: whether groups may be filled up."""
     # With numpy: it sorts numbers of 16 bits by counting them (24 µs for 8,192 choices, torch 240), and a call takes it a microsecond.
     flat = experts.reshape(-1).cpu().numpy()
     order = flat.astype(np.uint16).argsort(kind="stable")
     counts = np.bincount(flat, minlength=len(weight))
     ends = tuple(_runs(counts.tolist()))
     row, tokens = np.arange(order.size), order // experts.shape[1]
-    each = _filled_up(counts.tolist(), weight[0].numel(), in_columns=in_columns)
+    each = _filled_up(counts.tolist(), weight[0].numel()) if may_fill else 0
     if each:
         row += np.repeat(np.arange(counts.size) * each - (counts.cumsum() - counts), counts)
         chosen, tokens = tokens, np.zeros(counts.size * each, dtype=np.int64)
@@ -120,81 +151,131 @@ def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
         start += number
 
 
-def _filled_up(counts: list[int], entries: int, *, in_columns: bool) -> int:
+def _filled_up(counts: list[int], entries: int) -> int:
     """The rows that each expert gets where it pays to give all as many, else 0; an expert that nobody chose gets none. entries: of its matrix."""
     total, largest = sum(counts), max(counts)
-    if not total or not min(counts):
+    if not total or not min(counts) or entries >= LARGE:
         return 0
-    if entries >= LARGE and not (in_columns and total <= FEW * len(counts)):
-        return 0
-    if in_columns:
-        largest = -(-largest // STRIDE) * STRIDE
-    table = IN_COLUMNS if in_columns else PADDED
-    allowed = next((factor for most, factor in table if total <= most * len(counts)), PADDED_BEYOND)
+    allowed = next((factor for most, factor in PADDED if total <= most * len(counts)), PADDED_BEYOND)
     return largest if largest * len(counts) <= allowed * total else 0
 
 
+def _pieces(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix in `dtype`, as it is or so many of its rows at a time as stay in the caches."""
+    if matrix.dtype == dtype:
+        yield slice(None), matrix
+        return
+    count = max(1, WIDENED // matrix.shape[1])
+    memory = matrix.new_empty(min(count, len(matrix)), matrix.shape[1], dtype=dtype)
+    for start in range(0, len(matrix), count):
+        piece = matrix[start : start + count]
+        yield slice(start, start + len(piece)), memory[: len(piece)].copy_(piece)
+
+
+def _times_transposed(rows: Tensor, matrices: Tensor, part: _Part, out: Tensor) -> Tensor:
+    """Each expert's rows times its transposed matrix. rows: `[rows, in]`; matrices: `[experts, result, in]`; out: `[rows, result]`."""
+    if part.each:
+        shape = (len(matrices), part.each, -1)
+        torch.bmm(rows.view(shape), matrices.transpose(1, 2), out=out.view(shape))
+    if len(part.few):
+        few_rows.times_transposed(rows, matrices, part.few, out)
+    for expert, start, end in part.others:
+        for piece, matrix in _pieces(matrices[expert], rows.dtype):
+            torch.mm(rows[start:end], matrix.t(), out=out[start:end, piece])
+    return out
+
+
+def _times(rows: Tensor, matrices: Tensor, part: _Part, out: Tensor) -> Tensor:
+    """Each expert's rows times its matrix. rows: `[rows, in]`; matrices: `[experts, in, result]`; out: `[rows, result]`."""
+    if part.each:
+        shape = (len(matrices), part.each, -1)
+        torch.bmm(rows.view(shape), matrices, out=out.view(shape))
+    if len(part.few):
+        few_rows.times(rows, matrices, part.few, out)
+    for expert, start, end in part.others:
+        here = out[start:end]
+        for piece, matrix in _pieces(matrices[expert], rows.dtype):
+            if piece.start:
+                here.addmm_(rows[start:end, piece], matrix)
+            else:
+                torch.mm(rows[start:end, piece], matrix, out=here)
+    return out
+
+
+def _transposed_times(left: Tensor, right: Tensor, part: _Part, out: Tensor) -> None:
+    """Of each expert its rows on the left, transposed, times those on the right: the gradient of its matrix.
+
+    left: `[rows, result]`; right: `[rows, in]`; out: `[experts, result, in]`.
+    """
+    if part.each:
+        shape = (len(out), part.each, -1)
+        torch.bmm(left.view(shape).transpose(1, 2), right.view(shape), out=out)
+    if len(part.few):
+        few_rows.transposed_times(left, right, part.few, out)
+    for expert, start, end in part.others:
+        if out.dtype == left.dtype:
+            torch.mm(left[start:end].t(), right[start:end], out=out[expert])
+            continue
+        count = max(1, WIDENED // out.shape[2])
+        for first in range(0, out.shape[1], count):
+            columns = left[start:end, first : first + count]
+            out[expert, first : first + count] = torch.mm(columns.t(), right[start:end])
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs: the rows that the experts read, both halves of what they made of them, and the gate's half activated."""
+
+    picked: Tensor
+    both: Tensor
+    active: Tensor
+
+
 class _ForwardResult(NamedTuple):
-    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: their inputs, both halves, and the gate's half activated
-    (None where nothing is to be learnt)."""
+    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs (None where nothing is to be learnt)."""
 
     said: Tensor
-    kept: tuple[Tensor, Tensor, Tensor] | None
-
-
-def _in_columns(x: Tensor) -> bool:
-    """Whether a matrix times columns is faster than rows times its transpose, where there are few: up to 1.8 times in float32 on CPU (docs/log.md)."""
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    kept: _Kept | None
 
 
 def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool) -> _ForwardResult:
-    if groups.each and not keep and _in_columns(x):
-        columns = x.index_select(0, groups.tokens).view(len(into), groups.each, -1).transpose(1, 2)
-        gate, up = torch.bmm(into, columns).chunk(2, dim=1)
-        said = torch.bmm(out, F.silu(gate).mul_(up)).transpose(1, 2)
-        return _ForwardResult(said.reshape(-1, x.shape[1]), None)
-    if groups.each:
-        picked = x.index_select(0, groups.tokens)
-        three = (len(into), groups.each, -1)
-        both = torch.bmm(picked.view(three), into.transpose(1, 2)).flatten(0, 1)
-        gate, up = both.chunk(2, dim=-1)
-        active = F.silu(gate)
-        said = torch.bmm((active * up).view(three), out.transpose(1, 2)).flatten(0, 1)
-        return _ForwardResult(said, (picked, both, active) if keep else None)
-    rows, width = len(groups.tokens), out.shape[2]
-    said = x.new_empty(rows, x.shape[1])
-    if not keep:
-        # An expert from beginning to end while what it works on is in the caches, and the next in the same memory.
-        most = max((end - start for _, start, end in groups.ends), default=0)
-        read, worked = x.new_empty(most, x.shape[1]), x.new_empty(most, 2 * width)
-        for expert, start, end in groups.ends:
-            picked = torch.index_select(x, 0, groups.tokens[start:end], out=read[: end - start])
-            both = torch.mm(picked, into[expert].t(), out=worked[: end - start])
-            units = F.silu(both[:, :width], inplace=True).mul_(both[:, width:])
-            torch.mm(units, out[expert].t(), out=said[start:end])
-        return _ForwardResult(said, None)
-    picked = x.index_select(0, groups.tokens)
-    both, active = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
-    for expert, start, end in groups.ends:
-        part = torch.mm(picked[start:end], into[expert].t(), out=both[start:end])
-        lit = torch.ops.aten.silu.out(part[:, :width], out=active[start:end])
-        torch.mm(lit * part[:, width:], out[expert].t(), out=said[start:end])
-    return _ForwardResult(said, (picked, both, active))
+    rows, hidden, width = len(groups.tokens), x.shape[1], out.shape[2]
+    parts = _parts(groups, x, len(into))
+    most = _most_rows(parts)
+    said = x.new_empty(rows, hidden)
+    # Where nothing is kept, one part works in the memory of the one before.
+    room = rows if keep else most
+    picked, both, active = (x.new_empty(room, size) for size in (hidden, 2 * width, width))
+    units = x.new_empty(most, width)
+    for part in parts:
+        count = part.rows.stop - part.rows.start
+        here = part.rows if keep else slice(0, count)
+        read = torch.index_select(x, 0, groups.tokens[part.rows], out=picked[here])
+        made = _times_transposed(read, into, part, both[here])
+        lit = torch.ops.aten.silu.out(made[:, :width], out=active[here])
+        product = torch.mul(lit, made[:, width:], out=units[:count])
+        _times_transposed(product, out, part, said[part.rows])
+    return _ForwardResult(said, _Kept(picked, both, active) if keep else None)
+
+
+def _most_rows(parts: list[_Part]) -> int:
+    return max((part.rows.stop - part.rows.start for part in parts), default=0)
 
 
 class _FeedForwardExperts(torch.autograd.Function):
+    """x and gates in one dtype, in which the products are; into and out in it or in a narrower one."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor, learning: bool
     ) -> Tensor:
         tokens, k = experts.shape
-        groups = _grouped(experts, into, in_columns=not learning and _in_columns(x))
+        few = tokens * k <= FEW * len(into) and few_rows.compiled_for(x)
+        groups = _grouped(experts, into, may_fill=not few and into.dtype == x.dtype)
         said, kept = _forward(x, into, out, groups, keep=learning)
         if kept is not None:
-            picked, both, active = kept
             ctx.groups = groups
             # The products of active and up are worked out again: a multiplication, where silu would be an exponential.
-            ctx.save_for_backward(picked, into, out, gates, both, active, said)
+            ctx.save_for_backward(into, out, gates, said, *kept)
         # What is said of a token, weighted and added up in one pass over memory.
         return F.embedding_bag(
             groups.place.view(tokens, k), said, mode="sum", per_sample_weights=gates.contiguous()
@@ -202,7 +283,7 @@ class _FeedForwardExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        picked, into, out, gates, both, active, said = ctx.saved_tensors
+        into, out, gates, said, *kept = ctx.saved_tensors
         groups: _Groups = ctx.groups
         tokens, k = gates.shape
         grad_gates = None
@@ -210,26 +291,13 @@ class _FeedForwardExperts(torch.autograd.Function):
             by_token = said.index_select(0, groups.place).view(tokens, k, grad.shape[1])
             grad_gates = by_token.mul_(grad[:, None]).sum(dim=-1)
         # Rows that are no choice have a weight of 0, so that they reach no gradient.
-        weights = gates.new_zeros(len(picked))
+        weights = gates.new_zeros(len(groups.tokens))
         weights[groups.place] = gates.reshape(-1)
-        wanted = _Wanted(*ctx.needs_input_grad[:3])
-        run_backward = _backward_batched if groups.each else _backward_in_turn
-        kept_parts = _Kept(picked, both, active, into, out)
-        found = run_backward(grad, weights, kept_parts, groups, wanted)
+        found = _backward(grad, weights, _Kept(*kept), into, out, groups, _Wanted(*ctx.needs_input_grad[:3]))
         grad_x = None
         if found.rows is not None:
             grad_x = F.embedding_bag(groups.place.view(tokens, k), found.rows, mode="sum")
         return grad_x, found.into, found.out, None, grad_gates, None
-
-
-class _Kept(NamedTuple):
-    """What the backward pass needs: the rows that the experts read, both halves of what they made of them, the gate's half activated, and the matrices."""
-
-    picked: Tensor
-    both: Tensor
-    active: Tensor
-    into: Tensor
-    out: Tensor
 
 
 class _Wanted(NamedTuple):
@@ -258,56 +326,36 @@ def _grad_both(grad_units: Tensor, both: Tensor, active: Tensor, into: Tensor) -
     return into
 
 
-def _backward_in_turn(
-    grad: Tensor, weights: Tensor, kept_parts: _Kept, groups: _Groups, wanted: _Wanted
+def _backward(
+    grad: Tensor, weights: Tensor, kept: _Kept, into: Tensor, out: Tensor, groups: _Groups, wanted: _Wanted
 ) -> _Gradients:
-    """The backward pass of `_forward`: an expert from beginning to end while what it works on is in the caches, and the next in the same memory."""
-    picked, both, active, into, out = kept_parts
-    width = active.shape[1]
-    grad_rows = torch.empty_like(picked) if wanted.x else None
+    """The backward pass of `_forward`. grad: `[tokens, hidden]`; weights: `[rows]`, the gate of each."""
+    rows, width = len(weights), out.shape[2]
+    grad_rows = grad.new_empty(rows, grad.shape[1]) if wanted.x else None
     grad_into = torch.empty_like(into) if wanted.into else None
     grad_out = torch.empty_like(out) if wanted.out else None
-    most = max((end - start for _, start, end in groups.ends), default=0)
-    said, units, worked = (grad.new_empty(most, size) for size in (grad.shape[1], width, 2 * width))
-    for expert, start, end in groups.ends:
-        here, count = slice(start, end), end - start
-        grad_said = torch.index_select(grad, 0, groups.tokens[here], out=said[:count])
-        grad_said.mul_(weights[here, None])
+    parts = _parts(groups, grad, len(into))
+    sizes = (grad.shape[1], width, width, 2 * width)
+    memory = [grad.new_empty(_most_rows(parts), size) for size in sizes]
+    for part in parts:
+        here, count = part.rows, part.rows.stop - part.rows.start
+        said, units, product, both = (one[:count] for one in memory)
+        grad_said = torch.index_select(grad, 0, groups.tokens[here], out=said).mul_(weights[here, None])
+        # The matrices are read before their gradients are written, which would drive them from the caches.
+        if grad_into is not None or grad_rows is not None:
+            grad_units = _times(grad_said, out, part, units)
+            grad_both = _grad_both(grad_units, kept.both[here], kept.active[here], both)
+            if grad_rows is not None:
+                _times(grad_both, into, part, grad_rows[here])
+            if grad_into is not None:
+                _transposed_times(grad_both, kept.picked[here], part, grad_into)
         if grad_out is not None:
-            product = torch.mul(active[here], both[here, width:], out=units[:count])
-            torch.mm(grad_said.t(), product, out=grad_out[expert])
-        if grad_into is None and grad_rows is None:
-            continue
-        grad_units = torch.mm(grad_said, out[expert], out=units[:count])
-        part = _grad_both(grad_units, both[here], active[here], worked[:count])
-        if grad_into is not None:
-            torch.mm(part.t(), picked[here], out=grad_into[expert])
-        if grad_rows is not None:
-            torch.mm(part, into[expert], out=grad_rows[here])
+            torch.mul(kept.active[here], kept.both[here, width:], out=product)
+            _transposed_times(grad_said, product, part, grad_out)
     for expert in set(range(len(into))) - {number for number, _, _ in groups.ends}:
         for one in (grad_into, grad_out):
             if one is not None:
                 one[expert].zero_()
-    return _Gradients(grad_rows, grad_into, grad_out)
-
-
-def _backward_batched(
-    grad: Tensor, weights: Tensor, kept_parts: _Kept, groups: _Groups, wanted: _Wanted
-) -> _Gradients:
-    """The same for groups of one size, all experts at once."""
-    picked, both, active, into, out = kept_parts
-    experts, width = len(into), active.shape[1]
-
-    def by_expert(rows: Tensor) -> Tensor:
-        return rows.view(experts, groups.each, -1)
-
-    grad_said = by_expert(grad.index_select(0, groups.tokens).mul_(weights[:, None]))
-    product = by_expert(active * both[:, width:])
-    grad_out = torch.bmm(grad_said.transpose(1, 2), product) if wanted.out else None
-    grad_units = torch.bmm(grad_said, out).flatten(0, 1)
-    part = by_expert(_grad_both(grad_units, both, active, torch.empty_like(both)))
-    grad_into = torch.bmm(part.transpose(1, 2), by_expert(picked)) if wanted.into else None
-    grad_rows = torch.bmm(part, into).flatten(0, 1) if wanted.x else None
     return _Gradients(grad_rows, grad_into, grad_out)
 
 
