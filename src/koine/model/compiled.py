@@ -15,7 +15,15 @@ from pathlib import Path
 from koine.errors import KoineWarning
 from koine.hardware import compiler, processor_flags
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
 
 
 @functools.cache

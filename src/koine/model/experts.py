@@ -76,7 +76,7 @@ LARGE = 2**20
 """Entries of a matrix from which on its product is no longer held up by the call itself: groups are then not filled up (docs/log.md)."""
 
 FEW = few_rows.MOST_ROWS
-"""Up to so many tokens an expert, on average, all experts are taken through each operation together, and products are those of `koine.model.few_rows`."""
+"""Up to so many tokens an expert is that of `koine.model.few_rows`, where that can be compiled."""
 
 WIDENED = 2**19
 """Entries of a matrix that are made float32 at a time: 2 MB, which stay in the caches until they are multiplied."""
@@ -85,62 +85,58 @@ WIDENED = 2**19
 class _Groups(NamedTuple):
     """Choices sorted by expert, in rows.
 
-    tokens: `[rows]`, the token of each row. place: `[tokens * k]`, the row of each choice. ends: `[(expert, start, end)]` of the experts that were
-    chosen. each: rows an expert where all have as many, filled up with rows that are no choice (their token is 0 and nothing reads what is said to it);
-    0 where each has as many as it has choices.
+    tokens: `[rows]`, the token of each row. place: `[tokens * k]`, the row of each choice. few: `[groups, 3]` int64, expert, first and last row (exclusive) of
+    experts for `koine.model.few_rows`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled up with rows that
+    are no choice (their token is 0 and nothing reads what is said to it), and are multiplied at once; 0 where each has as many as it has choices.
     """
 
     tokens: Tensor
     place: Tensor
-    ends: tuple[tuple[int, int, int], ...]
-    each: int
-
-
-class _Part(NamedTuple):
-    """Experts whose rows are taken through each operation together.
-
-    rows: which of `_Groups`. few: `[groups, 3]` int64, expert, start and end, counted from the first of the rows, of the experts whose products are those of
-    `koine.model.few_rows`; others: the same of all others. each: as in `_Groups`.
-    """
-
-    rows: slice
     few: np.ndarray
     others: list[tuple[int, int, int]]
     each: int
 
 
-def _parts(groups: _Groups, x: Tensor, experts: int) -> list[_Part]:
-    """All experts at once where rows are few: fewer calls, and no matrix is driven from the caches by a gradient before it is read again. Otherwise one after
-    another, each from beginning to end while what it works on is in the caches."""
-    rows = len(groups.tokens)
-    none = np.empty((0, 3), dtype=np.int64)
+class _Part(NamedTuple):
+    """Rows that are taken through each operation together: of one expert, or of all (None)."""
+
+    rows: slice
+    expert: int | None
+
+
+def _parts(groups: _Groups) -> list[_Part]:
+    """All but the few: experts one after another, each from beginning to end while what it works on is in the caches."""
     if groups.each:
-        return [_Part(slice(0, rows), none, [], groups.each)]
-    if rows > FEW * experts:
-        return [_Part(slice(start, end), none, [(expert, 0, end - start)], 0) for expert, start, end in groups.ends]
-    few = [one for one in groups.ends if one[2] - one[1] <= FEW and few_rows.compiled_for(x)]
-    others = [one for one in groups.ends if one not in few]
-    return [_Part(slice(0, rows), np.array(few, dtype=np.int64).reshape(-1, 3), others, 0)] if rows else []
+        return [_Part(slice(0, len(groups.tokens)), None)]
+    return [_Part(slice(start, end), expert) for expert, start, end in groups.others]
 
 
-def _grouped(experts: Tensor, weight: Tensor, *, may_fill: bool) -> _Groups:
-    """`weight`: one of the experts' matrices, `[experts, ...]`; may_fill: whether groups may be filled up."""
+def _grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, may_be_few: bool) -> _Groups:
+    """`weight`: one of the experts' matrices, `[experts, ...]`; may_fill: whether groups may be filled up; may_be_few: whether some may be few."""
     # With numpy: it sorts numbers of 16 bits by counting them (24 µs for 8,192 choices, torch 240), and a call takes it a microsecond.
     flat = experts.reshape(-1).cpu().numpy()
     order = flat.astype(np.uint16).argsort(kind="stable")
     counts = np.bincount(flat, minlength=len(weight))
-    ends = tuple(_runs(counts.tolist()))
     row, tokens = np.arange(order.size), order // experts.shape[1]
+    ends: list[tuple[int, int, int]] = []
     each = _filled_up(counts.tolist(), weight[0].numel()) if may_fill else 0
     if each:
         row += np.repeat(np.arange(counts.size) * each - (counts.cumsum() - counts), counts)
         chosen, tokens = tokens, np.zeros(counts.size * each, dtype=np.int64)
         tokens[row] = chosen
-        ends = tuple((number, number * each, (number + 1) * each) for number in range(counts.size))
+    else:
+        ends = list(_runs(counts.tolist()))
+    few = [one for one in ends if one[2] - one[1] <= FEW] if may_be_few else []
     place = np.empty_like(order)
     place[order] = row
     on = experts.device
-    return _Groups(torch.from_numpy(tokens).to(on), torch.from_numpy(place).to(on), ends, each)
+    return _Groups(
+        torch.from_numpy(tokens).to(on),
+        torch.from_numpy(place).to(on),
+        np.array(few, dtype=np.int64).reshape(-1, 3),
+        [one for one in ends if one not in few] if len(few) < len(ends) else [],
+        each,
+    )
 
 
 def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -172,54 +168,47 @@ def _pieces(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
         yield slice(start, start + len(piece)), memory[: len(piece)].copy_(piece)
 
 
-def _times_transposed(rows: Tensor, matrices: Tensor, part: _Part, out: Tensor) -> Tensor:
-    """Each expert's rows times its transposed matrix. rows: `[rows, in]`; matrices: `[experts, result, in]`; out: `[rows, result]`."""
-    if part.each:
-        shape = (len(matrices), part.each, -1)
+def _times_transposed(rows: Tensor, matrices: Tensor, expert: int | None, out: Tensor) -> Tensor:
+    """The rows times the expert's transposed matrix, or all experts' rows times theirs. rows: `[rows, in]`; matrices: `[experts, result, in]`; out:
+    `[rows, result]`."""
+    if expert is None:
+        shape = (len(matrices), len(rows) // len(matrices), -1)
         torch.bmm(rows.view(shape), matrices.transpose(1, 2), out=out.view(shape))
-    if len(part.few):
-        few_rows.times_transposed(rows, matrices, part.few, out)
-    for expert, start, end in part.others:
-        for piece, matrix in _pieces(matrices[expert], rows.dtype):
-            torch.mm(rows[start:end], matrix.t(), out=out[start:end, piece])
+        return out
+    for piece, matrix in _pieces(matrices[expert], rows.dtype):
+        torch.mm(rows, matrix.t(), out=out[:, piece])
     return out
 
 
-def _times(rows: Tensor, matrices: Tensor, part: _Part, out: Tensor) -> Tensor:
-    """Each expert's rows times its matrix. rows: `[rows, in]`; matrices: `[experts, in, result]`; out: `[rows, result]`."""
-    if part.each:
-        shape = (len(matrices), part.each, -1)
+def _times(rows: Tensor, matrices: Tensor, expert: int | None, out: Tensor) -> Tensor:
+    """The rows times the expert's matrix, or all experts' rows times theirs. rows: `[rows, in]`; matrices: `[experts, in, result]`; out: `[rows, result]`."""
+    if expert is None:
+        shape = (len(matrices), len(rows) // len(matrices), -1)
         torch.bmm(rows.view(shape), matrices, out=out.view(shape))
-    if len(part.few):
-        few_rows.times(rows, matrices, part.few, out)
-    for expert, start, end in part.others:
-        here = out[start:end]
-        for piece, matrix in _pieces(matrices[expert], rows.dtype):
-            if piece.start:
-                here.addmm_(rows[start:end, piece], matrix)
-            else:
-                torch.mm(rows[start:end, piece], matrix, out=here)
+        return out
+    for piece, matrix in _pieces(matrices[expert], rows.dtype):
+        if piece.start:
+            out.addmm_(rows[:, piece], matrix)
+        else:
+            torch.mm(rows[:, piece], matrix, out=out)
     return out
 
 
-def _transposed_times(left: Tensor, right: Tensor, part: _Part, out: Tensor) -> None:
-    """Of each expert its rows on the left, transposed, times those on the right: the gradient of its matrix.
+def _transposed_times(left: Tensor, right: Tensor, expert: int | None, out: Tensor) -> None:
+    """The rows on the left, transposed, times those on the right: the gradient of the expert's matrix, or of all.
 
     left: `[rows, result]`; right: `[rows, in]`; out: `[experts, result, in]`.
     """
-    if part.each:
-        shape = (len(out), part.each, -1)
+    if expert is None:
+        shape = (len(out), len(left) // len(out), -1)
         torch.bmm(left.view(shape).transpose(1, 2), right.view(shape), out=out)
-    if len(part.few):
-        few_rows.transposed_times(left, right, part.few, out)
-    for expert, start, end in part.others:
-        if out.dtype == left.dtype:
-            torch.mm(left[start:end].t(), right[start:end], out=out[expert])
-            continue
-        count = max(1, WIDENED // out.shape[2])
-        for first in range(0, out.shape[1], count):
-            columns = left[start:end, first : first + count]
-            out[expert, first : first + count] = torch.mm(columns.t(), right[start:end])
+        return
+    if out.dtype == left.dtype:
+        torch.mm(left.t(), right, out=out[expert])
+        return
+    count = max(1, WIDENED // out.shape[2])
+    for first in range(0, out.shape[1], count):
+        out[expert, first : first + count] = torch.mm(left[:, first : first + count].t(), right)
 
 
 class _Kept(NamedTuple):
@@ -231,17 +220,22 @@ class _Kept(NamedTuple):
 
 
 class _ForwardResult(NamedTuple):
-    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs (None where nothing is to be learnt)."""
+    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: of the few what `few_rows.forward` returned, and of the others."""
 
     said: Tensor
+    halves: Tensor | None
     kept: _Kept | None
 
 
 def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: bool) -> _ForwardResult:
     rows, hidden, width = len(groups.tokens), x.shape[1], out.shape[2]
-    parts = _parts(groups, x, len(into))
+    said, halves = x.new_empty(rows, hidden), None
+    if len(groups.few):
+        halves = few_rows.forward(x, into, out, groups.tokens, groups.few, said, keep=keep)
+    parts = _parts(groups)
+    if not parts:
+        return _ForwardResult(said, halves, None)
     most = _most_rows(parts)
-    said = x.new_empty(rows, hidden)
     # Where nothing is kept, one part works in the memory of the one before.
     room = rows if keep else most
     picked, both, active = (x.new_empty(room, size) for size in (hidden, 2 * width, width))
@@ -250,15 +244,15 @@ def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: boo
         count = part.rows.stop - part.rows.start
         here = part.rows if keep else slice(0, count)
         read = torch.index_select(x, 0, groups.tokens[part.rows], out=picked[here])
-        made = _times_transposed(read, into, part, both[here])
+        made = _times_transposed(read, into, part.expert, both[here])
         lit = torch.ops.aten.silu.out(made[:, :width], out=active[here])
         product = torch.mul(lit, made[:, width:], out=units[:count])
-        _times_transposed(product, out, part, said[part.rows])
-    return _ForwardResult(said, _Kept(picked, both, active) if keep else None)
+        _times_transposed(product, out, part.expert, said[part.rows])
+    return _ForwardResult(said, halves, _Kept(picked, both, active) if keep else None)
 
 
 def _most_rows(parts: list[_Part]) -> int:
-    return max((part.rows.stop - part.rows.start for part in parts), default=0)
+    return max(part.rows.stop - part.rows.start for part in parts)
 
 
 class _FeedForwardExperts(torch.autograd.Function):
@@ -269,13 +263,16 @@ class _FeedForwardExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor, learning: bool
     ) -> Tensor:
         tokens, k = experts.shape
-        few = tokens * k <= FEW * len(into) and few_rows.compiled_for(x)
-        groups = _grouped(experts, into, may_fill=not few and into.dtype == x.dtype)
-        said, kept = _forward(x, into, out, groups, keep=learning)
-        if kept is not None:
+        x, into, out = x.contiguous(), into.contiguous(), out.contiguous()
+        may_be_few = into.dtype == x.dtype and few_rows.compiled_for(x)
+        mostly_few = may_be_few and tokens * k <= FEW * len(into)
+        may_fill = into.dtype == x.dtype and not mostly_few
+        groups = _grouped(experts, into, may_fill=may_fill, may_be_few=may_be_few)
+        said, halves, kept = _forward(x, into, out, groups, keep=learning)
+        if learning:
             ctx.groups = groups
             # The products of active and up are worked out again: a multiplication, where silu would be an exponential.
-            ctx.save_for_backward(into, out, gates, said, *kept)
+            ctx.save_for_backward(x, into, out, gates, said, halves, *(kept or ()))
         # What is said of a token, weighted and added up in one pass over memory.
         return F.embedding_bag(
             groups.place.view(tokens, k), said, mode="sum", per_sample_weights=gates.contiguous()
@@ -283,7 +280,7 @@ class _FeedForwardExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        into, out, gates, said, *kept = ctx.saved_tensors
+        x, into, out, gates, said, halves, *kept = ctx.saved_tensors
         groups: _Groups = ctx.groups
         tokens, k = gates.shape
         grad_gates = None
@@ -293,7 +290,13 @@ class _FeedForwardExperts(torch.autograd.Function):
         # Rows that are no choice have a weight of 0, so that they reach no gradient.
         weights = gates.new_zeros(len(groups.tokens))
         weights[groups.place] = gates.reshape(-1)
-        found = _backward(grad, weights, _Kept(*kept), into, out, groups, _Wanted(*ctx.needs_input_grad[:3]))
+        found = _gradients(x, into, out, groups, _Wanted(*ctx.needs_input_grad[:3]))
+        if len(groups.few):
+            few_rows.backward(
+                grad.contiguous(), weights, x, into, out, groups.tokens, groups.few, halves, found
+            )
+        if kept:
+            _backward(grad, weights, _Kept(*kept), into, out, groups, found)
         grad_x = None
         if found.rows is not None:
             grad_x = F.embedding_bag(groups.place.view(tokens, k), found.rows, mode="sum")
@@ -326,37 +329,50 @@ def _grad_both(grad_units: Tensor, both: Tensor, active: Tensor, into: Tensor) -
     return into
 
 
+def _gradients(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, wanted: _Wanted) -> _Gradients:
+    """Memory for what is asked for; 0 for experts that nobody chose."""
+    found = _Gradients(
+        x.new_empty(len(groups.tokens), x.shape[1]) if wanted.x else None,
+        torch.empty_like(into) if wanted.into else None,
+        torch.empty_like(out) if wanted.out else None,
+    )
+    if not groups.each:
+        chosen = {int(expert) for expert in groups.few[:, 0]} | {expert for expert, _, _ in groups.others}
+        for expert in set(range(len(into))) - chosen:
+            for one in found[1:]:
+                if one is not None:
+                    one[expert].zero_()
+    return found
+
+
 def _backward(
-    grad: Tensor, weights: Tensor, kept: _Kept, into: Tensor, out: Tensor, groups: _Groups, wanted: _Wanted
-) -> _Gradients:
-    """The backward pass of `_forward`. grad: `[tokens, hidden]`; weights: `[rows]`, the gate of each."""
-    rows, width = len(weights), out.shape[2]
-    grad_rows = grad.new_empty(rows, grad.shape[1]) if wanted.x else None
-    grad_into = torch.empty_like(into) if wanted.into else None
-    grad_out = torch.empty_like(out) if wanted.out else None
-    parts = _parts(groups, grad, len(into))
+    grad: Tensor,
+    weights: Tensor,
+    kept: _Kept,
+    into: Tensor,
+    out: Tensor,
+    groups: _Groups,
+    found: _Gradients,
+) -> None:
+    """Writes the gradients of all but the few to `found`. grad: `[tokens, hidden]`; weights: `[rows]`, the gate of each."""
+    parts, width = _parts(groups), out.shape[2]
     sizes = (grad.shape[1], width, width, 2 * width)
     memory = [grad.new_empty(_most_rows(parts), size) for size in sizes]
     for part in parts:
         here, count = part.rows, part.rows.stop - part.rows.start
         said, units, product, both = (one[:count] for one in memory)
         grad_said = torch.index_select(grad, 0, groups.tokens[here], out=said).mul_(weights[here, None])
-        # The matrices are read before their gradients are written, which would drive them from the caches.
-        if grad_into is not None or grad_rows is not None:
-            grad_units = _times(grad_said, out, part, units)
-            grad_both = _grad_both(grad_units, kept.both[here], kept.active[here], both)
-            if grad_rows is not None:
-                _times(grad_both, into, part, grad_rows[here])
-            if grad_into is not None:
-                _transposed_times(grad_both, kept.picked[here], part, grad_into)
-        if grad_out is not None:
+        if found.out is not None:
             torch.mul(kept.active[here], kept.both[here, width:], out=product)
-            _transposed_times(grad_said, product, part, grad_out)
-    for expert in set(range(len(into))) - {number for number, _, _ in groups.ends}:
-        for one in (grad_into, grad_out):
-            if one is not None:
-                one[expert].zero_()
-    return _Gradients(grad_rows, grad_into, grad_out)
+            _transposed_times(grad_said, product, part.expert, found.out)
+        if found.into is None and found.rows is None:
+            continue
+        grad_units = _times(grad_said, out, part.expert, units)
+        grad_both = _grad_both(grad_units, kept.both[here], kept.active[here], both)
+        if found.into is not None:
+            _transposed_times(grad_both, kept.picked[here], part.expert, found.into)
+        if found.rows is not None:
+            _times(grad_both, into, part.expert, found.rows[here])
 
 
 def _on_accelerator(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:

@@ -1,9 +1,10 @@
-// Products of few rows with the matrices of many experts, each matrix read (or written) once.
+// SwiGLU experts for few tokens: each expert's matrices are read, and their gradients written, once.
 //
-// A matrix product that expects many rows copies the matrix into an order of its own first; where an expert has 1 to 32 rows, that copy is most of
-// the work. Here the rows are copied instead, into columns of 16 numbers, one vector register each, and the matrix is read as it lies.
+// A matrix product that expects many rows copies the matrix into an order of its own first; where an expert has 1 to 32 tokens, that copy is most of the
+// work. Here the tokens are copied instead, into columns: [size, width] with a width of 16 or 32 tokens, one or two vector registers, zeros beyond the
+// tokens that there are. The matrices are read as they lie. What is between two products stays in columns.
 //
-// Everything is row-major. `Number` is float or bfloat16; sums are float. An expert's rows are [start, end) of `rows`; all groups have 1 to 32 rows.
+// Matrices are row-major. `Number` is float or bfloat16; sums, and all that is in columns, are float. A group is the rows [start, end) of one expert, 1 to 32.
 
 #include <algorithm>
 #include <cstdint>
@@ -80,32 +81,67 @@ inline void write(bfloat16 *to, float value) {
     to->bits = value != value ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-inline int64_t width_of(const Group &group) { return group.end - group.start > LANES ? 2 * LANES : LANES; }
-
-// A group's rows as columns: [size, width], with zeros beyond the rows that there are.
-template <class Number> void put_in_columns(const Number *rows, const Group &group, int64_t size, float *columns) {
-    const int64_t width = width_of(group), count = group.end - group.start;
-    for (int64_t first = 0; first < size; first += LANES) {
-        const int64_t last = std::min(first + LANES, size);
-        for (int64_t row = 0; row < width; row++) {
-            const Number *from = rows + (group.start + row) * size;
-            for (int64_t at = first; at < last; at++)
-                columns[at * width + row] = row < count ? read(from[at]) : 0.0f;
-        }
-    }
+// exp: 2^n times the Taylor polynomial of the rest, which is at most ln(2) / 2 and leaves 1e-8 of the sum. What is not a number stays so: of two that cannot
+// be compared, min and max give the second.
+inline Vector exponential(Vector x) {
+    const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
+    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // ln(2) in two parts, of which the first times `whole` is exact.
+    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145751953125f), bounded);
+    rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860682e-6f), rest);
+    __m512 sum = _mm512_set1_ps(1.0f / 5040);
+    for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
+    return (Vector)_mm512_scalef_ps(sum, whole);
 }
 
+inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+
+struct Problem {
+    const Group *groups;
+    const int64_t *tokens; // of each row
+    int64_t count, hidden, intermediate;
+    int threads;
+
+    int64_t rows(int64_t group) const { return groups[group].end - groups[group].start; }
+    int64_t width(int64_t group) const { return rows(group) > LANES ? 2 * LANES : LANES; }
+};
+
+// Columns of every group, one after the other.
 struct Columns {
     std::unique_ptr<float[]> memory;
-    int64_t size;
+    std::unique_ptr<int64_t[]> starts;
+    float *aligned;
 
-    Columns(int64_t groups, int64_t size) : memory(new float[groups * size * MOST_ROWS + LANES]), size(size) {}
-
-    float *of(int64_t group) {
-        float *start = memory.get() + group * size * MOST_ROWS;
-        return (float *)((uintptr_t(start) + 63) / 64 * 64);
+    Columns(const Problem &problem, int64_t size) : starts(new int64_t[problem.count + 1]) {
+        starts[0] = 0;
+        for (int64_t group = 0; group < problem.count; group++)
+            starts[group + 1] = starts[group] + size * problem.width(group);
+        memory.reset(new float[starts[problem.count] + LANES]);
+        aligned = (float *)((uintptr_t(memory.get()) + 63) / 64 * 64);
     }
+
+    float *of(int64_t group) { return aligned + starts[group]; }
 };
+
+// A group's tokens as columns, each times its weight where there are any.
+template <class Number>
+void put_in_columns(const Number *tokens, const float *weights, const Problem &problem, int64_t number, int64_t size, float *columns) {
+    const Group &group = problem.groups[number];
+    const int64_t width = problem.width(number), count = group.end - group.start;
+    for (int64_t first = 0; first < size; first += LANES) {
+        const int64_t last = std::min(first + LANES, size);
+        for (int64_t row = 0; row < count; row++) {
+            const Number *from = tokens + problem.tokens[group.start + row] * size;
+            const float weight = weights ? weights[group.start + row] : 1.0f;
+            for (int64_t at = first; at < last; at++)
+                columns[at * width + row] = read(from[at]) * weight;
+        }
+        for (int64_t row = count; row < width; row++)
+            for (int64_t at = first; at < last; at++)
+                columns[at * width + row] = 0.0f;
+    }
+}
 
 // `COUNT` rows of a matrix times columns: sums [COUNT, VECTORS].
 template <int VECTORS, int COUNT>
@@ -145,41 +181,74 @@ inline void sums_of(const bfloat16 *matrix, int64_t stride, const float *columns
     }
 }
 
+// Both halves of `COUNT` units, and the units: silu(gate) * up. `halves`: [2 * intermediate, width]; `units`: [intermediate, width].
 template <class Number, int VECTORS, int COUNT>
-void block_times_columns(const Number *matrix, const float *columns, int64_t size, Number *out, int64_t stride, int64_t rows) {
+void units_of(const Number *into, const float *columns, int64_t hidden, int64_t intermediate, int64_t at, float *halves, float *units) {
+    constexpr int64_t WIDTH = VECTORS * LANES;
+    Vector gates[COUNT][VECTORS] = {}, ups[COUNT][VECTORS] = {};
+    sums_of<VECTORS, COUNT>(into + at * hidden, hidden, columns, hidden, gates);
+    sums_of<VECTORS, COUNT>(into + (intermediate + at) * hidden, hidden, columns, hidden, ups);
+    for (int row = 0; row < COUNT; row++)
+        for (int v = 0; v < VECTORS; v++) {
+            const Vector gate = gates[row][v], up = ups[row][v];
+            if (halves) {
+                store(halves + (at + row) * WIDTH + v * LANES, gate);
+                store(halves + (intermediate + at + row) * WIDTH + v * LANES, up);
+            }
+            store(units + (at + row) * WIDTH + v * LANES, gate * sigmoid(gate) * up);
+        }
+}
+
+// What `COUNT` rows of a matrix give for columns, as rows: out[row, at] for the group's rows.
+template <class Number, int VECTORS, int COUNT>
+void rows_of(const Number *matrix, const float *columns, int64_t size, int64_t at, Number *out, int64_t stride, int64_t rows) {
     Vector sums[COUNT][VECTORS] = {};
-    sums_of<VECTORS, COUNT>(matrix, size, columns, size, sums);
+    sums_of<VECTORS, COUNT>(matrix + at * size, size, columns, size, sums);
     for (int64_t row = 0; row < rows; row++)
-        for (int at = 0; at < COUNT; at++)
-            write(out + row * stride + at, sums[at][row / LANES][row % LANES]);
+        for (int one = 0; one < COUNT; one++)
+            write(out + row * stride + at + one, sums[one][row / LANES][row % LANES]);
 }
 
 template <class Number, int VECTORS>
-void rows_of_matrix(const Number *matrix, const float *columns, int64_t size, Number *out, int64_t stride, int64_t rows, int64_t from, int64_t to) {
-    int64_t at = from;
-    for (; at + BLOCK <= to; at += BLOCK)
-        block_times_columns<Number, VECTORS, BLOCK>(matrix + at * size, columns, size, out + at, stride, rows);
-    for (; at < to; at++)
-        block_times_columns<Number, VECTORS, 1>(matrix + at * size, columns, size, out + at, stride, rows);
+void units_between(const Number *into, const float *columns, const Problem &problem, int64_t from, int64_t to, float *halves, float *units) {
+    for (; from + BLOCK <= to; from += BLOCK)
+        units_of<Number, VECTORS, BLOCK>(into, columns, problem.hidden, problem.intermediate, from, halves, units);
+    for (; from < to; from++)
+        units_of<Number, VECTORS, 1>(into, columns, problem.hidden, problem.intermediate, from, halves, units);
 }
 
-// out[row, n] = sum over k of rows[row, k] matrices[expert, n, k]
+template <class Number, int VECTORS>
+void rows_between(const Number *out, const float *units, const Problem &problem, int64_t from, int64_t to, Number *said, int64_t rows) {
+    for (; from + BLOCK <= to; from += BLOCK)
+        rows_of<Number, VECTORS, BLOCK>(out, units, problem.intermediate, from, said, problem.hidden, rows);
+    for (; from < to; from++)
+        rows_of<Number, VECTORS, 1>(out, units, problem.intermediate, from, said, problem.hidden, rows);
+}
+
+// said[row] = out_e (silu(gate_e x) * (up_e x)) for each row of a group; `halves` (all groups' [2 * intermediate, width]) is null where nothing is kept.
 template <class Number>
-void times_transposed(const Number *rows, const Number *matrices, Number *out, const Group *groups, int64_t count, int64_t results, int64_t size, int threads) {
-    Columns columns(count, size);
-    const int64_t tasks = (results + TASK - 1) / TASK;
-#pragma omp parallel num_threads(threads)
+void forward(const Problem &problem, const Number *x, const Number *into, const Number *out, Number *said, float *halves) {
+    const int64_t hidden = problem.hidden, intermediate = problem.intermediate;
+    Columns columns(problem, hidden), units(problem, intermediate);
+    const int64_t unit_tasks = (intermediate + TASK - 1) / TASK, row_tasks = (hidden + TASK - 1) / TASK;
+#pragma omp parallel num_threads(problem.threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t group = 0; group < count; group++)
-            put_in_columns(rows, groups[group], size, columns.of(group));
+        for (int64_t group = 0; group < problem.count; group++)
+            put_in_columns(x, nullptr, problem, group, hidden, columns.of(group));
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < count * tasks; task++) {
-            const Group &group = groups[task / tasks];
-            const int64_t from = task % tasks * TASK, to = std::min(from + TASK, results);
-            const Number *matrix = matrices + group.expert * results * size;
-            auto run = width_of(group) > LANES ? rows_of_matrix<Number, 2> : rows_of_matrix<Number, 1>;
-            run(matrix, columns.of(task / tasks), size, out + group.start * results, results, group.end - group.start, from, to);
+        for (int64_t task = 0; task < problem.count * unit_tasks; task++) {
+            const int64_t group = task / unit_tasks, from = task % unit_tasks * TASK, to = std::min(from + TASK, intermediate);
+            auto run = problem.width(group) > LANES ? units_between<Number, 2> : units_between<Number, 1>;
+            float *kept = halves ? halves + 2 * units.starts[group] : nullptr;
+            run(into + problem.groups[group].expert * 2 * intermediate * hidden, columns.of(group), problem, from, to, kept, units.of(group));
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < problem.count * row_tasks; task++) {
+            const int64_t group = task / row_tasks, from = task % row_tasks * TASK, to = std::min(from + TASK, hidden);
+            auto run = problem.width(group) > LANES ? rows_between<Number, 2> : rows_between<Number, 1>;
+            const Group &here = problem.groups[group];
+            run(out + here.expert * hidden * intermediate, units.of(group), problem, from, to, said + here.start * hidden, here.end - here.start);
         }
     }
 }
@@ -216,37 +285,31 @@ inline void add_rows(const Number *matrix, int64_t stride, const float *columns,
                 sums[row * TILE + at - from] += read(matrix[one * stride + at]) * columns[one * width + row];
 }
 
-// out[row, k] = sum over n of rows[row, n] matrices[expert, n, k]
+// sums[row, k] = sum over n of columns[n, row] matrix[n, k], for k from `from` to `to`; rows are filled up to a multiple of 4.
 template <class Number>
-void times(const Number *rows, const Number *matrices, Number *out, const Group *groups, int64_t count, int64_t size, int64_t results, int threads) {
-    Columns columns(count, size);
-    const int64_t tasks = (results + TILE - 1) / TILE;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t group = 0; group < count; group++)
-            put_in_columns(rows, groups[group], size, columns.of(group));
-        alignas(64) float sums[MOST_ROWS * TILE];
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < count * tasks; task++) {
-            // From the last to the first: the forward pass left the last in the caches.
-            const int64_t number = count - 1 - task / tasks;
-            const Group &group = groups[number];
-            const int64_t here = group.end - group.start, width = width_of(group), filled = (here + 3) / 4 * 4;
-            const int64_t from = task % tasks * TILE, to = std::min(from + TILE, results);
-            const Number *matrix = matrices + group.expert * size * results;
-            const float *factors = columns.of(number);
-            std::fill(sums, sums + filled * TILE, 0.0f);
-            int64_t at = 0;
-            for (; at + BLOCK <= size; at += BLOCK)
-                add_rows<Number, BLOCK>(matrix + at * results, results, factors + at * width, width, filled, from, to, sums);
-            for (; at < size; at++)
-                add_rows<Number, 1>(matrix + at * results, results, factors + at * width, width, filled, from, to, sums);
-            for (int64_t row = 0; row < here; row++)
-                for (int64_t k = from; k < to; k++)
-                    write(out + (group.start + row) * results + k, sums[row * TILE + k - from]);
+void times(const Number *matrix, const float *columns, int64_t width, int64_t rows, int64_t size, int64_t stride, int64_t from, int64_t to, float *sums) {
+    const int64_t filled = (rows + 3) / 4 * 4;
+    std::fill(sums, sums + filled * TILE, 0.0f);
+    int64_t at = 0;
+    for (; at + BLOCK <= size; at += BLOCK)
+        add_rows<Number, BLOCK>(matrix + at * stride, stride, columns + at * width, width, filled, from, to, sums);
+    for (; at < size; at++)
+        add_rows<Number, 1>(matrix + at * stride, stride, columns + at * width, width, filled, from, to, sums);
+}
+
+// From the gradient of units `from` to `to`, as sums [rows, TILE]: that of both halves, and the units again, all in columns.
+inline void through_units(const float *sums, int64_t rows, int64_t width, int64_t intermediate, int64_t from, int64_t to, const float *halves, float *grad_halves, float *units) {
+    for (int64_t at = from; at < to; at++)
+        for (int64_t first = 0; first < width; first += LANES) {
+            alignas(64) float column[LANES] = {};
+            for (int64_t row = first; row < std::min(rows, first + LANES); row++)
+                column[row - first] = sums[row * TILE + at - from];
+            const int64_t gate_at = at * width + first, up_at = (intermediate + at) * width + first;
+            const Vector grad = load(column), gate = load(halves + gate_at), up = load(halves + up_at), share = sigmoid(gate), active = gate * share;
+            store(grad_halves + gate_at, grad * up * share * (1.0f + gate * (1.0f - share)));
+            store(grad_halves + up_at, grad * active);
+            store(units + gate_at, active * up);
         }
-    }
 }
 
 template <class Number, int COUNT>
@@ -284,35 +347,80 @@ inline void outer_block(const float *columns, int64_t width, const float *right,
         }
 }
 
-// out[expert, n, k] = sum over the expert's rows of left[row, n] right[row, k]
+// out[n, k] = sum over rows of columns[n, row] right[row, k], for n from `first` to `last`; `put(row, from, to, tile)` gives right's numbers.
+template <class Number, class Put>
+void outer(const float *columns, int64_t width, int64_t rows, int64_t first, int64_t last, int64_t size, Number *out, bool streams, Put put) {
+    alignas(64) float tile[MOST_ROWS * TILE];
+    for (int64_t from = 0; from < size; from += TILE) {
+        const int64_t to = std::min(from + TILE, size);
+        for (int64_t row = 0; row < rows; row++)
+            put(row, from, to, tile + row * TILE);
+        int64_t at = first;
+        for (; at + BLOCK <= last; at += BLOCK)
+            outer_block<Number, BLOCK>(columns + at * width, width, tile, rows, from, to, out + at * size, size, streams);
+        for (; at < last; at++)
+            outer_block<Number, 1>(columns + at * width, width, tile, rows, from, to, out + at * size, size, streams);
+    }
+}
+
+// The gradients of `forward` from that of the tokens' answers, with each row's weight in them: of the rows' inputs and of the groups' experts; null where
+// not asked for. Matrices are read before the gradients of others are written, and from the last to the first: `forward` left the last in the caches.
 template <class Number>
-void transposed_times(const Number *left, const Number *right, Number *out, const Group *groups, int64_t count, int64_t results, int64_t size, int threads) {
-    Columns columns(count, results);
-    const int64_t tasks = (results + TASK - 1) / TASK;
-    const bool streams = may_stream(out, size);
-#pragma omp parallel num_threads(threads)
+void backward(const Problem &problem, const Number *grad, const float *weights, const Number *x, const Number *into, const Number *out, const float *halves, Number *grad_rows, Number *grad_into, Number *grad_out) {
+    const int64_t hidden = problem.hidden, intermediate = problem.intermediate, matrix = hidden * intermediate;
+    Columns grad_said(problem, hidden), grad_halves(problem, 2 * intermediate), units(problem, intermediate);
+    const int64_t unit_tiles = (intermediate + TILE - 1) / TILE, hidden_tiles = (hidden + TILE - 1) / TILE;
+    const int64_t into_tasks = (2 * intermediate + TASK - 1) / TASK, out_tasks = (hidden + TASK - 1) / TASK;
+    const bool streams_into = may_stream(grad_into, hidden), streams_out = may_stream(grad_out, intermediate);
+#pragma omp parallel num_threads(problem.threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t group = 0; group < count; group++)
-            put_in_columns(left, groups[group], results, columns.of(group));
-        alignas(64) float tile[MOST_ROWS * TILE];
+        for (int64_t group = 0; group < problem.count; group++)
+            put_in_columns(grad, weights, problem, group, hidden, grad_said.of(group));
+        alignas(64) float sums[MOST_ROWS * TILE];
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < count * tasks; task++) {
-            const Group &group = groups[task / tasks];
-            const int64_t here = group.end - group.start, width = width_of(group);
-            const int64_t first = task % tasks * TASK, last = std::min(first + TASK, results);
-            const float *factors = columns.of(task / tasks);
-            Number *matrix = out + group.expert * results * size;
-            for (int64_t from = 0; from < size; from += TILE) {
-                const int64_t to = std::min(from + TILE, size);
-                for (int64_t row = 0; row < here; row++)
-                    for (int64_t k = from; k < to; k++)
-                        tile[row * TILE + k - from] = read(right[(group.start + row) * size + k]);
-                int64_t at = first;
-                for (; at + BLOCK <= last; at += BLOCK)
-                    outer_block<Number, BLOCK>(factors + at * width, width, tile, here, from, to, matrix + at * size, size, streams);
-                for (; at < last; at++)
-                    outer_block<Number, 1>(factors + at * width, width, tile, here, from, to, matrix + at * size, size, streams);
+        for (int64_t task = 0; task < problem.count * unit_tiles; task++) {
+            const int64_t group = problem.count - 1 - task / unit_tiles, from = task % unit_tiles * TILE, to = std::min(from + TILE, intermediate);
+            const int64_t rows = problem.rows(group), width = problem.width(group);
+            times(out + problem.groups[group].expert * matrix, grad_said.of(group), width, rows, hidden, intermediate, from, to, sums);
+            through_units(sums, rows, width, intermediate, from, to, halves + 2 * units.starts[group], grad_halves.of(group), units.of(group));
+        }
+        if (grad_rows) {
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < problem.count * hidden_tiles; task++) {
+                const int64_t group = problem.count - 1 - task / hidden_tiles, from = task % hidden_tiles * TILE, to = std::min(from + TILE, hidden);
+                const Group &here = problem.groups[group];
+                const int64_t rows = problem.rows(group);
+                times(into + here.expert * 2 * matrix, grad_halves.of(group), problem.width(group), rows, 2 * intermediate, hidden, from, to, sums);
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t at = from; at < to; at++)
+                        write(grad_rows + (here.start + row) * hidden + at, sums[row * TILE + at - from]);
+            }
+        }
+        if (grad_into) {
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t task = 0; task < problem.count * into_tasks; task++) {
+                const int64_t group = task / into_tasks, first = task % into_tasks * TASK, last = std::min(first + TASK, 2 * intermediate);
+                const Group &here = problem.groups[group];
+                auto put = [&](int64_t row, int64_t from, int64_t to, float *tile) {
+                    const Number *token = x + problem.tokens[here.start + row] * hidden;
+                    for (int64_t at = from; at < to; at++)
+                        tile[at - from] = read(token[at]);
+                };
+                outer(grad_halves.of(group), problem.width(group), problem.rows(group), first, last, hidden, grad_into + here.expert * 2 * matrix, streams_into, put);
+            }
+        }
+        if (grad_out) {
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t task = 0; task < problem.count * out_tasks; task++) {
+                const int64_t group = task / out_tasks, first = task % out_tasks * TASK, last = std::min(first + TASK, hidden);
+                const int64_t width = problem.width(group);
+                const float *columns = units.of(group);
+                auto put = [&](int64_t row, int64_t from, int64_t to, float *tile) {
+                    for (int64_t at = from; at < to; at++)
+                        tile[at - from] = columns[at * width + row];
+                };
+                outer(grad_said.of(group), width, problem.rows(group), first, last, intermediate, grad_out + problem.groups[group].expert * matrix, streams_out, put);
             }
         }
         _mm_sfence(); // What was streamed is seen by all threads.
@@ -321,14 +429,14 @@ void transposed_times(const Number *left, const Number *right, Number *out, cons
 
 } // namespace
 
-#define EXPORT(name)                                                                                                                                          \
-    extern "C" void name##_float(const float *a, const float *b, float *out, const Group *groups, int64_t count, int64_t first, int64_t second, int threads) { \
-        name(a, b, out, groups, count, first, second, threads);                                                                                               \
-    }                                                                                                                                                         \
-    extern "C" void name##_bfloat16(const bfloat16 *a, const bfloat16 *b, bfloat16 *out, const Group *groups, int64_t count, int64_t first, int64_t second, int threads) { \
-        name(a, b, out, groups, count, first, second, threads);                                                                                               \
+#define EXPORT(Number, name)                                                                                                                             \
+    extern "C" void forward_##name(const Problem *problem, const Number *x, const Number *into, const Number *out, Number *said, float *halves) {         \
+        forward(*problem, x, into, out, said, halves);                                                                                                   \
+    }                                                                                                                                                    \
+    extern "C" void backward_##name(const Problem *problem, const Number *grad, const float *weights, const Number *x, const Number *into,               \
+                                    const Number *out, const float *halves, Number *grad_rows, Number *grad_into, Number *grad_out) {                    \
+        backward(*problem, grad, weights, x, into, out, halves, grad_rows, grad_into, grad_out);                                                         \
     }
 
-EXPORT(times_transposed)
-EXPORT(times)
-EXPORT(transposed_times)
+EXPORT(float, float)
+EXPORT(bfloat16, bfloat16)
