@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from koine.hardware import bfloat16_is_fast
-from koine.model import few_rows
+from koine.model import compiled_experts
 
 class Chosen(NamedTuple):
     """Which experts each token goes to, and with what weight.
@@ -63,7 +63,7 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
 
 def _widens(x: Tensor, rows: float) -> bool:
     """Whether products of bfloat16 are faster in float32, with the time that it takes to make the matrices float32. rows: an expert, on average."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > FEW and not bfloat16_is_fast()
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > MOSTLY_FEW and not bfloat16_is_fast()
 
 
 PADDED: tuple[tuple[int, float], ...] = ((48, 1.5), (256, 1.2))
@@ -75,8 +75,8 @@ PADDED_BEYOND = 1.03
 LARGE = 2**20
 """Entries of a matrix from which on its product is no longer held up by the call itself: groups are then not filled up (docs/log.md)."""
 
-FEW = few_rows.MOST_ROWS
-"""Up to so many tokens an expert is that of `koine.model.few_rows`, where that can be compiled."""
+MOSTLY_FEW = 32
+"""Up to so many tokens an expert, on average, groups are not filled up where `koine.model.compiled_experts` can take each as it is."""
 
 WIDENED = 2**19
 """Entries of a matrix that are made float32 at a time: 2 MB, which stay in the caches until they are multiplied."""
@@ -86,7 +86,7 @@ class _Groups(NamedTuple):
     """Choices sorted by expert, in rows.
 
     tokens: `[rows]`, the token of each row. place: `[tokens * k]`, the row of each choice. few: `[groups, 3]` int64, expert, first and last row (exclusive) of
-    experts for `koine.model.few_rows`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled up with rows that
+    experts for `koine.model.compiled_experts`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled up with rows that
     are no choice (their token is 0 and nothing reads what is said to it), and are multiplied at once; 0 where each has as many as it has choices.
     """
 
@@ -126,7 +126,7 @@ def _grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, may_be_few: boo
         tokens[row] = chosen
     else:
         ends = list(_runs(counts.tolist()))
-    few = [one for one in ends if one[2] - one[1] <= FEW] if may_be_few else []
+    few = [one for one in ends if one[2] - one[1] <= compiled_experts.MOST_ROWS] if may_be_few else []
     place = np.empty_like(order)
     place[order] = row
     on = experts.device
@@ -212,15 +212,14 @@ def _transposed_times(left: Tensor, right: Tensor, expert: int | None, out: Tens
 
 
 class _Kept(NamedTuple):
-    """What the backward pass needs: the rows that the experts read, both halves of what they made of them, and the gate's half activated."""
+    """What the backward pass needs: the rows that the experts read, and both halves of what they made of them."""
 
     picked: Tensor
     both: Tensor
-    active: Tensor
 
 
 class _ForwardResult(NamedTuple):
-    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: of the few what `few_rows.forward` returned, and of the others."""
+    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: of the few what `compiled_experts.forward` returned, and of the others."""
 
     said: Tensor
     halves: Tensor | None
@@ -231,24 +230,22 @@ def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: boo
     rows, hidden, width = len(groups.tokens), x.shape[1], out.shape[2]
     said, halves = x.new_empty(rows, hidden), None
     if len(groups.few):
-        halves = few_rows.forward(x, into, out, groups.tokens, groups.few, said, keep=keep)
+        halves = compiled_experts.forward(x, into, out, groups.tokens, groups.few, said, keep=keep)
     parts = _parts(groups)
     if not parts:
         return _ForwardResult(said, halves, None)
     most = _most_rows(parts)
     # Where nothing is kept, one part works in the memory of the one before.
     room = rows if keep else most
-    picked, both, active = (x.new_empty(room, size) for size in (hidden, 2 * width, width))
-    units = x.new_empty(most, width)
+    picked, both, units = x.new_empty(room, hidden), x.new_empty(room, 2 * width), x.new_empty(most, width)
     for part in parts:
         count = part.rows.stop - part.rows.start
         here = part.rows if keep else slice(0, count)
         read = torch.index_select(x, 0, groups.tokens[part.rows], out=picked[here])
         made = _times_transposed(read, into, part.expert, both[here])
-        lit = torch.ops.aten.silu.out(made[:, :width], out=active[here])
-        product = torch.mul(lit, made[:, width:], out=units[:count])
-        _times_transposed(product, out, part.expert, said[part.rows])
-    return _ForwardResult(said, halves, _Kept(picked, both, active) if keep else None)
+        _swiglu(made, units[:count])
+        _times_transposed(units[:count], out, part.expert, said[part.rows])
+    return _ForwardResult(said, halves, _Kept(picked, both) if keep else None)
 
 
 def _most_rows(parts: list[_Part]) -> int:
@@ -264,14 +261,14 @@ class _FeedForwardExperts(torch.autograd.Function):
     ) -> Tensor:
         tokens, k = experts.shape
         x, into, out = x.contiguous(), into.contiguous(), out.contiguous()
-        may_be_few = into.dtype == x.dtype and few_rows.compiled_for(x)
-        mostly_few = may_be_few and tokens * k <= FEW * len(into)
+        may_be_few = into.dtype == x.dtype and compiled_experts.compiled_for(x)
+        mostly_few = may_be_few and tokens * k <= MOSTLY_FEW * len(into)
         may_fill = into.dtype == x.dtype and not mostly_few
         groups = _grouped(experts, into, may_fill=may_fill, may_be_few=may_be_few)
         said, halves, kept = _forward(x, into, out, groups, keep=learning)
         if learning:
             ctx.groups = groups
-            # The products of active and up are worked out again: a multiplication, where silu would be an exponential.
+            # The units are worked out again.
             ctx.save_for_backward(x, into, out, gates, said, halves, *(kept or ()))
         # What is said of a token, weighted and added up in one pass over memory.
         return F.embedding_bag(
@@ -283,7 +280,7 @@ class _FeedForwardExperts(torch.autograd.Function):
         x, into, out, gates, said, halves, *kept = ctx.saved_tensors
         groups: _Groups = ctx.groups
         tokens, k = gates.shape
-        grad_gates = None
+        grad, grad_gates = grad.contiguous(), None
         if ctx.needs_input_grad[4]:
             by_token = said.index_select(0, groups.place).view(tokens, k, grad.shape[1])
             grad_gates = by_token.mul_(grad[:, None]).sum(dim=-1)
@@ -292,8 +289,8 @@ class _FeedForwardExperts(torch.autograd.Function):
         weights[groups.place] = gates.reshape(-1)
         found = _gradients(x, into, out, groups, _Wanted(*ctx.needs_input_grad[:3]))
         if len(groups.few):
-            few_rows.backward(
-                grad.contiguous(), weights, x, into, out, groups.tokens, groups.few, halves, found
+            compiled_experts.backward(
+                grad, weights, x, into, out, groups.tokens, groups.few, halves, found
             )
         if kept:
             _backward(grad, weights, _Kept(*kept), into, out, groups, found)
@@ -319,14 +316,34 @@ class _Gradients(NamedTuple):
     out: Tensor | None
 
 
-def _grad_both(grad_units: Tensor, both: Tensor, active: Tensor, into: Tensor) -> Tensor:
-    """The gradient of both halves from that of their product, written to `into`; `grad_units` is used up."""
-    width = active.shape[1]
-    torch.mul(grad_units, active, out=into[:, width:])
-    torch.ops.aten.silu_backward.grad_input(
-        grad_units.mul_(both[:, width:]), both[:, :width], grad_input=into[:, :width]
-    )
-    return into
+def _swiglu(both: Tensor, units: Tensor) -> None:
+    """Writes `silu(gate) * up`. both: `[rows, 2 * intermediate]`; units: `[rows, intermediate]`."""
+    if compiled_experts.compiled_for(both):
+        compiled_experts.swiglu(both, units)
+        return
+    gate, up = both.chunk(2, dim=1)
+    torch.mul(F.silu(gate), up, out=units)
+
+
+def _swiglu_backward(grad_units: Tensor, both: Tensor, grad_both: Tensor, units: Tensor) -> None:
+    """Writes the gradient of both halves to `grad_both` and the units again to `units`; `grad_units` is used up."""
+    if compiled_experts.compiled_for(both):
+        compiled_experts.swiglu_backward(grad_units, both, grad_both, units)
+        return
+    gate, up = both.chunk(2, dim=1)
+    grad_gate, grad_up = grad_both.chunk(2, dim=1)
+    active = F.silu(gate)
+    torch.mul(active, up, out=units)
+    torch.mul(grad_units, active, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_units.mul_(up), gate, grad_input=grad_gate)
+
+
+def _gather(tokens: Tensor, numbers: Tensor, weights: Tensor, to: Tensor) -> Tensor:
+    """The tokens of these numbers, each times its weight, written to `to` `[rows, hidden]`."""
+    if compiled_experts.compiled_for(tokens):
+        compiled_experts.gather(tokens, numbers, weights, to)
+        return to
+    return torch.index_select(tokens, 0, numbers, out=to).mul_(weights[:, None])
 
 
 def _gradients(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, wanted: _Wanted) -> _Gradients:
@@ -361,18 +378,14 @@ def _backward(
     for part in parts:
         here, count = part.rows, part.rows.stop - part.rows.start
         said, units, product, both = (one[:count] for one in memory)
-        grad_said = torch.index_select(grad, 0, groups.tokens[here], out=said).mul_(weights[here, None])
+        grad_said = _gather(grad, groups.tokens[here], weights[here], said)
+        _swiglu_backward(_times(grad_said, out, part.expert, units), kept.both[here], both, product)
         if found.out is not None:
-            torch.mul(kept.active[here], kept.both[here, width:], out=product)
             _transposed_times(grad_said, product, part.expert, found.out)
-        if found.into is None and found.rows is None:
-            continue
-        grad_units = _times(grad_said, out, part.expert, units)
-        grad_both = _grad_both(grad_units, kept.both[here], kept.active[here], both)
         if found.into is not None:
-            _transposed_times(grad_both, kept.picked[here], part.expert, found.into)
+            _transposed_times(both, kept.picked[here], part.expert, found.into)
         if found.rows is not None:
-            _times(grad_both, into, part.expert, found.rows[here])
+            _times(both, into, part.expert, found.rows[here])
 
 
 def _on_accelerator(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:

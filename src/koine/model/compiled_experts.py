@@ -1,9 +1,11 @@
-"""SwiGLU experts for few tokens in C++ of ours (`few_rows.cpp`): each expert's matrices are read, and their gradients written, once."""
+"""SwiGLU experts in C++ of ours (`compiled_experts.cpp`): for few tokens whole, each matrix read, and its gradient written, once; for many what is between
+their products."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor
 
 from koine.model.compiled import library
 
-MOST_ROWS = 32
-"""Of one expert."""
+MOST_ROWS = 64
+"""Of one expert in `forward` and `backward`."""
 
-SOURCE = Path(__file__).with_name("few_rows.cpp")
+SOURCE = Path(__file__).with_suffix(".cpp")
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
@@ -80,19 +82,45 @@ def backward(
 
 
 def _width(groups: np.ndarray) -> int:
-    """Columns of all groups: 16 of them, or 32, for each."""
-    return int(np.where(groups[:, 2] - groups[:, 1] > 16, 32, 16).sum())
+    """Columns of all groups: each in full sixteens."""
+    return int(((groups[:, 1] - groups[:, 2]) // 16 * -16).sum())
+
+
+def swiglu(halves: Tensor, units: Tensor) -> None:
+    """Writes `silu(gate) * up` to `units`. halves: `[rows, 2 * intermediate]`, the gate's, then up's; units: `[rows, intermediate]`. All here contiguous."""
+    _function("swiglu", units)(_pointer(halves), _pointer(units), *_sizes(units))
+
+
+def swiglu_backward(grad: Tensor, halves: Tensor, grad_halves: Tensor, units: Tensor) -> None:
+    """Writes the gradient of both halves to `grad_halves` and the units again to `units`. grad: `[rows, intermediate]`; the rest as in `swiglu`."""
+    pointers = (_pointer(one) for one in (grad, halves, grad_halves, units))
+    _function("swiglu_backward", units)(*pointers, *_sizes(units))
+
+
+def gather(tokens: Tensor, numbers: Tensor, weights: Tensor, to: Tensor) -> None:
+    """Writes the tokens of these numbers, each times its weight. tokens: `[tokens, hidden]`; numbers: `[rows]` int64; weights: `[rows]`; to: `[rows, hidden]`."""
+    pointers = (_pointer(one) for one in (tokens, numbers, weights, to))
+    _function("gather", to)(*pointers, *_sizes(to))
 
 
 def _call(name: str, out: Tensor, tokens: Tensor, groups: np.ndarray, *tensors: Tensor | None) -> None:
-    compiled = library(SOURCE)
-    assert compiled is not None
-    assert all(one is None or one.is_contiguous() for one in tensors)
     assert groups.dtype == np.int64 and groups.flags.c_contiguous and tokens.is_contiguous()
     problem = _Problem(
         groups.ctypes.data, tokens.data_ptr(), len(groups), out.shape[1], out.shape[2], torch.get_num_threads()
     )
-    getattr(compiled, f"{name}_{NAMES[out.dtype]}")(
-        ctypes.byref(problem),
-        *(ctypes.c_void_p(None if one is None else one.data_ptr()) for one in tensors),
-    )
+    _function(name, out)(ctypes.byref(problem), *map(_pointer, tensors))
+
+
+def _function(name: str, like: Tensor) -> Any:
+    compiled = library(SOURCE)
+    assert compiled is not None
+    return getattr(compiled, f"{name}_{NAMES[like.dtype]}")
+
+
+def _pointer(one: Tensor | None) -> ctypes.c_void_p:
+    assert one is None or one.is_contiguous()
+    return ctypes.c_void_p(None if one is None else one.data_ptr())
+
+
+def _sizes(rows: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int]:
+    return ctypes.c_int64(rows.shape[0]), ctypes.c_int64(rows.shape[1]), ctypes.c_int(torch.get_num_threads())

@@ -1,10 +1,10 @@
 // SwiGLU experts for few tokens: each expert's matrices are read, and their gradients written, once.
 //
 // A matrix product that expects many rows copies the matrix into an order of its own first; where an expert has 1 to 32 tokens, that copy is most of the
-// work. Here the tokens are copied instead, into columns: [size, width] with a width of 16 or 32 tokens, one or two vector registers, zeros beyond the
+// work. Here the tokens are copied instead, into columns: [size, width] with a width of 16 to 64 tokens, one to four vector registers, zeros beyond the
 // tokens that there are. The matrices are read as they lie. What is between two products stays in columns.
 //
-// Matrices are row-major. `Number` is float or bfloat16; sums, and all that is in columns, are float. A group is the rows [start, end) of one expert, 1 to 32.
+// Matrices are row-major. `Number` is float or bfloat16; sums, and all that is in columns, are float. A group is the rows [start, end) of one expert, 1 to 64.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,11 +13,11 @@
 
 #include <immintrin.h>
 
-namespace {
+namespace kernels {
 
 constexpr int64_t LANES = 16;     // numbers in a vector register
-constexpr int64_t MOST_ROWS = 32; // of a group
-constexpr int64_t BLOCK = 8;      // rows of a matrix at a time: as many sums in registers for each vector of columns
+constexpr int64_t MOST_ROWS = 64; // of a group
+constexpr int64_t BLOCK = 8;      // rows of a matrix at a time
 constexpr int64_t TILE = 256;     // numbers of a row at a time, where sums over rows of the matrix stay in the nearest cache
 constexpr int64_t TASK = 64;      // rows of a matrix that one thread takes at a time
 
@@ -104,7 +104,8 @@ struct Problem {
     int threads;
 
     int64_t rows(int64_t group) const { return groups[group].end - groups[group].start; }
-    int64_t width(int64_t group) const { return rows(group) > LANES ? 2 * LANES : LANES; }
+    int64_t vectors(int64_t group) const { return (rows(group) + LANES - 1) / LANES; }
+    int64_t width(int64_t group) const { return vectors(group) * LANES; }
 };
 
 // Columns of every group, one after the other.
@@ -150,13 +151,13 @@ inline void sums_of(const float *matrix, int64_t stride, const float *columns, i
     std::memcpy(sums, found, sizeof sums);
     for (int64_t at = 0; at < size; at++) {
         Vector column[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
             column[v] = load(columns + (at * VECTORS + v) * LANES);
 #pragma GCC unroll 16
         for (int row = 0; row < COUNT; row++) {
             const float one = matrix[row * stride + at];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++)
                 sums[row][v] += column[v] * one;
         }
@@ -209,18 +210,23 @@ void rows_of(const Number *matrix, const float *columns, int64_t size, int64_t a
             write(out + row * stride + at + one, sums[one][row / LANES][row % LANES]);
 }
 
+// Rows of a matrix at a time: sums for all of them and all vectors of columns stay in the registers.
+template <int VECTORS> constexpr int64_t AT_A_TIME = VECTORS > 2 ? BLOCK / 2 : BLOCK;
+
 template <class Number, int VECTORS>
 void units_between(const Number *into, const float *columns, const Problem &problem, int64_t from, int64_t to, float *halves, float *units) {
-    for (; from + BLOCK <= to; from += BLOCK)
-        units_of<Number, VECTORS, BLOCK>(into, columns, problem.hidden, problem.intermediate, from, halves, units);
+    constexpr int64_t COUNT = AT_A_TIME<VECTORS>;
+    for (; from + COUNT <= to; from += COUNT)
+        units_of<Number, VECTORS, COUNT>(into, columns, problem.hidden, problem.intermediate, from, halves, units);
     for (; from < to; from++)
         units_of<Number, VECTORS, 1>(into, columns, problem.hidden, problem.intermediate, from, halves, units);
 }
 
 template <class Number, int VECTORS>
 void rows_between(const Number *out, const float *units, const Problem &problem, int64_t from, int64_t to, Number *said, int64_t rows) {
-    for (; from + BLOCK <= to; from += BLOCK)
-        rows_of<Number, VECTORS, BLOCK>(out, units, problem.intermediate, from, said, problem.hidden, rows);
+    constexpr int64_t COUNT = AT_A_TIME<VECTORS>;
+    for (; from + COUNT <= to; from += COUNT)
+        rows_of<Number, VECTORS, COUNT>(out, units, problem.intermediate, from, said, problem.hidden, rows);
     for (; from < to; from++)
         rows_of<Number, VECTORS, 1>(out, units, problem.intermediate, from, said, problem.hidden, rows);
 }
@@ -231,6 +237,8 @@ void forward(const Problem &problem, const Number *x, const Number *into, const 
     const int64_t hidden = problem.hidden, intermediate = problem.intermediate;
     Columns columns(problem, hidden), units(problem, intermediate);
     const int64_t unit_tasks = (intermediate + TASK - 1) / TASK, row_tasks = (hidden + TASK - 1) / TASK;
+    const auto unit_runs = {units_between<Number, 1>, units_between<Number, 2>, units_between<Number, 3>, units_between<Number, 4>};
+    const auto row_runs = {rows_between<Number, 1>, rows_between<Number, 2>, rows_between<Number, 3>, rows_between<Number, 4>};
 #pragma omp parallel num_threads(problem.threads)
     {
 #pragma omp for schedule(dynamic)
@@ -239,14 +247,14 @@ void forward(const Problem &problem, const Number *x, const Number *into, const 
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < problem.count * unit_tasks; task++) {
             const int64_t group = task / unit_tasks, from = task % unit_tasks * TASK, to = std::min(from + TASK, intermediate);
-            auto run = problem.width(group) > LANES ? units_between<Number, 2> : units_between<Number, 1>;
+            const auto run = unit_runs.begin()[problem.vectors(group) - 1];
             float *kept = halves ? halves + 2 * units.starts[group] : nullptr;
             run(into + problem.groups[group].expert * 2 * intermediate * hidden, columns.of(group), problem, from, to, kept, units.of(group));
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < problem.count * row_tasks; task++) {
             const int64_t group = task / row_tasks, from = task % row_tasks * TASK, to = std::min(from + TASK, hidden);
-            auto run = problem.width(group) > LANES ? rows_between<Number, 2> : rows_between<Number, 1>;
+            const auto run = row_runs.begin()[problem.vectors(group) - 1];
             const Group &here = problem.groups[group];
             run(out + here.expert * hidden * intermediate, units.of(group), problem, from, to, said + here.start * hidden, here.end - here.start);
         }
@@ -297,6 +305,46 @@ void times(const Number *matrix, const float *columns, int64_t width, int64_t ro
         add_rows<Number, 1>(matrix + at * stride, stride, columns + at * width, width, filled, from, to, sums);
 }
 
+struct Unit {
+    Vector grad_gate, grad_up, value;
+};
+
+inline Unit through_unit(Vector grad, Vector gate, Vector up) {
+    const Vector share = sigmoid(gate), active = gate * share;
+    return {grad * up * share * (1.0f + gate * (1.0f - share)), grad * active, active * up};
+}
+
+// Numbers `at` to `at + LANES` of a row, or those that there are.
+struct Whole {
+    int64_t at;
+
+    template <class Number> Vector load(const Number *row) const { return kernels::load(row + at); }
+    template <class Number> void store(Number *row, Vector value) const { kernels::store(row + at, value); }
+};
+
+struct Rest {
+    int64_t at, count;
+
+    template <class Number> Vector load(const Number *row) const {
+        alignas(64) float numbers[LANES] = {};
+        for (int64_t one = 0; one < count; one++)
+            numbers[one] = read(row[at + one]);
+        return kernels::load(numbers);
+    }
+    template <class Number> void store(Number *row, Vector value) const {
+        for (int64_t one = 0; one < count; one++)
+            write(row + at + one, value[one]);
+    }
+};
+
+template <class Function> inline void each_vector(int64_t size, Function function) {
+    int64_t at = 0;
+    for (; at + LANES <= size; at += LANES)
+        function(Whole{at});
+    if (at < size)
+        function(Rest{at, size - at});
+}
+
 // From the gradient of units `from` to `to`, as sums [rows, TILE]: that of both halves, and the units again, all in columns.
 inline void through_units(const float *sums, int64_t rows, int64_t width, int64_t intermediate, int64_t from, int64_t to, const float *halves, float *grad_halves, float *units) {
     for (int64_t at = from; at < to; at++)
@@ -305,10 +353,10 @@ inline void through_units(const float *sums, int64_t rows, int64_t width, int64_
             for (int64_t row = first; row < std::min(rows, first + LANES); row++)
                 column[row - first] = sums[row * TILE + at - from];
             const int64_t gate_at = at * width + first, up_at = (intermediate + at) * width + first;
-            const Vector grad = load(column), gate = load(halves + gate_at), up = load(halves + up_at), share = sigmoid(gate), active = gate * share;
-            store(grad_halves + gate_at, grad * up * share * (1.0f + gate * (1.0f - share)));
-            store(grad_halves + up_at, grad * active);
-            store(units + gate_at, active * up);
+            const Unit unit = through_unit(load(column), load(halves + gate_at), load(halves + up_at));
+            store(grad_halves + gate_at, unit.grad_gate);
+            store(grad_halves + up_at, unit.grad_up);
+            store(units + gate_at, unit.value);
         }
 }
 
@@ -427,15 +475,67 @@ void backward(const Problem &problem, const Number *grad, const float *weights, 
     }
 }
 
-} // namespace
+// units[row] = silu(gate) * up of rows [2 * intermediate].
+template <class Number> void swiglu(const Number *halves, Number *units, int64_t rows, int64_t intermediate, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const Number *gates = halves + row * 2 * intermediate, *ups = gates + intermediate;
+        Number *to = units + row * intermediate;
+        each_vector(intermediate, [&](auto at) {
+            const Vector gate = at.load(gates);
+            at.store(to, gate * sigmoid(gate) * at.load(ups));
+        });
+    }
+}
 
-#define EXPORT(Number, name)                                                                                                                             \
-    extern "C" void forward_##name(const Problem *problem, const Number *x, const Number *into, const Number *out, Number *said, float *halves) {         \
-        forward(*problem, x, into, out, said, halves);                                                                                                   \
-    }                                                                                                                                                    \
-    extern "C" void backward_##name(const Problem *problem, const Number *grad, const float *weights, const Number *x, const Number *into,               \
-                                    const Number *out, const float *halves, Number *grad_rows, Number *grad_into, Number *grad_out) {                    \
-        backward(*problem, grad, weights, x, into, out, halves, grad_rows, grad_into, grad_out);                                                         \
+// From the gradient of units: that of both halves, and the units again.
+template <class Number>
+void swiglu_backward(const Number *grad, const Number *halves, Number *grad_halves, Number *units, int64_t rows, int64_t intermediate, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const Number *from = grad + row * intermediate, *gates = halves + row * 2 * intermediate, *ups = gates + intermediate;
+        Number *grad_gates = grad_halves + row * 2 * intermediate, *grad_ups = grad_gates + intermediate, *to = units + row * intermediate;
+        each_vector(intermediate, [&](auto at) {
+            const Unit unit = through_unit(at.load(from), at.load(gates), at.load(ups));
+            at.store(grad_gates, unit.grad_gate);
+            at.store(grad_ups, unit.grad_up);
+            at.store(to, unit.value);
+        });
+    }
+}
+
+// to[row] = weights[row] * tokens[numbers[row]]
+template <class Number>
+void gather(const Number *tokens, const int64_t *numbers, const Number *weights, Number *to, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const float weight = read(weights[row]);
+        each_vector(size, [&](auto at) { at.store(to + row * size, at.load(tokens + numbers[row] * size) * weight); });
+    }
+}
+
+} // namespace kernels
+
+using namespace kernels;
+
+#define EXPORT(Number, type)                                                                                                                   \
+    extern "C" void forward_##type(const Problem *problem, const Number *x, const Number *into, const Number *out, Number *said, float *halves) { \
+        forward(*problem, x, into, out, said, halves);                                                                                         \
+    }                                                                                                                                          \
+    extern "C" void backward_##type(const Problem *problem, const Number *grad, const float *weights, const Number *x, const Number *into,     \
+                                    const Number *out, const float *halves, Number *grad_rows, Number *grad_into, Number *grad_out) {          \
+        backward(*problem, grad, weights, x, into, out, halves, grad_rows, grad_into, grad_out);                                               \
+    }                                                                                                                                          \
+    extern "C" void swiglu_##type(const Number *halves, Number *units, int64_t rows, int64_t intermediate, int threads) {                      \
+        swiglu(halves, units, rows, intermediate, threads);                                                                                    \
+    }                                                                                                                                          \
+    extern "C" void swiglu_backward_##type(const Number *grad, const Number *halves, Number *grad_halves, Number *units, int64_t rows,         \
+                                           int64_t intermediate, int threads) {                                                                \
+        swiglu_backward(grad, halves, grad_halves, units, rows, intermediate, threads);                                                        \
+    }                                                                                                                                          \
+    extern "C" void gather_##type(const Number *tokens, const int64_t *numbers, const Number *weights, Number *to, int64_t rows, int64_t size, \
+                                  int threads) {                                                                                               \
+        gather(tokens, numbers, weights, to, rows, size, threads);                                                                             \
     }
 
 EXPORT(float, float)
