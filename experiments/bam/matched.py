@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from koine.files import write_json
-from koine.model import Decoder, Sampling, generate, load_model
+from koine.model import Sampling, generate, load_model
 from koine.model.flops import training_flops_per_token
 from koine.plan import step
 from koine.recipes import estimates
 from koine.recipes.domains import train_on
-from koine.train.loss import chunked_cross_entropy
 
-ROUNDS = 9
+ROUNDS = 5
+TIMED_STEPS = 8
+FIRST_STEPS = 2
 
 
-@step(version="1", estimate=estimates.branch)
+@step(version="2", estimate=estimates.branch)
 def train_matched(
     model: Path,
     reference: Path,
@@ -41,36 +45,35 @@ def train_matched(
 ) -> None:
     """As `train_on`, for so many steps as take the compute of `steps` of the mixture `reference`: counted operations (`flops`) or measured `seconds`."""
     torch.set_num_threads(threads)
-    ours, theirs = load_model(model), load_model(reference)
+
+    def trained(from_model: Path, steps: int, out: Path) -> None:
+        train_on(
+            from_model, tokens, shares=shares, steps=steps, sequence_length=sequence_length, batch_size=batch_size,
+            micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_rate_share=min_rate_share, dtype=dtype,
+            seed=seed, threads=threads, out=out,
+        )  # fmt: skip
+
     if match == "flops":
-        ratio = training_flops_per_token(theirs.config, sequence_length) / training_flops_per_token(
-            ours.config, sequence_length
+        theirs, ours = (
+            training_flops_per_token(load_model(path).config, sequence_length) for path in (reference, model)
         )
+        ratio = theirs / ours
     else:
-        shape = (micro_batch_size, sequence_length)
-        for mixture in (theirs, ours):
-            mixture.to(getattr(torch, dtype)).train()
-            _step_seconds(mixture, shape)
-        rounds = [(_step_seconds(theirs, shape), _step_seconds(ours, shape)) for _ in range(ROUNDS)]
-        ratio = statistics.median(their_seconds / our_seconds for their_seconds, our_seconds in rounds)
-    del ours, theirs
+        ratio = statistics.median(
+            _step_seconds(reference, trained) / _step_seconds(model, trained) for _ in range(ROUNDS)
+        )
     count = max(1, round(steps * ratio))
-    train_on(
-        model, tokens, shares=shares, steps=count, sequence_length=sequence_length, batch_size=batch_size,
-        micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_rate_share=min_rate_share, dtype=dtype,
-        seed=seed, threads=threads, out=out,
-    )  # fmt: skip
+    trained(model, count, out)
     write_json(out / "matched.json", {"match": match, "ratio": ratio, "steps": count})
 
 
-def _step_seconds(model: Decoder, shape: tuple[int, int]) -> float:
-    """Forward and backward of one micro batch."""
-    tokens = torch.randint(0, model.config.vocab_size, shape)
-    start = time.perf_counter()
-    hidden = model(tokens)
-    chunked_cross_entropy(hidden, model.output_weight, tokens).backward()  # type: ignore[no-untyped-call]
-    model.zero_grad()
-    return time.perf_counter() - start
+def _step_seconds(model: Path, trained: Callable[[Path, int, Path], None]) -> float:
+    """Of a step of the training loop, optimiser and all: the median of a short run, without its first steps."""
+    with TemporaryDirectory() as folder:
+        trained(model, TIMED_STEPS, Path(folder) / "model")
+        lines = (Path(folder) / "model" / "metrics.jsonl").read_text().splitlines()
+    rates: list[float] = [json.loads(line)["tokens_per_second"] for line in lines[FIRST_STEPS:]]
+    return 1.0 / statistics.median(rates)
 
 
 @step(version="1", estimate=estimates.comparison)

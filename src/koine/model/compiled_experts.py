@@ -104,9 +104,16 @@ def gather(tokens: Tensor, numbers: Tensor, weights: Tensor, to: Tensor) -> None
 
 
 def _call(name: str, out: Tensor, tokens: Tensor, groups: np.ndarray, *tensors: Tensor | None) -> None:
-    assert groups.dtype == np.int64 and groups.flags.c_contiguous and tokens.is_contiguous()
+    assert groups.dtype == np.int64
+    assert groups.flags.c_contiguous
+    assert tokens.is_contiguous()
     problem = _Problem(
-        groups.ctypes.data, tokens.data_ptr(), len(groups), out.shape[1], out.shape[2], torch.get_num_threads()
+        groups.ctypes.data,
+        tokens.data_ptr(),
+        len(groups),
+        out.shape[1],
+        out.shape[2],
+        torch.get_num_threads(),
     )
     _function(name, out)(ctypes.byref(problem), *map(_pointer, tensors))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from koine.hardware import bfloat16_is_fast
 from koine.model import compiled_experts
 
+
 class Chosen(NamedTuple):
     """Which experts each token goes to, and with what weight.
 
@@ -63,7 +64,9 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
 
 def _widens(x: Tensor, rows: float) -> bool:
     """Whether products of bfloat16 are faster in float32, with the time that it takes to make the matrices float32. rows: an expert, on average."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > MOSTLY_FEW and not bfloat16_is_fast()
+    return (
+        x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > MOSTLY_FEW and not bfloat16_is_fast()
+    )
 
 
 PADDED: tuple[tuple[int, float], ...] = ((48, 1.5), (256, 1.2))
@@ -75,7 +78,7 @@ PADDED_BEYOND = 1.03
 LARGE = 2**20
 """Entries of a matrix from which on its product is no longer held up by the call itself: groups are then not filled up (docs/log.md)."""
 
-MOSTLY_FEW = 32
+MOSTLY_FEW = 48
 """Up to so many tokens an expert, on average, groups are not filled up where `koine.model.compiled_experts` can take each as it is."""
 
 WIDENED = 2**19
@@ -289,9 +292,7 @@ class _FeedForwardExperts(torch.autograd.Function):
         weights[groups.place] = gates.reshape(-1)
         found = _gradients(x, into, out, groups, _Wanted(*ctx.needs_input_grad[:3]))
         if len(groups.few):
-            compiled_experts.backward(
-                grad, weights, x, into, out, groups.tokens, groups.few, halves, found
-            )
+            compiled_experts.backward(grad, weights, x, into, out, groups.tokens, groups.few, halves, found)
         if kept:
             _backward(grad, weights, _Kept(*kept), into, out, groups, found)
         grad_x = None
