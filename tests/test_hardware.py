@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from koine import hardware
 from koine.train import TrainSettings
+
+
+@pytest.fixture(autouse=True)
+def _ask_again() -> Iterator[None]:
+    """What was found out of the real processor is not kept for a pretended one, nor the other way round."""
+    hardware.bfloat16_is_fast.cache_clear()
+    yield
+    hardware.bfloat16_is_fast.cache_clear()
 
 
 @pytest.mark.parametrize(

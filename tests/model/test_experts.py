@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from koine.model import compiled_experts, experts
 from koine.model.experts import Chosen, choose, feed_forward_experts, load_balancing_loss, router_z_loss
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with what was compiled on this machine, once as on a machine without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled_experts, "library", lambda source: None)
+    elif compiled_experts.library(compiled_experts.SOURCE) is None:
+        pytest.skip("needs Linux, AVX-512 and g++")
 
 
 def inputs(
@@ -54,19 +64,104 @@ def test_equals_a_loop_over_tokens(tokens: int, k: int) -> None:
         assert torch.allclose(got, torch.zeros_like(got) if wanted is None else wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("tokens", "experts"), [(9, 4), (40, 4), (300, 3), (900, 2)])
-def test_reading_says_what_learning_says(tokens: int, experts: int, dtype: torch.dtype) -> None:
-    """Few rows in float32 are products in columns, filled up to sixteens, where nothing is learnt."""
-    x, into, out, chosen = inputs(tokens=tokens, experts=experts, k=2)
-    parts = [part.to(dtype) for part in (x, into, out)]
-    gates = chosen.gates.to(dtype)
-    learnt = feed_forward_experts(
-        parts[0].clone().requires_grad_(), *parts[1:], Chosen(chosen.experts, gates)
-    )
-    read = feed_forward_experts(*parts, Chosen(chosen.experts, gates))
-    # Sums of some dozens of numbers of about 1, in another order.
-    assert torch.allclose(read, learnt.detach(), atol=1e-5 if dtype == torch.float32 else 1e-12)
+def with_counts(
+    counts: list[int], hidden: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Chosen]:
+    """One expert a token, so many tokens each, in random order."""
+    numbers = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    tokens = len(numbers)
+    x = torch.randn(tokens, hidden).to(dtype)
+    into = (torch.randn(len(counts), 2 * width, hidden) / hidden**0.5).to(dtype)
+    out = (torch.randn(len(counts), hidden, width) / width**0.5).to(dtype)
+    return x, into, out, Chosen(numbers[torch.randperm(tokens), None], torch.rand(tokens, 1).to(dtype))
+
+
+def in_float64(
+    x: Tensor, into: Tensor, out: Tensor, chosen: Chosen, grad: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The answers and gradients that all others are rounded from."""
+    leaves = [part.detach().double().requires_grad_() for part in (x, into, out, chosen.gates)]
+    said = torch.zeros(x.shape, dtype=torch.float64)
+    for expert in range(len(into)):
+        rows, place = torch.where(chosen.experts == expert)
+        half, up = (leaves[0][rows] @ leaves[1][expert].t()).chunk(2, dim=1)
+        part = (F.silu(half) * up) @ leaves[2][expert].t() * leaves[3][rows, place, None]
+        said = said.index_add(0, rows, part)
+    return said, list(torch.autograd.grad(said, leaves, grad.double()))
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "width"), [(48, 32), (19, 37), (257, 300)])
+@pytest.mark.parametrize(
+    "counts", [[1, 2, 3], [16, 17, 0, 33], [64, 48, 65, 5], [200, 190, 210], [400, 3, 90], [31] * 6]
+)
+def test_few_and_many_tokens_an_expert(
+    counts: list[int], hidden: int, width: int, dtype: torch.dtype
+) -> None:
+    """Every size of group, filled up or not, and sizes that are no multiple of a vector's. float32: sums of some hundred numbers of about 1 in another order;
+    bfloat16: up to a dozen roundings to 1 in 512 on the way, which torch's products have."""
+    x, into, out, chosen = with_counts(counts, hidden, width, dtype)
+    grad = torch.randn(x.shape).to(dtype)
+    wanted, gradients = in_float64(x, into, out, chosen, grad)
+    leaves = [part.requires_grad_() for part in (x, into, out, chosen.gates)]
+    y = feed_forward_experts(x, into, out, chosen)
+    found = [y, *torch.autograd.grad(y, leaves, grad)]
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-6
+    for got, right in zip(found, [wanted, *gradients], strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - right).abs().max() <= tolerance * right.abs().max()
+    with torch.no_grad():
+        read = feed_forward_experts(x, into, out, chosen)
+    assert (read.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("fast", [True, False])
+def test_many_tokens_in_bfloat16_are_float32_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """The matrices pass through float32 in pieces of 2^19 numbers, of which the larger here has several."""
+    monkeypatch.setattr(experts, "bfloat16_is_fast", lambda: fast)
+    monkeypatch.setattr(experts, "WIDENED", 1_000)
+    x, into, out, chosen = with_counts([150, 20, 0, 90], 40, 56, torch.bfloat16)
+    grad = torch.randn(x.shape).bfloat16()
+    wanted, gradients = in_float64(x, into, out, chosen, grad)
+    leaves = [part.requires_grad_() for part in (x, into, out, chosen.gates)]
+    y = feed_forward_experts(x, into, out, chosen)
+    found = [y, *torch.autograd.grad(y, leaves, grad)]
+    for got, right in zip(found, [wanted, *gradients], strict=True):
+        assert got.dtype == torch.bfloat16
+        # One rounding to 1 in 512 at the end where all is float32, several on the way otherwise.
+        assert (got.double() - right).abs().max() <= (2**-6 if fast else 2**-8) * right.abs().max()
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("counts", [[3, 20, 0], [100, 130, 90]])
+def test_gradients_that_are_not_asked_for_are_not_made(counts: list[int], asked: tuple[int, ...]) -> None:
+    parts = with_counts(counts, 32, 24, torch.float32)
+    grad = torch.randn(parts[0].shape)
+    _, gradients = in_float64(*parts, grad)
+    for number in asked:
+        parts[number].requires_grad_()  # type: ignore[union-attr]
+    feed_forward_experts(*parts).backward(grad)  # type: ignore[no-untyped-call]
+    for number in range(3):
+        got = parts[number].grad  # type: ignore[union-attr]
+        assert (got is not None) == (number in asked)
+        if got is not None:
+            assert torch.allclose(got.double(), gradients[number], atol=1e-4)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("counts", [[5, 9], [150, 130]])
+def test_what_is_not_a_number_stays_so(counts: list[int]) -> None:
+    """Of one token alone: nothing is made a number, and no other token hears of it."""
+    x, into, out, chosen = with_counts(counts, 32, 24, torch.float32)
+    x[2] = float("nan")
+    y = feed_forward_experts(x, into, out, chosen)
+    assert y[2].isnan().all()
+    assert not y[torch.arange(len(x)) != 2].isnan().any()
 
 
 def test_no_tokens_are_no_work() -> None:
@@ -93,10 +188,12 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
     assert x.grad is not None
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_equals_transformers(dtype: torch.dtype, implementation: str) -> None:
-    """float32 within 1e-4 of sums of some hundred (rounding in another order); bfloat16 within two units in the last place of the largest."""
+    """float32 within 1e-6 of the largest (rounding in another order); in bfloat16, where theirs rounds after every operation, within four of its units in
+    the last place."""
     pytest.importorskip("transformers")
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -120,7 +217,7 @@ def test_equals_transformers(dtype: torch.dtype, implementation: str) -> None:
     pairs.append((leaves[2].grad, theirs.down_proj.grad))
     for ours, other in pairs:
         assert ours is not None
-        tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-6
         assert (ours - other).abs().max() <= tolerance * other.abs().max()
 
 

@@ -20,6 +20,7 @@ FLAGS = (
     "-O3",
     "-march=native",
     "-fno-math-errno",
+    "-ffp-contract=fast",
     "-fopenmp",
     "-shared",
     "-fPIC",
@@ -28,10 +29,10 @@ FLAGS = (
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
-    """The compiled source; None, once with a warning where the compiler failed, on a machine that cannot compile or run it.
+    """The compiled source; None on a machine that cannot compile or run it, with a warning where its compiler failed.
 
-    Needs Linux, AVX-512 and g++: with another compiler it would bring threads of its own beside torch's. The result is kept in `$XDG_CACHE_HOME/koine`
-    (`~/.cache/koine`) under a name that says source, compiler and processor.
+    Needs Linux, AVX-512 and g++ (another compiler would bring threads of its own beside torch's). The result is kept in `$XDG_CACHE_HOME/koine`
+    (`~/.cache/koine`), under a name that stands for source, compiler and processor; where that cannot be written it is compiled for this process alone.
     """
     gxx = compiler()
     if platform.system() != "Linux" or "avx512f" not in processor_flags() or gxx is None:
@@ -42,27 +43,29 @@ def library(source: Path) -> ctypes.CDLL | None:
     said = "\n".join([source.read_text(), told, *FLAGS, *sorted(processor_flags())])
     name = f"{source.stem}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
     try:
-        return ctypes.CDLL(str(_built(gxx, source, _folder() / name)))
+        kept = _kept_folder()
+        if kept is not None:
+            return ctypes.CDLL(str(_built(gxx, source, kept / name)))
+        with tempfile.TemporaryDirectory() as folder:
+            return ctypes.CDLL(str(_built(gxx, source, Path(folder) / name)))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
-            f"{gxx} did not compile {source.name} ({reason.strip().splitlines()[-1]}); going on with torch's products, slower for few tokens",
+            f"{gxx} could not compile {source.name} ({reason[0] if reason else error}); going on without, more slowly",
             KoineWarning,
             stacklevel=2,
         )
         return None
 
 
-def _folder() -> Path:
-    """Where compiled code is kept; a folder of this process alone where the user's cannot be written."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "koine"
+def _kept_folder() -> Path | None:
+    """Where compiled code is kept; None where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "koine"
     try:
-        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(kept, os.W_OK):
-            return kept
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="koine-"))
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _built(gxx: str, source: Path, target: Path) -> Path:
@@ -71,10 +74,9 @@ def _built(gxx: str, source: Path, target: Path) -> Path:
         descriptor, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
         os.close(descriptor)
         try:
-            subprocess.run(
-                [gxx, *FLAGS, "-o", partial, str(source)], check=True, capture_output=True, text=True
-            )
-            os.replace(partial, target)  # noqa: PTH105
+            command = [gxx, *FLAGS, "-o", partial, str(source)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            Path(partial).replace(target)
         finally:
             Path(partial).unlink(missing_ok=True)
     return target

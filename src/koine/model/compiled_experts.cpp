@@ -1,10 +1,13 @@
-// SwiGLU experts for few tokens: each expert's matrices are read, and their gradients written, once.
+// SwiGLU experts for few tokens, forward and backward: each expert's matrices are read, and their gradients written,
+// once. For many tokens, what is between their matrix products.
 //
-// A matrix product that expects many rows copies the matrix into an order of its own first; where an expert has 1 to 32 tokens, that copy is most of the
-// work. Here the tokens are copied instead, into columns: [size, width] with a width of 16 to 64 tokens, one to four vector registers, zeros beyond the
-// tokens that there are. The matrices are read as they lie. What is between two products stays in columns.
+// A matrix product that expects many rows copies the matrix into an order of its own first; where an expert has 1 to 64
+// tokens, that copy is most of the work. Here the tokens are copied instead, into columns: [size, width] with a width
+// of 16 to 64 tokens, one to four vector registers, zeros beyond the tokens that there are. The matrices are read as
+// they lie. What is between two products stays in columns.
 //
-// Matrices are row-major. `Number` is float or bfloat16; sums, and all that is in columns, are float. A group is the rows [start, end) of one expert, 1 to 64.
+// Matrices are row-major. `Number` is float or bfloat16; sums, and all that is in columns, are float. A group is the
+// rows [start, end) of one expert, 1 to 64.
 
 #include <algorithm>
 #include <cstdint>
@@ -18,7 +21,7 @@ namespace kernels {
 constexpr int64_t LANES = 16;     // numbers in a vector register
 constexpr int64_t MOST_ROWS = 64; // of a group
 constexpr int64_t BLOCK = 8;      // rows of a matrix at a time
-constexpr int64_t TILE = 256;     // numbers of a row at a time, where sums over rows of the matrix stay in the nearest cache
+constexpr int64_t TILE = 256;     // numbers of a row at a time, where their sums stay in the nearest caches
 constexpr int64_t TASK = 64;      // rows of a matrix that one thread takes at a time
 
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
@@ -41,7 +44,6 @@ inline Vector load(const bfloat16 *from) {
 
 inline void store(float *to, Vector value) { *(Vector *)to = value; }
 
-
 // To the nearest, ties to even, as torch does; what is not a number stays so.
 inline void store(bfloat16 *to, Vector value) {
     Words bits = (Words)value;
@@ -51,7 +53,8 @@ inline void store(bfloat16 *to, Vector value) {
     *(Halves *)to = __builtin_convertvector(rounded, Halves);
 }
 
-// Past the caches: what is only written need not be read into them first, and drives nothing out of them. `to` is aligned to the vector.
+// Past the caches: what is only written need not be read into them first, and drives nothing out of them. `to` is
+// aligned to the vector.
 inline void stream(float *to, Vector value) { _mm512_stream_ps(to, (__m512)value); }
 
 inline void stream(bfloat16 *to, Vector value) {
@@ -81,11 +84,12 @@ inline void write(bfloat16 *to, float value) {
     to->bits = value != value ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp: 2^n times the Taylor polynomial of the rest, which is at most ln(2) / 2 and leaves 1e-8 of the sum. What is not a number stays so: of two that cannot
-// be compared, min and max give the second.
+// exp: 2^n times the Taylor polynomial of the rest, which is at most ln(2) / 2 and leaves 1e-8 of the sum. What is not
+// a number stays so: of two that cannot be compared, min and max give the second.
 inline Vector exponential(Vector x) {
     const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
-    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)),
+                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     // ln(2) in two parts, of which the first times `whole` is exact.
     __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145751953125f), bounded);
     rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860682e-6f), rest);
@@ -127,7 +131,8 @@ struct Columns {
 
 // A group's tokens as columns, each times its weight where there are any.
 template <class Number>
-void put_in_columns(const Number *tokens, const float *weights, const Problem &problem, int64_t number, int64_t size, float *columns) {
+void put_in_columns(const Number *tokens, const float *weights, const Problem &problem, int64_t number, int64_t size,
+                    float *columns) {
     const Group &group = problem.groups[number];
     const int64_t width = problem.width(number), count = group.end - group.start;
     for (int64_t first = 0; first < size; first += LANES) {
@@ -146,7 +151,8 @@ void put_in_columns(const Number *tokens, const float *weights, const Problem &p
 
 // `COUNT` rows of a matrix times columns: sums [COUNT, VECTORS].
 template <int VECTORS, int COUNT>
-inline void sums_of(const float *matrix, int64_t stride, const float *columns, int64_t size, Vector (&found)[COUNT][VECTORS]) {
+inline void sums_of(const float *matrix, int64_t stride, const float *columns, int64_t size,
+                    Vector (&found)[COUNT][VECTORS]) {
     Vector sums[COUNT][VECTORS]; // A copy, so that the compiler keeps it in registers.
     std::memcpy(sums, found, sizeof sums);
     for (int64_t at = 0; at < size; at++) {
@@ -166,7 +172,8 @@ inline void sums_of(const float *matrix, int64_t stride, const float *columns, i
 }
 
 template <int VECTORS, int COUNT>
-inline void sums_of(const bfloat16 *matrix, int64_t stride, const float *columns, int64_t size, Vector (&sums)[COUNT][VECTORS]) {
+inline void sums_of(const bfloat16 *matrix, int64_t stride, const float *columns, int64_t size,
+                    Vector (&sums)[COUNT][VECTORS]) {
     alignas(64) float tile[COUNT * TILE];
     for (int64_t first = 0; first < size; first += TILE) {
         const int64_t count = std::min(TILE, size - first);
@@ -182,9 +189,11 @@ inline void sums_of(const bfloat16 *matrix, int64_t stride, const float *columns
     }
 }
 
-// Both halves of `COUNT` units, and the units: silu(gate) * up. `halves`: [2 * intermediate, width]; `units`: [intermediate, width].
+// Both halves of `COUNT` units, and the units: silu(gate) * up. `halves`: [2 * intermediate, width]; `units`:
+// [intermediate, width].
 template <class Number, int VECTORS, int COUNT>
-void units_of(const Number *into, const float *columns, int64_t hidden, int64_t intermediate, int64_t at, float *halves, float *units) {
+void units_of(const Number *into, const float *columns, int64_t hidden, int64_t intermediate, int64_t at, float *halves,
+              float *units) {
     constexpr int64_t WIDTH = VECTORS * LANES;
     Vector gates[COUNT][VECTORS] = {}, ups[COUNT][VECTORS] = {};
     sums_of<VECTORS, COUNT>(into + at * hidden, hidden, columns, hidden, gates);
@@ -202,7 +211,8 @@ void units_of(const Number *into, const float *columns, int64_t hidden, int64_t 
 
 // What `COUNT` rows of a matrix give for columns, as rows: out[row, at] for the group's rows.
 template <class Number, int VECTORS, int COUNT>
-void rows_of(const Number *matrix, const float *columns, int64_t size, int64_t at, Number *out, int64_t stride, int64_t rows) {
+void rows_of(const Number *matrix, const float *columns, int64_t size, int64_t at, Number *out, int64_t stride,
+             int64_t rows) {
     Vector sums[COUNT][VECTORS] = {};
     sums_of<VECTORS, COUNT>(matrix + at * size, size, columns, size, sums);
     for (int64_t row = 0; row < rows; row++)
@@ -214,7 +224,8 @@ void rows_of(const Number *matrix, const float *columns, int64_t size, int64_t a
 template <int VECTORS> constexpr int64_t AT_A_TIME = VECTORS > 2 ? BLOCK / 2 : BLOCK;
 
 template <class Number, int VECTORS>
-void units_between(const Number *into, const float *columns, const Problem &problem, int64_t from, int64_t to, float *halves, float *units) {
+void units_between(const Number *into, const float *columns, const Problem &problem, int64_t from, int64_t to,
+                   float *halves, float *units) {
     constexpr int64_t COUNT = AT_A_TIME<VECTORS>;
     for (; from + COUNT <= to; from += COUNT)
         units_of<Number, VECTORS, COUNT>(into, columns, problem.hidden, problem.intermediate, from, halves, units);
@@ -223,7 +234,8 @@ void units_between(const Number *into, const float *columns, const Problem &prob
 }
 
 template <class Number, int VECTORS>
-void rows_between(const Number *out, const float *units, const Problem &problem, int64_t from, int64_t to, Number *said, int64_t rows) {
+void rows_between(const Number *out, const float *units, const Problem &problem, int64_t from, int64_t to, Number *said,
+                  int64_t rows) {
     constexpr int64_t COUNT = AT_A_TIME<VECTORS>;
     for (; from + COUNT <= to; from += COUNT)
         rows_of<Number, VECTORS, COUNT>(out, units, problem.intermediate, from, said, problem.hidden, rows);
@@ -231,14 +243,18 @@ void rows_between(const Number *out, const float *units, const Problem &problem,
         rows_of<Number, VECTORS, 1>(out, units, problem.intermediate, from, said, problem.hidden, rows);
 }
 
-// said[row] = out_e (silu(gate_e x) * (up_e x)) for each row of a group; `halves` (all groups' [2 * intermediate, width]) is null where nothing is kept.
+// said[row] = out_e (silu(gate_e x) * (up_e x)) for each row of a group; `halves` (all groups' [2 * intermediate,
+// width]) is null where nothing is kept.
 template <class Number>
-void forward(const Problem &problem, const Number *x, const Number *into, const Number *out, Number *said, float *halves) {
+void forward(const Problem &problem, const Number *x, const Number *into, const Number *out, Number *said,
+             float *halves) {
     const int64_t hidden = problem.hidden, intermediate = problem.intermediate;
     Columns columns(problem, hidden), units(problem, intermediate);
     const int64_t unit_tasks = (intermediate + TASK - 1) / TASK, row_tasks = (hidden + TASK - 1) / TASK;
-    const auto unit_runs = {units_between<Number, 1>, units_between<Number, 2>, units_between<Number, 3>, units_between<Number, 4>};
-    const auto row_runs = {rows_between<Number, 1>, rows_between<Number, 2>, rows_between<Number, 3>, rows_between<Number, 4>};
+    const decltype(&units_between<Number, 1>) unit_runs[] = {units_between<Number, 1>, units_between<Number, 2>,
+                                                             units_between<Number, 3>, units_between<Number, 4>};
+    const decltype(&rows_between<Number, 1>) row_runs[] = {rows_between<Number, 1>, rows_between<Number, 2>,
+                                                           rows_between<Number, 3>, rows_between<Number, 4>};
 #pragma omp parallel num_threads(problem.threads)
     {
 #pragma omp for schedule(dynamic)
@@ -246,24 +262,28 @@ void forward(const Problem &problem, const Number *x, const Number *into, const 
             put_in_columns(x, nullptr, problem, group, hidden, columns.of(group));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < problem.count * unit_tasks; task++) {
-            const int64_t group = task / unit_tasks, from = task % unit_tasks * TASK, to = std::min(from + TASK, intermediate);
-            const auto run = unit_runs.begin()[problem.vectors(group) - 1];
+            const int64_t group = task / unit_tasks, from = task % unit_tasks * TASK,
+                          to = std::min(from + TASK, intermediate);
+            const auto run = unit_runs[problem.vectors(group) - 1];
             float *kept = halves ? halves + 2 * units.starts[group] : nullptr;
-            run(into + problem.groups[group].expert * 2 * intermediate * hidden, columns.of(group), problem, from, to, kept, units.of(group));
+            run(into + problem.groups[group].expert * 2 * intermediate * hidden, columns.of(group), problem, from, to,
+                kept, units.of(group));
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < problem.count * row_tasks; task++) {
             const int64_t group = task / row_tasks, from = task % row_tasks * TASK, to = std::min(from + TASK, hidden);
-            const auto run = row_runs.begin()[problem.vectors(group) - 1];
+            const auto run = row_runs[problem.vectors(group) - 1];
             const Group &here = problem.groups[group];
-            run(out + here.expert * hidden * intermediate, units.of(group), problem, from, to, said + here.start * hidden, here.end - here.start);
+            run(out + here.expert * hidden * intermediate, units.of(group), problem, from, to,
+                said + here.start * hidden, here.end - here.start);
         }
     }
 }
 
 // `COUNT` rows of a matrix, each times its number of every column, onto sums [rows, TILE].
 template <class Number, int COUNT>
-inline void add_rows(const Number *matrix, int64_t stride, const float *columns, int64_t width, int64_t rows, int64_t from, int64_t to, float *sums) {
+inline void add_rows(const Number *matrix, int64_t stride, const float *columns, int64_t width, int64_t rows,
+                     int64_t from, int64_t to, float *sums) {
     for (int64_t at = from; at + LANES <= to; at += LANES) {
         Vector part[COUNT];
 #pragma GCC unroll 8
@@ -293,9 +313,11 @@ inline void add_rows(const Number *matrix, int64_t stride, const float *columns,
                 sums[row * TILE + at - from] += read(matrix[one * stride + at]) * columns[one * width + row];
 }
 
-// sums[row, k] = sum over n of columns[n, row] matrix[n, k], for k from `from` to `to`; rows are filled up to a multiple of 4.
+// sums[row, k] = sum over n of columns[n, row] matrix[n, k], for k from `from` to `to`; rows are filled up to a
+// multiple of 4.
 template <class Number>
-void times(const Number *matrix, const float *columns, int64_t width, int64_t rows, int64_t size, int64_t stride, int64_t from, int64_t to, float *sums) {
+void times(const Number *matrix, const float *columns, int64_t width, int64_t rows, int64_t size, int64_t stride,
+           int64_t from, int64_t to, float *sums) {
     const int64_t filled = (rows + 3) / 4 * 4;
     std::fill(sums, sums + filled * TILE, 0.0f);
     int64_t at = 0;
@@ -305,6 +327,7 @@ void times(const Number *matrix, const float *columns, int64_t width, int64_t ro
         add_rows<Number, 1>(matrix + at * stride, stride, columns + at * width, width, filled, from, to, sums);
 }
 
+// The gradients of both halves of a unit, and the unit again.
 struct Unit {
     Vector grad_gate, grad_up, value;
 };
@@ -345,8 +368,10 @@ template <class Function> inline void each_vector(int64_t size, Function functio
         function(Rest{at, size - at});
 }
 
-// From the gradient of units `from` to `to`, as sums [rows, TILE]: that of both halves, and the units again, all in columns.
-inline void through_units(const float *sums, int64_t rows, int64_t width, int64_t intermediate, int64_t from, int64_t to, const float *halves, float *grad_halves, float *units) {
+// From the gradient of units `from` to `to`, as sums [rows, TILE]: that of both halves, and the units again, all in
+// columns.
+inline void through_units(const float *sums, int64_t rows, int64_t width, int64_t intermediate, int64_t from,
+                          int64_t to, const float *halves, float *grad_halves, float *units) {
     for (int64_t at = from; at < to; at++)
         for (int64_t first = 0; first < width; first += LANES) {
             alignas(64) float column[LANES] = {};
@@ -361,7 +386,8 @@ inline void through_units(const float *sums, int64_t rows, int64_t width, int64_
 }
 
 template <class Number, int COUNT>
-inline void outer_block(const float *columns, int64_t width, const float *right, int64_t rows, int64_t from, int64_t to, Number *out, int64_t stride, bool streams) {
+inline void outer_block(const float *columns, int64_t width, const float *right, int64_t rows, int64_t from, int64_t to,
+                        Number *out, int64_t stride, bool streams) {
     int64_t at = from;
     for (; at + 2 * LANES <= to; at += 2 * LANES) {
         Vector sums[COUNT][2] = {};
@@ -395,9 +421,11 @@ inline void outer_block(const float *columns, int64_t width, const float *right,
         }
 }
 
-// out[n, k] = sum over rows of columns[n, row] right[row, k], for n from `first` to `last`; `put(row, from, to, tile)` gives right's numbers.
+// out[n, k] = sum over rows of columns[n, row] right[row, k], for n from `first` to `last`; `put(row, from, to, tile)`
+// gives right's numbers.
 template <class Number, class Put>
-void outer(const float *columns, int64_t width, int64_t rows, int64_t first, int64_t last, int64_t size, Number *out, bool streams, Put put) {
+void outer(const float *columns, int64_t width, int64_t rows, int64_t first, int64_t last, int64_t size, Number *out,
+           bool streams, Put put) {
     alignas(64) float tile[MOST_ROWS * TILE];
     for (int64_t from = 0; from < size; from += TILE) {
         const int64_t to = std::min(from + TILE, size);
@@ -405,16 +433,19 @@ void outer(const float *columns, int64_t width, int64_t rows, int64_t first, int
             put(row, from, to, tile + row * TILE);
         int64_t at = first;
         for (; at + BLOCK <= last; at += BLOCK)
-            outer_block<Number, BLOCK>(columns + at * width, width, tile, rows, from, to, out + at * size, size, streams);
+            outer_block<Number, BLOCK>(columns + at * width, width, tile, rows, from, to, out + at * size, size,
+                                       streams);
         for (; at < last; at++)
             outer_block<Number, 1>(columns + at * width, width, tile, rows, from, to, out + at * size, size, streams);
     }
 }
 
-// The gradients of `forward` from that of the tokens' answers, with each row's weight in them: of the rows' inputs and of the groups' experts; null where
-// not asked for. Matrices are read before the gradients of others are written, and from the last to the first: `forward` left the last in the caches.
+// The gradients of `forward` from that of the tokens' answers, with each row's weight in them: of the rows' inputs and
+// of the groups' experts; null where not asked for. Matrices are read before the gradients of others are written, and
+// from the last to the first: `forward` left the last in the caches.
 template <class Number>
-void backward(const Problem &problem, const Number *grad, const float *weights, const Number *x, const Number *into, const Number *out, const float *halves, Number *grad_rows, Number *grad_into, Number *grad_out) {
+void backward(const Problem &problem, const Number *grad, const float *weights, const Number *x, const Number *into,
+              const Number *out, const float *halves, Number *grad_rows, Number *grad_into, Number *grad_out) {
     const int64_t hidden = problem.hidden, intermediate = problem.intermediate, matrix = hidden * intermediate;
     Columns grad_said(problem, hidden), grad_halves(problem, 2 * intermediate), units(problem, intermediate);
     const int64_t unit_tiles = (intermediate + TILE - 1) / TILE, hidden_tiles = (hidden + TILE - 1) / TILE;
@@ -428,18 +459,23 @@ void backward(const Problem &problem, const Number *grad, const float *weights, 
         alignas(64) float sums[MOST_ROWS * TILE];
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < problem.count * unit_tiles; task++) {
-            const int64_t group = problem.count - 1 - task / unit_tiles, from = task % unit_tiles * TILE, to = std::min(from + TILE, intermediate);
+            const int64_t group = problem.count - 1 - task / unit_tiles, from = task % unit_tiles * TILE,
+                          to = std::min(from + TILE, intermediate);
             const int64_t rows = problem.rows(group), width = problem.width(group);
-            times(out + problem.groups[group].expert * matrix, grad_said.of(group), width, rows, hidden, intermediate, from, to, sums);
-            through_units(sums, rows, width, intermediate, from, to, halves + 2 * units.starts[group], grad_halves.of(group), units.of(group));
+            times(out + problem.groups[group].expert * matrix, grad_said.of(group), width, rows, hidden, intermediate,
+                  from, to, sums);
+            through_units(sums, rows, width, intermediate, from, to, halves + 2 * units.starts[group],
+                          grad_halves.of(group), units.of(group));
         }
         if (grad_rows) {
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < problem.count * hidden_tiles; task++) {
-                const int64_t group = problem.count - 1 - task / hidden_tiles, from = task % hidden_tiles * TILE, to = std::min(from + TILE, hidden);
+                const int64_t group = problem.count - 1 - task / hidden_tiles, from = task % hidden_tiles * TILE,
+                              to = std::min(from + TILE, hidden);
                 const Group &here = problem.groups[group];
                 const int64_t rows = problem.rows(group);
-                times(into + here.expert * 2 * matrix, grad_halves.of(group), problem.width(group), rows, 2 * intermediate, hidden, from, to, sums);
+                times(into + here.expert * 2 * matrix, grad_halves.of(group), problem.width(group), rows,
+                      2 * intermediate, hidden, from, to, sums);
                 for (int64_t row = 0; row < rows; row++)
                     for (int64_t at = from; at < to; at++)
                         write(grad_rows + (here.start + row) * hidden + at, sums[row * TILE + at - from]);
@@ -448,27 +484,31 @@ void backward(const Problem &problem, const Number *grad, const float *weights, 
         if (grad_into) {
 #pragma omp for schedule(dynamic) nowait
             for (int64_t task = 0; task < problem.count * into_tasks; task++) {
-                const int64_t group = task / into_tasks, first = task % into_tasks * TASK, last = std::min(first + TASK, 2 * intermediate);
+                const int64_t group = task / into_tasks, first = task % into_tasks * TASK,
+                              last = std::min(first + TASK, 2 * intermediate);
                 const Group &here = problem.groups[group];
                 auto put = [&](int64_t row, int64_t from, int64_t to, float *tile) {
                     const Number *token = x + problem.tokens[here.start + row] * hidden;
                     for (int64_t at = from; at < to; at++)
                         tile[at - from] = read(token[at]);
                 };
-                outer(grad_halves.of(group), problem.width(group), problem.rows(group), first, last, hidden, grad_into + here.expert * 2 * matrix, streams_into, put);
+                outer(grad_halves.of(group), problem.width(group), problem.rows(group), first, last, hidden,
+                      grad_into + here.expert * 2 * matrix, streams_into, put);
             }
         }
         if (grad_out) {
 #pragma omp for schedule(dynamic) nowait
             for (int64_t task = 0; task < problem.count * out_tasks; task++) {
-                const int64_t group = task / out_tasks, first = task % out_tasks * TASK, last = std::min(first + TASK, hidden);
+                const int64_t group = task / out_tasks, first = task % out_tasks * TASK,
+                              last = std::min(first + TASK, hidden);
                 const int64_t width = problem.width(group);
                 const float *columns = units.of(group);
                 auto put = [&](int64_t row, int64_t from, int64_t to, float *tile) {
                     for (int64_t at = from; at < to; at++)
                         tile[at - from] = columns[at * width + row];
                 };
-                outer(grad_said.of(group), width, problem.rows(group), first, last, intermediate, grad_out + problem.groups[group].expert * matrix, streams_out, put);
+                outer(grad_said.of(group), width, problem.rows(group), first, last, intermediate,
+                      grad_out + problem.groups[group].expert * matrix, streams_out, put);
             }
         }
         _mm_sfence(); // What was streamed is seen by all threads.
@@ -476,7 +516,8 @@ void backward(const Problem &problem, const Number *grad, const float *weights, 
 }
 
 // units[row] = silu(gate) * up of rows [2 * intermediate].
-template <class Number> void swiglu(const Number *halves, Number *units, int64_t rows, int64_t intermediate, int threads) {
+template <class Number>
+void swiglu(const Number *halves, Number *units, int64_t rows, int64_t intermediate, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         const Number *gates = halves + row * 2 * intermediate, *ups = gates + intermediate;
@@ -490,11 +531,14 @@ template <class Number> void swiglu(const Number *halves, Number *units, int64_t
 
 // From the gradient of units: that of both halves, and the units again.
 template <class Number>
-void swiglu_backward(const Number *grad, const Number *halves, Number *grad_halves, Number *units, int64_t rows, int64_t intermediate, int threads) {
+void swiglu_backward(const Number *grad, const Number *halves, Number *grad_halves, Number *units, int64_t rows,
+                     int64_t intermediate, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
-        const Number *from = grad + row * intermediate, *gates = halves + row * 2 * intermediate, *ups = gates + intermediate;
-        Number *grad_gates = grad_halves + row * 2 * intermediate, *grad_ups = grad_gates + intermediate, *to = units + row * intermediate;
+        const Number *from = grad + row * intermediate, *gates = halves + row * 2 * intermediate,
+                     *ups = gates + intermediate;
+        Number *grad_gates = grad_halves + row * 2 * intermediate, *grad_ups = grad_gates + intermediate,
+               *to = units + row * intermediate;
         each_vector(intermediate, [&](auto at) {
             const Unit unit = through_unit(at.load(from), at.load(gates), at.load(ups));
             at.store(grad_gates, unit.grad_gate);
@@ -506,7 +550,8 @@ void swiglu_backward(const Number *grad, const Number *halves, Number *grad_halv
 
 // to[row] = weights[row] * tokens[numbers[row]]
 template <class Number>
-void gather(const Number *tokens, const int64_t *numbers, const Number *weights, Number *to, int64_t rows, int64_t size, int threads) {
+void gather(const Number *tokens, const int64_t *numbers, const Number *weights, Number *to, int64_t rows, int64_t size,
+            int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         const float weight = read(weights[row]);
@@ -518,24 +563,27 @@ void gather(const Number *tokens, const int64_t *numbers, const Number *weights,
 
 using namespace kernels;
 
-#define EXPORT(Number, type)                                                                                                                   \
-    extern "C" void forward_##type(const Problem *problem, const Number *x, const Number *into, const Number *out, Number *said, float *halves) { \
-        forward(*problem, x, into, out, said, halves);                                                                                         \
-    }                                                                                                                                          \
-    extern "C" void backward_##type(const Problem *problem, const Number *grad, const float *weights, const Number *x, const Number *into,     \
-                                    const Number *out, const float *halves, Number *grad_rows, Number *grad_into, Number *grad_out) {          \
-        backward(*problem, grad, weights, x, into, out, halves, grad_rows, grad_into, grad_out);                                               \
-    }                                                                                                                                          \
-    extern "C" void swiglu_##type(const Number *halves, Number *units, int64_t rows, int64_t intermediate, int threads) {                      \
-        swiglu(halves, units, rows, intermediate, threads);                                                                                    \
-    }                                                                                                                                          \
-    extern "C" void swiglu_backward_##type(const Number *grad, const Number *halves, Number *grad_halves, Number *units, int64_t rows,         \
-                                           int64_t intermediate, int threads) {                                                                \
-        swiglu_backward(grad, halves, grad_halves, units, rows, intermediate, threads);                                                        \
-    }                                                                                                                                          \
-    extern "C" void gather_##type(const Number *tokens, const int64_t *numbers, const Number *weights, Number *to, int64_t rows, int64_t size, \
-                                  int threads) {                                                                                               \
-        gather(tokens, numbers, weights, to, rows, size, threads);                                                                             \
+#define EXPORT(Number, type)                                                                                           \
+    extern "C" void forward_##type(const Problem *problem, const Number *x, const Number *into, const Number *out,     \
+                                   Number *said, float *halves) {                                                      \
+        forward(*problem, x, into, out, said, halves);                                                                 \
+    }                                                                                                                  \
+    extern "C" void backward_##type(const Problem *problem, const Number *grad, const float *weights, const Number *x, \
+                                    const Number *into, const Number *out, const float *halves, Number *grad_rows,     \
+                                    Number *grad_into, Number *grad_out) {                                             \
+        backward(*problem, grad, weights, x, into, out, halves, grad_rows, grad_into, grad_out);                       \
+    }                                                                                                                  \
+    extern "C" void swiglu_##type(const Number *halves, Number *units, int64_t rows, int64_t intermediate,             \
+                                  int threads) {                                                                       \
+        swiglu(halves, units, rows, intermediate, threads);                                                            \
+    }                                                                                                                  \
+    extern "C" void swiglu_backward_##type(const Number *grad, const Number *halves, Number *grad_halves,              \
+                                           Number *units, int64_t rows, int64_t intermediate, int threads) {           \
+        swiglu_backward(grad, halves, grad_halves, units, rows, intermediate, threads);                                \
+    }                                                                                                                  \
+    extern "C" void gather_##type(const Number *tokens, const int64_t *numbers, const Number *weights, Number *to,     \
+                                  int64_t rows, int64_t size, int threads) {                                           \
+        gather(tokens, numbers, weights, to, rows, size, threads);                                                     \
     }
 
 EXPORT(float, float)

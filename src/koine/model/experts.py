@@ -1,7 +1,9 @@
 """Feed-forward experts: which tokens go to which, and what the chosen ones say.
 
-Tokens are sorted by expert, so that each expert is two matmuls over its own tokens, forward, and four backward; an expert that nobody chose
-costs nothing. Small groups of nearly equal size are one batched matmul. One autograd function holds all of it: no graph of a dozen operations an expert.
+Tokens are sorted by expert, so that each expert is two products over its own tokens, forward, and four backward; an expert that nobody chose costs nothing. One
+autograd function holds all of it: no graph of a dozen operations an expert. On CPU an expert with few tokens is `koine.model.compiled_experts`, where that can be
+compiled, because torch's products copy a matrix before they use it; groups of nearly equal size are one batched product, and all others one each, in float32 also
+for bfloat16 where the processor is faster so.
 """
 
 from __future__ import annotations
@@ -53,10 +55,17 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
     gates = chosen.gates.to(x.dtype)
     if x.device.type == "cuda":
         return _on_accelerator(x, into, out, Chosen(chosen.experts, gates))
+    found: Tensor = _sorted_by_expert(x, into, out, chosen.experts, gates)
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+def _sorted_by_expert(x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+    """`feed_forward_experts` everywhere but on an accelerator."""
     learning = torch.is_grad_enabled() and any(part.requires_grad for part in (x, into, out, gates))
-    dtype = torch.float32 if _widens(x, chosen.experts.numel() / len(into)) else x.dtype
+    dtype = torch.float32 if _widens(x, experts.numel() / len(into)) else x.dtype
     result = _FeedForwardExperts.apply(  # type: ignore[no-untyped-call]
-        x.to(dtype), into.to(x.dtype), out.to(x.dtype), chosen.experts, gates.to(dtype), learning
+        x.to(dtype), into.to(x.dtype), out.to(x.dtype), experts, gates.to(dtype), learning
     )
     assert isinstance(result, Tensor)
     return result.to(x.dtype)
@@ -64,9 +73,8 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
 
 def _widens(x: Tensor, rows: float) -> bool:
     """Whether products of bfloat16 are faster in float32, with the time that it takes to make the matrices float32. rows: an expert, on average."""
-    return (
-        x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows > MOSTLY_FEW and not bfloat16_is_fast()
-    )
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not bfloat16_is_fast()
+    return slow and rows > MOSTLY_FEW
 
 
 PADDED: tuple[tuple[int, float], ...] = ((48, 1.5), (256, 1.2))
@@ -89,8 +97,8 @@ class _Groups(NamedTuple):
     """Choices sorted by expert, in rows.
 
     tokens: `[rows]`, the token of each row. place: `[tokens * k]`, the row of each choice. few: `[groups, 3]` int64, expert, first and last row (exclusive) of
-    experts for `koine.model.compiled_experts`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled up with rows that
-    are no choice (their token is 0 and nothing reads what is said to it), and are multiplied at once; 0 where each has as many as it has choices.
+    the experts that are `koine.model.compiled_experts`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled
+    up with rows that are no choice (their token is 0 and nothing reads what is said to it): one batched product; 0 where each has as many as it was chosen.
     """
 
     tokens: Tensor
@@ -222,7 +230,8 @@ class _Kept(NamedTuple):
 
 
 class _ForwardResult(NamedTuple):
-    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: of the few what `compiled_experts.forward` returned, and of the others."""
+    """What the experts say of their rows, `[rows, hidden]`, and what the backward pass needs: for the few what `compiled_experts.forward` returned, for the
+    others `_Kept`; None where there are none, or nothing is to be learnt."""
 
     said: Tensor
     halves: Tensor | None
@@ -252,7 +261,7 @@ def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: boo
 
 
 def _most_rows(parts: list[_Part]) -> int:
-    return max(part.rows.stop - part.rows.start for part in parts)
+    return max(int(part.rows.stop) - int(part.rows.start) for part in parts)
 
 
 class _FeedForwardExperts(torch.autograd.Function):
@@ -271,7 +280,6 @@ class _FeedForwardExperts(torch.autograd.Function):
         said, halves, kept = _forward(x, into, out, groups, keep=learning)
         if learning:
             ctx.groups = groups
-            # The units are worked out again.
             ctx.save_for_backward(x, into, out, gates, said, halves, *(kept or ()))
         # What is said of a token, weighted and added up in one pass over memory.
         return F.embedding_bag(
