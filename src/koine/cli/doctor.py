@@ -57,7 +57,7 @@ def print_machine(path: Path) -> None:
     line(
         "C++ compiler",
         found.compiler
-        or "none: torch.compile on CPU needs one (g++ or clang++; training works without, eager)",
+        or "none: torch.compile on CPU needs one, and experts are faster with g++ (all works without)",
     )
     instructions = ", ".join(found.bfloat16_instructions)
     line("bfloat16", instructions or "no CPU instructions: emulated, slower than float32")
