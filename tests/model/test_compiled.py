@@ -31,15 +31,59 @@ def test_it_is_compiled_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> N
     first = library.__wrapped__(source)
     assert first is not None
     assert first.two() == 2
-    kept = list((source.parent / "cache" / "koine").iterdir())
-    assert len(kept) == 1
-
-    def refused(gxx: str, source: Path, target: Path) -> Path:
-        assert target.is_file()
-        return target
-
-    monkeypatch.setattr(compiled, "_built", refused)
+    (kept,) = (source.parent / "cache" / "koine").iterdir()
+    number = kept.stat().st_ino
     assert library.__wrapped__(source).two() == 2
+    assert [path.stat().st_ino for path in kept.parent.iterdir()] == [number]
+
+
+def test_a_damaged_file_is_compiled_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_digest", lambda source, told: "digest")
+    kept = source.parent / "cache" / "koine" / "two-digest.so"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"")
+    assert library.__wrapped__(source).two() == 2
+    assert kept.stat().st_size
+
+
+def test_a_folder_that_others_may_write_is_not_trusted(source: Path) -> None:
+    folder = source.parent / "cache" / "koine"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert library.__wrapped__(source).two() == 2
+    assert not list(folder.iterdir())
+
+
+def test_processes_that_compile_at_once(source: Path) -> None:
+    """A file that another made meanwhile stays: somebody may run it."""
+    target = source.parent / "two.so"
+
+    def slow(*command: Any, **options: Any) -> Any:
+        target.write_bytes(b"of another")
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", slow)
+        assert compiled._built("g++", source, target) == target
+    assert target.read_bytes() == b"of another"
+    assert {path.name for path in source.parent.iterdir()} == {"two.cpp", "two.so"}
+
+
+@pytest.mark.parametrize("changed", ["source", "compiler", "flags", "processor"])
+def test_the_name_stands_for_all_that_it_depends_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    before = compiled._digest(source, "g++ 12")
+    told = "g++ 12"
+    if changed == "source":
+        source.write_text("")
+    elif changed == "compiler":
+        told = "g++ 13"
+    elif changed == "flags":
+        monkeypatch.setattr(compiled, "FLAGS", ("-O2",))
+    else:
+        monkeypatch.setattr(compiled, "processor_flags", lambda: {"avx512f"})
+    assert compiled._digest(source, told) != before
 
 
 def test_another_source_is_another_file(source: Path) -> None:
@@ -60,6 +104,24 @@ def test_a_cache_that_cannot_be_made_is_done_without(source: Path, monkeypatch: 
     (source.parent / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(source.parent / "file"))
     assert library.__wrapped__(source).two() == 2
+
+
+def test_a_user_without_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert library.__wrapped__(source).two() == 2
+
+
+def test_a_compiler_that_does_not_start(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_program = source.parent / "g++"
+    no_program.write_text("")
+    no_program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(no_program))
+    with pytest.warns(KoineWarning, match="could not compile"):
+        assert library.__wrapped__(source) is None
 
 
 @pytest.mark.parametrize(
@@ -85,8 +147,8 @@ def test_another_compiler_than_gcc(source: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_silu_at_both_ends(source: Path) -> None:
-    """exp is a polynomial of ours: to 1e-6 of torch's in float64 wherever the result is no less than float32 can say, and nothing beyond."""
-    gate = torch.cat((torch.linspace(-80, 80, 100_003), torch.tensor([-1e4, 1e4, 0.0, -0.0])))
+    """exp is a polynomial of ours: to 1e-6 of torch's in float64 wherever float32 can say so little, and nothing beyond."""
+    gate = torch.cat((torch.linspace(-80, 80, 100_003), torch.tensor([-1e4, 1e4, 0.0, -0.0, -3e38])))
     halves = torch.stack((gate, torch.ones_like(gate)), dim=1)
     units = torch.empty(len(gate), 1)
     compiled_experts.swiglu(halves, units)

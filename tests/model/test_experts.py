@@ -139,13 +139,19 @@ def test_many_tokens_in_bfloat16_are_float32_where_that_is_faster(
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 2)])
 @pytest.mark.parametrize("counts", [[3, 20, 0], [100, 130, 90]])
-def test_gradients_that_are_not_asked_for_are_not_made(counts: list[int], asked: tuple[int, ...]) -> None:
+def test_gradients_that_are_not_asked_for_are_not_made(
+    monkeypatch: pytest.MonkeyPatch, counts: list[int], asked: tuple[int, ...]
+) -> None:
     parts = with_counts(counts, 32, 24, torch.float32)
     grad = torch.randn(parts[0].shape)
     _, gradients = in_float64(*parts, grad)
+    made: list[Any] = []
+    gradients_of = experts._gradients
+    monkeypatch.setattr(experts, "_gradients", lambda *given: made.append(gradients_of(*given)) or made[0])
     for number in asked:
         parts[number].requires_grad_()  # type: ignore[union-attr]
     feed_forward_experts(*parts).backward(grad)  # type: ignore[no-untyped-call]
+    assert [one is not None for one in made[0]] == [number in asked for number in range(3)]
     for number in range(3):
         got = parts[number].grad  # type: ignore[union-attr]
         assert (got is not None) == (number in asked)
@@ -156,12 +162,72 @@ def test_gradients_that_are_not_asked_for_are_not_made(counts: list[int], asked:
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("counts", [[5, 9], [150, 130]])
 def test_what_is_not_a_number_stays_so(counts: list[int]) -> None:
-    """Of one token alone: nothing is made a number, and no other token hears of it."""
+    """Of one token alone, and of its expert: nothing is made a number, and no other token or expert hears of it, also where groups are filled up."""
     x, into, out, chosen = with_counts(counts, 32, 24, torch.float32)
-    x[2] = float("nan")
-    y = feed_forward_experts(x, into, out, chosen)
-    assert y[2].isnan().all()
-    assert not y[torch.arange(len(x)) != 2].isnan().any()
+    x[0] = float("nan")
+    leaves = [part.requires_grad_() for part in (x, into, out)]
+    y = feed_forward_experts(*leaves, chosen)
+    assert y[0].isnan().all()
+    assert not y[1:].isnan().any()
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    for leaf in leaves[1:]:
+        assert leaf.grad is not None
+        assert leaf.grad[chosen.experts[0]].isnan().any()
+        assert not leaf.grad[1 - chosen.experts[0]].isnan().any()
+
+
+def test_few_tokens_an_expert_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of up to 64, beside others, whatever torch's default dtype and device are."""
+    if compiled_experts.library(compiled_experts.SOURCE) is None:
+        pytest.skip("needs Linux, AVX-512 and g++")
+    rows: list[int] = []
+    forward = compiled_experts.forward
+
+    def counted(*given: Any, **options: Any) -> Any:
+        rows.extend((given[4][:, 2] - given[4][:, 1]).tolist())
+        return forward(*given, **options)
+
+    monkeypatch.setattr(compiled_experts, "forward", counted)
+    x, into, out, chosen = with_counts([64, 65, 0, 1], 32, 24, torch.float32)
+    grad = torch.randn(x.shape)
+    wanted, _ = in_float64(x, into, out, chosen, grad)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            y = feed_forward_experts(x.requires_grad_(), into, out, chosen)
+            y.backward(grad)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rows == [64, 1]
+    assert torch.allclose(y.double(), wanted, atol=1e-5)
+
+
+@pytest.mark.usefixtures("products")
+def test_what_does_not_fit_is_refused() -> None:
+    x, into, out, chosen = with_counts([5, 9], 32, 24, torch.float32)
+    for parts in ((x[:, :16], into, out), (x, into, out[..., :20]), (x, into[:1], out)):
+        with pytest.raises(ValueError, match="do not fit"):
+            feed_forward_experts(*parts, chosen)
+    with pytest.raises(IndexError, match="expert 2 was chosen of 2"):
+        feed_forward_experts(x, into, out, Chosen(chosen.experts + 1, chosen.gates))
+
+
+@pytest.mark.usefixtures("products")
+def test_a_second_derivative_is_refused() -> None:
+    x, into, out, chosen = with_counts([5, 9], 32, 24, torch.float32)
+    y = feed_forward_experts(x.requires_grad_(), into, out, chosen)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_more_experts_than_a_16_bit_number_says() -> None:
+    count = 2**16 + 10
+    x, into, out = torch.randn(3, 2), torch.randn(count, 2, 2), torch.randn(count, 2, 1)
+    chosen = Chosen(torch.tensor([[3], [2**16 + 3], [3]]), torch.ones(3, 1))
+    assert torch.allclose(
+        feed_forward_experts(x, into, out, chosen), one_by_one(x, into, out, chosen), atol=1e-6
+    )
 
 
 def test_no_tokens_are_no_work() -> None:

@@ -84,10 +84,10 @@ inline void write(bfloat16 *to, float value) {
     to->bits = value != value ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp: 2^n times the Taylor polynomial of the rest, which is at most ln(2) / 2 and leaves 1e-8 of the sum. What is not
-// a number stays so: of two that cannot be compared, min and max give the second.
+// exp: 2^n times the Taylor polynomial of the rest, which is at most ln(2) / 2 and leaves 1e-8 of the sum; infinite from
+// 89 on. What is not a number stays so: of two that cannot be compared, min and max give the second.
 inline Vector exponential(Vector x) {
-    const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
+    const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
     const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)),
                                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     // ln(2) in two parts, of which the first times `whole` is exact.

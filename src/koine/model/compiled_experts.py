@@ -57,7 +57,8 @@ def forward(
     Returns:
         What `backward` needs, where it will follow.
     """
-    halves = torch.empty(_width(groups) * into.shape[1]) if keep else None
+    size = _width(groups) * into.shape[1]
+    halves = torch.empty(size, dtype=torch.float32, device=x.device) if keep else None
     _call("forward", out, tokens, groups, x, into, out, said, halves)
     return halves
 

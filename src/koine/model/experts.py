@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from koine.hardware import bfloat16_is_fast
 from koine.model import compiled_experts
@@ -51,6 +52,10 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
 
     Returns:
         `[tokens, hidden]`, differentiable once in `x`, `into`, `out` and the gates.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        IndexError: an expert that there is not.
     """
     gates = chosen.gates.to(x.dtype)
     if x.device.type == "cuda":
@@ -62,6 +67,11 @@ def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
 def _sorted_by_expert(x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
     """`feed_forward_experts` everywhere but on an accelerator."""
+    count, hidden, width = out.shape
+    if x.shape[1] != hidden or into.shape != (count, 2 * width, hidden):
+        raise ValueError(
+            f"tokens {tuple(x.shape)}, into {tuple(into.shape)} and out {tuple(out.shape)} do not fit"
+        )
     learning = torch.is_grad_enabled() and any(part.requires_grad for part in (x, into, out, gates))
     dtype = torch.float32 if _widens(x, experts.numel() / len(into)) else x.dtype
     result = _FeedForwardExperts.apply(  # type: ignore[no-untyped-call]
@@ -98,7 +108,7 @@ class _Groups(NamedTuple):
 
     tokens: `[rows]`, the token of each row. place: `[tokens * k]`, the row of each choice. few: `[groups, 3]` int64, expert, first and last row (exclusive) of
     the experts that are `koine.model.compiled_experts`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled
-    up with rows that are no choice (their token is 0 and nothing reads what is said to it): one batched product; 0 where each has as many as it was chosen.
+    up with rows that are no choice: one batched product; 0 where each has as many as it was chosen. filling: those rows, whose tokens are read as zeros.
     """
 
     tokens: Tensor
@@ -106,6 +116,7 @@ class _Groups(NamedTuple):
     few: np.ndarray
     others: list[tuple[int, int, int]]
     each: int
+    filling: Tensor
 
 
 class _Part(NamedTuple):
@@ -126,18 +137,23 @@ def _grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, may_be_few: boo
     """`weight`: one of the experts' matrices, `[experts, ...]`; may_fill: whether groups may be filled up; may_be_few: whether some may be few."""
     # With numpy: it sorts numbers of 16 bits by counting them (24 µs for 8,192 choices, torch 240), and a call takes it a microsecond.
     flat = experts.reshape(-1).cpu().numpy()
-    order = flat.astype(np.uint16).argsort(kind="stable")
+    order = (flat.astype(np.uint16) if len(weight) <= 2**16 else flat).argsort(kind="stable")
     counts = np.bincount(flat, minlength=len(weight))
+    if len(counts) > len(weight):
+        raise IndexError(f"expert {len(counts) - 1} was chosen of {len(weight)}")
     row, tokens = np.arange(order.size), order // experts.shape[1]
     ends: list[tuple[int, int, int]] = []
+    filling = np.empty(0, dtype=np.int64)
     each = _filled_up(counts.tolist(), weight[0].numel()) if may_fill else 0
     if each:
         row += np.repeat(np.arange(counts.size) * each - (counts.cumsum() - counts), counts)
         chosen, tokens = tokens, np.zeros(counts.size * each, dtype=np.int64)
         tokens[row] = chosen
+        filling = np.setdiff1d(np.arange(len(tokens)), row, assume_unique=True)
     else:
         ends = list(_runs(counts.tolist()))
-    few = [one for one in ends if one[2] - one[1] <= compiled_experts.MOST_ROWS] if may_be_few else []
+    most = compiled_experts.MOST_ROWS if may_be_few else 0
+    few = [(expert, start, end) for expert, start, end in ends if end - start <= most]
     place = np.empty_like(order)
     place[order] = row
     on = experts.device
@@ -145,8 +161,9 @@ def _grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, may_be_few: boo
         torch.from_numpy(tokens).to(on),
         torch.from_numpy(place).to(on),
         np.array(few, dtype=np.int64).reshape(-1, 3),
-        [one for one in ends if one not in few] if len(few) < len(ends) else [],
+        [(expert, start, end) for expert, start, end in ends if end - start > most],
         each,
+        torch.from_numpy(filling).to(on),
     )
 
 
@@ -254,6 +271,7 @@ def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: boo
         count = part.rows.stop - part.rows.start
         here = part.rows if keep else slice(0, count)
         read = torch.index_select(x, 0, groups.tokens[part.rows], out=picked[here])
+        read.index_fill_(0, groups.filling, 0.0)
         made = _times_transposed(read, into, part.expert, both[here])
         _swiglu(made, units[:count])
         _times_transposed(units[:count], out, part.expert, said[part.rows])
@@ -280,13 +298,15 @@ class _FeedForwardExperts(torch.autograd.Function):
         said, halves, kept = _forward(x, into, out, groups, keep=learning)
         if learning:
             ctx.groups = groups
-            ctx.save_for_backward(x, into, out, gates, said, halves, *(kept or ()))
+            of_few = x if len(groups.few) else None
+            ctx.save_for_backward(of_few, into, out, gates, said, halves, *(kept or ()))
         # What is said of a token, weighted and added up in one pass over memory.
         return F.embedding_bag(
             groups.place.view(tokens, k), said, mode="sum", per_sample_weights=gates.contiguous()
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, into, out, gates, said, halves, *kept = ctx.saved_tensors
         groups: _Groups = ctx.groups
@@ -295,10 +315,9 @@ class _FeedForwardExperts(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             by_token = said.index_select(0, groups.place).view(tokens, k, grad.shape[1])
             grad_gates = by_token.mul_(grad[:, None]).sum(dim=-1)
-        # Rows that are no choice have a weight of 0, so that they reach no gradient.
         weights = gates.new_zeros(len(groups.tokens))
         weights[groups.place] = gates.reshape(-1)
-        found = _gradients(x, into, out, groups, _Wanted(*ctx.needs_input_grad[:3]))
+        found = _gradients(grad, into, out, groups, _Wanted(*ctx.needs_input_grad[:3]))
         if len(groups.few):
             compiled_experts.backward(grad, weights, x, into, out, groups.tokens, groups.few, halves, found)
         if kept:
@@ -355,10 +374,10 @@ def _gather(tokens: Tensor, numbers: Tensor, weights: Tensor, to: Tensor) -> Ten
     return torch.index_select(tokens, 0, numbers, out=to).mul_(weights[:, None])
 
 
-def _gradients(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, wanted: _Wanted) -> _Gradients:
+def _gradients(grad: Tensor, into: Tensor, out: Tensor, groups: _Groups, wanted: _Wanted) -> _Gradients:
     """Memory for what is asked for; 0 for experts that nobody chose."""
     found = _Gradients(
-        x.new_empty(len(groups.tokens), x.shape[1]) if wanted.x else None,
+        grad.new_empty(len(groups.tokens), grad.shape[1]) if wanted.x else None,
         torch.empty_like(into) if wanted.into else None,
         torch.empty_like(out) if wanted.out else None,
     )
@@ -387,7 +406,9 @@ def _backward(
     for part in parts:
         here, count = part.rows, part.rows.stop - part.rows.start
         said, units, product, both = (one[:count] for one in memory)
-        grad_said = _gather(grad, groups.tokens[here], weights[here], said)
+        grad_said = _gather(grad, groups.tokens[here], weights[here], said).index_fill_(
+            0, groups.filling, 0.0
+        )
         _swiglu_backward(_times(grad_said, out, part.expert, units), kept.both[here], both, product)
         if found.out is not None:
             _transposed_times(grad_said, product, part.expert, found.out)
