@@ -23,6 +23,8 @@ constexpr int64_t MOST_ROWS = 64; // of a group
 constexpr int64_t BLOCK = 8;      // rows of a matrix at a time
 constexpr int64_t TILE = 256;     // numbers of a row at a time, where their sums stay in the nearest caches
 constexpr int64_t TASK = 64;      // rows of a matrix that one thread takes at a time
+constexpr int64_t LINE = 32;      // bfloat16 numbers in a line of the caches
+constexpr int64_t VERY_FEW = 8;   // rows of a group that are no columns where nothing is kept
 
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
@@ -84,8 +86,8 @@ inline void write(bfloat16 *to, float value) {
     to->bits = value != value ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp: 2^n times the Taylor polynomial of the rest, which is at most ln(2) / 2 and leaves 1e-8 of the sum; infinite from
-// 89 on. What is not a number stays so: of two that cannot be compared, min and max give the second.
+// exp: 2^n times the Taylor polynomial of the rest, which is at most ln(2) / 2 and leaves 1e-8 of the sum; infinite
+// from 89 on. What is not a number stays so: of two that cannot be compared, min and max give the second.
 inline Vector exponential(Vector x) {
     const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
     const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)),
@@ -149,6 +151,14 @@ void put_in_columns(const Number *tokens, const float *weights, const Problem &p
     }
 }
 
+template <class Number>
+void put_in_rows(const Number *tokens, const Problem &problem, int64_t number, int64_t size, float *rows) {
+    const Group &group = problem.groups[number];
+    for (int64_t row = group.start; row < group.end; row++, rows += size)
+        for (int64_t at = 0; at < size; at++)
+            rows[at] = read(tokens[problem.tokens[row] * size + at]);
+}
+
 // `COUNT` rows of a matrix times columns: sums [COUNT, VECTORS].
 template <int VECTORS, int COUNT>
 inline void sums_of(const float *matrix, int64_t stride, const float *columns, int64_t size,
@@ -179,6 +189,9 @@ inline void sums_of(const bfloat16 *matrix, int64_t stride, const float *columns
         const int64_t count = std::min(TILE, size - first);
         for (int row = 0; row < COUNT; row++) {
             const bfloat16 *from = matrix + row * stride + first;
+            const bfloat16 *next = first + TILE < size ? from + TILE : matrix + (row + COUNT) * stride;
+            for (int64_t ahead = 0; ahead < TILE; ahead += LINE)
+                __builtin_prefetch(next + ahead);
             int64_t at = 0;
             for (; at + LANES <= count; at += LANES)
                 store(tile + row * TILE + at, load(from + at));
@@ -243,6 +256,117 @@ void rows_between(const Number *out, const float *units, const Problem &problem,
         rows_of<Number, VECTORS, 1>(out, units, problem.intermediate, from, said, problem.hidden, rows);
 }
 
+// Numbers `at` to `at + LANES` of a row, or those that there are.
+struct Whole {
+    int64_t at;
+
+    template <class Number> Vector load(const Number *row) const { return kernels::load(row + at); }
+    template <class Number> void store(Number *row, Vector value) const { kernels::store(row + at, value); }
+};
+
+struct Rest {
+    int64_t at, count;
+
+    template <class Number> Vector load(const Number *row) const {
+        alignas(64) float numbers[LANES] = {};
+        for (int64_t one = 0; one < count; one++)
+            numbers[one] = read(row[at + one]);
+        return kernels::load(numbers);
+    }
+    template <class Number> void store(Number *row, Vector value) const {
+        for (int64_t one = 0; one < count; one++)
+            write(row + at + one, value[one]);
+    }
+};
+
+template <class Function> inline void each_vector(int64_t size, Function function) {
+    int64_t at = 0;
+    for (; at + LANES <= size; at += LANES)
+        function(Whole{at});
+    if (at < size)
+        function(Rest{at, size - at});
+}
+
+inline float sum_of(Vector value) { return _mm512_reduce_add_ps((__m512)value); }
+
+// Dot products of `COUNT` rows of a matrix with `ROWS` rows of numbers, each row `stride` after the one before: found
+// [COUNT][ROWS]. Where rows are very few, columns would be mostly zeros.
+template <class Number, int COUNT, int ROWS>
+inline void dots_of(const Number *matrix, const float *rows, int64_t size, float (&found)[COUNT][ROWS]) {
+    Vector sums[COUNT][ROWS] = {};
+    int64_t at = 0;
+    for (; at + LANES <= size; at += LANES) {
+        Vector part[ROWS];
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; row++)
+            part[row] = load(rows + row * size + at);
+#pragma GCC unroll 8
+        for (int one = 0; one < COUNT; one++) {
+            const Vector weights = load(matrix + one * size + at);
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; row++)
+                sums[one][row] += weights * part[row];
+        }
+    }
+    for (int one = 0; one < COUNT; one++)
+        for (int row = 0; row < ROWS; row++) {
+            found[one][row] = sum_of(sums[one][row]);
+            for (int64_t rest = at; rest < size; rest++)
+                found[one][row] += read(matrix[one * size + rest]) * rows[row * size + rest];
+        }
+}
+
+// The same for rows `from` to `to` of a matrix: found [ROWS, TASK].
+template <class Number, int ROWS>
+void dots_between(const Number *matrix, const float *rows, int64_t size, int64_t from, int64_t to, float *found) {
+    constexpr int COUNT = ROWS > 4 ? 2 : 4;
+    for (int64_t at = from; at < to; at += COUNT) {
+        float sums[COUNT][ROWS];
+        if (at + COUNT <= to)
+            dots_of<Number, COUNT, ROWS>(matrix + at * size, rows, size, sums);
+        for (int one = 0; one < std::min<int64_t>(COUNT, to - at); one++) {
+            float last[1][ROWS];
+            if (at + COUNT > to)
+                dots_of<Number, 1, ROWS>(matrix + (at + one) * size, rows, size, last);
+            for (int row = 0; row < ROWS; row++)
+                found[row * TASK + at + one - from] = at + COUNT > to ? last[0][row] : sums[one][row];
+        }
+    }
+}
+
+template <class Number>
+void dots(int64_t count, const Number *matrix, const float *rows, int64_t size, int64_t from, int64_t to,
+          float *found) {
+    const decltype(&dots_between<Number, 1>) runs[VERY_FEW] = {
+        dots_between<Number, 1>, dots_between<Number, 2>, dots_between<Number, 3>, dots_between<Number, 4>,
+        dots_between<Number, 5>, dots_between<Number, 6>, dots_between<Number, 7>, dots_between<Number, 8>};
+    runs[count - 1](matrix, rows, size, from, to, found);
+}
+
+// As `units_between` and `rows_between`, from rows [count, hidden] to rows.
+template <class Number>
+void dot_units(int64_t count, const Number *into, const float *rows, const Problem &problem, int64_t from, int64_t to,
+               float *units) {
+    float gates[VERY_FEW * TASK], ups[VERY_FEW * TASK];
+    dots(count, into, rows, problem.hidden, from, to, gates);
+    dots(count, into + problem.intermediate * problem.hidden, rows, problem.hidden, from, to, ups);
+    for (int64_t row = 0; row < count; row++)
+        each_vector(to - from, [&](auto at) {
+            const Vector gate = at.load(gates + row * TASK);
+            at.store(units + row * problem.intermediate + from, gate * sigmoid(gate) * at.load(ups + row * TASK));
+        });
+}
+
+template <class Number>
+void dot_rows(int64_t count, const Number *out, const float *units, const Problem &problem, int64_t from, int64_t to,
+              Number *said) {
+    float found[VERY_FEW * TASK];
+    dots(count, out, units, problem.intermediate, from, to, found);
+    for (int64_t row = 0; row < count; row++)
+        each_vector(to - from,
+                    [&](auto at) { at.store(said + row * problem.hidden + from, at.load(found + row * TASK)); });
+}
+
 // said[row] = out_e (silu(gate_e x) * (up_e x)) for each row of a group; `halves` (all groups' [2 * intermediate,
 // width]) is null where nothing is kept.
 template <class Number>
@@ -251,6 +375,7 @@ void forward(const Problem &problem, const Number *x, const Number *into, const 
     const int64_t hidden = problem.hidden, intermediate = problem.intermediate;
     Columns columns(problem, hidden), units(problem, intermediate);
     const int64_t unit_tasks = (intermediate + TASK - 1) / TASK, row_tasks = (hidden + TASK - 1) / TASK;
+    const auto very_few = [&](int64_t group) { return !halves && problem.rows(group) <= VERY_FEW; };
     const decltype(&units_between<Number, 1>) unit_runs[] = {units_between<Number, 1>, units_between<Number, 2>,
                                                              units_between<Number, 3>, units_between<Number, 4>};
     const decltype(&rows_between<Number, 1>) row_runs[] = {rows_between<Number, 1>, rows_between<Number, 2>,
@@ -259,23 +384,34 @@ void forward(const Problem &problem, const Number *x, const Number *into, const 
     {
 #pragma omp for schedule(dynamic)
         for (int64_t group = 0; group < problem.count; group++)
-            put_in_columns(x, nullptr, problem, group, hidden, columns.of(group));
+            if (very_few(group))
+                put_in_rows(x, problem, group, hidden, columns.of(group));
+            else
+                put_in_columns(x, nullptr, problem, group, hidden, columns.of(group));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < problem.count * unit_tasks; task++) {
             const int64_t group = task / unit_tasks, from = task % unit_tasks * TASK,
                           to = std::min(from + TASK, intermediate);
+            const Number *gates = into + problem.groups[group].expert * 2 * intermediate * hidden;
+            if (very_few(group)) {
+                dot_units(problem.rows(group), gates, columns.of(group), problem, from, to, units.of(group));
+                continue;
+            }
             const auto run = unit_runs[problem.vectors(group) - 1];
             float *kept = halves ? halves + 2 * units.starts[group] : nullptr;
-            run(into + problem.groups[group].expert * 2 * intermediate * hidden, columns.of(group), problem, from, to,
-                kept, units.of(group));
+            run(gates, columns.of(group), problem, from, to, kept, units.of(group));
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < problem.count * row_tasks; task++) {
             const int64_t group = task / row_tasks, from = task % row_tasks * TASK, to = std::min(from + TASK, hidden);
-            const auto run = row_runs[problem.vectors(group) - 1];
             const Group &here = problem.groups[group];
-            run(out + here.expert * hidden * intermediate, units.of(group), problem, from, to,
-                said + here.start * hidden, here.end - here.start);
+            const Number *matrix = out + here.expert * hidden * intermediate;
+            if (very_few(group)) {
+                dot_rows(problem.rows(group), matrix, units.of(group), problem, from, to, said + here.start * hidden);
+                continue;
+            }
+            const auto run = row_runs[problem.vectors(group) - 1];
+            run(matrix, units.of(group), problem, from, to, said + here.start * hidden, here.end - here.start);
         }
     }
 }
@@ -335,37 +471,6 @@ struct Unit {
 inline Unit through_unit(Vector grad, Vector gate, Vector up) {
     const Vector share = sigmoid(gate), active = gate * share;
     return {grad * up * share * (1.0f + gate * (1.0f - share)), grad * active, active * up};
-}
-
-// Numbers `at` to `at + LANES` of a row, or those that there are.
-struct Whole {
-    int64_t at;
-
-    template <class Number> Vector load(const Number *row) const { return kernels::load(row + at); }
-    template <class Number> void store(Number *row, Vector value) const { kernels::store(row + at, value); }
-};
-
-struct Rest {
-    int64_t at, count;
-
-    template <class Number> Vector load(const Number *row) const {
-        alignas(64) float numbers[LANES] = {};
-        for (int64_t one = 0; one < count; one++)
-            numbers[one] = read(row[at + one]);
-        return kernels::load(numbers);
-    }
-    template <class Number> void store(Number *row, Vector value) const {
-        for (int64_t one = 0; one < count; one++)
-            write(row + at + one, value[one]);
-    }
-};
-
-template <class Function> inline void each_vector(int64_t size, Function function) {
-    int64_t at = 0;
-    for (; at + LANES <= size; at += LANES)
-        function(Whole{at});
-    if (at < size)
-        function(Rest{at, size - at});
 }
 
 // From the gradient of units `from` to `to`, as sums [rows, TILE]: that of both halves, and the units again, all in

@@ -4,6 +4,7 @@ their products."""
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def forward(
     Returns:
         What `backward` needs, where it will follow.
     """
-    size = _width(groups) * into.shape[1]
-    halves = torch.empty(size, dtype=torch.float32, device=x.device) if keep else None
+    halves = None
+    if keep:
+        halves = torch.empty(_width(groups) * into.shape[1], dtype=torch.float32, device=x.device)
     _call("forward", out, tokens, groups, x, into, out, said, halves)
     return halves
 
@@ -89,46 +91,49 @@ def _width(groups: np.ndarray) -> int:
 
 def swiglu(halves: Tensor, units: Tensor) -> None:
     """Writes `silu(gate) * up` to `units`. halves: `[rows, 2 * intermediate]`, the gate's, then up's; units: `[rows, intermediate]`. All here contiguous."""
-    _function("swiglu", units)(_pointer(halves), _pointer(units), *_sizes(units))
+    _function("swiglu", units.dtype)(*map(_pointer, (halves, units)), *units.shape, torch.get_num_threads())
 
 
 def swiglu_backward(grad: Tensor, halves: Tensor, grad_halves: Tensor, units: Tensor) -> None:
     """Writes the gradient of both halves to `grad_halves` and the units again to `units`. grad: `[rows, intermediate]`; the rest as in `swiglu`."""
-    pointers = (_pointer(one) for one in (grad, halves, grad_halves, units))
-    _function("swiglu_backward", units)(*pointers, *_sizes(units))
+    pointers = map(_pointer, (grad, halves, grad_halves, units))
+    _function("swiglu_backward", units.dtype)(*pointers, *units.shape, torch.get_num_threads())
 
 
 def gather(tokens: Tensor, numbers: Tensor, weights: Tensor, to: Tensor) -> None:
     """Writes the tokens of these numbers, each times its weight. tokens: `[tokens, hidden]`; numbers: `[rows]` int64; weights: `[rows]`; to: `[rows, hidden]`."""
-    pointers = (_pointer(one) for one in (tokens, numbers, weights, to))
-    _function("gather", to)(*pointers, *_sizes(to))
+    pointers = map(_pointer, (tokens, numbers, weights, to))
+    _function("gather", to.dtype)(*pointers, *to.shape, torch.get_num_threads())
 
 
 def _call(name: str, out: Tensor, tokens: Tensor, groups: np.ndarray, *tensors: Tensor | None) -> None:
     assert groups.dtype == np.int64
     assert groups.flags.c_contiguous
-    assert tokens.is_contiguous()
+    hidden, intermediate = out.shape[1:]
     problem = _Problem(
-        groups.ctypes.data,
-        tokens.data_ptr(),
-        len(groups),
-        out.shape[1],
-        out.shape[2],
-        torch.get_num_threads(),
+        groups.ctypes.data, _pointer(tokens), len(groups), hidden, intermediate, torch.get_num_threads()
     )
-    _function(name, out)(ctypes.byref(problem), *map(_pointer, tensors))
+    _function(name, out.dtype)(ctypes.addressof(problem), *map(_pointer, tensors))
 
 
-def _function(name: str, like: Tensor) -> Any:
+ARGUMENTS = {
+    "forward": [ctypes.c_void_p] * 6,
+    "backward": [ctypes.c_void_p] * 10,
+    "swiglu": [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_int],
+    "swiglu_backward": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2 + [ctypes.c_int],
+    "gather": [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2 + [ctypes.c_int],
+}
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Any:
     compiled = library(SOURCE)
     assert compiled is not None
-    return getattr(compiled, f"{name}_{NAMES[like.dtype]}")
+    function = getattr(compiled, f"{name}_{NAMES[dtype]}")
+    function.argtypes, function.restype = ARGUMENTS[name], None
+    return function
 
 
-def _pointer(one: Tensor | None) -> ctypes.c_void_p:
+def _pointer(one: Tensor | None) -> int | None:
     assert one is None or one.is_contiguous()
-    return ctypes.c_void_p(None if one is None else one.data_ptr())
-
-
-def _sizes(rows: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int]:
-    return ctypes.c_int64(rows.shape[0]), ctypes.c_int64(rows.shape[1]), ctypes.c_int(torch.get_num_threads())
+    return None if one is None else one.data_ptr()

@@ -74,9 +74,13 @@ def _sorted_by_expert(x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gat
         )
     learning = torch.is_grad_enabled() and any(part.requires_grad for part in (x, into, out, gates))
     dtype = torch.float32 if _widens(x, experts.numel() / len(into)) else x.dtype
-    result = _FeedForwardExperts.apply(  # type: ignore[no-untyped-call]
-        x.to(dtype), into.to(x.dtype), out.to(x.dtype), experts, gates.to(dtype), learning
+    x_wide, into, out = (
+        one.to(kind).contiguous() for one, kind in ((x, dtype), (into, x.dtype), (out, x.dtype))
     )
+    inputs = x_wide, into, out, experts, gates.to(dtype)
+    if not learning:
+        return _answers(*inputs, keep=False).said.to(x.dtype)
+    result = _FeedForwardExperts.apply(*inputs)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result.to(x.dtype)
 
@@ -282,28 +286,40 @@ def _most_rows(parts: list[_Part]) -> int:
     return max(int(part.rows.stop) - int(part.rows.start) for part in parts)
 
 
+class _Answers(NamedTuple):
+    """What is said of each token, `[tokens, hidden]`, how, and of its rows."""
+
+    said: Tensor
+    groups: _Groups
+    of_rows: _ForwardResult
+
+
+def _answers(x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor, *, keep: bool) -> _Answers:
+    """x and gates in one dtype, in which the products are; into and out in it or in a narrower one; x, into and out contiguous."""
+    tokens, k = experts.shape
+    may_be_few = into.dtype == x.dtype and compiled_experts.compiled_for(x)
+    mostly_few = may_be_few and tokens * k <= MOSTLY_FEW * len(into)
+    may_fill = into.dtype == x.dtype and not mostly_few
+    groups = _grouped(experts, into, may_fill=may_fill, may_be_few=may_be_few)
+    of_rows = _forward(x, into, out, groups, keep=keep)
+    # What is said of a token, weighted and added up in one pass over memory.
+    said = F.embedding_bag(
+        groups.place.view(tokens, k), of_rows.said, mode="sum", per_sample_weights=gates.contiguous()
+    )
+    return _Answers(said, groups, of_rows)
+
+
 class _FeedForwardExperts(torch.autograd.Function):
-    """x and gates in one dtype, in which the products are; into and out in it or in a narrower one."""
+    """See `_answers`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor, learning: bool
-    ) -> Tensor:
-        tokens, k = experts.shape
-        x, into, out = x.contiguous(), into.contiguous(), out.contiguous()
-        may_be_few = into.dtype == x.dtype and compiled_experts.compiled_for(x)
-        mostly_few = may_be_few and tokens * k <= MOSTLY_FEW * len(into)
-        may_fill = into.dtype == x.dtype and not mostly_few
-        groups = _grouped(experts, into, may_fill=may_fill, may_be_few=may_be_few)
-        said, halves, kept = _forward(x, into, out, groups, keep=learning)
-        if learning:
-            ctx.groups = groups
-            of_few = x if len(groups.few) else None
-            ctx.save_for_backward(of_few, into, out, gates, said, halves, *(kept or ()))
-        # What is said of a token, weighted and added up in one pass over memory.
-        return F.embedding_bag(
-            groups.place.view(tokens, k), said, mode="sum", per_sample_weights=gates.contiguous()
-        )
+    def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        found = _answers(x, into, out, experts, gates, keep=True)
+        ctx.groups = found.groups
+        of_few = x if len(found.groups.few) else None
+        rows = found.of_rows
+        ctx.save_for_backward(of_few, into, out, gates, rows.said, rows.halves, *(rows.kept or ()))
+        return found.said
 
     @staticmethod
     @once_differentiable
@@ -325,7 +341,7 @@ class _FeedForwardExperts(torch.autograd.Function):
         grad_x = None
         if found.rows is not None:
             grad_x = F.embedding_bag(groups.place.view(tokens, k), found.rows, mode="sum")
-        return grad_x, found.into, found.out, None, grad_gates, None
+        return grad_x, found.into, found.out, None, grad_gates
 
 
 class _Wanted(NamedTuple):
