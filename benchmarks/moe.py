@@ -4,7 +4,7 @@
     python benchmarks/moe.py --models --out benchmarks/results/moe_models.json
 
 Eight experts, two a token, SwiGLU, each half as wide as twice the hidden size: forward, and forward with backward, in float32 and bfloat16. All sides run in
-one process on the same weights and the same choices and take turns; each round stands between two matmuls of the experts' shape, and rounds in which one of them is
+one process on the same weights and the same choices and take turns, in another order each round; each round stands between two matmuls of the experts' shape, and rounds in which one of them is
 slow (the machine was busy) are dropped. `ratio` is the best peer's time over ours, `over_dense` ours over that of the dense half (the ideal). A side that
 would take longer than `--most-seconds` a call is left out, and the result says so. The last line printed is one line of JSON.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -158,8 +159,11 @@ def compare(
     samples: dict[str, list[float]] = {side: [] for side in made}
     ceilings: list[float] = []
     before = matmul_rate(shape, dtype, device=device)
+    order = random.Random(0)
     for _ in range(options.rounds):
-        for side, (function, weights) in made.items():
+        # In another order each time: whoever comes after another finds in the caches what that one left.
+        for side in order.sample([*made], len(made)):
+            function, weights = made[side]
             samples[side].append(seconds(function, x, weights, grad, repeats[side]))
         after = matmul_rate(shape, dtype, device=device)
         ceilings.append(min(before, after))

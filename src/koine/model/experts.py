@@ -275,7 +275,8 @@ def _forward(x: Tensor, into: Tensor, out: Tensor, groups: _Groups, *, keep: boo
         count = part.rows.stop - part.rows.start
         here = part.rows if keep else slice(0, count)
         read = torch.index_select(x, 0, groups.tokens[part.rows], out=picked[here])
-        read.index_fill_(0, groups.filling, 0.0)
+        if groups.each:
+            read.index_fill_(0, groups.filling, 0.0)
         made = _times_transposed(read, into, part.expert, both[here])
         _swiglu(made, units[:count])
         _times_transposed(units[:count], out, part.expert, said[part.rows])
@@ -422,9 +423,9 @@ def _backward(
     for part in parts:
         here, count = part.rows, part.rows.stop - part.rows.start
         said, units, product, both = (one[:count] for one in memory)
-        grad_said = _gather(grad, groups.tokens[here], weights[here], said).index_fill_(
-            0, groups.filling, 0.0
-        )
+        grad_said = _gather(grad, groups.tokens[here], weights[here], said)
+        if groups.each:
+            grad_said.index_fill_(0, groups.filling, 0.0)
         _swiglu_backward(_times(grad_said, out, part.expert, units), kept.both[here], both, product)
         if found.out is not None:
             _transposed_times(grad_said, product, part.expert, found.out)
