@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from koine.model import compiled_experts, experts
+from koine.model import compiled_experts, sorted_experts
 from koine.model.experts import Chosen, choose, feed_forward_experts, load_balancing_loss, router_z_loss
 
 
@@ -123,8 +123,8 @@ def test_many_tokens_in_bfloat16_are_float32_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
     """The matrices pass through float32 in pieces of 2^19 numbers, of which the larger here has several."""
-    monkeypatch.setattr(experts, "bfloat16_is_fast", lambda: fast)
-    monkeypatch.setattr(experts, "WIDENED", 1_000)
+    monkeypatch.setattr(sorted_experts, "bfloat16_is_fast", lambda: fast)
+    monkeypatch.setattr(sorted_experts, "WIDENED", 1_000)
     x, into, out, chosen = with_counts([150, 20, 0, 90], 40, 56, torch.bfloat16)
     grad = torch.randn(x.shape).bfloat16()
     wanted, gradients = in_float64(x, into, out, chosen, grad)
@@ -147,8 +147,10 @@ def test_gradients_that_are_not_asked_for_are_not_made(
     grad = torch.randn(parts[0].shape)
     _, gradients = in_float64(*parts, grad)
     made: list[Any] = []
-    gradients_of = experts._gradients
-    monkeypatch.setattr(experts, "_gradients", lambda *given: made.append(gradients_of(*given)) or made[0])
+    gradients_of = sorted_experts._gradients
+    monkeypatch.setattr(
+        sorted_experts, "_gradients", lambda *given: made.append(gradients_of(*given)) or made[0]
+    )
     for number in asked:
         parts[number].requires_grad_()  # type: ignore[union-attr]
     feed_forward_experts(*parts).backward(grad)  # type: ignore[no-untyped-call]
