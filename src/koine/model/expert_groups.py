@@ -20,6 +20,9 @@ PADDED_BEYOND = 1.03
 LARGE = 2**20
 """Entries of a matrix from which on its product is no longer held up by the call itself: groups are then not filled up (docs/log.md)."""
 
+FEW = 32
+"""Up to so many tokens an expert are few also for torch's products."""
+
 
 class Groups(NamedTuple):
     """Choices sorted by expert, in rows.
@@ -38,17 +41,24 @@ class Groups(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows that are taken through each operation together: of one expert, or of all (None)."""
+    """Rows that are taken through each operation together.
+
+    rows: which of `Groups`. ends: `[(expert, first, last)]`, counted from the first of the rows; none where all experts have as many.
+    """
 
     rows: slice
-    expert: int | None
+    ends: list[tuple[int, int, int]]
 
 
 def parts_of(groups: Groups) -> list[Part]:
-    """All but the few: experts one after another, each from beginning to end while what it works on is in the caches."""
+    """All but the few of `compiled_experts`: in one part where rows are few, which takes fewer calls; otherwise each expert from beginning to end, while what
+    it works on is in the caches."""
+    rows = len(groups.tokens)
     if groups.each:
-        return [Part(slice(0, len(groups.tokens)), None)]
-    return [Part(slice(start, end), expert) for expert, start, end in groups.others]
+        return [Part(slice(0, rows), [])]
+    if groups.others and not len(groups.few) and rows <= FEW * len(groups.others):
+        return [Part(slice(0, rows), groups.others)]
+    return [Part(slice(start, end), [(expert, 0, end - start)]) for expert, start, end in groups.others]
 
 
 def grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, may_be_few: bool) -> Groups:
