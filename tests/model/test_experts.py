@@ -95,7 +95,16 @@ def in_float64(
 @pytest.mark.parametrize(("hidden", "width"), [(48, 32), (19, 37), (257, 300)])
 @pytest.mark.parametrize(
     "counts",
-    [[1, 2, 3], [4, 6, 7, 8], [16, 17, 0, 33], [64, 48, 65, 5], [200, 190, 210], [400, 3, 90], [31] * 6],
+    [
+        [1, 2, 3],
+        [4, 6, 7, 8],
+        [16, 17, 0, 33],
+        [64, 48, 65, 5],
+        [200, 190, 210],
+        [400, 3, 90],
+        [130, 256, 100],
+        [31] * 6,
+    ],
 )
 def test_few_and_many_tokens_an_expert(
     counts: list[int], hidden: int, width: int, dtype: torch.dtype

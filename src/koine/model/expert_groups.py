@@ -28,7 +28,7 @@ class Groups(NamedTuple):
     """Choices sorted by expert, in rows.
 
     tokens: `[rows]`, the token of each row. place: `[tokens * k]`, the row of each choice. few: `[groups, 3]` int64, expert, first and last row (exclusive) of
-    the experts that are `koine.model.compiled_experts`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled
+    the groups of `koine.model.compiled_experts`; others: the same of all others that were chosen. each: rows an expert where all have as many, filled
     up with rows that are no choice: one batched product; 0 where each has as many as it was chosen. filling: those rows, whose tokens are read as zeros.
     """
 
@@ -61,11 +61,11 @@ def parts_of(groups: Groups) -> list[Part]:
     return [Part(slice(start, end), [(expert, 0, end - start)]) for expert, start, end in groups.others]
 
 
-def grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, may_be_few: bool) -> Groups:
+def grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, few: int) -> Groups:
     """Sorts the choices `experts` `[tokens, k]`.
 
-    weight: one of the experts' matrices, `[experts, ...]`; may_fill: whether groups may be filled up; may_be_few: whether some may be few. IndexError where an
-    expert was chosen that there is not.
+    weight: one of the experts' matrices, `[experts, ...]`; may_fill: whether groups may be filled up; few: up to so many tokens an expert is of
+    the few. IndexError where an expert was chosen that there is not.
     """
     # With numpy: it sorts numbers of 16 bits by counting them (24 µs for 8,192 choices, torch 240), and a call takes it a microsecond.
     flat = experts.reshape(-1).cpu().numpy()
@@ -84,16 +84,17 @@ def grouped(experts: Tensor, weight: Tensor, *, may_fill: bool, may_be_few: bool
         filling = np.setdiff1d(np.arange(len(tokens)), row, assume_unique=True)
     else:
         ends = list(_runs(counts.tolist()))
-    most = compiled_experts.MOST_ROWS if may_be_few else 0
-    few = [(expert, start, end) for expert, start, end in ends if end - start <= most]
+    of_few = [
+        piece for expert, start, end in ends if end - start <= few for piece in _pieces(expert, start, end)
+    ]
     place = np.empty_like(order)
     place[order] = row
     on = experts.device
     return Groups(
         torch.from_numpy(tokens).to(on),
         torch.from_numpy(place).to(on),
-        np.array(few, dtype=np.int64).reshape(-1, 3),
-        [(expert, start, end) for expert, start, end in ends if end - start > most],
+        np.array(of_few, dtype=np.int64).reshape(-1, 3),
+        [(expert, start, end) for expert, start, end in ends if end - start > few],
         each,
         torch.from_numpy(filling).to(on),
     )
@@ -105,6 +106,14 @@ def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
         if number:
             yield expert, start, start + number
         start += number
+
+
+def _pieces(expert: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Rows of one expert, in as many groups of `compiled_experts` as it takes, of nearly equal size and in full sixteens but for the last."""
+    count = -(-(end - start) // compiled_experts.MOST_ROWS)
+    size = -(-(end - start) // count // 16) * 16
+    for first in range(start, end, size):
+        yield expert, first, min(first + size, end)
 
 
 def _filled_up(counts: list[int], entries: int) -> int:

@@ -30,7 +30,8 @@ def sorted_by_expert(x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gate
             f"tokens {tuple(x.shape)}, into {tuple(into.shape)} and out {tuple(out.shape)} do not fit"
         )
     learning = torch.is_grad_enabled() and any(part.requires_grad for part in (x, into, out, gates))
-    dtype = torch.float32 if _widens(x, experts.numel() / len(into)) else x.dtype
+    rows = experts.numel() / len(into)
+    dtype = torch.float32 if rows > _mostly_few(x, keep=learning) and _is_slow(x) else x.dtype
     x_wide, into, out = (
         one.to(kind).contiguous() for one, kind in ((x, dtype), (into, x.dtype), (out, x.dtype))
     )
@@ -42,14 +43,22 @@ def sorted_by_expert(x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gate
     return result.to(x.dtype)
 
 
-def _widens(x: Tensor, rows: float) -> bool:
-    """Whether products of bfloat16 are faster in float32, with the time that it takes to make the matrices float32. rows: an expert, on average."""
-    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not bfloat16_is_fast()
-    return slow and rows > MOSTLY_FEW
-
-
 MOSTLY_FEW = 48
-"""Up to so many tokens an expert, on average, groups are not filled up where `koine.model.compiled_experts` can take each as it is."""
+"""Up to so many tokens an expert, on average, `koine.model.compiled_experts` takes each group as it is, up to its largest, where it can."""
+
+MOSTLY_FEW_READ = 192
+FEW_READ = 256
+"""The same two numbers where nothing is learnt: a matrix may be read several times, for as many groups, but a gradient is written once."""
+
+
+def _mostly_few(x: Tensor, *, keep: bool) -> int:
+    return MOSTLY_FEW if keep or not compiled_experts.compiled_for(x) else MOSTLY_FEW_READ
+
+
+def _is_slow(x: Tensor) -> bool:
+    """Whether products of many rows are faster in float32, with the time that it takes to make the matrices float32."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not bfloat16_is_fast()
+
 
 WIDENED = 2**19
 """Entries of a matrix that are made float32 at a time: 2 MB, which stay in the caches until they are multiplied."""
@@ -171,9 +180,10 @@ def _answers(x: Tensor, into: Tensor, out: Tensor, experts: Tensor, gates: Tenso
     """x and gates in one dtype, in which the products are; into and out in it or in a narrower one; x, into and out contiguous."""
     tokens, k = experts.shape
     may_be_few = into.dtype == x.dtype and compiled_experts.compiled_for(x)
-    mostly_few = may_be_few and tokens * k <= MOSTLY_FEW * len(into)
+    mostly_few = may_be_few and tokens * k <= _mostly_few(x, keep=keep) * len(into)
     may_fill = into.dtype == x.dtype and not mostly_few
-    groups = grouped(experts, into, may_fill=may_fill, may_be_few=may_be_few)
+    most = compiled_experts.MOST_ROWS if keep or not mostly_few else FEW_READ
+    groups = grouped(experts, into, may_fill=may_fill, few=most if may_be_few else 0)
     of_rows = _forward(x, into, out, groups, keep=keep)
     # What is said of a token, weighted and added up in one pass over memory.
     said = F.embedding_bag(
