@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from koine.model import ModelConfig, hybrid_layers
+from koine.model import ModelConfig, compiled_experts, hybrid_layers
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +31,10 @@ def tiny() -> ModelConfig:
         initializer_range=0.15,
         eos_token_id=98,
     )
+
+
+@pytest.fixture
+def compiled_here() -> None:
+    """Only where C++ of ours can be compiled."""
+    if compiled_experts.library(compiled_experts.SOURCE) is None:
+        pytest.skip("needs Linux, AVX-512 and g++")

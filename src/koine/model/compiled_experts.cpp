@@ -320,17 +320,19 @@ inline void dots_of(const Number *matrix, const float *rows, int64_t size, float
 template <class Number, int ROWS>
 void dots_between(const Number *matrix, const float *rows, int64_t size, int64_t from, int64_t to, float *found) {
     constexpr int COUNT = ROWS > 4 ? 2 : 4;
-    for (int64_t at = from; at < to; at += COUNT) {
+    int64_t at = from;
+    for (; at + COUNT <= to; at += COUNT) {
         float sums[COUNT][ROWS];
-        if (at + COUNT <= to)
-            dots_of<Number, COUNT, ROWS>(matrix + at * size, rows, size, sums);
-        for (int one = 0; one < std::min<int64_t>(COUNT, to - at); one++) {
-            float last[1][ROWS];
-            if (at + COUNT > to)
-                dots_of<Number, 1, ROWS>(matrix + (at + one) * size, rows, size, last);
+        dots_of<Number, COUNT, ROWS>(matrix + at * size, rows, size, sums);
+        for (int one = 0; one < COUNT; one++)
             for (int row = 0; row < ROWS; row++)
-                found[row * TASK + at + one - from] = at + COUNT > to ? last[0][row] : sums[one][row];
-        }
+                found[row * TASK + at + one - from] = sums[one][row];
+    }
+    for (; at < to; at++) {
+        float sums[1][ROWS];
+        dots_of<Number, 1, ROWS>(matrix + at * size, rows, size, sums);
+        for (int row = 0; row < ROWS; row++)
+            found[row * TASK + at - from] = sums[0][row];
     }
 }
 

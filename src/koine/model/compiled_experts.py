@@ -15,7 +15,7 @@ from torch import Tensor
 from koine.model.compiled import library
 
 MOST_ROWS = 64
-"""Of one expert in `forward` and `backward`."""
+"""Of one group in `forward` and `backward`, as in the source."""
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -1,4 +1,4 @@
-"""Feed-forward experts on CPU.
+"""Feed-forward experts wherever there is no grouped matmul: on CPU, above all.
 
 Tokens are sorted by expert, so that each expert is two products over its own tokens, forward, and four backward; an expert that nobody chose costs nothing. One
 autograd function holds all of it: no graph of a dozen operations an expert. An expert with few tokens is `koine.model.compiled_experts`, where that can be
