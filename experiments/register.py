@@ -1,4 +1,4 @@
-"""Every hypothesis that was measured, of all experiments and scales: `python experiments/register.py` prints the table that docs/papers.md holds."""
+"""Every hypothesis that was measured, of all experiments and scales: `python experiments/register.py` prints what docs/papers.md holds of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from koine.files import read_json
 
 HERE = Path(__file__).resolve().parent
 SCALES = ("laptop", "laptop-deep", "gpu", "cluster")
+
+# Verdicts whose experiment was found to have a fault; each goes when the experiment has run again without it.
+UNDER_REVIEW = {
+    "RN1": "weight decay pulled down the gains of QK-Norm, and the tie of 0.03 bits per byte that counts as equal is seven times the paper's effect",
+    "RN2": "weight decay pulled down the gains of QK-Norm, and NoPE had not learnt to find the fact at the training length",
+    "RN3": "weight decay pulled down the gains of QK-Norm, and smaller gains alone spread attention",
+    "RN6": "RoPE finds 15 % of the facts at its own training length, so that beyond it there is nothing to lose; seeds are bimodal",
+    "UT8": "25 of 26 languages stand at the cap of text a language, so that the arms have nearly the same weights",
+    "CA2": "the relative loss says how far the experts moved from their seed, not which part of their gain the merge keeps",
+    "AE3": "the merge is worse than one model trained on all languages, and at hidden 128 than the base, which the rule does not ask",
+}
 
 
 def measured(entry: Mapping[str, Any]) -> str:
@@ -24,6 +35,17 @@ def measured(entry: Mapping[str, Any]) -> str:
     return "–" if value is None else one(value, interval)
 
 
+def standing(name: str, entry: Mapping[str, Any]) -> str:
+    """Return the verdict of a hypothesis, marked where it is under review."""
+    verdict = str(entry["verdict"])
+    return f"under review (was: {verdict})" if name in UNDER_REVIEW else verdict
+
+
+def reviews() -> str:
+    """Return the list of verdicts under review in Markdown, each with its reason."""
+    return "".join(f"- {name}: {reason}.\n" for name, reason in UNDER_REVIEW.items())
+
+
 def table(folder: Path = HERE) -> str:
     """A row for each hypothesis and scale, by the name of the experiment."""
     lines = [
@@ -36,7 +58,7 @@ def table(folder: Path = HERE) -> str:
             if file.exists():
                 results = read_json(file)
                 lines += [
-                    f"| {name} | `{experiment}` | {scale} | {len(results['seeds'])} | {entry['verdict']} | {measured(entry)} |"
+                    f"| {name} | `{experiment}` | {scale} | {len(results['seeds'])} | {standing(name, entry)} | {measured(entry)} |"
                     for name, entry in results["hypotheses"].items()
                 ]
     return "\n".join(lines) + "\n"
@@ -44,3 +66,4 @@ def table(folder: Path = HERE) -> str:
 
 if __name__ == "__main__":
     print(table())
+    print(reviews())

@@ -58,4 +58,6 @@ def test_the_verdicts_follow_from_the_runs(name: str) -> None:
 
 def test_the_register_is_in_the_manual() -> None:
     page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
-    assert load(EXPERIMENTS / "register.py").table() in page
+    register = load(EXPERIMENTS / "register.py")
+    assert register.table() in page
+    assert register.reviews() in page

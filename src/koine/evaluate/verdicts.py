@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Student's t for a two-sided 95 % interval, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+CONFIDENCE = 0.95
+
+
+def student_probability(t: float, degrees: int) -> float:
+    """Return P(|T| < t) of Student's t with `degrees` degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    odd = degrees % 2 == 1
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(2 if odd else 1, degrees, 2):
+        total += term
+        term *= k / (k + 1) * math.cos(angle) ** 2
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+
+@functools.cache
+def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
+    """Return the t for which P(|T| < t) is `confidence`, for any positive number of degrees of freedom."""
+    low, high = 0.0, 1.0
+    while student_probability(high, degrees) < confidence:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        if student_probability(middle, degrees) < confidence:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """Student's 95 % interval of the mean of up to ten values; of one value, the value itself twice."""
+    """Return Student's 95 % interval of the mean of any number of values; of one value, the value itself twice.
+
+    Raises `ValueError` where there is no value, or one is not finite.
+    """
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"an interval needs finite values, one or more: {list(values)}")
     mean, half = statistics.mean(values), 0.0
     if len(values) > 1:
-        half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+        half = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return [mean - half, mean + half]
 
 
 def above(values: Sequence[float], least: float = 0.0) -> str:
-    """The verdict on "above `least`"."""
+    """Judge "above `least`"; one seed has no spread, so it decides nothing."""
     low, high = interval(values)
+    if len(values) == 1:
+        return "inconclusive"
     return "reproduced" if low > least else "not reproduced" if high < least else "inconclusive"
 
 
@@ -33,6 +69,8 @@ def below(values: Sequence[float], most: float = 0.0) -> str:
 def within(values: Sequence[float], margin: float) -> str:
     """The verdict on "no further from 0 than `margin`"."""
     low, high = interval(values)
+    if len(values) == 1:
+        return "inconclusive"
     if -margin <= low and high <= margin:
         return "reproduced"
     return "not reproduced" if low > margin or high < -margin else "inconclusive"
