@@ -3,6 +3,7 @@
 from koine.files.locks import exclusive
 from koine.files.outputs import (
     Claim,
+    State,
     atomic_directory,
     atomic_file,
     check_output_file,
@@ -11,15 +12,18 @@ from koine.files.outputs import (
     publish_directory,
     recover,
     refuse_inside,
+    state_of,
 )
 from koine.files.system_errors import disk_errors, explain
 from koine.files.walk import copy_tree, walk
 from koine.files.writing import (
+    clear_abandoned,
     clear_partials,
     fsync_directory,
     fsync_file,
     fsync_tree,
     read_json,
+    remove,
     sha256_file,
     to_json,
     write_atomically,
@@ -28,10 +32,12 @@ from koine.files.writing import (
 
 __all__ = [
     "Claim",
+    "State",
     "atomic_directory",
     "atomic_file",
     "check_output_file",
     "claim",
+    "clear_abandoned",
     "clear_partials",
     "copy_tree",
     "disk_errors",
@@ -45,7 +51,9 @@ __all__ = [
     "read_json",
     "recover",
     "refuse_inside",
+    "remove",
     "sha256_file",
+    "state_of",
     "to_json",
     "walk",
     "write_atomically",

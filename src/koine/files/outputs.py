@@ -17,7 +17,7 @@ from pathlib import Path
 from koine.errors import KoineWarning, UserError
 from koine.files.locks import exclusive
 from koine.files.system_errors import NOTHING_KEPT, disk_errors, explain
-from koine.files.writing import beside, fsync_directory, fsync_file, fsync_tree, real_file
+from koine.files.writing import beside, fsync_directory, fsync_file, fsync_tree, real_file, remove
 
 State = frozenset[tuple[str, int, int, int]]
 """What stands under a name: relative name, inode, bytes and modification time (both 0 for folders) of all that is below."""
@@ -138,10 +138,8 @@ def recover(place: Path) -> None:
     for left in leftovers(place):
         if left.suffix == ".old" and not os.path.lexists(place):
             left.rename(place)
-        elif left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
         else:
-            left.unlink()
+            remove(left)
 
 
 def real_folder(out: Path) -> Path:
@@ -312,7 +310,7 @@ def publish_directory(
     place = Path(os.path.realpath(out)) if out.is_symlink() else out
     where = where or out
     now = state_of(place)
-    if found != ANY and now != found:
+    if now is not None and found not in (ANY, now):
         raise _changed(where)
     temporary = _same_file_system(temporary, place)
     if now is None or (place.is_dir() and not any(place.iterdir())):
@@ -327,7 +325,7 @@ def publish_directory(
     old = beside(place, f"{os.getpid()}.old")
     place.rename(old)
     try:
-        if found != ANY and state_of(old) != found:
+        if found not in (ANY, state_of(old)):
             raise _changed(where)
         _rename(temporary, place, where)
         fsync_directory(place.parent)
@@ -338,7 +336,7 @@ def publish_directory(
             old.rename(place)
         raise
     try:
-        shutil.rmtree(old) if not old.is_symlink() and old.is_dir() else old.unlink()
+        remove(old)
     except OSError as error:
         warnings.warn(
             f"{old}: cannot be removed ({error.strerror}); remove it yourself", KoineWarning, stacklevel=2

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from koine.errors import UserError
 from koine.files.system_errors import disk_errors
@@ -62,22 +63,53 @@ def fsync_tree(path: Path) -> None:
         fsync_directory(Path(folder))
 
 
-def partials(folder: Path) -> Iterator[Path]:
-    """The temporary files and folders below `folder`, itself the work of one process at a time."""
+def remove(path: Path) -> None:
+    """Remove a file, a link (never what it leads to) or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def clear_partials(folder: Path, *, below: bool = True) -> None:
+    """Remove what killed processes left half-written in `folder`, which must be the caller's alone, and their locks.
+
+    below: also in the folders inside it.
+    """
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
-            if PARTIAL.fullmatch(name):
-                yield Path(place) / name
-        folders[:] = [name for name in folders if not PARTIAL.fullmatch(name)]
+            path = Path(place) / name
+            lock = (
+                name.startswith(".") and name.endswith(".lock") and path.is_file() and not path.stat().st_size
+            )
+            if lock or PARTIAL.fullmatch(name):
+                remove(path)
+        folders[:] = [name for name in folders if not PARTIAL.fullmatch(name)] if below else []
 
 
-def clear_partials(folder: Path) -> None:
-    """Remove what killed processes left half-written below `folder`, which must be the caller's alone."""
-    for left in list(partials(folder)):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+def clear_abandoned(*folders: Path) -> None:
+    """Remove the temporary files in these folders that no process is writing any more.
+
+    Others may be writing there: a file whose writer lives is locked by it.
+    """
+    for folder in folders:
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), Path(entry.path).open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    Path(entry.path).unlink()
+
+
+def _opened(temporary: Path) -> BinaryIO:
+    """A temporary file to write, locked so that `clear_abandoned` sees that its writer lives."""
+    while True:
+        file = temporary.open("wb")
+        # Where there are no locks, nothing is removed either.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return file
+        file.close()
 
 
 def encoded(text: str) -> bytes:
@@ -96,7 +128,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         target = real_file(path)
         temporary = beside(target, f"{os.getpid()}.partial")
         try:
-            with temporary.open("wb") as file:
+            with _opened(temporary) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
