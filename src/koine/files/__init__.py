@@ -12,6 +12,7 @@ from koine.files.outputs import (
     publish_directory,
     recover,
     refuse_inside,
+    refuse_replacing,
     state_of,
 )
 from koine.files.system_errors import disk_errors, explain
@@ -51,6 +52,7 @@ __all__ = [
     "read_json",
     "recover",
     "refuse_inside",
+    "refuse_replacing",
     "remove",
     "sha256_file",
     "state_of",

@@ -26,6 +26,7 @@ ANY = frozenset({("", -1, -1, -1)})
 """The state of something that may be replaced whatever it is, because only we write there."""
 
 OTHER_OUT = "choose another --out"
+EXAMPLES = {"--page": "long.html", "--report": "report.html"}
 LEFTOVER = re.compile(r"\..+\.(\d+\.(?:partial|old))", re.DOTALL)
 # Of file systems that cannot give a file a second name
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
@@ -71,17 +72,22 @@ class Claim:
 
 
 @contextmanager
-def claim(out: Path, *, overwrite: bool = False, kept: str = NOTHING_KEPT) -> Iterator[Claim]:
+def claim(
+    out: Path, *, overwrite: bool = False, reads: Iterable[Path] = (), kept: str = NOTHING_KEPT
+) -> Iterator[Claim]:
     """Claim a folder to write: checked, its parents made, locked, and freed of what killed commands left beside it.
 
     A link is followed: what it leads to is written. Errors of the system inside become one line; then `kept` says what
     is left where the disk is full, and parents that were made for nothing are removed.
 
-    Raises `UserError` where `out` holds something (unless `overwrite`), cannot be written, or is being written.
+    Raises `UserError` where `out` holds something (unless `overwrite`), is or holds what is read (`reads`), cannot be
+    written, or is being written.
     """
     out = Path(out)
     with disk_errors(out, kept=kept):
         place = real_folder(out)
+        if overwrite:
+            refuse_replacing(out, reads)
         _refuse_existing(out, place, overwrite=overwrite)
         with _parents(out, place), _locked(out, place):
             _refuse_existing(out, place, overwrite=overwrite)
@@ -176,12 +182,12 @@ def _refuse_existing(out: Path, place: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(out: Path, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a folder to fill; on success it becomes `out`, on failure it is removed and `out` is as before.
 
     Raises `UserError` as `claim` does, and where `out` appeared or changed while the folder was filled.
     """
-    with claim(out, overwrite=overwrite) as claimed:
+    with claim(out, overwrite=overwrite, reads=reads) as claimed:
         temporary = claimed.beside(f"{os.getpid()}.partial")
         temporary.mkdir()
         with _told_of(claimed.out, temporary), _removed_on_failure(claimed.out, temporary):
@@ -228,6 +234,9 @@ def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--ou
             raise UserError(
                 "no such folder", where=out.parent, mend=f"make it first, or choose another {option}"
             )
+        if out.is_dir():
+            example = EXAMPLES.get(option, "results.json")
+            raise UserError("a folder", where=out, mend=f"give the file to write, such as {example}")
         place = real_file(out)
         if not place.parent.is_dir():
             raise UserError(
@@ -285,12 +294,19 @@ def _changed(out: Path) -> UserError:
     )  # fmt: skip
 
 
+def refuse_replacing(out: Path, reads: Iterable[Path]) -> None:
+    """Raise `UserError` where an output would replace what the command reads, or a folder that holds it."""
+    place = out.resolve()
+    for read in reads:
+        if os.path.lexists(place) and read.exists() and read.resolve().is_relative_to(place):
+            what = "is" if read.resolve() == place else f"holds {read}, which is"
+            raise UserError(f"{what} read by this command", where=out, mend=OTHER_OUT)
+
+
 def refuse_inside(out: Path, folders: Iterable[Path]) -> None:
     """Raise `UserError` where a new folder would be, or lie inside, one of those that it is made from."""
     place = out.resolve()
     for folder in folders:
-        if folder.resolve() == place:
-            raise UserError("is read to make the result", where=out, mend=OTHER_OUT)
         if folder.resolve() in place.parents:
             raise UserError(
                 f"lies inside {folder}, which is read", where=out, mend="choose another --out, beside it"
