@@ -43,6 +43,6 @@ def listing(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if path.is_dir():
             found[name + "/"] = ""
-        elif path.is_file() and not (path.suffix == ".lock" and path.stat().st_size == 0):
+        elif path.is_file() and not (path.name.endswith(".lock") and path.stat().st_size == 0):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -345,7 +345,7 @@ CASES = (
         mistake="an export over a file that is there",
         command="model export model --format gguf --out model/config.json",
         prepare=worlds.having("exportable", then=worlds.renamed("exportable", "model")),
-        says="model/config.json: exists already; choose another --out or remove it first",
+        says="model/config.json: exists already; add --overwrite, or choose another --out",
     ),
     Case(
         mistake="a disk that is full while exporting",

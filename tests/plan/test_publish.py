@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from koine import files
 from koine.errors import UserError
-from koine.plan.publish import leftovers, mark_of, prepare_work, publish, recover, work_folder
+from koine.plan.publish import leftovers, mark_of, prepare_work, publish, recover, standing, work_folder
 
 
 def built(run: Path, text: str) -> None:
     work, _ = prepare_work(run, "a/b", text)
     (work / "content").write_text(text)
-    publish(run, "a/b", {"fingerprint": text})
+    publish(run, "a/b", {"fingerprint": text}, standing(run, "a/b"))
 
 
 def test_the_earlier_artifact_comes_back_when_the_new_one_did_not_get_its_name(
@@ -49,7 +49,7 @@ def test_the_earlier_artifact_is_removed_when_the_new_one_has_its_name(
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.shutil, "rmtree", killed)
+    monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path, "new")
     monkeypatch.undo()
@@ -70,7 +70,7 @@ def test_a_work_folder_of_another_fingerprint_is_discarded_even_if_its_removal_w
         (path / "1").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.shutil, "rmtree", killed)
+    monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare_work(tmp_path, "a", "second")
     monkeypatch.undo()

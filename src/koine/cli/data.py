@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 @data.command()
 @click.option("--languages", help="Codes, separated by commas.  [default: the 24 with questions]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@OVERWRITE
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @click.option(
     "--documents", type=click.IntRange(min=1), default=600, show_default=True, help="Documents a language."
@@ -84,7 +86,13 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
     "--code-bytes", type=click.IntRange(min=0), default=300_000, show_default=True, help="Bytes of code."
 )
 def sample(
-    languages: str | None, out: Path, seed: int, documents: int, questions: int, code_bytes: int
+    languages: str | None,
+    out: Path,
+    overwrite: bool,
+    seed: int,
+    documents: int,
+    questions: int,
+    code_bytes: int,
 ) -> None:
     """Write the sample world: documents, questions with exact answers, and code.
 
@@ -102,6 +110,7 @@ def sample(
         documents_per_language=documents,
         questions_per_language=questions,
         code_bytes=code_bytes,
+        overwrite=overwrite,
     )
     # Shorter than the report's headings: ten columns must fit into 80 characters.
     short = [
@@ -126,12 +135,14 @@ def sample(
     "--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer or model directory."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@OVERWRITE
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @reading_options
 def tokenize(
     source: str,
     tokenizer: Path,
     out: Path,
+    overwrite: bool,
     workers: int,
     fields: tuple[str, ...],
     language: str | None,
@@ -148,6 +159,7 @@ def tokenize(
         source,
         tokenizer,
         out=out,
+        overwrite=overwrite,
         workers=workers,
         fields=field_mapping(fields),
         language=language,

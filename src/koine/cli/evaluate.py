@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from koine.cli.outputs import OVERWRITE, output_files
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -97,6 +99,7 @@ import click
 )
 @click.option("--chat", is_flag=True, help="Ask in the chat template.  [default: as a plain text]")
 @click.option("--page", type=click.Path(path_type=Path), help="Write a page with plots to this HTML file.")
+@OVERWRITE
 def evaluate(
     model: Path,
     data: tuple[str, ...],
@@ -122,6 +125,7 @@ def evaluate(
     qa: str | None,
     chat: bool,
     page: Path | None,
+    overwrite: bool,
 ) -> None:
     """Measure MODEL: bits per byte per language and domain, and the accuracy of its answers; with --suite long, what it makes of long texts.
 
@@ -155,10 +159,11 @@ def evaluate(
                 f"{option} is not an option of {'the suite long' if suite else 'an evaluation without --suite long'}",
                 mend=f"leave it out, or {'leave --suite out' if suite else 'add --suite long'}",
             )
-    check_file(out, "results.json")
-    check_file(page, "long.html")
+    outputs = {"--out": out, "--page": page}
+    reads = [model, *data, *questions, *haystack, qa]
     if suite is not None:
         from koine.cli.long_context import numbers, run_long
+        from koine.cli.long_context import show as show_long
 
         options: dict[str, Any] = {
             "haystack": haystack,
@@ -177,43 +182,39 @@ def evaluate(
             options["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
         if samples is not None:
             options["samples"] = samples
-        run_long(model, out=out, page=page, options=options)
+        with output_files(outputs, overwrite=overwrite, reads=reads) as targets:
+            result = run_long(model, out=targets["--out"], page=targets["--page"], options=options)
+        show_long(result)
+        for target in (out, page):
+            if target is not None:
+                click.echo(f"written to {target}")
         return
     from koine.cli.data import field_mapping
     from koine.evaluate import evaluate_model
     from koine.evaluate.reading import Reading
+    from koine.files import write_json
 
-    result = evaluate_model(
-        model,
-        data=data,
-        questions=questions,
-        batch_size=batch_size,
-        max_length=max_length,
-        limit=limit,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        reading=Reading(
-            split=split, fields=field_mapping(fields), language=language, max_bad_share=max_bad, unit=unit
-        ),
+    reading = Reading(
+        split=split, fields=field_mapping(fields), language=language, max_bad_share=max_bad, unit=unit
     )
-    if out is not None:
-        from koine.files import write_json
-
-        write_json(out, result)
+    with output_files(outputs, overwrite=overwrite, reads=reads) as targets:
+        result = evaluate_model(
+            model,
+            data=data,
+            questions=questions,
+            batch_size=batch_size,
+            max_length=max_length,
+            limit=limit,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            reading=reading,
+        )
+        if (target := targets["--out"]) is not None:
+            write_json(target, result)
     show(result)
     if out is not None:
         click.echo(f"written to {out}")
-
-
-def check_file(path: Path | None, example: str) -> None:
-    """Raise `UserError`, before anything is measured, where no file can be written under this name."""
-    from koine.errors import UserError
-
-    if path is not None and not path.parent.is_dir():
-        raise UserError("no such folder", where=path.parent, mend="make it first, or choose another --out")
-    if path is not None and path.is_dir():
-        raise UserError("a folder", where=path, mend=f"give the file to write, such as {example}")
 
 
 def show(result: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ def numbers(text: str, option: str, convert: Callable[[str], Any]) -> list[Any]:
     return found
 
 
-def run_long(model: Path, *, out: Path | None, page: Path | None, options: dict[str, Any]) -> None:
-    """Run the suite with a bar of progress, write the files, print the tables."""
+def run_long(model: Path, *, out: Path | None, page: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Run the suite with a bar of progress and write the files; returns the results."""
     from koine.evaluate.long_context import evaluate_long_context
     from koine.files import write_json
 
@@ -42,10 +42,7 @@ def run_long(model: Path, *, out: Path | None, page: Path | None, options: dict[
             sections=sections(result),
             facts=facts(result),
         )
-    show(result)
-    for target in (out, page):
-        if target is not None:
-            click.echo(f"written to {target}")
+    return result
 
 
 def _with_progress(run: Callable[[Callable[[int, int, str], None]], dict[str, Any]]) -> dict[str, Any]:

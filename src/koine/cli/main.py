@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import TextIO
 import click
 
 from koine import __version__
-from koine.errors import KoineWarning, UserError
+from koine.errors import KoineWarning, UserError, first_line
 
 # verb -> (module, attribute, one line for --help); the module is imported only when the verb is used
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -90,9 +91,26 @@ def show_warning(
         )
 
 
+def expanded(word: str) -> str:
+    """A word of the command line, `~` at its beginning or after `=` taken for the home folder, as a shell does it elsewhere."""
+    before, equals, path = word.rpartition("=")
+    if path == "~" or path.startswith("~/"):
+        return before + equals + os.path.expanduser(path)  # noqa: PTH111 - the rest stays as it was typed
+    return word
+
+
+def speak_any_name() -> None:
+    """Print names of files that are no UTF-8 with escapes, in place of ending in an error after all work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line; a `UserError` ends in one line on stderr and exit code 2."""
     warnings.showwarning = show_warning
+    speak_any_name()
+    sys.argv[1:] = [expanded(word) for word in sys.argv[1:]]
     # Importing torch makes some 170,000 objects that stay; by default the collector looks through them again and again.
     gc.set_threshold(50_000, 20, 100)
     try:
@@ -111,7 +129,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("koine: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            from koine.files import explain
+
+            # A disk, a file server, a permission: circumstances, of which a traceback tells the user nothing.
+            print(f"koine: {explain(error) or first_line(error)}", file=sys.stderr)
+            sys.exit(2)
         # The reader of our output (`| head`) has gone; nothing is left to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

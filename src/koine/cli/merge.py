@@ -120,6 +120,7 @@ COMMON: list[click.Parameter] = [
     click.Option(["--dtype"], help="float32, bfloat16 or float16.  [default: the first model's]"),
     click.Option(["--max-shard-size"], default="5GB", show_default=True, help="Largest file of weights."),
     click.Option(["--threads"], type=click.IntRange(1), help="Tensors at a time.  [default: the cores]"),
+    click.Option(["--overwrite"], is_flag=True, help="Replace what is there already."),
     click.Option(["--dry-run"], is_flag=True, help="Say peak memory, time and size; write nothing."),
 ]  # fmt: skip
 
@@ -165,7 +166,9 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
         )
         return
     keep_freed_memory()
-    report = with_progress(lambda say: merge(recipe, out, threads=given["threads"], say=say))
+    report = with_progress(
+        lambda say: merge(recipe, out, threads=given["threads"], say=say, overwrite=given["overwrite"])
+    )
     show(report)
     click.echo(f"written to {out}")
 

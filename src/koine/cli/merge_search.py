@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from koine.cli.named import named_paths
+from koine.cli.outputs import OVERWRITE, output_files
 
 
 @click.command("search")
@@ -58,9 +59,11 @@ from koine.cli.named import named_paths
 )
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Records of each PATH.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write all trials as JSON to this file.")
+@OVERWRITE
 def command(
     models: tuple[Path, ...], data: tuple[str, ...], questions: tuple[str, ...], method: str, base: Path | None, density: float | None, scale: float | None,
     normalize: bool | None, tokenizer: str, unrelated: bool, parts: int, rounds: int, budget: int, limit: int, out: Path | None,
+    overwrite: bool,
 ) -> None:  # fmt: skip
     """Search the weights of a merge by bits per byte or wrong answers, without writing any merge; and tell which models collide.
 
@@ -78,47 +81,47 @@ def command(
         raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
     if len(models) < 2:
         raise UserError("one model is given", mend="give at least two: there is nothing to weigh")
-    if out is not None and not out.parent.is_dir():
-        raise UserError("no such folder", where=out.parent, mend="make it first, or choose another --out")
     if not data and not questions:
         raise UserError("nothing to measure by is given", mend="give --data, --questions or both")
-    texts, asked = named_records(data, limit), named_records(questions, limit)
-    if twice := sorted(texts.keys() & asked.keys()):
-        raise UserError(f"two figures are named '{twice[0]}'", mend="name them: --questions NAME=PATH")
-    given = {"density": density, "scale": scale, "normalize": normalize}
-    merged = InMemoryMerge(
-        models, method=method, base=base, tokenizer=tokenizer, unrelated=unrelated,
-        options={name: value for name, value in given.items() if value is not None},
-    )  # fmt: skip
-    everyone = [*models, *([] if base is None else [base])]
-    cutter = load_tokenizer(tokenizer_source(everyone, with_base=base is not None, policy=tokenizer))
+    reads = [*models, base, *(one.rpartition("=")[2] for one in (*data, *questions))]
+    with output_files({"--out": out}, overwrite=overwrite, reads=reads) as targets:
+        texts, asked = named_records(data, limit), named_records(questions, limit)
+        if twice := sorted(texts.keys() & asked.keys()):
+            raise UserError(f"two figures are named '{twice[0]}'", mend="name them: --questions NAME=PATH")
+        given = {"density": density, "scale": scale, "normalize": normalize}
+        merged = InMemoryMerge(
+            models, method=method, base=base, tokenizer=tokenizer, unrelated=unrelated,
+            options={name: value for name, value in given.items() if value is not None},
+        )  # fmt: skip
+        everyone = [*models, *([] if base is None else [base])]
+        cutter = load_tokenizer(tokenizer_source(everyone, with_base=base is not None, policy=tokenizer))
 
-    def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
-        model: Any = merged.set(weights)
-        return {
-            name: bits_per_byte(model, cutter, records, resamples=1)["overall"]["bits_per_byte"]
-            for name, records in texts.items()
-        } | {
-            name: wrong_share(question_accuracy(model, cutter, records, resamples=1))
-            for name, records in asked.items()
-        }
+        def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
+            model: Any = merged.set(weights)
+            return {
+                name: bits_per_byte(model, cutter, records, resamples=1)["overall"]["bits_per_byte"]
+                for name, records in texts.items()
+            } | {
+                name: wrong_share(question_accuracy(model, cutter, records, resamples=1))
+                for name, records in asked.items()
+            }
 
-    trials = search_weights(evaluate, len(models), parts=parts, rounds=rounds, budget=budget)
-    best = min(trials, key=lambda trial: trial.mean)
-    front = pareto_front(trials)
-    left_out = leave_one_out(evaluate, best.weights)
-    if out is not None:
-        write_json(
-            out,
-            {
-                "models": [str(path) for path in models],
-                "method": method,
-                "best": {"weights": best.weights, "scores": best.scores},
-                "front": [{"weights": trial.weights, "scores": trial.scores} for trial in front],
-                "trials": [{"weights": trial.weights, "scores": trial.scores} for trial in trials],
-                "left_out": dict(zip(map(str, models), left_out, strict=True)),
-            },
-        )
+        trials = search_weights(evaluate, len(models), parts=parts, rounds=rounds, budget=budget)
+        best = min(trials, key=lambda trial: trial.mean)
+        front = pareto_front(trials)
+        left_out = leave_one_out(evaluate, best.weights)
+        if (target := targets["--out"]) is not None:
+            write_json(
+                target,
+                {
+                    "models": [str(path) for path in models],
+                    "method": method,
+                    "best": {"weights": best.weights, "scores": best.scores},
+                    "front": [{"weights": trial.weights, "scores": trial.scores} for trial in front],
+                    "trials": [{"weights": trial.weights, "scores": trial.scores} for trial in trials],
+                    "left_out": dict(zip(map(str, models), left_out, strict=True)),
+                },
+            )
     show(models, [*texts, *asked], trials, best, front, left_out)
     if out is not None:
         click.echo(f"written to {out}")

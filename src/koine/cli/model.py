@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from koine.cli.attention import attention_options
+from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
 
 
@@ -122,12 +123,13 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     required=True,
     help="The file to write; safetensors: the folder.",
 )
+@OVERWRITE
 @click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16", "q8_0")),
     help="Of the matrices (norms of a gguf stay float32).  [default: as stored]",
 )
-def export(directory: Path, kind: str, out: Path, dtype: Any) -> None:
+def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -> None:
     """Write MODEL as one file that another engine runs, or OUT/checkpoints/step-N of a training as a model directory."""
     if kind == "safetensors":
         if dtype == "q8_0":
@@ -136,10 +138,12 @@ def export(directory: Path, kind: str, out: Path, dtype: Any) -> None:
 
         from koine.train.export import export_checkpoint
 
-        export_checkpoint(directory, out, dtype=None if dtype is None else getattr(torch, dtype))
+        export_checkpoint(
+            directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
+        )
         click.echo(f"written to {out}")
         return
     from koine.model.gguf_export import export_gguf
 
-    export_gguf(directory, out, dtype=dtype)
+    export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
     click.echo(f"{out}: {out.stat().st_size:,} bytes")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from koine.cli.outputs import OVERWRITE, output_files
 from koine.cli.tokenizer_extend import extend
 from koine.cli.tokenizer_tables import show_measures
 from koine.cli.tokenizer_texts import codes_of, texts_of, units_of
@@ -101,6 +102,7 @@ def tokenizer() -> None:
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the tokenizer to."
 )
 @click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
+@OVERWRITE
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of texts.")
 def train(
     data: tuple[str, ...],
@@ -113,6 +115,7 @@ def train(
     max_repeats: float,
     vocab_size: int,
     out: Path,
+    overwrite: bool,
     min_frequency: int,
     seed: int,
 ) -> None:
@@ -127,7 +130,7 @@ def train(
             where="--vocab-size",
             mend=f"take at least {SMALLEST_VOCABULARY} (special tokens and 256 bytes)",
         )
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, overwrite=overwrite, reads=map(Path, data)) as folder:
         from koine.tokenizer import train_tokenizer
 
         trained = train_tokenizer(
@@ -216,6 +219,7 @@ def weights(
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Write tables and heat maps as HTML to this file."
 )
+@OVERWRITE
 def measure(
     tokenizers: tuple[str, ...],
     data: tuple[str, ...],
@@ -227,6 +231,7 @@ def measure(
     max_bad: float,
     out: Path | None,
     report: Path | None,
+    overwrite: bool,
 ) -> None:
     """Compare TOKENIZERS on the same text: folders with tokenizer.json, folders of transformers, .tiktoken files, SentencePiece .model files.
 
@@ -238,38 +243,38 @@ def measure(
     from koine.tokenizer.foreign import open_tokenizer
     from koine.tokenizer.measures import measure as measure_tokenizers
 
-    for target in (out, report):
-        if target is not None and not target.parent.is_dir():
-            raise UserError("no such folder", where=target.parent, mend="make it first, or choose another")
     names = [str(Path(name)) for name in tokenizers]
     if len(set(names)) < len(names):
         raise UserError("a tokenizer is given twice", mend="give each once")
-    opened = {name: open_tokenizer(name) for name in names}
-    result = measure_tokenizers(
-        opened,
-        units_of(data, languages, parallel=parallel, split=split, max_bytes=max_bytes, max_bad_share=max_bad),
-        languages=codes_of(languages),
-        price_per_million=price,
-    )
-    if out is not None:
-        write_json(out, result)
-    if report is not None:
-        from koine.plan.report import write_page
-        from koine.tokenizer.comparison import blocks
-
-        rows = result[names[0]].values()
-        facts = [
-            ("Languages", str(result[names[0]]["overall"]["languages"])),
-            ("Text", f"{sum(row['bytes'] for row in rows if 'languages' not in row) / 1e6:.1f} MB"),
-            ("Tokenizers", str(len(names))),
-        ]
-        write_page(
-            report, name="Tokenizers side by side", sections=[("Comparison", blocks(result))], facts=facts
+    outputs = {"--out": out, "--report": report}
+    with output_files(outputs, overwrite=overwrite, reads=[*names, *data]) as targets:
+        opened = {name: open_tokenizer(name) for name in names}
+        units = units_of(
+            data, languages, parallel=parallel, split=split, max_bytes=max_bytes, max_bad_share=max_bad
         )
+        result = measure_tokenizers(opened, units, languages=codes_of(languages), price_per_million=price)
+        if (target := targets["--out"]) is not None:
+            write_json(target, result)
+        if (target := targets["--report"]) is not None:
+            write_comparison(target, names, result)
     show_measures(result)
     for target in (out, report):
         if target is not None:
             click.echo(f"written to {target}")
+
+
+def write_comparison(report: Path, names: list[str], result: dict[str, Any]) -> None:
+    """Write the page of `koine tokenizer measure`."""
+    from koine.plan.report import write_page
+    from koine.tokenizer.comparison import blocks
+
+    rows = result[names[0]].values()
+    facts = [
+        ("Languages", str(result[names[0]]["overall"]["languages"])),
+        ("Text", f"{sum(row['bytes'] for row in rows if 'languages' not in row) / 1e6:.1f} MB"),
+        ("Tokenizers", str(len(names))),
+    ]
+    write_page(report, name="Tokenizers side by side", sections=[("Comparison", blocks(result))], facts=facts)
 
 
 @tokenizer.command()
@@ -289,9 +294,17 @@ def measure(
 @click.option(
     "--max-bytes", default=2_000_000, show_default=True, help="Bytes of that text of each language."
 )
+@OVERWRITE
 @click.option("--seed", default=0, show_default=True, help="Seed of random and distill.")
 def adapt(
-    model: Path, target: Path, out: Path, init: Any, text: tuple[str, ...], max_bytes: int, seed: int
+    model: Path,
+    target: Path,
+    out: Path,
+    overwrite: bool,
+    init: Any,
+    text: tuple[str, ...],
+    max_bytes: int,
+    seed: int,
 ) -> None:
     """Move MODEL, any causal language model with a tokenizer.json, to another tokenizer.
 
@@ -304,7 +317,7 @@ def adapt(
     if text:
         units = units_of(text, None, parallel=False, split=None, max_bytes=max_bytes, max_bad_share=0.01)
         texts = (unit.text for unit in units)
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, overwrite=overwrite, reads=[model, target, *map(Path, text)]) as folder:
         moved = move_model(model, target, folder, method=init, texts=texts, seed=seed)
     click.echo(
         f"{moved.rows:,} tokens: {moved.shared:,} keep their rows, {moved.spelled:,} are new ({init}), "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from koine.cli.outputs import OVERWRITE
 from koine.cli.tokenizer_tables import show_measures
 from koine.cli.tokenizer_texts import texts_of
 
@@ -19,6 +20,7 @@ from koine.cli.tokenizer_texts import texts_of
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the tokenizer to."
 )
+@OVERWRITE
 @click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
 @click.option(
     "--compare", is_flag=True, help="Also train a tokenizer of the same size from scratch, and compare."
@@ -35,6 +37,7 @@ def extend(
     languages: str | None,
     tokens: int,
     out: Path,
+    overwrite: bool,
     min_frequency: int,
     compare: bool,
     heldout: tuple[str, ...],
@@ -68,7 +71,8 @@ def extend(
     else:
         measured = split_texts(texts_of(data, chosen), heldout=True)
         scratch_text = split_texts(texts_of(data, chosen), heldout=False)
-    with atomic_directory(out) as folder:
+    reads = [base, *map(Path, data)]
+    with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
         extended = extend_tokenizer(
             base,
             ((text, 1) for _, text in new_text()),

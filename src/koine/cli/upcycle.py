@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.named import named_paths
+from koine.cli.outputs import OVERWRITE
 from koine.model.router_losses import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
@@ -25,7 +26,14 @@ EXPERTS = click.option(
     help="Its branches, one after another.",
 )
 MORE = click.argument("more", nargs=-1, metavar="")
-OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+
+
+def OUT(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - an option like the others
+    """Where to write, and whether to replace what is there."""
+    out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+    return out(OVERWRITE(command))
+
+
 TOP_K = click.option(
     "--top-k",
     type=click.IntRange(1),
@@ -71,15 +79,16 @@ def upcycle() -> None:
 @RANDOM
 def btx(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, load_balancing: float,
-    z_loss: float, random_seed: int,
+    z_loss: float, random_seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
     """Branch-train-mix: an expert of each feed-forward half, the seed's too; the rest is averaged."""
     from koine.combine import upcycle_btx
     from koine.files import atomic_directory
 
-    with atomic_directory(out) as folder:
+    named = _named((*experts, *more))
+    with atomic_directory(out, overwrite=overwrite, reads=[seed, *named.values()]) as folder:
         config = upcycle_btx(
-            seed, _named((*experts, *more)), folder, top_k=top_k, random_seed=random_seed,
+            seed, named, folder, top_k=top_k, random_seed=random_seed,
             load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
     _say(config, out)
@@ -104,15 +113,16 @@ def btx(
 @RANDOM
 def bam(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, attention: str,
-    attention_top_k: int | None, load_balancing: float, z_loss: float, random_seed: int,
+    attention_top_k: int | None, load_balancing: float, z_loss: float, random_seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
     """BAM: experts of each feed-forward half and a soft mixture of the attentions, the seed's too."""
     from koine.combine import upcycle_bam
     from koine.files import atomic_directory
 
-    with atomic_directory(out) as folder:
+    named = _named((*experts, *more))
+    with atomic_directory(out, overwrite=overwrite, reads=[seed, *named.values()]) as folder:
         config = upcycle_bam(
-            seed, _named((*experts, *more)), folder, attention=attention, attention_top_k=attention_top_k,
+            seed, named, folder, attention=attention, attention_top_k=attention_top_k,
             top_k=top_k, random_seed=random_seed, load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
     _say(config, out)
@@ -152,6 +162,7 @@ def bam(
 def nexus(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...], router: str,
     encoder: str, domain_size: int, documents: int, top_k: int, load_balancing: float, z_loss: float, random_seed: int,
+    overwrite: bool,
 ) -> None:  # fmt: skip
     """Nexus: the seed's feed-forward half shared, the branches' routed by embeddings of their domains."""
     from koine.combine import fit_encoder, upcycle_nexus
@@ -173,7 +184,7 @@ def nexus(
         raise UserError(
             "--domain is given and the router is linear", mend="leave it out, or --router domains"
         )
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, overwrite=overwrite, reads=[seed, *named.values()]) as folder:
         config = upcycle_nexus(
             seed, named, folder, domains=embeddings, top_k=top_k, random_seed=random_seed,
             load_balancing=load_balancing, z_loss=z_loss,
@@ -191,7 +202,7 @@ def nexus(
 )
 @click.option("--domain", type=click.Path(path_type=Path), help="Text of its domain, for a Nexus router.")
 @click.option("--remove", metavar="NAME", help="Leave this expert out.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@OUT
 @click.option("--share", type=float, help="Its part in what is averaged.  [default: 1 / (experts + 1)]")
 @click.option("--reset-router", is_flag=True, help="Draw the routers anew, as linear ones need.")
 @click.option(
@@ -204,7 +215,7 @@ def nexus(
 @RANDOM
 def extend(
     mixture: Path, expert: str | None, domain: Path | None, remove: str | None, out: Path, share: float | None,
-    reset_router: bool, documents: int, random_seed: int,
+    reset_router: bool, documents: int, random_seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
     """Add a dense branch to MIXTURE as one more expert, or remove one; its router is not trained again."""
     from koine.combine import add_expert, remove_expert
@@ -221,14 +232,15 @@ def extend(
         ):
             if given is not None:
                 raise UserError(f"{name} is given with --remove", mend="leave it out")
-        with atomic_directory(out) as folder:
-            dense = None if expert is None else Path(_named((expert,)).popitem()[1])
+        dense = None if expert is None else Path(_named((expert,)).popitem()[1])
+        reads = [mixture] if dense is None else [mixture, dense]
+        with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
             config = remove_expert(mixture, remove, folder, dense=dense)
     else:
         assert expert is not None
         [(name, path)] = _named((expert,)).items()
         texts = None if domain is None else _texts(domain, documents)
-        with atomic_directory(out) as folder:
+        with atomic_directory(out, overwrite=overwrite, reads=[mixture, path]) as folder:
             config = add_expert(
                 mixture, path, folder, name=name, texts=texts, share=share, reset_router=reset_router,
                 random_seed=random_seed,

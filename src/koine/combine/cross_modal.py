@@ -44,7 +44,13 @@ class CrossModalNeed:
 
 
 def merge_cross_modal(
-    multimodal: Path, text: Path, out: Path, *, alpha: float, max_shard_bytes: int = 5_000_000_000
+    multimodal: Path,
+    text: Path,
+    out: Path,
+    *,
+    alpha: float,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write the multimodal model with its language model merged with `text`'s to `out`; how many tensors were merged and copied.
 
@@ -55,7 +61,7 @@ def merge_cross_modal(
     """
     refuse_inside(out, (multimodal, text))
     with _opened(multimodal, text, alpha) as (whole, plain, names):
-        with atomic_directory(out) as folder:
+        with atomic_directory(out, overwrite=overwrite, reads=[multimodal, text]) as folder:
             _write(whole, plain, names, folder, alpha, max_shard_bytes)
         merged = sum(theirs is not None for theirs in names.values())
         return {"merged": merged, "copied": len(names) - merged}

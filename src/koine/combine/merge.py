@@ -32,14 +32,7 @@ from koine.combine.recipe import Recipe
 from koine.combine.tensor_files import CheckpointWriter
 from koine.combine.vocabularies import write_tokenizer
 from koine.errors import UserError
-from koine.files import (
-    disk_errors,
-    exclusive,
-    fsync_tree,
-    publish_directory,
-    refuse_inside,
-    write_json,
-)
+from koine.files import claim, clear_partials, refuse_inside, remove, write_json
 from koine.hardware import usable_cores
 from koine.model.mixture_files import carry_mixture_files
 
@@ -69,36 +62,38 @@ NOT_COPIED = (
 )
 
 
-def merge(recipe: Recipe, out: Path, *, threads: int | None = None, say: Any = None) -> dict[str, Any]:
+def merge(
+    recipe: Recipe, out: Path, *, threads: int | None = None, say: Any = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Merge into the new folder `out`, and return the report (also written there as `merge_report.json`).
 
     threads: tensors at a time; default: the cores. say: called with tensors done and in all.
 
-    Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` exists, or the disk is full; nothing half-written is then left. An
-    interruption leaves the work beside `out`, and the same recipe goes on there.
+    Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` holds something (unless
+    `overwrite`), a model changes meanwhile, or the disk is full; nothing half-written is then left. An interruption leaves the work beside `out`, and the same recipe goes on there.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("exists already", where=out, mend="choose another --out or remove it first")
-    refuse_inside(out, [*recipe.models, *([] if recipe.base is None else [recipe.base])])
+    reads = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
+    refuse_inside(out, reads)
     plan = plan_merge(recipe)
     workers = threads or usable_cores()
-    work = out.with_name(f".{out.name}.merge")
     try:
-        with disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with exclusive(out.with_name(f".{out.name}.merge.lock"), doing=f"merging into {out}"):
-                try:
-                    report = _run(plan, work, workers, say)
-                    _finish(plan, work, report)
-                    fsync_tree(work)
-                    publish_directory(work, out)
-                except (UserError, OSError):
-                    # What was wrong will be wrong again; an interruption is no error and keeps the work.
-                    shutil.rmtree(work, ignore_errors=True)
-                    raise
-                finally:
-                    out.with_name(f".{out.name}.merge.lock").unlink(missing_ok=True)
+        with claim(out, overwrite=overwrite, reads=reads) as claimed:
+            work = claimed.beside("merge")
+            try:
+                before = _fingerprint(plan)
+                report = _run(plan, work, workers, say)
+                _finish(plan, work, report)
+                if _fingerprint(plan) != before:
+                    raise UserError(
+                        "a model changed while it was merged", where=out, mend="run the same command again"
+                    )
+                clear_partials(work)
+                claimed.publish(work)
+            except (UserError, OSError):
+                # What was wrong will be wrong again; an interruption is no error and keeps the work.
+                shutil.rmtree(work, ignore_errors=True)
+                raise
         return report
     finally:
         plan.close()
@@ -118,8 +113,8 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
     lines = read_journal(journal)
     if lines and lines[0].get("fingerprint") == fingerprint:
         done = {name: figures for line in lines[1:] for name, figures in line.items()}
-    elif work.exists():
-        shutil.rmtree(work)
+    elif os.path.lexists(work):
+        remove(work)
     work.mkdir(exist_ok=True)
     budget = ByteBudget(budget_of(plan, threads))
     writer = CheckpointWriter(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from koine.errors import UserError, did_you_mean, first_line
-from koine.files import read_json
+from koine.files import read_json, walk
 
 TextUnit = Literal["paragraph", "line", "file"]
 Row = tuple[str, dict[str, Any] | str]
@@ -338,16 +338,17 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    if (folder / "state.json").exists():
-        return _of_state(folder / "state.json")
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
+    """The data files that `walk` finds; of a folder written by `save_to_disk`, those that its `state.json` lists."""
+    files = walk(folder)
+    saved = {file.parent for file in files if file.name == "state.json"}
+    found: list[Path] = []
+    for file in files:
+        if any(above in saved for above in file.parent.parents):
             continue
-        if entry.is_dir():
-            found += _below(entry)
-        elif kind_of(entry) is not None:
-            found.append(entry)
+        if file.parent not in saved:
+            found += [file] if kind_of(file) is not None else []
+        elif file.name == "state.json":
+            found += _of_state(file)
     return found
 
 
@@ -363,7 +364,12 @@ def _of_state(state: Path) -> list[Path]:
             mend="it is damaged; copy the data set again, or save it again",
         )
     files = [state.parent / str(name) for name in names]
-    for file in files:
+    for name, file in zip(names, files, strict=True):
+        # What lies elsewhere is not in the folder's fingerprint.
+        if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
+            raise UserError(
+                f"lists '{name}', which leads out of its folder", where=state, mend="save it again"
+            )
         if not file.is_file():
             raise UserError(
                 f"is missing; {state.name} lists it",

@@ -23,13 +23,12 @@ from koine.data.records import Record, RecordReader, read_records
 from koine.data.shards import FORMAT, digest_of
 from koine.errors import UserError
 from koine.files import (
-    disk_errors,
-    exclusive,
+    claim,
+    clear_partials,
     fsync_directory,
     fsync_file,
-    fsync_tree,
-    publish_directory,
     read_json,
+    remove,
     sha256_file,
     write_json,
 )
@@ -51,19 +50,18 @@ def tokenize(
     unit: TextUnit = "paragraph",
     split: str = "train",
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> RecordReader:
     """Write the token shards of a source into `out` (see `koine.data.shards`) and return the reader with its counts.
 
     A killed run leaves its finished shards beside `out`, and the same call again goes on after them; the result is byte for byte the
     same for any number of workers and interruptions. Memory: about `(2 + workers) * shard_bytes`.
 
-    Raises `UserError` for bad input, for an existing `out`, and where chats and plain texts are mixed in one source.
+    Raises `UserError` for bad input, for an `out` that holds something (unless `overwrite`), and where chats and plain texts are mixed in one source.
     """
     out, tokenizer = Path(out), Path(tokenizer)
     if workers < 1:
         raise UserError(f"{workers} workers", mend="at least 1 is needed")
-    if out.exists():
-        raise UserError("exists already", where=out, mend="choose another --out or remove it first")
     reader = read_records(
         source,
         fields=fields,
@@ -84,31 +82,27 @@ def tokenize(
         "split": split,
         "shard_bytes": shard_bytes,
     }
-    work = out.with_name(f".{out.name}.work")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(out.with_name(f".{out.name}.lock"), doing="tokenizing into this folder"):
-            try:
-                _prepare(work, request)
-                count = _write_shards(work, reader, tokenizer, workers, shard_bytes)
-                _write_manifest(work, loaded, count)
-            except UserError:
-                # The input is wrong: nothing of it is kept.
-                shutil.rmtree(work, ignore_errors=True)
-                out.with_name(f".{out.name}.lock").unlink(missing_ok=True)
-                raise
-            fsync_tree(work)
-            publish_directory(work, out)
-    out.with_name(f".{out.name}.lock").unlink(missing_ok=True)
+    with claim(out, overwrite=overwrite, reads=[tokenizer, Path(source)]) as claimed:
+        work = claimed.beside("work")
+        try:
+            _prepare(work, request)
+            count = _write_shards(work, reader, tokenizer, workers, shard_bytes)
+            _write_manifest(work, loaded, count)
+            clear_partials(work)
+            claimed.publish(work)
+        except (UserError, OSError):
+            # The input is wrong, or the disk full, and will be so again: nothing of it is kept.
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     return reader
 
 
 def _prepare(work: Path, request: dict[str, Any]) -> None:
     """An empty work folder, or the one that an interrupted run with the same request left."""
-    if work.exists():
+    if os.path.lexists(work):
         marker = work / "request.json"
         if not marker.exists() or read_json(marker) != request:
-            shutil.rmtree(work)
+            remove(work)
     if not work.exists():
         work.mkdir()
         write_json(work / "request.json", request)

@@ -11,7 +11,6 @@ import errno
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.extras import import_extra
-from koine.files import disk_errors, fsync_directory, read_json
+from koine.files import atomic_file, check_output_file, disk_errors, read_json
 from koine.model.checkpoint import expected_shapes, open_weights
 from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
 from koine.model.config_json import OWN_TYPES, model_type, read_config
@@ -38,14 +37,15 @@ _FLOAT16_MAX: Final = 65_504.0
 _COMMAND_R_QK_NORM_LAYERS: Final = 64
 
 
-def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None) -> None:
+def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None, overwrite: bool = False) -> None:
     """Write the model directory `model` to the file `out`, tensor by tensor; `out` is whole or absent.
 
     dtype: of the matrices, `None` for what is stored; norms are float32 always. Rows that do not divide into blocks of 32 are float16
     under `q8_0`.
 
     Warns (`KoineWarning`) where only newer versions of llama.cpp read the file rightly, or where it cuts some text otherwise. Raises
-    `UserError`, before anything is written, where llama.cpp has no equal of the model or of its tokenizer, `out` exists, or the extra
+    `UserError`, before anything is written, where llama.cpp has no equal of the model or of its tokenizer, `out` exists (unless
+    `overwrite`), or the extra
     `gguf` is missing; and where a tensor holds NaN, infinity or what float16 cannot hold.
     """
     model, out = Path(model), Path(out)
@@ -57,11 +57,12 @@ def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None) -> None:
     tokenizer = read_gguf_tokenizer(model, rows=config.vocab_size)
     kind = dtype or _stored_dtype(weights)
     gguf = import_extra("gguf", extra="gguf", purpose="export to GGUF")
-    if out.exists():
-        raise UserError("exists already", where=out, mend="choose another --out or remove it first")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    check_output_file(out, overwrite=overwrite)
     for warning in _warnings(config, tokenizer):
         warnings.warn(KoineWarning(f"{model}: {warning}"), stacklevel=2)
-    with _file_beside(out) as temporary:
+    with atomic_file(out, overwrite=overwrite) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         try:
             _add_keys(writer, config, kind, name=model.resolve().name)
@@ -258,19 +259,3 @@ def _tensor_type(name: str, shape: tuple[int, ...], dtype: Dtype) -> str:
     if dtype == "q8_0" and shape[-1] % _Q8_BLOCK:
         return "F16"
     return _TENSOR_TYPE[dtype]
-
-
-@contextmanager
-def _file_beside(out: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `out` when all went well and is removed when not."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(out)
-            fsync_directory(out.parent)
-        finally:
-            temporary.unlink(missing_ok=True)

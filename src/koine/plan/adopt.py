@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from pathlib import Path
 
 from koine.errors import UserError
-from koine.files import atomic_directory, exclusive, read_json, write_json
+from koine.files import atomic_directory, copy_tree, exclusive, read_json, walk, write_json
 from koine.plan.content import digest
 from koine.plan.plan import NAME, RESERVED, Plan
-from koine.plan.provenance import code_version, environment, hashes, manifest_hash
+from koine.plan.provenance import code_version, environment, hashes, manifest_hash, sizes
 from koine.plan.publish import lock_of, recover
 
 
@@ -35,7 +34,7 @@ def adopt(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Pa
     final = plan.folder / name
     if final.resolve().is_relative_to(source.resolve()):
         raise UserError("holds the run itself", where=source, mend="adopt the folder of the artifact alone")
-    if not any(item.is_file() for item in source.rglob("*")):
+    if not walk(source, hidden=True):
         raise UserError("holds no files", where=source)
     for parent in final.relative_to(plan.folder).parents:
         if (plan.folder / parent / "artifact.json").exists():
@@ -45,8 +44,8 @@ def adopt(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Pa
     with exclusive(lock_of(plan.folder, name), doing=f"building {name}"):
         recover(plan.folder, name)
         with atomic_directory(final) as work:
-            started = time.time()
-            shutil.copytree(source, work, dirs_exist_ok=True)
+            started, begun = time.time(), time.monotonic()
+            copy_tree(source, work)
             origin = work / "artifact.json"
             record = {
                 "artifact": name,
@@ -67,8 +66,9 @@ def adopt(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Pa
             record |= {
                 "fingerprint": digest({"adopted": manifest_hash(files)}),
                 "finished": time.time(),
-                "seconds": time.time() - started,
+                "seconds": time.monotonic() - begun,
                 "files": files,
+                "bytes": sizes(work),
             }
             write_json(origin, record)
     return final

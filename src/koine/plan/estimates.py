@@ -49,7 +49,8 @@ def history(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     for node in plan.nodes.values():
         known = record_of(node.artifact.path)
         # A resumed build's seconds are those of its last attempt, which say nothing about a whole one.
-        if known is not None and known.get("attempts") == 1:
+        # A clock that was set back once left negative ones.
+        if known is not None and known.get("attempts") == 1 and known["seconds"] >= 0:
             found.setdefault(known["step"], []).append(known)
     return found
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 from pathlib import Path
 
 from koine.errors import UserError
-from koine.files import atomic_directory
+from koine.files import atomic_directory, atomic_file, copy_tree, walk
 from koine.plan.plan import Plan
 
 
@@ -16,8 +15,10 @@ def same(source: Path, target: Path) -> bool:
     """Whether two files or folders have the same content."""
     if source.is_file():
         return target.is_file() and filecmp.cmp(source, target, shallow=False)
-    names = {item.relative_to(source) for item in source.rglob("*") if item.is_file()}
-    there = {item.relative_to(target) for item in target.rglob("*") if item.is_file()}
+    if not target.is_dir():
+        return False
+    names = {item.relative_to(source) for item in walk(source, hidden=True)}
+    there = {item.relative_to(target) for item in walk(target, hidden=True)}
     return names == there and all(filecmp.cmp(source / name, target / name, shallow=False) for name in names)
 
 
@@ -38,14 +39,8 @@ def write_exports(plan: Plan) -> None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_file():
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-            try:
-                shutil.copyfile(source, temporary)
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with atomic_file(target, overwrite=True) as filling:
+                shutil.copyfile(source, filling)
         else:
             with atomic_directory(target, overwrite=True) as filling:
-                shutil.copytree(source, filling, dirs_exist_ok=True)
+                copy_tree(source, filling)

@@ -10,7 +10,7 @@ from typing import Any
 from koine.errors import UserError
 from koine.files import sha256_file
 from koine.plan.content import fingerprint_of_content
-from koine.plan.provenance import manifest_hash
+from koine.plan.provenance import files_of, manifest_hash
 from koine.plan.publish import record_of
 from koine.plan.status import shown
 
@@ -63,7 +63,8 @@ def lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
             where=artifact,
             mend="only what `koine run` built or `koine adopt` registered has a lineage",
         )
-    return _ancestor(artifact.resolve(), verify, {})
+    # Not resolved: an artifact that was moved and linked has its run where the link is.
+    return _ancestor(artifact.absolute(), verify, {})
 
 
 def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
@@ -74,9 +75,7 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
     seen[path] = node
     if verify:
         node.problems += list(damage(path, record["files"]))
-    run = path
-    for _ in Path(record["artifact"]).parts:
-        run = run.parent
+    run = run_of(path, record["artifact"])
     for parent in record["parents"]:
         if "input" in parent:
             found = Ancestor(
@@ -101,6 +100,15 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
     return node
 
 
+def run_of(path: Path, name: str) -> Path:
+    """The folder of the run that holds artifact `name` at `path`."""
+    if ".." in path.parts or not path.match(name):
+        path = path.resolve()
+    for _ in Path(name).parts:
+        path = path.parent
+    return path
+
+
 def damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
     """What differs between an artifact's files and the hashes in its record."""
     for name, expected in files.items():
@@ -108,9 +116,8 @@ def damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
             yield f"file '{name}' is missing"
         elif sha256_file(folder / name) != expected:
             yield f"file '{name}' is not what was built: its sha256 differs from the record"
-    for item in sorted(folder.rglob("*")):
-        name = item.relative_to(folder).as_posix()
-        if item.is_file() and name not in files and name != "artifact.json":
+    for name in files_of(folder):
+        if name not in files:
             yield f"file '{name}' was added later"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -25,16 +26,25 @@ def report(fraction: float, text: str = "") -> None:
 
 
 def write(path: Path, **fields: Any) -> None:
-    """Replace what is told in `path`."""
+    """Replace what is told in `path`; where that cannot be written, nothing is told and the step goes on."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(fields), encoding="utf-8")
-    temporary.replace(path)
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(fields), encoding="utf-8")
+        temporary.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What was told last; empty where nothing was."""
+    """What was told last; empty where nothing was, or where something else lies there."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (OSError, ValueError, RecursionError):
         return {}
-    return dict(told)
+    return dict(told) if isinstance(told, dict) and all(map(_sound, told.items())) else {}
+
+
+def _sound(entry: tuple[str, Any]) -> bool:
+    """Whether a field is of the kind that `write` is given."""
+    name, value = entry
+    if name == "fraction":
+        return isinstance(value, int | float) and 0.0 <= value <= 1.0
+    return name == "waiting" or isinstance(value, str)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from koine import __version__
-from koine.files import sha256_file
+from koine.files import sha256_file, walk
 from koine.plan.content import digest
 
 
@@ -53,10 +53,20 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files of an artifact but its artifact.json, by relative name: hidden ones too, and what links lead to."""
+    found = {file.relative_to(folder).as_posix(): file for file in walk(folder, hidden=True)}
+    return {name: file for name, file in found.items() if name != "artifact.json" and file.exists()}
+
+
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file below `folder` but its artifact.json, by relative name."""
-    files = sorted(item for item in folder.rglob("*") if item.is_file() and item != folder / "artifact.json")
-    return {item.relative_to(folder).as_posix(): sha256_file(item) for item in files}
+    """sha256 of each file of an artifact, by relative name."""
+    return {name: sha256_file(file) for name, file in files_of(folder).items()}
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of an artifact, by relative name."""
+    return {name: file.stat().st_size for name, file in files_of(folder).items()}
 
 
 def manifest_hash(files: dict[str, str]) -> str:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import fsync_tree, publish_directory, read_json, write_json
+from koine.files import (
+    State,
+    fsync_tree,
+    publish_directory,
+    read_json,
+    remove,
+    state_of,
+    write_json,
+)
+from koine.files import leftovers as leftovers_of
+from koine.files import recover as recover_output
 
 REMOVE = "remove the artifact's folder to have it built again"
 
@@ -45,20 +56,66 @@ def lock_of(run: Path, name: str) -> Path:
     return run / ".locks" / f"{name}.lock"
 
 
-def leftovers(run: Path, name: str) -> list[Path]:
-    """Earlier versions of an artifact, moved aside by a publication that was killed before its end."""
+def real_place(run: Path, name: str) -> Path:
+    """Where an artifact lies: its path in the run, or what the link leads to that the user has put there.
+
+    Raises `UserError` where that is not there: what lies on a disk that is away must not be built a second time.
+    """
     final = run / name
-    return sorted(final.parent.glob(f".{final.name}.*.old")) if final.parent.is_dir() else []
+    if not final.is_symlink():
+        return final
+    place = Path(os.path.realpath(final))
+    if not place.exists():
+        raise UserError(
+            f"leads to {place}, which is not there",
+            where=final,
+            mend="mount its disk; or, if it is gone, remove the link",
+        )
+    return place
+
+
+def leftovers(run: Path, name: str) -> list[Path]:
+    """What a publication left beside an artifact that was killed before its end."""
+    return leftovers_of(real_place(run, name))
 
 
 def recover(run: Path, name: str) -> None:
     """After a kill between the two renames, put the earlier artifact back; after the second, remove it. Needs the lock."""
-    final = run / name
-    for old in leftovers(run, name):
-        if final.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(final)
+    recover_output(real_place(run, name))
+
+
+def standing(run: Path, name: str) -> State | None:
+    """What stands in an artifact's place before it is built.
+
+    Raises `UserError` where that is something else than an artifact of ours.
+    """
+    place = real_place(run, name)
+    found = state_of(place)
+    empty = found is None or (place.is_dir() and not any(place.iterdir()))
+    if not empty and not (place / "artifact.json").exists():
+        raise UserError(
+            "is no artifact, and is not replaced", where=run / name, mend="move it away, then run again"
+        )
+    return found
+
+
+def damage_by_size(place: Path, record: dict[str, Any]) -> Iterator[str]:
+    """The files of an artifact that are gone, or of another size than was recorded."""
+    sizes = record.get("bytes", {})
+    for name in record["files"]:
+        try:
+            size = (place / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            yield f"its file '{name}' is missing"
+            continue
+        if size != sizes.get(name, size):
+            yield f"its file '{name}' has {size:,} bytes, and {sizes[name]:,} were written"
+
+
+def refuse_damage(place: Path, record: dict[str, Any]) -> None:
+    """Raise `UserError` where an artifact that is about to be used is not whole by the sizes of its files."""
+    for problem in damage_by_size(place, record):
+        raise UserError(problem, where=place, mend=REMOVE)
 
 
 def prepare_work(run: Path, name: str, fingerprint: str) -> tuple[Path, int]:
@@ -71,18 +128,21 @@ def prepare_work(run: Path, name: str, fingerprint: str) -> tuple[Path, int]:
     else:
         # The mark goes first: a work folder that was being removed must never pass for one to continue from.
         mark.unlink(missing_ok=True)
-        if work.exists():
-            shutil.rmtree(work)
+        if os.path.lexists(work):
+            remove(work)
     work.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"fingerprint": fingerprint, "attempts": attempt})
     return work, attempt
 
 
-def publish(run: Path, name: str, record: dict[str, Any]) -> None:
-    """Write the record, make everything safe on the disk, and give the work folder its name."""
+def publish(run: Path, name: str, record: dict[str, Any], found: State | None) -> None:
+    """Write the record, make everything safe on the disk, and give the work folder its name.
+
+    found: what stood there before, see `standing`; nothing else is replaced.
+    """
     work, final = work_folder(run, name), run / name
     write_json(work / "artifact.json", record)
     fsync_tree(work)
     final.parent.mkdir(parents=True, exist_ok=True)
-    publish_directory(work, final)
+    publish_directory(work, final, found=found)
     mark_of(run, name).unlink(missing_ok=True)

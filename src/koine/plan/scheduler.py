@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from koine.files import disk_errors, exclusive
+from koine.files import clear_abandoned, disk_errors, exclusive
 from koine.plan.display import Display
 from koine.plan.estimates import Expectation, expect, remaining
 from koine.plan.export import write_exports
@@ -134,8 +135,16 @@ def sweep(folder: Path) -> None:
     import psutil
 
     for left in folder.glob(f"{platform.node()}-*"):
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+        number = left.name.removeprefix(f"{platform.node()}-")
+        if number.isdecimal() and left.is_dir() and not psutil.pid_exists(int(number)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def make_place(own: Path) -> None:
+    """The folder where running steps tell their progress; where something else stands in its way, none is shown."""
+    shutil.rmtree(own, ignore_errors=True)
+    with contextlib.suppress(FileExistsError, NotADirectoryError):
+        own.mkdir(parents=True)
 
 
 def recover_all(plan: Plan) -> None:
@@ -272,9 +281,10 @@ def execute(
     folder = plan.folder.resolve()
     own = folder / ".progress" / f"{platform.node()}-{os.getpid()}"
     with disk_errors(plan.folder):
-        shutil.rmtree(own, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(folder, folder / ".cache")
         sweep(own.parent)
-        own.mkdir(parents=True, exist_ok=True)
+        make_place(own)
         try:
             record = RunRecord(plan, found, expectation)
             record.write()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from koine.plan.plan import Node, Plan
-from koine.plan.publish import record_of
+from koine.plan.publish import record_of, refuse_damage, standing
 
 State = Literal["build", "reused", "adopted", "not needed"]
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -38,11 +38,15 @@ def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
 
 
 def why(node: Node) -> list[str]:
-    """Why a step must run: `["new"]`, or what changed, field by field; empty where it is up to date."""
+    """Why a step must run: `["new"]`, or what changed, field by field; empty where it is up to date.
+
+    Raises `UserError` for one that is up to date and not whole, by the sizes of its files.
+    """
     old = record_of(node.artifact.path)
     if old is None:
         return ["new"]
     if old["fingerprint"] == node.artifact.fingerprint:
+        refuse_damage(node.artifact.path, old)
         return []
     return differences({key: old.get(key) for key in node.recipe}, node.recipe) or ["fingerprint changed"]
 
@@ -50,7 +54,10 @@ def why(node: Node) -> list[str]:
 def is_adopted(node: Node) -> bool:
     """Whether the artifact was put in place by `koine adopt` rather than built."""
     record = record_of(node.artifact.path)
-    return record is not None and record["step"] == "adopted"
+    if record is None or record["step"] != "adopted":
+        return False
+    refuse_damage(node.artifact.path, record)
+    return True
 
 
 def statuses(plan: Plan) -> dict[str, Status]:
@@ -77,5 +84,6 @@ def statuses(plan: Plan) -> dict[str, Status]:
         ):
             found[name] = Status("not needed")
         else:
+            standing(plan.folder, name)
             found[name] = Status("build", tuple(reasons))
     return {name: found[name] for name in plan.nodes}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def save(
     about: JSON-able. describe: called on the first rank, adds what a model directory holds besides its weights.
     """
     path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
-    with disk_errors(path):
+    with disk_errors(path), _removed_on_failure(partial, ranks):
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
@@ -79,6 +80,17 @@ def save(
             publish_directory(partial, path)
         ranks.barrier()
     return path
+
+
+@contextmanager
+def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
+    """A checkpoint that could not be written leaves nothing: the disk may be full of it."""
+    try:
+        yield
+    except BaseException:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def clean(folder: Path, *, keep_last: int, best: int | None) -> None:

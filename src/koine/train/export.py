@@ -34,10 +34,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {BUFFERS + name: buffer.detach() for name, buffer in model.named_buffers()}
 
 
-def export_checkpoint(path: Path, out: Path, *, dtype: torch.dtype | None = None) -> None:
+def export_checkpoint(
+    path: Path, out: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> None:
     """Write the model directory `out` from the checkpoint folder `path` (`OUT/checkpoints/step-N`); the checkpoint stays as it is.
 
-    dtype: of the tensors; None: float32, as they are trained. Raises `UserError` where `path` is no whole checkpoint, or `out` exists.
+    dtype: of the tensors; None: float32, as they are trained. Raises `UserError` where `path` is no whole checkpoint, or `out` holds something (unless `overwrite`).
     """
     path = Path(path)
     if not (path / "checkpoint.json").exists():
@@ -52,7 +54,7 @@ def export_checkpoint(path: Path, out: Path, *, dtype: torch.dtype | None = None
             mend="resume the training, whose next checkpoint will",
         )
     state = _tensors(found)
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
         if opens_as_decoder(path):
             save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from koine.errors import UserError
 from koine.files import fsync_tree, write_json
 from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
 from koine.model.decoder import Decoder
@@ -17,8 +18,30 @@ from koine.train import checkpoint as checkpoints
 from koine.train.optimiser import Optimiser
 from koine.train.parallel import Ranks
 
+MODEL_FILES = (
+    "config.json", "adapter_config.json", "params.json", "*.safetensors", "*.safetensors.index.json",
+    "pytorch_model*", "*.gguf", "*.pth", "*.ckpt",
+)  # fmt: skip
+"""What shows that a folder holds a model."""
+
 OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 """What a tokenizer of `transformers` may have besides ours."""
+
+
+def refuse_model(out: Path, began_as: Path | None) -> None:
+    """Raise `UserError` where a training would replace a model: the one that it starts from, or any that `out` holds.
+
+    What an earlier attempt at the same training left there is none: it has checkpoints, or is complete.
+    """
+    if (out / "training.json").exists():
+        return
+    if began_as is not None and out.exists() and out.samefile(began_as):
+        raise UserError("is the model that the training starts from", where=out, mend="choose another --out")
+    if checkpoints.list_checkpoints(out / "checkpoints"):
+        return
+    held = next((file for pattern in MODEL_FILES for file in sorted(out.glob(pattern))), None)
+    if held is not None:
+        raise UserError(f"holds a model already ({held.name})", where=out, mend="choose another --out")
 
 
 def finish(
@@ -41,14 +64,18 @@ def finish(
     if ranks.first:
         partial = out / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(model, CausalLM):
-            save_other(model, partial, tokenizer)
-        else:
-            assert isinstance(model, Decoder)
-            # What is fixed is no master: the domain embeddings of a mixture.
-            full |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
-            save_state(full, model.config, partial, tokenizer=tokenizer)
-        fsync_tree(partial)
+        try:
+            if isinstance(model, CausalLM):
+                save_other(model, partial, tokenizer)
+            else:
+                assert isinstance(model, Decoder)
+                # What is fixed is no master: the domain embeddings of a mixture.
+                full |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
+                save_state(full, model.config, partial, tokenizer=tokenizer)
+            fsync_tree(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         for path in sorted(partial.iterdir()):
             path.replace(out / path.name)
         partial.rmdir()

@@ -14,11 +14,11 @@ from torch import nn
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
-from koine.files import disk_errors, exclusive, read_json, write_json
+from koine.files import clear_partials, disk_errors, exclusive, read_json, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.architecture import prepare, refuse_packed_documents
 from koine.train.export import model_tensors
-from koine.train.finish import describe, drop_checkpoints, finish
+from koine.train.finish import describe, drop_checkpoints, finish, refuse_model
 from koine.train.identity import identity, refuse_difference
 from koine.train.interrupt import Interrupt, listen
 from koine.train.objectives import Objective
@@ -75,6 +75,7 @@ def train(
     out = Path(out)
     refuse_packed_documents(model, data.mixture, out)
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
+        refuse_model(out, began_as)
         out.mkdir(parents=True, exist_ok=True)
         alone = exclusive(out / ".lock", doing="training in this folder") if ranks.first else nullcontext()
         with alone:
@@ -137,6 +138,7 @@ def _train(
     steps = sum(phase.steps for phase in mixture.phases)
     reporter = None
     if ranks.first:
+        clear_partials(out, below=False)
         checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
         truncate_metrics(out / "metrics.jsonl", first_step)
         reporter = Reporter(out, first_step=first_step, steps=steps, progress=progress)
@@ -201,7 +203,8 @@ def _train(
             optimiser.step(rate)
 
             done = step + 1
-            seconds = time.perf_counter() - begin
+            # A clock that stands still, or goes back, as those of virtual machines do.
+            seconds = max(time.perf_counter() - begin, 1e-9)
             speed = shape.tokens / seconds
             if reporter is not None:
                 figures = {"loss": mean_loss, "learning_rate": rate, "gradient_norm": norm, "units": units}

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from koine.errors import UserError
+from koine.errors import UserError, first_line
 from koine.hardware import check_device
 
 
@@ -44,14 +44,46 @@ class Ranks:
             dist.barrier()
 
 
+def _number_of(variable: str, default: int, *, least: int) -> int:
+    """A whole number from an environment variable that `torchrun` sets; raises `UserError` for anything else."""
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return default
+    if not text.isascii() or not text.isdecimal() or not least <= int(text[:10]) < 10**9:
+        raise UserError(
+            f"'{text}' is no number of {least} or more",
+            where=f"the environment variable {variable}",
+            mend="unset it to train in one process, or start with torchrun",
+        )
+    return int(text)
+
+
+def _refuse_half_a_launch(rank: int, world_size: int) -> None:
+    """Raise `UserError` where the environment speaks of several processes and does not say how they meet."""
+    mend = "unset WORLD_SIZE to train in one process, or start with torchrun"
+    for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(variable, "").strip():
+            raise UserError(
+                f"WORLD_SIZE is {world_size} and {variable} is not set", where="the environment", mend=mend
+            )
+    _number_of("MASTER_PORT", 0, least=1)
+    if rank >= world_size:
+        raise UserError(
+            f"RANK is {rank}, and WORLD_SIZE only {world_size}", where="the environment", mend=mend
+        )
+
+
 @contextmanager
 def join(device: str = "auto") -> Iterator[Ranks]:
     """Join the processes that `torchrun` started (its environment variables say so); alone where there are none.
 
     Raises `UserError` where the device is not here.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = _number_of("WORLD_SIZE", 1, least=1)
+    rank = _number_of("RANK", 0, least=0)
+    local = _number_of("LOCAL_RANK", 0, least=0)
+    if world_size > 1:
+        _refuse_half_a_launch(rank, world_size)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
@@ -64,7 +96,7 @@ def join(device: str = "auto") -> Iterator[Ranks]:
         return
     started = not dist.is_initialized()
     if started:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        _meet("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
         if started:
@@ -73,6 +105,18 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Join the group; raises `UserError` where the others do not answer."""
+    try:
+        dist.init_process_group(backend)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the processes of this training cannot meet at {address} ({first_line(error)})",
+            mend="start all of them with torchrun, or unset WORLD_SIZE to train in one process",
+        ) from error
 
 
 def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:

@@ -231,13 +231,14 @@ def write_sample(
     documents_per_language: int = 600,
     questions_per_language: int = 600,
     code_bytes: int = 300_000,
+    overwrite: bool = False,
 ) -> SampleSummary:
     """Write the sample world in `languages` into the new folder `out`; the same arguments give the same bytes.
 
     `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file a language (questions for
     those of `QUESTION_LANGUAGES`), `code.jsonl` the code domain, `summary.json` the counts.
 
-    Raises `UserError` for a language that CLDR does not cover well enough, and where `out` exists.
+    Raises `UserError` for a language that CLDR does not cover well enough, and where `out` holds something (unless `overwrite`).
     """
     codes = [language(code).code for code in languages]
     for code in codes:
@@ -259,7 +260,7 @@ def write_sample(
     asked = question_plans(questions_per_language, ("train",), seed=seed)
     tested = question_plans(max(3, round(TEST_QUESTIONS * questions_per_language)), SPLITS[1:], seed=seed)
     summary = SampleSummary({}, {"documents": 0, "bytes": 0})
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, overwrite=overwrite) as folder:
         for code in codes:
             counts = dict.fromkeys(("heldout_documents", "heldout_bytes", "questions", *SPLITS[1:]), 0)
             counts["documents"], counts["bytes"] = _write(

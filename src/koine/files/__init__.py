@@ -1,0 +1,63 @@
+"""Files and folders that are either whole or absent: write beside, fsync, rename."""
+
+from koine.files.locks import exclusive
+from koine.files.outputs import (
+    Claim,
+    State,
+    atomic_directory,
+    atomic_file,
+    check_output_file,
+    claim,
+    leftovers,
+    publish_directory,
+    recover,
+    refuse_inside,
+    refuse_replacing,
+    state_of,
+)
+from koine.files.system_errors import disk_errors, explain
+from koine.files.walk import copy_tree, walk
+from koine.files.writing import (
+    clear_abandoned,
+    clear_partials,
+    fsync_directory,
+    fsync_file,
+    fsync_tree,
+    read_json,
+    remove,
+    sha256_file,
+    to_json,
+    write_atomically,
+    write_json,
+)
+
+__all__ = [
+    "Claim",
+    "State",
+    "atomic_directory",
+    "atomic_file",
+    "check_output_file",
+    "claim",
+    "clear_abandoned",
+    "clear_partials",
+    "copy_tree",
+    "disk_errors",
+    "exclusive",
+    "explain",
+    "fsync_directory",
+    "fsync_file",
+    "fsync_tree",
+    "leftovers",
+    "publish_directory",
+    "read_json",
+    "recover",
+    "refuse_inside",
+    "refuse_replacing",
+    "remove",
+    "sha256_file",
+    "state_of",
+    "to_json",
+    "walk",
+    "write_atomically",
+    "write_json",
+]

@@ -1,0 +1,95 @@
+"""Locks that the system frees when their holder dies, and whose files do not stay behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from koine.errors import KoineWarning, UserError
+
+LOOK_SECONDS = 0.05
+# What file systems answer that have no locks
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+OTHER_PLACE = "wait for it to end, or choose another folder"
+
+
+@contextmanager
+def exclusive(
+    path: Path,
+    *,
+    doing: str,
+    wait: float = 0.0,
+    where: Path | None = None,
+    mend: str = OTHER_PLACE,
+    waiting: Callable[[], None] | None = None,
+) -> Iterator[bool]:
+    """Hold the lock file `path`, and remove it afterwards; yields whether the file system has locks at all.
+
+    wait: seconds (-1: for ever) after which another holder is reported as a `UserError` about `where` (default: `path`).
+    waiting: called once before it waits. The operating system frees the lock when its holder dies, however it dies.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _acquire(path, wait, waiting)
+    if descriptor is None:
+        raise UserError(f"another process is {doing}", where=where or path, mend=mend)
+    try:
+        yield descriptor >= 0
+    finally:
+        if descriptor >= 0:
+            _release(path, descriptor)
+
+
+def _acquire(path: Path, wait: float, waiting: Callable[[], None] | None) -> int | None:
+    """The descriptor of the locked file; None where another process holds it too long, -1 where there are no locks."""
+    end = time.monotonic() + wait
+    told = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in NO_LOCKS:
+                warnings.warn(
+                    f"{path.parent}: this file system has no locks; do not write here from two processes at once",
+                    KoineWarning,
+                    stacklevel=4,
+                )
+                path.unlink(missing_ok=True)
+                return -1
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if wait >= 0 and time.monotonic() >= end:
+                return None
+            if waiting is not None and not told:
+                told = True
+                waiting()
+            time.sleep(LOOK_SECONDS)
+            continue
+        if _is_still(path, descriptor):
+            return descriptor
+        # The holder before us has removed the file while we opened it: the lock of a removed file keeps nobody out.
+        os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _release(path: Path, descriptor: int) -> None:
+    """Remove the file while it is locked, so that whoever opened it sees that it is gone; then let go."""
+    try:
+        # A file with content is somebody else's that happens to have this name.
+        if _is_still(path, descriptor) and os.fstat(descriptor).st_size == 0:
+            path.unlink()
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""Single files: written whole, read with clear errors, made safe on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from koine.errors import UserError
+from koine.files.system_errors import disk_errors
+
+PARTIAL = re.compile(r"\..+\.\d+\.partial", re.DOTALL)
+"""Names of what is being written, and of what a killed process left: `.NAME.PID.partial`."""
+LONGEST_NAME = 255  # bytes, of nearly every file system
+
+
+def beside(path: Path, ending: str) -> Path:
+    """`.NAME.ENDING` beside `path`; a name that would grow too long is cut and told apart by a hash."""
+    name = f".{path.name}.{ending}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+        name = f".{path.name[:40]}-{digest}.{ending}"
+    return path.with_name(name)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut, on file systems that sync folders."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make what was written to `path` survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_tree(path: Path) -> None:
+    """fsync every file and folder below `path`, in which nobody else may be writing; links are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(path, onerror=refuse):
+        for name in names:
+            file = Path(folder) / name
+            if stat.S_ISREG(file.lstat().st_mode):
+                fsync_file(file)
+        fsync_directory(Path(folder))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (never what it leads to) or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def clear_partials(folder: Path, *, below: bool = True) -> None:
+    """Remove what killed processes left half-written in `folder`, which must be the caller's alone, and their locks.
+
+    below: also in the folders inside it.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(place) / name
+            lock = (
+                name.startswith(".") and name.endswith(".lock") and path.is_file() and not path.stat().st_size
+            )
+            if lock or PARTIAL.fullmatch(name):
+                remove(path)
+        folders[:] = [name for name in folders if not PARTIAL.fullmatch(name)] if below else []
+
+
+def clear_abandoned(*folders: Path) -> None:
+    """Remove the temporary files in these folders that no process is writing any more.
+
+    Others may be writing there: a file whose writer lives is locked by it.
+    """
+    for folder in folders:
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), Path(entry.path).open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    Path(entry.path).unlink()
+
+
+def _opened(temporary: Path) -> BinaryIO:
+    """A temporary file to write, locked so that `clear_abandoned` sees that its writer lives."""
+    while True:
+        file = temporary.open("wb")
+        # Where there are no locks, nothing is removed either.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return file
+        file.close()
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; what no UTF-8 has (bytes of a foreign path, lone surrogates) as `\\udcff`, which JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises `UserError` where the system refuses, and where `path` is a device, a pipe or a socket; a link stays, and what
+    it leads to is written.
+    """
+    data = encoded(content) if isinstance(content, str) else content
+    with disk_errors(path):
+        target = real_file(path)
+        temporary = beside(target, f"{os.getpid()}.partial")
+        try:
+            with _opened(temporary) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(target.parent)
+
+
+def real_file(path: Path) -> Path:
+    """Where a file to be written really lies, links followed.
+
+    Raises `UserError` for a folder, and for a device, pipe or socket, which must never be replaced.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    if stat.S_ISREG(mode):
+        return target
+    if stat.S_ISDIR(mode):
+        raise UserError("a folder", where=path, mend="give the name of a file")
+    kinds = {
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFLNK: "a link that leads back to itself",
+    }
+    raise UserError(
+        f"{kinds.get(stat.S_IFMT(mode), 'no file')}, which is not replaced",
+        where=path,
+        mend="give the name of a file",
+    )
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON, in the order given."""
+    return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    write_atomically(path, to_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing, unreadable or malformed one is the user's error, named."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=path) from None
+    except (ValueError, RecursionError) as error:
+        # Also numbers of thousands of digits, and brackets nested deeper than Python follows.
+        raise UserError(
+            f"not valid JSON ({error})", where=path, mend="the file is damaged or truncated; write it again"
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content, read in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
