@@ -64,7 +64,7 @@ def read_json_rows(file: IO[bytes], _: object = None) -> Iterator[Row]:
         size += len(raw)
         if isinstance(raw, str) or (raw.strip() and (size > _AHEAD or not isinstance(json_row(raw), str))):
             break
-    if len(ahead) > 1 and _spans_lines([raw for _, raw in ahead]):
+    if _is_broken(ahead) and _spans_lines([raw for _, raw in ahead]):
         yield from _values(raw for _, raw in chain(ahead, numbered))
         return
     for number, raw in chain(ahead, numbered):
@@ -74,15 +74,25 @@ def read_json_rows(file: IO[bytes], _: object = None) -> Iterator[Row]:
             yield f"line {number}", json_row(raw)
 
 
+def _is_broken(ahead: list[tuple[int, bytes | str]]) -> bool:
+    """Whether the first of some lines that is not blank is no JSON object."""
+    raw = next((raw for _, raw in ahead if isinstance(raw, str) or raw.strip()), "")
+    return isinstance(raw, bytes) and isinstance(json_row(raw), str)
+
+
 def _spans_lines(first: list[bytes | str]) -> bool:
-    """Whether the first of some lines begins an object that ends on another: told from a line cut short, which no line after it mends."""
+    """Whether the first of some lines begins an object that ends on another, or several objects: told from a line cut short, which no line after it mends."""
     filled = [raw for raw in first if isinstance(raw, bytes) and raw.strip()]
+    text = b"".join(filled).decode("utf-8", "replace")
     try:
-        value, end = json.JSONDecoder().raw_decode(b"".join(filled).decode("utf-8", "replace"))
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         # An object of very many lines: a bracket alone, and then a key.
         return len(filled) > 1 and filled[0].strip() == b"{" and filled[1].lstrip().startswith(b'"')
-    return isinstance(value, dict) and end > len(filled[0].decode("utf-8", "replace"))
+    rest = text[end:].lstrip()
+    return isinstance(value, dict) and (
+        end > len(filled[0].decode("utf-8", "replace")) or rest.startswith("{")
+    )
 
 
 def _values(blocks: Iterator[bytes | str]) -> Iterator[Row]:

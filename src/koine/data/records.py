@@ -30,6 +30,7 @@ CHATS, TRANSLATIONS = "conversations", "translation"
 """ShareGPT's name for messages, and the name of parallel texts in the data sets of translation; used where a record has neither text nor
 messages."""
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
+_LABELS = ("language", "domain", "source", "id")
 _LONGEST_REASON = 300
 _LONGEST_CODE = 100
 UNKNOWN_LANGUAGE = "und"
@@ -165,6 +166,14 @@ class RecordReader:
         self.present.add(found)
         return self.languages is None or found in self.languages
 
+    def _default(self, name: str, file: Path, place: str) -> str:
+        """The label of a record that does not say."""
+        if name == "language":
+            return self.language or UNKNOWN_LANGUAGE
+        if name == "domain":
+            return self.domain or "text"
+        return file.name.split(".")[0] if name == "source" else f"{file.name}:{place.split()[-1]}"
+
     def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
         """The record of a row, or what is wrong with it."""
         record = dict(row)
@@ -188,13 +197,14 @@ class RecordReader:
         wrong = _wrong_content(record)
         if wrong is not None:
             return wrong
-        labels = {"language": self.language or UNKNOWN_LANGUAGE, "domain": self.domain or "text"}
-        labels |= {"source": file.name.split(".")[0], "id": f"{file.name}:{place.split()[-1]}"}
-        for name, default in labels.items():
-            label = _label(record.get(name), default, number=name == "id")
+        for name in _LABELS:
+            value = record.get(name)
+            if type(value) is str and value and value.isascii():
+                continue
+            label = _label(value, number=name == "id")
             if label is None:
-                return f"the {name} is {shown(record[name])}, not a text"
-            record[name] = label
+                return f"the {name} is {shown(value)}, not a text"
+            record[name] = label or self._default(name, file, place)
         code = record["language"]
         if code not in codes and code != UNKNOWN_LANGUAGE:
             try:
@@ -205,13 +215,13 @@ class RecordReader:
         return record
 
 
-def _label(value: Any, default: str, *, number: bool) -> str | None:
-    """The text of a label, its default where there is none (NaN is how pandas writes that), or None for what is no label.
+def _label(value: Any, *, number: bool) -> str | None:
+    """The text of a label, empty where there is none (NaN is how pandas writes that), or None for what is no label.
 
     number: whole and other numbers are labels too.
     """
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return default
+        return ""
     if number and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, UUID):
@@ -221,10 +231,11 @@ def _label(value: Any, default: str, *, number: bool) -> str | None:
 
 def _surrogate(text: str) -> int | None:
     """Where half of a surrogate pair stands in a text, which no UTF-8 can hold."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return error.start
     return None
 
 

@@ -23,7 +23,7 @@ _ZSTD_FEED = 2**10
 """Bytes given to zstandard at once: four can become 128 KiB, so that a feed becomes 32 MiB at most."""
 MOST_WINDOW = 2**27
 """Memory that a file may ask for to be unpacked: what `zstd --long` and `xz -9e` need, and their readers allow unasked."""
-SUSPECT_BYTES, SUSPECT_RATIO = 2**27, 200
+SUSPECTS = ((2**26, 2000), (2**27, 200))
 """A file is given up once so many bytes came out of it, and so many times what went in: text packs 3 to 20 times."""
 
 
@@ -117,7 +117,9 @@ def _watched(pieces: Iterator[bytes], raw: IO[bytes]) -> Iterator[bytes]:
     size = 0
     for piece in pieces:
         size += len(piece)
-        if size > SUSPECT_BYTES and size > SUSPECT_RATIO * raw.tell():
+        if size > SUSPECTS[0][0] and any(
+            size > most and size > ratio * raw.tell() for most, ratio in SUSPECTS
+        ):
             raise UnpackingError(
                 f"more than {size // raw.tell()} times its size comes out of the compressed file, which is no text",
                 "unpack it yourself where it is meant",
