@@ -30,7 +30,6 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):
         return f"a {type(value).__name__}"
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
@@ -84,12 +83,12 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong(name, value, "a number", where)
     _check_bounds(name, value, low, high, above, where)
-    if math.isnan(value):
-        raise _wrong(name, value, "a number", where)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
+    if math.isnan(number):
+        raise _wrong(name, value, "a number", where)
     if math.isinf(number):
         raise _wrong(name, value, "finite", where)
     return number

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from koine.data.readers import TextUnit, data_files, read_rows
 from koine.data.tables import Columns
-from koine.errors import UserError, did_you_mean, first_line
+from koine.errors import UserError, did_you_mean, first_line, printable
 from koine.fields import shown
 from koine.languages import language as find_language
 
@@ -48,10 +48,7 @@ class BadRecord:
 
     def __str__(self) -> str:
         # The reason may hold what stands in the data: shown in one line of bounded length that any terminal can print.
-        reason = "".join(
-            character if character.isprintable() else character.encode("unicode_escape").decode()
-            for character in self.reason[:_LONGEST_REASON]
-        )
+        reason = printable(self.reason[:_LONGEST_REASON])
         return f"{self.file}, {self.place}: {reason}{'...' if len(self.reason) > _LONGEST_REASON else ''}"
 
 

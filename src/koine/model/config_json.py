@@ -147,7 +147,9 @@ def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
     for name, (got, only) in found.items():
         if got != only:
             raise UnsupportedModelError(
-                f"{name} is {got!r}", where=fields.where, mend=f"Koine's own decoder implements {only!r} only"
+                f"{name} is {shown(got)}",
+                where=fields.where,
+                mend=f"Koine's own decoder implements {only!r} only",
             )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import sha256_file, write_json
+from koine.files import parse_json, sha256_file, write_json
 
 # A file touched this recently could change again without a new modification time, so its hash is not remembered.
 SETTLED_SECONDS = 2.0
@@ -28,7 +28,7 @@ class ContentCache:
         self.changed = False
         self.entries: dict[str, list[Any]] = {}
         try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
+            loaded = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             # The cache only saves time: one that is missing or damaged is made anew.
             loaded = {}

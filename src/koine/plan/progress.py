@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from koine.files import parse_json
+
 VARIABLE = "KOINE_PROGRESS"
 EVERY_SECONDS = 0.1
 _last = 0.0
@@ -34,7 +36,7 @@ def write(path: Path, **fields: Any) -> None:
 def read(path: Path) -> dict[str, Any]:
     """What was told last; empty where nothing was."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     return dict(told)
