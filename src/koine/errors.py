@@ -25,7 +25,17 @@ class UserError(Exception):
         line = what if self.where is None else f"{self.where}: {what}"
         if mend:
             line = f"{line}; {mend}"
-        super().__init__(" ".join(line.split()))
+        super().__init__(printable(" ".join(line.split())))
+
+
+def printable(text: str) -> str:
+    """A text with escapes in place of what no terminal prints, or takes for a command: control characters, halves of surrogate pairs."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
 def first_line(error: BaseException) -> str:

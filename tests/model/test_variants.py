@@ -146,7 +146,7 @@ def test_what_says_nothing_is_refused(tiny: ModelConfig) -> None:
         ({"attention": "nope", "rope_theta": 5.0}, "no layer turns by position"),
         ({"full_every": 8}, "full_every is 8 of 4 layers; choose from 2 to 4"),
         ({"window": 0}, "the window is 0"),
-        ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be at least 1"),
     ):
         with pytest.raises(UserError, match=line):
             with_attention(tiny, **fields)  # type: ignore[arg-type]

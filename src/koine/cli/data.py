@@ -209,6 +209,7 @@ def inspect(
         max_bad_share=max_bad,
         unit=unit,
         split=split,
+        carry=(),
     )
     counts: dict[tuple[str, str], list[int]] = {}
     for record in reader:

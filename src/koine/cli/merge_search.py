@@ -142,7 +142,10 @@ def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[
     for path in named.values():
         if not path.exists():
             raise UserError("no such file or folder", where=path)
-    return {name: list(islice(read_records(path, split="all"), limit)) for name, path in named.items()}
+    return {
+        name: list(islice(read_records(path, split="all", carry=("answer",)), limit))
+        for name, path in named.items()
+    }
 
 
 def wrong_share(accuracy: Mapping[str, Any]) -> float:

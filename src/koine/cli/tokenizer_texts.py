@@ -29,7 +29,7 @@ def units_of(
     taken: dict[str, int] = {}
     present: set[str] = set()
     for path in paths:
-        records = read_records(path, languages=read, max_bad_share=max_bad_share, split="all")
+        records = read_records(path, languages=read, max_bad_share=max_bad_share, split="all", carry=())
         for record in records:
             code = record["language"]
             if split is not None and record.get("split", split) != split:
@@ -96,7 +96,7 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
     from koine.data.records import read_records
     from koine.errors import UserError
 
-    for record in read_records(path):
+    for record in read_records(path, carry=()):
         code = record.get("language")
         if not code:
             raise UserError("a record without a language", where=path, mend='give each record a "language"')

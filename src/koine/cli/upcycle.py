@@ -287,7 +287,7 @@ def _texts(path: Path, documents: int) -> list[str]:
             return str(record["text"])
         return "\n".join(str(message["content"]) for message in record["messages"])
 
-    return [text(record) for record in islice(read_records(path, split="all"), documents)]
+    return [text(record) for record in islice(read_records(path, split="all", carry=()), documents)]
 
 
 def _say(config: ModelConfig, out: Path) -> None:

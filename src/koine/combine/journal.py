@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from koine.files import parse_json
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -16,8 +17,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     good = 0
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            content = json.loads(line) if line.endswith(b"\n") else None
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            content = parse_json(line.decode("utf-8")) if line.endswith(b"\n") else None
+        except ValueError:
             content = None
         if not isinstance(content, dict):
             # A power cut may also leave zeros where a line was to be: nothing behind them counts.

@@ -13,9 +13,13 @@ from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from koine.errors import UserError, did_you_mean
+from koine.fields import LARGEST, check_number, check_whole, shown
 from koine.languages import language
 
 Packing = Literal["stream", "whole", "alone"]
+MOST_TOKENS = 2**28
+"""Tokens of a step at most: several times what the largest published trainings take."""
+MOST_STEPS = 2**36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,35 +41,31 @@ class Source:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        if not 0.0 < self.proportion <= 1.0:
-            raise UserError(
-                f"the proportion {self.proportion} is not above 0 and at most 1",
-                where=f"source '{self.name}'",
-            )
+        where = f"source {shown(self.name)}"
+        if not 0.0 < check_number("proportion", self.proportion, where=where) <= 1.0:
+            raise UserError(f"the proportion {self.proportion} is not above 0 and at most 1", where=where)
         if self.languages is not None and self.temperature is not None:
             raise UserError(
-                "has both language weights and a temperature",
-                where=f"source '{self.name}'",
-                mend="give one of them",
+                "has both language weights and a temperature", where=where, mend="give one of them"
             )
+        # Infinity is a temperature, at which all languages weigh the same, and no bound of passes.
         if self.temperature is not None and not self.temperature > 0.0:
-            raise UserError(
-                f"the temperature {self.temperature} is not above 0", where=f"source '{self.name}'"
-            )
-        if self.min_tokens is not None and self.min_tokens < 1:
-            raise UserError(f"min_tokens is {self.min_tokens}, not at least 1", where=f"source '{self.name}'")
+            raise UserError(f"the temperature {self.temperature} is not above 0", where=where)
+        if self.min_tokens is not None and not 1 <= self.min_tokens <= LARGEST:
+            raise UserError(f"min_tokens is {shown(self.min_tokens)}, not at least 1", where=where)
         if not self.max_epochs > 0.0:
-            raise UserError(f"max_epochs is {self.max_epochs}, not above 0", where=f"source '{self.name}'")
+            raise UserError(f"max_epochs is {self.max_epochs}, not above 0", where=where)
         if self.languages is not None:
             if not self.languages:
-                raise UserError("names no language", where=f"source '{self.name}'")
-            weights = {language(code).code: float(weight) for code, weight in self.languages.items()}
-            for code, weight in weights.items():
-                if not weight > 0.0 or weight == float("inf"):
-                    raise UserError(
-                        f"the weight {weight} of '{code}' is not a number above 0",
-                        where=f"source '{self.name}'",
-                    )
+                raise UserError("names no language", where=where)
+            weights: dict[str, float] = {}
+            for given, weight in self.languages.items():
+                code = language(given).code
+                if code in weights:
+                    raise UserError(f"two weights for '{code}'", where=where, mend="give one")
+                weights[code] = check_number(
+                    f"the weight of '{code}'", weight, above=0, high=1e12, where=where
+                )
             object.__setattr__(self, "languages", weights)
 
 
@@ -105,6 +105,7 @@ class LongRows:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
+        check_whole("every", self.every, where="long rows")
         if self.every < 2:
             raise UserError(
                 f"every {self.every} steps a batch of long rows",
@@ -131,7 +132,8 @@ class Phase:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
-        where = f"phase '{self.name}'"
+        where = f"phase {shown(self.name)}"
+        check_whole("steps", self.steps, high=MOST_STEPS, where=where)
         if self.steps < 1:
             raise UserError(f"has {self.steps} steps", where=where, mend="it needs at least 1")
         _check_sources(self.sources, where)
@@ -188,7 +190,13 @@ class Mixture:
                     where=f"phase '{phase.name}'",
                     mend="long rows must be longer",
                 )
-        if self.seed < 0:
+        for shape in self.shapes():
+            if shape.tokens > MOST_TOKENS:
+                raise UserError(
+                    f"a step has {shape.tokens:,} tokens",
+                    mend=f"{MOST_TOKENS:,} are possible: give it fewer rows",
+                )
+        if check_whole("seed", self.seed, high=2**63 - 1) < 0:
             raise UserError(f"the seed is {self.seed}", mend="it must not be negative")
         if self.packing not in get_args(Packing):
             raise UserError(
@@ -302,6 +310,9 @@ class Mixture:
 
 
 def _check_shape(sequence_length: int | None, batch_size: int | None, where: str | None) -> None:
+    for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size)):
+        if size is not None:
+            check_whole(name, size, high=MOST_TOKENS, where=where)
     if sequence_length is not None and sequence_length < 2:
         raise UserError(f"sequence_length is {sequence_length}", where=where, mend="it must be at least 2")
     if batch_size is not None and batch_size < 1:

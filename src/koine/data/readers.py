@@ -1,35 +1,30 @@
-"""Rows of text files of any of the supported kinds, streaming, each with the place it came from.
+"""Rows of data files of any of the supported kinds, streaming, each with the place it came from.
 
-Kinds: `.txt`, `.jsonl` (`.ndjson`), `.csv` (`.tsv`), `.parquet`, `.arrow`; each also with `.gz`, `.xz` or `.zst` behind it.
+Kinds: `.txt`, `.jsonl` (`.ndjson`, `.json`), `.csv` (`.tsv`), `.parquet`, `.arrow` (`.feather`), `.orc`; each also with `.gz`, `.bz2`, `.xz`
+or `.zst` behind it. A line, a cell and a record have at most 64 MiB; a longer one is a bad record.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import lzma
 import re
-import shutil
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Literal
 
+from koine.data.cells import OpenQuoteError, read_cells
+from koine.data.json_rows import Row, UnendingError, read_json_rows
+from koine.data.lines import in_utf8, lines
+from koine.data.tables import ALL, Columns, TableError, read_arrow, read_orc, read_parquet
+from koine.data.unpacking import COMPRESSIONS, unpacked
 from koine.errors import UserError, did_you_mean, first_line
 from koine.files import read_json, walk
 
 TextUnit = Literal["paragraph", "line", "file"]
-Row = tuple[str, dict[str, Any] | str]
-"""Where the row is (`line 12`), and the row, or what is wrong with it."""
-
-_COMPRESSIONS = (".gz", ".xz", ".zst")
-_MAX_LINE = 64 * 2**20
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".lzo", ".z")
 _MAX_PARAGRAPH = 2**20
 """Characters of a text without an empty line that are read as one document; memory must not grow with the file."""
+_MAX_FILE = 2**28
+"""Characters of a whole file that is read as one document."""
 
 
 def _read_txt(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
@@ -37,12 +32,12 @@ def _read_txt(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
     collected: list[str] = []
     first, size = 1, 0
     number = 0
-    for number, raw in enumerate(_lines(file), 1):
+    for number, raw in enumerate(lines(in_utf8(file)), 1):
         if isinstance(raw, str):
             yield f"line {number}", raw
             continue
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             yield f"line {number}", f"not UTF-8 ({error.reason} at byte {error.start})"
             continue
@@ -59,227 +54,86 @@ def _read_txt(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
             if unit == "paragraph" and size >= _MAX_PARAGRAPH:
                 yield f"line {first}", {"text": "\n".join(collected)}
                 collected, first, size = [], number + 1, 0
+            elif size > _MAX_FILE:
+                yield f"line {first}", f"a document longer than {_MAX_FILE} characters"
+                return
     if any(line.strip() for line in collected):
         yield f"line {first}", {"text": "\n".join(collected)}
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes | str]:
-    """Lines; one that would not fit in memory is reported in place of being read."""
-    while line := file.readline(_MAX_LINE):
-        if len(line) == _MAX_LINE and not line.endswith(b"\n"):
-            while (rest := file.readline(_MAX_LINE)) and not rest.endswith(b"\n"):
-                pass
-            yield f"a line longer than {_MAX_LINE} bytes"
-        else:
-            yield line
-
-
-def _read_jsonl(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
-    for number, raw in enumerate(_lines(file), 1):
-        place = f"line {number}"
-        if isinstance(raw, str):
-            yield place, raw
-            continue
-        if not raw.strip():
-            continue
-        try:
-            value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            yield place, f"not UTF-8 ({error.reason} at byte {error.start})"
-        except json.JSONDecodeError as error:
-            yield place, f"not JSON ({error.msg} at column {error.colno})"
-        except RecursionError:
-            yield place, "JSON nested too deeply"
-        else:
-            yield place, value if isinstance(value, dict) else f"a JSON {type(value).__name__}, not an object"
-
-
-def _read_csv(file: IO[bytes], _: TextUnit, delimiter: str = ",") -> Iterator[Row]:
-    csv.field_size_limit(_MAX_LINE)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    # Strict: else a quote that is never closed takes the rest of the file into one cell.
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    try:
-        while True:
-            begin = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if reader.line_num > begin or "unexpected end" in str(error) or header is None:
-                    # Other records may be inside this one: it cannot be counted as one bad record.
-                    raise _DamagedError(
-                        f"a quote in line {begin} is not closed as it should be (line {reader.line_num}: {error})",
-                        "close it, and write a quote inside a quoted cell twice",
-                    ) from None
-                yield f"line {begin}", f"not CSV ({error})"
-                continue
-            if header is None:
-                header = cells
-                continue
-            place = f"line {reader.line_num}"
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                yield place, f"{len(cells)} cells where the header has {len(header)}"
-            elif any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
-                yield place, "not UTF-8"
-            else:
-                yield place, dict(zip(header, cells, strict=True))
-    finally:
-        text.detach()
-
-
-def _read_tsv(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
-    return _read_csv(file, unit, delimiter="\t")
-
-
-def _read_parquet(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    with _seekable(file) as seekable:
-        try:
-            for batch in pq.ParquetFile(seekable).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-            raise _DamagedError(f"not a whole Parquet file ({first_line(error)})") from None
-
-
-def _read_arrow(file: IO[bytes], _: TextUnit) -> Iterator[Row]:
-    import pyarrow as pa
-
-    number = 0
-    try:
-        for batch in pa.ipc.open_stream(file):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise _DamagedError(f"not a whole Arrow stream ({first_line(error)})") from None
-
-
-_READERS: dict[str, Callable[[IO[bytes], TextUnit], Iterator[Row]]] = {
+_TEXTS: dict[str, Callable[[IO[bytes], TextUnit], Iterator[Row]]] = {
     ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
+    ".jsonl": read_json_rows,
+    ".ndjson": read_json_rows,
+    ".csv": lambda file, _: read_cells(file, ","),
+    ".tsv": lambda file, _: read_cells(file, "\t"),
 }
+_TABLES: dict[str, Callable[[IO[bytes], Columns], Iterator[Row]]] = {
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
+    ".orc": read_orc,
+}
+KINDS = (*_TEXTS, *_TABLES)
+JSON = ".json"
+"""Read where it is named, and not in a folder: there it mostly describes the data beside it."""
 
 
-class _DamagedError(Exception):
-    """The file cannot be read on from here."""
-
-    def __init__(self, what: str, mend: str = "it is truncated or damaged; copy or write it again") -> None:
-        super().__init__(what)
-        self.mend = mend
-
-
-@contextmanager
-def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end; a compressed one is unpacked beside, into a temporary file."""
-    if file.seekable() and isinstance(file, io.BufferedReader):
-        yield file
-        return
-    with tempfile.TemporaryFile() as unpacked:
-        shutil.copyfileobj(file, unpacked)
-        unpacked.seek(0)
-        yield unpacked
-
-
-class _Zstd(io.RawIOBase):
-    """Frames of zstandard one after another; the library's own reader takes a file that ends in mid-frame for a whole one."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
-        self._frame = self._new()
-        self._started = False
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._started = self._new(), False
-            packed = packed or self._raw.read(2**16)
-            if not packed:
-                if self._started:
-                    raise EOFError("the file ends inside a frame")
-                return 0
-            self._started = True
-            self._ready = self._frame.decompress(packed)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-@contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
-    suffix = path.suffix.lower()
-    with ExitStack() as stack:
-        if suffix == ".gz":
-            packed = stack.enter_context(gzip.open(path, "rb"))
-            yield cast("IO[bytes]", packed)
-        elif suffix == ".xz":
-            yield stack.enter_context(lzma.open(path, "rb"))
-        elif suffix == ".zst":
-            raw = stack.enter_context(path.open("rb"))
-            yield stack.enter_context(io.BufferedReader(_Zstd(raw), 2**16))
-        else:
-            yield stack.enter_context(path.open("rb"))
+def _kind_named(path: Path) -> str | None:
+    """The extension before that of a compression, in small letters."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes = suffixes[:-1]
+    return suffixes[-1] if suffixes else None
 
 
 def kind_of(path: Path) -> str | None:
-    """The extension that decides how a file is read, or `None` for a file that is not data."""
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1].lower() in _COMPRESSIONS:
-        suffixes = suffixes[:-1]
-    return suffixes[-1].lower() if suffixes and suffixes[-1].lower() in _READERS else None
+    """The extension that decides how a file in a folder is read, or `None` for a file that is not data."""
+    kind = _kind_named(path)
+    return kind if kind in KINDS else None
 
 
-def read_rows(path: Path, *, unit: TextUnit = "paragraph") -> Iterator[Row]:
-    """The rows of one file in order.
+def _unknown_kind(path: Path) -> UserError:
+    name = "".join(path.suffixes)
+    if path.suffix.lower() in ARCHIVES or ".tar" in path.suffixes:
+        return UserError(
+            f"an archive '{name}' is not read", where=path, mend="unpack it, and give the folder"
+        )
+    known = [extension + packed for extension in (*KINDS, JSON) for packed in ("", *COMPRESSIONS)]
+    return UserError(
+        f"a file of unknown kind '{name}'", where=path, mend=did_you_mean("".join(path.suffixes[-2:]), known)
+    )
+
+
+def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = ALL) -> Iterator[Row]:
+    """The rows of one file in order; columns: what is needed of a table.
 
     Raises `UserError` where the file is of no known kind, unreadable, or damaged in a way that hides the rest.
     """
-    kind = kind_of(path)
+    kind = kind_of(path) or (".jsonl" if _kind_named(path) == JSON else None)
     if kind is None:
-        known = [extension + compression for extension in _READERS for compression in ("", *_COMPRESSIONS)]
-        raise UserError(
-            f"a file of unknown kind '{''.join(path.suffixes)}'",
-            where=path,
-            mend=did_you_mean("".join(path.suffixes[-2:]), known),
-        )
-    import zstandard
-
+        raise _unknown_kind(path)
+    damaged = "it is truncated or damaged; copy or write it again"
     try:
-        with _unpacked(path) as file:
-            yield from _READERS[kind](file, unit)
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise UserError(
-            f"the compressed data is damaged or cut off ({error})",
-            where=path,
-            mend="copy or download it again",
-        ) from None
-    except _DamagedError as error:
-        raise UserError(str(error), where=path, mend=error.mend) from None
+        with unpacked(path) as file:
+            if kind in _TABLES:
+                yield from _TABLES[kind](file, columns)
+            else:
+                yield from _TEXTS[kind](file, unit)
+    except TableError as error:
+        raise UserError(str(error), where=path, mend=damaged) from None
+    except UnendingError:
+        raise UserError("ends inside a JSON array or object", where=path, mend=damaged) from None
+    except OpenQuoteError as error:
+        mend = "close it, and write a quote inside a quoted cell twice"
+        raise UserError(str(error), where=path, mend=mend) from None
     except PermissionError:
         raise UserError("cannot be read", where=path, mend="check its permissions") from None
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(
+            f"cannot be read ({reason})", where=path, mend="check the file and the disk"
+        ) from None
 
 
 _SPLIT = re.compile(
@@ -332,7 +186,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
         raise UserError(
             "holds no data files",
             where=path,
-            mend=f"known kinds: {', '.join(_READERS)}, also with {', '.join(_COMPRESSIONS)}",
+            mend=f"known kinds: {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}",
         )
     return found
 

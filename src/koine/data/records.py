@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from koine.data.readers import TextUnit, data_files, read_rows
-from koine.errors import UserError, did_you_mean, first_line
+from koine.data.tables import Columns
+from koine.errors import UserError, did_you_mean, first_line, printable
+from koine.fields import shown
 from koine.languages import language as find_language
 
 Record = dict[str, Any]
@@ -21,6 +26,13 @@ _FIRST_CHECK = 1000
 _SHOWN = 5
 # What other tools call these fields; used where the record has no field of our name.
 _ALIASES = {"language": ("lang",), "id": ("_id",)}
+CHATS, TRANSLATIONS = "conversations", "translation"
+"""ShareGPT's name for messages, and the name of parallel texts in the data sets of translation; used where a record has neither text nor
+messages."""
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+_LABELS = ("language", "domain", "source", "id")
+_LONGEST_REASON = 300
+_LONGEST_CODE = 100
 UNKNOWN_LANGUAGE = "und"
 TRANSLATED = "translated"
 """A field of the records that came out of one row with its text in several languages: the same `id`, the same content."""
@@ -35,7 +47,9 @@ class BadRecord:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}, {self.place}: {self.reason}"
+        # The reason may hold what stands in the data: shown in one line of bounded length that any terminal can print.
+        reason = printable(self.reason[:_LONGEST_REASON])
+        return f"{self.file}, {self.place}: {reason}{'...' if len(self.reason) > _LONGEST_REASON else ''}"
 
 
 class RecordReader:
@@ -56,6 +70,7 @@ class RecordReader:
         unit: TextUnit = "paragraph",
         split: str = "train",
         languages: Collection[str] | None = None,
+        carry: Collection[str] | None = None,
     ) -> None:
         if not 0.0 <= max_bad_share <= 1.0:
             raise UserError(f"max_bad_share is {max_bad_share}", mend="it is a share between 0 and 1")
@@ -72,16 +87,24 @@ class RecordReader:
         self.unit = unit
         self.languages = None if languages is None else {find_language(code).code for code in languages}
         self.files = data_files(locate(path), split=split)
+        self.columns = self._columns(carry)
         self.good = 0
         self.bad = 0
         self.examples: list[BadRecord] = []
         self.present: set[str] = set()
 
+    def _columns(self, carry: Collection[str] | None) -> Columns:
+        """What is read of tables."""
+        text, messages = (self.fields.get(name, name) for name in ("text", "messages"))
+        aliases = [alias for several in _ALIASES.values() for alias in several]
+        content = (text, messages, CHATS, TRANSLATIONS)
+        return Columns(content, tuple(self.fields.values()), (*content, *FIELDS, *aliases), carry)
+
     def __iter__(self) -> Iterator[Record]:
         self.good, self.bad, self.examples, self.present = 0, 0, [], set()
         codes: dict[str, str] = {}
         for file in self.files:
-            for place, row in read_rows(file, unit=self.unit):
+            for place, row in read_rows(file, unit=self.unit, columns=self.columns):
                 for part in (row,) if isinstance(row, str) else self._translations(row):
                     found = part if isinstance(part, str) else self._record(part, file, place, codes)
                     if isinstance(found, str):
@@ -108,26 +131,45 @@ class RecordReader:
                 mend="mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
             )
 
-    def _translations(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The row, or one for each language of a row whose text is `{code: text}`; these share their identifier."""
+    def _translations(self, row: dict[str, Any]) -> Iterator[dict[str, Any] | str]:
+        """The row, or one for each language of a row whose text is `{code: text}`; these share their identifier.
+
+        A language without a text in this row is no record: tables hold all languages in every row.
+        """
         column = self.fields.get("text", "text")
         texts = row.get(column)
+        if texts is None and "text" not in self.fields and isinstance(row.get(TRANSLATIONS), dict):
+            row = dict(row)
+            texts = row.pop(TRANSLATIONS)
         if not isinstance(texts, dict):
             yield row
             return
         language = self.fields.get("language", "language")
-        for code, text in texts.items():
+        there = {
+            code: text for code, text in texts.items() if not (text is None or text == "" or _blank(text))
+        }
+        if not there:
+            yield "the text is empty in every language"
+        for code, text in there.items():
             if self.languages is not None and not self._wanted(code):
                 continue
             yield {**row, column: text, language: code, TRANSLATED: True}
 
     def _wanted(self, code: str) -> bool:
         try:
-            found = find_language(code).code
+            found = find_language(code[:_LONGEST_CODE]).code
         except UserError:
             return False
         self.present.add(found)
         return self.languages is None or found in self.languages
+
+    def _default(self, name: str, file: Path, place: str) -> str:
+        """The label of a record that does not say."""
+        if name == "language":
+            return self.language or UNKNOWN_LANGUAGE
+        if name == "domain":
+            return self.domain or "text"
+        return file.name.split(".")[0] if name == "source" else f"{file.name}:{place.split()[-1]}"
 
     def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
         """The record of a row, or what is wrong with it."""
@@ -142,24 +184,84 @@ class RecordReader:
             for alias in aliases:
                 if record.get(name) is None and alias in record:
                     record[name] = record.pop(alias)
+        if record.get("text") is None and record.get("messages") is None and CHATS in record:
+            record["messages"] = record.pop(CHATS)
+        if isinstance(record.get("messages"), list):
+            record["messages"] = [_message(message) for message in record["messages"]]
+        if "split" in record and not isinstance(record["split"], str):
+            # No name of a split of ours: a number of a class, or empty.
+            record.pop("split")
         wrong = _wrong_content(record)
         if wrong is not None:
             return wrong
-        code = record.get("language") or self.language or UNKNOWN_LANGUAGE
-        if not isinstance(code, str):
-            return f"the language is {code!r}, not a code"
+        for name in _LABELS:
+            value = record.get(name)
+            if type(value) is str and value and value.isascii():
+                continue
+            label = _label(value, number=name == "id")
+            if label is None:
+                return f"the {name} is {shown(value)}, not a text"
+            record[name] = label or self._default(name, file, place)
+        code = record["language"]
         if code not in codes and code != UNKNOWN_LANGUAGE:
             try:
-                codes[code] = find_language(code).code
+                codes[code] = find_language(code[:_LONGEST_CODE]).code
             except UserError as error:
                 return str(error)
         record["language"] = codes.get(code, code)
-        record["domain"] = record.get("domain") or self.domain or "text"
-        record["source"] = record.get("source") or file.name.split(".")[0]
-        record["id"] = (
-            str(record["id"]) if record.get("id") is not None else f"{file.name}:{place.split()[-1]}"
-        )
         return record
+
+
+def _label(value: Any, *, number: bool) -> str | None:
+    """The text of a label, empty where there is none (NaN is how pandas writes that), or None for what is no label.
+
+    number: whole and other numbers are labels too.
+    """
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if number and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, UUID):
+        return str(value)
+    return value if isinstance(value, str) and _surrogate(value) is None else None
+
+
+def _surrogate(text: str) -> int | None:
+    """Where half of a surrogate pair stands in a text, which no UTF-8 can hold."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return error.start
+    return None
+
+
+def _blank(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
+
+
+def _message(message: Any) -> Any:
+    """A message with `role` and `content`, also from ShareGPT's `from` and `value`, and from content in parts of text."""
+    if not isinstance(message, dict):
+        return message
+    if "role" not in message and isinstance(message.get("from"), str) and "value" in message:
+        rest = {key: entry for key, entry in message.items() if key not in ("from", "value")}
+        speaker = message["from"]
+        message = {"role": _SPEAKERS.get(speaker, speaker), "content": message["value"], **rest}
+    parts = message.get("content")
+    if isinstance(parts, list) and parts:
+        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+        if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
+            message = {**message, "content": "".join(texts)}
+    # What else a message holds goes along where it can be written again.
+    return {key: entry for key, entry in message.items() if key in ("role", "content") or _plain(entry)}
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is one that JSON in UTF-8 holds."""
+    if isinstance(value, str):
+        return _surrogate(value) is None
+    return value is None or isinstance(value, bool | int | float)
 
 
 def _wrong_content(record: Record) -> str | None:
@@ -176,7 +278,7 @@ def _wrong_content(record: Record) -> str | None:
             return f"message {number} is not an object with 'role' and 'content'"
         role = message["role"]
         if role not in ROLES:
-            return f"message {number} has the role '{role}'; known: {', '.join(ROLES)}"
+            return f"message {number} has the role {shown(role)}; known: {', '.join(ROLES)}"
         if role == "system" and number > 1:
             return f"message {number} is a system message; only the first may be"
         if role == previous:
@@ -195,11 +297,8 @@ def _wrong_text(text: Any) -> str | None:
         return "the text is empty"
     if "\0" in text:
         return "the text holds NUL characters"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"the text holds a lone surrogate at character {error.start}"
-    return None
+    half = _surrogate(text)
+    return None if half is None else f"the text holds a lone surrogate at character {half}"
 
 
 def locate(path: str | Path) -> Path:
@@ -237,6 +336,7 @@ def read_records(
     unit: TextUnit = "paragraph",
     split: str = "train",
     languages: Collection[str] | None = None,
+    carry: Collection[str] | None = None,
 ) -> RecordReader:
     """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
 
@@ -247,8 +347,9 @@ def read_records(
         unit: what a document is in a `.txt` file.
         split: which files of a folder are read where their names say a split; "all" for all.
         languages: pass over records in other languages.
+        carry: the fields besides ours that are needed, so that no other column of a table is read; None: all.
 
-    A row whose text is an object `{code: text}` is one record for each language, all with the row's `id` and `"translated": true`.
+    A row whose text (or `translation`) is an object `{code: text}` is one record for each language that has a text, all with the row's `id` and `"translated": true`.
     """
     return RecordReader(
         path,
@@ -259,4 +360,5 @@ def read_records(
         unit=unit,
         split=split,
         languages=languages,
+        carry=carry,
     )

@@ -70,6 +70,7 @@ def tokenize(
         max_bad_share=max_bad_share,
         unit=unit,
         split=split,
+        carry=(),
     )
     loaded = load_tokenizer(tokenizer)
     request = {

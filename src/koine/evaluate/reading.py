@@ -74,4 +74,5 @@ def _open(path: str | Path, reading: Reading, option: str) -> RecordReader:
         max_bad_share=reading.max_bad_share,
         unit=reading.unit,
         split=split,
+        carry=("answer",),
     )

@@ -1,5 +1,6 @@
 """Files and folders that are either whole or absent: write beside, fsync, rename."""
 
+from koine.files.json_files import parse_json, read_json, read_json_object
 from koine.files.locks import exclusive
 from koine.files.outputs import (
     Claim,
@@ -23,7 +24,6 @@ from koine.files.writing import (
     fsync_directory,
     fsync_file,
     fsync_tree,
-    read_json,
     remove,
     sha256_file,
     to_json,
@@ -48,8 +48,10 @@ __all__ = [
     "fsync_file",
     "fsync_tree",
     "leftovers",
+    "parse_json",
     "publish_directory",
     "read_json",
+    "read_json_object",
     "recover",
     "refuse_inside",
     "refuse_replacing",

@@ -176,19 +176,6 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, to_json(value))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing, unreadable or malformed one is the user's error, named."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
-    except (ValueError, RecursionError) as error:
-        # Also numbers of thousands of digits, and brackets nested deeper than Python follows.
-        raise UserError(
-            f"not valid JSON ({error})", where=path, mend="the file is damaged or truncated; write it again"
-        ) from error
-
-
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's content, read in constant memory."""
     with path.open("rb") as file:

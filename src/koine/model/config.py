@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError
+from koine.fields import check_choice, check_flag, check_number, check_text, check_whole
 from koine.model.router_losses import BTX
 
 ATTENTIONS = ("averaged", "kv-experts", "shared-kv")
 """What a mixture does with the attention of its dense models: one average (BTX, Nexus), one expert each with keys and values of its own, or
 with shared ones (BAM)."""
+
+SIZES: Mapping[str, int] = {
+    "vocab_size": 2**28,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_heads": 2**14,
+    "num_kv_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**48,
+}
+"""The largest value of each size; the smallest is 1. Far above any model, and below what overflows an index."""
+MOST_LAYERS = 1024
+LONGEST_WINDOW = 2**48
+TOKEN_ID = (-1, 2**31 - 1)
+"""Token ids of a configuration; -1 is how some models say that they have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +77,21 @@ class MixtureConfig:
         if len(set(self.experts)) < count:
             twice = next(name for name in self.experts if self.experts.count(name) > 1)
             raise UserError(f"two experts are named '{twice}'", mend="give each a name of its own")
-        if self.attention not in ATTENTIONS:
-            raise UserError(
-                f"unknown attention '{self.attention}'", mend=did_you_mean(self.attention, ATTENTIONS)
-            )
+        for name in self.experts:
+            check_text("the name of an expert", name)
+        check_choice("attention", self.attention, ATTENTIONS)
+        check_flag("shared_expert", self.shared_expert)
         if self.attention_top_k is not None and self.attention == "averaged":
             raise UserError(
                 "attention_top_k is given and the attention is averaged", mend="there is one attention only"
             )
         for name, value in (("top_k", self.top_k), ("attention_top_k", self.attention_top_k)):
-            if value is not None and not 1 <= value <= count:
+            if value is not None and not 1 <= check_whole(name, value) <= count:
                 raise UserError(f"{name} is {value}", mend=f"it must lie between 1 and the {count} experts")
-        if self.domain_size is not None and self.domain_size < 1:
-            raise UserError(f"domain_size is {self.domain_size}", mend="it must be at least 1")
+        if self.domain_size is not None:
+            check_whole("domain_size", self.domain_size, low=1, high=2**20)
         for name in ("load_balancing", "z_loss"):
-            if not (getattr(self, name) >= 0.0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"{name} is {getattr(self, name)}", mend="it must be a number, 0 or above")
+            check_number(name, getattr(self, name), low=0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +117,8 @@ class ModelConfig:
     eos_token_id: int = 7
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", mend="it must be at least 1")
+        for name, high in SIZES.items():
+            check_whole(name, getattr(self, name), low=1, high=high)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
@@ -121,11 +128,23 @@ class ModelConfig:
             raise UserError(f"head_dim {self.head_dim} is odd", mend="the rotary embedding turns pairs")
         if not self.layers:
             raise UserError("the model has no layers", mend="give at least one layer specification")
-        if not (self.rope_theta > 0.0 and math.isfinite(self.rope_theta)):
-            raise UserError(f"rope_theta is {self.rope_theta}", mend="it must be a number above 0")
+        if len(self.layers) > MOST_LAYERS:
+            raise UserError(
+                f"the model has {len(self.layers)} layers", mend=f"at most {MOST_LAYERS} are possible"
+            )
+        # Below 1, high frequencies leave the range of float32, and above it low ones do.
+        check_number("rope_theta", self.rope_theta, low=1, high=1e30)
+        check_number("norm_eps", self.norm_eps, above=0, high=1)
+        check_number("logit_scale", self.logit_scale, above=0, high=1e6)
+        check_number("initializer_range", self.initializer_range, low=0, high=100)
+        check_flag("tie_embeddings", self.tie_embeddings)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            check_whole(name, getattr(self, name), low=TOKEN_ID[0], high=TOKEN_ID[1])
         for index, layer in enumerate(self.layers):
-            if layer.window is not None and layer.window < 1:
-                raise UserError(f"layer {index} has a window of {layer.window}", mend="it must be at least 1")
+            if layer.window is not None:
+                check_whole(f"the window of layer {index}", layer.window, low=1, high=LONGEST_WINDOW)
+            check_flag(f"rope of layer {index}", layer.rope)
+            check_flag(f"qk_norm of layer {index}", layer.qk_norm)
 
     @property
     def groups(self) -> int:

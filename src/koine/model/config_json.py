@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import read_json
-from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
+from koine.fields import Fields, shown
+from koine.files import read_json_object
+from koine.model.config import (
+    LONGEST_WINDOW,
+    MOST_LAYERS,
+    SIZES,
+    TOKEN_ID,
+    LayerSpec,
+    MixtureConfig,
+    ModelConfig,
+)
 
 OWN_TYPES = ("cohere", "cohere2", "koine")
 _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM", "koine": "KoineForCausalLM"}
@@ -87,143 +96,126 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
     these maths do not have.
     """
     kind = value.get("model_type")
-    if kind not in OWN_TYPES:
+    if not isinstance(kind, str) or kind not in OWN_TYPES:
         raise UserError(
-            f"model_type '{kind}' is not one that Koine's own decoder implements ({', '.join(OWN_TYPES)})",
+            f"model_type {shown(kind)} is not one that Koine's own decoder implements ({', '.join(OWN_TYPES)})",
             where=where,
             mend="steps that take any causal LM open it through transformers (pip install 'koine[hf]')",
         )
-    rope = value.get("rope_parameters") or value.get("rope_scaling") or {}
-    _refuse_unsupported(value, rope, where)
-    fields = _Fields(value, where)
-    heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
-    theta = rope.get("rope_theta") or value.get("rope_theta")
-    return ModelConfig(
-        vocab_size=fields.whole("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=fields.whole("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=fields.whole("num_key_value_heads", heads),
-        head_dim=fields.whole("head_dim", max(1, hidden // max(1, heads))),
-        layers=_layers(fields, kind, fields.whole("num_hidden_layers")),
-        mixture=_mixture(fields) if kind == "koine" else None,
-        rope_theta=float(theta or (500_000.0 if kind == "cohere" else 10_000.0)),
-        norm_eps=fields.number("layer_norm_eps", 1e-5),
-        logit_scale=fields.number("logit_scale", 0.0625),
-        tie_embeddings=bool(value.get("tie_word_embeddings", True)),
-        initializer_range=fields.number("initializer_range", 0.02),
-        max_position_embeddings=fields.whole("max_position_embeddings", 8192),
-        pad_token_id=fields.identifier("pad_token_id", 0),
-        bos_token_id=fields.identifier("bos_token_id", 5),
-        eos_token_id=fields.identifier("eos_token_id", 255_001),
-    )
+    fields = Fields(value, where, whole_file="the file is not a whole config.json")
+    rope = fields.inner("rope_parameters", None) or fields.inner("rope_scaling", None) or Fields({}, where)
+    _refuse_unsupported(fields, rope)
+    heads, hidden = _size(fields, "num_attention_heads", "num_heads"), _size(fields, "hidden_size")
+    theta = rope.number("rope_theta", None)
+    if theta is None:
+        theta = fields.number("rope_theta", 500_000.0 if kind == "cohere" else 10_000.0)
+    try:
+        return ModelConfig(
+            vocab_size=_size(fields, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_size(fields, "intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=_size(fields, "num_key_value_heads", "num_kv_heads", heads),
+            head_dim=_size(fields, "head_dim", "head_dim", max(1, hidden // heads)),
+            layers=_layers(fields, kind, fields.whole("num_hidden_layers", low=1, high=MOST_LAYERS)),
+            mixture=_mixture(fields) if kind == "koine" else None,
+            rope_theta=theta,
+            norm_eps=fields.number("layer_norm_eps", 1e-5),
+            logit_scale=fields.number("logit_scale", 0.0625),
+            tie_embeddings=fields.flag("tie_word_embeddings", True),
+            initializer_range=fields.number("initializer_range", 0.02),
+            max_position_embeddings=_size(fields, "max_position_embeddings", "max_position_embeddings", 8192),
+            pad_token_id=_token_id(fields, "pad_token_id", 0),
+            bos_token_id=_token_id(fields, "bos_token_id", 5),
+            eos_token_id=_token_id(fields, "eos_token_id", 255_001),
+        )
+    except UserError as error:
+        raise type(error)(error.what, where=error.where or where, mend=error.mend) from None
 
 
-def _refuse_unsupported(value: dict[str, Any], rope: dict[str, Any], where: Path) -> None:
+def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
+    rope_type = rope.text("rope_type", None) or rope.text("type", "default")
+    partial = rope.number("partial_rotary_factor", None)
+    if partial is None:
+        partial = fields.number("partial_rotary_factor", 1.0)
     found = {
-        "attention_bias": (bool(value.get("attention_bias", False)), False),
-        "hidden_act": (value.get("hidden_act", "silu"), "silu"),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "partial_rotary_factor": (
-            rope.get("partial_rotary_factor", value.get("partial_rotary_factor", 1.0)),
-            1.0,
-        ),
+        "attention_bias": (fields.flag("attention_bias", False), False),
+        "hidden_act": (fields.text("hidden_act", "silu"), "silu"),
+        "rope_type": (rope_type, "default"),
+        "partial_rotary_factor": (partial, 1.0),
     }
     for name, (got, only) in found.items():
         if got != only:
             raise UnsupportedModelError(
-                f"{name} is {got!r}", where=where, mend=f"Koine's own decoder implements {only!r} only"
+                f"{name} is {shown(got)}",
+                where=fields.where,
+                mend=f"Koine's own decoder implements {only!r} only",
             )
 
 
-class _Fields:
-    """The fields of a `config.json`, each of its kind; `null` is the same as left out, as in `transformers`."""
+def _size(fields: Fields, name: str, ours: str | None = None, *default: int) -> int:
+    """A size, by its name in the file and ours."""
+    got: int = fields.whole(name, *default, low=1, high=SIZES[ours or name])
+    return got
 
-    def __init__(self, value: dict[str, Any], where: Path) -> None:
-        self.value = value
-        self.where = where
 
-    def wrong(self, name: str, kind: str) -> UserError:
-        return UserError(
-            f"the field '{name}' is {self.value.get(name)!r}", where=self.where, mend=f"it must be {kind}"
+def _token_id(fields: Fields, name: str, default: int) -> int:
+    """A token id, or the first of several."""
+    got = fields.get(name, default)
+    if isinstance(got, list) and got:
+        got = got[0]
+    if isinstance(got, bool) or not isinstance(got, int) or not TOKEN_ID[0] <= got <= TOKEN_ID[1]:
+        raise fields.wrong(name, "a token id")
+    return got
+
+
+def _one_a_layer(fields: Fields, name: str, count: int) -> list[Any]:
+    got: list[Any] = fields.entries(name)
+    if len(got) != count:
+        raise UserError(
+            f"'{name}' has {len(got)} entries and num_hidden_layers is {count}",
+            where=fields.where,
+            mend="give one entry a layer",
         )
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        got = self.value.get(name)
-        if got is None:
-            got = default
-        if got is None:
-            raise UserError(
-                f"the field '{name}' is missing",
-                where=self.where,
-                mend="the file is not a whole config.json",
-            )
-        if isinstance(got, bool) or not isinstance(got, int) or got < 1:
-            raise self.wrong(name, "a whole number of at least 1")
-        return got
-
-    def number(self, name: str, default: float) -> float:
-        got = self.value.get(name)
-        if got is None:
-            return default
-        if isinstance(got, bool) or not isinstance(got, int | float):
-            raise self.wrong(name, "a number")
-        return float(got)
-
-    def identifier(self, name: str, default: int) -> int:
-        got = self.value.get(name)
-        if isinstance(got, list) and got:
-            got = got[0]
-        if got is None:
-            return default
-        if isinstance(got, bool) or not isinstance(got, int):
-            raise self.wrong(name, "a token id")
-        return got
-
-    def entries(self, name: str, count: int) -> list[Any]:
-        got = self.value.get(name)
-        if not isinstance(got, list):
-            raise self.wrong(name, "a list, one entry a layer")
-        if len(got) != count:
-            raise UserError(
-                f"'{name}' has {len(got)} entries and num_hidden_layers is {count}",
-                where=self.where,
-                mend="give one entry a layer",
-            )
-        return got
+    return got
 
 
-def _layers(fields: _Fields, kind: str, count: int) -> tuple[LayerSpec, ...]:
+def _layers(fields: Fields, kind: str, count: int) -> tuple[LayerSpec, ...]:
     if kind == "koine":
-        return tuple(_own_layer(fields, layer) for layer in fields.entries("layers", count))
+        return tuple(_own_layer(fields, layer) for layer in _one_a_layer(fields, "layers", count))
     if kind == "cohere":
-        return (LayerSpec(qk_norm=bool(fields.value.get("use_qk_norm", False))),) * count
+        return (LayerSpec(qk_norm=fields.flag("use_qk_norm", False)),) * count
     if fields.value.get("layer_types") is None:
-        every = fields.whole("sliding_window_pattern", 4)
+        every = fields.whole("sliding_window_pattern", 4, low=1)
         types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
     else:
-        types = fields.entries("layer_types", count)
+        types = _one_a_layer(fields, "layer_types", count)
     unknown = [name for name in types if name not in ("sliding_attention", "full_attention")]
     if unknown:
         raise UnsupportedModelError(
-            f"layer_types holds {unknown[0]!r}",
+            f"layer_types holds {shown(unknown[0])}",
             where=fields.where,
             mend="Koine's own decoder implements 'sliding_attention' and 'full_attention' only",
         )
-    window = fields.whole("sliding_window", 4096)
+    window = fields.whole("sliding_window", 4096, low=1, high=LONGEST_WINDOW)
     return tuple(
         LayerSpec(window=window) if name == "sliding_attention" else LayerSpec(rope=False) for name in types
     )
 
 
-def _own_layer(fields: _Fields, layer: Any) -> LayerSpec:
+def _own_layer(fields: Fields, layer: Any) -> LayerSpec:
     known = {field.name for field in dataclasses.fields(LayerSpec)}
     if not isinstance(layer, dict) or not layer.keys() <= known:
         raise fields.wrong("layers", f"a list of objects with the keys {', '.join(sorted(known))}")
-    return LayerSpec(**layer)
+    inner = Fields(layer, fields.where)
+    return LayerSpec(
+        window=inner.whole("window", None, low=1, high=LONGEST_WINDOW),
+        rope=inner.flag("rope", True),
+        qk_norm=inner.flag("qk_norm", False),
+    )
 
 
-def _mixture(fields: _Fields) -> MixtureConfig | None:
+def _mixture(fields: Fields) -> MixtureConfig | None:
     value = fields.value.get("mixture")
     if value is None:
         return None
@@ -235,7 +227,9 @@ def _mixture(fields: _Fields) -> MixtureConfig | None:
         or not (isinstance(names, list) and all(isinstance(name, str) for name in names))
     ):
         raise fields.wrong("mixture", f"an object with the keys {', '.join(sorted(known))}")
-    return MixtureConfig(**{**value, "experts": tuple(names)})
+    # What is null has its default, as everywhere in the file; what is not is checked when the configuration is built.
+    given = {name: entry for name, entry in value.items() if entry is not None}
+    return MixtureConfig(**{**given, "experts": tuple(names)})
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -249,9 +243,5 @@ def read_config(path: Path) -> ModelConfig:
             where=path,
             mend="give the folder of a model, not of a run or a checkpoint",
         )
-    value = read_json(path / "config.json")
-    if not isinstance(value, dict):
-        raise UserError(
-            "is not a JSON object", where=path / "config.json", mend="it is no model's configuration"
-        )
+    value = read_json_object(path / "config.json", mend="it is no model's configuration")
     return from_json(value, where=path / "config.json")

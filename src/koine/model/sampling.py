@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from koine.errors import UserError
+from koine.fields import check_number, check_whole
 
 COLDEST = 1e-6
 """Below this temperature the likeliest token is taken. float32 logits of about 10 are 1e-6 apart, so that a colder draw could differ from
@@ -33,26 +33,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_new_tokens", 1, None),
-            ("temperature", 0.0, None),
-            ("top_k", 0, None),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if (
-                not _finite(value)
-                or value < low
-                or (high is not None and value > high)
-                or (name == "top_p" and value == 0.0)
-            ):
-                limits = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"{name} is {value}", mend=f"it must be {limits}")
-        if not _finite(self.repetition_penalty) or self.repetition_penalty <= 0.0:
-            raise UserError(
-                f"repetition_penalty is {self.repetition_penalty}", mend="it must be above 0 (1: none)"
-            )
+        check_whole("max_new_tokens", self.max_new_tokens, low=1)
+        check_whole("top_k", self.top_k, low=0)
+        check_whole("seed", self.seed, low=0, high=2**63 - 1)
+        check_number("temperature", self.temperature, low=0)
+        check_number("top_p", self.top_p, above=0, high=1)
+        check_number("min_p", self.min_p, low=0, high=1)
+        check_number("repetition_penalty", self.repetition_penalty, above=0)
 
     @property
     def greedy(self) -> bool:
@@ -63,11 +50,6 @@ class Sampling:
     def rule(self) -> tuple[float, int, float, float, float]:
         """What of the settings decides a draw: rows with an equal rule are drawn together."""
         return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
-
-
-def _finite(value: float) -> bool:
-    # A whole number is, and one of hundreds of digits fits no float.
-    return isinstance(value, int) or math.isfinite(value)
 
 
 class NoTokenError(UserError):

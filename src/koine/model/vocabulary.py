@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from koine.errors import KoineWarning, UserError, did_you_mean
-from koine.files import write_atomically, write_json
+from koine.files import read_json_object, write_atomically, write_json
 from koine.model.checkpoint import save_model
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, load_causal_lm, quiet, require_transformers
@@ -158,7 +157,7 @@ def match_tokenizers(old: Path, new: Path) -> VocabularyMatch:
 
 def special_tokens(path: Path) -> dict[str, int]:
     """Special token -> id, of a folder with a `tokenizer.json`."""
-    added = json.loads((path / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+    added = read_json_object(path / "tokenizer.json").get("added_tokens", [])
     return {token["content"]: token["id"] for token in added if token.get("special")}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import explain, sha256_file, walk, write_json
+from koine.files import explain, parse_json, sha256_file, walk, write_json
 
 # A file touched this recently could change again without a new time stamp, so its hash is not remembered.
 SETTLED_SECONDS = 2.0
@@ -38,8 +38,8 @@ class ContentCache:
         self.changed = False
         self.entries: dict[str, list[Any]] = {}
         try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            loaded = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             # The cache only saves time: one that is missing or damaged is made anew.
             loaded = {}
         if isinstance(loaded, dict):

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from koine.files import parse_json
+
 VARIABLE = "KOINE_PROGRESS"
 EVERY_SECONDS = 0.1
 _last = 0.0
@@ -36,8 +38,8 @@ def write(path: Path, **fields: Any) -> None:
 def read(path: Path) -> dict[str, Any]:
     """What was told last; empty where nothing was, or where something else lies there."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        told = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return dict(told) if isinstance(told, dict) and all(map(_sound, told.items())) else {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError, nearest
-from koine.files import read_json
+from koine.files import parse_json, read_json
 from koine.plan.report_blocks import StepReport, is_number, read_step_report
 
 DONE = ("built", "reused", "adopted", "not needed")
@@ -213,7 +212,7 @@ def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 step = entry["step"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
+from koine.fields import shown
 
 MISSING = inspect.Parameter.empty
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -76,7 +78,7 @@ def parse_setting(key: str, text: str, hint: Any) -> Any:
     try:
         return _parse(text, hint)
     except ValueError:
-        raise UserError(f"'{text}' does not fit {hint}", where=f"--set {key}") from None
+        raise UserError(f"{shown(text)} does not fit {hint}", where=f"--set {key}") from None
 
 
 def _parse(text: str, hint: Any) -> Any:
@@ -101,11 +103,16 @@ def _parse(text: str, hint: Any) -> Any:
             return text.lower() in TRUE
         raise ValueError(text)
     if hint is Path:
-        if not text:
+        if not text or "\0" in text:
             raise ValueError(text)
         return Path(text).expanduser()
-    if hint in (int, float):
-        return hint(text)
+    if hint is int:
+        return int(text)
+    if hint is float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(text)
+        return number
     if origin in (tuple, list):
         parts = [part.strip() for part in text.split(",")] if text.strip() else []
         if origin is list or (len(arguments) == 2 and arguments[1] is Ellipsis):

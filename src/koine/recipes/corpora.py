@@ -93,7 +93,9 @@ def own_corpus(
     for folder in ("documents", "documents-heldout", "questions"):
         shutil.rmtree(out / folder, ignore_errors=True)
     # Every split: records that say they are of another than train become the held-out text.
-    reader = read_records(data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all")
+    reader = read_records(
+        data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all", carry=()
+    )
     wanted = {language(code).code for code in languages}
     unknown = 0
 
@@ -209,7 +211,9 @@ def text_corpus(
 
     for folder in ("documents", "documents-heldout", "questions"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    reader = read_records(data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all")
+    reader = read_records(
+        data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all", carry=()
+    )
     wanted = {language(code).code for code in languages}
     shares = write_own_corpus(
         (record for record in reader if not wanted or record["language"] in wanted),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from koine.data.records import TRANSLATED
 from koine.errors import UserError
 from koine.files import read_json, write_json
 from koine.languages import language
@@ -104,6 +105,10 @@ class LanguageShare:
     _files: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
+KEPT_FIELDS = ("id", "text", "messages", "language", "domain", "source", "split", TRANSLATED)
+"""The fields of the user's records that a corpus keeps."""
+
+
 def write_own_corpus(
     records: Iterable[dict[str, Any]],
     out: Path,
@@ -133,7 +138,9 @@ def write_own_corpus(
             if file is None:
                 path = out / kind / f"{record['language']}.jsonl"
                 file = share._files[kind] = path.open("w", encoding="utf-8")
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            # What else a record holds may be nothing that JSON can: a date, an image, half a surrogate pair.
+            kept = {name: entry for name, entry in record.items() if name in KEPT_FIELDS}
+            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
     finally:
         for share in shares.values():
             for file in share._files.values():

@@ -47,6 +47,7 @@ def domain_text(
         max_bad_share=max_bad_share,
         split="all",
         languages=languages or None,
+        carry=(),
     )
     parts = {"train": max_bytes, "heldout": heldout_bytes}
     limits = {part: limit // max(1, len(languages)) for part, limit in parts.items()}

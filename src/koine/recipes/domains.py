@@ -5,13 +5,12 @@ Heavy imports are inside the functions, so that a run in which everything is up 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
-from koine.files import write_json
+from koine.files import read_json, write_json
 from koine.plan import step
 from koine.recipes import estimates
 from koine.recipes.corpus import write_step_report
@@ -263,10 +262,7 @@ def evaluate_domains(
 @step(version="2", estimate=estimates.comparison)
 def compare_domains(evaluations: dict[str, Path], *, out: Path) -> None:
     """The models' bits per byte side by side, domain by domain."""
-    read = {
-        name: json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
-        for name, path in evaluations.items()
-    }
+    read = {name: read_json(path / "evaluation.json") for name, path in evaluations.items()}
     domains = list(next(iter(read.values()))["bits_per_byte"])
     rows = [
         [name, *(round(one["bits_per_byte"][domain], 4) for domain in domains), round(one["mean"], 4)]

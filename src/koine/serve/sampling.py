@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
+from koine.fields import shown
 from koine.serve.schema import schema_text
 
 _NO_NUMBERS = ("stop", "json_schema")
@@ -41,24 +42,27 @@ class Sampling:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
-        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
+        self._require("temperature", _between(self.temperature, 0), "0 (greedy) or more")
+        self._require("top_k", _whole_between(self.top_k, 0), "0 (all tokens) or more")
+        self._require("top_p", _between(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1")
+        self._require("min_p", _between(self.min_p, 0, 1), "from 0 to 1")
+        penalty = self.repetition_penalty
         self._require(
-            "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"
+            "repetition_penalty", _between(penalty, 0) and penalty > 0, "above 0; 1 changes nothing"
         )
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
-        self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._require("seed", self.seed is None or _whole_between(self.seed, 0), "a whole number from 0")
+        self._require("max_new_tokens", _whole_between(self.max_new_tokens, 1), "at least 1")
         self._require(
-            "stop", isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings, none of them empty"
+            "stop",
+            isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
+            "a tuple of strings, none of them empty",
         )
         if self.json_schema is not None:
             schema_text(self.json_schema)
 
     def _require(self, name: str, holds: bool, mend: str) -> None:
         if not holds:
-            raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}", mend=f"give {mend}")
+            raise UserError(f"{name.replace('_', '-')} is {shown(getattr(self, name))}", mend=f"give {mend}")
 
     def replaced(self, name: str, text: str) -> Sampling:
         """These settings with one changed from its written form: `replaced("top-k", "40")`.
@@ -90,3 +94,12 @@ class Sampling:
             for entry in dataclasses.fields(self)
             if entry.name not in _NO_NUMBERS
         )
+
+
+def _whole_between(value: Any, low: int) -> bool:
+    return type(value) is int and low <= value < 2**63
+
+
+def _between(value: Any, low: float, high: float = sys.float_info.max) -> bool:
+    """Whether it is a finite number in a range."""
+    return type(value) in (int, float) and low <= value <= high

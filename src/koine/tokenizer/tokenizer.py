@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import disk_errors, write_atomically
+from koine.files import disk_errors, parse_json, write_atomically
 from koine.tokenizer.chat import CHAT_TEMPLATE, ROLE_TOKENS, Message, check_messages
 from koine.tokenizer.special import (
     BOS,
@@ -296,8 +296,8 @@ class Tokenizer:
         if name not in self._files:
             return {}
         try:
-            value = json.loads(self._files[name])
-        except json.JSONDecodeError as error:
+            value = parse_json(self._files[name])
+        except ValueError as error:
             raise UserError(
                 f"{name} is not valid JSON ({error})", where=self._where, mend="write it again"
             ) from None

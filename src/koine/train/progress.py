@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from koine.files import parse_json
+
 PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
@@ -20,9 +22,9 @@ def truncate_metrics(path: Path, step: int) -> None:
     kept: list[bytes] = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] >= step:
+            if parse_json(line.decode("utf-8"))["step"] >= step:
                 break
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             break
         kept.append(line)
     whole = b"".join(kept)

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from koine.errors import UserError, did_you_mean
+from koine.fields import LARGEST, check_choice, check_flag, check_number, check_text, check_whole
 from koine.hardware import chosen_dtype
 
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
@@ -37,7 +37,7 @@ def setting(
 class TrainSettings:
     """How to train; what on is said by the mixture. Raises `UserError` where a value is out of its bounds."""
 
-    learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.", above=0)
+    learning_rate: float = setting(1e-3, "Peak learning rate of AdamW.", above=0, high=1e3)
     schedule: Schedule = setting(
         "cosine", "Course of the learning rate, restarting with each phase; wsd: warm-up, stable, decay."
     )
@@ -46,10 +46,10 @@ class TrainSettings:
     min_lr_ratio: float = setting(
         0.1, "Where the schedule ends, as a share of the learning rate.", low=0, high=1
     )
-    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", low=0)
+    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", low=0, high=1e3)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", low=0, high=0.99999)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.", low=0, high=0.999999)
-    epsilon: float = setting(1e-8, "AdamW's epsilon.", above=0)
+    epsilon: float = setting(1e-8, "AdamW's epsilon.", low=1e-30, high=1)
     clip_norm: float = setting(1.0, "Largest norm of the gradient; 0: no clipping.", low=0)
     dtype: DType = setting(
         "auto",
@@ -62,7 +62,7 @@ class TrainSettings:
         low=0,
     )
     spike_rise: float = setting(1.0, "Smallest rise, in nats a unit, that counts as a spike.", low=0)
-    spike_window: int = setting(64, "How many recent losses the median is taken over.", low=8)
+    spike_window: int = setting(64, "How many recent losses the median is taken over.", low=8, high=100_000)
     micro_batch_size: int = setting(
         0,
         "Sequences computed at once on each rank (of long ones, as many as have no more tokens); 0: all of the rank's share.",
@@ -83,6 +83,7 @@ class TrainSettings:
         0,
         "CPU threads; 0: torch's choice. Bit-identical repetition needs the same number.",
         low=0,
+        high=4096,
         changes=ROUNDING,
     )
     checkpoint_every: int = setting(100, "Steps between checkpoints.", low=1, changes=NOTHING)
@@ -99,36 +100,19 @@ class TrainSettings:
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, bounds = getattr(self, field.name), field.metadata
-            choices = get_args(types[field.name])
-            if choices:
-                if value not in choices:
-                    raise UserError(
-                        f"{field.name} is '{value}'", mend=did_you_mean(str(value), map(str, choices))
-                    )
-                continue
-            expected = types[field.name]
-            if expected is float and type(value) is int:
-                value = float(value)
-                object.__setattr__(self, field.name, value)
-            if type(value) is not expected:
-                raise UserError(f"{field.name} is {value!r}", mend=f"it must be of type {expected.__name__}")
-            if expected in (int, float):
-                self._check_bounds(field.name, value, bounds["low"], bounds["high"], bounds["above"])
+            name, value, expected = field.name, getattr(self, field.name), types[field.name]
+            low, high, above = (field.metadata[bound] for bound in ("low", "high", "above"))
+            if get_args(expected):
+                check_choice(name, value, get_args(expected))
+            elif expected is int:
+                check_whole(name, value, low=low, high=LARGEST if high is None else high)
+            elif expected is float:
+                object.__setattr__(self, name, check_number(name, value, low=low, high=high, above=above))
+            elif expected is bool:
+                check_flag(name, value)
+            else:
+                check_text(name, value)
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype))
-
-    @staticmethod
-    def _check_bounds(
-        name: str, value: float, low: float | None, high: float | None, above: float | None
-    ) -> None:
-        if low is not None and not value >= low:
-            raise UserError(f"{name} is {value}", mend=f"it must be at least {low}")
-        if above is not None and not value > above:
-            raise UserError(f"{name} is {value}", mend=f"it must be greater than {above}")
-        if high is not None and not value <= high:
-            raise UserError(f"{name} is {value}", mend=f"it must be at most {high}")
-        if value in (float("inf"), float("-inf")):
-            raise UserError(f"{name} is {value}", mend="it must be finite")
 
     def rows_at_once(self, rows: int, sequence_length: int, base_length: int) -> int:
         """How many of `rows` are computed at once: no more tokens than `micro_batch_size` rows of `base_length`, at least one row."""

@@ -165,7 +165,7 @@ def document_texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
     for path in paths:
         if not Path(path).exists():
             raise UserError("no such file or folder", where=path, mend="give the haystack's text")
-        for record in read_records(path, unit="file", split="all"):
+        for record in read_records(path, unit="file", split="all", carry=()):
             if "text" in record:
                 yield record["text"], record["language"]
 

@@ -248,7 +248,13 @@ def read_questions(path: str | Path, *, language: str | None = None) -> Question
         raise UserError("no such file or folder", where=path, mend="give questions with their contexts")
     languages = None if language in (None, "und") else [str(language)]
     mend = 'give each record "context", "question" and "answers"'
-    records = read_records(path, fields={"text": "context"}, languages=languages, split="all")
+    records = read_records(
+        path,
+        fields={"text": "context"},
+        languages=languages,
+        split="all",
+        carry=("question", "answers", "answer"),
+    )
     asked: list[Asked] = []
     try:
         for record in records:

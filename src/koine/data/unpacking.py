@@ -1,0 +1,191 @@
+"""Compressed files as streams of bytes: in time linear in what comes out, in bounded memory, and not without end.
+
+The content decides how a file is unpacked, not its name: what a browser unpacked on the way keeps its `.gz`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from koine.errors import UserError, first_line
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_BLOCK = 2**16
+_ZSTD_FEED = 2**10
+"""Bytes given to zstandard at once: four can become 128 KiB, so that a feed becomes 32 MiB at most."""
+MOST_WINDOW = 2**27
+"""Memory that a file may ask for to be unpacked: what `zstd --long` and `xz -9e` need, and their readers allow unasked."""
+SUSPECTS = ((2**26, 2000), (2**27, 200))
+"""A file is given up once so many bytes came out of it, and so many times what went in: text packs 3 to 20 times."""
+
+
+class UnpackingError(Exception):
+    """What is compressed in the file cannot be unpacked from here on."""
+
+    def __init__(self, what: str, mend: str) -> None:
+        super().__init__(what)
+        self.mend = mend
+
+
+class _Stream(io.RawIOBase):
+    """What `pieces` yields, as a file that is read forwards; a piece is copied once."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._ready = memoryview(piece)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def stream_of(pieces: Iterator[bytes]) -> io.BufferedReader:
+    """Pieces of bytes as one file that is read forwards."""
+    return io.BufferedReader(_Stream(pieces), _BLOCK)
+
+
+def _pieces_of_zstd(raw: IO[bytes]) -> Iterator[bytes]:
+    """Frames one after another; the library's own reader takes a file that ends in mid-frame for a whole one."""
+    import zstandard
+
+    library = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW)
+    frame, started = library.decompressobj(), False
+    while block := raw.read(_BLOCK):
+        for begin in range(0, len(block), _ZSTD_FEED):
+            packed = block[begin : begin + _ZSTD_FEED]
+            while packed:
+                started = True
+                piece = frame.decompress(packed)
+                packed = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame, started = library.decompressobj(), False
+                if piece:
+                    yield piece
+    if started:
+        raise EOFError("the file ends inside a frame")
+
+
+def _pieces_of(raw: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator[bytes]:
+    """Streams of lzma or bz2 one after another, a bounded piece at a time; zeros between and behind them are padding."""
+    library, started, packed = new(), False, b""
+    while True:
+        if not started:
+            packed = packed.lstrip(b"\0")
+            while not packed or len(packed) < len(magic):
+                more = raw.read(_BLOCK)
+                packed = (packed + more).lstrip(b"\0")
+                if not more:
+                    break
+            if not packed:
+                return
+            if not packed.startswith(magic):
+                raise EOFError("what follows the first stream is none")
+            started = True
+        elif library.needs_input:
+            packed = raw.read(_BLOCK)
+            if not packed:
+                raise EOFError("the file ends inside a stream")
+        piece = library.decompress(packed, _BLOCK)
+        packed = b""
+        if piece:
+            yield piece
+        if library.eof:
+            packed = library.unused_data
+            library, started = new(), False
+
+
+def _watched(pieces: Iterator[bytes], raw: IO[bytes]) -> Iterator[bytes]:
+    """The pieces, until they are far more than any text could be packed into what was read of `raw`."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > SUSPECTS[0][0] and any(
+            size > most and size > ratio * raw.tell() for most, ratio in SUSPECTS
+        ):
+            raise UnpackingError(
+                f"more than {size // raw.tell()} times its size comes out of the compressed file, which is no text",
+                "unpack it yourself where it is meant",
+            )
+        yield piece
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(_BLOCK):
+        yield block
+
+
+def _kind(path: Path) -> str:
+    """How the content is compressed, by its first bytes; empty where it is not."""
+    with path.open("rb") as file:
+        first = file.read(10)
+    if first.startswith(b"\x1f\x8b"):
+        return ".gz"
+    if first.startswith(b"\xfd7zXZ\0") or (path.suffix.lower() == ".xz" and first.startswith(b"\x5d\0\0")):
+        return ".xz"
+    skippable = first[1:4] == b"\x2a\x4d\x18" and first[0] & 0xF0 == 0x50
+    if first.startswith(b"\x28\xb5\x2f\xfd") or skippable:
+        return ".zst"
+    if first.startswith(b"BZh") and first[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
+        return ".bz2"
+    return ""
+
+
+def _pieces(kind: str, raw: IO[bytes]) -> Iterator[bytes]:
+    if kind == ".gz":
+        with gzip.open(raw, "rb") as unpacked:
+            yield from _blocks(cast("IO[bytes]", unpacked))
+    elif kind == ".zst":
+        yield from _pieces_of_zstd(raw)
+    elif kind == ".bz2":
+        yield from _pieces_of(raw, bz2.BZ2Decompressor, b"BZh")
+    else:
+        # The old format has no magic number of its own, and one stream a file.
+        magic = raw.read(6)
+        raw.seek(0)
+        yield from _pieces_of(
+            raw,
+            lambda: lzma.LZMADecompressor(memlimit=MOST_WINDOW),
+            b"\xfd7zXZ\0" if magic[0] == 0xFD else b"",
+        )
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """A file's content, unpacked where it is compressed; errors of the libraries become one `UserError`."""
+    import zstandard
+
+    try:
+        with path.open("rb") as raw:
+            kind = _kind(path)
+            yield stream_of(_watched(_pieces(kind, raw), raw)) if kind else raw
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        memory = "memory" in str(error).lower()
+        raise UserError(
+            f"unpacking needs more than {MOST_WINDOW // 2**20} MiB of memory"
+            if memory
+            else f"the compressed data is damaged or cut off ({first_line(error)})",
+            where=path,
+            mend="unpack it yourself, or pack it with a smaller window"
+            if memory
+            else "copy or download it again",
+        ) from None
+    except UnpackingError as error:
+        raise UserError(str(error), where=path, mend=error.mend) from None

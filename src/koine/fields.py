@@ -1,0 +1,221 @@
+"""Fields of configurations, each read with its type and its bounds: one line for every value that does not fit.
+
+A bool is no number, a string is no bool, and NaN is never a number: what a file says is taken as it stands or refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError, did_you_mean
+
+LARGEST = 2**53
+"""Whole numbers above this are refused where no other bound is given: every library of ours holds them, and float64 exactly."""
+_SHOWN = 60
+_REQUIRED: Any = object()
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: of bounded length, whatever it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"a whole number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+    if isinstance(value, str):
+        value = value[: 2 * _SHOWN]
+    if isinstance(value, list | tuple | dict | set) and len(value) > _SHOWN:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _wrong(name: str, value: Any, must: str, where: str | Path | None) -> UserError:
+    return UserError(f"{name} is {shown(value)}", where=where, mend=f"it must be {must}")
+
+
+def _check_bounds(
+    name: str,
+    value: float,
+    low: float | None,
+    high: float | None,
+    above: float | None,
+    where: str | Path | None,
+) -> None:
+    if low is not None and not value >= low:
+        raise _wrong(name, value, f"at least {low:g}" if isinstance(low, float) else f"at least {low}", where)
+    if above is not None and not value > above:
+        raise _wrong(name, value, f"greater than {above:g}", where)
+    if high is not None and not value <= high:
+        raise _wrong(
+            name, value, f"at most {high:g}" if isinstance(high, float) else f"at most {high}", where
+        )
+
+
+def check_whole(
+    name: str,
+    value: Any,
+    *,
+    low: int | None = None,
+    high: int = LARGEST,
+    where: str | Path | None = None,
+) -> int:
+    """`value` where it is a whole number within its bounds, else a `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong(name, value, "a whole number", where)
+    _check_bounds(name, value, low, high, None, where)
+    return value
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    where: str | Path | None = None,
+) -> float:
+    """`value` as a float where it is a finite number within its bounds, else a `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong(name, value, "a number", where)
+    _check_bounds(name, value, low, high, above, where)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if math.isnan(number):
+        raise _wrong(name, value, "a number", where)
+    if math.isinf(number):
+        raise _wrong(name, value, "finite", where)
+    return number
+
+
+def check_flag(name: str, value: Any, *, where: str | Path | None = None) -> bool:
+    """`value` where it is true or false, else a `UserError`."""
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "true or false", where)
+    return value
+
+
+def check_text(name: str, value: Any, *, where: str | Path | None = None) -> str:
+    """`value` where it is a string, else a `UserError`."""
+    if not isinstance(value, str):
+        raise _wrong(name, value, "a string", where)
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str], *, where: str | Path | None = None) -> str:
+    """`value` where it is one of some strings, else a `UserError` with the nearest of them."""
+    if not isinstance(value, str):
+        raise _wrong(name, value, f"one of {', '.join(choices)}", where)
+    if value not in choices:
+        raise UserError(f"{name} is {shown(value)}", where=where, mend=did_you_mean(value[:_SHOWN], choices))
+    return value
+
+
+class Fields:
+    """The fields of a JSON object. `null` is the same as left out, as in `transformers`.
+
+    Each method returns the field, or its default where it is left out; raises `UserError` where the field is of another type or out
+    of its bounds, and where it has neither value nor default.
+    """
+
+    def __init__(
+        self, value: Any, where: str | Path, *, whole_file: str = "the file is damaged; write it again"
+    ) -> None:
+        """whole_file: how to mend a file that lacks a field or is no object at all."""
+        if not isinstance(value, dict):
+            raise UserError("is not a JSON object", where=where, mend=whole_file)
+        self.value: dict[str, Any] = value
+        self.where = where
+        self.whole_file = whole_file
+
+    def wrong(self, name: str, must: str) -> UserError:
+        """The error for a field that is not what it must be."""
+        return UserError(
+            f"the field '{name}' is {shown(self.value.get(name))}",
+            where=self.where,
+            mend=f"it must be {must}",
+        )
+
+    def refuse_unknown(self, known: Iterable[str], what: str) -> None:
+        """Raise `UserError` for a key that is none of `known`."""
+        names = list(known)
+        for key in self.value:
+            if key not in names:
+                raise UserError(
+                    f"unknown key {shown(key)} of {what}",
+                    where=self.where,
+                    mend=did_you_mean(key[:_SHOWN], names),
+                )
+
+    def get(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The field as it stands."""
+        got = self.value.get(name)
+        if got is not None:
+            return got
+        if default is _REQUIRED:
+            raise UserError(f"the field '{name}' is missing", where=self.where, mend=self.whole_file)
+        return default
+
+    def whole(
+        self, name: str, default: Any = _REQUIRED, *, low: int | None = None, high: int = LARGEST
+    ) -> Any:
+        """A whole number."""
+        got = self.get(name, default)
+        return (
+            got if got is None else check_whole(self._name(name), got, low=low, high=high, where=self.where)
+        )
+
+    def number(
+        self,
+        name: str,
+        default: Any = _REQUIRED,
+        *,
+        low: float | None = None,
+        high: float | None = None,
+        above: float | None = None,
+    ) -> Any:
+        """A number, as a float."""
+        got = self.get(name, default)
+        if got is None:
+            return None
+        return check_number(self._name(name), got, low=low, high=high, above=above, where=self.where)
+
+    def flag(self, name: str, default: Any = _REQUIRED) -> Any:
+        """True or false."""
+        got = self.get(name, default)
+        return got if got is None else check_flag(self._name(name), got, where=self.where)
+
+    def text(self, name: str, default: Any = _REQUIRED, *, choices: Collection[str] | None = None) -> Any:
+        """A string, or one of some."""
+        got = self.get(name, default)
+        if got is None:
+            return None
+        if choices is not None:
+            return check_choice(self._name(name), got, choices, where=self.where)
+        return check_text(self._name(name), got, where=self.where)
+
+    def entries(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A list."""
+        got = self.get(name, default)
+        if got is not None and not isinstance(got, list):
+            raise self.wrong(name, "a list")
+        return got
+
+    def inner(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The fields of an object inside this one."""
+        got = self.get(name, default)
+        if got is None:
+            return None
+        if not isinstance(got, dict):
+            raise self.wrong(name, "an object")
+        return Fields(got, self.where, whole_file=self.whole_file)
+
+    @staticmethod
+    def _name(name: str) -> str:
+        return f"the field '{name}'"
