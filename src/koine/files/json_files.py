@@ -17,7 +17,8 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            # A file name that is no UTF-8 is written as such halves, and read back as the same name.
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeEncodeError:
