@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,12 +154,20 @@ def function_name(step: Any) -> str:
 
 
 def artifact_folders(folder: Path) -> Iterator[Path]:
-    """Every folder below `folder` with an artifact.json, by name; hidden folders and links elsewhere are left alone."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if "artifact.json" in files:
-            yield Path(place)
-            folders.clear()
+    """Every folder below `folder` with an artifact.json, by name, also behind links; hidden folders are left alone."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        about = place.stat()
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        if (place / "artifact.json").is_file():
+            yield place
+            continue
+        below = [item for item in place.iterdir() if item.is_dir() and not item.name.startswith(".")]
+        waiting += sorted(below, reverse=True)
 
 
 def read_member(run: Path, folder: Path) -> Member | None:
