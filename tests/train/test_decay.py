@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_a_gain_of_qk_norm_is_not_pulled_to_zero() -> None:
 class _Products(TorchDispatchMode):
     """Notes which parameters (by where their numbers lie) are factors of a matrix product, a lookup or a convolution."""
 
-    FACTORS = {  # the arguments of each operation that multiply; the others are added
+    FACTORS: ClassVar = {  # the arguments of each operation that multiply; the others are added
         "mm": (0, 1),
         "bmm": (0, 1),
         "addmm": (1, 2),
@@ -98,7 +98,12 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-FEW_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_experts": 3, "moe_intermediate_size": 16}
+FEW_EXPERTS = {
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "num_experts": 3,
+    "moe_intermediate_size": 16,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
