@@ -253,6 +253,8 @@ def _train(
     finish(model, optimiser, out, tokenizer, began_as, ranks, {
         "identity": what, "mixture": mixture.to_json(), "seed": mixture.seed, "settings": settings.to_json(),
         "rounding": rounding, "sources": what["sources"], "steps": steps, "best": best, "version": __version__,
+        # What the next training need not read again; an order of another kind has no places.
+        "drawn": [one.to_json() for one in data.drawn()] if hasattr(data, "drawn") else [],
     })  # fmt: skip
 
 
@@ -271,7 +273,8 @@ def _warn_of_rounding(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _evaluate(evaluate: Evaluate, model: nn.Module, done: int) -> dict[str, float]:
     model.eval()
-    with torch.no_grad():
+    # What an evaluation draws must not move what dropout draws next: evaluating changes nothing of the training.
+    with torch.no_grad(), torch.random.fork_rng():
         figures = dict(evaluate(model, done))
     model.train()
     return figures
