@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from koine.data.at_step import documents_at_step
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model import read_config
@@ -74,6 +75,37 @@ def test_from_a_seed_and_folders_to_a_model_with_one_domain_more(world: Path, tm
     record = read_json(tmp_path / "btm" / "extended" / "mixture.json")
     assert record["method"] == "nexus"
     assert record["changes"][0]["share"] == pytest.approx(1 / 3)
+    # Fresh text: each training goes on where those of the models that it starts from stopped.
+    seen = {
+        name: documents_of_training(tmp_path / "btm" / name)
+        for name in ("expert/code", "expert/law", "model", "expert/maths", "extended")
+    }
+    assert {source for source, _ in seen["model"]} == {"code", "law", "general"}
+    for earlier, later in [
+        ("expert/code", "model"), ("expert/law", "model"), ("model", "extended"), ("expert/maths", "extended"),
+    ]:  # fmt: skip
+        assert not seen[earlier] & seen[later], (earlier, later)
+
+
+def documents_of_training(model: Path) -> set[tuple[str, str]]:
+    """Sources and ids of all records that a model's own training saw, as `koine data at-step` tells them."""
+    steps = read_json(model / "training.json")["steps"]
+    return {
+        (span["source"], span["record_id"])
+        for step in range(steps)
+        for span in documents_at_step(model, step)
+    }
+
+
+def test_a_method_without_experts_passes_on_what_was_drawn(world: Path, tmp_path: Path) -> None:
+    """An average has no record of its own, and its training goes on after those of its branches too."""
+    plan = Plan("average", tmp_path)
+    branch_train_mix(plan, **settings(world, method="average"))
+    execute(plan)
+    for name in ("code", "law"):
+        branch = documents_of_training(tmp_path / "average" / f"expert/{name}")
+        assert branch
+        assert not branch & documents_of_training(tmp_path / "average" / "model")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -32,8 +32,41 @@ settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_
 train(small_model(), language_modelling, fake_order(folder, steps=(8,)), settings, out=out, evaluate=evaluate, progress=False, device="cpu")
 """
 
+# The gradients of the first step of a mixture; `stop` is the micro batch.
+MIXTURE_WORKER = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+import koine.train.loop
+from koine.train import TrainSettings, language_modelling, train
+from koine.train.optimiser import Optimiser
+from tests.train.test_routing import mixture_model, padded
 
-def run(ranks: int, folder: Path, out: Path, dtype: str = "float32", stop: int = 0) -> None:
+folder, out, dtype, micro = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+class Kept(Optimiser):
+    def step(self, learning_rate):
+        found = {}
+        for name, one in self.masters.items():
+            gradient = one.grad.full_tensor() if hasattr(one.grad, "full_tensor") else one.grad
+            found[name] = gradient.clone()
+        if not (out / "gradients.pt").exists() and int(__import__("os").environ["RANK"]) == 0:
+            torch.save(found, out / "gradients.pt")
+        super().step(learning_rate)
+koine.train.loop.Optimiser = Kept
+model = mixture_model()
+with torch.no_grad():
+    for block in model.blocks:
+        block.router.weight.mul_(100.0)
+settings = TrainSettings(dtype=dtype, threads=1, micro_batch_size=micro, clip_norm=0.0)
+train(model, language_modelling, padded(folder), settings, out=out, progress=False, device="cpu")
+"""
+
+
+def run(
+    ranks: int, folder: Path, out: Path, dtype: str = "float32", stop: int = 0, worker: str = WORKER
+) -> None:
     """Run all of a training, or until step `stop`, in `ranks` processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,7 +77,7 @@ def run(ranks: int, folder: Path, out: Path, dtype: str = "float32", stop: int =
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", WORKER, str(folder), str(out), dtype, str(stop)],
+                [sys.executable, "-c", worker, str(folder), str(out), dtype, str(stop)],
                 env={**os.environ, **variables},
                 cwd=Path(__file__).parents[2],
                 stderr=subprocess.PIPE,
@@ -54,7 +87,7 @@ def run(ranks: int, folder: Path, out: Path, dtype: str = "float32", stop: int =
     for process in processes:
         _, errors = process.communicate(timeout=120)
         # A rank whose peer has gone may die of that first.
-        assert (process.returncode != 0) == bool(stop), errors[-2000:]
+        assert (process.returncode != 0) == (bool(stop) and worker is WORKER), errors[-2000:]
 
 
 def losses(out: Path) -> list[float]:
@@ -72,6 +105,27 @@ def test_same_losses_as_one_process(tmp_path: Path, dtype: str, tolerance: float
     run(2, tmp_path / "s", tmp_path / "two", dtype)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=tolerance)
     assert len(losses(tmp_path / "two")) == 8
+
+
+def test_the_number_of_ranks_changes_nothing_of_a_mixture(tmp_path: Path) -> None:
+    """Balance is that of the whole step, with one micro batch a rank and with several: float32, the same sums in another order."""
+    import torch
+
+    run(1, tmp_path / "s", tmp_path / "whole", worker=MIXTURE_WORKER)
+    expected = torch.load(tmp_path / "whole" / "gradients.pt", weights_only=True)
+    [first, *_] = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+    for micro in (0, 1):
+        out = tmp_path / f"two-{micro}"
+        run(2, tmp_path / "s", out, stop=micro, worker=MIXTURE_WORKER)
+        [found, *_] = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+        for name in ("loss", "load_balancing_loss", "router_z_loss", "gradient_norm", "units"):
+            assert found[name] == pytest.approx(first[name], rel=1e-5), name
+        gradients = torch.load(out / "gradients.pt", weights_only=True)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            bound = 1e-5 * float(expected[name].abs().max())
+            # FSDP gives the mean over the ranks, scaled back by their number.
+            assert torch.allclose(gradient, expected[name], rtol=0, atol=bound), name
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

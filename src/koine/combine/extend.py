@@ -34,6 +34,7 @@ from koine.combine.upcycle import (
     source_of,
     write_record,
 )
+from koine.data.drawn import carry_drawn
 from koine.errors import UserError, did_you_mean
 from koine.model.checkpoint import StoredWeights, open_weights, save_stored
 from koine.model.config import MixtureConfig, ModelConfig
@@ -117,6 +118,7 @@ def add_expert(
         routers = new_routers(grown, random_seed, dtype=weights["model.norm.weight"].dtype)
         out_tensors |= {stored: router for stored, router in routers.items() if not stored.endswith(DOMAINS)}
     _save(out_tensors, grown, model, out, added={name: source_of(expert)}, share=part)
+    carry_drawn([model, expert], out)
     return grown
 
 
@@ -178,6 +180,7 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
         else:
             out_tensors[stored] = weights[stored]
     _save(out_tensors, shrunk, model, out, removed=name, **({} if part is None else {"share": part}))
+    carry_drawn([model], out)
     return shrunk
 
 

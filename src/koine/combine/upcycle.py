@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from koine.combine.branches import Branch, open_branches
+from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.files import read_json, sha256_file, write_json
 from koine.model.block_tensors import split_stored
@@ -107,6 +108,7 @@ def _upcycle(
             # A copy a layer: tensors of a file share no memory.
             tensors[name] = domains.to(tensors[name].dtype, copy=True)
     save_stored(tensors, config, out, tokenizer=root.path)
+    carry_drawn([root.path, *(branch.path for branch in branches)], out)
     write_record(
         out, method=method, seed=source_of(root.path), experts={b.name: source_of(b.path) for b in everyone},
         random_seed=random_seed,
@@ -124,6 +126,7 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
         if not _left_out(name, root.config)
     }
     save_stored(tensors, root.config, out, tokenizer=root.path)
+    carry_drawn([root.path, *(branch.path for branch in branches)], out)
     return root.config
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from koine.data.drawn import Drawn
+from koine.data.drawn import from_json as read_places
 from koine.errors import UserError, did_you_mean
 from koine.fields import LARGEST, check_number, check_whole, shown
 from koine.languages import language
@@ -176,9 +178,12 @@ class Mixture:
     seed: int = 0
     packing: Packing = "stream"
     cross_document_attention: bool = False
+    drawn: tuple[Drawn, ...] = ()
+    """What earlier trainings have drawn (`koine.data.drawn`): the first phase goes on after it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
+        object.__setattr__(self, "drawn", tuple(self.drawn))
         if not self.phases:
             raise UserError("the mixture has no phases")
         _check_shape(self.sequence_length, self.batch_size, None)
@@ -279,7 +284,9 @@ class Mixture:
                 phase["long"]["sources"] = sources(phase["long"]["sources"])
             # What a phase has not of its own is not said: a mixture without it reads as it always has.
             phases.append({name: entry for name, entry in phase.items() if entry is not None})
-        return {**value, "phases": phases}
+        drawn = [one.to_json() for one in self.drawn]
+        del value["drawn"]
+        return {**value, "phases": phases, **({"drawn": drawn} if drawn else {})}
 
     @staticmethod
     def from_json(value: Any, *, where: str | Path = "mixture", relative_to: Path | None = None) -> Mixture:
@@ -306,6 +313,7 @@ class Mixture:
             return Phase(**fields)
 
         fields = _fields(Mixture, value, where)
+        fields["drawn"] = read_places(fields.get("drawn", []), where=Path(where))
         return Mixture(**{**fields, "phases": tuple(phase(one) for one in fields["phases"])})
 
 

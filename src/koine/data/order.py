@@ -22,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Batch
+from koine.data.drawn import Drawn, furthest
 from koine.data.mixture import Mixture, Packing, Shape, Source
 from koine.data.packing import AlonePacking, Pieces, StreamPacking, WholePacking
 from koine.data.rows import Component, fill, spans_of
 from koine.data.shards import TokenSource
 from koine.errors import KoineWarning, UserError, did_you_mean
+from koine.files import sha256_file
 
 BLOCK = 4096
 """Sequences in which proportions hold exactly, to 1 / BLOCK."""
@@ -97,6 +99,7 @@ class DataOrder:
             for index, phase in enumerate(mixture.phases)
             for long in ((False, True) if phase.long is not None else (False,))
         }
+        self._manifests: dict[Path, str] = {}
         self._patterns: _Recent[tuple[NDArray[Any], NDArray[Any]]] = _Recent(8)
         self._offsets = self._lane_offsets()
         self._warn_of_repeats()
@@ -178,8 +181,13 @@ class DataOrder:
         return self._patterns.get((lane.phase, lane.long, block), draw)
 
     def _lane_offsets(self) -> dict[tuple[int, bool], list[int]]:
-        """Per lane and component: sequences of the same length and documents drawn in earlier phases."""
+        """Per lane and component: sequences of the same length and documents drawn in earlier phases and trainings."""
+        before = {one.key: one.documents for one in self.mixture.drawn}
         drawn: Counter[int] = Counter()
+        for component in self._distinct_components() if before else ():
+            documents = before.get(self._key(component), 0)
+            if documents:
+                drawn[id(component.packing)] = component.packing.first_row_after(documents)
         offsets = {}
         for name, lane in self._lanes.items():
             # Components that draw the same rows share one packing.
@@ -187,6 +195,32 @@ class DataOrder:
             for component, used in zip(lane.components, self._drawn(lane), strict=True):
                 drawn[id(component.packing)] += used
         return offsets
+
+    def _distinct_components(self) -> list[Component]:
+        """One component for each order of documents."""
+        found = {id(one.packing): one for lane in self._lanes.values() for one in lane.components}
+        return list(found.values())
+
+    def _key(self, component: Component) -> tuple[str, str, tuple[int, ...]]:
+        """See `Drawn.key`."""
+        path = component.source.path
+        if path not in self._manifests:
+            self._manifests[path] = sha256_file(path / "manifest.json")
+        return self._manifests[path], component.language, component.packing.shuffle
+
+    def drawn(self) -> tuple[Drawn, ...]:
+        """How far all steps of the mixture come in each source and language, with what was drawn before them."""
+        rows: dict[int, int] = {}
+        for name, lane in self._lanes.items():
+            counts = zip(lane.components, self._offsets[name], self._drawn(lane), strict=True)
+            for component, before, used in counts:
+                rows[id(component.packing)] = max(rows.get(id(component.packing), 0), before + used)
+        found = []
+        for component in self._distinct_components():
+            source, language, shuffle = self._key(component)
+            documents = component.packing.documents_before(rows[id(component.packing)])
+            found.append(Drawn(source=source, language=language, shuffle=shuffle, documents=documents))
+        return furthest([self.mixture.drawn, found])
 
     def _drawn(self, lane: _Lane) -> list[int]:
         """Sequences of each component in all of a lane's steps."""

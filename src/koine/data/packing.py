@@ -40,6 +40,11 @@ class _Epochs:
         self._kept[epoch] = value
         return value
 
+    @property
+    def shuffle(self) -> tuple[int, ...]:
+        """What the order of the documents follows from."""
+        return self._seed
+
 
 class StreamPacking(_Epochs):
     """All documents of an epoch joined, epoch after epoch, and cut every `time` tokens."""
@@ -53,6 +58,20 @@ class StreamPacking(_Epochs):
     def rows_in_epoch(self) -> float:
         """Rows that one pass over the documents fills."""
         return self._total / self._time
+
+    def documents_before(self, row: int) -> int:
+        """Documents that rows before `row` have begun, epoch after epoch."""
+        epoch, position = divmod(row * self._time, self._total)
+        _, ends = self._epoch(epoch)
+        begun = int(np.searchsorted(ends, position, side="left")) + 1 if position else 0
+        return epoch * len(self._lengths) + begun
+
+    def first_row_after(self, documents: int) -> int:
+        """The first row that holds nothing of the first `documents`, counted as by `documents_before`."""
+        epoch, index = divmod(documents, len(self._lengths))
+        _, ends = self._epoch(epoch)
+        tokens = epoch * self._total + (int(ends[index - 1]) if index else 0)
+        return -(-tokens // self._time)
 
     def _epoch(self, epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         if epoch in self._kept:
@@ -102,6 +121,30 @@ class WholePacking(_Epochs):
         """Rows of the first pass over the documents."""
         return float(len(self._epoch(0)[1]) - 1)
 
+    def documents_before(self, row: int) -> int:
+        """Documents of the rows before `row`, epoch after epoch."""
+        epoch, inside = self._locate(row)
+        return epoch * len(self._lengths) + int(self._epoch(epoch)[1][inside])
+
+    def first_row_after(self, documents: int) -> int:
+        """The first row that holds nothing of the first `documents`, counted as by `documents_before`."""
+        epoch, index = divmod(documents, len(self._lengths))
+        while len(self._first_rows) <= epoch:
+            self._add_epoch()
+        begins = self._epoch(epoch)[1]
+        return self._first_rows[epoch] + int(np.searchsorted(begins, index, side="left"))
+
+    def _add_epoch(self) -> None:
+        epoch = len(self._first_rows) - 1
+        self._first_rows.append(self._first_rows[-1] + len(self._epoch(epoch)[1]) - 1)
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """The epoch of a row, and its number inside."""
+        while self._first_rows[-1] <= row:
+            self._add_epoch()
+        epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return epoch, row - self._first_rows[epoch]
+
     def _epoch(self, epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The shuffled documents, and where in that order each row begins."""
         if epoch in self._kept:
@@ -121,12 +164,8 @@ class WholePacking(_Epochs):
 
     def row(self, number: int) -> list[Pieces]:
         """The pieces of row `number`."""
-        while self._first_rows[-1] <= number:
-            epoch = len(self._first_rows) - 1
-            self._first_rows.append(self._first_rows[-1] + len(self._epoch(epoch)[1]) - 1)
-        epoch = int(np.searchsorted(self._first_rows, number, side="right")) - 1
+        epoch, inside = self._locate(number)
         order, begins = self._epoch(epoch)
-        inside = number - self._first_rows[epoch]
         return [
             Pieces(int(self._documents[which]), 0, int(min(self._lengths[which], self._time)))
             for which in order[begins[inside] : begins[inside + 1]]

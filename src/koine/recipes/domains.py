@@ -76,7 +76,7 @@ def new_seed(
     )  # fmt: skip
 
 
-@step(version="1", estimate=estimates.branch)
+@step(version="2", estimate=estimates.branch)
 def train_on(
     model: Path,
     tokens: dict[str, Path],
@@ -128,7 +128,7 @@ def train_on(
     )
 
 
-@step(version="1", estimate=estimates.mixing)
+@step(version="2", estimate=estimates.mixing)
 def mix(
     seed_model: Path,
     experts: dict[str, Path],
@@ -180,7 +180,7 @@ def mix(
         raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
 
 
-@step(version="1", estimate=estimates.mixing)
+@step(version="2", estimate=estimates.mixing)
 def merge_models(
     models: list[Path],
     base: Path | None = None,
@@ -194,6 +194,7 @@ def merge_models(
     """A merge of models (`koine.combine.methods`); `options` are the method's own numbers, as `density=0.5`."""
     from koine.combine.merge import merge
     from koine.combine.recipe import Recipe
+    from koine.data.drawn import carry_drawn
 
     numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
     recipe = Recipe(
@@ -204,9 +205,10 @@ def merge_models(
     for path in merged.iterdir():
         path.replace(out / path.name)
     merged.rmdir()
+    carry_drawn([*models, *([] if base is None else [base])], out)
 
 
-@step(version="1", estimate=estimates.mixing)
+@step(version="2", estimate=estimates.mixing)
 def grow(
     model: Path, expert: Path, corpus: Path, *, domain: str, reset_router: bool, seed: int, out: Path
 ) -> None:

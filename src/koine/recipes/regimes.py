@@ -25,7 +25,7 @@ BEFORE = -1
 """What the evaluation before the first step is filed under; the others are filed under the number of steps done."""
 
 
-@step(version="1", estimate=estimates.training)
+@step(version="2", estimate=estimates.training)
 def adapt_to(
     corpus: Path,
     tokenizer: Path,
@@ -116,6 +116,7 @@ def adapt_to(
         out=out,
         tokenizer=tokenizer,
         evaluate=probe,
+        began_as=model,
     )
     write_step_report(out, f"Adapted to {', '.join(languages)}", forgetting_blocks(out, roles.primary))
 

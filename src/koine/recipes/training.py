@@ -258,12 +258,16 @@ def train_step(
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
     began_as: Path | None = None,
 ) -> None:
+    """Train over a mixture; `began_as`: the folder that `model` was opened from, after whose text the sources go on."""
     import torch
 
     from koine.data import DataOrder
+    from koine.data.drawn import read_drawn
     from koine.train import language_modelling, supervised_fine_tuning, train
 
     chats = mixture.phases[0].name == "sft"
+    if began_as is not None:
+        mixture = replace(mixture, drawn=read_drawn(began_as))
     train(
         model.to(torch.float32),
         supervised_fine_tuning if chats else language_modelling,

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from koine.errors import UserError
+from koine.errors import UserError, first_line
 from koine.files import disk_errors, fsync_tree, publish_directory, read_json, sha256_file, write_json
+from koine.train.checkpoint_index import INDEX, load_tensors, read_index, rewrite_index
 from koine.train.parallel import Ranks
 
 FORMAT = 1
@@ -69,6 +69,7 @@ def save(
             save_distributed(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
         ranks.barrier()
         if ranks.first:
+            rewrite_index(partial)
             describe(partial)
             files = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
             random_state = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
@@ -126,14 +127,18 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def read(path: Path, *, mend: str) -> Checkpoint:
     """A checkpoint, its files checked against their sha256; a `UserError` that names a damaged file, with this mend."""
+    where = path / "checkpoint.json"
     try:
-        about = read_json(path / "checkpoint.json")
-        listed: dict[str, str] = about["files"]
-        step = int(about["step"])
+        about = read_json(where)
+        step = about["step"]
+        listed = about["files"]
+        whole = _has_its_fields(about)
     except (UserError, KeyError, TypeError, ValueError) as error:
-        raise UserError("damaged checkpoint", where=path / "checkpoint.json", mend=mend) from error
+        raise UserError("damaged checkpoint", where=where, mend=mend) from error
     if about.get("format") != FORMAT:
         raise UserError(f"checkpoint of format {about.get('format')}, not {FORMAT}", where=path, mend=mend)
+    if not whole:
+        raise UserError("damaged checkpoint", where=where, mend=mend)
     for name, digest in listed.items():
         file = path / name
         if not file.is_file() or sha256_file(file) != digest:
@@ -141,13 +146,36 @@ def read(path: Path, *, mend: str) -> Checkpoint:
     return Checkpoint(path, step, about)
 
 
+def _has_its_fields(about: dict[str, Any]) -> bool:
+    """Whether the content of `checkpoint.json` has the fields of one, of their types, and files of its own folder alone."""
+    files, losses = about["files"], [about.get("losses", []), about.get("long_losses", [])]
+    kinds = {"identity": dict, "rounding": dict, "random_state": str}
+    best = about.get("best")
+    return (
+        type(about["step"]) is int
+        and about["step"] >= 0
+        and isinstance(files, dict)
+        and INDEX in files
+        and all(type(digest) is str and Path(name).name == name for name, digest in files.items())
+        and all(isinstance(about.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(one, list) and all(type(loss) is float for loss in one) for one in losses)
+        and (best is None or (isinstance(best, dict) and type(best.get("step")) is int))
+        and len(base64.b64decode(about["random_state"], validate=True)) == torch.get_rng_state().numel()
+    )
+
+
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     """Fill `tensors` in place, whatever number of ranks wrote them, and restore the random state."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load_distributed(tensors, storage_reader=FileSystemReader(checkpoint.path), no_dist=not ranks.several)
+    load_tensors(checkpoint.path, read_index(checkpoint.path), tensors, several=ranks.several)
     state = base64.b64decode(checkpoint.about["random_state"])
-    torch.set_rng_state(torch.tensor(list(state), dtype=torch.uint8))
+    try:
+        torch.set_rng_state(torch.tensor(list(state), dtype=torch.uint8))
+    except RuntimeError as error:
+        raise UserError(
+            f"its random state is none ({first_line(error)})",
+            where=checkpoint.path / "checkpoint.json",
+            mend="choose an earlier checkpoint, or train again",
+        ) from None
 
 
 def difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

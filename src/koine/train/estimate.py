@@ -72,5 +72,8 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
             min(at_once[shape], 8192), config.hidden_size, sum(config.projection_sizes), dtype, "cpu", threads
         )
         operations = training_flops_per_token(config, shape.sequence_length) * shape.tokens
+        if config.mixture is not None and at_once[shape] < shape.tokens:
+            # The forward pass that counts the choices of the whole step (`koine.train.routing`).
+            operations *= 4 / 3
         seconds += steps * operations / (rate * REACHED_SHARE)
     return Estimate(PROCESS_BYTES + peak, seconds)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from koine.errors import UserError
 from koine.files import atomic_directory
@@ -19,6 +16,7 @@ from koine.model.config_json import read_config
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, opens_as_decoder, require_transformers
 from koine.train import checkpoint as checkpoints
+from koine.train.checkpoint_index import load_tensors, read_index
 from koine.train.finish import save_other
 
 if TYPE_CHECKING:
@@ -64,16 +62,13 @@ def export_checkpoint(
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights by the names of the model's parameters, without the optimiser's moments, whatever number of ranks wrote them."""
-    reader = FileSystemReader(checkpoint.path)
-    stored = reader.read_metadata().state_dict_metadata
-    wanted: dict[str, Any] = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in stored.items()
+    index = read_index(checkpoint.path)
+    wanted: dict[str, Tensor] = {
+        name: torch.zeros(about.size, dtype=about.properties.dtype)
+        for name, about in index.state_dict_metadata.items()
         if name.startswith((WEIGHTS, BUFFERS)) and isinstance(about, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load_distributed(wanted, storage_reader=reader, no_dist=True)
+    load_tensors(checkpoint.path, index, wanted, several=False)
     return {name.partition(".")[2]: tensor for name, tensor in wanted.items()}
 
 

@@ -25,6 +25,7 @@ from koine.train.objectives import Objective
 from koine.train.optimiser import Optimiser
 from koine.train.parallel import Ranks, join, shard
 from koine.train.progress import Reporter, truncate_metrics
+from koine.train.routing import part_of, whole_step
 from koine.train.runtime import compile_blocks, numerics
 from koine.train.schedule import multiplier
 from koine.train.settings import ROUNDING, TrainSettings
@@ -32,8 +33,10 @@ from koine.train.watch import Watch
 from koine.train.work import work_of_each_shape
 
 if TYPE_CHECKING:
+    from koine.data.batch import Batch
     from koine.data.order import DataOrder
 
+NO_TARGET = "for chats, tokenize records with assistant messages, and choose a sequence length that holds their answers"
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
 
@@ -162,14 +165,17 @@ def _train(
             # Sums over the micro batches of this rank, then over the ranks; the division by the units comes after.
             sums: dict[str, float] = {}
             total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-            for start in range(0, rows, micro):
-                batch = data.batch(
-                    step,
-                    rank=ranks.rank,
-                    world_size=ranks.world_size,
-                    micro_batch=slice(start, min(start + micro, rows)),
-                ).to(ranks.device)
-                loss, measured = objective(model, batch)
+            parts = [slice(start, min(start + micro, rows)) for start in range(0, rows, micro)]
+
+            def read(part: slice, step: int = step) -> Batch:
+                batch = data.batch(step, rank=ranks.rank, world_size=ranks.world_size, micro_batch=part)
+                return batch.to(ranks.device)
+
+            # The routers of a mixture are judged by the whole step.
+            whole = whole_step(model, objective, map(read, parts), len(parts), ranks)
+            for part in parts:
+                with part_of(whole):
+                    loss, measured = objective(model, read(part))
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.collect()
                 total += loss.detach()
@@ -183,7 +189,7 @@ def _train(
             sums = dict(zip(sums, everything[2:], strict=True))
             units = sums.pop("units")
             if units == 0:
-                raise UserError(f"the batch of step {step} has no target", mend="check the data's loss masks")
+                raise UserError(f"the batch of step {step} has no target", mend=NO_TARGET)
             mean_loss = everything[0] / units
             # FSDP has averaged the gradients over the ranks.
             norm = optimiser.scale_and_clip(ranks.world_size / units, settings.clip_norm)
@@ -250,6 +256,8 @@ def _train(
     finish(model, optimiser, out, tokenizer, began_as, ranks, {
         "identity": what, "mixture": mixture.to_json(), "seed": mixture.seed, "settings": settings.to_json(),
         "rounding": rounding, "sources": what["sources"], "steps": steps, "best": best, "version": __version__,
+        # What the next training need not read again; an order of another kind has no places.
+        "drawn": [one.to_json() for one in data.drawn()] if hasattr(data, "drawn") else [],
     })  # fmt: skip
 
 
@@ -268,7 +276,8 @@ def _warn_of_rounding(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _evaluate(evaluate: Evaluate, model: nn.Module, done: int) -> dict[str, float]:
     model.eval()
-    with torch.no_grad():
+    # What an evaluation draws must not move what dropout draws next: evaluating changes nothing of the training.
+    with torch.no_grad(), torch.random.fork_rng():
         figures = dict(evaluate(model, done))
     model.train()
     return figures

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from koine.errors import UserError
 from koine.train.loss import IGNORE, chunked_cross_entropy
-from koine.train.routing import has_experts, router_loss
+from koine.train.routing import current_step, has_experts, router_loss_sum
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch
@@ -29,9 +29,14 @@ def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
     """
     units = int((batch.targets != IGNORE).sum())
     routings: list[Routing] | None = None
+    counted = None if batch.document_ids is None else batch.document_ids >= 0
     if has_experts(model):
         routings = []
         hidden = model(batch.tokens, document_ids=batch.document_ids, routings=routings)
+        step = current_step()
+        if step is not None and step.counting:
+            step.add(routings, counted, units)
+            return hidden.new_zeros(()), {"units": float(units)}
     else:
         hidden = model(batch.tokens, document_ids=batch.document_ids)
     weight = getattr(model, "output_weight", None)
@@ -49,11 +54,10 @@ def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
         loss = chunked_cross_entropy(hidden, weight, batch.targets, scale=scale)
     metrics = {"units": float(units)}
     if routings is not None:
-        counted = None if batch.document_ids is None else batch.document_ids >= 0
-        routing, of_routers = router_loss(routings, model.config.mixture, counted)  # type: ignore[union-attr, arg-type]
+        routing, of_routers = router_loss_sum(routings, model.config.mixture, counted, units)  # type: ignore[union-attr, arg-type]
         # The loss is a sum over the units, and the routers' losses are means: they weigh as much as in the papers' mean loss.
-        loss = loss + units * routing
-        metrics |= {name: units * value for name, value in of_routers.items()}
+        loss = loss + routing
+        metrics |= of_routers
     return loss, metrics
 
 
@@ -69,8 +73,11 @@ def refuse_plain_documents(sources: Iterable[TokenSource]) -> None:
 
 
 def supervised_fine_tuning(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """`language_modelling` on the completion tokens of chats. Raises `UserError` where a batch has none."""
-    if not bool((batch.targets != IGNORE).any()):
+    """`language_modelling` on the completion tokens of chats.
+
+    Raises `UserError` where a batch has none, unless it is a part of a step, whose other parts may have some.
+    """
+    if current_step() is None and not bool((batch.targets != IGNORE).any()):
         raise UserError(
             "a batch of chats has no completion token to learn from",
             mend="tokenize records with assistant messages, and choose a sequence length that holds their answers",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from koine.train.decay import decayed_parameters
 from koine.train.settings import TrainSettings
 
 
@@ -28,8 +29,9 @@ class Optimiser:
             else:
                 self.masters[name] = parameter.detach().to(torch.float32, copy=True)
                 parameter.data = parameter.data.to(dtype)
-        matrices = [tensor for tensor in self.masters.values() if tensor.dim() >= 2]
-        others = [tensor for tensor in self.masters.values() if tensor.dim() < 2]
+        decayed = decayed_parameters(model)
+        matrices = [tensor for name, tensor in self.masters.items() if name in decayed]
+        others = [tensor for name, tensor in self.masters.items() if name not in decayed]
         self.adamw = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": settings.weight_decay},

@@ -46,7 +46,9 @@ class TrainSettings:
     min_lr_ratio: float = setting(
         0.1, "Where the schedule ends, as a share of the learning rate.", low=0, high=1
     )
-    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", low=0, high=1e3)
+    weight_decay: float = setting(
+        0.1, "Weight decay; of matrices only, never of norms, gains or biases.", low=0, high=1e3
+    )
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", low=0, high=0.99999)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.", low=0, high=0.999999)
     epsilon: float = setting(1e-8, "AdamW's epsilon.", low=1e-30, high=1)

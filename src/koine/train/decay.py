@@ -1,0 +1,43 @@
+"""Which parameters are decayed: matrices by their role, whatever their number of axes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+_LINEAR_MAPS = (nn.Linear, nn.Bilinear, nn.Embedding, _ConvNd, nn.MultiheadAttention)
+# Names of parameters that scale or shift, in modules of any class. The first two are of state space models, whose
+# authors leave them undecayed (arXiv 2312.00752, reference implementation).
+_NOT_MATRICES = frozenset({"a_log", "d", "scale", "gain", "gamma", "beta"})
+
+
+def decayed_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay acts on, as `model.named_parameters()` gives them.
+
+    Decayed: weights of linear layers, embeddings, convolutions, routers and experts (stacked ones too).
+    Not decayed: gains of norms whatever their shape (QK-Norm has one per head), biases (those of stacked experts
+    too), and what scales elementwise: A_log and D of state space models, mixing vectors of shape `[1, 1, hidden]`.
+    """
+    decayed = set()
+    # A tied matrix has several names, of which `named_parameters` gives one.
+    named = {name for name, _ in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if _is_matrix(module, prefix, name, parameter):
+                decayed.add(f"{prefix}.{name}" if prefix else name)
+    return decayed & named
+
+
+def _is_matrix(module: nn.Module, prefix: str, name: str, parameter: Tensor) -> bool:
+    if parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False):
+        return False
+    leaf = name.lower()
+    if "bias" in leaf:
+        return False
+    if isinstance(module, _LINEAR_MAPS):
+        return True
+    owner = type(module).__name__.lower() + "/" + prefix.rpartition(".")[2].lower()
+    if "norm" in owner or "norm" in leaf or leaf in _NOT_MATRICES:
+        return False
+    # A vector that was given axes of size 1 to broadcast.
+    return sum(size > 1 for size in parameter.shape) >= 2

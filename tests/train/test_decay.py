@@ -1,0 +1,160 @@
+"""Weight decay acts on what multiplies as a matrix, and on nothing that scales or shifts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from koine.model import Decoder
+from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
+from koine.model.interop import CausalLM
+from koine.train import TrainSettings
+from koine.train.decay import decayed_parameters
+from koine.train.optimiser import Optimiser
+
+from .models import small_config
+
+DENSE = {"embedding", "in_proj", "out_proj", "head"}
+EXPERTS = {"experts_in", "experts_out", "router", "attention_router", "into", "out"}
+DOMAINS = {"domain_size": 6}
+BAM = {"attention": "kv-experts"}
+SHARED = {"attention": "shared-kv", "shared_expert": True}
+
+
+def variants() -> dict[str, ModelConfig]:
+    """Our decoder with and without QK-Norm, tied and not, dense and with every kind of experts and routers."""
+    plain = replace(small_config(), tie_embeddings=False)
+    normed = replace(
+        plain, layers=(LayerSpec(qk_norm=True), LayerSpec(rope=False, window=8, qk_norm=True)), num_kv_heads=2
+    )
+    found = {"plain": plain, "tied": replace(plain, tie_embeddings=True), "qk-norm": normed}
+    for name, fields in {"btx": {}, "nexus": DOMAINS, "bam": BAM, "bam-shared": SHARED}.items():
+        mixture = MixtureConfig(experts=("a", "b", "c"), **fields)  # type: ignore[arg-type]
+        found[name] = replace(normed, mixture=mixture)
+    return found
+
+
+@pytest.mark.parametrize("name", variants())
+def test_our_decoder(name: str) -> None:
+    """Norms are the only parameters that are not decayed, and QK-Norm's have two axes."""
+    model = Decoder(variants()[name])
+    decayed = decayed_parameters(model)
+    for parameter, tensor in model.named_parameters():
+        words = parameter.split(".")
+        if words[-2].endswith("norm") or words[0] == "norm":
+            assert parameter not in decayed, parameter
+        else:
+            assert (words[-1] in EXPERTS) or words[-2] in DENSE | EXPERTS, parameter
+            assert parameter in decayed, parameter
+        assert tensor.dim() >= 2 or parameter not in decayed
+    if name == "qk-norm":
+        assert model.blocks[0].q_norm.weight.dim() == 2  # type: ignore[union-attr]
+
+
+def test_a_gain_of_qk_norm_is_not_pulled_to_zero() -> None:
+    """One step with gradients of zero: AdamW's decay is `1 - rate * decay` for matrices, and 1 for everything else."""
+    model = Decoder(variants()["qk-norm"])
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    optimiser = Optimiser(model, TrainSettings(weight_decay=0.5, dtype="float32"), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step(0.1)
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if "norm" in name else 0.95
+        assert torch.allclose(parameter, factor * before[name], rtol=1e-6, atol=0), name
+
+
+class _Products(TorchDispatchMode):
+    """Notes which parameters (by where their numbers lie) are factors of a matrix product, a lookup or a convolution."""
+
+    FACTORS: ClassVar = {  # the arguments of each operation that multiply; the others are added
+        "mm": (0, 1),
+        "bmm": (0, 1),
+        "addmm": (1, 2),
+        "baddbmm": (1, 2),
+        "embedding": (0,),
+        "convolution": (1,),
+        "_grouped_mm": (0, 1),
+        "mv": (0, 1),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for place in self.FACTORS.get(func.overloadpacket.__name__, ()):
+            if place < len(args) and isinstance(args[place], Tensor):
+                self.found.add(args[place].untyped_storage().data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FEW_EXPERTS = {
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "num_experts": 3,
+    "moe_intermediate_size": 16,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gpt_neox": {},
+    "cohere": {"use_qk_norm": True},
+    "olmo2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "mixtral": FEW_EXPERTS,
+    "gpt_oss": {**FEW_EXPERTS, "head_dim": 8},
+    "olmoe": FEW_EXPERTS,
+    "mamba": {"state_size": 4},
+    "falcon_mamba": {"state_size": 4},
+    "mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
+    "rwkv": {"attention_hidden_size": 32},
+    "bloom": {"n_layer": 2, "n_head": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_models_of_transformers(kind: str) -> None:
+    """By role in one forward pass: what is a factor of a matrix product is decayed, what is added or scales is not."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **ARCHITECTURES[kind]})
+    inner = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = CausalLM(inner).eval()
+    with _Products() as products, torch.no_grad():
+        inner(input_ids=torch.randint(3, 64, (2, 12)), use_cache=False)
+    factors = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.untyped_storage().data_ptr() in products.found and parameter.dim() >= 2
+    }
+    assert decayed_parameters(model) == factors
+    assert factors
+
+
+def test_owners_that_say_so_themselves() -> None:
+    """`_no_weight_decay`, which the authors of state space models set, is obeyed; a stack of biases is no matrix."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.zeros(3, 4, 5))
+            self.kernel_bias = nn.Parameter(torch.zeros(3, 4))
+            self.A_log = nn.Parameter(torch.zeros(3, 4))
+            self.mix = nn.Parameter(torch.zeros(1, 1, 8))
+            self.kept = nn.Parameter(torch.zeros(3, 4))
+            self.kept._no_weight_decay = True  # type: ignore[attr-defined]
+
+    assert decayed_parameters(Odd()) == {"kernel"}
