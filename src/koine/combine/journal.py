@@ -17,7 +17,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             content = json.loads(line) if line.endswith(b"\n") else None
-        except (UnicodeDecodeError, json.JSONDecodeError):
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             # A power cut may also leave zeros where a line was to be: nothing behind them counts.
