@@ -142,6 +142,14 @@ def _leave_tied_copies(everyone: Sequence[Checkpoint]) -> None:
             common.discard(name)
 
 
+def leave_tied_head(one: Checkpoint) -> None:
+    """Leave out the copy of its embedding that a model with a tied head may keep: a merge of the embedding alone would untie it."""
+    if ties_embeddings(one.path) is not False:
+        for name in [name for name in one if HEAD.search(name)]:
+            if _is_copy(one, name, set(one)):
+                del one.entries[name]
+
+
 def _is_copy(one: Checkpoint, name: str, common: set[str]) -> bool:
     """Whether a tensor of a vocabulary's length has the same bytes as another that all models have."""
     entry = one[name]

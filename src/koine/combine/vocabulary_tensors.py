@@ -35,7 +35,14 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
         return {name: 0 for name in OWN_NAMES if name in checkpoint}
     known = skeleton(content, where=checkpoint.path / "config.json") if kind is not None else None
     if known is None:
-        return dict.fromkeys(_by_size(checkpoint, content), 0)
+        by_size, unclear = _by_size(checkpoint, content)
+        if unclear:
+            raise UserError(
+                f"{unclear[0]} is as long as the vocabulary and as other parts of the model: whether it has an entry a token is not known",
+                where=checkpoint.path,
+                mend="transformers would know (pip install 'koine[hf]'), if it has a class for this model_type",
+            )
+        return dict.fromkeys(by_size, 0)
     found, unresolved = {}, []
     for name, entry in checkpoint.items():
         built = _name_in(known, name)
@@ -45,7 +52,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
             found[name] = known.vocabulary[built]
     # What the library stores otherwise than it computes, or does not read at all: a head of several tokens ahead, say.
     places = {_place(name): axis for name, axis in known.vocabulary.items()}
-    sizes = set(_by_size(checkpoint, content)) if unresolved else set()
+    sizes = set(_by_size(checkpoint, content)[0]) if unresolved else set()
     for name in unresolved:
         if _place(name) in places and checkpoint[name].shape:
             found[name] = places[_place(name)]
@@ -80,23 +87,37 @@ def vocabulary_sizes(content: Mapping[str, Any]) -> set[int]:
     }
 
 
-def _by_size(checkpoint: Checkpoint, content: Mapping[str, Any]) -> list[str]:
+def _by_size(checkpoint: Checkpoint, content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The tensors that have a row a token by their size and place, and those outside the layers of which neither says so or not."""
     named = [name for name in checkpoint if name.split(".")[-2:-1] and name.split(".")[-2] in MODULES]
     sizes = vocabulary_sizes(content) or {
         checkpoint[name].rows for name in named if len(checkpoint[name].shape) == 2
     }
-    # Lengths that other dimensions have too: of later dimensions, and of whatever stands in several layers.
-    others = {length for entry in checkpoint.values() for length in entry.shape[1:]}
+    # Lengths that other dimensions have too: of later dimensions, of whatever stands in several layers, and of what the configuration counts besides.
+    others = {length for entry in checkpoint.values() for length in entry.shape[1:]} | _other_sizes(content)
     layers = Counter(
         (_without_numbers(name), entry.rows) for name, entry in checkpoint.items() if entry.shape
     )
     others |= {rows for (_, rows), count in layers.items() if count > 1}
-    found = []
+    found, unclear = [], []
     for name, entry in checkpoint.items():
         if not entry.shape or entry.rows not in sizes:
             continue
         if name in named or entry.rows not in others:
             found.append(name)
+        elif not any(part.isdigit() for part in name.split(".")):
+            unclear.append(name)
+    return found, unclear
+
+
+def _other_sizes(content: Mapping[str, Any]) -> set[int]:
+    """Whole numbers of a configuration and those inside it that are no vocabulary's size: positions, kinds of segments, experts."""
+    found: set[int] = set()
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            found |= _other_sizes(value)
+        elif type(value) is int and not name.startswith(VOCABULARY_FIELD):
+            found.add(value)
     return found
 
 

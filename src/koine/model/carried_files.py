@@ -42,12 +42,14 @@ ITS_OWN = ("config.json",)
 """What whoever writes a model writes itself."""
 
 
-def carry_files(model: Path, out: Path, *, but: Collection[str] = (), keep: bool = False) -> list[str]:
+def carry_files(
+    model: Path, out: Path, *, but: Collection[str] = (), keep: bool = False, warn: bool = True
+) -> list[str]:
     """Copy what lies beside the weights of `model` into `out`, sub-folders too; what holds weights and is left behind.
 
     but: names on top that are not copied. keep: leave what `out` has already. Weights in sub-folders are copied where they are those of a module of a
-    sentence model, or of a mixture's encoder of domains. All others are left behind with their folder and named in a `KoineWarning`: they hold the old
-    model. Raises `OSError` where a file cannot be read or written.
+    sentence model, or of a mixture's encoder of domains. All others are left behind with their folder and named in a `KoineWarning` (unless `warn` is off):
+    they hold the old model. Raises `OSError` where a file cannot be read or written.
     """
     modules = module_folders(model)
     paths = [path for path in carried_paths(model) if path.parts[0] not in (*but, *ITS_OWN)]
@@ -65,7 +67,7 @@ def carry_files(model: Path, out: Path, *, but: Collection[str] = (), keep: bool
     read = _weights_read(model)
     left = sorted({path.parts[0] for path in stale if len(path.parts) == 1} - read)
     left += sorted(f"{name}/" for name in folders)
-    if left:
+    if left and warn:
         shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         warnings.warn(
             f"{model}: left behind, because they hold weights as they were before: {shown}",

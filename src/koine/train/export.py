@@ -14,12 +14,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 
 from koine.errors import UserError
 from koine.files import atomic_directory
+from koine.model.carried_files import carry_files
 from koine.model.checkpoint import save_state
 from koine.model.config_json import read_config
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, opens_as_decoder, require_transformers
 from koine.train import checkpoint as checkpoints
-from koine.train.finish import save_other
+from koine.train.finish import BESIDE, save_other
 
 if TYPE_CHECKING:
     from koine.train.checkpoint import Checkpoint
@@ -58,6 +59,8 @@ def export_checkpoint(path: Path, out: Path, *, dtype: torch.dtype | None = None
         else:
             folder.rmdir()
             save_other(_other_model(path, state, dtype), folder, path)
+        if (path / BESIDE).is_dir():
+            carry_files(path / BESIDE, folder, keep=True)
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -9,13 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from koine.files import fsync_tree, write_json
+from koine.model.carried_files import carry_files
 from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM
-from koine.model.mixture_files import carry_mixture_files
 from koine.train import checkpoint as checkpoints
 from koine.train.optimiser import Optimiser
 from koine.train.parallel import Ranks
+
+BESIDE = "beside"
+"""The folder of a checkpoint with what lay beside the weights of the model that the training began with."""
 
 OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 """What a tokenizer of `transformers` may have besides ours."""
@@ -53,7 +56,7 @@ def finish(
             path.replace(out / path.name)
         partial.rmdir()
         if began_as is not None:
-            carry_mixture_files(began_as, out)
+            carry_files(began_as, out, keep=True)
         write_json(out / "training.json", about)
         drop_checkpoints(out, about["best"])
     ranks.barrier()
@@ -84,8 +87,11 @@ def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     _copy_tokenizer(tokenizer, folder)
 
 
-def describe(model: nn.Module, folder: Path, tokenizer: Path | None) -> None:
+def describe(model: nn.Module, folder: Path, tokenizer: Path | None, began_as: Path | None = None) -> None:
     """Write what a model is besides its weights, so that a checkpoint can become a model without its training."""
+    if began_as is not None:
+        (folder / BESIDE).mkdir()
+        carry_files(began_as, folder / BESIDE, warn=False)
     if isinstance(model, Decoder):
         save_description(model.config, folder, dtype="float32", tokenizer=tokenizer)
     elif isinstance(model, CausalLM):
