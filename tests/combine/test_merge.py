@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,3 +235,29 @@ def test_a_cut_line_of_the_journal_is_dropped(
     merge(recipe_of("linear", models), tmp_path / "fresh")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))
     assert first == second
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_wider_result_is_worked_out_in_it(
+    method: str, dtype: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """bfloat16 models, a result of more digits: the same bytes as of the same models stored in float32, rounded once; and config.json says so."""
+    wide: dict[str, Path] = {}
+    for name, path in models.items():
+        narrow = {
+            key: tensor.to(torch.bfloat16) for key, tensor in load_file(path / "model.safetensors").items()
+        }
+        wide[name] = tmp_path / f"wide-{name}"
+        shutil.copytree(path, wide[name])
+        save_file({key: tensor.float() for key, tensor in narrow.items()}, wide[name] / "model.safetensors")
+        save_file(narrow, path / "model.safetensors")
+    merge(recipe_of(method, models, dtype=dtype), tmp_path / "narrow")
+    merge(recipe_of(method, wide), tmp_path / "wide")
+    got, wanted = tensors(tmp_path / "narrow"), tensors(tmp_path / "wide")
+    kind = getattr(torch, dtype)
+    assert all(tensor.dtype == kind for tensor in got.values())
+    assert all(torch.equal(got[name], wanted[name].to(kind)) for name in wanted)
+    # It holds numbers that bfloat16 has not.
+    assert any(not torch.equal(tensor.to(torch.bfloat16).to(kind), tensor) for tensor in got.values())
+    assert read_json(tmp_path / "narrow" / "config.json")["dtype"] == dtype

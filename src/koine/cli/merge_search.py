@@ -71,7 +71,7 @@ def command(
     """
     from koine.combine.methods import METHODS
     from koine.combine.search import InMemoryMerge, leave_one_out, pareto_front, search_weights
-    from koine.combine.vocabularies import tokenizer_source
+    from koine.combine.vocabularies import chosen_model
     from koine.errors import UserError, did_you_mean
     from koine.evaluate import bits_per_byte, question_accuracy
     from koine.files import write_json
@@ -94,7 +94,9 @@ def command(
             options={name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
         everyone = [*models, *([] if base is None else [base])]
-        cutter = load_tokenizer(tokenizer_source(everyone, with_base=base is not None, policy=tokenizer))
+        cutter = load_tokenizer(
+            everyone[chosen_model(everyone, with_base=base is not None, policy=tokenizer)]
+        )
 
         def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
             model: Any = merged.set(weights)

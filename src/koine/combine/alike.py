@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from koine.errors import UserError
 from koine.files import read_json
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.config_json import OWN_TYPES, UnsupportedModelError, from_json
+from koine.model.library_config import declared_fields, library_config
 
 ALIKE = 0.2
 """Cosine of the matrices of two models below which they have no common ancestor: that of two models trained from different random weights is
@@ -29,12 +31,22 @@ OF_THE_VOCABULARY = frozenset({"vocab_size", "bos_token_id", "eos_token_id", "pa
 """Fields that follow from the tokenizer, which is compared by itself."""
 
 NO_FUNCTION = OF_TRAINING | OF_THE_VOCABULARY | {
-    "_name_or_path", "_attn_implementation", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "max_position_embeddings", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
-    "unk_token_id", "sep_token_id", "decoder_start_token_id", "gradient_checkpointing", "quantization_config", "router_aux_loss_coef",
-    "output_router_logits", "initializer_factor", "embd_pdrop", "attn_pdrop", "resid_pdrop", "task_specific_params", "pretraining_tp",
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "max_position_embeddings", "output_attentions",
+    "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "gradient_checkpointing", "quantization_config",
+    "router_aux_loss_coef", "output_router_logits", "initializer_factor", "task_specific_params", "pretraining_tp", "chunk_size_feed_forward",
+    "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "drop_path_rate", "attn_implementation", "name_or_path",
 }  # fmt: skip
-"""Fields of any `config.json` that do not change what the same weights compute; `*_dropout` besides."""
+"""Fields that a class of any `config.json` may declare and that do not change what the same weights compute."""
+
+
+def _matters(name: str) -> bool:
+    """Whether a field may change what the same weights compute. Dropout only trains; what begins with _ is a note of the library's own."""
+    return not (
+        name in NO_FUNCTION
+        or name.startswith("_")
+        or "dropout" in name
+        or name.endswith(("_pdrop", "_token_id", "_token_ids", "_token_index"))
+    )
 
 
 def model_configuration(path: Path) -> dict[str, Any]:
@@ -78,11 +90,21 @@ def refuse_other_function(wanted: Path, found: Path) -> None:
     difference = _difference(ours, theirs, wanted, found)
     if difference is not None:
         name, one, other = difference
+        # Only the class knows the default of a field that a file leaves out, or that the field is none of its own.
+        unsure = None in (one, other) and library_config(ours, where=wanted / "config.json") is None
         raise UserError(
             f"{name} is {_shown(other)}, and {_shown(one)} in {wanted}",
             where=found / "config.json",
-            mend="the same weights compute something else then: models of one configuration can be merged",
+            mend=f"whether that changes what the model computes, transformers knows: {_way(kinds[0])}"
+            if unsure
+            else "the same weights compute something else then: models of one configuration can be merged",
         )
+
+
+def _way(kind: Any) -> str:
+    if importlib.util.find_spec("transformers") is None:
+        return "pip install 'koine[hf]'"
+    return f"but this version has no class for {kind}; where it does not, write the same into both files"
 
 
 def _shown(value: Any) -> str:
@@ -107,11 +129,12 @@ def _difference(
         else:
             but = {*OF_TRAINING, *OF_THE_VOCABULARY, "max_position_embeddings"}
             return field_difference(configs[0], configs[1], but=but)
-    flat = [_flat(value) for value in (ours, theirs)]
-    if flat[0].keys() != flat[1].keys():
-        # What one file leaves out has a default, which the library knows.
-        flat = [_flat(_completed(value)) for value in (ours, theirs)]
-    for name in [*flat[0], *(name for name in flat[1] if name not in flat[0])]:
+    if _flat(ours) == _flat(theirs):
+        return None
+    flat = [_flat(_as_the_class_reads(value, path)) for value, path in ((ours, wanted), (theirs, found))]
+    # What the files say themselves comes first: the rest may follow from it.
+    said = {**_flat(ours), **_flat(theirs)}
+    for name in sorted({**flat[0], **flat[1]}, key=lambda name: name not in said):
         one, other = flat[0].get(name), flat[1].get(name)
         if one != other:
             return name, one, other
@@ -122,26 +145,35 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Fields that matter, those of nested configurations by `outer.inner`."""
     found: dict[str, Any] = {}
     for name, one in value.items():
-        if name in NO_FUNCTION or name.endswith("dropout"):
+        name = str(name)
+        if not _matters(name):
             continue
         if isinstance(one, Mapping):
             found |= _flat(one, f"{prefix}{name}.")
         elif one is not None:
-            found[prefix + name] = one
+            found[prefix + name] = list(one) if isinstance(one, tuple | list) else one
     return found
 
 
-def _completed(value: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with `transformers`' defaults, as it is where the library or the architecture is unknown."""
-    try:
-        from transformers import CONFIG_MAPPING
-    except ImportError:
-        return value
-    kind = value.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        return value
-    completed: dict[str, Any] = CONFIG_MAPPING[kind].from_dict(value).to_dict()
-    return completed
+def _as_the_class_reads(value: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields that the architecture's class declares, with its defaults; the file's own where the library or the architecture is unknown."""
+    config = library_config(value, where=path / "config.json")
+    return value if config is None else declared_fields(config)
+
+
+def ties_embeddings(path: Path) -> bool | None:
+    """Whether a model's head is its embedding, by its `config.json` or the default of its class; None where neither says so."""
+    content = model_configuration(path)
+    if content.get("model_type") in OWN_TYPES:
+        try:
+            return from_json(content, where=path / "config.json").tie_embeddings
+        except UnsupportedModelError:
+            pass
+    said = content.get("tie_word_embeddings")
+    if said is None:
+        config = library_config(content, where=path / "config.json")
+        said = getattr(config, "tie_word_embeddings", None)
+    return said if isinstance(said, bool) else None
 
 
 def tokenizer_differences(wanted: Path, found: Path) -> list[str]:

@@ -7,7 +7,6 @@ Vision encoder and connector are those of the multimodal model.
 
 from __future__ import annotations
 
-import fnmatch
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from pathlib import Path
 from koine.combine.alike import tokenizer_differences
 from koine.combine.memory import LIBRARIES
 from koine.combine.methods import BLOCK, linear
+from koine.combine.names import is_saved_buffer, leave_tied_head
 from koine.combine.tensor_files import Checkpoint, CheckpointWriter
 from koine.combine.vocabularies import tokens_of
 from koine.errors import UserError
 from koine.files import atomic_directory, refuse_inside, write_json
+from koine.model.carried_files import carry_files
 
 ANCESTOR = "give the text model that the other began as"
 
@@ -100,6 +101,9 @@ def _opened(
 
 
 def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
+    for one in (whole, plain):
+        one.entries = {name: entry for name, entry in one.items() if not is_saved_buffer(name, entry)}
+        leave_tied_head(one)
     names = {name: text_name(name) for name in whole}
     if not any(names.values()):
         raise UserError(
@@ -108,9 +112,7 @@ def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
             mend="give the multimodal model first",
         )
     for name, theirs in names.items():
-        # A tied head is kept by one of the models and not by the other.
-        if theirs is None or (theirs == "lm_head.weight" and theirs not in plain):
-            names[name] = None
+        if theirs is None:
             continue
         if theirs not in plain:
             raise UserError(f"lacks {theirs}", where=plain.path, mend=ANCESTOR)
@@ -120,9 +122,9 @@ def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
                 where=plain.path,
                 mend=ANCESTOR,
             )
-    taken = {*names.values(), "lm_head.weight"}
+    taken = set(names.values())
     for theirs in plain:
-        if theirs not in taken and not theirs.endswith("rotary_emb.inv_freq"):
+        if theirs not in taken:
             raise UserError(
                 f"has {theirs}, which the language model inside {whole.path} lacks",
                 where=plain.path,
@@ -155,11 +157,8 @@ def _write(
     alpha: float,
     max_shard_bytes: int,
 ) -> None:
-    for file in sorted(whole.path.iterdir()):
-        if file.is_file() and not any(
-            fnmatch.fnmatch(file.name, one) for one in ("*.safetensors*", ".*", "README.md")
-        ):
-            shutil.copyfile(file, folder / file.name)
+    carry_files(whole.path, folder)
+    shutil.copyfile(whole.path / "config.json", folder / "config.json")
     layout = {name: (entry.dtype, entry.shape) for name, entry in whole.items()}
     writer = CheckpointWriter(folder, layout, max_shard_bytes=max_shard_bytes)
     try:

@@ -36,10 +36,10 @@ from koine.combine.upcycle import (
 )
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError, did_you_mean
+from koine.model.carried_files import carry_files
 from koine.model.checkpoint import StoredWeights, open_weights, save_stored
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.config_json import read_config
-from koine.model.mixture_files import carry_mixture_files
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
@@ -255,7 +255,7 @@ def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Pat
     save_stored(
         {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, config, out, tokenizer=model
     )
-    carry_mixture_files(model, out)
+    carry_files(model, out)
     record = read_record(model)
     history = record.get("changes")
     changes = [*(history if isinstance(history, list) else []), {"from": source_of(model), **change}]

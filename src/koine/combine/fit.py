@@ -12,16 +12,19 @@ from torch import Tensor
 
 from koine.combine.alike import ALIKE, likeness, model_configuration, refuse_other_function
 from koine.combine.methods import MethodInfo
+from koine.combine.names import match_names
 from koine.combine.recipe import Recipe, check_recipe
+from koine.combine.sentence_modules import module_recipes
 from koine.combine.tensor_files import Checkpoint
 from koine.combine.vocabularies import (
     Vocabularies,
     align,
-    is_vocabulary_tensor,
-    rows_of,
-    tokenizer_source,
+    chosen_model,
+    refuse_other_tokenizers,
+    tokens_of,
     warn_of_other_templates,
 )
+from koine.combine.vocabulary_tensors import rows_first, vocabulary_sizes, vocabulary_tensors
 from koine.errors import UserError
 from koine.model.mixture_files import DOMAIN_ENCODER
 
@@ -37,15 +40,20 @@ LEAST_PROBED = 1_024
 
 @dataclass
 class Plan:
-    """The opened models, and the layout of the result. tokenizer: the folder that its tokenizer and chat template come from."""
+    """The opened models, and the layout of the result.
+
+    vocabularies: for each tensor whose rows meet by their tokens, how; empty where all models have one vocabulary. tokenizer: the folder that the result's
+    tokenizer and chat template come from. modules: plans of the sub-folders of a sentence model that hold weights of their own.
+    """
 
     recipe: Recipe
     info: MethodInfo
     models: list[Checkpoint]
     base: Checkpoint | None
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    vocabularies: Vocabularies | None
+    vocabularies: dict[str, Vocabularies]
     tokenizer: Path
+    modules: dict[str, Plan]
 
     def everyone(self) -> list[Checkpoint]:
         """The models, and the base last where there is one."""
@@ -58,16 +66,16 @@ class Plan:
                 return weights
         return self.recipe.weights
 
-    def by_token(self, name: str) -> bool:
-        """Whether a tensor's rows meet by their tokens."""
-        return self.vocabularies is not None and is_vocabulary_tensor(
-            name, [one[name] for one in self.everyone()]
-        )
+    def dtype_read(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """The dtype that a method is given a tensor in: a result of a wider or another dtype must not be rounded to the models' first."""
+        return stored if self.recipe.dtype is None else torch.promote_types(stored, self.layout[name][0])
 
     def close(self) -> None:
         """Close the files."""
         for checkpoint in self.everyone():
             checkpoint.close()
+        for plan in self.modules.values():
+            plan.close()
 
 
 def plan_merge(recipe: Recipe) -> Plan:
@@ -94,23 +102,20 @@ def _checked(
     for one in everyone[1:]:
         refuse_other_function(first.path, one.path)
         _refuse_other_encoder(first.path, one.path)
-    names = _names(everyone)
-    vocabularies = align(
-        paths, [rows_of(one) for one in everyone], with_base=base is not None, policy=recipe.tokenizer
-    )
-    source = tokenizer_source(paths, with_base=base is not None, policy=recipe.tokenizer)
+    names = match_names(everyone)
+    for name in names:
+        _same_kind(name, everyone)
+    chosen = chosen_model(paths, with_base=base is not None, policy=recipe.tokenizer)
+    vocabularies, leading = _meet(recipe, everyone, names, chosen)
     if not recipe.tokenizer:
         warn_of_other_templates([one.path for one in models])
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in names:
-        entries = [one[name] for one in everyone]
-        shape = entries[0].shape
-        if vocabularies is not None and is_vocabulary_tensor(name, entries):
-            shape = (vocabularies.rows, *shape[1:])
+        shape, dtype = first[name].shape, first[name].dtype
+        if name in vocabularies:
+            shape = ((1,) * leading[name]) + (vocabularies[name].rows, *shape[1:])
         else:
             _same_shape(name, everyone)
-        _same_kind(name, everyone)
-        dtype = entries[0].dtype
         if recipe.dtype is not None and dtype.is_floating_point:
             dtype = getattr(torch, recipe.dtype)
         layout[name] = (dtype, shape)
@@ -127,34 +132,61 @@ def _checked(
         for one in everyone:
             if one is not root:
                 _refuse_other_ancestor(root, one, names)
-    return Plan(recipe, recipe.method_info(), models, base, layout, vocabularies, source)
+    modules: dict[str, Plan] = {}
+    try:
+        for folder, one in module_recipes(recipe).items():
+            modules[folder] = plan_merge(one)
+    except UserError:
+        for plan in modules.values():
+            plan.close()
+        raise
+    return Plan(
+        recipe, recipe.method_info(), models, base, layout, vocabularies, paths[chosen], modules
+    )  # fmt: skip
 
 
-def _names(everyone: Sequence[Checkpoint]) -> list[str]:
-    """The tensors that all models have; raises `UserError` where one lacks some or has more."""
-    first = everyone[0]
-    tied = {"lm_head.weight"} if _tied(first.path) else set()
+def _meet(
+    recipe: Recipe, everyone: Sequence[Checkpoint], names: Sequence[str], chosen: int
+) -> tuple[dict[str, Vocabularies], dict[str, int]]:
+    """How the rows of each tensor with a row a token meet, and how many dimensions of length 1 stand before its rows; empty for one vocabulary.
 
-    def counts(name: str) -> bool:
-        return name not in tied and not name.endswith("rotary_emb.inv_freq")
-
-    names = [name for name in first if counts(name)]
-    for one in everyone[1:]:
-        missing = [name for name in names if name not in one]
-        extra = [name for name in one if name not in first and counts(name)]
-        if missing or extra:
-            raise UserError(
-                f"lacks {missing[0]}" if missing else f"has {extra[0]}, which {first.path} lacks",
-                where=one.path,
-                mend="models of one architecture and size can be merged",
-            )
-    return names
-
-
-def _tied(path: Path) -> bool:
-    content = model_configuration(path)
-    own_default = content.get("model_type") in ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text")
-    return bool(content.get("tie_word_embeddings", own_default))
+    Raises `UserError` where the vocabularies or the tokenizers differ and the recipe does not say whose the result has.
+    """
+    paths, tokens = [one.path for one in everyone], [tokens_of(one.path) for one in everyone]
+    differing = [name for name in names if len({one[name].shape for one in everyone}) > 1]
+    if all(one == tokens[0] for one in tokens) and not differing:
+        if not recipe.tokenizer:
+            refuse_other_tokenizers(paths)
+        return {}, {}
+    found = vocabulary_tensors(everyone[0])
+    for name in differing:
+        if name not in found:
+            _same_shape(name, everyone)
+    if not recipe.tokenizer:
+        other = next(
+            index
+            for index, one in enumerate(everyone)
+            if tokens[index] != tokens[0] or any(one[name].shape != everyone[0][name].shape for name in found)
+        )
+        raise UserError(
+            f"its vocabulary is another than that of {paths[0]}",
+            where=paths[other],
+            mend="say whose the result has: --tokenizer first, base, or a model's folder; rows are then merged token by token",
+        )
+    leading: dict[str, int] = {}
+    by_rows: dict[tuple[int, ...], Vocabularies] = {}
+    vocabularies: dict[str, Vocabularies] = {}
+    for name, axis in found.items():
+        for one in everyone:
+            leading[name] = rows_first(one, name, axis)
+        if len({one[name].shape[1:] for one in everyone}) > 1:
+            _same_shape(name, everyone)
+        # Several tables may have lengths of their own: of tokens in each layer, or for text and more.
+        lengths = tuple(one[name].rows for one in everyone)
+        if lengths not in by_rows:
+            by_rows[lengths] = align(paths, tokens, lengths, chosen=chosen, with_base=recipe.base is not None)
+        vocabularies[name] = by_rows[lengths]
+    return vocabularies, leading
 
 
 def _same_shape(name: str, everyone: Sequence[Checkpoint]) -> None:
@@ -194,13 +226,15 @@ def _refuse_other_encoder(wanted: Path, found: Path) -> None:
 
 def _refuse_other_ancestor(root: Checkpoint, other: Checkpoint, names: Sequence[str]) -> None:
     """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.alike.ALIKE`)."""
+    # Tables of tokens are left out: they may be of other vocabularies.
+    tables = vocabulary_sizes(model_configuration(root.path))
     matrices = [
         name
         for name in names
         if root[name].dtype.is_floating_point
         and len(root[name].shape) > 1
         and root[name].shape == other[name].shape
-        and not is_vocabulary_tensor(name, [root[name], other[name]])
+        and root[name].rows not in tables
     ]
     step = max(1, len(matrices) // PROBED)
     # Not the first and not the last: from the middle of each stretch.

@@ -72,11 +72,15 @@ def working_bytes(plan: Plan, name: str) -> int:
     dtype, shape = plan.layout[name]
     numel = torch.Size(shape).numel()
     copies = len(entries)
-    out = entries[0].dtype.itemsize + (dtype.itemsize if dtype != entries[0].dtype else 0)
+    given = [plan.dtype_read(name, entry.dtype) for entry in entries]
+    out = given[0].itemsize + (dtype.itemsize if dtype != given[0] else 0)
     # A method works in float32 (float64 stays): the differences of all models, masks of them, and their sum.
-    wide = (2 * copies + 2) * max(4, entries[0].dtype.itemsize)
-    read = sum(entry.dtype.itemsize for entry in entries)
-    if plan.by_token(name):
+    wide = (2 * copies + 2) * max(4, given[0].itemsize)
+    read = sum(
+        entry.dtype.itemsize + (one.itemsize if one != entry.dtype else 0)
+        for entry, one in zip(entries, given, strict=True)
+    )
+    if name in plan.vocabularies:
         # Rows are gathered from what was read, which may hold some that are not wanted.
         read *= 2 + NEAR_ROWS
     if plan.info.elementwise:
@@ -105,9 +109,11 @@ def need(plan: Plan, threads: int) -> Need:
     """What the merge will take, from the sizes of its tensors and rates seen on two cores."""
     sizes = {name: torch.Size(shape).numel() for name, (_, shape) in plan.layout.items()}
     entries = sum(sizes.values()) * len(plan.models)
+    modules = [need(one, 1) for one in plan.modules.values()]
     return Need(
         LIBRARIES + budget_of(plan, threads) + RETAINED * workers_of(plan, threads),
         2.0 + entries / RATES.get(plan.recipe.method, 1e8),
-        sum(sizes[name] * dtype.itemsize for name, (dtype, _) in plan.layout.items()),
-        len(plan.layout),
+        sum(sizes[name] * dtype.itemsize for name, (dtype, _) in plan.layout.items())
+        + sum(one.output_bytes for one in modules),
+        len(plan.layout) + sum(one.tensors for one in modules),
     )

@@ -6,12 +6,12 @@ Work is done beside `out`, in `.NAME.merge`, whose journal says what is finished
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
 import shutil
 import threading
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,35 +31,21 @@ from koine.combine.one_tensor import SAMPLED, merge_tensor
 from koine.combine.recipe import Recipe
 from koine.combine.tensor_files import CheckpointWriter
 from koine.combine.vocabularies import write_tokenizer
+from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.files import claim, clear_partials, refuse_inside, remove, write_json
 from koine.hardware import usable_cores
-from koine.model.mixture_files import carry_mixture_files
+from koine.model.carried_files import carry_files
+from koine.model.weight_files import weight_files
+
+JOURNAL = 2
+"""Version of the journal's entries."""
 
 SYNC_BYTES = 64 * 2**20
 """So many bytes are written, at least, between two entries of the journal."""
 
-WEIGHT_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-)
-NOT_COPIED = (
-    *WEIGHT_FILES,
-    "README.md",
-    "artifact.json",
-    "training.json",
-    "metrics*",
-    "tensorboard",
-    "checkpoints",
-    ".*",
-    "merge*.json",
-)
+MODULES = ".modules"
+"""The folder inside the work's in which weights of sub-folders are merged."""
 
 
 def merge(
@@ -103,23 +89,26 @@ def _fingerprint(plan: Plan) -> str:
     """Of the recipe and of the models' files as they are."""
     files = sorted({entry.file for one in plan.everyone() for entry in one.values()})
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([plan.recipe.to_json(), state]).encode()).hexdigest()
+    content = [JOURNAL, plan.recipe.to_json(), state]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
     journal = work / "journal.jsonl"
     fingerprint = _fingerprint(plan)
-    done: dict[str, Any] = {}
     lines = read_journal(journal)
     if lines and lines[0].get("fingerprint") == fingerprint:
-        done = {name: figures for line in lines[1:] for name, figures in line.items()}
-    elif os.path.lexists(work):
-        remove(work)
+        entered = {name: entry for line in lines[1:] for name, entry in line.items()}
+    else:
+        if os.path.lexists(work):
+            remove(work)
+        entered = {}
     work.mkdir(exist_ok=True)
     budget = ByteBudget(budget_of(plan, threads))
     writer = CheckpointWriter(
-        work, plan.layout, max_shard_bytes=plan.recipe.max_shard_bytes, resume=journal.exists()
+        work, plan.layout, max_shard_bytes=plan.recipe.max_shard_bytes, resume=bool(entered)
     )
+    done = {name: entered[name]["figures"] for name in plan.layout if _holds(writer, name, entered.get(name))}
     lock, pending, written = threading.Lock(), dict[str, Any](), 0
     entering: Future[None] | None = None
     before = torch.get_num_threads()
@@ -130,7 +119,7 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
     )
     try:
         with journal.open("a") as log:
-            if not done and not journal.stat().st_size:
+            if not journal.stat().st_size:
                 log.write(json.dumps({"fingerprint": fingerprint}) + "\n")
                 log.flush()
 
@@ -144,8 +133,10 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
                 nonlocal written, entering
                 with budget.hold(working_bytes(plan, name)):
                     figures = merge_tensor(plan, writer, name)
+                    seal = _seal(figures, writer.checksum(name))
                 with lock:
-                    done[name] = pending[name] = figures
+                    done[name] = figures
+                    pending[name] = {"figures": figures, "seal": seal}
                     written += writer.entries[name].nbytes
                     if written >= SYNC_BYTES and (entering is None or entering.done()):
                         if entering is not None:
@@ -176,24 +167,58 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
     return {"tensors": {name: done[name] for name in plan.layout}}
 
 
+def _holds(writer: CheckpointWriter, name: str, entry: Any) -> bool:
+    """Whether the file holds the bytes of a tensor that a journal's entry tells of: files may be lost, cut or changed while nobody merges."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("figures"), dict)
+        and entry.get("seal") == _seal(entry["figures"], writer.checksum(name))
+    )
+
+
+def _seal(figures: dict[str, Any], checksum: int) -> int:
+    """A checksum over a tensor's bytes and what the report says of it."""
+    return zlib.crc32(json.dumps(figures, sort_keys=True).encode(), checksum)
+
+
+def _merge_module(plan: Plan, work: Path, name: str) -> dict[str, Any]:
+    """Merge the weights of a sub-folder, in a folder of their own and then in place of those that were carried; the figures of their tensors."""
+    place = work / MODULES / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    report = _run(plan, place, 1, None)
+    for file in weight_files(work / name):
+        file.unlink()
+    for file in sorted(place.glob("*.safetensors*")):
+        file.replace(work / name / file.name)
+    return report
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Say the weights' dtype, on top and in the configurations inside that say one."""
+    config["dtype"] = dtype
+    config.pop("torch_dtype", None)
+    for value in config.values():
+        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            _set_dtype(value, dtype)
+
+
 def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
     """The files beside the weights."""
     from koine.combine.card import model_card
 
     source = plan.models[0].path
-    for file in sorted(source.iterdir()):
-        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in NOT_COPIED) and file.is_file():
-            shutil.copyfile(file, work / file.name)
-    carry_mixture_files(source, work)
+    report["left_behind"] = carry_files(source, work)
+    carry_drawn((one.path for one in plan.everyone()), work)
     config = model_configuration(source)
     if plan.recipe.dtype is not None:
-        config["dtype"] = plan.recipe.dtype
-        config.pop("torch_dtype", None)
-    if plan.vocabularies is not None or plan.tokenizer != source:
-        rows = None if plan.vocabularies is None else plan.vocabularies.rows
-        write_tokenizer(plan.tokenizer, work, config, rows=rows)
+        _set_dtype(config, plan.recipe.dtype)
+    if plan.vocabularies or plan.tokenizer != source:
+        write_tokenizer(plan.tokenizer, work, config)
     if config:
         write_json(work / "config.json", config)
+    if plan.modules:
+        report["modules"] = {name: _merge_module(one, work, name) for name, one in plan.modules.items()}
+        shutil.rmtree(work / MODULES)
     report |= {
         "recipe": plan.recipe.to_json(),
         "models": [

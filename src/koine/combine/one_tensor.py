@@ -41,11 +41,11 @@ def merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, A
                 )
         writer.write(name, first)
         return {}
-    if plan.by_token(name):
+    if name in plan.vocabularies:
         _merge_by_token(plan, writer, name)
         return {}
     if not plan.info.elementwise:
-        stored = [_stored(one, name) for one in everyone]
+        stored = [_stored(plan, one, name) for one in everyone]
         # Several passes over a small tensor are made in memory.
         small = entries[0].numel <= WHOLE_ENTRIES
         given = [one[:] for one in stored] if small else cast("list[Tensor]", stored)
@@ -61,7 +61,8 @@ def merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, A
         tensors = [one.read(name, start, stop) for one in everyone]
         for one, tensor in zip(everyone, tensors, strict=True):
             _refuse_not_finite(tensor, name, one.path)
-        _write(writer, name, apply_method(plan, name, tensors, block=number), dtype, start)
+        read_as = [tensor.to(plan.dtype_read(name, tensor.dtype)) for tensor in tensors]
+        _write(writer, name, apply_method(plan, name, read_as, block=number), dtype, start)
         parts = [tensor.reshape(-1)[:: _stride(entry.numel)] for tensor in tensors]
         for kept, part in zip(sampled, parts, strict=True):
             kept[filled : filled + part.numel()] = part
@@ -69,8 +70,11 @@ def merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, A
     return figures_of([kept[:filled] for kept in sampled], plan) if filled else {}
 
 
-def _stored(checkpoint: Checkpoint, name: str, rows: Tensor | None = None) -> StoredTensor:
-    return StoredTensor(checkpoint, name, lambda part: _refuse_not_finite(part, name, checkpoint.path), rows)
+def _stored(plan: Plan, checkpoint: Checkpoint, name: str, rows: Tensor | None = None) -> StoredTensor:
+    def check(part: Tensor) -> None:
+        _refuse_not_finite(part, name, checkpoint.path)
+
+    return StoredTensor(checkpoint, name, check, rows, plan.dtype_read(name, checkpoint[name].dtype))
 
 
 def apply_method(plan: Plan, name: str, tensors: Sequence[Tensor], *, block: int) -> Tensor:
@@ -91,10 +95,9 @@ def apply_method(plan: Plan, name: str, tensors: Sequence[Tensor], *, block: int
 
 def _merge_by_token(plan: Plan, writer: CheckpointWriter, name: str) -> None:
     """Rows that all models have are merged; of the others the models that have one are averaged by their weights."""
-    everyone, vocabularies = plan.everyone(), plan.vocabularies
-    assert vocabularies is not None
+    everyone, vocabularies = plan.everyone(), plan.vocabularies[name]
     dtype, _ = plan.layout[name]
-    stored = [_stored(one, name, rows) for one, rows in zip(everyone, vocabularies.places, strict=True)]
+    stored = [_stored(plan, one, name, rows) for one, rows in zip(everyone, vocabularies.places, strict=True)]
     count, row = len(vocabularies.shared), max(1, everyone[0][name].row)
     block = max(1, BLOCK // row)
     if plan.info.elementwise:
@@ -130,8 +133,10 @@ def _mean_of_holders(
         # The weights of these models cancel out, or are 0: they say nothing about a row that the others lack.
         given = [(1.0, row) for _, row in given]
     total = sum(weight for weight, _ in given)
-    mean = torch.stack([row.float() * (weight / total) for weight, row in given]).sum(dim=0)
-    return mean.to(everyone[0][name].dtype)
+    mean = torch.stack(
+        [row.to(torch.promote_types(row.dtype, torch.float32)) * (weight / total) for weight, row in given]
+    ).sum(dim=0)
+    return mean.to(plan.dtype_read(name, everyone[0][name].dtype))
 
 
 def _write_rows(

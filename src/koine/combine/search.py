@@ -157,7 +157,7 @@ class InMemoryMerge:
             )
         )
         plan.close()
-        if plan.vocabularies is not None:
+        if plan.vocabularies:
             raise UserError(
                 "the models' vocabularies differ",
                 mend="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",

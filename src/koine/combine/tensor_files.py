@@ -1,14 +1,12 @@
 """Safetensors checkpoints, sharded or not, read and written a piece of a tensor at a time: memory does not grow with the model.
 
-A file is eight bytes of length, a JSON header (name -> dtype, shape, offsets) and the tensors' bytes. The `safetensors` library maps files whole
-and writes them from memory; here pieces are read and written at their offsets, by several threads.
+The `safetensors` library maps files whole and writes them from memory; here pieces are read and written at their offsets, by several threads.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +16,18 @@ from torch import Tensor
 
 from koine.combine.methods import BLOCK
 from koine.errors import UserError
-from koine.files import read_json, write_json
+from koine.files import write_json
+from koine.model.safetensors_header import header_bytes, read_header
+from koine.model.weight_files import INDEX, SINGLE, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LARGEST_HEADER = 100 * 2**20
+READ_BACK = 2**22
+"""Bytes of a file that are read at once for a checksum."""
+
 NEAR_ROWS = 8
 """Wanted rows at most so far apart are read together, with those between: a read costs more than a few rows."""
 
@@ -73,7 +73,7 @@ class Checkpoint(Mapping[str, Entry]):
         if not path.is_dir():
             raise UserError("no such folder", where=path, mend="give the folder of a model")
         self.entries: dict[str, Entry] = {}
-        for file in self._files():
+        for file in weight_files(path):
             for name, entry in _header(file).items():
                 if name in self.entries:
                     raise UserError(
@@ -85,32 +85,6 @@ class Checkpoint(Mapping[str, Entry]):
         self._descriptors = {
             file: os.open(file, os.O_RDONLY) for file in {entry.file for entry in self.entries.values()}
         }
-
-    def _files(self) -> list[Path]:
-        if (self.path / INDEX).exists():
-            content = read_json(self.path / INDEX)
-            shards = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(shards, dict):
-                raise UserError(
-                    "holds no weight_map",
-                    where=self.path / INDEX,
-                    mend="the file is damaged; copy the folder again",
-                )
-            names = sorted(set(map(str, shards.values())))
-        elif (self.path / SINGLE).exists():
-            names = [SINGLE]
-        else:
-            raise UserError(
-                "holds no model.safetensors",
-                where=self.path,
-                mend="weights in another format must be converted first",
-            )
-        for name in names:
-            if not (self.path / name).exists():
-                raise UserError(
-                    f"the shard {name} is missing", where=self.path, mend="copy the whole folder again"
-                )
-        return [self.path / name for name in names]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` to `stop` of a tensor; all of it by default."""
@@ -156,7 +130,7 @@ class StoredTensor:
     blocks, so that a method that makes several passes holds no tensor whole.
 
     check: called with every part that was read.
-    rows: `[n]`, which of its rows, in this order; None: all of them.
+    rows: `[n]`, which of its rows, in this order; None: all of them. dtype: that it is read as; None: as it is stored.
     """
 
     def __init__(
@@ -165,20 +139,17 @@ class StoredTensor:
         name: str,
         check: Callable[[Tensor], None],
         rows: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._checkpoint, self._name, self._check, self._rows = checkpoint, name, check, rows
         self._entry = checkpoint[name]
+        self.dtype = dtype or self._entry.dtype
 
     @property
     def shape(self) -> torch.Size:
         """As a tensor's."""
         shape = self._entry.shape
         return torch.Size(shape if self._rows is None else (len(self._rows), *shape[1:]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As a tensor's."""
-        return self._entry.dtype
 
     def numel(self) -> int:
         """As a tensor's."""
@@ -199,7 +170,7 @@ class StoredTensor:
         if step == 1:
             read = self._flat(start, stop)
             self._check(read)
-            return read
+            return read.to(self.dtype)
         span = max(1, BLOCK // step) * step
         return torch.cat([self[at : min(stop, at + span)][::step] for at in range(start, stop, span)])
 
@@ -213,7 +184,7 @@ class StoredTensor:
 
     def _gathered(self, rows: Tensor) -> Tensor:
         """Rows in any order; those that lie near each other are read together."""
-        found = torch.empty((len(rows), *self._entry.shape[1:]), dtype=self.dtype)
+        found = torch.empty((len(rows), *self._entry.shape[1:]), dtype=self._entry.dtype)
         order = rows.argsort()
         ascending = rows[order]
         for start, stop in runs_of(ascending, gap=NEAR_ROWS):
@@ -232,40 +203,15 @@ def runs_of(rows: Tensor, *, gap: int = 1) -> list[tuple[int, int]]:
 
 
 def _header(file: Path) -> dict[str, Entry]:
-    def damaged(why: str) -> UserError:
-        return UserError(
-            f"not a whole safetensors file ({why})",
-            where=file,
-            mend="it is truncated or damaged; copy or build it again",
-        )
-
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        first = handle.read(8)
-        if len(first) < 8:
-            raise damaged("it has no header")
-        length = struct.unpack("<Q", first)[0]
-        if length > min(LARGEST_HEADER, size - 8):
-            raise damaged("its header is longer than itself")
-        try:
-            content = json.loads(handle.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise damaged(f"its header is no JSON: {error}") from None
     found: dict[str, Entry] = {}
-    for name, about in content.items():
-        if name == "__metadata__":
-            continue
-        if about["dtype"] not in DTYPES:
+    for name, stored in read_header(file).items():
+        if stored.dtype not in DTYPES:
             raise UserError(
-                f"{name} is of dtype {about['dtype']}",
+                f"{name} is of dtype {stored.dtype}",
                 where=file,
                 mend=f"these are merged: {', '.join(DTYPES)}",
             )
-        begin, end = about["data_offsets"]
-        entry = Entry(file, DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + begin)
-        if end - begin != entry.nbytes or 8 + length + end > size:
-            raise damaged(f"{name} reaches beyond its end")
-        found[name] = entry
+        found[name] = Entry(file, DTYPES[stored.dtype], stored.shape, stored.begin)
     return found
 
 
@@ -295,24 +241,14 @@ class CheckpointWriter:
             filled += size
         self.entries: dict[str, Entry] = {}
         self._descriptors: dict[Path, int] = {}
+        self._written: dict[str, tuple[int, int]] = {}
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = folder / (
                 SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             )
-            header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-            at = 0
-            for name in names:
-                dtype, shape = layout[name]
-                header[name] = {
-                    "dtype": NAMES[dtype],
-                    "shape": list(shape),
-                    "data_offsets": [at, at + sizes[name]],
-                }
-                at += sizes[name]
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            offset = 8 + len(text)
+            text = header_bytes({name: (NAMES[layout[name][0]], layout[name][1]) for name in names})
+            offset = len(text)
             for name in names:
                 dtype, shape = layout[name]
                 self.entries[name] = Entry(file, dtype, tuple(shape), offset)
@@ -322,7 +258,7 @@ class CheckpointWriter:
             self._descriptors[file] = descriptor
             if not resume:
                 os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+            os.pwrite(descriptor, text, 0)
             # The room is taken now, where the system can: a disk that is too small is known before hours of work, not after.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, offset)
@@ -338,9 +274,31 @@ class CheckpointWriter:
         if not tensor.numel():
             return
         data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        at, done = entry.offset + start * entry.row * entry.dtype.itemsize, 0
+        # Of the tensor, not of the entry: rows may stand behind dimensions of length 1.
+        row = torch.Size(tensor.shape[1:]).numel()
+        begin, done = start * row * entry.dtype.itemsize, 0
         while done < len(data):
-            done += os.pwrite(self._descriptors[entry.file], data[done:], at + done)
+            done += os.pwrite(self._descriptors[entry.file], data[done:], entry.offset + begin + done)
+        # A tensor is one thread's; pieces in order are summed while they are at hand.
+        count, value = self._written.get(name, (0, 0))
+        if count == begin:
+            self._written[name] = begin + len(data), zlib.crc32(data, value)
+        else:
+            self._written[name] = -1, 0
+
+    def checksum(self, name: str) -> int:
+        """The CRC-32 of a tensor's bytes: of those that were written, or of those in the file where they were written out of order or by another writer."""
+        entry = self.entries[name]
+        count, value = self._written.get(name, (0, 0))
+        if count == entry.nbytes:
+            return value
+        value = 0
+        for at in range(0, entry.nbytes, READ_BACK):
+            part = os.pread(
+                self._descriptors[entry.file], min(READ_BACK, entry.nbytes - at), entry.offset + at
+            )
+            value = zlib.crc32(part, value)
+        return value
 
     def sync(self) -> None:
         """Wait until everything that was written is on the disk."""

@@ -26,11 +26,13 @@ from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.files import read_json, sha256_file, write_json
 from koine.model.block_tensors import split_stored
+from koine.model.carried_files import carry_files
 from koine.model.checkpoint import save_stored
 from koine.model.config import MixtureConfig, ModelConfig
-from koine.model.mixture_files import RECORD
+from koine.model.mixture_files import DOMAIN_ENCODER, RECORD
 from koine.model.router_losses import BAM, BTX, NEXUS
 from koine.model.routers import DomainRouter, LinearRouter
+from koine.model.weight_files import weight_files
 
 DOMAINS = "mlp.router.domains"
 
@@ -109,6 +111,7 @@ def _upcycle(
             tensors[name] = domains.to(tensors[name].dtype, copy=True)
     save_stored(tensors, config, out, tokenizer=root.path)
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
+    carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     write_record(
         out, method=method, seed=source_of(root.path), experts={b.name: source_of(b.path) for b in everyone},
         random_seed=random_seed,
@@ -127,6 +130,7 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
     }
     save_stored(tensors, root.config, out, tokenizer=root.path)
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
+    carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     return root.config
 
 
@@ -217,10 +221,9 @@ def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) ->
 
 def source_of(path: Path) -> dict[str, str]:
     """Where a model lies, and what its weights hash to."""
-    files = sorted(path.glob("*.safetensors"))
     return {
         "path": str(path),
-        "sha256": ",".join(sha256_file(file) for file in files),
+        "sha256": ",".join(sha256_file(file) for file in weight_files(path)),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,23 @@ import torch
 from torch import Tensor
 
 from koine.combine.alike import model_configuration, tokenizer_differences
-from koine.combine.tensor_files import Checkpoint, Entry
 from koine.errors import KoineWarning, UserError
 from koine.files import read_json, write_json
+from koine.model.carried_files import TOKENIZER_FILES
+from koine.model.library_config import VOCABULARY_FIELD
 
+VOCABULARIES = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    TOKENIZER, CONFIG, "special_tokens_map.json", TEMPLATE, "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
-)  # fmt: skip
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-PARTS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-"""Parts of the names of tensors with a row a token."""
+IDS = ("_token_id", "_token_ids", "_token_index")
+"""What the names of fields end with that hold ids of tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +46,9 @@ class Vocabularies:
     alone: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 
 
-def is_vocabulary_tensor(name: str, entries: Sequence[Entry]) -> bool:
-    """Whether a tensor has a row a token: by its name, and all else of its shape is equal in all models."""
-    return any(part in name.split(".") for part in PARTS) and len({entry.shape[1:] for entry in entries}) == 1
-
-
-def rows_of(checkpoint: Checkpoint) -> int | None:
-    """Rows of a model's embeddings; of its configuration where no tensor is known to have a row a token."""
-    for name, entry in checkpoint.items():
-        if any(part in name.split(".") for part in PARTS):
-            return entry.rows
-    return _vocab_size(checkpoint.path)
-
-
-def tokenizer_source(paths: Sequence[Path], *, with_base: bool, policy: str) -> Path:
-    """The folder whose tokenizer and chat template the result has; see `align`."""
-    return paths[_chosen(paths, with_base=with_base, policy=policy or "first")]
-
-
-def _chosen(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
-    if policy == "first":
+def chosen_model(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
+    """Which of the models' tokenizer and chat template the result has: `first` (also where nothing is said), `base`, or the folder of one."""
+    if policy in ("", "first"):
         return 0
     if policy == "base":
         if not with_base:
@@ -75,42 +63,30 @@ def _chosen(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
 
 
 def align(
-    paths: Sequence[Path], rows_of_each: Sequence[int | None], *, with_base: bool, policy: str
-) -> Vocabularies | None:
-    """How the rows of the models (the base's last) meet; None where all vocabularies are the same.
+    paths: Sequence[Path],
+    tokens: Sequence[Mapping[str, int] | None],
+    rows_of_each: Sequence[int],
+    *,
+    chosen: int,
+    with_base: bool,
+) -> Vocabularies:
+    """How the rows of the models' tables of tokens (the base's last) meet.
 
-    rows_of_each: of the models' embeddings; a token whose id lies beyond them has no row in that model.
-    policy: `first`, `base`, or the folder of one of the models: whose tokenizer the result has.
+    tokens: the id of every token in each model. rows_of_each: of the table in each; a token whose id lies beyond it has no row there. chosen: the model
+    whose tokenizer the result has.
 
-    Raises `UserError` where the tokenizers differ and no policy is given, or one of the models has no tokenizer.json.
+    Raises `UserError` where one of the models has no tokenizer.json.
     """
-    chosen = _chosen(paths, with_base=with_base, policy=policy or "first")
-    tokens = [tokens_of(path) for path in paths]
-    if all(one == tokens[0] for one in tokens) and len(set(rows_of_each)) == 1:
-        if not policy:
-            _refuse_other_tokenizers(paths)
-        return None
-    if not policy:
-        other = next(
-            index
-            for index in range(len(paths))
-            if tokens[index] != tokens[0] or rows_of_each[index] != rows_of_each[0]
-        )
-        raise UserError(
-            f"its vocabulary is another than that of {paths[0]}",
-            where=paths[other],
-            mend="say whose the result has: --tokenizer first, base, or a model's folder; rows are then merged token by token",
-        )
     vocabularies: list[dict[str, int]] = []
-    for path, known, rows in zip(paths, tokens, rows_of_each, strict=True):
+    for path, known, count in zip(paths, tokens, rows_of_each, strict=True):
         if known is None:
             raise UserError(
                 "holds no tokenizer.json",
                 where=path,
                 mend="rows of different vocabularies are matched by their tokens",
             )
-        vocabularies.append({token: row for token, row in known.items() if rows is None or row < rows})
-    rows = rows_of_each[chosen] or len(vocabularies[chosen])
+        vocabularies.append({token: row for token, row in known.items() if row < count})
+    rows = rows_of_each[chosen]
     strings = {row: token for token, row in vocabularies[chosen].items()}
     shared, places, alone = [], [list[int]() for _ in paths], []
     models = len(paths) - with_base
@@ -133,9 +109,21 @@ def align(
     )
 
 
-def _refuse_other_tokenizers(paths: Sequence[Path]) -> None:
-    """Equal vocabularies may still cut text otherwise: by other merges, or after another normaliser."""
+def refuse_other_tokenizers(paths: Sequence[Path]) -> None:
+    """Equal vocabularies may still cut text otherwise: by other merges, or after another normaliser.
+
+    Raises `UserError` then, and where folders without a tokenizer.json hold vocabularies in other formats that differ.
+    """
     if not (paths[0] / TOKENIZER).exists():
+        for name in VOCABULARIES:
+            contents = [(path / name).read_bytes() if (path / name).is_file() else None for path in paths]
+            for path, content in zip(paths, contents, strict=True):
+                if None not in (content, contents[0]) and content != contents[0]:
+                    raise UserError(
+                        f"is another than that of {paths[0]}",
+                        where=path / name,
+                        mend="say whose the result has: --tokenizer first, base, or a model's folder",
+                    )
         return
     for path in paths[1:]:
         differing = tokenizer_differences(paths[0], path)
@@ -167,48 +155,60 @@ def _template(path: Path) -> str | None:
     return None if template is None else str(template)
 
 
-def write_tokenizer(source: Path, folder: Path, config: dict[str, Any], *, rows: int | None) -> None:
-    """Put the tokenizer's files and chat template of `source` into `folder`, and what depends on them into `config` and into `generation_config.json`.
-
-    rows: of the result's embeddings, where they are not the first model's.
-    """
+def write_tokenizer(source: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Put the tokenizer's files and chat templates of `source` into `folder`, and what depends on them into `config` and into `generation_config.json`."""
     for name in TOKENIZER_FILES:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
         (folder / name).unlink(missing_ok=True)
-        if (source / name).exists():
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     theirs = model_configuration(source)
     for part in ("", "text_config"):
         ours, other = (config.get(part), theirs.get(part)) if part else (config, theirs)
-        if not isinstance(ours, dict) or not isinstance(other, dict):
-            continue
-        ours.update({key: other[key] for key in IDS if key in other})
-        if rows is not None and "vocab_size" in ours:
-            ours["vocab_size"] = rows
+        if isinstance(ours, dict) and isinstance(other, dict):
+            _take_vocabulary(ours, other)
     generation = folder / GENERATION
     if generation.exists():
-        settings = read_json(generation)
-        own = read_json(source / GENERATION) if (source / GENERATION).exists() else theirs
-        write_json(generation, {**settings, **{key: own[key] for key in IDS if key in own}})
+        settings = _settings(generation)
+        own = _settings(source / GENERATION) if (source / GENERATION).exists() else theirs
+        write_json(generation, {**settings, **{key: own[key] for key in own if key.endswith(IDS)}})
+
+
+def _take_vocabulary(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Take over what a configuration says of the vocabulary: its sizes and the ids of tokens; a size that it leaves to its class is left out here too."""
+    for key in [key for key in ours if key.startswith(VOCABULARY_FIELD) and key not in theirs]:
+        del ours[key]
+    ours.update(
+        {key: one for key, one in theirs.items() if key.startswith(VOCABULARY_FIELD) or key.endswith(IDS)}
+    )
 
 
 def tokens_of(path: Path) -> dict[str, int] | None:
-    """The id of every token of a folder's tokenizer.json; None where there is none."""
+    """The id of every token of a folder's tokenizer.json; None where there is none. Raises `UserError` where it is damaged."""
     file = path / TOKENIZER
     if not file.exists():
         return None
     content = read_json(file)
     model = content.get("model") if isinstance(content, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):
-        # Unigram models hold pairs of a token and its score.
-        vocabulary = {str(pair[0]): index for index, pair in enumerate(vocabulary)}
-    if not isinstance(vocabulary, dict):
+    added = (content.get("added_tokens") or []) if isinstance(content, dict) else None
+    try:
+        if isinstance(vocabulary, list):
+            # Unigram models hold pairs of a token and its score.
+            vocabulary = {str(pair[0]): index for index, pair in enumerate(vocabulary)}
+        found = {**vocabulary, **{str(token["content"]): token["id"] for token in added}}  # type: ignore[dict-item, union-attr]
+    except (TypeError, KeyError, IndexError):
+        found = {}
+    if not found or not all(type(one) is int and one >= 0 for one in found.values()):
         raise UserError("holds no vocabulary", where=file, mend="it is damaged or of an unknown kind")
-    added = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or []}
-    return {**vocabulary, **added}
+    return found
 
 
-def _vocab_size(path: Path) -> int | None:
-    content = model_configuration(path)
-    size = content.get("vocab_size") or (content.get("text_config") or {}).get("vocab_size")
-    return int(size) if size else None
+def _settings(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError("is not a JSON object", where=path, mend="correct or remove it")
+    return content

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import read_json_object, write_atomically, write_json
+from koine.model.carried_files import TOKENIZER_FILES, carry_files
 from koine.model.checkpoint import save_model
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, load_causal_lm, quiet, require_transformers
-from koine.model.mixture_files import carry_mixture_files
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.foreign import open_tokenizer
 from koine.tokenizer.initialise import METHODS, Method, auxiliary_vectors, initialise_rows
@@ -25,6 +25,11 @@ from koine.tokenizer.tokenizer import TEMPLATE
 
 RECORD = "vocabulary.json"
 """Which old token each new one came from; beside the model, so that the move can be understood and taken back."""
+GENERATION = "generation_config.json"
+OTHER_IDS = (
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    "forced_decoder_ids", "sequence_bias",
+)  # fmt: skip
 TEXT_METHODS = ("focus", "distill")
 
 
@@ -98,7 +103,9 @@ def move_model(
 
         new_embedding = distill_rows(loaded, before, after, match, new_embedding, sample, seed=seed)
     _write(inner, out, tokenizer, after, new_embedding, new_head, match)
-    carry_mixture_files(model, out)
+    carry_files(model, out, but=(*TOKENIZER_FILES, GENERATION), keep=True)
+    if (model / GENERATION).is_file():
+        _move_generation(model / GENERATION, out / GENERATION, match, after)
     _keep_template(before, after, model, tokenizer, out)
     write_json(
         out / RECORD,
@@ -120,6 +127,19 @@ def move_model(
         rows=match.new_size,
         padding=padding,
     )
+
+
+def _move_generation(source: Path, target: Path, match: VocabularyMatch, tokenizer: Tokenizer) -> None:
+    """Carry the model's settings of generation to the new ids: several tokens may end an answer, and sampling has nothing to do with the tokenizer."""
+    settings = read_json_object(source, mend="correct or remove it")
+    for name, own in (
+        ("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id), ("pad_token_id", tokenizer.pad_id),
+    ):  # fmt: skip
+        settings[name] = _moved_ids(settings.get(name), own, match)
+    for name in [name for name in settings if name in OTHER_IDS]:
+        # Of the old vocabulary, and no part that every tokenizer has.
+        del settings[name]
+    write_json(target, settings)
 
 
 def _keep_template(before: Tokenizer, after: Tokenizer, model: Path, tokenizer: Path, out: Path) -> None:

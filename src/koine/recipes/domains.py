@@ -194,7 +194,6 @@ def merge_models(
     """A merge of models (`koine.combine.methods`); `options` are the method's own numbers, as `density=0.5`."""
     from koine.combine.merge import merge
     from koine.combine.recipe import Recipe
-    from koine.data.drawn import carry_drawn
 
     numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
     recipe = Recipe(
@@ -205,7 +204,6 @@ def merge_models(
     for path in merged.iterdir():
         path.replace(out / path.name)
     merged.rmdir()
-    carry_drawn([*models, *([] if base is None else [base])], out)
 
 
 @step(version="2", estimate=estimates.mixing)

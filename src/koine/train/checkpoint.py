@@ -71,7 +71,7 @@ def save(
         if ranks.first:
             rewrite_index(partial)
             describe(partial)
-            files = {p.name: sha256_file(p) for p in sorted(partial.iterdir())}
+            files = {p.name: sha256_file(p) for p in sorted(partial.iterdir()) if p.is_file()}
             random_state = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
             write_json(
                 partial / "checkpoint.json",

@@ -11,13 +11,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from koine.errors import UserError
 from koine.files import atomic_directory
+from koine.model.carried_files import carry_files
 from koine.model.checkpoint import save_state
 from koine.model.config_json import read_config
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, opens_as_decoder, require_transformers
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
-from koine.train.finish import save_other
+from koine.train.finish import BESIDE, save_other
 
 if TYPE_CHECKING:
     from koine.train.checkpoint import Checkpoint
@@ -58,6 +59,8 @@ def export_checkpoint(
         else:
             folder.rmdir()
             save_other(_other_model(path, state, dtype), folder, path)
+        if (path / BESIDE).is_dir():
+            carry_files(path / BESIDE, folder, keep=True)
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

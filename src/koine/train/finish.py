@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from koine.errors import UserError
 from koine.files import fsync_tree, write_json
+from koine.model.carried_files import carry_files
 from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM
-from koine.model.mixture_files import carry_mixture_files
 from koine.train import checkpoint as checkpoints
 from koine.train.optimiser import Optimiser
 from koine.train.parallel import Ranks
@@ -23,6 +23,9 @@ MODEL_FILES = (
     "pytorch_model*", "*.gguf", "*.pth", "*.ckpt",
 )  # fmt: skip
 """What shows that a folder holds a model."""
+
+BESIDE = "beside"
+"""The folder of a checkpoint with what lay beside the weights of the model that the training began with."""
 
 OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 """What a tokenizer of `transformers` may have besides ours."""
@@ -80,7 +83,7 @@ def finish(
             path.replace(out / path.name)
         partial.rmdir()
         if began_as is not None:
-            carry_mixture_files(began_as, out)
+            carry_files(began_as, out, keep=True)
         write_json(out / "training.json", about)
         drop_checkpoints(out, about["best"])
     ranks.barrier()
@@ -111,8 +114,11 @@ def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     _copy_tokenizer(tokenizer, folder)
 
 
-def describe(model: nn.Module, folder: Path, tokenizer: Path | None) -> None:
+def describe(model: nn.Module, folder: Path, tokenizer: Path | None, began_as: Path | None = None) -> None:
     """Write what a model is besides its weights, so that a checkpoint can become a model without its training."""
+    if began_as is not None:
+        (folder / BESIDE).mkdir()
+        carry_files(began_as, folder / BESIDE, warn=False)
     if isinstance(model, Decoder):
         save_description(model.config, folder, dtype="float32", tokenizer=tokenizer)
     elif isinstance(model, CausalLM):

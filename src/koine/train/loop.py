@@ -149,7 +149,7 @@ def _train(
             reporter.say(f"resuming from {found.path}")
 
     def describe_into(path: Path) -> None:
-        describe(model, path, tokenizer)
+        describe(model, path, tokenizer, began_as)
 
     saved = first_step
     try:

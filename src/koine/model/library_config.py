@@ -1,0 +1,173 @@
+"""What the installed `transformers` knows of a `config.json`: its class, the fields that the class declares, and the model's tensors without their bytes.
+
+No weights are read and no code of a model's folder runs: only classes of the library itself are used. Without the extra `[hf]` nothing is known.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from koine.errors import UserError, first_line
+
+VOCABULARY_FIELD = "vocab_size"
+"""Fields of a configuration whose names begin so say how many rows embeddings have."""
+
+
+def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
+    """The configuration of `transformers` with this content; None where the library is not installed or does not know the `model_type`.
+
+    Raises `UserError` where the class refuses a field.
+    """
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import CONFIG_MAPPING
+    except ImportError:
+        return None
+    kind = value.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    try:
+        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(value)))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        said = " ".join(str(error).split()) or first_line(error)
+        raise UserError(
+            f"is no configuration of a {kind} ({said[:200]})", where=where, mend="correct this field"
+        ) from None
+
+
+def declared_fields(config: Any) -> dict[str, Any]:
+    """The fields that a configuration's class declares, and their values; those of configurations inside as a dictionary."""
+    names = [field.name for field in dataclasses.fields(config)]
+    names += [
+        name for name in inspect.signature(type(config).__init__).parameters if name not in ("self", "kwargs")
+    ]
+    # Read by the library of every model, whether its class declares it or not.
+    names.append("tie_word_embeddings")
+    found: dict[str, Any] = {}
+    for name in names:
+        value = getattr(config, name, None)
+        found[name] = declared_fields(value) if _is_config(value) else value
+    return found
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "model_type") and dataclasses.is_dataclass(value)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The tensors of a model of `transformers`, without their bytes.
+
+    shapes: of each by its name. vocabulary: of each that grows with the vocabulary, the dimension that grows. ignored: patterns of names that the class
+    expects in old files and does not read. prefix: of the tensors of the part below the head.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    vocabulary: Mapping[str, int]
+    ignored: tuple[str, ...]
+    prefix: str
+
+
+def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
+    """Build the model of a `config.json` on the meta device, and again with one token more; None where the library cannot.
+
+    Which tensors have a row a token follows from which change their shape, not from their names.
+    """
+    config = library_config(value, where=where)
+    if config is None:
+        return None
+    for one, build in _ways_to_build(config):
+        before = _built(build, one)
+        if before is None:
+            continue
+        shapes = _shapes(before)
+        vocabulary: dict[str, int] = {}
+        for holder, name in _vocabulary_fields(one):
+            vocabulary |= _growing(build, one, shapes, holder, name)
+        if vocabulary:
+            ignored = tuple(getattr(before, "_keys_to_ignore_on_load_unexpected", None) or ())
+            return Skeleton(shapes, vocabulary, ignored, str(getattr(before, "base_model_prefix", "")))
+    return None
+
+
+def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:
+    """Configurations and what makes a model of each: the class that the file names, then the library's usual ones."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or []:
+        named = getattr(transformers, str(name), None)
+        if inspect.isclass(named) and issubclass(named, transformers.PreTrainedModel):
+            yield config, named
+    causal, pairs = transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM
+    automatic = (
+        *((pairs, causal) if getattr(config, "is_encoder_decoder", False) else (causal, pairs)),
+        transformers.AutoModelForMaskedLM, transformers.AutoModelForImageTextToText, transformers.AutoModel,
+    )  # fmt: skip
+    # The text model alone, where a part of another modality needs a package that is not there.
+    text = config.get_text_config()
+    for one in (config,) if text is config else (config, text):
+        for known in automatic:
+            if type(one) in known._model_mapping:
+                yield one, known.from_config
+
+
+def _built(build: Any, config: Any) -> Any | None:
+    """A model on the meta device; None where it cannot be built from this configuration or without packages that are missing."""
+    try:
+        with torch.device("meta"):
+            return build(copy.deepcopy(config))
+    except (
+        ImportError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+    ):  # fmt: skip
+        return None
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _vocabulary_fields(config: Any) -> list[tuple[str, str]]:
+    """The fields that say how many tokens there are: `("", name)` on top, `("text", name)` in the configuration of the text model."""
+    found = []
+    for holder in ("", "text"):
+        one = _held(config, holder)
+        if holder and one is config:
+            continue
+        for name in [*declared_fields(one), *getattr(one, "attribute_map", {})]:
+            if name.startswith(VOCABULARY_FIELD) and isinstance(getattr(one, name, None), int):
+                found.append((holder, name))
+    return found
+
+
+def _held(config: Any, holder: str) -> Any:
+    return config.get_text_config() if holder else config
+
+
+def _growing(
+    build: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], holder: str, name: str
+) -> dict[str, int]:
+    """The tensors that grow with a field, and the dimension that does. Where tokens are rounded up, one more may change nothing, and 1,024 more do."""
+    for more in (1, 1024):
+        larger = copy.deepcopy(config)
+        setattr(_held(larger, holder), name, getattr(_held(larger, holder), name) + more)
+        model = _built(build, larger)
+        if model is None:
+            continue
+        found = {}
+        for tensor, shape in _shapes(model).items():
+            changed = [
+                axis for axis, pair in enumerate(zip(shape, shapes.get(tensor, shape), strict=True)) if pair[0] != pair[1]
+            ]  # fmt: skip
+            if changed:
+                found[tensor] = changed[0]
+        if found:
+            return found
+    return {}

@@ -1,0 +1,230 @@
+"""Read and write the header of a safetensors file, as strictly as the `safetensors` library does.
+
+A file is eight bytes of length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes, one after another without a hole. The library
+maps a file whole; this module reads the header alone, so that pieces of tensors can be read at their offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError
+
+LARGEST_HEADER = 100_000_000
+"""Bytes of a header that the library reads at most."""
+
+DEEPEST = 127
+"""Lists and objects inside one another that the library's JSON reader takes at most."""
+
+BITS: dict[str, int] = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64,
+    "U64": 64,
+}  # fmt: skip
+"""Bits of an entry, of every dtype that the format knows."""
+
+_WORD = 2**64
+
+
+@dataclass(frozen=True)
+class HeaderEntry:
+    """A tensor as a header describes it. begin, end: its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: Path) -> dict[str, HeaderEntry]:
+    """Name -> entry of every tensor of a safetensors file, from its header alone, in the order of the header.
+
+    Raises `UserError` for whatever the library refuses: a header that is cut, too long or no JSON of the format; offsets that are negative, overlap,
+    leave a hole or do not fit the shape; bytes that are missing at the end or left over.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            first = handle.read(8)
+            length = int.from_bytes(first, "little")
+            if len(first) < 8:
+                raise _damaged(file, "it has no header")
+            if length > min(LARGEST_HEADER, size - 8):
+                raise _damaged(file, "its header is longer than itself")
+            text = handle.read(length)
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror})", where=file, mend="a safetensors file must stand here"
+        ) from None
+    try:
+        return _entries(_parsed(text), 8 + length, size)
+    except _MalformedError as error:
+        raise _damaged(file, str(error)) from None
+
+
+def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+    """The length and the header of a file that holds tensors of these names, dtypes and shapes one after another."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in layout.items():
+        size = math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _MalformedError(Exception):
+    """Why a header is none."""
+
+
+def _damaged(file: Path, why: str) -> UserError:
+    return UserError(
+        f"not a whole safetensors file ({why})",
+        where=file,
+        mend="it is truncated or damaged; copy or build it again",
+    )
+
+
+def _parsed(text: bytes) -> list[tuple[str, Any]]:
+    """The header's pairs of names and values, objects as lists of pairs (`_Object`): a field that stands twice must be seen."""
+    try:
+        content = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_Object,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        raise _MalformedError(f"its header is no JSON: {error}") from None
+    if not isinstance(content, _Object):
+        raise _MalformedError("its header is no JSON object")
+    _refuse_odd_text(content)
+    return content
+
+
+class _Object(list[tuple[str, Any]]):
+    """A JSON object as its pairs, in order."""
+
+
+def _whole(text: str) -> int | float:
+    # The library reads what is longer than 64 bits, and -0, as a floating-point number.
+    if len(text) > 20 or text == "-0":
+        return _finite(text)
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is out of range")
+    return value
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _refuse_odd_text(content: _Object) -> None:
+    """Refuse what Python's reader takes and the library's does not: halves of surrogate pairs, and deep nesting."""
+    layer: list[Any] = [content]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for value in layer:
+            if isinstance(value, _Object):
+                for name, one in value:
+                    _refuse_surrogates(name)
+                    inner.append(one)
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str):
+                _refuse_surrogates(value)
+        layer = inner
+        if not layer:
+            return
+    if any(isinstance(value, list) for value in layer):
+        raise _MalformedError("its header is nested too deeply")
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _MalformedError("its header is no JSON: half a surrogate pair") from None
+
+
+def _entries(content: list[tuple[str, Any]], data: int, size: int) -> dict[str, HeaderEntry]:
+    found: dict[str, HeaderEntry] = {}
+    metadata = [value for name, value in content if name == "__metadata__"]
+    if len(metadata) > 1:
+        raise _MalformedError("__metadata__ stands twice")
+    for value in metadata:
+        texts = isinstance(value, _Object) and all(isinstance(one, str) for _, one in value)
+        if value is not None and not texts:
+            raise _MalformedError("__metadata__ holds more than texts")
+    for name, value in content:
+        if name != "__metadata__":
+            found[name] = _entry(name, value, data)
+    at = data
+    for name, entry in sorted(found.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
+        if entry.begin != at or entry.end < entry.begin:
+            raise _MalformedError(f"{_shown(name)} does not begin where the tensor before it ends")
+        at = entry.end
+    if at != size:
+        raise _MalformedError(f"its tensors end at byte {at:,} and the file at {size:,}")
+    return found
+
+
+def _entry(name: str, value: Any, data: int) -> HeaderEntry:
+    fields = ("dtype", "shape", "data_offsets")
+    if isinstance(value, _Object):
+        pairs = [(key, one) for key, one in value if key in fields]
+        about = dict(pairs)
+        if len(about) != 3 or len(pairs) != 3:
+            raise _MalformedError(f"{_shown(name)} has no dtype, shape and data_offsets, once each")
+    elif isinstance(value, list) and len(value) == 3:
+        # The library takes a list of the three as well.
+        about = dict(zip(fields, value, strict=True))
+    else:
+        raise _MalformedError(f"{_shown(name)} is no description of a tensor")
+    dtype = about["dtype"]
+    if isinstance(dtype, _Object) and len(dtype) == 1 and dtype[0][1] is None:
+        [(dtype, _)] = dtype
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _MalformedError(f"{_shown(name)} is of an unknown dtype, {_shown(dtype)}")
+    shape, offsets = about["shape"], about["data_offsets"]
+    if not _sizes(shape):
+        raise _MalformedError(f"{_shown(name)} has the shape {_shown(shape)}")
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise _MalformedError(f"{_shown(name)} has the data_offsets {_shown(offsets)}")
+    count = 1
+    for length in shape:
+        count *= length
+        if count >= _WORD:
+            raise _MalformedError(f"{_shown(name)} has the shape {_shown(shape)}")
+    bits = count * BITS[dtype]
+    if bits >= _WORD or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise _MalformedError(
+            f"{_shown(name)} has {offsets[1] - offsets[0]:,} bytes, and its shape needs {bits / 8:,.10g}"
+        )
+    return HeaderEntry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _sizes(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and not isinstance(value, _Object)
+        and all(type(one) is int and 0 <= one < _WORD for one in value)
+    )
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
