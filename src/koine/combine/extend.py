@@ -38,6 +38,7 @@ from koine.errors import UserError, did_you_mean
 from koine.model.checkpoint import StoredWeights, open_weights, save_stored
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.config_json import read_config
+from koine.model.end_ids import end_ids
 from koine.model.mixture_files import carry_mixture_files
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
@@ -250,7 +251,11 @@ def _refuse_other_ancestor(
 
 def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Path, **change: object) -> None:
     save_stored(
-        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, config, out, tokenizer=model
+        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())},
+        config,
+        out,
+        tokenizer=model,
+        ends=end_ids(model),
     )
     carry_mixture_files(model, out)
     record = read_record(model)

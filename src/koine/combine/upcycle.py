@@ -27,6 +27,7 @@ from koine.files import read_json, sha256_file, write_json
 from koine.model.block_tensors import split_stored
 from koine.model.checkpoint import save_stored
 from koine.model.config import MixtureConfig, ModelConfig
+from koine.model.end_ids import end_ids
 from koine.model.mixture_files import RECORD
 from koine.model.router_losses import BAM, BTX, NEXUS
 from koine.model.routers import DomainRouter, LinearRouter
@@ -106,7 +107,7 @@ def _upcycle(
         for name in [name for name in tensors if name.endswith(DOMAINS)]:
             # A copy a layer: tensors of a file share no memory.
             tensors[name] = domains.to(tensors[name].dtype, copy=True)
-    save_stored(tensors, config, out, tokenizer=root.path)
+    save_stored(tensors, config, out, tokenizer=root.path, ends=end_ids(root.path))
     write_record(
         out, method=method, seed=source_of(root.path), experts={b.name: source_of(b.path) for b in everyone},
         random_seed=random_seed,
@@ -123,7 +124,7 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
         for name in sorted(root.weights)
         if not _left_out(name, root.config)
     }
-    save_stored(tensors, root.config, out, tokenizer=root.path)
+    save_stored(tensors, root.config, out, tokenizer=root.path, ends=end_ids(root.path))
     return root.config
 
 

@@ -56,6 +56,7 @@ class RecordReader:
         unit: TextUnit = "paragraph",
         split: str = "train",
         languages: Collection[str] | None = None,
+        questions: bool = False,
     ) -> None:
         if not 0.0 <= max_bad_share <= 1.0:
             raise UserError(f"max_bad_share is {max_bad_share}", mend="it is a share between 0 and 1")
@@ -70,6 +71,7 @@ class RecordReader:
         self.domain = domain
         self.max_bad_share = max_bad_share
         self.unit = unit
+        self.questions = questions
         self.languages = None if languages is None else {find_language(code).code for code in languages}
         self.files = data_files(locate(path), split=split)
         self.good = 0
@@ -142,7 +144,7 @@ class RecordReader:
             for alias in aliases:
                 if record.get(name) is None and alias in record:
                     record[name] = record.pop(alias)
-        wrong = _wrong_content(record)
+        wrong = _wrong_content(record, questions=self.questions)
         if wrong is not None:
             return wrong
         code = record.get("language") or self.language or UNKNOWN_LANGUAGE
@@ -162,7 +164,7 @@ class RecordReader:
         return record
 
 
-def _wrong_content(record: Record) -> str | None:
+def _wrong_content(record: Record, *, questions: bool) -> str | None:
     text, messages = record.get("text"), record.get("messages")
     if messages is None:
         if text is None:
@@ -185,7 +187,15 @@ def _wrong_content(record: Record) -> str | None:
         if wrong is not None:
             return f"message {number}: {wrong}"
         previous = role
-    return None if previous == "assistant" else "the last message is not the assistant's"
+    if previous == "assistant" or (questions and _asks(record)):
+        return None
+    return "the last message is not the assistant's"
+
+
+def _asks(record: Record) -> bool:
+    """Whether a record is a question: its right answer stands beside the messages, which end with the user's turn."""
+    answer = record.get("answer")
+    return record["messages"][-1]["role"] == "user" and isinstance(answer, str) and bool(answer.strip())
 
 
 def _wrong_text(text: Any) -> str | None:
@@ -237,6 +247,7 @@ def read_records(
     unit: TextUnit = "paragraph",
     split: str = "train",
     languages: Collection[str] | None = None,
+    questions: bool = False,
 ) -> RecordReader:
     """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
 
@@ -247,6 +258,7 @@ def read_records(
         unit: what a document is in a `.txt` file.
         split: which files of a folder are read where their names say a split; "all" for all.
         languages: pass over records in other languages.
+        questions: messages may end with the user's turn where the record has an `answer`.
 
     A row whose text is an object `{code: text}` is one record for each language, all with the row's `id` and `"translated": true`.
     """
@@ -259,4 +271,5 @@ def read_records(
         unit=unit,
         split=split,
         languages=languages,
+        questions=questions,
     )

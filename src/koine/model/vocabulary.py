@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import write_atomically, write_json
 from koine.model.checkpoint import save_model
+from koine.model.checksum import seal_folder
 from koine.model.decoder import Decoder
-from koine.model.interop import CausalLM, load_causal_lm, quiet, require_transformers
+from koine.model.interop import CausalLM, load_as_stored, quiet, require_transformers
 from koine.model.mixture_files import carry_mixture_files
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.foreign import open_tokenizer
@@ -72,7 +73,7 @@ def move_model(
         raise UserError(f"the method '{method}' learns from text", mend="give some with --text FILE")
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
     match = match_tokenizers(model, tokenizer)
-    loaded = load_causal_lm(model)
+    loaded = load_as_stored(model)
     assert isinstance(loaded, Decoder | CausalLM)
     inner = loaded.inner if isinstance(loaded, CausalLM) else loaded
     auxiliary = None
@@ -194,6 +195,8 @@ def _write(
         if head is not None:
             state["head.weight"] = head
         moved.load_state_dict(state)
+        ends = _moved_ids(sorted(model.end_ids), tokenizer.eos_id, match)
+        moved.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         save_model(moved, out, tokenizer=tokenizer_folder)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -217,6 +220,7 @@ def _write(
                 setattr(holder, name, _moved_ids(getattr(holder, name, None), value, match))
     with quiet(require_transformers()):
         model.save_pretrained(out)
+    seal_folder(out)
     tokenizer.save(out)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from koine.files import fsync_tree, write_json
 from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
+from koine.model.checksum import seal_folder
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM
 from koine.model.mixture_files import carry_mixture_files
@@ -47,7 +48,7 @@ def finish(
             assert isinstance(model, Decoder)
             # What is fixed is no master: the domain embeddings of a mixture.
             full |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
-            save_state(full, model.config, partial, tokenizer=tokenizer)
+            save_state(full, model.config, partial, tokenizer=tokenizer, ends=model.end_ids)
         fsync_tree(partial)
         for path in sorted(partial.iterdir()):
             path.replace(out / path.name)
@@ -81,13 +82,14 @@ def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+    seal_folder(folder)
     _copy_tokenizer(tokenizer, folder)
 
 
 def describe(model: nn.Module, folder: Path, tokenizer: Path | None) -> None:
     """Write what a model is besides its weights, so that a checkpoint can become a model without its training."""
     if isinstance(model, Decoder):
-        save_description(model.config, folder, dtype="float32", tokenizer=tokenizer)
+        save_description(model.config, folder, dtype="float32", tokenizer=tokenizer, ends=model.end_ids)
     elif isinstance(model, CausalLM):
         model.inner.config.save_pretrained(folder)
         _copy_tokenizer(tokenizer, folder)
