@@ -204,7 +204,7 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
         head = model.head
     if not head.causal:
         raise UserError(
-            f"{type(inner).__name__} is an encoder: what follows a token changes what comes before it",
+            f"{type(inner).__name__} is not causal (an encoder?): later tokens change what it says of earlier ones",
             where=path,
             mend="give a causal language model",
         )

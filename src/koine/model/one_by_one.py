@@ -81,8 +81,7 @@ class OneByOne:
         request = self.waiting[0]
         finish: Finish | None
         try:
-            self._cache_name = str(cache_name(model.inner))
-        with torch.inference_mode():
+            with torch.inference_mode():
                 logits = self._read_up_to(request)
                 [choice] = choose_next([request], logits[None])
             if isinstance(choice, Exception):
