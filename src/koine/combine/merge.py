@@ -41,6 +41,7 @@ from koine.files import (
     write_json,
 )
 from koine.hardware import usable_cores
+from koine.model.checksum import seal_folder
 from koine.model.mixture_files import carry_mixture_files
 
 SYNC_BYTES = 64 * 2**20
@@ -209,4 +210,5 @@ def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
     }
     write_json(work / "merge_report.json", report)
     (work / "README.md").write_text(model_card(plan.recipe, plan.info.source), encoding="utf-8")
+    seal_folder(work)
     (work / "journal.jsonl").unlink()

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from koine.combine.methods import BLOCK
 from koine.errors import UserError
-from koine.files import read_json, write_json
+from koine.files import write_json
+from koine.model.checksum import KEY, UNSEALED, verify
+from koine.model.opening import refuse_other_tokenizer
+from koine.model.weight_files import weight_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,7 +66,8 @@ class Entry:
 
 
 class Checkpoint(Mapping[str, Entry]):
-    """The tensors of a model directory by name; nothing but headers is read before `read` is called.
+    """The tensors of a model directory by name; beyond headers, nothing is kept before `read` is called. Files that carry a checksum are
+    compared with it, once.
 
     Raises `UserError` for a missing folder, file or shard, a damaged file, and a tensor that stands in two shards.
     """
@@ -73,7 +77,10 @@ class Checkpoint(Mapping[str, Entry]):
         if not path.is_dir():
             raise UserError("no such folder", where=path, mend="give the folder of a model")
         self.entries: dict[str, Entry] = {}
-        for file in self._files():
+        refuse_other_tokenizer(path)
+        files = weight_files(path)
+        verify(files)
+        for file in files:
             for name, entry in _header(file).items():
                 if name in self.entries:
                     raise UserError(
@@ -85,32 +92,6 @@ class Checkpoint(Mapping[str, Entry]):
         self._descriptors = {
             file: os.open(file, os.O_RDONLY) for file in {entry.file for entry in self.entries.values()}
         }
-
-    def _files(self) -> list[Path]:
-        if (self.path / INDEX).exists():
-            content = read_json(self.path / INDEX)
-            shards = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(shards, dict):
-                raise UserError(
-                    "holds no weight_map",
-                    where=self.path / INDEX,
-                    mend="the file is damaged; copy the folder again",
-                )
-            names = sorted(set(map(str, shards.values())))
-        elif (self.path / SINGLE).exists():
-            names = [SINGLE]
-        else:
-            raise UserError(
-                "holds no model.safetensors",
-                where=self.path,
-                mend="weights in another format must be converted first",
-            )
-        for name in names:
-            if not (self.path / name).exists():
-                raise UserError(
-                    f"the shard {name} is missing", where=self.path, mend="copy the whole folder again"
-                )
-        return [self.path / name for name in names]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` to `stop` of a tensor; all of it by default."""
@@ -300,7 +281,7 @@ class CheckpointWriter:
             file = folder / (
                 SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             )
-            header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+            header: dict[str, object] = {"__metadata__": {"format": "pt", KEY: UNSEALED}}
             at = 0
             for name in names:
                 dtype, shape = layout[name]

@@ -40,6 +40,7 @@ def evaluate_model(
     from koine.evaluate.questions import question_accuracy
     from koine.model import Decoder
     from koine.model.packed import pack
+    from koine.model.weight_files import refuse_adapter
     from koine.tokenizer import load_tokenizer
 
     if not data and not questions:
@@ -52,6 +53,7 @@ def evaluate_model(
     asked = Records(questions, reading or Reading(), questions=True)
     check_device(device)
     keep_freed_memory()
+    refuse_adapter(Path(path))
     tokenizer = load_tokenizer(path)
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     check_vocabulary(model, tokenizer.vocab_size, path)

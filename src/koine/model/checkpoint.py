@@ -102,6 +102,7 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
 
     Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
     """
+    refuse_other_tokenizer(path)
     weights = StoredWeights(path)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
@@ -141,7 +142,6 @@ def load_model(
     """
     path = Path(path)
     config = read_config(path)
-    refuse_other_tokenizer(path)
     weights = open_weights(path, config)
     with torch.device("meta"):
         model = Decoder(config)

@@ -38,15 +38,17 @@ def _header(path: Path) -> bytes:
 
 
 def _place(header: bytes) -> tuple[int, str] | None:
-    """Where in the file the checksum stands, and what it says; None where a file carries none."""
+    """Where in the file the checksum stands (-1 where it is none) and what it says; None where a file carries none."""
     try:
         content = json.loads(header[8:])
     except (ValueError, RecursionError):
         return None
     metadata = content.get("__metadata__") if isinstance(content, dict) else None
     said = metadata.get(KEY) if isinstance(metadata, dict) else None
-    if not isinstance(said, str) or not re.fullmatch("[0-9a-f]{64}", said):
+    if not isinstance(said, str):
         return None
+    if not re.fullmatch("[0-9a-f]{64}", said):
+        return -1, said
     # The quoted pair, so that a tensor with such a name is not taken for it.
     found = re.search(rb'"sha256"\s*:\s*"' + said.encode() + b'"', header)
     return None if found is None else (found.end() - 65, said)
@@ -70,8 +72,7 @@ def seal(path: Path) -> None:
     Raises `OSError` where the system refuses.
     """
     header = _header(path)
-    place = _place(header)
-    if place is None:
+    if _place(header) is None:
         _make_room(path, header)
         header = _header(path)
     _order(path, header)
@@ -136,7 +137,7 @@ def verify(files: Iterable[Path]) -> None:
         name = _name(path)
         if _is_remembered(name):
             continue
-        if _digest(path, place[0]) != place[1]:
+        if place[0] < 0 or _digest(path, place[0]) != place[1]:
             raise UserError(
                 "does not match the sha256 that it carries; it is damaged",
                 where=path,

@@ -19,6 +19,7 @@ from koine.model.checksum import seal_folder
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, load_as_stored, quiet, require_transformers
 from koine.model.mixture_files import carry_mixture_files
+from koine.model.weight_files import refuse_adapter
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.foreign import open_tokenizer
 from koine.tokenizer.initialise import METHODS, Method, auxiliary_vectors, initialise_rows
@@ -71,6 +72,7 @@ def move_model(
     sample = list(texts) if texts is not None and method in TEXT_METHODS else []
     if method in TEXT_METHODS and not any(text.strip() for text in sample):
         raise UserError(f"the method '{method}' learns from text", mend="give some with --text FILE")
+    refuse_adapter(model)
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
     match = match_tokenizers(model, tokenizer)
     loaded = load_as_stored(model)
