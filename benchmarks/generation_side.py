@@ -75,7 +75,10 @@ class Transformers:
 
         self.torch = torch
         self.model = Cohere2ForCausalLM.from_pretrained(
-            options.weights, dtype=getattr(torch, options.dtype), local_files_only=True
+            options.weights,
+            dtype=getattr(torch, options.dtype),
+            local_files_only=True,
+            trust_remote_code=False,
         ).eval()
 
     def prepare(self, batch: int, context: int) -> dict[str, Any]:

@@ -104,7 +104,11 @@ def transformers_side(options: argparse.Namespace) -> tuple[Step, Step]:
     from transformers import Cohere2ForCausalLM
 
     model = Cohere2ForCausalLM.from_pretrained(
-        options.weights, dtype=torch.float32, attn_implementation=options.attention, local_files_only=True
+        options.weights,
+        dtype=torch.float32,
+        attn_implementation=options.attention,
+        local_files_only=True,
+        trust_remote_code=False,
     ).train()
     return peer_step(
         model, lambda m, tokens: m(tokens, use_cache=False).logits, options, model.config.vocab_size

@@ -177,7 +177,7 @@ def test_what_is_read_is_what_the_library_wrote(tmp_path: Path) -> None:
 def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
     layout = {"x": ("F32", (5, 3)), "y": ("I64", (0, 2)), "z": ("BF16", ())}
     file = tmp_path / "model.safetensors"
-    file.write_bytes(header_bytes(layout) + bytes(62))
+    file.write_bytes(header_bytes(layout, metadata={"format": "pt"}) + bytes(62))
     with safe_open(file, framework="pt") as opened:
         assert {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()} == {  # noqa: SIM118
             name: shape for name, (_, shape) in layout.items()

@@ -196,12 +196,12 @@ def pretrain(
 def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
     """A model to go on from, turning by `rope_theta` where it is given."""
     from koine.model.decoder import Decoder
-    from koine.model.interop import CausalLM, load_causal_lm
+    from koine.model.interop import CausalLM, load_as_stored
     from koine.model.variants import set_rope_theta
 
     if not path.is_dir():
         raise UserError("no such model directory", where=path, mend="give a folder that holds config.json")
-    model = load_causal_lm(path)
+    model = load_as_stored(path)
     assert isinstance(model, Decoder | CausalLM)
     if rope_theta is not None:
         if not isinstance(model, Decoder):

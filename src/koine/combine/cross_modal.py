@@ -22,6 +22,7 @@ from koine.combine.vocabularies import tokens_of
 from koine.errors import UserError
 from koine.files import atomic_directory, refuse_inside, write_json
 from koine.model.carried_files import carry_files
+from koine.model.checksum import seal_folder
 
 ANCESTOR = "give the text model that the other began as"
 
@@ -181,6 +182,7 @@ def _write(
                 writer.write(name, block, start)
     finally:
         writer.close()
+    seal_folder(folder)
     write_json(
         folder / "merge_report.json",
         {"method": "cross-modal", "alpha": alpha, "multimodal": str(whole.path), "text": str(plain.path),

@@ -148,6 +148,21 @@ class HiddenStateEncoder:
         write_json(folder / "encoder.json", {"kind": "hidden", "model": str(self.path.resolve())})
 
 
+def _refuse_custom_modules(folder: Path) -> None:
+    """Raise `UserError` for a sentence encoder with modules of its own code, which some versions of the library run unasked."""
+    if not (folder / "modules.json").is_file():
+        return
+    modules = read_json(folder / "modules.json")
+    for module in modules if isinstance(modules, list) else []:
+        kind = module.get("type") if isinstance(module, dict) else None
+        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+            raise UserError(
+                f"needs Python code that comes with it ({kind}), which is never run",
+                where=folder,
+                mend="give a sentence encoder of the library's own modules",
+            )
+
+
 class SentenceEncoder:
     """A sentence-transformers model in a local folder (extra `sentences`)."""
 
@@ -160,7 +175,8 @@ class SentenceEncoder:
             "sentence_transformers", extra="sentences", purpose="domain embeddings by a sentence encoder"
         )
         self.path = folder
-        self._model = library.SentenceTransformer(str(folder), device="cpu")
+        _refuse_custom_modules(folder)
+        self._model = library.SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """See `Encoder`."""

@@ -40,6 +40,7 @@ from koine.model.carried_files import carry_files
 from koine.model.checkpoint import StoredWeights, open_weights, save_stored
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.config_json import read_config
+from koine.model.end_ids import end_ids
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
@@ -253,7 +254,11 @@ def _refuse_other_ancestor(
 
 def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Path, **change: object) -> None:
     save_stored(
-        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, config, out, tokenizer=model
+        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())},
+        config,
+        out,
+        tokenizer=model,
+        ends=end_ids(model),
     )
     carry_files(model, out)
     record = read_record(model)

@@ -36,6 +36,7 @@ from koine.errors import UserError
 from koine.files import claim, clear_partials, refuse_inside, remove, write_json
 from koine.hardware import usable_cores
 from koine.model.carried_files import carry_files
+from koine.model.checksum import seal_folder
 from koine.model.weight_files import weight_files
 
 JOURNAL = 2
@@ -229,4 +230,5 @@ def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
     }
     write_json(work / "merge_report.json", report)
     (work / "README.md").write_text(model_card(plan.recipe, plan.info.source), encoding="utf-8")
+    seal_folder(work)
     (work / "journal.jsonl").unlink()

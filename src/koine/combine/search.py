@@ -19,6 +19,7 @@ from koine.combine.recipe import Recipe
 from koine.errors import UserError
 from koine.model import Decoder, load_causal_lm
 from koine.model.checkpoint import from_transformers, to_transformers
+from koine.model.interop import load_as_stored
 
 Evaluate = Callable[[tuple[float, ...]], Mapping[str, float]]
 
@@ -163,7 +164,7 @@ class InMemoryMerge:
                 mend="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
             )
         everyone = [*paths, *([] if base is None else [base])]
-        self.states = [_stored(load_causal_lm(path)) for path in everyone]
+        self.states = [_stored(load_as_stored(path)) for path in everyone]
         for path, state in zip(everyone, self.states, strict=True):
             for name, tensor in state.items():
                 if not torch.isfinite(tensor).all():

@@ -17,6 +17,8 @@ from torch import Tensor
 from koine.combine.methods import BLOCK
 from koine.errors import UserError
 from koine.files import write_json
+from koine.model.checksum import KEY, UNSEALED, verify
+from koine.model.opening import refuse_other_tokenizer
 from koine.model.safetensors_header import header_bytes, read_header
 from koine.model.weight_files import INDEX, SINGLE, weight_files
 
@@ -63,7 +65,8 @@ class Entry:
 
 
 class Checkpoint(Mapping[str, Entry]):
-    """The tensors of a model directory by name; nothing but headers is read before `read` is called.
+    """The tensors of a model directory by name; beyond headers, nothing is kept before `read` is called. Files that carry a checksum are
+    compared with it, once.
 
     Raises `UserError` for a missing folder, file or shard, a damaged file, and a tensor that stands in two shards.
     """
@@ -73,7 +76,10 @@ class Checkpoint(Mapping[str, Entry]):
         if not path.is_dir():
             raise UserError("no such folder", where=path, mend="give the folder of a model")
         self.entries: dict[str, Entry] = {}
-        for file in weight_files(path):
+        refuse_other_tokenizer(path)
+        files = weight_files(path)
+        verify(files)
+        for file in files:
             for name, entry in _header(file).items():
                 if name in self.entries:
                     raise UserError(
@@ -247,7 +253,10 @@ class CheckpointWriter:
             file = folder / (
                 SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             )
-            text = header_bytes({name: (NAMES[layout[name][0]], layout[name][1]) for name in names})
+            text = header_bytes(
+                {name: (NAMES[layout[name][0]], layout[name][1]) for name in names},
+                metadata={"format": "pt", KEY: UNSEALED},
+            )
             offset = len(text)
             for name in names:
                 dtype, shape = layout[name]

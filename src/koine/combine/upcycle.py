@@ -29,6 +29,7 @@ from koine.model.block_tensors import split_stored
 from koine.model.carried_files import carry_files
 from koine.model.checkpoint import save_stored
 from koine.model.config import MixtureConfig, ModelConfig
+from koine.model.end_ids import end_ids
 from koine.model.mixture_files import DOMAIN_ENCODER, RECORD
 from koine.model.router_losses import BAM, BTX, NEXUS
 from koine.model.routers import DomainRouter, LinearRouter
@@ -109,7 +110,7 @@ def _upcycle(
         for name in [name for name in tensors if name.endswith(DOMAINS)]:
             # A copy a layer: tensors of a file share no memory.
             tensors[name] = domains.to(tensors[name].dtype, copy=True)
-    save_stored(tensors, config, out, tokenizer=root.path)
+    save_stored(tensors, config, out, tokenizer=root.path, ends=end_ids(root.path))
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     write_record(
@@ -128,7 +129,7 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
         for name in sorted(root.weights)
         if not _left_out(name, root.config)
     }
-    save_stored(tensors, root.config, out, tokenizer=root.path)
+    save_stored(tensors, root.config, out, tokenizer=root.path, ends=end_ids(root.path))
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     return root.config

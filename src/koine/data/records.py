@@ -71,6 +71,7 @@ class RecordReader:
         split: str = "train",
         languages: Collection[str] | None = None,
         carry: Collection[str] | None = None,
+        questions: bool = False,
     ) -> None:
         if not 0.0 <= max_bad_share <= 1.0:
             raise UserError(f"max_bad_share is {max_bad_share}", mend="it is a share between 0 and 1")
@@ -85,6 +86,7 @@ class RecordReader:
         self.domain = domain
         self.max_bad_share = max_bad_share
         self.unit = unit
+        self.questions = questions
         self.languages = None if languages is None else {find_language(code).code for code in languages}
         self.files = data_files(locate(path), split=split)
         self.columns = self._columns(carry)
@@ -191,7 +193,7 @@ class RecordReader:
         if "split" in record and not isinstance(record["split"], str):
             # No name of a split of ours: a number of a class, or empty.
             record.pop("split")
-        wrong = _wrong_content(record)
+        wrong = _wrong_content(record, questions=self.questions)
         if wrong is not None:
             return wrong
         for name in _LABELS:
@@ -264,7 +266,7 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float)
 
 
-def _wrong_content(record: Record) -> str | None:
+def _wrong_content(record: Record, *, questions: bool) -> str | None:
     text, messages = record.get("text"), record.get("messages")
     if messages is None:
         if text is None:
@@ -287,7 +289,15 @@ def _wrong_content(record: Record) -> str | None:
         if wrong is not None:
             return f"message {number}: {wrong}"
         previous = role
-    return None if previous == "assistant" else "the last message is not the assistant's"
+    if previous == "assistant" or (questions and _asks(record)):
+        return None
+    return "the last message is not the assistant's"
+
+
+def _asks(record: Record) -> bool:
+    """Whether a record is a question: its right answer stands beside the messages, which end with the user's turn."""
+    answer = record.get("answer")
+    return record["messages"][-1]["role"] == "user" and isinstance(answer, str) and bool(answer.strip())
 
 
 def _wrong_text(text: Any) -> str | None:
@@ -337,6 +347,7 @@ def read_records(
     split: str = "train",
     languages: Collection[str] | None = None,
     carry: Collection[str] | None = None,
+    questions: bool = False,
 ) -> RecordReader:
     """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
 
@@ -348,6 +359,7 @@ def read_records(
         split: which files of a folder are read where their names say a split; "all" for all.
         languages: pass over records in other languages.
         carry: the fields besides ours that are needed, so that no other column of a table is read; None: all.
+        questions: messages may end with the user's turn where the record has an `answer`.
 
     A row whose text (or `translation`) is an object `{code: text}` is one record for each language that has a text, all with the row's `id` and `"translated": true`.
     """
@@ -361,4 +373,5 @@ def read_records(
         split=split,
         languages=languages,
         carry=carry,
+        questions=questions,
     )

@@ -131,7 +131,7 @@ def greedy_answers(
 
     from koine.evaluate.scoring import evaluating
 
-    stops = {tokenizer.end_of_turn_id, tokenizer.eos_id}
+    stops = {tokenizer.end_of_turn_id, tokenizer.eos_id, *getattr(model, "end_ids", ())}
     if hasattr(model, "new_cache"):
         return _cached_answers(model, tokenizer, prompts, stops, max_new_tokens)
     rows = [list(prompt) for prompt in prompts]

@@ -33,9 +33,16 @@ class Records:
     Raises `UserError` at once where a source is missing, or its files name several splits and none was asked for.
     """
 
-    def __init__(self, paths: Sequence[str | Path], reading: Reading, *, option: str = "--split") -> None:
-        """option: what a user types to choose a split."""
-        self.readers = [_open(path, reading, option) for path in paths]
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        reading: Reading,
+        *,
+        option: str = "--split",
+        questions: bool = False,
+    ) -> None:
+        """option: what a user types to choose a split. questions: as `koine.data.read_records` takes it."""
+        self.readers = [_open(path, reading, option, questions) for path in paths]
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for reader in self.readers:
@@ -52,7 +59,7 @@ class Records:
                 )
 
 
-def _open(path: str | Path, reading: Reading, option: str) -> RecordReader:
+def _open(path: str | Path, reading: Reading, option: str, questions: bool) -> RecordReader:
     from koine.data.readers import data_files, split_of
     from koine.data.records import locate, read_records
 
@@ -75,4 +82,5 @@ def _open(path: str | Path, reading: Reading, option: str) -> RecordReader:
         unit=reading.unit,
         split=split,
         carry=("answer",),
+        questions=questions,
     )

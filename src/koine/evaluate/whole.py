@@ -40,6 +40,7 @@ def evaluate_model(
     from koine.evaluate.questions import question_accuracy
     from koine.model import Decoder
     from koine.model.packed import pack
+    from koine.model.weight_files import refuse_adapter
     from koine.tokenizer import load_tokenizer
 
     if not data and not questions:
@@ -48,9 +49,11 @@ def evaluate_model(
         raise UserError(f"the limit is {limit}", mend="give at least 1")
     if seed < 0:
         raise UserError(f"the seed is {seed}", mend="it must not be negative")
-    documents, asked = (Records(paths, reading or Reading()) for paths in (data, questions))
+    documents = Records(data, reading or Reading())
+    asked = Records(questions, reading or Reading(), questions=True)
     check_device(device)
     keep_freed_memory()
+    refuse_adapter(Path(path))
     tokenizer = load_tokenizer(path)
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     check_vocabulary(model, tokenizer.vocab_size, path)
@@ -113,7 +116,9 @@ def first_of_each(records: Iterable[Mapping[str, Any]], limit: int | None) -> It
 
 def check_vocabulary(model: Any, size: int, path: str | Path) -> None:
     """Raise `UserError` where a tokenizer of `size` ids has more than the model."""
-    rows = getattr(getattr(model, "config", None), "vocab_size", None)
+    rows = getattr(model, "rows", None)
+    if rows is None:
+        rows = getattr(getattr(model, "config", None), "vocab_size", None)
     if rows is not None and size > rows:
         raise UserError(
             f"the tokenizer has {size} ids and the model {rows}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from torch import Tensor
 from koine.errors import UserError
 from koine.files import disk_errors, write_json
 from koine.model.block_tensors import join_stored, split_stored
+from koine.model.checksum import KEY, UNSEALED, seal, verify
 from koine.model.config import ModelConfig
 from koine.model.config_json import read_config, to_json
 from koine.model.decoder import Decoder
-from koine.model.weight_files import weight_files
+from koine.model.end_ids import end_ids
+from koine.model.opening import refuse_other_tokenizer
+from koine.model.weight_files import open_safetensors, stored_bytes, weight_files, widest
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,22 +71,15 @@ class StoredWeights(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files, read one by one when asked for."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
+        self.files = weight_files(path)
+        verify(self.files)
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for shard in weight_files(path):
-            try:
-                file: Any = safe_open(shard, framework="pt")
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    self._files[key] = file
-                    self._shapes[key] = tuple(file.get_slice(key).get_shape())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise UserError(
-                    f"not a whole safetensors file ({error})",
-                    where=shard,
-                    mend="it is truncated or damaged; copy or build it again",
-                ) from None
+        for shard in self.files:
+            file = open_safetensors(shard)
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                self._files[key] = file
+                self._shapes[key] = tuple(file.get_slice(key).get_shape())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header alone."""
@@ -106,6 +102,7 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
 
     Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
     """
+    refuse_other_tokenizer(path)
     weights = StoredWeights(path)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
@@ -138,9 +135,10 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored.
+    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored (the widest, where that differs).
 
-    Raises `UserError` where a file is missing or damaged, a tensor is missing, left over or of another shape, or holds NaN.
+    Raises `UserError` where a file is missing, damaged or not what its checksum says, a tensor is missing, left over or of another shape, or
+    holds NaN, and where the folder's tokenizer is not the one that the model was trained with.
     """
     path = Path(path)
     config = read_config(path)
@@ -148,7 +146,8 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(config)
     # The dtype first: on the meta device the change costs nothing.
-    model.to(dtype=dtype or weights["model.norm.weight"].dtype)
+    model.to(dtype=dtype or widest(stored_bytes(weights.files)))
+    model.end_ids = end_ids(path)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.state_dict(keep_vars=True).items():
@@ -177,9 +176,8 @@ def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        save_file(tensors, temporary, metadata={"format": "pt", KEY: UNSEALED})
+        seal(temporary)
         temporary.replace(path)
     except SafetensorError as error:
         # The library wraps what the system said into text of its own.
@@ -198,16 +196,22 @@ def save_state(
     *,
     tokenizer: Path | None = None,
     dtype: torch.dtype | None = None,
+    ends: Collection[int] = (),
 ) -> None:
-    """Write a model directory from a state dict of ours (see `save_model`)."""
+    """Write a model directory from a state dict of ours (see `save_model`). ends: ids that end a text, besides the configuration's."""
     tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    save_stored(tensors, config, path, tokenizer=tokenizer)
+    save_stored(tensors, config, path, tokenizer=tokenizer, ends=ends)
 
 
 def save_stored(
-    tensors: Mapping[str, Tensor], config: ModelConfig, path: Path, *, tokenizer: Path | None = None
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    ends: Collection[int] = (),
 ) -> None:
     """Write a model directory from tensors under the names that they are saved by (see `save_model`)."""
     path = Path(path)
@@ -216,17 +220,28 @@ def save_stored(
         kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
-        save_description(config, path, dtype=kind, tokenizer=tokenizer)
+        save_description(config, path, dtype=kind, tokenizer=tokenizer, ends=ends)
 
 
-def save_description(config: ModelConfig, path: Path, *, dtype: str, tokenizer: Path | None = None) -> None:
-    """Write what a model directory holds besides the weights: the configurations and the tokenizer's files."""
+def save_description(
+    config: ModelConfig,
+    path: Path,
+    *,
+    dtype: str,
+    tokenizer: Path | None = None,
+    ends: Collection[int] = (),
+) -> None:
+    """Write what a model directory holds besides the weights: the configurations and the tokenizer's files.
+
+    ends: ids that end a text, besides the configuration's own.
+    """
+    others = sorted(set(ends) - {config.eos_token_id})
     write_json(path / "config.json", to_json(config, dtype=dtype))
     write_json(
         path / "generation_config.json",
         {
             "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
+            "eos_token_id": [config.eos_token_id, *others] if others else config.eos_token_id,
             "pad_token_id": config.pad_token_id,
         },
     )
@@ -246,4 +261,4 @@ def save_model(
     Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`. Raises `UserError` for a
     full disk or a folder that cannot be written. What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
     """
-    save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype)
+    save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, ends=model.end_ids)

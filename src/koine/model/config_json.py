@@ -18,6 +18,7 @@ from koine.model.config import (
     MixtureConfig,
     ModelConfig,
 )
+from koine.model.weight_files import refuse_adapter
 
 OWN_TYPES = ("cohere", "cohere2", "koine")
 _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM", "koine": "KoineForCausalLM"}
@@ -237,6 +238,7 @@ def read_config(path: Path) -> ModelConfig:
     path = Path(path)
     if not path.is_dir():
         raise UserError("no such model directory", where=path, mend="give a folder that holds config.json")
+    refuse_adapter(path)
     if not (path / "config.json").exists():
         raise UserError(
             "holds no config.json",

@@ -37,6 +37,8 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
+        self.end_ids: frozenset[int] = frozenset()
+        """Ids that end a text, as the model's folder says (`koine.model.end_ids`)."""
         self.scorer: nn.Module | None = None
         """What scores the vocabulary in place of `output_weight` in a packed model (`koine.model.packed`)."""
         self.reset_parameters()

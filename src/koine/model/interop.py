@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koine.errors import KoineWarning, UserError, first_line
+from koine.errors import KoineWarning, UserError
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.model.checkpoint import load_model
 from koine.model.config_json import OWN_TYPES, UnsupportedModelError, read_config
+from koine.model.end_ids import end_ids
+from koine.model.head import Head, accepted, hooked, inspect_head, output_head, read_logits
+from koine.model.opening import (
+    checked_weights,
+    read_description,
+    refusals,
+    refuse_description,
+    refuse_difference,
+    refuse_other_tokenizer,
+    stored_dtype,
+)
+from koine.model.weight_files import widest_dtype
 
 
 def require_transformers() -> Any:
@@ -27,13 +38,18 @@ def require_transformers() -> Any:
 class CausalLM(nn.Module):
     """A `transformers` causal LM with the decoder's `forward` (hidden states) and `logits`.
 
+    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.head` finds out once, by experiment, whether
+    they follow from the output embedding's input. Where they do not, `forward` gives the logits themselves, and `logits` returns them.
     Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are refused.
     """
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
-        self._takes_positions = "position_ids" in inspect.signature(inner.base_model.forward).parameters
+        self.end_ids: frozenset[int] = frozenset()
+        """Ids that end a text, as the model's folder says (`koine.model.end_ids`)."""
+        self._accepted = accepted(inner)
+        self._head: Head | None = None
 
     @property
     def config(self) -> Any:
@@ -42,30 +58,35 @@ class CausalLM(nn.Module):
         return self.inner.config.get_text_config()
 
     @property
+    def head(self) -> Head:
+        """How logits follow from the states that `forward` gives; found when it is first asked for."""
+        if self._head is None:
+            self._head = inspect_head(self.inner)
+        return self._head
+
+    @property
+    def rows(self) -> int:
+        """How many ids the model both reads and scores."""
+        return min(self.head.rows, int(self.inner.get_input_embeddings().weight.shape[0]))
+
+    @property
     def output_weight(self) -> Tensor | None:
         """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, so that the loss can be computed in chunks;
         `None` where the model does more (a bias, soft-capping)."""
-        head = self.inner.get_output_embeddings()
-        if getattr(head, "bias", None) is not None or getattr(
-            self.inner.config, "final_logit_softcapping", None
-        ):
+        module = output_head(self.inner)
+        if not self.head.linear or self.head.cap is not None or type(module) is not nn.Linear:
             return None
-        weight = head.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return None if module.bias is not None else module.weight
 
     @property
     def logit_scale(self) -> float:
         """Factor on the logits (Cohere multiplies, Granite divides)."""
-        config = self.inner.config
-        return float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        return self.head.scale
 
     def forward(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """`[batch, time]` ids to hidden states after the final norm, `[batch, time, hidden]`."""
+        """`[batch, time]` ids to what `logits` takes: the states that the head reads, `[batch, time, hidden]`, or all logits."""
         if document_ids is not None:
             if _several_documents(document_ids):
                 raise UserError(
@@ -74,23 +95,28 @@ class CausalLM(nn.Module):
                 )
             seen = document_ids >= 0
             attention_mask = (seen if attention_mask is None else seen & (attention_mask != 0)).long()
-        inputs = {"input_ids": tokens, "attention_mask": attention_mask, "use_cache": False}
-        if attention_mask is not None and self._takes_positions:
-            # transformers counts padding on the left as positions unless it is told not to.
-            inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        out = self.inner.base_model(**inputs)
-        hidden = out.last_hidden_state
-        assert isinstance(hidden, Tensor)
-        return hidden
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if "use_cache" in self._accepted:
+            inputs["use_cache"] = False
+        if attention_mask is not None and "attention_mask" in self._accepted:
+            inputs["attention_mask"] = attention_mask
+            if "position_ids" in self._accepted:
+                # transformers counts padding on the left as positions unless it is told not to.
+                inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        module = output_head(self.inner) if self.head.linear else None
+        if module is None:
+            return read_logits(self.inner, inputs)
+        states: list[Tensor] = []
+        with hooked(module, states):
+            self.inner(**inputs)
+        return states[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., hidden]` to `[..., vocab]`, with the model's own scale and soft-capping."""
-        logits = self.inner.get_output_embeddings()(hidden) * self.logit_scale
-        cap = getattr(self.inner.config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        assert isinstance(logits, Tensor)
-        return logits
+        """What `forward` gives, `[..., hidden]`, to `[..., vocab]`: the model's own logits."""
+        module = output_head(self.inner) if self.head.linear else None
+        if module is None:
+            return hidden
+        return self.head.apply(module(hidden))
 
 
 def _several_documents(document_ids: Tensor) -> bool:
@@ -120,36 +146,83 @@ def load_causal_lm(
     Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
     """
     path = Path(path)
-    if not (path / "config.json").exists():
-        raise UserError("holds no config.json", where=path, mend="give the folder of a model")
-    if (path / "checkpoint.json").exists():
-        raise UserError(
-            "is a checkpoint of a training",
-            where=path,
-            mend=f"make a model of it: koine model export {path} --format safetensors --out MODEL",
-        )
+    read_description(path)
     if opens_as_decoder(path):
         return load_model(path, dtype=dtype, device=device)
+    return _load_other(path, dtype, device)
+
+
+def load_as_stored(path: Path) -> nn.Module:
+    """`load_causal_lm` in the dtype that holds every stored weight without rounding: for what trains a model or writes it again."""
+    description = read_description(path)
+    if opens_as_decoder(path) or description.get("quantization_config") is not None:
+        return load_causal_lm(path)
+    return load_causal_lm(path, dtype=widest_dtype(path))
+
+
+def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
     transformers = require_transformers()
-    try:
-        with quiet(transformers):
-            inner, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-            )
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"transformers cannot open it as a causal LM ({first_line(error)})",
-            where=path,
-            mend="check config.json and the weights, or upgrade transformers",
-        ) from None
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        warnings.warn(
-            f"{path}: the weights lack {len(missing)} tensors, the first is {missing[0]}; they are random",
-            KoineWarning,
-            stacklevel=2,
+    value = read_description(path)
+    refuse_description(value, path, transformers)
+    refuse_other_tokenizer(path)
+    files = checked_weights(path)
+    quantised = value.get("quantization_config") is not None
+    wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
+    with (
+        refusals(
+            path,
+            "transformers cannot open it as a causal LM",
+            "check config.json and the weights, or upgrade transformers",
+        ),
+        quiet(transformers),
+    ):
+        inner, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=wanted,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    return CausalLM(inner).to(device).eval()
+    refuse_difference(path, loaded)
+    unused = sorted(loaded.get("unexpected_keys") or ())
+    if unused:
+        warnings.warn(
+            f"{path}: {len(unused)} tensors of the weights belong to no part of the model, the first is {unused[0]}",
+            KoineWarning,
+            stacklevel=3,
+        )
+    if dtype == torch.float32 and not quantised:
+        # Modules that a class loads in another precision are computed in this one too.
+        inner.float()
+    _refuse_not_finite(inner, path)
+    model = CausalLM(inner).to(device).eval()
+    model.end_ids = end_ids(path)
+    with refusals(
+        path, f"{type(inner).__name__} cannot read a text", "check config.json, or give a model of text"
+    ):
+        head = model.head
+    if not head.causal:
+        raise UserError(
+            f"{type(inner).__name__} is not causal (an encoder?): later tokens change what it says of earlier ones",
+            where=path,
+            mend="give a causal language model",
+        )
+    return model
+
+
+def _refuse_not_finite(inner: Any, path: Path) -> None:
+    for name, parameter in inner.named_parameters():
+        if (
+            parameter.is_floating_point()
+            and parameter.dtype.itemsize > 1
+            and not torch.isfinite(parameter).all()
+        ):
+            raise UserError(
+                f"{name} holds NaN or infinity",
+                where=path,
+                mend="this checkpoint is broken; use an earlier one",
+            )
 
 
 @contextmanager

@@ -12,22 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.errors import UserError
+from koine.model.continuing import cache_name, continuing
 from koine.model.interop import CausalLM
 from koine.model.requests import Finish, Request, TokenGrammar, choose_next, new_request
 from koine.model.sampling import Sampling
 
 
 class OneByOne:
-    """Answers requests in the order in which they came. A prompt that goes on from the text read last is not read again."""
+    """Answers requests in the order in which they came. A prompt that goes on from the text read last is not read again, where the model's
+    cache allows that (`koine.model.continuing`)."""
 
     def __init__(self, model: CausalLM, *, prefill_chunk: int = 2048) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk
-        weight = model.inner.get_output_embeddings().weight
-        self.device, self.vocabulary = weight.device, int(weight.shape[0])
+        self.device, self.vocabulary = next(model.parameters()).device, model.rows
         self.waiting: deque[Request] = deque()
         self._read: list[int] = []
         self._past: Any = None
+        self._cache_name = str(cache_name(model.inner))
+        with torch.inference_mode():
+            self._continuing = continuing(model.inner)
 
     def submit(
         self,
@@ -98,21 +101,25 @@ class OneByOne:
     def _read_up_to(self, request: Request) -> Tensor:
         """Logits `[vocab]` after the request's text. Interrupted, it forgets everything rather than half a token."""
         text = request.text
+        if self._continuing == "none":
+            hidden = self.model(torch.tensor([text], device=self.device))
+            last: Tensor = self.model.logits(hidden[:, -1])[0]
+            return last.clone()
         read, past = self._read, self._past
         if past is None or len(text) <= len(read) or text[: len(read)] != read:
             read, past = [], None
+        chunk = self.prefill_chunk
+        if self._continuing == "tokens":
+            chunk = len(text)
+            if len(text) != len(read) + 1:
+                read, past = [], None
         if not request.tokens:
             request.reused = len(read)
         self._read, self._past = [], None
-        for start in range(len(read), len(text), self.prefill_chunk):
-            ids = torch.tensor([text[start : start + self.prefill_chunk]], device=self.device)
-            out = self.model.inner(input_ids=ids, past_key_values=past, use_cache=True)
-            past = getattr(out, "past_key_values", None)
-            if past is None:
-                raise UserError(
-                    f"{type(self.model.inner).__name__} keeps no key-value cache",
-                    mend="answering needs a model that does",
-                )
+        for start in range(len(read), len(text), chunk):
+            ids = torch.tensor([text[start : start + chunk]], device=self.device)
+            out = self.model.inner(input_ids=ids, use_cache=True, **{self._cache_name: past})
+            past = getattr(out, self._cache_name)
         self._read, self._past = text, past
         # A copy is an ordinary tensor, which the caller may change.
         logits: Tensor = out.logits[0, -1].clone()

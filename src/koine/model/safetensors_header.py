@@ -67,9 +67,9 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
         raise _damaged(file, str(error)) from None
 
 
-def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]], *, metadata: Mapping[str, str]) -> bytes:
     """The length and the header of a file that holds tensors of these names, dtypes and shapes one after another."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, (dtype, shape) in layout.items():
         size = math.prod(shape) * BITS[dtype] // 8

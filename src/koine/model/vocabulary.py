@@ -15,8 +15,10 @@ from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import read_json_object, write_atomically, write_json
 from koine.model.carried_files import TOKENIZER_FILES, carry_files
 from koine.model.checkpoint import save_model
+from koine.model.checksum import seal_folder
 from koine.model.decoder import Decoder
-from koine.model.interop import CausalLM, load_causal_lm, quiet, require_transformers
+from koine.model.interop import CausalLM, load_as_stored, quiet, require_transformers
+from koine.model.weight_files import refuse_adapter
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.foreign import open_tokenizer
 from koine.tokenizer.initialise import METHODS, Method, auxiliary_vectors, initialise_rows
@@ -74,9 +76,10 @@ def move_model(
     sample = list(texts) if texts is not None and method in TEXT_METHODS else []
     if method in TEXT_METHODS and not any(text.strip() for text in sample):
         raise UserError(f"the method '{method}' learns from text", mend="give some with --text FILE")
+    refuse_adapter(model)
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
     match = match_tokenizers(model, tokenizer)
-    loaded = load_causal_lm(model)
+    loaded = load_as_stored(model)
     assert isinstance(loaded, Decoder | CausalLM)
     inner = loaded.inner if isinstance(loaded, CausalLM) else loaded
     auxiliary = None
@@ -213,6 +216,8 @@ def _write(
         if head is not None:
             state["head.weight"] = head
         moved.load_state_dict(state)
+        ends = _moved_ids(sorted(model.end_ids), tokenizer.eos_id, match)
+        moved.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
         save_model(moved, out, tokenizer=tokenizer_folder)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -236,6 +241,7 @@ def _write(
                 setattr(holder, name, _moved_ids(getattr(holder, name, None), value, match))
     with quiet(require_transformers()):
         model.save_pretrained(out)
+    seal_folder(out)
     tokenizer.save(out)
 
 

@@ -118,7 +118,7 @@ class LocalEngine:
         assert isinstance(opened, Decoder | CausalLM)
         self.model = opened
         self.tokenizer = load_tokenizer(path)
-        rows = opened.config.vocab_size if isinstance(opened, Decoder) else _rows(opened)
+        rows = opened.config.vocab_size if isinstance(opened, Decoder) else opened.rows
         if self.tokenizer.vocab_size > rows:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {rows}",
@@ -129,7 +129,7 @@ class LocalEngine:
         self._weight = next(opened.parameters())
         if isinstance(opened, Decoder):
             pack(opened)
-        self.stop_ids = frozenset({self.tokenizer.end_of_turn_id, self.tokenizer.eos_id})
+        self.stop_ids = opened.end_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
         self.context = _context(opened)
         self.scheduler: Scheduler | OneByOne
         if isinstance(opened, Decoder):
@@ -282,11 +282,6 @@ class Answer:
             prompt_tokens=len(request.prompt),
             finish="length" if request.finish == "length" else "stop",
         )
-
-
-def _rows(model: CausalLM) -> int:
-    """How many ids a model of transformers scores."""
-    return int(model.inner.get_output_embeddings().weight.shape[0])
 
 
 def _context(model: Decoder | CausalLM) -> int:

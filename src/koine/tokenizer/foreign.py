@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from koine.errors import UserError
+from koine.errors import UserError, first_line
 from koine.extras import import_extra
+from koine.files import read_json
 from koine.tokenizer.spelling import SPACE_MARK, AnyTokenizer, Spelling, piece_bytes
 
 # How the published vocabularies cut text; a `.tiktoken` file holds the ranks alone.
@@ -208,13 +209,16 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         return open_tokenizer(models[0])
     transformers = import_extra("transformers", extra="hf", purpose="open a tokenizer without tokenizer.json")
     try:
-        opened = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        opened = transformers.AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a folder can be wrong in more ways than a library has exceptions for
+        _refuse_custom_code(path)
         raise UserError(
-            f"transformers cannot open it as a tokenizer ({str(error).splitlines()[0]})",
+            f"transformers cannot open it as a tokenizer ({first_line(error)})",
             where=path,
             mend="give a folder that holds a tokenizer.json",
-        ) from None
+        ) from error
     backend = getattr(opened, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
@@ -223,6 +227,21 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
             mend="convert it to a tokenizer.json",
         )
     return _Backend(backend)
+
+
+def _refuse_custom_code(path: Path) -> None:
+    """Raise `UserError` for a tokenizer of its own Python code, which is never run."""
+    config = path / "tokenizer_config.json"
+    about = read_json(config) if config.is_file() else {}
+    own = about.get("auto_map") if isinstance(about, dict) else None
+    named = own.get("AutoTokenizer") if isinstance(own, dict) else own
+    if named:
+        first = next((name for name in named if name), "") if isinstance(named, list) else named
+        raise UserError(
+            f"needs Python code that comes with it ({first}), which is never run",
+            where=path,
+            mend="give a folder that holds a tokenizer.json",
+        )
 
 
 def _read_backend(path: Path) -> Any:

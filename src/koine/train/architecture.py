@@ -40,7 +40,7 @@ def refuse_data_beyond_the_model(model: Decoder | CausalLM, mixture: Mixture, vo
     if isinstance(model, Decoder):
         known, most = model.config.vocab_size, model.config.max_position_embeddings
     else:
-        known = model.inner.get_input_embeddings().weight.shape[0]
+        known = model.rows
         most = getattr(model.inner.config, "max_position_embeddings", None)
     if known < vocab_size:
         raise UserError(

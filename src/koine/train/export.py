@@ -15,6 +15,7 @@ from koine.model.carried_files import carry_files
 from koine.model.checkpoint import save_state
 from koine.model.config_json import read_config
 from koine.model.decoder import Decoder
+from koine.model.end_ids import end_ids
 from koine.model.interop import CausalLM, opens_as_decoder, require_transformers
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
@@ -55,7 +56,7 @@ def export_checkpoint(
     state = _tensors(found)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
         if opens_as_decoder(path):
-            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype)
+            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype, ends=end_ids(path))
         else:
             folder.rmdir()
             save_other(_other_model(path, state, dtype), folder, path)
@@ -78,8 +79,10 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _other_model(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None) -> CausalLM:
     """A model of `transformers` from its configuration and these weights."""
     transformers = require_transformers()
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    model = CausalLM(
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    )
     parameters = dict(model.named_parameters())
     if missing := sorted(parameters.keys() ^ state.keys()):
         raise UserError(

@@ -12,6 +12,7 @@ from koine.errors import UserError
 from koine.files import fsync_tree, write_json
 from koine.model.carried_files import carry_files
 from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
+from koine.model.checksum import seal_folder
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM
 from koine.train import checkpoint as checkpoints
@@ -74,7 +75,7 @@ def finish(
                 assert isinstance(model, Decoder)
                 # What is fixed is no master: the domain embeddings of a mixture.
                 full |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
-                save_state(full, model.config, partial, tokenizer=tokenizer)
+                save_state(full, model.config, partial, tokenizer=tokenizer, ends=model.end_ids)
             fsync_tree(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -111,6 +112,7 @@ def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+    seal_folder(folder)
     _copy_tokenizer(tokenizer, folder)
 
 
@@ -120,7 +122,7 @@ def describe(model: nn.Module, folder: Path, tokenizer: Path | None, began_as: P
         (folder / BESIDE).mkdir()
         carry_files(began_as, folder / BESIDE, warn=False)
     if isinstance(model, Decoder):
-        save_description(model.config, folder, dtype="float32", tokenizer=tokenizer)
+        save_description(model.config, folder, dtype="float32", tokenizer=tokenizer, ends=model.end_ids)
     elif isinstance(model, CausalLM):
         model.inner.config.save_pretrained(folder)
         _copy_tokenizer(tokenizer, folder)

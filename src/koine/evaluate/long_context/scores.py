@@ -47,7 +47,7 @@ def score_prompt(
         # The greedy answer begins with just these tokens.
         written = list(prompt.answer)
     else:
-        stops = {tokenizer.eos_id, tokenizer.end_of_turn_id}
+        stops = {tokenizer.eos_id, tokenizer.end_of_turn_id, *getattr(model, "end_ids", ())}
         written = greedy_continuation(
             model, prompt.tokens, len(prompt.answer) + SPARE_TOKENS, stops=stops, device=device
         )
@@ -90,24 +90,20 @@ def greedy_continuation(
     """At most `count` tokens, without the stop token. Our decoder and models of `transformers` use their caches; any other model runs the whole
     text at each step."""
     from koine.model import CausalLM, Decoder, Sampling, generate
+    from koine.model.one_by_one import OneByOne
 
     with evaluating(model):
         if isinstance(model, Decoder):
             sampling = Sampling(max_new_tokens=count)
             [answer] = generate(model, [list(prompt)], sampling, stop_ids=tuple(stops))
             return answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
-        tokens = torch.tensor([list(prompt)], device=device)
-        if isinstance(model, CausalLM) and hasattr(model.inner, "generate"):
-            out = model.inner.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=count,
-                do_sample=False,
-                eos_token_id=sorted(stops),
-                pad_token_id=min(stops),
-            )
-            written = [int(token) for token in out[0, tokens.shape[1] :]]
+        if isinstance(model, CausalLM):
+            queue = OneByOne(model)
+            answer = queue.submit(list(prompt), Sampling(max_new_tokens=count), stop_ids=tuple(stops))
+            queue.run()
+            written = answer.tokens
         else:
+            tokens = torch.tensor([list(prompt)], device=device)
             written = []
             while len(written) < count and not (written and written[-1] in stops):
                 chosen = model.logits(model(tokens)[:, -1]).argmax(dim=-1)

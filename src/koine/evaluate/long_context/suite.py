@@ -29,7 +29,8 @@ from koine.evaluate.long_context.tasks import (
 )
 
 if TYPE_CHECKING:
-    from koine.tokenizer import Tokenizer
+    from koine.model.weight_files import refuse_adapter
+from koine.tokenizer import Tokenizer
 
 DEFAULT_LENGTHS = (512, 2048)
 DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -106,6 +107,7 @@ def evaluate_long_context(
         language = find_language(language).code
     check_device(device)
     keep_freed_memory()
+    refuse_adapter(Path(path))
     tokenizer = load_tokenizer(Path(path))
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     check_vocabulary(model, tokenizer.vocab_size, path)

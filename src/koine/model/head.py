@@ -1,0 +1,210 @@
+"""Find out by experiment what a causal LM of `transformers` does between its last matrix and its logits, and that it is causal.
+
+| head | logits | how it is used |
+|---|---|---|
+| linear | `scale * head(hidden)`, or that soft-capped: `cap * tanh(scale * head(hidden) / cap)` | logits are made for a part of the positions at a time |
+| own | anything else | the model's own forward pass makes all logits |
+
+The class's own forward pass decides, not fields of its configuration: numbers are put in place of the head's output, and what the class
+makes of them is compared with the formulas.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS, TIME = 2, 16
+LEAK = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""How much earlier positions may move, of what the changed ones do: expert matmuls round otherwise with other rows."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits follow from what the output embedding reads.
+
+    linear: `scale` and `cap` say it all; else only the model's own forward pass knows.
+    rows: how many ids are scored.
+    causal: whether later tokens leave earlier logits as they are.
+    """
+
+    linear: bool
+    rows: int
+    causal: bool
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """Logits from the output embedding's products."""
+        if self.scale != 1.0:
+            raw = raw * self.scale
+        return raw if self.cap is None else torch.tanh(raw / self.cap) * self.cap
+
+
+def accepted(inner: Any) -> frozenset[str]:
+    """The keyword arguments that a model's `forward` takes, those that it passes on to its base model among them."""
+    parameters = inspect.signature(inner.forward).parameters
+    names = set(parameters)
+    base = inner.base_model
+    if base is not inner and any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        names |= set(inspect.signature(base.forward).parameters)
+    return frozenset(names)
+
+
+def read_logits(inner: Any, inputs: dict[str, Any]) -> Tensor:
+    """The logits of the model's own forward pass. Raises `TypeError` where it gives none."""
+    logits = getattr(inner(**inputs), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{type(inner).__name__} gives no logits")
+    return logits
+
+
+@contextmanager
+def hooked(head: nn.Module, seen: list[Tensor], instead: Tensor | None = None) -> Iterator[None]:
+    """Note what the head reads. instead: what stands in for its output; None: only its last position is computed."""
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        seen.append(inputs[0])
+        return None if instead is not None else (inputs[0][:, -1:], *inputs[1:])
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return instead
+
+    handles = [head.register_forward_pre_hook(before)]
+    if instead is not None:
+        handles.append(head.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def output_head(inner: Any) -> nn.Module | None:
+    """The module whose product with a hidden state scores the vocabulary; None where a model has none of its own."""
+    head = inner.get_output_embeddings()
+    return head if isinstance(head, nn.Linear) else None
+
+
+def probe_tokens(inner: Any) -> Tensor:
+    """`[2, 16]` ordinary ids: two rows with the same first half and different second halves."""
+    config = inner.config.get_text_config()
+    special: set[int] = set()
+    for value in (*inner.config.to_dict().items(), *config.to_dict().items()):
+        if value[0].endswith(("token_id", "token_index", "token_ids")):
+            special |= {
+                one
+                for one in (value[1] if isinstance(value[1], list) else [value[1]])
+                if isinstance(one, int)
+            }
+    size = int(inner.get_input_embeddings().weight.shape[0])
+    ordinary = [token for token in range(max(0, size // 3), size) if token not in special]
+    ordinary = ordinary[:: max(1, len(ordinary) // (3 * TIME))] or [0]
+    first = [ordinary[place % len(ordinary)] for place in range(TIME)]
+    second = first[: TIME // 2] + [ordinary[(place + TIME) % len(ordinary)] for place in range(TIME // 2)]
+    return torch.tensor([first, second])
+
+
+def inspect_head(inner: Any) -> Head:
+    """Run a model of `transformers` on two short rows of ids and say what its head is.
+
+    Raises whatever the model raises where it cannot read text alone, `TypeError` where it gives no logits.
+    """
+    training, weight = inner.training, next(iter(inner.parameters()))
+    inner.eval()
+    try:
+        with torch.no_grad():
+            names = accepted(inner)
+            inputs: dict[str, Any] = {"input_ids": probe_tokens(inner).to(weight.device)}
+            if "use_cache" in names:
+                inputs["use_cache"] = False
+            module = output_head(inner)
+            found = None if module is None else _linear(inner, module, inputs)
+            return found or _own(inner, inputs)
+    finally:
+        inner.train(training)
+
+
+def _linear(inner: Any, module: nn.Module, inputs: dict[str, Any]) -> Head | None:
+    """The head where it is linear up to a soft cap; None where it is not, or is not called once with all positions."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    powers = torch.randint(-10, 14, (ROWS, TIME, weight.shape[0]), generator=torch.Generator().manual_seed(0))
+    raw = torch.exp2(powers.float()).to(weight.device)
+    raw = raw * torch.where(powers % 2 == 0, 1.0, -1.0).to(raw)
+    seen: list[Tensor] = []
+    with hooked(module, seen, raw):
+        logits = read_logits(inner, inputs)
+    shape = (ROWS, TIME, weight.shape[1])
+    if len(seen) != 1 or tuple(seen[0].shape) != shape or logits.shape != raw.shape:
+        return None
+    fitted = _fit(raw.double().cpu(), logits.double().cpu(), 8 * torch.finfo(logits.dtype).eps)
+    if fitted is None:
+        return None
+    # What is used later must be what was seen now: the same states where the head computes one position only.
+    again: list[Tensor] = []
+    with hooked(module, again):
+        read_logits(inner, inputs)
+    if (
+        len(again) != 1
+        or again[0].shape != seen[0].shape
+        or not torch.allclose(again[0], seen[0], equal_nan=True)
+    ):
+        return None
+    return Head(
+        linear=True,
+        rows=int(weight.shape[0]),
+        causal=_is_causal(inner, seen[0]),
+        scale=fitted[0],
+        cap=fitted[1],
+    )
+
+
+def _fit(raw: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | None] | None:
+    """`scale` and `cap` such that the logits are `scale * raw`, soft-capped; None where there are none."""
+    tolerance = max(tolerance, 1e-5)
+
+    def equal(expected: Tensor) -> bool:
+        return bool(((logits - expected).abs() <= tolerance * expected.abs()).all())
+
+    # Of a power of two the quotient is exact, and for a small one a cap is far away.
+    at = int(raw.abs().argmin())
+    scale = float(logits.view(-1)[at] / raw.view(-1)[at])
+    if not 0 < abs(scale) < float("inf"):
+        return None
+    if equal(scale * raw):
+        return scale, None
+    cap = float(logits.abs().max())
+    # The smallest is capped already by a little; the fit is checked on all of them.
+    if 0 < cap < float("inf") and equal(cap * torch.tanh(scale * raw / cap)):
+        return scale, cap
+    return None
+
+
+def _own(inner: Any, inputs: dict[str, Any]) -> Head:
+    logits = read_logits(inner, inputs)
+    if logits.dim() != 3 or tuple(logits.shape[:2]) != (ROWS, TIME):
+        raise TypeError(
+            f"{type(inner).__name__} gives logits of shape {list(logits.shape)} for {[ROWS, TIME]} ids"
+        )
+    return Head(linear=False, rows=int(logits.shape[-1]), causal=_is_causal(inner, logits))
+
+
+def _is_causal(inner: Any, states: Tensor) -> bool:
+    """Whether the first half of the probe's rows `[2, 16, width]`, whose tokens are equal, is equal."""
+    wide = torch.nan_to_num(states.double())
+    difference = (wide[0] - wide[1]).abs()
+    early, late = float(difference[: TIME // 2].max()), float(difference[TIME // 2 :].max())
+    if early == 0.0:
+        return True
+    # Classes that are encoders unless they are told otherwise get little allowance for rounding.
+    encoder = getattr(inner.config.get_text_config(), "is_decoder", None) is False
+    leak = LEAK[torch.float32] if encoder else LEAK.get(states.dtype, 3e-2)
+    rounding = 0.0 if encoder and states.dtype.itemsize < 4 else 8 * torch.finfo(states.dtype).eps
+    return early <= leak * late + rounding * float(wide.abs().max())
