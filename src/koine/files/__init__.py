@@ -14,6 +14,7 @@ from koine.files.outputs import (
     refuse_inside,
     refuse_replacing,
     state_of,
+    told_of,
 )
 from koine.files.system_errors import disk_errors, explain
 from koine.files.walk import copy_tree, walk
@@ -57,6 +58,7 @@ __all__ = [
     "sha256_file",
     "state_of",
     "to_json",
+    "told_of",
     "walk",
     "write_atomically",
     "write_json",

@@ -89,7 +89,7 @@ def claim(
         if overwrite:
             refuse_replacing(out, reads)
         _refuse_existing(out, place, overwrite=overwrite)
-        with _parents(out, place), _locked(out, place):
+        with _parents(out, place), _locked(out, place), told_of(out, place.with_name(f".{place.name[:40]}")):
             _refuse_existing(out, place, overwrite=overwrite)
             yield Claim(out, place, state_of(place))
 
@@ -190,14 +190,14 @@ def atomic_directory(out: Path, *, overwrite: bool = False, reads: Iterable[Path
     with claim(out, overwrite=overwrite, reads=reads) as claimed:
         temporary = claimed.beside(f"{os.getpid()}.partial")
         temporary.mkdir()
-        with _told_of(claimed.out, temporary), _removed_on_failure(claimed.out, temporary):
+        with _removed_on_failure(claimed.out, temporary):
             yield temporary
             claimed.publish(temporary)
 
 
 @contextmanager
-def _told_of(out: Path, temporary: Path) -> Iterator[None]:
-    """The user knows `out`, not the name beside it."""
+def told_of(out: Path, temporary: Path) -> Iterator[None]:
+    """Tell errors about `temporary`, or what is inside it, of `out`: the user does not know the names beside it."""
     try:
         yield
     except UserError as error:
@@ -260,11 +260,10 @@ def atomic_file(out: Path, *, overwrite: bool = False, option: str = "--out") ->
         check_output_file(out, overwrite=overwrite, option=option)
         found = state_of(place)
         temporary = beside(place, f"{os.getpid()}.partial")
-        with _told_of(out, temporary), _removed_on_failure(out, temporary):
+        with told_of(out, temporary), _removed_on_failure(out, temporary):
             yield temporary
             fsync_file(temporary)
             _name_file(temporary, place, found, out)
-            fsync_directory(place.parent)
 
 
 def _name_file(temporary: Path, place: Path, found: State | None, out: Path) -> None:
@@ -273,11 +272,11 @@ def _name_file(temporary: Path, place: Path, found: State | None, out: Path) -> 
         if state_of(place) != found:
             raise _changed(out)
         temporary.replace(place)
+        fsync_directory(place.parent)
         return
     try:
         # A second name fails where the first is taken, which a rename does not.
         os.link(temporary, place)
-        temporary.unlink()
     except FileExistsError:
         raise _changed(out) from None
     except OSError as error:
@@ -286,6 +285,15 @@ def _name_file(temporary: Path, place: Path, found: State | None, out: Path) -> 
         if os.path.lexists(place):
             raise _changed(out) from None
         temporary.rename(place)
+    try:
+        fsync_directory(place.parent)
+    except OSError:
+        # It would not survive a power cut: it has not happened.
+        place.unlink()
+        raise
+    # The next command that writes here removes it, where it cannot be removed now.
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _changed(out: Path) -> UserError:

@@ -14,14 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from koine.errors import UserError
-from koine.files import disk_errors, fsync_tree, publish_directory, read_json, sha256_file, write_json
+from koine.files import (
+    disk_errors,
+    fsync_tree,
+    publish_directory,
+    read_json,
+    sha256_file,
+    told_of,
+    write_json,
+)
 from koine.train.parallel import Ranks
 
 FORMAT = 1
+
+
+class Writer(FileSystemWriter):
+    """Writes the same bytes in every run: without torch's random identifier of a save and the path."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ def save(
     about: JSON-able. describe: called on the first rank, adds what a model directory holds besides its weights.
     """
     path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
-    with disk_errors(path), _removed_on_failure(partial, ranks):
+    with disk_errors(path), told_of(path, partial), _removed_on_failure(partial, ranks):
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
@@ -65,7 +81,7 @@ def save(
             # Alone is what we mean; torch warns that no process group is there.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             # Files are synced below, all at once.
-            writer = FileSystemWriter(partial, sync_files=False)
+            writer = Writer(partial, sync_files=False)
             save_distributed(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
         ranks.barrier()
         if ranks.first:
