@@ -165,6 +165,19 @@ def real_folder(out: Path) -> Path:
     return place
 
 
+def make_folder(out: Path) -> None:
+    """Make a folder to write in, with those above it; where it is a link, what that leads to."""
+    if not out.is_symlink():
+        out.mkdir(parents=True, exist_ok=True)
+        return
+    place = Path(os.path.realpath(out))
+    if not place.parent.is_dir():
+        raise UserError(
+            f"leads to {place}, whose folder is not there", where=out, mend="is its disk mounted?"
+        )
+    place.mkdir(exist_ok=True)
+
+
 def _refuse_existing(out: Path, place: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(place):
         return
@@ -374,13 +387,21 @@ def _rename(temporary: Path, place: Path, where: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(place):
             raise _changed(where) from None
-        raise
+        if error.errno != errno.EXDEV or temporary.parent == place.parent:
+            raise
+        # Bind mounts and quotas of projects part what looks like one file system.
+        _copied_beside(temporary, place).rename(place)
 
 
 def _same_file_system(temporary: Path, place: Path) -> Path:
     """The finished folder, copied beside its place where a rename cannot bring it there."""
     if temporary.stat().st_dev == place.parent.stat().st_dev:
         return temporary
+    return _copied_beside(temporary, place)
+
+
+def _copied_beside(temporary: Path, place: Path) -> Path:
+    """Move a finished folder beside its place by copying it."""
     copy = beside(place, f"{os.getpid()}.partial")
     try:
         shutil.copytree(temporary, copy, symlinks=True)
