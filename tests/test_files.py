@@ -21,6 +21,7 @@ from koine.files import (
     disk_errors,
     exclusive,
     explain,
+    make_folder,
     publish_directory,
     read_json,
     walk,
@@ -209,6 +210,16 @@ def test_a_link_is_written_where_it_leads(tmp_path: Path) -> None:
     ]
 
 
+def test_a_folder_to_write_in_is_made_where_its_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("there")
+    for _ in range(2):
+        make_folder(tmp_path / "out")
+        assert (tmp_path / "there").is_dir()
+    (tmp_path / "away").symlink_to("mount/there")
+    with pytest.raises(UserError, match="is its disk mounted"):
+        make_folder(tmp_path / "away")
+
+
 def test_a_link_to_a_disk_that_is_away_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "mount/run/out")
     with pytest.raises(UserError, match="is its disk mounted"), atomic_directory(tmp_path / "out"):
@@ -267,6 +278,22 @@ def test_a_rename_to_another_file_system_becomes_a_copy(tmp_path: Path) -> None:
         assert names(tmp_path) == ["link", "missing"]
     finally:
         shutil.rmtree(other)
+
+
+def test_a_rename_that_the_system_calls_cross_device_becomes_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path, "work/new", "there/old/x")
+    real = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    publish_directory(tmp_path / "work", tmp_path / "there/old")
+    assert names(tmp_path) == ["there", "there/old", "there/old/new"]
 
 
 # Files

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import cases_command, cases_loading, cases_merge, cases_mixture, cases_model, cases_plan, cases_text
+from . import (
+    cases_command,
+    cases_loading,
+    cases_merge,
+    cases_mixture,
+    cases_model,
+    cases_output,
+    cases_plan,
+    cases_text,
+)
 from .case import Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
@@ -18,6 +27,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Merging": cases_merge.CASES,
     "Mixtures of experts": cases_mixture.CASES,
     "Plans and runs": cases_plan.CASES,
+    "Outputs and what the system refuses": cases_output.CASES,
 }
 
 HEAD = """\

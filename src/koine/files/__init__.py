@@ -10,11 +10,13 @@ from koine.files.outputs import (
     check_output_file,
     claim,
     leftovers,
+    make_folder,
     publish_directory,
     recover,
     refuse_inside,
     refuse_replacing,
     state_of,
+    told_of,
 )
 from koine.files.system_errors import disk_errors, explain
 from koine.files.walk import copy_tree, walk
@@ -49,6 +51,7 @@ __all__ = [
     "fsync_tree",
     "leftovers",
     "parse_json",
+    "make_folder",
     "publish_directory",
     "read_json",
     "read_json_object",
@@ -59,6 +62,7 @@ __all__ = [
     "sha256_file",
     "state_of",
     "to_json",
+    "told_of",
     "walk",
     "write_atomically",
     "write_json",

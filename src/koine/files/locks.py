@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -90,6 +91,8 @@ def _release(path: Path, descriptor: int) -> None:
     try:
         # A file with content is somebody else's that happens to have this name.
         if _is_still(path, descriptor) and os.fstat(descriptor).st_size == 0:
-            path.unlink()
+            # What was done under the lock is done: an empty file that cannot be removed spoils nothing.
+            with contextlib.suppress(OSError):
+                path.unlink()
     finally:
         os.close(descriptor)

@@ -89,7 +89,7 @@ def claim(
         if overwrite:
             refuse_replacing(out, reads)
         _refuse_existing(out, place, overwrite=overwrite)
-        with _parents(out, place), _locked(out, place):
+        with _parents(out, place), _locked(out, place), told_of(out, place.with_name(f".{place.name[:40]}")):
             _refuse_existing(out, place, overwrite=overwrite)
             yield Claim(out, place, state_of(place))
 
@@ -165,6 +165,19 @@ def real_folder(out: Path) -> Path:
     return place
 
 
+def make_folder(out: Path) -> None:
+    """Make a folder to write in, with those above it; where it is a link, what that leads to."""
+    if not out.is_symlink():
+        out.mkdir(parents=True, exist_ok=True)
+        return
+    place = Path(os.path.realpath(out))
+    if not place.parent.is_dir():
+        raise UserError(
+            f"leads to {place}, whose folder is not there", where=out, mend="is its disk mounted?"
+        )
+    place.mkdir(exist_ok=True)
+
+
 def _refuse_existing(out: Path, place: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(place):
         return
@@ -190,14 +203,14 @@ def atomic_directory(out: Path, *, overwrite: bool = False, reads: Iterable[Path
     with claim(out, overwrite=overwrite, reads=reads) as claimed:
         temporary = claimed.beside(f"{os.getpid()}.partial")
         temporary.mkdir()
-        with _told_of(claimed.out, temporary), _removed_on_failure(claimed.out, temporary):
+        with _removed_on_failure(claimed.out, temporary):
             yield temporary
             claimed.publish(temporary)
 
 
 @contextmanager
-def _told_of(out: Path, temporary: Path) -> Iterator[None]:
-    """The user knows `out`, not the name beside it."""
+def told_of(out: Path, temporary: Path) -> Iterator[None]:
+    """Tell errors about `temporary`, or what is inside it, of `out`: the user does not know the names beside it."""
     try:
         yield
     except UserError as error:
@@ -260,11 +273,10 @@ def atomic_file(out: Path, *, overwrite: bool = False, option: str = "--out") ->
         check_output_file(out, overwrite=overwrite, option=option)
         found = state_of(place)
         temporary = beside(place, f"{os.getpid()}.partial")
-        with _told_of(out, temporary), _removed_on_failure(out, temporary):
+        with told_of(out, temporary), _removed_on_failure(out, temporary):
             yield temporary
             fsync_file(temporary)
             _name_file(temporary, place, found, out)
-            fsync_directory(place.parent)
 
 
 def _name_file(temporary: Path, place: Path, found: State | None, out: Path) -> None:
@@ -273,11 +285,11 @@ def _name_file(temporary: Path, place: Path, found: State | None, out: Path) -> 
         if state_of(place) != found:
             raise _changed(out)
         temporary.replace(place)
+        fsync_directory(place.parent)
         return
     try:
         # A second name fails where the first is taken, which a rename does not.
         os.link(temporary, place)
-        temporary.unlink()
     except FileExistsError:
         raise _changed(out) from None
     except OSError as error:
@@ -286,6 +298,15 @@ def _name_file(temporary: Path, place: Path, found: State | None, out: Path) -> 
         if os.path.lexists(place):
             raise _changed(out) from None
         temporary.rename(place)
+    try:
+        fsync_directory(place.parent)
+    except OSError:
+        # It would not survive a power cut: it has not happened.
+        place.unlink()
+        raise
+    # The next command that writes here removes it, where it cannot be removed now.
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _changed(out: Path) -> UserError:
@@ -366,13 +387,21 @@ def _rename(temporary: Path, place: Path, where: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(place):
             raise _changed(where) from None
-        raise
+        if error.errno != errno.EXDEV or temporary.parent == place.parent:
+            raise
+        # Bind mounts and quotas of projects part what looks like one file system.
+        _copied_beside(temporary, place).rename(place)
 
 
 def _same_file_system(temporary: Path, place: Path) -> Path:
     """The finished folder, copied beside its place where a rename cannot bring it there."""
     if temporary.stat().st_dev == place.parent.stat().st_dev:
         return temporary
+    return _copied_beside(temporary, place)
+
+
+def _copied_beside(temporary: Path, place: Path) -> Path:
+    """Move a finished folder beside its place by copying it."""
     copy = beside(place, f"{os.getpid()}.partial")
     try:
         shutil.copytree(temporary, copy, symlinks=True)

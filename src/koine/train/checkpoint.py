@@ -17,7 +17,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from koine.errors import UserError, first_line
-from koine.files import disk_errors, fsync_tree, publish_directory, read_json, sha256_file, write_json
+from koine.files import (
+    disk_errors,
+    fsync_tree,
+    publish_directory,
+    read_json,
+    sha256_file,
+    told_of,
+    write_json,
+)
 from koine.train.checkpoint_index import INDEX, load_tensors, read_index, rewrite_index
 from koine.train.parallel import Ranks
 
@@ -55,7 +63,7 @@ def save(
     about: JSON-able. describe: called on the first rank, adds what a model directory holds besides its weights.
     """
     path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
-    with disk_errors(path), _removed_on_failure(partial, ranks):
+    with disk_errors(path), told_of(path, partial), _removed_on_failure(partial, ranks):
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
-from koine.files import clear_partials, disk_errors, exclusive, read_json, write_json
+from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.architecture import prepare, refuse_packed_documents
 from koine.train.export import model_tensors
@@ -79,7 +79,7 @@ def train(
     refuse_packed_documents(model, data.mixture, out)
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
         refuse_model(out, began_as)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         alone = exclusive(out / ".lock", doing="training in this folder") if ranks.first else nullcontext()
         with alone:
             _train(
