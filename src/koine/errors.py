@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-
 _LONGEST = 1500
 """Characters that a message shows of what is wrong: it may hold what stood in a file."""
 

@@ -24,7 +24,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -468,7 +468,8 @@ def try_file(kind: str, value: Any, work: Path) -> None:
     """Run what reads the file."""
     if kind == "manifest.json" and isinstance(value, dict):
         # Changed by hand it is found by its own hash: here whoever wrote it meant it so.
-        value = {**value, "sha256": digest_of(value)}
+        with suppress(UnicodeEncodeError):
+            value = {**value, "sha256": digest_of(value)}
     _file(kind, work).write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
     READERS[kind][2](work)
 

@@ -17,6 +17,7 @@ from koine.data.lines import in_utf8, lines
 from koine.data.tables import ALL, Columns, TableError, read_arrow, read_orc, read_parquet
 from koine.data.unpacking import COMPRESSIONS, unpacked
 from koine.errors import UserError, did_you_mean, first_line
+from koine.fields import check_file_name
 from koine.files import read_json
 
 TextUnit = Literal["paragraph", "line", "file"]
@@ -209,14 +210,15 @@ def _of_state(state: Path) -> list[Path]:
     """The files that `save_to_disk` of Hugging Face's `datasets` lists in a folder."""
     value = read_json(state)
     listed = value.get("_data_files") if isinstance(value, dict) else None
-    names = [item.get("filename") if isinstance(item, dict) else None for item in listed or ()]
-    if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in names):
+    items = listed if isinstance(listed, list) else [None]
+    names = [item.get("filename") if isinstance(item, dict) else None for item in items]
+    if not all(isinstance(name, str) and name for name in names):
         raise UserError(
             "lists no _data_files",
             where=state,
             mend="it is damaged; copy the data set again, or save it again",
         )
-    files = [state.parent / str(name) for name in names]
+    files = [state.parent / check_file_name("the name of a file", name, where=state) for name in names]
     for file in files:
         if not file.is_file():
             raise UserError(

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from koine.errors import UserError
-from koine.files import disk_errors, fsync_tree, publish_directory, read_json, sha256_file, write_json
+from koine.fields import Fields, check_number
+from koine.files import disk_errors, fsync_tree, publish_directory, read_json_object, sha256_file, write_json
 from koine.train.parallel import Ranks
 
 FORMAT = 1
@@ -115,10 +116,11 @@ def latest(folder: Path) -> Checkpoint | None:
 def read(path: Path, *, mend: str) -> Checkpoint:
     """A checkpoint, its files checked against their sha256; a `UserError` that names a damaged file, with this mend."""
     try:
-        about = read_json(path / "checkpoint.json")
+        about = read_json_object(path / "checkpoint.json")
+        _check(Fields(about, path))
         listed: dict[str, str] = about["files"]
         step = int(about["step"])
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError("damaged checkpoint", where=path / "checkpoint.json", mend=mend) from error
     if about.get("format") != FORMAT:
         raise UserError(f"checkpoint of format {about.get('format')}, not {FORMAT}", where=path, mend=mend)
@@ -127,6 +129,26 @@ def read(path: Path, *, mend: str) -> Checkpoint:
         if not file.is_file() or sha256_file(file) != digest:
             raise UserError("damaged checkpoint (its sha256 differs)", where=file, mend=mend)
     return Checkpoint(path, step, about)
+
+
+def _check(fields: Fields) -> None:
+    """Raise `UserError` where a field of a checkpoint's record is of another kind than the one that is written."""
+    fields.whole("step", low=0)
+    files = fields.inner("files")
+    for name in files.value:
+        files.text(name)
+    fields.inner("identity")
+    fields.inner("rounding")
+    for losses in (fields.entries("losses"), fields.entries("long_losses", [])):
+        for loss in losses:
+            check_number("a loss", loss)
+    best = fields.inner("best", None)
+    if best is not None:
+        best.whole("step", low=0)
+    try:
+        base64.b64decode(fields.text("random_state"), validate=True)
+    except ValueError:
+        raise fields.wrong("random_state", "base64") from None
 
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> None:
