@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from koine.errors import UserError
+from koine.json_files import parse_json, read_json, read_json_object
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+__all__ = [
+    "atomic_directory", "disk_errors", "exclusive", "fsync_directory", "fsync_file", "fsync_tree", "parse_json", "publish_directory",
+    "read_json", "read_json_object", "refuse_inside", "sha256_file", "write_atomically", "write_json",
+]  # fmt: skip
 
 
 @contextmanager
@@ -105,52 +108,6 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON, atomically."""
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n")
-
-
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises `ValueError`, in few words, for everything that Python cannot read or write again."""
-    try:
-        value = json.loads(text)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("a string holds half of a surrogate pair") from None
-    except json.JSONDecodeError:
-        raise
-    except ValueError:
-        # Python reads no whole number of more than 4,300 digits: the time would grow with their square.
-        raise ValueError("a whole number has thousands of digits") from None
-    return value
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing, unreadable or malformed one is the user's error, named."""
-    try:
-        return parse_json(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror or error})",
-            where=path,
-            mend="check the file and its permissions",
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"not valid JSON ({error})", where=path, mend="the file is damaged or truncated; write it again"
-        ) from error
-
-
-def read_json_object(
-    path: Path, *, mend: str = "the file is damaged or truncated; write it again"
-) -> dict[str, Any]:
-    """Read a JSON file that holds an object; anything else is the user's error, named."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError("is not a JSON object", where=path, mend=mend)
-    return value
 
 
 @contextmanager

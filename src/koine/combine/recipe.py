@@ -11,8 +11,8 @@ from typing import Any
 from koine.combine.methods import METHODS, MethodInfo
 from koine.errors import UserError, did_you_mean
 
-LARGEST = 1e6
-"""Of weights and factors; beyond, products of them leave the range of float32."""
+LARGEST = 1e30
+"""Of weights and factors: above it float32 holds none."""
 
 
 @dataclass(frozen=True, kw_only=True)

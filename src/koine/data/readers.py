@@ -77,7 +77,23 @@ _TABLES: dict[str, Callable[[IO[bytes], Columns], Iterator[Row]]] = {
 }
 KINDS = (*_TEXTS, *_TABLES)
 JSON = ".json"
-"""Read where it is named, and not in a folder: there it mostly describes the data beside it."""
+"""Read where it is named, or stands in a folder without other data: beside them it mostly describes them."""
+_DESCRIPTIONS = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+    "manifest.json",
+}
+_DESCRIPTIONS |= {
+    "artifact.json",
+    "metrics.json",
+    "report.json",
+    "roles.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def _kind_named(path: Path) -> str | None:
@@ -100,7 +116,8 @@ def _unknown_kind(path: Path) -> UserError:
         return UserError(
             f"an archive '{name}' is not read", where=path, mend="unpack it, and give the folder"
         )
-    known = [extension + packed for extension in (*KINDS, JSON) for packed in ("", *COMPRESSIONS)]
+    packed = path.suffix if path.suffix.lower() in COMPRESSIONS else ""
+    known = [extension + packed for extension in (*KINDS, JSON)]
     return UserError(
         f"a file of unknown kind '{name}'", where=path, mend=did_you_mean("".join(path.suffixes[-2:]), known)
     )
@@ -173,7 +190,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
         raise UserError(
             "no such file or folder", where=path, mend=did_you_mean(path.name, nearby) if nearby else None
         )
-    found = _below(path)
+    found = _below(path) or _json_files(path)
     if split != "all":
         wanted = split_of(Path(split), Path()) or split
         kept = [file for file in found if split_of(file, path) in (None, wanted)]
@@ -190,6 +207,18 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
             mend=f"known kinds: {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}",
         )
     return found
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """The `.json` files of a folder that holds no other data, without those that describe it."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if _kind_named(file) == JSON
+        and file.is_file()
+        and not file.name.startswith(".")
+        and file.name not in _DESCRIPTIONS
+    ]
 
 
 def _below(folder: Path) -> list[Path]:

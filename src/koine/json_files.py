@@ -1,0 +1,58 @@
+"""JSON files of ours and of models, read by everything through one function: what cannot be read is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises `ValueError`, in few words, for everything that Python cannot read or write again."""
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half of a surrogate pair") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        # Python reads no whole number of more than 4,300 digits: the time would grow with their square.
+        raise ValueError("a whole number has thousands of digits") from None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing, unreadable or malformed one is the user's error, named."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=path) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror or error})",
+            where=path,
+            mend="check the file and its permissions",
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"not valid JSON ({error})", where=path, mend="the file is damaged or truncated; write it again"
+        ) from error
+
+
+def read_json_object(
+    path: Path, *, mend: str = "the file is damaged or truncated; write it again"
+) -> dict[str, Any]:
+    """Read a JSON file that holds an object; anything else is the user's error, named."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError("is not a JSON object", where=path, mend=mend)
+    return value
