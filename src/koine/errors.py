@@ -10,6 +10,9 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+_LONGEST = 1500
+"""Characters that a message shows of what is wrong: it may hold what stood in a file."""
+
 
 class KoineWarning(UserWarning):
     """Something that works but that the user should know of (a source repeated too often, for example)."""
@@ -22,7 +25,8 @@ class UserError(Exception):
         self.what = what
         self.where = None if where is None else str(where)
         self.mend = mend
-        line = what if self.where is None else f"{self.where}: {what}"
+        shown = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}..."
+        line = shown if self.where is None else f"{self.where}: {shown}"
         if mend:
             line = f"{line}; {mend}"
         super().__init__(printable(" ".join(line.split())))

@@ -117,6 +117,18 @@ def check_choice(name: str, value: Any, choices: Collection[str], *, where: str 
     return value
 
 
+def check_file_name(name: str, value: Any, *, where: str | Path | None = None) -> str:
+    """`value` where it is the name of a file beside the one that names it, else a `UserError`: no path leads elsewhere."""
+    if (
+        not isinstance(value, str)
+        or value in ("", ".", "..")
+        or any(character in value for character in "/\\\0")
+        or len(value.encode("utf-8", "surrogatepass")) > 255
+    ):
+        raise _wrong(name, value, "the name of a file in the same folder", where)
+    return value
+
+
 class Fields:
     """The fields of a JSON object. `null` is the same as left out, as in `transformers`.
 

@@ -43,7 +43,7 @@ CASES = (
         mistake="a manifest that is JSON and no manifest",
         command=PRETRAIN,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.written("tokens/manifest.json", "[]")),
-        says="tokens/manifest.json: is no JSON object; it is damaged; tokenize again",
+        says="tokens/manifest.json: is not a JSON object; it is damaged; tokenize again",
     ),
     Case(
         mistake="the same token shards twice",

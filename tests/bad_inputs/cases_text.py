@@ -59,13 +59,13 @@ CASES = (
         mistake="an empty folder",
         command="tokenizer train --data texts --vocab-size 300 --out new",
         prepare=lambda folder: (folder / "texts").mkdir(),
-        says="texts: holds no data files; known kinds: .txt, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, also with .gz, .xz, .zst",
+        says="texts: holds no data files; known kinds: .txt, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .feather, .orc, also with .gz, .bz2, .xz, .zst",
     ),
     Case(
         mistake="a kind of file that is not read",
         command="tokenizer train --data text.docx --vocab-size 300 --out new",
         prepare=worlds.written("text.docx", "x"),
-        says="text.docx: a file of unknown kind '.docx'; did you mean '.ndjson.xz' or '.ndjson' or '.csv.xz'?",
+        says="text.docx: a file of unknown kind '.docx'; did you mean '.orc' or '.ndjson'?",
     ),
     Case(
         mistake="a compressed file cut short",

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from . import (
     cases_command,
+    cases_configuration,
     cases_loading,
     cases_merge,
     cases_mixture,
     cases_model,
     cases_output,
     cases_plan,
+    cases_readers,
     cases_text,
 )
 from .case import Case
@@ -22,6 +24,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 SECTIONS: dict[str, tuple[Case, ...]] = {
     "The command line and the installation": cases_command.CASES,
     "Text, tokenizers, token shards, mixtures": cases_text.CASES,
+    "Data files and odd records": cases_readers.CASES,
+    "Configurations": cases_configuration.CASES,
     "Models, training, evaluation, chat": cases_model.CASES,
     "Opening models": cases_loading.CASES,
     "Merging": cases_merge.CASES,

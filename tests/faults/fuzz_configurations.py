@@ -24,7 +24,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -243,7 +243,7 @@ def _base_of_settings() -> Any:
 def try_settings(_: str, value: Any, work: Path) -> None:
     """Train two steps; the weights that are saved must be finite."""
     from koine.train import train
-    from koine.train.objectives import pretraining
+    from koine.train.objectives import language_modelling
     from koine.train.settings import TrainSettings
 
     settings = TrainSettings(**value)
@@ -252,7 +252,7 @@ def try_settings(_: str, value: Any, work: Path) -> None:
         torch.manual_seed(0)
         model = Decoder(dataclasses.replace(CONFIGURATIONS["cohere2 config.json"], vocab_size=_vocabulary()))
         data = DataOrder(Mixture.from_json(_base_of_mixture()), verify=False)
-        train(model, pretraining, data, settings, out=work / "out", tokenizer=None, progress=False)
+        train(model, language_modelling, data, settings, out=work / "out", tokenizer=None, progress=False)
     finally:
         torch.set_num_threads(threads)
     trained = load_model(work / "out")
@@ -328,19 +328,9 @@ def try_sampling(kind: str, value: Any, work: Path) -> None:
 
 
 def _base_of_recipe(kind: str) -> Any:
-    method = kind.split()[1]
-    value: dict[str, Any] = {
-        "method": method,
-        "weights": [0.5, 0.5],
-        "seed": 0,
-        "tokenizer": "first",
-        "unrelated": False,
-    }
-    value |= {"dtype": "float32", "max_shard_bytes": 10**9, "weights_for": []}
-    value["options"] = {"slerp": {"t": 0.5}, "linear": {"normalize": True}}.get(
-        method, {"density": 0.5, "scale": 1.0}
-    )
-    return {**value, "weights": [] if method == "slerp" else value["weights"]}
+    options = {"slerp": {"t": 0.5}, "linear": {"weights": [0.5, 0.5]}}
+    mine = options.get(kind.split()[1], {"weights": [0.5, 0.5], "density": 0.5, "scale": 1.0})
+    return {**mine, "tokenizer": "first", "dtype": "float32", "max-shard-size": "5GB", "threads": 1}
 
 
 def try_recipe(kind: str, value: Any, work: Path) -> None:
@@ -349,24 +339,20 @@ def try_recipe(kind: str, value: Any, work: Path) -> None:
 
     from koine.cli.main import cli
 
-    if not isinstance(value, dict):
-        raise UserError("no options")
+    method = kind.split()[1]
     words = [
         "merge",
-        kind.split()[1],
+        method,
         str(worlds.built("model")),
         str(worlds.built("branch")),
         "--out",
         str(work / "out"),
     ]
-    if kind.split()[1] in ("ties", "dare-ties", "task-arithmetic"):
+    if method == "ties":
         words += ["--base", str(worlds.built("model"))]
-    options = {**value, **(value["options"] if isinstance(value.get("options"), dict) else {})}
-    for name in ("weights", "density", "scale", "t", "seed", "dtype", "max_shard_bytes", "tokenizer"):
-        if name in options and options[name] not in ([], None):
-            entry = options[name]
-            text = ",".join(map(str, entry)) if isinstance(entry, list) else str(entry)
-            words += [f"--{name.replace('_', '-')}", text.replace("\ud800", "?")]
+    for name, entry in value.items():
+        text = ",".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+        words += [f"--{name}", text.replace("\ud800", "?").replace("\0", "?")]
     cli.main(words, standalone_mode=False)
     for file in (work / "out").glob("*.safetensors"):
         if not all(torch.isfinite(tensor).all() for tensor in load_file(file).values()):
@@ -482,7 +468,8 @@ def try_file(kind: str, value: Any, work: Path) -> None:
     """Run what reads the file."""
     if kind == "manifest.json" and isinstance(value, dict):
         # Changed by hand it is found by its own hash: here whoever wrote it meant it so.
-        value = {**value, "sha256": digest_of(value)}
+        with suppress(UnicodeEncodeError):
+            value = {**value, "sha256": digest_of(value)}
     _file(kind, work).write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
     READERS[kind][2](work)
 

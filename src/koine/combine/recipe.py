@@ -11,6 +11,9 @@ from typing import Any
 from koine.combine.methods import METHODS, MethodInfo
 from koine.errors import UserError, did_you_mean
 
+LARGEST = 1e30
+"""Of weights and factors: above it float32 holds none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -74,6 +77,10 @@ def check_recipe(recipe: Recipe) -> None:
             )
         if not all(math.isfinite(weight) for weight in weights):
             raise UserError(f"the weights are {', '.join(map(str, weights))}", mend="they must be numbers")
+        if any(abs(weight) > LARGEST for weight in weights):
+            raise UserError(
+                f"the weights are {', '.join(map(str, weights))}", mend=f"they must not be above {LARGEST:g}"
+            )
         divided = recipe.options.get(
             "normalize", info.parameters.get("normalize") and info.parameters["normalize"].default
         )
@@ -92,6 +99,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name, value in recipe.options.items():
         if not math.isfinite(value):
             raise UserError(f"{name} is {value}", where=f"--{name}", mend="it must be a number")
+        if abs(value) > LARGEST:
+            raise UserError(f"{name} is {value}", where=f"--{name}", mend=f"it must not be above {LARGEST:g}")
     t = recipe.options.get("t")
     if t is not None and not 0.0 <= t <= 1.0:
         raise UserError(f"t is {t}", where="--t", mend="it must lie between 0 and 1")

@@ -24,7 +24,8 @@ from torch import Tensor
 from koine.combine.branches import Branch, open_branches
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
-from koine.files import read_json, sha256_file, write_json
+from koine.fields import Fields
+from koine.files import read_json_object, sha256_file, write_json
 from koine.model.block_tensors import split_stored
 from koine.model.carried_files import carry_files
 from koine.model.checkpoint import save_stored
@@ -234,9 +235,31 @@ def write_record(out: Path, **content: object) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of `mixture.json`; empty where there is none."""
-    where = path / RECORD
-    content = read_json(where) if where.exists() else {}
-    if not isinstance(content, dict):
-        raise UserError("is not a JSON object", where=where, mend="remove it, or upcycle again")
+    """The content of `mixture.json`; empty where there is none. Raises `UserError` where it is none that was written here."""
+    where, mend = path / RECORD, "remove it, or upcycle again"
+    if not where.exists():
+        return {}
+    content = read_json_object(where, mend=mend)
+    fields = Fields(content, where, whole_file=mend)
+    _check_sources(fields.inner("experts", {}))
+    for change in fields.entries("changes", []):
+        one = Fields(change, where, whole_file=mend)
+        _check_sources(one.inner("added", {}))
+        one.text("removed", None)
+        one.number("share", 0.5 if "added" in change else None, low=0, high=1 - 1e-9)
+    # What is null is not there, for those that read it too.
+    content = {name: entry for name, entry in content.items() if entry is not None}
+    if "changes" in content:
+        content["changes"] = [
+            {name: entry for name, entry in change.items() if entry is not None}
+            for change in content["changes"]
+        ]
     return content
+
+
+def _check_sources(models: Fields) -> None:
+    """Names of models, each with its path and the sha256 of its weights."""
+    for name in models.value:
+        source = models.inner(name)
+        source.text("path")
+        source.text("sha256")

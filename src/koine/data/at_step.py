@@ -8,6 +8,7 @@ from typing import Any
 from koine.data.mixture import Mixture
 from koine.data.order import DataOrder
 from koine.errors import UserError
+from koine.fields import Fields
 from koine.files import read_json, sha256_file
 from koine.tokenizer import load_tokenizer
 
@@ -26,16 +27,18 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
             where=model,
             mend="only a model that `koine train` or a plan built knows its data",
         )
-    trained = read_json(record)
-    mixture = Mixture.from_json(trained["mixture"], where=record)
+    trained = Fields(
+        read_json(record), record, whole_file="it is damaged; train again, or copy the folder again"
+    )
+    mixture = Mixture.from_json(trained.get("mixture"), where=record)
+    trained_on = trained.inner("identity").inner("sources")
     order = DataOrder(mixture)
-    trained_on = trained["identity"]["sources"]
     tokenizer = load_tokenizer(model)
     if tokenizer.fingerprint != order.tokenizer_fingerprint:
         raise UserError("the token shards were made with another tokenizer", where=model)
     paths = {source.name: source.path for phase in mixture.phases for source in phase.all_sources}
     for name, path in paths.items():
-        if sha256_file(path / "manifest.json") != trained_on[name]:
+        if sha256_file(path / "manifest.json") != trained_on.text(name):
             raise UserError(
                 "these token shards are not the ones that the model was trained on",
                 where=path,

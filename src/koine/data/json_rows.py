@@ -89,10 +89,8 @@ def _spans_lines(first: list[bytes | str]) -> bool:
     except (ValueError, RecursionError):
         # An object of very many lines: a bracket alone, and then a key.
         return len(filled) > 1 and filled[0].strip() == b"{" and filled[1].lstrip().startswith(b'"')
-    rest = text[end:].lstrip()
-    return isinstance(value, dict) and (
-        end > len(filled[0].decode("utf-8", "replace")) or rest.startswith("{")
-    )
+    line = filled[0].decode("utf-8", "replace")
+    return isinstance(value, dict) and (end > len(line) or line[end:].lstrip().startswith("{"))
 
 
 def _values(blocks: Iterator[bytes | str]) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from koine.data.lines import in_utf8, lines
 from koine.data.tables import ALL, Columns, TableError, read_arrow, read_orc, read_parquet
 from koine.data.unpacking import COMPRESSIONS, unpacked
 from koine.errors import UserError, did_you_mean, first_line
+from koine.fields import check_file_name
 from koine.files import read_json, walk
 
 TextUnit = Literal["paragraph", "line", "file"]
@@ -76,7 +77,23 @@ _TABLES: dict[str, Callable[[IO[bytes], Columns], Iterator[Row]]] = {
 }
 KINDS = (*_TEXTS, *_TABLES)
 JSON = ".json"
-"""Read where it is named, and not in a folder: there it mostly describes the data beside it."""
+"""Read where it is named, or stands in a folder without other data: beside them it mostly describes them."""
+_DESCRIPTIONS = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+    "manifest.json",
+}
+_DESCRIPTIONS |= {
+    "artifact.json",
+    "metrics.json",
+    "report.json",
+    "roles.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def _kind_named(path: Path) -> str | None:
@@ -99,7 +116,8 @@ def _unknown_kind(path: Path) -> UserError:
         return UserError(
             f"an archive '{name}' is not read", where=path, mend="unpack it, and give the folder"
         )
-    known = [extension + packed for extension in (*KINDS, JSON) for packed in ("", *COMPRESSIONS)]
+    packed = path.suffix if path.suffix.lower() in COMPRESSIONS else ""
+    known = [extension + packed for extension in (*KINDS, JSON)]
     return UserError(
         f"a file of unknown kind '{name}'", where=path, mend=did_you_mean("".join(path.suffixes[-2:]), known)
     )
@@ -172,7 +190,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
         raise UserError(
             "no such file or folder", where=path, mend=did_you_mean(path.name, nearby) if nearby else None
         )
-    found = _below(path)
+    found = _below(path) or _json_files(path)
     if split != "all":
         wanted = split_of(Path(split), Path()) or split
         kept = [file for file in found if split_of(file, path) in (None, wanted)]
@@ -189,6 +207,18 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
             mend=f"known kinds: {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}",
         )
     return found
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """The `.json` files of a folder that holds no other data, without those that describe it."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if _kind_named(file) == JSON
+        and file.is_file()
+        and not file.name.startswith(".")
+        and file.name not in _DESCRIPTIONS
+    ]
 
 
 def _below(folder: Path) -> list[Path]:
@@ -210,20 +240,16 @@ def _of_state(state: Path) -> list[Path]:
     """The files that `save_to_disk` of Hugging Face's `datasets` lists in a folder."""
     value = read_json(state)
     listed = value.get("_data_files") if isinstance(value, dict) else None
-    names = [item.get("filename") if isinstance(item, dict) else None for item in listed or ()]
-    if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in names):
+    items = listed if isinstance(listed, list) else [None]
+    names = [item.get("filename") if isinstance(item, dict) else None for item in items]
+    if not all(isinstance(name, str) and name for name in names):
         raise UserError(
             "lists no _data_files",
             where=state,
             mend="it is damaged; copy the data set again, or save it again",
         )
-    files = [state.parent / str(name) for name in names]
-    for name, file in zip(names, files, strict=True):
-        # What lies elsewhere is not in the folder's fingerprint.
-        if Path(str(name)).is_absolute() or ".." in Path(str(name)).parts:
-            raise UserError(
-                f"lists '{name}', which leads out of its folder", where=state, mend="save it again"
-            )
+    files = [state.parent / check_file_name("the name of a file", name, where=state) for name in names]
+    for file in files:
         if not file.is_file():
             raise UserError(
                 f"is missing; {state.name} lists it",

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from koine.errors import UserError
-from koine.files import read_json, sha256_file
+from koine.fields import Fields, check_file_name, shown
+from koine.files import read_json_object, sha256_file
 
 FORMAT = 1
 
@@ -42,6 +43,43 @@ class DocumentInfo:
     bytes: int
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The content of a `manifest.json`. Raises `UserError` where it is damaged, of another format, or not what was written."""
+    manifest = read_json_object(path, mend="it is damaged; tokenize again")
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"has format {shown(manifest.get('format'))}, this version reads {FORMAT}",
+            where=path.parent,
+            mend="tokenize again",
+        )
+    if manifest.get("sha256") != digest_of(manifest):
+        raise UserError(
+            "does not match its own sha256", where=path, mend="it was changed or damaged; tokenize again"
+        )
+    fields = Fields(manifest, path, whole_file="tokenize again")
+    chat = fields.flag("chat")
+    fields.text("tokenizer")
+    fields.text("dtype", choices=("uint16", "uint32"))
+    fields.whole("vocab_size", low=1)
+    files = fields.inner("files")
+    for name in files.value:
+        check_file_name("the name of a file", name, where=path)
+        about = files.inner(name)
+        about.whole("bytes", low=0)
+        about.text("sha256")
+    for shard in fields.entries("shards"):
+        check_file_name("a shard", shard, where=path)
+        for ending in (".tokens", ".offsets", ".documents.parquet", *([".mask"] if chat else [])):
+            if shard + ending not in files.value:
+                raise UserError(f"lists no {shard}{ending}", where=path, mend="tokenize again")
+    languages = fields.inner("languages")
+    for code in languages.value:
+        totals = languages.inner(code)
+        for what in ("documents", "tokens", "bytes"):
+            totals.whole(what, low=0)
+    return manifest
+
+
 class TokenSource:
     """A folder of token shards, opened for reading. Documents are numbered through all shards.
 
@@ -56,23 +94,7 @@ class TokenSource:
                 where=self.path,
                 mend="write them with `koine data tokenize`",
             )
-        self.manifest: dict[str, Any] = read_json(self.path / "manifest.json")
-        if not isinstance(self.manifest, dict):
-            raise UserError(
-                "is no JSON object", where=self.path / "manifest.json", mend="it is damaged; tokenize again"
-            )
-        if self.manifest.get("format") != FORMAT:
-            raise UserError(
-                f"has format {self.manifest.get('format')}, this version reads {FORMAT}",
-                where=self.path,
-                mend="tokenize again",
-            )
-        if self.manifest.get("sha256") != digest_of(self.manifest):
-            raise UserError(
-                "does not match its own sha256",
-                where=self.path / "manifest.json",
-                mend="it was changed or damaged; tokenize again",
-            )
+        self.manifest: dict[str, Any] = read_manifest(self.path / "manifest.json")
         self._check_files(verify)
         dtype = np.dtype(self.manifest["dtype"])
         self._tokens, self._masks, offsets = [], [], []

@@ -17,11 +17,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from koine.errors import UserError, first_line
+from koine.fields import Fields, check_file_name, check_number
 from koine.files import (
     disk_errors,
     fsync_tree,
     publish_directory,
-    read_json,
+    read_json_object,
     sha256_file,
     told_of,
     write_json,
@@ -137,39 +138,42 @@ def read(path: Path, *, mend: str) -> Checkpoint:
     """A checkpoint, its files checked against their sha256; a `UserError` that names a damaged file, with this mend."""
     where = path / "checkpoint.json"
     try:
-        about = read_json(where)
-        step = about["step"]
-        listed = about["files"]
-        whole = _has_its_fields(about)
-    except (UserError, KeyError, TypeError, ValueError) as error:
+        about = read_json_object(where)
+        if about.get("format", FORMAT) == FORMAT:
+            _check(Fields(about, path))
+    except UserError as error:
         raise UserError("damaged checkpoint", where=where, mend=mend) from error
     if about.get("format") != FORMAT:
         raise UserError(f"checkpoint of format {about.get('format')}, not {FORMAT}", where=path, mend=mend)
-    if not whole:
-        raise UserError("damaged checkpoint", where=where, mend=mend)
-    for name, digest in listed.items():
+    for name, digest in about["files"].items():
         file = path / name
         if not file.is_file() or sha256_file(file) != digest:
             raise UserError("damaged checkpoint (its sha256 differs)", where=file, mend=mend)
-    return Checkpoint(path, step, about)
+    return Checkpoint(path, about["step"], about)
 
 
-def _has_its_fields(about: dict[str, Any]) -> bool:
-    """Whether the content of `checkpoint.json` has the fields of one, of their types, and files of its own folder alone."""
-    files, losses = about["files"], [about.get("losses", []), about.get("long_losses", [])]
-    kinds = {"identity": dict, "rounding": dict, "random_state": str}
-    best = about.get("best")
-    return (
-        type(about["step"]) is int
-        and about["step"] >= 0
-        and isinstance(files, dict)
-        and INDEX in files
-        and all(type(digest) is str and Path(name).name == name for name, digest in files.items())
-        and all(isinstance(about.get(name), kind) for name, kind in kinds.items())
-        and all(isinstance(one, list) and all(type(loss) is float for loss in one) for one in losses)
-        and (best is None or (isinstance(best, dict) and type(best.get("step")) is int))
-        and len(base64.b64decode(about["random_state"], validate=True)) == torch.get_rng_state().numel()
-    )
+def _check(fields: Fields) -> None:
+    """Raise `UserError` where a field of a checkpoint's record is of another kind than the one that is written."""
+    fields.whole("step", low=0)
+    files = fields.inner("files")
+    for name in files.value:
+        check_file_name("the name of a file", name)
+        files.text(name)
+    files.text(INDEX)
+    fields.inner("identity")
+    fields.inner("rounding")
+    for losses in (fields.entries("losses"), fields.entries("long_losses", [])):
+        for loss in losses:
+            check_number("a loss", loss)
+    best = fields.inner("best", None)
+    if best is not None:
+        best.whole("step", low=0)
+    try:
+        state = base64.b64decode(fields.text("random_state"), validate=True)
+    except ValueError:
+        raise fields.wrong("random_state", "base64") from None
+    if len(state) != torch.get_rng_state().numel():
+        raise fields.wrong("random_state", "a whole random state")
 
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
+from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.architecture import prepare, refuse_packed_documents
@@ -102,11 +103,13 @@ def _train(
 ) -> None:
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
-        before = read_json(out / "training.json")
-        refuse_difference(before["identity"], what, out)
+        where = out / "training.json"
+        before = Fields(read_json(where), where, whole_file="it is damaged; choose another --out")
+        refuse_difference(before.inner("identity").value, what, out)
         if ranks.first:
             # A kill may have come between the model and this.
-            drop_checkpoints(out, before.get("best"))
+            best_before = before.inner("best", None)
+            drop_checkpoints(out, best_before and {"step": best_before.whole("step", low=0)})
         if progress and ranks.first:
             print(f"{out}: complete already, nothing to do")
         return
