@@ -173,12 +173,6 @@ CASES = (
         says="llama/config.json: the field 'attn_implementation' names code to fetch (acme/fast-attention), which is never run; remove the field",
     ),
     Case(
-        mistake="a model type that nobody knows",
-        command=EVALUATE,
-        prepare=llama(configured(model_type="lama")),
-        says="llama/config.json: the model_type 'lama' is unknown to transformers …; check its spelling, or upgrade transformers",
-    ),
-    Case(
         mistake="a configuration without a model type",
         command=EVALUATE,
         prepare=llama(configured(model_type=None)),

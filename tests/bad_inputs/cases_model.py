@@ -400,7 +400,7 @@ CASES = (
         mistake="a type of model that nobody knows",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="lama")),
-        says="model: transformers cannot open it as a causal LM (The checkpoint you are trying to load has model type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the checkpoint, or because your version of Transformers is out of date.); check config.json and the weights, or upgrade transformers",
+        says="model/config.json: the model_type 'lama' is unknown to transformers …; check its spelling, or upgrade transformers",
     ),
     Case(
         mistake="a tokenizer with more ids than the model",

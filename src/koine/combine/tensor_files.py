@@ -78,7 +78,6 @@ class Checkpoint(Mapping[str, Entry]):
         self.entries: dict[str, Entry] = {}
         refuse_other_tokenizer(path)
         files = weight_files(path)
-        verify(files)
         for file in files:
             for name, entry in _header(file).items():
                 if name in self.entries:
@@ -88,6 +87,7 @@ class Checkpoint(Mapping[str, Entry]):
                         mend="the folder holds the shards of two models",
                     )
                 self.entries[name] = entry
+        verify(files)
         self._descriptors = {
             file: os.open(file, os.O_RDONLY) for file in {entry.file for entry in self.entries.values()}
         }

@@ -72,7 +72,6 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.files = weight_files(path)
-        verify(self.files)
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for shard in self.files:
@@ -80,6 +79,7 @@ class StoredWeights(Mapping[str, Tensor]):
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 self._files[key] = file
                 self._shapes[key] = tuple(file.get_slice(key).get_shape())
+        verify(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header alone."""

@@ -12,7 +12,6 @@ from koine.model.head import accepted, probe_tokens, read_logits
 Continuing = Literal["chunks", "tokens", "none"]
 """After a cache come any number of tokens, one token, or nothing that is right (the whole text is then read for every token)."""
 
-FIRST, SECOND = 7, 12
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits, of the largest logit, that rounding explains."""
 
@@ -28,14 +27,15 @@ def cache_name(inner: Any) -> str | None:
 def continuing(inner: Any) -> Continuing:
     """How a model may go on from its cache, compared with reading a short text at once."""
     name = cache_name(inner)
-    if name is None:
+    if name is None or probe_tokens(inner).shape[1] < 6:
         return "none"
     device = next(iter(inner.parameters())).device
     ids = probe_tokens(inner)[:1].to(device)
     whole = read_logits(inner, {"input_ids": ids, "use_cache": False})[0]
-    tried: list[tuple[Continuing, tuple[int, ...]]] = [("chunks", (FIRST, SECOND)), ("tokens", (SECOND,))]
+    time = int(ids.shape[1])
+    tried: list[tuple[Continuing, list[int]]] = [("chunks", [time // 2, time - 2]), ("tokens", [time - 2])]
     for kind, cuts in tried:
-        ends = [*cuts, SECOND + 1, SECOND + 2]
+        ends = [*cuts, time - 1, time]
         if _agrees(inner, name, ids, whole, ends):
             return kind
     return "none"

@@ -29,8 +29,7 @@ from koine.evaluate.long_context.tasks import (
 )
 
 if TYPE_CHECKING:
-    from koine.model.weight_files import refuse_adapter
-from koine.tokenizer import Tokenizer
+    from koine.tokenizer import Tokenizer
 
 DEFAULT_LENGTHS = (512, 2048)
 DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -96,6 +95,7 @@ def evaluate_long_context(
     from koine.evaluate.whole import check_vocabulary, open_model
     from koine.hardware import check_device
     from koine.languages import language as find_language
+    from koine.model.weight_files import refuse_adapter
     from koine.tokenizer import load_tokenizer
 
     chosen = _checked_tasks(tasks)
