@@ -144,9 +144,12 @@ CASES = (
         prepare=worlds.having(
             "model",
             "branch",
-            then=worlds.written(
-                "branch/model.safetensors.index.json",
-                '{"weight_map": {"model.norm.weight": "model-2.safetensors"}}',
+            then=worlds.both(
+                worlds.removed("branch/model.safetensors"),
+                worlds.written(
+                    "branch/model.safetensors.index.json",
+                    '{"weight_map": {"model.norm.weight": "model-2.safetensors"}}',
+                ),
             ),
         ),
         says="branch: the shard model-2.safetensors is missing; copy the whole folder again",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import cases_command, cases_merge, cases_mixture, cases_model, cases_plan, cases_text
+from . import cases_command, cases_merge, cases_mixture, cases_model, cases_plan, cases_text, cases_weights
 from .case import Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
@@ -15,6 +15,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Text, tokenizers, token shards, mixtures": cases_text.CASES,
     "Models, training, evaluation, chat": cases_model.CASES,
     "Merging": cases_merge.CASES,
+    "Weight files and what lies beside them": cases_weights.CASES,
     "Mixtures of experts": cases_mixture.CASES,
     "Plans and runs": cases_plan.CASES,
 }

@@ -39,7 +39,7 @@ def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
         elif not _all_equal(folders, files):
             if not all((folder / "model.safetensors").is_file() for folder in folders):
                 raise UserError(
-                    f"differ from those of {first}, and are not all safetensors",
+                    f"is another than that of {first}, and no safetensors file",
                     where=folders[1] / files[0],
                     mend="save the models again with a newer version of sentence-transformers",
                 )

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from koine.errors import KoineWarning, UserError
 from koine.files import read_json
 from koine.model.mixture_files import DOMAIN_ENCODER
-from koine.model.weight_files import INDEX, SINGLE, shard_names
+from koine.model.weight_files import INDEX, WHOLE
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -150,8 +150,10 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
 
 def _weights_read(model: Path) -> set[str]:
     """Names on top of the files whose weights are read; they need no word."""
-    if (model / SINGLE).is_file():
-        return {SINGLE}
+    if (model / WHOLE).is_file():
+        return {WHOLE}
     if (model / INDEX).is_file():
-        return {INDEX, *shard_names(model / INDEX)}
+        content = read_json(model / INDEX)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        return {INDEX, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
     return {path.name for path in model.glob("*.bin*")}

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from koine.errors import UserError
-from koine.files import disk_errors, write_json
+from koine.files import disk_errors, read_json, write_json
 from koine.model.block_tensors import join_stored, split_stored
 from koine.model.config import ModelConfig
 from koine.model.config_json import read_config, to_json
 from koine.model.decoder import Decoder
-from koine.model.weight_files import weight_files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,24 +63,47 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
 
 
+def _shards(index: Path) -> list[str]:
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError("holds no weight_map", where=index, mend="the file is damaged; copy the folder again")
+    return sorted(set(shards.values()))
+
+
 class StoredWeights(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files, read one by one when asked for."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            names = _shards(index)
+        elif (path / "model.safetensors").exists():
+            names = ["model.safetensors"]
+        else:
+            raise UserError(
+                "holds no model.safetensors",
+                where=path,
+                mend="weights in another format must be converted first",
+            )
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for shard in weight_files(path):
+        for name in names:
+            if not (path / name).exists():
+                raise UserError(
+                    f"the shard {name} is missing", where=path, mend="copy the whole folder again"
+                )
             try:
-                file: Any = safe_open(shard, framework="pt")
+                file: Any = safe_open(path / name, framework="pt")
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     self._files[key] = file
                     self._shapes[key] = tuple(file.get_slice(key).get_shape())
             except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(
                     f"not a whole safetensors file ({error})",
-                    where=shard,
+                    where=path / name,
                     mend="it is truncated or damaged; copy or build it again",
                 ) from None
 

@@ -67,9 +67,11 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
         raise _damaged(file, str(error)) from None
 
 
-def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+def header_bytes(
+    layout: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The length and the header of a file that holds tensors of these names, dtypes and shapes one after another."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name, (dtype, shape) in layout.items():
         size = math.prod(shape) * BITS[dtype] // 8
@@ -212,7 +214,7 @@ def _entry(name: str, value: Any, data: int) -> HeaderEntry:
     bits = count * BITS[dtype]
     if bits >= _WORD or bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise _MalformedError(
-            f"{_shown(name)} has {offsets[1] - offsets[0]:,} bytes, and its shape needs {bits / 8:,.10g}"
+            f"{_shown(name)} has {offsets[1] - offsets[0]:,} bytes, and its shape needs {bits // 8:,}"
         )
     return HeaderEntry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
 

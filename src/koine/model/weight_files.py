@@ -1,62 +1,159 @@
-"""Which files of a model directory hold its weights: those that `transformers` would open."""
+"""Find the weight files of a model folder, as `transformers` chooses them where several lie side by side."""
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
 
 from koine.errors import UserError
 from koine.files import read_json
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory. Where a whole file and an index lie side by side, the whole file counts, as for `transformers`.
+def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
+    """The files that hold a folder's weights, in the order of their names.
 
-    Raises `UserError` where there are none, one is missing, or an index is damaged or names a file outside the folder.
+    The order of choice is that of `transformers`: what `transformers_weights` of config.json names, then `model.safetensors`, then the
+    index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
+
+    Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or lies outside the folder.
     """
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).exists():
+    refuse_adapter(folder)
+    named = _named_by_config(folder)
+    choices = [named] if named else [WHOLE, INDEX, *((PICKLED, PICKLED_INDEX) if pickled else ())]
+    chosen = next((name for name in choices if (folder / name).is_file()), None)
+    if chosen is None:
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        has = f" (it has {others[0]})" if others and named is None else ""
         raise UserError(
-            f"holds no {SINGLE}", where=folder, mend="weights in another format must be converted first"
+            f"holds no {named or WHOLE}{has}",
+            where=folder,
+            mend="weights in another format must be converted first",
         )
-    names = shard_names(folder / INDEX)
+    names = _shards(folder / chosen) if chosen.endswith(".index.json") else [chosen]
     for name in names:
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise UserError(f"the shard {name} is missing", where=folder, mend="copy the whole folder again")
     return [folder / name for name in names]
 
 
-def shard_names(index: Path) -> list[str]:
-    """The files that an index names, each once, sorted. Raises `UserError` where it is damaged or names a file outside its folder.
+def _named_by_config(folder: Path) -> str | None:
+    """The file that `transformers_weights` of config.json names, if any."""
+    if not (folder / "config.json").is_file():
+        return None
+    value = read_json(folder / "config.json")
+    name = value.get("transformers_weights") if isinstance(value, dict) else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _inside(name) or not name.endswith((".safetensors", INDEX[5:])):
+        raise UserError(
+            f"the field 'transformers_weights' is {name!r}",
+            where=folder / "config.json",
+            mend="it must name a .safetensors file of the folder, or an index of some",
+        )
+    return name
 
-    A file of the folder may be a link: whoever made the link had the right to.
-    """
+
+def _inside(name: str) -> bool:
+    """Whether a file's name stays inside the folder that it is read from."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and ":" not in parts[0]
+
+
+def _shards(index: Path) -> list[str]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+    if (
+        not isinstance(shards, dict)
+        or not shards
+        or not all(isinstance(name, str) for name in shards.values())
+    ):
         raise UserError("holds no weight_map", where=index, mend="the file is damaged; copy the folder again")
-    for name in shards.values():
-        if _leaves(name):
-            raise UserError(
-                f"names a file outside its folder, {name!r}"[:300],
-                where=index,
-                mend="a model's shards lie beside its index; do not trust this folder",
-            )
-    if not shards:
+    outside = [name for name in shards.values() if not _inside(name)]
+    if outside:
         raise UserError(
-            "names no tensor at all", where=index, mend="the file is damaged; copy the folder again"
+            f"names the file {outside[0]!r}, which lies outside its folder",
+            where=index,
+            mend="shards must lie beside the index; do not trust this folder",
         )
     return sorted(set(shards.values()))
 
 
-def _leaves(name: str) -> bool:
-    """Whether a name in an index is no plain name of a file in its folder or below, on any system."""
-    if not name or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
-        return True
-    return any(
-        kind(name).is_absolute() or ".." in kind(name).parts or kind(name).drive
-        for kind in (PurePosixPath, PureWindowsPath)
+def refuse_adapter(folder: Path) -> None:
+    """Raise `UserError` for a folder of PEFT (a LoRA adapter): what it changes is not in its own weights."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    about = read_json(folder / ADAPTER_CONFIG)
+    about = about if isinstance(about, dict) else {}
+    base = about.get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    kind = about.get("peft_type")
+    kind = kind if isinstance(kind, str) and kind else "PEFT"
+    if any((folder / name).exists() for name in (WHOLE, INDEX, PICKLED, PICKLED_INDEX)):
+        raise UserError(
+            f"holds a {kind} adapter{of} beside whole weights, and nothing says whether they are merged",
+            where=folder,
+            mend=f"merge it with peft's merge_and_unload, or remove {ADAPTER_CONFIG} if that is done",
+        )
+    raise UserError(
+        f"is a {kind} adapter{of}, not a whole model",
+        where=folder,
+        mend="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+        ".save_pretrained(MODEL)",
     )
+
+
+def open_safetensors(file: Path) -> Any:
+    """The handle of one safetensors file; raises `UserError` where it is cut short or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"not a whole safetensors file ({error})",
+            where=file,
+            mend="it is truncated or damaged; copy or build it again",
+        ) from None
+
+
+def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
+    """Bytes stored in each floating-point dtype; empty where a tensor is of a dtype that only a quantiser reads.
+
+    Reads headers alone. Raises `UserError` for a damaged file.
+    """
+    found: dict[torch.dtype, int] = {}
+    for file in files:
+        handle = open_safetensors(file)
+        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            part = handle.get_slice(name)
+            dtype = FLOATS.get(part.get_dtype())
+            if dtype is None and str(part.get_dtype()).startswith("F"):
+                return {}
+            if dtype is not None:
+                size = torch.Size(part.get_shape()).numel() * dtype.itemsize
+                found[dtype] = found.get(dtype, 0) + size
+    return found
+
+
+def widest(dtypes: dict[torch.dtype, int]) -> torch.dtype:
+    """The dtype that holds all of these without rounding; float32 where there are none."""
+    result: torch.dtype | None = None
+    for dtype in dtypes:
+        result = dtype if result is None else torch.promote_types(result, dtype)
+    return torch.float32 if result is None else result
+
+
+def widest_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds every stored weight of a model folder without rounding; float32 for pickled weights."""
+    files = weight_files(folder, pickled=True)
+    if files[0].suffix != ".safetensors":
+        return torch.float32
+    return widest(stored_bytes(files))
