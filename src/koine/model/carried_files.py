@@ -108,10 +108,11 @@ def module_folders(model: Path) -> list[str]:
     if not file.is_file():
         return []
     content = read_json(file)
-    modules = content if isinstance(content, list) else [None]
-    if not all(isinstance(one, dict) and isinstance(one.get("path"), str) for one in modules):
+    modules = content if isinstance(content, list) else []
+    paths = [one.get("path") for one in modules if isinstance(one, dict)]
+    if not paths or len(paths) < len(modules) or not all(isinstance(path, str) for path in paths):
         raise UserError("names no modules", where=file, mend="it is damaged; copy the folder again")
-    found = [str(one["path"]) for one in modules if one["path"]]
+    found = [str(path) for path in paths if path]
     for name in found:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
