@@ -127,14 +127,13 @@ def _leave_tied_copies(everyone: Sequence[Checkpoint]) -> None:
     have stays; without a configuration, it stays as well.
     """
     common = set.intersection(*(set(one) for one in everyone))
-    tied = [ties_embeddings(one.path) for one in everyone]
-    names = list(dict.fromkeys(name for one in everyone for name in one))
-    for name in names:
+    names = dict.fromkeys(name for one in everyone for name in one)
+    candidates = [name for name in names if name not in common or HEAD.search(name)]
+    # The library's default is asked for where it decides alone.
+    tied = [ties_embeddings(one.path) for one in everyone] if candidates else []
+    for name in candidates:
         having = [one for one in everyone if name in one]
-        in_all = len(having) == len(everyone)
-        if in_all and not (all(tied) and HEAD.search(name)):
-            continue
-        if not in_all and False in tied:
+        if False in tied or (len(having) == len(everyone) and not all(tied)):
             continue
         if all(_is_copy(one, name, common) for one in having):
             for one in having:

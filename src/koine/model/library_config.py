@@ -26,13 +26,15 @@ def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
 
     Raises `UserError` where the class refuses a field.
     """
+    kind = value.get("model_type")
+    if not isinstance(kind, str):
+        return None
     try:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING
     except ImportError:
         return None
-    kind = value.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if kind not in CONFIG_MAPPING:
         return None
     try:
         return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(value)))
