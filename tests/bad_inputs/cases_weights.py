@@ -1,4 +1,5 @@
-"""Weight files and what lies beside them: headers, indexes, configurations and sub-folders that are not what a merge can take."""
+"""Weight files and what lies beside them: headers, indexes, configurations and sub-folders that are not what
+a merge can take."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ DAMAGED = "branch/model.safetensors: not a whole safetensors file ({}); it is tr
 
 
 def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Change the header of the branch's weights; what `change` returns, where it is something, stands in its place."""
+    """Change the header of the branch's weights; what `change` returns, where it is something, stands in its
+    place."""
 
     def apply(folder: Path) -> None:
         file = folder / "branch" / "model.safetensors"

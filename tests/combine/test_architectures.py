@@ -136,10 +136,11 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_meet_by_their_tokens(case: str, tmp_path: Path) -> None:
-    """With the weight 1 the second model, whose ids are in another order, must come out in the first's order: its logits, token by token.
+    """With the weight 1 the second model, whose ids are in another order, must come out in the first's order:
+    its logits, token by token.
 
-    Nothing here says which tensors those are. Half of each model is then half of both results, tensor by tensor, in float64.
-    """
+    Nothing here says which tensors those are. Half of each model is then half of both results, tensor by
+    tensor, in float64."""
     kind, task, sizes = CASES[case]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -192,7 +193,8 @@ def test_what_sizes_leave_open_is_refused(case: str, tmp_path: Path, monkeypatch
 
 
 def test_tables_of_tokens_in_layers_are_not_left_in_the_old_order(tmp_path: Path) -> None:
-    """Moving to another tokenizer moves embedding and head; a model with more tables is refused, not spoilt."""
+    """Moving to another tokenizer moves embedding and head; a model with more tables is refused, not
+    spoilt."""
     from koine.model.vocabulary import move_model
     from koine.tokenizer import train_tokenizer
     from koine.tokenizer.special import SMALLEST_VOCABULARY

@@ -21,7 +21,8 @@ from .merging import recipe_of, tensors
 
 
 def test_figures_in_closed_form() -> None:
-    """Three models around a base: distances relative to its norm, the least cosine of a pair, the share of entries with two signs."""
+    """Three models around a base: distances relative to its norm, the least cosine of a pair, the share of
+    entries with two signs."""
     base = torch.tensor([3.0, 4.0])
     changes = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 1.0])]
     with_base = cast(Plan, SimpleNamespace(base=object()))

@@ -1,7 +1,8 @@
-"""What lies beside a model's weights and belongs to it: a folder that is made from a model's is not whole without.
+"""What lies beside a model's weights and belongs to it: a folder that is made from a model's is not whole
+without.
 
-Sentence models have folders of modules (`1_Pooling`, `2_Dense`), chat models templates and processors, and any model files that only its own tools know.
-"""
+Sentence models have folders of modules (`1_Pooling`, `2_Dense`), chat models templates and processors, and
+any model files that only its own tools know."""
 
 from __future__ import annotations
 
@@ -45,12 +46,13 @@ ITS_OWN = ("config.json",)
 def carry_files(
     model: Path, out: Path, *, but: Collection[str] = (), keep: bool = False, warn: bool = True
 ) -> list[str]:
-    """Copy what lies beside the weights of `model` into `out`, sub-folders too; what holds weights and is left behind.
+    """Copy what lies beside the weights of `model` into `out`, sub-folders too; what holds weights and is
+    left behind.
 
-    but: names on top that are not copied. keep: leave what `out` has already. Weights in sub-folders are copied where they are those of a module of a
-    sentence model, or of a mixture's encoder of domains. All others are left behind with their folder and named in a `KoineWarning` (unless `warn` is off):
-    they hold the old model. Raises `OSError` where a file cannot be read or written.
-    """
+    but: names on top that are not copied. keep: leave what `out` has already. Weights in sub-folders are
+    copied where they are those of a module of a sentence model, or of a mixture's encoder of domains. All
+    others are left behind with their folder and named in a `KoineWarning` (unless `warn` is off): they hold
+    the old model. Raises `OSError` where a file cannot be read or written."""
     modules = module_folders(model)
     paths = [path for path in carried_paths(model) if path.parts[0] not in (*but, *ITS_OWN)]
     stale = {path for path in paths if _is_weights(path.name) and not _belongs(path, modules)}
@@ -78,7 +80,8 @@ def carry_files(
 
 
 def carried_paths(model: Path) -> list[PurePosixPath]:
-    """The files of a model directory without those that tell of its training, relative to it. Links are followed, each folder once."""
+    """The files of a model directory without those that tell of its training, relative to it. Links are
+    followed, each folder once."""
     found: list[PurePosixPath] = []
     seen = {model.resolve()}
     for folder, folders, files in os.walk(model, followlinks=True):
