@@ -16,6 +16,7 @@ from . import (
     cases_plan,
     cases_readers,
     cases_text,
+    cases_weights,
 )
 from .case import Case
 
@@ -29,6 +30,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Models, training, evaluation, chat": cases_model.CASES,
     "Opening models": cases_loading.CASES,
     "Merging": cases_merge.CASES,
+    "Weight files and what lies beside them": cases_weights.CASES,
     "Mixtures of experts": cases_mixture.CASES,
     "Plans and runs": cases_plan.CASES,
     "Outputs and what the system refuses": cases_output.CASES,

@@ -136,10 +136,11 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_meet_by_their_tokens(case: str, tmp_path: Path) -> None:
-    """With the weight 1 the second model, whose ids are in another order, must come out in the first's order: its logits, token by token.
+    """With the weight 1 the second model, whose ids are in another order, must come out in the first's order:
+    its logits, token by token.
 
-    Nothing here says which tensors those are. Half of each model is then half of both results, tensor by tensor, in float64.
-    """
+    Nothing here says which tensors those are. Half of each model is then half of both results, tensor by
+    tensor, in float64."""
     kind, task, sizes = CASES[case]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -189,3 +190,25 @@ def test_what_sizes_leave_open_is_refused(case: str, tmp_path: Path, monkeypatch
     without_the_library(monkeypatch)
     with pytest.raises(UserError, match="is as long as the vocabulary and as other parts of the model"):
         test_rows_meet_by_their_tokens(case, tmp_path)
+
+
+def test_tables_of_tokens_in_layers_are_not_left_in_the_old_order(tmp_path: Path) -> None:
+    """Moving to another tokenizer moves embedding and head; a model with more tables is refused, not
+    spoilt."""
+    from koine.model.vocabulary import move_model
+    from koine.tokenizer import train_tokenizer
+    from koine.tokenizer.special import SMALLEST_VOCABULARY
+
+    kind, task, sizes = CASES["gemma3n"]
+    train_tokenizer(
+        {"de": lambda: ["ein Text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="natural", english_share=None
+    ).save(tmp_path / "tokenizer")
+    count = {"vocab_size": SMALLEST_VOCABULARY, "vocab_size_per_layer_input": SMALLEST_VOCABULARY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        build(kind, task, {**sizes, **count}, tmp_path / "model", 0)
+    for file in (tmp_path / "tokenizer").iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"another table of tokens .*embed_tokens_per_layer"):
+        move_model(tmp_path / "model", tmp_path / "tokenizer", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

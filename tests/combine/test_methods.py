@@ -153,3 +153,99 @@ def test_the_result_has_the_models_dtype_and_wide_maths(dtype: torch.dtype) -> N
     else:
         # One rounding, at the end.
         assert torch.equal(merged, wide.float().to(dtype))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
+def test_slerp_of_nearly_opposite_models_is_a_line(t: float) -> None:
+    """At a cosine of -0.9999995 the arc would divide by a sine of 0.001: mergekit takes the line there, and so do we."""
+    first, second = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-1.0, 1e-3, 0.0])
+    assert torch.allclose(slerp([first, second], t=t), (1 - t) * first + t * second, atol=1e-7)
+
+
+@pytest.mark.parametrize("cosine", [-0.999, -0.5, 0.0, 0.5, 0.999])
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), (2.0, 0.5)])
+def test_slerp_in_closed_form(cosine: float, sizes: tuple[float, float]) -> None:
+    """Up to nearly opposite, the arc counts; norms are not kept apart."""
+    angle, t = math.acos(cosine), 0.3
+    first = sizes[0] * torch.tensor([1.0, 0.0], dtype=torch.float64)
+    second = sizes[1] * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+    wanted = (math.sin((1 - t) * angle) * first + math.sin(t * angle) * second) / math.sin(angle)
+    # At a cosine of 0.999 the sine loses three digits of sixteen.
+    assert torch.allclose(slerp([first, second], t=t), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_tie_of_signs_goes_to_the_positive(normalize: bool) -> None:
+    """Differences that cancel out: mergekit takes the positive ones (`sign >= 0`), in TIES and in DARE with TIES."""
+    base = torch.zeros(3)
+    tensors = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([-1.0, 2.0, -3.0])]
+    wanted = torch.tensor([1.0, 2.0, 3.0])
+    options: dict[str, Any] = {"density": 1.0, "normalize": normalize}
+    assert torch.equal(ties(tensors, (1.0, 1.0), base, **options), wanted)
+    assert torch.equal(dare_ties(tensors, (1.0, 1.0), base, **options, generator=torch.Generator()), wanted)
+
+
+def test_ties_with_a_negative_weight() -> None:
+    """The sign of a weighted difference counts, and what is taken is divided by the weights that took part, of whatever sign."""
+    base = torch.zeros(1)
+    two, one = torch.tensor([2.0]), torch.tensor([1.0])
+    # 2 - 1 is positive: the first alone agrees.
+    assert torch.equal(ties([two, one], (1.0, -1.0), base, density=1.0), two)
+    assert torch.equal(ties([two, one], (1.0, -1.0), base, density=1.0, normalize=False), two)
+    # -2 is all there is: divided by -1.
+    assert torch.equal(ties([two], (-1.0,), base, density=1.0), two)
+    assert torch.equal(ties([two], (-1.0,), base, density=1.0, normalize=False), -two)
+
+
+def test_what_ties_keeps_is_as_large_as_the_smallest_kept() -> None:
+    """By magnitude, the smallest kept one too, and the scale is on the change."""
+    base = torch.full((4,), 10.0)
+    tensor = base + torch.tensor([-4.0, 2.0, -2.0, 1.0])
+    wanted = base + 0.5 * torch.tensor([-4.0, 2.0, -2.0, 0.0])
+    assert torch.equal(ties([tensor], (1.0,), base, density=0.5, scale=0.5), wanted)
+
+
+def test_normalised_changes_are_divided_by_the_sum_of_the_weights() -> None:
+    base = torch.full((3,), 10.0)
+    tensors = [base + 1.0, base + 3.0]
+    wanted = base + 2.0 * (0.5 * 1.0 + 1.5 * 3.0) / 2.0
+    assert torch.allclose(task_arithmetic(tensors, (0.5, 1.5), base, scale=2.0, normalize=True), wanted)
+    options: dict[str, Any] = {
+        "density": 1.0,
+        "scale": 2.0,
+        "normalize": True,
+        "generator": torch.Generator(),
+    }
+    assert torch.allclose(dare_linear(tensors, (0.5, 1.5), base, **options), wanted)
+    # With TIES, by the weights of those that agree, which are both.
+    assert torch.allclose(dare_ties(tensors, (0.5, 1.5), base, **options), wanted)
+    # Weights of both signs: their sum, not that of their magnitudes.
+    assert torch.allclose(linear(tensors, (2.0, -1.0)), 2 * tensors[0] - tensors[1])
+
+
+def test_the_threshold_where_the_sample_misleads() -> None:
+    """Every seventh entry is sampled, and all that is large lies between: the bracket is wrong, and is noticed."""
+    count = 100_003
+    tensor = torch.zeros(count)
+    tensor[1::7] = torch.arange(1.0, len(tensor[1::7]) + 1)
+    kept = int(0.1 * count)
+    wanted = tensor.sort(descending=True).values[kept - 1]
+    assert smallest_kept(tensor, torch.zeros(count), 0.1) == float(wanted)
+
+
+def test_model_stock_of_models_that_pull_apart() -> None:
+    base = torch.full((2,), 10.0)
+    east = torch.tensor([1.0, 0.0])
+    apart = torch.tensor([math.cos(2 * math.pi / 3), math.sin(2 * math.pi / 3)])
+    # At 120 degrees: 2 * -0.5 / 0.5 = -2, away from the mean.
+    wanted = -2.0 * (base + (east + apart) / 2) + 3.0 * base
+    assert torch.allclose(model_stock([base + east, base + apart], base), wanted, atol=1e-5)
+    # Opposite: no estimate, the base stays, though the mean is not the base.
+    assert torch.equal(model_stock([base + east, base - 2 * east], base), base)
+    # Three: the mean cosine of the three pairs, none of a model with itself.
+    up = torch.tensor([0.0, 1.0])
+    cosine = (0.0 + math.cos(2 * math.pi / 3) + math.cos(math.pi / 6)) / 3
+    share = 3 * cosine / (1 + 2 * cosine)
+    mean = base + (east + up + apart) / 3
+    got = model_stock([base + east, base + up, base + apart], base)
+    assert torch.allclose(got, share * mean + (1 - share) * base, atol=1e-5)

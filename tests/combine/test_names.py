@@ -1,4 +1,5 @@
-"""Files of one architecture that call tensors otherwise, or hold more than they need, are merged; what computes otherwise is refused."""
+"""Files of one architecture that call tensors otherwise, or hold more than they need, are merged; what
+computes otherwise is refused."""
 
 from __future__ import annotations
 
@@ -125,7 +126,8 @@ SPELLINGS: dict[str, tuple[str, str, dict[str, Any], Change]] = {
 def test_other_spellings_of_the_same_model_are_merged(
     case: str, order: str, library: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever comes first, the result opens with every weight found and computes what the average of both models does."""
+    """Whichever comes first, the result opens with every weight found and computes what the average of both
+    models does."""
     kind, task, sizes, change = SPELLINGS[case]
     first, second = write_pair(tmp_path, kind, task, sizes)
     change_tensors(tmp_path / "b", change)
@@ -154,7 +156,8 @@ def test_a_tied_head_that_is_stored(told: bool, tmp_path: Path) -> None:
 
 
 def test_a_head_that_is_no_copy_is_no_copy(tmp_path: Path) -> None:
-    """transformers does not tie a head that differs from the embedding, whatever the file says: it is merged where both have it."""
+    """transformers does not tie a head that differs from the embedding, whatever the file says: it is merged
+    where both have it."""
     write_pair(tmp_path, "gpt2", "CausalLM", GPT)
     change_tensors(
         tmp_path / "b", lambda content: content | {"lm_head.weight": content["transformer.wte.weight"] + 1}
@@ -221,7 +224,8 @@ def test_a_window_is_refused_where_the_class_has_one(tmp_path: Path) -> None:
 
 
 def test_without_the_library_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What both files say counts; what one says alone is refused with the way on; the library's own notes never count."""
+    """What both files say counts; what one says alone is refused with the way on; the library's own notes
+    never count."""
     write_pair(tmp_path, "llama", "CausalLM", {})
     without_the_library(monkeypatch)
     edit_config(tmp_path / "b", _attn_implementation_autoset=True)

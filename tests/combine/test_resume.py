@@ -1,4 +1,5 @@
-"""A merge that goes on believes its journal for bytes that are there and whose checksum holds, and ends as one that was never interrupted."""
+"""A merge that goes on believes its journal for bytes that are there and whose checksum holds, and ends as
+one that was never interrupted."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def _edit(path: Path, **changes: Any) -> None:
         (lambda b: (b / "2_Dense" / "model.safetensors").write_bytes(b"cut"), "2_Dense/model.safetensors: not a whole safetensors file"),
         (
             lambda b: (b / "2_Dense" / "model.safetensors").rename(b / "2_Dense" / "pytorch_model.bin"),
-            "the weights of 2_Dense are those of|are not all safetensors",
+            "the weights of 2_Dense are those of|no safetensors file",
         ),
     ],
 )  # fmt: skip

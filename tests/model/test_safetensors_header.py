@@ -1,4 +1,5 @@
-"""The header's parser gives the verdict of the `safetensors` library on every header, sound or not, and refuses in one line."""
+"""The header's parser gives the verdict of the `safetensors` library on every header, sound or not, and
+refuses in one line."""
 
 from __future__ import annotations
 

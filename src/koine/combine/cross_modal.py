@@ -159,7 +159,8 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     carry_files(whole.path, folder)
-    shutil.copyfile(whole.path / "config.json", folder / "config.json")
+    if (whole.path / "config.json").exists():
+        shutil.copyfile(whole.path / "config.json", folder / "config.json")
     layout = {name: (entry.dtype, entry.shape) for name, entry in whole.items()}
     writer = CheckpointWriter(folder, layout, max_shard_bytes=max_shard_bytes)
     try:

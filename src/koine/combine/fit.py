@@ -134,8 +134,8 @@ def _checked(
                 _refuse_other_ancestor(root, one, names)
     modules: dict[str, Plan] = {}
     try:
-        for folder, one in module_recipes(recipe).items():
-            modules[folder] = plan_merge(one)
+        for folder, inner in module_recipes(recipe).items():
+            modules[folder] = plan_merge(inner)
     except UserError:
         for plan in modules.values():
             plan.close()

@@ -1,8 +1,8 @@
 """The tensors that models have in common, whatever each file calls them.
 
-Files of one architecture differ in what does not change what it computes: buffers that old versions of `transformers` saved, the prefix of the part below
-the head, the names of a LayerNorm's weights, and the copy of an embedding that a tied head is. The first model's names count.
-"""
+Files of one architecture differ in what does not change what it computes: buffers that old versions of
+`transformers` saved, the prefix of the part below the head, the names of a LayerNorm's weights, and the copy
+of an embedding that a tied head is. The first model's names count."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ HEAD = re.compile(
 
 
 def is_saved_buffer(name: str, entry: Entry) -> bool:
-    """Whether a tensor is one that follows from the configuration, as old checkpoints hold them: by its name and its shape."""
+    """Whether a tensor is one that follows from the configuration, as old checkpoints hold them: by its name
+    and its shape."""
     shape = entry.shape
     if ROTARY.search(name):
         return len(shape) <= 4
@@ -46,7 +47,8 @@ def is_saved_buffer(name: str, entry: Entry) -> bool:
 
 
 def match_names(everyone: Sequence[Checkpoint]) -> list[str]:
-    """The tensors that all models have, in the first's order and by its names, under which the others' entries then stand too.
+    """The tensors that all models have, in the first's order and by its names, under which the others'
+    entries then stand too.
 
     Raises `UserError` where a model lacks tensors or has more.
     """
@@ -123,18 +125,17 @@ def _prefix(longer: Sequence[str], shorter: Sequence[str]) -> str | None:
 def _leave_tied_copies(everyone: Sequence[Checkpoint]) -> None:
     """Leave out the copies that models with a tied head keep of their embedding, where they are copies.
 
-    One that differs from the embedding is none: `transformers` then does not tie. Where the configuration says that nothing is tied, a copy that all models
-    have stays; without a configuration, it stays as well.
+    One that differs from the embedding is none: `transformers` then does not tie. Where the configuration
+    says that nothing is tied, a copy that all models have stays; without a configuration, it stays as well.
     """
     common = set.intersection(*(set(one) for one in everyone))
-    tied = [ties_embeddings(one.path) for one in everyone]
-    names = list(dict.fromkeys(name for one in everyone for name in one))
-    for name in names:
+    names = dict.fromkeys(name for one in everyone for name in one)
+    candidates = [name for name in names if name not in common or HEAD.search(name)]
+    # The library's default is asked for where it decides alone.
+    tied = [ties_embeddings(one.path) for one in everyone] if candidates else []
+    for name in candidates:
         having = [one for one in everyone if name in one]
-        in_all = len(having) == len(everyone)
-        if in_all and not (all(tied) and HEAD.search(name)):
-            continue
-        if not in_all and False in tied:
+        if False in tied or (len(having) == len(everyone) and not all(tied)):
             continue
         if all(_is_copy(one, name, common) for one in having):
             for one in having:
@@ -143,7 +144,8 @@ def _leave_tied_copies(everyone: Sequence[Checkpoint]) -> None:
 
 
 def leave_tied_head(one: Checkpoint) -> None:
-    """Leave out the copy of its embedding that a model with a tied head may keep: a merge of the embedding alone would untie it."""
+    """Leave out the copy of its embedding that a model with a tied head may keep: a merge of the embedding
+    alone would untie it."""
     if ties_embeddings(one.path) is not False:
         for name in [name for name in one if HEAD.search(name)]:
             if _is_copy(one, name, set(one)):
@@ -182,7 +184,8 @@ def _equal(one: Checkpoint, name: str, other: str) -> bool:
 
 
 def _leave_what_the_library_ignores(everyone: Sequence[Checkpoint]) -> None:
-    """Leave out tensors that not all models have, and that the architecture's class is known to find in files and not to read."""
+    """Leave out tensors that not all models have, and that the architecture's class is known to find in files
+    and not to read."""
     first = everyone[0]
     content = model_configuration(first.path)
     known = skeleton(content, where=first.path / "config.json") if content else None

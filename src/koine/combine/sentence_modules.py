@@ -1,4 +1,5 @@
-"""The folders of a sentence model's modules (`1_Pooling`, `2_Dense`): those with weights of their own are merged as the model is."""
+"""The folders of a sentence model's modules (`1_Pooling`, `2_Dense`): those with weights of their own are
+merged as the model is."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from koine.model.carried_files import module_folders, module_weights
 
 
 def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """For each folder of a module whose weights differ between the models, the recipe that merges it; empty for other models.
+    """For each folder of a module whose weights differ between the models, the recipe that merges it; empty
+    for other models.
 
-    Where a model (a base without a head, say) has no such folder, the first model's stays, and a `KoineWarning` says so if it holds weights.
+    Where a model (a base without a head, say) has no such folder, the first model's stays, and a
+    `KoineWarning` says so if it holds weights.
 
     Raises `UserError` where the models' modules differ, or weights that differ are not safetensors.
     """
@@ -39,7 +42,7 @@ def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
         elif not _all_equal(folders, files):
             if not all((folder / "model.safetensors").is_file() for folder in folders):
                 raise UserError(
-                    f"differ from those of {first}, and are not all safetensors",
+                    f"is another than that of {first}, and no safetensors file",
                     where=folders[1] / files[0],
                     mend="save the models again with a newer version of sentence-transformers",
                 )
@@ -73,7 +76,8 @@ def _all_equal(folders: Sequence[Path], files: Sequence[str]) -> bool:
 
 
 def _refuse_other_modules(first: Path, other: Path) -> None:
-    """Raise `UserError` where two sentence models compute otherwise after their networks; one that is none is no obstacle."""
+    """Raise `UserError` where two sentence models compute otherwise after their networks; one that is none is
+    no obstacle."""
     ours, theirs = module_folders(first), module_folders(other)
     if not ours or not theirs:
         return

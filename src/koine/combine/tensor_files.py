@@ -20,8 +20,10 @@ from koine.files import write_json
 from koine.model.checksum import KEY, UNSEALED, verify
 from koine.model.opening import refuse_other_tokenizer
 from koine.model.safetensors_header import header_bytes, read_header
-from koine.model.weight_files import INDEX, SINGLE, weight_files
+from koine.model.weight_files import weight_files
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,

@@ -1,8 +1,8 @@
 """Which stored tensors have a row a token.
 
-Where `transformers` knows the architecture, its class is built without weights, and again with one token more: the tensors that grow are those. Where it does
-not, a tensor counts by its size and place: as many rows as the vocabulary has ids, and no other dimension of the model is as long.
-"""
+Where `transformers` knows the architecture, its class is built without weights, and again with one token
+more: the tensors that grow are those. Where it does not, a tensor counts by its size and place: as many rows
+as the vocabulary has ids, and no other dimension of the model is as long."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
             unresolved.append(name)
         elif built in known.vocabulary and len(known.shapes[built]) == len(entry.shape):
             found[name] = known.vocabulary[built]
-    # What the library stores otherwise than it computes, or does not read at all: a head of several tokens ahead, say.
+    # What the library stores otherwise than it computes, or does not read: a head of several tokens ahead.
     places = {_place(name): axis for name, axis in known.vocabulary.items()}
     sizes = set(_by_size(checkpoint, content)[0]) if unresolved else set()
     for name in unresolved:
@@ -62,7 +62,8 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _name_in(known: Skeleton, name: str) -> str | None:
-    """The library's name of a stored tensor: the same, or with the prefix of the part below the head added or taken off."""
+    """The library's name of a stored tensor: the same, or with the prefix of the part below the head added or
+    taken off."""
     prefix = f"{known.prefix}."
     for candidate in (name, prefix + name, name.removeprefix(prefix)):
         if candidate in known.shapes:
@@ -88,12 +89,14 @@ def vocabulary_sizes(content: Mapping[str, Any]) -> set[int]:
 
 
 def _by_size(checkpoint: Checkpoint, content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The tensors that have a row a token by their size and place, and those outside the layers of which neither says so or not."""
+    """The tensors that have a row a token by their size and place, and those outside the layers of which
+    neither says so or not."""
     named = [name for name in checkpoint if name.split(".")[-2:-1] and name.split(".")[-2] in MODULES]
     sizes = vocabulary_sizes(content) or {
         checkpoint[name].rows for name in named if len(checkpoint[name].shape) == 2
     }
-    # Lengths that other dimensions have too: of later dimensions, of whatever stands in several layers, and of what the configuration counts besides.
+    # Lengths that other dimensions have too: later ones, those of what stands in several layers, and
+    # what the configuration counts besides.
     others = {length for entry in checkpoint.values() for length in entry.shape[1:]} | _other_sizes(content)
     layers = Counter(
         (_without_numbers(name), entry.rows) for name, entry in checkpoint.items() if entry.shape
@@ -111,7 +114,8 @@ def _by_size(checkpoint: Checkpoint, content: Mapping[str, Any]) -> tuple[list[s
 
 
 def _other_sizes(content: Mapping[str, Any]) -> set[int]:
-    """Whole numbers of a configuration and those inside it that are no vocabulary's size: positions, kinds of segments, experts."""
+    """Whole numbers of a configuration and those inside it that are no vocabulary's size: positions, kinds of
+    segments, experts."""
     found: set[int] = set()
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -126,10 +130,11 @@ def _without_numbers(name: str) -> str:
 
 
 def rows_first(checkpoint: Checkpoint, name: str, axis: int) -> int:
-    """Make the dimension that counts tokens the first of an entry, whose bytes stay as they are; how many dimensions of length 1 went.
+    """Make the dimension that counts tokens the first of an entry, whose bytes stay as they are; how many
+    dimensions of length 1 went.
 
-    Raises `UserError` where a longer dimension stands before it: the numbers of a token do not lie together then.
-    """
+    Raises `UserError` where a longer dimension stands before it: the numbers of a token do not lie together
+    then."""
     entry: Entry = checkpoint[name]
     if math.prod(entry.shape[:axis]) != 1:
         raise UserError(

@@ -1,7 +1,8 @@
-"""What lies beside a model's weights and belongs to it: a folder that is made from a model's is not whole without.
+"""What lies beside a model's weights and belongs to it: a folder that is made from a model's is not whole
+without.
 
-Sentence models have folders of modules (`1_Pooling`, `2_Dense`), chat models templates and processors, and any model files that only its own tools know.
-"""
+Sentence models have folders of modules (`1_Pooling`, `2_Dense`), chat models templates and processors, and
+any model files that only its own tools know."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from koine.data.drawn import FILE as DRAWN
 from koine.errors import KoineWarning, UserError
 from koine.files import read_json
 from koine.model.mixture_files import DOMAIN_ENCODER
-from koine.model.weight_files import INDEX, SINGLE, shard_names
+from koine.model.weight_files import INDEX, WHOLE
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -46,12 +47,13 @@ ITS_OWN = ("config.json",)
 def carry_files(
     model: Path, out: Path, *, but: Collection[str] = (), keep: bool = False, warn: bool = True
 ) -> list[str]:
-    """Copy what lies beside the weights of `model` into `out`, sub-folders too; what holds weights and is left behind.
+    """Copy what lies beside the weights of `model` into `out`, sub-folders too; what holds weights and is
+    left behind.
 
-    but: names on top that are not copied. keep: leave what `out` has already. Weights in sub-folders are copied where they are those of a module of a
-    sentence model, or of a mixture's encoder of domains. All others are left behind with their folder and named in a `KoineWarning` (unless `warn` is off):
-    they hold the old model. Raises `OSError` where a file cannot be read or written.
-    """
+    but: names on top that are not copied. keep: leave what `out` has already. Weights in sub-folders are
+    copied where they are those of a module of a sentence model, or of a mixture's encoder of domains. All
+    others are left behind with their folder and named in a `KoineWarning` (unless `warn` is off): they hold
+    the old model. Raises `OSError` where a file cannot be read or written."""
     modules = module_folders(model)
     paths = [path for path in carried_paths(model) if path.parts[0] not in (*but, *ITS_OWN)]
     stale = {path for path in paths if _is_weights(path.name) and not _belongs(path, modules)}
@@ -79,7 +81,8 @@ def carry_files(
 
 
 def carried_paths(model: Path) -> list[PurePosixPath]:
-    """The files of a model directory without those that tell of its training, relative to it. Links are followed, each folder once."""
+    """The files of a model directory without those that tell of its training, relative to it. Links are
+    followed, each folder once."""
     found: list[PurePosixPath] = []
     seen = {model.resolve()}
     for folder, folders, files in os.walk(model, followlinks=True):
@@ -109,10 +112,11 @@ def module_folders(model: Path) -> list[str]:
     if not file.is_file():
         return []
     content = read_json(file)
-    modules = content if isinstance(content, list) else [None]
-    if not all(isinstance(one, dict) and isinstance(one.get("path"), str) for one in modules):
+    modules = content if isinstance(content, list) else []
+    paths = [one.get("path") for one in modules if isinstance(one, dict)]
+    if not paths or len(paths) < len(modules) or not all(isinstance(path, str) for path in paths):
         raise UserError("names no modules", where=file, mend="it is damaged; copy the folder again")
-    found = [str(one["path"]) for one in modules if one["path"]]
+    found = [str(path) for path in paths if path]
     for name in found:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -151,8 +155,10 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
 
 def _weights_read(model: Path) -> set[str]:
     """Names on top of the files whose weights are read; they need no word."""
-    if (model / SINGLE).is_file():
-        return {SINGLE}
+    if (model / WHOLE).is_file():
+        return {WHOLE}
     if (model / INDEX).is_file():
-        return {INDEX, *shard_names(model / INDEX)}
+        content = read_json(model / INDEX)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        return {INDEX, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
     return {path.name for path in model.glob("*.bin*")}

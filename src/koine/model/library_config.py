@@ -1,7 +1,8 @@
-"""What the installed `transformers` knows of a `config.json`: its class, the fields that the class declares, and the model's tensors without their bytes.
+"""What the installed `transformers` knows of a `config.json`: its class, the fields that the class declares,
+and the model's tensors without their bytes.
 
-No weights are read and no code of a model's folder runs: only classes of the library itself are used. Without the extra `[hf]` nothing is known.
-"""
+No weights are read and no code of a model's folder runs: only classes of the library itself are used. Without
+the extra `[hf]` nothing is known."""
 
 from __future__ import annotations
 
@@ -22,17 +23,20 @@ VOCABULARY_FIELD = "vocab_size"
 
 
 def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
-    """The configuration of `transformers` with this content; None where the library is not installed or does not know the `model_type`.
+    """The configuration of `transformers` with this content; None where the library is not installed or does
+    not know the `model_type`.
 
     Raises `UserError` where the class refuses a field.
     """
+    kind = value.get("model_type")
+    if not isinstance(kind, str):
+        return None
     try:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING
     except ImportError:
         return None
-    kind = value.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if kind not in CONFIG_MAPPING:
         return None
     try:
         return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(value)))
@@ -44,7 +48,8 @@ def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
 
 
 def declared_fields(config: Any) -> dict[str, Any]:
-    """The fields that a configuration's class declares, and their values; those of configurations inside as a dictionary."""
+    """The fields that a configuration's class declares, and their values; those of configurations inside as a
+    dictionary."""
     names = [field.name for field in dataclasses.fields(config)]
     names += [
         name for name in inspect.signature(type(config).__init__).parameters if name not in ("self", "kwargs")
@@ -66,9 +71,9 @@ def _is_config(value: Any) -> bool:
 class Skeleton:
     """The tensors of a model of `transformers`, without their bytes.
 
-    shapes: of each by its name. vocabulary: of each that grows with the vocabulary, the dimension that grows. ignored: patterns of names that the class
-    expects in old files and does not read. prefix: of the tensors of the part below the head.
-    """
+    shapes: of each by its name. vocabulary: of each that grows with the vocabulary, the dimension that grows.
+    ignored: patterns of names that the class expects in old files and does not read. prefix: of the tensors
+    of the part below the head."""
 
     shapes: Mapping[str, tuple[int, ...]]
     vocabulary: Mapping[str, int]
@@ -77,7 +82,8 @@ class Skeleton:
 
 
 def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
-    """Build the model of a `config.json` on the meta device, and again with one token more; None where the library cannot.
+    """Build the model of a `config.json` on the meta device, and again with one token more; None where the
+    library cannot.
 
     Which tensors have a row a token follows from which change their shape, not from their names.
     """
@@ -99,7 +105,8 @@ def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
 
 
 def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:
-    """Configurations and what makes a model of each: the class that the file names, then the library's usual ones."""
+    """Configurations and what makes a model of each: the class that the file names, then the library's usual
+    ones."""
     import transformers
 
     for name in getattr(config, "architectures", None) or []:
@@ -120,7 +127,8 @@ def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _built(build: Any, config: Any) -> Any | None:
-    """A model on the meta device; None where it cannot be built from this configuration or without packages that are missing."""
+    """A model on the meta device; None where it cannot be built from this configuration or without packages
+    that are missing."""
     try:
         with torch.device("meta"):
             return build(copy.deepcopy(config))
@@ -135,7 +143,8 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _vocabulary_fields(config: Any) -> list[tuple[str, str]]:
-    """The fields that say how many tokens there are: `("", name)` on top, `("text", name)` in the configuration of the text model."""
+    """The fields that say how many tokens there are: `("", name)` on top, `("text", name)` in the
+    configuration of the text model."""
     found = []
     for holder in ("", "text"):
         one = _held(config, holder)
@@ -154,7 +163,8 @@ def _held(config: Any, holder: str) -> Any:
 def _growing(
     build: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], holder: str, name: str
 ) -> dict[str, int]:
-    """The tensors that grow with a field, and the dimension that does. Where tokens are rounded up, one more may change nothing, and 1,024 more do."""
+    """The tensors that grow with a field, and the dimension that does. Where tokens are rounded up, one more
+    may change nothing, and 1,024 more do."""
     for more in (1, 1024):
         larger = copy.deepcopy(config)
         setattr(_held(larger, holder), name, getattr(_held(larger, holder), name) + more)

@@ -1,8 +1,8 @@
 """Read and write the header of a safetensors file, as strictly as the `safetensors` library does.
 
-A file is eight bytes of length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes, one after another without a hole. The library
-maps a file whole; this module reads the header alone, so that pieces of tensors can be read at their offsets.
-"""
+A file is eight bytes of length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes,
+one after another without a hole. The library maps a file whole; this module reads the header alone, so that
+pieces of tensors can be read at their offsets."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class HeaderEntry:
 def read_header(file: Path) -> dict[str, HeaderEntry]:
     """Name -> entry of every tensor of a safetensors file, from its header alone, in the order of the header.
 
-    Raises `UserError` for whatever the library refuses: a header that is cut, too long or no JSON of the format; offsets that are negative, overlap,
-    leave a hole or do not fit the shape; bytes that are missing at the end or left over.
-    """
+    Raises `UserError` for whatever the library refuses: a header that is cut, too long or no JSON of the
+    format; offsets that are negative, overlap, leave a hole or do not fit the shape; bytes that are missing
+    at the end or left over."""
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -93,7 +93,8 @@ def _damaged(file: Path, why: str) -> UserError:
 
 
 def _parsed(text: bytes) -> list[tuple[str, Any]]:
-    """The header's pairs of names and values, objects as lists of pairs (`_Object`): a field that stands twice must be seen."""
+    """The header's pairs of names and values, objects as lists of pairs (`_Object`): a field that stands
+    twice must be seen."""
     try:
         content = json.loads(
             text.decode("utf-8"),
@@ -133,7 +134,8 @@ def _refuse_constant(text: str) -> float:
 
 
 def _refuse_odd_text(content: _Object) -> None:
-    """Refuse what Python's reader takes and the library's does not: halves of surrogate pairs, and deep nesting."""
+    """Refuse what Python's reader takes and the library's does not: halves of surrogate pairs, and deep
+    nesting."""
     layer: list[Any] = [content]
     for _ in range(DEEPEST):
         inner: list[Any] = []
@@ -212,7 +214,7 @@ def _entry(name: str, value: Any, data: int) -> HeaderEntry:
     bits = count * BITS[dtype]
     if bits >= _WORD or bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise _MalformedError(
-            f"{_shown(name)} has {offsets[1] - offsets[0]:,} bytes, and its shape needs {bits / 8:,.10g}"
+            f"{_shown(name)} has {offsets[1] - offsets[0]:,} bytes, and its shape needs {bits // 8:,}"
         )
     return HeaderEntry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from koine.errors import KoineWarning, UserError, did_you_mean
-from koine.files import read_json_object, write_atomically, write_json
+from koine.files import read_json, read_json_object, write_atomically, write_json
 from koine.model.carried_files import TOKENIZER_FILES, carry_files
 from koine.model.checkpoint import save_model
 from koine.model.checksum import seal_folder
 from koine.model.decoder import Decoder
 from koine.model.interop import CausalLM, load_as_stored, quiet, require_transformers
+from koine.model.library_config import skeleton
 from koine.model.weight_files import refuse_adapter
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.foreign import open_tokenizer
@@ -82,6 +83,8 @@ def move_model(
     loaded = load_as_stored(model)
     assert isinstance(loaded, Decoder | CausalLM)
     inner = loaded.inner if isinstance(loaded, CausalLM) else loaded
+    if isinstance(loaded, CausalLM):
+        _refuse_other_tables(inner, model)
     auxiliary = None
     if method == "focus":
         auxiliary = auxiliary_vectors((after.encode(text) for text in sample), match.new_size)
@@ -130,6 +133,25 @@ def move_model(
         rows=match.new_size,
         padding=padding,
     )
+
+
+def _refuse_other_tables(inner: Any, model: Path) -> None:
+    """Raise `UserError` for a model with more tables of tokens than embedding and head (one a layer, say): they would keep the old order."""
+    about = skeleton(read_json(model / "config.json"), where=model / "config.json")
+    head = inner.get_output_embeddings()
+    moved = [inner.get_input_embeddings().weight, *(() if head is None else head.parameters())]
+    known = {
+        name
+        for name, one in inner.named_parameters(remove_duplicate=False)
+        if any(one is other for other in moved)
+    }
+    others = sorted(set(about.vocabulary if about else ()) & set(inner.state_dict()) - known)
+    if others:
+        raise UserError(
+            f"has another table of tokens than embedding and head ({others[0]}), which cannot be moved",
+            where=model,
+            mend="keep its tokenizer, or choose a model without one",
+        )
 
 
 def _move_generation(source: Path, target: Path, match: VocabularyMatch, tokenizer: Tokenizer) -> None:

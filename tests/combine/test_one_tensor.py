@@ -1,0 +1,81 @@
+"""The figures of a report in closed form, and what chance drops in blocks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from koine.combine import one_tensor
+from koine.combine.fit import Plan
+from koine.combine.merge import merge
+from koine.combine.one_tensor import figures_of
+from koine.combine.vocabularies import align, chosen_model
+from koine.errors import UserError
+
+from .merging import recipe_of, tensors
+
+
+def test_figures_in_closed_form() -> None:
+    """Three models around a base: distances relative to its norm, the least cosine of a pair, the share of
+    entries with two signs."""
+    base = torch.tensor([3.0, 4.0])
+    changes = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 1.0])]
+    with_base = cast(Plan, SimpleNamespace(base=object()))
+    found = figures_of([*(base + change for change in changes), base], with_base)
+    assert found["distance"] == pytest.approx([1 / 5, 2 / 5, math.sqrt(2) / 5], abs=1e-6)
+    assert found["cosine"] == pytest.approx(-1 / math.sqrt(2), abs=1e-6)
+    assert found["sign_conflicts"] == 0.5
+    without = figures_of([base + 1, base - 1], cast(Plan, SimpleNamespace(base=None)))
+    assert without == {"distance": pytest.approx([math.sqrt(2) / 5] * 2, abs=1e-6)}
+
+
+def test_chance_is_another_in_each_block_and_for_each_seed(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_tensor, "BLOCK", 32 * 16)
+    options: dict[str, Any] = {"options": {"density": 0.5}}
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        merge(recipe_of("dare-linear", models, seed=seed, **options), tmp_path / name)
+    one, again, two, base = (
+        tensors(path)["model.layers.0.mlp.up_proj.weight"]
+        for path in (tmp_path / "one", tmp_path / "again", tmp_path / "two", models["base"])
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+    # What neither model keeps is the base's: a quarter of the entries, at other places in each block.
+    dropped = (one == base).view(-1, 16, 32)
+    assert 0.2 < float(dropped.float().mean()) < 0.3
+    assert not torch.equal(dropped[0], dropped[1])
+
+
+def test_how_rows_meet() -> None:
+    """Two models and a base: ids beyond a table, tokens of some, rows of no token."""
+    paths = [Path("a"), Path("b"), Path("base")]
+    tokens: list[dict[str, int]] = [
+        {"x": 0, "y": 1, "z": 2, "w": 3}, {"y": 0, "x": 1, "z": 2}, {"x": 0, "y": 1, "w": 2, "z": 3},
+    ]  # fmt: skip
+    found = align(paths, tokens, (5, 2, 4), chosen=0, with_base=True)
+    assert found.rows == 5
+    assert found.shared.tolist() == [0, 1]
+    assert [places.tolist() for places in found.places] == [[0, 1], [1, 0], [0, 1]]
+    # z lies beyond b's table, w is unknown to b, row 4 has no token: the base is no holder, the chosen model is.
+    assert found.alone == ((2, ((0, 2),)), (3, ((0, 3),)), (4, ((0, 4),)))
+    of_the_base = align(paths, tokens, (2, 2, 6), chosen=2, with_base=True)
+    assert of_the_base.rows == 6
+    assert of_the_base.alone == ((2, ((2, 2),)), (3, ((2, 3),)), (4, ((2, 4),)), (5, ((2, 5),)))
+    second = align(paths, tokens, (4, 4, 4), chosen=1, with_base=True)
+    assert second.alone == ((3, ((1, 3),)),)
+
+
+def test_whose_tokenizer_is_chosen(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "base")]
+    assert [
+        chosen_model(paths, with_base=True, policy=policy) for policy in ("", "first", "base", str(paths[1]))
+    ] == [0, 0, 2, 1]
+    with pytest.raises(UserError, match="there is no base"):
+        chosen_model(paths, with_base=False, policy="base")
