@@ -22,11 +22,11 @@ import pytest
 
 from koine.errors import KoineWarning, UserError
 from koine.serve import RemoteEngine, Sampling
+from koine.serve.answers import error_text
 from koine.serve.budget import Budget
 from koine.serve.conversation import Message
 from koine.serve.rate_limit import RateLimits
 from koine.serve.retry import RetryPolicy
-from koine.serve.wire import error_message
 
 GREEDY = Sampling(temperature=0, max_new_tokens=50)
 KEY = "sk-secret-0123456789"
@@ -204,14 +204,31 @@ PASSING: dict[str, dict[str, Any]] = {
     "overloaded": {"status": 529},
     "drop": {"drop": True},
     "cut": {"cut": True},
+    "error-inside": {"body": '{"error": {"message": "overloaded", "code": 503}}'},
+}
+MALFORMED: dict[str, dict[str, Any]] = {
     "html": {"body": "<html>"},
     "number": {"body": "3"},
     "empty": {"body": '{"choices": []}'},
+    "nothing": {"body": ""},
+    "null-choice": {"body": '{"choices": [null]}'},
     "no-message": {"body": '{"choices": [{}]}'},
-    "unfinished": {"finish": None},
-    "not-text": {"content": ["x"]},
-    "nan": {"logprobs": {"content": [{"logprob": "x"}]}},
+    "not-text": {"content": 5},
+    "deep": {"body": "[" * 100_000},
+    "error-inside": {"body": '{"error": "it broke"}'},
+    "broken-stream": {"body": 'data: {"choices": [{"delta": {"content": "Ni"}}]}\n\n'},
+    "packed": {"body": "x", "headers": {"Content-Encoding": "br"}},
+    "no-gzip": {"body": "x", "headers": {"Content-Encoding": "gzip"}},
 }
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_answer_is_asked_again_once(name: str, endpoint: Endpoint, fake: FakeTime) -> None:
+    endpoint.plan(q=[MALFORMED[name]], r=[MALFORMED[name]] * 9)
+    assert texts(engine(endpoint, fake), "q") == ["q|None|2"]
+    with pytest.raises(UserError, match="no answer after 2 attempts .*malformed.*twice in the same way"):
+        texts(engine(endpoint, fake), "r")
+    assert endpoint.questions() == ["q", "q", "r", "r"]
 
 
 @pytest.mark.parametrize("name", PASSING)
@@ -292,11 +309,11 @@ def test_after_a_failure_the_rest_is_kept_and_only_the_rest_is_paid(
     # b is refused while a is under way; a's answer still comes in, c is never sent
     endpoint.plan(a=[{"hang": True}], b=[{"status": 400}])
 
-    def refused(content: bytes) -> str:
+    def refused(content: bytes, charset: str | None) -> str:
         endpoint.control(release=True)
-        return error_message(content)
+        return error_text(content, charset)
 
-    monkeypatch.setattr("koine.serve.remote.error_message", refused)
+    monkeypatch.setattr("koine.serve.remote.error_text", refused)
     with pytest.raises(UserError, match="conversation 2"):
         texts(engine(endpoint, cache=tmp_path, concurrency=2), "a", "b", "c")
     assert sorted(endpoint.questions()) == ["a", "b"]
@@ -480,8 +497,14 @@ def test_calls_wait_for_the_money_that_others_hold_back(endpoint: Endpoint) -> N
         ({"body": "<html>"}, WORST),
         ({"status": 500}, Decimal(0)),
         ({"status": 429}, Decimal(0)),
+        # of something that did not wait for the model, which may have answered
+        ({"status": 502}, WORST),
+        ({"status": 504}, WORST),
+        ({"status": 408}, WORST),
+        ({"status": 524}, WORST),
+        ({"body": '{"error": "it broke"}'}, WORST),
         # no use, but its tokens are told
-        ({"finish": None}, REAL),
+        ({"content": 5}, REAL),
     ],
     ids=str,
 )
