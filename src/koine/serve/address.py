@@ -28,7 +28,7 @@ def checked_address(base_url: str) -> str:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL as error:
         raise UserError(f"the address '{base_url:.200}' is none ({error})", mend=FORM) from None
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
         raise UserError(f"the address '{base_url:.200}' is none", mend=FORM)
     return base_url.rstrip("/")
 
