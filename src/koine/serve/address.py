@@ -26,9 +26,11 @@ def checked_address(base_url: str) -> str:
         )
     try:
         url = httpx2.URL(base_url)
-    except httpx2.InvalidURL as error:
+        # As the system's resolver will write it: no label empty or longer than 63 letters.
+        url.raw_host.decode("ascii").encode("idna")
+    except (httpx2.InvalidURL, UnicodeError) as error:
         raise UserError(f"the address '{base_url:.200}' is none ({error})", mend=FORM) from None
-    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 2**16:
+    if url.scheme not in ("http", "https") or not url.host or not (url.port is None or 0 < url.port < 2**16):
         raise UserError(f"the address '{base_url:.200}' is none", mend=FORM)
     return base_url.rstrip("/")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from koine.errors import UserError, did_you_mean
 from koine.serve.schema import schema_text
 
+_WHOLE = ("top_k", "seed", "max_new_tokens")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", *_WHOLE)
 _NO_NUMBERS = ("stop", "json_schema")
 """Settings that a chat's `/set NAME VALUE` does not know."""
 
@@ -41,6 +44,8 @@ class Sampling:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            self._take_number(name)
         self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
         self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
@@ -50,15 +55,38 @@ class Sampling:
         )
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        for name in ("top_k", "max_new_tokens"):
+            self._require(name, getattr(self, name) < 2**31, "a number below 2^31")
         self._require(
-            "stop", isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings, none of them empty"
+            "stop",
+            isinstance(self.stop, tuple) and all(isinstance(stop, str) and stop for stop in self.stop),
+            "a tuple of strings, none of them empty",
         )
         if self.json_schema is not None:
             schema_text(self.json_schema)
 
+    def _take_number(self, name: str) -> None:
+        """Make Python's own number of NumPy's; true and false are none, as nothing that is no number is."""
+        value = getattr(self, name)
+        if name == "seed" and value is None:
+            return
+        whole = name in _WHOLE
+        self._require(
+            name,
+            isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool),
+            "a whole number" if whole else "a number",
+        )
+        try:
+            number = int(value) if whole else float(value)
+        except OverflowError:
+            self._require(name, False, "a smaller number")
+        if not isinstance(value, int | float):
+            # A 0 stays a 0, and no 0.0: the names of answers in the cache depend on it.
+            object.__setattr__(self, name, number)
+
     def _require(self, name: str, holds: bool, mend: str) -> None:
         if not holds:
-            raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}", mend=f"give {mend}")
+            raise UserError(f"{name.replace('_', '-')} is {_shown(getattr(self, name))}", mend=f"give {mend}")
 
     def replaced(self, name: str, text: str) -> Sampling:
         """These settings with one changed from its written form: `replaced("top-k", "40")`.
@@ -90,3 +118,12 @@ class Sampling:
             for entry in dataclasses.fields(self)
             if entry.name not in _NO_NUMBERS
         )
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it: in one line, however long it is."""
+    try:
+        text = str(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:60] + "..."
