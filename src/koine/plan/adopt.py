@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
 from koine.errors import UserError
 from koine.files import atomic_directory, exclusive, read_json, write_json
+from koine.plan.command_line import recorded_command
 from koine.plan.content import digest
 from koine.plan.plan import NAME, RESERVED, Plan
 from koine.plan.provenance import code_version, environment, hashes, manifest_hash
@@ -59,7 +59,7 @@ def adopt(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Pa
                 "parents": [],
                 "code": code_version(),
                 "environment": environment(1),
-                "argv": sys.argv,
+                "argv": recorded_command(),
                 "started": started,
                 "metrics": read_json(work / "metrics.json") if (work / "metrics.json").exists() else {},
             }

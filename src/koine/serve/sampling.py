@@ -99,7 +99,7 @@ class Sampling:
         }
         if field not in kinds:
             known = [known.replace("_", "-") for known in kinds]
-            raise UserError(f"unknown setting '{name}'", mend=did_you_mean(name, known))
+            raise UserError(f"unknown setting '{_shown(name)}'", mend=did_you_mean(name, known))
         value: Any
         try:
             if text == "none" and field == "seed":
@@ -108,7 +108,7 @@ class Sampling:
                 value = float(text) if kinds[field] == "float" else int(text)
         except ValueError:
             kind = "a number" if kinds[field] == "float" else "a whole number"
-            raise UserError(f"{name} is '{text}'", mend=f"give {kind}") from None
+            raise UserError(f"{name} is '{_shown(text)}'", mend=f"give {kind}") from None
         return dataclasses.replace(self, **{field: value})
 
     def described(self) -> str:
