@@ -8,6 +8,7 @@ from pathlib import Path
 from . import (
     cases_command,
     cases_configuration,
+    cases_endpoint,
     cases_loading,
     cases_merge,
     cases_mixture,
@@ -29,6 +30,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Configurations": cases_configuration.CASES,
     "Models, training, evaluation, chat": cases_model.CASES,
     "Opening models": cases_loading.CASES,
+    "Drawing an answer": cases_endpoint.CASES,
     "Merging": cases_merge.CASES,
     "Weight files and what lies beside them": cases_weights.CASES,
     "Mixtures of experts": cases_mixture.CASES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -76,6 +77,21 @@ def test_reset_keeps_the_system_text() -> None:
         ("repetition_penalty", 0.0, "repetition-penalty is 0.0; give above 0; 1 changes nothing"),
         ("seed", -1, "seed is -1; give a whole number from 0"),
         ("max_new_tokens", 0, "max-new-tokens is 0; give at least 1"),
+        ("max_new_tokens", 10**30, f"max-new-tokens is {10**30}; give a number below 2^31"),
+        ("max_new_tokens", 5.0, "max-new-tokens is 5.0; give a whole number"),
+        ("max_new_tokens", True, "max-new-tokens is True; give a whole number"),
+        ("max_new_tokens", "5", "max-new-tokens is 5; give a whole number"),
+        ("max_new_tokens", None, "max-new-tokens is None; give a whole number"),
+        ("temperature", True, "temperature is True; give a number"),
+        ("temperature", "0.3", "temperature is 0.3; give a number"),
+        ("temperature", 10**400, f"temperature is 1{'0' * 59}...; give a smaller number"),
+        ("top_k", 2**31, f"top-k is {2**31}; give a number below 2^31"),
+        ("top_k", float("nan"), "top-k is nan; give a whole number"),
+        ("min_p", float("nan"), "min-p is nan; give from 0 to 1"),
+        ("min_p", [0.1], "min-p is [0.1]; give a number"),
+        ("seed", False, "seed is False; give a whole number"),
+        ("stop", (5,), "stop is (5,); give a tuple of strings, none of them empty"),
+        ("stop", "end", "stop is end; give a tuple of strings, none of them empty"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(name: str, value: float, line: str) -> None:
@@ -94,3 +110,18 @@ def test_settings_from_their_written_form() -> None:
         sampling.replaced("top-k", "1.5")
     with pytest.raises(UserError, match=r"top-p is 2\.0"):
         sampling.replaced("top-p", "2.0")
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "seed", "max_new_tokens"])
+def test_a_number_of_thousands_of_digits(name: str) -> None:
+    with pytest.raises(UserError, match="is a number of thousands of digits; give "):
+        Sampling(**{name: 10**5000})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    import numpy as np
+
+    drawn = Sampling(temperature=np.float32(0.5), top_k=np.int64(7), seed=np.uint8(3))  # type: ignore[arg-type]
+    assert json.dumps([drawn.temperature, drawn.top_k, drawn.seed]) == "[0.5, 7, 3]"
+    # the names of answers in a cache hold it: 0 is written 0
+    assert json.dumps(Sampling(temperature=0).temperature) == "0"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koine.errors import UserError
-from koine.serve.rate_limit import WINDOW_SECONDS, RateLimiter, RateLimits
+from koine.serve.rate_limit import WINDOW_SECONDS, RateLimiter, RateLimits, SteadyClock
 
 
 class Clock:
@@ -79,6 +79,23 @@ def test_a_hold_moves_what_comes_after() -> None:
     assert limiter.reserve(1).start == 40
 
 
-def test_bad_limits() -> None:
-    with pytest.raises(UserError, match="requests_per_minute is 0"):
-        RateLimits(requests_per_minute=0)
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, float("nan"), float("inf"), "5"])
+@pytest.mark.parametrize("name", ["requests_per_minute", "tokens_per_minute"])
+def test_bad_limits(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        RateLimits(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_clock_that_goes_back_makes_nobody_wait() -> None:
+    """A clock set back by an hour goes on from where it was: no request waits for that hour to pass once more."""
+    clock = Clock()
+    clock.now = 10_000.0
+    steady = SteadyClock(clock)
+    limiter = RateLimiter(RateLimits(requests_per_minute=1), steady)
+    assert limiter.reserve(1).start == 10_000
+    clock.now -= 3600
+    assert steady() == 10_000
+    assert limiter.reserve(1).start - steady() == 60
+    clock.now += 90
+    assert steady() == 10_090
+    assert limiter.reserve(1).start - steady() == 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -22,11 +23,11 @@ import pytest
 
 from koine.errors import KoineWarning, UserError
 from koine.serve import RemoteEngine, Sampling
+from koine.serve.answers import error_text
 from koine.serve.budget import Budget
 from koine.serve.conversation import Message
 from koine.serve.rate_limit import RateLimits
 from koine.serve.retry import RetryPolicy
-from koine.serve.wire import error_message
 
 GREEDY = Sampling(temperature=0, max_new_tokens=50)
 KEY = "sk-secret-0123456789"
@@ -204,14 +205,31 @@ PASSING: dict[str, dict[str, Any]] = {
     "overloaded": {"status": 529},
     "drop": {"drop": True},
     "cut": {"cut": True},
+    "error-inside": {"body": '{"error": {"message": "overloaded", "code": 503}}'},
+}
+MALFORMED: dict[str, dict[str, Any]] = {
     "html": {"body": "<html>"},
     "number": {"body": "3"},
     "empty": {"body": '{"choices": []}'},
+    "nothing": {"body": ""},
+    "null-choice": {"body": '{"choices": [null]}'},
     "no-message": {"body": '{"choices": [{}]}'},
-    "unfinished": {"finish": None},
-    "not-text": {"content": ["x"]},
-    "nan": {"logprobs": {"content": [{"logprob": "x"}]}},
+    "not-text": {"content": 5},
+    "deep": {"body": "[" * 100_000},
+    "error-inside": {"body": '{"error": "it broke"}'},
+    "broken-stream": {"body": 'data: {"choices": [{"delta": {"content": "Ni"}}]}\n\n'},
+    "packed": {"body": "x", "headers": {"Content-Encoding": "br"}},
+    "no-gzip": {"body": "x", "headers": {"Content-Encoding": "gzip"}},
 }
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_answer_is_asked_again_once(name: str, endpoint: Endpoint, fake: FakeTime) -> None:
+    endpoint.plan(q=[MALFORMED[name]], r=[MALFORMED[name]] * 9)
+    assert texts(engine(endpoint, fake), "q") == ["q|None|2"]
+    with pytest.raises(UserError, match="no answer after 2 attempts .*malformed.*twice in the same way"):
+        texts(engine(endpoint, fake), "r")
+    assert endpoint.questions() == ["q", "q", "r", "r"]
 
 
 @pytest.mark.parametrize("name", PASSING)
@@ -292,11 +310,11 @@ def test_after_a_failure_the_rest_is_kept_and_only_the_rest_is_paid(
     # b is refused while a is under way; a's answer still comes in, c is never sent
     endpoint.plan(a=[{"hang": True}], b=[{"status": 400}])
 
-    def refused(content: bytes) -> str:
+    def refused(content: bytes, charset: str | None) -> str:
         endpoint.control(release=True)
-        return error_message(content)
+        return error_text(content, charset)
 
-    monkeypatch.setattr("koine.serve.remote.error_message", refused)
+    monkeypatch.setattr("koine.serve.remote.error_text", refused)
     with pytest.raises(UserError, match="conversation 2"):
         texts(engine(endpoint, cache=tmp_path, concurrency=2), "a", "b", "c")
     assert sorted(endpoint.questions()) == ["a", "b"]
@@ -399,7 +417,18 @@ def test_draws(endpoint: Endpoint, tmp_path: Path) -> None:
     assert endpoint.questions()[before:] == ["n", "f"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "moved", "bytes", "kind"])
+def with_answer(entry: str, **changes: Any) -> bytes:
+    """The entry with other fields in its answer, and the right hash for them."""
+    value = json.loads(entry)
+    value["answer"].update(changes)
+    text = json.dumps(value["answer"], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return json.dumps(value | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "empty", "text", "moved", "bytes", "kind", "number", "deep", "nan", "types", "surrogate"],
+)
 def test_a_damaged_entry_is_seen_and_asked_again(damage: str, endpoint: Endpoint, tmp_path: Path) -> None:
     texts(engine(endpoint, cache=tmp_path), "q", "other")
     entries = {
@@ -416,12 +445,160 @@ def test_a_damaged_entry_is_seen_and_asked_again(damage: str, endpoint: Endpoint
             "moved": entries["other"].read_bytes(),
             "bytes": b"\xff" + whole.encode(),
             "kind": b"[]",
+            "number": b"1" * 5000,
+            "deep": b"[" * 100_000,
+            "nan": whole.replace('"temperature": 0', '"temperature": NaN').encode(),
+            "types": with_answer(whole, prompt_tokens="10"),
+            "surrogate": whole.replace('"role": "user"', '"role": "\\ud800"').encode(),
         }[damage]
     )
     remote = engine(endpoint, cache=tmp_path)
     with pytest.warns(KoineWarning, match="damaged answer in the cache"):
         assert texts(remote, "q", "other") == ["q|None|2", "other|None|1"]
     assert texts(remote, "q") == ["q|None|2"]
+
+
+# --- two at one cache ---
+
+ASK = """
+import sys
+from pathlib import Path
+from koine.serve import RemoteEngine, Sampling
+url, cache, *questions = sys.argv[1:]
+remote = RemoteEngine(url, "m", cache=Path(cache), concurrency=2)
+answers = remote.generate(
+    [[{"role": "user", "content": text}] for text in questions], Sampling(temperature=0, max_new_tokens=50)
+)
+print([answer.text for answer in answers])
+"""
+
+
+def start_asking(endpoint: Endpoint, cache: Path, *questions: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", ASK, endpoint.url, str(cache), *questions], stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(endpoint: Endpoint, question: str) -> None:
+    while question not in endpoint.questions():
+        time.sleep(0.02)
+
+
+def test_two_processes_on_one_cache_pay_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.plan(a=[{"hang": True}])
+    with start_asking(endpoint, tmp_path, "a", "b", "c") as other:
+        wait_for(endpoint, "a")
+        with ThreadPoolExecutor(1) as pool:
+            ours = pool.submit(texts, engine(endpoint, cache=tmp_path), "c", "b", "a")
+            while endpoint.questions().count("c") + endpoint.questions().count("b") < 2:
+                time.sleep(0.02)
+            # both wait for a, which one of them has asked for
+            time.sleep(0.3)
+            endpoint.control(release=True)
+            assert ours.result(60) == ["c|None|1", "b|None|1", "a|None|1"]
+        assert other.communicate(timeout=60)[0].strip() == "['a|None|1', 'b|None|1', 'c|None|1']"
+    assert sorted(endpoint.questions()) == ["a", "b", "c"]
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_claim_goes_with_its_holder(endpoint: Endpoint, tmp_path: Path) -> None:
+    """The operating system gives it back when a process is killed; no clock is asked."""
+    endpoint.plan(a=[{"hang": True}])
+    with start_asking(endpoint, tmp_path, "a") as other:
+        wait_for(endpoint, "a")
+        other.kill()
+        other.communicate()
+    assert texts(engine(endpoint, cache=tmp_path), "a") == ["a|None|2"]
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_who_waits_asks_where_the_other_fails(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.plan(a=[{"hang": True, "status": 400}])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(texts, engine(endpoint, cache=tmp_path), "a")
+        wait_for(endpoint, "a")
+        second = pool.submit(texts, engine(endpoint, cache=tmp_path), "a")
+        time.sleep(0.3)
+        endpoint.control(release=True)
+        with pytest.raises(UserError, match="HTTP 400"):
+            first.result(60)
+        assert second.result(60) == ["a|None|2"]
+
+
+# --- a disk that takes nothing more ---
+
+
+def full(monkeypatch: pytest.MonkeyPatch, *names: str, free_after: int = 1000) -> None:
+    """Writing a file whose path holds one of `names` fails as on a full disk, the first `free_after` times."""
+    from koine import files
+
+    write, failed = files.write_atomically, [0]
+
+    def refuse(path: Path, content: bytes | str) -> None:
+        if any(name in str(path) for name in names) and failed[0] < free_after:
+            failed[0] += 1
+            with files.disk_errors(path):
+                raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_atomically", refuse)
+
+
+def test_an_answer_that_the_disk_does_not_take_is_given_all_the_same(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = engine(endpoint, cache=tmp_path, budget=budget("10"))
+    full(monkeypatch, "answers", free_after=1)
+    with pytest.warns(
+        KoineWarning, match="the disk is full; 1 paid answer could not be kept, and will be asked"
+    ):
+        assert texts(remote, "a") == ["a|None|1"]
+    # the same engine keeps it as soon as there is room
+    assert texts(remote, "a") == ["a|None|1"]
+    assert texts(engine(endpoint, cache=tmp_path), "a") == ["a|None|1"]
+    assert endpoint.questions() == ["a"]
+
+
+def test_a_full_disk_begins_no_other_call(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(monkeypatch, "answers")
+    remote = engine(endpoint, cache=tmp_path, concurrency=1)
+    with pytest.raises(UserError, match="the disk is full; 1 paid answer could not be kept; free some space"):
+        texts(remote, "a", "b")
+    assert endpoint.questions() == ["a"]
+
+
+def test_a_ledger_that_cannot_be_written_before_a_call_lets_none_out(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(monkeypatch, "ledger")
+    with pytest.raises(UserError, match="ledger.json: the disk is full"):
+        texts(engine(endpoint, cache=tmp_path, budget=budget("10")), "a")
+    assert endpoint.questions() == []
+
+
+@pytest.mark.parametrize("name", ["", "answers", "claims"])
+def test_a_file_where_the_cache_must_go(name: str, endpoint: Endpoint, tmp_path: Path) -> None:
+    place = tmp_path / "cache" / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("x")
+    with pytest.raises(UserError, match="a file stands where a folder must go"):
+        texts(engine(endpoint, cache=tmp_path / "cache", budget=budget("10")), "a")
+    assert endpoint.questions() == []
+
+
+def test_an_answer_of_a_later_koine_is_not_paid_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    texts(engine(endpoint, cache=tmp_path), "q")
+    [entry] = tmp_path.glob("answers/*/*.json")
+    entry.write_text(entry.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(UserError, match="an answer of version 2, and this Koine reads version 1"):
+        texts(engine(endpoint, cache=tmp_path), "q")
+    assert endpoint.questions() == ["q"]
+    entry.unlink()
+    entry.mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        texts(engine(endpoint, cache=tmp_path), "q")
 
 
 # --- money ---
@@ -480,8 +657,14 @@ def test_calls_wait_for_the_money_that_others_hold_back(endpoint: Endpoint) -> N
         ({"body": "<html>"}, WORST),
         ({"status": 500}, Decimal(0)),
         ({"status": 429}, Decimal(0)),
+        # of something that did not wait for the model, which may have answered
+        ({"status": 502}, WORST),
+        ({"status": 504}, WORST),
+        ({"status": 408}, WORST),
+        ({"status": 524}, WORST),
+        ({"body": '{"error": "it broke"}'}, WORST),
         # no use, but its tokens are told
-        ({"finish": None}, REAL),
+        ({"content": 5}, REAL),
     ],
     ids=str,
 )
@@ -605,6 +788,20 @@ def test_an_interrupt_ends_the_calls_and_keeps_the_answers(endpoint: Endpoint, t
         ({"model": ""}, "no model is named"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": True}, "timeout is True"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"timeout": "5"}, "timeout is 5"),
+        ({"concurrency": 2.5}, "concurrency is 2.5"),
+        ({"concurrency": True}, "concurrency is True"),
+        ({"model": 5}, "no model is named"),
+        ({"length_field": "max"}, "length_field is 'max'"),
+        ({"base_url": "http://host:99999999/v1"}, "the address"),
+        ({"base_url": "http://host:0/v1"}, "the address"),
+        ({"base_url": "http://a..b/v1"}, "the address"),
+        ({"base_url": f"http://{'a' * 64}.example/v1"}, "the address"),
+        ({"base_url": "http://\ud800/v1"}, "the address"),
+        ({"base_url": "http://host\n/v1"}, "the address"),
+        ({"base_url": None}, "the address is no text"),
     ],
     ids=str,
 )

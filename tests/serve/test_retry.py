@@ -27,6 +27,11 @@ NOON = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
         ("nan", None),
         ("inf", None),
         ("soon", None),
+        ("1e999", None),
+        ("9" * 5000, None),
+        ("Sun, 01 Mar 99999 12:00:00 GMT", None),
+        ("Sun, 01 Mar 2026 12:00:00 +99999999999", None),
+        ("Sun, 99 Mar 2026 12:00:00 GMT", None),
         ("", None),
     ],
 )
@@ -67,7 +72,15 @@ def test_not_transient(status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"attempts": 0}, {"first_wait": -1}, {"first_wait": 5, "longest_wait": 4}]
+    "options",
+    [
+        {"attempts": 0},
+        {"first_wait": -1},
+        {"first_wait": 5, "longest_wait": 4},
+        {"attempts": True},
+        {"attempts": 2.5},
+        {"first_wait": float("nan")},
+    ],
 )
 def test_bad_policies(options: dict[str, float]) -> None:
     with pytest.raises(UserError):

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from koine.errors import UserError
+from koine.serve.answers import error_text, read_usage
+from koine.serve.masking import Mask
 from koine.serve.sampling import Sampling
-from koine.serve.wire import error_message, most_prompt_tokens, read_usage, request_body
+from koine.serve.wire import most_prompt_tokens, request_body
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def test_no_tokenizer_makes_more_tokens_than_the_worst_case(text: str) -> None:
     ],
 )
 def test_error_messages(content: bytes, line: str) -> None:
-    assert error_message(content) == line
+    assert Mask().line(error_text(content)) == line
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,11 @@ def test_error_messages(content: bytes, line: str) -> None:
     [
         ({"prompt_tokens": 3, "completion_tokens": 0}, (3, 0)),
         ({"prompt_tokens": 3}, None),
+        ({"prompt_tokens": 3.0, "completion_tokens": 1.0}, (3, 1)),
+        ({"input_tokens": 3, "output_tokens": 1}, (3, 1)),
+        ({"prompt_tokens": 3.5, "completion_tokens": 1}, None),
+        ({"prompt_tokens": 10**30, "completion_tokens": 1}, None),
+        ({"prompt_tokens": float("nan"), "completion_tokens": 1}, None),
         ({"prompt_tokens": "3", "completion_tokens": 1}, None),
         ({"prompt_tokens": -3, "completion_tokens": 1}, None),
         ({"prompt_tokens": True, "completion_tokens": 1}, None),

@@ -17,7 +17,7 @@ from koine.data.drawn import FILE as DRAWN
 from koine.errors import KoineWarning, UserError
 from koine.files import read_json
 from koine.model.mixture_files import DOMAIN_ENCODER
-from koine.model.weight_files import INDEX, WHOLE
+from koine.model.weight_files import INDEX, SINGLE
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -155,8 +155,8 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
 
 def _weights_read(model: Path) -> set[str]:
     """Names on top of the files whose weights are read; they need no word."""
-    if (model / WHOLE).is_file():
-        return {WHOLE}
+    if (model / SINGLE).is_file():
+        return {SINGLE}
     if (model / INDEX).is_file():
         content = read_json(model / INDEX)
         shards = content.get("weight_map") if isinstance(content, dict) else None

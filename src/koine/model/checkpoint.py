@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from koine.errors import UserError
-from koine.files import disk_errors, read_json, write_json
+from koine.files import disk_errors, write_json
 from koine.model.block_tensors import join_stored, split_stored
 from koine.model.checksum import KEY, UNSEALED, seal, verify
 from koine.model.config import ModelConfig
@@ -65,14 +65,6 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         state = Decoder(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
-
-
-def _shards(index: Path) -> list[str]:
-    content = read_json(index)
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise UserError("holds no weight_map", where=index, mend="the file is damaged; copy the folder again")
-    return sorted(set(shards.values()))
 
 
 class StoredWeights(Mapping[str, Tensor]):

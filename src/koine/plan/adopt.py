@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 from koine.errors import UserError
 from koine.files import atomic_directory, copy_tree, exclusive, read_json, walk, write_json
+from koine.plan.command_line import recorded_command
 from koine.plan.content import digest
 from koine.plan.plan import NAME, RESERVED, Plan
 from koine.plan.provenance import code_version, environment, hashes, manifest_hash, sizes
@@ -58,7 +58,7 @@ def adopt(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Pa
                 "parents": [],
                 "code": code_version(),
                 "environment": environment(1),
-                "argv": sys.argv,
+                "argv": recorded_command(),
                 "started": started,
                 "metrics": read_json(work / "metrics.json") if (work / "metrics.json").exists() else {},
             }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
+from koine.plan.command_line import recorded_command
 from koine.plan.plan import PLAN_FILE, Artifact, Node, Plan, handles, places
 from koine.plan.progress import VARIABLE
 
@@ -80,7 +81,7 @@ def make_job(
             for name, parent in parents.items()
         ),
         threads=node.threads,
-        argv=tuple(sys.argv),
+        argv=tuple(recorded_command()),
         code=code,
         estimate=estimate,
         log=str(log_of(plan, node.artifact.name).resolve()),

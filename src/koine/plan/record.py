@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from koine.files import write_json
+from koine.plan.command_line import recorded_command
 from koine.plan.estimates import Expectation
 from koine.plan.plan import Plan
 from koine.plan.publish import record_of
@@ -45,7 +45,7 @@ class RunRecord:
             self.measured(name)
         self.content: dict[str, Any] = {
             "run": plan.name,
-            "argv": sys.argv,
+            "argv": recorded_command(),
             "started": time.time(),
             "finished": None,
             "status": "running",

@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import os
+import urllib.parse
 
 from koine.errors import UserError
 
+FORM = "give http://... or https://..."
+
 
 def checked_address(base_url: str) -> str:
-    """`base_url` without a slash at its end. Raises `UserError` for no address, or one that holds a password."""
+    """`base_url` without a slash at its end. Raises `UserError` for no address, or one that holds a password.
+
+    What may hold a password is not repeated in the message.
+    """
     import httpx2
 
-    try:
-        url = httpx2.URL(base_url)
-    except httpx2.InvalidURL as error:
-        raise UserError(
-            f"the address '{base_url}' is none ({error})", mend="give http://... or https://..."
-        ) from None
-    if url.userinfo or url.query:
+    if not isinstance(base_url, str):
+        raise UserError("the address is no text", mend=FORM)
+    if "@" in base_url or "?" in base_url or "#" in base_url:
         raise UserError(
             "the address holds a user, a password or a query",
             mend="put the key into an environment variable and give that variable's name",
         )
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(f"the address '{base_url}' is none", mend="give http://... or https://...")
+    try:
+        url = httpx2.URL(base_url)
+        # As the system's resolver will write it: no label empty or longer than 63 letters.
+        url.raw_host.decode("ascii").encode("idna")
+    except (httpx2.InvalidURL, UnicodeError) as error:
+        raise UserError(f"the address '{base_url:.200}' is none ({error})", mend=FORM) from None
+    if url.scheme not in ("http", "https") or not url.host or not (url.port is None or 0 < url.port < 2**16):
+        raise UserError(f"the address '{base_url:.200}' is none", mend=FORM)
     return base_url.rstrip("/")
+
+
+def without_credentials(address: str) -> str:
+    """An address without user, password, query and fragment, for messages."""
+    parts = urllib.parse.urlsplit(address)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def key_in_environment(variable: str) -> str:
     """The key in an environment variable. Raises `UserError`, which never holds the key."""
+    if not isinstance(variable, str) or not variable.isidentifier() or _looks_like_key(variable):
+        # Perhaps the key itself: it is not repeated.
+        raise UserError(
+            "api_key_variable is no name of a variable",
+            mend="put the key into an environment variable and give that variable's name",
+        )
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(f"the environment variable {variable} is not set", mend=f"export {variable}=...")
@@ -38,3 +58,9 @@ def key_in_environment(variable: str) -> str:
             mend="a key is one word of plain letters, digits and signs",
         )
     return key
+
+
+def _looks_like_key(name: str) -> bool:
+    """A long word of digits, small and large letters that the environment does not know."""
+    mixed = name != name.upper() and name != name.lower() and any(letter.isdigit() for letter in name)
+    return mixed and len(name) >= 24 and name not in os.environ

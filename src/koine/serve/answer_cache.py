@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from koine.errors import KoineWarning
+from koine.errors import KoineWarning, UserError
 from koine.files import disk_errors, write_json
+from koine.serve.claims import Claim
 from koine.serve.engine import Completion
 
 VERSION = 1
@@ -32,6 +34,7 @@ class AnswerCache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "answers"
+        self._claims = folder / "claims"
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -39,31 +42,43 @@ class AnswerCache:
         """Where the answer to the request of `key` lies."""
         return self._folder / key[:2] / f"{key}.json"
 
-    def get(self, key: str) -> Completion | None:
-        """The answer, or None where there is none; a damaged one is warned about (`KoineWarning`) and counts as none."""
+    def claim(self, key: str) -> Claim:
+        """The right to ask for the answer to the request of `key`, not taken yet."""
+        return Claim(self._claims, key)
+
+    def get(self, key: str, *, warn: bool = True) -> Completion | None:
+        """The answer, or None where there is none; a damaged one is warned about (`KoineWarning`) and counts as none.
+
+        Raises `UserError` for one that cannot be read, or that a later Koine has written: asking again would cost again.
+        """
         path = self.path(key)
         try:
-            text = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
-        except UnicodeDecodeError:
-            return self._damaged(path, "it is not UTF-8")
+        except OSError as error:
+            raise UserError(
+                f"the answer in the cache cannot be read ({error.strerror})",
+                where=path,
+                mend="make it readable, or remove it to ask again",
+            ) from None
         try:
-            entry = json.loads(text)
-            answer = entry["answer"]
-            if entry["version"] != VERSION or request_key(entry["request"]) != key:
-                return self._damaged(path, "it belongs to another request")
-            if hashlib.sha256(_canonical(answer)).hexdigest() != entry["sha256"]:
-                return self._damaged(path, "its content does not match its hash")
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
-            return self._damaged(path, f"{type(error).__name__}: {error}")
-        return Completion(
-            text=answer["text"],
-            tokens=(),
-            log_probabilities=tuple(answer["log_probabilities"]),
-            prompt_tokens=answer["prompt_tokens"],
-            finish=answer["finish"],
-        )
+            return _read_entry(key, content)
+        except _OtherVersionError as error:
+            raise UserError(
+                f"an answer of version {error}, and this Koine reads version {VERSION}",
+                where=path,
+                mend="use the Koine that wrote it, or give another cache folder",
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if warn:
+                why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"{path}: a damaged answer in the cache ({why}); it is asked for again",
+                    KoineWarning,
+                    stacklevel=2,
+                )
+            return None
 
     def put(self, key: str, request: Mapping[str, Any], completion: Completion) -> None:
         """Keep an answer."""
@@ -79,13 +94,38 @@ class AnswerCache:
         digest = hashlib.sha256(_canonical(answer)).hexdigest()
         write_json(path, {"version": VERSION, "request": request, "answer": answer, "sha256": digest})
 
-    @staticmethod
-    def _damaged(path: Path, why: str) -> None:
-        warnings.warn(
-            f"{path}: a damaged answer in the cache ({why}); it is asked for again",
-            KoineWarning,
-            stacklevel=3,
-        )
+
+class _OtherVersionError(Exception):
+    """An entry of a later Koine."""
+
+
+def _read_entry(key: str, content: bytes) -> Completion:
+    """Raises `ValueError`, `KeyError`, `TypeError`, `AttributeError` or `RecursionError` for what is no entry of `key`."""
+    try:
+        entry = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    version = entry["version"]
+    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
+        raise _OtherVersionError(version)
+    if version != VERSION or request_key(entry["request"]) != key:
+        raise ValueError("it belongs to another request")
+    answer = entry["answer"]
+    if hashlib.sha256(_canonical(answer)).hexdigest() != entry["sha256"]:
+        raise ValueError("its content does not match its hash")
+    text, count, finish = answer["text"], answer["prompt_tokens"], answer["finish"]
+    numbers = answer["log_probabilities"]
+    if not (
+        isinstance(text, str)
+        and isinstance(numbers, list)
+        and all(isinstance(number, float) and math.isfinite(number) for number in numbers)
+        and isinstance(count, int)
+        and finish in ("stop", "length")
+    ):
+        raise ValueError("its fields are of another kind")
+    return Completion(
+        text=text, tokens=(), log_probabilities=tuple(numbers), prompt_tokens=count, finish=finish
+    )
 
 
 def _schema_in_order(request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,6 +17,8 @@ LEDGER = "ledger.json"
 LOCK = "ledger.lock"
 VERSION = 1
 PER = 1_000_000
+MOST = Decimal(10) ** 15
+"""No amount of money and no count of tokens is larger."""
 
 Money = float | str | Decimal
 
@@ -94,14 +96,14 @@ class Ledger:
     def release(self, worst: Decimal) -> None:
         """Take back what was reserved for a call that cost nothing: it was refused, or never sent."""
         with self._changing() as now:
-            self._write(now, unsettled=now.unsettled - worst)
+            self._write(now, unsettled=_less(now.unsettled, worst))
 
     def settle(self, worst: Decimal, *, prompt_tokens: int, completion_tokens: int) -> None:
         """Replace what was reserved for a call by the price of its tokens."""
         with self._changing() as now:
             self._write(
                 now,
-                unsettled=now.unsettled - worst,
+                unsettled=_less(now.unsettled, worst),
                 spent=now.spent + self.budget.cost(prompt_tokens, completion_tokens),
                 calls=now.calls + 1,
                 prompt_tokens=now.prompt_tokens + prompt_tokens,
@@ -115,7 +117,8 @@ class Ledger:
             if self._folder is None:
                 yield self._memory
                 return
-            with exclusive(self._folder / LOCK, doing="writing the ledger", wait=-1):
+            lock = self._folder / LOCK
+            with disk_errors(lock), exclusive(lock, doing="writing the ledger", wait=-1):
                 yield self._read()
 
     def _read(self) -> Spending:
@@ -130,8 +133,16 @@ class Ledger:
             return _parse(read_json(path))
         except UserError as error:
             raise UserError(error.what, where=path, mend=mend) from None
-        except (KeyError, TypeError, ValueError, InvalidOperation) as error:
-            raise UserError(f"not a ledger ({error!r})", where=path, mend=mend) from None
+        except _OtherVersionError as error:
+            raise UserError(
+                f"a ledger of version {error}, and this Koine reads version {VERSION}",
+                where=path,
+                mend="use the Koine that wrote it, or another cache folder; where the ledger is damaged, correct it",
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot be read ({error.strerror})", where=path, mend=mend) from None
+        except (KeyError, TypeError, ValueError, InvalidOperation, RecursionError) as error:
+            raise UserError(f"not a ledger ({_reason(error)})", where=path, mend=mend) from None
 
     def _write(self, before: Spending, **changed: Any) -> None:
         after = Spending(**{**vars(before), **changed})
@@ -144,21 +155,52 @@ class Ledger:
             write_json(self._folder / LEDGER, {"version": VERSION, **values})
 
 
+class _OtherVersionError(Exception):
+    """A ledger of a later Koine."""
+
+
 def _parse(value: Any) -> Spending:
-    if value["version"] != VERSION:
-        raise ValueError(f"version {value['version']}")
-    counts = {name: int(value[name]) for name in ("calls", "prompt_tokens", "completion_tokens")}
-    spending = Spending(spent=Decimal(value["spent"]), unsettled=Decimal(value["unsettled"]), **counts)
-    if not (spending.spent >= 0 and spending.unsettled >= 0):
-        raise ValueError("a negative amount")
-    return spending
+    version = value["version"]
+    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
+        raise _OtherVersionError(version)
+    if version != VERSION:
+        raise ValueError("no version")
+    counts = {name: value[name] for name in ("calls", "prompt_tokens", "completion_tokens")}
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MOST:
+            raise ValueError(f"{name} is no count")
+    return Spending(
+        spent=_stored_amount("spent", value["spent"]),
+        unsettled=_stored_amount("unsettled", value["unsettled"]),
+        **counts,
+    )
+
+
+def _stored_amount(name: str, text: Any) -> Decimal:
+    amount = Decimal(text) if isinstance(text, str) else Decimal("nan")
+    if not (amount.is_finite() and 0 <= amount <= MOST):
+        raise ValueError(f"{name} is no amount in quotes")
+    return amount
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]}"
+    return str(error) if type(error) is ValueError else type(error).__name__
+
+
+def _less(unsettled: Decimal, worst: Decimal) -> Decimal:
+    """A ledger that was corrected by hand meanwhile may hold less than is given back."""
+    return max(Decimal(0), unsettled - worst)
 
 
 def _amount(name: str, value: Money) -> Decimal:
     try:
         amount = Decimal(str(value))
-    except InvalidOperation:
-        raise UserError(f"{name} is '{value}'", mend="give an amount of money such as 2.50") from None
-    if not (amount.is_finite() and amount >= 0):
-        raise UserError(f"{name} is {value}", mend="give an amount of money of 0 or more")
+    except (InvalidOperation, ValueError):
+        raise UserError(f"{name} is '{value!s:.40}'", mend="give an amount of money such as 2.50") from None
+    if not (amount.is_finite() and 0 <= amount <= MOST):
+        raise UserError(f"{name} is {value!s:.40}", mend="give an amount of money of 0 or more")
+    if amount and amount.adjusted() < -30:
+        raise UserError(f"{name} is {value!s:.40}", mend="give an amount of money such as 2.50")
     return amount

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.extras import import_extra
+from koine.serve.enforceable import enforceable
 from koine.serve.schema import schema_text
+from koine.serve.unique_keys import UniqueKeys
 from koine.tokenizer import Tokenizer
 from koine.tokenizer.spelling import exact_ids
 
@@ -31,9 +33,12 @@ class Grammar:
     Compile once, start as often as there are answers: compiling takes milliseconds to a second, starting microseconds.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
-        """matcher: an `llguidance.LLMatcher` that has read nothing yet."""
+    def __init__(
+        self, matcher: Any, vocab_size: int, end_ids: frozenset[int], keys: UniqueKeys | None = None
+    ) -> None:
+        """matcher: an `llguidance.LLMatcher` that has read nothing yet. keys: of documents whose keys may repeat."""
         self._matcher = matcher
+        self._keys = keys
         self.vocab_size = vocab_size
         self.end_ids = end_ids
 
@@ -41,14 +46,16 @@ class Grammar:
     def from_json_schema(cls, schema: Mapping[str, Any], tokenizer: Tokenizer) -> Grammar:
         """Documents of `schema`, objects with their keys in the schema's order, spaced as `json.dumps` does.
 
-        Raises `UserError` for a schema that is malformed, that nothing satisfies, or that uses a keyword which cannot
-        be enforced token by token; for a tokenizer that is not byte-level; and without the extra `grammar`.
+        Raises `UserError` for a schema that is malformed, that nothing satisfies, or that cannot be enforced to the
+        letter token by token; for a tokenizer that is not byte-level; and without the extra `grammar`.
         """
-        text = schema_text(schema)
+        held, free_keys = enforceable(schema)
+        text = schema_text(held)
         return cls._compile(
             lambda library: library.LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT),
             tokenizer,
             kind="the JSON schema",
+            keys=UniqueKeys.over(tokenizer) if free_keys else None,
         )
 
     @classmethod
@@ -68,32 +75,57 @@ class Grammar:
         )
 
     @classmethod
-    def _compile(cls, source: Callable[[Any], str], tokenizer: Tokenizer, *, kind: str) -> Grammar:
+    def _compile(
+        cls,
+        source: Callable[[Any], str],
+        tokenizer: Tokenizer,
+        *,
+        kind: str,
+        keys: UniqueKeys | None = None,
+    ) -> Grammar:
         library: Any = import_extra("llguidance", extra="grammar", purpose="constrain an answer to a grammar")
         if not tokenizer.lossless:
             raise UserError(
                 "constrained answers need a vocabulary that holds all bytes, and this tokenizer's does not",
                 mend="use a model with a byte-level or byte-fallback tokenizer",
             )
-        matcher = library.LLMatcher(_library_tokenizer(tokenizer), source(library), log_level=0)
+        try:
+            text = source(library)
+        except ValueError as error:
+            raise UserError(f"{kind} cannot be used ({error})", mend="mend or simplify it") from None
+        matcher = library.LLMatcher(_library_tokenizer(tokenizer), text, log_level=0)
         if matcher.is_error():
             raise UserError(
                 f"{kind} cannot be used ({_first_part(matcher.get_error())})", mend="mend or simplify it"
             )
-        return cls(matcher, tokenizer.vocab_size, _end_ids(tokenizer))
+        grammar = cls(matcher, tokenizer.vocab_size, _end_ids(tokenizer), keys)
+        # Some that nothing satisfies are found out only when the first token is asked for.
+        first = grammar.start()
+        try:
+            possible = bool(first.mask().any())
+        except UserError:
+            possible = False
+        if not possible:
+            raise UserError(f"{kind} cannot be used (nothing satisfies it)", mend="mend or simplify it")
+        return grammar
 
     def start(self) -> GrammarState:
         """The state of a new answer."""
-        return GrammarState(self._matcher.deep_copy(), self.vocab_size, self.end_ids)
+        keys = None if self._keys is None else self._keys.fresh()
+        return GrammarState(self._matcher.deep_copy(), self.vocab_size, self.end_ids, keys)
 
 
 class GrammarState:
     """How far one answer has come in its grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self, matcher: Any, vocab_size: int, end_ids: frozenset[int], keys: UniqueKeys | None = None
+    ) -> None:
         self._matcher = matcher
+        self._keys = keys
         self._vocab_size = vocab_size
         self._end_ids = end_ids
+        self._allowed: Tensor | None = None
         self.finished = False
         """Whether the token that ends the answer has been taken."""
 
@@ -112,17 +144,25 @@ class GrammarState:
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         bits = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_))
+        self._allowed = torch.from_numpy(bits.view(np.bool_))
+        return self._allowed if self._keys is None else self._keys.without_repeated(self._allowed)
 
     def advance(self, token_id: int) -> None:
-        """Take `token_id`, which the mask must allow (`ValueError` otherwise; the state is of no use afterwards)."""
+        """Take `token_id`, which the mask must allow (`ValueError` otherwise; the state is of no use afterwards).
+
+        Raises `UserError` where the grammar has become too complex to go on.
+        """
         if self.finished:
             if token_id not in self._end_ids:
                 raise ValueError(f"token {token_id} after the end of the answer")
             return
+        allowed, self._allowed = self._allowed, None
         if not self._matcher.consume_token(token_id):
-            self._check(token_id)
+            # The library refuses a token that it has allowed where it comes to a limit of its own.
+            self._check(None if allowed is not None and bool(allowed[token_id]) else token_id)
         self.finished = token_id in self._end_ids
+        if self._keys is not None and not self.finished:
+            self._keys.advance(token_id)
 
     def _check(self, token_id: int | None = None) -> None:
         if not self._matcher.is_error():

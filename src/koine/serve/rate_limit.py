@@ -22,8 +22,8 @@ class RateLimits:
     def __post_init__(self) -> None:
         for name in ("requests_per_minute", "tokens_per_minute"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}", mend="give at least 1, or None for no limit")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UserError(f"{name} is {value}", mend="give a whole number from 1, or None for no limit")
 
 
 @dataclass
@@ -32,6 +32,23 @@ class Slot:
 
     start: float
     tokens: int
+
+
+class SteadyClock:
+    """A clock that never goes back: where the one below it does (a clock set by hand), it goes on from where it was."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._ahead = 0.0
+        self._latest = clock()
+
+    def __call__(self) -> float:
+        now = self._clock() + self._ahead
+        if now < self._latest:
+            self._ahead += self._latest - now
+            now = self._latest
+        self._latest = now
+        return now
 
 
 class RateLimiter:

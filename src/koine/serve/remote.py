@@ -6,38 +6,48 @@ import asyncio
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import httpx2
 
-from koine.errors import KoineWarning, UserError
-from koine.serve.address import checked_address, key_in_environment
+from koine.errors import KoineWarning, UserError, did_you_mean
+from koine.serve.address import checked_address, key_in_environment, without_credentials
 from koine.serve.answer_cache import AnswerCache
+from koine.serve.answers import MalformedError, error_text, read_answer, read_usage
 from koine.serve.background import run_to_end
+from koine.serve.body import ENCODINGS, BodyError, read_beginning, read_body
 from koine.serve.budget import Budget, Ledger, Spending
 from koine.serve.calls import Call, CallEstimate, build_calls, missing_calls
 from koine.serve.conversation import Message
 from koine.serve.engine import Completion
-from koine.serve.rate_limit import RateLimiter, RateLimits
-from koine.serve.retry import RetryPolicy, asked_wait, is_transient
+from koine.serve.masking import Mask, masked_logs, proxy_passwords
+from koine.serve.rate_limit import RateLimiter, RateLimits, SteadyClock
+from koine.serve.retry import MAY_CHARGE, RetryPolicy, asked_wait, is_transient
 from koine.serve.sampling import Sampling
-from koine.serve.wire import (
-    LengthField,
-    MalformedError,
-    error_message,
-    read_answer,
-    read_usage,
-)
+from koine.serve.wire import LengthField, most_answer_bytes
 
 CONNECT_SECONDS = 10.0
 
 # Nothing reached the endpoint, so nothing can have been charged.
-NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
+
+REFUSAL_BYTES = 1 << 16
+"""Of a response with an error status, no more is read."""
+
+REASON_CHARACTERS = 60
+"""What a server's word for the end of an answer is cut to."""
+
+CLAIM_SECONDS = 0.1
+"""How often a call looks whether another process has the answer that it waits for."""
+
+Charge = tuple[int, int] | Literal["nothing", "unknown"]
+"""Prompt and completion tokens; or that nothing can have been charged; or that this is not known."""
 
 
 @dataclass
@@ -46,13 +56,39 @@ class _Run:
 
     settled: set whenever a call no longer holds money back.
     stopped: set when a call has failed for good: no other is begun, those under way are let finish.
+    notes: what was odd about answers, and how often.
+    disk: what kept an answer from the cache, or its price from the ledger.
     """
 
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     holding_money: int = 0
-    without_usage: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[int, UserError]] = field(default_factory=list)
+    disk: UserError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """An attempt that may go better the next time.
+
+    asked: seconds that the endpoint asks to wait.
+    kind: set where the answer is malformed: the same for answers that are malformed in the same way.
+    """
+
+    problem: str
+    asked: float | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Received:
+    """A response; its body as far as it is read."""
+
+    status: int
+    headers: httpx2.Headers
+    content: bytes
+    charset: str | None
 
 
 class _StoppedError(Exception):
@@ -96,25 +132,33 @@ class RemoteEngine:
         Raises `UserError` for an option out of range, a variable that is not set, or a damaged ledger.
         """
         self._url = checked_address(base_url) + "/chat/completions"
-        if not model:
-            raise UserError("no model is named", mend="give the name that the endpoint knows it by")
-        if concurrency < 1:
-            raise UserError(f"concurrency is {concurrency}", mend="give at least 1")
-        if not 0 < timeout < math.inf:
-            raise UserError(f"timeout is {timeout}", mend="give seconds, more than 0")
+        _check_options(model, concurrency, timeout, length_field)
         self.model = model
         self._key_variable = api_key_variable
-        self._key = None if api_key_variable is None else key_in_environment(api_key_variable)
+        key = None if api_key_variable is None else key_in_environment(api_key_variable)
+        self._mask = Mask([secret for secret in (key, *proxy_passwords()) if secret])
+        if self._mask.stands_in(f"{self._url} {model}".encode("utf-8", "replace")):
+            raise UserError(
+                "the address or the model's name holds the key", mend=f"leave it to {api_key_variable} alone"
+            )
+        # The library's own headers, which show no key when they are printed.
+        self._headers = httpx2.Headers(
+            {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": ENCODINGS}
+        )
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
         self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries or RetryPolicy()
         self._log_probabilities = log_probabilities
         self._length_field: LengthField = length_field
         self._sleep = sleep
-        self._clock = clock
-        self._limiter = RateLimiter(limits or RateLimits(), clock)
+        self._clock = SteadyClock(clock)
+        self._limiter = RateLimiter(limits or RateLimits(), self._clock)
         self._cache = None if cache is None else AnswerCache(Path(cache))
         self._ledger = None if budget is None else Ledger(budget, None if cache is None else Path(cache))
+        # Answers that were paid for and that the disk did not take.
+        self._unsaved: dict[str, tuple[Call, Completion]] = {}
 
     def spending(self) -> Spending | None:
         """What the ledger of the cache folder holds; None without a budget."""
@@ -153,7 +197,7 @@ class RemoteEngine:
         return [known[call.key] for call in calls]
 
     def _calls(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Call]:
-        return build_calls(
+        calls = build_calls(
             conversations,
             sampling,
             url=self._url,
@@ -162,10 +206,20 @@ class RemoteEngine:
             log_probabilities=self._log_probabilities,
             budget=None if self._ledger is None else self._ledger.budget,
         )
+        for call in calls:
+            if self._mask.stands_in(call.content):
+                raise UserError(
+                    f"{call.name} holds the key, which the cache would keep",
+                    mend="take it out of the messages",
+                )
+        return calls
 
     def _cached(self, calls: Sequence[Call]) -> dict[str, Completion]:
         if self._cache is None:
             return {}
+        for key, (call, completion) in list(self._unsaved.items()):
+            self._cache.put(key, call.request, completion)
+            del self._unsaved[key]
         found = {key: self._cache.get(key) for key in dict.fromkeys(call.key for call in calls)}
         return {key: completion for key, completion in found.items() if completion is not None}
 
@@ -175,25 +229,48 @@ class RemoteEngine:
         """Put the answer to each call into `known`, `concurrency` at a time."""
         run = _Run()
         waiting = iter(calls)
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        async with httpx2.AsyncClient(
-            headers=headers,
-            timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, self._timeout)),
-            limits=httpx2.Limits(max_connections=self._concurrency),
-        ) as client:
-            workers = min(self._concurrency, len(calls))
-            await asyncio.gather(*(self._work(client, waiting, known, run) for _ in range(workers)))
+        with masked_logs(self._mask):
+            async with self._client() as client:
+                workers = min(self._concurrency, len(calls))
+                await asyncio.gather(*(self._work(client, waiting, known, run) for _ in range(workers)))
+        for note, count in run.notes.items():
+            warnings.warn(f"{count} answers of {self._url} {note}", KoineWarning, stacklevel=2)
+        self._tell_unsaved(run, missing=sum(call.key not in known for call in calls))
         if run.failures:
             raise min(run.failures, key=lambda failure: failure[0])[1]
-        if run.without_usage:
-            warnings.warn(
-                f"{run.without_usage} answers of {self._url} do not say how many tokens they took; the budget counts the "
-                "most that they can have taken",
-                KoineWarning,
-                stacklevel=2,
+
+    def _client(self) -> httpx2.AsyncClient:
+        """Raises `UserError` for proxies and certificates of the environment that cannot be used."""
+        try:
+            return httpx2.AsyncClient(
+                headers=self._headers,
+                follow_redirects=False,
+                timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, self._timeout)),
+                limits=httpx2.Limits(max_connections=self._concurrency),
             )
+        except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
+            raise UserError(
+                f"no connection can be made with these settings ({self._mask.line(_described(error))})",
+                mend="correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR in the environment",
+            ) from None
+
+    def _tell_unsaved(self, run: _Run, *, missing: int) -> None:
+        """Say which answers the disk did not take: an error where others are missing, too, else a warning."""
+        if run.disk is None:
+            return
+        count = len(self._unsaved)
+        lost = f"{count} paid answer{'s' * (count > 1)} could not be kept"
+        what = f"{run.disk.what}; {lost}" if count else run.disk.what
+        if missing or run.failures:
+            mend = (
+                f"free some space and run again; {'they are' if count > 1 else 'it is'} asked for again then"
+            )
+            raise UserError(what, where=run.disk.where, mend=mend if count else run.disk.mend) from run.disk
+        warnings.warn(
+            f"{run.disk.where}: {what}, and will be asked for again by the next program",
+            KoineWarning,
+            stacklevel=3,
+        )
 
     async def _work(
         self, client: httpx2.AsyncClient, waiting: Iterator[Call], known: dict[str, Completion], run: _Run
@@ -201,7 +278,7 @@ class RemoteEngine:
         """Take calls from `waiting` until none is left or one has failed."""
         for call in waiting:
             try:
-                known[call.key] = await self._ask(client, call, run)
+                known[call.key] = await self._claim_and_ask(client, call, run)
             except _StoppedError:
                 return
             except UserError as error:
@@ -211,19 +288,41 @@ class RemoteEngine:
             if run.stopped.is_set():
                 return
 
+    async def _claim_and_ask(self, client: httpx2.AsyncClient, call: Call, run: _Run) -> Completion:
+        """The answer to one call; where another process asks for the same one, its answer is waited for."""
+        if self._cache is None:
+            return await self._ask(client, call, run)
+        claim = self._cache.claim(call.key)
+        while not claim.acquire():
+            await _first(asyncio.sleep(CLAIM_SECONDS), run)
+        try:
+            answered = self._cache.get(call.key, warn=False)
+            return await self._ask(client, call, run) if answered is None else answered
+        finally:
+            claim.release()
+
     async def _ask(self, client: httpx2.AsyncClient, call: Call, run: _Run) -> Completion:
         """The answer to one call, after as many attempts as the policy allows; in the cache when this returns."""
         attempt = 0
+        malformed: set[str] = set()
         while True:
             attempt += 1
-            problem, asked = await self._attempt(client, call, run)
-            if isinstance(problem, Completion):
-                return problem
-            wait = self._retries.wait(attempt, call=call.key, asked=asked)
-            if wait is None:
-                patience = "" if asked is None else f"; it asks to come back in {asked:.0f} s"
+            result = await self._attempt(client, call, run)
+            if isinstance(result, Completion):
+                return result
+            if result.kind is not None and result.kind in malformed:
                 raise UserError(
-                    f"{call.name}: no answer after {attempt} attempt{'s' * (attempt > 1)} ({problem}{patience})",
+                    f"{call.name}: no answer after {attempt} attempts ({result.problem}; twice in the same way)",
+                    where=self._url,
+                    mend="see what the endpoint answers: asking on would cost again",
+                )
+            if result.kind is not None:
+                malformed.add(result.kind)
+            wait = self._retries.wait(attempt, call=call.key, asked=result.asked)
+            if wait is None:
+                patience = "" if result.asked is None else f"; it asks to come back in {result.asked:.6g} s"
+                raise UserError(
+                    f"{call.name}: no answer after {attempt} attempt{'s' * (attempt > 1)} ({result.problem}{patience})",
                     where=self._url,
                     mend="run again later: what was answered is kept"
                     if self._cache
@@ -231,89 +330,134 @@ class RemoteEngine:
                 )
             await self._pause(wait, run)
 
-    async def _attempt(
-        self, client: httpx2.AsyncClient, call: Call, run: _Run
-    ) -> tuple[Completion | str, float | None]:
-        """Send a call once: the completion; or what went wrong that may pass, and how long the endpoint asks to wait.
+    async def _attempt(self, client: httpx2.AsyncClient, call: Call, run: _Run) -> Completion | _Failure:
+        """Send a call once: the completion, or what went wrong that may pass.
 
         Money stays unsettled in the ledger exactly where the endpoint may have charged for an answer that never came.
         """
         await self._afford(call, run)
-        charged: tuple[int, int] | Literal["nothing", "unknown"] = "nothing"
+        charged: Charge = "nothing"
         slot = self._limiter.reserve(call.prompt_tokens + call.completion_tokens)
         try:
             await self._pause(slot.start - self._clock(), run)
             charged = "unknown"
             try:
                 async with asyncio.timeout(self._timeout):
-                    response = await client.post(self._url, content=call.content)
+                    received = await self._send(client, call)
             except NEVER_SENT as error:
                 charged = "nothing"
-                return _described(error), None
+                return _Failure(problem=self._mask.line(_described(error)))
             except TimeoutError:
-                return f"no answer within {self._timeout:g} s", None
+                return _Failure(problem=f"no answer within {self._timeout:g} s")
+            except BodyError as error:
+                return _Failure(
+                    problem=f"its answer is malformed: {self._mask.line(str(error))}", kind="body"
+                )
             except httpx2.RequestError as error:
-                return _described(error), None
-            if not response.is_success:
-                charged = "nothing"
-                return self._refused(call, response)
+                return _Failure(problem=self._mask.line(_described(error)))
             # Whatever else is wrong with the answer, its tokens were paid for.
-            usage = read_usage(response.content)
+            usage = read_usage(received.content)
+            if not 200 <= received.status < 300:
+                charged = usage or ("unknown" if received.status in MAY_CHARGE else "nothing")
+                return self._refused(call, received)
             charged = usage or "unknown"
             try:
-                completion = self._completed(call, response.content)
+                completion = self._completed(call, received, run)
             except MalformedError as error:
-                return f"its answer is malformed: {error}", None
-            run.without_usage += usage is None and self._ledger is not None
-            return completion, None
+                return self._malformed(call, error)
+            if usage is None and self._ledger is not None:
+                run.notes["do not say how many tokens they took; the budget counts the most that they can have taken"] += 1  # fmt: skip
+            return completion
         finally:
             self._settle(call, charged, run)
             if charged != "unknown":
                 self._limiter.settle(slot, 0 if charged == "nothing" else sum(charged))
 
-    def _refused(self, call: Call, response: httpx2.Response) -> tuple[str, float | None]:
+    async def _send(self, client: httpx2.AsyncClient, call: Call) -> _Received:
+        """Raises `BodyError` for a body that is too long, and what the library raises."""
+        async with client.stream("POST", self._url, content=call.content) as response:
+            if response.is_success:
+                content = await read_body(response, most_answer_bytes(call.completion_tokens))
+            else:
+                content = await read_beginning(response, REFUSAL_BYTES)
+            return _Received(
+                status=response.status_code,
+                headers=response.headers,
+                content=content,
+                charset=response.charset_encoding,
+            )
+
+    def _refused(self, call: Call, received: _Received) -> _Failure:
         """A response with an error status: what it says, where it may pass. Raises `UserError` where it will not."""
-        status = response.status_code
-        said = error_message(response.content)
-        if self._key is not None:
-            said = said.replace(self._key, "***")
+        status = received.status
+        said = self._mask.line(error_text(received.content, received.charset))
         problem = f"HTTP {status}" + (f": {said}" if said else "")
         if is_transient(status):
-            asked = asked_wait(response.headers.get("Retry-After"), now=datetime.now(UTC))
+            asked = asked_wait(received.headers.get("Retry-After"), now=datetime.now(UTC))
             if status == 429 and asked is not None and asked <= self._retries.longest_wait:
                 self._limiter.hold(asked)
-            return problem, asked
+            return _Failure(problem=problem, asked=asked)
         mend = None
         if status in (401, 403):
             mend = (
                 "name the environment variable that holds the key"
-                if self._key is None
+                if self._key_variable is None
                 else f"check the key in {self._key_variable}"
             )
         elif status == 404:
             mend = f"check the address and the model's name '{self.model}'"
-        elif response.is_redirect:
-            mend = f"give the address that it leads to: {response.headers.get('Location')}"
+        elif status in (301, 302, 303, 307, 308) and "Location" in received.headers:
+            mend = f"give the address that it leads to: {self._place(received.headers['Location'])}"
         raise UserError(f"{call.name}: {problem}", where=self._url, mend=mend)
 
-    def _completed(self, call: Call, content: bytes) -> Completion:
+    def _place(self, location: str) -> str:
+        """Where a redirect leads, for a message; nothing is sent there, least of all the key."""
+        try:
+            return self._mask.line(without_credentials(location))
+        except ValueError:
+            return self._mask.line(location)
+
+    def _malformed(self, call: Call, error: MalformedError) -> _Failure:
+        """An answer that cannot be used. Raises `UserError` where the server says that it always will be so."""
+        said = self._mask.line(error.said)
+        problem = f"its answer is malformed: {error.kind}" + (f"; the endpoint says: {said}" if said else "")
+        if error.passing is False:
+            raise UserError(f"{call.name}: {problem}", where=self._url)
+        return _Failure(problem=problem, kind=None if error.passing else error.kind)
+
+    def _completed(self, call: Call, received: _Received, run: _Run) -> Completion:
         """The completion in a response, put into the cache. Raises `MalformedError`, and `UserError` for a strange end."""
-        answer = read_answer(content)
-        if answer.finish not in ("stop", "length"):
+        answer = read_answer(received.content, most_tokens=call.completion_tokens, charset=received.charset)
+        reason = self._mask.line(answer.reason, REASON_CHARACTERS)
+        if answer.finish is None:
             raise UserError(
-                f"{call.name}: the endpoint ended the answer with '{answer.finish}'",
+                f"{call.name}: the endpoint ended the answer with '{reason}'",
                 where=self._url,
                 mend="leave this conversation out or change it",
             )
+        text = self._mask.answer(answer.text)
+        if text != answer.text:
+            run.notes["repeated the key, which is masked"] += 1
+        if answer.strange_end:
+            run.notes[
+                f"ended with '{reason}', which is no word that is known; they are taken as they are"
+            ] += 1
+        if answer.lost_log_probabilities:
+            run.notes["gave log-probabilities that are no finite numbers, which are left out"] += 1
         completion = Completion(
-            text=answer.text,
+            text=text,
             tokens=(),
             log_probabilities=answer.log_probabilities,
             prompt_tokens=0 if answer.usage is None else answer.usage[0],
-            finish=cast(Literal["stop", "length"], answer.finish),
+            finish=answer.finish,
         )
         if self._cache is not None:
-            self._cache.put(call.key, call.request, completion)
+            try:
+                self._cache.put(call.key, call.request, completion)
+            except UserError as error:
+                self._unsaved[call.key] = (call, completion)
+                run.disk = error
+                run.stopped.set()
         return completion
 
     # --- money and time ---
@@ -337,15 +481,18 @@ class RemoteEngine:
             await _first(run.settled.wait(), run)
         run.holding_money += 1
 
-    def _settle(
-        self, call: Call, charged: tuple[int, int] | Literal["nothing", "unknown"], run: _Run
-    ) -> None:
+    def _settle(self, call: Call, charged: Charge, run: _Run) -> None:
         if self._ledger is None:
             return
-        if charged == "nothing":
-            self._ledger.release(call.cost)
-        elif charged != "unknown":
-            self._ledger.settle(call.cost, prompt_tokens=charged[0], completion_tokens=charged[1])
+        try:
+            if charged == "nothing":
+                self._ledger.release(call.cost)
+            elif charged != "unknown":
+                self._ledger.settle(call.cost, prompt_tokens=charged[0], completion_tokens=charged[1])
+        except UserError as error:
+            # The call stays in the ledger at its worst; its answer is not thrown away for it.
+            run.disk = error
+            run.stopped.set()
         run.holding_money -= 1
         run.settled.set()
 
@@ -369,3 +516,17 @@ async def _first(waited: Awaitable[Any], run: _Run) -> None:
 def _described(error: Exception) -> str:
     name = type(error).__name__
     return f"{name}: {error}" if str(error) else name
+
+
+def _check_options(model: str, concurrency: int, timeout: float, length_field: str) -> None:
+    if not isinstance(model, str) or not model.strip():
+        raise UserError("no model is named", mend="give the name that the endpoint knows it by")
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
+        raise UserError(f"concurrency is {concurrency}", mend="give a whole number from 1")
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout < math.inf:
+        raise UserError(f"timeout is {timeout}", mend="give seconds, more than 0")
+    if length_field not in get_args(LengthField):
+        raise UserError(
+            f"length_field is '{length_field}'", mend=did_you_mean(str(length_field), get_args(LengthField))
+        )

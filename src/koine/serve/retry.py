@@ -12,6 +12,9 @@ from koine.errors import UserError
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 """Besides these, every status from 500 on."""
 
+MAY_CHARGE = frozenset({408, 499, 502, 504, 520, 524, 598, 599})
+"""Statuses of something between us and the model that did not wait for its answer: it may have come, and be charged for."""
+
 
 def is_transient(status: int) -> bool:
     """Whether an HTTP status may be gone at the next attempt."""
@@ -34,7 +37,7 @@ class RetryPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
+        if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
             raise UserError(f"{self.attempts} attempts", mend="give at least 1")
         if not 0 <= self.first_wait <= self.longest_wait:
             raise UserError(
@@ -70,7 +73,7 @@ def asked_wait(header: str | None, *, now: datetime) -> float | None:
     except ValueError:
         try:
             date = email.utils.parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, TypeError, IndexError, OverflowError):
             return None
         if date.tzinfo is None:
             date = date.replace(tzinfo=UTC)

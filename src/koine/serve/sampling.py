@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from koine.errors import UserError, did_you_mean
 from koine.fields import shown
 from koine.serve.schema import schema_text
 
+_WHOLE = ("top_k", "seed", "max_new_tokens")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", *_WHOLE)
 _NO_NUMBERS = ("stop", "json_schema")
 """Settings that a chat's `/set NAME VALUE` does not know."""
 
@@ -42,23 +45,45 @@ class Sampling:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self._require("temperature", _between(self.temperature, 0), "0 (greedy) or more")
-        self._require("top_k", _whole_between(self.top_k, 0), "0 (all tokens) or more")
-        self._require("top_p", _between(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1")
-        self._require("min_p", _between(self.min_p, 0, 1), "from 0 to 1")
-        penalty = self.repetition_penalty
+        for name in _NUMBERS:
+            self._take_number(name)
+        self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
+        self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
+        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
         self._require(
-            "repetition_penalty", _between(penalty, 0) and penalty > 0, "above 0; 1 changes nothing"
+            "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"
         )
-        self._require("seed", self.seed is None or _whole_between(self.seed, 0), "a whole number from 0")
-        self._require("max_new_tokens", _whole_between(self.max_new_tokens, 1), "at least 1")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
+        self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        for name in ("top_k", "max_new_tokens"):
+            self._require(name, getattr(self, name) < 2**31, "a number below 2^31")
         self._require(
             "stop",
-            isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
+            isinstance(self.stop, tuple) and all(isinstance(stop, str) and stop for stop in self.stop),
             "a tuple of strings, none of them empty",
         )
         if self.json_schema is not None:
             schema_text(self.json_schema)
+
+    def _take_number(self, name: str) -> None:
+        """Make Python's own number of NumPy's; true and false are none, as nothing that is no number is."""
+        value = getattr(self, name)
+        if name == "seed" and value is None:
+            return
+        whole = name in _WHOLE
+        self._require(
+            name,
+            isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool),
+            "a whole number" if whole else "a number",
+        )
+        try:
+            number = int(value) if whole else float(value)
+        except OverflowError:
+            self._require(name, False, "a smaller number")
+        if not isinstance(value, int | float):
+            # A 0 stays a 0, and no 0.0: the names of answers in the cache depend on it.
+            object.__setattr__(self, name, number)
 
     def _require(self, name: str, holds: bool, mend: str) -> None:
         if not holds:
@@ -75,7 +100,7 @@ class Sampling:
         }
         if field not in kinds:
             known = [known.replace("_", "-") for known in kinds]
-            raise UserError(f"unknown setting '{name}'", mend=did_you_mean(name, known))
+            raise UserError(f"unknown setting {shown(name)}", mend=did_you_mean(name, known))
         value: Any
         try:
             if text == "none" and field == "seed":
@@ -84,7 +109,7 @@ class Sampling:
                 value = float(text) if kinds[field] == "float" else int(text)
         except ValueError:
             kind = "a number" if kinds[field] == "float" else "a whole number"
-            raise UserError(f"{name} is '{text}'", mend=f"give {kind}") from None
+            raise UserError(f"{name} is {shown(text)}", mend=f"give {kind}") from None
         return dataclasses.replace(self, **{field: value})
 
     def described(self) -> str:
@@ -94,12 +119,3 @@ class Sampling:
             for entry in dataclasses.fields(self)
             if entry.name not in _NO_NUMBERS
         )
-
-
-def _whole_between(value: Any, low: int) -> bool:
-    return type(value) is int and low <= value < 2**63
-
-
-def _between(value: Any, low: float, high: float = sys.float_info.max) -> bool:
-    """Whether it is a finite number in a range."""
-    return type(value) in (int, float) and low <= value <= high

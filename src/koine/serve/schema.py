@@ -21,7 +21,10 @@ def schema_text(schema: Mapping[str, Any]) -> str:
         raise UserError(f"the schema is no JSON ({error})", mend="give a JSON schema as an object") from None
     if not text.startswith("{"):
         raise UserError("the schema is no JSON object", mend='give one such as {"type": "object"}')
-    _check_keys(schema)
+    try:
+        _check_keys(schema)
+    except RecursionError:
+        raise UserError("the schema is nested too deeply", mend="flatten it") from None
     return text
 
 

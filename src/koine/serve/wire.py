@@ -1,12 +1,10 @@
-"""The messages of `POST /chat/completions`: what is asked, and how an answer is read."""
+"""The messages of `POST /chat/completions`: what is asked, and the most that it takes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from koine.errors import UserError
@@ -24,27 +22,10 @@ UNDERSTOOD = {"temperature", "seed", "max_new_tokens", "stop", "json_schema", *N
 TOKENS_AROUND_MESSAGE = 16
 TOKENS_AROUND_CONVERSATION = 64
 
-# What a server's error message is cut to.
-MESSAGE_CHARACTERS = 300
-
-
-class MalformedError(Exception):
-    """An answer that is none: no JSON, no choices, fields of another kind."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """An answer as the endpoint gave it.
-
-    log_probabilities: natural, of each token; empty where the endpoint gives none.
-    finish: the endpoint's word for why it ended.
-    usage: prompt tokens and completion tokens, or None where the endpoint does not say.
-    """
-
-    text: str
-    log_probabilities: tuple[float, ...]
-    finish: str
-    usage: tuple[int, int] | None
+# An answer's JSON: what stands around the text, and a token with its log-probability, its bytes and its thoughts.
+BYTES_AROUND_ANSWER = 4 << 20
+BYTES_OF_TOKEN = 2 << 10
+MOST_BYTES = 256 << 20
 
 
 def request_body(
@@ -99,78 +80,6 @@ def most_prompt_tokens(body: dict[str, Any]) -> int:
     return sum(len(text.encode("utf-8")) for text in texts) + around
 
 
-def read_usage(content: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens that an answer reports, or None; also of an answer that is otherwise malformed."""
-    try:
-        usage = _object(content).get("usage")
-    except MalformedError:
-        return None
-    if not isinstance(usage, dict):
-        return None
-    counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    prompt, completion = (
-        count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None
-        for count in counts
-    )
-    return None if prompt is None or completion is None else (prompt, completion)
-
-
-def read_answer(content: bytes) -> Answer:
-    """Read the body of a successful response. Raises `MalformedError`."""
-    choices = _object(content).get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise MalformedError("it has no choices")
-    choice = choices[0]
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise MalformedError("its choice has no message")
-    # Null where the model only thought until it was cut off; `refusal` is OpenAI's field for "I will not".
-    text = message.get("content")
-    if text is None:
-        text = message.get("refusal") or ""
-    if not isinstance(text, str):
-        raise MalformedError("its content is no text")
-    finish = choice.get("finish_reason")
-    if not isinstance(finish, str):
-        raise MalformedError("it has no finish reason")
-    return Answer(
-        # A lone surrogate is no Unicode and could not be written to a file.
-        text=text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
-        log_probabilities=_log_probabilities(choice.get("logprobs")),
-        finish=finish,
-        usage=read_usage(content),
-    )
-
-
-def error_message(content: bytes) -> str:
-    """The server's own words in an error response, cut to a line; empty where there are none."""
-    text = content.decode("utf-8", "replace")
-    try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
-    for name in ("error", "message", "detail"):
-        if isinstance(value, dict) and name in value:
-            value = value[name]
-    line = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).split())
-    return line if len(line) <= MESSAGE_CHARACTERS else line[:MESSAGE_CHARACTERS] + "..."
-
-
-def _log_probabilities(value: Any) -> tuple[float, ...]:
-    content = value.get("content") if isinstance(value, dict) else None
-    if not isinstance(content, list):
-        return ()
-    numbers = [entry.get("logprob") if isinstance(entry, dict) else None for entry in content]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise MalformedError("its log-probabilities are no numbers")
-    return tuple(float(number) for number in numbers if number is not None)
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"it is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise MalformedError("it is no JSON object")
-    return value
+def most_answer_bytes(completion_tokens: int) -> int:
+    """No answer of so many tokens is longer than this; a body that is longer is not read to its end."""
+    return min(MOST_BYTES, BYTES_AROUND_ANSWER + BYTES_OF_TOKEN * completion_tokens)

@@ -1,0 +1,18 @@
+"""The command that a run was started with, as its records keep it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s?#]*@")
+_QUERY = re.compile(r"(?i)((?:^|[?&;\s])[a-z_-]*(?:key|token|secret|password)=)[^&#;\s]+")
+
+
+def recorded_command(words: Sequence[str] | None = None) -> list[str]:
+    """The words of the command (of this process by default), with `***` for passwords and keys in addresses."""
+    return [
+        _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", word)) if "://" in word else word
+        for word in (sys.argv if words is None else words)
+    ]

@@ -1,0 +1,224 @@
+"""Keep secrets out of what a server says: masked first, then freed of control characters, then cut.
+
+A server that knows the key may send it back in any part of its answer and in any spelling. Texts are therefore compared
+in a plain form: escapes read (`\\u0073`, `%73`, `&#115;`), letters lowered, everything but letters and digits left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+import unicodedata
+import urllib.parse
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+MASK = "***"
+
+FRAGMENT = 8
+"""A piece of a secret of so many letters and digits is masked in messages: half of a key is a key half guessed."""
+
+LINE_CHARACTERS = 300
+"""What a server's words are cut to."""
+
+_ESCAPE = re.compile(
+    r"\\+u(?P<four>[0-9a-fA-F]{4})|\\+u\{0*(?P<braced>[0-9a-fA-F]{1,4})\}|\\+x(?P<hex>[0-9a-fA-F]{2})"
+    r"|%(?:25)*(?P<percent>[0-9a-fA-F]{2})"
+    r"|&(?:amp;)*\#[xX]0*(?P<entity_hex>[0-9a-fA-F]{1,4});?|&(?:amp;)*\#0*(?P<entity>[0-9]{1,5});?"
+    r"|\\+(?P<octal>[0-7]{3})|\\+(?P<letter>[nrtbf])"
+)
+# Where a letter may be spelled otherwise: by an escape, in a form of another width or style.
+_SPELLED = re.compile(
+    _ESCAPE.pattern
+    + "|[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\u00aa\u00b2-\u00ba\u02b0-\u02e3\u1d2c-\u1d6a\u2070-\u209c\u2100-\u214f"
+    "\u2460-\u24ff\U0001d400-\U0001d7ff\U0001f100-\U0001f189]"
+)
+_BASES = {"four": 16, "braced": 16, "hex": 16, "percent": 16, "entity_hex": 16, "entity": 10, "octal": 8}
+_LOGGERS = ("httpx2", "httpcore2", "httpx2.client")
+
+
+class Mask:
+    """Replaces secrets in texts of a server.
+
+    A secret of fewer than four letters and digits is a placeholder that hides nothing ("x") and is left alone.
+    """
+
+    def __init__(self, secrets: Collection[str] = ()) -> None:
+        """secrets: the key, passwords of proxies; empty ones are passed over."""
+        self._pieces: dict[int, set[str]] = {}
+        self._whole: set[str] = set()
+        self._secrets = [secret for secret in secrets if _is_secret(secret)]
+        for secret in secrets:
+            if len(_plain(secret)) < 4:
+                continue
+            for form in _forms(secret):
+                size = min(FRAGMENT, len(form))
+                pieces = self._pieces.setdefault(size, set())
+                pieces.update(form[place : place + size] for place in range(len(form) - size + 1))
+                if _is_secret(secret):
+                    self._whole.add(form)
+
+    def __repr__(self) -> str:
+        return "Mask()"
+
+    def text(self, text: str) -> str:
+        """The text with every piece of a secret replaced."""
+        return self._replaced(text, ((size, pieces) for size, pieces in self._pieces.items()))
+
+    def answer(self, text: str) -> str:
+        """A model's answer with whole secrets replaced: pieces of one may be words that the answer needs.
+
+        Placeholders for keys ("EMPTY", "not-needed") are words, too, and stay.
+        """
+        if not _SPELLED.search(text):
+            # The usual case, in few passes over the text.
+            plain = re.sub("[^0-9a-z]+", "", text.lower())
+            if not any(form in plain for form in self._whole):
+                return text
+        sizes: dict[int, set[str]] = {}
+        for form in self._whole:
+            sizes.setdefault(len(form), set()).add(form)
+        return self._replaced(text, sizes.items())
+
+    def line(self, text: str, characters: int = LINE_CHARACTERS) -> str:
+        """Masked, in one line without control characters, and only then cut."""
+        masked = self.text(text)
+        line = " ".join("".join(" " if _steers(letter) else letter for letter in masked).split())
+        return line if len(line) <= characters else line[:characters] + "..."
+
+    def stands_in(self, content: bytes) -> bool:
+        """Whether a secret stands in the content as it is, letter by letter."""
+        return any(secret.encode("utf-8") in content for secret in self._secrets)
+
+    @staticmethod
+    def _replaced(text: str, sizes: Iterable[tuple[int, set[str]]]) -> str:
+        if not text:
+            return text
+        letters, starts, ends = _plain_places(text)
+        hidden: list[tuple[int, int]] = []
+        for size, pieces in sizes:
+            for place in range(len(letters) - size + 1):
+                if letters[place : place + size] in pieces:
+                    hidden.append((starts[place], ends[place + size - 1]))
+        if not hidden:
+            return text
+        parts, shown = [], 0
+        for start, end in _merged(hidden):
+            parts += [text[shown:start], MASK]
+            shown = end
+        return "".join(parts) + text[shown:]
+
+
+@contextmanager
+def masked_logs(mask: Mask) -> Iterator[None]:
+    """Inside, what the HTTP library logs (status lines, headers) is masked."""
+
+    class Masking(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            record.msg, record.args = mask.text(record.getMessage()), ()
+            if record.exc_info and record.exc_info[1] is not None:
+                record.msg += f" ({type(record.exc_info[1]).__name__})"
+            record.exc_info = record.exc_text = None
+            return True
+
+    known = [
+        name for name in logging.root.manager.loggerDict if name.partition(".")[0] in ("httpx2", "httpcore2")
+    ]
+    loggers = [logging.getLogger(name) for name in {*known, *_LOGGERS}]
+    masking = Masking()
+    for logger in loggers:
+        logger.addFilter(masking)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(masking)
+
+
+def proxy_passwords() -> list[str]:
+    """Passwords in the proxies that the environment names."""
+    from urllib.request import getproxies
+
+    found = []
+    for address in getproxies().values():
+        user = address.rpartition("@")[0].rpartition("//")[2]
+        password = user.partition(":")[2]
+        found += [password, urllib.parse.unquote(password)]
+    return [password for password in found if password]
+
+
+def _is_secret(secret: str) -> bool:
+    """Whether a key is more than the placeholder that servers without keys are given."""
+    plain = _plain(secret)
+    return len(plain) >= FRAGMENT and (
+        any(letter.isdigit() for letter in plain)
+        or secret.startswith("sk-")
+        or (secret != secret.lower() and secret != secret.upper())
+        or len(plain) >= 20
+    )
+
+
+def _forms(secret: str) -> set[str]:
+    """The secret in plain form: as it is, backwards, as hexadecimal, base32 and base64 at every alignment."""
+    data = secret.encode("utf-8")
+    forms = {secret, secret[::-1], data.hex()}
+    for skipped in range(3):
+        # The first and the last letters depend on what stands around the secret.
+        coded = base64.b64encode(b"\0" * skipped + data).decode().rstrip("=")
+        forms.add(coded[(0, 2, 3)[skipped] : len(coded) - ((skipped + len(data)) % 3 > 0)])
+    for skipped in range(5):
+        coded = base64.b32encode(b"\0" * skipped + data).decode().rstrip("=")
+        forms.add(coded[(0, 2, 4, 5, 7)[skipped] : len(coded) - ((skipped + len(data)) % 5 > 0)])
+    plain = {_plain(form) for form in forms}
+    return {form for form in plain if len(form) >= 4}
+
+
+def _plain(text: str) -> str:
+    return _plain_places(text)[0]
+
+
+def _plain_places(text: str) -> tuple[str, list[int], list[int]]:
+    """The text in plain form, and where each of its letters begins and ends in the text."""
+    letters: list[str] = []
+    starts: list[int] = []
+    ends: list[int] = []
+
+    def add(character: str, start: int, end: int) -> None:
+        if not character.isascii():
+            character = unicodedata.normalize("NFKC", character)
+        for letter in character.lower():
+            if letter.isalnum() and letter.isascii():
+                letters.append(letter)
+                starts.append(start)
+                ends.append(end)
+
+    place = 0
+    for escape in _ESCAPE.finditer(text):
+        for index in range(place, escape.start()):
+            add(text[index], index, index + 1)
+        found = escape.groupdict()
+        code = next(
+            (int(found[name], base) for name, base in _BASES.items() if found[name]),
+            10,
+        )
+        add(chr(code), escape.start(), escape.end())
+        place = escape.end()
+    for index in range(place, len(text)):
+        add(text[index], index, index + 1)
+    return "".join(letters), starts, ends
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _steers(character: str) -> bool:
+    """Whether a character could steer a terminal or turn the order of a line."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")

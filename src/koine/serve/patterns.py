@@ -1,0 +1,118 @@
+"""Regular expressions of JSON schemas (ECMA-262) as the grammar library reads them (Rust's `regex`).
+
+The two write most things alike and mean some otherwise. What is rewritten here matches only what ECMA-262, Python and
+Rust all match, so that an answer satisfies whatever validator reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn
+
+from koine.errors import UserError
+
+_ALL_SPACES = r"\t-\r\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{180e}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}"
+_COMMON_SPACES = r"\t-\r\x{20}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
+_ALL_WORDS = r"\p{L}\p{N}_"
+_ALL_DIGITS = r"\p{N}"
+
+# A class by its letter, and what stands for it: alone, in [...], and in [^...].
+_CLASSES = {
+    "d": ("[0-9]", "0-9", _ALL_DIGITS),
+    "D": (f"[^{_ALL_DIGITS}]", f"[^{_ALL_DIGITS}]", "[^0-9]"),
+    "w": ("[0-9A-Za-z_]", "0-9A-Za-z_", _ALL_WORDS),
+    "W": (f"[^{_ALL_WORDS}]", f"[^{_ALL_WORDS}]", "[^0-9A-Za-z_]"),
+    "s": (f"[{_COMMON_SPACES}]", _COMMON_SPACES, _ALL_SPACES),
+    "S": (f"[^{_ALL_SPACES}]", f"[^{_ALL_SPACES}]", f"[^{_COMMON_SPACES}]"),
+}
+_ANY = r"[^\n\r\x{2028}\x{2029}]"
+
+# Escapes that one of the three reads otherwise, or not at all.
+_OTHERWISE = set("AzZQEaUGKNRXhHyY<>")
+
+
+def portable_pattern(pattern: str, place: str) -> str:
+    """The pattern for the grammar library. Raises `UserError` for what other engines read otherwise.
+
+    place: of the pattern in its schema, for the message.
+    """
+    parts: list[str] = []
+    at, in_class, negated = 0, False, False
+    while at < len(pattern):
+        sign, rest = pattern[at], pattern[at + 1 :]
+        if sign == "\\":
+            letter = rest[:1]
+            if letter in _CLASSES:
+                alone, inside, outside = _CLASSES[letter]
+                parts.append(alone if not in_class else outside if negated else inside)
+            elif (letter and letter in _OTHERWISE) or rest.startswith("x{"):
+                _refuse(pattern, place, f"\\{letter}")
+            elif letter == "-" and not in_class:
+                parts.append("-")
+            else:
+                parts.append(sign + letter)
+            at += 2
+            continue
+        if in_class:
+            if sign == "[" or pattern[at : at + 2] in ("&&", "--", "~~"):
+                _refuse(pattern, place, pattern[at : at + 2])
+            in_class = sign != "]"
+        elif sign == "[":
+            in_class, negated = True, rest.startswith("^")
+            begins = at + 1 + negated
+            if pattern.startswith("]", begins):
+                _refuse(pattern, place, pattern[at : begins + 1])  # empty in ECMA-262, a sign elsewhere
+            if negated:
+                parts.append(sign)
+                sign, at = "^", at + 1
+        elif sign == "." and not re.match(r"\(\?[a-z]*s", pattern):
+            sign = _ANY
+        elif sign == "+" and at and pattern[at - 1] in "+*?}" and not _escaped(pattern, at - 1):
+            _refuse(pattern, place, pattern[at - 1 : at + 1])
+        elif (flags := re.match(r"\(\?([A-Za-z-]*)[:)]", pattern[at:])) and set(flags[1]) - set("ims"):
+            _refuse(pattern, place, flags[0])
+        parts.append(sign)
+        at += 1
+    return "".join(parts)
+
+
+def not_among(names: list[str]) -> str:
+    """A pattern of all texts that are none of `names`."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        node = tree
+        for letter in name:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+
+    def others(node: dict[str, Any]) -> str:
+        letters = sorted(letter for letter in node if letter)
+        ways = [] if "" in node else [""]
+        if letters:
+            ways.append(f"[^{''.join(map(_one, letters))}]" + ANYTHING)
+            ways += [_one(letter) + others(node[letter]) for letter in letters]
+        else:
+            ways.append(r"[\x{0}-\x{10ffff}]" + ANYTHING)
+        return f"(?:{'|'.join(ways)})"
+
+    return f"^{others(tree)}$"
+
+
+ANYTHING = r"[\x{0}-\x{10ffff}]*"
+
+
+def _one(letter: str) -> str:
+    return f"\\x{{{ord(letter):x}}}"
+
+
+def _escaped(pattern: str, at: int) -> bool:
+    """Whether an odd number of backslashes stands before the sign."""
+    before = pattern[:at]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _refuse(pattern: str, place: str, part: str) -> NoReturn:
+    raise UserError(
+        f"the JSON schema cannot be used (the pattern {pattern!r:.100} at {place} has '{part}', which engines read differently)",
+        mend="write it with what all of them know",
+    )
