@@ -11,6 +11,7 @@ from koine.combine import add_expert, fit_encoder, remove_expert, upcycle_bam, u
 from koine.combine.domains import domain_embedding, load_encoder
 from koine.combine.merge import merge
 from koine.combine.recipe import Recipe
+from koine.combine.upcycle import new_routers
 from koine.errors import UserError
 from koine.model import load_model
 from koine.model.mixture_files import DOMAIN_ENCODER, RECORD
@@ -161,3 +162,50 @@ def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Pa
         assert load_encoder(tmp_path / name).encode(NEW).shape == (9, 4)
         assert (tmp_path / name / RECORD).read_bytes() == (nexus / RECORD).read_bytes()
     add_expert(tmp_path / "trained", paths["maths"], tmp_path / "more", name="maths", texts=NEW)
+
+
+@pytest.mark.parametrize("random_seed", [0, 7])
+def test_reset_routers_are_those_of_the_seed_of_their_randomness(tmp_path: Path, random_seed: int) -> None:
+    """Every router of every layer is drawn anew, for all experts: none keeps a row of the old ones. Nothing else changes."""
+    seed, paths = write_branches(tmp_path, ("code", "law", "maths"))
+    upcycle_bam(seed, {name: paths[name] for name in ("code", "law")}, tmp_path / "bam", random_seed=3)
+    config = add_expert(
+        tmp_path / "bam", paths["maths"], tmp_path / "out", name="maths", texts=None, reset_router=True,
+        random_seed=random_seed,
+    )  # fmt: skip
+    before, after = tensors(tmp_path / "bam"), tensors(tmp_path / "out")
+    expected = new_routers(config, random_seed, dtype=torch.float32)
+    routers = {name for name in after if ".router." in name}
+    assert routers == expected.keys()
+    assert len(routers) == 2 * len(config.layers)
+    for name in routers:
+        assert torch.equal(after[name], expected[name]), name
+        assert after[name].shape == (4, config.hidden_size)
+        assert not torch.isclose(after[name][:3], before[name]).any(), name
+        # Normal with the initialiser's deviation: 4 * hidden draws of it.
+        assert float(after[name].std()) == pytest.approx(config.initializer_range, rel=0.35)
+    for name in before:
+        if ".experts." in name:
+            assert torch.equal(after[name], before[name]), name
+
+
+def test_a_nexus_router_that_is_reset_keeps_its_domains(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    """Its projection begins anew; what domains are is no weight of its. Without a reset the projection stays."""
+    nexus, paths = world
+    for reset in (False, True):
+        out = tmp_path / f"reset-{reset}"
+        config = add_expert(
+            nexus, paths["maths"], out, name="maths", texts=NEW, reset_router=reset, random_seed=5
+        )
+        before, after = tensors(nexus), tensors(out)
+        expected = new_routers(config, 5, dtype=torch.float32)
+        new = domain_embedding(load_encoder(nexus), NEW)
+        for layer in range(len(config.layers)):
+            router = f"model.layers.{layer}.mlp.router."
+            for part in ("into", "out"):
+                source = expected if reset else before
+                assert torch.equal(after[router + part], source[router + part]), (router, part, reset)
+            assert torch.equal(after[router + "domains"][:2], before[router + "domains"])
+            assert torch.allclose(after[router + "domains"][2], new, atol=1e-6)

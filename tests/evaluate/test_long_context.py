@@ -31,7 +31,12 @@ from koine.evaluate.long_context.page import facts, sections, task_rows
 from koine.evaluate.long_context.phrases import lead_and_answer, phrase_languages, phrases_of
 from koine.evaluate.long_context.positions import bin_edges, long_documents, loss_by_position, token_losses
 from koine.evaluate.long_context.prompts import Material, Prompt, chat_frame, material_of
-from koine.evaluate.long_context.scores import greedy_continuation, score_prompt, string_match
+from koine.evaluate.long_context.scores import (
+    SPARE_TOKENS,
+    greedy_continuation,
+    score_prompt,
+    string_match,
+)
 from koine.evaluate.long_context.tasks import DEPTH_TASKS, TASKS, Cell, make_prompt, plan_cells
 from koine.evaluate.scoring import ScoringModel
 from koine.model import Decoder, ModelConfig, hybrid_layers, save_model
@@ -592,3 +597,75 @@ def test_options_of_the_suite_need_the_suite(model_folder: Path) -> None:
     run = CliRunner().invoke(cli, ["evaluate", str(model_folder), "--lengths", "512"])
     assert isinstance(run.exception, UserError)
     assert "add --suite long" in str(run.exception)
+
+
+# --- scores by hand ---
+
+
+class Scripted(nn.Module):
+    """Says one token after another whatever it reads: logit 2 for the token of a position, 0 for all others."""
+
+    def __init__(self, script: dict[int, int], vocab_size: int) -> None:
+        super().__init__()
+        self.script, self.vocab_size = script, vocab_size
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
+
+    def logits(self, positions: Tensor) -> Tensor:
+        table = torch.zeros(*positions.shape, self.vocab_size)
+        for position, token in self.script.items():
+            table[positions == position, token] = 2.0
+        return table
+
+
+def bare(tokens: tuple[int, ...], answer: tuple[int, ...], expected: tuple[str, ...]) -> Prompt:
+    """A prompt of these tokens alone."""
+    return Prompt("single", len(tokens), tokens, answer, expected, (), (), (0, 1), None)
+
+
+def test_a_prompt_is_scored_by_hand(words: Tokenizer) -> None:
+    """The right answer's tokens are judged where they are predicted; the mean is over them; a wrong one is written out."""
+    vocab = words.vocab_size
+    answer = tuple(words.encode("Berlin"))[:3]
+    assert len(answer) >= 2
+    expected = words.decode(list(answer))
+    prompt = bare((40, 41, 42, 43), answer, (expected,))
+    other = next(token for token in range(60, vocab) if token not in answer)
+    hit = 2.0 - math.log(math.exp(2.0) + vocab - 1)
+    miss = -math.log(math.exp(2.0) + vocab - 1)
+    right = {3 + at: token for at, token in enumerate(answer)}
+    score = score_prompt(Scripted(right, vocab), words, prompt)
+    assert (score.score, score.exact, score.written) == (1.0, 1.0, expected)
+    assert score.logprob == pytest.approx(hit, rel=1e-5)
+    # The first token is wrong: the answer is not exact, and the others still count as given the right ones before them.
+    late = {**right, 3: other}
+    score = score_prompt(Scripted(late, vocab), words, prompt)
+    assert score.exact == 0.0
+    assert score.logprob == pytest.approx((miss + hit * (len(answer) - 1)) / len(answer), rel=1e-5)
+    assert score.written.startswith(words.decode([other]))
+    # One position late: what stands there is the answer, and no score sees it as exact.
+    shifted = {4 + at: token for at, token in enumerate(answer)} | {3: other}
+    score = score_prompt(Scripted(shifted, vocab), words, prompt)
+    assert (score.score, score.exact) == (1.0, 0.0)
+    # A wrong answer may be so much longer, and is then cut.
+    for late_by, found in ((SPARE_TOKENS, 1.0), (SPARE_TOKENS + 1, 0.0)):
+        script = dict.fromkeys(range(3, 3 + late_by), other)
+        script |= {3 + late_by + at: token for at, token in enumerate(answer)}
+        assert score_prompt(Scripted(script, vocab), words, prompt).score == found, late_by
+    # It ends at a stop token, and what follows is not read.
+    script = {3: other, 4: words.eos_id, **{5 + at: token for at, token in enumerate(answer)}}
+    score = score_prompt(Scripted(script, vocab), words, prompt)
+    assert (score.score, score.written) == (0.0, words.decode([other]))
+
+
+def test_all_needles_or_any(words: Tokenizer) -> None:
+    """Of four values the share that is found; of alternatives one is enough."""
+    vocab = words.vocab_size
+    text = "12 34"
+    answer = tuple(words.encode(text))
+    prompt = bare((40, 41), answer, ("12", "34", "56", "78"))
+    right = Scripted({1 + at: token for at, token in enumerate(answer)}, vocab)
+    assert score_prompt(right, words, prompt).score == 0.5
+    assert score_prompt(right, words, replace(prompt, any_of=True)).score == 1.0
+    assert score_prompt(right, words, replace(prompt, expected=("56",), any_of=True)).score == 0.0

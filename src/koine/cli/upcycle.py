@@ -144,10 +144,14 @@ def bam(
               help="Linear: the paper's baseline.")  # fmt: skip
 @click.option(
     "--encoder", default="tfidf", show_default=True,
-    help="What embeds the domains: tfidf, hidden (of the seed), or a sentence-transformers folder.",
+    help="What embeds the domains: tfidf, svd, hidden (of the seed), or a sentence-transformers folder.",
 )  # fmt: skip
 @click.option(
-    "--domain-size", type=click.IntRange(1), default=64, show_default=True, help="Dimensions of tfidf."
+    "--domain-size",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Dimensions of tfidf and svd.",
 )
 @click.option(
     "--documents",

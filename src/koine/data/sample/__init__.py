@@ -2,6 +2,6 @@
 
 from koine.data.sample.coverage import sample_languages
 from koine.data.sample.phrases import QUESTION_LANGUAGES
-from koine.data.sample.world import SampleSummary, write_sample
+from koine.data.sample.world import SampleSummary, broad_texts, write_sample
 
-__all__ = ["QUESTION_LANGUAGES", "SampleSummary", "sample_languages", "write_sample"]
+__all__ = ["QUESTION_LANGUAGES", "SampleSummary", "broad_texts", "sample_languages", "write_sample"]

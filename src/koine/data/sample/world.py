@@ -183,6 +183,14 @@ def _records(code: str, plans: Sequence[Plan], *, heldout: bool) -> Iterator[dic
         }
 
 
+def broad_texts(count: int) -> list[str]:
+    """`count` short documents in each language of the sample world: general text for what must know many languages."""
+    from koine.data.sample.coverage import sample_languages
+
+    plans = document_plans(count, seed=0, heldout=False)
+    return [record["text"] for code in sample_languages() for record in _records(code, plans, heldout=False)]
+
+
 def question_plans(count: int, splits: Sequence[str], *, seed: int) -> list[tuple[str, str, int]]:
     """Fact, split and wording of each question; the same for every language, each (fact, wording) at most once."""
     generator = random.Random(f"{seed}:questions:{','.join(splits)}")
