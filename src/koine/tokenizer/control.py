@@ -64,6 +64,24 @@ def open_backend(text: str, where: str | Path) -> Any:
     return backend
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes. Raises `UserError` where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror or error})", where=path, mend="look at the file"
+        ) from None
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises `UserError` where it cannot be read or is not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", where=path, mend="the file is damaged") from None
+
+
 def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError`, which begins with `what`, for anything else, however deep or large."""
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
-from koine.tokenizer.control import DAMAGED, library_errors, open_backend, parsed_object
+from koine.tokenizer.control import DAMAGED, library_errors, open_backend, parsed_object, read_text
 from koine.tokenizer.counting import PretokenCounts, count_pretokens, feeding_scale, repeated
 from koine.tokenizer.spelling import BYTE_TOKEN, SPACE_MARK
 from koine.tokenizer.tokenizer import TOKENIZER, TRAINING, Tokenizer, load_tokenizer, read_files
@@ -167,11 +167,7 @@ def trained_languages(base: Path) -> set[str] | None:
     path = base / TRAINING
     if not path.is_file():
         return None
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8 text", where=path, mend="the file is damaged") from None
-    record = parsed_object(text, "not a record of training", path)
+    record = parsed_object(read_text(path), "not a record of training", path)
     found = [*(record.get("languages") or ()), *(record.get("base_languages") or ())]
     if not all(isinstance(code, str) for code in found):
         raise UserError("its languages are no codes", where=path, mend="the file is damaged")
@@ -215,8 +211,9 @@ def _watched(texts: Iterable[tuple[str, int]], sample: list[str]) -> Iterator[tu
     size = 0
     for text, times in texts:
         if size < SAMPLE_BYTES:
-            size += len(text.encode("utf-8"))
-            sample.append(text)
+            part = text[: SAMPLE_BYTES - size]
+            size += len(part.encode("utf-8"))
+            sample.append(part)
         yield text, times
 
 

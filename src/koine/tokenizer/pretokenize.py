@@ -49,7 +49,7 @@ LONGEST_RUN: Final = 1000
 square of a piece's length. Runs this long are Thai or Chinese without a space, rules of `=`, blank space, or no language at all."""
 # Only text in which this is found can hold such a run; it is looked for first, since it costs little.
 _MAYBE: Final = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}")
-_CLASSES: Final = (r"\p{L}\p{M}", r"\s", r"^\s\p{L}\p{M}\p{N}")
+_CLASSES: Final = (r"\p{L}\p{M}", r"\s", r"^\s\p{L}\p{N}")
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 from koine.errors import UserError
 from koine.files import disk_errors, write_atomically
 from koine.tokenizer.chat import CHAT_TEMPLATE, ROLE_TOKENS, Message, check_messages
-from koine.tokenizer.control import PlainText, open_backend, parsed_object
+from koine.tokenizer.control import PlainText, open_backend, parsed_object, read_text
 from koine.tokenizer.markers import Hidden, MarkerEncoder
 from koine.tokenizer.special import (
     BOS,
@@ -310,10 +310,7 @@ def read_files(path: Path) -> dict[str, str]:
     files = {}
     for name in (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE, TRAINING):
         if (path / name).is_file():
-            try:
-                files[name] = (path / name).read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                raise UserError("not UTF-8 text", where=path / name, mend="the file is damaged") from None
+            files[name] = read_text(path / name)
     return files
 
 
