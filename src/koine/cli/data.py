@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.errors import UserError
+from koine.terminal import printable
 
 if TYPE_CHECKING:
     from koine.data.records import RecordReader
@@ -248,7 +249,7 @@ def _say_bad(reader: RecordReader) -> None:
     if reader.bad:
         click.echo(f"{reader.bad} bad records were left out, among them:")
         for example in reader.examples:
-            click.echo(f"  {example}")
+            click.echo(f"  {printable(example)}")
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
+from koine.terminal import plain_console
+
 Watched = Callable[[Iterable[tuple[str, str]]], Iterator[tuple[str, str]]]
 
 CHUNK_BYTES = 32 * 2**20
@@ -144,11 +146,10 @@ def counting_progress(shown: bool, *, what: str, total: int | None = None) -> It
     if not shown or not on_terminal():
         yield iter
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn(what, markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=plain_console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
 
         def watched(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
