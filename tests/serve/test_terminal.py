@@ -13,7 +13,8 @@ from koine.errors import UserError
 from koine.serve.conversation import Message
 from koine.serve.engine import Token
 from koine.serve.sampling import Sampling
-from koine.serve.terminal import Chat, Rate, printable, run_lines
+from koine.serve.terminal import Chat, Rate, run_lines
+from koine.terminal import printable
 from koine.tokenizer import Tokenizer, train_tokenizer
 from koine.tokenizer.special import SMALLEST_VOCABULARY
 

@@ -10,6 +10,7 @@ import click
 
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
+from koine.terminal import printable
 
 if TYPE_CHECKING:
     from koine.data.records import RecordReader
@@ -261,7 +262,7 @@ def _say_bad(reader: RecordReader) -> None:
     if reader.bad:
         click.echo(f"{reader.bad} bad records were left out, among them:")
         for example in reader.examples:
-            click.echo(f"  {example}")
+            click.echo(f"  {printable(example)}")
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from koine.errors import UserError
+from koine.terminal import plain_console
 
 
 def numbers(text: str, option: str, convert: Callable[[str], Any]) -> list[Any]:
@@ -46,10 +47,9 @@ def run_long(model: Path, *, out: Path | None, page: Path | None, options: dict[
 
 
 def _with_progress(run: Callable[[Callable[[int, int, str], None]], dict[str, Any]]) -> dict[str, Any]:
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("")
 

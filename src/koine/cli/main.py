@@ -14,6 +14,7 @@ import click
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError, first_line
+from koine.terminal import printable
 
 # verb -> (module, attribute, one line for --help); the module is imported only when the verb is used
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -84,7 +85,7 @@ def show_warning(
 ) -> None:
     """A `KoineWarning` speaks to the user: one line, without the place in our code; others are Python's own."""
     if issubclass(category, KoineWarning):
-        print(f"koine: note: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"koine: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     else:
         print(
             warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr
@@ -116,7 +117,7 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
-        print(f"koine: {error}", file=sys.stderr)
+        print(f"koine: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -124,7 +125,7 @@ def main() -> None:
         print("koine: interrupted", file=sys.stderr)
         sys.exit(130)
     except click.ClickException as error:
-        print(f"koine: {' '.join(error.format_message().split())}", file=sys.stderr)
+        print(f"koine: {printable(' '.join(error.format_message().split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("koine: interrupted", file=sys.stderr)

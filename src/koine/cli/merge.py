@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.terminal import plain_console
+
 if TYPE_CHECKING:
     from koine.combine.methods import MethodInfo
 
@@ -179,17 +181,15 @@ def with_progress(run: Callable[[Callable[[int, int], None]], dict[str, Any]]) -
 
     if not sys.stderr.isatty():
         return run(lambda done, total: None)
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=plain_console(stderr=True), transient=True) as progress:
         task = progress.add_task("tensors", total=None)
         return run(lambda done, total: progress.update(task, completed=done, total=total))
 
 
 def show(report: dict[str, Any], most: int = 8) -> None:
     """The tensors that are farthest apart, or most in conflict."""
-    from rich.console import Console
     from rich.table import Table
 
     measured = {name: one for name, one in report["tensors"].items() if one.get("distance")}
@@ -210,7 +210,7 @@ def show(report: dict[str, Any], most: int = 8) -> None:
         if conflicts:
             cells += [f"{one['cosine']:.2f}", f"{one['sign_conflicts']:.0%}"]
         table.add_row(name, *cells)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

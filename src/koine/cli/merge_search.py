@@ -10,6 +10,7 @@ import click
 
 from koine.cli.named import named_paths
 from koine.cli.outputs import OVERWRITE, output_files
+from koine.terminal import plain_console
 
 
 @click.command("search")
@@ -166,10 +167,9 @@ def show(
     left_out: list[dict[str, float | None]],
 ) -> None:
     """The best and the front, and what leaving a model out does."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = plain_console()
     table = Table(title=f"{len(trials)} merges, lower is better: the best, and the Pareto front")
     for path in models:
         table.add_column(path.resolve().name, justify="right")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from koine.terminal import plain_console
+
 
 def print_table(table: Any) -> None:
     """Print a table of rich. Off a terminal it has no lines and is as wide as it must be, so that every row is one line."""
-    from rich.console import Console
-
-    console = Console()
+    console = plain_console()
     if console.is_terminal:
         for column in table.columns:
             column.overflow = "fold"
     else:
         table.box = None
         needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-        console = Console(width=max(console.width, needed))
+        console = plain_console(width=max(console.width, needed))
     console.print(table)

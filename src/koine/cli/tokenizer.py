@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from koine.cli.outputs import OVERWRITE, output_files
+from koine.cli.tables import print_table
 from koine.cli.tokenizer_extend import extend
 from koine.cli.tokenizer_tables import show_measures
 from koine.cli.tokenizer_texts import codes_of, texts_of, units_of
@@ -165,7 +166,6 @@ def weights(
 ) -> None:
     """Show how much of each language a tokenizer would be trained on, and how often it would be read."""
     from rich.bar import Bar
-    from rich.console import Console
     from rich.table import Table
 
     from koine.languages import bucket
@@ -193,7 +193,7 @@ def weights(
             f"{drawn[code] / sizes[code]:.2f}×",
             Bar(largest, 0.0, shares[code], width=8),
         )
-    Console().print(table)
+    print_table(table)
 
 
 @tokenizer.command()
@@ -335,7 +335,6 @@ def adapt(
 @click.option("--max-bytes", default=200_000, show_default=True, help="Bytes of each language to look at.")
 def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> None:
     """Rank languages by how dear it will be to adapt a model with the tokenizer BASE to them, before any training."""
-    from rich.console import Console
     from rich.table import Table
 
     from koine.languages import language
@@ -354,7 +353,7 @@ def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> 
         table.add_row(
             one.language, name, f"{one.tokens_per_byte:.3f}", f"{one.script_overlap:.0%}", f"{one.cost:.2f}"
         )
-    Console().print(table)
+    print_table(table)
 
 
 tokenizer.add_command(extend)

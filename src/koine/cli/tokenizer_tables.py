@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from koine.terminal import plain_console
+
 
 def show_measures(result: dict[str, dict[str, Any]]) -> None:
     """The means over languages and bytes per token of each language, a tokenizer a column, in as many tables as the terminal is wide for."""
-    from rich.console import Console
     from rich.table import Table
 
     from koine.tokenizer.comparison import is_group, table
 
-    console = Console()
+    console = plain_console()
     names = short_names(list(result))
     columns, rows = table(result)
     by_measure = list(zip(columns[1:], *(row[1:] for row in rows), strict=True))

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from koine.plan.units import duration
+from koine.terminal import plain_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -26,7 +27,6 @@ class Display:
 
     def __enter__(self) -> Display:
         if sys.stdout.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
             from rich.table import Column
 
@@ -40,7 +40,7 @@ class Display:
                     markup=False,
                     table_column=Column(no_wrap=True, overflow="ellipsis"),
                 ),
-                console=Console(),
+                console=plain_console(),
                 transient=True,
                 refresh_per_second=8,
             )

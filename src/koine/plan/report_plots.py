@@ -89,13 +89,12 @@ def inline(svg: str, label: str) -> str:
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
     width, height = (float(number) for number in size.groups())
-    svg = re.sub(
-        r"<svg[^>]*>",
+    head = (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}" '
-        f'style="--width: {width:g}">',
-        svg,
-        count=1,
+        f'style="--width: {width:g}">'
     )
+    # Not as a replacement text, in which a backslash of the label would be a command.
+    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     svg = re.sub(
         r"(?<=>)[^<]+(?=<)|<[^>]*>", lambda part: slim(part[0]) if part[0][0] == "<" else part[0], svg
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 from koine.errors import UserError, did_you_mean
 from koine.serve.conversation import Conversation
 from koine.serve.sampling import Sampling
+from koine.terminal import printable
 
 if TYPE_CHECKING:
     from koine.serve.engine import StreamingEngine
@@ -30,16 +30,6 @@ HELP = """\
 Ctrl-C stops an answer; at the empty prompt, twice, it leaves."""
 COMMANDS = ("/help", "/reset", "/system", "/set", "/quit")
 PROMPT = "> "
-
-
-def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control characters other than newline and tab are written as escapes."""
-    return "".join(
-        character
-        if character in "\n\t" or unicodedata.category(character) != "Cc"
-        else f"\\x{ord(character):02x}"
-        for character in text
-    )
 
 
 class Stop:
@@ -192,13 +182,14 @@ class Chat:
         return "".join(pieces), stopped, ended, Rate(count, first - start, last - first)
 
     def write(self, text: str) -> None:
-        self.out.write(printable(text) if self.interactive else text)
+        # Also where the questions come through a pipe: a terminal must not obey an answer.
+        self.out.write(printable(text) if self.interactive or self.out.isatty() else text)
         self.out.flush()
 
     def remark(self, text: str) -> None:
         """Something about the chat that is not part of an answer; kept out of a script's output."""
         dim, plain = ("\x1b[2m", "\x1b[0m") if self.interactive and self.remarks.isatty() else ("", "")
-        self.remarks.write(f"{dim}{text}{plain}\n")
+        self.remarks.write(f"{dim}{printable(text)}{plain}\n")
         self.remarks.flush()
 
 

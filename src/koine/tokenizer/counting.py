@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
+
+from koine.terminal import plain_console
 
 Watched = Callable[[Iterable[tuple[str, str]]], Iterator[tuple[str, str]]]
 
@@ -62,8 +65,12 @@ def count_pretokens(
     pre_tokenizer: Any,
     chunk_bytes: int = CHUNK_BYTES,
     most: int = MOST_ENTRIES,
+    longest: int | None = None,
 ) -> PretokenCounts:
-    """Count the pre-tokens of (text, times), in chunks of about `chunk_bytes`; `times` counts a text as often."""
+    """Count the pre-tokens of (text, times), in chunks of about `chunk_bytes`; `times` counts a text as often.
+
+    longest: pre-tokens of more characters (of the trainer's alphabet) are cut into parts of this length.
+    """
     found = PretokenCounts()
     waiting: dict[int, list[str]] = {}
     size = 0
@@ -72,17 +79,27 @@ def count_pretokens(
         size += len(text)
         if size >= chunk_bytes:
             for often, group in waiting.items():
-                found.add(_count(group, normalizer, pre_tokenizer), often, most=most)
+                found.add(_count(group, normalizer, pre_tokenizer, longest), often, most=most)
             waiting, size = {}, 0
     for often, group in waiting.items():
-        found.add(_count(group, normalizer, pre_tokenizer), often, most=most)
+        found.add(_count(group, normalizer, pre_tokenizer, longest), often, most=most)
     return found
 
 
-def _count(texts: list[str], normalizer: Any, pre_tokenizer: Any) -> dict[str, int]:
+def _count(
+    texts: list[str], normalizer: Any, pre_tokenizer: Any, longest: int | None = None
+) -> dict[str, int]:
     """The library's own count, read from the state of a trainer of whole words: one of BPE would also count pairs, a third of the time."""
-    from tokenizers import Tokenizer, models, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+    if longest is not None:
+        # A text may grow when it is normalised or spelled in bytes, by no more than this.
+        long = [text for text in texts if 8 * len(text) > longest]
+        texts = [text for text in texts if 8 * len(text) <= longest]
+        cut = pre_tokenizers.Sequence([pre_tokenizer, pre_tokenizers.FixedLength(longest)])
+        counts = Counter(_count(long, normalizer, cut)) if long else Counter()
+        counts.update(_count(texts, normalizer, pre_tokenizer))
+        return counts
     backend = Tokenizer(models.WordLevel())
     if normalizer is not None:
         backend.normalizer = normalizer
@@ -129,11 +146,10 @@ def counting_progress(shown: bool, *, what: str, total: int | None = None) -> It
     if not shown or not on_terminal():
         yield iter
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn(what, markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=plain_console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
 
         def watched(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

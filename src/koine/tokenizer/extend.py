@@ -17,6 +17,7 @@ from typing import Any
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
+from koine.tokenizer.control import DAMAGED, library_errors, open_backend, parsed_object, read_text
 from koine.tokenizer.counting import PretokenCounts, count_pretokens, feeding_scale, repeated
 from koine.tokenizer.spelling import BYTE_TOKEN, SPACE_MARK
 from koine.tokenizer.tokenizer import TOKENIZER, TRAINING, Tokenizer, load_tokenizer, read_files
@@ -28,6 +29,8 @@ _SURROGATES = (0xD800, 0xE000)
 
 SAMPLE_BYTES = 200_000
 """Text of the sample that must decode as before."""
+LONGEST_PRETOKEN = 4096
+"""Characters or bytes of a pre-token, as the tokenizer spells it; longer ones are cut, since the trainer needs time in the square of their length."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +63,35 @@ def extend_tokenizer(
     """
     if new_tokens < 1:
         raise UserError(f"{new_tokens} new tokens", mend="ask for at least 1")
-    content = json.loads((base / TOKENIZER).read_text(encoding="utf-8"))
-    _check_kind(content, base)
+    files = read_files(base)
+    if TOKENIZER in files:
+        _check_kind(parsed_object(files[TOKENIZER], "not a tokenizer", base), base)
+    old = load_tokenizer(base)
+    content = json.loads(files[TOKENIZER])
     model = content["model"]
     vocabulary: dict[str, int] = model["vocab"]
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(base / TOKENIZER))
+    # Merges are learnt on the one reading that is the same every time.
+    learner = open_backend(json.dumps({**content, "model": {**model, "dropout": None}}), base)
     sample: list[str] = []
-    table = count_pretokens(
-        _watched(texts, sample), normalizer=backend.normalizer, pre_tokenizer=_cuts(backend, vocabulary)
-    )
-    taken = [*vocabulary.values(), *(token["id"] for token in content.get("added_tokens", []))]
-    next_id = max(taken) + 1
+    with library_errors(base, doing="the tokenizer cannot read the text", mend="extend another tokenizer"):
+        table = count_pretokens(
+            _watched(texts, sample),
+            normalizer=learner.normalizer,
+            pre_tokenizer=_cuts(learner, vocabulary),
+            longest=LONGEST_PRETOKEN,
+        )
+    # The library's table is in the order of a hash map, another one in every process.
+    table.counts = dict(sorted(table.counts.items()))
+    next_id = old.vocab_size
     characters = _missing_characters(table, vocabulary, most=new_tokens, min_frequency=min_frequency)
     for character in characters:
         vocabulary[character] = next_id
         next_id += 1
     added = len(characters)
-    learner = Backend.from_str(json.dumps(content)) if characters else backend
-    letters, spelled = _spell(learner, table, model.get("unk_token"))
+    if characters:
+        learner = open_backend(json.dumps({**content, "model": {**model, "dropout": None}}), base)
+    with library_errors(base, doing="the tokenizer cannot read the text", mend="extend another tokenizer"):
+        letters, spelled = _spell(learner, table, model.get("unk_token"))
     merges: list[tuple[str, str]] = []
     if added < new_tokens:
         merges = _learn(
@@ -87,10 +99,12 @@ def extend_tokenizer(
         )
     token_of = {letter: token for token, letter in letters.items()}
     listed = not model["merges"] or isinstance(model["merges"][0], list)
+    taken = {*vocabulary, *old.vocabulary()}
     for left, right in merges:
         first, second = (("".join(token_of[letter] for letter in part)) for part in (left, right))
         model["merges"].append([first, second] if listed else f"{first} {second}")
-        if first + second not in vocabulary:
+        if first + second not in taken:
+            taken.add(first + second)
             vocabulary[first + second] = next_id
             next_id += 1
             added += 1
@@ -106,8 +120,7 @@ def extend_tokenizer(
             KoineWarning,
             stacklevel=2,
         )
-    old = load_tokenizer(base)
-    files = read_files(base)
+    _keep_added_ids(content, old, base)
     files[TOKENIZER] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     record = {
         "koine": __version__,
@@ -126,17 +139,45 @@ def extend_tokenizer(
     return Extended(extended, added, len(merges), len(characters))
 
 
+def _keep_added_ids(content: dict[str, Any], old: Tokenizer, base: Path) -> None:
+    """Write the ids of the added tokens into the model's vocabulary.
+
+    The library numbers added tokens that the vocabulary lacks anew, after all tokens of the model, whatever id the file gives them; those
+    that stand in it keep the id that they have there.
+    """
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    ids = old.vocabulary()
+    for token in content.get("added_tokens") or []:
+        vocabulary[token["content"]] = token["id"] = ids[token["content"]]
+    content["added_tokens"] = sorted(content.get("added_tokens") or [], key=lambda token: token["id"])
+    content["model"]["vocab"] = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    by_id: dict[int, str] = {}
+    for token, token_id in vocabulary.items():
+        if token_id in by_id:
+            raise UserError(
+                f"the tokens '{by_id[token_id]}' and '{token}' have one id, {token_id}",
+                where=base,
+                mend="give each token an id of its own",
+            )
+        by_id[token_id] = token
+
+
 def trained_languages(base: Path) -> set[str] | None:
     """The languages that the record of folder `base` says it was trained on or extended by; None where there is no record."""
     path = base / TRAINING
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {*record.get("languages", {}), *record.get("base_languages", [])}
+    record = parsed_object(read_text(path), "not a record of training", path)
+    found = [*(record.get("languages") or ()), *(record.get("base_languages") or ())]
+    if not all(isinstance(code, str) for code in found):
+        raise UserError("its languages are no codes", where=path, mend="the file is damaged")
+    return set(found)
 
 
 def _check_kind(content: Mapping[str, Any], base: Path) -> None:
-    model = content.get("model", {})
+    model = content.get("model")
+    if not isinstance(model, dict):
+        raise UserError("not a tokenizer (it has no model)", where=base, mend=DAMAGED)
     if model.get("type") != "BPE":
         raise UserError(
             f"a tokenizer of kind {model.get('type')}", where=base, mend="only BPE tokenizers can be extended"
@@ -170,8 +211,9 @@ def _watched(texts: Iterable[tuple[str, int]], sample: list[str]) -> Iterator[tu
     size = 0
     for text, times in texts:
         if size < SAMPLE_BYTES:
-            size += len(text.encode("utf-8"))
-            sample.append(text)
+            part = text[: SAMPLE_BYTES - size]
+            size += len(part.encode("utf-8"))
+            sample.append(part)
         yield text, times
 
 

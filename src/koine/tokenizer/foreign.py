@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from koine.errors import UserError, first_line
 from koine.extras import import_extra
 from koine.files import read_json
+from koine.tokenizer.control import PlainText, library_errors, read_bytes, read_text
 from koine.tokenizer.spelling import SPACE_MARK, AnyTokenizer, Spelling, piece_bytes
 
 # How the published vocabularies cut text; a `.tiktoken` file holds the ranks alone.
@@ -52,21 +52,28 @@ TIKTOKEN_PATTERNS = {
 }
 
 
+# From so many spaces on, the texts are cut by another library.
+LONG_SPACES = re.compile(r"(?<!\s)\s{50000,}")
+LARGEST_RANK = 100_000_000
+_LONGEST_RANK = 20
+"""Digits of a rank that are read."""
+
+
 class _Backend:
     """A tokenizer of the `tokenizers` library."""
 
-    def __init__(self, backend: Any) -> None:
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = True
-        self._backend = backend
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self._spelling = Spelling(backend, json.loads(backend.to_str()))
+    def __init__(self, text: str, where: Path) -> None:
+        """text: a `tokenizer.json`."""
+        self._plain = PlainText(text, where=where)
+        ids = self._plain.backend.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise UserError("a tokenizer without tokens", where=where, mend="give another")
+        self.vocab_size = max(ids.values()) + 1
+        self._spelling = Spelling(self._plain.backend, self._plain.content)
         self.unknown_id = self._spelling.unknown_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self._plain.encode_batch(texts)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._spelling.token_bytes(token_id)
@@ -83,17 +90,33 @@ class _Tiktoken:
     def __init__(self, path: Path) -> None:
         tiktoken = import_extra("tiktoken", extra="measure", purpose="open a .tiktoken file")
         ranks = read_ranks(path)
+        self._where = path
+        self._pattern = tiktoken_pattern(path, len(ranks))
         self._encoding = tiktoken.Encoding(
-            name=path.stem,
-            pat_str=tiktoken_pattern(path, len(ranks)),
-            mergeable_ranks=ranks,
-            special_tokens={},
+            name=path.stem, pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={}
         )
         self.vocab_size = max(ranks.values()) + 1
         self._tokens = {rank: token for token, rank in ranks.items()}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._encoding.encode_ordinary_batch(list(texts))
+        long = {place for place, text in enumerate(texts) if LONG_SPACES.search(text)}
+        short = [text for place, text in enumerate(texts) if place not in long]
+        with library_errors(
+            self._where, doing="tiktoken cannot read the text", mend="shorten its longest line"
+        ):
+            found = iter(self._encoding.encode_ordinary_batch(short))
+            return [
+                self._encode_long(text) if place in long else next(found) for place, text in enumerate(texts)
+            ]
+
+    def _encode_long(self, text: str) -> list[int]:
+        """The same ids, cut by another library: tiktoken's regular expressions overflow their stack in a long run of spaces."""
+        from tokenizers import Regex, pre_tokenizers
+
+        cut = pre_tokenizers.Split(Regex(self._pattern), behavior="isolated")
+        ids: list[int] = []
+        for _, (start, end) in cut.pre_tokenize_str(text):
+            ids += self._encoding._encode_single_piece(text[start:end])
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -112,7 +135,7 @@ class _SentencePiece:
             self._processor = library.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"not a SentencePiece model ({str(error).splitlines()[0]})",
+                f"not a SentencePiece model ({first_line(error)})",
                 where=path,
                 mend="give another file",
             ) from None
@@ -151,20 +174,27 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     Raises `UserError` with the line that is not.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    mend = "give a file in tiktoken's format"
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            token, text = line.split()
+            rank = int(text[:_LONGEST_RANK])
+            ranks[base64.b64decode(token, validate=True)] = rank
         except (ValueError, binascii.Error):
             raise UserError(
-                f"line {number} is not a token in base64 and its rank",
-                where=path,
-                mend="give a file in tiktoken's format",
+                f"line {number} is not a token in base64 and its rank", where=path, mend=mend
             ) from None
+        if not 0 <= rank < LARGEST_RANK:
+            raise UserError(f"line {number} has the rank {rank}", where=path, mend=mend)
     if not ranks:
-        raise UserError("holds no tokens", where=path, mend="give a file in tiktoken's format")
+        raise UserError("holds no tokens", where=path, mend=mend)
+    if len(set(ranks.values())) < len(ranks):
+        raise UserError("two tokens have one rank", where=path, mend=mend)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"holds no token for the byte {missing[0]}", where=path, mend=mend)
     return ranks
 
 
@@ -196,29 +226,37 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         if path.suffix == ".model":
             return _SentencePiece(path)
         if path.suffix == ".json":
-            return _Backend(_read_backend(path))
+            return _Backend(read_text(path), path)
         raise UserError(
             "no known kind of tokenizer",
             where=path,
             mend="known: a folder with tokenizer.json, NAME.json, NAME.tiktoken, NAME.model",
         )
     if (path / "tokenizer.json").is_file():
-        return _Backend(_read_backend(path / "tokenizer.json"))
+        return _Backend(read_text(path / "tokenizer.json"), path / "tokenizer.json")
     models = [*path.glob("*.tiktoken"), *path.glob("tokenizer.model"), *path.glob("*.model")]
     if len(set(models)) == 1 and not (path / "tokenizer_config.json").exists():
         return open_tokenizer(models[0])
+    cannot = "transformers cannot open it as a tokenizer"
+    mend = "give a folder that holds a tokenizer.json"
     transformers = import_extra("transformers", extra="hf", purpose="open a tokenizer without tokenizer.json")
     try:
-        opened = transformers.AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # a folder can be wrong in more ways than a library has exceptions for
+        with library_errors(path, doing=cannot, mend=mend):
+            opened = transformers.AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         _refuse_custom_code(path)
-        raise UserError(
-            f"transformers cannot open it as a tokenizer ({first_line(error)})",
-            where=path,
-            mend="give a folder that holds a tokenizer.json",
-        ) from error
+        raise UserError(f"{cannot} ({first_line(error)})", where=path, mend=mend) from None
     backend = getattr(opened, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
@@ -226,7 +264,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
             where=path,
             mend="convert it to a tokenizer.json",
         )
-    return _Backend(backend)
+    return _Backend(backend.to_str(), path)
 
 
 def _refuse_custom_code(path: Path) -> None:
@@ -242,14 +280,3 @@ def _refuse_custom_code(path: Path) -> None:
             where=path,
             mend="give a folder that holds a tokenizer.json",
         )
-
-
-def _read_backend(path: Path) -> Any:
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        return Backend.from_file(str(path))
-    except Exception as error:
-        raise UserError(
-            f"not a tokenizer ({error})", where=path, mend="the file is damaged or of an unknown kind"
-        ) from error

@@ -7,6 +7,9 @@ word, mostly the space, belongs to it. Unlike there, digits are never grouped: a
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, Final
 
 # Letters that may begin a word or stand in a caseless script, and letters that may continue one.
@@ -39,3 +42,46 @@ def pre_tokenizer() -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+LONGEST_RUN: Final = 1000
+"""Characters. Of a longer run of letters, of spaces or of signs, training sees parts of this length: the library's trainer needs time in the
+square of a piece's length. Runs this long are Thai or Chinese without a space, rules of `=`, blank space, or no language at all."""
+# Only text in which this is found can hold such a run; it is looked for first, since it costs little.
+_MAYBE: Final = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}")
+_CLASSES: Final = (r"\p{L}\p{M}", r"\s", r"^\s\p{L}\p{N}")
+
+
+@cache
+def _long_runs() -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    runs = (f"(?<![{one}])[{one}]{{{LONGEST_RUN + 1},}}" for one in _CLASSES)
+    return pre_tokenizers.Split(Regex("|".join(runs)), behavior="isolated")
+
+
+def short_runs(text: str) -> Iterator[str]:
+    """The text; where a run is longer than `LONGEST_RUN`, its parts, cut inside that run."""
+    if _MAYBE.search(text) is None:
+        yield text
+        return
+    begun = 0
+    for _, (start, end) in _long_runs().pre_tokenize_str(text):
+        # Only a run is longer without being cut by the pattern; a stretch without runs is left whole.
+        if end - start > LONGEST_RUN and _is_run(text[start : start + LONGEST_RUN + 1]):
+            for place in range(start + LONGEST_RUN, end, LONGEST_RUN):
+                yield text[begun:place]
+                begun = place
+    yield text[begun:]
+
+
+@cache
+def _run() -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    whole = "|".join(rf"\A[{one}]+\z" for one in _CLASSES)
+    return pre_tokenizers.Split(Regex(whole), behavior="removed")
+
+
+def _is_run(text: str) -> bool:
+    return not _run().pre_tokenize_str(text)

@@ -57,6 +57,7 @@ class Spelling:
         ids: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self._tokens = {token_id: token for token, token_id in ids.items()}
         self._added = backend.get_added_tokens_decoder()
+        self._special = {one["content"] for one in content.get("added_tokens") or [] if one["special"]}
         model = content.get("model") or {}
         parts = part_kinds(content)
         self._characters = byte_level_table() if "ByteLevel" in parts else None
@@ -80,7 +81,7 @@ class Spelling:
         if token is None or token_id == self.unknown_id:
             return b""
         added = self._added.get(token_id)
-        if added is not None and added.special:
+        if added is not None and added.content in self._special:
             return b""
         if self._characters is not None:
             if added is None:

@@ -1,24 +1,45 @@
-"""Chat templates of other models: Jinja in a sandbox, with the spans that the model itself wrote."""
+"""Chat templates of other models: Jinja in a sandbox with limits, with the spans that the model itself wrote.
+
+What a template sees and which filters and functions it has is as in `transformers`' `apply_chat_template`.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from koine.errors import UserError
+from koine.errors import UserError, first_line
 
-# Private-use characters mark a span of completion inside the rendered text and are taken out again.
-_OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+# A name that no template can write: the two characters that mark a span of completion in the rendered text.
+_MARKS = "generation marks"
+# A template is a program of somebody else's: whatever it raises is the template's fault. Jinja's own errors come beside these.
+_RAISED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    RuntimeError,  # RecursionError among them
+    SyntaxError,  # of the Python that jinja2 writes: loops nested too deeply
+    TypeError,
+    ValueError,
+)
 
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
-    import jinja2
-    from jinja2 import nodes
+    from jinja2 import TemplateError, nodes, pass_context
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    from koine.tokenizer.template_limits import LimitedEnvironment
 
     class Generation(Extension):
         """`{% generation %}...{% endgeneration %}`: what the model writes."""
@@ -30,28 +51,87 @@ def _compile(template: str) -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
-        def _mark(self, caller: Callable[[], str]) -> str:
-            return f"{_OPEN}{caller()}{_CLOSE}"
+        @pass_context
+        def _mark(self, context: Any, caller: Callable[[], str]) -> str:
+            opening, closing = context[_MARKS]
+            return f"{opening}{caller()}{closing}"
+
+    class SafeDict:
+        """`dict`, and nothing more of the class."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    class SafeNamespace(Namespace):
+        """A namespace without names that begin with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, given = args[0], dict(*args[1:], **kwargs)
+            for name in given:
+                _check_name(name)
+            Namespace.__init__(self, given)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            Namespace.__setitem__(self, name, value)
+
+    def _check_name(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"the name {name!r} begins with an underscore")
 
     def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
+        raise TemplateError(message)
 
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = to_json
+    environment.add_filter("tojson", to_json)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = strftime_now
+    environment.globals["dict"] = SafeDict()
+    environment.globals["namespace"] = SafeNamespace
     return environment.from_string(template)
 
 
-def _strftime_now(format: str) -> str:
-    import datetime
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson` of chat templates."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
+
+def strftime_now(format: str) -> str:
+    """The time now, for templates."""
     return datetime.datetime.now().strftime(format)
+
+
+def free_characters(texts: Sequence[str]) -> Iterator[str]:
+    """Private-use characters that stand in none of the texts."""
+    used = {character for text in texts for character in text if character >= "\U000f0000"}
+    planes = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+    return (chr(code) for plane in planes for code in plane if chr(code) not in used)
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """Every text in a nest of lists and mappings."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
 
 
 def render_template(
@@ -64,38 +144,68 @@ def render_template(
     """The rendered text, and the character spans of `generation` blocks (None where the template has none).
 
     tokens: what the template may name, such as `bos_token` and `eos_token`.
-    Raises `UserError` where the template refuses the messages.
+    Raises `UserError` where the template refuses the messages, fails, or takes more time or space than `template_limits` allows.
     """
-    import jinja2
+    from jinja2 import TemplateError
 
+    from koine.tokenizer.template_limits import TooMuchError, limited, refuse_long
+
+    refuse_long(template)
+    texts = list(strings_of(messages))
+    free = free_characters([template, *texts, *tokens.values()])
+    marks = next(free), next(free)
+    given = {
+        "messages": [_with_reasoning(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": generation_prompt,
+        **tokens,
+        _MARKS: marks,
+    }
+    pieces: list[str] = []
     try:
-        marked = _compile(template).render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=generation_prompt,
-            **tokens,
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template refuses these messages ({error})") from None
+        with limited(sum(map(len, texts))) as budget:
+            length = 0
+            for piece in _compile(template).generate(**given):
+                pieces.append(piece)
+                length += len(piece)
+                budget.allow(length)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses these messages ({str(error)[:300]})") from None
+    except TooMuchError as error:
+        raise UserError(f"the chat template {error}", mend="give another template") from None
+    except _RAISED as error:
+        raise UserError(
+            f"the chat template fails ({type(error).__name__}: {first_line(error)})", mend="mend the template"
+        ) from None
+    marked = "".join(pieces)
     if "endgeneration" not in template:
         return marked, None
+    return _take_out(marked, *marks)
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message, with its reasoning under the names that templates read."""
+    found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if found is None:
+        return dict(message)
+    return {"thinking": found, **message, "reasoning_content": found}
+
+
+def _take_out(marked: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without its marks, and what stood between them."""
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     length = start = 0
-    for piece in _split(marked):
-        if piece == _OPEN:
+    for piece in re.split(f"({opening}|{closing})", marked):
+        if piece == opening:
             start = length
-        elif piece == _CLOSE:
+        elif piece == closing:
             spans.append((start, length))
         else:
             parts.append(piece)
             length += len(piece)
     return "".join(parts), spans
-
-
-def _split(marked: str) -> list[str]:
-    import re
-
-    return [piece for piece in re.split(f"({_OPEN}|{_CLOSE})", marked) if piece]
 
 
 def completion_spans(
@@ -108,12 +218,23 @@ def completion_spans(
     """The rendered conversation and the character spans that the assistant wrote, its end-of-turn marker included.
 
     Where the template marks no generation, the span of an assistant's message is what it adds to the rendering of the
-    messages before it with the generation prompt. Raises `UserError` where the template rewrites earlier turns, so
-    that no such span exists.
+    messages before it with the generation prompt. Where the template rewrites earlier turns, no such span exists: raises
+    `UserError`, or gives no spans for a prompt, which nobody learns from.
     """
     text, spans = render_template(template, messages, tokens=tokens, generation_prompt=generation_prompt)
     if spans is not None:
         return text, spans
+    try:
+        return text, _added_spans(template, messages, text, tokens=tokens)
+    except UserError:
+        if generation_prompt:
+            return text, []
+        raise
+
+
+def _added_spans(
+    template: str, messages: Sequence[Mapping[str, Any]], text: str, *, tokens: Mapping[str, str]
+) -> list[tuple[int, int]]:
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -130,4 +251,4 @@ def completion_spans(
                 mend="add {% generation %} marks to the template, or train on one answer per conversation",
             )
         spans.append((len(before), len(after)))
-    return text, spans
+    return spans

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.files import disk_errors, parse_json, write_atomically
+from koine.files import disk_errors, write_atomically
 from koine.tokenizer.chat import CHAT_TEMPLATE, ROLE_TOKENS, Message, check_messages
+from koine.tokenizer.control import PlainText, open_backend, parsed_object, read_text
+from koine.tokenizer.markers import Hidden, MarkerEncoder
 from koine.tokenizer.special import (
     BOS,
     CHATBOT,
@@ -51,27 +53,19 @@ class Tokenizer:
 
     def __init__(self, files: Mapping[str, str], *, where: str | Path = "the tokenizer") -> None:
         """files: the directory's texts by file name; `tokenizer.json` is needed, the others where there are any."""
-        from tokenizers import Tokenizer as Backend
-
         self._files = dict(files)
         self._where = str(where)
-        try:
-            self._backend = Backend.from_str(self._files[TOKENIZER])
-        except Exception as error:
-            raise UserError(
-                f"not a tokenizer ({error})", where=where, mend="the file is damaged or of an unknown kind"
-            ) from error
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        # This flag is not part of tokenizer.json: without it a user could write `<BOS_TOKEN>` and be obeyed.
-        self._backend.encode_special_tokens = True
+        named = self._named_tokens()
+        self._plain = PlainText(self._files[TOKENIZER], named=named.values(), where=where)
+        self._content = self._plain.content
+        self._backend = self._plain.backend
         self.fingerprint = hashlib.sha256(self._files[TOKENIZER].encode("utf-8")).hexdigest()
         self._ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        if not self._ids:
+            raise UserError("a tokenizer without tokens", where=where, mend="give another")
         self.vocab_size = max(self._ids.values()) + 1
-        self._special_ids = frozenset(
-            token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special
-        )
-        named = self._named_tokens()
+        special = {one["content"] for one in self._content.get("added_tokens") or [] if one["special"]}
+        self._special_ids = frozenset(self._ids[token] for token in special if token in self._ids)
         self.chat_template = self._files.get(TEMPLATE) or self._template_of_config()
         self._template_tokens = named
         eos = named.get("eos_token")
@@ -87,20 +81,18 @@ class Tokenizer:
     # --- text to ids ---
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no special tokens are added, none is recognised."""
+        """Ids of plain text: no special tokens are added, none is recognised (see `koine.tokenizer.control`)."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            return self._plain.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
             raise self._not_text([text], error) from None
-        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel over the cores; the result does not depend on their number."""
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return self._plain.encode_batch(texts)
         except (TypeError, UnicodeEncodeError) as error:
             raise self._not_text(texts, error) from None
-        return [encoding.ids for encoding in encodings]
 
     def encode_document(self, text: str) -> list[int]:
         """`[bos] + ids + [eos]`."""
@@ -134,7 +126,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids; bytes that are no valid UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        text: str = self._parsing_backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def stream_decoder(self) -> StreamDecoder | WindowStreamDecoder:
@@ -186,70 +178,48 @@ class Tokenizer:
 
     @cached_property
     def _byte_level(self) -> bool:
-        decoder = json.loads(self._files[TOKENIZER]).get("decoder") or {}
+        decoder = self._content.get("decoder") or {}
         return bool(decoder.get("type") == "ByteLevel")
 
     @cached_property
     def _spelling(self) -> Spelling:
-        return Spelling(self._backend, json.loads(self._files[TOKENIZER]))
-
-    @cached_property
-    def _added(self) -> dict[int, str]:
-        return {
-            token_id: token.content for token_id, token in self._backend.get_added_tokens_decoder().items()
-        }
+        return Spelling(self._backend, self._content)
 
     @cached_property
     def _parsing_backend(self) -> Any:
-        """The same vocabulary, but one that obeys special tokens: for text that a template wrote."""
-        from tokenizers import Tokenizer as Backend
+        """The same vocabulary, but one that obeys every added token as the file says: for text that a template wrote, and to decode."""
+        return open_backend(self._files[TOKENIZER], self._where)
 
-        backend = Backend.from_str(self._files[TOKENIZER])
-        backend.no_padding()
-        backend.no_truncation()
-        return backend
+    @cached_property
+    def _marker_encoder(self) -> MarkerEncoder:
+        control = sorted(self._plain.hard | self._plain.soft)
+        return MarkerEncoder(self._plain, {token: self._ids[token] for token in control})
 
     def _encode_template(
         self, messages: Sequence[Message], *, generation_prompt: bool
     ) -> tuple[list[int], list[bool]]:
         assert self.chat_template is not None
-        special = [self._added[token_id] for token_id in sorted(self._special_ids)]
-        hidden, shown = _hide_special(messages, special)
+        hidden = Hidden(messages, self._plain, [self.chat_template, *self._template_tokens.values()])
         text, spans = completion_spans(
-            self.chat_template, hidden, tokens=self._template_tokens, generation_prompt=generation_prompt
+            self.chat_template,
+            hidden.messages,
+            tokens=self._template_tokens,
+            generation_prompt=generation_prompt,
         )
-        if not shown:
-            encodings = [(0, self._parsing_backend.encode(text, add_special_tokens=False))]
-        else:
-            encodings = self._encode_pieces(text, special, shown)
-        ids: list[int] = []
-        completion: list[bool] = []
-        for offset, encoding in encodings:
-            ids += encoding.ids
-            completion += [
-                any(start <= offset + first and offset + first < end for start, end in spans)
-                for first, _ in encoding.offsets
-            ]
+        try:
+            if hidden.found:
+                ids, offsets = self._marker_encoder.encode(text, hidden.shown)
+            else:
+                encoding = self._parsing_backend.encode(text, add_special_tokens=False)
+                ids, offsets = encoding.ids, encoding.offsets
+        except (TypeError, UnicodeEncodeError) as error:
+            raise self._not_text([text], error) from None
+        starts = [start for start, _ in spans]
+        completion = []
+        for first, _ in offsets:
+            span = bisect_right(starts, first) - 1
+            completion.append(span >= 0 and first < spans[span][1])
         return ids, completion
-
-    def _encode_pieces(
-        self, text: str, special: Sequence[str], shown: Mapping[str, str]
-    ) -> list[tuple[int, Any]]:
-        """Encode a rendered conversation whose contents hold special-looking text: markers obeyed, contents not."""
-        import re
-
-        pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
-        edges = sorted({0, len(text), *(edge for match in pattern.finditer(text) for edge in match.span())})
-        result = []
-        for start, end in pairwise(edges):
-            piece = text[start:end]
-            if pattern.fullmatch(piece):
-                result.append((start, self._parsing_backend.encode(piece, add_special_tokens=False)))
-                continue
-            for stand_in, original in shown.items():
-                piece = piece.replace(stand_in, original)
-            result.append((start, self._backend.encode(piece, add_special_tokens=False)))
-        return result
 
     def _find_end_of_turn(self) -> int:
         if END_OF_TURN in self._ids:
@@ -288,22 +258,20 @@ class Tokenizer:
     def _template_of_config(self) -> str | None:
         template = self._json(CONFIG).get("chat_template")
         if isinstance(template, list):
-            by_name = {entry.get("name"): entry.get("template") for entry in template}
-            template = by_name.get("default")
-        return template if isinstance(template, str) else None
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            template = next((one.get("template") for one in entries if one.get("name") == "default"), None)
+        if template is not None and not isinstance(template, str):
+            raise UserError(
+                f"the chat_template of {CONFIG} is a {type(template).__name__}, no text",
+                where=self._where,
+                mend="write a Jinja text",
+            )
+        return template
 
     def _json(self, name: str) -> dict[str, Any]:
         if name not in self._files:
             return {}
-        try:
-            value = parse_json(self._files[name])
-        except ValueError as error:
-            raise UserError(
-                f"{name} is not valid JSON ({error})", where=self._where, mend="write it again"
-            ) from None
-        if not isinstance(value, dict):
-            raise UserError(f"{name} is not a JSON object", where=self._where, mend="write it again")
-        return value
+        return parsed_object(self._files[name], f"{name} is not valid JSON", self._where)
 
     def _not_text(self, texts: Sequence[Any], error: Exception) -> Exception:
         """What the user did wrong in `texts`, or the library's own error where they are sound."""
@@ -318,25 +286,6 @@ class Tokenizer:
                     mend="repair or remove it",
                 )
         return error
-
-
-def _hide_special(
-    messages: Sequence[Message], special: Sequence[str]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Messages whose special-looking text is replaced by private-use stand-ins, and what these stand for."""
-    shown: dict[str, str] = {}
-    hidden = []
-    for message in messages:
-        content = message["content"]
-        for token in sorted(special, key=len, reverse=True):
-            if token in content:
-                stand_in = next((key for key, value in shown.items() if value == token), None)
-                if stand_in is None:
-                    stand_in = chr(0x10F000 + len(shown))
-                    shown[stand_in] = token
-                content = content.replace(token, stand_in)
-        hidden.append({**message, "content": content})
-    return hidden, shown
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -361,10 +310,7 @@ def read_files(path: Path) -> dict[str, str]:
     files = {}
     for name in (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE, TRAINING):
         if (path / name).is_file():
-            try:
-                files[name] = (path / name).read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                raise UserError("not UTF-8 text", where=path / name, mend="the file is damaged") from None
+            files[name] = read_text(path / name)
     return files
 
 

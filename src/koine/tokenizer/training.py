@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from koine import __version__
@@ -17,7 +17,7 @@ from koine.tokenizer.counting import (
     on_terminal,
     repeated,
 )
-from koine.tokenizer.pretokenize import pre_tokenizer
+from koine.tokenizer.pretokenize import pre_tokenizer, short_runs
 from koine.tokenizer.sampling import Corpus, count_bytes, draw, quotas, stream
 from koine.tokenizer.special import BOS, SMALLEST_VOCABULARY, SPECIAL_TOKENS
 from koine.tokenizer.tokenizer import Tokenizer, from_backend
@@ -75,7 +75,7 @@ def train_tokenizer(
     pretokens: dict[str, Any] | None = None
     if sum(drawn.values()) <= DIRECT_BYTES:
         sample = draw(texts_by_language, sizes=sizes, quota=drawn, seed=seed)
-        texts = (text for text, times in sample for _ in range(times))
+        texts = (text for text, times in _with_short_runs(sample) for _ in range(times))
         _learn(
             backend, texts, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
         )
@@ -83,7 +83,7 @@ def train_tokenizer(
         with counting_progress(show_progress, what="counting", total=sum(sizes.values())) as watched:
             sample = draw(lambda: watched(stream(texts_by_language)), sizes=sizes, quota=drawn, seed=seed)
             table = count_pretokens(
-                sample, normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
+                _with_short_runs(sample), normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
             )
         scale = learn_from_table(
             backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
@@ -124,6 +124,10 @@ def train_tokenizer(
             },
         },
     )
+
+
+def _with_short_runs(sample: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    return ((part, times) for text, times in sample for part in short_runs(text))
 
 
 def _say_approximations(table: PretokenCounts, scale: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.files import parse_json
+from koine.terminal import plain_console
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
 
@@ -54,11 +55,13 @@ class Reporter:
         if importlib.util.find_spec("koine.plan.progress") is not None:
             self.report = importlib.import_module("koine.plan.progress").report
         if progress and sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
             self.bar = Progress(
-                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+                BarColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=plain_console(stderr=True),
+                transient=True,
             )
             self.task = self.bar.add_task("", total=steps, completed=first_step)
             self.bar.start()

@@ -1,0 +1,213 @@
+"""Which tokens steer a model, and plain text read without them.
+
+| an added token | in users' text |
+|---|---|
+| `special: true`, or named by the configuration (`eos_token`, ...) | text, spelled by the model's other tokens |
+| `special: false`, written like a marker: `<tool_call>`, `[INST]`, `<|fim_prefix|>` | text as well |
+| `special: false`, anything else: words, runs of spaces, tags of HTML | a token, as in `transformers` |
+
+The library leaves the first kind alone when `encode_special_tokens` is set, but only in its list of added tokens: a Unigram, WordLevel or
+WordPiece model, or BPE with `ignore_merges`, still finds a marker that stands in the model's own vocabulary. Such text is cut and read again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError, first_line
+
+_MARKER = re.compile(r"[\s▁]*(?:<[^<>]*\w[^<>]*>|\[[^\[\]]*\w[^\[\]]*\]|\{[^{}]*\w[^{}]*\})[\s▁]*")
+# Tags of HTML, which some vocabularies (Gemma's) hold as words: text that people write.
+_HTML = re.compile(
+    r"</?(?:a|abbr|article|b|blockquote|body|br|caption|code|dd|div|dl|dt|em|footer|h[1-6]|head|header|hr|html|i|img|li|nav|ol|p|pre|"
+    r"section|small|span|strong|sub|sup|table|tbody|td|tfoot|th|thead|title|tr|u|ul)/?>"
+)
+_WHOLE_WORD_MODELS = ("Unigram", "WordLevel", "WordPiece")
+DAMAGED = "the file is damaged or of an unknown kind"
+LONG_TEXT = 10_000
+"""Characters from which the library's reading without offsets, several times as fast, is worth its threads."""
+
+
+def looks_like_marker(token: str) -> bool:
+    """Whether a token is written like a marker, a name in brackets, and is no tag of HTML."""
+    return _MARKER.fullmatch(token) is not None and _HTML.fullmatch(token) is None
+
+
+@contextmanager
+def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None]:
+    """Turn what the Rust libraries raise into a `UserError`.
+
+    `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, which is no `Exception` at all.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise UserError(f"{doing} ({first_line(error)})", where=where, mend=mend) from None
+        raise
+
+
+def open_backend(text: str, where: str | Path) -> Any:
+    """The library's tokenizer of a `tokenizer.json`, without padding and truncation. Raises `UserError` where it is none."""
+    from tokenizers import Tokenizer as Backend
+
+    with library_errors(where, doing="not a tokenizer", mend=DAMAGED):
+        backend = Backend.from_str(text)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes. Raises `UserError` where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror or error})", where=path, mend="look at the file"
+        ) from None
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises `UserError` where it cannot be read or is not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError("not UTF-8 text", where=path, mend="the file is damaged") from None
+
+
+def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
+    """A JSON object. Raises `UserError`, which begins with `what`, for anything else, however deep or large."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{what} (nested too deeply)", where=where, mend=DAMAGED) from None
+    except ValueError as error:
+        # A JSONDecodeError, or a number of more than 4,300 digits.
+        raise UserError(f"{what} ({first_line(error)})", where=where, mend=DAMAGED) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what} (no JSON object)", where=where, mend=DAMAGED)
+    return value
+
+
+class PlainText:
+    """Encode text in which no token steers the model.
+
+    Attributes:
+        backend: the library's tokenizer, which obeys words and runs of spaces among the added tokens alone.
+        hard: control tokens that are special or named by the configuration.
+        soft: control tokens that only look like markers; the assistant may write them.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        named: Iterable[str] = (),
+        where: str | Path = "the tokenizer",
+    ) -> None:
+        """text: a `tokenizer.json`; named: tokens that the configuration gives a part. Raises `UserError` where it is no tokenizer."""
+        names = set(named)
+        backend = open_backend(text, where)
+        self.content = content = parsed_object(text, "not a tokenizer", where)
+        """The file, parsed."""
+        added = [(str(one["content"]), bool(one["special"])) for one in content.get("added_tokens") or []]
+        self.hard = frozenset(token for token, special in added if special or token in names)
+        self.soft = frozenset(token for token, _ in added if looks_like_marker(token)) - self.hard
+        self._where = where
+        meek = [token for token, special in added if not special and token in self.hard | self.soft]
+        if meek:
+            steering = [
+                {**one, "special": bool(one["special"]) or one["content"] in meek}
+                for one in content["added_tokens"]
+            ]
+            text = json.dumps({**content, "added_tokens": steering}, ensure_ascii=False)
+            backend = open_backend(text, where)
+        self._text = text
+        self.backend = backend
+        # This flag is not part of tokenizer.json: without it a user could write `<BOS_TOKEN>` and be obeyed.
+        self.backend.encode_special_tokens = True
+        self._leaks = self._found_by_model()
+        self.normalised = self.backend.normalizer is not None and any(
+            one.get("normalized") and one["content"] in self.hard | self.soft
+            for one in content.get("added_tokens") or []
+        )
+        """Whether a marker is looked for in the text as normalised."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        if len(text) > LONG_TEXT:
+            return self.encode_batch([text])[0]
+        with self._errors():
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        if self._leaks and not self._leaks.isdisjoint(ids):
+            ids = self._careful.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, in parallel over the cores."""
+        with self._errors():
+            found = [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self._leaks:
+            for place, ids in enumerate(found):
+                if not self._leaks.isdisjoint(ids):
+                    found[place] = self._careful.encode(texts[place], add_special_tokens=False).ids
+        return found
+
+    def normalises_to_control(self, text: str) -> bool:
+        """Whether normalisation makes a marker of a text."""
+        if not self.normalised:
+            return False
+        normal = self.backend.normalizer.normalize_str(text)
+        return any(token in normal for token in self.hard | self.soft)
+
+    def copy(self) -> Any:
+        """Another library's tokenizer that reads as `backend` does."""
+        backend = open_backend(self._text, self._where)
+        backend.encode_special_tokens = True
+        return backend
+
+    def _errors(self) -> Any:
+        return library_errors(
+            self._where, doing="the tokenizer cannot read the text", mend="its vocabulary lacks what it names"
+        )
+
+    def _found_by_model(self) -> frozenset[int]:
+        """Ids of control tokens that the model itself could find in text, whatever the added tokens say."""
+        model = self.content.get("model") or {}
+        ids = self.backend.get_vocab(with_added_tokens=False)
+        inside = {token for token in self.hard | self.soft if token in ids}
+        if model.get("type") not in _WHOLE_WORD_MODELS and not model.get("ignore_merges"):
+            merges = model.get("merges") or []
+            inside &= {"".join(one if isinstance(one, list) else one.split(" ")) for one in merges}
+        unknown = model.get("unk_token")
+        return frozenset(ids[token] for token in inside if token != unknown and len(token) > 1)
+
+    @cached_property
+    def _careful(self) -> Any:
+        """The same tokenizer, which also cuts every marker after its first character, so that no model finds it whole."""
+        from tokenizers import Regex, pre_tokenizers
+
+        backend = self.copy()
+        tokens = sorted(self.hard | self.soft, key=len, reverse=True)
+        pattern = "|".join(
+            f"{_escaped(token[0])}(?={_escaped(token[1:])})" for token in tokens if len(token) > 1
+        )
+        cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        own = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*own, cut])
+        return backend
+
+
+def _escaped(text: str) -> str:
+    """The text as a pattern of Oniguruma."""
+    return "".join(
+        character if character.isalnum() or ord(character) > 127 else f"\\x{ord(character):02X}"
+        for character in text
+    )
