@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.faults import plan
-from tests.faults.interpose import NoCompiler
+from tests.faults.interpose import NoCompilerError
 from tests.faults.laboratory import Laboratory
 from tests.faults.plan import Order
 from tests.faults.stages import BY_NAME, STAGES
@@ -19,7 +19,7 @@ from tests.faults.stages import BY_NAME, STAGES
 GROUPS = ("kill", "fail", "writers", "full disk", "links", "hostile server", "damage")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("stages", nargs="*", help="stages, or data, moved, damage, hostile [default: all]")
     parser.add_argument("--minutes", type=float, default=28.0, help="time for all [28]")
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     for name in ("errno", "other", "output", "read", "which", "what", "command", "reader", "file"):
         parser.add_argument(f"--{name}", help="one case alone")
     parser.add_argument("--repeat", action="store_true", help="one case alone: two undisturbed runs")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def one_case(given: argparse.Namespace) -> Order | None:
@@ -108,7 +108,7 @@ def main() -> int:
     alone = one_case(given)
     try:
         laboratory = Laboratory(base, 1 if alone else given.processes)
-    except NoCompiler as error:
+    except NoCompilerError as error:
         print(f"skipped: {error}")
         return 0
     try:

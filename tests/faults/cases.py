@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.interpose import KINDS, Control
-from tests.faults.judge import Listing, Result, Wrong, check_end, difference, listing, temporary, visible
+from tests.faults.judge import Listing, Result, WrongError, check_end, difference, listing, temporary, visible
 from tests.faults.life import Life, Running, live
 from tests.faults.stages import Stage
 
@@ -81,12 +81,12 @@ def again(bench: Bench, stage: Stage, work: Path, place: Path, first: str | None
     found, wanted = listing(work), bench.wanted[stage.name]
     try:
         line = check_end(life)
-    except Wrong as error:
-        raise Wrong(error.verdict, f"{error.why} (in the run after it)") from None
+    except WrongError as error:
+        raise WrongError(error.verdict, f"{error.why} (in the run after it)") from None
     if line is not None and (difference(wanted, found) or "exist" not in line):
-        raise Wrong("silent", f"the next run is refused: {line}; {difference(wanted, found)}")
+        raise WrongError("silent", f"the next run is refused: {line}; {difference(wanted, found)}")
     if difference(wanted, found):
-        raise Wrong("silent", f"after the next run: {difference(wanted, found)}")
+        raise WrongError("silent", f"after the next run: {difference(wanted, found)}")
     return life
 
 
@@ -118,16 +118,16 @@ def fail(bench: Bench, stage: Stage, number: int, name: str) -> Result:
         # What cannot be removed may stay; nothing else may be missing or more.
         more = {one for one in found if one not in wanted}
         if difference(wanted, {one: found[one] for one in found if one not in more}):
-            raise Wrong("silent", f"success, but {difference(wanted, found)}")
+            raise WrongError("silent", f"success, but {difference(wanted, found)}")
         if more:
-            raise Wrong("silent", f"success, but {difference(wanted, found)}")
+            raise WrongError("silent", f"success, but {difference(wanted, found)}")
         return Result("whole")
     if "nothing half-written" in line and stage.shape in ("folder", "file"):
         left = {one: content for one, content in found.items() if before.get(one) != content}
         if left:
-            raise Wrong("silent", f"the line is not true ({line}): {difference(before, found)}")
+            raise WrongError("silent", f"the line is not true ({line}): {difference(before, found)}")
     if name != "EROFS" and stage.shape in ("folder", "file") and (left := temporary(found)):
-        raise Wrong("silent", f"left over: {', '.join(left[:4])}")
+        raise WrongError("silent", f"left over: {', '.join(left[:4])}")
     again(bench, stage, work, place, line)
     return Result("line", said=line)
 
@@ -157,9 +157,9 @@ def appear(bench: Bench, stage: Stage, number: int) -> Result:
     line = check_end(life)
     if made is not None:
         if not made.is_file() or made.read_text() != PRECIOUS:
-            raise Wrong("silent", f"deleted what appeared; ended with {line or 'success'}")
+            raise WrongError("silent", f"deleted what appeared; ended with {line or 'success'}")
         if line is None:
-            raise Wrong("silent", "success, but --out holds somebody else's work")
+            raise WrongError("silent", "success, but --out holds somebody else's work")
     return Result("whole" if line is None else "line", said=line or "")
 
 
@@ -175,7 +175,7 @@ def two(bench: Bench, stage: Stage, other: Stage, number: int) -> Result:
     first.stopped(SECONDS)
     second = Running(words[1], work, place / "second", controls[1], limits={})
     # Where it waits for the first, that one must go on.
-    second.poll(2.0)
+    second.poll(1.0)
     controls[0].set("go_on", 1)
     lives = [first.end(SECONDS), second.end(SECONDS)]
     for control in controls:
@@ -186,14 +186,14 @@ def two(bench: Bench, stage: Stage, other: Stage, number: int) -> Result:
     wanted = [bench.wanted[stage.name], bench.wanted[other.name]]
     done = [index for index, line in enumerate(lines) if line is None]
     if len(done) == 2 and wanted[0] != wanted[1]:
-        raise Wrong("silent", "both report success, and one result is lost")
+        raise WrongError("silent", "both report success, and one result is lost")
     if len(done) == 2 and stage.shape not in ("training", "run") and "done already" not in lives[1].out:
-        raise Wrong("silent", "both report success")
+        raise WrongError("silent", "both report success")
     for index in done:
         if difference(wanted[index], found):
-            raise Wrong("silent", f"{ends}: {difference(wanted[index], found)}")
+            raise WrongError("silent", f"{ends}: {difference(wanted[index], found)}")
     if not done and temporary(found):
-        raise Wrong("silent", f"both refuse and leave {temporary(found)[:4]}")
+        raise WrongError("silent", f"both refuse and leave {temporary(found)[:4]}")
     return Result("whole" if len(done) == 2 else "line", said=next((line for line in lines if line), ""))
 
 

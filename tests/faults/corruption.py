@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.cases import SECONDS, Bench
-from tests.faults.judge import Listing, Result, Wrong, check_end, difference, listing
+from tests.faults.judge import Listing, Result, WrongError, check_end, difference, listing
 from tests.faults.life import live
 from tests.faults.links import MEMORY
 
@@ -218,9 +218,9 @@ def spoilt(bench: Bench, reader: Reader, file: str, name: str) -> Result:
         if reader.begins is None and (
             more := [one for one in listing(work) if one not in before and not one.startswith("out/.lock")]
         ):
-            raise Wrong("silent", f"refused, and left {', '.join(more[:4])}")
+            raise WrongError("silent", f"refused, and left {', '.join(more[:4])}")
         return Result("line", said=line)
     found = results(reader, work, life.out.replace(str(copy), "COPY"))
     if found != wanted:
-        raise Wrong("silent", f"other numbers, and nothing said: {difference(wanted, found)}")
+        raise WrongError("silent", f"other numbers, and nothing said: {difference(wanted, found)}")
     return Result("whole")

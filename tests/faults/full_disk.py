@@ -6,12 +6,12 @@ import resource
 import subprocess
 
 from tests.faults.cases import SECONDS, Bench, again
-from tests.faults.judge import Result, Wrong, check_end, difference, listing, temporary, visible
+from tests.faults.judge import Result, WrongError, check_end, difference, listing, temporary, visible
 from tests.faults.life import live
 from tests.faults.stages import Stage
 
 
-class Skipped(Exception):
+class SkippedError(Exception):
     """A case cannot be tried here, and why."""
 
 
@@ -32,7 +32,7 @@ def mounted(bench: Bench, stage: Stage, pages: int) -> Result:
         check=False,
     )
     if done.returncode:
-        raise Skipped(f"a file system cannot be mounted here: {done.stderr.strip()}")
+        raise SkippedError(f"a file system cannot be mounted here: {done.stderr.strip()}")
     try:
         life = live(stage.words(bench.world), work, place / "first", seconds=SECONDS)
         line = check_end(life)
@@ -40,12 +40,12 @@ def mounted(bench: Bench, stage: Stage, pages: int) -> Result:
         visible(stage, found, wanted, {})
         if line is None:
             if difference(wanted, found):
-                raise Wrong("silent", f"success, but {difference(wanted, found)}")
+                raise WrongError("silent", f"success, but {difference(wanted, found)}")
             return Result("whole")
         if "nothing half-written" in line and stage.shape in ("folder", "file") and found:
-            raise Wrong("silent", f"the line is not true ({line}): {', '.join(list(found)[:4])}")
+            raise WrongError("silent", f"the line is not true ({line}): {', '.join(list(found)[:4])}")
         if stage.shape in ("folder", "file") and (left := temporary(found)):
-            raise Wrong("silent", f"left over: {', '.join(left[:4])}")
+            raise WrongError("silent", f"left over: {', '.join(left[:4])}")
         subprocess.run(["mount", "-o", "remount,size=256m", str(work)], check=True)
         again(bench, stage, work, place, line)
         return Result("line", said=line)
@@ -64,9 +64,9 @@ def limited(bench: Bench, stage: Stage, most: int) -> Result:
     visible(stage, found, wanted, bench.begin_of(stage))
     if line is None:
         if difference(wanted, found):
-            raise Wrong("silent", f"success, but {difference(wanted, found)}")
+            raise WrongError("silent", f"success, but {difference(wanted, found)}")
         return Result("whole")
     if stage.shape in ("folder", "file") and (left := temporary(found)):
-        raise Wrong("silent", f"left over: {', '.join(left[:4])}")
+        raise WrongError("silent", f"left over: {', '.join(left[:4])}")
     again(bench, stage, work, place, line)
     return Result("line", said=line)

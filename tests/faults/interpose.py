@@ -41,7 +41,7 @@ PROCESSES = 128
 LONGEST = 4096  # PATH_MAX
 
 
-class NoCompiler(Exception):
+class NoCompilerError(Exception):
     """There is nothing to compile the library with, so the laboratory cannot work."""
 
 
@@ -49,11 +49,11 @@ def library() -> Path:
     """Compile the library once into a cache folder of this user's own."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or os.uname().sysname != "Linux":
-        raise NoCompiler("a C compiler and Linux are needed to stand between a command and the system")
+        raise NoCompilerError("a C compiler and Linux are needed to stand between a command and the system")
     folder = Path(tempfile.gettempdir()) / f"koine-faults-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise NoCompiler(f"{folder} belongs to somebody else")
+        raise NoCompilerError(f"{folder} belongs to somebody else")
     file = folder / f"interpose-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
     if not file.exists():
         made = file.with_suffix(f".{os.getpid()}")

@@ -47,7 +47,7 @@ class Result:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A case came out as it must not."""
 
     def __init__(self, verdict: Verdict, why: str) -> None:
@@ -65,7 +65,7 @@ def listing(folder: Path, *, place: Path | None = None) -> Listing:
             told = str(path.relative_to(folder))
             told = re.sub(r"events\.out\.tfevents[^/]*", "events", told)
             if path.is_symlink():
-                found[told] = f"-> {os.readlink(path)}"
+                found[told] = f"-> {path.readlink()}"
             elif path.is_dir():
                 found[told + "/"] = ""
             elif path.is_file():
@@ -122,12 +122,12 @@ def said(life: Life) -> list[str]:
 
 
 def check_end(life: Life) -> str | None:
-    """None for success; the line where a mistake ended in one; raises `Wrong` for anything else."""
+    """None for success; the line where a mistake ended in one; raises `WrongError` for anything else."""
     if life.late:
-        raise Wrong("silent", f"did not end within {life.seconds:.0f} s")
+        raise WrongError("silent", f"did not end within {life.seconds:.0f} s")
     trace = next((trace for trace in TRACES if trace in life.err), None)
     if trace is not None:
-        raise Wrong("traceback", last_words(life))
+        raise WrongError("traceback", last_words(life))
     if life.code == 0:
         return None
     lines = said(life)
@@ -135,7 +135,7 @@ def check_end(life: Life) -> str | None:
         return lines[0]
     if life.code == 2 and lines and len(set(lines)) == 1:
         return lines[0]
-    raise Wrong("traceback", f"exit code {life.code}, {len(lines)} lines: {last_words(life)}")
+    raise WrongError("traceback", f"exit code {life.code}, {len(lines)} lines: {last_words(life)}")
 
 
 def last_words(life: Life) -> str:
@@ -147,7 +147,7 @@ def last_words(life: Life) -> str:
 
 
 def visible(stage: Stage, found: Listing, wanted: Listing, before: Listing) -> None:
-    """Raise `Wrong` where something half-written stands under a name that users see.
+    """Raise `WrongError` where something half-written stands under a name that users see.
 
     A folder or file is whole or absent. Of a training's folder what stands under its final name is whole, file by file; of a
     run each artifact is whole or absent.
@@ -163,11 +163,11 @@ def visible(stage: Stage, found: Listing, wanted: Listing, before: Listing) -> N
             }
             wrong = [name for name, content in mine.items() if wanted.get(name) != content]
             if wrong:
-                raise Wrong("silent", f"half-written: {', '.join(wrong[:4])}")
+                raise WrongError("silent", f"half-written: {', '.join(wrong[:4])}")
             continue
         mine, whole, old = _of(found, out), _of(wanted, out), _of(before, out)
         if mine and mine not in (whole, old):
-            raise Wrong("silent", f"half-written under its name: {difference(whole, mine)}")
+            raise WrongError("silent", f"half-written under its name: {difference(whole, mine)}")
 
 
 def _of(found: Listing, out: str) -> Listing:

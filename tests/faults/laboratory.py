@@ -39,7 +39,7 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-class Died(Exception):
+class DiedError(Exception):
     """A process that tries cases has ended."""
 
 
@@ -65,7 +65,7 @@ class Hand:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Died((self.base / f"worker-{self.number}.log").read_text()[-2000:])
+            raise DiedError((self.base / f"worker-{self.number}.log").read_text()[-2000:])
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -177,7 +177,7 @@ class Laboratory:
     def learn(self, names: Iterable[str]) -> None:
         """Have every process know these stages: the first one what they leave, the others what they must leave."""
         names = list(names)
-        first, *others = self.hands
+        first = self.hands[0]
         early = [name for name in names if not _later(name)]
         shares: list[list[str]] = [early[number :: len(self.hands)] for number in range(len(self.hands))]
         _together(
@@ -280,7 +280,7 @@ class Laboratory:
                     return
                 try:
                     answer = self.hands[place].ask({"do": "try", **order})
-                except Died as error:
+                except DiedError as error:
                     answer = {"verdict": "silent", "why": f"the laboratory died: {error}"}
                     self.hands[place] = Hand(self.base, self.hands[place].number + len(self.hands))
                     for lesson in self.lessons.values():

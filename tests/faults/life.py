@@ -154,7 +154,7 @@ def _live(action: Action, work: Path, aside: Path, control: Control, limits: dic
             resource.setrlimit(which, (most, most))
         attach(control.path)
         code = _act(action)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - as the interpreter does: a traceback, and exit code 1
         traceback.print_exc()
     finally:
         try:
@@ -183,7 +183,7 @@ def _act(action: Action) -> int:
             print(error.code, file=sys.stderr)
             return 1
         return error.code or 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - as the interpreter does: a traceback, and exit code 1
         traceback.print_exc()
         return 1
     return 0

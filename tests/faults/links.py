@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.cases import SECONDS, Bench
-from tests.faults.judge import Listing, Result, Wrong, check_end, difference, listing, temporary
+from tests.faults.judge import Listing, Result, WrongError, check_end, difference, listing, temporary
 from tests.faults.life import live
 from tests.faults.stages import Stage
 
-READ_SECONDS = 15.0
+READ_SECONDS = 30.0
 MEMORY = 8 << 30
 """Of addresses: what reads for ever ends before the machine does."""
 
@@ -116,7 +116,7 @@ def kinds(work: Path) -> Listing:
         mode = path.lstat().st_mode
         name = str(path.relative_to(work))
         if stat.S_ISLNK(mode):
-            found[name] = f"-> {os.readlink(path)}"
+            found[name] = f"-> {path.readlink()}"
         elif stat.S_ISREG(mode):
             found[name] = path.read_bytes().hex()
         else:
@@ -136,14 +136,14 @@ def output(bench: Bench, stage: Stage, name: str) -> Result:
     for path, what in before.items():
         # A link that led nowhere leads to the result now; a file is replaced only where that was asked for.
         if after.get(path) != what:
-            raise Wrong("silent", f"{path} was replaced; ended with {line or 'success'}")
+            raise WrongError("silent", f"{path} was replaced; ended with {line or 'success'}")
     if line is not None:
         if name in MUST_WORK and not (
             stage.shape == "file" and name in ("link-to-empty-folder", "link-to-link")
         ):
-            raise Wrong("silent", f"refused: {line}")
+            raise WrongError("silent", f"refused: {line}")
         if left := [path for path in after if path not in before]:
-            raise Wrong("silent", f"refused, and left {', '.join(left[:4])}")
+            raise WrongError("silent", f"refused, and left {', '.join(left[:4])}")
         return Result("line", said=line)
     place = work / given
     whole = _under(bench.wanted[stage.name], out)
@@ -151,11 +151,11 @@ def output(bench: Bench, stage: Stage, name: str) -> Result:
         found = {out: ""} | {f"{out}/{one}": what for one, what in listing(place, place=work).items()}
         found = {one: what for one, what in found.items() if one != out}
         if stage.shape != "file" and difference({k: v for k, v in whole.items() if k != out + "/"}, found):
-            raise Wrong("silent", f"success, but {difference(whole, found)}")
+            raise WrongError("silent", f"success, but {difference(whole, found)}")
         if stage.shape == "file" and not place.is_file():
-            raise Wrong("silent", "success, but no file is there")
+            raise WrongError("silent", "success, but no file is there")
     if stage.shape != "run" and (left := [one for one in temporary(listing(work)) if "/" not in one]):
-        raise Wrong("silent", f"success, and left {left[:4]}")
+        raise WrongError("silent", f"success, and left {left[:4]}")
     return Result("whole")
 
 
@@ -259,12 +259,12 @@ def read(bench: Bench, stage: Stage, name: str, which: str) -> Result:
     life = live(words, work, place / "first", seconds=READ_SECONDS, limits={resource.RLIMIT_AS: MEMORY})
     line = check_end(life)
     if listing(inputs) != before:
-        raise Wrong("silent", f"an input was changed: {difference(before, listing(inputs))}")
+        raise WrongError("silent", f"an input was changed: {difference(before, listing(inputs))}")
     if line is not None:
         if name in SOUND:
-            raise Wrong("silent", f"refused: {line}")
+            raise WrongError("silent", f"refused: {line}")
         if stage.shape != "run" and (left := list(listing(work))):
-            raise Wrong("silent", f"refused, and left {', '.join(left[:4])}")
+            raise WrongError("silent", f"refused, and left {', '.join(left[:4])}")
         return Result("line", said=line)
     weights = {
         one: what
@@ -279,7 +279,7 @@ def read(bench: Bench, stage: Stage, name: str, which: str) -> Result:
         if one.endswith((".safetensors", ".tokens", "tokenizer.json")) and one not in weights
     ]
     if wrong or missing:
-        raise Wrong("silent", f"other content in {', '.join([*wrong, *missing][:4])}")
+        raise WrongError("silent", f"other content in {', '.join([*wrong, *missing][:4])}")
     return Result("whole")
 
 
@@ -359,7 +359,9 @@ def data_folder(bench: Bench, name: str, command: str) -> Result:
     if ends[1][0] is not None:
         return Result("line", said=ends[1][0])
     if ends[0][1:] != ends[1][1:]:
-        raise Wrong("silent", f"other results: {difference(ends[0][1], ends[1][1]) or ends[1][2][-300:]}")
+        raise WrongError(
+            "silent", f"other results: {difference(ends[0][1], ends[1][1]) or ends[1][2][-300:]}"
+        )
     return Result("whole")
 
 
@@ -393,32 +395,30 @@ def moved(bench: Bench, name: str) -> Result:
     _move(work, names, whole=whole)
     if name == "artifact-lost":
         shutil.rmtree(work / "elsewhere" / "parts")
-    links = {path: os.readlink(path) for path in work.rglob("*") if path.is_symlink()}
+    links = {path: path.readlink() for path in work.rglob("*") if path.is_symlink()}
     words = f"run {bench.world}/three.py:three --set data={bench.world}/longer.txt --set {setting}".split()
     life = live(words, work, place / "first", seconds=SECONDS)
     line = check_end(life)
     if line is not None:
         if name == "artifact-lost":
             return Result("line", said=line)
-        raise Wrong("silent", f"refused: {line}")
-    kept = {
-        path: target for path, target in links.items() if path.is_symlink() and os.readlink(path) == target
-    }
+        raise WrongError("silent", f"refused: {line}")
+    kept = {path: target for path, target in links.items() if path.is_symlink() and path.readlink() == target}
     if name != "artifact-lost" and kept != links:
-        raise Wrong(
+        raise WrongError(
             "silent", f"links replaced: {[str(path.relative_to(work)) for path in links if path not in kept]}"
         )
     if "times=3" in words and name != "artifact-lost" and "built" in life.out.replace("built from", ""):
-        raise Wrong("silent", f"built again: {life.out[-300:]}")
+        raise WrongError("silent", f"built again: {life.out[-300:]}")
     length = 3 if setting.endswith("3") else 4
     text = (bench.world / "longer.txt").read_text() * length
     if (work / "runs" / "three" / "text" / "text.txt").read_text() != text:
-        raise Wrong("silent", "the artifact is not what was asked for")
+        raise WrongError("silent", "the artifact is not what was asked for")
     left = [
         one
         for one in temporary(listing(work / "runs" / "three"))
         if not one.startswith((".cache", ".locks", ".progress", ".work"))
     ]
     if left:
-        raise Wrong("silent", f"left over: {left[:4]}")
+        raise WrongError("silent", f"left over: {left[:4]}")
     return Result("whole")

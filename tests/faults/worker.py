@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.faults import cases, corruption, full_disk, hostile, links
 from tests.faults.cases import SECONDS, Bench, calls_of
-from tests.faults.judge import Result, Wrong, difference, listing, temporary
+from tests.faults.judge import Result, WrongError, check_end, difference, listing, temporary
 from tests.faults.life import adopt_orphans, live
 from tests.faults.links import MEMORY
 from tests.faults.stages import BY_NAME, Stage
@@ -86,7 +86,7 @@ def learn(bench: Bench, order: Order) -> dict[str, Any]:
         "wanted": bench.wanted[stage.name],
         "calls": [[call.number, call.kind, call.path] for call in calls_of(place / "log")],
         "seconds": seconds,
-        "threads": len(os.listdir("/proc/self/task")),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
     }
 
 
@@ -125,9 +125,9 @@ def repeat(bench: Bench, stage: Stage) -> Result:
     live(stage.words(bench.world), work, place / "first", seconds=SECONDS)
     found = listing(work)
     if stage.shape != "run" and (left := temporary(found)):
-        raise Wrong("silent", f"an undisturbed run leaves {', '.join(left[:4])}")
+        raise WrongError("silent", f"an undisturbed run leaves {', '.join(left[:4])}")
     if told := difference(bench.wanted[stage.name], found):
-        raise Wrong("silent", f"two undisturbed runs differ: {told}")
+        raise WrongError("silent", f"two undisturbed runs differ: {told}")
     return Result("whole")
 
 
@@ -146,19 +146,19 @@ def ask_hostile(bench: Bench, trick: str, port: int) -> Result:
     )
     told = life.err + ("" if trick == "key-in-content" else life.out)
     if any(hostile.shown(told + kept)):
-        raise Wrong("silent", f"the key shows: {(told or kept)[-300:]!r}")
+        raise WrongError("silent", f"the key shows: {(told or kept)[-300:]!r}")
     line = check_end(life)
     if life.seconds > hostile.MOST_SECONDS:
-        raise Wrong("silent", f"took {life.seconds:.0f} s")
+        raise WrongError("silent", f"took {life.seconds:.0f} s")
     if life.peak_bytes > bench.idle_bytes + hostile.MOST_BYTES:
-        raise Wrong("silent", f"took {(life.peak_bytes - bench.idle_bytes) >> 20} MiB")
+        raise WrongError("silent", f"took {(life.peak_bytes - bench.idle_bytes) >> 20} MiB")
     answers = hostile.TRICKS[trick].answers
     if line is None and answers is False:
-        raise Wrong("silent", f"taken for an answer: {life.out[:200]}")
+        raise WrongError("silent", f"taken for an answer: {life.out[:200]}")
     if line is not None and answers is True:
-        raise Wrong("silent", f"refused: {line[:300]}")
+        raise WrongError("silent", f"refused: {line[:300]}")
     if line is not None and (len(line) > 2000 or not line.isprintable()):
-        raise Wrong("silent", f"no clear line: {line[:200]!r}, {len(line)} characters")
+        raise WrongError("silent", f"no clear line: {line[:200]!r}, {len(line)} characters")
     return Result("whole" if line is None else "line", said=line or "")
 
 
@@ -194,9 +194,9 @@ def judged(bench: Bench, order: Order) -> dict[str, Any]:
     first = bench.number
     try:
         result = CASES[order["case"]](bench, order)
-    except Wrong as error:
+    except WrongError as error:
         result = Result(error.verdict, why=error.why)
-    except full_disk.Skipped as error:
+    except full_disk.SkippedError as error:
         return {"verdict": "skipped", "why": str(error)}
     # A message that is not one: the laboratory itself has failed, which counts as silent.
     except Exception as error:  # noqa: BLE001
