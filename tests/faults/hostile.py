@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 KEY = "sk-secret-0123456789abcdefghij"
@@ -102,7 +103,9 @@ def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
+@cache
 def bomb(size: int) -> bytes:
+    """So many spaces, compressed."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
     parts = [compressor.compress(b" " * 2**20) for _ in range(size >> 20)]
     return b"".join([*parts, compressor.flush()])
@@ -172,7 +175,7 @@ TRICKS: dict[str, Trick] = dict(
         ("gzip-lie", Trick(sends(http(WHOLE, headers=("Content-Encoding: gzip",))))),
         ("gzip-cut", Trick(sends(http(gzip.compress(WHOLE)[:-9], headers=("Content-Encoding: gzip",))), None)),
         ("gzip-good", Trick(sends(http(gzip.compress(WHOLE), headers=("Content-Encoding: gzip",))), True)),
-        ("gzip-bomb", Trick(sends(http(bomb(2 << 30), headers=("Content-Encoding: gzip",))))),
+        ("gzip-bomb", Trick(lambda connection, key: connection.sendall(http(bomb(2 << 30), headers=("Content-Encoding: gzip",))))),
         ("encoding-unknown", Trick(sends(http(WHOLE, headers=("Content-Encoding: lzma",))), None)),
         ("charset-unknown", Trick(sends(http(WHOLE, headers=("Content-Type: application/json; charset=klingon",))), None)),
         # Too much, too slow
