@@ -132,7 +132,7 @@ def fail(bench: Bench, stage: Stage, number: int, name: str) -> Result:
     return Result("line", said=line)
 
 
-PRECIOUS = "a stranger's work\n"
+PRECIOUS = b"a stranger's work\n"
 
 
 def appear(bench: Bench, stage: Stage, number: int) -> Result:
@@ -150,13 +150,13 @@ def appear(bench: Bench, stage: Stage, number: int) -> Result:
         else:
             out.mkdir()
             made = out / "precious.txt"
-        made.write_text(PRECIOUS)
+        made.write_bytes(PRECIOUS)
     control.set("go_on", 1)
     life = running.end(SECONDS)
     control.close()
     line = check_end(life)
     if made is not None:
-        if not made.is_file() or made.read_text() != PRECIOUS:
+        if not made.is_file() or made.read_bytes() != PRECIOUS:
             raise WrongError("silent", f"deleted what appeared; ended with {line or 'success'}")
         if line is None:
             raise WrongError("silent", "success, but --out holds somebody else's work")

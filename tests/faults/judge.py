@@ -18,10 +18,8 @@ Listing = dict[str, str]
 
 # What two undisturbed runs differ in, on purpose: when, how long, where, by which process.
 VOLATILE = {
-    "seconds", "started", "finished", "time", "created", "begun", "ended", "tokens_per_second", "flops_per_second", "mfu",
-    "peak_memory_bytes", "peak_bytes", "memory", "attempts", "attempt", "process", "pid", "host", "log", "argv", "environment",
-    "random_state", "reasons", "status", "files", "sha256", "code", "updated", "nodes", "step_seconds", "checkpoint",
-    "megabytes_per_second", "speed", "compute_seconds", "wait_seconds", "data_seconds", "model_flops_utilization", "rounding",
+    "seconds", "started", "finished", "tokens_per_second", "ceiling_share", "megabytes_per_second", "peak_memory_bytes", "attempts",
+    "environment", "argv", "code", "log", "nodes", "status", "reasons",
 }  # fmt: skip
 TIMES = re.compile(rb"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?Z?")
 TEMPORARY = re.compile(r"(^|/)\.[^/]*|\.partial|\.tmp|\.old|\.lock|\.unfinished|~$")

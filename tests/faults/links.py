@@ -145,22 +145,20 @@ def output(bench: Bench, stage: Stage, name: str) -> Result:
         if left := [path for path in after if path not in before]:
             raise WrongError("silent", f"refused, and left {', '.join(left[:4])}")
         return Result("line", said=line)
-    place = work / given
-    whole = _under(bench.wanted[stage.name], out)
-    if len(stage.outs) == 1 and name not in ("dot", "dot-dot", "empty"):
-        found = {out: ""} | {f"{out}/{one}": what for one, what in listing(place, place=work).items()}
-        found = {one: what for one, what in found.items() if one != out}
-        if stage.shape != "file" and difference({k: v for k, v in whole.items() if k != out + "/"}, found):
-            raise WrongError("silent", f"success, but {difference(whole, found)}")
-        if stage.shape == "file" and not place.is_file():
+    place, wanted = work / given, bench.wanted[stage.name]
+    if stage.shape == "file":
+        if not place.is_file():
             raise WrongError("silent", "success, but no file is there")
-    if stage.shape != "run" and (left := [one for one in temporary(listing(work)) if "/" not in one]):
+    elif name not in ("dot", "dot-dot", "empty"):
+        found = {f"{out}/{one}": what for one, what in listing(place, place=work).items()}
+        if stage.shape == "training":
+            # A training goes into a folder that holds something else.
+            found = {one: what for one, what in found.items() if one in wanted}
+        if told := difference({one: what for one, what in wanted.items() if one != f"{out}/"}, found):
+            raise WrongError("silent", f"success, but {told}")
+    if left := [one for one in temporary(listing(work)) if "/" not in one]:
         raise WrongError("silent", f"success, and left {left[:4]}")
     return Result("whole")
-
-
-def _under(wanted: Listing, out: str) -> Listing:
-    return {name: what for name, what in wanted.items() if name == out or name.startswith(out + "/")}
 
 
 def _linked(source: Path, into: Path) -> None:

@@ -92,9 +92,8 @@ def of_stage(stage: Stage, known: Known) -> list[tuple[float, Order]]:
     limits = sorted({2048, 4096, 8192, *(max(2048, known.bytes * part // 100) for part in (10, 30, 50, 80))})
     found += group("full disk", [{"case": "limit", "stage": name, "bytes": size} for size in limits], first=2)
     if stage.begins_as is None:
-        found += group(
-            "links", [{"case": "output", "stage": name, "what": what} for what in links.OUTPUTS], first=8
-        )
+        whats = [] if stage.shape == "run" else list(links.OUTPUTS)
+        found += group("links", [{"case": "output", "stage": name, "what": what} for what in whats], first=8)
         reads = [
             {"case": "read", "stage": name, "what": what, "which": which}
             for which in links.inputs_of(stage)

@@ -129,7 +129,7 @@ STAGES = (
     ),
     Stage(
         name="evaluate-long",
-        command="evaluate @model --suite long --lengths 128 --depths 50 --tasks single --samples 1 --out out.json --page out.html",
+        command="evaluate @model --suite long --lengths 256 --depths 50 --tasks single --samples 1 --out out.json --page out.html",
         outs=("out.json", "out.html"),
         shape="file",
     ),
