@@ -54,7 +54,7 @@ STAGES = (
     Stage(
         name="tokenizer-adapt",
         command="tokenizer adapt @model --tokenizer @larger-tokenizer --out out",
-        quick=True,
+        
     ),
     Stage(
         name="tokenizer-measure",
