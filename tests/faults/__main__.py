@@ -140,7 +140,7 @@ def names_for(given: argparse.Namespace, alone: Order | None) -> list[str]:
     if alone and "other" in alone:
         names.append(alone["other"])
     if "damage" in given.stages:
-        names += ["train-pretrain", "run", "merge-linear"]
+        names += ["train-pretrain", "run", "merge-linear", "data-tokenize"]
     if "moved" in given.stages or any("@finished" in BY_NAME[name].command for name in names):
         names.append("run")
     if any("@halfway" in BY_NAME[name].command for name in names):

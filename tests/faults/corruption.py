@@ -93,6 +93,10 @@ READERS = (
         files=(".out.merge/*",), results=("out/model.safetensors",), weight=2.0,
     ),
     Reader(
+        name="tokenize-goes-on", command="data tokenize @text.jsonl --tokenizer @tokenizer --out out", begins="halftokenized",
+        files=(".out.work/*",), results=("out/*.tokens", "out/*.offsets", "out/*.parquet", "out/manifest.json"), weight=2.0,
+    ),
+    Reader(
         name="run-again", command="run @three.py:three --set data=@longer.txt", begins="finished",
         files=("runs/three/*/artifact.json", "runs/three/plan.json", "runs/three/.cache/*"),
         results=("runs/three/*/*.txt", "runs/three/results.json", "runs/three/parts/inside/*"),

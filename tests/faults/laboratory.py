@@ -229,19 +229,17 @@ class Laboratory:
             hand.ask({"do": "make", "stage": "train-pretrain", "into": str(world / "trained")})
         if "run" in self.known:
             hand.ask({"do": "make", "stage": "run", "into": str(world / "finished")})
-        if "merge-linear" in self.known:
-            journal = [
-                call.number
-                for call in self.known["merge-linear"].calls
-                if "journal" in call.path and call.kind in ("write", "fsync")
-            ]
-            if journal:
-                order = {
-                    "do": "make",
-                    "stage": "merge-linear",
-                    "kill_at": journal[-1] + 1,
-                    "into": str(world / "halfmerged"),
-                }
+        for stage, last, into in (
+            ("merge-linear", "journal", "halfmerged"),
+            ("data-tokenize", "shard-00000.json", "halftokenized"),
+        ):
+            if stage in self.known:
+                there = [
+                    call.number
+                    for call in self.known[stage].calls
+                    if last in call.path and call.kind != "unlink"
+                ]
+                order = {"do": "make", "stage": stage, "kill_at": there[-1] + 1, "into": str(world / into)}
                 hand.ask(order)
 
     def files(self) -> dict[str, Any]:

@@ -54,7 +54,6 @@ STAGES = (
     Stage(
         name="tokenizer-adapt",
         command="tokenizer adapt @model --tokenizer @larger-tokenizer --out out",
-        
     ),
     Stage(
         name="tokenizer-measure",
