@@ -145,8 +145,7 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
     try:
         for number, (chunk, digest) in enumerate(_chunks(reader, shard_bytes)):
             count = number + 1
-            done = work / f"shard-{number:05d}.json"
-            if done.exists() and read_json(done)["digest"] == digest:
+            if _is_written(work, number, digest):
                 continue
             if workers == 1:
                 _write_shard(work, number, chunk, digest, tokenizer)
@@ -165,6 +164,23 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     return count
+
+
+def _is_written(work: Path, number: int, digest: str) -> bool:
+    """Whether an interrupted run has written the shard of this text, and its record and files are still what they were."""
+    try:
+        about = read_json(work / f"shard-{number:05d}.json")
+        return (
+            about["digest"] == digest
+            and about["sha256"] == digest_of(about)
+            and all(
+                (work / name).is_file() and sha256_file(work / name) == entry["sha256"]
+                for name, entry in about["files"].items()
+            )
+        )
+    except (UserError, AttributeError, KeyError, TypeError):
+        # Missing or damaged: the shard is written again.
+        return False
 
 
 def _end_with_parent(parent: int) -> None:
@@ -222,22 +238,20 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
     for ending in endings:
         fsync_file(work / (name + ending))
     fsync_directory(work)
-    write_json(
-        work / f"{name}.json",
-        {
-            "digest": digest,
-            "chat": chat,
-            "languages": languages,
-            "domains": domains,
-            "files": {
-                name + ending: {
-                    "bytes": (work / (name + ending)).stat().st_size,
-                    "sha256": sha256_file(work / (name + ending)),
-                }
-                for ending in endings
-            },
+    about = {
+        "digest": digest,
+        "chat": chat,
+        "languages": languages,
+        "domains": domains,
+        "files": {
+            name + ending: {
+                "bytes": (work / (name + ending)).stat().st_size,
+                "sha256": sha256_file(work / (name + ending)),
+            }
+            for ending in endings
         },
-    )
+    }
+    write_json(work / f"{name}.json", {**about, "sha256": digest_of(about)})
 
 
 def _bytes(record: Record) -> int:
