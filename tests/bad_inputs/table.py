@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import cases_command, cases_merge, cases_mixture, cases_model, cases_plan, cases_text
+from . import cases_command, cases_damage, cases_merge, cases_mixture, cases_model, cases_plan, cases_text
 from .case import Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
@@ -17,6 +17,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Merging": cases_merge.CASES,
     "Mixtures of experts": cases_mixture.CASES,
     "Plans and runs": cases_plan.CASES,
+    "Damaged files": cases_damage.CASES,
 }
 
 HEAD = """\

@@ -26,16 +26,14 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
             where=model,
             mend="only a model that `koine train` or a plan built knows its data",
         )
-    trained = read_json(record)
-    mixture = Mixture.from_json(trained["mixture"], where=record)
+    mixture, trained_on = _trained_on(record)
     order = DataOrder(mixture)
-    trained_on = trained["identity"]["sources"]
     tokenizer = load_tokenizer(model)
     if tokenizer.fingerprint != order.tokenizer_fingerprint:
         raise UserError("the token shards were made with another tokenizer", where=model)
     paths = {source.name: source.path for phase in mixture.phases for source in phase.all_sources}
     for name, path in paths.items():
-        if sha256_file(path / "manifest.json") != trained_on[name]:
+        if sha256_file(path / "manifest.json") != trained_on.get(name):
             raise UserError(
                 "these token shards are not the ones that the model was trained on",
                 where=path,
@@ -51,3 +49,32 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
                 {"row": row, **span._asdict(), "text": tokenizer.decode(ids.tolist(), skip_special=True)}
             )
     return out
+
+
+def _trained_on(record: Path) -> tuple[Mixture, dict[str, Any]]:
+    """The mixture of a training and the sha256 of each source's manifest.
+
+    The record holds the mixture twice, once without paths. Raises `UserError` where the two differ: a step of another
+    mixture would be told.
+    """
+    trained = read_json(record)
+    damaged = UserError(
+        "not the record of a training", where=record, mend="it is damaged; copy the model again"
+    )
+    try:
+        told, known = trained["mixture"], trained["identity"]["mixture"]
+        sources = trained["identity"]["sources"]
+    except (KeyError, TypeError):
+        raise damaged from None
+    if not isinstance(sources, dict) or without_paths(told) != known:
+        raise damaged
+    return Mixture.from_json(told, where=record), sources
+
+
+def without_paths(value: Any) -> Any:
+    """The same JSON without any `path`: data are known by their hashes, so that folders may be moved."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items() if key != "path"}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return value
