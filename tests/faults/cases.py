@@ -83,6 +83,11 @@ def again(bench: Bench, stage: Stage, work: Path, place: Path, first: str | None
         line = check_end(life)
     except WrongError as error:
         raise WrongError(error.verdict, f"{error.why} (in the run after it)") from None
+    if line is not None and "--overwrite" in line and any(out not in found for out in stage.outs):
+        # Of several files one may have its name already; the line says how to go on.
+        words = [*stage.words(bench.world), "--overwrite"]
+        line = check_end(live(words, work, place / "overwrite", seconds=SECONDS))
+        found = listing(work)
     if line is not None and (difference(wanted, found) or "exist" not in line):
         raise WrongError("silent", f"the next run is refused: {line}; {difference(wanted, found)}")
     if difference(wanted, found):
