@@ -46,10 +46,9 @@ def test_at_step(tokenizer: Path, tmp_path: Path) -> None:
         documents_at_step(tmp_path / "model", 3)
     record = tmp_path / "model" / "training.json"
     sound = json.loads(record.read_text())
-    for damaged in ([], {}, {**sound, "identity": 3}, {**sound, "mixture": {**sound["mixture"], "seed": 1}}):
-        record.write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match="not the record of a training"):
-            documents_at_step(tmp_path / "model", 2)
+    record.write_text(json.dumps({**sound, "mixture": {**sound["mixture"], "seed": 1}}))
+    with pytest.raises(UserError, match="another mixture than the training's own"):
+        documents_at_step(tmp_path / "model", 2)
     record.write_text(json.dumps(sound))
     shutil.rmtree(tmp_path / "tokens")
     tokenize(write_records(tmp_path / "b.jsonl", records[:-1]), tokenizer, out=tmp_path / "tokens")

@@ -26,19 +26,22 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
             where=model,
             mend="only a model that `koine train` or a plan built knows its data",
         )
-    mixture, trained_on = _trained_on(record)
+    trained = read_json(record)
+    mixture = Mixture.from_json(trained["mixture"], where=record)
     order = DataOrder(mixture)
+    trained_on = trained["identity"]["sources"]
     tokenizer = load_tokenizer(model)
     if tokenizer.fingerprint != order.tokenizer_fingerprint:
         raise UserError("the token shards were made with another tokenizer", where=model)
     paths = {source.name: source.path for phase in mixture.phases for source in phase.all_sources}
     for name, path in paths.items():
-        if sha256_file(path / "manifest.json") != trained_on.get(name):
+        if sha256_file(path / "manifest.json") != trained_on[name]:
             raise UserError(
                 "these token shards are not the ones that the model was trained on",
                 where=path,
                 mend="restore them, or train again",
             )
+    _refuse_edited(record)
     out = []
     for row, spans in enumerate(order.batch(step).documents):
         for span in spans:
@@ -51,24 +54,18 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
     return out
 
 
-def _trained_on(record: Path) -> tuple[Mixture, dict[str, Any]]:
-    """The mixture of a training and the sha256 of each source's manifest.
+def _refuse_edited(record: Path) -> None:
+    """Raise `UserError` where a training's record tells of another mixture than it was trained on.
 
-    The record holds the mixture twice, once without paths. Raises `UserError` where the two differ: a step of another
-    mixture would be told.
+    The record holds the mixture twice, once without paths: where one was changed, a step of another mixture would be told.
     """
     trained = read_json(record)
-    damaged = UserError(
-        "not the record of a training", where=record, mend="it is damaged; copy the model again"
-    )
-    try:
-        told, known = trained["mixture"], trained["identity"]["mixture"]
-        sources = trained["identity"]["sources"]
-    except (KeyError, TypeError):
-        raise damaged from None
-    if not isinstance(sources, dict) or without_paths(told) != known:
-        raise damaged
-    return Mixture.from_json(told, where=record), sources
+    if without_paths(trained["mixture"]) != trained["identity"]["mixture"]:
+        raise UserError(
+            "tells of another mixture than the training's own",
+            where=record,
+            mend="it was edited or damaged; copy the model again",
+        )
 
 
 def without_paths(value: Any) -> Any:
