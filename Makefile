@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check install install-dev clean
+.PHONY: quickstart test check faults install install-dev clean
 
 quickstart: install
 	$(BIN)/koine run quickstart
@@ -33,6 +33,10 @@ check: install-dev
 
 test: check
 	$(BIN)/pytest -n auto --dist loadfile
+
+# The crash laboratory (docs/faults.md): at most 30 minutes on two cores, for the night.
+faults: install-dev
+	$(BIN)/python -m tests.faults --minutes 28 --report faults.json
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

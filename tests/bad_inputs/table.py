@@ -8,6 +8,7 @@ from pathlib import Path
 from . import (
     cases_command,
     cases_configuration,
+    cases_damage,
     cases_endpoint,
     cases_loading,
     cases_merge,
@@ -36,6 +37,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Mixtures of experts": cases_mixture.CASES,
     "Plans and runs": cases_plan.CASES,
     "Outputs and what the system refuses": cases_output.CASES,
+    "Damaged files": cases_damage.CASES,
 }
 
 HEAD = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def test_at_step(tokenizer: Path, tmp_path: Path) -> None:
     assert all(one["text"] in by_id[one["record_id"]] for one in told)
     with pytest.raises(UserError, match="step 3 is outside the mixture"):
         documents_at_step(tmp_path / "model", 3)
+    record = tmp_path / "model" / "training.json"
+    sound = json.loads(record.read_text())
+    record.write_text(json.dumps({**sound, "mixture": {**sound["mixture"], "seed": 1}}))
+    with pytest.raises(UserError, match="another mixture than the training's own"):
+        documents_at_step(tmp_path / "model", 2)
+    record.write_text(json.dumps(sound))
     shutil.rmtree(tmp_path / "tokens")
     tokenize(write_records(tmp_path / "b.jsonl", records[:-1]), tokenizer, out=tmp_path / "tokens")
     with pytest.raises(UserError, match="not the ones that the model was trained on"):

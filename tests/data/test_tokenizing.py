@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,44 @@ def test_killed_it_goes_on_to_the_same_bytes(source: Path, tokenizer: Path, tmp_
     tokenize(source, tokenizer, out=tmp_path / "killed", shard_bytes=2000)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".killed")] == []
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def one_token_more(path: Path) -> None:
+    """A damaged record that is still sound JSON."""
+    about = json.loads(path.read_text())
+    about["languages"]["de"][1] += 1
+    path.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("shard-00001.tokens", flip),
+        ("shard-00001.offsets", cut),
+        ("shard-00001.documents.parquet", Path.unlink),
+        ("shard-00001.json", cut),
+        ("shard-00001.json", one_token_more),
+    ],
+)
+def test_a_shard_is_believed_only_where_its_bytes_are_there(
+    name: str, damage: Callable[[Path], None], source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """What a crash of the machine or a full disk spoils in the work of an interrupted run is written again."""
+    tokenize(source, tokenizer, out=tmp_path / "whole", shard_bytes=2000)
+    killed_midway(source, tokenizer, tmp_path / "killed")
+    damage(tmp_path / ".killed.work" / name)
+    tokenize(source, tokenizer, out=tmp_path / "killed", shard_bytes=2000)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_shards_of_an_interrupted_run_with_more_text_do_not_stay(

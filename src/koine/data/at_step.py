@@ -44,6 +44,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
                 where=path,
                 mend="restore them, or train again",
             )
+    _refuse_edited(record)
     out = []
     for row, spans in enumerate(order.batch(step).documents):
         for span in spans:
@@ -54,3 +55,26 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
                 {"row": row, **span._asdict(), "text": tokenizer.decode(ids.tolist(), skip_special=True)}
             )
     return out
+
+
+def _refuse_edited(record: Path) -> None:
+    """Raise `UserError` where a training's record tells of another mixture than it was trained on.
+
+    The record holds the mixture twice, once without paths: where one was changed, a step of another mixture would be told.
+    """
+    trained = read_json(record)
+    if without_paths(trained["mixture"]) != trained["identity"]["mixture"]:
+        raise UserError(
+            "tells of another mixture than the training's own",
+            where=record,
+            mend="it was edited or damaged; copy the model again",
+        )
+
+
+def without_paths(value: Any) -> Any:
+    """The same JSON without any `path`: data are known by their hashes, so that folders may be moved."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items() if key != "path"}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return value

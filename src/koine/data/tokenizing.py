@@ -140,8 +140,7 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
     try:
         for number, (chunk, digest) in enumerate(_chunks(reader, shard_bytes)):
             count = number + 1
-            done = work / f"shard-{number:05d}.json"
-            if done.exists() and read_json(done)["digest"] == digest:
+            if _is_written(work, number, digest):
                 continue
             if workers == 1:
                 _write_shard(work, number, chunk, digest, tokenizer)
@@ -160,6 +159,23 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     return count
+
+
+def _is_written(work: Path, number: int, digest: str) -> bool:
+    """Whether an interrupted run has written the shard of this text, and its record and files are still what they were."""
+    try:
+        about = read_json(work / f"shard-{number:05d}.json")
+        return (
+            about["digest"] == digest
+            and about["sha256"] == digest_of(about)
+            and all(
+                (work / name).is_file() and sha256_file(work / name) == entry["sha256"]
+                for name, entry in about["files"].items()
+            )
+        )
+    except (UserError, AttributeError, KeyError, TypeError):
+        # Missing or damaged: the shard is written again.
+        return False
 
 
 def _end_with_parent(parent: int) -> None:
@@ -217,22 +233,20 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
     for ending in endings:
         fsync_file(work / (name + ending))
     fsync_directory(work)
-    write_json(
-        work / f"{name}.json",
-        {
-            "digest": digest,
-            "chat": chat,
-            "languages": languages,
-            "domains": domains,
-            "files": {
-                name + ending: {
-                    "bytes": (work / (name + ending)).stat().st_size,
-                    "sha256": sha256_file(work / (name + ending)),
-                }
-                for ending in endings
-            },
+    about = {
+        "digest": digest,
+        "chat": chat,
+        "languages": languages,
+        "domains": domains,
+        "files": {
+            name + ending: {
+                "bytes": (work / (name + ending)).stat().st_size,
+                "sha256": sha256_file(work / (name + ending)),
+            }
+            for ending in endings
         },
-    )
+    }
+    write_json(work / f"{name}.json", {**about, "sha256": digest_of(about)})
 
 
 def _bytes(record: Record) -> int:
@@ -256,7 +270,9 @@ def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> Non
             "bytes": pa.array(sizes, pa.int64()),
         }
     )
-    pq.write_table(table, path, compression="zstd")
+    # Not by name: Arrow takes only names that are UTF-8.
+    with path.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def _write_manifest(work: Path, tokenizer: Tokenizer, count: int) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError, first_line
+from koine.files import parse_json
 
 _MARKER = re.compile(r"[\s▁]*(?:<[^<>]*\w[^<>]*>|\[[^\[\]]*\w[^\[\]]*\]|\{[^{}]*\w[^{}]*\})[\s▁]*")
 # Tags of HTML, which some vocabularies (Gemma's) hold as words: text that people write.
@@ -85,11 +86,8 @@ def read_text(path: Path) -> str:
 def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError`, which begins with `what`, for anything else, however deep or large."""
     try:
-        value = json.loads(text)
-    except RecursionError:
-        raise UserError(f"{what} (nested too deeply)", where=where, mend=DAMAGED) from None
+        value = parse_json(text)
     except ValueError as error:
-        # A JSONDecodeError, or a number of more than 4,300 digits.
         raise UserError(f"{what} ({first_line(error)})", where=where, mend=DAMAGED) from None
     if not isinstance(value, dict):
         raise UserError(f"{what} (no JSON object)", where=where, mend=DAMAGED)

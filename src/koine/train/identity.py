@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from koine.data.at_step import without_paths
 from koine.errors import UserError
 from koine.files import sha256_file
 from koine.train.architecture import configuration
@@ -34,13 +35,6 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _without_paths(value: Any) -> Any:
-    """The same JSON without any `path`: data are known by their hashes, so that folders may be moved."""
-    if isinstance(value, dict):
-        return {key: _without_paths(entry) for key, entry in value.items() if key != "path"}
-    return [_without_paths(entry) for entry in value] if isinstance(value, list) else value
-
-
 def identity(
     model: nn.Module, objective: Any, data: DataOrder, settings: TrainSettings, tokenizer: Path | None
 ) -> dict[str, Any]:
@@ -58,7 +52,7 @@ def identity(
     value = {
         "objective": getattr(objective, "__qualname__", type(objective).__qualname__),
         "settings": settings.that_change(RESULT),
-        "mixture": _without_paths(data.mixture.to_json()),
+        "mixture": without_paths(data.mixture.to_json()),
         "sources": sources,
         "model": config,
         "first_weights": weights_digest(model),

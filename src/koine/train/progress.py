@@ -12,6 +12,7 @@ from typing import Any
 
 from koine.files import parse_json
 from koine.terminal import plain_console
+from koine.train.board import Board
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
 
@@ -41,11 +42,9 @@ class Reporter:
     """Writes what a step measured to every place that wants it. Rank 0 makes one; the others make none."""
 
     def __init__(self, out: Path, *, first_step: int, steps: int, progress: bool) -> None:
-        from tensorboardX import SummaryWriter
-
         self.steps = steps
         self.metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        self.board = Board(out / "tensorboard", first_step=first_step)
         self.bar: Any = None
         self.progress = progress
         self.last_line = 0.0

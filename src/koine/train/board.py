@@ -1,0 +1,45 @@
+"""TensorBoard's file of events, written in the training's own thread."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+FLUSH_SECONDS = 120.0
+
+
+class Board:
+    """Writes scalars for TensorBoard, as tensorboardX's `SummaryWriter` does, but without its thread.
+
+    A disk that refuses a write is then an `OSError` of the training. In a thread it would be a traceback, and a training that goes
+    on without its board.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        """first_step: events of this step and later ones, of a run that was killed, are hidden."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event = Event
+        self._events = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        self._write(Event(step=first_step, file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write one figure of a step."""
+        from tensorboardX.summary import scalar
+
+        self._write(self._event(step=step, summary=scalar(name, value)))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flushed = time.monotonic()
+            self._events.flush()
+
+    def close(self) -> None:
+        """Write what is left, synced to the disk."""
+        self._events.close()
+
+    def _write(self, event: object) -> None:
+        event.wall_time = time.time()  # type: ignore[attr-defined]
+        self._events.write_event(event)
