@@ -202,6 +202,13 @@ def test_a_line_is_text() -> None:
     assert Mask([KEY]).line("x" * 295 + KEY) == "x" * 295 + "***"
 
 
+def test_a_line_of_a_body_of_megabytes_looks_at_its_beginning_alone() -> None:
+    mask = Mask([KEY])
+    assert mask.line("a " * 10_000_000) == "a " * 150 + "..."
+    for cut in range(1, len(KEY)):
+        assert not shows_key(mask.line(" " * ((1 << 16) - cut) + KEY), 3)
+
+
 def test_long_texts_are_masked_in_linear_time() -> None:
     """Two million characters that nearly are the key, plain and escaped; the square of that would take days."""
     mask = Mask([KEY])

@@ -559,6 +559,22 @@ def test_an_answer_that_the_disk_does_not_take_is_given_all_the_same(
     assert endpoint.questions() == ["a"]
 
 
+def test_a_price_that_the_disk_does_not_take_costs_no_answer(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call stays in the ledger at its worst."""
+    from koine.serve.budget import Ledger
+
+    def settle(*_: Any, **__: Any) -> None:
+        raise UserError("the disk is full", where="ledger.json")
+
+    monkeypatch.setattr(Ledger, "settle", settle)
+    remote = engine(endpoint, cache=tmp_path, budget=budget("10"))
+    with pytest.warns(KoineWarning, match="ledger.json: the disk is full$"):
+        assert texts(remote, "a") == ["a|None|1"]
+    assert remote.spending().at_most == WORST  # type: ignore[union-attr]
+
+
 def test_a_full_disk_begins_no_other_call(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,10 @@ MASK = "***"
 FRAGMENT = 8
 """A piece of a secret of so many letters and digits is masked in messages: half of a key is a key half guessed."""
 
+MOST_CHARACTERS = 1 << 16
+"""Of a server's words no more are looked at, and those at the edge not shown."""
+EDGE_CHARACTERS = 1 << 12
+
 LINE_CHARACTERS = 300
 """What a server's words are cut to."""
 
@@ -83,7 +87,10 @@ class Mask:
 
     def line(self, text: str, characters: int = LINE_CHARACTERS) -> str:
         """Masked, in one line without control characters, and only then cut."""
-        masked = self.text(text)
+        masked = self.text(text[:MOST_CHARACTERS])
+        if len(text) > MOST_CHARACTERS:
+            # What is cut here may have been a secret too short to be known.
+            masked = masked[:-EDGE_CHARACTERS]
         line = " ".join("".join(" " if _steers(letter) else letter for letter in masked).split())
         return line if len(line) <= characters else line[:characters] + "..."
 

@@ -259,18 +259,16 @@ class RemoteEngine:
         if run.disk is None:
             return
         count = len(self._unsaved)
-        lost = f"{count} paid answer{'s' * (count > 1)} could not be kept"
-        what = f"{run.disk.what}; {lost}" if count else run.disk.what
-        if missing or run.failures:
+        what, mend = run.disk.what, run.disk.mend
+        if count:
+            what += f"; {count} paid answer{'s' * (count > 1)} could not be kept"
             mend = (
                 f"free some space and run again; {'they are' if count > 1 else 'it is'} asked for again then"
             )
-            raise UserError(what, where=run.disk.where, mend=mend if count else run.disk.mend) from run.disk
-        warnings.warn(
-            f"{run.disk.where}: {what}, and will be asked for again by the next program",
-            KoineWarning,
-            stacklevel=3,
-        )
+        if missing or run.failures:
+            raise UserError(what, where=run.disk.where, mend=mend) from run.disk
+        lost = ", and will be asked for again by the next program" if count else ""
+        warnings.warn(f"{run.disk.where}: {what}{lost}", KoineWarning, stacklevel=3)
 
     async def _work(
         self, client: httpx2.AsyncClient, waiting: Iterator[Call], known: dict[str, Completion], run: _Run
