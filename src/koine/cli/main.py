@@ -38,6 +38,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 
 
+LONGEST_PATH = 4096  # characters; what is longer is no name of a file
+
+
 class LazyGroup(click.Group):
     """A click group whose commands are imported on first use, so that `koine --help` stays instant."""
 
@@ -129,6 +132,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("koine: interrupted", file=sys.stderr)
         sys.exit(130)
+    except UnicodeEncodeError as error:
+        name = str(error.object)
+        if "\n" in name or len(name) > LONGEST_PATH:
+            raise
+        print(f"koine: {name}: not UTF-8, which a library needs here; rename it", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             from koine.files import explain

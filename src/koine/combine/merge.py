@@ -32,7 +32,7 @@ from koine.combine.recipe import Recipe
 from koine.combine.tensor_files import CheckpointWriter
 from koine.combine.vocabularies import write_tokenizer
 from koine.errors import UserError
-from koine.files import claim, clear_partials, refuse_inside, remove, write_json
+from koine.files import claim, clear_partials, refuse_inside, remove, write_atomically, write_json
 from koine.hardware import usable_cores
 from koine.model.mixture_files import carry_mixture_files
 
@@ -103,7 +103,9 @@ def _fingerprint(plan: Plan) -> str:
     """Of the recipe and of the models' files as they are."""
     files = sorted({entry.file for one in plan.everyone() for entry in one.values()})
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([plan.recipe.to_json(), state]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([plan.recipe.to_json(), state]).encode("utf-8", "backslashreplace")
+    ).hexdigest()
 
 
 def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
@@ -203,5 +205,5 @@ def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
         "estimated_from": f"at most {SAMPLED} entries of each tensor",
     }
     write_json(work / "merge_report.json", report)
-    (work / "README.md").write_text(model_card(plan.recipe, plan.info.source), encoding="utf-8")
+    write_atomically(work / "README.md", model_card(plan.recipe, plan.info.source))
     (work / "journal.jsonl").unlink()

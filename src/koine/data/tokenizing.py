@@ -255,7 +255,9 @@ def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> Non
             "bytes": pa.array(sizes, pa.int64()),
         }
     )
-    pq.write_table(table, path, compression="zstd")
+    # An open file: pyarrow itself takes no path that is not UTF-8.
+    with path.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def _write_manifest(work: Path, tokenizer: Tokenizer, count: int) -> None:
