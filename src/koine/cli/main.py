@@ -95,7 +95,9 @@ def show_warning(
 
 
 def expanded(word: str) -> str:
-    """A word of the command line, `~` at its beginning or after `=` taken for the home folder, as a shell does it elsewhere."""
+    """A word of the command line, `~` at its beginning or after `=` taken for the home folder, as a shell
+    does it elsewhere.
+    """
     before, equals, path = word.rpartition("=")
     if path == "~" or path.startswith("~/"):
         return before + equals + os.path.expanduser(path)  # noqa: PTH111 - the rest stays as it was typed
@@ -103,7 +105,9 @@ def expanded(word: str) -> str:
 
 
 def speak_any_name() -> None:
-    """Print names of files that are no UTF-8 with escapes, in place of ending in an error after all work is done."""
+    """Print names of files that are no UTF-8 with escapes, in place of ending in an error after all work is
+    done.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -69,8 +69,9 @@ def merge(
 
     threads: tensors at a time; default: the cores. say: called with tensors done and in all.
 
-    Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` holds something (unless
-    `overwrite`), a model changes meanwhile, or the disk is full; nothing half-written is then left. An interruption leaves the work beside `out`, and the same recipe goes on there.
+    Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` holds something
+    (unless `overwrite`), a model changes meanwhile, or the disk is full; nothing half-written is then left.
+    An interruption leaves the work beside `out`, and the same recipe goes on there.
     """
     out = Path(out)
     reads = [*recipe.models, *([] if recipe.base is None else [recipe.base])]

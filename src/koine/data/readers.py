@@ -338,7 +338,10 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The data files that `walk` finds; of a folder written by `save_to_disk`, those that its `state.json` lists."""
+    """The data files that `walk` finds.
+
+    Of a folder written by `save_to_disk`, those that its `state.json` lists.
+    """
     files = walk(folder)
     saved = {file.parent for file in files if file.name == "state.json"}
     found: list[Path] = []

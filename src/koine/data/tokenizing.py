@@ -57,7 +57,8 @@ def tokenize(
     A killed run leaves its finished shards beside `out`, and the same call again goes on after them; the result is byte for byte the
     same for any number of workers and interruptions. Memory: about `(2 + workers) * shard_bytes`.
 
-    Raises `UserError` for bad input, for an `out` that holds something (unless `overwrite`), and where chats and plain texts are mixed in one source.
+    Raises `UserError` for bad input, for an `out` that holds something (unless `overwrite`), and where chats
+    and plain texts are mixed in one source.
     """
     out, tokenizer = Path(out), Path(tokenizer)
     if workers < 1:
