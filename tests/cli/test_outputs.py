@@ -209,3 +209,27 @@ def test_a_path_that_is_no_utf_8_is_printed(
     main()
     assert "written to" in capfd.readouterr().out
     assert (place / name / "config.json").is_file()
+
+
+def test_a_name_that_a_library_cannot_take_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree("tokenizer", f"{name}/tokenizer")
+    shutil.copy("text.jsonl", f"{name}/text.jsonl")
+    # Data, tokenizers and outputs may have any name.
+    run(f"data tokenize '{name}/text.jsonl' --tokenizer '{name}/tokenizer' --out '{name}/tokens'")
+    assert Path(name, "tokens/manifest.json").is_file()
+
+    def refuse(**named: object) -> None:
+        f"{name}/weights".encode()
+
+    monkeypatch.setattr(cli, "main", refuse)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said == "koine: caf\\udce9/weights: not UTF-8, which a library needs here; rename it"
+    assert left(place) == []

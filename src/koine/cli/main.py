@@ -39,6 +39,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 
 
+LONGEST_PATH = 4096  # characters; what is longer is no name of a file
+
+
 class LazyGroup(click.Group):
     """A click group whose commands are imported on first use, so that `koine --help` stays instant."""
 
@@ -93,7 +96,9 @@ def show_warning(
 
 
 def expanded(word: str) -> str:
-    """A word of the command line, `~` at its beginning or after `=` taken for the home folder, as a shell does it elsewhere."""
+    """A word of the command line, `~` at its beginning or after `=` taken for the home folder, as a shell
+    does it elsewhere.
+    """
     before, equals, path = word.rpartition("=")
     if path == "~" or path.startswith("~/"):
         return before + equals + os.path.expanduser(path)  # noqa: PTH111 - the rest stays as it was typed
@@ -101,7 +106,9 @@ def expanded(word: str) -> str:
 
 
 def speak_any_name() -> None:
-    """Print names of files that are no UTF-8 with escapes, in place of ending in an error after all work is done."""
+    """Print names of files that are no UTF-8 with escapes, in place of ending in an error after all work is
+    done.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -130,6 +137,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("koine: interrupted", file=sys.stderr)
         sys.exit(130)
+    except UnicodeEncodeError as error:
+        name = str(error.object)
+        if "\n" in name or len(name) > LONGEST_PATH:
+            raise
+        print(f"koine: {name}: not UTF-8, which a library needs here; rename it", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             from koine.files import explain

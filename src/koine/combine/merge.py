@@ -33,7 +33,7 @@ from koine.combine.tensor_files import CheckpointWriter
 from koine.combine.vocabularies import write_tokenizer
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
-from koine.files import claim, clear_partials, refuse_inside, remove, write_json
+from koine.files import claim, clear_partials, refuse_inside, remove, write_atomically, write_json
 from koine.hardware import usable_cores
 from koine.model.carried_files import carry_files
 from koine.model.checksum import seal_folder
@@ -56,8 +56,9 @@ def merge(
 
     threads: tensors at a time; default: the cores. say: called with tensors done and in all.
 
-    Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` holds something (unless
-    `overwrite`), a model changes meanwhile, or the disk is full; nothing half-written is then left. An interruption leaves the work beside `out`, and the same recipe goes on there.
+    Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` holds something
+    (unless `overwrite`), a model changes meanwhile, or the disk is full; nothing half-written is then left.
+    An interruption leaves the work beside `out`, and the same recipe goes on there.
     """
     out = Path(out)
     reads = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
@@ -91,7 +92,7 @@ def _fingerprint(plan: Plan) -> str:
     files = sorted({entry.file for one in plan.everyone() for entry in one.values()})
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     content = [JOURNAL, plan.recipe.to_json(), state]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
@@ -229,6 +230,6 @@ def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
         "estimated_from": f"at most {SAMPLED} entries of each tensor",
     }
     write_json(work / "merge_report.json", report)
-    (work / "README.md").write_text(model_card(plan.recipe, plan.info.source), encoding="utf-8")
+    write_atomically(work / "README.md", model_card(plan.recipe, plan.info.source))
     seal_folder(work)
     (work / "journal.jsonl").unlink()

@@ -222,7 +222,10 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The data files that `walk` finds; of a folder written by `save_to_disk`, those that its `state.json` lists."""
+    """The data files that `walk` finds.
+
+    Of a folder written by `save_to_disk`, those that its `state.json` lists.
+    """
     files = walk(folder)
     saved = {file.parent for file in files if file.name == "state.json"}
     found: list[Path] = []

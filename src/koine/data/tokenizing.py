@@ -57,7 +57,8 @@ def tokenize(
     A killed run leaves its finished shards beside `out`, and the same call again goes on after them; the result is byte for byte the
     same for any number of workers and interruptions. Memory: about `(2 + workers) * shard_bytes`.
 
-    Raises `UserError` for bad input, for an `out` that holds something (unless `overwrite`), and where chats and plain texts are mixed in one source.
+    Raises `UserError` for bad input, for an `out` that holds something (unless `overwrite`), and where chats
+    and plain texts are mixed in one source.
     """
     out, tokenizer = Path(out), Path(tokenizer)
     if workers < 1:
@@ -270,7 +271,7 @@ def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> Non
             "bytes": pa.array(sizes, pa.int64()),
         }
     )
-    # Not by name: Arrow takes only names that are UTF-8.
+    # An open file: pyarrow itself takes no path that is not UTF-8.
     with path.open("wb") as file:
         pq.write_table(table, file, compression="zstd")
 

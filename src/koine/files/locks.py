@@ -32,8 +32,9 @@ def exclusive(
 ) -> Iterator[bool]:
     """Hold the lock file `path`, and remove it afterwards; yields whether the file system has locks at all.
 
-    wait: seconds (-1: for ever) after which another holder is reported as a `UserError` about `where` (default: `path`).
-    waiting: called once before it waits. The operating system frees the lock when its holder dies, however it dies.
+    wait: seconds (-1: for ever) after which another holder is reported as a `UserError` about `where`
+    (default: `path`). waiting: called once before it waits. The operating system frees the lock when its
+    holder dies, however it dies.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, wait, waiting)
@@ -47,7 +48,10 @@ def exclusive(
 
 
 def _acquire(path: Path, wait: float, waiting: Callable[[], None] | None) -> int | None:
-    """The descriptor of the locked file; None where another process holds it too long, -1 where there are no locks."""
+    """The descriptor of the locked file.
+
+    None where another process holds it too long, -1 where there are no locks.
+    """
     end = time.monotonic() + wait
     told = False
     while True:
@@ -75,7 +79,8 @@ def _acquire(path: Path, wait: float, waiting: Callable[[], None] | None) -> int
             continue
         if _is_still(path, descriptor):
             return descriptor
-        # The holder before us has removed the file while we opened it: the lock of a removed file keeps nobody out.
+        # The holder before us has removed the file while we opened it: the lock of a removed file keeps
+        # nobody out.
         os.close(descriptor)
 
 

@@ -1,4 +1,6 @@
-"""Outputs of commands: one writer at a time, whole or absent, and nothing replaced that was not there at the start."""
+"""Outputs of commands: one writer at a time, whole or absent, and nothing replaced that was not there at the
+start.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ from koine.files.system_errors import NOTHING_KEPT, disk_errors, explain
 from koine.files.writing import beside, fsync_directory, fsync_file, fsync_tree, real_file, remove
 
 State = frozenset[tuple[str, int, int, int]]
-"""What stands under a name: relative name, inode, bytes and modification time (both 0 for folders) of all that is below."""
+"""What stands under a name.
+
+Relative name, inode, bytes and modification time (both 0 for folders) of all that is below.
+"""
 
 ANY = frozenset({("", -1, -1, -1)})
 """The state of something that may be replaced whatever it is, because only we write there."""
@@ -54,7 +59,8 @@ def state_of(path: Path) -> State | None:
 class Claim:
     """The right to write an output: no other command writes it before this one has ended.
 
-    out: as the user gave it. place: where it really lies, links followed. found: what stood there at the start.
+    out: as the user gave it. place: where it really lies, links followed. found: what stood there at the
+    start.
     """
 
     out: Path
@@ -75,13 +81,14 @@ class Claim:
 def claim(
     out: Path, *, overwrite: bool = False, reads: Iterable[Path] = (), kept: str = NOTHING_KEPT
 ) -> Iterator[Claim]:
-    """Claim a folder to write: checked, its parents made, locked, and freed of what killed commands left beside it.
+    """Claim a folder to write: checked, its parents made, locked, and freed of what killed commands left
+    beside it.
 
-    A link is followed: what it leads to is written. Errors of the system inside become one line; then `kept` says what
-    is left where the disk is full, and parents that were made for nothing are removed.
+    A link is followed: what it leads to is written. Errors of the system inside become one line; then `kept`
+    says what is left where the disk is full, and parents that were made for nothing are removed.
 
-    Raises `UserError` where `out` holds something (unless `overwrite`), is or holds what is read (`reads`), cannot be
-    written, or is being written.
+    Raises `UserError` where `out` holds something (unless `overwrite`), is or holds what is read (`reads`),
+    cannot be written, or is being written.
     """
     out = Path(out)
     with disk_errors(out, kept=kept):
@@ -96,7 +103,9 @@ def claim(
 
 @contextmanager
 def _parents(out: Path, place: Path) -> Iterator[None]:
-    """The folders above an output, made where they are missing, and removed again where nothing came of it."""
+    """The folders above an output, made where they are missing, and removed again where nothing came of
+    it.
+    """
     missing = [folder for folder in place.parents if not folder.exists()]
     if missing and out.is_symlink():
         raise UserError(
@@ -137,7 +146,8 @@ def leftovers(place: Path) -> list[Path]:
 
 
 def recover(place: Path) -> None:
-    """Put back what a kill between the two renames of a replacement left aside, and remove all other leftovers.
+    """Put back what a kill between the two renames of a replacement left aside, and remove all other
+    leftovers.
 
     Needs the lock of whoever writes `place`.
     """
@@ -210,7 +220,10 @@ def atomic_directory(out: Path, *, overwrite: bool = False, reads: Iterable[Path
 
 @contextmanager
 def told_of(out: Path, temporary: Path) -> Iterator[None]:
-    """Tell errors about `temporary`, or what is inside it, of `out`: the user does not know the names beside it."""
+    """Tell errors about `temporary`, or what is inside it, of `out`.
+
+    The user does not know the names beside it.
+    """
     try:
         yield
     except UserError as error:
@@ -239,8 +252,8 @@ def _removed_on_failure(out: Path, temporary: Path) -> Iterator[None]:
 def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--out") -> Path:
     """Where a file to be written really lies, before any work is done for it.
 
-    Raises `UserError` where its folder is missing, for what is no file (folders, devices, pipes, sockets), and for an
-    existing file unless `overwrite`.
+    Raises `UserError` where its folder is missing, for what is no file (folders, devices, pipes, sockets),
+    and for an existing file unless `overwrite`.
     """
     with disk_errors(out):
         if not out.parent.is_dir():
@@ -262,10 +275,11 @@ def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--ou
 
 @contextmanager
 def atomic_file(out: Path, *, overwrite: bool = False, option: str = "--out") -> Iterator[Path]:
-    """Yield a path to write to; on success it becomes the file `out`, on failure it is removed and `out` is as before.
+    """Yield a path to write to; on success it becomes the file `out`, on failure it is removed and `out` is
+    as before.
 
-    Raises `UserError` as `check_output_file` does, where another command is writing `out`, and where `out` appeared or
-    changed meanwhile.
+    Raises `UserError` as `check_output_file` does, where another command is writing `out`, and where `out`
+    appeared or changed meanwhile.
     """
     out = Path(out)
     place = check_output_file(out, overwrite=overwrite, option=option)
@@ -337,10 +351,11 @@ def refuse_inside(out: Path, folders: Iterable[Path]) -> None:
 def publish_directory(
     temporary: Path, out: Path, *, found: State | None = ANY, where: Path | None = None
 ) -> None:
-    """Rename a finished folder to `out`, replacing what stood there at the start (`found`; default: whatever stands there).
+    """Rename a finished folder to `out`, replacing what stood there at the start (`found`; default: whatever
+    stands there).
 
-    A link is followed, to another file system too. A kill in between leaves what was there as `.NAME.PID.old`, which
-    `recover` puts back.
+    A link is followed, to another file system too. A kill in between leaves what was there as
+    `.NAME.PID.old`, which `recover` puts back.
 
     Raises `UserError` about `where` (default: `out`) if something else than `found` stands there by now.
     """

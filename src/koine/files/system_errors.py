@@ -55,7 +55,8 @@ def disk_errors(path: Path, *, kept: str = NOTHING_KEPT) -> Iterator[None]:
             raise
         raise told from error
     except BaseException as error:
-        # Exceptions of libraries: torch's CheckpointException is no `Exception`, safetensors has one of its own.
+        # Exceptions of libraries: torch's CheckpointException is no `Exception`, safetensors has one of its
+        # own.
         told = explain(error, path, kept=kept) if type(error).__name__ in WRAPPERS else None
         if told is None:
             raise
@@ -111,7 +112,10 @@ def explain(error: BaseException, path: Path | None = None, *, kept: str = "") -
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error behind an exception: itself, or what a library has wrapped into text or a list of its own."""
+    """The system's error behind an exception.
+
+    Itself, or what a library has wrapped into text or a list of its own.
+    """
     if isinstance(error, OSError):
         return error
     if type(error).__name__ == "CheckpointException":

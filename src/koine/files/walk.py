@@ -14,11 +14,12 @@ from koine.errors import UserError
 def walk(folder: Path, *, hidden: bool = False) -> list[Path]:
     """All files below `folder`, through links, in the order of their relative names.
 
-    Each real folder is entered once, so that a link to a folder above it ends; where a folder can be reached by its own
-    name and by a link, its own name counts. Devices, pipes and sockets are left out; a link to nothing is listed, so
-    that whoever reads it says so.
+    Each real folder is entered once, so that a link to a folder above it ends; where a folder can be reached
+    by its own name and by a link, its own name counts. Devices, pipes and sockets are left out; a link to
+    nothing is listed, so that whoever reads it says so.
 
-    hidden: also files and folders whose name begins with a dot (those of version control, editors, half-written ones).
+    hidden: also files and folders whose name begins with a dot (those of version control, editors,
+    half-written ones).
 
     Raises `UserError` for a folder that cannot be listed.
     """
@@ -75,7 +76,10 @@ def _is_file_or_nothing(path: Path) -> bool:
 
 
 def copy_tree(source: Path, target: Path, *, hidden: bool = True) -> None:
-    """Copy the files that `walk` finds below `source` to `target`; what links lead to is copied, not the links."""
+    """Copy the files that `walk` finds below `source` to `target`.
+
+    What links lead to is copied, not the links.
+    """
     for file in walk(source, hidden=hidden):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,10 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """fsync every file and folder below `path`, in which nobody else may be writing; links are not followed."""
+    """fsync every file and folder below `path`, in which nobody else may be writing.
+
+    Links are not followed.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
@@ -72,7 +75,8 @@ def remove(path: Path) -> None:
 
 
 def clear_partials(folder: Path, *, below: bool = True) -> None:
-    """Remove what killed processes left half-written in `folder`, which must be the caller's alone, and their locks.
+    """Remove what killed processes left half-written in `folder`, which must be the caller's alone, and their
+    locks.
 
     below: also in the folders inside it.
     """
@@ -113,15 +117,17 @@ def _opened(temporary: Path) -> BinaryIO:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8; what no UTF-8 has (bytes of a foreign path, lone surrogates) as `\\udcff`, which JSON reads back."""
+    """UTF-8; what no UTF-8 has (bytes of a foreign path, lone surrogates) as `\\udcff`, which JSON reads
+    back.
+    """
     return text.encode("utf-8", "backslashreplace")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
-    Raises `UserError` where the system refuses, and where `path` is a device, a pipe or a socket; a link stays, and what
-    it leads to is written.
+    Raises `UserError` where the system refuses, and where `path` is a device, a pipe or a socket; a link
+    stays, and what it leads to is written.
     """
     data = encoded(content) if isinstance(content, str) else content
     with disk_errors(path):

@@ -44,8 +44,8 @@ def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None, overwrite
     under `q8_0`.
 
     Warns (`KoineWarning`) where only newer versions of llama.cpp read the file rightly, or where it cuts some text otherwise. Raises
-    `UserError`, before anything is written, where llama.cpp has no equal of the model or of its tokenizer, `out` exists (unless
-    `overwrite`), or the extra
+    `UserError`, before anything is written, where llama.cpp has no equal of the model or of its tokenizer,
+    `out` exists (unless `overwrite`), or the extra
     `gguf` is missing; and where a tensor holds NaN, infinity or what float16 cannot hold.
     """
     model, out = Path(model), Path(out)

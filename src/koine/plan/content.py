@@ -68,10 +68,11 @@ class ContentCache:
 
 
 def fingerprint_of_content(path: Path, cache: ContentCache | None = None) -> str:
-    """sha256 over the relative names and contents of a file, or of the files that `koine.files.walk` finds in a folder.
+    """sha256 over the relative names and contents of a file, or of the files that `koine.files.walk` finds in
+    a folder.
 
-    These are the files that readers of data see too: through links, without hidden ones. A link to nothing counts by
-    its name.
+    These are the files that readers of data see too: through links, without hidden ones. A link to nothing
+    counts by its name.
 
     Raises `UserError` where it does not exist or cannot be read.
     """

@@ -54,7 +54,10 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The files of an artifact but its artifact.json, by relative name: hidden ones too, and what links lead to."""
+    """The files of an artifact but its artifact.json, by relative name.
+
+    Hidden ones too, and what links lead to.
+    """
     found = {file.relative_to(folder).as_posix(): file for file in walk(folder, hidden=True)}
     return {name: file for name, file in found.items() if name != "artifact.json" and file.exists()}
 

@@ -59,7 +59,8 @@ def lock_of(run: Path, name: str) -> Path:
 def real_place(run: Path, name: str) -> Path:
     """Where an artifact lies: its path in the run, or what the link leads to that the user has put there.
 
-    Raises `UserError` where that is not there: what lies on a disk that is away must not be built a second time.
+    Raises `UserError` where that is not there: what lies on a disk that is away must not be built a second
+    time.
     """
     final = run / name
     if not final.is_symlink():

@@ -154,7 +154,10 @@ def function_name(step: Any) -> str:
 
 
 def artifact_folders(folder: Path) -> Iterator[Path]:
-    """Every folder below `folder` with an artifact.json, by name, also behind links; hidden folders are left alone."""
+    """Every folder below `folder` with an artifact.json, by name, also behind links.
+
+    Hidden folders are left alone.
+    """
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:

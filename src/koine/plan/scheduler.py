@@ -141,7 +141,10 @@ def sweep(folder: Path) -> None:
 
 
 def make_place(own: Path) -> None:
-    """The folder where running steps tell their progress; where something else stands in its way, none is shown."""
+    """The folder where running steps tell their progress.
+
+    Where something else stands in its way, none is shown.
+    """
     shutil.rmtree(own, ignore_errors=True)
     with contextlib.suppress(FileExistsError, NotADirectoryError):
         own.mkdir(parents=True)

@@ -121,7 +121,10 @@ def stamps_of(job: Job) -> dict[str, list[int]]:
 
 
 def refuse_other_content(job: Job, parent: dict[str, Any], what: str) -> None:
-    """Raise `UserError` where an input is not what the plan read; what has its old stamp is not read again."""
+    """Raise `UserError` where an input is not what the plan read.
+
+    What has its old stamp is not read again.
+    """
     path = Path(parent["path"])
     cache = ContentCache(Path(job.folder) / ".cache" / "inputs.json")
     if not path.exists() or fingerprint_of_content(path, cache) != parent["fingerprint"]:
@@ -221,7 +224,10 @@ def function_of(job: Job) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 def fail(job: Job, error: UserError) -> NoReturn:
-    """Say what the user can mend, in the log and to the parent: another run may have written to the log meanwhile."""
+    """Say what the user can mend, in the log and to the parent.
+
+    Another run may have written to the log meanwhile.
+    """
     print(f"koine: {error}", file=sys.stderr, flush=True)
     tell(Path(job.progress), error=str(error))
     sys.exit(2)

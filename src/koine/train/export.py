@@ -39,7 +39,8 @@ def export_checkpoint(
 ) -> None:
     """Write the model directory `out` from the checkpoint folder `path` (`OUT/checkpoints/step-N`); the checkpoint stays as it is.
 
-    dtype: of the tensors; None: float32, as they are trained. Raises `UserError` where `path` is no whole checkpoint, or `out` holds something (unless `overwrite`).
+    dtype: of the tensors; None: float32, as they are trained. Raises `UserError` where `path` is no whole
+    checkpoint, or `out` holds something (unless `overwrite`).
     """
     path = Path(path)
     if not (path / "checkpoint.json").exists():

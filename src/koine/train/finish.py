@@ -33,7 +33,8 @@ OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_t
 
 
 def refuse_model(out: Path, began_as: Path | None) -> None:
-    """Raise `UserError` where a training would replace a model: the one that it starts from, or any that `out` holds.
+    """Raise `UserError` where a training would replace a model: the one that it starts from, or any that
+    `out` holds.
 
     What an earlier attempt at the same training left there is none: it has checkpoints, or is complete.
     """

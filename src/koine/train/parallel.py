@@ -45,7 +45,10 @@ class Ranks:
 
 
 def _number_of(variable: str, default: int, *, least: int) -> int:
-    """A whole number from an environment variable that `torchrun` sets; raises `UserError` for anything else."""
+    """A whole number from an environment variable that `torchrun` sets.
+
+    Raises `UserError` for anything else.
+    """
     text = os.environ.get(variable, "").strip()
     if not text:
         return default

@@ -246,7 +246,8 @@ def write_sample(
     `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file a language (questions for
     those of `QUESTION_LANGUAGES`), `code.jsonl` the code domain, `summary.json` the counts.
 
-    Raises `UserError` for a language that CLDR does not cover well enough, and where `out` holds something (unless `overwrite`).
+    Raises `UserError` for a language that CLDR does not cover well enough, and where `out` holds something
+    (unless `overwrite`).
     """
     codes = [language(code).code for code in languages]
     for code in codes:
