@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import cases_command, cases_merge, cases_mixture, cases_model, cases_plan, cases_text
+from . import cases_command, cases_merge, cases_mixture, cases_model, cases_plan, cases_text, cases_tokenizer
 from .case import Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
@@ -13,6 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 SECTIONS: dict[str, tuple[Case, ...]] = {
     "The command line and the installation": cases_command.CASES,
     "Text, tokenizers, token shards, mixtures": cases_text.CASES,
+    "Tokenizers' files, vocabularies of other libraries": cases_tokenizer.CASES,
     "Models, training, evaluation, chat": cases_model.CASES,
     "Merging": cases_merge.CASES,
     "Mixtures of experts": cases_mixture.CASES,
