@@ -37,10 +37,12 @@ def plain_console(**options: Any) -> Console:
     """A console of `rich` that takes no text for markup, for an emoji's name, or for an escape sequence."""
     from rich.console import Console
 
-    class PlainConsole(Console):
-        """Every text, also of a table's cell or title, passes here before it is shown."""
+    console = Console(markup=False, emoji=False, highlight=False, **options)
+    render = console.render_str
 
-        def render_str(self, text: str, **others: Any) -> Any:
-            return super().render_str(printable(text), **others)
+    def render_printable(text: str, **others: Any) -> Any:
+        return render(printable(text), **others)
 
-    return PlainConsole(markup=False, emoji=False, highlight=False, **options)
+    # Every text, also of a table's cell or title, passes here before it is shown.
+    console.render_str = render_printable  # type: ignore[method-assign]
+    return console

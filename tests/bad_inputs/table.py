@@ -18,6 +18,7 @@ from . import (
     cases_plan,
     cases_readers,
     cases_text,
+    cases_tokenizer,
     cases_weights,
 )
 from .case import Case
@@ -29,6 +30,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Text, tokenizers, token shards, mixtures": cases_text.CASES,
     "Data files and odd records": cases_readers.CASES,
     "Configurations": cases_configuration.CASES,
+    "Tokenizers' files, vocabularies of other libraries": cases_tokenizer.CASES,
     "Models, training, evaluation, chat": cases_model.CASES,
     "Opening models": cases_loading.CASES,
     "Drawing an answer": cases_endpoint.CASES,

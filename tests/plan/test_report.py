@@ -381,6 +381,24 @@ def test_plots_keep_their_words_and_name_no_colour() -> None:
     assert not re.search(r"(?:fill|stroke): ?#[0-9a-f]{6}", svg), "colours are the page's, for light and dark"
 
 
+@pytest.mark.parametrize("kind", ["bars", "lines", "heatmap"])
+def test_a_plot_takes_no_word_for_a_command(kind: str) -> None:
+    r"""A backslash is no group of a regular expression (`\g<1>`), dollars are no formula, an underscore hides no name."""
+    odd = [r"\q \1 \g<x>", r"$\frac{a}$ $", "_hidden", "a\nb", "^{x}"]
+    if kind == "bars":
+        drawn = block(kind, categories=odd, series=[{"name": one, "values": [1] * 5} for one in odd], **AXES)
+    elif kind == "lines":
+        drawn = block(kind, series=[{"name": one, "x": [1, 2], "y": [1, 2]} for one in odd], **AXES)
+    else:
+        drawn = block(kind, rows=odd, columns=odd, values=[[1.0] * 5] * 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = draw(drawn, r"title \q $x$ \g<0> _a").svg
+    text = "".join(Page(svg).text)
+    assert all(one.replace("\n", "") in text.replace("\n", "") for one in odd)
+    assert r'aria-label="title \q $x$ \g&lt;0&gt; _a"' in svg
+
+
 def test_a_missing_value_is_not_a_bar_of_zero() -> None:
     def bars(values: list[float | None]) -> int:
         svg = draw(

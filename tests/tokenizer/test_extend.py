@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.extend import extend_tokenizer
 from koine.tokenizer.predict import predict_costs, ranks, spearman
+
+from .test_control import byte_level, save
 
 KOREAN = [f"서울은 대한민국의 수도이다. {i}" for i in range(100)]
 
@@ -109,6 +116,107 @@ def test_what_cannot_be_extended(base: Path) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="marks the inside of words with '##'"):
         extend_tokenizer(base, [("a", 1)], new_tokens=5)
+
+
+def _llama(backend: Backend) -> None:
+    backend.add_special_tokens(
+        [AddedToken(one, special=True) for one in ("<|begin|>", "<|end|>", "<|turn|>")]
+    )
+
+
+def _qwen(backend: Backend) -> None:
+    _llama(backend)
+    backend.add_tokens([AddedToken(one, special=False) for one in ("<tool_call>", "</tool_call>")])
+
+
+def _neox(backend: Backend) -> None:
+    backend.add_tokens([AddedToken(" " * count, normalized=True) for count in range(9, 1, -1)])
+    backend.add_special_tokens(["<|end|>"])
+
+
+def _sparse(backend: Backend) -> None:
+    """A vocabulary with holes; special tokens inside it and after it."""
+    content = json.loads(backend.to_str())
+    vocabulary = content["model"]["vocab"]
+    holes = {token: place if place < 200 else place + 9 for token, place in vocabulary.items()}
+    content["model"]["vocab"] = {**holes, "<|end|>": 203, "<|turn|>": 900}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    content["added_tokens"] = [
+        {"id": place, "content": token, "special": True, **flags}
+        for token, place in (("<|end|>", 203), ("<|turn|>", 900))
+    ]
+    backend.__setstate__(Backend.from_str(json.dumps(content)).__getstate__())
+
+
+@pytest.mark.parametrize("layout", [_llama, _qwen, _neox, _sparse])
+@pytest.mark.parametrize("ignore_merges", [True, False])
+def test_added_tokens_keep_their_ids_in_every_layout(layout, ignore_merges: bool, tmp_path: Path) -> None:
+    """Published tokenizers hold special tokens among `added_tokens` alone, which the library numbers anew when the vocabulary grows."""
+    transformers = pytest.importorskip("transformers")
+    backend = byte_level(ignore_merges=ignore_merges)
+    layout(backend)
+    save(backend, tmp_path / "base")
+    extended = extend_tokenizer(tmp_path / "base", ((text, 1) for text in THAI), new_tokens=30)
+    extended.tokenizer.save(tmp_path / "longer")
+    new = Backend.from_file(str(tmp_path / "longer" / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "longer")
+    before, after = backend.get_vocab(with_added_tokens=True), new.get_vocab(with_added_tokens=True)
+    assert {token: after[token] for token in before} == before
+    assert theirs.get_vocab() == after == extended.tokenizer.vocabulary()
+    assert min(after[token] for token in after.keys() - before.keys()) == max(before.values()) + 1
+    assert len(after) == len(before) + 30
+    for text in ["Nine  lamps    burn until nine.", "a <|end|> <|turn|> <tool_call> b"]:
+        assert new.encode(text).ids == backend.encode(text).ids
+        assert theirs(text, add_special_tokens=False).input_ids == new.encode(text).ids
+    assert len(new.encode(THAI[0]).ids) < 0.6 * len(backend.encode(THAI[0]).ids)
+    assert new.decode(new.encode(THAI[0]).ids) == THAI[0]
+
+
+def test_two_tokens_of_one_id_are_refused(tmp_path: Path) -> None:
+    """The library gives `<|end|>` the number of tokens, which here is the id of another one."""
+    content = json.loads(byte_level().to_str())
+    content["model"]["vocab"] = {token: place + 3 for token, place in content["model"]["vocab"].items()}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    content["added_tokens"] = [{"id": 0, "content": "<|end|>", "special": True, **flags}]
+    save(Backend.from_str(json.dumps(content)), tmp_path / "base")
+    with pytest.raises(UserError, match=r"the tokens '.*' and '<\|end\|>' have one id"):
+        extend_tokenizer(tmp_path / "base", ((text, 1) for text in THAI), new_tokens=5)
+
+
+SCRIPT = """
+import sys, warnings
+from pathlib import Path
+from koine.tokenizer.extend import extend_tokenizer
+warnings.simplefilter("ignore")
+words = ["ปลา", "แม่น้ำ", "ทะเล", "서울", "kala", "joki", "ab", "ba"]
+texts = [" ".join(words[(i * j) % 8] for j in range(1, 9)) for i in range(64)]
+for base in sys.argv[1:]:
+    print(extend_tokenizer(Path(base), [(text, 1) for text in texts], new_tokens=25, min_frequency=2).tokenizer.fingerprint)
+"""
+
+
+def test_every_process_extends_to_the_same_file(base: Path, metaspace: Path) -> None:
+    """Many pairs are equally frequent here: which comes first must not hang on the order of a hash map."""
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(base), str(metaspace)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed, threads in (("1", "1"), ("2", "4"), ("3", "2"))
+    }
+    assert len(prints) == 1
+
+
+def test_the_order_of_texts_does_not_matter(base: Path) -> None:
+    texts = [*KOREAN, *THAI]
+    one, other = (
+        extend_tokenizer(base, ((text, 1) for text in order), new_tokens=30).tokenizer.fingerprint
+        for order in (texts, texts[::-1])
+    )
+    assert one == other
 
 
 def test_ranks_and_spearman_by_hand() -> None:

@@ -91,16 +91,16 @@ def inline(svg: str, label: str) -> str:
     width, height = (float(number) for number in size.groups())
     head = (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}" '
-        f'style="--width: {width:g}">'
+        f'style="--width:{width:g}">'
     )
-    # Not as a replacement text, in which a backslash of the label would be a command.
-    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     svg = re.sub(
         r"(?<=>)[^<]+(?=<)|<[^>]*>", lambda part: slim(part[0]) if part[0][0] == "<" else part[0], svg
     )
     svg = re.sub(r">\s+<", "><", svg)
     for _ in range(4):
         svg = re.sub(r"<defs></defs>|<g></g>|<g>(<(?:path|use|text)\b[^>]*/>)</g>", r"\1", svg)
+    # Last, since the label is no style; not as a replacement text, in which a backslash of the label would be a command.
+    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     return svg.strip()
 
 
