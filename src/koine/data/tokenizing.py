@@ -275,7 +275,7 @@ def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> Non
             "bytes": pa.array(sizes, pa.int64()),
         }
     )
-    # Not by name: Arrow takes only names that are UTF-8.
+    # An open file: pyarrow itself takes no path that is not UTF-8.
     with path.open("wb") as file:
         pq.write_table(table, file, compression="zstd")
 
