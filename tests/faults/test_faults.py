@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import hostile, plan
-from tests.faults.cases import spread
+from tests.faults.cases import failures, spread
 from tests.faults.interpose import NoCompilerError, library
 from tests.faults.laboratory import ROOT, Laboratory, environment
 from tests.faults.plan import Order
@@ -57,10 +57,10 @@ def test_a_kill_leaves_a_whole_result_or_none_and_the_next_run_ends_in_the_same_
 @pytest.mark.parametrize("name", QUICK)
 def test_a_call_that_fails_is_one_clear_line(laboratory: Laboratory, name: str) -> None:
     calls = laboratory.known[name].calls
-    orders = [
-        {"case": "fail", "stage": name, "at": calls[len(calls) * part // 6].number, "errno": error}
-        for part, error in enumerate(("EROFS", "ENOSPC", "EIO", "ESTALE", "EDQUOT"), start=1)
-    ]
+    orders = []
+    for part, error in enumerate(("EROFS", "ENOSPC", "EIO", "ESTALE", "EDQUOT")):
+        can = [call.number for call, how in failures(calls) if how == error]
+        orders.append({"case": "fail", "stage": name, "at": can[len(can) * part // 5], "errno": error})
     rename = next(call.number for call in reversed(calls) if call.kind == "rename")
     orders.append({"case": "fail", "stage": name, "at": rename, "errno": "EXDEV"})
     tried(laboratory, orders)
