@@ -172,7 +172,7 @@ TRICKS: dict[str, Trick] = dict(
         ("chunk-huge", Trick(sends(CHUNKED + b"ffffffffffffffff\r\n" + WHOLE))),
         ("chunk-cut", Trick(sends(CHUNKED + f"{len(WHOLE):x}\r\n".encode() + WHOLE + b"\r\n"))),
         ("chunk-good", Trick(sends(CHUNKED + f"{len(WHOLE):x}\r\n".encode() + WHOLE + b"\r\n0\r\n\r\n"), True)),
-        ("gzip-lie", Trick(sends(http(WHOLE, headers=("Content-Encoding: gzip",))))),
+        ("gzip-lie", Trick(sends(http(WHOLE, headers=("Content-Encoding: gzip",))), None)),
         ("gzip-cut", Trick(sends(http(gzip.compress(WHOLE)[:-9], headers=("Content-Encoding: gzip",))), None)),
         ("gzip-good", Trick(sends(http(gzip.compress(WHOLE), headers=("Content-Encoding: gzip",))), True)),
         ("gzip-bomb", Trick(lambda connection, key: connection.sendall(http(bomb(2 << 30), headers=("Content-Encoding: gzip",))))),
