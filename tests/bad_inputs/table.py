@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import cases_command, cases_merge, cases_mixture, cases_model, cases_plan, cases_text
+from . import (
+    cases_command,
+    cases_merge,
+    cases_mixture,
+    cases_model,
+    cases_plan,
+    cases_text,
+    cases_training,
+)
 from .case import Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
@@ -16,6 +24,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Models, training, evaluation, chat": cases_model.CASES,
     "Merging": cases_merge.CASES,
     "Mixtures of experts": cases_mixture.CASES,
+    "Training and its records": cases_training.CASES,
     "Plans and runs": cases_plan.CASES,
 }
 

@@ -235,4 +235,27 @@ def read_record(path: Path) -> dict[str, Any]:
     content = read_json(where) if where.exists() else {}
     if not isinstance(content, dict):
         raise UserError("is not a JSON object", where=where, mend="remove it, or upcycle again")
+    if not _is_record(content):
+        raise UserError("is not the record of a mixture", where=where, mend="remove it, or upcycle again")
     return content
+
+
+def _is_record(content: Mapping[str, Any]) -> bool:
+    """Whether experts and changes are what `extend` reads of them."""
+
+    def sources(value: Any) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(one, dict) and all(isinstance(one.get(key), str) for key in ("path", "sha256"))
+            for one in value.values()
+        )
+
+    changes = content.get("changes", [])
+    return (
+        sources(content.get("experts", {}))
+        and isinstance(changes, list)
+        and all(isinstance(one, dict) for one in changes)
+        and all(sources(one["added"]) for one in changes if "added" in one)
+        and all(isinstance(one["removed"], str) for one in changes if "removed" in one)
+        and all(isinstance(one.get("share", 0.0), (int, float)) for one in changes)
+        and all("share" in one for one in changes if "added" in one)
+    )

@@ -26,7 +26,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
             where=model,
             mend="only a model that `koine train` or a plan built knows its data",
         )
-    trained = read_json(record)
+    trained = read_training_record(record)
     mixture = Mixture.from_json(trained["mixture"], where=record)
     order = DataOrder(mixture)
     trained_on = trained["identity"]["sources"]
@@ -35,7 +35,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
         raise UserError("the token shards were made with another tokenizer", where=model)
     paths = {source.name: source.path for phase in mixture.phases for source in phase.all_sources}
     for name, path in paths.items():
-        if sha256_file(path / "manifest.json") != trained_on[name]:
+        if sha256_file(path / "manifest.json") != trained_on.get(name):
             raise UserError(
                 "these token shards are not the ones that the model was trained on",
                 where=path,
@@ -51,3 +51,21 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
                 {"row": row, **span._asdict(), "text": tokenizer.decode(ids.tolist(), skip_special=True)}
             )
     return out
+
+
+def read_training_record(path: Path) -> dict[str, Any]:
+    """The content of a `training.json`. Raises `UserError` where it is damaged."""
+    content = read_json(path)
+    fields = content if isinstance(content, dict) else {}
+    identity, best = fields.get("identity"), fields.get("best")
+    whole = (
+        isinstance(identity, dict)
+        and isinstance(identity.get("sources"), dict)
+        and isinstance(fields.get("mixture"), dict)
+        and (best is None or (isinstance(best, dict) and type(best.get("step")) is int))
+    )
+    if not whole:
+        raise UserError(
+            "is not the record of a training", where=path, mend="copy the folder whole, or train again"
+        )
+    return fields

@@ -193,8 +193,8 @@ class Mixture:
                     where=f"phase '{phase.name}'",
                     mend="long rows must be longer",
                 )
-        if self.seed < 0:
-            raise UserError(f"the seed is {self.seed}", mend="it must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"the seed is {self.seed}", mend="it must not be negative, nor above 2 ** 63 - 1")
         if self.packing not in get_args(Packing):
             raise UserError(
                 f"unknown packing '{self.packing}'", mend=did_you_mean(self.packing, get_args(Packing))

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from koine import __version__
+from koine.data.at_step import read_training_record
 from koine.errors import KoineWarning, UserError
-from koine.files import disk_errors, exclusive, read_json, write_json
+from koine.files import disk_errors, exclusive, write_json
 from koine.train import checkpoint as checkpoints
 from koine.train.architecture import prepare, refuse_packed_documents
 from koine.train.export import model_tensors
@@ -101,7 +102,7 @@ def _train(
 ) -> None:
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
-        before = read_json(out / "training.json")
+        before = read_training_record(out / "training.json")
         refuse_difference(before["identity"], what, out)
         if ranks.first:
             # A kill may have come between the model and this.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from koine.errors import UserError
 from koine.hardware import check_device
 
+_UNSET = "start several processes with torchrun; for one, unset WORLD_SIZE, RANK and LOCAL_RANK"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -44,14 +46,33 @@ class Ranks:
             dist.barrier()
 
 
+def _started_by_torchrun() -> tuple[int, int]:
+    """The number of processes and this one's number on its machine, by the environment; `UserError` where they make no sense."""
+    found = {}
+    for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("RANK", 0), ("MASTER_PORT", 1)):
+        text = os.environ.get(name, str(default))
+        least = 1 if name in ("WORLD_SIZE", "MASTER_PORT") else 0
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+            raise UserError(f"the environment variable {name} is '{text}'", mend=_UNSET)
+        found[name] = int(text)
+    if found["WORLD_SIZE"] > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise UserError(f"WORLD_SIZE is {found['WORLD_SIZE']} and {missing[0]} is not set", mend=_UNSET)
+        if found["RANK"] >= found["WORLD_SIZE"]:
+            raise UserError(f"RANK is {found['RANK']} of {found['WORLD_SIZE']} processes", mend=_UNSET)
+        if found["MASTER_PORT"] > 65_535:
+            raise UserError(f"the environment variable MASTER_PORT is '{found['MASTER_PORT']}'", mend=_UNSET)
+    return found["WORLD_SIZE"], found["LOCAL_RANK"]
+
+
 @contextmanager
 def join(device: str = "auto") -> Iterator[Ranks]:
     """Join the processes that `torchrun` started (its environment variables say so); alone where there are none.
 
     Raises `UserError` where the device is not here.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size, local = _started_by_torchrun()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
