@@ -19,6 +19,7 @@ from . import (
     cases_readers,
     cases_text,
     cases_tokenizer,
+    cases_training,
     cases_weights,
 )
 from .case import Case
@@ -37,6 +38,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Merging": cases_merge.CASES,
     "Weight files and what lies beside them": cases_weights.CASES,
     "Mixtures of experts": cases_mixture.CASES,
+    "Training and its records": cases_training.CASES,
     "Plans and runs": cases_plan.CASES,
     "Outputs and what the system refuses": cases_output.CASES,
     "Damaged files": cases_damage.CASES,

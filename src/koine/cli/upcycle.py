@@ -58,7 +58,13 @@ def losses(method: RouterLosses) -> Callable[[Callable[..., Any]], Callable[...,
     return add
 
 
-RANDOM = click.option("--random-seed", default=0, show_default=True, help="Seed of the routers' weights.")
+RANDOM = click.option(
+    "--random-seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the routers' weights.",
+)
 
 
 @click.group()

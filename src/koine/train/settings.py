@@ -57,7 +57,9 @@ class TrainSettings:
         "auto",
         "Precision of the computation (auto: the one in which this machine is faster); weights and optimiser stay in float32 either way.",
     )
-    seed: int = setting(0, "Seed of the random state (a model's first weights are drawn from it).", low=0)
+    seed: int = setting(
+        0, "Seed of the random state (a model's first weights are drawn from it).", low=0, high=2**63 - 1
+    )
     spike_deviations: float = setting(
         10.0,
         "Stop where the loss is this many robust deviations above its recent median, and spike_rise above it; 0: never.",

@@ -1,0 +1,220 @@
+"""Training, its checkpoints and its processes: what somebody else's folder, a damaged record or a half-set environment says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import worlds
+from .case import Case
+from .cases_model import RESUME
+
+CHECKPOINT = "halfway/checkpoints/step-000001"
+EXPORT = f"model export {CHECKPOINT} --format safetensors --out new"
+BTX = "upcycle btx --seed model --experts branch --out new"
+EXTEND = "extend nexus --expert other=branch --domain text.jsonl --out new"
+TRAIN = (
+    "train pretrain --preset koine-0.5m --steps 2 --batch-size 2 --sequence-length 32 --data tokens "
+    "--tokenizer tokenizer --out out"
+)
+UNSET = "start several processes with torchrun; for one, unset WORLD_SIZE, RANK and LOCAL_RANK"
+
+
+def hostile_index(folder: Path) -> None:
+    """An index that runs a command when it is unpickled, with sums that fit."""
+    from koine.files import sha256_file
+
+    (folder / CHECKPOINT / ".metadata").write_bytes(b"cos\nsystem\n(S'touch mark'\ntR.")
+    where = folder / CHECKPOINT / "checkpoint.json"
+    about = json.loads(where.read_text())
+    about["files"][".metadata"] = sha256_file(folder / CHECKPOINT / ".metadata")
+    where.write_text(json.dumps(about))
+
+
+def nexus(*then: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A mixture whose router knows domains, and a branch to add; spoilt by `then`."""
+
+    def build(folder: Path) -> None:
+        worlds.run_koine(
+            "upcycle", "nexus", "--seed", str(folder / "model"), "--experts", f"branch={folder / 'branch'}",
+            "--domain", f"branch={folder / 'text.jsonl'}", "--domain-size", "8", "--out", str(folder / "nexus"),
+        )  # fmt: skip
+
+    return worlds.both(worlds.having("model", "branch", "text"), build, *then)
+
+
+def started_as(**variables: str) -> Callable[[Any], None]:
+    """Environment variables as a launcher of processes sets them."""
+
+    def during(patch: Any) -> None:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+
+    return during
+
+
+CASES = (
+    Case(
+        mistake="somebody else's checkpoint that would run a command, to make a model of",
+        command=EXPORT,
+        prepare=worlds.having("halfway", then=hostile_index),
+        says=f"{CHECKPOINT}/.metadata: its index is not one of a checkpoint (it names os.system); do not use this checkpoint; take one from a source that you trust",
+    ),
+    Case(
+        mistake="somebody else's checkpoint that would run a command, to go on from",
+        command=RESUME,
+        prepare=worlds.having("tokens", "tokenizer", "halfway", then=hostile_index),
+        says=f"{CHECKPOINT}/.metadata: its index is not one of a checkpoint (it names os.system); do not use this checkpoint; take one from a source that you trust",
+    ),
+    Case(
+        mistake="a checkpoint whose record has a step below 0",
+        command=EXPORT,
+        prepare=worlds.having("halfway", then=worlds.edited_json(f"{CHECKPOINT}/checkpoint.json", step=-1)),
+        says=f"{CHECKPOINT}/checkpoint.json: damaged checkpoint; choose an earlier checkpoint",
+    ),
+    Case(
+        mistake="a checkpoint whose record is a list",
+        command=EXPORT,
+        prepare=worlds.having("halfway", then=worlds.written(f"{CHECKPOINT}/checkpoint.json", "[1]")),
+        says=f"{CHECKPOINT}/checkpoint.json: damaged checkpoint; choose an earlier checkpoint",
+    ),
+    Case(
+        mistake="a checkpoint of a later version",
+        command=EXPORT,
+        prepare=worlds.having("halfway", then=worlds.edited_json(f"{CHECKPOINT}/checkpoint.json", format=9)),
+        says=f"{CHECKPOINT}: checkpoint of format 9, not 1; choose an earlier checkpoint",
+    ),
+    Case(
+        mistake="a checkpoint without its index",
+        command=EXPORT,
+        prepare=worlds.having("halfway", then=worlds.removed(f"{CHECKPOINT}/.metadata")),
+        says=f"{CHECKPOINT}/.metadata: damaged checkpoint (its sha256 differs); choose an earlier checkpoint",
+    ),
+    Case(
+        mistake="the record of a training that is empty, to go on from",
+        command=TRAIN.replace("--out out", "--out trained"),
+        prepare=worlds.having(
+            "tokens", "tokenizer", "trained", then=worlds.written("trained/training.json", "{}")
+        ),
+        says="trained/training.json: is not the record of a training; copy the folder whole, or train again",
+    ),
+    Case(
+        mistake="the record of a training that is a list, to ask what a step saw",
+        command="data at-step trained 0",
+        prepare=worlds.having("trained", then=worlds.written("trained/training.json", "[]")),
+        says="trained/training.json: is not the record of a training; copy the folder whole, or train again",
+    ),
+    Case(
+        mistake="a branch whose record says nonsense of what it has read",
+        command=BTX,
+        prepare=worlds.having("model", "branch", then=worlds.written("branch/training.json", '{"drawn": 5}')),
+        says="branch/training.json: what was drawn is not a list of places; train again",
+    ),
+    Case(
+        mistake="a branch with a cut record of what it has read",
+        command=BTX,
+        prepare=worlds.having("model", "branch", then=worlds.written("branch/drawn.json", '{"drawn": [')),
+        says="branch/drawn.json: not valid JSON (…); the file is damaged or truncated; write it again",
+    ),
+    Case(
+        mistake="a mixture whose places in its sources are no places",
+        command="train pretrain --preset koine-0.5m --mixture mixture.json --tokenizer tokenizer --out out",
+        prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(drawn=[1])),
+        says="mixture.json: what was drawn is not a list of places; train again",
+    ),
+    Case(
+        mistake="a seed of more than 64 bits",
+        command=TRAIN + " --seed 99999999999999999999999",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="seed is 99999999999999999999999; it must be at most 9223372036854775807",
+    ),
+    Case(
+        mistake="a hundred million threads",
+        command=TRAIN + " --threads 100000000",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="threads is 100000000; it must be at most 1024",
+    ),
+    Case(
+        mistake="a weight decay that is no number",
+        command=TRAIN + " --weight-decay nan",
+        prepare=worlds.having("tokens", "tokenizer"),
+        says="weight_decay is nan; it must be at least 0",
+    ),
+    Case(
+        mistake="WORLD_SIZE that is no number",
+        command=TRAIN,
+        prepare=worlds.having("tokens", "tokenizer"),
+        during=started_as(WORLD_SIZE="two"),
+        says=f"the environment variable WORLD_SIZE is 'two'; {UNSET}",
+    ),
+    Case(
+        mistake="WORLD_SIZE without RANK",
+        command=TRAIN,
+        prepare=worlds.having("tokens", "tokenizer"),
+        during=started_as(WORLD_SIZE="2"),
+        says=f"WORLD_SIZE is 2 and RANK is not set; {UNSET}",
+    ),
+    Case(
+        mistake="a process beyond the number of processes",
+        command=TRAIN,
+        prepare=worlds.having("tokens", "tokenizer"),
+        during=started_as(WORLD_SIZE="2", RANK="5", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
+        says=f"RANK is 5 of 2 processes; {UNSET}",
+    ),
+    Case(
+        mistake="an encoder of domains of an unknown kind",
+        command=EXTEND,
+        prepare=nexus(worlds.written("nexus/domain_encoder/encoder.json", '{"kind": "word2vec"}')),
+        says="nexus/domain_encoder/encoder.json: unknown kind of encoder 'word2vec'",
+    ),
+    Case(
+        mistake="an encoder of domains that is cut short",
+        command=EXTEND,
+        prepare=nexus(worlds.cut("nexus/domain_encoder/encoder.safetensors")),
+        says="nexus/domain_encoder/encoder.safetensors: is not the file of this encoder (…); copy the mixture's folder whole, or upcycle again",
+    ),
+    Case(
+        mistake="an encoder of domains that names no model",
+        command=EXTEND,
+        prepare=nexus(worlds.written("nexus/domain_encoder/encoder.json", '{"kind": "hidden"}')),
+        says="nexus/domain_encoder/encoder.json: names no model; upcycle again",
+    ),
+    Case(
+        mistake="a new expert's share above 1",
+        command=EXTEND + " --share 2",
+        prepare=nexus(),
+        says="the new model's share is 2.0; it must lie between 0 and 1",
+    ),
+    Case(
+        mistake="a share for an expert that is removed",
+        command="extend mixture --remove code --share 0.5 --out new",
+        prepare=worlds.having("mixture"),
+        says="--share is given with --remove; leave it out",
+    ),
+    Case(
+        mistake="a record of a mixture that is none",
+        command="extend mixture --remove code --expert branch --out new",
+        prepare=worlds.having(
+            "mixture",
+            "branch",
+            then=worlds.written("mixture/mixture.json", '{"changes": [5], "experts": []}'),
+        ),
+        says="mixture/mixture.json: is not the record of a mixture; remove it, or upcycle again",
+    ),
+    Case(
+        mistake="an encoder of domains that is no folder",
+        command="upcycle nexus --seed model --experts branch --domain branch=text.jsonl --encoder nowhere --out new",
+        prepare=worlds.having("model", "branch", "text"),
+        says="nowhere: no such folder; give a sentence-transformers model's folder",
+    ),
+    Case(
+        mistake="a factor of the balance loss that is no number",
+        command=BTX + " --load-balancing nan",
+        prepare=worlds.having("model", "branch"),
+        says="load_balancing is nan; it must be a number, 0 or above",
+    ),
+)
