@@ -437,10 +437,10 @@ READERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "model.safetensors.index.json": ("model", "model.safetensors.index.json", _open_index),
     "generation_config.json": ("model", "generation_config.json", _merge_with_its_tokenizer),
     "mixture.json of experts": ("mixture", "mixture.json", _remove_expert),
-    "artifact.json (report)": ("run", "*/*/artifact.json", lambda work: _report(work)),
-    "artifact.json (lineage)": ("run", "*/*/artifact.json", lambda work: _lineage(work)),
+    "artifact.json (report)": ("run", "[a-z]*/*/artifact.json", lambda work: _report(work)),
+    "artifact.json (lineage)": ("run", "[a-z]*/*/artifact.json", lambda work: _lineage(work)),
     "plan.json (report)": ("run", "plan.json", lambda work: _report(work)),
-    "report.json (report)": ("run", "*/*/report.json", lambda work: _report(work)),
+    "report.json (report)": ("run", "[a-z]*/*/report.json", lambda work: _report(work)),
     "state.json": ("", "texts/state.json", _read_folder),
 }
 NEW_FILES = {
@@ -465,7 +465,7 @@ def _report(work: Path) -> None:
 
 
 def _lineage(work: Path) -> None:
-    artifact = next(path.parent for path in sorted((work / "run").glob("*/*/artifact.json")))
+    artifact = next(path.parent for path in sorted((work / "run").glob("[a-z]*/*/artifact.json")))
     worlds.run_koine("lineage", str(artifact))
 
 
