@@ -365,7 +365,7 @@ def try_recipe(kind: str, value: Any, work: Path) -> None:
 def _copied(name: str, work: Path) -> Path:
     folder = work / name
     if not folder.exists():
-        shutil.copytree(worlds.built(name), folder)
+        shutil.copytree(_built(name), folder)
     return folder
 
 
@@ -437,6 +437,10 @@ READERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "model.safetensors.index.json": ("model", "model.safetensors.index.json", _open_index),
     "generation_config.json": ("model", "generation_config.json", _merge_with_its_tokenizer),
     "mixture.json of experts": ("mixture", "mixture.json", _remove_expert),
+    "artifact.json (report)": ("run", "[a-z]*/*/artifact.json", lambda work: _report(work)),
+    "artifact.json (lineage)": ("run", "[a-z]*/*/artifact.json", lambda work: _lineage(work)),
+    "plan.json (report)": ("run", "plan.json", lambda work: _report(work)),
+    "report.json (report)": ("run", "[a-z]*/*/report.json", lambda work: _report(work)),
     "state.json": ("", "texts/state.json", _read_folder),
 }
 NEW_FILES = {
@@ -446,6 +450,27 @@ NEW_FILES = {
     },
     "state.json": {"_data_files": [{"filename": "data-0.arrow"}]},
 }
+
+
+@cache
+def run_folder() -> Path:
+    """A finished run with two artifacts, the figures made up."""
+    from tests.plan.sample_run import write_sample_run
+
+    return write_sample_run(Path(tempfile.mkdtemp(prefix="koine-fuzz-")) / "run")
+
+
+def _report(work: Path) -> None:
+    worlds.run_koine("report", str(work / "run"), "--out", str(work / "page.html"))
+
+
+def _lineage(work: Path) -> None:
+    artifact = next(path.parent for path in sorted((work / "run").glob("[a-z]*/*/artifact.json")))
+    worlds.run_koine("lineage", str(artifact))
+
+
+def _built(name: str) -> Path:
+    return run_folder() if name == "run" else worlds.built(name)
 
 
 def _file(kind: str, work: Path) -> Path:
@@ -461,7 +486,7 @@ def _base_of_file(kind: str) -> Any:
     if kind in NEW_FILES:
         return NEW_FILES[kind]
     name, inside, _ = READERS[kind]
-    return json.loads(next(iter(sorted(worlds.built(name).glob(inside)))).read_text())
+    return json.loads(next(iter(sorted(_built(name).glob(inside)))).read_text())
 
 
 def try_file(kind: str, value: Any, work: Path) -> None:
@@ -550,9 +575,13 @@ def judge(case: Case) -> Verdict:
     return Verdict(case, "whole", "")
 
 
-def chosen(most: int | None, seed: int, only: str = "") -> list[Case]:
-    """All cases, or some that a seed draws: of each kind its part, one at least."""
-    everything = cases(only)
+SLOW = " (report)"
+"""Of kinds that take seconds a case."""
+
+
+def chosen(most: int | None, seed: int, only: str = "", *, slow: bool = True) -> list[Case]:
+    """All cases, or some that a seed draws: of each kind its part, one at least. slow: those that take seconds too."""
+    everything = [case for case in cases(only) if slow or SLOW not in case.kind]
     if most is None or most >= len(everything):
         return everything
     draw = random.Random(seed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tests.faults.fuzz_configurations import KINDS, chosen, run, summary
+from tests.faults.fuzz_configurations import KINDS, SLOW, chosen, run, summary
 
 
 def test_no_odd_value_ends_in_a_traceback_or_in_silence() -> None:
     """A few hundred of all cases, the same ones at every run, of every kind; `python -m tests.faults.fuzz_configurations` tries more."""
-    selection = chosen(300, seed=7)
-    assert {case.kind for case in selection} == set(KINDS)
+    selection = chosen(250, seed=7, slow=False)
+    assert {case.kind for case in selection} == {kind for kind in KINDS if SLOW not in kind}
     counts, wrong = run(selection)
     said = "\n".join(f"{verdict.what}: {verdict.case}: {verdict.why}" for verdict in wrong)
     assert not wrong, f"{summary(counts)}\n{said}"

@@ -34,10 +34,9 @@ class _Texts:
 
 def _separator(header: str, usual: str) -> str:
     """What divides the cells of a header: where the usual one divides nothing, another that does (Excel's `;`)."""
-    for separator in (usual, *_SEPARATORS):
-        if len(next(csv.reader([header], delimiter=separator), ())) > 1:
-            return separator
-    return usual
+    candidates: tuple[str, ...] = (usual, *_SEPARATORS)
+    cells = {separator: len(next(csv.reader([header], delimiter=separator), ())) for separator in candidates}
+    return next((separator for separator in candidates if cells[separator] > 1), usual)
 
 
 def _names(header: list[str]) -> list[str]:
@@ -60,7 +59,7 @@ def read_cells(file: IO[bytes], separator: str) -> Iterator[Row]:
     above, header = 0, ""
     for text in source:
         above += 1
-        if text.lower().startswith("sep=") and len(text.strip()) == 5:
+        if text.lower().rstrip("\r\n") in (f"sep={separator}" for separator in _SEPARATORS):
             separator = text[4]
         elif text.strip():
             header = text

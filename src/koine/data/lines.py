@@ -36,8 +36,9 @@ def in_utf8(file: IO[bytes]) -> IO[bytes]:
     encoding = next((name for mark, name in _MARKS if first.startswith(mark)), None)
     if encoding is None and len(first) == 4:
         # No text in UTF-8 holds a zero; the first characters of data in UTF-16 are ASCII.
-        zeros = tuple(byte == 0 for byte in first)
-        encoding = {(False, True) * 2: "utf-16-le", (True, False) * 2: "utf-16-be"}.get(zeros)
+        zeros = [byte == 0 for byte in first]
+        if zeros in ([False, True] * 2, [True, False] * 2):
+            encoding = "utf-16-be" if zeros[0] else "utf-16-le"
     return file if encoding is None else stream_of(_recoded(file, encoding))
 
 

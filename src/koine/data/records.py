@@ -253,8 +253,9 @@ def _message(message: Any) -> Any:
     parts = message.get("content")
     if isinstance(parts, list) and parts:
         texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
-            message = {**message, "content": "".join(texts)}
+        whole = [text for text in texts if isinstance(text, str)]
+        if len(whole) == len(parts):
+            message = {**message, "content": "".join(whole)}
     # What else a message holds goes along where it can be written again.
     return {key: entry for key, entry in message.items() if key in ("role", "content") or _plain(entry)}
 

@@ -97,7 +97,7 @@ def read_arrow(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
     with ExitStack() as stack:
         stack.enter_context(_errors("Arrow stream" if stream else "Arrow file"))
         if not stream:
-            file = stack.enter_context(_seekable(file))  # type: ignore[assignment]
+            file = stack.enter_context(_seekable(file))
         if first.startswith(_FEATHER_V1):
             batches = iter(feather.read_table(file).to_batches(BATCH))
         elif stream:

@@ -149,7 +149,7 @@ def draw(node: Ancestor) -> list[str]:
 def _draw(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[str]:
     again = node.path in seen and bool(node.parents)
     seen.add(node.path)
-    step = f"{node.record['step']} v{node.record['version']}" if node.record else f"input {node.path}"
+    step = f"{node.record['step']} v{node.record.get('version')}" if node.record else f"input {node.path}"
     metrics = "  ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in (node.record.get("metrics") or {}).items()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
+from koine.fields import Fields
 from koine.files import (
     State,
     fsync_tree,
@@ -38,7 +39,26 @@ def record_of(artifact: Path) -> dict[str, Any] | None:
     for key in ("artifact", "step", "fingerprint", "files", "parents"):
         if not isinstance(record, dict) or key not in record:
             raise UserError(f"has no '{key}'", where=path, mend=REMOVE)
+    _check(Fields(record, path, whole_file=REMOVE))
     return dict(record)
+
+
+def _check(record: Fields) -> None:
+    """Raise `UserError` where a field of an artifact's record is of another kind than the one that is written."""
+    name = record.text("artifact")
+    if not name or "\0" in name or name.startswith("/") or ".." in Path(name).parts:
+        raise record.wrong("artifact", "the name of an artifact")
+    for key in ("step", "fingerprint"):
+        record.text(key)
+    files = record.inner("files")
+    for file in files.value:
+        files.text(file)
+    for parent in record.entries("parents"):
+        one = Fields(parent, record.where, whole_file=REMOVE)
+        for key in ("name", "fingerprint", "sha256"):
+            one.text(key)
+        one.text("input", None)
+    record.inner("metrics", None)
 
 
 def work_folder(run: Path, name: str) -> Path:
