@@ -103,3 +103,13 @@ def test_rows_on_both_sides_of_one_that_a_model_lacks(tmp_path: Path) -> None:
     wanted = [ord("y") + 0.5, sum(map(ord, "new")) + 1.0, ord("x") + 0.5, ord("z") + 0.5]
     assert got[:, 0].tolist() == wanted
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 4
+
+
+def test_the_sample_prefers_no_column() -> None:
+    """A change in one column of 1,024 is seen: the stride of the sample is odd."""
+    base = torch.ones(1024, 1024)
+    changed = base.clone()
+    changed[:, 1] += 1.0
+    found = figures_of([changed, base], cast(Plan, SimpleNamespace(base=object())))
+    # The norm of the change is a thirty-second of the base's.
+    assert found["distance"] == [pytest.approx(1 / 32, rel=0.2)]
