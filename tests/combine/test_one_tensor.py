@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from koine.combine import one_tensor
 from koine.combine.fit import Plan
 from koine.combine.merge import merge
 from koine.combine.one_tensor import figures_of
+from koine.combine.recipe import Recipe
 from koine.combine.vocabularies import align, chosen_model
 from koine.errors import UserError
 
@@ -79,3 +82,34 @@ def test_whose_tokenizer_is_chosen(tmp_path: Path) -> None:
     ] == [0, 0, 2, 1]
     with pytest.raises(UserError, match="there is no base"):
         chosen_model(paths, with_base=False, policy="base")
+
+
+def test_rows_on_both_sides_of_one_that_a_model_lacks(tmp_path: Path) -> None:
+    """The second model's vocabulary has a token in the middle: rows before and after it are merged in their
+    places, its own stays."""
+    vocabularies = {"a": ["x", "y", "z"], "b": ["y", "new", "x", "z"]}
+    for name, words in vocabularies.items():
+        (tmp_path / name).mkdir()
+        rows = torch.tensor([[float(sum(map(ord, word)) + (name == "b"))] * 3 for word in words])
+        save_file({"embed_tokens.weight": rows, "norm": torch.ones(5)}, tmp_path / name / "model.safetensors")
+        content = {"model": {"vocab": {word: row for row, word in enumerate(words)}}, "added_tokens": []}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": len(words)}))
+    recipe = Recipe(
+        method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5), tokenizer=str(tmp_path / "b"), unrelated=True
+    )  # fmt: skip
+    merge(recipe, tmp_path / "out")
+    got = tensors(tmp_path / "out")["embed_tokens.weight"]
+    wanted = [ord("y") + 0.5, sum(map(ord, "new")) + 1.0, ord("x") + 0.5, ord("z") + 0.5]
+    assert got[:, 0].tolist() == wanted
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 4
+
+
+def test_the_sample_prefers_no_column() -> None:
+    """A change in one column of 1,024 is seen: the stride of the sample is odd."""
+    base = torch.ones(1024, 1024)
+    changed = base.clone()
+    changed[:, 1] += 1.0
+    found = figures_of([changed, base], cast(Plan, SimpleNamespace(base=object())))
+    # The norm of the change is a thirty-second of the base's.
+    assert found["distance"] == [pytest.approx(1 / 32, rel=0.2)]
