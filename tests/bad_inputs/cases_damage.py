@@ -106,7 +106,7 @@ CASES = (
         mistake="the settings of a tokenizer cut short",
         command="data tokenize text.jsonl --tokenizer tokenizer --out out",
         prepare=having("text", "tokenizer", then=cut("tokenizer/tokenizer_config.json")),
-        says="tokenizer: tokenizer_config.json is not valid JSON (…); write it again",
+        says="tokenizer: tokenizer_config.json is not valid JSON (…); the file is damaged or of an unknown kind",
     ),
     Case(
         mistake="token shards without their manifest",

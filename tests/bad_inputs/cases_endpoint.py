@@ -41,5 +41,5 @@ CASES = (
     bad_set("a stop string as a setting of chat", "stop END", "unknown setting 'stop'; did you mean 'top-p' or 'top-k'?"),
     bad_set("a setting of chat out of range", "min-p 7", "min-p is 7.0; give from 0 to 1"),
     bad_set("a setting of chat without its value", "top-k", "/set top-k; write /set NAME VALUE, such as /set temperature 0.5"),
-    bad_set("a number of thousands of digits in chat", f"seed {'9' * 5000}", f"seed is '{'9' * 60}...'; give a whole number"),
+    bad_set("a number of thousands of digits in chat", f"seed {'9' * 5000}", f"seed is '{'9' * 56}...; give a whole number"),
 )  # fmt: skip

@@ -130,7 +130,8 @@ CASES = (
         mistake="a name of more than 255 bytes for an input",
         command="evaluate " + "m" * 256 + " --data text.jsonl",
         prepare=worlds.having("text"),
-        says="m" * 256 + ": the name is longer than the file system allows; choose a shorter one",
+        says="m" * 256
+        + "/adapter_config.json: the name is longer than the file system allows; choose a shorter one",
     ),
     Case(
         mistake="an output that is a link to itself",

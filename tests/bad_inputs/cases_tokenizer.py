@@ -130,7 +130,7 @@ CASES = (
         mistake="a tokenizer's settings with a number of 5,000 digits",
         command=TOKENIZE,
         prepare=file("tokenizer_config.json", '{"model_max_length": ' + "9" * 5000 + "}"),
-        says="tokenizer: tokenizer_config.json is not valid JSON (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit); the file is damaged or of an unknown kind",
+        says="tokenizer: tokenizer_config.json is not valid JSON (a whole number has thousands of digits); the file is damaged or of an unknown kind",
     ),
     Case(
         mistake="a tokenizer's settings that are not UTF-8",

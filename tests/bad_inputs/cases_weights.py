@@ -219,13 +219,13 @@ CASES = (
         mistake="an index that names a file elsewhere",
         command=LINEAR,
         prepare=indexed({NORM: "../weights.safetensors"}),
-        says="branch/model.safetensors.index.json: names the file '../weights.safetensors', which lies outside its folder; shards must lie beside the index; do not trust this folder",
+        says="branch/model.safetensors.index.json: names a file outside its folder, '../weights.safetensors'; a model's shards lie beside its index; do not trust this folder",
     ),
     Case(
         mistake="an index that names a file of the system",
         command=LINEAR,
         prepare=indexed({NORM: "/etc/hostname"}),
-        says="branch/model.safetensors.index.json: names the file '/etc/hostname', which lies outside its folder; shards must lie beside the index; do not trust this folder",
+        says="branch/model.safetensors.index.json: names a file outside its folder, '/etc/hostname'; a model's shards lie beside its index; do not trust this folder",
     ),
     Case(
         mistake="an index with numbers for files",
