@@ -86,7 +86,7 @@ CASES = (
     training("a learning rate that is no number", "--learning-rate nan", "learning_rate is nan; it must be greater than 0"),
     training("a learning rate without end", "--learning-rate inf", "learning_rate is inf; it must be at most 1000"),
     training("an epsilon below what float32 holds", "--epsilon 1e-40", "epsilon is 1e-40; it must be at least 1e-30"),
-    training("a seed of 40 digits", "--seed 1" + "0" * 40, "seed is 1" + "0" * 40 + "; it must be at most 9007199254740992"),
+    training("a seed of 40 digits", "--seed 1" + "0" * 40, "seed is 1" + "0" * 40 + "; it must be at most 9223372036854775807"),
     training("a million threads", "--threads 1000000", "threads is 1000000; it must be at most 4096"),
     mixture("a mixture whose seed has hundreds of digits", "seed is a whole number of 401 digits; it must be at most 9223372036854775807", seed=10**400),
     mixture("a step of more tokens than any machine takes", "a step has 2,000,000,000 tokens; 268,435,456 are possible: give it fewer rows", batch_size=20_000, sequence_length=100_000),

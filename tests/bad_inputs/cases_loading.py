@@ -218,8 +218,8 @@ CASES = (
         mistake="a shard that lies outside the model's folder",
         command=EVALUATE,
         prepare=llama(sharded({"model.norm.weight": "../model-1.safetensors"})),
-        says="llama/model.safetensors.index.json: names the file '../model-1.safetensors', which lies outside its folder; "
-        "shards must lie beside the index; do not trust this folder",
+        says="llama/model.safetensors.index.json: names a file outside its folder, '../model-1.safetensors'; "
+        "a model's shards lie beside its index; do not trust this folder",
     ),
     Case(
         mistake="a shard of a model of transformers that is gone",
