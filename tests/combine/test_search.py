@@ -145,3 +145,10 @@ def test_what_cannot_be_searched(tmp_path: Path) -> None:
     save_file(stored, branches["b"] / "model.safetensors")
     with pytest.raises(UserError, match="holds NaN or infinity"):
         InMemoryMerge(list(branches.values()), tokenizer="first")
+
+
+def test_the_front_where_figures_are_equal() -> None:
+    """Better in one figure and equal in the other is better; equal in both beats nobody."""
+    scores = ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0})
+    trials = [Trial((float(number),), one) for number, one in enumerate(scores)]
+    assert pareto_front(trials) == trials[1:]
