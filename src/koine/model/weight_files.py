@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
 from koine.files import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
@@ -129,15 +130,18 @@ def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
 
     Reads headers alone. Raises `UserError` for a damaged file.
     """
+    import torch
+
     found: dict[torch.dtype, int] = {}
     for file in files:
         handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118 (not a mapping)
             part = handle.get_slice(name)
-            dtype = FLOATS.get(part.get_dtype())
-            if dtype is None and str(part.get_dtype()).startswith("F"):
+            stored = str(part.get_dtype())
+            if stored not in FLOATS and stored.startswith("F"):
                 return {}
-            if dtype is not None:
+            if stored in FLOATS:
+                dtype = getattr(torch, FLOATS[stored])
                 size = torch.Size(part.get_shape()).numel() * dtype.itemsize
                 found[dtype] = found.get(dtype, 0) + size
     return found
@@ -145,6 +149,8 @@ def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
 
 def widest(dtypes: dict[torch.dtype, int]) -> torch.dtype:
     """The dtype that holds all of these without rounding; float32 where there are none."""
+    import torch
+
     result: torch.dtype | None = None
     for dtype in dtypes:
         result = dtype if result is None else torch.promote_types(result, dtype)
@@ -153,6 +159,8 @@ def widest(dtypes: dict[torch.dtype, int]) -> torch.dtype:
 
 def widest_dtype(folder: Path) -> torch.dtype:
     """The dtype that holds every stored weight of a model folder without rounding; float32 for pickled weights."""
+    import torch
+
     files = weight_files(folder, pickled=True)
     if files[0].suffix != ".safetensors":
         return torch.float32
