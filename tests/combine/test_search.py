@@ -145,3 +145,37 @@ def test_what_cannot_be_searched(tmp_path: Path) -> None:
     save_file(stored, branches["b"] / "model.safetensors")
     with pytest.raises(UserError, match="holds NaN or infinity"):
         InMemoryMerge(list(branches.values()), tokenizer="first")
+
+
+def test_the_front_where_figures_are_equal() -> None:
+    """Better in one figure and equal in the other is better; equal in both beats nobody."""
+    scores = ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0})
+    trials = [Trial((float(number),), one) for number, one in enumerate(scores)]
+    assert pareto_front(trials) == trials[1:]
+
+
+def test_a_grid_as_large_as_the_budget_is_tried() -> None:
+    trials = search_weights(lambda weights: {"x": weights[0]}, 2, parts=4, rounds=1, budget=5)
+    assert [trial.weights[0] for trial in trials] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_what_is_left_keeps_the_sum_that_all_weights_had_as_one() -> None:
+    """Weights that sum to 2 (task arithmetic): without the first, the others are divided to sum to 1."""
+    seen: list[tuple[float, ...]] = []
+    leave_one_out(lambda weights: {"x": float(seen.append(weights) is None)}, (1.0, 0.5, 0.5))
+    assert seen[1:] == [
+        (0.0, 0.5, 0.5),
+        pytest.approx((2 / 3, 0.0, 1 / 3)),
+        pytest.approx((2 / 3, 1 / 3, 0.0)),
+    ]
+
+
+def test_all_weights_are_tried_on_one_mask(tmp_path: Path) -> None:
+    """What DARE drops is the same for all weights: half of a weight is half of the change."""
+    base, branches = write_branches(tmp_path, ("a", "b"))
+    merged = InMemoryMerge(list(branches.values()), method="dare-linear", base=base, options={"density": 0.5})
+    origin = load_model(base).state_dict()
+    whole = {name: tensor.clone() for name, tensor in merged.set((1.0, 0.0)).state_dict().items()}
+    for name, tensor in merged.set((0.5, 0.0)).state_dict().items():
+        wanted = origin[name] + (whole[name] - origin[name]) / 2
+        assert torch.allclose(tensor, wanted, atol=1e-6), name
