@@ -178,8 +178,8 @@ class Tokenizer:
 
     @cached_property
     def _byte_level(self) -> bool:
-        decoder = self._content.get("decoder") or {}
-        return bool(decoder.get("type") == "ByteLevel")
+        decoder = self._content.get("decoder")
+        return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
 
     @cached_property
     def _spelling(self) -> Spelling:
