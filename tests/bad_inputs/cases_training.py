@@ -113,6 +113,12 @@ CASES = (
         says="mixture.json: what was drawn is not a list of places; train again",
     ),
     Case(
+        mistake="fresh data for a model that has read nothing",
+        command="train pretrain --model model --data tokens --steps 2 --batch-size 2 --sequence-length 32 --fresh-data --out out",
+        prepare=worlds.having("tokens", "model"),
+        says="model: --fresh-data, and nothing says what was read before; leave it out, or go on from a model that this version of Koine trained",
+    ),
+    Case(
         mistake="a seed of more than 64 bits",
         command=TRAIN + " --seed 99999999999999999999999",
         prepare=worlds.having("tokens", "tokenizer"),

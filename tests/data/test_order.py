@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koine.data import DataOrder, Mixture, Phase, Source, TokenSource, tokenize
+from koine.data.order import _apportion
 from koine.data.packing import StreamPacking, WholePacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
@@ -243,3 +244,10 @@ def test_json_and_its_mistakes(sources: dict[str, Path]) -> None:
 def test_documents_that_lose_their_end_are_said(sources: dict[str, Path]) -> None:
     with pytest.warns(KoineWarning, match=r"324 of 480 documents are longer than a sequence of 32 tokens"):
         DataOrder(mixture(sources, packing="whole"))
+
+
+def test_blocks_are_apportioned_by_hand() -> None:
+    """One each, the rest by largest remainder: of 10 with equal weights 4, 3, 3; of 10 by 7 to 2 to 1, 1 + 4.9, 1.4, 0.7."""
+    assert _apportion(np.array([1.0, 1.0, 1.0]), 10).tolist() == [4, 3, 3]
+    assert _apportion(np.array([7.0, 2.0, 1.0]), 10).tolist() == [6, 2, 2]
+    assert _apportion(np.array([1.0, 1e-9]), 4).tolist() == [3, 1]

@@ -6,7 +6,16 @@ import math
 
 import pytest
 
-from koine.evaluate.verdicts import above, below, interval, student_quantile, together, within
+from koine.evaluate.verdicts import (
+    above,
+    below,
+    hypothesis,
+    interval,
+    less,
+    student_quantile,
+    together,
+    within,
+)
 
 # Two-sided 95 % quantiles as any statistics book prints them (three decimals).
 PUBLISHED = {
@@ -45,11 +54,40 @@ def test_values_that_are_no_measure_are_no_verdict(values: list[float]) -> None:
         above(values)
 
 
-def test_verdicts_on_each_side_of_the_border() -> None:
-    assert above([0.10, 0.11, 0.12]) == "reproduced"
-    assert above([0.10, 0.11, 0.12], least=0.2) == "not reproduced"
-    assert below([-0.10, 0.11, 0.02]) == "inconclusive"
-    assert below([0.10, 0.11, 0.12], most=0.2) == "reproduced"
-    assert within([0.01, 0.012, 0.011], 0.05) == "reproduced"
-    assert within([-0.11, -0.112, -0.111], 0.05) == "not reproduced"
-    assert together(["reproduced", "not reproduced", "inconclusive"]) == "not reproduced"
+# Three values around a mean with deviation 0.1: the interval is the mean, give or take 0.2484.
+def around(mean: float) -> list[float]:
+    return [mean - 0.1, mean, mean + 0.1]
+
+
+@pytest.mark.parametrize(
+    ("mean", "least", "verdict"),
+    [
+        (0.3, 0.0, "reproduced"), (-0.3, 0.0, "not reproduced"), (0.2, 0.0, "inconclusive"), (-0.2, 0.0, "inconclusive"),
+        (0.8, 0.5, "reproduced"), (0.7, 0.5, "inconclusive"), (0.2, 0.5, "not reproduced"),
+    ],
+)  # fmt: skip
+def test_above_and_below_are_mirrors(mean: float, least: float, verdict: str) -> None:
+    assert above(around(mean), least) == verdict
+    assert below(around(-mean), -least) == verdict
+
+
+@pytest.mark.parametrize(
+    ("mean", "verdict"),
+    [
+        (0.0, "reproduced"), (0.2, "reproduced"), (-0.2, "reproduced"), (0.4, "inconclusive"), (-0.4, "inconclusive"),
+        (0.8, "not reproduced"), (-0.8, "not reproduced"),
+    ],
+)  # fmt: skip
+def test_within_a_margin_on_both_sides(mean: float, verdict: str) -> None:
+    assert within(around(mean), 0.5) == verdict
+
+
+def test_several_claims() -> None:
+    assert together(["reproduced", "reproduced"]) == "reproduced"
+    assert together(["reproduced", "inconclusive"]) == "inconclusive"
+    assert together(["inconclusive", "not reproduced", "reproduced"]) == "not reproduced"
+    assert less([3.0, 5.0], [1.0, 6.0]) == [2.0, -1.0]
+    one = hypothesis("reproduced", {"first": [1.0, 2.0, 3.0], "second": [9.0]}, "2", "why")
+    assert one["measured"] == 2.0
+    assert one["interval"] == interval([1.0, 2.0, 3.0])
+    assert one["series"]["second"] == {"by_seed": [9.0], "interval": [9.0, 9.0]}

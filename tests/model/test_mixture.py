@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,18 @@ def test_counts_of_nexus(
     # A Nexus router has two projections in place of a row an expert: so many that the named sizes are those of the experts alone.
     nexus = count_parameters(mixed(config, experts=names, shared_expert=True, domain_size=64))
     assert nexus.total - linear.total == layers * (2 * hidden * 64 + hidden**2) - routers
+
+
+def test_a_domain_router_by_hand() -> None:
+    """`x . W2 (silu(gate) * up)`: the first half of W1's rows is the gate, the second is up (arXiv 2408.15901, section 3)."""
+    router = DomainRouter(2, 1, 1)
+    with torch.no_grad():
+        router.domains.copy_(torch.tensor([[2.0]]))
+        # Gates 2 and -2, ups 6 and 8.
+        router.into.copy_(torch.tensor([[1.0], [-1.0], [3.0], [4.0]]))
+        router.out.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
+    silu = {value: value / (1 + math.exp(-value)) for value in (2.0, -2.0)}
+    expected = [silu[2.0] * 6.0, 0.5 * silu[-2.0] * 8.0]
+    assert router.expert_embeddings()[0].tolist() == pytest.approx(expected, rel=1e-6)
+    found = router(torch.tensor([[1.0, 10.0]]))
+    assert found.tolist() == [[pytest.approx(expected[0] + 10.0 * expected[1], rel=1e-6)]]

@@ -79,6 +79,11 @@ def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., 
             is_flag=True,
             help="Let attention and targets run on from one document of a sequence to the next.",
         ),
+        click.option(
+            "--fresh-data",
+            is_flag=True,
+            help="Begin each source after the documents that --model has been trained on (same --seed).",
+        ),
         click.option("--long-every", type=int, help="Every n-th step is a batch of long sequences."),
         click.option("--long-sequence-length", type=int, help="Tokens of a long sequence."),
         click.option("--long-batch-size", type=int, help="Long sequences a step, over all ranks."),
@@ -242,6 +247,7 @@ def _run(
     batch_size: int,
     packing: str,
     cross_document_attention: bool,
+    fresh_data: bool,
     long_every: int | None,
     long_sequence_length: int | None,
     long_batch_size: int | None,
@@ -277,6 +283,8 @@ def _run(
         cross_document_attention=cross_document_attention,
         seed=seed,
     )
+    if fresh_data:
+        mix = _after(mix, began_as)
     from koine.data import DataOrder, TokenSource
     from koine.train.architecture import refuse_data_beyond_the_model, refuse_packed_documents
     from koine.train.objectives import refuse_plain_documents, supervised_fine_tuning
@@ -325,6 +333,22 @@ def _run(
         began_as=began_as,
         device=device,
     )
+
+
+def _after(mixture: Mixture, model: Path | None) -> Mixture:
+    """The mixture that goes on after what a model has been trained on."""
+    from dataclasses import replace
+
+    from koine.data.drawn import read_drawn
+
+    drawn = () if model is None else read_drawn(model)
+    if not drawn:
+        raise UserError(
+            "--fresh-data, and nothing says what was read before",
+            where=model,
+            mend="leave it out, or go on from a model that this version of Koine trained",
+        )
+    return replace(mixture, drawn=drawn)
 
 
 def _refuse_half_an_evaluation(settings: TrainSettings, data: tuple[str, ...], split: str | None) -> None:

@@ -66,13 +66,13 @@ def _layout(name: object) -> torch.layout:
     return torch.strided
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Unpickler(pickle._Unpickler):
     """An unpickler that knows the classes of an index and calls nothing else.
 
     The one in Python, not the one in C: its memo is a dict, so that a number in the file cannot reserve memory.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -88,11 +88,11 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         raise pickle.UnpicklingError("it refers to something outside")
 
     def load_build(self) -> None:
-        target = self.stack[-2]
+        target = cast("Any", self).stack[-2]
         # A class or a function that is changed here would be changed for the whole process.
         if type(target) not in _FILLED:
             raise pickle.UnpicklingError(f"it changes a {type(target).__name__}")
-        super().load_build()
+        cast("Any", pickle._Unpickler).load_build(self)
 
     dispatch[pickle.BUILD[0]] = load_build
 
