@@ -246,7 +246,9 @@ def read_record(path: Path) -> dict[str, Any]:
         one = Fields(change, where, whole_file=mend)
         _check_sources(one.inner("added", {}))
         one.text("removed", None)
-        one.number("share", 0.5 if "added" in change else None, low=0, high=1 - 1e-9)
+        # All may be added; what is left when all is taken out cannot be scaled up again.
+        most = {"high": 1.0} if "added" in change else {"high": 1 - 1e-9}
+        one.number("share", 0.5 if "added" in change else None, low=0, **most)
     # What is null is not there, for those that read it too.
     content = {name: entry for name, entry in content.items() if entry is not None}
     if "changes" in content:
