@@ -538,3 +538,23 @@ def test_what_could_not_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch, pytest.raises(UserError, match="could not be removed: .*partial"):  # noqa: PT012
         patch.setattr(shutil, "rmtree", lambda path, **named: None)
         write()
+
+
+def test_what_a_kill_after_the_last_rename_left_goes_with_the_next_refusal(tmp_path: Path) -> None:
+    """The result is there, so the next command refuses; the lock and the temporary names of the killed one go all the same."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model").write_text("whole")
+    (tmp_path / "out.json").write_text("{}")
+    for name in (
+        ".out.lock",
+        ".out.77.partial",
+        ".out.json.lock",
+        ".out.json.77.partial",
+        "..out.json.77.partial.77.partial",
+    ):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="exists already"), atomic_directory(tmp_path / "out"):
+        pass
+    with pytest.raises(UserError, match="exists already"), atomic_file(tmp_path / "out.json"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.json"]

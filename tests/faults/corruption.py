@@ -107,7 +107,7 @@ READERS = (
     ),
     Reader(
         name="gguf", command="model export @exportable --format gguf --out out.gguf", reads="exportable",
-        files=("*",), results=("out.gguf",),
+        files=("*.safetensors", "*.json"), results=("out.gguf",),
     ),
 )  # fmt: skip
 BY_NAME = {reader.name: reader for reader in READERS}

@@ -95,7 +95,12 @@ def claim(
         place = real_folder(out)
         if overwrite:
             refuse_replacing(out, reads)
-        _refuse_existing(out, place, overwrite=overwrite)
+        try:
+            _refuse_existing(out, place, overwrite=overwrite)
+        except UserError:
+            # A command that was killed after its last rename left its lock.
+            clear_leftovers(out, place)
+            raise
         with _parents(out, place), _locked(out, place), told_of(out, place.with_name(f".{place.name[:40]}")):
             _refuse_existing(out, place, overwrite=overwrite)
             yield Claim(out, place, state_of(place))
@@ -139,10 +144,25 @@ def leftovers(place: Path) -> list[Path]:
         return []
     found = []
     for entry in os.scandir(place.parent):
-        match = LEFTOVER.fullmatch(entry.name)
-        if match and beside(place, match[1]).name == entry.name:
+        if _is_leftover(entry.name, place):
             found.append(place.parent / entry.name)
     return sorted(found)
+
+
+def _is_leftover(name: str, place: Path) -> bool:
+    """Whether a temporary name is the output's, or that of a file which is written under such a name itself."""
+    match = LEFTOVER.fullmatch(name)
+    if match is None:
+        return False
+    return beside(place, match[1]).name == name or _is_leftover(name[1 : -len(match[1]) - 1], place)
+
+
+def clear_leftovers(out: Path, place: Path) -> None:
+    """Remove what a killed command left beside an output, unless another command is writing it."""
+    lock = beside(place, "lock")
+    if leftovers(place) or (lock.is_file() and lock.stat().st_size == 0):
+        with contextlib.suppress(UserError), _locked(out, place):
+            pass
 
 
 def recover(place: Path) -> None:
@@ -269,6 +289,7 @@ def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--ou
                 f"leads to {place}, whose folder is not there", where=out, mend="is its disk mounted?"
             )
         if not overwrite and os.path.lexists(place):
+            clear_leftovers(out, place)
             raise UserError("exists already", where=out, mend=f"add --overwrite, or choose another {option}")
     return place
 

@@ -38,7 +38,9 @@ CAUSES: dict[int, tuple[str, str]] = {
 DENIED = (errno.EACCES, errno.EPERM)
 UNKNOWN = "check the disk, then run the command again"
 # How libraries say that a write failed where they raise no OSError.
-LIBRARIES = re.compile(r"PytorchStreamWriter failed|file write failed|I/O error|IoError|os error \d+")
+LIBRARIES = re.compile(
+    r"PytorchStreamWriter failed|unexpected pos|file write failed|I/O error|IoError|os error \d+"
+)
 
 
 @contextmanager

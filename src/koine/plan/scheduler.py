@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from koine.errors import UserError
 from koine.files import clear_abandoned, disk_errors, exclusive
 from koine.plan.display import Display
 from koine.plan.estimates import Expectation, expect, remaining
@@ -153,8 +154,12 @@ def make_place(own: Path) -> None:
 def recover_all(plan: Plan) -> None:
     """Mend what a kill during publication left, where nobody is building that artifact now."""
     for name in plan.nodes:
-        if leftovers(plan.folder, name):
-            with exclusive(lock_of(plan.folder, name), doing=f"building {name}", wait=-1):
+        # A lock that nobody holds was left by a kill; who holds one is waited for where its artifact is needed.
+        if leftovers(plan.folder, name) or lock_of(plan.folder, name).exists():
+            with (
+                contextlib.suppress(UserError),
+                exclusive(lock_of(plan.folder, name), doing=f"building {name}"),
+            ):
                 recover(plan.folder, name)
 
 
@@ -285,7 +290,7 @@ def execute(
     own = folder / ".progress" / f"{platform.node()}-{os.getpid()}"
     with disk_errors(plan.folder):
         folder.mkdir(parents=True, exist_ok=True)
-        clear_abandoned(folder, folder / ".cache")
+        clear_abandoned(folder, folder / ".cache", folder / ".work")
         sweep(own.parent)
         make_place(own)
         try:
