@@ -257,7 +257,11 @@ def test_a_wider_result_is_worked_out_in_it(
     got, wanted = tensors(tmp_path / "narrow"), tensors(tmp_path / "wide")
     kind = getattr(torch, dtype)
     assert all(tensor.dtype == kind for tensor in got.values())
-    assert all(torch.equal(got[name], wanted[name].to(kind)) for name in wanted)
+    # SLERP's angle follows from dot products, whose last bit depends on how the memory of their input is aligned.
+    ulp = torch.finfo(kind).eps if method == "slerp" else 0.0
+    for name in wanted:
+        largest = float(wanted[name].abs().max())
+        torch.testing.assert_close(got[name], wanted[name].to(kind), rtol=0, atol=ulp * largest)
     # It holds numbers that bfloat16 has not.
     assert any(not torch.equal(tensor.to(torch.bfloat16).to(kind), tensor) for tensor in got.values())
     assert read_json(tmp_path / "narrow" / "config.json")["dtype"] == dtype

@@ -44,7 +44,7 @@ def test_an_index_names_no_file_outside(name: str, tmp_path: Path) -> None:
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
     write_index(tmp_path / "model", {"x": name})
     for opens in (weight_files, Checkpoint):
-        with pytest.raises(UserError, match="lies outside its folder"):
+        with pytest.raises(UserError, match="a file outside its folder"):
             opens(tmp_path / "model")
 
 

@@ -235,7 +235,7 @@ def test_windows_hold_for_attention_experts(tiny: ModelConfig) -> None:
         ({"experts": ()}, "the mixture has no experts"),
         ({"experts": ("a", "a")}, "two experts are named 'a'"),
         ({"top_k": 4}, "top_k is 4"),
-        ({"attention": "shared"}, "unknown attention 'shared'; did you mean 'shared-kv'"),
+        ({"attention": "shared"}, "attention is 'shared'; did you mean 'shared-kv'"),
         ({"attention_top_k": 1}, "attention_top_k is given and the attention is averaged"),
         ({"domain_size": 0}, "domain_size is 0"),
         ({"z_loss": -1.0}, "z_loss is -1.0"),

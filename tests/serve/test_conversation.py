@@ -80,10 +80,10 @@ def test_reset_keeps_the_system_text() -> None:
         ("max_new_tokens", 10**30, f"max-new-tokens is {10**30}; give a number below 2^31"),
         ("max_new_tokens", 5.0, "max-new-tokens is 5.0; give a whole number"),
         ("max_new_tokens", True, "max-new-tokens is True; give a whole number"),
-        ("max_new_tokens", "5", "max-new-tokens is 5; give a whole number"),
+        ("max_new_tokens", "5", "max-new-tokens is '5'; give a whole number"),
         ("max_new_tokens", None, "max-new-tokens is None; give a whole number"),
         ("temperature", True, "temperature is True; give a number"),
-        ("temperature", "0.3", "temperature is 0.3; give a number"),
+        ("temperature", "0.3", "temperature is '0.3'; give a number"),
         ("temperature", 10**400, f"temperature is 1{'0' * 59}...; give a smaller number"),
         ("top_k", 2**31, f"top-k is {2**31}; give a number below 2^31"),
         ("top_k", float("nan"), "top-k is nan; give a whole number"),
@@ -91,7 +91,7 @@ def test_reset_keeps_the_system_text() -> None:
         ("min_p", [0.1], "min-p is [0.1]; give a number"),
         ("seed", False, "seed is False; give a whole number"),
         ("stop", (5,), "stop is (5,); give a tuple of strings, none of them empty"),
-        ("stop", "end", "stop is end; give a tuple of strings, none of them empty"),
+        ("stop", "end", "stop is 'end'; give a tuple of strings, none of them empty"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(name: str, value: float, line: str) -> None:
@@ -114,7 +114,7 @@ def test_settings_from_their_written_form() -> None:
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "seed", "max_new_tokens"])
 def test_a_number_of_thousands_of_digits(name: str) -> None:
-    with pytest.raises(UserError, match="is a number of thousands of digits; give "):
+    with pytest.raises(UserError, match="is a whole number of 5001 digits; give "):
         Sampling(**{name: 10**5000})
 
 

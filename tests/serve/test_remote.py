@@ -531,8 +531,9 @@ def test_who_waits_asks_where_the_other_fails(endpoint: Endpoint, tmp_path: Path
 def full(monkeypatch: pytest.MonkeyPatch, *names: str, free_after: int = 1000) -> None:
     """Writing a file whose path holds one of `names` fails as on a full disk, the first `free_after` times."""
     from koine import files
+    from koine.files import writing
 
-    write, failed = files.write_atomically, [0]
+    write, failed = writing.write_atomically, [0]
 
     def refuse(path: Path, content: bytes | str) -> None:
         if any(name in str(path) for name in names) and failed[0] < free_after:
@@ -541,7 +542,7 @@ def full(monkeypatch: pytest.MonkeyPatch, *names: str, free_after: int = 1000) -
                 raise OSError(28, "No space left on device", str(path))
         write(path, content)
 
-    monkeypatch.setattr(files, "write_atomically", refuse)
+    monkeypatch.setattr(writing, "write_atomically", refuse)
 
 
 def test_an_answer_that_the_disk_does_not_take_is_given_all_the_same(

@@ -232,7 +232,7 @@ def _write_tensors(
             if error.errno is not None:
                 raise
             # numpy counts what the system took and says no more: it takes less than asked where the disk is full.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(where)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _check_range(values: Any, kind: str, name: str, where: Path) -> None:
