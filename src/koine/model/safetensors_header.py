@@ -68,7 +68,7 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
 
 
 def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]], *, metadata: Mapping[str, str]) -> bytes:
-    """The length and the header of a file that holds tensors of these names, dtypes and shapes one after another."""
+    """Length and header of a file that holds tensors of these names, dtypes and shapes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, (dtype, shape) in layout.items():
@@ -81,7 +81,7 @@ def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]], *, metadata: M
 
 
 class _MalformedError(Exception):
-    """Why a header is none."""
+    """The reason why a header is refused."""
 
 
 def _damaged(file: Path, why: str) -> UserError:

@@ -41,10 +41,10 @@ REFUSAL_BYTES = 1 << 16
 """Of a response with an error status, no more is read."""
 
 REASON_CHARACTERS = 60
-"""What a server's word for the end of an answer is cut to."""
+"""Characters of a server's finish reason that are shown at most."""
 
 CLAIM_SECONDS = 0.1
-"""How often a call looks whether another process has the answer that it waits for."""
+"""Seconds between two looks for the answer that another process asks for."""
 
 Charge = tuple[int, int] | Literal["nothing", "unknown"]
 """Prompt and completion tokens; or that nothing can have been charged; or that this is not known."""
@@ -331,7 +331,8 @@ class RemoteEngine:
     async def _attempt(self, client: httpx2.AsyncClient, call: Call, run: _Run) -> Completion | _Failure:
         """Send a call once: the completion, or what went wrong that may pass.
 
-        Money stays unsettled in the ledger exactly where the endpoint may have charged for an answer that never came.
+        Money stays unsettled in the ledger exactly where the endpoint may have charged for an answer that
+        never came.
         """
         await self._afford(call, run)
         charged: Charge = "nothing"
@@ -409,14 +410,17 @@ class RemoteEngine:
         raise UserError(f"{call.name}: {problem}", where=self._url, mend=mend)
 
     def _place(self, location: str) -> str:
-        """Where a redirect leads, for a message; nothing is sent there, least of all the key."""
+        """The target of a redirect, for a message; nothing is sent there, least of all the key."""
         try:
             return self._mask.line(without_credentials(location))
         except ValueError:
             return self._mask.line(location)
 
     def _malformed(self, call: Call, error: MalformedError) -> _Failure:
-        """An answer that cannot be used. Raises `UserError` where the server says that it always will be so."""
+        """An answer that cannot be used.
+
+        Raises `UserError` where the server says that it always will be so.
+        """
         said = self._mask.line(error.said)
         problem = f"its answer is malformed: {error.kind}" + (f"; the endpoint says: {said}" if said else "")
         if error.passing is False:

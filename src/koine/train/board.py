@@ -11,8 +11,8 @@ FLUSH_SECONDS = 120.0
 class Board:
     """Writes scalars for TensorBoard, as tensorboardX's `SummaryWriter` does, but without its thread.
 
-    A disk that refuses a write is then an `OSError` of the training. In a thread it would be a traceback, and a training that goes
-    on without its board.
+    A disk that refuses a write is then an `OSError` of the training. In a thread it would be a traceback, and
+    a training that goes on without its board.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
