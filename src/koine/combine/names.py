@@ -167,7 +167,7 @@ def _is_copy(one: Checkpoint, name: str, common: set[str]) -> bool:
     return any(
         _equal(one, name, other)
         for other in others
-        if not (HEAD.search(other) and HEAD.search(other)[2] == "weight")  # type: ignore[index]
+        if not ((head := HEAD.search(other)) and head[2] == "weight")
     )
 
 

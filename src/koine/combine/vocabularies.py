@@ -206,13 +206,13 @@ def tokens_of(path: Path) -> dict[str, int] | None:
         return None
     content = read_json(file)
     model = content.get("model") if isinstance(content, dict) else None
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    added = (content.get("added_tokens") or []) if isinstance(content, dict) else None
+    vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
+    added: Any = (content.get("added_tokens") or []) if isinstance(content, dict) else None
     try:
         if isinstance(vocabulary, list):
             # Unigram models hold pairs of a token and its score.
             vocabulary = {str(pair[0]): index for index, pair in enumerate(vocabulary)}
-        found = {**vocabulary, **{str(token["content"]): token["id"] for token in added}}  # type: ignore[dict-item, union-attr]
+        found = {**vocabulary, **{str(token["content"]): token["id"] for token in added}}
     except (TypeError, KeyError, IndexError):
         found = {}
     if not found or not all(type(one) is int and one >= 0 for one in found.values()):

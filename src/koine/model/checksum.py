@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from koine.errors import UserError
+from koine.model.safetensors_header import MalformedHeaderError, raw_header
 
 KEY = "sha256"
 UNSEALED = "0" * 64
@@ -26,20 +27,17 @@ UNSEALED = "0" * 64
 `CheckpointWriter` and `save_file` write it as metadata.
 """
 BLOCK = 8 * 2**20
-LARGEST_HEADER = 100 * 2**20
 REMEMBERED = 4096
 """Checked files that are remembered at most."""
 
 
 def _header(path: Path) -> bytes:
     """The bytes of length and header; `b""` where there is no whole header."""
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else LARGEST_HEADER + 1
-        if length > LARGEST_HEADER:
-            return b""
-        header = first + file.read(length)
-    return header if len(header) == 8 + length else b""
+    try:
+        return raw_header(path)
+    except MalformedHeaderError:
+        # Whoever opens the file says what is wrong with it.
+        return b""
 
 
 def _place(header: bytes) -> tuple[int, str] | None:

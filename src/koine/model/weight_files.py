@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
 from koine.files import read_json
+from koine.model.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -145,16 +146,12 @@ def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
 
     found: dict[torch.dtype, int] = {}
     for file in files:
-        handle = open_safetensors(file)
-        for name in handle.keys():  # noqa: SIM118 (not a mapping)
-            part = handle.get_slice(name)
-            stored = str(part.get_dtype())
-            if stored not in FLOATS and stored.startswith("F"):
+        for entry in read_header(file).values():
+            if entry.dtype not in FLOATS and entry.dtype.startswith("F"):
                 return {}
-            if stored in FLOATS:
-                dtype = getattr(torch, FLOATS[stored])
-                size = torch.Size(part.get_shape()).numel() * dtype.itemsize
-                found[dtype] = found.get(dtype, 0) + size
+            if entry.dtype in FLOATS:
+                dtype = getattr(torch, FLOATS[entry.dtype])
+                found[dtype] = found.get(dtype, 0) + entry.end - entry.begin
     return found
 
 

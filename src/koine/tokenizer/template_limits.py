@@ -164,10 +164,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
-        for node in list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+        blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = list(
+            template.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
+        )
+        for node in blocks:
             own = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-            node.body.insert(0, _statement("tick", nodes.Const(own), node.lineno))  # type: ignore[attr-defined]
-        return _Sized().visit(template)  # type: ignore[no-any-return]
+            node.body.insert(0, _statement("tick", nodes.Const(own), node.lineno))
+        sized: nodes.Template = _Sized().visit(template)
+        return sized
 
 
 class _Sized(jinja2.visitor.NodeTransformer):

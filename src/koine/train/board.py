@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 FLUSH_SECONDS = 120.0
 
@@ -40,6 +41,6 @@ class Board:
         """Write what is left, synced to the disk."""
         self._events.close()
 
-    def _write(self, event: object) -> None:
-        event.wall_time = time.time()  # type: ignore[attr-defined]
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
         self._events.write_event(event)
