@@ -33,7 +33,10 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """A text with escapes in place of what no terminal prints, or takes for a command: control characters, halves of surrogate pairs."""
+    """Escape what no terminal prints, or takes for a command.
+
+    These are control characters and halves of surrogate pairs.
+    """
     if text.isprintable():
         return text
     return "".join(

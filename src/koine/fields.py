@@ -1,6 +1,8 @@
-"""Fields of configurations, each read with its type and its bounds: one line for every value that does not fit.
+"""Fields of configurations, each read with its type and its bounds: one line for every value that does not
+fit.
 
-A bool is no number, a string is no bool, and NaN is never a number: what a file says is taken as it stands or refused.
+A bool is no number, a string is no bool, and NaN is never a number: what a file says is taken as it stands or
+refused.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from koine.errors import UserError, did_you_mean
 
 LARGEST = 2**53
-"""Whole numbers above this are refused where no other bound is given: every library of ours holds them, and float64 exactly."""
+"""Largest whole number where no other bound is given; float64 holds all up to it exactly."""
 _SHOWN = 60
 _REQUIRED: Any = object()
 
@@ -118,7 +120,7 @@ def check_choice(name: str, value: Any, choices: Collection[str], *, where: str 
 
 
 def check_file_name(name: str, value: Any, *, where: str | Path | None = None) -> str:
-    """`value` where it is the name of a file beside the one that names it, else a `UserError`: no path leads elsewhere."""
+    """Return `value` where it names a file beside the one that names it, else raise `UserError`."""
     if (
         not isinstance(value, str)
         or value in ("", ".", "..")
@@ -132,8 +134,8 @@ def check_file_name(name: str, value: Any, *, where: str | Path | None = None) -
 class Fields:
     """The fields of a JSON object. `null` is the same as left out, as in `transformers`.
 
-    Each method returns the field, or its default where it is left out; raises `UserError` where the field is of another type or out
-    of its bounds, and where it has neither value nor default.
+    Each method returns the field, or its default where it is left out; raises `UserError` where the field is
+    of another type or out of its bounds, and where it has neither value nor default.
     """
 
     def __init__(

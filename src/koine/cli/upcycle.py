@@ -29,7 +29,7 @@ MORE = click.argument("more", nargs=-1, metavar="")
 
 
 def OUT(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - an option like the others
-    """Where to write, and whether to replace what is there."""
+    """Add `--out` and `--overwrite` to a command."""
     out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
     return out(OVERWRITE(command))
 

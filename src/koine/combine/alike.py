@@ -36,11 +36,14 @@ NO_FUNCTION = OF_TRAINING | OF_THE_VOCABULARY | {
     "router_aux_loss_coef", "output_router_logits", "initializer_factor", "task_specific_params", "pretraining_tp", "chunk_size_feed_forward",
     "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "drop_path_rate", "attn_implementation", "name_or_path",
 }  # fmt: skip
-"""Fields that a class of any `config.json` may declare and that do not change what the same weights compute."""
+"""Fields of a `config.json` that do not change what the same weights compute."""
 
 
 def _matters(name: str) -> bool:
-    """Whether a field may change what the same weights compute. Dropout only trains; what begins with _ is a note of the library's own."""
+    """Return whether a field may change what the same weights compute.
+
+    Dropout only trains; what begins with _ is a note of the library's own.
+    """
     return not (
         name in NO_FUNCTION
         or name.startswith("_")
@@ -90,7 +93,8 @@ def refuse_other_function(wanted: Path, found: Path) -> None:
     difference = _difference(ours, theirs, wanted, found)
     if difference is not None:
         name, one, other = difference
-        # Only the class knows the default of a field that a file leaves out, or that the field is none of its own.
+        # Only the class knows the default of a field that a file leaves out, or that the field is none of its
+        # own.
         unsure = None in (one, other) and library_config(ours, where=wanted / "config.json") is None
         raise UserError(
             f"{name} is {_shown(other)}, and {_shown(one)} in {wanted}",
@@ -156,13 +160,19 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _as_the_class_reads(value: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields that the architecture's class declares, with its defaults; the file's own where the library or the architecture is unknown."""
+    """The fields of the architecture's class, with its defaults.
+
+    The file's own fields where the library or the architecture is unknown.
+    """
     config = library_config(value, where=path / "config.json")
     return value if config is None else declared_fields(config)
 
 
 def ties_embeddings(path: Path) -> bool | None:
-    """Whether a model's head is its embedding, by its `config.json` or the default of its class; None where neither says so."""
+    """Return whether a model's head is its embedding; None where that is not known.
+
+    Read from its `config.json`, or from the default of its class.
+    """
     content = model_configuration(path)
     if content.get("model_type") in OWN_TYPES:
         try:

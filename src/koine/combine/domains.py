@@ -1,11 +1,13 @@
-"""Embeddings of domains: the mean of the embeddings of their documents, by an encoder that is named and kept with the mixture.
+"""Embeddings of domains: the mean of the embeddings of their documents, by an encoder that is named and kept
+with the mixture.
 
-The encoder is independent of the router and fixed (arXiv 2408.15901, section 3). A domain that is added later must not be pressed into
-the span of the ones that the encoder was fitted on, and what all text has in common must not make all domains alike. So the default,
-`tfidf`, projects hashed character n-grams at random, which keeps angles whatever the text is, weighs them by their rarity in broad text
-(the sample world's languages) and the domains', and subtracts the mean of both. `hidden` (mean hidden states of the seed) is centred
-likewise. `svd` projects on the leading directions of the domains' own documents and knows nothing else; the folder of a
-sentence-transformers model is taken as it is.
+The encoder is independent of the router and fixed (arXiv 2408.15901, section 3). A domain that is added later
+must not be pressed into the span of the ones that the encoder was fitted on, and what all text has in common
+must not make all domains alike. So the default, `tfidf`, projects hashed character n-grams at random, which
+keeps angles whatever the text is, weighs them by their rarity in broad text (the sample world's languages)
+and the domains', and subtracts the mean of both. `hidden` (mean hidden states of the seed) is centred
+likewise. `svd` projects on the leading directions of the domains' own documents and knows nothing else; the
+folder of a sentence-transformers model is taken as it is.
 """
 
 from __future__ import annotations
@@ -60,10 +62,12 @@ def domain_embedding(encoder: Encoder, texts: Sequence[str]) -> Tensor:
 
 
 class RandomProjectionEncoder:
-    """Hashed character n-grams weighed by rarity, each document of length 1, projected at random, less the mean of broad text.
+    """Hashed character n-grams weighed by rarity, each document of length 1, projected at random, less the
+    mean of broad text.
 
-    weights: `[BUCKETS]`, the squares of the idf, so that what is common in a language counts little. components:
-    `[BUCKETS, width]`, normal with variance `1 / width`: angles are kept up to about `1 / sqrt(width)`. centre: `[width]`.
+    weights: `[BUCKETS]`, the squares of the idf, so that what is common in a language counts little.
+    components: `[BUCKETS, width]`, normal with variance `1 / width`: angles are kept up to about `1 /
+    sqrt(width)`. centre: `[width]`.
     """
 
     def __init__(self, weights: Tensor, components: Tensor, centre: Tensor) -> None:
@@ -71,7 +75,10 @@ class RandomProjectionEncoder:
 
     @classmethod
     def fit(cls, texts: Sequence[str], width: int, *, seed: int = 0) -> RandomProjectionEncoder:
-        """Rarity and centre are those of broad text and of `texts`. Raises `UserError` for fewer documents than dimensions."""
+        """Rarity and centre are those of broad text and of `texts`.
+
+        Raises `UserError` for fewer documents than dimensions.
+        """
         _refuse_few(texts, width)
         counts = _counts([*_broad(), *texts])
         weights = _idf(counts).square()
@@ -124,7 +131,8 @@ def _unit_rows_times(rows: Tensor, components: Tensor) -> Tensor:
 
 
 class TfidfEncoder:
-    """TF-IDF of hashed character n-grams, projected on the leading right singular vectors of the documents it was fitted on.
+    """TF-IDF of hashed character n-grams, projected on the leading right singular vectors of the documents it
+    was fitted on.
 
     Of other text it keeps what lies in their span. Mixtures of earlier versions have this one.
 
@@ -231,7 +239,10 @@ class HiddenStateEncoder:
 
 
 def _refuse_custom_modules(folder: Path) -> None:
-    """Raise `UserError` for a sentence encoder with modules of its own code, which some versions of the library run unasked."""
+    """Raise `UserError` for a sentence encoder with modules of its own code.
+
+    Some versions of the library run such code unasked.
+    """
     if not (folder / "modules.json").is_file():
         return
     modules = read_json(folder / "modules.json")
@@ -274,7 +285,10 @@ class SentenceEncoder:
 def fit_encoder(
     kind: str, texts: Mapping[str, Sequence[str]], *, seed_model: Path, width: int, random_seed: int = 0
 ) -> Encoder:
-    """`tfidf` or `svd` (of `width` dimensions), `hidden` (of `seed_model`), or a sentence-transformers folder; see the module."""
+    """Fit an encoder: `tfidf`, `svd`, `hidden`, or a sentence-transformers folder; see the module.
+
+    width: dimensions of `tfidf` and `svd`. seed_model: the model whose hidden states `hidden` takes.
+    """
     every = [text for part in texts.values() for text in part]
     if kind == "tfidf":
         return RandomProjectionEncoder.fit(every, width, seed=random_seed)
@@ -286,7 +300,10 @@ def fit_encoder(
 
 
 def load_encoder(model: Path) -> Encoder:
-    """The encoder that a mixture's domain embeddings were made by. Raises `UserError` where its files are not those of one."""
+    """The encoder that a mixture's domain embeddings were made by.
+
+    Raises `UserError` where its files are not those of one.
+    """
     folder = model / DOMAIN_ENCODER
     where = folder / "encoder.json"
     if not where.exists():

@@ -42,8 +42,10 @@ LEAST_PROBED = 1_024
 class Plan:
     """The opened models, and the layout of the result.
 
-    vocabularies: for each tensor whose rows meet by their tokens, how; empty where all models have one vocabulary. tokenizer: the folder that the result's
-    tokenizer and chat template come from. modules: plans of the sub-folders of a sentence model that hold weights of their own.
+    vocabularies: for each tensor whose rows meet by their tokens, how; empty where all models have one
+    vocabulary.
+    tokenizer: the folder that the result's tokenizer and chat template come from.
+    modules: plans of the sub-folders of a sentence model that hold weights of their own.
     """
 
     recipe: Recipe
@@ -67,7 +69,10 @@ class Plan:
         return self.recipe.weights
 
     def dtype_read(self, name: str, stored: torch.dtype) -> torch.dtype:
-        """The dtype that a method is given a tensor in: a result of a wider or another dtype must not be rounded to the models' first."""
+        """The dtype that a method is given a tensor in.
+
+        A result of a wider or another dtype must not be rounded to the models' first.
+        """
         return stored if self.recipe.dtype is None else torch.promote_types(stored, self.layout[name][0])
 
     def close(self) -> None:
@@ -148,9 +153,12 @@ def _checked(
 def _meet(
     recipe: Recipe, everyone: Sequence[Checkpoint], names: Sequence[str], chosen: int
 ) -> tuple[dict[str, Vocabularies], dict[str, int]]:
-    """How the rows of each tensor with a row a token meet, and how many dimensions of length 1 stand before its rows; empty for one vocabulary.
+    """Align the rows of each tensor that has one row per token; empty for one vocabulary.
 
-    Raises `UserError` where the vocabularies or the tokenizers differ and the recipe does not say whose the result has.
+    Also gives how many dimensions of length 1 stand before the rows.
+
+    Raises `UserError` where the vocabularies or the tokenizers differ and the recipe does not say whose the
+    result has.
     """
     paths, tokens = [one.path for one in everyone], [tokens_of(one.path) for one in everyone]
     differing = [name for name in names if len({one[name].shape for one in everyone}) > 1]

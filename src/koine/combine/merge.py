@@ -170,7 +170,10 @@ def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
 
 
 def _holds(writer: CheckpointWriter, name: str, entry: Any) -> bool:
-    """Whether the file holds the bytes of a tensor that a journal's entry tells of: files may be lost, cut or changed while nobody merges."""
+    """Return whether the file holds the bytes of the tensor in a journal's entry.
+
+    Files may be lost, cut or changed while nobody merges.
+    """
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("figures"), dict)
@@ -184,7 +187,10 @@ def _seal(figures: dict[str, Any], checksum: int) -> int:
 
 
 def _merge_module(plan: Plan, work: Path, name: str) -> dict[str, Any]:
-    """Merge the weights of a sub-folder, in a folder of their own and then in place of those that were carried; the figures of their tensors."""
+    """Merge the weights of a sub-folder; return the figures of its tensors.
+
+    They are written to a folder of their own, which then replaces the weights that were carried.
+    """
     place = work / MODULES / name
     place.parent.mkdir(parents=True, exist_ok=True)
     report = _run(plan, place, 1, None)

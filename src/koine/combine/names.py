@@ -31,8 +31,8 @@ HEAD = re.compile(
 
 
 def is_saved_buffer(name: str, entry: Entry) -> bool:
-    """Whether a tensor is one that follows from the configuration, as old checkpoints hold them: by its name
-    and its shape."""
+    """Return whether a tensor is one that follows from the configuration, as old checkpoints hold them: by
+    its name and its shape."""
     shape = entry.shape
     if ROTARY.search(name):
         return len(shape) <= 4
@@ -110,7 +110,7 @@ def _known(name: str, first: Checkpoint, plain: dict[str, str]) -> str:
 
 
 def _prefix(longer: Sequence[str], shorter: Sequence[str]) -> str | None:
-    """What most of the longer names begin with, before one of the shorter."""
+    """The prefix that turns most of the shorter names into longer ones."""
     known = {_plain(name) for name in shorter}
     counts: Counter[str] = Counter()
     for name in longer:
@@ -153,7 +153,7 @@ def leave_tied_head(one: Checkpoint) -> None:
 
 
 def _is_copy(one: Checkpoint, name: str, common: set[str]) -> bool:
-    """Whether a tensor of a vocabulary's length has the same bytes as another that all models have."""
+    """Return whether a tensor of a vocabulary's length has the same bytes as another that all models have."""
     entry = one[name]
     sizes = vocabulary_sizes(model_configuration(one.path))
     if not entry.shape or (sizes and entry.rows not in sizes):
@@ -167,7 +167,7 @@ def _is_copy(one: Checkpoint, name: str, common: set[str]) -> bool:
     return any(
         _equal(one, name, other)
         for other in others
-        if not (HEAD.search(other) and HEAD.search(other)[2] == "weight")  # type: ignore[index]
+        if not ((head := HEAD.search(other)) and head[2] == "weight")
     )
 
 

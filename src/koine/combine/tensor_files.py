@@ -1,6 +1,8 @@
-"""Safetensors checkpoints, sharded or not, read and written a piece of a tensor at a time: memory does not grow with the model.
+"""Safetensors checkpoints, sharded or not, read and written a piece of a tensor at a time: memory does not
+grow with the model.
 
-The `safetensors` library maps files whole and writes them from memory; here pieces are read and written at their offsets, by several threads.
+The `safetensors` library maps files whole and writes them from memory; here pieces are read and written at
+their offsets, by several threads.
 """
 
 from __future__ import annotations
@@ -67,10 +69,11 @@ class Entry:
 
 
 class Checkpoint(Mapping[str, Entry]):
-    """The tensors of a model directory by name; beyond headers, nothing is kept before `read` is called. Files that carry a checksum are
-    compared with it, once.
+    """The tensors of a model directory by name; beyond headers, nothing is kept before `read` is called.
+    Files that carry a checksum are compared with it, once.
 
-    Raises `UserError` for a missing folder, file or shard, a damaged file, and a tensor that stands in two shards.
+    Raises `UserError` for a missing folder, file or shard, a damaged file, and a tensor that stands in two
+    shards.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,11 +137,13 @@ class Checkpoint(Mapping[str, Entry]):
 
 
 class StoredTensor:
-    """A tensor of a checkpoint that is read where it is sliced. It has what a method of `koine.combine.methods` asks of a tensor that it walks through in
-    blocks, so that a method that makes several passes holds no tensor whole.
+    """A tensor of a checkpoint that is read where it is sliced. It has what a method of
+    `koine.combine.methods` asks of a tensor that it walks through in blocks, so that a method that makes
+    several passes holds no tensor whole.
 
     check: called with every part that was read.
-    rows: `[n]`, which of its rows, in this order; None: all of them. dtype: that it is read as; None: as it is stored.
+    rows: `[n]`, which of its rows, in this order; None: all of them. dtype: that it is read as; None: as it
+    is stored.
     """
 
     def __init__(
@@ -298,7 +303,10 @@ class CheckpointWriter:
             self._written[name] = -1, 0
 
     def checksum(self, name: str) -> int:
-        """The CRC-32 of a tensor's bytes: of those that were written, or of those in the file where they were written out of order or by another writer."""
+        """The CRC-32 of a tensor's bytes.
+
+        Read back from the file where they were written out of order or by another writer.
+        """
         entry = self.entries[name]
         count, value = self._written.get(name, (0, 0))
         if count == entry.nbytes:

@@ -235,7 +235,10 @@ def write_record(out: Path, **content: object) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of `mixture.json`; empty where there is none. Raises `UserError` where it is none that was written here."""
+    """The content of `mixture.json`; empty where there is none.
+
+    Raises `UserError` where it is none that was written here.
+    """
     where, mend = path / RECORD, "remove it, or upcycle again"
     if not where.exists():
         return {}

@@ -29,7 +29,7 @@ VOCABULARIES = (
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 GENERATION = "generation_config.json"
 IDS = ("_token_id", "_token_ids", "_token_index")
-"""What the names of fields end with that hold ids of tokens."""
+"""Endings of the names of fields that hold token ids."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class Vocabularies:
 
 
 def chosen_model(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
-    """Which of the models' tokenizer and chat template the result has: `first` (also where nothing is said), `base`, or the folder of one."""
+    """The model whose tokenizer and chat template the result has.
+
+    `first` (also where nothing is said), `base`, or the folder of one of the models.
+    """
     if policy in ("", "first"):
         return 0
     if policy == "base":
@@ -70,10 +73,10 @@ def align(
     chosen: int,
     with_base: bool,
 ) -> Vocabularies:
-    """How the rows of the models' tables of tokens (the base's last) meet.
+    """Align the rows of the models' token tables (the base's last).
 
-    tokens: the id of every token in each model. rows_of_each: of the table in each; a token whose id lies beyond it has no row there. chosen: the model
-    whose tokenizer the result has.
+    tokens: the id of every token in each model. rows_of_each: of the table in each; a token whose id lies
+    beyond it has no row there. chosen: the model whose tokenizer the result has.
 
     Raises `UserError` where one of the models has no tokenizer.json.
     """
@@ -112,7 +115,8 @@ def align(
 def refuse_other_tokenizers(paths: Sequence[Path]) -> None:
     """Equal vocabularies may still cut text otherwise: by other merges, or after another normaliser.
 
-    Raises `UserError` then, and where folders without a tokenizer.json hold vocabularies in other formats that differ.
+    Raises `UserError` then, and where folders without a tokenizer.json hold vocabularies in other formats
+    that differ.
     """
     if not (paths[0] / TOKENIZER).exists():
         for name in VOCABULARIES:
@@ -156,7 +160,10 @@ def _template(path: Path) -> str | None:
 
 
 def write_tokenizer(source: Path, folder: Path, config: dict[str, Any]) -> None:
-    """Put the tokenizer's files and chat templates of `source` into `folder`, and what depends on them into `config` and into `generation_config.json`."""
+    """Copy the tokenizer's files and chat templates of `source` into `folder`.
+
+    Fields that depend on them are set in `config` and in `generation_config.json`.
+    """
     for name in TOKENIZER_FILES:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
@@ -178,7 +185,10 @@ def write_tokenizer(source: Path, folder: Path, config: dict[str, Any]) -> None:
 
 
 def _take_vocabulary(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Take over what a configuration says of the vocabulary: its sizes and the ids of tokens; a size that it leaves to its class is left out here too."""
+    """Copy a configuration's vocabulary sizes and token ids.
+
+    A size that it leaves to its class is left out here too.
+    """
     for key in [key for key in ours if key.startswith(VOCABULARY_FIELD) and key not in theirs]:
         del ours[key]
     ours.update(
@@ -187,19 +197,22 @@ def _take_vocabulary(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def tokens_of(path: Path) -> dict[str, int] | None:
-    """The id of every token of a folder's tokenizer.json; None where there is none. Raises `UserError` where it is damaged."""
+    """The id of every token of a folder's tokenizer.json; None where there is none.
+
+    Raises `UserError` where it is damaged.
+    """
     file = path / TOKENIZER
     if not file.exists():
         return None
     content = read_json(file)
     model = content.get("model") if isinstance(content, dict) else None
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    added = (content.get("added_tokens") or []) if isinstance(content, dict) else None
+    vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
+    added: Any = (content.get("added_tokens") or []) if isinstance(content, dict) else None
     try:
         if isinstance(vocabulary, list):
             # Unigram models hold pairs of a token and its score.
             vocabulary = {str(pair[0]): index for index, pair in enumerate(vocabulary)}
-        found = {**vocabulary, **{str(token["content"]): token["id"] for token in added}}  # type: ignore[dict-item, union-attr]
+        found = {**vocabulary, **{str(token["content"]): token["id"] for token in added}}
     except (TypeError, KeyError, IndexError):
         found = {}
     if not found or not all(type(one) is int and one >= 0 for one in found.values()):

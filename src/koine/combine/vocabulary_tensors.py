@@ -1,4 +1,4 @@
-"""Which stored tensors have a row a token.
+"""Find the stored tensors that have one row per token.
 
 Where `transformers` knows the architecture, its class is built without weights, and again with one token
 more: the tensors that grow are those. Where it does not, a tensor counts by its size and place: as many rows
@@ -77,7 +77,7 @@ def _place(name: str) -> str:
 
 
 def vocabulary_sizes(content: Mapping[str, Any]) -> set[int]:
-    """How many rows a `config.json` gives to tables of tokens, on top or in its text model."""
+    """Vocabulary sizes in a `config.json`, at the top or in its text model."""
     nested = content.get("text_config")
     holders = [content, nested if isinstance(nested, Mapping) else {}]
     return {

@@ -60,7 +60,8 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
 def _refuse_edited(record: Path) -> None:
     """Raise `UserError` where a training's record tells of another mixture than it was trained on.
 
-    The record holds the mixture twice, once without paths: where one was changed, a step of another mixture would be told.
+    The record holds the mixture twice, once without paths: where one was changed, a step of another mixture
+    would be told.
     """
     trained = read_json(record)
     if without_paths(trained["mixture"]) != trained["identity"]["mixture"]:

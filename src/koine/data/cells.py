@@ -33,14 +33,14 @@ class _Texts:
 
 
 def _separator(header: str, usual: str) -> str:
-    """What divides the cells of a header: where the usual one divides nothing, another that does (Excel's `;`)."""
+    """The separator of a header's cells: the usual one, or another that it uses (Excel's `;`)."""
     candidates: tuple[str, ...] = (usual, *_SEPARATORS)
     cells = {separator: len(next(csv.reader([header], delimiter=separator), ())) for separator in candidates}
     return next((separator for separator in candidates if cells[separator] > 1), usual)
 
 
 def _names(header: list[str]) -> list[str]:
-    """The columns' names; one that stands twice is the first, and the others are numbered (`text.1`), as in pandas."""
+    """The columns' names; repeated ones are numbered from the second (`text.1`), as in pandas."""
     names: list[str] = []
     for name in header:
         name, number = name.strip(), 0
@@ -52,7 +52,10 @@ def _names(header: list[str]) -> list[str]:
 
 
 def read_cells(file: IO[bytes], separator: str) -> Iterator[Row]:
-    """The rows of a file with a header. Raises `OpenQuoteError` where a quote is not closed on the lines that it should be."""
+    """The rows of a file with a header.
+
+    Raises `OpenQuoteError` where a quote is not closed on the lines that it should be.
+    """
     csv.field_size_limit(LONGEST_LINE)
     texts = _Texts(file)
     source = iter(texts)

@@ -1,9 +1,9 @@
-"""How far trainings have come in their sources, so that the next one goes on with fresh text.
+"""Record the documents that trainings have drawn, so that the next one draws fresh ones.
 
-A place is a number of documents in a shuffle, and a shuffle follows from the mixture's seed and the language: a training
-with the same seed begins after the documents that the models it starts from have seen, whatever its rows and shares are;
-with another seed the documents come in another order. `training.json` says it of a trained model, and `drawn.json` of one
-that was made of others.
+A place is a number of documents in a shuffle, and a shuffle follows from the mixture's seed and the language:
+a training with the same seed begins after the documents that the models it starts from have seen, whatever
+its rows and shares are; with another seed the documents come in another order. `training.json` says it of a
+trained model, and `drawn.json` of one that was made of others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ FILE = "drawn.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """How many documents of one language of a token source were drawn, in one shuffle."""
+    """Count of documents drawn of one language of a token source, in one shuffle."""
 
     source: str
     """sha256 of the manifest: a folder may be moved."""
     language: str
     shuffle: tuple[int, ...]
-    """What the shuffle follows from (`DataOrder.drawn`)."""
+    """Seed of the shuffle (`DataOrder.drawn`)."""
     documents: int
     """Documents that were begun, epoch after epoch."""
 
@@ -41,7 +41,7 @@ class Drawn:
 
     @property
     def key(self) -> tuple[str, str, tuple[int, ...]]:
-        """What two trainings that draw the same documents in the same order have in common."""
+        """Key that is equal for trainings that draw the same documents in the same order."""
         return self.source, self.language, self.shuffle
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,10 @@ def from_json(value: Any, *, where: Path) -> list[Drawn]:
 
 
 def furthest(parts: Iterable[Iterable[Drawn]]) -> tuple[Drawn, ...]:
-    """The places of several models at once: of equal ones the furthest, for what one has seen is not fresh for their mix."""
+    """Join the places of several models: of equal ones the furthest.
+
+    A document that one of them has seen is not fresh for their mix.
+    """
     found: dict[Any, Drawn] = {}
     for part in parts:
         for one in part:
@@ -72,7 +75,7 @@ def furthest(parts: Iterable[Iterable[Drawn]]) -> tuple[Drawn, ...]:
 
 
 def read_drawn(model: Path) -> tuple[Drawn, ...]:
-    """What a model and those that it was made of have drawn; nothing where its folder does not say."""
+    """Read the places of a model and of those that it was made of; none where none are recorded."""
     found: list[list[Drawn]] = []
     for path in (model / "training.json", model / FILE):
         if path.is_file():

@@ -13,7 +13,7 @@ from koine.data.lines import BOM, LONGEST_LINE, in_utf8, lines
 from koine.data.unpacking import stream_of
 
 Row = tuple[str, dict[str, Any] | str]
-"""Where the row is (`line 12`), and the row, or what is wrong with it."""
+"""Place of a row (`line 12`), and the row or its fault."""
 
 _OUTSIDE = re.compile(rb'["{}\[\],]')
 _INSIDE = re.compile(rb'["\\]')
@@ -46,7 +46,10 @@ def json_row(raw: bytes) -> dict[str, Any] | str:
 
 
 def read_json_rows(file: IO[bytes], _: object = None) -> Iterator[Row]:
-    """The objects of a JSON file of any of the three layouts. Raises `UnendingError` where the file ends inside an array or object."""
+    """The objects of a JSON file of any of the three layouts.
+
+    Raises `UnendingError` where the file ends inside an array or object.
+    """
     file = in_utf8(file)
     blocks = iter(partial(file.read, _BLOCK), b"")
     start = b""
@@ -75,13 +78,16 @@ def read_json_rows(file: IO[bytes], _: object = None) -> Iterator[Row]:
 
 
 def _is_broken(ahead: list[tuple[int, bytes | str]]) -> bool:
-    """Whether the first of some lines that is not blank is no JSON object."""
+    """Return whether the first of some lines that is not blank is no JSON object."""
     raw = next((raw for _, raw in ahead if isinstance(raw, str) or raw.strip()), "")
     return isinstance(raw, bytes) and isinstance(json_row(raw), str)
 
 
 def _spans_lines(first: list[bytes | str]) -> bool:
-    """Whether the first of some lines begins an object that ends on another, or several objects: told from a line cut short, which no line after it mends."""
+    """Return whether the first line begins an object that ends on a later one, or several.
+
+    A line that was cut short is told from it: no line after it mends that.
+    """
     filled = [raw for raw in first if isinstance(raw, bytes) and raw.strip()]
     text = b"".join(filled).decode("utf-8", "replace")
     try:
@@ -128,11 +134,11 @@ class _Cutter:
 
     @property
     def open(self) -> bool:
-        """Whether an array, an object or a string has not ended."""
+        """Return whether an array, an object or a string has not ended."""
         return self._in_array or self._in_string or self._depth > 0
 
     def rest(self) -> bytes:
-        """What is left outside of any element."""
+        """The text that is left outside of any element."""
         return b"".join(self._pieces).strip()
 
     def skip(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Lines of text files in UTF-8, whatever encoding of Unicode they are in; none longer than what memory holds."""
+"""Read lines of text files of any Unicode encoding as UTF-8, of bounded length."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _MARKS = (
 
 
 def in_utf8(file: IO[bytes]) -> IO[bytes]:
-    """The file itself, or its text in UTF-8 where it is UTF-16 or UTF-32 by its mark or by the zeros of its first characters.
+    """The file itself, or its text in UTF-8 where it is UTF-16 or UTF-32 by its mark or by the zeros of its
+    first characters.
 
-    Halves of surrogate pairs stay what they are, and bytes that are none end in one that is no UTF-8: both make a bad record.
+    Halves of surrogate pairs stay what they are, and bytes that are none end in one that is no UTF-8: both
+    make a bad record.
     """
     assert isinstance(file, io.BufferedReader)
     first = file.peek(4)[:4]
@@ -53,7 +55,8 @@ def _recoded(file: IO[bytes], encoding: str) -> Iterator[bytes]:
 
 
 def lines(file: IO[bytes], *, ends: bool = False) -> Iterator[bytes | str]:
-    """Lines without byte-order marks at their start, ended by LF, CR or both; what is wrong with one in place of one too long.
+    """Lines without byte-order marks at their start, ended by LF, CR or both; what is wrong with one in place
+    of one too long.
 
     ends: keep the line ends. Time is linear in the file, and memory is that of the longest line allowed.
     """

@@ -179,7 +179,7 @@ class Mixture:
     packing: Packing = "stream"
     cross_document_attention: bool = False
     drawn: tuple[Drawn, ...] = ()
-    """What earlier trainings have drawn (`koine.data.drawn`): the first phase goes on after it."""
+    """Documents drawn by earlier trainings (`koine.data.drawn`): the first phase goes on after them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))

@@ -181,7 +181,10 @@ class DataOrder:
         return self._patterns.get((lane.phase, lane.long, block), draw)
 
     def _lane_offsets(self) -> dict[tuple[int, bool], list[int]]:
-        """Per lane and component: sequences of the same length and documents drawn in earlier phases and trainings."""
+        """Sequences and documents drawn in earlier phases and trainings, per lane and component.
+
+        Only sequences of the same length count.
+        """
         before = {one.key: one.documents for one in self.mixture.drawn}
         drawn: Counter[int] = Counter()
         for component in self._distinct_components() if before else ():
@@ -209,7 +212,7 @@ class DataOrder:
         return self._manifests[path], component.language, component.packing.shuffle
 
     def drawn(self) -> tuple[Drawn, ...]:
-        """How far all steps of the mixture come in each source and language, with what was drawn before them."""
+        """Documents that all steps draw of each source and language, with those drawn before."""
         rows: dict[int, int] = {}
         for name, lane in self._lanes.items():
             counts = zip(lane.components, self._offsets[name], self._drawn(lane), strict=True)

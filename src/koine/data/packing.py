@@ -42,7 +42,7 @@ class _Epochs:
 
     @property
     def shuffle(self) -> tuple[int, ...]:
-        """What the order of the documents follows from."""
+        """The seed that the order of the documents follows from."""
         return self._seed
 
 

@@ -1,7 +1,8 @@
 """Rows of data files of any of the supported kinds, streaming, each with the place it came from.
 
-Kinds: `.txt`, `.jsonl` (`.ndjson`, `.json`), `.csv` (`.tsv`), `.parquet`, `.arrow` (`.feather`), `.orc`; each also with `.gz`, `.bz2`, `.xz`
-or `.zst` behind it. A line, a cell and a record have at most 64 MiB; a longer one is a bad record.
+Kinds: `.txt`, `.jsonl` (`.ndjson`, `.json`), `.csv` (`.tsv`), `.parquet`, `.arrow` (`.feather`), `.orc`; each
+also with `.gz`, `.bz2`, `.xz` or `.zst` behind it. A line, a cell and a record have at most 64 MiB; a longer
+one is a bad record.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def _unknown_kind(path: Path) -> UserError:
 def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = ALL) -> Iterator[Row]:
     """The rows of one file in order; columns: what is needed of a table.
 
-    Raises `UserError` where the file is of no known kind, unreadable, or damaged in a way that hides the rest.
+    Raises `UserError` where the file is of no known kind, unreadable, or damaged in a way that hides the
+    rest.
     """
     kind = kind_of(path) or (".jsonl" if _kind_named(path) == JSON else None)
     if kind is None:

@@ -27,8 +27,8 @@ _SHOWN = 5
 # What other tools call these fields; used where the record has no field of our name.
 _ALIASES = {"language": ("lang",), "id": ("_id",)}
 CHATS, TRANSLATIONS = "conversations", "translation"
-"""ShareGPT's name for messages, and the name of parallel texts in the data sets of translation; used where a record has neither text nor
-messages."""
+"""ShareGPT's name for messages, and the name of parallel texts in the data sets of translation; used where a
+record has neither text nor messages."""
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _LABELS = ("language", "domain", "source", "id")
 _LONGEST_REASON = 300
@@ -47,7 +47,8 @@ class BadRecord:
     reason: str
 
     def __str__(self) -> str:
-        # The reason may hold what stands in the data: shown in one line of bounded length that any terminal can print.
+        # The reason may hold what stands in the data: shown in one line of bounded length that any terminal
+        # can print.
         reason = printable(self.reason[:_LONGEST_REASON])
         return f"{self.file}, {self.place}: {reason}{'...' if len(self.reason) > _LONGEST_REASON else ''}"
 
@@ -96,7 +97,7 @@ class RecordReader:
         self.present: set[str] = set()
 
     def _columns(self, carry: Collection[str] | None) -> Columns:
-        """What is read of tables."""
+        """The columns that are read of tables."""
         text, messages = (self.fields.get(name, name) for name in ("text", "messages"))
         aliases = [alias for several in _ALIASES.values() for alias in several]
         content = (text, messages, CHATS, TRANSLATIONS)
@@ -134,7 +135,8 @@ class RecordReader:
             )
 
     def _translations(self, row: dict[str, Any]) -> Iterator[dict[str, Any] | str]:
-        """The row, or one for each language of a row whose text is `{code: text}`; these share their identifier.
+        """The row, or one for each language of a row whose text is `{code: text}`; these share their
+        identifier.
 
         A language without a text in this row is no record: tables hold all languages in every row.
         """
@@ -215,7 +217,8 @@ class RecordReader:
 
 
 def _label(value: Any, *, number: bool) -> str | None:
-    """The text of a label, empty where there is none (NaN is how pandas writes that), or None for what is no label.
+    """The text of a label, empty where there is none (NaN is how pandas writes that), or None for what is no
+    label.
 
     number: whole and other numbers are labels too.
     """
@@ -229,7 +232,7 @@ def _label(value: Any, *, number: bool) -> str | None:
 
 
 def _surrogate(text: str) -> int | None:
-    """Where half of a surrogate pair stands in a text, which no UTF-8 can hold."""
+    """Position of half a surrogate pair in a text, which no UTF-8 can hold."""
     if not text.isascii():
         try:
             text.encode("utf-8")
@@ -243,7 +246,10 @@ def _blank(text: Any) -> bool:
 
 
 def _message(message: Any) -> Any:
-    """A message with `role` and `content`, also from ShareGPT's `from` and `value`, and from content in parts of text."""
+    """A message with `role` and `content`.
+
+    Also from ShareGPT's `from` and `value`, and from content in parts of text.
+    """
     if not isinstance(message, dict):
         return message
     if "role" not in message and isinstance(message.get("from"), str) and "value" in message:
@@ -261,7 +267,7 @@ def _message(message: Any) -> Any:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value is one that JSON in UTF-8 holds."""
+    """Return whether a value is one that JSON in UTF-8 holds."""
     if isinstance(value, str):
         return _surrogate(value) is None
     return value is None or isinstance(value, bool | int | float)
@@ -296,7 +302,10 @@ def _wrong_content(record: Record, *, questions: bool) -> str | None:
 
 
 def _asks(record: Record) -> bool:
-    """Whether a record is a question: its right answer stands beside the messages, which end with the user's turn."""
+    """Return whether a record is a question, with its right answer beside the messages.
+
+    The messages of a question end with the user's turn.
+    """
     answer = record.get("answer")
     return record["messages"][-1]["role"] == "user" and isinstance(answer, str) and bool(answer.strip())
 
@@ -362,7 +371,8 @@ def read_records(
         carry: the fields besides ours that are needed, so that no other column of a table is read; None: all.
         questions: messages may end with the user's turn where the record has an `answer`.
 
-    A row whose text (or `translation`) is an object `{code: text}` is one record for each language that has a text, all with the row's `id` and `"translated": true`.
+    A row whose text (or `translation`) is an object `{code: text}` is one record for each language that has a
+    text, all with the row's `id` and `"translated": true`.
     """
     return RecordReader(
         path,

@@ -44,7 +44,10 @@ class DocumentInfo:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of a `manifest.json`. Raises `UserError` where it is damaged, of another format, or not what was written."""
+    """The content of a `manifest.json`.
+
+    Raises `UserError` where it is damaged, of another format, or not what was written.
+    """
     manifest = read_json_object(path, mend="it is damaged; tokenize again")
     if manifest.get("format") != FORMAT:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Rows of Parquet, Arrow, Feather and ORC files: only the columns that are needed, and no cell of another ends the reading."""
+"""Read rows of Parquet, Arrow, Feather and ORC files, only the columns that are needed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class TableError(Exception):
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read of a table.
+    """The columns that are read of a table.
 
-    content: one of these must be there, else everything is read, so that a message can say what there is. mapped: all of these must.
+    content: one of these must be there, else everything is read, so that a message can say what there is.
+    mapped: all of these must.
     known: fields of records, in which bytes are text and a cell that cannot be read makes a bad record.
     carried: other columns that are read; None: all.
     """
@@ -47,7 +48,7 @@ class Columns:
         return [name for name in names if name in wanted]
 
     def needed(self, name: str) -> bool:
-        """Whether a record without this column's cell is bad."""
+        """Return whether a record without this column's cell is bad."""
         return name in self.known or name in self.mapped or name in self.content
 
 
@@ -87,7 +88,7 @@ def read_parquet(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
 
 
 def read_arrow(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
-    """Rows of Arrow data in any layout: a stream, a file (Feather's second version), or Feather's first version."""
+    """Read rows of Arrow data: a stream, a file (Feather version 2), or Feather version 1."""
     import pyarrow as pa
     import pyarrow.feather as feather
 
@@ -180,7 +181,8 @@ def _row(names: list[str], cells: tuple[Any, ...], columns: Columns) -> dict[str
 
 
 def _cells(column: pa.Array, *, text: bool) -> list[Any]:
-    """A column's values; one that Python has no value for (a date after 9999, text that is no UTF-8) stands for itself alone.
+    """A column's values; one that Python has no value for (a date after 9999, text that is no UTF-8) stands
+    for itself alone.
 
     text: bytes are UTF-8, as of writers that do not mark strings (Spark, Impala).
     """
@@ -217,4 +219,4 @@ def _cell(cell: pa.Scalar) -> Any:
 
 
 _NO_VALUE = (ValueError, OverflowError, TypeError, NotImplementedError, KeyError)
-"""What `to_pylist` raises for cells that Python has no value for (Arrow's own exceptions are among these)."""
+"""Exceptions of `to_pylist` for cells that Python has no value for (Arrow's own among them)."""

@@ -52,9 +52,11 @@ def tokenize(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> RecordReader:
-    """Write the token shards of a source into `out` (see `koine.data.shards`) and return the reader with its counts.
+    """Write the token shards of a source into `out` (see `koine.data.shards`) and return the reader with its
+    counts.
 
-    A killed run leaves its finished shards beside `out`, and the same call again goes on after them; the result is byte for byte the
+    A killed run leaves its finished shards beside `out`, and the same call again goes on after them; the
+    result is byte for byte the
     same for any number of workers and interruptions. Memory: about `(2 + workers) * shard_bytes`.
 
     Raises `UserError` for bad input, for an `out` that holds something (unless `overwrite`), and where chats
@@ -163,7 +165,10 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
 
 
 def _is_written(work: Path, number: int, digest: str) -> bool:
-    """Whether an interrupted run has written the shard of this text, and its record and files are still what they were."""
+    """Return whether an interrupted run wrote this text's shard, and nothing changed since.
+
+    Compares its record and its files.
+    """
     try:
         about = read_json(work / f"shard-{number:05d}.json")
         return (

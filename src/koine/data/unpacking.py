@@ -1,4 +1,5 @@
-"""Compressed files as streams of bytes: in time linear in what comes out, in bounded memory, and not without end.
+"""Compressed files as streams of bytes: in time linear in what comes out, in bounded memory, and not without
+end.
 
 The content decides how a file is unpacked, not its name: what a browser unpacked on the way keeps its `.gz`.
 """
@@ -22,13 +23,19 @@ _BLOCK = 2**16
 _ZSTD_FEED = 2**10
 """Bytes given to zstandard at once: four can become 128 KiB, so that a feed becomes 32 MiB at most."""
 MOST_WINDOW = 2**27
-"""Memory that a file may ask for to be unpacked: what `zstd --long` and `xz -9e` need, and their readers allow unasked."""
+"""Memory that a file may ask for to be unpacked.
+
+As much as `zstd --long` and `xz -9e` need, and their readers allow unasked.
+"""
 SUSPECTS = ((2**26, 2000), (2**27, 200))
-"""A file is given up once so many bytes came out of it, and so many times what went in: text packs 3 to 20 times."""
+"""A file is given up once both limits are passed: bytes unpacked, and times its packed size.
+
+Text packs 3 to 20 times.
+"""
 
 
 class UnpackingError(Exception):
-    """What is compressed in the file cannot be unpacked from here on."""
+    """The compressed data cannot be unpacked from here on."""
 
     def __init__(self, what: str, mend: str) -> None:
         super().__init__(what)
@@ -36,7 +43,7 @@ class UnpackingError(Exception):
 
 
 class _Stream(io.RawIOBase):
-    """What `pieces` yields, as a file that is read forwards; a piece is copied once."""
+    """The pieces that `pieces` yields as a file, read forwards; each is copied once."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -63,7 +70,10 @@ def stream_of(pieces: Iterator[bytes]) -> io.BufferedReader:
 
 
 def _pieces_of_zstd(raw: IO[bytes]) -> Iterator[bytes]:
-    """Frames one after another; the library's own reader takes a file that ends in mid-frame for a whole one."""
+    """Unpack zstd frames one after another.
+
+    The library's own reader takes a file that ends in mid-frame for a whole one.
+    """
     import zstandard
 
     library = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW)
@@ -84,7 +94,10 @@ def _pieces_of_zstd(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _pieces_of(raw: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator[bytes]:
-    """Streams of lzma or bz2 one after another, a bounded piece at a time; zeros between and behind them are padding."""
+    """Unpack lzma or bz2 streams one after another, a bounded piece at a time.
+
+    Zeros between and behind them are padding.
+    """
     library, started, packed = new(), False, b""
     while True:
         if not started:
@@ -133,7 +146,7 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _kind(path: Path) -> str:
-    """How the content is compressed, by its first bytes; empty where it is not."""
+    """Name of the compression, from the first bytes; empty for none."""
     with path.open("rb") as file:
         first = file.read(10)
     if first.startswith(b"\x1f\x8b"):

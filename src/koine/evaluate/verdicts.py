@@ -12,7 +12,10 @@ CONFIDENCE = 0.95
 
 
 def student_probability(t: float, degrees: int) -> float:
-    """Return P(|T| < t) of Student's t with `degrees` degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """Return P(|T| < t) of Student's t with `degrees` degrees of freedom.
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
     angle = math.atan(t / math.sqrt(degrees))
     odd = degrees % 2 == 1
     term = math.cos(angle) if odd else 1.0
@@ -41,7 +44,8 @@ def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """Return Student's 95 % interval of the mean of any number of values; of one value, the value itself twice.
+    """Return Student's 95 % interval of the mean of any number of values; of one value, the value itself
+    twice.
 
     Raises `ValueError` where there is no value, or one is not finite.
     """

@@ -13,7 +13,10 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises `ValueError`, in few words, for everything that Python cannot read or write again."""
+    """The value of a JSON text.
+
+    Raises `ValueError`, in few words, for everything that Python cannot read or write again.
+    """
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):

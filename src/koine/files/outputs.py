@@ -22,7 +22,7 @@ from koine.files.system_errors import NOTHING_KEPT, disk_errors, explain
 from koine.files.writing import beside, fsync_directory, fsync_file, fsync_tree, real_file, remove
 
 State = frozenset[tuple[str, int, int, int]]
-"""What stands under a name.
+"""Content of a file or folder.
 
 Relative name, inode, bytes and modification time (both 0 for folders) of all that is below.
 """
@@ -38,7 +38,7 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXD
 
 
 def state_of(path: Path) -> State | None:
-    """What stands under a name now; None for nothing. Links are not followed."""
+    """Read the state of a file or folder; None for nothing. Links are not followed."""
     try:
         about = path.lstat()
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def _locked(out: Path, place: Path) -> Iterator[None]:
 
 
 def leftovers(place: Path) -> list[Path]:
-    """What killed commands left beside an output: `.NAME.PID.partial` and `.NAME.PID.old`."""
+    """Find what killed commands left beside an output: `.NAME.PID.partial` and `.NAME.PID.old`."""
     if not place.parent.is_dir():
         return []
     found = []
@@ -150,7 +150,10 @@ def leftovers(place: Path) -> list[Path]:
 
 
 def _is_leftover(name: str, place: Path) -> bool:
-    """Whether a temporary name is the output's, or that of a file which is written under such a name itself."""
+    """Return whether a temporary name is the output's.
+
+    Also for that of a file which is written under such a name itself.
+    """
     match = LEFTOVER.fullmatch(name)
     if match is None:
         return False
@@ -179,7 +182,7 @@ def recover(place: Path) -> None:
 
 
 def real_folder(out: Path) -> Path:
-    """Where a folder to be written really lies.
+    """Resolve the path of a folder to be written.
 
     Raises `UserError` for the current folder and those above it, and for a link that leads round in a circle.
     """
@@ -270,7 +273,7 @@ def _removed_on_failure(out: Path, temporary: Path) -> Iterator[None]:
 
 
 def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--out") -> Path:
-    """Where a file to be written really lies, before any work is done for it.
+    """Resolve and check the path of a file to be written, before any work is done for it.
 
     Raises `UserError` where its folder is missing, for what is no file (folders, devices, pipes, sockets),
     and for an existing file unless `overwrite`.

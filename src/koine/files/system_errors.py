@@ -1,4 +1,4 @@
-"""What the operating system refuses, as the one line that the user needs."""
+"""Turn refusals of the operating system into the one line that the user needs."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def name_of(error: OSError) -> Path | None:
 
 
 def _concerns(named: Path, path: Path) -> bool:
-    """Whether `named` is `path`, is inside it, holds it, or is a temporary name beside it."""
+    """Return whether `named` is `path`, is inside it, holds it, or is a temporary name beside it."""
     own, other = path.absolute(), named.absolute()
     if other.is_relative_to(own) or own.is_relative_to(other):
         return True
@@ -159,5 +159,5 @@ def _concerns(named: Path, path: Path) -> bool:
 
 
 def _beside(named: Path, path: Path) -> bool:
-    """Whether `named` is `path`, is below it, or stands beside it."""
+    """Return whether `named` is `path`, is below it, or stands beside it."""
     return named.absolute().is_relative_to(path.absolute().parent)

@@ -61,7 +61,7 @@ def _enter(folder: Path, seen: set[tuple[int, int]], found: list[Path], *, hidde
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether a link leads to a folder; one that leads round in a circle leads nowhere."""
+    """Return whether a link leads to a folder; one that leads round in a circle leads nowhere."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except OSError:

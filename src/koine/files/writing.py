@@ -145,7 +145,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def real_file(path: Path) -> Path:
-    """Where a file to be written really lies, links followed.
+    """Resolve the path of a file to be written, following links.
 
     Raises `UserError` for a folder, and for a device, pipe or socket, which must never be replaced.
     """

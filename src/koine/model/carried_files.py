@@ -1,5 +1,4 @@
-"""What lies beside a model's weights and belongs to it: a folder that is made from a model's is not whole
-without.
+"""Find and carry the files beside a model's weights, without which a folder made from it is not whole.
 
 Sentence models have folders of modules (`1_Pooling`, `2_Dense`), chat models templates and processors, and
 any model files that only its own tools know."""
@@ -38,10 +37,10 @@ OF_THE_RUN = (
     "scaler*", "all_results.json", "train_results.json", "eval_results.json", "zero_to_fp32.py", "latest", "*.lock", "*.partial", "*.log",
     "__pycache__", ".*",
 )  # fmt: skip
-"""What says how one model came to be, or would go on training it."""
+"""Files about how one model was made, or for training it further."""
 
 ITS_OWN = ("config.json",)
-"""What whoever writes a model writes itself."""
+"""Files that every writer of a model writes itself."""
 
 
 def carry_files(

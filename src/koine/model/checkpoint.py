@@ -135,10 +135,12 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored (the widest, where that differs).
+    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored (the widest, where
+    that differs).
 
-    Raises `UserError` where a file is missing, damaged or not what its checksum says, a tensor is missing, left over or of another shape, or
-    holds NaN, and where the folder's tokenizer is not the one that the model was trained with.
+    Raises `UserError` where a file is missing, damaged or not what its checksum says, a tensor is missing,
+    left over or of another shape, or holds NaN, and where the folder's tokenizer is not the one that the
+    model was trained with.
     """
     path = Path(path)
     config = read_config(path)
@@ -198,7 +200,10 @@ def save_state(
     dtype: torch.dtype | None = None,
     ends: Collection[int] = (),
 ) -> None:
-    """Write a model directory from a state dict of ours (see `save_model`). ends: ids that end a text, besides the configuration's."""
+    """Write a model directory from a state dict of ours (see `save_model`).
+
+    ends: ids that end a text, besides the configuration's.
+    """
     tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}

@@ -1,7 +1,9 @@
-"""A checksum inside a safetensors file, and the check of it when a model is opened: a flipped byte is named, not computed with.
+"""A checksum inside a safetensors file, and the check of it when a model is opened: a flipped byte is named,
+not computed with.
 
-The header's `__metadata__` carries `sha256`: that of the whole file with these 64 characters written as zeros. It travels with the file,
-and a library that writes the weights anew drops it, so that it is never stale. Files of others have none and are not checked.
+The header's `__metadata__` carries `sha256`: that of the whole file with these 64 characters written as
+zeros. It travels with the file, and a library that writes the weights anew drops it, so that it is never
+stale. Files of others have none and are not checked.
 """
 
 from __future__ import annotations
@@ -16,29 +18,30 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from koine.errors import UserError
+from koine.model.safetensors_header import MalformedHeaderError, raw_header
 
 KEY = "sha256"
 UNSEALED = "0" * 64
-"""What stands in the header until the file is complete; `CheckpointWriter` and `save_file` write it as metadata."""
+"""Checksum in the header until the file is complete.
+
+`CheckpointWriter` and `save_file` write it as metadata.
+"""
 BLOCK = 8 * 2**20
-LARGEST_HEADER = 100 * 2**20
 REMEMBERED = 4096
 """Checked files that are remembered at most."""
 
 
 def _header(path: Path) -> bytes:
     """The bytes of length and header; `b""` where there is no whole header."""
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else LARGEST_HEADER + 1
-        if length > LARGEST_HEADER:
-            return b""
-        header = first + file.read(length)
-    return header if len(header) == 8 + length else b""
+    try:
+        return raw_header(path)
+    except MalformedHeaderError:
+        # Whoever opens the file says what is wrong with it.
+        return b""
 
 
 def _place(header: bytes) -> tuple[int, str] | None:
-    """Where in the file the checksum stands (-1 where it is none) and what it says; None where a file carries none."""
+    """Offset of the checksum in the file (-1 for a malformed one), and its text; None without one."""
     try:
         content = json.loads(header[8:])
     except (ValueError, RecursionError):
@@ -67,7 +70,8 @@ def _digest(path: Path, place: int) -> str:
 
 
 def seal(path: Path) -> None:
-    """Write the checksum of a finished safetensors file into its header; a file without room for it is written anew.
+    """Write the checksum of a finished safetensors file into its header; a file without room for it is
+    written anew.
 
     Raises `OSError` where the system refuses.
     """
@@ -87,7 +91,10 @@ def seal(path: Path) -> None:
 
 
 def _order(path: Path, header: bytes) -> None:
-    """Sort the keys of the metadata, which the library writes in an order of its own at every run: the same weights, the same bytes."""
+    """Sort the keys of the metadata, so that the same weights give the same bytes.
+
+    The library writes them in another order at every run.
+    """
     found = re.search(rb'"__metadata__":(\{[^{}]*\})', header)
     if found is None:
         return
@@ -124,7 +131,8 @@ def _make_room(path: Path, header: bytes) -> None:
 
 
 def verify(files: Iterable[Path]) -> None:
-    """Compare weight files with the checksums that they carry; what was found whole is remembered and not read again.
+    """Compare weight files with the checksums that they carry; what was found whole is remembered and not
+    read again.
 
     Raises `UserError` that names the file whose bytes have changed.
     """

@@ -22,7 +22,10 @@ SIZES: Mapping[str, int] = {
     "head_dim": 2**14,
     "max_position_embeddings": 2**48,
 }
-"""The largest value of each size; the smallest is 1. Far above any model, and below what overflows an index."""
+"""The largest value of each size; the smallest is 1.
+
+Far above any model, and below what overflows an index.
+"""
 MOST_LAYERS = 1024
 LONGEST_WINDOW = 2**48
 TOKEN_ID = (-1, 2**31 - 1)

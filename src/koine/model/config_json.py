@@ -228,7 +228,8 @@ def _mixture(fields: Fields) -> MixtureConfig | None:
         or not (isinstance(names, list) and all(isinstance(name, str) for name in names))
     ):
         raise fields.wrong("mixture", f"an object with the keys {', '.join(sorted(known))}")
-    # What is null has its default, as everywhere in the file; what is not is checked when the configuration is built.
+    # What is null has its default, as everywhere in the file; what is not is checked when the configuration
+    # is built.
     given = {name: entry for name, entry in value.items() if entry is not None}
     return MixtureConfig(**{**given, "experts": tuple(names)})
 

@@ -1,4 +1,7 @@
-"""Find out by experiment how a model of `transformers` may go on from its own cache: recurrent classes differ in what theirs allows."""
+"""Find out by experiment how a model of `transformers` may go on from its own KV cache.
+
+Recurrent classes differ in what theirs allows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from koine.model.head import accepted, probe_tokens, read_logits
 
 Continuing = Literal["chunks", "tokens", "none"]
-"""After a cache come any number of tokens, one token, or nothing that is right (the whole text is then read for every token)."""
+"""After a cache: any number of tokens, one token, or none (each token reads the whole text)."""
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits, of the largest logit, that rounding explains."""
@@ -25,7 +28,7 @@ def cache_name(inner: Any) -> str | None:
 
 
 def continuing(inner: Any) -> Continuing:
-    """How a model may go on from its cache, compared with reading a short text at once."""
+    """Find out how a model may go on from its cache, by comparing with one forward pass."""
     name = cache_name(inner)
     if name is None or probe_tokens(inner).shape[1] < 6:
         return "none"
@@ -42,7 +45,10 @@ def continuing(inner: Any) -> Continuing:
 
 
 def _agrees(inner: Any, name: str, ids: Tensor, whole: Tensor, ends: list[int]) -> bool:
-    """Whether pieces that end at `ends`, each read after the cache of those before, give the logits `whole` `[time, vocab]`."""
+    """Return whether reading in pieces that end at `ends` gives the same logits.
+
+    Each is read after the cache of those before. whole: `[time, vocab]`.
+    """
     past, start = None, 0
     allowed = CLOSE.get(whole.dtype, 5e-2) * max(1e-6, float(whole.abs().max()))
     for end in ends:

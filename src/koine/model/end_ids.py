@@ -12,9 +12,11 @@ FILES = ("generation_config.json", "config.json")
 
 
 def end_ids(folder: Path) -> frozenset[int]:
-    """Every id that `eos_token_id` of `generation_config.json` or `config.json` names, a single one or a list.
+    """Every id that `eos_token_id` of `generation_config.json` or `config.json` names, a single one or a
+    list.
 
-    A chat model's turns may end at ids that its tokenizer does not call an end: the marker of the next speaker, for example.
+    A chat model's turns may end at ids that its tokenizer does not call an end: the marker of the next
+    speaker, for example.
     Raises `UserError` for an entry that is no id.
     """
     found: set[int] = set()

@@ -40,12 +40,12 @@ _COMMAND_R_QK_NORM_LAYERS: Final = 64
 def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None, overwrite: bool = False) -> None:
     """Write the model directory `model` to the file `out`, tensor by tensor; `out` is whole or absent.
 
-    dtype: of the matrices, `None` for what is stored; norms are float32 always. Rows that do not divide into blocks of 32 are float16
-    under `q8_0`.
+    dtype: of the matrices, `None` for what is stored; norms are float32 always. Rows that do not divide into
+    blocks of 32 are float16 under `q8_0`.
 
-    Warns (`KoineWarning`) where only newer versions of llama.cpp read the file rightly, or where it cuts some text otherwise. Raises
-    `UserError`, before anything is written, where llama.cpp has no equal of the model or of its tokenizer,
-    `out` exists (unless `overwrite`), or the extra
+    Warns (`KoineWarning`) where only newer versions of llama.cpp read the file rightly, or where it cuts some
+    text otherwise. Raises `UserError`, before anything is written, where llama.cpp has no equal of the model
+    or of its tokenizer, `out` exists (unless `overwrite`), or the extra
     `gguf` is missing; and where a tensor holds NaN, infinity or what float16 cannot hold.
     """
     model, out = Path(model), Path(out)

@@ -1,12 +1,13 @@
-"""Find out by experiment what a causal LM of `transformers` does between its last matrix and its logits, and that it is causal.
+"""Find out by experiment what a causal LM of `transformers` does between its last matrix and its logits, and
+that it is causal.
 
 | head | logits | how it is used |
 |---|---|---|
 | linear | `scale * head(hidden)`, or that soft-capped: `cap * tanh(scale * head(hidden) / cap)` | logits are made for a part of the positions at a time |
 | own | anything else | the model's own forward pass makes all logits |
 
-The class's own forward pass decides, not fields of its configuration: numbers are put in place of the head's output, and what the class
-makes of them is compared with the formulas.
+The class's own forward pass decides, not fields of its configuration: numbers are put in place of the head's
+output, and what the class makes of them is compared with the formulas.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ ROWS, TIME = 2, 16
 """Shape of the short reading; fewer tokens where a model allows fewer."""
 LENGTHS = ("max_position_embeddings", "max_seq_len")
 LEAK = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""How much earlier positions may move, of what the changed ones do: expert matmuls round otherwise with other rows."""
+"""Largest change of earlier positions, as a share of that of the changed ones.
+
+Expert matmuls round otherwise with other rows.
+"""
 
 
 @dataclass(frozen=True)
 class Head:
-    """How logits follow from what the output embedding reads.
+    """The output head of a model: from hidden states to logits.
 
     linear: `scale` and `cap` say it all; else only the model's own forward pass knows.
     rows: how many ids are scored.
@@ -50,7 +54,7 @@ class Head:
 
 
 def accepted(inner: Any) -> frozenset[str]:
-    """The keyword arguments that a model's `forward` takes, those that it passes on to its base model among them."""
+    """The keyword arguments that a model's `forward` takes or passes on to its base model."""
     parameters = inspect.signature(inner.forward).parameters
     names = set(parameters)
     base = inner.base_model
@@ -69,7 +73,10 @@ def read_logits(inner: Any, inputs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def hooked(head: nn.Module, seen: list[Tensor], instead: Tensor | None = None) -> Iterator[None]:
-    """Note what the head reads. instead: what stands in for its output; None: only its last position is computed."""
+    """Record the input of the head.
+
+    instead: replaces its output; None: only its last position is computed.
+    """
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen.append(inputs[0])
@@ -89,13 +96,16 @@ def hooked(head: nn.Module, seen: list[Tensor], instead: Tensor | None = None) -
 
 
 def output_head(inner: Any) -> nn.Module | None:
-    """The module whose product with a hidden state scores the vocabulary; None where a model has none of its own."""
+    """The module whose product with a hidden state scores the vocabulary; None without one."""
     head = inner.get_output_embeddings()
     return head if isinstance(head, nn.Linear) else None
 
 
 def probe_tokens(inner: Any) -> Tensor:
-    """`[2, 16]` ordinary ids (fewer where the model allows fewer): two rows with the same first half and different second halves."""
+    """`[2, 16]` ordinary ids: the rows share their first half and differ in the second.
+
+    Shorter where the model allows only fewer.
+    """
     config = inner.config.get_text_config()
     known = [getattr(config, name, None) for name in LENGTHS]
     time = min([TIME, *(one for one in known if isinstance(one, int) and one >= 2)])
@@ -137,7 +147,10 @@ def inspect_head(inner: Any) -> Head:
 
 
 def _linear(inner: Any, module: nn.Module, inputs: dict[str, Any]) -> Head | None:
-    """The head where it is linear up to a soft cap; None where it is not, or is not called once with all positions."""
+    """The head where it is linear up to a soft cap, else None.
+
+    None also where it is not called once with all positions.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor)
     time = int(inputs["input_ids"].shape[1])
@@ -170,7 +183,7 @@ def _linear(inner: Any, module: nn.Module, inputs: dict[str, Any]) -> Head | Non
 
 
 def _numbers(shape: tuple[int, int, int]) -> Tensor:
-    """What stands in for a head's output: both signs, 2^-10 to 2^14, half of them powers of two."""
+    """Stand-in for a head's output: both signs, 2^-10 to 2^14, half of them powers of two."""
     generator = torch.Generator().manual_seed(0)
     powers = torch.randint(-10, 14, shape, generator=generator)
     mantissas = 1.0 + torch.rand(shape, generator=generator)
@@ -185,7 +198,8 @@ def _fit(raw: Tensor, logits: Tensor, tolerance: float) -> tuple[float, float | 
     def equal(expected: Tensor) -> bool:
         return bool(((logits - expected).abs() <= tolerance * expected.abs()).all())
 
-    # Of a power of two the quotient is exact, and for a small one a cap is far away. Logits of a class that rounds them give it in the mean.
+    # Of a power of two the quotient is exact, and for a small one a cap is far away. Logits of a class that
+    # rounds them give it in the mean.
     small = raw.abs() < 2**-6 if tolerance > 1e-5 else raw.abs() == raw.abs().min()
     scale = float((logits[small] / raw[small]).mean())
     if not 0 < abs(scale) < float("inf"):
@@ -210,7 +224,7 @@ def _own(inner: Any, inputs: dict[str, Any]) -> Head:
 
 
 def _is_causal(inner: Any, states: Tensor) -> bool:
-    """Whether the first half of the probe's rows `[2, time, width]`, whose tokens are equal, is equal."""
+    """Return whether rows `[2, time, width]` are equal where the tokens are: in their first half."""
     wide = torch.nan_to_num(states.double())
     difference = (wide[0] - wide[1]).abs()
     half = states.shape[1] // 2

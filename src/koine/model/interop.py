@@ -38,9 +38,11 @@ def require_transformers() -> Any:
 class CausalLM(nn.Module):
     """A `transformers` causal LM with the decoder's `forward` (hidden states) and `logits`.
 
-    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.head` finds out once, by experiment, whether
-    they follow from the output embedding's input. Where they do not, `forward` gives the logits themselves, and `logits` returns them.
-    Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are refused.
+    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.head` finds out
+    once, by experiment, whether they follow from the output embedding's input. Where they do not, `forward`
+    gives the logits themselves, and `logits` returns them.
+    Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are
+    refused.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -59,14 +61,14 @@ class CausalLM(nn.Module):
 
     @property
     def head(self) -> Head:
-        """How logits follow from the states that `forward` gives; found when it is first asked for."""
+        """The output head, from the states of `forward` to logits; found at first use."""
         if self._head is None:
             self._head = inspect_head(self.inner)
         return self._head
 
     @property
     def rows(self) -> int:
-        """How many ids the model both reads and scores."""
+        """Count of ids that the model both reads and scores."""
         return min(self.head.rows, int(self.inner.get_input_embeddings().weight.shape[0]))
 
     @property
@@ -86,7 +88,10 @@ class CausalLM(nn.Module):
     def forward(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """`[batch, time]` ids to what `logits` takes: the states that the head reads, `[batch, time, hidden]`, or all logits."""
+        """Compute what `logits` takes from `[batch, time]` ids.
+
+        The states that the head reads, `[batch, time, hidden]`, or all logits.
+        """
         if document_ids is not None:
             if _several_documents(document_ids):
                 raise UserError(
@@ -112,7 +117,7 @@ class CausalLM(nn.Module):
         return states[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What `forward` gives, `[..., hidden]`, to `[..., vocab]`: the model's own logits."""
+        """Compute the model's own logits `[..., vocab]` from the states of `forward`, `[..., hidden]`."""
         module = output_head(self.inner) if self.head.linear else None
         if module is None:
             return hidden
@@ -153,7 +158,10 @@ def load_causal_lm(
 
 
 def load_as_stored(path: Path) -> nn.Module:
-    """`load_causal_lm` in the dtype that holds every stored weight without rounding: for what trains a model or writes it again."""
+    """Load as `load_causal_lm`, in the dtype that holds every stored weight without rounding.
+
+    For what trains a model or writes it again.
+    """
     description = read_description(path)
     if opens_as_decoder(path) or description.get("quantization_config") is not None:
         return load_causal_lm(path)

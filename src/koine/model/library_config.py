@@ -1,8 +1,7 @@
-"""What the installed `transformers` knows of a `config.json`: its class, the fields that the class declares,
-and the model's tensors without their bytes.
+"""Ask the installed `transformers` for the class of a `config.json`, its fields, and the model's tensors.
 
-No weights are read and no code of a model's folder runs: only classes of the library itself are used. Without
-the extra `[hf]` nothing is known."""
+The tensors come without their bytes. No weights are read and no code of a model's folder runs: only classes
+of the library itself are used. Without the extra `[hf]` nothing is known."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from koine.model.sampling import Sampling
 
 
 class OneByOne:
-    """Answers requests in the order in which they came. A prompt that goes on from the text read last is not read again, where the model's
-    cache allows that (`koine.model.continuing`)."""
+    """Answers requests in the order in which they came. A prompt that goes on from the text read last is not
+    read again, where the model's cache allows that (`koine.model.continuing`)."""
 
     def __init__(self, model: CausalLM, *, prefill_chunk: int = 2048) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk

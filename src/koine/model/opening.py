@@ -1,4 +1,4 @@
-"""What is refused before and after `transformers` opens a folder: every fault of a model's folder ends in one line."""
+"""Check a model's folder before and after `transformers` opens it: every fault is one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST = 240
 
 
 def one_line(error: BaseException) -> str:
-    """All that a library's exception says, on one line and cut where it is long; its type where it says nothing."""
+    """A library's exception on one line, cut where it is long; its type where it says nothing."""
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | ZeroDivisionError | AssertionError):
         said = f"{type(error).__name__}: {said}" if str(error).strip() else said
@@ -29,7 +29,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def refusals(path: Path, what: str, mend: str) -> Iterator[None]:
-    """Turn what a foreign library raises about a folder into one line; memory that runs out stays what it is."""
+    """Turn a foreign library's exceptions about a folder into one line.
+
+    Memory that runs out stays what it is.
+    """
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -41,7 +44,8 @@ def refusals(path: Path, what: str, mend: str) -> Iterator[None]:
 def read_description(path: Path) -> dict[str, Any]:
     """The content of a model folder's config.json.
 
-    Raises `UserError` for a folder that is no model: an adapter, a checkpoint of a training, no or no whole config.json.
+    Raises `UserError` for a folder that is no model: an adapter, a checkpoint of a training, no or no whole
+    config.json.
     """
     refuse_adapter(path)
     if not (path / "config.json").exists():
@@ -61,7 +65,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def refuse_other_tokenizer(path: Path) -> None:
-    """Raise `UserError` where a trained model lies with another tokenizer than `training.json` says it was trained with."""
+    """Raise `UserError` where a trained model's tokenizer is not the one in `training.json`."""
     record, tokenizer = path / "training.json", path / "tokenizer.json"
     if not (record.is_file() and tokenizer.is_file()):
         return
@@ -87,7 +91,7 @@ def checked_weights(path: Path) -> list[Path]:
 
 
 def stored_dtype(files: list[Path]) -> torch.dtype | None:
-    """The dtype of most stored bytes; None where only `transformers` can tell (pickled or quantised weights)."""
+    """The dtype of most stored bytes; None for pickled or quantised weights."""
     if not files or files[0].suffix != ".safetensors":
         return None
     found = stored_bytes(files)
@@ -159,7 +163,10 @@ def refuse_description(value: dict[str, Any], path: Path, transformers: Any) -> 
 
 
 def refuse_difference(path: Path, loaded: dict[str, Any]) -> None:
-    """Raise `UserError` where weights and config.json do not belong together: nothing random is scored or trained."""
+    """Raise `UserError` where weights and config.json do not belong together.
+
+    So nothing random is scored or trained.
+    """
     mend = "config.json and the weights do not belong together"
     if loaded.get("mismatched_keys"):
         name, *shapes = min(loaded["mismatched_keys"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,10 @@ class HeaderEntry:
     end: int
 
 
+class MalformedHeaderError(Exception):
+    """The reason why a header is refused."""
+
+
 def read_header(file: Path) -> dict[str, HeaderEntry]:
     """Name -> entry of every tensor of a safetensors file, from its header alone, in the order of the header.
 
@@ -49,26 +54,38 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
     at the end or left over."""
     try:
         size = file.stat().st_size
-        with file.open("rb") as handle:
-            first = handle.read(8)
-            length = int.from_bytes(first, "little")
-            if len(first) < 8:
-                raise _damaged(file, "it has no header")
-            if length > min(LARGEST_HEADER, size - 8):
-                raise _damaged(file, "its header is longer than itself")
-            text = handle.read(length)
+        header = raw_header(file)
+        return _entries(_parsed(header[8:]), len(header), size)
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror})", where=file, mend="a safetensors file must stand here"
         ) from None
-    try:
-        return _entries(_parsed(text), 8 + length, size)
-    except _MalformedError as error:
-        raise _damaged(file, str(error)) from None
+    except MalformedHeaderError as error:
+        raise UserError(
+            f"not a whole safetensors file ({error})",
+            where=file,
+            mend="it is truncated or damaged; copy or build it again",
+        ) from None
+
+
+def raw_header(file: Path) -> bytes:
+    """The bytes of a file's length and header, not yet parsed.
+
+    Raises `MalformedHeaderError` where they are cut or too long, and `OSError` where the system refuses.
+    """
+    with file.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        first = handle.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8:
+            raise MalformedHeaderError("it has no header")
+        if length > min(LARGEST_HEADER, size - 8):
+            raise MalformedHeaderError("its header is longer than itself")
+        return first + handle.read(length)
 
 
 def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]], *, metadata: Mapping[str, str]) -> bytes:
-    """The length and the header of a file that holds tensors of these names, dtypes and shapes one after another."""
+    """Length and header of a file that holds tensors of these names, dtypes and shapes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, (dtype, shape) in layout.items():
@@ -78,18 +95,6 @@ def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]], *, metadata: M
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-class _MalformedError(Exception):
-    """Why a header is none."""
-
-
-def _damaged(file: Path, why: str) -> UserError:
-    return UserError(
-        f"not a whole safetensors file ({why})",
-        where=file,
-        mend="it is truncated or damaged; copy or build it again",
-    )
 
 
 def _parsed(text: bytes) -> list[tuple[str, Any]]:
@@ -104,9 +109,9 @@ def _parsed(text: bytes) -> list[tuple[str, Any]]:
             parse_constant=_refuse_constant,
         )
     except (ValueError, RecursionError) as error:
-        raise _MalformedError(f"its header is no JSON: {error}") from None
+        raise MalformedHeaderError(f"its header is no JSON: {error}") from None
     if not isinstance(content, _Object):
-        raise _MalformedError("its header is no JSON object")
+        raise MalformedHeaderError("its header is no JSON object")
     _refuse_odd_text(content)
     return content
 
@@ -152,35 +157,35 @@ def _refuse_odd_text(content: _Object) -> None:
         if not layer:
             return
     if any(isinstance(value, list) for value in layer):
-        raise _MalformedError("its header is nested too deeply")
+        raise MalformedHeaderError("its header is nested too deeply")
 
 
 def _refuse_surrogates(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise _MalformedError("its header is no JSON: half a surrogate pair") from None
+        raise MalformedHeaderError("its header is no JSON: half a surrogate pair") from None
 
 
 def _entries(content: list[tuple[str, Any]], data: int, size: int) -> dict[str, HeaderEntry]:
     found: dict[str, HeaderEntry] = {}
     metadata = [value for name, value in content if name == "__metadata__"]
     if len(metadata) > 1:
-        raise _MalformedError("__metadata__ stands twice")
+        raise MalformedHeaderError("__metadata__ stands twice")
     for value in metadata:
         texts = isinstance(value, _Object) and all(isinstance(one, str) for _, one in value)
         if value is not None and not texts:
-            raise _MalformedError("__metadata__ holds more than texts")
+            raise MalformedHeaderError("__metadata__ holds more than texts")
     for name, value in content:
         if name != "__metadata__":
             found[name] = _entry(name, value, data)
     at = data
     for name, entry in sorted(found.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
         if entry.begin != at or entry.end < entry.begin:
-            raise _MalformedError(f"{_shown(name)} does not begin where the tensor before it ends")
+            raise MalformedHeaderError(f"{_shown(name)} does not begin where the tensor before it ends")
         at = entry.end
     if at != size:
-        raise _MalformedError(f"its tensors end at byte {at:,} and the file at {size:,}")
+        raise MalformedHeaderError(f"its tensors end at byte {at:,} and the file at {size:,}")
     return found
 
 
@@ -190,30 +195,30 @@ def _entry(name: str, value: Any, data: int) -> HeaderEntry:
         pairs = [(key, one) for key, one in value if key in fields]
         about = dict(pairs)
         if len(about) != 3 or len(pairs) != 3:
-            raise _MalformedError(f"{_shown(name)} has no dtype, shape and data_offsets, once each")
+            raise MalformedHeaderError(f"{_shown(name)} has no dtype, shape and data_offsets, once each")
     elif isinstance(value, list) and len(value) == 3:
         # The library takes a list of the three as well.
         about = dict(zip(fields, value, strict=True))
     else:
-        raise _MalformedError(f"{_shown(name)} is no description of a tensor")
+        raise MalformedHeaderError(f"{_shown(name)} is no description of a tensor")
     dtype = about["dtype"]
     if isinstance(dtype, _Object) and len(dtype) == 1 and dtype[0][1] is None:
         [(dtype, _)] = dtype
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _MalformedError(f"{_shown(name)} is of an unknown dtype, {_shown(dtype)}")
+        raise MalformedHeaderError(f"{_shown(name)} is of an unknown dtype, {_shown(dtype)}")
     shape, offsets = about["shape"], about["data_offsets"]
     if not _sizes(shape):
-        raise _MalformedError(f"{_shown(name)} has the shape {_shown(shape)}")
+        raise MalformedHeaderError(f"{_shown(name)} has the shape {_shown(shape)}")
     if not _sizes(offsets) or len(offsets) != 2:
-        raise _MalformedError(f"{_shown(name)} has the data_offsets {_shown(offsets)}")
+        raise MalformedHeaderError(f"{_shown(name)} has the data_offsets {_shown(offsets)}")
     count = 1
     for length in shape:
         count *= length
         if count >= _WORD:
-            raise _MalformedError(f"{_shown(name)} has the shape {_shown(shape)}")
+            raise MalformedHeaderError(f"{_shown(name)} has the shape {_shown(shape)}")
     bits = count * BITS[dtype]
     if bits >= _WORD or bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise _MalformedError(
+        raise MalformedHeaderError(
             f"{_shown(name)} has {offsets[1] - offsets[0]:,} bytes, and its shape needs {bits // 8:,}"
         )
     return HeaderEntry(dtype, tuple(shape), data + offsets[0], data + offsets[1])

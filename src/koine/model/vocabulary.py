@@ -136,7 +136,10 @@ def move_model(
 
 
 def _refuse_other_tables(inner: Any, model: Path) -> None:
-    """Raise `UserError` for a model with more tables of tokens than embedding and head (one a layer, say): they would keep the old order."""
+    """Raise `UserError` for a model with more token tables than embedding and head.
+
+    Such tables (one a layer, say) would keep the old order.
+    """
     about = skeleton(read_json(model / "config.json"), where=model / "config.json")
     head = inner.get_output_embeddings()
     moved = [inner.get_input_embeddings().weight, *(() if head is None else head.parameters())]
@@ -155,7 +158,10 @@ def _refuse_other_tables(inner: Any, model: Path) -> None:
 
 
 def _move_generation(source: Path, target: Path, match: VocabularyMatch, tokenizer: Tokenizer) -> None:
-    """Carry the model's settings of generation to the new ids: several tokens may end an answer, and sampling has nothing to do with the tokenizer."""
+    """Carry the model's settings of generation to the new ids.
+
+    Several tokens may end an answer, and sampling has nothing to do with the tokenizer.
+    """
     settings = read_json_object(source, mend="correct or remove it")
     for name, own in (
         ("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id), ("pad_token_id", tokenizer.pad_id),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
 from koine.files import read_json
+from koine.model.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,11 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
     """The files that hold a folder's weights, in the order of their names.
 
-    The order of choice is that of `transformers`: what `transformers_weights` of config.json names, then `model.safetensors`, then the
-    index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
+    The order of choice is that of `transformers`: what `transformers_weights` of config.json names, then
+    `model.safetensors`, then the index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
 
-    Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or lies outside the folder.
+    Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or
+    lies outside the folder.
     """
     refuse_adapter(folder)
     named = _named_by_config(folder)
@@ -63,7 +65,8 @@ def _named_by_config(folder: Path) -> str | None:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, each once, sorted. Raises `UserError` where it is damaged or names a file outside its folder.
+    """The files that an index names, each once, sorted. Raises `UserError` where it is damaged or names a
+    file outside its folder.
 
     A file of the folder may be a link: whoever made the link had the right to.
     """
@@ -86,7 +89,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _leaves(name: str) -> bool:
-    """Whether a name in an index is no plain name of a file in its folder or below, on any system."""
+    """Return whether a name in an index is no plain name of a file in its folder or below, on any system."""
     if not name or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
         return True
     return any(
@@ -134,7 +137,8 @@ def open_safetensors(file: Path) -> Any:
 
 
 def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
-    """Bytes stored in each floating-point dtype; empty where a tensor is of a dtype that only a quantiser reads.
+    """Bytes stored in each floating-point dtype; empty where a tensor is of a dtype that only a quantiser
+    reads.
 
     Reads headers alone. Raises `UserError` for a damaged file.
     """
@@ -142,16 +146,12 @@ def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
 
     found: dict[torch.dtype, int] = {}
     for file in files:
-        handle = open_safetensors(file)
-        for name in handle.keys():  # noqa: SIM118 (not a mapping)
-            part = handle.get_slice(name)
-            stored = str(part.get_dtype())
-            if stored not in FLOATS and stored.startswith("F"):
+        for entry in read_header(file).values():
+            if entry.dtype not in FLOATS and entry.dtype.startswith("F"):
                 return {}
-            if stored in FLOATS:
-                dtype = getattr(torch, FLOATS[stored])
-                size = torch.Size(part.get_shape()).numel() * dtype.itemsize
-                found[dtype] = found.get(dtype, 0) + size
+            if entry.dtype in FLOATS:
+                dtype = getattr(torch, FLOATS[entry.dtype])
+                found[dtype] = found.get(dtype, 0) + entry.end - entry.begin
     return found
 
 
@@ -166,7 +166,7 @@ def widest(dtypes: dict[torch.dtype, int]) -> torch.dtype:
 
 
 def widest_dtype(folder: Path) -> torch.dtype:
-    """The dtype that holds every stored weight of a model folder without rounding; float32 for pickled weights."""
+    """The dtype that holds every stored weight of a folder exactly; float32 for pickled weights."""
     import torch
 
     files = weight_files(folder, pickled=True)

@@ -11,7 +11,10 @@ _QUERY = re.compile(r"(?i)((?:^|[?&;\s])[a-z_-]*(?:key|token|secret|password)=)[
 
 
 def recorded_command(words: Sequence[str] | None = None) -> list[str]:
-    """The words of the command (of this process by default), with `***` for passwords and keys in addresses."""
+    """The words of a command, with `***` for passwords and keys in addresses.
+
+    By default, the command of this process.
+    """
     return [
         _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", word)) if "://" in word else word
         for word in (sys.argv if words is None else words)

@@ -23,7 +23,7 @@ def digest(value: Any) -> str:
 
 
 def stamp(about: os.stat_result) -> list[int]:
-    """What changes when a file changes: size, times of its content and of its entry, inode.
+    """Stamp of a file's state: size, times of its content and of its entry, inode.
 
     The time of the entry cannot be set back, as `cp -p` and archives do with that of the content.
     """

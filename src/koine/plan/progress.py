@@ -36,7 +36,7 @@ def write(path: Path, **fields: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What was told last; empty where nothing was, or where something else lies there."""
+    """Read the last progress; empty where none was written or something else lies there."""
     try:
         told = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _sound(entry: tuple[str, Any]) -> bool:
-    """Whether a field is of the kind that `write` is given."""
+    """Return whether a field is of the kind that `write` is given."""
     name, value = entry
     if name == "fraction":
         return isinstance(value, int | float) and 0.0 <= value <= 1.0

@@ -44,7 +44,7 @@ def record_of(artifact: Path) -> dict[str, Any] | None:
 
 
 def _check(record: Fields) -> None:
-    """Raise `UserError` where a field of an artifact's record is of another kind than the one that is written."""
+    """Raise `UserError` for a field of an artifact's record that is of a wrong type."""
     name = record.text("artifact")
     if not name or "\0" in name or name.startswith("/") or ".." in Path(name).parts:
         raise record.wrong("artifact", "the name of an artifact")
@@ -77,7 +77,7 @@ def lock_of(run: Path, name: str) -> Path:
 
 
 def real_place(run: Path, name: str) -> Path:
-    """Where an artifact lies: its path in the run, or what the link leads to that the user has put there.
+    """Resolve an artifact's place: its path in the run, or the target of the user's link there.
 
     Raises `UserError` where that is not there: what lies on a disk that is away must not be built a second
     time.
@@ -96,7 +96,7 @@ def real_place(run: Path, name: str) -> Path:
 
 
 def leftovers(run: Path, name: str) -> list[Path]:
-    """What a publication left beside an artifact that was killed before its end."""
+    """Find what a killed publication left beside an artifact."""
     return leftovers_of(real_place(run, name))
 
 
@@ -106,7 +106,7 @@ def recover(run: Path, name: str) -> None:
 
 
 def standing(run: Path, name: str) -> State | None:
-    """What stands in an artifact's place before it is built.
+    """Read what stands in an artifact's place before it is built.
 
     Raises `UserError` where that is something else than an artifact of ours.
     """

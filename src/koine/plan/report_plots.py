@@ -99,7 +99,8 @@ def inline(svg: str, label: str) -> str:
     svg = re.sub(r">\s+<", "><", svg)
     for _ in range(4):
         svg = re.sub(r"<defs></defs>|<g></g>|<g>(<(?:path|use|text)\b[^>]*/>)</g>", r"\1", svg)
-    # Last, since the label is no style; not as a replacement text, in which a backslash of the label would be a command.
+    # Last, since the label is no style; not as a replacement text, in which a backslash of the label would be
+    # a command.
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     return svg.strip()
 

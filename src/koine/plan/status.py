@@ -38,7 +38,7 @@ def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
 
 
 def why(node: Node) -> list[str]:
-    """Why a step must run: `["new"]`, or what changed, field by field; empty where it is up to date.
+    """The reasons to run a step: `["new"]`, or each field that changed; empty where up to date.
 
     Raises `UserError` for one that is up to date and not whole, by the sizes of its files.
     """

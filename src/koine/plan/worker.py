@@ -64,7 +64,7 @@ def start_guardian() -> int:
 
 @dataclass(frozen=True)
 class Before:
-    """What a step is about to read: the parents as they are recorded, and the stamps of all their files."""
+    """Inputs of a step before it runs: its recorded parents and the stamps of their files."""
 
     recorded: list[dict[str, Any]]
     stamps: dict[str, list[int]]

@@ -258,7 +258,10 @@ def train_step(
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
     began_as: Path | None = None,
 ) -> None:
-    """Train over a mixture; `began_as`: the folder that `model` was opened from, after whose text the sources go on."""
+    """Train over a mixture.
+
+    began_as: the folder that `model` was opened from, after whose text the sources go on.
+    """
     import torch
 
     from koine.data import DataOrder

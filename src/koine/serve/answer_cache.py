@@ -47,9 +47,11 @@ class AnswerCache:
         return Claim(self._claims, key)
 
     def get(self, key: str, *, warn: bool = True) -> Completion | None:
-        """The answer, or None where there is none; a damaged one is warned about (`KoineWarning`) and counts as none.
+        """The answer, or None where there is none; a damaged one is warned about (`KoineWarning`) and counts
+        as none.
 
-        Raises `UserError` for one that cannot be read, or that a later Koine has written: asking again would cost again.
+        Raises `UserError` for one that cannot be read, or that a later Koine has written: asking again would
+        cost again.
         """
         path = self.path(key)
         try:
@@ -100,7 +102,11 @@ class _OtherVersionError(Exception):
 
 
 def _read_entry(key: str, content: bytes) -> Completion:
-    """Raises `ValueError`, `KeyError`, `TypeError`, `AttributeError` or `RecursionError` for what is no entry of `key`."""
+    """Read an entry.
+
+    Raises `ValueError`, `KeyError`, `TypeError`, `AttributeError` or `RecursionError` for what is none of
+    `key`.
+    """
     try:
         entry = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError:

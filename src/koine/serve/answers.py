@@ -16,7 +16,8 @@ Finish = Literal["stop", "length"]
 MOST_TOKENS = 10**12
 """A count of tokens above this is none."""
 
-# Other servers' words for the two ends of an answer, without case, signs and "FINISH_REASON_" in front of them.
+# Other servers' words for the two ends of an answer, without case, signs and "FINISH_REASON_" in front of
+# them.
 STOPPED = frozenset((
     "stop", "stopped", "eos", "eostoken", "eostokenid", "endturn", "endofturn", "endoftext", "stopsequence", "stoptoken",
     "stopstring", "stopstr", "stopword", "complete", "completed", "finished", "end", "done", "normal", "success",
@@ -60,7 +61,8 @@ class Answer:
     """An answer as the endpoint gave it.
 
     log_probabilities: natural, of each token; empty where the endpoint gives none.
-    finish: "stop" or "length"; None where `reason`, the endpoint's word for the end, says that this is no answer.
+    finish: "stop" or "length"; None where `reason`, the endpoint's word for the end, says that this is no
+    answer.
     usage: prompt tokens and completion tokens, or None where the endpoint does not say.
     strange_end: `reason` is no word that is known, and was taken for the answer's end.
     lost_log_probabilities: some were no finite numbers, and all are left out.
@@ -76,7 +78,10 @@ class Answer:
 
 
 def read_usage(content: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens that an answer reports, or None; also of an answer that is otherwise malformed."""
+    """Prompt and completion tokens that an answer reports, or None.
+
+    Also of an answer that is otherwise malformed.
+    """
     try:
         return _usage(_document(content, None))
     except MalformedError:
@@ -86,7 +91,8 @@ def read_usage(content: bytes) -> tuple[int, int] | None:
 def read_answer(content: bytes, *, most_tokens: int, charset: str | None = None) -> Answer:
     """Read the body of a successful response. Raises `MalformedError`.
 
-    most_tokens: the longest answer asked for; one of that length that gives no reason for its end was cut off.
+    most_tokens: the longest answer asked for; one of that length that gives no reason for its end was cut
+    off.
     charset: of the response's `Content-Type`.
     """
     document = _document(content, charset)
@@ -153,7 +159,7 @@ def _document(content: bytes, charset: str | None) -> dict[str, Any]:
 
 
 def _decoded(content: bytes, charset: str | None) -> str:
-    """The text of a body: UTF-8 (or 16, 32), else what the response says, else with replacement characters."""
+    """Decode a body: UTF-8 (or 16, 32), else the response's charset, else with replacements."""
     encodings: list[str] = [json.detect_encoding(content) if content[:4].count(0) else "utf-8"]
     if charset is not None and _CHARSETS.fullmatch(charset.strip().lower()):
         encodings.append(charset.strip())
@@ -166,7 +172,10 @@ def _decoded(content: bytes, charset: str | None) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """Parse JSON with line breaks in its strings and numbers of any length. Raises `ValueError`, `RecursionError`."""
+    """Parse JSON with line breaks in its strings and numbers of any length.
+
+    Raises `ValueError`, `RecursionError`.
+    """
 
     def integer(digits: str) -> int | float:
         return int(digits) if len(digits) < 1000 else math.inf
@@ -182,7 +191,10 @@ def _dumped(value: Any) -> str:
 
 
 def _chunks(text: str) -> list[dict[str, Any]] | None:
-    """The objects of a streamed answer (server-sent events, or one object a line); None where it is no such thing."""
+    """The objects of a streamed answer; None where it is none.
+
+    Server-sent events, or one object a line.
+    """
     objects = []
     ended = False
     for line in text.splitlines():
@@ -259,7 +271,10 @@ def _first(value: Any) -> Any:
 
 
 def _text(choice: Mapping[str, Any]) -> tuple[str, bool]:
-    """The text of a choice, and whether the model thought. Raises `MalformedError` for content that is no text."""
+    """The text of a choice, and whether the model thought.
+
+    Raises `MalformedError` for content that is no text.
+    """
     message = next(
         (choice[name] for name in ("message", "delta") if isinstance(choice.get(name), dict | str)), None
     )
@@ -279,7 +294,10 @@ def _text(choice: Mapping[str, Any]) -> tuple[str, bool]:
 
 
 def _flat(content: Any) -> str:
-    """A message's content as one text; it comes as a text, in parts, or as null where the model only thought."""
+    """A message's content as one text.
+
+    It comes as a text, in parts, or as null where the model only thought.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
@@ -309,7 +327,7 @@ def _part(part: Any) -> str:
 
 
 def _has_content(choice: Mapping[str, Any]) -> bool:
-    """Whether the answer is there and empty, and not merely missing."""
+    """Return whether the answer is there and empty, and not merely missing."""
     message = choice.get("message")
     if isinstance(message, dict):
         return "content" in message or "text" in message or "refusal" in message
@@ -331,7 +349,7 @@ def _word(reason: str) -> str:
 
 
 def _finish(reason: str) -> Finish | None:
-    """What a server's word for the end means; None for a word that is not known to mean either."""
+    """Translate a server's finish reason; None for an unknown one."""
     word = _word(reason)
     if word in CUT:
         return "length"

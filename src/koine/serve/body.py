@@ -7,7 +7,7 @@ import zlib
 import httpx2
 
 ENCODINGS = "gzip, deflate"
-"""What is asked for; the library would otherwise offer what happens to be installed."""
+"""Encodings that are asked for; the library would otherwise offer what happens to be installed."""
 
 _PIECE = 1 << 16
 
@@ -17,7 +17,10 @@ class BodyError(Exception):
 
 
 async def read_body(response: httpx2.Response, limit: int) -> bytes:
-    """The whole body, unpacked. Raises `BodyError` where it is longer than `limit` bytes or cannot be unpacked."""
+    """The whole body, unpacked.
+
+    Raises `BodyError` where it is longer than `limit` bytes or cannot be unpacked.
+    """
     raw = bytearray()
     async for piece in response.aiter_raw():
         raw += piece
@@ -27,7 +30,7 @@ async def read_body(response: httpx2.Response, limit: int) -> bytes:
 
 
 async def read_beginning(response: httpx2.Response, limit: int) -> bytes:
-    """The body's first bytes, of one that only a message shows; one that cannot be unpacked counts as empty."""
+    """The body's first bytes, for a message; one that cannot be unpacked counts as empty."""
     raw = bytearray()
     async for piece in response.aiter_raw():
         raw += piece

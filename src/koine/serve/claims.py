@@ -1,4 +1,4 @@
-"""Who asks for an answer: of all processes and threads on one cache, one at a time."""
+"""Locks on calls: of all processes and threads on one cache, one at a time asks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from koine.files import disk_errors
 
 
 class Claim:
-    """The right to ask for one answer. The operating system gives it back when its holder dies, however it dies."""
+    """The right to ask for one answer.
+
+    The operating system gives it back when its holder dies, however it dies.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         self._path = folder / f"{key}.lock"
@@ -29,8 +32,8 @@ class Claim:
 
     def release(self) -> None:
         """Give it back, and leave no file."""
-        # Before the lock goes: who waits with the removed file open sees that it has no name, and begins anew. Some
-        # systems remove no open file: an empty one stays.
+        # Before the lock goes: who waits with the removed file open sees that it has no name, and begins
+        # anew. Some systems remove no open file: an empty one stays.
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
         self._lock.release()

@@ -1,7 +1,9 @@
-"""What of a JSON schema a grammar can hold: whatever the mask lets through must validate, or the schema is refused.
+"""Reduce a JSON schema to what a grammar can enforce, or refuse it.
 
-The grammar library takes some schemas and enforces something else: numbers in 64-bit floating point, formats in part.
-These are refused here or said in a way that it enforces.
+Whatever the mask lets through must validate.
+
+The grammar library takes some schemas and enforces something else: numbers in 64-bit floating point, formats
+in part. These are refused here or said in a way that it enforces.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
 def enforceable(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The schema as the library enforces it, and whether a document may hold keys that the schema does not name.
+    """The schema as the library enforces it, and whether a document may hold keys that the schema does not
+    name.
 
     Raises `UserError` for a schema that the library would take and not hold.
     """
@@ -183,7 +186,7 @@ class _Reader:
             )
 
     def _target(self, reference: str, place: str) -> Any:
-        """What a reference inside the schema leads to; None for what the library has to find, or to refuse."""
+        """Resolve a reference inside the schema; None where the library must find or refuse it."""
         _, _, pointer = reference.partition("#")
         if not reference.startswith("#") or (pointer and not pointer.startswith("/")):
             return None
@@ -203,7 +206,10 @@ class _Reader:
         return found
 
     def ends(self, schema: Any, above: frozenset[int]) -> bool:
-        """Whether a document of `schema` can come to its end. above: schemas that must hold this one."""
+        """Return whether a document of `schema` can come to its end.
+
+        above: schemas that must hold this one.
+        """
         self._steps += 1
         if not isinstance(schema, dict) or self._steps > 20_000:
             return True
@@ -236,7 +242,7 @@ class _Reader:
 
 
 def _is_loose(schema: Any) -> bool:
-    """Whether a schema itself lets an object have keys that it does not name, or says nothing of it."""
+    """Return whether a schema lets an object have keys that it does not name, or says nothing of it."""
     if schema is True:
         return True
     if not isinstance(schema, dict) or not {"const", "enum", "$ref", "allOf", "anyOf", "oneOf"}.isdisjoint(

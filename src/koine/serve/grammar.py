@@ -36,7 +36,11 @@ class Grammar:
     def __init__(
         self, matcher: Any, vocab_size: int, end_ids: frozenset[int], keys: UniqueKeys | None = None
     ) -> None:
-        """matcher: an `llguidance.LLMatcher` that has read nothing yet. keys: of documents whose keys may repeat."""
+        """Start at the beginning of a document.
+
+        matcher: an `llguidance.LLMatcher` that has read nothing yet. keys: of documents whose keys may
+        repeat.
+        """
         self._matcher = matcher
         self._keys = keys
         self.vocab_size = vocab_size
@@ -46,8 +50,8 @@ class Grammar:
     def from_json_schema(cls, schema: Mapping[str, Any], tokenizer: Tokenizer) -> Grammar:
         """Documents of `schema`, objects with their keys in the schema's order, spaced as `json.dumps` does.
 
-        Raises `UserError` for a schema that is malformed, that nothing satisfies, or that cannot be enforced to the
-        letter token by token; for a tokenizer that is not byte-level; and without the extra `grammar`.
+        Raises `UserError` for a schema that is malformed, that nothing satisfies, or that cannot be enforced
+        to the letter token by token; for a tokenizer that is not byte-level; and without the extra `grammar`.
         """
         held, free_keys = enforceable(schema)
         text = schema_text(held)
@@ -148,7 +152,8 @@ class GrammarState:
         return self._allowed if self._keys is None else self._keys.without_repeated(self._allowed)
 
     def advance(self, token_id: int) -> None:
-        """Take `token_id`, which the mask must allow (`ValueError` otherwise; the state is of no use afterwards).
+        """Take `token_id`, which the mask must allow (`ValueError` otherwise; the state is of no use
+        afterwards).
 
         Raises `UserError` where the grammar has become too complex to go on.
         """

@@ -1,7 +1,8 @@
 """Keep secrets out of what a server says: masked first, then freed of control characters, then cut.
 
-A server that knows the key may send it back in any part of its answer and in any spelling. Texts are therefore compared
-in a plain form: escapes read (`\\u0073`, `%73`, `&#115;`), letters lowered, everything but letters and digits left out.
+A server that knows the key may send it back in any part of its answer and in any spelling. Texts are
+therefore compared in a plain form: escapes read (`\\u0073`, `%73`, `&#115;`), letters lowered, everything but
+letters and digits left out.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from contextlib import contextmanager
 MASK = "***"
 
 FRAGMENT = 8
-"""A piece of a secret of so many letters and digits is masked in messages: half of a key is a key half guessed."""
+"""Letters and digits of the shortest piece of a secret that is masked in messages.
+
+Half of a key is a key half guessed.
+"""
 
 MOST_CHARACTERS = 1 << 16
 """Of a server's words no more are looked at, and those at the edge not shown."""
 EDGE_CHARACTERS = 1 << 12
 
 LINE_CHARACTERS = 300
-"""What a server's words are cut to."""
+"""Characters of a server's words that are shown at most."""
 
 _ESCAPE = re.compile(
     r"\\+u(?P<four>[0-9a-fA-F]{4})|\\+u\{0*(?P<braced>[0-9a-fA-F]{1,4})\}|\\+x(?P<hex>[0-9a-fA-F]{2})"
@@ -45,7 +49,8 @@ _LOGGERS = ("httpx2", "httpcore2", "httpx2.client")
 class Mask:
     """Replaces secrets in texts of a server.
 
-    A secret of fewer than four letters and digits is a placeholder that hides nothing ("x") and is left alone.
+    A secret of fewer than four letters and digits is a placeholder that hides nothing ("x") and is left
+    alone.
     """
 
     def __init__(self, secrets: Collection[str] = ()) -> None:
@@ -95,7 +100,7 @@ class Mask:
         return line if len(line) <= characters else line[:characters] + "..."
 
     def stands_in(self, content: bytes) -> bool:
-        """Whether a secret stands in the content as it is, letter by letter."""
+        """Return whether a secret stands in the content as it is, letter by letter."""
         return any(secret.encode("utf-8") in content for secret in self._secrets)
 
     @staticmethod
@@ -156,7 +161,7 @@ def proxy_passwords() -> list[str]:
 
 
 def _is_secret(secret: str) -> bool:
-    """Whether a key is more than the placeholder that servers without keys are given."""
+    """Return whether a key is more than the placeholder that servers without keys are given."""
     plain = _plain(secret)
     return len(plain) >= FRAGMENT and (
         any(letter.isdigit() for letter in plain)
@@ -227,5 +232,5 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _steers(character: str) -> bool:
-    """Whether a character could steer a terminal or turn the order of a line."""
+    """Return whether a character could steer a terminal or turn the order of a line."""
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")

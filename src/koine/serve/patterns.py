@@ -1,7 +1,7 @@
 """Regular expressions of JSON schemas (ECMA-262) as the grammar library reads them (Rust's `regex`).
 
-The two write most things alike and mean some otherwise. What is rewritten here matches only what ECMA-262, Python and
-Rust all match, so that an answer satisfies whatever validator reads it.
+The two write most things alike and mean some otherwise. What is rewritten here matches only what ECMA-262,
+Python and Rust all match, so that an answer satisfies whatever validator reads it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _one(letter: str) -> str:
 
 
 def _escaped(pattern: str, at: int) -> bool:
-    """Whether an odd number of backslashes stands before the sign."""
+    """Return whether an odd number of backslashes stands before the sign."""
     before = pattern[:at]
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1
 

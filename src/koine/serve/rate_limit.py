@@ -35,7 +35,10 @@ class Slot:
 
 
 class SteadyClock:
-    """A clock that never goes back: where the one below it does (a clock set by hand), it goes on from where it was."""
+    """A clock that never goes back.
+
+    Where the one below it does (a clock set by hand), it goes on from where it was.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -6,13 +6,12 @@ import asyncio
 import math
 import time
 import warnings
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import httpx2
 
@@ -21,7 +20,7 @@ from koine.serve.address import checked_address, key_in_environment, without_cre
 from koine.serve.answer_cache import AnswerCache
 from koine.serve.answers import MalformedError, error_text, read_answer, read_usage
 from koine.serve.background import run_to_end
-from koine.serve.body import ENCODINGS, BodyError, read_beginning, read_body
+from koine.serve.body import ENCODINGS, BodyError
 from koine.serve.budget import Budget, Ledger, Spending
 from koine.serve.calls import Call, CallEstimate, build_calls, missing_calls
 from koine.serve.conversation import Message
@@ -29,43 +28,16 @@ from koine.serve.engine import Completion
 from koine.serve.masking import Mask, masked_logs, proxy_passwords
 from koine.serve.rate_limit import RateLimiter, RateLimits, SteadyClock
 from koine.serve.retry import MAY_CHARGE, RetryPolicy, asked_wait, is_transient
+from koine.serve.run import Charge, Run, StoppedError
 from koine.serve.sampling import Sampling
-from koine.serve.wire import LengthField, most_answer_bytes
-
-CONNECT_SECONDS = 10.0
-
-# Nothing reached the endpoint, so nothing can have been charged.
-NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
-
-REFUSAL_BYTES = 1 << 16
-"""Of a response with an error status, no more is read."""
+from koine.serve.sending import NEVER_SENT, Received, described, open_client, send
+from koine.serve.wire import LengthField
 
 REASON_CHARACTERS = 60
-"""What a server's word for the end of an answer is cut to."""
+"""Characters of a server's finish reason that are shown at most."""
 
 CLAIM_SECONDS = 0.1
-"""How often a call looks whether another process has the answer that it waits for."""
-
-Charge = tuple[int, int] | Literal["nothing", "unknown"]
-"""Prompt and completion tokens; or that nothing can have been charged; or that this is not known."""
-
-
-@dataclass
-class _Run:
-    """What the calls of one `generate` share, all inside one event loop.
-
-    settled: set whenever a call no longer holds money back.
-    stopped: set when a call has failed for good: no other is begun, those under way are let finish.
-    notes: what was odd about answers, and how often.
-    disk: what kept an answer from the cache, or its price from the ledger.
-    """
-
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    stopped: asyncio.Event = field(default_factory=asyncio.Event)
-    holding_money: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-    failures: list[tuple[int, UserError]] = field(default_factory=list)
-    disk: UserError | None = None
+"""Seconds between two looks for the answer that another process asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +51,6 @@ class _Failure:
     problem: str
     asked: float | None = None
     kind: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Received:
-    """A response; its body as far as it is read."""
-
-    status: int
-    headers: httpx2.Headers
-    content: bytes
-    charset: str | None
-
-
-class _StoppedError(Exception):
-    """Another call has failed; this one is not begun, or not repeated."""
 
 
 class RemoteEngine:
@@ -227,10 +185,13 @@ class RemoteEngine:
 
     async def _answer_all(self, calls: Sequence[Call], known: dict[str, Completion]) -> None:
         """Put the answer to each call into `known`, `concurrency` at a time."""
-        run = _Run()
+        run = Run()
         waiting = iter(calls)
         with masked_logs(self._mask):
-            async with self._client() as client:
+            opened = open_client(
+                self._headers, timeout=self._timeout, concurrency=self._concurrency, mask=self._mask
+            )
+            async with opened as client:
                 workers = min(self._concurrency, len(calls))
                 await asyncio.gather(*(self._work(client, waiting, known, run) for _ in range(workers)))
         for note, count in run.notes.items():
@@ -239,22 +200,7 @@ class RemoteEngine:
         if run.failures:
             raise min(run.failures, key=lambda failure: failure[0])[1]
 
-    def _client(self) -> httpx2.AsyncClient:
-        """Raises `UserError` for proxies and certificates of the environment that cannot be used."""
-        try:
-            return httpx2.AsyncClient(
-                headers=self._headers,
-                follow_redirects=False,
-                timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, self._timeout)),
-                limits=httpx2.Limits(max_connections=self._concurrency),
-            )
-        except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
-            raise UserError(
-                f"no connection can be made with these settings ({self._mask.line(_described(error))})",
-                mend="correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR in the environment",
-            ) from None
-
-    def _tell_unsaved(self, run: _Run, *, missing: int) -> None:
+    def _tell_unsaved(self, run: Run, *, missing: int) -> None:
         """Say which answers the disk did not take: an error where others are missing, too, else a warning."""
         if run.disk is None:
             return
@@ -271,13 +217,13 @@ class RemoteEngine:
         warnings.warn(f"{run.disk.where}: {what}{lost}", KoineWarning, stacklevel=3)
 
     async def _work(
-        self, client: httpx2.AsyncClient, waiting: Iterator[Call], known: dict[str, Completion], run: _Run
+        self, client: httpx2.AsyncClient, waiting: Iterator[Call], known: dict[str, Completion], run: Run
     ) -> None:
         """Take calls from `waiting` until none is left or one has failed."""
         for call in waiting:
             try:
                 known[call.key] = await self._claim_and_ask(client, call, run)
-            except _StoppedError:
+            except StoppedError:
                 return
             except UserError as error:
                 run.failures.append((call.number, error))
@@ -286,20 +232,20 @@ class RemoteEngine:
             if run.stopped.is_set():
                 return
 
-    async def _claim_and_ask(self, client: httpx2.AsyncClient, call: Call, run: _Run) -> Completion:
+    async def _claim_and_ask(self, client: httpx2.AsyncClient, call: Call, run: Run) -> Completion:
         """The answer to one call; where another process asks for the same one, its answer is waited for."""
         if self._cache is None:
             return await self._ask(client, call, run)
         claim = self._cache.claim(call.key)
         while not claim.acquire():
-            await _first(asyncio.sleep(CLAIM_SECONDS), run)
+            await run.first(asyncio.sleep(CLAIM_SECONDS))
         try:
             answered = self._cache.get(call.key, warn=False)
             return await self._ask(client, call, run) if answered is None else answered
         finally:
             claim.release()
 
-    async def _ask(self, client: httpx2.AsyncClient, call: Call, run: _Run) -> Completion:
+    async def _ask(self, client: httpx2.AsyncClient, call: Call, run: Run) -> Completion:
         """The answer to one call, after as many attempts as the policy allows; in the cache when this returns."""
         attempt = 0
         malformed: set[str] = set()
@@ -328,12 +274,13 @@ class RemoteEngine:
                 )
             await self._pause(wait, run)
 
-    async def _attempt(self, client: httpx2.AsyncClient, call: Call, run: _Run) -> Completion | _Failure:
+    async def _attempt(self, client: httpx2.AsyncClient, call: Call, run: Run) -> Completion | _Failure:
         """Send a call once: the completion, or what went wrong that may pass.
 
-        Money stays unsettled in the ledger exactly where the endpoint may have charged for an answer that never came.
+        Money stays unsettled in the ledger exactly where the endpoint may have charged for an answer that
+        never came.
         """
-        await self._afford(call, run)
+        await run.afford(call, self._ledger, self._url)
         charged: Charge = "nothing"
         slot = self._limiter.reserve(call.prompt_tokens + call.completion_tokens)
         try:
@@ -341,10 +288,10 @@ class RemoteEngine:
             charged = "unknown"
             try:
                 async with asyncio.timeout(self._timeout):
-                    received = await self._send(client, call)
+                    received = await send(client, self._url, call)
             except NEVER_SENT as error:
                 charged = "nothing"
-                return _Failure(problem=self._mask.line(_described(error)))
+                return _Failure(problem=self._mask.line(described(error)))
             except TimeoutError:
                 return _Failure(problem=f"no answer within {self._timeout:g} s")
             except BodyError as error:
@@ -352,7 +299,7 @@ class RemoteEngine:
                     problem=f"its answer is malformed: {self._mask.line(str(error))}", kind="body"
                 )
             except httpx2.RequestError as error:
-                return _Failure(problem=self._mask.line(_described(error)))
+                return _Failure(problem=self._mask.line(described(error)))
             # Whatever else is wrong with the answer, its tokens were paid for.
             usage = read_usage(received.content)
             if not 200 <= received.status < 300:
@@ -367,25 +314,11 @@ class RemoteEngine:
                 run.notes["do not say how many tokens they took; the budget counts the most that they can have taken"] += 1  # fmt: skip
             return completion
         finally:
-            self._settle(call, charged, run)
+            run.settle(call, charged, self._ledger)
             if charged != "unknown":
                 self._limiter.settle(slot, 0 if charged == "nothing" else sum(charged))
 
-    async def _send(self, client: httpx2.AsyncClient, call: Call) -> _Received:
-        """Raises `BodyError` for a body that is too long, and what the library raises."""
-        async with client.stream("POST", self._url, content=call.content) as response:
-            if response.is_success:
-                content = await read_body(response, most_answer_bytes(call.completion_tokens))
-            else:
-                content = await read_beginning(response, REFUSAL_BYTES)
-            return _Received(
-                status=response.status_code,
-                headers=response.headers,
-                content=content,
-                charset=response.charset_encoding,
-            )
-
-    def _refused(self, call: Call, received: _Received) -> _Failure:
+    def _refused(self, call: Call, received: Received) -> _Failure:
         """A response with an error status: what it says, where it may pass. Raises `UserError` where it will not."""
         status = received.status
         said = self._mask.line(error_text(received.content, received.charset))
@@ -409,21 +342,24 @@ class RemoteEngine:
         raise UserError(f"{call.name}: {problem}", where=self._url, mend=mend)
 
     def _place(self, location: str) -> str:
-        """Where a redirect leads, for a message; nothing is sent there, least of all the key."""
+        """The target of a redirect, for a message; nothing is sent there, least of all the key."""
         try:
             return self._mask.line(without_credentials(location))
         except ValueError:
             return self._mask.line(location)
 
     def _malformed(self, call: Call, error: MalformedError) -> _Failure:
-        """An answer that cannot be used. Raises `UserError` where the server says that it always will be so."""
+        """An answer that cannot be used.
+
+        Raises `UserError` where the server says that it always will be so.
+        """
         said = self._mask.line(error.said)
         problem = f"its answer is malformed: {error.kind}" + (f"; the endpoint says: {said}" if said else "")
         if error.passing is False:
             raise UserError(f"{call.name}: {problem}", where=self._url)
         return _Failure(problem=problem, kind=None if error.passing else error.kind)
 
-    def _completed(self, call: Call, received: _Received, run: _Run) -> Completion:
+    def _completed(self, call: Call, received: Received, run: Run) -> Completion:
         """The completion in a response, put into the cache. Raises `MalformedError`, and `UserError` for a strange end."""
         answer = read_answer(received.content, most_tokens=call.completion_tokens, charset=received.charset)
         reason = self._mask.line(answer.reason, REASON_CHARACTERS)
@@ -458,62 +394,9 @@ class RemoteEngine:
                 run.stopped.set()
         return completion
 
-    # --- money and time ---
-
-    async def _afford(self, call: Call, run: _Run) -> None:
-        """Hold the call's worst case back; where that would pass the ceiling, wait for calls under way to cost less."""
-        if run.stopped.is_set():
-            raise _StoppedError
-        if self._ledger is None:
-            return
-        while not self._ledger.reserve(call.cost):
-            if run.holding_money == 0:
-                now = self._ledger.spending()
-                raise UserError(
-                    f"{call.name}: it may cost {call.cost:f}, and with {now.at_most:f} spent that would pass the ceiling "
-                    f"of {self._ledger.budget.ceiling:f}",
-                    where=self._url,
-                    mend="raise the ceiling, shorten the answers, or ask less",
-                )
-            run.settled.clear()
-            await _first(run.settled.wait(), run)
-        run.holding_money += 1
-
-    def _settle(self, call: Call, charged: Charge, run: _Run) -> None:
-        if self._ledger is None:
-            return
-        try:
-            if charged == "nothing":
-                self._ledger.release(call.cost)
-            elif charged != "unknown":
-                self._ledger.settle(call.cost, prompt_tokens=charged[0], completion_tokens=charged[1])
-        except UserError as error:
-            # The call stays in the ledger at its worst; its answer is not thrown away for it.
-            run.disk = error
-            run.stopped.set()
-        run.holding_money -= 1
-        run.settled.set()
-
-    async def _pause(self, seconds: float, run: _Run) -> None:
+    async def _pause(self, seconds: float, run: Run) -> None:
         if seconds > 0:
-            await _first(self._sleep(seconds), run)
-
-
-async def _first(waited: Awaitable[Any], run: _Run) -> None:
-    """Wait for `waited`, but no longer than the run goes on (`_StoppedError`)."""
-    tasks = [asyncio.ensure_future(waited), asyncio.ensure_future(run.stopped.wait())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if run.stopped.is_set():
-            raise _StoppedError
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _described(error: Exception) -> str:
-    name = type(error).__name__
-    return f"{name}: {error}" if str(error) else name
+            await run.first(self._sleep(seconds))
 
 
 def _check_options(model: str, concurrency: int, timeout: float, length_field: str) -> None:

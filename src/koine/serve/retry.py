@@ -13,7 +13,10 @@ TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 """Besides these, every status from 500 on."""
 
 MAY_CHARGE = frozenset({408, 499, 502, 504, 520, 524, 598, 599})
-"""Statuses of something between us and the model that did not wait for its answer: it may have come, and be charged for."""
+"""Statuses of a gateway that did not wait for the model's answer.
+
+It may have come, and be charged for.
+"""
 
 
 def is_transient(status: int) -> bool:

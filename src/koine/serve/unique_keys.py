@@ -1,6 +1,7 @@
 """Keep a JSON document from holding one key of an object twice, which no grammar can see.
 
-Follows a document byte by byte, as far as objects, their keys and strings go; that it is JSON, the grammar sees to.
+Follows a document byte by byte, as far as objects, their keys and strings go; that it is JSON, the grammar
+sees to.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ class UniqueKeys:
     """The keys of the objects that are open at one place of a document."""
 
     def __init__(self, tokens: Sequence[bytes], quoted: Tensor) -> None:
-        """tokens: the bytes of each id. quoted: [vocab] bool, on the ids whose bytes hold a quotation mark."""
+        """Start at the beginning of a document.
+
+        tokens: the bytes of each id. quoted: [vocab] bool, on the ids whose bytes hold a quotation mark.
+        """
         self._tokens = tokens
         self._quoted = quoted
         self._state = _State()

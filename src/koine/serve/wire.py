@@ -22,7 +22,8 @@ UNDERSTOOD = {"temperature", "seed", "max_new_tokens", "stop", "json_schema", *N
 TOKENS_AROUND_MESSAGE = 16
 TOKENS_AROUND_CONVERSATION = 64
 
-# An answer's JSON: what stands around the text, and a token with its log-probability, its bytes and its thoughts.
+# An answer's JSON: what stands around the text, and a token with its log-probability, its bytes and its
+# thoughts.
 BYTES_AROUND_ANSWER = 4 << 20
 BYTES_OF_TOKEN = 2 << 10
 MOST_BYTES = 256 << 20

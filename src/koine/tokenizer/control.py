@@ -1,4 +1,4 @@
-"""Which tokens steer a model, and plain text read without them.
+"""Tell control tokens from others, and tokenize plain text without them.
 
 | an added token | in users' text |
 |---|---|
@@ -6,8 +6,9 @@
 | `special: false`, written like a marker: `<tool_call>`, `[INST]`, `<|fim_prefix|>` | text as well |
 | `special: false`, anything else: words, runs of spaces, tags of HTML | a token, as in `transformers` |
 
-The library leaves the first kind alone when `encode_special_tokens` is set, but only in its list of added tokens: a Unigram, WordLevel or
-WordPiece model, or BPE with `ignore_merges`, still finds a marker that stands in the model's own vocabulary. Such text is cut and read again.
+The library leaves the first kind alone when `encode_special_tokens` is set, but only in its list of added
+tokens: a Unigram, WordLevel or WordPiece model, or BPE with `ignore_merges`, still finds a marker that stands
+in the model's own vocabulary. Such text is cut and read again.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ _HTML = re.compile(
 _WHOLE_WORD_MODELS = ("Unigram", "WordLevel", "WordPiece")
 DAMAGED = "the file is damaged or of an unknown kind"
 LONG_TEXT = 10_000
-"""Characters from which the library's reading without offsets, several times as fast, is worth its threads."""
+"""Length in characters from which the library's faster reading is worth its threads.
+
+It gives no offsets and is several times as fast.
+"""
 
 
 def looks_like_marker(token: str) -> bool:
-    """Whether a token is written like a marker, a name in brackets, and is no tag of HTML."""
+    """Return whether a token is written like a marker, a name in brackets, and is no tag of HTML."""
     return _MARKER.fullmatch(token) is not None and _HTML.fullmatch(token) is None
 
 
@@ -44,7 +48,8 @@ def looks_like_marker(token: str) -> bool:
 def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None]:
     """Turn what the Rust libraries raise into a `UserError`.
 
-    `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, which is no `Exception` at all.
+    `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, which is no `Exception` at
+    all.
     """
     try:
         yield
@@ -55,7 +60,10 @@ def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None
 
 
 def open_backend(text: str, where: str | Path) -> Any:
-    """The library's tokenizer of a `tokenizer.json`, without padding and truncation. Raises `UserError` where it is none."""
+    """The library's tokenizer of a `tokenizer.json`, without padding and truncation.
+
+    Raises `UserError` where it is none.
+    """
     from tokenizers import Tokenizer as Backend
 
     with library_errors(where, doing="not a tokenizer", mend=DAMAGED):
@@ -84,7 +92,10 @@ def read_text(path: Path) -> str:
 
 
 def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError`, which begins with `what`, for anything else, however deep or large."""
+    """A JSON object.
+
+    Raises `UserError`, which begins with `what`, for anything else, however deep or large.
+    """
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -110,7 +121,10 @@ class PlainText:
         named: Iterable[str] = (),
         where: str | Path = "the tokenizer",
     ) -> None:
-        """text: a `tokenizer.json`; named: tokens that the configuration gives a part. Raises `UserError` where it is no tokenizer."""
+        """text: a `tokenizer.json`; named: tokens that the configuration gives a part.
+
+        Raises `UserError` where it is no tokenizer.
+        """
         names = set(named)
         backend = open_backend(text, where)
         self.content = content = parsed_object(text, "not a tokenizer", where)
@@ -159,7 +173,7 @@ class PlainText:
         return found
 
     def normalises_to_control(self, text: str) -> bool:
-        """Whether normalisation makes a marker of a text."""
+        """Return whether normalisation makes a marker of a text."""
         if not self.normalised:
             return False
         normal = self.backend.normalizer.normalize_str(text)
@@ -189,7 +203,10 @@ class PlainText:
 
     @cached_property
     def _careful(self) -> Any:
-        """The same tokenizer, which also cuts every marker after its first character, so that no model finds it whole."""
+        """The same tokenizer, which also cuts every marker after its first character.
+
+        So no model finds it whole.
+        """
         from tokenizers import Regex, pre_tokenizers
 
         backend = self.copy()

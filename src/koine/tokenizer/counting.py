@@ -67,7 +67,8 @@ def count_pretokens(
     most: int = MOST_ENTRIES,
     longest: int | None = None,
 ) -> PretokenCounts:
-    """Count the pre-tokens of (text, times), in chunks of about `chunk_bytes`; `times` counts a text as often.
+    """Count the pre-tokens of (text, times), in chunks of about `chunk_bytes`; `times` counts a text as
+    often.
 
     longest: pre-tokens of more characters (of the trainer's alphabet) are cut into parts of this length.
     """

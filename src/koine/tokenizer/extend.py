@@ -30,7 +30,10 @@ _SURROGATES = (0xD800, 0xE000)
 SAMPLE_BYTES = 200_000
 """Text of the sample that must decode as before."""
 LONGEST_PRETOKEN = 4096
-"""Characters or bytes of a pre-token, as the tokenizer spells it; longer ones are cut, since the trainer needs time in the square of their length."""
+"""Longest pre-token, in characters or bytes as the tokenizer spells it.
+
+Longer ones are cut, since the trainer needs time in the square of their length.
+"""
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ def extend_tokenizer(
 def _keep_added_ids(content: dict[str, Any], old: Tokenizer, base: Path) -> None:
     """Write the ids of the added tokens into the model's vocabulary.
 
-    The library numbers added tokens that the vocabulary lacks anew, after all tokens of the model, whatever id the file gives them; those
-    that stand in it keep the id that they have there.
+    The library numbers added tokens that the vocabulary lacks anew, after all tokens of the model, whatever
+    id the file gives them; those that stand in it keep the id that they have there.
     """
     vocabulary: dict[str, int] = content["model"]["vocab"]
     ids = old.vocabulary()

@@ -110,7 +110,10 @@ class _Tiktoken:
             ]
 
     def _encode_long(self, text: str) -> list[int]:
-        """The same ids, cut by another library: tiktoken's regular expressions overflow their stack in a long run of spaces."""
+        """Encode to the same ids, with text cut by another library.
+
+        tiktoken's regular expressions overflow their stack in a long run of spaces.
+        """
         from tokenizers import Regex, pre_tokenizers
 
         cut = pre_tokenizers.Split(Regex(self._pattern), behavior="isolated")

@@ -45,8 +45,9 @@ def pre_tokenizer() -> Any:
 
 
 LONGEST_RUN: Final = 1000
-"""Characters. Of a longer run of letters, of spaces or of signs, training sees parts of this length: the library's trainer needs time in the
-square of a piece's length. Runs this long are Thai or Chinese without a space, rules of `=`, blank space, or no language at all."""
+"""Characters. Of a longer run of letters, of spaces or of signs, training sees parts of this length: the
+library's trainer needs time in the square of a piece's length. Runs this long are Thai or Chinese without a
+space, rules of `=`, blank space, or no language at all."""
 # Only text in which this is found can hold such a run; it is looked for first, since it costs little.
 _MAYBE: Final = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}")
 _CLASSES: Final = (r"\p{L}\p{M}", r"\s", r"^\s\p{L}\p{N}")

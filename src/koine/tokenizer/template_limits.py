@@ -1,7 +1,9 @@
-"""A Jinja sandbox with limits on time, on output, and on the size of any value: templates come from strangers.
+"""A Jinja sandbox with limits on time, on output, and on the size of any value: templates come from
+strangers.
 
-Python cannot interrupt a call that computes `9**9**9` or pads a text to a gigabyte, so such calls are measured beforehand. Loops, macros, calls
-and filters look at the clock. A container counts with all that it holds, however often it holds it, so that one that doubles itself ends early too.
+Python cannot interrupt a call that computes `9**9**9` or pads a text to a gigabyte, so such calls are
+measured beforehand. Loops, macros, calls and filters look at the clock. A container counts with all that it
+holds, however often it holds it, so that one that doubles itself ends early too.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class TooMuchError(Exception):
 
 
 class Budget:
-    """What is left of the limits while one conversation is rendered."""
+    """Rest of the limits while one conversation is rendered."""
 
     def __init__(self, characters: int) -> None:
         """characters: of the messages that are rendered."""
@@ -129,7 +131,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return _budget.get().bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (as jinja2's)
-        """Call a function or method of the template's; jinja2 names the arguments so that keywords are free."""
+        """Call a function or method of the template's.
+
+        jinja2 names the arguments so that keywords are free.
+        """
         budget = _budget.get()
         budget.spend()
         owner = getattr(__obj, "__self__", getattr(getattr(__obj, "__wrapped__", None), "__self__", None))
@@ -152,17 +157,21 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return _budget.get().bounded(value)
 
     def joined(self, *values: Any) -> str:
-        """What `~` makes."""
+        """Join values as `~` does."""
         budget = _budget.get()
         budget.allow(sum(map(budget.size, values)))
         return "".join(map(str, values))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
-        for node in list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+        blocks: list[nodes.For | nodes.Macro | nodes.CallBlock] = list(
+            template.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
+        )
+        for node in blocks:
             own = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-            node.body.insert(0, _statement("tick", nodes.Const(own), node.lineno))  # type: ignore[attr-defined]
-        return _Sized().visit(template)  # type: ignore[no-any-return]
+            node.body.insert(0, _statement("tick", nodes.Const(own), node.lineno))
+        sized: nodes.Template = _Sized().visit(template)
+        return sized
 
 
 class _Sized(jinja2.visitor.NodeTransformer):
@@ -192,7 +201,7 @@ def _statement(method: str, argument: nodes.Expr, line: int) -> nodes.ExprStmt:
 
 
 def _written(value: Any) -> Any:
-    """What `{{ value }}` writes, counted."""
+    """Count and return what `{{ value }}` writes."""
     budget = _budget.get(None)
     if budget is not None:
         budget.spend(budget.size(value))
@@ -249,7 +258,10 @@ def _widths(text: str) -> int:
 def _check_text(
     budget: Budget, method: str, owner: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Measure what a method of a text would make; the arguments, those that can be read only once as lists."""
+    """Measure what a method of a text would make; return its arguments.
+
+    Arguments that can be read only once become lists.
+    """
     values = [*args, *kwargs.values()]
     if method in ("format", "format_map"):
         # Of a star or of braces inside braces, the width stands among the arguments.

@@ -81,7 +81,7 @@ class Tokenizer:
     # --- text to ids ---
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no special tokens are added, none is recognised (see `koine.tokenizer.control`)."""
+        """Ids of plain text: no special token is added or recognised (see `koine.tokenizer.control`)."""
         try:
             return self._plain.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
@@ -187,7 +187,10 @@ class Tokenizer:
 
     @cached_property
     def _parsing_backend(self) -> Any:
-        """The same vocabulary, but one that obeys every added token as the file says: for text that a template wrote, and to decode."""
+        """The same vocabulary, which obeys every added token as the file says.
+
+        For text that a template wrote, and to decode.
+        """
         return open_backend(self._files[TOKENIZER], self._where)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 FLUSH_SECONDS = 120.0
 
@@ -11,8 +12,8 @@ FLUSH_SECONDS = 120.0
 class Board:
     """Writes scalars for TensorBoard, as tensorboardX's `SummaryWriter` does, but without its thread.
 
-    A disk that refuses a write is then an `OSError` of the training. In a thread it would be a traceback, and a training that goes
-    on without its board.
+    A disk that refuses a write is then an `OSError` of the training. In a thread it would be a traceback, and
+    a training that goes on without its board.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
@@ -40,6 +41,6 @@ class Board:
         """Write what is left, synced to the disk."""
         self._events.close()
 
-    def _write(self, event: object) -> None:
-        event.wall_time = time.time()  # type: ignore[attr-defined]
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
         self._events.write_event(event)

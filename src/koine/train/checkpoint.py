@@ -153,7 +153,7 @@ def read(path: Path, *, mend: str) -> Checkpoint:
 
 
 def _check(fields: Fields) -> None:
-    """Raise `UserError` where a field of a checkpoint's record is of another kind than the one that is written."""
+    """Raise `UserError` for a field of a checkpoint's record that is of a wrong type."""
     fields.whole("step", low=0)
     files = fields.inner("files")
     for name in files.value:

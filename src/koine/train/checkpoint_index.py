@@ -1,8 +1,10 @@
 """The index of a distributed checkpoint (`.metadata`), read without trusting who wrote it.
 
-`torch.distributed.checkpoint` stores its index as a pickle, and reading a pickle runs whatever it names. Here only the
-classes that an index is made of can be named, nothing of theirs can be replaced, and what comes out is checked and built
-again from plain numbers: an index can ask for no file outside its folder and no more memory than its files have bytes.
+`torch.distributed.checkpoint` stores its index as a pickle, and reading a pickle runs whatever it names. Here
+only the classes that an index is made of can be named, nothing of theirs can be replaced, and what comes out
+is checked and built
+again from plain numbers: an index can ask for no file outside its folder and no more memory than its files
+have bytes.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def _layout(name: object) -> torch.layout:
 class _Unpickler(pickle._Unpickler):
     """An unpickler that knows the classes of an index and calls nothing else.
 
-    The one in Python, not the one in C: its memo is a dict, so that a number in the file cannot reserve memory.
+    The one in Python, not the one in C: its memo is a dict, so that a number in the file cannot reserve
+    memory.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
@@ -118,7 +121,8 @@ class _Reader(FileSystemReader):
 def load_tensors(folder: Path, index: Metadata, tensors: dict[str, Tensor], *, several: bool) -> None:
     """Fill `tensors` in place from a checkpoint folder, whatever number of ranks wrote it.
 
-    several: whether several ranks do so together. Raises `UserError` where a tensor is missing or its bytes are none.
+    several: whether several ranks do so together. Raises `UserError` where a tensor is missing or its bytes
+    are none.
     """
     try:
         with warnings.catch_warnings():
@@ -136,7 +140,10 @@ def load_tensors(folder: Path, index: Metadata, tensors: dict[str, Tensor], *, s
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a checkpoint folder, checked. Raises `UserError` where it is damaged, or more than an index."""
+    """The index of a checkpoint folder, checked.
+
+    Raises `UserError` where it is damaged, or more than an index.
+    """
     path = folder / INDEX
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -163,7 +170,10 @@ def rewrite_index(folder: Path) -> None:
 
 
 def _checked(found: Any, folder: Path) -> Metadata:
-    """The same index of values that were checked one by one; raises one of `_MALFORMED` where one is not what it must be."""
+    """Build the index again from values that are checked one by one.
+
+    Raises one of `_MALFORMED` where one is not what it must be.
+    """
     if type(found) is not Metadata:
         raise ValueError("no index")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}

@@ -1,4 +1,4 @@
-"""Which parameters are decayed: matrices by their role, whatever their number of axes."""
+"""Choose the parameters that are decayed: matrices by their role, whatever their number of axes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 _LINEAR_MAPS = (nn.Linear, nn.Bilinear, nn.Embedding, _ConvNd, nn.MultiheadAttention)
-# Names of parameters that scale or shift, in modules of any class. The first two are of state space models, whose
-# authors leave them undecayed (arXiv 2312.00752, reference implementation).
+# Names of parameters that scale or shift, in modules of any class. The first two are of state space models,
+# whose authors leave them undecayed (arXiv 2312.00752, reference implementation).
 _NOT_MATRICES = frozenset({"a_log", "d", "scale", "gain", "gamma", "beta"})
 
 
@@ -15,8 +15,9 @@ def decayed_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay acts on, as `model.named_parameters()` gives them.
 
     Decayed: weights of linear layers, embeddings, convolutions, routers and experts (stacked ones too).
-    Not decayed: gains of norms whatever their shape (QK-Norm has one per head), biases (those of stacked experts
-    too), and what scales elementwise: A_log and D of state space models, mixing vectors of shape `[1, 1, hidden]`.
+    Not decayed: gains of norms whatever their shape (QK-Norm has one per head), biases (those of stacked
+    experts too), and what scales elementwise: A_log and D of state space models, mixing vectors of shape `[1,
+    1, hidden]`.
     """
     decayed = set()
     # A tied matrix has several names, of which `named_parameters` gives one.

@@ -37,7 +37,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def export_checkpoint(
     path: Path, out: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> None:
-    """Write the model directory `out` from the checkpoint folder `path` (`OUT/checkpoints/step-N`); the checkpoint stays as it is.
+    """Write the model directory `out` from the checkpoint folder `path` (`OUT/checkpoints/step-N`); the
+    checkpoint stays as it is.
 
     dtype: of the tensors; None: float32, as they are trained. Raises `UserError` where `path` is no whole
     checkpoint, or `out` holds something (unless `overwrite`).

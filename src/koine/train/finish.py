@@ -23,7 +23,7 @@ MODEL_FILES = (
     "config.json", "adapter_config.json", "params.json", "*.safetensors", "*.safetensors.index.json",
     "pytorch_model*", "*.gguf", "*.pth", "*.ckpt",
 )  # fmt: skip
-"""What shows that a folder holds a model."""
+"""Files that show that a folder holds a model."""
 
 BESIDE = "beside"
 """The folder of a checkpoint with what lay beside the weights of the model that the training began with."""

@@ -279,7 +279,8 @@ def _warn_of_rounding(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _evaluate(evaluate: Evaluate, model: nn.Module, done: int) -> dict[str, float]:
     model.eval()
-    # What an evaluation draws must not move what dropout draws next: evaluating changes nothing of the training.
+    # What an evaluation draws must not move what dropout draws next: evaluating changes nothing of the
+    # training.
     with torch.no_grad(), torch.random.fork_rng():
         figures = dict(evaluate(model, done))
     model.train()

@@ -1,7 +1,8 @@
-"""What the routers of a mixture add to the loss: balance of the experts' load, and logits that stay small.
+"""Router losses of a mixture of experts: load balance and z-loss.
 
-The balance loss multiplies the shares of the choices with the mean probabilities, so it is not a sum over rows: both are
-those of the whole step, over all micro batches and ranks. `WholeStep` counts the choices before the first gradient:
+The balance loss multiplies the shares of the choices with the mean probabilities, so it is not a sum over
+rows: both are those of the whole step, over all micro batches and ranks. `WholeStep` counts the choices
+before the first gradient:
 
 | micro batches on each rank | what it costs |
 |---|---|
@@ -32,9 +33,10 @@ def has_experts(model: Any) -> bool:
 
 
 class WholeStep:
-    """What a step of several micro batches or ranks holds in all, as far as the losses of its parts need it.
+    """Totals of a step over its micro batches and ranks, for the losses of its parts.
 
-    choices: `[layers, experts]`, how often each expert was chosen. tokens: those that count. units: those of the loss.
+    choices: `[layers, experts]`, how often each expert was chosen. tokens: those that count. units: those of
+    the loss.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -82,10 +84,11 @@ def current_step() -> WholeStep | None:
 def whole_step(
     model: Any, objective: Callable[[Any, Any], Any], batches: Iterable[Any], count: int, ranks: Ranks
 ) -> WholeStep | None:
-    """What the losses of a step's parts must know of all of it; None where one part is all.
+    """Compute the totals that the losses of a step's parts need; None where one part is all.
 
-    batches: the step's micro batches on this rank, `count` of them; a mixture of experts reads them where there are
-    several. It routes with gradients on, so that the same kernels choose the same experts as in the pass that follows.
+    batches: the step's micro batches on this rank, `count` of them; a mixture of experts reads them where
+    there are several. It routes with gradients on, so that the same kernels choose the same experts as in the
+    pass that follows.
     """
     if count == 1 and not ranks.several:
         return None
@@ -104,7 +107,7 @@ def whole_step(
 
 
 def _choices(routing: Routing, counted: Tensor | None) -> Tensor:
-    """How often each expert was chosen, `[experts]` float64."""
+    """Count how often each expert was chosen, `[experts]` float64."""
     chosen = routing.chosen if counted is None else routing.chosen[counted]
     return torch.bincount(chosen.flatten(), minlength=routing.probabilities.shape[-1]).double()
 
@@ -137,10 +140,11 @@ def router_loss(
 def router_loss_sum(
     routings: Sequence[Routing], mixture: MixtureConfig, counted: Tensor | None, units: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """`router_loss` of the whole step as a sum over units: the part that these rows have in it, and in its metrics.
+    """`router_loss` of the whole step as a sum over units: the part that these rows have in it, and in its
+    metrics.
 
-    The sum over a step's parts, divided by the step's units, is the router loss of all of its tokens at once, whatever
-    the rows are split into; so are its gradients.
+    The sum over a step's parts, divided by the step's units, is the router loss of all of its tokens at once,
+    whatever the rows are split into; so are its gradients.
     """
     step = current_step()
     if step is None:

@@ -184,7 +184,10 @@ def _records(code: str, plans: Sequence[Plan], *, heldout: bool) -> Iterator[dic
 
 
 def broad_texts(count: int) -> list[str]:
-    """`count` short documents in each language of the sample world: general text for what must know many languages."""
+    """`count` short documents in each language of the sample world.
+
+    General text for what must know many languages.
+    """
     from koine.data.sample.coverage import sample_languages
 
     plans = document_plans(count, seed=0, heldout=False)
@@ -241,10 +244,12 @@ def write_sample(
     code_bytes: int = 300_000,
     overwrite: bool = False,
 ) -> SampleSummary:
-    """Write the sample world in `languages` into the new folder `out`; the same arguments give the same bytes.
+    """Write the sample world in `languages` into the new folder `out`; the same arguments give the same
+    bytes.
 
-    `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file a language (questions for
-    those of `QUESTION_LANGUAGES`), `code.jsonl` the code domain, `summary.json` the counts.
+    `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file a
+    language (questions for those of `QUESTION_LANGUAGES`), `code.jsonl` the code domain, `summary.json` the
+    counts.
 
     Raises `UserError` for a language that CLDR does not cover well enough, and where `out` holds something
     (unless `overwrite`).
