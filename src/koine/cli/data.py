@@ -249,7 +249,7 @@ def _say_bad(reader: RecordReader) -> None:
     if reader.bad:
         click.echo(f"{reader.bad} bad records were left out, among them:")
         for example in reader.examples:
-            click.echo(f"  {printable(example)}")
+            click.echo(f"  {printable(str(example))}")
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -77,7 +77,8 @@ class Budget:
             return len(value)
         if not isinstance(value, list | tuple | dict):
             return 1
-        total, items, waiting = 0, 0, [value]
+        total = items = 0
+        waiting: list[Any] = [value]
         while waiting:
             one = waiting.pop()
             if isinstance(one, str):
