@@ -1,7 +1,7 @@
 """Text of users on a terminal: shown as it is, never obeyed.
 
-A record may hold `[red]`, which `rich` takes for markup, or an escape sequence, which the terminal obeys. Whatever prints text that is not ours
-prints it through here.
+A record may hold `[red]`, which `rich` takes for markup, or an escape sequence, which the terminal obeys.
+Whatever prints text that is not ours prints it through here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TURNS_TEXT = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def printable(text: str) -> str:
-    """Write control characters other than newline and tab, and those that turn the order of text, as escapes."""
+    """Write control characters but newline and tab, and those that turn the order of text, as escapes."""
     if text.isprintable():
         return text
     return "".join(map(_shown, text))

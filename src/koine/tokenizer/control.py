@@ -2,12 +2,13 @@
 
 | an added token | in users' text |
 |---|---|
-| `special: true`, or named by the configuration (`eos_token`, ...) | text, spelled by the model's other tokens |
+| `special: true`, or named by the configuration (`eos_token`, ...) | text |
 | `special: false`, written like a marker: `<tool_call>`, `[INST]`, `<|fim_prefix|>` | text as well |
 | `special: false`, anything else: words, runs of spaces, tags of HTML | a token, as in `transformers` |
 
-The library leaves the first kind alone when `encode_special_tokens` is set, but only in its list of added tokens: a Unigram, WordLevel or
-WordPiece model, or BPE with `ignore_merges`, still finds a marker that stands in the model's own vocabulary. Such text is cut and read again.
+The library leaves the first kind alone when `encode_special_tokens` is set, but only in its list of added
+tokens: a Unigram, WordLevel or WordPiece model, or BPE with `ignore_merges`, still finds a marker that stands
+in the model's own vocabulary. Such text is cut and read again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _HTML = re.compile(
 _WHOLE_WORD_MODELS = ("Unigram", "WordLevel", "WordPiece")
 DAMAGED = "the file is damaged or of an unknown kind"
 LONG_TEXT = 10_000
-"""Characters from which the library's reading without offsets, several times as fast, is worth its threads."""
+"""Characters from which the library's encoding without offsets, several times as fast, is used."""
 
 
 def looks_like_marker(token: str) -> bool:
@@ -43,7 +44,7 @@ def looks_like_marker(token: str) -> bool:
 def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None]:
     """Turn what the Rust libraries raise into a `UserError`.
 
-    `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, which is no `Exception` at all.
+    `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, not an `Exception`.
     """
     try:
         yield
@@ -54,7 +55,7 @@ def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None
 
 
 def open_backend(text: str, where: str | Path) -> Any:
-    """The library's tokenizer of a `tokenizer.json`, without padding and truncation. Raises `UserError` where it is none."""
+    """Open a `tokenizer.json` without padding and truncation. Raises `UserError` where it is no tokenizer."""
     from tokenizers import Tokenizer as Backend
 
     with library_errors(where, doing="not a tokenizer", mend=DAMAGED):
@@ -83,7 +84,7 @@ def read_text(path: Path) -> str:
 
 
 def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError`, which begins with `what`, for anything else, however deep or large."""
+    """Parse a JSON object. Raises `UserError`, which begins with `what`, for anything else."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -112,7 +113,10 @@ class PlainText:
         named: Iterable[str] = (),
         where: str | Path = "the tokenizer",
     ) -> None:
-        """text: a `tokenizer.json`; named: tokens that the configuration gives a part. Raises `UserError` where it is no tokenizer."""
+        """Open a `tokenizer.json`, given as `text`; `named` are the tokens that the configuration names.
+
+        Raises `UserError` where it is no tokenizer.
+        """
         names = set(named)
         backend = open_backend(text, where)
         self.content = content = parsed_object(text, "not a tokenizer", where)
@@ -191,7 +195,7 @@ class PlainText:
 
     @cached_property
     def _careful(self) -> Any:
-        """The same tokenizer, which also cuts every marker after its first character, so that no model finds it whole."""
+        """The same tokenizer, which also cuts every marker after its first character."""
         from tokenizers import Regex, pre_tokenizers
 
         backend = self.copy()

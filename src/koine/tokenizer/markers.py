@@ -1,8 +1,9 @@
 """Conversations in which a template's markers are obeyed, and text of users that looks like a marker is not.
 
-A look-alike in a message is hidden from the library while the template is rendered: its first character becomes a private-use character that
-stands nowhere in the conversation. Afterwards the markers that are left, which the template wrote, become aliases of the same length, tokens of
-their own with the same habits, and the look-alikes get their first characters back. So the text around them is cut as without them.
+A look-alike in a message is hidden from the library while the template is rendered: its first character
+becomes a private-use character that stands nowhere in the conversation. Afterwards the markers that are left,
+which the template wrote, become aliases of the same length, tokens of their own with the same habits, and the
+look-alikes get their first characters back. So the text around them is cut as without them.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _replaced(value: Any, change: Any) -> Any:
 
 
 def hide(text: str, tokens: Iterable[str], stand_ins: Mapping[str, str]) -> str:
-    """The text with the first character of every token in it, and of the beginning of one at its end, replaced."""
+    """Replace the first character of every token in the text, and of a token's beginning at its end."""
     present = [token for token in tokens if token in text]
     places = set()
     if present:

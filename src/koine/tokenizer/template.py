@@ -17,7 +17,8 @@ from koine.errors import UserError, first_line
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # A name that no template can write: the two characters that mark a span of completion in the rendered text.
 _MARKS = "generation marks"
-# A template is a program of somebody else's: whatever it raises is the template's fault. Jinja's own errors come beside these.
+# A template is a program of somebody else's: whatever it raises is the template's fault. Jinja's own errors
+# come beside these.
 _RAISED = (
     ArithmeticError,
     AssertionError,
@@ -144,7 +145,8 @@ def render_template(
     """The rendered text, and the character spans of `generation` blocks (None where the template has none).
 
     tokens: what the template may name, such as `bos_token` and `eos_token`.
-    Raises `UserError` where the template refuses the messages, fails, or takes more time or space than `template_limits` allows.
+    Raises `UserError` where the template refuses the messages, fails, or takes more time or space than
+    `template_limits` allows.
     """
     from jinja2 import TemplateError
 
@@ -215,11 +217,11 @@ def completion_spans(
     tokens: Mapping[str, str],
     generation_prompt: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character spans that the assistant wrote, its end-of-turn marker included.
+    """Render a conversation; return it with the spans that the assistant wrote, end-of-turn marker included.
 
-    Where the template marks no generation, the span of an assistant's message is what it adds to the rendering of the
-    messages before it with the generation prompt. Where the template rewrites earlier turns, no such span exists: raises
-    `UserError`, or gives no spans for a prompt, which nobody learns from.
+    Where the template marks no generation, the span of an assistant's message is what it adds to the
+    rendering of the messages before it with the generation prompt. Where the template rewrites earlier turns,
+    no such span exists: raises `UserError`, or gives no spans for a prompt, which nobody learns from.
     """
     text, spans = render_template(template, messages, tokens=tokens, generation_prompt=generation_prompt)
     if spans is not None:
