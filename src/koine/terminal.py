@@ -17,11 +17,7 @@ _TURNS_TEXT = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def printable(text: str) -> str:
-<<<<<<< HEAD
-    """Escape control characters except newline and tab, and those that turn the order of text."""
-=======
     """Write control characters but newline and tab, and those that turn the order of text, as escapes."""
->>>>>>> tokenizer
     if text.isprintable():
         return text
     return "".join(map(_shown, text))

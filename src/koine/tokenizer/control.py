@@ -33,14 +33,7 @@ _HTML = re.compile(
 _WHOLE_WORD_MODELS = ("Unigram", "WordLevel", "WordPiece")
 DAMAGED = "the file is damaged or of an unknown kind"
 LONG_TEXT = 10_000
-<<<<<<< HEAD
-"""Length in characters from which the library's faster reading is worth its threads.
-
-It gives no offsets and is several times as fast.
-"""
-=======
 """Characters from which the library's encoding without offsets, several times as fast, is used."""
->>>>>>> tokenizer
 
 
 def looks_like_marker(token: str) -> bool:
@@ -52,12 +45,7 @@ def looks_like_marker(token: str) -> bool:
 def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None]:
     """Turn what the Rust libraries raise into a `UserError`.
 
-<<<<<<< HEAD
-    `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, which is no `Exception` at
-    all.
-=======
     `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, not an `Exception`.
->>>>>>> tokenizer
     """
     try:
         yield
@@ -68,14 +56,7 @@ def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None
 
 
 def open_backend(text: str, where: str | Path) -> Any:
-<<<<<<< HEAD
-    """The library's tokenizer of a `tokenizer.json`, without padding and truncation.
-
-    Raises `UserError` where it is none.
-    """
-=======
     """Open a `tokenizer.json` without padding and truncation. Raises `UserError` where it is no tokenizer."""
->>>>>>> tokenizer
     from tokenizers import Tokenizer as Backend
 
     with library_errors(where, doing="not a tokenizer", mend=DAMAGED):
@@ -104,14 +85,7 @@ def read_text(path: Path) -> str:
 
 
 def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
-<<<<<<< HEAD
-    """A JSON object.
-
-    Raises `UserError`, which begins with `what`, for anything else, however deep or large.
-    """
-=======
     """Parse a JSON object. Raises `UserError`, which begins with `what`, for anything else."""
->>>>>>> tokenizer
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -137,11 +111,7 @@ class PlainText:
         named: Iterable[str] = (),
         where: str | Path = "the tokenizer",
     ) -> None:
-<<<<<<< HEAD
-        """text: a `tokenizer.json`; named: tokens that the configuration gives a part.
-=======
         """Open a `tokenizer.json`, given as `text`; `named` are the tokens that the configuration names.
->>>>>>> tokenizer
 
         Raises `UserError` where it is no tokenizer.
         """
@@ -223,14 +193,7 @@ class PlainText:
 
     @cached_property
     def _careful(self) -> Any:
-<<<<<<< HEAD
-        """The same tokenizer, which also cuts every marker after its first character.
-
-        So no model finds it whole.
-        """
-=======
         """The same tokenizer, which also cuts every marker after its first character."""
->>>>>>> tokenizer
         from tokenizers import Regex, pre_tokenizers
 
         backend = self.copy()

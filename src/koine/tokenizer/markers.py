@@ -61,14 +61,7 @@ def _replaced(value: Any, change: Any) -> Any:
 
 
 def hide(text: str, tokens: Iterable[str], stand_ins: Mapping[str, str]) -> str:
-<<<<<<< HEAD
-    """Replace the first character of every token in a text.
-
-    Also that of the beginning of one at its end.
-    """
-=======
     """Replace the first character of every token in the text, and of a token's beginning at its end."""
->>>>>>> tokenizer
     present = [token for token in tokens if token in text]
     places = set()
     if present:

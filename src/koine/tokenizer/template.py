@@ -217,12 +217,7 @@ def completion_spans(
     tokens: Mapping[str, str],
     generation_prompt: bool,
 ) -> tuple[str, list[tuple[int, int]]]:
-<<<<<<< HEAD
-    """The rendered conversation and the character spans that the assistant wrote, its end-of-turn marker
-    included.
-=======
     """Render a conversation; return it with the spans that the assistant wrote, end-of-turn marker included.
->>>>>>> tokenizer
 
     Where the template marks no generation, the span of an assistant's message is what it adds to the
     rendering of the messages before it with the generation prompt. Where the template rewrites earlier turns,

@@ -1,9 +1,4 @@
-<<<<<<< HEAD
-"""A Jinja sandbox with limits on time, on output, and on the size of any value: templates come from
-strangers.
-=======
 """A Jinja sandbox with limits on time, on output and on the size of values: templates come from strangers.
->>>>>>> tokenizer
 
 Python cannot interrupt a call that computes `9**9**9` or pads a text to a gigabyte, so such calls are
 measured beforehand. Loops, macros, calls and filters look at the clock. A container counts with all that it
@@ -83,11 +78,7 @@ class Budget:
             return len(value)
         if not isinstance(value, list | tuple | dict):
             return 1
-<<<<<<< HEAD
-        total, items = 0, 0
-=======
         total = items = 0
->>>>>>> tokenizer
         waiting: list[Any] = [value]
         while waiting:
             one = waiting.pop()
@@ -138,16 +129,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         _check_operator(_budget.get(), operator, left, right)
         return _budget.get().bounded(super().call_binop(context, operator, left, right))
 
-<<<<<<< HEAD
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (as jinja2's)
-        """Call a function or method of the template's.
-
-        jinja2 names the arguments so that keywords are free.
-        """
-=======
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """Call a function of the template's; jinja2 names the first arguments so that keywords stay free."""
->>>>>>> tokenizer
         budget = _budget.get()
         budget.spend()
         owner = getattr(__obj, "__self__", getattr(getattr(__obj, "__wrapped__", None), "__self__", None))
@@ -271,14 +254,7 @@ def _widths(text: str) -> int:
 def _check_text(
     budget: Budget, method: str, owner: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-<<<<<<< HEAD
-    """Measure what a method of a text would make; return its arguments.
-
-    Arguments that can be read only once become lists.
-    """
-=======
     """Measure what a method of a text would make; return its arguments, iterators as lists."""
->>>>>>> tokenizer
     values = [*args, *kwargs.values()]
     if method in ("format", "format_map"):
         # Of a star or of braces inside braces, the width stands among the arguments.
