@@ -104,6 +104,17 @@ def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
     return None
 
 
+def parameters_described(value: Mapping[str, Any], *, where: Path) -> int | None:
+    """How many numbers the causal LM of a `config.json` has, shared ones once; None where the library cannot build it."""
+    import transformers
+
+    config = library_config(value, where=where)
+    if config is None:
+        return None
+    model = _built(transformers.AutoModelForCausalLM.from_config, config)
+    return None if model is None else sum(parameter.numel() for parameter in model.parameters())
+
+
 def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:
     """Configurations and what makes a model of each: the class that the file names, then the library's usual
     ones."""
