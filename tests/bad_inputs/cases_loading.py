@@ -200,7 +200,7 @@ CASES = (
         mistake="a configuration of a billion tokens beside weights of a few hundred",
         command=EVALUATE,
         prepare=llama(configured(vocab_size=10**9)),
-        says="llama/config.json: describes 32,000,003,920 numbers, and the weight files have … bytes; "
+        says="llama/config.json: describes 32,000,004,432 numbers, and the weight files have … bytes; "
         + TOGETHER,
     ),
     Case(

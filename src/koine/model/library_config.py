@@ -39,12 +39,23 @@ def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
     if kind not in CONFIG_MAPPING:
         return None
     try:
-        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(value)))
+        return CONFIG_MAPPING[kind].from_dict(_with_numbers(dict(value)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         said = " ".join(str(error).split()) or first_line(error)
         raise UserError(
             f"is no configuration of a {kind} ({said[:200]})", where=where, mend="correct this field"
         ) from None
+
+
+def _with_numbers(value: Any) -> Any:
+    """A copy in which infinity and NaN are numbers; the library's files spell them `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_with_numbers(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {name: _with_numbers(one) for name, one in value.items()}
 
 
 def declared_fields(config: Any) -> dict[str, Any]:
