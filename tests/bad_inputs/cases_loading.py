@@ -197,6 +197,20 @@ CASES = (
         says=f"llama: lm_head.weight has shape […, 16], config.json says [200, 16]; {TOGETHER}",
     ),
     Case(
+        mistake="a configuration of a billion tokens beside weights of a few hundred",
+        command=EVALUATE,
+        prepare=llama(configured(vocab_size=10**9)),
+        says="llama/config.json: describes 32,000,004,432 numbers, and the weight files have … bytes; "
+        + TOGETHER,
+    ),
+    Case(
+        mistake="NaN among the numbers of a configuration",
+        command=EVALUATE,
+        prepare=llama(configured(rms_norm_eps=float("nan"))),
+        says="llama: LlamaForCausalLM gives NaN or infinity for ordinary tokens in float32; "
+        "check the numbers of config.json, or compute in float32",
+    ),
+    Case(
         mistake="a configuration of more layers than the weights have",
         command=EVALUATE,
         prepare=llama(configured(num_hidden_layers=3)),

@@ -74,6 +74,16 @@ def in_two_files(folder: Path) -> None:
     (branch / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
+def without_a_named_tensor(folder: Path) -> None:
+    """One shard, and an index that names a tensor more than it holds."""
+    from safetensors.torch import load_file
+
+    branch = folder / "branch"
+    shards = dict.fromkeys([*load_file(branch / "model.safetensors"), "more"], "one.safetensors")
+    (branch / "model.safetensors").rename(branch / "one.safetensors")
+    (branch / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
 def sentence_module(name: str, content: str) -> Callable[[Path], None]:
     """A module of a sentence model in both folders, the branch's file of it with another content."""
 
@@ -238,6 +248,12 @@ CASES = (
         command=LINEAR,
         prepare=worlds.having("model", "branch", then=in_two_files),
         says=f"branch: {NORM} stands in two files; the folder holds the shards of two models",
+    ),
+    Case(
+        mistake="an index that names a tensor which no shard holds",
+        command=LINEAR,
+        prepare=worlds.having("model", "branch", then=without_a_named_tensor),
+        says="branch/model.safetensors.index.json: names more, which no shard holds; copy the whole folder again",
     ),
     Case(
         mistake="a configuration of another function, by a field that its class declares",

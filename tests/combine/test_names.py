@@ -194,6 +194,25 @@ def test_notes_and_spelled_out_defaults_are_no_obstacle(notes: dict[str, Any], t
         assert not about["missing_keys"]
 
 
+def test_a_field_of_infinity_is_read_as_the_library_writes_it(tmp_path: Path) -> None:
+    """`time_step_limit` of Mamba2 is `[0.0, {"__float__": "Infinity"}]` in files; b leaves the default out."""
+    sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2}
+    write_pair(tmp_path, "mamba2", "CausalLM", sizes)
+    assert "__float__" in (tmp_path / "a/config.json").read_text()
+    edit_config(tmp_path / "b", time_step_limit=...)
+    plan_merge(recipe_in(tmp_path)).close()
+
+
+def test_a_field_that_only_names_kinds_of_layers_is_no_obstacle(tmp_path: Path) -> None:
+    """Fine-tunes of Qwen2 are published with other `max_window_layers` than their base, and no window at all."""
+    write_pair(tmp_path, "qwen2", "CausalLM", {"max_window_layers": 28})
+    edit_config(tmp_path / "b", max_window_layers=1, layer_types=..., sliding_window=4096)
+    merge(recipe_in(tmp_path), tmp_path / "merged")
+    edit_config(tmp_path / "b", use_sliding_window=True)
+    with pytest.raises(UserError, match="layer_types|use_sliding_window|sliding_window"):
+        plan_merge(recipe_in(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("field", "says"),
     [

@@ -165,7 +165,13 @@ def _as_the_class_reads(value: dict[str, Any], path: Path) -> dict[str, Any]:
     The file's own fields where the library or the architecture is unknown.
     """
     config = library_config(value, where=path / "config.json")
-    return value if config is None else declared_fields(config)
+    if config is None:
+        return value
+    fields = declared_fields(config)
+    if fields.get("layer_types"):
+        # Read for nothing but the kinds of the layers.
+        fields.pop("max_window_layers", None)
+    return fields
 
 
 def ties_embeddings(path: Path) -> bool | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from koine.combine.methods import BLOCK
 from koine.errors import UserError
-from koine.files import write_json
+from koine.files import read_json, write_json
 from koine.model.checksum import KEY, UNSEALED, verify
 from koine.model.opening import refuse_other_tokenizer
 from koine.model.safetensors_header import header_bytes, read_header
@@ -92,10 +92,23 @@ class Checkpoint(Mapping[str, Entry]):
                         mend="the folder holds the shards of two models",
                     )
                 self.entries[name] = entry
+        self._refuse_lost(files)
         verify(files)
         self._descriptors = {
             file: os.open(file, os.O_RDONLY) for file in {entry.file for entry in self.entries.values()}
         }
+
+    def _refuse_lost(self, files: Sequence[Path]) -> None:
+        """Raise `UserError` where the index names a tensor that no shard holds: a merge would lack it too."""
+        index = self.path / INDEX
+        shards = read_json(index)["weight_map"] if index.is_file() and files[0].name != SINGLE else {}
+        if {self.path / name for name in shards.values()} != set(files):
+            return
+        lost = sorted(shards.keys() - self.entries.keys())
+        if lost:
+            raise UserError(
+                f"names {lost[0]}, which no shard holds", where=index, mend="copy the whole folder again"
+            )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` to `stop` of a tensor; all of it by default."""

@@ -38,11 +38,13 @@ class Head:
     linear: `scale` and `cap` say it all; else only the model's own forward pass knows.
     rows: how many ids are scored.
     causal: whether later tokens leave earlier logits as they are.
+    finite: whether ordinary ids give neither NaN nor infinity.
     """
 
     linear: bool
     rows: int
     causal: bool
+    finite: bool = True
     scale: float = 1.0
     cap: float | None = None
 
@@ -170,13 +172,15 @@ def _linear(inner: Any, module: nn.Module, inputs: dict[str, Any]) -> Head | Non
         read_logits(inner, inputs)
     if len(again) != 1 or again[0].shape != seen[0].shape:
         return None
+    finite = bool(torch.isfinite(seen[0]).all())
     rounding = 16 * torch.finfo(seen[0].dtype).eps * float(seen[0].abs().max())
-    if not float((again[0] - seen[0]).abs().max()) <= rounding:
+    if finite and not float((again[0] - seen[0]).abs().max()) <= rounding:
         return None
     return Head(
         linear=True,
         rows=int(weight.shape[0]),
         causal=_is_causal(inner, seen[0]),
+        finite=finite,
         scale=fitted[0],
         cap=fitted[1],
     )
@@ -220,7 +224,13 @@ def _own(inner: Any, inputs: dict[str, Any]) -> Head:
         raise TypeError(
             f"{type(inner).__name__} gives logits of shape {list(logits.shape)} for {list(shape)} ids"
         )
-    return Head(linear=False, rows=int(logits.shape[-1]), causal=_is_causal(inner, logits))
+    return Head(
+        linear=False,
+        rows=int(logits.shape[-1]),
+        causal=_is_causal(inner, logits),
+        # A class may forbid ids by minus infinity.
+        finite=not torch.isnan(logits).any(),
+    )
 
 
 def _is_causal(inner: Any, states: Tensor) -> bool:

@@ -25,6 +25,7 @@ from koine.model.opening import (
     refuse_description,
     refuse_difference,
     refuse_other_tokenizer,
+    refuse_sizes,
     stored_dtype,
 )
 from koine.model.weight_files import widest_dtype
@@ -175,6 +176,9 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
     refuse_other_tokenizer(path)
     files = checked_weights(path)
     quantised = value.get("quantization_config") is not None
+    if not quantised:
+        with quiet(transformers):
+            refuse_sizes(path, value, files)
     wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
     with (
         refusals(
@@ -210,6 +214,14 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
         path, f"{type(inner).__name__} cannot read a text", "check config.json, or give a model of text"
     ):
         head = model.head
+    if not head.finite:
+        raise UserError(
+            f"{type(inner).__name__} gives NaN or infinity for ordinary tokens in {inner.dtype}".replace(
+                "torch.", ""
+            ),
+            where=path,
+            mend="check the numbers of config.json, or compute in float32",
+        )
     if not head.causal:
         raise UserError(
             f"{type(inner).__name__} is not causal (an encoder?): later tokens change what it says of earlier ones",

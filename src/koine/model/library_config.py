@@ -38,12 +38,23 @@ def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
     if kind not in CONFIG_MAPPING:
         return None
     try:
-        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(value)))
+        return CONFIG_MAPPING[kind].from_dict(_with_numbers(dict(value)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         said = " ".join(str(error).split()) or first_line(error)
         raise UserError(
             f"is no configuration of a {kind} ({said[:200]})", where=where, mend="correct this field"
         ) from None
+
+
+def _with_numbers(value: Any) -> Any:
+    """A copy in which infinity and NaN are numbers; the library's files spell them `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_with_numbers(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {name: _with_numbers(one) for name, one in value.items()}
 
 
 def declared_fields(config: Any) -> dict[str, Any]:
@@ -101,6 +112,17 @@ def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
             ignored = tuple(getattr(before, "_keys_to_ignore_on_load_unexpected", None) or ())
             return Skeleton(shapes, vocabulary, ignored, str(getattr(before, "base_model_prefix", "")))
     return None
+
+
+def parameters_described(value: Mapping[str, Any], *, where: Path) -> int | None:
+    """How many numbers the causal LM of a `config.json` has, shared ones once; None where the library cannot build it."""
+    import transformers
+
+    config = library_config(value, where=where)
+    if config is None:
+        return None
+    model = _built(transformers.AutoModelForCausalLM.from_config, config)
+    return None if model is None else sum(parameter.numel() for parameter in model.parameters())
 
 
 def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:

@@ -13,10 +13,14 @@ import torch
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model.checksum import verify
+from koine.model.library_config import parameters_described
 from koine.model.weight_files import open_safetensors, refuse_adapter, stored_bytes, weight_files
 
 LONGEST = 240
 """Characters of a library's message that are shown."""
+
+HARMLESS = 2**24
+"""So many numbers more than a model has can be made and thrown away."""
 
 
 def one_line(error: BaseException) -> str:
@@ -160,6 +164,20 @@ def refuse_description(value: dict[str, Any], path: Path, transformers: Any) -> 
             raise UserError(
                 f"the field '{name}' is {said!r}", where=where, mend="it must be float32, bfloat16 or float16"
             )
+
+
+def refuse_sizes(path: Path, value: dict[str, Any], files: list[Path]) -> None:
+    """Raise `UserError` where config.json describes a far larger model than the weight files hold, before memory is taken for it."""
+    with refusals(path, "is no configuration of a model", "check config.json"):
+        described = parameters_described(value, where=path / "config.json")
+    # A stored number takes a byte at least; what is missing of a small model is named after opening.
+    stored = sum(file.stat().st_size for file in files)
+    if described is not None and described > max(stored, HARMLESS):
+        raise UserError(
+            f"describes {described:,} numbers, and the weight files have {stored:,} bytes",
+            where=path / "config.json",
+            mend="config.json and the weights do not belong together",
+        )
 
 
 def refuse_difference(path: Path, loaded: dict[str, Any]) -> None:

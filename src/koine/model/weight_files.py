@@ -33,7 +33,7 @@ def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
     choices = [named] if named else [SINGLE, INDEX, *((PICKLED, PICKLED_INDEX) if pickled else ())]
     chosen = next((name for name in choices if (folder / name).is_file()), None)
     if chosen is None:
-        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
         has = f" (it has {others[0]})" if others and named is None else ""
         raise UserError(
             f"holds no {named or SINGLE}{has}",
