@@ -73,7 +73,7 @@ class UniqueKeys:
         if state.key is None or not state.begins_used_key():
             return found
         begun = len((_text_of(state.key) or "").encode("utf-8"))
-        going_on = set()
+        going_on: set[int] = set()
         for key in state.used_keys_begun():
             rest = key.encode("utf-8")[begun:]
             for length in range(1, len(rest) + 1):
