@@ -182,7 +182,7 @@ CASES = (
         mistake="a configuration whose size is a word",
         command=EVALUATE,
         prepare=llama(configured(hidden_size="sixteen")),
-        says="llama: transformers cannot open it as a causal LM (…hidden_size…); check config.json and the weights, or upgrade transformers",
+        says="llama/config.json: is no configuration of a llama (…hidden_size…); correct this field",
     ),
     Case(
         mistake="a configuration whose precision is none",

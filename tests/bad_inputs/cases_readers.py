@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def bad_file(mistake: str, name: str, content: bytes | Callable[[], bytes], says
         prepare=file_of(name, content),
         says=f"{name}: {says}",
     )
+
+
+def linked(name: str, to: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).symlink_to(to)
 
 
 def bomb() -> bytes:
@@ -146,6 +151,24 @@ CASES = (
         command="data inspect text.csv",
         prepare=file_of("text.csv", b"text;language\na;de\nb\n"),
         says="1 of 2 records are bad (50.0%, at most 1.0% may be); the first is text.csv, line 3: 1 cells where the header has 2; " + MEND,
+    ),
+    Case(
+        mistake="a link as data whose disk is not mounted",
+        command="data inspect text.jsonl",
+        prepare=linked("text.jsonl", "/no/such/disk/text.jsonl"),
+        says="text.jsonl: a link that leads to /no/such/disk/text.jsonl, which is not there; mend or remove the link; is its disk mounted?",
+    ),
+    Case(
+        mistake="a link in a folder of data that leads back to itself",
+        command="data inspect .",
+        prepare=linked("text.jsonl", "text.jsonl"),
+        says="text.jsonl: a link that leads back to itself; mend or remove the link; is its disk mounted?",
+    ),
+    Case(
+        mistake="a pipe as data",
+        command="data inspect text.jsonl",
+        prepare=lambda folder: os.mkfifo(folder / "text.jsonl"),
+        says="text.jsonl: a pipe, a device or a socket, and data is read more than once; write it to a file, and give that",
     ),
     Case(
         mistake="a Hugging Face data set that names a file elsewhere",

@@ -7,6 +7,7 @@ one is a bad record.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,6 +151,7 @@ def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = AL
     except PermissionError:
         raise UserError("cannot be read", where=path, mend="check its permissions") from None
     except OSError as error:
+        _refuse_no_file(path)
         reason = error.strerror or first_line(error)
         raise UserError(
             f"cannot be read ({reason})", where=path, mend="check the file and the disk"
@@ -187,6 +189,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
+        _refuse_no_file(path)
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         nearby = [entry.name for entry in beside if not entry.name.startswith(".")]
         raise UserError(
@@ -209,6 +212,21 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
             mend=f"known kinds: {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}",
         )
     return found
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise `UserError` where something stands under a name that is neither a file nor a folder: no name is wrong there."""
+    if path.is_symlink() and not path.exists():
+        target = Path(os.path.realpath(path))
+        leads = "back to itself" if target.is_symlink() else f"to {target}, which is not there"
+        what = f"a link that leads {leads}"
+        raise UserError(what, where=path, mend="mend or remove the link; is its disk mounted?")
+    if path.exists():
+        raise UserError(
+            "a pipe, a device or a socket, and data is read more than once",
+            where=path,
+            mend="write it to a file, and give that",
+        )
 
 
 def _json_files(folder: Path) -> list[Path]:

@@ -149,7 +149,9 @@ class GrammarState:
         self._check()
         bits = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
         self._allowed = torch.from_numpy(bits.view(np.bool_))
-        return self._allowed if self._keys is None else self._keys.without_repeated(self._allowed)
+        if self._keys is None:
+            return self._allowed
+        return self._keys.without_repeated(self._allowed, self._matcher)
 
     def advance(self, token_id: int) -> None:
         """Take `token_id`, which the mask must allow (`ValueError` otherwise; the state is of no use

@@ -28,7 +28,7 @@ _CLASSES = {
 _ANY = r"[^\n\r\x{2028}\x{2029}]"
 
 # Escapes that one of the three reads otherwise, or not at all.
-_OTHERWISE = set("AzZQEaUGKNRXhHyY<>")
+_OTHERWISE = set("AzZQEaUGKNRXhHyY<>pP")
 
 
 def portable_pattern(pattern: str, place: str) -> str:
