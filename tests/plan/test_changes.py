@@ -113,7 +113,7 @@ def test_a_saved_data_set_may_not_list_files_outside_its_folder(tmp_path: Path) 
     for name in ("../other.jsonl", str(tmp_path / "other.jsonl")):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data/state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-        with pytest.raises(UserError, match="leads out of its folder"):
+        with pytest.raises(UserError, match="it must be the name of a file in the same folder"):
             list(read_records(tmp_path / "data"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -95,11 +96,11 @@ def test_killed_and_run_again_it_ends_in_the_same_model(whole: tuple[Path, str],
         )
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
-            lines = [
-                path.read_bytes().count(b"\n") for path in tmp_path.glob("quickstart/.work/**/metrics.jsonl")
-            ]
-            if max(lines, default=0) >= steps_seen:
-                break
+            # A folder that gets its name while it is looked through is not there for a moment.
+            with contextlib.suppress(FileNotFoundError):
+                found = tmp_path.glob("quickstart/.work/**/metrics.jsonl")
+                if max((path.read_bytes().count(b"\n") for path in found), default=0) >= steps_seen:
+                    break
             time.sleep(0.02)
         assert process.poll() is None, "the run ended before it could be killed"
         os.killpg(process.pid, signal.SIGKILL)
