@@ -9,6 +9,7 @@ same folder), or in one `UserError` line. A traceback, or numbers that are not f
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import io
@@ -172,10 +173,17 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
+def kept_folder() -> Path:
+    """Make a temporary folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="koine-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @cache
 def model_folder(kind: str) -> Path:
     """A tiny model of a kind, saved once."""
-    folder = Path(tempfile.mkdtemp(prefix="koine-fuzz-"))
+    folder = kept_folder()
     torch.manual_seed(0)
     model = Decoder(CONFIGURATIONS[kind])
     with torch.no_grad():
@@ -457,7 +465,7 @@ def run_folder() -> Path:
     """A finished run with two artifacts, the figures made up."""
     from tests.plan.sample_run import write_sample_run
 
-    return write_sample_run(Path(tempfile.mkdtemp(prefix="koine-fuzz-")) / "run")
+    return write_sample_run(kept_folder() / "run")
 
 
 def _report(work: Path) -> None:
