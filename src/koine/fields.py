@@ -8,7 +8,7 @@ refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +155,6 @@ class Fields:
             where=self.where,
             mend=f"it must be {must}",
         )
-
-    def refuse_unknown(self, known: Iterable[str], what: str) -> None:
-        """Raise `UserError` for a key that is none of `known`."""
-        names = list(known)
-        for key in self.value:
-            if key not in names:
-                raise UserError(
-                    f"unknown key {shown(key)} of {what}",
-                    where=self.where,
-                    mend=did_you_mean(key[:_SHOWN], names),
-                )
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """The field as it stands."""

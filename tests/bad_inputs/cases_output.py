@@ -91,7 +91,7 @@ def run_plan(then: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def text_as_folder(folder: Path) -> None:
-    """What the plan is to build stands there already, made by somebody else."""
+    """Put a folder where the plan will build, as somebody else would."""
     WITH_PLAN(folder)
     worlds.written("runs/small/text/notes.txt", "mine")(folder)
 

@@ -17,7 +17,7 @@ MEND = "mend the data, map its fields (--field text=COLUMN), or allow more (--ma
 
 
 def one_bad(reason: str, name: str = "text.jsonl", place: str = "line 41") -> str:
-    """What is said of one bad record among 41."""
+    """Return the message about one bad record among 41."""
     return (
         f"1 of 41 records are bad (2.4%, at most 1.0% may be); the first is {name}, {place}: {reason}; {MEND}"
     )
@@ -60,7 +60,7 @@ def bomb() -> bytes:
 
 
 def wide_window() -> bytes:
-    """What `zstd --ultra --long=30` writes."""
+    """Compress as `zstd --ultra --long=30` does."""
     import zstandard
 
     parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)

@@ -243,7 +243,7 @@ def test_a_window_is_refused_where_the_class_has_one(tmp_path: Path) -> None:
 
 
 def test_without_the_library_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What both files say counts; what one says alone is refused with the way on; the library's own notes
+    """Fields in both files count; a field in one file alone is refused with the way on; the library's own notes
     never count."""
     write_pair(tmp_path, "llama", "CausalLM", {})
     without_the_library(monkeypatch)

@@ -171,7 +171,7 @@ def test_what_is_left_keeps_the_sum_that_all_weights_had_as_one() -> None:
 
 
 def test_all_weights_are_tried_on_one_mask(tmp_path: Path) -> None:
-    """What DARE drops is the same for all weights: half of a weight is half of the change."""
+    """DARE drops the same entries for all weights: half of a weight is half of the change."""
     base, branches = write_branches(tmp_path, ("a", "b"))
     merged = InMemoryMerge(list(branches.values()), method="dare-linear", base=base, options={"density": 0.5})
     origin = load_model(base).state_dict()

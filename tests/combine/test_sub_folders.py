@@ -1,4 +1,4 @@
-"""What lies beside a model's weights goes along; weights of the old model do not, and that is said."""
+"""Files beside a model's weights are carried; weights of the old model are left behind with a warning."""
 
 from __future__ import annotations
 

@@ -219,4 +219,4 @@ def _cell(cell: pa.Scalar) -> Any:
 
 
 _NO_VALUE = (ValueError, OverflowError, TypeError, NotImplementedError, KeyError)
-"""Exceptions of `to_pylist` for cells that Python has no value for (Arrow's own among them)."""
+"""Exceptions of `as_py` and `to_pylist` for cells without a value in Python; ArrowInvalid is a ValueError."""

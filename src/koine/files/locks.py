@@ -15,7 +15,7 @@ from pathlib import Path
 from koine.errors import KoineWarning, UserError
 
 LOOK_SECONDS = 0.05
-# What file systems answer that have no locks
+# Errors of file systems without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 OTHER_PLACE = "wait for it to end, or choose another folder"
 

@@ -36,7 +36,7 @@ _ESCAPE = re.compile(
     r"|&(?:amp;)*\#[xX]0*(?P<entity_hex>[0-9a-fA-F]{1,4});?|&(?:amp;)*\#0*(?P<entity>[0-9]{1,5});?"
     r"|\\+(?P<octal>[0-7]{3})|\\+(?P<letter>[nrtbf])"
 )
-# Where a letter may be spelled otherwise: by an escape, in a form of another width or style.
+# Other spellings of a letter: an escape, or a form of another width or style.
 _SPELLED = re.compile(
     _ESCAPE.pattern
     + "|[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\u00aa\u00b2-\u00ba\u02b0-\u02e3\u1d2c-\u1d6a\u2070-\u209c\u2100-\u214f"
