@@ -26,7 +26,7 @@ import torch
 from koine.files import read_json, write_json
 from koine.hardware import processor_name
 from koine.model import Decoder, preset, save_model
-from koine.model.flops import all_full, cache_bytes, count_parameters
+from koine.model.counting import all_full, cache_bytes, count_parameters
 from koine.tokenizer import train_tokenizer
 from koine.tokenizer.special import SMALLEST_VOCABULARY
 
@@ -172,7 +172,7 @@ def main() -> None:
             save_model(Decoder(config), weights, tokenizer=tokenizer, dtype=getattr(torch, dtype))
             with_llama = (ENVIRONMENTS / "llama_cpp").exists()
             if with_llama:
-                from koine.model.gguf_export import export_gguf
+                from koine.model.formats.gguf import export_gguf
 
                 export_gguf(weights, gguf, dtype=dtype)
             for batch, context in cases:

@@ -30,15 +30,16 @@ class Ours:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
+        from koine.generate.cpu.prepacked_linear import pack
         from koine.model import Decoder, load_causal_lm
-        from koine.model.packed import pack
 
         model = load_causal_lm(Path(options.weights), dtype=getattr(torch, options.dtype))
         assert isinstance(model, Decoder)
         self.model = pack(model)
 
     def prepare(self, batch: int, context: int) -> dict[str, Any]:
-        from koine.model import Sampling, Scheduler
+        from koine.generate import Scheduler
+        from koine.generate.token_sampling import Sampling
 
         self.scheduler = Scheduler(self.model, max_batch=batch, prefill_chunk=CHUNK, prefixes=0)
         self.requests = [

@@ -27,7 +27,7 @@ import torch
 from koine.files import read_json, write_json
 from koine.hardware import processor_name
 from koine.model import Decoder, ModelConfig, preset, save_model
-from koine.model.flops import all_full, count_parameters, training_flops_per_token
+from koine.model.counting import all_full, count_parameters, training_flops_per_token
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from train_step import TOKENS, Configuration, Process, matmul_rate

@@ -29,7 +29,7 @@ import torch
 from koine.files import write_json
 from koine.hardware import processor_name
 from koine.model import Decoder, ModelConfig, hybrid_layers, save_model
-from koine.model.flops import count_parameters
+from koine.model.counting import count_parameters
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.install import python_of

@@ -33,11 +33,13 @@ from torch import Tensor
 
 from koine.allocator import keep_freed_memory
 from koine.files import write_json
+from koine.generate import generate
+from koine.generate.token_sampling import Sampling
 from koine.hardware import processor_name
-from koine.model import Decoder, ModelConfig, Sampling, generate, preset
+from koine.model import Decoder, ModelConfig, preset
 from koine.model.config import MixtureConfig
-from koine.model.experts import Chosen, choose, feed_forward_experts
-from koine.model.flops import count_parameters
+from koine.model.counting import count_parameters
+from koine.model.moe.experts import Chosen, choose, feed_forward_experts
 from koine.train.loss import chunked_cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

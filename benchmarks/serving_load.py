@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from koine.files import write_json
+from koine.generate import Request, Scheduler
+from koine.generate.cpu.prepacked_linear import pack
+from koine.generate.token_sampling import Sampling
 from koine.hardware import processor_name
-from koine.model import Decoder, Request, Sampling, Scheduler, preset
-from koine.model.flops import count_parameters
-from koine.model.packed import pack
+from koine.model import Decoder, preset
+from koine.model.counting import count_parameters
 
 
 @dataclass(frozen=True)

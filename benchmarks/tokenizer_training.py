@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        from koine.plan.memory import own_peak
+        from koine.plan.run.peak_memory import own_peak
 
         start = time.perf_counter()
         merges = {"ours": ours, "direct": direct}[options.side](options.text)

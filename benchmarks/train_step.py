@@ -26,7 +26,7 @@ import torch
 from koine.files import read_json, write_json
 from koine.hardware import processor_name
 from koine.model import Decoder, ModelConfig, preset, save_model
-from koine.model.flops import count_parameters, training_flops_per_token
+from koine.model.counting import count_parameters, training_flops_per_token
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.install import python_of

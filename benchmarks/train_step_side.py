@@ -32,8 +32,8 @@ def ours(options: argparse.Namespace) -> tuple[Step, Step]:
     from koine.data.batch import Batch
     from koine.model import load_model
     from koine.train import TrainSettings, language_modelling
+    from koine.train.determinism import compile_blocks
     from koine.train.optimiser import Optimiser
-    from koine.train.runtime import compile_blocks
 
     model = load_model(Path(options.weights), dtype=torch.float32).train()
     settings = TrainSettings(

@@ -87,7 +87,7 @@ def spy(folder: Path, name: str) -> None:
 
 def test_a_tokenizer_with_code_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from koine.tokenizer.foreign import open_tokenizer
+    from koine.tokenizer.loaders import open_tokenizer
 
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -103,7 +103,7 @@ def test_a_tokenizer_with_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_sentence_encoder_with_code_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
-    from koine.combine.domains import SentenceEncoder
+    from koine.combine.moe.domain_embeddings import SentenceEncoder
 
     folder = tmp_path / "encoder"
     folder.mkdir()

@@ -13,11 +13,13 @@ from tempfile import TemporaryDirectory
 import torch
 
 from koine.files import write_json
-from koine.model import Sampling, generate, load_model
-from koine.model.flops import training_flops_per_token
+from koine.generate import generate
+from koine.generate.token_sampling import Sampling
+from koine.model import load_model
+from koine.model.counting import training_flops_per_token
 from koine.plan import step
-from koine.recipes import estimates
-from koine.recipes.domains import train_on
+from koine.steps import estimates
+from koine.steps.mixtures import train_on
 
 ROUNDS = 5
 TIMED_STEPS = 8

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bam_judge import judge
-from matched import latency, train_matched
-
+from experiments.bam.judge import judge
+from experiments.bam.matched import latency, train_matched
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
-from koine.recipes.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
-from koine.recipes.domains import evaluate_domains, mix, new_seed, train_on
+from koine.steps.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
+from koine.steps.mixtures import evaluate_domains, mix, new_seed, train_on
 
 DOMAINS = ("general", "code", "reviews", "maths")
 GENERAL_LANGUAGES = ("pt", "it", "pl", "tr")

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merging_judge import judge
-
+from experiments.merging.judge import judge
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
-from koine.recipes.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
-from koine.recipes.domains import equal_shares, evaluate_domains, merge_models, new_seed, train_on
+from koine.steps.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
+from koine.steps.mixtures import equal_shares, evaluate_domains, merge_models, new_seed, train_on
 
 DOMAINS = ("code", "reviews", "maths")
 WIKI, SPOKEN = "text/wiki.train.jsonl.xz", "text/cv.train.jsonl.xz"

@@ -1,4 +1,4 @@
-"""The figure of a result file, and its tables: `python experiments/merging/plots.py experiments/merging/results/laptop.json`."""
+"""The figure of a result file, and its tables: `python -m experiments.merging.plots experiments/merging/results/laptop.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.evaluate.results import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, save_figure, show_results
 
 DOMAINS = ("code", "reviews", "maths")
 PAIR = ("code", "maths")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexus_judge import NEW, judge
-
+from experiments.nexus.judge import NEW, judge
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
-from koine.recipes.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
-from koine.recipes.domains import evaluate_domains, grow, mix, new_seed, train_on
+from koine.steps.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
+from koine.steps.mixtures import evaluate_domains, grow, mix, new_seed, train_on
 
 EXPERTS = ("reviews", "speeches", "maths", "spoken")
 KNOWN = ("general", *EXPERTS)

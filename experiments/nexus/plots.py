@@ -1,4 +1,4 @@
-"""The figure of a result file, and its tables: `python experiments/nexus/plots.py experiments/nexus/results/laptop.json`."""
+"""The figure of a result file, and its tables: `python -m experiments.nexus.plots experiments/nexus/results/laptop.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.evaluate.results import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, save_figure, show_results
 
 NEW = "code"
 ROUTERS = {"nexus": "Nexus", "linear": "linear, reset"}

@@ -21,7 +21,7 @@ from typing import Any
 from koine.data import read_records, tokenize
 from koine.files import read_json, write_json
 from koine.plan import step
-from koine.recipes import estimates
+from koine.steps import estimates
 from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 HELD_OUT = 3

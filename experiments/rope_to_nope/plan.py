@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from judging import judge
-from needles import needle_corpus
-from stages import extend, pretrain_short
-
+from experiments.rope_to_nope.judge import judge
+from experiments.rope_to_nope.needles import needle_corpus
+from experiments.rope_to_nope.stages import extend, pretrain_short
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
 

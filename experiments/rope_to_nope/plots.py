@@ -1,4 +1,4 @@
-"""The figures of a result file, and its tables: `python experiments/rope_to_nope/plots.py experiments/rope_to_nope/results/laptop.json`."""
+"""The figures of a result file, and its tables: `python -m experiments.rope_to_nope.plots experiments/rope_to_nope/results/laptop.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.evaluate.results import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, save_figure, show_results
 
 NAMES = {
     "rope": "RoPE",

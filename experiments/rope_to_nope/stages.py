@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from needles import Prompt, held_out_text, prompts
 
+from experiments.rope_to_nope.needles import Prompt, held_out_text, prompts
 from koine.evaluate import bits_per_byte
 from koine.evaluate.long_context.attention import SEGMENTS, attention_of, layer_kind, segment_ids
 from koine.files import write_json
 from koine.model import VARIANTS, Decoder, LayerSpec, ModelConfig, load_model, variant_layers
 from koine.plan import step
-from koine.recipes import estimates
+from koine.steps import estimates
 from koine.tokenizer import load_tokenizer
 from koine.train import TrainSettings, language_modelling, train
 

@@ -10,8 +10,8 @@ from typing import Any
 from koine.data import read_records
 from koine.errors import UserError
 from koine.plan import step
-from koine.recipes import estimates
-from koine.recipes.corpus import Roles, write_own_corpus
+from koine.steps import estimates
+from koine.steps.corpus_files import Roles, write_own_corpus
 
 
 @step(version="2", estimate=estimates.own_text)

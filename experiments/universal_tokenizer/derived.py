@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from koine.evaluate.verdicts import interval
+from experiments.common.hypotheses import interval
 from koine.files import read_json
 
 PRIMARY_SHARE = 0.2

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from corpus import experiment_corpus
-from verdicts import judge
-
+from experiments.universal_tokenizer.corpus import experiment_corpus
+from experiments.universal_tokenizer.judge import judge
 from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
-from koine.recipes.regimes import adapt_to, move_to_tokenizer
-from koine.recipes.tokens import build_tokenizer, tokenize_part
-from koine.recipes.training import pretrain
+from koine.steps.adaptation import adapt_to, move_to_tokenizer
+from koine.steps.tokenizers import build_tokenizer, tokenize_part
+from koine.steps.training import pretrain
 
 PRIMARY = ("en", "de", "fr", "it", "es", "pl", "pt", "ru", "bg", "uk", "hu", "nl")
 EXPANDED = ("zh", "ja", "th", "vi", "id", "mn", "ky", "ar", "fa", "hi", "tr", "ta", "pa", "ur")

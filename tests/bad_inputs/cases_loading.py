@@ -32,7 +32,7 @@ def saved(kind: str, head: str = "AutoModelForCausalLM", **fields: Any) -> Calla
         import torch
         import transformers
 
-        from koine.model.interop import quiet
+        from koine.model.causal_lm import quiet
         from koine.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(worlds.built("tokenizer"))

@@ -156,7 +156,7 @@ def build_unrelated(out: Path) -> None:
     import torch
 
     from koine.model import Decoder, save_model
-    from koine.model.config_json import read_config
+    from koine.model.formats.config_json import read_config
 
     torch.manual_seed(2)
     save_model(Decoder(read_config(built("model"))), out, tokenizer=built("tokenizer"))
@@ -185,7 +185,7 @@ def build_halfway(out: Path) -> None:
     """A training that was asked to end after its first step, and left a checkpoint."""
     import pytest
 
-    from koine.train.interrupt import Interrupt
+    from koine.train.signals import Interrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Interrupt, "__init__", lambda self: setattr(self, "signal", 15))

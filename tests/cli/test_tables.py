@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from koine.cli.data import data
-from koine.cli.evaluate import _bits_table, _question_table
+from koine.cli.evaluate.commands import _bits_table, _question_table
 from koine.cli.tables import print_table
 
 

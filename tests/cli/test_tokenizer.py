@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from koine.cli.tokenizer import tokenizer
-from koine.cli.tokenizer_tables import show_measures
+from koine.cli.tokenizer.commands import tokenizer
+from koine.cli.tokenizer.tables import show_measures
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import load_tokenizer
-from koine.tokenizer.heldout import split_texts
+from koine.tokenizer.holdout import split_texts
 from tests.bad_inputs.worlds import build_tokenizer
 
 GERMAN = [f"Der Fluss {i} fließt zum weiten Meer." for i in range(60)]

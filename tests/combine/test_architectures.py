@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from koine.combine.merge import merge
-from koine.combine.recipe import Recipe
+from koine.combine.merging.config import Recipe
+from koine.combine.merging.runner import merge
 from koine.errors import UserError
-
-from .merging import tensors
+from tests.combine.merge_configs import tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -170,7 +169,7 @@ def test_rows_meet_by_their_tokens(case: str, tmp_path: Path) -> None:
 
 
 def without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("koine.model.library_config", "koine.combine.alike"):
+    for module in ("koine.model.formats.library_config", "koine.combine.compatibility"):
         monkeypatch.setattr(f"{module}.library_config", lambda value, *, where: None)
 
 
@@ -195,7 +194,7 @@ def test_what_sizes_leave_open_is_refused(case: str, tmp_path: Path, monkeypatch
 def test_tables_of_tokens_in_layers_are_not_left_in_the_old_order(tmp_path: Path) -> None:
     """Moving to another tokenizer moves embedding and head; a model with more tables is refused, not
     spoilt."""
-    from koine.model.vocabulary import move_model
+    from koine.model.adapt.vocabulary_transfer import move_model
     from koine.tokenizer import train_tokenizer
     from koine.tokenizer.special import SMALLEST_VOCABULARY
 

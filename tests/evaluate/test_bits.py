@@ -10,7 +10,7 @@ import torch
 
 from koine.errors import UserError
 from koine.evaluate import bits_per_byte
-from koine.evaluate.scoring import windows
+from koine.evaluate.log_likelihood import windows
 from koine.tokenizer import Tokenizer
 
 from .conftest import Uniform, Wrapped
@@ -65,7 +65,7 @@ def test_logits_in_parts_are_the_same(
     tokenizer: Tokenizer, llama: Wrapped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = bits_per_byte(llama, tokenizer, RECORDS)
-    monkeypatch.setattr("koine.evaluate.scoring._LOGITS", {"cpu": 7 * tokenizer.vocab_size})
+    monkeypatch.setattr("koine.evaluate.log_likelihood._LOGITS", {"cpu": 7 * tokenizer.vocab_size})
     parts = bits_per_byte(llama, tokenizer, RECORDS)
     assert parts["overall"]["bits_per_byte"] == pytest.approx(whole["overall"]["bits_per_byte"], rel=1e-5)
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments.bam import judge as bam_judge
+from experiments.bam import matched
 from koine.files import read_json, write_json
-from koine.model.config_json import read_config
-from koine.model.flops import training_flops_per_token
+from koine.model.counting import training_flops_per_token
+from koine.model.formats.config_json import read_config
 from tests.combine.models import write_branches
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "bam"
 PACK = ROOT.parent / "shared" / "data"
 
-sys.path.append(str(FOLDER))
-import bam_judge  # noqa: E402
-import matched  # noqa: E402
 
 AS_IN_THE_PAPER = {
     "btx": 10.72, "bam": 9.70, "bam-shared": 10.32, "bam-flops": 10.00, "bam-shared-flops": 10.46, "bam-seconds": 10.00,
@@ -69,7 +67,7 @@ def test_the_reverse_is_not(tmp_path: Path, change: dict[str, float], fails: str
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A BTX and a BAM of one seed, and tokens."""
     from koine.combine import upcycle_bam, upcycle_btx
-    from koine.recipes.domain_corpora import domain_text, tokenize_domain
+    from koine.steps.domain_corpora import domain_text, tokenize_domain
 
     root = tmp_path_factory.mktemp("bam")
     seed, branches = write_branches(root, ("code",))

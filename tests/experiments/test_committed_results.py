@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from koine.evaluate.verdicts import verdict_markdown
-from tests.experiments.loading import load
+from experiments import register
+from experiments.common.hypotheses import verdict_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -24,7 +25,7 @@ def results_of(name: str) -> Any:
 @pytest.mark.parametrize("name", HAVE_RESULTS)
 def test_the_manual_has_their_tables(name: str) -> None:
     page = (ROOT / "docs" / "combining.md").read_text(encoding="utf-8")
-    results, plots = results_of(name), load(EXPERIMENTS / name / "plots.py")
+    results, plots = results_of(name), import_module(f"experiments.{name}.plots")
     assert verdict_markdown(results["hypotheses"]) in page
     for table in TABLES[name]:
         assert getattr(plots, table)(results) in page
@@ -33,7 +34,7 @@ def test_the_manual_has_their_tables(name: str) -> None:
 @pytest.mark.parametrize("name", HAVE_RESULTS)
 def test_the_verdicts_follow_from_the_runs(name: str) -> None:
     results = results_of(name)
-    judge = load(EXPERIMENTS / name / f"{name}_judge.py")
+    judge = import_module(f"experiments.{name}.judge")
     assert len(results["seeds"]) >= 3
     found = object.__new__(judge.Runs)
     found.evaluations, found.seeds = results["runs"], range(len(results["seeds"]))
@@ -49,7 +50,7 @@ def test_the_verdicts_follow_from_the_runs(name: str) -> None:
         )
         again = judge.verdicts(found, [steps for steps in budgets if steps])
     else:
-        plan = load(EXPERIMENTS / name / "plan.py")
+        plan = import_module(f"experiments.{name}.plan")
         again = judge.verdicts(found, plan.DOMAINS, plan.CLUSTERS, plan.SHARED, ("small", "large"))
     assert {key: one["verdict"] for key, one in results["hypotheses"].items()} == {
         key: one["verdict"] for key, one in again.items()
@@ -58,6 +59,5 @@ def test_the_verdicts_follow_from_the_runs(name: str) -> None:
 
 def test_the_register_is_in_the_manual() -> None:
     page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
-    register = load(EXPERIMENTS / "register.py")
     assert register.table() in page
     assert register.reviews() in page

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments.merging import judge as merging_judge
+from experiments.nexus import judge as nexus_judge
 from koine.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = ROOT.parent / "shared" / "data"
 
-sys.path += [str(ROOT / "experiments" / name) for name in ("nexus", "merging")]
-import merging_judge  # noqa: E402
-import nexus_judge  # noqa: E402
 
 Bits = dict[str, dict[str, float]]
 

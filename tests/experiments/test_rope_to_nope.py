@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from koine.evaluate.verdicts import verdict_markdown
-from tests.experiments.loading import load
+from experiments.common.hypotheses import verdict_markdown
+from experiments.rope_to_nope import judge as judging
+from experiments.rope_to_nope import needles, plots, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "rope_to_nope"
 PACK = ROOT.parent / "shared" / "data"
 
-sys.path.append(str(FOLDER))
-import judging  # noqa: E402
-import needles  # noqa: E402
-import stages  # noqa: E402
 
 ARMS = {
     "rope": 2e6, "qk-norm": 2e6, "nope": 1e4, "rnope-10k": 1e4, "rnope-100k": 1e5, "rnope-2m": 2e6, "rnope-4m": 4e6,
@@ -229,7 +225,7 @@ def test_the_manual_has_the_tables_of_the_committed_results(scale: str) -> None:
     results = json.loads((FOLDER / "results" / f"{scale}.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "rope-to-nope.md").read_text(encoding="utf-8")
     assert verdict_markdown(results["hypotheses"]) in page
-    assert load(FOLDER / "plots.py").arm_table(results) in page
+    assert plots.arm_table(results) in page
 
 
 @pytest.mark.parametrize("scale", SCALES)

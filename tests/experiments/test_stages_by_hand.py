@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from experiments.rope_to_nope import needles, stages
 from koine.model import Decoder, ModelConfig, save_model, variant_layers
 from koine.plan import Plan
-from tests.experiments.loading import load
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "rope_to_nope"
-sys.path.append(str(FOLDER))
-import needles  # noqa: E402
-import stages  # noqa: E402
 
 # arXiv 2501.18795, table 5: the second stage's theta of each arm; all have 10,000 in the first.
 SECOND = {
@@ -28,7 +25,7 @@ SECOND = {
 
 
 def test_the_plan_gives_each_stage_its_theta(tmp_path: Path) -> None:
-    module = load(FOLDER / "plan.py")
+    module = import_module("experiments.rope_to_nope.plan")
     (tmp_path / "pack" / "text").mkdir(parents=True)
     (tmp_path / "pack" / "text" / "en_books.jsonl.xz").write_bytes(b"")
     plan = Plan("x", tmp_path)

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.common.hypotheses import below, interval, together, within
+from experiments.universal_tokenizer.judge import at_bytes, speed_entry
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "universal_tokenizer"
 PACK = ROOT.parent / "shared" / "data"
-
-sys.path.append(str(FOLDER))
-from verdicts import at_bytes, speed_entry  # noqa: E402
-
-from koine.evaluate.verdicts import below, interval, together, within  # noqa: E402
 
 
 def test_students_interval_by_hand() -> None:

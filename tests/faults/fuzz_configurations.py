@@ -311,22 +311,22 @@ def try_mixture(_: str, value: Any, work: Path) -> None:
 
 def _base_of_sampling(kind: str) -> Any:
     if kind.startswith("engine"):
-        from koine.serve.sampling import Sampling as EngineSampling
+        from koine.generate.sampling import Sampling as EngineSampling
 
         return {
             **dataclasses.asdict(EngineSampling(max_new_tokens=3, seed=1)), "stop": ("x",), "json_schema": {"type": "object"},
         }  # fmt: skip
-    from koine.model.sampling import Sampling
+    from koine.generate.token_sampling import Sampling
 
     return dataclasses.asdict(Sampling(max_new_tokens=3))
 
 
 def try_sampling(kind: str, value: Any, work: Path) -> None:
     """Generate a few tokens."""
-    from koine.model.generation import generate
-    from koine.model.sampling import Sampling
-    from koine.serve.engine import _token_sampling
-    from koine.serve.sampling import Sampling as EngineSampling
+    from koine.generate.batch import generate
+    from koine.generate.engine import _token_sampling
+    from koine.generate.sampling import Sampling as EngineSampling
+    from koine.generate.token_sampling import Sampling
 
     sampling = _token_sampling(EngineSampling(**value)) if kind.startswith("engine") else Sampling(**value)
     few = dataclasses.replace(sampling, max_new_tokens=min(3, sampling.max_new_tokens))
@@ -388,7 +388,7 @@ def _open_tokens(work: Path) -> None:
 
 
 def _at_step(work: Path) -> None:
-    from koine.data.at_step import documents_at_step
+    from koine.data.inspect_step import documents_at_step
 
     documents_at_step(work / "trained", 1)
 
@@ -419,8 +419,8 @@ def _merge_with_its_tokenizer(work: Path) -> None:
 
 
 def _remove_expert(work: Path) -> None:
-    from koine.combine.extend import averaged_parts, remove_expert
-    from koine.combine.upcycle import read_record
+    from koine.combine.moe.add_expert import averaged_parts, remove_expert
+    from koine.combine.moe.upcycle import read_record
 
     averaged_parts(read_record(work / "mixture"))
     remove_expert(work / "mixture", "code", work / "smaller", dense=worlds.built("branch"))

@@ -320,9 +320,9 @@ def ask(address: str) -> Callable[[], None]:
         from pathlib import Path
 
         from koine.errors import UserError
-        from koine.serve.remote import RemoteEngine
-        from koine.serve.retry import RetryPolicy
-        from koine.serve.sampling import Sampling
+        from koine.generate.remote.engine import RemoteEngine
+        from koine.generate.remote.retry import RetryPolicy
+        from koine.generate.sampling import Sampling
 
         os.environ["KOINE_FAULTS_KEY"] = KEY
         try:

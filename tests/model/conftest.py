@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from koine.model import ModelConfig, compiled_experts, hybrid_layers
+from koine.model import ModelConfig, hybrid_layers
+from koine.model.moe import cpu_kernels as compiled_experts
 
 
 @pytest.fixture(autouse=True)

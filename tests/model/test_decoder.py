@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from koine.generate.cache.contexts import StretchReading
 from koine.model import Decoder, LayerSpec, ModelConfig
 from koine.model.block import LayerNorm
-from koine.model.reading import StretchReading
 
 
 def one_layer(tiny: ModelConfig, spec: LayerSpec) -> Decoder:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from koine.data.batch import Batch
 from koine.errors import UserError
-from koine.evaluate.scoring import negative_log_likelihoods
+from koine.evaluate.log_likelihood import negative_log_likelihoods
+from koine.generate.kv_cache_probe import continuing
+from koine.generate.sequential import OneByOne
+from koine.generate.token_sampling import Sampling
 from koine.model import CausalLM, load_causal_lm
-from koine.model.continuing import continuing
 from koine.model.head import Head
-from koine.model.one_by_one import OneByOne
-from koine.model.sampling import Sampling
 from koine.train.objectives import language_modelling
 
 transformers = pytest.importorskip("transformers", reason="the classes need the extra [hf]")

@@ -47,7 +47,7 @@ def artifact(
     folder.mkdir(parents=True)
     record = {
         "artifact": name,
-        "step": f"koine.recipes.training:{step}",
+        "step": f"koine.steps.training:{step}",
         "version": "1",
         "parameters": {"seed": 0, **more.get("parameters", {})},
         "inputs": {
@@ -113,7 +113,7 @@ def write_sample_run(run: Path) -> Path:
         nodes.append(
             {
                 "name": name,
-                "step": f"koine.recipes.training:{step}",
+                "step": f"koine.steps.training:{step}",
                 "status": "built",
                 "parents": parents,
                 "log": None,

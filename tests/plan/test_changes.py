@@ -15,13 +15,13 @@ from koine.data import read_records
 from koine.errors import UserError
 from koine.files import exclusive, walk
 from koine.plan import Plan, step
-from koine.plan.content import ContentCache, fingerprint_of_content
-from koine.plan.job import make_job
-from koine.plan.progress import read, report, write
-from koine.plan.publish import lock_of
-from koine.plan.scheduler import sweep
-from koine.plan.status import statuses
-from koine.plan.worker import build
+from koine.plan.run.job import make_job
+from koine.plan.run.progress import read, report, write
+from koine.plan.run.scheduler import sweep
+from koine.plan.run.worker import build
+from koine.plan.store.fingerprints import ContentCache, fingerprint_of_content
+from koine.plan.store.publish import lock_of
+from koine.plan.store.status import statuses
 
 # What happens to the world while a step runs.
 MEANWHILE: list[Callable[[], None]] = []

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from koine.plan import Plan, progress, step
-from koine.plan.content import SETTLED_SECONDS
-from koine.plan.display import Display
+from koine.plan import Plan, step
+from koine.plan.run import progress
+from koine.plan.run.display import Display
+from koine.plan.store.fingerprints import SETTLED_SECONDS
 from tests.plan.running import koine, start, until
 
 PLAN = """\
@@ -23,7 +24,7 @@ import os, time
 from pathlib import Path
 from koine.errors import UserError
 from koine.plan import Plan, step
-from koine.plan.progress import report
+from koine.plan.run.progress import report
 
 @step()
 def slow(*, n: int, out: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_run_with_nothing_to_do_loads_no_torch_and_reads_no_input(place: Path)
     assert koine(place, *command)[0] == 0
     program = (
         "import sys\n"
-        "import koine.plan.content as content\n"
+        "import koine.plan.store.fingerprints as content\n"
         "def read(path): raise AssertionError(f'{path} was read again')\n"
         "content.sha256_file = read\n"
         "from koine.cli.main import cli\n"
@@ -163,7 +164,7 @@ def test_a_shipped_recipe_is_planned_without_torch() -> None:
     program = (
         "import sys\n"
         "from koine.plan import Plan\n"
-        "from koine.plan.status import statuses\n"
+        "from koine.plan.store.status import statuses\n"
         "from koine.recipes.quickstart import quickstart\n"
         "plan = Plan('quickstart')\n"
         "quickstart(plan)\n"

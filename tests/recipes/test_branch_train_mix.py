@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from koine.data.at_step import documents_at_step
+from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model import read_config
 from koine.plan import Plan
-from koine.plan.scheduler import execute
+from koine.plan.run.scheduler import execute
 from koine.recipes.branch_train_mix import branch_train_mix
-from koine.recipes.domains import METHODS, mix
+from koine.steps.mixtures import METHODS, mix
 from tests.combine.models import write_branches
 
 SENTENCES = {

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from koine.errors import UserError
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.control import looks_like_marker
-from koine.tokenizer.foreign import open_tokenizer
+from koine.tokenizer.loaders import open_tokenizer
 
 ENGLISH = ["The river runs to the sea   and the sea is wide.", "Nine lamps burn on the quay until nine."] * 30
 MARKERS = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "[PLAN]")

@@ -12,10 +12,10 @@ import pytest
 
 from koine.errors import UserError
 from koine.tokenizer import Tokenizer, train_tokenizer
-from koine.tokenizer.counting import count_pretokens
 from koine.tokenizer.extend import LONGEST_PRETOKEN, extend_tokenizer
-from koine.tokenizer.foreign import LONG_SPACES, open_tokenizer, read_ranks
+from koine.tokenizer.loaders import LONG_SPACES, open_tokenizer, read_ranks
 from koine.tokenizer.measures import Unit, measure
+from koine.tokenizer.pretoken_counts import count_pretokens
 from koine.tokenizer.pretokenize import LONGEST_RUN, pre_tokenizer, short_runs
 
 SIZE = 100_000

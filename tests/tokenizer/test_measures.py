@@ -12,9 +12,9 @@ import pytest
 
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import Tokenizer
-from koine.tokenizer.foreign import open_tokenizer
+from koine.tokenizer.loaders import open_tokenizer
 from koine.tokenizer.measures import Unit, gini, measure, renyi_efficiency, script_of
-from koine.tokenizer.spelling import piece_bytes
+from koine.tokenizer.token_bytes import piece_bytes
 
 
 class Bytes:
@@ -214,7 +214,7 @@ def test_what_is_no_tokenizer(name: str, content: str | None, words: str, tmp_pa
 def test_the_command_writes_json_and_a_page(small: Tokenizer, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from koine.cli.tokenizer import tokenizer
+    from koine.cli.tokenizer.commands import tokenizer
 
     small.save(tmp_path / "one")
     rows = [

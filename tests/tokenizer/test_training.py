@@ -13,7 +13,7 @@ import pytest
 
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import SPECIAL_TOKENS, language_weights, train_tokenizer
-from koine.tokenizer.sampling import count_bytes, draw, quotas
+from koine.tokenizer.corpus_sampling import count_bytes, draw, quotas
 
 SIZES = {"de": 100, "nl": 300, "ja": 1200}
 
@@ -128,7 +128,7 @@ def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
 
 
 def test_text_so_long_that_counts_are_scaled_is_said() -> None:
-    from koine.tokenizer.counting import PretokenCounts
+    from koine.tokenizer.pretoken_counts import PretokenCounts
     from koine.tokenizer.training import _say_approximations
 
     with pytest.warns(

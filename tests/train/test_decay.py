@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from koine.model import Decoder
+from koine.model.causal_lm import CausalLM
 from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
-from koine.model.interop import CausalLM
 from koine.train import TrainSettings
 from koine.train.decay import decayed_parameters
 from koine.train.optimiser import Optimiser

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from koine.model.flops import count_parameters
+from koine.model.counting import count_parameters
 from koine.model.presets import preset
 from koine.train import TrainSettings, estimate_training
 
@@ -23,7 +23,7 @@ import torch
 torch.set_num_threads(1)
 from koine.model.decoder import Decoder
 from koine.model.presets import preset
-from koine.plan.memory import own_peak
+from koine.plan.run.peak_memory import own_peak
 from tests.train.fakes import fake_order
 from koine.train import TrainSettings, estimate_training, language_modelling, train
 
@@ -71,7 +71,7 @@ def test_time_is_operations_over_the_rate(tmp_path: Path, monkeypatch: pytest.Mo
         rates.append((rows, columns, out))
         return 1e9
 
-    monkeypatch.setattr("koine.train.ceiling.matmul_ceiling", ceiling)
+    monkeypatch.setattr("koine.train.matmul_rate.matmul_ceiling", ceiling)
     config = preset("koine-0.5m", 1024)
     order = fake_order(tmp_path / "s", steps=(7,), sequence_length=64, batch_size=4)
     settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=2)

@@ -12,14 +12,14 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from koine.cli.evaluate import evaluate as evaluate_command
+from koine.cli.evaluate.commands import evaluate as evaluate_command
 from koine.cli.model import model as model_command
 from koine.cli.train import train as train_command
 from koine.errors import UserError
-from koine.model.checkpoint import load_model
+from koine.model.causal_lm import load_causal_lm
 from koine.model.config import MixtureConfig
 from koine.model.decoder import Decoder
-from koine.model.interop import load_causal_lm
+from koine.model.formats.directory import load_model
 from koine.train import TrainSettings, language_modelling, train
 from koine.train.export import export_checkpoint
 

@@ -23,7 +23,7 @@ import tensorboardX
 from tests.train.fakes import fake_order
 from tests.train.models import small_model
 from koine.files import sha256_file
-import koine.model.checkpoint, torch.optim.adamw, torch._dynamo, koine.train.loop
+import koine.model.formats.directory, torch.optim.adamw, torch._dynamo, koine.train.loop
 from koine.train import TrainSettings, language_modelling, train
 
 torch.set_num_threads(1)

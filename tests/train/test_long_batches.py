@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from koine.cli.train import train as command
 from koine.data import DataOrder, LongRows, Mixture, Phase, Source
-from koine.data.at_step import documents_at_step
+from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.model import Decoder, preset
-from koine.model.checkpoint import load_model
+from koine.model.formats.directory import load_model
 from koine.train import TrainSettings, estimate_training, language_modelling, train
 
 from .models import small_config

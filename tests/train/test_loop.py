@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from koine.errors import KoineWarning, UserError
 from koine.files import exclusive
-from koine.model.checkpoint import load_model
+from koine.model.formats.directory import load_model
 from koine.train import TrainingStopped, TrainSettings, language_modelling, supervised_fine_tuning, train
 
 from .fakes import FakeBatch, FakeOrder, fake_order
@@ -294,7 +294,7 @@ class TickingClock:
 
 def test_the_rates_are_those_worked_out_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("koine.train.loop.time", TickingClock())
-    monkeypatch.setattr("koine.train.work.measured_ceiling", lambda *_: 1e7)
+    monkeypatch.setattr("koine.train.step_costs.measured_ceiling", lambda *_: 1e7)
     run(tmp_path / "o", fake_order(tmp_path / "s", steps=(2,)))
     # A step is 4 rows of 16 tokens in half a second.
     tokens_per_second = 4 * 16 / 0.5

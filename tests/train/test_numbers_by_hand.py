@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from koine.train import TrainSettings
+from koine.train.loss_spikes import Watch
 from koine.train.optimiser import Optimiser
 from koine.train.schedule import multiplier
-from koine.train.watch import Watch
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 
 from koine.data import DataOrder, Mixture, Phase, Source
 from koine.errors import UserError
-from koine.model.interop import CausalLM, load_causal_lm
+from koine.model.causal_lm import CausalLM, load_causal_lm
 from koine.train import TrainSettings, language_modelling, train
 
 from .tokens import write_tokens

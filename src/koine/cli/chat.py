@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from koine.serve.sampling import Sampling
+from koine.generate.sampling import Sampling
 
 DEFAULT = Sampling()
 
@@ -95,8 +95,8 @@ def chat(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    from koine.serve.engine import LocalEngine
-    from koine.serve.terminal import Chat, run_interactive, run_lines, standard_streams
+    from koine.generate.engine import LocalEngine
+    from koine.serve.chat.terminal import Chat, run_interactive, run_lines, standard_streams
 
     engine = LocalEngine(model, dtype=None if dtype == "auto" else dtype, device=device, threads=threads)
     interactive = standard_streams()

@@ -234,7 +234,7 @@ def inspect(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a stretch of a document.")
 def at_step(model: Path, step: int, as_json: bool) -> None:
     """Print the documents in the batch that MODEL was given at STEP (counted from 0)."""
-    from koine.data.at_step import documents_at_step
+    from koine.data.inspect_step import documents_at_step
 
     stretches = documents_at_step(model, step)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from koine.cli.attention import attention_options
+from koine.cli.attention_options import attention_options
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
 
@@ -35,8 +35,8 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
     from rich.table import Table
 
     from koine.cli.tables import print_table
-    from koine.model.describe import describe_config
     from koine.model.presets import PRESETS, preset
+    from koine.model.summary import describe_config
 
     if which is None:
         table = Table("preset", "parameters", "layers", "hidden", "vocabulary", box=None)
@@ -50,7 +50,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
         print_table(table)
         return
     if Path(which).is_dir():
-        from koine.model.config_json import read_config
+        from koine.model.formats.config_json import read_config
 
         if vocab_size is not None:
             raise UserError(
@@ -143,7 +143,7 @@ def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -
         )
         click.echo(f"written to {out}")
         return
-    from koine.model.gguf_export import export_gguf
+    from koine.model.formats.gguf import export_gguf
 
     export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
     click.echo(f"{out}: {out.stat().st_size:,} bytes")

@@ -18,7 +18,7 @@ def report(run: Path, out: Path | None, overwrite: bool) -> None:
 
     The answer with its plots and tables, the curves of the trainings, the lineage, and for each artifact what went into it.
     """
-    from koine.plan.report import write_report
+    from koine.plan.report.page import write_report
 
     # The page in the run's folder is ours; what the user names may be theirs.
     own = out is None or out.resolve() == (run / "report.html").resolve()

@@ -14,7 +14,7 @@ from koine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from koine.plan import Plan
-    from koine.plan.scheduler import Executor
+    from koine.plan.run.scheduler import Executor
 
 EXECUTORS = ("local", "ray")
 RUNS = click.option(
@@ -37,18 +37,18 @@ def check_executor(name: str, address: str | None) -> None:
 def executor_of(name: str, address: str | None) -> Executor:
     """The executor that the user asked for."""
     if name == "ray":
-        from koine.plan.ray import RayExecutor
+        from koine.plan.run.ray import RayExecutor
 
         return RayExecutor(address)
-    from koine.plan.local import LocalExecutor
+    from koine.plan.run.local import LocalExecutor
 
     return LocalExecutor()
 
 
 def list_parameters(function: Callable[..., None]) -> None:
     """Print what `--set` takes."""
-    from koine.plan.settings import MISSING, parameters_of
-    from koine.plan.units import table
+    from koine.plan.formatting import table
+    from koine.plan.parameters import MISSING, parameters_of
 
     rows = [("parameter", "type", "default")]
     for parameter in parameters_of(function):
@@ -60,7 +60,7 @@ def list_parameters(function: Callable[..., None]) -> None:
 def write_report(plan: Plan) -> None:
     """Write the run's report, where there is anything to report."""
     if any((plan.folder / name / "artifact.json").exists() for name in plan.nodes):
-        from koine.plan.report import write_report as write
+        from koine.plan.report.page import write_report as write
 
         click.echo(f"report: {write(plan.folder)}")
 
@@ -93,10 +93,10 @@ def run(
     """Run PLAN: a recipe's name or path/to/file.py:function."""
     import koine.recipes
     from koine.plan import Plan
-    from koine.plan import dry_run as words
     from koine.plan.loading import find_plan
-    from koine.plan.scheduler import PlanFailedError, RunInterruptedError, execute
-    from koine.plan.settings import parse_settings
+    from koine.plan.parameters import parse_settings
+    from koine.plan.run import dry_run as words
+    from koine.plan.run.scheduler import PlanFailedError, RunInterruptedError, execute
 
     check_executor(executor, address)
     function = find_plan(plan, koine.recipes)
@@ -137,7 +137,7 @@ def run(
 @RUNS
 def adopt(folder: Path, run_name: str, name: str, runs: Path) -> None:
     """Copy FOLDER into a run as an artifact; the plan's step of that name is then never run."""
-    from koine.plan.adopt import adopt as take
+    from koine.plan.store.adopt import adopt as take
 
     click.echo(f"adopted: {take(folder, name=name, run=run_name, runs=runs)}")
 
@@ -148,8 +148,8 @@ def adopt(folder: Path, run_name: str, name: str, runs: Path) -> None:
 @click.option("--verify", is_flag=True, help="Read every file again and compare it with its recorded sha256.")
 def lineage(artifact: Path, as_json: bool, verify: bool) -> None:
     """Print the tree of ancestors of the folder ARTIFACT, with hashes and metrics."""
-    from koine.plan.lineage import draw, every
-    from koine.plan.lineage import lineage as tree
+    from koine.plan.store.lineage import draw, every
+    from koine.plan.store.lineage import lineage as tree
 
     node = tree(artifact, verify=verify)
     click.echo(json.dumps(node.to_json(), ensure_ascii=False, indent=2) if as_json else "\n".join(draw(node)))

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
-from koine.cli.attention import attention_options
+from koine.cli.attention_options import attention_options
 from koine.cli.mixtures import read_long_rows, read_mixture
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
-    from koine.evaluate.probe import BitsPerByteProbe
+    from koine.evaluate.training_probe import BitsPerByteProbe
+    from koine.model.causal_lm import CausalLM
     from koine.model.decoder import Decoder
-    from koine.model.interop import CausalLM
 
 
 def setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -200,9 +200,9 @@ def pretrain(
 
 def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
     """A model to go on from, turning by `rope_theta` where it is given."""
+    from koine.model.causal_lm import CausalLM, load_as_stored
     from koine.model.decoder import Decoder
-    from koine.model.interop import CausalLM, load_as_stored
-    from koine.model.variants import set_rope_theta
+    from koine.model.layer_patterns import set_rope_theta
 
     if not path.is_dir():
         raise UserError("no such model directory", where=path, mend="give a folder that holds config.json")
@@ -286,7 +286,7 @@ def _run(
     if fresh_data:
         mix = _after(mix, began_as)
     from koine.data import DataOrder, TokenSource
-    from koine.train.architecture import refuse_data_beyond_the_model, refuse_packed_documents
+    from koine.train.model_adapters import refuse_data_beyond_the_model, refuse_packed_documents
     from koine.train.objectives import refuse_plain_documents, supervised_fine_tuning
 
     paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.all_sources)
@@ -374,9 +374,9 @@ def _probe(
     metric: str,
 ) -> BitsPerByteProbe:
     """What measures `data` on the way; raises `UserError` for a metric that it does not have."""
-    from koine.evaluate.probe import BitsPerByteProbe
-    from koine.evaluate.reading import Reading, Records
-    from koine.evaluate.whole import first_of_each
+    from koine.evaluate.records import Reading, Records
+    from koine.evaluate.runner import first_of_each
+    from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.tokenizer import load_tokenizer
 
     if tokenizer is None:
@@ -390,8 +390,8 @@ def _probe(
 
 def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: Mixture) -> None:
     """What `--dry-run` prints; of another architecture than ours, memory and time are not known before."""
+    from koine.model.counting import training_flops_per_token
     from koine.model.decoder import Decoder
-    from koine.model.flops import training_flops_per_token
     from koine.train.estimate import estimate_training
 
     parameters = sum(parameter.numel() for parameter in model.parameters())

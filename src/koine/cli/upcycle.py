@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from koine.cli.named import named_paths
+from koine.cli.arguments import named_paths
 from koine.cli.outputs import OVERWRITE
-from koine.model.router_losses import BAM, BTX, NEXUS, RouterLosses
+from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
     from koine.model.config import ModelConfig
@@ -176,10 +176,10 @@ def nexus(
 ) -> None:  # fmt: skip
     """Nexus: the seed's feed-forward half shared, the branches' routed by embeddings of their domains."""
     from koine.combine import fit_encoder, upcycle_nexus
-    from koine.combine.domains import domain_embedding
+    from koine.combine.moe.domain_embeddings import domain_embedding
     from koine.errors import UserError
     from koine.files import atomic_directory
-    from koine.model.mixture_files import DOMAIN_ENCODER
+    from koine.model.formats.mixture_files import DOMAIN_ENCODER
 
     named = _named((*experts, *more))
     embeddings: Any = None
@@ -301,7 +301,7 @@ def _texts(path: Path, documents: int) -> list[str]:
 
 
 def _say(config: ModelConfig, out: Path) -> None:
-    from koine.model.flops import count_parameters
+    from koine.model.counting import count_parameters
 
     assert config.mixture is not None
     parameters = count_parameters(config)

@@ -18,10 +18,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from koine.errors import KoineWarning, UserError
-from koine.evaluate.intervals import bootstrap_interval
+from koine.evaluate.bootstrap import bootstrap_interval
 
 if TYPE_CHECKING:
-    from koine.evaluate.scoring import ScoringModel
+    from koine.evaluate.log_likelihood import ScoringModel
     from koine.tokenizer import Tokenizer
 
 # Documents are sorted by length within a stretch of this many batches: little padding, memory that does not grow.
@@ -94,7 +94,7 @@ def score_documents(
     device: str,
 ) -> Iterator[DocumentScore]:
     """The score of each document that has any text, in the order of `records`, read a stretch at a time."""
-    from koine.evaluate.scoring import negative_log_likelihoods
+    from koine.evaluate.log_likelihood import negative_log_likelihoods
 
     if batch_size < 1:
         raise UserError(f"the batch size is {batch_size}", mend="give at least 1")

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from koine.model.attention import attend
+from koine.model.attention.dispatch import attend
+from koine.model.attention.rope import Rotation, apply_rotary, rotate_in_place, rotation
 from koine.model.config import LayerSpec, ModelConfig
-from koine.model.rotary import Rotation, apply_rotary, rotate_in_place, rotation
-from koine.model.routers import Routing
+from koine.model.moe.routers import Routing
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q `[batch, time, kv_heads, groups, head_dim]` (scaled) over what k and v `[batch, time, kv_heads, head_dim]` are added

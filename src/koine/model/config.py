@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from koine.errors import UserError
 from koine.fields import check_choice, check_flag, check_number, check_text, check_whole
-from koine.model.router_losses import BTX
+from koine.model.moe.loss_weights import BTX
 
 ATTENTIONS = ("averaged", "kv-experts", "shared-kv")
 """What a mixture does with the attention of its dense models: one average (BTX, Nexus), one expert each with keys and values of its own, or

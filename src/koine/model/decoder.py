@@ -1,4 +1,4 @@
-"""The decoder: an embedding, the blocks of `koine.model.block` (or with experts, of `koine.model.mixture_block`), a norm and a head."""
+"""The decoder: an embedding, the blocks of `koine.model.block` (or with experts, of `koine.model.moe.block`), a norm and a head."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from koine.model.attention import document_starts_of
+from koine.generate.cache.contexts import Reading
+from koine.generate.cache.paged_cache import PAGE, PagedCache
+from koine.model.attention.dispatch import document_starts_of
 from koine.model.block import Block, LayerNorm, angles_of
 from koine.model.config import LayerSpec, ModelConfig
-from koine.model.mixture_block import MixtureBlock
-from koine.model.paged_cache import PAGE, PagedCache
-from koine.model.reading import Reading
-from koine.model.routers import DomainRouter, LinearRouter, Routing
+from koine.model.moe.block import MixtureBlock
+from koine.model.moe.routers import DomainRouter, LinearRouter, Routing
 
 
 def _block(config: ModelConfig, spec: LayerSpec) -> Block:
@@ -38,9 +38,9 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.end_ids: frozenset[int] = frozenset()
-        """Ids that end a text, as the model's folder says (`koine.model.end_ids`)."""
+        """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
         self.scorer: nn.Module | None = None
-        """What scores the vocabulary in place of `output_weight` in a packed model (`koine.model.packed`)."""
+        """What scores the vocabulary in place of `output_weight` in a packed model (`koine.generate.cpu.prepacked_linear`)."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from koine.errors import UserError, did_you_mean
 from koine.model.config import ModelConfig
-from koine.model.variants import Variant, variant_layers, with_attention
+from koine.model.layer_patterns import Variant, variant_layers, with_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def preset(
 ) -> ModelConfig:
     """The configuration of a preset with `vocab_size` tokens (default: the one its parameter count is named for).
 
-    The attention is the preset's own, RNoPE-SWA, or what `koine.model.variants.with_attention` makes of it. Raises `UserError` for an
+    The attention is the preset's own, RNoPE-SWA, or what `koine.model.layer_patterns.with_attention` makes of it. Raises `UserError` for an
     unknown name, and for attention that does not fit together.
     """
     if name not in PRESETS:

@@ -22,10 +22,11 @@ def load_plan_file(path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise UserError("no such plan file", where=path)
-    folder = str(path.parent.resolve())
-    if folder not in sys.path:
-        # At the end: a neighbour called `random.py` must not hide the standard library's.
-        sys.path.append(folder)
+    folder = path.parent.resolve()
+    for place in (folder, _package_root(folder)):
+        if str(place) not in sys.path:
+            # At the end: a neighbour called `random.py` must not hide the standard library's.
+            sys.path.append(str(place))
     name = PLAN_FILE + path.stem
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
@@ -51,6 +52,13 @@ def load_plan_file(path: Path) -> ModuleType:
             mend="mend the plan file",
         ) from error
     return module
+
+
+def _package_root(folder: Path) -> Path:
+    """The folder from which a package that holds `folder` is imported; `folder` itself outside of packages."""
+    while (folder / "__init__.py").is_file():
+        folder = folder.parent
+    return folder
 
 
 def functions_of(module: ModuleType) -> list[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.plan.content import ContentCache, digest, fingerprint_of_content
-from koine.plan.publish import record_of
 from koine.plan.step import StepInfo, split
+from koine.plan.store.fingerprints import ContentCache, digest, fingerprint_of_content
+from koine.plan.store.publish import record_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9][A-Za-z0-9_-]*)*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -8,10 +8,10 @@ from koine.errors import UserError, did_you_mean
 from koine.hardware import chosen_dtype
 from koine.languages import language
 from koine.plan import Plan
-from koine.recipes.corpora import own_corpus
-from koine.recipes.evaluation import evaluate_model
-from koine.recipes.regimes import adapt_to, move_to_tokenizer
-from koine.recipes.tokens import tokenize_part
+from koine.steps.adaptation import adapt_to, move_to_tokenizer
+from koine.steps.corpora import own_corpus
+from koine.steps.evaluation import evaluate_model
+from koine.steps.tokenizers import tokenize_part
 
 REGIMES = ("continued", "targeted")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from koine.errors import UserError, did_you_mean
 from koine.hardware import chosen_dtype
 from koine.plan import Artifact, Plan
-from koine.recipes.domain_corpora import domain_text, tokenize_domain
-from koine.recipes.domains import (
+from koine.steps.domain_corpora import domain_text, tokenize_domain
+from koine.steps.mixtures import (
     METHODS,
     compare_domains,
     equal_shares,

@@ -8,8 +8,8 @@ from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.plan import Artifact, Plan
 from koine.recipes.branch_train_mix import named_path
-from koine.recipes.domain_corpora import domain_text, tokenize_domain
-from koine.recipes.domains import (
+from koine.steps.domain_corpora import domain_text, tokenize_domain
+from koine.steps.mixtures import (
     compare_domains,
     equal_shares,
     evaluate_domains,

@@ -7,12 +7,12 @@ from pathlib import Path
 from koine.hardware import chosen_dtype
 from koine.languages import check_cluster
 from koine.plan import Artifact, Plan
-from koine.recipes.compare import ARMS, compare_arms
-from koine.recipes.corpora import own_corpus, sample_corpus
-from koine.recipes.evaluation import evaluate_model
-from koine.recipes.regimes import adapt_to
-from koine.recipes.tokens import build_tokenizer, tokenize_part
-from koine.recipes.training import pretrain, teach_chat
+from koine.steps.adaptation import adapt_to
+from koine.steps.comparison import ARMS, compare_arms
+from koine.steps.corpora import own_corpus, sample_corpus
+from koine.steps.evaluation import evaluate_model
+from koine.steps.tokenizers import build_tokenizer, tokenize_part
+from koine.steps.training import pretrain, teach_chat
 
 LANGUAGES = (
     *("en", "de", "fr", "es", "pl", "ru", "el", "fi"),

@@ -48,7 +48,7 @@ def _text(value: float | None, digits: int) -> str:
 
 
 def blocks(result: Mapping[str, Mapping[str, Measures]]) -> list[dict[str, Any]]:
-    """The blocks of a report (see `koine.plan.report_blocks`)."""
+    """The blocks of a report (see `koine.plan.report.blocks`)."""
     columns, rows = table(result)
     found: list[dict[str, Any]] = [
         {

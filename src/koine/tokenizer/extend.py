@@ -18,8 +18,8 @@ from typing import Any
 from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer.control import DAMAGED, library_errors, open_backend, parsed_object, read_text
-from koine.tokenizer.counting import PretokenCounts, count_pretokens, feeding_scale, repeated
-from koine.tokenizer.spelling import BYTE_TOKEN, SPACE_MARK
+from koine.tokenizer.pretoken_counts import PretokenCounts, count_pretokens, feeding_scale, repeated
+from koine.tokenizer.token_bytes import BYTE_TOKEN, SPACE_MARK
 from koine.tokenizer.tokenizer import TOKENIZER, TRAINING, Tokenizer, load_tokenizer, read_files
 
 # The private alphabet: code points from here on, without the surrogates.

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from koine.errors import KoineWarning, UserError
 from koine.languages import CLUSTERS, language
-from koine.tokenizer.spelling import AnyTokenizer, scored_lengths
+from koine.tokenizer.token_bytes import AnyTokenizer, scored_lengths
 
 RENYI_ORDER = 2.5
 """Zouhar et al. 2023 found that this order predicts translation quality best."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from koine.errors import UserError, did_you_mean
-from koine.tokenizer.spelling import AnyTokenizer, scored_lengths
+from koine.tokenizer.token_bytes import AnyTokenizer, scored_lengths
 
 SEEN_SHARE = 1e-5
 """A letter counts as seen where it is at least this share of the primary languages' letters."""

@@ -27,9 +27,9 @@ from koine.tokenizer.special import (
     START_OF_TURN,
     UNK,
 )
-from koine.tokenizer.spelling import Spelling
 from koine.tokenizer.streaming import StreamDecoder, WindowStreamDecoder
 from koine.tokenizer.template import completion_spans
+from koine.tokenizer.token_bytes import Spelling
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"

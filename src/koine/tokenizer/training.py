@@ -8,7 +8,8 @@ from typing import Any
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
-from koine.tokenizer.counting import (
+from koine.tokenizer.corpus_sampling import Corpus, count_bytes, draw, quotas, stream
+from koine.tokenizer.pretoken_counts import (
     DIRECT_BYTES,
     PretokenCounts,
     count_pretokens,
@@ -18,7 +19,6 @@ from koine.tokenizer.counting import (
     repeated,
 )
 from koine.tokenizer.pretokenize import pre_tokenizer, short_runs
-from koine.tokenizer.sampling import Corpus, count_bytes, draw, quotas, stream
 from koine.tokenizer.special import BOS, SMALLEST_VOCABULARY, SPECIAL_TOKENS
 from koine.tokenizer.tokenizer import Tokenizer, from_backend
 from koine.tokenizer.weights import BucketMass, Scheme, language_weights
@@ -46,7 +46,7 @@ def train_tokenizer(
         nothing needs to be held in memory. With the same texts and parameters the result is the same, byte by byte.
     scheme, bucket_mass, english_share, temperature: see `language_weights`.
     min_frequency: a pair is merged only if it occurs this often in the sample (5 in the paper).
-        Memory does not grow with the text: see `koine.tokenizer.counting`.
+        Memory does not grow with the text: see `koine.tokenizer.pretoken_counts`.
     sample_bytes: text to train on, all languages together; None takes as much as there is.
     max_repeats: a language is read at most this many times to reach its weight; any repetition is a `KoineWarning`.
     data: where the text lies, for the record in `tokenizer_training.json`.

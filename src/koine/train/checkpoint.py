@@ -28,7 +28,7 @@ from koine.files import (
     write_json,
 )
 from koine.train.checkpoint_index import INDEX, load_tensors, read_index, rewrite_index
-from koine.train.parallel import Ranks
+from koine.train.distributed import Ranks
 
 FORMAT = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from koine.model.config import ModelConfig
-from koine.model.flops import count_parameters, training_flops_per_token
+from koine.model.counting import count_parameters, training_flops_per_token
 from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
     """
     import torch
 
-    from koine.train.ceiling import matmul_ceiling
     from koine.train.loss import CHUNK_BYTES
+    from koine.train.matmul_rate import matmul_ceiling
 
     parameters = count_parameters(config).total
     shapes = mixture.shapes()

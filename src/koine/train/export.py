@@ -11,12 +11,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from koine.errors import UserError
 from koine.files import atomic_directory
-from koine.model.carried_files import carry_files
-from koine.model.checkpoint import save_state
-from koine.model.config_json import read_config
+from koine.model.causal_lm import CausalLM, opens_as_decoder, require_transformers
 from koine.model.decoder import Decoder
-from koine.model.end_ids import end_ids
-from koine.model.interop import CausalLM, opens_as_decoder, require_transformers
+from koine.model.formats.carried_files import carry_files
+from koine.model.formats.config_json import read_config
+from koine.model.formats.directory import save_state
+from koine.model.formats.end_ids import end_ids
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
 from koine.train.finish import BESIDE, save_other

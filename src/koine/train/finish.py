@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from koine.errors import UserError
 from koine.files import fsync_tree, write_json
-from koine.model.carried_files import carry_files
-from koine.model.checkpoint import TOKENIZER_FILES, save_description, save_state
-from koine.model.checksum import seal_folder
+from koine.model.causal_lm import CausalLM
 from koine.model.decoder import Decoder
-from koine.model.interop import CausalLM
+from koine.model.formats.carried_files import carry_files
+from koine.model.formats.checksum import seal_folder
+from koine.model.formats.directory import TOKENIZER_FILES, save_description, save_state
 from koine.train import checkpoint as checkpoints
+from koine.train.distributed import Ranks
 from koine.train.optimiser import Optimiser
-from koine.train.parallel import Ranks
 
 MODEL_FILES = (
     "config.json", "adapter_config.json", "params.json", "*.safetensors", "*.safetensors.index.json",

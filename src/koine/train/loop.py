@@ -17,25 +17,25 @@ from koine.errors import KoineWarning, UserError
 from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json, write_json
 from koine.train import checkpoint as checkpoints
-from koine.train.architecture import prepare, refuse_packed_documents
+from koine.train.determinism import compile_blocks, numerics
+from koine.train.distributed import Ranks, join, shard
 from koine.train.export import model_tensors
+from koine.train.fingerprint import identity, refuse_difference
 from koine.train.finish import describe, drop_checkpoints, finish, refuse_model
-from koine.train.identity import identity, refuse_difference
-from koine.train.interrupt import Interrupt, listen
+from koine.train.loss_spikes import Watch
+from koine.train.model_adapters import prepare, refuse_packed_documents
 from koine.train.objectives import Objective
 from koine.train.optimiser import Optimiser
-from koine.train.parallel import Ranks, join, shard
 from koine.train.progress import Reporter, truncate_metrics
 from koine.train.routing import part_of, whole_step
-from koine.train.runtime import compile_blocks, numerics
 from koine.train.schedule import multiplier
 from koine.train.settings import ROUNDING, TrainSettings
-from koine.train.watch import Watch
-from koine.train.work import work_of_each_shape
+from koine.train.signals import Interrupt, listen
+from koine.train.step_costs import work_of_each_shape
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch
-    from koine.data.order import DataOrder
+    from koine.data.data_order import DataOrder
 
 NO_TARGET = "for chats, tokenize records with assistant messages, and choose a sequence length that holds their answers"
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]

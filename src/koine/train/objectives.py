@@ -14,7 +14,7 @@ from koine.train.routing import current_step, has_experts, router_loss_sum
 if TYPE_CHECKING:
     from koine.data.batch import Batch
     from koine.data.shards import TokenSource
-    from koine.model.routers import Routing
+    from koine.model.moe.routers import Routing
 
 Objective = Callable[[Any, "Batch"], tuple[Tensor, dict[str, float]]]
 """`loss_sum, metrics = objective(model, batch)`; `metrics["units"]` says over how many units the sum runs, the others are sums

@@ -51,8 +51,8 @@ class Reporter:
         self.begin = time.perf_counter()
         self.first_step = first_step
         self.report: Any = None
-        if importlib.util.find_spec("koine.plan.progress") is not None:
-            self.report = importlib.import_module("koine.plan.progress").report
+        if importlib.util.find_spec("koine.plan.run.progress") is not None:
+            self.report = importlib.import_module("koine.plan.run.progress").report
         if progress and sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 

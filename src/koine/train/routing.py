@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from koine.model.config import MixtureConfig
-from koine.model.experts import load_balancing_loss, router_z_loss
-from koine.model.routers import Routing
-from koine.train.parallel import Ranks
+from koine.model.moe.experts import load_balancing_loss, router_z_loss
+from koine.model.moe.routers import Routing
+from koine.train.distributed import Ranks
 
 
 def has_experts(model: Any) -> bool:

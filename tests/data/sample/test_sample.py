@@ -15,7 +15,7 @@ from koine.data import read_records
 from koine.data.sample import QUESTION_LANGUAGES, sample_languages, write_sample
 from koine.data.sample.facts import SPLITS, UNITS, facts, facts_in, split_of
 from koine.data.sample.phrases import phrases
-from koine.data.sample.telling import quantities, question, sentence, sides
+from koine.data.sample.rendering import quantities, question, sentence, sides
 from koine.errors import UserError
 from koine.languages import CLUSTERS, language
 
@@ -80,7 +80,7 @@ def test_facts_by_hand(code: str, fact: str, answer: tuple[str, str]) -> None:
 def test_months_do_not_depend_on_who_was_asked_before(order: tuple[str, ...]) -> None:
     """Babel itself mixes them up (see `calendar_names`); a fresh process for each order."""
     program = (
-        "from koine.data.sample.telling import sides\n"
+        "from koine.data.sample.rendering import sides\n"
         f"print([sides(code, 'month:12') for code in sorted({order!r}, key={order!r}.index)])\n"
         "print(sides('he', 'month:12'), sides('ja', 'month:12'), sides('zh', 'month:12'), sides('ru', 'month:1'))"
     )
@@ -173,7 +173,7 @@ def test_names_do_not_depend_on_the_languages_asked_before() -> None:
     """All languages first, then those whose months, days and plural forms Babel's shared dictionaries get wrong after that."""
     script = (
         "from koine.data.sample import sample_languages\n"
-        "from koine.data.sample.telling import sides\n"
+        "from koine.data.sample.rendering import sides\n"
         "everything = [sides(code, fact) for code in sample_languages() for fact in ('month:3', 'day:0', 'date:2025-03-10+3')]\n"
         "facts = {'he': 'month:3', 'zh': 'month:12', 'ur': 'day:0', 'ar': 'quantity:duration-week:1+1', 'fil': 'quantity:duration-hour:1+4'}\n"
         "print(*[sides(code, fact)[1] for code, fact in facts.items()], sep='|')\n"

@@ -22,7 +22,7 @@ from koine.data.sample.facts import (
     territories,
 )
 from koine.data.sample.phrases import QUESTION_LANGUAGES
-from koine.data.sample.telling import enumeration, names, quantities, question, sentence
+from koine.data.sample.rendering import enumeration, names, quantities, question, sentence
 from koine.errors import UserError, did_you_mean
 from koine.files import atomic_directory, write_json
 from koine.languages import language

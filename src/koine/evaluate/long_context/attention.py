@@ -24,8 +24,8 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.model import CausalLM, Decoder, LayerSpec
+from koine.model.attention.rope import Rotation, apply_rotary, rotation
 from koine.model.block import Block
-from koine.model.rotary import Rotation, apply_rotary, rotation
 
 if TYPE_CHECKING:
     from koine.evaluate.long_context.prompts import Prompt

@@ -186,7 +186,7 @@ def sample_haystack(encode: Encode, *, at_least: int, language: str = "en") -> H
 def sample_texts(language: str) -> Iterator[str]:
     """The documents of the sample world that tell facts, without its lists and quizzes."""
     from koine.data.sample import sample_languages
-    from koine.data.sample.telling import sentence
+    from koine.data.sample.rendering import sentence
     from koine.data.sample.world import document_plans
 
     if language not in sample_languages():

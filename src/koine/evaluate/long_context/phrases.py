@@ -71,7 +71,7 @@ def key_names(language: str) -> tuple[str, ...]:
     """Names of things for keys: CLDR's territories in the language, in English where it has none."""
     from koine.data.sample.coverage import sample_languages
     from koine.data.sample.facts import territories
-    from koine.data.sample.telling import names
+    from koine.data.sample.rendering import names
 
     known = sample_languages()
     code = next((one for one in (language, language.split("-")[0]) if one in known), "en")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from koine.errors import UserError
-from koine.evaluate.intervals import bootstrap_interval
-from koine.evaluate.scoring import ScoringModel, evaluating
+from koine.evaluate.bootstrap import bootstrap_interval
+from koine.evaluate.log_likelihood import ScoringModel, evaluating
 
 FIRST_EDGE = 8
 # Logits are made for a part of the positions at a time: about this many float32 values (128 MiB).

@@ -214,7 +214,7 @@ def sample_questions(language: str) -> QuestionSet:
     """
     from koine.data.sample import QUESTION_LANGUAGES
     from koine.data.sample.facts import facts_in
-    from koine.data.sample.telling import question, sentence
+    from koine.data.sample.rendering import question, sentence
 
     if language not in QUESTION_LANGUAGES:
         raise UserError(

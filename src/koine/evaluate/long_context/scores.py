@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from koine.evaluate.scoring import ScoringModel, evaluating
+from koine.evaluate.log_likelihood import ScoringModel, evaluating
 
 if TYPE_CHECKING:
     from koine.evaluate.long_context.prompts import Prompt
@@ -89,8 +89,10 @@ def greedy_continuation(
 ) -> list[int]:
     """At most `count` tokens, without the stop token. Our decoder and models of `transformers` use their caches; any other model runs the whole
     text at each step."""
-    from koine.model import CausalLM, Decoder, Sampling, generate
-    from koine.model.one_by_one import OneByOne
+    from koine.generate import generate
+    from koine.generate.sequential import OneByOne
+    from koine.generate.token_sampling import Sampling
+    from koine.model import CausalLM, Decoder
 
     with evaluating(model):
         if isinstance(model, Decoder):

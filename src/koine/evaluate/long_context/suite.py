@@ -92,10 +92,10 @@ def evaluate_long_context(
 
     from koine.allocator import keep_freed_memory
     from koine.evaluate.long_context.scores import score_prompt
-    from koine.evaluate.whole import check_vocabulary, open_model
+    from koine.evaluate.runner import check_vocabulary, open_model
     from koine.hardware import check_device
     from koine.languages import language as find_language
-    from koine.model.weight_files import refuse_adapter
+    from koine.model.formats.weight_files import refuse_adapter
     from koine.tokenizer import load_tokenizer
 
     chosen = _checked_tasks(tasks)
@@ -256,7 +256,7 @@ def _positions(
     device: str,
 ) -> dict[str, Any]:
     from koine.evaluate.long_context.positions import long_documents, loss_by_position
-    from koine.tokenizer.foreign import open_tokenizer
+    from koine.tokenizer.loaders import open_tokenizer
 
     texts: Iterator[str]
     if haystack:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from koine.evaluate.intervals import bootstrap_interval
+from koine.evaluate.bootstrap import bootstrap_interval
 from koine.evaluate.long_context.prompts import Prompt
 from koine.evaluate.long_context.tasks import GROUPS, Cell, LeftOut
 

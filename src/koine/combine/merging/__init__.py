@@ -1,0 +1,1 @@
+"""Merge checkpoints of one architecture."""

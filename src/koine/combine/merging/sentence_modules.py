@@ -1,0 +1,98 @@
+"""The folders of a sentence model's modules (`1_Pooling`, `2_Dense`): those with weights of their own are
+merged as the model is."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from koine.combine.compatibility import model_configuration
+from koine.combine.merging.config import Recipe
+from koine.combine.safetensors_stream import Checkpoint
+from koine.errors import KoineWarning, UserError
+from koine.model.formats.carried_files import module_folders, module_weights
+
+
+def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """For each folder of a module whose weights differ between the models, the recipe that merges it; empty
+    for other models.
+
+    Where a model (a base without a head, say) has no such folder, the first model's stays, and a
+    `KoineWarning` says so if it holds weights.
+
+    Raises `UserError` where the models' modules differ, or weights that differ are not safetensors.
+    """
+    first, *others = recipe.models
+    everyone = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
+    for other in others:
+        _refuse_other_modules(first, other)
+    found: dict[str, Recipe] = {}
+    for name, files in module_weights(first).items():
+        folders = [path / name for path in everyone]
+        lacking = [folder for folder in folders if not any((folder / file).is_file() for file in files)]
+        if lacking:
+            warnings.warn(
+                f"the weights of {name} are those of {first}: {lacking[0]} has none",
+                KoineWarning,
+                stacklevel=2,
+            )
+        elif not _all_equal(folders, files):
+            if not all((folder / "model.safetensors").is_file() for folder in folders):
+                raise UserError(
+                    f"is another than that of {first}, and no safetensors file",
+                    where=folders[1] / files[0],
+                    mend="save the models again with a newer version of sentence-transformers",
+                )
+            found[name] = _recipe_of(recipe, name)
+    return found
+
+
+def _recipe_of(recipe: Recipe, name: str) -> Recipe:
+    models = tuple(path / name for path in recipe.models)
+    checkpoint = Checkpoint(models[0])
+    names = list(checkpoint)
+    checkpoint.close()
+    return replace(
+        recipe,
+        models=models,
+        base=None if recipe.base is None else recipe.base / name,
+        weights_for=tuple(
+            pair for pair in recipe.weights_for if any(fnmatch.fnmatchcase(one, pair[0]) for one in names)
+        ),
+        tokenizer="",
+        unrelated=True,
+    )
+
+
+def _all_equal(folders: Sequence[Path], files: Sequence[str]) -> bool:
+    return all(
+        (folder / file).is_file() and (folder / file).read_bytes() == (folders[0] / file).read_bytes()
+        for file in files
+        for folder in folders[1:]
+    )
+
+
+def _refuse_other_modules(first: Path, other: Path) -> None:
+    """Raise `UserError` where two sentence models compute otherwise after their networks; one that is none is
+    no obstacle."""
+    ours, theirs = module_folders(first), module_folders(other)
+    if not ours or not theirs:
+        return
+    if ours != theirs:
+        raise UserError(
+            f"has the modules {', '.join(theirs)}, and {first} {', '.join(ours)}",
+            where=other / "modules.json",
+            mend="sentence models of the same modules can be merged",
+        )
+    for name in ours:
+        one, two = (model_configuration(path / name) for path in (first, other))
+        for field in one.keys() & two.keys():
+            if one[field] != two[field] and not field.startswith("_"):
+                raise UserError(
+                    f"{field} is {two[field]}, and {one[field]} in {first}",
+                    where=other / name / "config.json",
+                    mend="sentence models of the same modules can be merged",
+                )

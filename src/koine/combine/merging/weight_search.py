@@ -1,0 +1,205 @@
+"""Weights of a merge, searched: a coarse grid over the simplex, then steps around the best; and what each model costs the others.
+
+The evaluation is any function from weights to figures of which lower is better, so that nothing need be written: see `InMemoryMerge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koine.combine.merging.config import Recipe
+from koine.combine.merging.methods import METHODS
+from koine.combine.merging.plan import plan_merge
+from koine.errors import UserError
+from koine.model import Decoder, load_causal_lm
+from koine.model.causal_lm import load_as_stored
+from koine.model.formats.directory import from_transformers, to_transformers
+
+Evaluate = Callable[[tuple[float, ...]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Weights, what they scored (lower is better), and the mean of the scores."""
+
+    weights: tuple[float, ...]
+    scores: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Of all figures."""
+        return sum(self.scores.values()) / len(self.scores)
+
+
+def simplex_grid(count: int, parts: int) -> Iterator[tuple[float, ...]]:
+    """All weights of `count` models that are whole multiples of `1 / parts` and sum to 1."""
+
+    def split(left: int, places: int) -> Iterator[tuple[int, ...]]:
+        if places == 1:
+            yield (left,)
+            return
+        for first in range(left + 1):
+            for rest in split(left - first, places - 1):
+                yield (first, *rest)
+
+    for numbers in split(parts, count):
+        yield tuple(number / parts for number in numbers)
+
+
+def search_weights(
+    evaluate: Evaluate, count: int, *, parts: int = 4, rounds: int = 2, budget: int = 200,
+    score: Callable[[Trial], float] = lambda trial: trial.mean,
+) -> list[Trial]:  # fmt: skip
+    """Every trial in the order in which it was made: the grid of `parts`, then `rounds` of moving weight between two models, by half the grid's step, a quarter, ...
+
+    Raises `UserError` where the grid alone has more points than `budget`.
+    """
+    grid = list(simplex_grid(count, parts))
+    if len(grid) > budget:
+        raise UserError(
+            f"the grid has {len(grid)} points and the budget is {budget}",
+            mend="take fewer parts, or a larger budget",
+        )
+    trials: dict[tuple[float, ...], Trial] = {}
+
+    def run(weights: tuple[float, ...]) -> None:
+        key = tuple(round(weight, 6) for weight in weights)
+        if key not in trials and len(trials) < budget:
+            trials[key] = Trial(key, evaluate(key))
+
+    for point in grid:
+        run(point)
+    step = 1.0 / parts
+    for _ in range(rounds):
+        step /= 2
+        best = min(trials.values(), key=score)
+        for gains in range(count):
+            for loses in range(count):
+                if gains != loses and best.weights[loses] >= step - 1e-9:
+                    moved = list(best.weights)
+                    moved[gains] += step
+                    moved[loses] -= step
+                    run(tuple(moved))
+    return list(trials.values())
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other beats in one figure without losing in another."""
+
+    def beaten(one: Trial) -> bool:
+        return any(
+            all(other.scores[name] <= one.scores[name] for name in one.scores)
+            and any(other.scores[name] < one.scores[name] for name in one.scores)
+            for other in trials
+        )
+
+    return [trial for trial in trials if not beaten(trial)]
+
+
+def leave_one_out(evaluate: Evaluate, weights: tuple[float, ...]) -> list[dict[str, float | None]]:
+    """For each model, how much each figure rises when it is left out and the others keep their proportions (Command A, arXiv
+    2504.00698): below 0, the model collides with the others there. None where it has all the weight: nothing is left then."""
+    whole = evaluate(weights)
+    found: list[dict[str, float | None]] = []
+    for gone, weight in enumerate(weights):
+        rest = 1.0 - weight / sum(weights)
+        if rest < 1e-9:
+            found.append(dict.fromkeys(whole))
+            continue
+        others = tuple(
+            0.0 if index == gone else one / (rest * sum(weights)) for index, one in enumerate(weights)
+        )
+        scores = evaluate(others)
+        found.append({name: scores[name] - whole[name] for name in whole})
+    return found
+
+
+class InMemoryMerge:
+    """A model that is set to one merge after another. All models' weights stay in memory, in their own dtype.
+
+    What two models are merged by along a way, SLERP's `t`, is the second's weight.
+
+    Raises `UserError` where a method has nothing to search, a tensor holds NaN or infinity, or the models do not fit together (see `plan_merge`).
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        method: str = "linear",
+        base: Path | None = None,
+        options: Mapping[str, Any] | None = None,
+        tokenizer: str = "",
+        unrelated: bool = False,
+    ) -> None:
+        self.info = METHODS[method]
+        if not self.info.takes("weights") and "t" not in self.info.parameters:
+            raise UserError(
+                f"{method} has no weights to search",
+                mend="take linear, slerp, task-arithmetic, ties or a dare method",
+            )
+        self.options = dict(options or {})
+        equal = (1.0 / len(paths),) * len(paths)
+        plan = plan_merge(
+            Recipe(
+                method=method,
+                models=tuple(paths),
+                base=base,
+                weights=equal if self.info.takes("weights") else (),
+                options=self.options if self.info.takes("weights") else {**self.options, "t": 0.5},
+                tokenizer=tokenizer,
+                unrelated=unrelated,
+            )
+        )
+        plan.close()
+        if plan.vocabularies:
+            raise UserError(
+                "the models' vocabularies differ",
+                mend="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
+            )
+        everyone = [*paths, *([] if base is None else [base])]
+        self.states = [_stored(load_as_stored(path)) for path in everyone]
+        for path, state in zip(everyone, self.states, strict=True):
+            for name, tensor in state.items():
+                if not torch.isfinite(tensor).all():
+                    raise UserError(
+                        f"{name} holds NaN or infinity",
+                        where=path,
+                        mend="this checkpoint is broken; use an earlier one",
+                    )
+        self.with_base = base is not None
+        self.model: nn.Module = load_causal_lm(paths[0], dtype=torch.float32)
+
+    @torch.no_grad()
+    def set(self, weights: tuple[float, ...]) -> nn.Module:
+        """The model, with the merge of these weights in float32."""
+        # The seed of what a DARE method drops is the same for all weights, so that they are compared on the same mask.
+        searched: dict[str, Any] = {"weights": weights} if self.info.takes("weights") else {"t": weights[1]}
+        arguments = self.options | searched
+        merged: dict[str, Tensor] = {}
+        for name, first in self.states[0].items():
+            if not first.is_floating_point():
+                merged[name] = first
+                continue
+            tensors = [state[name].float() for state in self.states]
+            if self.with_base:
+                arguments["base"] = tensors.pop()
+            if self.info.takes("generator"):
+                arguments["generator"] = torch.Generator().manual_seed(0)
+            merged[name] = self.info.function(tensors, **arguments)
+        self.model.load_state_dict(
+            from_transformers(merged, self.model.config) if isinstance(self.model, Decoder) else merged
+        )
+        return self.model
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors as they are saved: a method that looks at a tensor whole must not see several fused into one."""
+    state = model.state_dict()
+    return to_transformers(state, model.config) if isinstance(model, Decoder) else state

@@ -1,0 +1,1 @@
+"""Upcycle dense checkpoints to a mixture of experts."""

@@ -1,0 +1,267 @@
+"""One more expert in a mixture, or one less, without starting again (arXiv 2408.15901, section 3).
+
+    phi = (1 - lambda) phi_mixture + lambda phi_new,   lambda = 1 / (n + 1)
+
+for what is no expert's own. A Nexus router scores the new expert from its domain's embedding; a linear one cannot, and is reset.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koine.combine.compatibility import ALIKE
+from koine.combine.moe.branches import (
+    Branch,
+    open_branch,
+    refuse_other_shapes,
+    refuse_other_tokenizer,
+)
+from koine.combine.moe.domain_embeddings import domain_embedding, load_encoder
+from koine.combine.moe.upcycle import (
+    DOMAINS,
+    expert_name,
+    is_expert_tensor,
+    layer_of,
+    new_routers,
+    read_record,
+    source_of,
+    write_record,
+)
+from koine.data.drawn import carry_drawn
+from koine.errors import UserError, did_you_mean
+from koine.model.config import MixtureConfig, ModelConfig
+from koine.model.formats.carried_files import carry_files
+from koine.model.formats.config_json import read_config
+from koine.model.formats.directory import StoredWeights, open_weights, save_stored
+from koine.model.formats.end_ids import end_ids
+
+_EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
+
+
+def open_mixture(path: Path) -> tuple[ModelConfig, MixtureConfig, StoredWeights]:
+    """A mixture's configuration and stored tensors. Raises `UserError` where the model is dense."""
+    config = read_config(path)
+    if config.mixture is None:
+        raise UserError("is a dense model", where=path, mend="give a mixture: see `koine upcycle`")
+    return config, config.mixture, open_weights(path, config)
+
+
+def add_expert(
+    model: Path,
+    expert: Path,
+    out: Path,
+    *,
+    name: str,
+    texts: list[str] | None,
+    share: float | None = None,
+    reset_router: bool = False,
+    random_seed: int = 0,
+) -> ModelConfig:
+    """Write `model` with the dense `expert` as one more to `out`.
+
+    texts: documents of its domain, for a router that knows domains.
+    share: lambda, the new model's part in what is averaged; by default `1 / (n + 1)`.
+    reset_router: draw all routers anew, which is what linear ones need; a Nexus router does without.
+
+    Raises `UserError` where shapes, tokenizer or ancestor differ, the name is taken, or texts are missing.
+    """
+    config, mixture, weights = open_mixture(model)
+    if name in mixture.experts:
+        raise UserError(f"has an expert '{name}' already", where=model, mend="choose another name")
+    branch = open_branch(expert, name)
+    refuse_other_shapes(config, branch.config, expert, than=model)
+    refuse_other_tokenizer(model, expert)
+    _refuse_other_ancestor(model, weights, mixture, branch)
+    knows_domains = mixture.domain_size is not None
+    if knows_domains and not texts:
+        raise UserError(
+            "its router knows experts by their domains, and no text is given",
+            where=model,
+            mend="give text of the new expert's domain",
+        )
+    if not knows_domains and not reset_router:
+        raise UserError(
+            "its router is linear and cannot score an expert that it has not seen",
+            where=model,
+            mend="add --reset-router and fine-tune the mixture, or upcycle by nexus",
+        )
+    count = len(mixture.experts)
+    part = 1.0 / (count + 1) if share is None else share
+    if not 0.0 <= part <= 1.0:
+        raise UserError(f"the new model's share is {part}", mend="it must lie between 0 and 1")
+    grown = replace(config, mixture=replace(mixture, experts=(*mixture.experts, name)))
+    out_tensors: dict[str, Tensor] = {}
+    for stored in weights:
+        prefix, rest = layer_of(stored)
+        if _EXPERT.match(stored) or "shared_expert" in rest or _is_router(rest):
+            out_tensors[stored] = weights[stored]
+        elif stored in branch.weights:
+            out_tensors[stored] = interpolate(weights[stored], branch.tensor(stored), part)
+    for stored in branch.weights:
+        prefix, rest = layer_of(stored)
+        if prefix and is_expert_tensor(rest, mixture):
+            out_tensors[expert_name(prefix, rest, count)] = branch.tensor(stored).to(
+                weights["model.norm.weight"].dtype
+            )
+    if knows_domains:
+        row = domain_embedding(load_encoder(model), texts or [])
+        for stored in [stored for stored in weights if stored.endswith(DOMAINS)]:
+            known = weights[stored]
+            out_tensors[stored] = torch.cat((known, row.to(known.dtype)[None]))
+    if reset_router:
+        routers = new_routers(grown, random_seed, dtype=weights["model.norm.weight"].dtype)
+        out_tensors |= {stored: router for stored, router in routers.items() if not stored.endswith(DOMAINS)}
+    _save(out_tensors, grown, model, out, added={name: source_of(expert)}, share=part)
+    carry_drawn([model, expert], out)
+    return grown
+
+
+def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = None) -> ModelConfig:
+    """Write `model` without expert `name` to `out`.
+
+    dense: the model that the expert came from: its part in the averages, which follows from `mixture.json`, is taken out again. That is exact for a mixture that
+    was not trained since; without it the averages stay.
+
+    Raises `UserError` for an unknown name, the last expert, a `top_k` that would be larger than the rest, or a dense model whose weights are not those that
+    `mixture.json` tells of.
+    """
+    config, mixture, weights = open_mixture(model)
+    if name not in mixture.experts:
+        raise UserError(f"has no expert '{name}'", where=model, mend=did_you_mean(name, mixture.experts))
+    count = len(mixture.experts)
+    if count == 1 or mixture.top_k > count - 1:
+        raise UserError(
+            f"has {count} experts and sends each token to {mixture.top_k}",
+            where=model,
+            mend="keep this expert",
+        )
+    gone = mixture.experts.index(name)
+    limit = mixture.attention_top_k
+    shrunk = replace(
+        config,
+        mixture=replace(
+            mixture,
+            experts=tuple(one for one in mixture.experts if one != name),
+            attention_top_k=None if limit is None else min(limit, count - 1),
+        ),
+    )
+    branch = None if dense is None else open_branch(dense, name)
+    part: float | None = None
+    if branch is not None:
+        refuse_other_shapes(config, branch.config, branch.path, than=model)
+        record = read_record(model)
+        _refuse_other_source(record, name, branch.path, model)
+        part = averaged_parts(record).get(name, 1.0 / count)
+        if part >= 1.0:
+            raise UserError(
+                f"expert '{name}' is all that its averages hold",
+                where=model,
+                mend="without its part nothing would be left: leave --expert out, the averages then stay",
+            )
+    out_tensors: dict[str, Tensor] = {}
+    for stored in weights:
+        _, rest = layer_of(stored)
+        found = _EXPERT.match(stored)
+        if found:
+            number = int(found[2])
+            if number != gone:
+                out_tensors[f"{found[1]}{number - (number > gone)}{found[3]}"] = weights[stored]
+        elif rest in (DOMAINS, "mlp.router.weight", "self_attn.router.weight"):
+            out_tensors[stored] = torch.cat((weights[stored][:gone], weights[stored][gone + 1 :]))
+        elif branch is not None and part is not None and stored in branch.weights and not _is_router(rest):
+            # The reverse of `interpolate` with this part.
+            out_tensors[stored] = interpolate(weights[stored], branch.tensor(stored), -part / (1.0 - part))
+        else:
+            out_tensors[stored] = weights[stored]
+    _save(out_tensors, shrunk, model, out, removed=name, **({} if part is None else {"share": part}))
+    carry_drawn([model], out)
+    return shrunk
+
+
+def averaged_parts(record: Mapping[str, Any]) -> dict[str, float]:
+    """The part of each model in a mixture's averages, by the content of `mixture.json`; they sum to 1, with what was removed and left in the averages.
+
+    Equal at first; one that is added with a share leaves the others the rest of it, and one whose part is taken out gives it back to them.
+    """
+    names = list(record.get("experts", {}))
+    parts = {name: 1.0 / len(names) for name in names}
+    for change in record.get("changes", []):
+        share = change.get("share")
+        if "added" in change:
+            parts = {name: part * (1.0 - share) for name, part in parts.items()}
+            parts |= dict.fromkeys(change["added"], share)
+        elif "removed" in change:
+            part = parts.pop(change["removed"], 0.0)
+            if share is not None:
+                parts = {name: one / (1.0 - share) for name, one in parts.items()}
+            else:
+                # Its expert is gone, and its part in the averages stays, under a name that no expert has.
+                parts[""] = parts.get("", 0.0) + part
+    return parts
+
+
+def _refuse_other_source(record: Mapping[str, Any], name: str, dense: Path, model: Path) -> None:
+    """Raise `UserError` where the weights of `dense` are not those that expert `name` was made of; nothing is known of mixtures without a record."""
+    sources = dict(record.get("experts", {}))
+    for change in record.get("changes", []):
+        sources |= change.get("added", {})
+    source = sources.get(name)
+    if source is not None and source["sha256"] != source_of(dense)["sha256"]:
+        raise UserError(
+            f"is not the model that expert '{name}' of {model} was made of (the sha256 of its weights is another)",
+            where=dense,
+            mend=f"give that one: it was {source['path']}",
+        )
+
+
+def interpolate(old: Tensor, new: Tensor, share: float) -> Tensor:
+    """`(1 - share) * old + share * new` in float32 (float64 stays), in the dtype of `old`."""
+    wide = torch.promote_types(old.dtype, torch.float32)
+    return torch.lerp(old.to(wide), new.to(wide), share).to(old.dtype)
+
+
+def _is_router(rest: str) -> bool:
+    return ".router." in rest
+
+
+def _refuse_other_ancestor(
+    model: Path, weights: StoredWeights, mixture: MixtureConfig, branch: Branch
+) -> None:
+    """As `branches.refuse_other_ancestor`, by the feed-forward expert that is most like the new one."""
+    layer = f"model.layers.{len(branch.config.layers) // 2}."
+    new = branch.tensor(f"{layer}mlp.down_proj.weight").flatten().double()
+    places = [f"{layer}mlp.experts.{index}." for index in range(len(mixture.experts))]
+    if mixture.shared_expert:
+        places.append(f"{layer}mlp.shared_expert.")
+    likeness = max(
+        float(torch.cosine_similarity(new, weights[f"{place}down_proj.weight"].flatten().double(), dim=0))
+        for place in places
+    )
+    if likeness < ALIKE:
+        raise UserError(
+            f"has no common ancestor with {model} (the cosine of their matrices is {likeness:.2f})",
+            where=branch.path,
+            mend="give a branch of the seed that the mixture was made from",
+        )
+
+
+def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Path, **change: object) -> None:
+    save_stored(
+        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())},
+        config,
+        out,
+        tokenizer=model,
+        ends=end_ids(model),
+    )
+    carry_files(model, out)
+    record = read_record(model)
+    history = record.get("changes")
+    changes = [*(history if isinstance(history, list) else []), {"from": source_of(model), **change}]
+    write_record(out, **{**record, "changes": changes})

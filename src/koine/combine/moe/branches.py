@@ -1,0 +1,98 @@
+"""Dense models that were branched from one seed, opened and checked to be so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from koine.combine.compatibility import ALIKE, field_difference, likeness, tokenizer_differences
+from koine.errors import UserError
+from koine.model.config import ModelConfig
+from koine.model.formats.config_json import read_config
+from koine.model.formats.directory import StoredWeights, open_weights
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A dense model: its name, its folder, and its tensors, read when asked for."""
+
+    name: str
+    path: Path
+    config: ModelConfig
+    weights: StoredWeights
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A stored tensor. Raises `UserError` where it holds NaN or infinity."""
+        tensor = self.weights[name]
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{name} holds NaN or infinity", where=self.path, mend="this checkpoint is broken"
+            )
+        return tensor
+
+
+def open_branch(path: Path, name: str) -> Branch:
+    """A dense model of our own decoder. Raises `UserError` where it is none, or is a mixture already."""
+    path = Path(path)
+    config = read_config(path)
+    if config.mixture is not None:
+        raise UserError("is a mixture of experts already", where=path, mend="give dense models")
+    return Branch(name, path, config, open_weights(path, config))
+
+
+def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list[Branch]]:
+    """The seed and its branches, by name.
+
+    Raises `UserError` where one has other shapes, another tokenizer or another ancestor than the seed.
+    """
+    root = open_branch(seed, "seed")
+    opened = [open_branch(path, name) for name, path in experts.items()]
+    for branch in opened:
+        refuse_other_shapes(root.config, branch.config, branch.path, than=root.path)
+        refuse_other_tokenizer(root.path, branch.path)
+        refuse_other_ancestor(root, branch)
+    return root, opened
+
+
+def refuse_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
+    """Raise `UserError` with the first field in which two configurations differ; experts are not compared."""
+    difference = field_difference(wanted, found, but=("mixture", "initializer_range"))
+    if difference is not None:
+        name, ours, theirs = difference
+        raise UserError(
+            f"{name} is {theirs}, and {ours} in {than}",
+            where=path / "config.json",
+            mend="experts are branches of one seed: give models of equal shape",
+        )
+
+
+def refuse_other_tokenizer(wanted: Path, found: Path) -> None:
+    """Raise `UserError` where two model folders hold tokenizers that cut text otherwise or number it otherwise."""
+    for path in (wanted, found):
+        if not (path / "tokenizer.json").exists():
+            raise UserError(
+                "holds no tokenizer.json", where=path, mend="it is needed to check that the models fit"
+            )
+    differing = tokenizer_differences(wanted, found)
+    if differing:
+        raise UserError(
+            f"its tokenizer is another than that of {wanted} (they differ in {', '.join(differing)})",
+            where=found / "tokenizer.json",
+            mend="experts are branches of one seed, with one vocabulary",
+        )
+
+
+def refuse_other_ancestor(seed: Branch, branch: Branch) -> None:
+    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.ALIKE`)."""
+    middle = f"model.layers.{len(seed.config.layers) // 2}."
+    names = [f"{middle}{part}.weight" for part in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")]
+    found = likeness([(seed.tensor(name), branch.tensor(name)) for name in names])
+    if found is not None and found < ALIKE:
+        raise UserError(
+            f"has no common ancestor with {seed.path} (the cosine of their matrices is {found:.2f})",
+            where=branch.path,
+            mend="give branches of one seed: models that were trained on from it",
+        )

@@ -1,0 +1,270 @@
+"""Dense branches of one seed made one mixture of experts: BTX, BAM and Nexus.
+
+| | BTX | BAM | Nexus |
+|---|---|---|---|
+| routed feed-forward experts | seed and branches | seed and branches | branches |
+| shared feed-forward expert | none | none | the seed's, weight 1 |
+| attention | average | an expert of each, soft | average |
+| what is averaged | seed and branches | seed and branches | branches |
+| router | linear | linear, one for each kind of expert | a projection of domain embeddings |
+
+(arXiv 2403.07816; arXiv 2408.08274, section 3; arXiv 2408.15901, section 3.) Routers begin at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koine.combine.moe.branches import Branch, open_branches
+from koine.data.drawn import carry_drawn
+from koine.errors import UserError
+from koine.fields import Fields
+from koine.files import read_json_object, sha256_file, write_json
+from koine.model.config import MixtureConfig, ModelConfig
+from koine.model.formats.carried_files import carry_files
+from koine.model.formats.directory import save_stored
+from koine.model.formats.end_ids import end_ids
+from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
+from koine.model.formats.tensor_names import split_stored
+from koine.model.formats.weight_files import weight_files
+from koine.model.moe.loss_weights import BAM, BTX, NEXUS
+from koine.model.moe.routers import DomainRouter, LinearRouter
+
+DOMAINS = "mlp.router.domains"
+
+ATTENTION_OUT = ("self_attn.q_proj", "self_attn.o_proj", "self_attn.q_norm")
+KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def upcycle_btx(seed: Path, experts: Mapping[str, Path], out: Path, *, top_k: int = 1, seed_copies: int = 0, random_seed: int = 0,
+                load_balancing: float = BTX.load_balancing, z_loss: float = BTX.z_loss) -> ModelConfig:  # fmt: skip
+    """Branch-train-mix: feed-forward experts and averaged attention. See `koine.combine.moe.branches.open_branches` for what is refused.
+
+    seed_copies: more experts that begin as the seed's feed-forward half, as in the parameter-matched baseline of arXiv 2408.08274; they do not count in
+    the average.
+    """
+    copies = tuple(f"seed-{number}" for number in range(2, seed_copies + 2))
+    mixture = MixtureConfig(
+        experts=("seed", *experts, *copies), top_k=top_k, load_balancing=load_balancing, z_loss=z_loss
+    )
+    return _upcycle(
+        "btx", seed, experts, mixture, out, random_seed=random_seed, domains=None, seed_copies=seed_copies
+    )
+
+
+def upcycle_bam(seed: Path, experts: Mapping[str, Path], out: Path, *, attention: str = "kv-experts",
+                attention_top_k: int | None = None, top_k: int = 1, random_seed: int = 0,
+                load_balancing: float = BAM.load_balancing, z_loss: float = BAM.z_loss) -> ModelConfig:  # fmt: skip
+    """BAM: feed-forward experts, and a mixture of attention experts with their own keys and values or with shared ones."""
+    if attention == "averaged":
+        raise UserError("BAM does not average the attention", mend="give kv-experts or shared-kv, or use btx")
+    mixture = MixtureConfig(
+        experts=("seed", *experts), top_k=top_k, attention=attention, attention_top_k=attention_top_k,
+        load_balancing=load_balancing, z_loss=z_loss,
+    )  # fmt: skip
+    return _upcycle("bam", seed, experts, mixture, out, random_seed=random_seed, domains=None)
+
+
+def upcycle_nexus(seed: Path, experts: Mapping[str, Path], out: Path, *, domains: Tensor | None, top_k: int = 1,
+                  random_seed: int = 0, load_balancing: float = NEXUS.load_balancing, z_loss: float = NEXUS.z_loss) -> ModelConfig:  # fmt: skip
+    """Nexus: the seed's feed-forward half shared, the branches' routed by their domains' embeddings.
+
+    domains: `[experts, domain_size]`, in the order of `experts`; `None` for the paper's baseline, a linear router on the same experts.
+    """
+    if domains is not None and domains.shape[0] != len(experts):
+        raise UserError(
+            f"{domains.shape[0]} domain embeddings for {len(experts)} experts", mend="give one each"
+        )
+    mixture = MixtureConfig(
+        experts=tuple(experts), top_k=top_k, shared_expert=True, load_balancing=load_balancing, z_loss=z_loss,
+        domain_size=None if domains is None else domains.shape[1],
+    )  # fmt: skip
+    return _upcycle("nexus", seed, experts, mixture, out, random_seed=random_seed, domains=domains)
+
+
+def _upcycle(
+    method: str,
+    seed: Path,
+    experts: Mapping[str, Path],
+    mixture: MixtureConfig,
+    out: Path,
+    *,
+    random_seed: int,
+    domains: Tensor | None,
+    seed_copies: int = 0,
+) -> ModelConfig:
+    if not experts:
+        raise UserError("no experts are given", mend="give the folder of at least one branch of the seed")
+    root, branches = open_branches(seed, experts)
+    everyone = branches if mixture.shared_expert else [root, *branches]
+    config = replace(root.config, mixture=mixture)
+    tensors = dict(_tensors(root, everyone, config, seed_copies))
+    tensors |= new_routers(config, random_seed, dtype=tensors["model.norm.weight"].dtype)
+    if domains is not None:
+        for name in [name for name in tensors if name.endswith(DOMAINS)]:
+            # A copy a layer: tensors of a file share no memory.
+            tensors[name] = domains.to(tensors[name].dtype, copy=True)
+    save_stored(tensors, config, out, tokenizer=root.path, ends=end_ids(root.path))
+    carry_drawn([root.path, *(branch.path for branch in branches)], out)
+    carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
+    write_record(
+        out, method=method, seed=source_of(root.path), experts={b.name: source_of(b.path) for b in everyone},
+        random_seed=random_seed,
+    )  # fmt: skip
+    return config
+
+
+def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bool = True) -> ModelConfig:
+    """The dense average of the branches, and of the seed unless told otherwise: the baseline of arXiv 2408.15901."""
+    root, branches = open_branches(seed, experts)
+    everyone = [root, *branches] if with_seed else branches
+    tensors = {
+        name: mean([branch.tensor(name) for branch in everyone])
+        for name in sorted(root.weights)
+        if not _left_out(name, root.config)
+    }
+    save_stored(tensors, root.config, out, tokenizer=root.path, ends=end_ids(root.path))
+    carry_drawn([root.path, *(branch.path for branch in branches)], out)
+    carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
+    return root.config
+
+
+def _left_out(name: str, config: ModelConfig) -> bool:
+    """A tied head's copy, and the rotary tables of old checkpoints."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """The average, worked out in float32 (float64 stays), in the dtype of the first."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    total = tensors[0].to(wide, copy=True)
+    for tensor in tensors[1:]:
+        total += tensor.to(wide)
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def is_expert_tensor(name: str, mixture: MixtureConfig) -> str | None:
+    """For a dense model's stored tensor (its name after `model.layers.N.`), `attention` or `feed-forward` where each expert keeps its own."""
+    part = name.removesuffix(".weight")
+    if part in FEED_FORWARD:
+        return "feed-forward"
+    own = {"averaged": (), "shared-kv": ATTENTION_OUT, "kv-experts": ATTENTION_OUT + KEYS_AND_VALUES}
+    return "attention" if part in own[mixture.attention] else None
+
+
+def expert_name(layer_prefix: str, name: str, number: int) -> str:
+    """Where expert `number` keeps a dense model's tensor `name`: `self_attn.q_proj.weight` becomes `self_attn.experts.2.q_proj.weight`."""
+    half, rest = name.split(".", 1)
+    return f"{layer_prefix}{half}.experts.{number}.{rest}"
+
+
+def layer_of(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.up_proj.weight` as `model.layers.3.` and `mlp.up_proj.weight`; an empty prefix outside the layers."""
+    parts = name.split(".", 3)
+    return (".".join(parts[:3]) + ".", parts[3]) if name.startswith("model.layers.") else ("", name)
+
+
+def _tensors(
+    root: Branch, everyone: Sequence[Branch], config: ModelConfig, seed_copies: int
+) -> Iterator[tuple[str, Tensor]]:
+    assert config.mixture is not None
+    for name in sorted(root.weights):
+        if _left_out(name, root.config):
+            continue
+        prefix, rest = layer_of(name)
+        kind = is_expert_tensor(rest, config.mixture) if prefix else None
+        if kind is None:
+            yield name, mean([branch.tensor(name) for branch in everyone])
+            continue
+        for number, branch in enumerate(everyone):
+            yield expert_name(prefix, rest, number), branch.tensor(name)
+        for number in range(len(everyone), len(everyone) + seed_copies):
+            # Copies: tensors of a file share no memory.
+            yield expert_name(prefix, rest, number), root.tensor(name).clone()
+        if kind == "feed-forward" and config.mixture.shared_expert:
+            yield f"{prefix}mlp.shared_expert.{rest.split('.', 1)[1]}", root.tensor(name)
+
+
+def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The routers of every layer, at random, under their stored names."""
+    mixture = config.mixture
+    assert mixture is not None
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(random_seed)
+    try:
+        out: dict[str, Tensor] = {}
+        for layer in range(len(config.layers)):
+            routers: dict[str, LinearRouter | DomainRouter] = {
+                "router": LinearRouter(config.hidden_size, len(mixture.experts))
+                if mixture.domain_size is None
+                else DomainRouter(config.hidden_size, len(mixture.experts), mixture.domain_size)
+            }
+            if mixture.attention != "averaged":
+                routers["attention_router"] = LinearRouter(config.hidden_size, len(mixture.experts))
+            for where, router in routers.items():
+                if isinstance(router, LinearRouter):
+                    router.reset_parameters(config.initializer_range)
+                else:
+                    router.reset_parameters()
+                for part, tensor in router.state_dict().items():
+                    for name, stored in split_stored(f"{where}.{part}", tensor, config).items():
+                        out[f"model.layers.{layer}.{name}"] = stored.to(dtype)
+        return out
+    finally:
+        torch.set_rng_state(generator_state)
+
+
+def source_of(path: Path) -> dict[str, str]:
+    """Where a model lies, and what its weights hash to."""
+    return {
+        "path": str(path),
+        "sha256": ",".join(sha256_file(file) for file in weight_files(path)),
+    }
+
+
+def write_record(out: Path, **content: object) -> None:
+    """Write `mixture.json`."""
+    write_json(out / RECORD, content)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of `mixture.json`; empty where there is none.
+
+    Raises `UserError` where it is none that was written here.
+    """
+    where, mend = path / RECORD, "remove it, or upcycle again"
+    if not where.exists():
+        return {}
+    content = read_json_object(where, mend=mend)
+    fields = Fields(content, where, whole_file=mend)
+    _check_sources(fields.inner("experts", {}))
+    for change in fields.entries("changes", []):
+        one = Fields(change, where, whole_file=mend)
+        _check_sources(one.inner("added", {}))
+        one.text("removed", None)
+        # All may be added; what is left when all is taken out cannot be scaled up again.
+        most = {"high": 1.0} if "added" in change else {"high": 1 - 1e-9}
+        one.number("share", 0.5 if "added" in change else None, low=0, **most)
+    # What is null is not there, for those that read it too.
+    content = {name: entry for name, entry in content.items() if entry is not None}
+    if "changes" in content:
+        content["changes"] = [
+            {name: entry for name, entry in change.items() if entry is not None}
+            for change in content["changes"]
+        ]
+    return content
+
+
+def _check_sources(models: Fields) -> None:
+    """Names of models, each with its path and the sha256 of its weights."""
+    for name in models.value:
+        source = models.inner(name)
+        source.text("path")
+        source.text("sha256")

@@ -1,0 +1,12 @@
+from .batch import Batch as Batch
+from .batch import Span as Span
+from .data_order import DataOrder as DataOrder
+from .mixture import LongRows as LongRows
+from .mixture import Mixture as Mixture
+from .mixture import Phase as Phase
+from .mixture import Source as Source
+from .records import Record as Record
+from .records import RecordReader as RecordReader
+from .records import read_records as read_records
+from .shards import TokenSource as TokenSource
+from .tokenization import tokenize as tokenize

@@ -1,0 +1,380 @@
+"""The data order: which documents a step sees, as a pure function of (mixture, seed, step).
+
+A *component* is one language of one source. Sequence `i` of a phase belongs to the component that a block of `BLOCK` sequences assigns
+it (every block holds each component in the same numbers, spread evenly, in an order drawn for the block), and its place inside
+the component is the number of that component's sequences before it. Nothing is remembered between steps.
+
+The batches of long rows inside a phase (`Phase.long`) are numbered by themselves, and rows of another length than the mixture's have
+a shuffle and a place of their own in the same documents.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from koine.data.batch import NO_TARGET, Batch
+from koine.data.collate import Component, fill, spans_of
+from koine.data.drawn import Drawn, furthest
+from koine.data.mixture import Mixture, Packing, Shape, Source
+from koine.data.packing import AlonePacking, Pieces, StreamPacking, WholePacking
+from koine.data.shards import TokenSource
+from koine.errors import KoineWarning, UserError, did_you_mean
+from koine.files import sha256_file
+
+BLOCK = 4096
+"""Sequences in which proportions hold exactly, to 1 / BLOCK."""
+
+PACKINGS: dict[Packing, type[StreamPacking | WholePacking]] = {
+    "stream": StreamPacking,
+    "whole": WholePacking,
+    "alone": AlonePacking,
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Use:
+    """How much of a component a phase draws, in rows of one length."""
+
+    phase: str
+    source: str
+    language: str
+    tokens: int
+    epochs: float
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """The batches of one kind in a phase: its long rows, or its others."""
+
+    phase: int
+    long: bool
+    shape: Shape
+    steps: int
+    components: list[Component]
+    counts: NDArray[Any]
+    """Sequences of each component in a block."""
+
+
+Stock = tuple[str, str, int, int]
+"""A folder, a language, tokens of a row, and tokens that a document has at least: what rows are drawn from in one order."""
+Packings = dict[Stock, StreamPacking | WholePacking]
+
+
+class DataOrder:
+    """Batches of a mixture, by step.
+
+    Raises `UserError` where a source is missing or damaged, a named language is not in it, the sources were made with different
+    tokenizers, or chats and plain documents are mixed under one loss mask.
+    """
+
+    def __init__(self, mixture: Mixture, *, verify: bool = True) -> None:
+        self.mixture = mixture
+        opened: dict[Path, TokenSource] = {}
+        for phase in mixture.phases:
+            for source in phase.all_sources:
+                if source.path not in opened:
+                    opened[source.path] = TokenSource(source.path, verify=verify)
+        self.sources = opened
+        made_by = {source.tokenizer_fingerprint for source in opened.values()}
+        if len(made_by) > 1:
+            raise UserError(
+                f"the sources {', '.join(str(path) for path in opened)} were made with different tokenizers",
+                mend="tokenize all of them with the tokenizer of the model",
+            )
+        packings: Packings = {}
+        self._lanes = {
+            (index, long): self._lane(index, long, packings)
+            for index, phase in enumerate(mixture.phases)
+            for long in ((False, True) if phase.long is not None else (False,))
+        }
+        self._manifests: dict[Path, str] = {}
+        self._patterns: _Recent[tuple[NDArray[Any], NDArray[Any]]] = _Recent(8)
+        self._offsets = self._lane_offsets()
+        self._warn_of_repeats()
+        self._warn_of_cut_documents(packings)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """sha256 of the tokenizer that made all sources."""
+        return next(iter(self.sources.values())).tokenizer_fingerprint
+
+    def _lane(self, index: int, long: bool, packings: Packings) -> _Lane:
+        phase, shape = self.mixture.phases[index], self.mixture.phase_shape(index, long=long)
+        sources = phase.long.sources if long and phase.long is not None else ()
+        components = [
+            component
+            for source in sources or phase.sources
+            for component in self._components(source, shape.sequence_length, packings)
+        ]
+        _refuse_twice(phase.name, components)
+        counts = _apportion(np.array([component.weight for component in components]), BLOCK)
+        return _Lane(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
+
+    def _components(self, source: Source, time: int, packings: Packings) -> Iterator[Component]:
+        tokens = self.sources[source.path]
+        least = source.min_tokens or 0
+        enough = tokens.lengths >= least
+        present = np.unique(tokens.languages[enough]).tolist()
+        totals = {code: int(tokens.lengths[enough & (tokens.languages == code)].sum()) for code in present}
+        if not tokens.lengths.sum():
+            raise UserError("holds no tokens", where=source.path, mend="tokenize a source that has documents")
+        if not sum(totals.values()):
+            raise UserError(
+                f"holds no document of {least} tokens, the longest has {tokens.lengths.max()}",
+                where=source.path,
+                mend="lower min_tokens, or give longer text",
+            )
+        if source.languages is None:
+            power = 1.0 / (source.temperature or 1.0)
+            # A power above 1 may leave the range of floats: then as shares of the largest.
+            unit = max(totals.values()) if power > 1.0 else 1
+            weights = {code: (total / unit) ** power for code, total in totals.items()}
+        else:
+            for code in source.languages:
+                if code not in totals:
+                    raise UserError(
+                        f"holds no document in '{code}'" + (f" of {least} tokens" if least else ""),
+                        where=source.path,
+                        mend=did_you_mean(code, totals),
+                    )
+            weights = dict(source.languages)
+        scale = source.proportion / sum(weights.values())
+        for code, weight in sorted(weights.items()):
+            key = (str(source.path), code, time, least)
+            if key not in packings:
+                documents = np.flatnonzero(enough & (tokens.languages == code))
+                kind = PACKINGS[self.mixture.packing]
+                # Rows of each length pass over the documents on their own, with a shuffle of their own.
+                own = () if time == self.mixture.sequence_length and not least else (time, least)
+                seed = (self.mixture.seed, _stable_number(code), *own)
+                packings[key] = kind(documents, tokens.lengths, time, seed)
+            yield Component(source, tokens, code, weight * scale, packings[key])
+
+    # -- which component, and where in it ------------------------------------------------------------------------------
+
+    def _pattern(self, lane: _Lane, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """For each sequence of a block its component, and how many of that component came before it in the block."""
+
+        def draw() -> tuple[NDArray[Any], NDArray[Any]]:
+            counts = lane.counts
+            salt = 0x10B6 if lane.long else 0xB10C
+            generator = np.random.Generator(np.random.Philox([self.mixture.seed, lane.phase, block, salt]))
+            component = np.repeat(np.arange(len(counts)), counts)
+            rank = np.concatenate([np.arange(count) for count in counts])
+            # Each component's sequences are spread evenly, from a start of its own.
+            keys = (rank + generator.random(len(counts))[component]) / counts[component]
+            order = np.argsort(keys, kind="stable")
+            return component[order], rank[order]
+
+        return self._patterns.get((lane.phase, lane.long, block), draw)
+
+    def _lane_offsets(self) -> dict[tuple[int, bool], list[int]]:
+        """Sequences and documents drawn in earlier phases and trainings, per lane and component.
+
+        Only sequences of the same length count.
+        """
+        before = {one.key: one.documents for one in self.mixture.drawn}
+        drawn: Counter[int] = Counter()
+        for component in self._distinct_components() if before else ():
+            documents = before.get(self._key(component), 0)
+            if documents:
+                drawn[id(component.packing)] = component.packing.first_row_after(documents)
+        offsets = {}
+        for name, lane in self._lanes.items():
+            # Components that draw the same rows share one packing.
+            offsets[name] = [drawn[id(component.packing)] for component in lane.components]
+            for component, used in zip(lane.components, self._drawn(lane), strict=True):
+                drawn[id(component.packing)] += used
+        return offsets
+
+    def _distinct_components(self) -> list[Component]:
+        """One component for each order of documents."""
+        found = {id(one.packing): one for lane in self._lanes.values() for one in lane.components}
+        return list(found.values())
+
+    def _key(self, component: Component) -> tuple[str, str, tuple[int, ...]]:
+        """See `Drawn.key`."""
+        path = component.source.path
+        if path not in self._manifests:
+            self._manifests[path] = sha256_file(path / "manifest.json")
+        return self._manifests[path], component.language, component.packing.shuffle
+
+    def drawn(self) -> tuple[Drawn, ...]:
+        """Documents that all steps draw of each source and language, with those drawn before."""
+        rows: dict[int, int] = {}
+        for name, lane in self._lanes.items():
+            counts = zip(lane.components, self._offsets[name], self._drawn(lane), strict=True)
+            for component, before, used in counts:
+                rows[id(component.packing)] = max(rows.get(id(component.packing), 0), before + used)
+        found = []
+        for component in self._distinct_components():
+            source, language, shuffle = self._key(component)
+            documents = component.packing.documents_before(rows[id(component.packing)])
+            found.append(Drawn(source=source, language=language, shuffle=shuffle, documents=documents))
+        return furthest([self.mixture.drawn, found])
+
+    def _drawn(self, lane: _Lane) -> list[int]:
+        """Sequences of each component in all of a lane's steps."""
+        blocks, rest = divmod(lane.steps * lane.shape.batch_size, BLOCK)
+        counts = lane.counts * blocks
+        if rest:
+            counts = counts + np.bincount(self._pattern(lane, blocks)[0][:rest], minlength=len(counts))
+        return [int(count) for count in counts]
+
+    def _rows(self, step: int, rows: range) -> list[tuple[Component, list[Pieces]]]:
+        place = self.mixture.place(step)
+        lane, offsets = self._lanes[place.phase, place.long], self._offsets[place.phase, place.long]
+        out = []
+        for row in rows:
+            block, index = divmod(place.number * lane.shape.batch_size + row, BLOCK)
+            which, rank = self._pattern(lane, block)
+            number = int(which[index])
+            component = lane.components[number]
+            before = offsets[number] + block * int(lane.counts[number]) + int(rank[index])
+            out.append((component, component.packing.row(before)))
+        return out
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
+    ) -> Batch:
+        """The rows of `rank` at `step`; `micro_batch` takes a slice of those.
+
+        Ranks hold consecutive, equal parts of the global batch.
+        """
+        time, size = self.mixture.shape(step)
+        if size % world_size:
+            raise UserError(
+                f"a batch of {size} sequences cannot be split over {world_size} processes",
+                mend="choose a batch size that is a multiple of their number",
+            )
+        share = size // world_size
+        rows = range(size)[rank * share : (rank + 1) * share]
+        if micro_batch is not None:
+            rows = rows[micro_batch]
+        content = self._rows(step, rows)
+        cross = self.mixture.cross_document_attention
+        tokens = np.zeros((len(content), time), dtype=np.int64)
+        targets = np.full((len(content), time), NO_TARGET, dtype=np.int64)
+        ids = np.full((len(content), time), -1, dtype=np.int32)
+        for index, (component, pieces) in enumerate(content):
+            fill(component, pieces, tokens[index], targets[index], ids[index], cross=cross)
+        document_ids = None
+        if not cross:
+            document_ids = torch.from_numpy(ids)
+        return Batch(
+            torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: spans_of(content, time)
+        )
+
+    # -- what it comes to ----------------------------------------------------------------------------------------------
+
+    def use(self) -> list[Use]:
+        """Tokens and passes over each component, phase by phase; rows of two lengths count apart."""
+        return [
+            Use(
+                self.mixture.phases[lane.phase].name,
+                component.source.name,
+                component.language,
+                drawn * lane.shape.sequence_length,
+                drawn / component.packing.rows_in_epoch(),
+                lane.shape.sequence_length,
+            )
+            for lane in self._lanes.values()
+            for component, drawn in zip(lane.components, self._drawn(lane), strict=True)
+        ]
+
+    def _warn_of_repeats(self) -> None:
+        passes: dict[tuple[str, str], float] = {}
+        limits: dict[tuple[str, str], tuple[float, str]] = {}
+        for lane in self._lanes.values():
+            for component, drawn in zip(lane.components, self._drawn(lane), strict=True):
+                key = component.key
+                passes[key] = passes.get(key, 0.0) + drawn / component.packing.rows_in_epoch()
+                limits[key] = (component.source.max_epochs, component.source.name)
+        over = [
+            f"{limits[key][1]}/{key[1]} {count:.1f} times (limit {limits[key][0]:g})"
+            for key, count in passes.items()
+            if count > limits[key][0]
+        ]
+        if over:
+            warnings.warn(
+                f"these documents are repeated: {', '.join(over)}; add text, lower their share, or raise max_epochs",
+                KoineWarning,
+                stacklevel=3,
+            )
+
+    def _warn_of_cut_documents(self, packings: Packings) -> None:
+        counts: dict[int, list[tuple[int, int]]] = {}
+        for (_, _, time, _), packing in packings.items():
+            if isinstance(packing, WholePacking):
+                counts.setdefault(time, []).append(packing.cut_off())
+        for time, found in counts.items():
+            cut, total = (sum(column) for column in zip(*found, strict=True))
+            if cut:
+                warnings.warn(
+                    f"{cut} of {total} documents are longer than a sequence of {time} tokens and lose their end "
+                    "(a chat its answer); raise the sequence length, or leave them out",
+                    KoineWarning,
+                    stacklevel=3,
+                )
+
+
+def _refuse_twice(phase: str, components: list[Component]) -> None:
+    """Two sources of a phase that read the same documents would draw the same rows."""
+    seen: dict[tuple[str, str], str] = {}
+    for component in components:
+        other = seen.setdefault(component.key, component.source.name)
+        if other != component.source.name:
+            raise UserError(
+                f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' from {component.source.path}",
+                where=f"phase '{phase}'",
+                mend="give each language of a folder to one of them",
+            )
+
+
+def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
+    """Whole numbers that sum to `total`, in proportion to `weights` (largest remainder), at least 1 each."""
+    if len(weights) > total:
+        raise UserError(f"{len(weights)} languages in one mixture", mend=f"at most {total} are possible")
+    exact = weights / weights.sum() * (total - len(weights))
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - len(weights) - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    out: NDArray[Any] = counts + 1
+    return out
+
+
+def _stable_number(text: str) -> int:
+    """A number that depends on the text alone (Python's own hash changes from process to process)."""
+    return int.from_bytes(text.encode("utf-8")[:8].ljust(8, b"\0"), "big")
+
+
+class _Recent(OrderedDict[Any, T]):
+    """The few values computed last."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def get(self, key: Any, compute: Callable[[], T]) -> T:  # type: ignore[override]
+        if key in self:
+            self.move_to_end(key)
+        else:
+            self[key] = compute()
+            if len(self) > self._size:
+                self.popitem(last=False)
+        value: T = self[key]
+        return value

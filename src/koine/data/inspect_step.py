@@ -1,0 +1,81 @@
+"""What a training step saw, asked of the model that came out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from koine.data.data_order import DataOrder
+from koine.data.mixture import Mixture
+from koine.errors import UserError
+from koine.fields import Fields
+from koine.files import read_json, sha256_file
+from koine.tokenizer import load_tokenizer
+
+
+def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
+    """The stretches of documents in the batch of `step` (from 0), row by row, with their decoded text.
+
+    `model` is a model directory that was trained here. Raises `UserError` where its `training.json` or the token shards that it names
+    are missing, or the shards are no longer the ones that it was trained on.
+    """
+    model = Path(model)
+    record = model / "training.json"
+    if not record.exists():
+        raise UserError(
+            "holds no training.json",
+            where=model,
+            mend="only a model that `koine train` or a plan built knows its data",
+        )
+    trained = Fields(
+        read_json(record), record, whole_file="it is damaged; train again, or copy the folder again"
+    )
+    mixture = Mixture.from_json(trained.get("mixture"), where=record)
+    trained_on = trained.inner("identity").inner("sources")
+    order = DataOrder(mixture)
+    tokenizer = load_tokenizer(model)
+    if tokenizer.fingerprint != order.tokenizer_fingerprint:
+        raise UserError("the token shards were made with another tokenizer", where=model)
+    paths = {source.name: source.path for phase in mixture.phases for source in phase.all_sources}
+    for name, path in paths.items():
+        if sha256_file(path / "manifest.json") != trained_on.text(name):
+            raise UserError(
+                "these token shards are not the ones that the model was trained on",
+                where=path,
+                mend="restore them, or train again",
+            )
+    _refuse_edited(record)
+    out = []
+    for row, spans in enumerate(order.batch(step).documents):
+        for span in spans:
+            source = order.sources[paths[span.source]]
+            document = source.number(span.shard, span.document)
+            ids = source.tokens(document, span.start, span.end)
+            out.append(
+                {"row": row, **span._asdict(), "text": tokenizer.decode(ids.tolist(), skip_special=True)}
+            )
+    return out
+
+
+def _refuse_edited(record: Path) -> None:
+    """Raise `UserError` where a training's record tells of another mixture than it was trained on.
+
+    The record holds the mixture twice, once without paths: where one was changed, a step of another mixture
+    would be told.
+    """
+    trained = read_json(record)
+    if without_paths(trained["mixture"]) != trained["identity"]["mixture"]:
+        raise UserError(
+            "tells of another mixture than the training's own",
+            where=record,
+            mend="it was edited or damaged; copy the model again",
+        )
+
+
+def without_paths(value: Any) -> Any:
+    """The same JSON without any `path`: data are known by their hashes, so that folders may be moved."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items() if key != "path"}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return value

@@ -1,0 +1,73 @@
+"""What a training measures on the way: bits per byte of a few documents, as figures that can choose the best checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from koine.errors import UserError, did_you_mean
+from koine.evaluate.bits import bits_per_byte
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from koine.evaluate.log_likelihood import ScoringModel
+    from koine.tokenizer import Tokenizer
+
+OVERALL = "bits_per_byte"
+OF_LANGUAGES = "bits_per_byte_languages"
+OF_DOMAINS = "bits_per_byte_domains"
+
+
+class BitsPerByteProbe:
+    """An `evaluate` for the training loop; see `figures_of` for what it returns. The documents are kept in memory."""
+
+    def __init__(self, tokenizer: Tokenizer, records: Iterable[Mapping[str, Any]]) -> None:
+        self.tokenizer = tokenizer
+        self.records = list(records)
+        if not any("text" in record for record in self.records):
+            raise UserError("the evaluation has no documents", mend="give records with text")
+
+    @property
+    def names(self) -> list[str]:
+        """The figures that will be measured."""
+        codes = {str(record.get("language") or "und") for record in self.records}
+        domains = {str(record.get("domain") or "none") for record in self.records}
+        return [
+            OVERALL, OF_LANGUAGES, OF_DOMAINS,
+            *(f"{OVERALL}/{code}" for code in sorted(codes)),
+            *(f"{OVERALL}/domain/{name}" for name in sorted(domains)),
+        ]  # fmt: skip
+
+    def check_metric(self, name: str) -> None:
+        """Raise `UserError` for a metric ("": the first) that is not among the figures."""
+        if name and name not in self.names:
+            raise UserError(f"the evaluation has no metric '{name}'", mend=did_you_mean(name, self.names))
+
+    def __call__(self, model: nn.Module, done: int) -> dict[str, float]:
+        device = str(next(model.parameters()).device)
+        scored = bits_per_byte(
+            cast("ScoringModel", model), self.tokenizer, self.records, device=device, resamples=1
+        )
+        return figures_of(scored)
+
+
+def figures_of(scored: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a result of `koine.evaluate.bits_per_byte`.
+
+    `bits_per_byte` is over all bytes; `bits_per_byte_languages` and `bits_per_byte_domains` are means in which each language or domain
+    counts the same; then those of each language (`bits_per_byte/de`) and domain (`bits_per_byte/domain/web`).
+    """
+
+    def value(entry: Mapping[str, Any]) -> float:
+        return float(entry["bits_per_byte"])
+
+    languages = {code: value(entry) for code, entry in scored["languages"].items()}
+    domains = {name: value(entry) for name, entry in scored["domains"].items()}
+    return {
+        OVERALL: value(scored["overall"]),
+        OF_LANGUAGES: sum(languages.values()) / len(languages),
+        OF_DOMAINS: sum(domains.values()) / len(domains),
+        **{f"{OVERALL}/{code}": bits for code, bits in languages.items()},
+        **{f"{OVERALL}/domain/{name}": bits for name, bits in domains.items()},
+    }

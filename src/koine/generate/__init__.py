@@ -1,0 +1,5 @@
+"""Generate text with a local model or a remote endpoint."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

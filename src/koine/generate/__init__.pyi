@@ -1,0 +1,9 @@
+from .batch import generate as generate
+from .engine import Completion as Completion
+from .engine import Engine as Engine
+from .engine import LocalEngine as LocalEngine
+from .grammar.grammar import Grammar as Grammar
+from .remote.engine import RemoteEngine as RemoteEngine
+from .request import Request as Request
+from .sampling import Sampling as Sampling
+from .scheduler import Scheduler as Scheduler

@@ -1,0 +1,1 @@
+"""KV cache: pages, prefixes, and attention over them."""

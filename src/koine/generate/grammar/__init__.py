@@ -1,0 +1,1 @@
+"""Constrain generation to a JSON schema or a regular expression."""

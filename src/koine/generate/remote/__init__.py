@@ -1,0 +1,1 @@
+"""Generate with an OpenAI-compatible endpoint."""

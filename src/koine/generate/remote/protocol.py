@@ -1,0 +1,86 @@
+"""The messages of `POST /chat/completions`: what is asked, and the most that it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from koine.errors import UserError
+from koine.generate.sampling import Sampling
+from koine.serve.chat.conversation import Message
+
+LengthField = Literal["max_tokens", "max_completion_tokens"]
+
+# Sent only where they differ from "changes nothing": the first is OpenAI's, the others are understood by the servers
+# of open models (vLLM, SGLang, llama.cpp) and refused by name elsewhere.
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+UNDERSTOOD = {"temperature", "seed", "max_new_tokens", "stop", "json_schema", *NEUTRAL}
+
+# The tokens that a chat template puts around a message and around the whole conversation are not known here.
+TOKENS_AROUND_MESSAGE = 16
+TOKENS_AROUND_CONVERSATION = 64
+
+# An answer's JSON: what stands around the text, and a token with its log-probability, its bytes and its
+# thoughts.
+BYTES_AROUND_ANSWER = 4 << 20
+BYTES_OF_TOKEN = 2 << 10
+MOST_BYTES = 256 << 20
+
+
+def request_body(
+    model: str,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    *,
+    seed: int | None,
+    length_field: LengthField,
+    log_probabilities: bool,
+) -> dict[str, Any]:
+    """The request as a JSON object; settings that change nothing are left out.
+
+    Raises `UserError` for a setting of `sampling` that has no counterpart here and is not at its default.
+    """
+    for entry in dataclasses.fields(sampling):
+        if entry.name not in UNDERSTOOD and getattr(sampling, entry.name) != entry.default:
+            raise UserError(
+                f"the setting {entry.name.replace('_', '-')} cannot be sent to an endpoint", mend="leave it out"
+            )  # fmt: skip
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [dict(message) for message in messages],
+        length_field: sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+    }
+    for name, neutral in NEUTRAL.items():
+        if getattr(sampling, name) != neutral:
+            body[name] = getattr(sampling, name)
+    if seed is not None:
+        body["seed"] = seed
+    if stop := getattr(sampling, "stop", ()):
+        body["stop"] = list(stop)
+    if (schema := getattr(sampling, "json_schema", None)) is not None:
+        named = {"name": "answer", "schema": schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": named}
+    if log_probabilities:
+        body["logprobs"] = True
+    return body
+
+
+def most_prompt_tokens(body: dict[str, Any]) -> int:
+    """No tokenizer that falls back to bytes makes more tokens of a request than this.
+
+    One for each byte of the messages (and of the schema, which some endpoints write into the prompt), and a margin for
+    the template.
+    """
+    texts = [str(value) for message in body["messages"] for value in message.values()]
+    if "response_format" in body:
+        texts.append(json.dumps(body["response_format"], ensure_ascii=False))
+    around = TOKENS_AROUND_CONVERSATION + TOKENS_AROUND_MESSAGE * len(body["messages"])
+    return sum(len(text.encode("utf-8")) for text in texts) + around
+
+
+def most_answer_bytes(completion_tokens: int) -> int:
+    """No answer of so many tokens is longer than this; a body that is longer is not read to its end."""
+    return min(MOST_BYTES, BYTES_AROUND_ANSWER + BYTES_OF_TOKEN * completion_tokens)

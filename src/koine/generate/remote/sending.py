@@ -1,0 +1,76 @@
+"""Send one call to an endpoint and read its response, within bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx2
+
+from koine.errors import UserError
+from koine.generate.remote.protocol import most_answer_bytes
+from koine.generate.remote.redaction import Mask
+from koine.generate.remote.requests import Call
+from koine.generate.remote.response_body import read_beginning, read_body
+
+CONNECT_SECONDS = 10.0
+
+# Nothing reached the endpoint, so nothing can have been charged.
+NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
+
+REFUSAL_BYTES = 1 << 16
+"""Of a response with an error status, no more is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """A response; its body as far as it is read."""
+
+    status: int
+    headers: httpx2.Headers
+    content: bytes
+    charset: str | None
+
+
+def open_client(
+    headers: httpx2.Headers, *, timeout: float, concurrency: int, mask: Mask
+) -> httpx2.AsyncClient:
+    """Open a client; nothing is sent yet.
+
+    Raises `UserError` for proxies and certificates of the environment that cannot be used.
+    """
+    try:
+        return httpx2.AsyncClient(
+            headers=headers,
+            follow_redirects=False,
+            timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, timeout)),
+            limits=httpx2.Limits(max_connections=concurrency),
+        )
+    except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
+        raise UserError(
+            f"no connection can be made with these settings ({mask.line(described(error))})",
+            mend="correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR in the environment",
+        ) from None
+
+
+async def send(client: httpx2.AsyncClient, url: str, call: Call) -> Received:
+    """Send a call once.
+
+    Raises `BodyError` for a body that is too long, and what the library raises.
+    """
+    async with client.stream("POST", url, content=call.content) as response:
+        if response.is_success:
+            content = await read_body(response, most_answer_bytes(call.completion_tokens))
+        else:
+            content = await read_beginning(response, REFUSAL_BYTES)
+        return Received(
+            status=response.status_code,
+            headers=response.headers,
+            content=content,
+            charset=response.charset_encoding,
+        )
+
+
+def described(error: Exception) -> str:
+    """An exception's type and text."""
+    name = type(error).__name__
+    return f"{name}: {error}" if str(error) else name

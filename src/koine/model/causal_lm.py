@@ -1,0 +1,271 @@
+"""Any causal language model of `transformers` behind the decoder's interface, and our own types behind `AutoModel`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from koine.errors import KoineWarning, UserError
+from koine.extras import import_extra
+from koine.files import read_json
+from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
+from koine.model.formats.directory import load_model
+from koine.model.formats.end_ids import end_ids
+from koine.model.formats.opening import (
+    checked_weights,
+    read_description,
+    refusals,
+    refuse_description,
+    refuse_difference,
+    refuse_other_tokenizer,
+    refuse_sizes,
+    stored_dtype,
+)
+from koine.model.formats.weight_files import widest_dtype
+from koine.model.head import Head, accepted, hooked, inspect_head, output_head, read_logits
+
+
+def require_transformers() -> Any:
+    """The `transformers` module; raises `UserError` where the extra is not installed or only half installed."""
+    return import_extra("transformers", extra="hf", purpose="open this model")
+
+
+class CausalLM(nn.Module):
+    """A `transformers` causal LM with the decoder's `forward` (hidden states) and `logits`.
+
+    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.head` finds out
+    once, by experiment, whether they follow from the output embedding's input. Where they do not, `forward`
+    gives the logits themselves, and `logits` returns them.
+    Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are
+    refused.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.end_ids: frozenset[int] = frozenset()
+        """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
+        self._accepted = accepted(inner)
+        self._head: Head | None = None
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the text model, by the names of transformers: those for the vocabulary and the context
+        (`vocab_size`, `max_position_embeddings`) are also the decoder's."""
+        return self.inner.config.get_text_config()
+
+    @property
+    def head(self) -> Head:
+        """The output head, from the states of `forward` to logits; found at first use."""
+        if self._head is None:
+            self._head = inspect_head(self.inner)
+        return self._head
+
+    @property
+    def rows(self) -> int:
+        """Count of ids that the model both reads and scores."""
+        return min(self.head.rows, int(self.inner.get_input_embeddings().weight.shape[0]))
+
+    @property
+    def output_weight(self) -> Tensor | None:
+        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, so that the loss can be computed in chunks;
+        `None` where the model does more (a bias, soft-capping)."""
+        module = output_head(self.inner)
+        if not self.head.linear or self.head.cap is not None or type(module) is not nn.Linear:
+            return None
+        return None if module.bias is not None else module.weight
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits (Cohere multiplies, Granite divides)."""
+        return self.head.scale
+
+    def forward(
+        self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute what `logits` takes from `[batch, time]` ids.
+
+        The states that the head reads, `[batch, time, hidden]`, or all logits.
+        """
+        if document_ids is not None:
+            if _several_documents(document_ids):
+                raise UserError(
+                    "this model cannot keep packed documents apart",
+                    mend="pack one document a row, or let attention cross documents",
+                )
+            seen = document_ids >= 0
+            attention_mask = (seen if attention_mask is None else seen & (attention_mask != 0)).long()
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if "use_cache" in self._accepted:
+            inputs["use_cache"] = False
+        if attention_mask is not None and "attention_mask" in self._accepted:
+            inputs["attention_mask"] = attention_mask
+            if "position_ids" in self._accepted:
+                # transformers counts padding on the left as positions unless it is told not to.
+                inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        module = output_head(self.inner) if self.head.linear else None
+        if module is None:
+            return read_logits(self.inner, inputs)
+        states: list[Tensor] = []
+        with hooked(module, states):
+            self.inner(**inputs)
+        return states[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute the model's own logits `[..., vocab]` from the states of `forward`, `[..., hidden]`."""
+        module = output_head(self.inner) if self.head.linear else None
+        if module is None:
+            return hidden
+        return self.head.apply(module(hidden))
+
+
+def _several_documents(document_ids: Tensor) -> bool:
+    """Whether some row `[batch, time]` holds two documents; -1 is padding."""
+    highest = document_ids.amax(dim=1, keepdim=True)
+    return bool(((document_ids >= 0) & (document_ids != highest)).any())
+
+
+def opens_as_decoder(path: Path) -> bool:
+    """Whether the `config.json` of a folder says a model that our decoder implements."""
+    value = read_json(path / "config.json")
+    if not isinstance(value, dict) or value.get("model_type") not in OWN_TYPES:
+        return False
+    try:
+        read_config(path)
+    except UnsupportedModelError:
+        # A Cohere with biases, say: transformers has the maths that ours lack.
+        return False
+    return True
+
+
+def load_causal_lm(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Our own decoder where it implements the model, else `AutoModelForCausalLM` behind the same interface.
+
+    Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
+    """
+    path = Path(path)
+    read_description(path)
+    if opens_as_decoder(path):
+        return load_model(path, dtype=dtype, device=device)
+    return _load_other(path, dtype, device)
+
+
+def load_as_stored(path: Path) -> nn.Module:
+    """Load as `load_causal_lm`, in the dtype that holds every stored weight without rounding.
+
+    For what trains a model or writes it again.
+    """
+    description = read_description(path)
+    if opens_as_decoder(path) or description.get("quantization_config") is not None:
+        return load_causal_lm(path)
+    return load_causal_lm(path, dtype=widest_dtype(path))
+
+
+def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
+    transformers = require_transformers()
+    value = read_description(path)
+    refuse_description(value, path, transformers)
+    refuse_other_tokenizer(path)
+    files = checked_weights(path)
+    quantised = value.get("quantization_config") is not None
+    if not quantised:
+        with quiet(transformers):
+            refuse_sizes(path, value, files)
+    wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
+    with (
+        refusals(
+            path,
+            "transformers cannot open it as a causal LM",
+            "check config.json and the weights, or upgrade transformers",
+        ),
+        quiet(transformers),
+    ):
+        inner, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=wanted,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    refuse_difference(path, loaded)
+    unused = sorted(loaded.get("unexpected_keys") or ())
+    if unused:
+        warnings.warn(
+            f"{path}: {len(unused)} tensors of the weights belong to no part of the model, the first is {unused[0]}",
+            KoineWarning,
+            stacklevel=3,
+        )
+    if dtype == torch.float32 and not quantised:
+        # Modules that a class loads in another precision are computed in this one too.
+        inner.float()
+    _refuse_not_finite(inner, path)
+    model = CausalLM(inner).to(device).eval()
+    model.end_ids = end_ids(path)
+    with refusals(
+        path, f"{type(inner).__name__} cannot read a text", "check config.json, or give a model of text"
+    ):
+        head = model.head
+    if not head.finite:
+        raise UserError(
+            f"{type(inner).__name__} gives NaN or infinity for ordinary tokens in {inner.dtype}".replace(
+                "torch.", ""
+            ),
+            where=path,
+            mend="check the numbers of config.json, or compute in float32",
+        )
+    if not head.causal:
+        raise UserError(
+            f"{type(inner).__name__} is not causal (an encoder?): later tokens change what it says of earlier ones",
+            where=path,
+            mend="give a causal language model",
+        )
+    return model
+
+
+def _refuse_not_finite(inner: Any, path: Path) -> None:
+    for name, parameter in inner.named_parameters():
+        if (
+            parameter.is_floating_point()
+            and parameter.dtype.itemsize > 1
+            and not torch.isfinite(parameter).all()
+        ):
+            raise UserError(
+                f"{name} holds NaN or infinity",
+                where=path,
+                mend="this checkpoint is broken; use an earlier one",
+            )
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the bars and notes of `transformers` on standard error; what a user should know of, we say ourselves."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def register_with_transformers() -> None:
+    """Let `AutoConfig` and `AutoModelForCausalLM` open directories whose `model_type` is `koine`."""
+    transformers = require_transformers()
+    if "koine" in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        return
+    from koine.model.formats.transformers_classes import KoineConfig, KoineForCausalLM
+
+    transformers.AutoConfig.register("koine", KoineConfig)
+    transformers.AutoModelForCausalLM.register(KoineConfig, KoineForCausalLM)

@@ -1,0 +1,1 @@
+"""Model directories and file formats."""

@@ -1,0 +1,163 @@
+"""Find and carry the files beside a model's weights, without which a folder made from it is not whole.
+
+Sentence models have folders of modules (`1_Pooling`, `2_Dense`), chat models templates and processors, and
+any model files that only its own tools know."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import warnings
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+
+from koine.data.drawn import FILE as DRAWN
+from koine.errors import KoineWarning, UserError
+from koine.files import read_json
+from koine.model.formats.mixture_files import DOMAIN_ENCODER
+from koine.model.formats.weight_files import INDEX, SINGLE
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "sentencepiece.model", "source.spm", "target.spm", "tiktoken.model",
+)  # fmt: skip
+"""Files and folders of a tokenizer, in the formats that `transformers` knows."""
+
+WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5",
+    "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.mlpackage", "*.npz", "*.pkl", "*.pickle", "*.engine",
+)  # fmt: skip
+"""Files of weights: in a folder that is made from a model's they would be those of the old model."""
+
+OF_THE_RUN = (
+    "README.md", "artifact.json", "training.json", DRAWN, "metrics*", "report.json", "tensorboard", "runs", "wandb", "checkpoints", "checkpoint-*",
+    "global_step*", "merge*.json", "trainer_state.json", "training_args.bin", "optimizer*", "scheduler*", "rng_state*",
+    "scaler*", "all_results.json", "train_results.json", "eval_results.json", "zero_to_fp32.py", "latest", "*.lock", "*.partial", "*.log",
+    "__pycache__", ".*",
+)  # fmt: skip
+"""Files about how one model was made, or for training it further."""
+
+ITS_OWN = ("config.json",)
+"""Files that every writer of a model writes itself."""
+
+
+def carry_files(
+    model: Path, out: Path, *, but: Collection[str] = (), keep: bool = False, warn: bool = True
+) -> list[str]:
+    """Copy what lies beside the weights of `model` into `out`, sub-folders too; what holds weights and is
+    left behind.
+
+    but: names on top that are not copied. keep: leave what `out` has already. Weights in sub-folders are
+    copied where they are those of a module of a sentence model, or of a mixture's encoder of domains. All
+    others are left behind with their folder and named in a `KoineWarning` (unless `warn` is off): they hold
+    the old model. Raises `OSError` where a file cannot be read or written."""
+    modules = module_folders(model)
+    paths = [path for path in carried_paths(model) if path.parts[0] not in (*but, *ITS_OWN)]
+    stale = {path for path in paths if _is_weights(path.name) and not _belongs(path, modules)}
+    folders = {path.parts[0] for path in stale if len(path.parts) > 1}
+    for path in paths:
+        target = out / path
+        if path in stale or (path.parts[0] in folders and not _belongs(path, modules)):
+            continue
+        if keep and target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(model / path)):
+            shutil.copyfile(model / path, target)
+    read = _weights_read(model)
+    left = sorted({path.parts[0] for path in stale if len(path.parts) == 1} - read)
+    left += sorted(f"{name}/" for name in folders)
+    if left and warn:
+        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        warnings.warn(
+            f"{model}: left behind, because they hold weights as they were before: {shown}",
+            KoineWarning,
+            stacklevel=2,
+        )
+    return left
+
+
+def carried_paths(model: Path) -> list[PurePosixPath]:
+    """The files of a model directory without those that tell of its training, relative to it. Links are
+    followed, each folder once."""
+    found: list[PurePosixPath] = []
+    seen = {model.resolve()}
+    for folder, folders, files in os.walk(model, followlinks=True):
+        here = Path(folder).relative_to(model)
+        kept = []
+        for name in sorted(folders):
+            place = (Path(folder) / name).resolve()
+            if place not in seen and not _matches(name, OF_THE_RUN):
+                seen.add(place)
+                kept.append(name)
+        folders[:] = kept
+        patterns = OF_THE_RUN if here == Path() else (".*", "*.lock", "*.partial")
+        found += [
+            PurePosixPath(here.as_posix(), name)
+            for name in sorted(files)
+            if not _matches(name, patterns) and (Path(folder) / name).is_file()
+        ]
+    return sorted(found)
+
+
+def module_folders(model: Path) -> list[str]:
+    """The sub-folders of a sentence model's modules, as its `modules.json` names them; none for other models.
+
+    Raises `UserError` where that file is damaged or names a folder outside.
+    """
+    file = model / "modules.json"
+    if not file.is_file():
+        return []
+    content = read_json(file)
+    modules = content if isinstance(content, list) else []
+    paths = [one.get("path") for one in modules if isinstance(one, dict)]
+    if not paths or len(paths) < len(modules) or not all(isinstance(path, str) for path in paths):
+        raise UserError("names no modules", where=file, mend="it is damaged; copy the folder again")
+    found = [str(path) for path in paths if path]
+    for name in found:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(
+                f"names a folder outside its own, {name!r}", where=file, mend="do not trust this folder"
+            )
+    return found
+
+
+def module_weights(model: Path) -> dict[str, list[str]]:
+    """The sub-folders of modules that hold weights, and the names of those files."""
+    found: dict[str, list[str]] = {}
+    for name in module_folders(model):
+        folder = model / name
+        files = (
+            sorted(path.name for path in folder.iterdir() if _is_weights(path.name))
+            if folder.is_dir()
+            else []
+        )
+        if files:
+            found[name] = files
+    return found
+
+
+def _belongs(path: PurePosixPath, modules: Collection[str]) -> bool:
+    return path.parts[0] == DOMAIN_ENCODER or any(path.is_relative_to(one) for one in modules)
+
+
+def _is_weights(name: str) -> bool:
+    return _matches(name, WEIGHTS)
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _weights_read(model: Path) -> set[str]:
+    """Names on top of the files whose weights are read; they need no word."""
+    if (model / SINGLE).is_file():
+        return {SINGLE}
+    if (model / INDEX).is_file():
+        content = read_json(model / INDEX)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        return {INDEX, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
+    return {path.name for path in model.glob("*.bin*")}

@@ -1,0 +1,194 @@
+"""A checksum inside a safetensors file, and the check of it when a model is opened: a flipped byte is named,
+not computed with.
+
+The header's `__metadata__` carries `sha256`: that of the whole file with these 64 characters written as
+zeros. It travels with the file, and a library that writes the weights anew drops it, so that it is never
+stale. Files of others have none and are not checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from koine.errors import UserError
+from koine.model.formats.safetensors_header import MalformedHeaderError, raw_header
+
+KEY = "sha256"
+UNSEALED = "0" * 64
+"""Checksum in the header until the file is complete.
+
+`CheckpointWriter` and `save_file` write it as metadata.
+"""
+BLOCK = 8 * 2**20
+REMEMBERED = 4096
+"""Checked files that are remembered at most."""
+
+
+def _header(path: Path) -> bytes:
+    """The bytes of length and header; `b""` where there is no whole header."""
+    try:
+        return raw_header(path)
+    except MalformedHeaderError:
+        # Whoever opens the file says what is wrong with it.
+        return b""
+
+
+def _place(header: bytes) -> tuple[int, str] | None:
+    """Offset of the checksum in the file (-1 for a malformed one), and its text; None without one."""
+    try:
+        content = json.loads(header[8:])
+    except (ValueError, RecursionError):
+        return None
+    metadata = content.get("__metadata__") if isinstance(content, dict) else None
+    said = metadata.get(KEY) if isinstance(metadata, dict) else None
+    if not isinstance(said, str):
+        return None
+    if not re.fullmatch("[0-9a-f]{64}", said):
+        return -1, said
+    # The quoted pair, so that a tensor with such a name is not taken for it.
+    found = re.search(rb'"sha256"\s*:\s*"' + said.encode() + b'"', header)
+    return None if found is None else (found.end() - 65, said)
+
+
+def _digest(path: Path, place: int) -> str:
+    """sha256 of a file with the 64 characters at `place` as zeros, read in constant memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(place))
+        file.seek(64, os.SEEK_CUR)
+        digest.update(UNSEALED.encode())
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a finished safetensors file into its header; a file without room for it is
+    written anew.
+
+    Raises `OSError` where the system refuses.
+    """
+    header = _header(path)
+    if _place(header) is None:
+        _make_room(path, header)
+        header = _header(path)
+    _order(path, header)
+    place = _place(_header(path))
+    assert place is not None
+    digest = _digest(path, place[0])
+    with path.open("r+b") as file:
+        file.seek(place[0])
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _order(path: Path, header: bytes) -> None:
+    """Sort the keys of the metadata, so that the same weights give the same bytes.
+
+    The library writes them in another order at every run.
+    """
+    found = re.search(rb'"__metadata__":(\{[^{}]*\})', header)
+    if found is None:
+        return
+    ordered = json.dumps(
+        json.loads(found[1]), ensure_ascii=False, sort_keys=True, separators=(",", ":")
+    ).encode()
+    if len(ordered) == len(found[1]) and ordered != found[1]:
+        with path.open("r+b") as file:
+            file.seek(found.start(1))
+            file.write(ordered)
+
+
+def seal_folder(folder: Path) -> None:
+    """`seal` for every safetensors file of a model folder that is about to be published."""
+    for path in sorted(folder.glob("*.safetensors")):
+        seal(path)
+
+
+def _make_room(path: Path, header: bytes) -> None:
+    content = json.loads(header[8:])
+    content["__metadata__"] = {**content.get("__metadata__", {}), KEY: UNSEALED}
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with path.open("rb") as old, temporary.open("wb") as new:
+            old.seek(len(header))
+            new.write(struct.pack("<Q", len(text)) + text)
+            while block := old.read(BLOCK):
+                new.write(block)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def verify(files: Iterable[Path]) -> None:
+    """Compare weight files with the checksums that they carry; what was found whole is remembered and not
+    read again.
+
+    Raises `UserError` that names the file whose bytes have changed.
+    """
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        place = _place(_header(path))
+        if place is None or place[1] == UNSEALED:
+            continue
+        name = _name(path)
+        if _is_remembered(name):
+            continue
+        if place[0] < 0 or _digest(path, place[0]) != place[1]:
+            raise UserError(
+                "does not match the sha256 that it carries; it is damaged",
+                where=path,
+                mend="copy it again, or build it again",
+            )
+        # Changed while it was read: then nothing is known of it.
+        if _name(path) == name:
+            _remember(name)
+
+
+def _name(path: Path) -> str:
+    """A file as it is now: path, size, times and inode."""
+    about = path.stat()
+    state = (
+        str(path.resolve()),
+        about.st_size,
+        about.st_mtime_ns,
+        about.st_ctime_ns,
+        about.st_ino,
+        about.st_dev,
+    )
+    return hashlib.sha256(repr(state).encode(errors="surrogateescape")).hexdigest()
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "koine" / "whole-weights"
+
+
+def _is_remembered(name: str) -> bool:
+    try:
+        return (_folder() / name).is_file()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _remember(name: str) -> None:
+    # Where nothing can be kept (no home, a read-only or full disk) the file is read again next time.
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+        entries = list(folder.iterdir())
+        if len(entries) > REMEMBERED:
+            entries.sort(key=lambda entry: entry.stat().st_mtime_ns)
+            for entry in entries[: REMEMBERED // 4]:
+                entry.unlink(missing_ok=True)

@@ -1,0 +1,269 @@
+"""Model directories in both directions: `config.json` and `model.safetensors` that `transformers` opens, and the reverse.
+
+A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when read (`block_tensors`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koine.errors import UserError
+from koine.files import disk_errors, write_json
+from koine.model.config import ModelConfig
+from koine.model.decoder import Decoder
+from koine.model.formats.checksum import KEY, UNSEALED, seal, verify
+from koine.model.formats.config_json import read_config, to_json
+from koine.model.formats.end_ids import end_ids
+from koine.model.formats.opening import refuse_other_tokenizer
+from koine.model.formats.tensor_names import join_stored, split_stored
+from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_TOP = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+"""Tensors outside the blocks, ours and as they are saved."""
+
+
+def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict under the names and shapes of `transformers`' Cohere and Cohere2, experts under names of our own."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("blocks."):
+            _, index, rest = name.split(".", 2)
+            parts = split_stored(rest, tensor, config)
+            out.update({f"model.layers.{index}.{stored}": part for stored, part in parts.items()})
+        else:
+            out[_TOP[name]] = tensor
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The reverse of `to_transformers`; a missing tensor raises `KeyError` with its name."""
+    with torch.device("meta"):
+        names = Decoder(config).state_dict().keys()
+    return {name: _one(state, name, config) for name in names}
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a saved model, without allocating it."""
+    with torch.device("meta"):
+        state = Decoder(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of one or several safetensors files, read one by one when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = weight_files(path)
+        self._files: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for shard in self.files:
+            file = open_safetensors(shard)
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                self._files[key] = file
+                self._shapes[key] = tuple(file.get_slice(key).get_shape())
+        verify(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header alone."""
+        return self._shapes[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._files[name].get_tensor(name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
+    """The tensors of a model directory under their stored names, none of them read yet.
+
+    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
+    """
+    refuse_other_tokenizer(path)
+    weights = StoredWeights(path)
+    expected = expected_shapes(config)
+    missing = sorted(expected.keys() - weights.keys())
+    # A tied checkpoint may carry the head a second time, and old ones their rotary tables.
+    extra = sorted(
+        name
+        for name in weights.keys() - expected.keys()
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+    )
+    if missing or extra:
+        names = ", ".join((missing or extra)[:3])
+        what = (
+            f"lacks {len(missing)} tensors ({names})"
+            if missing
+            else f"has {len(extra)} unknown tensors ({names})"
+        )
+        raise UserError(
+            f"the checkpoint {what}", where=path, mend="config.json and the weights do not belong together"
+        )
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise UserError(
+                f"{name} has shape {list(weights.shape(name))}, config.json says {list(shape)}",
+                where=path,
+                mend="config.json and the weights do not belong together",
+            )
+    return weights
+
+
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored (the widest, where
+    that differs).
+
+    Raises `UserError` where a file is missing, damaged or not what its checksum says, a tensor is missing,
+    left over or of another shape, or holds NaN, and where the folder's tokenizer is not the one that the
+    model was trained with.
+    """
+    path = Path(path)
+    config = read_config(path)
+    weights = open_weights(path, config)
+    with torch.device("meta"):
+        model = Decoder(config)
+    # The dtype first: on the meta device the change costs nothing.
+    model.to(dtype=dtype or widest(stored_bytes(weights.files)))
+    model.end_ids = end_ids(path)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            parameter.copy_(_one(weights, name, config))
+            if not torch.isfinite(parameter).all():
+                raise UserError(
+                    f"{name} holds NaN or infinity",
+                    where=path,
+                    mend="this checkpoint is broken; use an earlier one",
+                )
+    return model.eval()
+
+
+def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tensor:
+    """One of our tensors from the stored ones, so that loading needs room for the model and one tensor."""
+    if not name.startswith("blocks."):
+        return weights[_TOP[name]]
+    _, index, rest = name.split(".", 2)
+    return join_stored(rest, lambda stored: weights[f"model.layers.{index}.{stored}"], config)
+
+
+def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """A whole safetensors file under its name, or none; raises `OSError` where the system refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", KEY: UNSEALED})
+        seal(temporary)
+        temporary.replace(path)
+    except SafetensorError as error:
+        # The library wraps what the system said into text of its own.
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_state(
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    ends: Collection[int] = (),
+) -> None:
+    """Write a model directory from a state dict of ours (see `save_model`).
+
+    ends: ids that end a text, besides the configuration's.
+    """
+    tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_stored(tensors, config, path, tokenizer=tokenizer, ends=ends)
+
+
+def save_stored(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    ends: Collection[int] = (),
+) -> None:
+    """Write a model directory from tensors under the names that they are saved by (see `save_model`)."""
+    path = Path(path)
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+        # Sorted names: the same weights give the same bytes.
+        _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
+        save_description(config, path, dtype=kind, tokenizer=tokenizer, ends=ends)
+
+
+def save_description(
+    config: ModelConfig,
+    path: Path,
+    *,
+    dtype: str,
+    tokenizer: Path | None = None,
+    ends: Collection[int] = (),
+) -> None:
+    """Write what a model directory holds besides the weights: the configurations and the tokenizer's files.
+
+    ends: ids that end a text, besides the configuration's own.
+    """
+    others = sorted(set(ends) - {config.eos_token_id})
+    write_json(path / "config.json", to_json(config, dtype=dtype))
+    write_json(
+        path / "generation_config.json",
+        {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": [config.eos_token_id, *others] if others else config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        },
+    )
+    if tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            source, target = Path(tokenizer) / name, path / name
+            # A model may be saved where its tokenizer is: the file is there already.
+            if source.exists() and not (target.exists() and source.samefile(target)):
+                shutil.copyfile(source, target)
+
+
+def save_model(
+    model: Decoder, path: Path, *, tokenizer: Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path` (which may be that directory).
+
+    Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`. Raises `UserError` for a
+    full disk or a folder that cannot be written. What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
+    """
+    save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, ends=model.end_ids)

@@ -1,0 +1,82 @@
+"""`transformers` classes for what it has no class for: models saved with `model_type` `koine`. Needs the extra `[hf]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from koine.model.decoder import Decoder
+from koine.model.formats.config_json import from_json
+
+
+class KoineConfig(PretrainedConfig):  # type: ignore[misc]
+    """`config.json` of `model_type` `koine`; the fields are those of `koine.model.formats.config_json.to_json`."""
+
+    model_type = "koine"
+
+
+class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Our decoder as a `transformers` model: logits and loss; generation without a cache."""
+
+    config_class = KoineConfig
+    base_model_prefix = "decoder"
+
+    def __init__(self, config: KoineConfig) -> None:
+        super().__init__(config)
+        self.decoder = Decoder(from_json(config.to_dict(), where=Path("config.json")))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights are initialised by the decoder itself."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> KoineForCausalLM:
+        """Open a local directory through `koine.model.load_model`."""
+        from koine.model.formats.directory import load_model
+
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        decoder = load_model(Path(path), dtype=dtype if isinstance(dtype, torch.dtype) else None)
+        config = kwargs.get("config") or KoineConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = cls(config)
+        model.decoder = decoder
+        model.eval()
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as `koine.model.save_model` does."""
+        from koine.model.formats.directory import save_model
+
+        save_model(self.decoder, Path(save_directory))
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose weight scores the vocabulary."""
+        decoder = self.decoder
+        module = decoder.embedding if decoder.config.tie_embeddings else decoder.head
+        assert isinstance(module, nn.Module)
+        return module
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """`[batch, time]` ids to logits `[batch, time, vocab]`; with `labels` also the shifted cross-entropy."""
+        logits = self.decoder.logits(self.decoder(input_ids, attention_mask=attention_mask))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """The whole text at every step: the decoder's own cache is not `transformers`'."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,174 @@
+"""Find the weight files of a model folder, as `transformers` chooses them where several lie side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from koine.errors import UserError
+from koine.files import read_json
+from koine.model.formats.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
+    """The files that hold a folder's weights, in the order of their names.
+
+    The order of choice is that of `transformers`: what `transformers_weights` of config.json names, then
+    `model.safetensors`, then the index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
+
+    Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or
+    lies outside the folder.
+    """
+    refuse_adapter(folder)
+    named = _named_by_config(folder)
+    choices = [named] if named else [SINGLE, INDEX, *((PICKLED, PICKLED_INDEX) if pickled else ())]
+    chosen = next((name for name in choices if (folder / name).is_file()), None)
+    if chosen is None:
+        others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+        has = f" (it has {others[0]})" if others and named is None else ""
+        raise UserError(
+            f"holds no {named or SINGLE}{has}",
+            where=folder,
+            mend="weights in another format must be converted first",
+        )
+    names = shard_names(folder / chosen) if chosen.endswith(".index.json") else [chosen]
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"the shard {name} is missing", where=folder, mend="copy the whole folder again")
+    return [folder / name for name in names]
+
+
+def _named_by_config(folder: Path) -> str | None:
+    """The file that `transformers_weights` of config.json names, if any."""
+    if not (folder / "config.json").is_file():
+        return None
+    value = read_json(folder / "config.json")
+    name = value.get("transformers_weights") if isinstance(value, dict) else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or _leaves(name) or not name.endswith((".safetensors", INDEX[5:])):
+        raise UserError(
+            f"the field 'transformers_weights' is {name!r}",
+            where=folder / "config.json",
+            mend="it must name a .safetensors file of the folder, or an index of some",
+        )
+    return name
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, each once, sorted. Raises `UserError` where it is damaged or names a
+    file outside its folder.
+
+    A file of the folder may be a link: whoever made the link had the right to.
+    """
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError("holds no weight_map", where=index, mend="the file is damaged; copy the folder again")
+    for name in shards.values():
+        if _leaves(name):
+            raise UserError(
+                f"names a file outside its folder, {name!r}"[:300],
+                where=index,
+                mend="a model's shards lie beside its index; do not trust this folder",
+            )
+    if not shards:
+        raise UserError(
+            "names no tensor at all", where=index, mend="the file is damaged; copy the folder again"
+        )
+    return sorted(set(shards.values()))
+
+
+def _leaves(name: str) -> bool:
+    """Return whether a name in an index is no plain name of a file in its folder or below, on any system."""
+    if not name or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
+        return True
+    return any(
+        kind(name).is_absolute() or ".." in kind(name).parts or kind(name).drive
+        for kind in (PurePosixPath, PureWindowsPath)
+    )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise `UserError` for a folder of PEFT (a LoRA adapter): what it changes is not in its own weights."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    about = read_json(folder / ADAPTER_CONFIG)
+    about = about if isinstance(about, dict) else {}
+    base = about.get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    kind = about.get("peft_type")
+    kind = kind if isinstance(kind, str) and kind else "PEFT"
+    if any((folder / name).exists() for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX)):
+        raise UserError(
+            f"holds a {kind} adapter{of} beside whole weights, and nothing says whether they are merged",
+            where=folder,
+            mend=f"merge it with peft's merge_and_unload, or remove {ADAPTER_CONFIG} if that is done",
+        )
+    raise UserError(
+        f"is a {kind} adapter{of}, not a whole model",
+        where=folder,
+        mend="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+        ".save_pretrained(MODEL)",
+    )
+
+
+def open_safetensors(file: Path) -> Any:
+    """The handle of one safetensors file; raises `UserError` where it is cut short or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"not a whole safetensors file ({error})",
+            where=file,
+            mend="it is truncated or damaged; copy or build it again",
+        ) from None
+
+
+def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
+    """Bytes stored in each floating-point dtype; empty where a tensor is of a dtype that only a quantiser
+    reads.
+
+    Reads headers alone. Raises `UserError` for a damaged file.
+    """
+    import torch
+
+    found: dict[torch.dtype, int] = {}
+    for file in files:
+        for entry in read_header(file).values():
+            if entry.dtype not in FLOATS and entry.dtype.startswith("F"):
+                return {}
+            if entry.dtype in FLOATS:
+                dtype = getattr(torch, FLOATS[entry.dtype])
+                found[dtype] = found.get(dtype, 0) + entry.end - entry.begin
+    return found
+
+
+def widest(dtypes: dict[torch.dtype, int]) -> torch.dtype:
+    """The dtype that holds all of these without rounding; float32 where there are none."""
+    import torch
+
+    result: torch.dtype | None = None
+    for dtype in dtypes:
+        result = dtype if result is None else torch.promote_types(result, dtype)
+    return torch.float32 if result is None else result
+
+
+def widest_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds every stored weight of a folder exactly; float32 for pickled weights."""
+    import torch
+
+    files = weight_files(folder, pickled=True)
+    if files[0].suffix != ".safetensors":
+        return torch.float32
+    return widest(stored_bytes(files))

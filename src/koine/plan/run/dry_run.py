@@ -1,0 +1,62 @@
+"""What a run would do, said before it does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from koine.plan.formatting import duration, size, table
+from koine.plan.plan import Plan
+from koine.plan.run.estimates import Expectation, critical_path, expect
+from koine.plan.store.status import statuses
+
+
+def dry_run(plan: Plan) -> list[str]:
+    """Lines for the user: each artifact with what would be done and why, memory and time; totals; the critical path."""
+    found = statuses(plan)
+    build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
+    expectation = expect(plan, build)
+    rows = [("artifact", "would be", "peak memory", "time", "why")]
+    for name, status in found.items():
+        estimate = expectation.steps.get(name)
+        memory, time = ("", "") if name not in build else ("?", "?")
+        if estimate is not None:
+            memory, time = size(estimate.memory_bytes), duration(estimate.seconds)
+        state = "built" if status.state == "build" else status.state
+        rows.append((name, state, memory, time, "; ".join(status.reasons)))
+    return [*table(rows), "", *totals(plan, expectation, len(build))]
+
+
+def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
+    """The sums over the steps that would run."""
+    if not count:
+        return ["Nothing to do: everything is there."]
+    lines = [f"{count} of {len(plan.nodes)} steps would run."]
+    if expectation.steps:
+        path, seconds = critical_path(
+            plan, {name: estimate.seconds for name, estimate in expectation.steps.items()}
+        )
+        lines += [
+            f"Time: {duration(expectation.seconds)} one after another; at least {duration(seconds)} side by side: "
+            + " → ".join(path),
+            f"Peak memory: {size(expectation.memory_bytes)} in the largest step.",
+        ]
+    if expectation.unknown:
+        lines.append(f"No estimate for: {', '.join(expectation.unknown)}.")
+    return lines
+
+
+def summary(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table at the end of a run, from the nodes of its record."""
+    rows = [("artifact", "", "seconds", "peak memory")]
+    for name, node in nodes.items():
+        seconds, memory = node["seconds"], node["peak_memory_bytes"]
+        rows.append(
+            (
+                name,
+                str(node["status"]),
+                "" if seconds is None else f"{seconds:.1f}",
+                "" if memory is None else size(memory),
+            )
+        )
+    return table(rows)

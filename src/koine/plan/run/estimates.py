@@ -1,0 +1,128 @@
+"""What a plan is expected to need: per step from its own formula and from what earlier builds took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+from koine.errors import UserError
+from koine.plan.plan import Node, Plan, places
+from koine.plan.step import Estimate
+from koine.plan.store.publish import record_of
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What running the missing steps will need; `unknown` names those with neither a formula nor a history."""
+
+    steps: dict[str, Estimate]
+    unknown: tuple[str, ...] = ()
+    formulas: dict[str, Estimate] = field(default_factory=dict)  # before the scaling by earlier builds
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps together, one after another."""
+        return sum(estimate.seconds for estimate in self.steps.values())
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """A step's estimate as it is recorded beside its artifact; None where there is none."""
+        if name not in self.steps:
+            return None
+        formula = self.formulas.get(name)
+        return {
+            "memory_bytes": self.steps[name].memory_bytes,
+            "seconds": self.steps[name].seconds,
+            "formula_seconds": None if formula is None else formula.seconds,
+        }
+
+    @property
+    def memory_bytes(self) -> int:
+        """The largest peak of any one step."""
+        return max((estimate.memory_bytes for estimate in self.steps.values()), default=0)
+
+
+def history(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Records of the artifacts already in the run's folder, by the step that built them."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in plan.nodes.values():
+        known = record_of(node.artifact.path)
+        # A resumed build's seconds are those of its last attempt, which say nothing about a whole one.
+        # A clock that was set back once left negative ones.
+        if known is not None and known.get("attempts") == 1 and known["seconds"] >= 0:
+            found.setdefault(known["step"], []).append(known)
+    return found
+
+
+def formula(node: Node) -> Estimate | None:
+    """What the step's own `estimate` says for these parameters; None where it has none."""
+    if node.info.estimate is None:
+        return None
+    given = node.info.estimate(
+        **{key: places(value) for key, value in node.inputs.items()}, **node.parameters
+    )
+    if not isinstance(given, Estimate) or given.memory_bytes < 0 or given.seconds < 0:
+        raise UserError(
+            f"its estimate must return an Estimate of memory and time, got {given!r}",
+            where=node.recipe["step"],
+        )
+    return given
+
+
+def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) -> Estimate | None:
+    """The formula, its time scaled by the median of actual over estimated time in earlier builds of the same step.
+
+    Without a formula: what an earlier build of this artifact took, or else the mean of the same step's others.
+    """
+    if given is None:
+        same = [known for known in records if known.get("artifact") == node.artifact.name] or records
+        if not same:
+            return None
+        return Estimate(
+            max(int(known["peak_memory_bytes"]) for known in same), fmean(known["seconds"] for known in same)
+        )
+    ratios = [
+        known["seconds"] / known["estimate"]["formula_seconds"]
+        for known in records
+        if known.get("estimate") and known["estimate"]["formula_seconds"]
+    ]
+    return Estimate(given.memory_bytes, given.seconds * (median(ratios) if ratios else 1.0))
+
+
+def expect(plan: Plan, build: Mapping[str, Node]) -> Expectation:
+    """Estimates for the steps that will run."""
+    past = history(plan)
+    formulas = {name: formula(node) for name, node in build.items()}
+    found = {
+        name: scaled(node, formulas[name], past.get(node.recipe["step"], [])) for name, node in build.items()
+    }
+    return Expectation(
+        {name: estimate for name, estimate in found.items() if estimate is not None},
+        tuple(name for name, estimate in found.items() if estimate is None),
+        {name: estimate for name, estimate in formulas.items() if estimate is not None},
+    )
+
+
+def remaining(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:
+    """For each artifact, the time of the longest chain that starts with it: what to begin first."""
+    found = {name: seconds.get(name, 0.0) for name in plan.nodes}
+    for name, node in reversed(plan.nodes.items()):
+        for parent in node.parents:
+            if parent in found:
+                found[parent] = max(found[parent], seconds.get(parent, 0.0) + found[name])
+    return found
+
+
+def critical_path(plan: Plan, seconds: Mapping[str, float]) -> tuple[list[str], float]:
+    """The chain of steps that takes longest, and its time: no number of machines ends the plan sooner.
+
+    `seconds` holds the steps that will run; the others cost nothing.
+    """
+    ends: dict[str, tuple[float, list[str]]] = {}
+    for name, node in plan.nodes.items():
+        before, path = max((ends[parent] for parent in node.parents if parent in ends), default=(0.0, []))
+        own = [name] if name in seconds else []
+        ends[name] = (before + seconds.get(name, 0.0), path + own)
+    time, path = max(ends.values(), default=(0.0, []))
+    return path, time

@@ -1,0 +1,315 @@
+"""Runs a plan: what is missing is built, independent steps side by side, and what succeeds stays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from koine.errors import UserError
+from koine.files import clear_abandoned, disk_errors, exclusive
+from koine.plan.formatting import size
+from koine.plan.plan import Node, Plan
+from koine.plan.run.display import Display
+from koine.plan.run.estimates import Expectation, expect, remaining
+from koine.plan.run.job import HEADER, Job, check_importable, log_of, make_job
+from koine.plan.run.progress import read as told
+from koine.plan.store.export import write_exports
+from koine.plan.store.provenance import code_version
+from koine.plan.store.publish import leftovers, lock_of, recover
+from koine.plan.store.run_record import RunRecord
+from koine.plan.store.status import Status, statuses
+
+LOOK_SECONDS = 0.05
+# A training that is asked to stop writes a checkpoint first; after this long it is killed.
+GRACE_SECONDS = 120.0
+
+
+class Running(Protocol):
+    """A step that an executor has started."""
+
+    def poll(self) -> int | None: ...
+    def stop(self, number: int) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Executor(Protocol):
+    """Where steps run. `free_memory` in bytes, or None where the executor sees to it itself."""
+
+    cores: int
+    free_memory: int | None
+
+    def start(self, job: Job) -> Running: ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that failed: its exit code, its log, the log's last lines, and the error where the worker could still tell it."""
+
+    name: str
+    code: int
+    log: Path
+    lines: tuple[str, ...]
+    error: str | None = None
+
+    @property
+    def message(self) -> str:
+        """One line: the step, the log, what it said last."""
+        if self.error is not None:
+            said = self.error
+        elif self.code < 0:
+            said = f"killed by {signal.Signals(-self.code).name}" + (
+                ", perhaps for want of memory" if self.code == -signal.SIGKILL else ""
+            )
+        else:
+            said = self.lines[-1].removeprefix("koine: ") if self.lines else f"exit code {self.code}"
+        return f"step '{self.name}' failed (log: {self.log}): {said}"
+
+
+def last_lines(log: Path, count: int = 12) -> tuple[str, ...]:
+    """The last lines that the latest attempt wrote."""
+    said = "\n" + log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    _, header, latest = said.rpartition("\n" + HEADER)
+    if header:
+        latest = latest.partition("\n")[2]
+    return tuple(latest.strip().splitlines()[-count:])
+
+
+class PlanFailedError(Exception):
+    """Steps failed; `exit_code` is 2 where each of them was a mistake of the user, else 1."""
+
+    def __init__(self, failures: list[Failure]) -> None:
+        self.failures = failures
+        self.exit_code = 2 if all(failure.code == 2 for failure in failures) else 1
+        super().__init__("; ".join(failure.message for failure in failures))
+
+
+class RunInterruptedError(Exception):
+    """The run was asked to stop by a signal; running it again goes on from there."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__("interrupted; run the same command again to continue")
+
+
+@dataclass
+class Interrupt:
+    """Signals that asked the run to stop, the first of them, and when it came."""
+
+    number: int | None = None
+    count: int = 0
+    since: float = field(default=0.0)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """The handler."""
+        self.count += 1
+        if self.number is None:
+            self.number, self.since = number, time.monotonic()
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupt]:
+    """Note SIGINT and SIGTERM in place of dying of them; outside the main thread nothing is changed."""
+    noted = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.signal(number, noted) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the progress of runs of this machine that were killed."""
+    import psutil
+
+    for left in folder.glob(f"{platform.node()}-*"):
+        number = left.name.removeprefix(f"{platform.node()}-")
+        if number.isdecimal() and left.is_dir() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def make_place(own: Path) -> None:
+    """The folder where running steps tell their progress.
+
+    Where something else stands in its way, none is shown.
+    """
+    shutil.rmtree(own, ignore_errors=True)
+    with contextlib.suppress(FileExistsError, NotADirectoryError):
+        own.mkdir(parents=True)
+
+
+def recover_all(plan: Plan) -> None:
+    """Mend what a kill during publication left, where nobody is building that artifact now."""
+    for name in plan.nodes:
+        # A lock that nobody holds was left by a kill; who holds one is waited for where its artifact is
+        # needed.
+        if leftovers(plan.folder, name) or lock_of(plan.folder, name).exists():
+            with (
+                contextlib.suppress(UserError),
+                exclusive(lock_of(plan.folder, name), doing=f"building {name}"),
+            ):
+                recover(plan.folder, name)
+
+
+@dataclass
+class _Run:
+    plan: Plan
+    executor: Executor
+    display: Display
+    record: RunRecord
+    expectation: Expectation
+    told: Path  # where running steps tell their progress
+    waiting: dict[str, Node]
+    running: dict[str, Running] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)  # failed, or not run because an input failed
+
+    def needs(self, name: str) -> tuple[int, int]:
+        """Cores and bytes of a step; no more cores than there are."""
+        estimate = self.expectation.steps.get(name)
+        cores = min(self.plan.nodes[name].threads, self.executor.cores)
+        return cores, 0 if estimate is None else estimate.memory_bytes
+
+    def fits(self, name: str) -> bool:
+        """Whether a step can start beside those that run; one alone always can."""
+        if not self.running:
+            return True
+        needs = [self.needs(other) for other in [*self.running, name]]
+        if sum(cores for cores, _ in needs) > self.executor.cores:
+            return False
+        free = self.executor.free_memory
+        return free is None or sum(memory for _, memory in needs) <= free
+
+    def start_ready(self, statuses: dict[str, Status], code: dict[str, Any]) -> None:
+        for name, node in list(self.waiting.items()):
+            if any(parent in self.lost for parent in node.parents):
+                del self.waiting[name]
+                self.lost.add(name)
+                self.record.set(name, "not run")
+                self.display.line(f"{name}: not run, an input failed")
+            elif any(parent in self.waiting or parent in self.running for parent in node.parents):
+                continue
+            elif self.fits(name):
+                del self.waiting[name]
+                memory, free = self.needs(name)[1], self.executor.free_memory
+                if free is not None and memory > free:
+                    self.display.line(f"{name}: may need {size(memory)}, and {size(free)} are free")
+                estimate = self.expectation.record(name)
+                job = make_job(
+                    self.plan, node, code=code, estimate=estimate, progress=self.told / name.replace("/", "+")
+                )
+                self.running[name] = self.executor.start(job)
+                self.record.set(name, "running")
+                self.display.started(name, "; ".join(statuses[name].reasons))
+
+    def look(self, interrupted: bool) -> None:
+        """Show progress, and take note of what has ended."""
+        for name, process in list(self.running.items()):
+            code = process.poll()
+            progress = told(self.told / name.replace("/", "+"))
+            if code is None:
+                if "fraction" in progress and "result" not in progress:
+                    self.display.progress(name, progress["fraction"], progress["text"])
+                continue
+            del self.running[name]
+            if code == 0:
+                result = str(progress.get("result", "built"))
+                self.record.set(name, result)
+                by = " (another run built it)" if result == "reused" else ""
+                self.display.finished(name, f"{result}{by}" if by else "done")
+            elif interrupted:
+                self.record.set(name, "interrupted")
+                self.display.finished(name, "stopped")
+            else:
+                self.lost.add(name)
+                log = log_of(self.plan, name)
+                self.failures.append(Failure(name, code, log, last_lines(log), progress.get("error")))
+                self.record.set(name, "failed")
+                self.display.finished(name, "failed")
+
+    def drive(self, statuses: dict[str, Status]) -> None:
+        """Until everything has ended, or a signal has and those that ran have stopped."""
+        code = code_version() if self.waiting else {}
+        forwarded = 0
+        with self.display, interrupts() as interrupt:
+            try:
+                while self.running or (self.waiting and interrupt.number is None):
+                    if interrupt.number is None:
+                        self.start_ready(statuses, code)
+                    self.look(interrupt.number is not None)
+                    if interrupt.number is not None:
+                        if forwarded == 0 and self.running:
+                            self.display.line("stopping; once more to stop at once")
+                            for process in self.running.values():
+                                process.stop(interrupt.number)
+                        forwarded = 1
+                        if interrupt.count > 1 or time.monotonic() - interrupt.since > GRACE_SECONDS:
+                            for process in self.running.values():
+                                process.kill()
+                    if self.running:
+                        time.sleep(LOOK_SECONDS)
+            finally:
+                for process in self.running.values():
+                    process.kill()
+        if interrupt.number is not None:
+            self.record.end("interrupted")
+            raise RunInterruptedError(interrupt.number)
+
+
+def execute(
+    plan: Plan, *, executor: Executor | None = None, display: Display | None = None
+) -> dict[str, dict[str, Any]]:
+    """Build what is missing or changed; returns the nodes of `plan.json`. Branches beside a failed step go on to their end.
+
+    Raises:
+        PlanFailedError: steps failed; everything that succeeded stays.
+        RunInterruptedError: SIGINT or SIGTERM; running steps were told, and had time to save.
+        UserError: the run's folder cannot be written.
+    """
+    from koine.plan.run.local import LocalExecutor
+
+    recover_all(plan)
+    found = statuses(plan)
+    build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
+    for node in build.values():
+        check_importable(node.function)
+    expectation = expect(plan, build)
+    folder = plan.folder.resolve()
+    own = folder / ".progress" / f"{platform.node()}-{os.getpid()}"
+    with disk_errors(plan.folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(folder, folder / ".cache", folder / ".work")
+        sweep(own.parent)
+        make_place(own)
+        try:
+            record = RunRecord(plan, found, expectation)
+            record.write()
+            plan.cache.save()
+            after = remaining(plan, {name: estimate.seconds for name, estimate in expectation.steps.items()})
+            # Of the steps that could start, the one with the longest chain behind it goes first.
+            build = dict(sorted(build.items(), key=lambda item: -after[item[0]]))
+            run = _Run(
+                plan, executor or LocalExecutor(), display or Display(), record, expectation, own, dict(build)
+            )
+            run.drive(found)
+            if run.failures:
+                record.end("failed")
+                raise PlanFailedError(run.failures)
+            write_exports(plan)
+            record.end("succeeded")
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+    return record.nodes

@@ -1,0 +1,1 @@
+"""Store artifacts: publish, fingerprints, lineage."""

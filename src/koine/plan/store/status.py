@@ -1,0 +1,89 @@
+"""Which artifacts of a plan must be built, and why, field by field."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from koine.plan.plan import Node, Plan
+from koine.plan.store.publish import record_of, refuse_damage, standing
+
+State = Literal["build", "reused", "adopted", "not needed"]
+HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run will do about one artifact; `reasons` are those for building it."""
+
+    state: State
+    reasons: tuple[str, ...] = ()
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a difference; hashes by their first twelve digits."""
+    return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else repr(value)
+
+
+def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
+    """`field: old → new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines: list[str] = []
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{field_name}.{key}" if field_name else str(key)
+            lines += differences(old.get(key), new.get(key), inner)
+        return lines
+    return [] if old == new else [f"{field_name}: {shown(old)} → {shown(new)}"]
+
+
+def why(node: Node) -> list[str]:
+    """The reasons to run a step: `["new"]`, or each field that changed; empty where up to date.
+
+    Raises `UserError` for one that is up to date and not whole, by the sizes of its files.
+    """
+    old = record_of(node.artifact.path)
+    if old is None:
+        return ["new"]
+    if old["fingerprint"] == node.artifact.fingerprint:
+        refuse_damage(node.artifact.path, old)
+        return []
+    return differences({key: old.get(key) for key in node.recipe}, node.recipe) or ["fingerprint changed"]
+
+
+def is_adopted(node: Node) -> bool:
+    """Whether the artifact was put in place by `koine adopt` rather than built."""
+    record = record_of(node.artifact.path)
+    if record is None or record["step"] != "adopted":
+        return False
+    refuse_damage(node.artifact.path, record)
+    return True
+
+
+def statuses(plan: Plan) -> dict[str, Status]:
+    """What a run will do about each artifact, in the plan's order.
+
+    An artifact that only adopted ones were made from is not needed: the adopted folder stands in for that work.
+    """
+    found: dict[str, Status] = {}
+    consumers: dict[str, list[str]] = {name: [] for name in plan.nodes}
+    for name, node in plan.nodes.items():
+        for parent in node.parents:
+            if parent in consumers:
+                consumers[parent].append(name)
+    exported = {artifact.name for artifact in plan.exports.values()}
+    for name, node in reversed(plan.nodes.items()):
+        if is_adopted(node):
+            found[name] = Status("adopted")
+        elif not (reasons := why(node)):
+            found[name] = Status("reused")
+        elif (
+            consumers[name]
+            and name not in exported
+            and all(found[consumer].state in ("adopted", "not needed") for consumer in consumers[name])
+        ):
+            found[name] = Status("not needed")
+        else:
+            standing(plan.folder, name)
+            found[name] = Status("build", tuple(reasons))
+    return {name: found[name] for name in plan.nodes}

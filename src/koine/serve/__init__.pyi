@@ -1,0 +1,1 @@
+from .chat.conversation import Conversation as Conversation

@@ -1,0 +1,1 @@
+"""Steps that plans are made of."""

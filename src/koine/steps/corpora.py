@@ -1,0 +1,260 @@
+"""The steps that write a corpus folder: from the sample world, or from the user's own text.
+
+Heavy imports are inside the functions, so that a run in which everything is up to date never loads torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from koine.errors import UserError
+from koine.plan import step
+from koine.steps import estimates
+from koine.steps.corpus_files import Roles as CorpusRoles
+from koine.steps.corpus_files import split_roles, write_own_corpus, write_step_report
+
+
+@step(version="1", estimate=estimates.sample)
+def sample_corpus(
+    *,
+    languages: tuple[str, ...],
+    primary_cluster: str,
+    primary_languages: tuple[str, ...],
+    documents_per_language: int,
+    questions_per_language: int,
+    code_bytes: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Write the sample world in `languages`, and who is primary and who expanded."""
+    from koine.data.sample import QUESTION_LANGUAGES, write_sample
+
+    primary, expanded = split_roles(
+        languages, primary_cluster=primary_cluster, primary_languages=primary_languages
+    )
+    world = out / "world"
+    shutil.rmtree(world, ignore_errors=True)
+    summary = write_sample(
+        languages,
+        world,
+        seed=seed,
+        documents_per_language=documents_per_language,
+        questions_per_language=questions_per_language,
+        code_bytes=code_bytes,
+    )
+    for path in world.iterdir():
+        target = out / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    world.rmdir()
+    chat = tuple(code for code in languages if code in QUESTION_LANGUAGES)
+    CorpusRoles(primary=primary, expanded=expanded, chat=chat).save(out)
+    rows = [[str(value) for value in row] for row in summary.rows()]
+    write_step_report(
+        out,
+        "Sample world",
+        [
+            {
+                "kind": "text",
+                "text": f"Facts and phrases from CLDR in {len(languages)} languages, the same facts in each. "
+                f"Pretraining languages: {', '.join(primary)}. Languages that come in later: {', '.join(expanded)}.",
+            },
+            {"kind": "table", "columns": list(summary.columns), "rows": rows},
+        ],
+    )
+
+
+@step(version="1", estimate=estimates.own)
+def own_corpus(
+    data: Path,
+    *,
+    fields: tuple[str, ...],
+    primary_cluster: str,
+    primary_languages: tuple[str, ...],
+    languages: tuple[str, ...],
+    max_bytes_per_language: int,
+    heldout_bytes_per_language: int,
+    heldout_share: float,
+    min_bytes_per_language: int,
+    max_bad_share: float,
+    questions_per_language: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Sort the user's own records into a corpus; where they hold no chats, the sample world's questions stand in."""
+    from koine.data import read_records
+    from koine.data.sample import QUESTION_LANGUAGES, write_sample
+    from koine.languages import language
+
+    for folder in ("documents", "documents-heldout", "questions"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    # Every split: records that say they are of another than train become the held-out text.
+    reader = read_records(
+        data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all", carry=()
+    )
+    wanted = {language(code).code for code in languages}
+    unknown = 0
+
+    def chosen() -> Iterator[dict[str, Any]]:
+        nonlocal unknown
+        for record in reader:
+            if record["language"] == "und":
+                unknown += 1
+            elif not wanted or record["language"] in wanted:
+                yield record
+
+    shares = write_own_corpus(
+        chosen(),
+        out,
+        max_bytes=max_bytes_per_language,
+        heldout_bytes=heldout_bytes_per_language,
+        heldout_share=heldout_share,
+        min_bytes=min_bytes_per_language,
+    )
+    if not shares:
+        raise UserError(
+            f"no language has {min_bytes_per_language} bytes of text and a held-out document",
+            where=data,
+            mend=f"{unknown} records name no language: map the field (--set fields=text=...,language=...)"
+            if unknown
+            else "lower it with --set min_bytes_per_language=...",
+        )
+    primary, expanded = split_roles(
+        tuple(shares), primary_cluster=primary_cluster, primary_languages=primary_languages
+    )
+    chat = tuple(code for code in shares if shares[code].chats)
+    own_chats = bool(chat)
+    if not own_chats:
+        chat = tuple(code for code in shares if code in QUESTION_LANGUAGES) or ("en",)
+        world = out / "world"
+        shutil.rmtree(world, ignore_errors=True)
+        write_sample(
+            chat,
+            world,
+            seed=seed,
+            documents_per_language=1,
+            questions_per_language=questions_per_language,
+            code_bytes=0,
+        )
+        shutil.rmtree(out / "questions")
+        (world / "questions").replace(out / "questions")
+        shutil.rmtree(world)
+    CorpusRoles(primary=primary, expanded=expanded, chat=chat).save(out)
+    name = {code: language(code).name for code in shares}
+    write_step_report(
+        out,
+        "Your text",
+        [
+            {
+                "kind": "text",
+                "text": f"{len(shares)} languages; pretrained on: {', '.join(primary)}. Coming in later: {', '.join(expanded)}. "
+                + (
+                    "Chats are yours."
+                    if own_chats
+                    else f"The text holds no chats, so the sample world's questions stand in for: {', '.join(chat)}."
+                )
+                + (f" {unknown} records name no language and were left out." if unknown else "")
+                + (
+                    f" {reader.bad} bad records were left out, the first: {reader.examples[0]}."
+                    if reader.bad
+                    else ""
+                ),
+            },
+            {
+                "kind": "table",
+                "columns": [
+                    "language",
+                    "name",
+                    "part",
+                    "documents",
+                    "bytes",
+                    "held-out documents",
+                    "held-out bytes",
+                    "chats",
+                ],
+                "rows": [
+                    [
+                        code,
+                        name[code],
+                        "primary" if code in primary else "expanded",
+                        share.documents,
+                        share.bytes,
+                        share.heldout_documents,
+                        share.heldout_bytes,
+                        share.chats,
+                    ]
+                    for code, share in shares.items()
+                ],
+            },
+        ],
+    )
+
+
+@step(version="1", estimate=estimates.own)
+def text_corpus(
+    data: Path,
+    *,
+    fields: tuple[str, ...],
+    languages: tuple[str, ...],
+    max_bytes_per_language: int,
+    min_bytes_per_language: int,
+    max_bad_share: float,
+    out: Path,
+) -> None:
+    """Sort the user's own documents into a corpus in which every language plays the same part."""
+    from koine.data import read_records
+    from koine.languages import language
+
+    for folder in ("documents", "documents-heldout", "questions"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    reader = read_records(
+        data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all", carry=()
+    )
+    wanted = {language(code).code for code in languages}
+    shares = write_own_corpus(
+        (record for record in reader if not wanted or record["language"] in wanted),
+        out,
+        max_bytes=max_bytes_per_language,
+        heldout_bytes=max(10_000, max_bytes_per_language // 10),
+        heldout_share=0.05,
+        min_bytes=min_bytes_per_language,
+    )
+    if not shares:
+        raise UserError(
+            f"no language has {min_bytes_per_language} bytes of text and a held-out document",
+            where=data,
+            mend="give more text, or lower it with --set min_bytes_per_language=...",
+        )
+    CorpusRoles(primary=tuple(shares), expanded=(), chat=()).save(out)
+    write_step_report(
+        out,
+        "Text",
+        [
+            {
+                "kind": "table",
+                "columns": ["language", "documents", "bytes", "held-out documents", "held-out bytes"],
+                "rows": [
+                    [code, share.documents, share.bytes, share.heldout_documents, share.heldout_bytes]
+                    for code, share in shares.items()
+                ],
+            }
+        ],
+    )
+
+
+def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
+    """`("text=content", "language=lang")` as a mapping; raises `UserError` on an entry without `=`."""
+    mapping = {}
+    for entry in fields:
+        name, separator, column = entry.partition("=")
+        if not separator or not name or not column:
+            raise UserError(
+                f"field mapping '{entry}' is not NAME=COLUMN",
+                mend="for example fields=text=content,language=lang",
+            )
+        mapping[name] = column
+    return mapping

@@ -1,0 +1,87 @@
+"""The steps that train a tokenizer and tokenize a corpus with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from koine.files import write_json
+from koine.plan import step
+from koine.steps import estimates
+from koine.steps.corpus_files import existing, load_roles, read_lines, write_step_report
+
+if TYPE_CHECKING:
+    from koine.tokenizer.weights import BucketMass, Scheme
+
+
+@step(version="1", estimate=estimates.tokenizer, threads=2)
+def build_tokenizer(
+    corpus: Path,
+    *,
+    scope: str,
+    vocabulary_size: int,
+    scheme: str,
+    english_share: float,
+    sample_bytes: int,
+    seed: int,
+    bucket_mass: str = "uniform",
+    out: Path,
+) -> None:
+    """Train a byte-level BPE on the languages of `scope`: `universal` (all) or `cluster` (the primary ones)."""
+    from koine.tokenizer import train_tokenizer
+
+    roles = load_roles(corpus)
+    codes = roles.all if scope == "universal" else roles.primary
+    texts = {code: partial(_texts, path) for code, path in existing(corpus, "documents", codes).items()}
+    tokenizer = train_tokenizer(
+        texts,
+        vocab_size=vocabulary_size,
+        scheme=cast("Scheme", scheme),
+        bucket_mass=cast("BucketMass", bucket_mass),
+        english_share=english_share if "en" in texts and len(texts) > 1 else None,
+        sample_bytes=sample_bytes,
+        seed=seed,
+    )
+    tokenizer.save(out)
+    rows: list[list[str | float]] = []
+    for code, path in existing(corpus, "documents-heldout", roles.all).items():
+        size, count = 0, 0
+        for record in read_lines(path):
+            size += len(record["text"].encode("utf-8"))
+            count += len(tokenizer.encode(record["text"]))
+        rows.append([code, "yes" if code in texts else "no", round(size / count, 3)])
+    write_json(out / "bytes_per_token.json", {str(row[0]): row[2] for row in rows})
+    write_step_report(
+        out,
+        f"Tokenizer: {scope}",
+        [
+            {
+                "kind": "text",
+                "text": f"{tokenizer.vocab_size} tokens from {len(texts)} languages. More bytes in a token means shorter sequences.",
+            },
+            {
+                "kind": "bars",
+                "categories": [str(row[0]) for row in rows],
+                "series": [{"name": "bytes per token, held-out text", "values": [row[2] for row in rows]}],
+                "x_label": "language",
+                "y_label": "bytes per token",
+            },
+        ],
+    )
+
+
+def _texts(path: Path) -> Iterator[str]:
+    for record in read_lines(path):
+        yield record["text"]
+
+
+@step(version="1", estimate=estimates.tokens)
+def tokenize_part(corpus: Path, tokenizer: Path, *, part: str, domain: str, out: Path) -> None:
+    """Tokenize one part of a corpus (`documents`, `questions/train`, `code.jsonl`) into token shards."""
+    from koine.data import tokenize
+
+    shutil.rmtree(out / "tokens", ignore_errors=True)
+    tokenize(corpus / part, tokenizer, out=out / "tokens", workers=1, domain=domain, max_bad_share=0.0)

@@ -1,0 +1,266 @@
+"""Whole checkpoints: pieces and shards change nothing, an interrupted merge goes on, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from koine.combine.merging import runner as merging
+from koine.combine.merging import tensor as one_tensor
+from koine.combine.merging.config import Recipe
+from koine.combine.merging.methods import METHODS
+from koine.combine.merging.runner import merge
+from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
+from koine.errors import UserError
+from koine.files import read_json
+from koine.model import load_model
+from tests.combine.merge_configs import recipe_of, tensors
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_threads_and_shards_change_nothing(
+    method: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(recipe_of(method, models), tmp_path / "whole", threads=1)
+    monkeypatch.setattr(merging, "SYNC_BYTES", 1000)
+    merge(recipe_of(method, models, max_shard_bytes=20_000), tmp_path / "shards", threads=3)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    whole, shards = tensors(tmp_path / "whole"), tensors(tmp_path / "shards")
+    assert whole.keys() == shards.keys() == tensors(models["a"]).keys()
+    for name in whole:
+        assert torch.equal(whole[name], shards[name])
+    # Sharded models are read as well.
+    again = {"a": tmp_path / "shards", "b": tmp_path / "shards", "base": models["base"]}
+    if method == "linear":
+        merge(recipe_of(method, again), tmp_path / "again")
+        for name, tensor in tensors(tmp_path / "again").items():
+            assert torch.allclose(tensor, whole[name], atol=1e-7)
+    load_model(tmp_path / "shards")
+    assert METHODS[method].source in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_values_by_hand_and_weights_by_pattern(models: dict[str, Path], tmp_path: Path) -> None:
+    patterns = (("model.layers.[01].*", (1.0, 0.0)), ("*mlp*", (0.0, 1.0)))
+    report = merge(recipe_of("linear", models, weights_for=patterns), tmp_path / "out")
+    a, b, got = (tensors(path) for path in (models["a"], models["b"], tmp_path / "out"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(got[name], a[name])
+    name = "model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(got[name], b[name])
+    name = "model.layers.2.self_attn.q_proj.weight"
+    assert torch.allclose(got[name], 0.25 * a[name] + 0.75 * b[name], atol=1e-7)
+    assert report["recipe"]["weights"] == (0.25, 0.75)
+    figures = read_json(tmp_path / "out" / "merge_report.json")["tensors"][name]
+    middle = (a[name] + b[name]) / 2
+    assert figures["distance"][0] == pytest.approx(float((a[name] - middle).norm() / middle.norm()), rel=0.05)
+
+
+def test_blocks_of_rows_are_put_together(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(recipe_of("task-arithmetic", models), tmp_path / "whole")
+    monkeypatch.setattr(one_tensor, "BLOCK", 100)
+    merge(recipe_of("task-arithmetic", models), tmp_path / "blocks")
+    whole, blocks = tensors(tmp_path / "whole"), tensors(tmp_path / "blocks")
+    assert all(torch.equal(whole[name], blocks[name]) for name in whole)
+
+
+def test_sign_conflicts_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    report = merge(recipe_of("ties", models), tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, a, b = (tensors(models[one])[name] for one in ("base", "a", "b"))
+    share = float((((a - base) > 0) != ((b - base) > 0)).float().mean())
+    # Estimated from every entry here: the tensor is small.
+    assert report["tensors"][name]["sign_conflicts"] == pytest.approx(share, abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(
+    models: dict[str, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    """The child merges slowly, syncs after every tensor, and is killed when its journal has some lines."""
+    script = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from tests.combine.merge_configs import recipe_of\nfrom koine.combine.merging import runner as merging\n"
+        "merging.SYNC_BYTES = 1\nslow = merging.merge_tensor\n"
+        "merging.merge_tensor = lambda *given: (time.sleep(0.1), slow(*given))[1]\n"
+        "folder = Path(sys.argv[1])\n"
+        "merging.merge(recipe_of('dare-ties', {n: folder / p for n, p in (('base', 'seed'), ('a', 'a'), ('b', 'b'))}), folder / 'out', threads=1)\n"
+    )
+    root = Path(__file__).resolve().parents[3]
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=root, stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"},
+    )  # fmt: skip
+    journal = tmp_path / ".out.merge" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and len(journal.read_text().splitlines()) > 4):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(number)
+    child.wait()
+    assert not (tmp_path / "out").exists()
+    named = {"base": tmp_path / "seed", "a": tmp_path / "a", "b": tmp_path / "b"}
+    done = len(journal.read_text().splitlines()) - 1
+    touched: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = merging.merge_tensor
+        patch.setattr(
+            merging,
+            "merge_tensor",
+            lambda plan, writer, name: (touched.append(name), real(plan, writer, name))[1],
+        )
+        merge(recipe_of("dare-ties", named), tmp_path / "out")
+    assert len(touched) == len(tensors(tmp_path / "out")) - done
+    merge(recipe_of("dare-ties", named), tmp_path / "fresh")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))
+    assert first == second
+    assert not journal.parent.exists()
+
+
+def test_other_work_beside_the_result_is_begun_anew(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / ".out.merge").mkdir()
+    (tmp_path / ".out.merge" / "journal.jsonl").write_text(
+        '{"fingerprint": "another"}\n{"model.norm.weight": {}}\n'
+    )
+    merge(recipe_of("linear", models), tmp_path / "out")
+    merge(recipe_of("linear", models), tmp_path / "fresh")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "fresh" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_mixed_dtypes_whole_numbers_and_scalars(tmp_path: Path) -> None:
+    for name, dtype in (("a", torch.bfloat16), ("b", torch.float32)):
+        (tmp_path / name).mkdir()
+        content = {
+            "w": torch.full((3, 4), 1.0 if name == "a" else 2.0, dtype=dtype),
+            "scale": torch.tensor(3.0, dtype=dtype),
+            "steps": torch.tensor([1, 2]),
+            "empty": torch.empty(0, 4, dtype=dtype),
+        }
+        save_file(content, tmp_path / name / "model.safetensors")
+    recipe = Recipe(
+        method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5), dtype="float32"
+    )
+    merge(recipe, tmp_path / "out")
+    got = tensors(tmp_path / "out")
+    assert got["w"].dtype == torch.float32
+    assert torch.equal(got["w"], torch.full((3, 4), 1.5))
+    assert float(got["scale"]) == 3.0
+    assert torch.equal(got["steps"], torch.tensor([1, 2]))
+    save_file({**got, "steps": torch.tensor([1, 3])}, tmp_path / "b" / "model.safetensors")
+    with pytest.raises(UserError, match="steps is of whole numbers and differs"):
+        merge(recipe, tmp_path / "other")
+    assert not list(tmp_path.glob(".other*"))
+
+
+def test_files_are_those_of_the_library(tmp_path: Path) -> None:
+    """What we write the library reads, and the reverse, piece by piece."""
+    content = {"x": torch.randn(5, 3), "y": torch.randn(4).to(torch.bfloat16), "z": torch.tensor(7)}
+    save_file(content, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert torch.equal(checkpoint.read("x", 1, 4), content["x"][1:4])
+    assert torch.equal(checkpoint.read("y"), content["y"])
+    assert int(checkpoint.read("z")) == 7
+    (tmp_path / "out").mkdir()
+    writer = CheckpointWriter(
+        tmp_path / "out",
+        {name: (one.dtype, one.shape) for name, one in content.items()},
+        max_shard_bytes=10**9,
+    )
+    writer.write("x", content["x"][2:], 2)
+    writer.write("x", content["x"][:2])
+    writer.write("y", content["y"])
+    writer.write("z", content["z"])
+    writer.close()
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in content.items())
+    checkpoint.close()
+
+
+def test_what_is_too_large_for_the_result_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """Finite options and finite models may still have a merge that is not, in float32 or in a narrower dtype."""
+    for more in (
+        {"weights": (1e30, 1e30), "options": {"scale": 1e30}},
+        {"weights": (1e8, 1e8), "dtype": "float16"},
+    ):
+        with pytest.raises(UserError, match="the merged model.* holds NaN or infinity as float"):
+            merge(recipe_of("task-arithmetic", models, **more), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("tail", ['{"model.norm.weight": {', '{"model.norm.weight": {}}', "\0\0\0\n"])
+def test_a_cut_line_of_the_journal_is_dropped(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str
+) -> None:
+    """An interrupted merge whose last line is cut, unterminated or of zeros goes on twice, and ends as a fresh one."""
+    monkeypatch.setattr(merging, "SYNC_BYTES", 1)
+    real = merging.merge_tensor
+    journal = tmp_path / ".out.merge" / "journal.jsonl"
+
+    def stop_after(count: int) -> None:
+        left = iter(range(count))
+
+        def some(*given: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        monkeypatch.setattr(merging, "merge_tensor", some)
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe_of("linear", models), tmp_path / "out", threads=1)
+        with journal.open("a") as file:
+            file.write(tail)
+
+    stop_after(3)
+    stop_after(3)
+    lines = journal.read_text().splitlines()
+    assert sum(len(json.loads(line)) for line in lines[1:-1]) == 6
+    monkeypatch.setattr(merging, "merge_tensor", real)
+    merge(recipe_of("linear", models), tmp_path / "out")
+    merge(recipe_of("linear", models), tmp_path / "fresh")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))
+    assert first == second
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_wider_result_is_worked_out_in_it(
+    method: str, dtype: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """bfloat16 models, a result of more digits: the same bytes as of the same models stored in float32, rounded once; and config.json says so."""
+    wide: dict[str, Path] = {}
+    for name, path in models.items():
+        narrow = {
+            key: tensor.to(torch.bfloat16) for key, tensor in load_file(path / "model.safetensors").items()
+        }
+        wide[name] = tmp_path / f"wide-{name}"
+        shutil.copytree(path, wide[name])
+        save_file({key: tensor.float() for key, tensor in narrow.items()}, wide[name] / "model.safetensors")
+        save_file(narrow, path / "model.safetensors")
+    merge(recipe_of(method, models, dtype=dtype), tmp_path / "narrow")
+    merge(recipe_of(method, wide), tmp_path / "wide")
+    got, wanted = tensors(tmp_path / "narrow"), tensors(tmp_path / "wide")
+    kind = getattr(torch, dtype)
+    assert all(tensor.dtype == kind for tensor in got.values())
+    # SLERP's angle follows from dot products, whose last bit depends on how the memory of their input is aligned.
+    ulp = torch.finfo(kind).eps if method == "slerp" else 0.0
+    for name in wanted:
+        largest = float(wanted[name].abs().max())
+        torch.testing.assert_close(got[name], wanted[name].to(kind), rtol=0, atol=ulp * largest)
+    # It holds numbers that bfloat16 has not.
+    assert any(not torch.equal(tensor.to(torch.bfloat16).to(kind), tensor) for tensor in got.values())
+    assert read_json(tmp_path / "narrow" / "config.json")["dtype"] == dtype

@@ -1,0 +1,68 @@
+"""Which files hold a model's weights: as transformers chooses, and never a file outside the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from koine.combine.safetensors_stream import Checkpoint
+from koine.errors import UserError
+from koine.model.formats.weight_files import weight_files
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_whole_file_counts_before_an_index_as_for_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    stored = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    save_file(stored, tmp_path / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    write_index(tmp_path, dict.fromkeys(stored, "model-00001-of-00001.safetensors"))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).state_dict()["lm_head.weight"]
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    checkpoint = Checkpoint(tmp_path)
+    assert torch.equal(checkpoint.read("lm_head.weight"), theirs)
+    checkpoint.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/passwd", "a/../../b", "..\\other", "C:\\other", "", "..", "C:other"]
+)  # fmt: skip
+def test_an_index_names_no_file_outside(name: str, tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
+    write_index(tmp_path / "model", {"x": name})
+    for opens in (weight_files, Checkpoint):
+        with pytest.raises(UserError, match="a file outside its folder"):
+            opens(tmp_path / "model")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", 3, {"x": 3}, {"x": None}, {"x": ["a"]}])
+def test_an_index_of_wrong_types(weight_map: Any, tmp_path: Path) -> None:
+    write_index(tmp_path, weight_map)
+    with pytest.raises(UserError, match="holds no weight_map"):
+        weight_files(tmp_path)
+
+
+def test_a_shard_may_be_a_link_and_lie_in_a_folder_below(tmp_path: Path) -> None:
+    """As the cache of the hub keeps files."""
+    folder = tmp_path / "model"
+    save_file({"x": torch.ones(2)}, tmp_path / "blob")
+    (folder / "deep").mkdir(parents=True)
+    (folder / "one.safetensors").symlink_to(tmp_path / "blob")
+    save_file({"y": torch.ones(2)}, folder / "deep" / "two.safetensors")
+    write_index(folder, {"x": "one.safetensors", "y": "deep/two.safetensors"})
+    checkpoint = Checkpoint(folder)
+    assert set(checkpoint) == {"x", "y"}
+    checkpoint.close()

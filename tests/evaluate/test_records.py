@@ -1,0 +1,78 @@
+"""What an evaluation reads: nothing of a folder is dropped unasked, and splits are told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from koine.cli.evaluate.commands import evaluate
+from koine.errors import KoineWarning, UserError
+from koine.evaluate.records import Reading, Records
+from tests.bad_inputs import worlds
+
+
+def write(path: Path, *texts: str, **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    worlds.write_lines(path, [{"text": text, **more} for text in texts])
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    write(tmp_path / "data" / "train.jsonl", "a cat", language="en")
+    write(tmp_path / "data" / "test.jsonl", "ein Hund", language="de")
+    return tmp_path / "data"
+
+
+def texts(path: Path, **reading: Any) -> list[str]:
+    return [record["text"] for record in Records([path], Reading(**reading))]
+
+
+def test_a_folder_of_several_splits_is_refused_until_one_is_chosen(splits: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"several splits \(test, train\); say which is meant.*--split test, or all"
+    ):
+        Records([splits], Reading())
+    assert texts(splits, split="test") == ["ein Hund"]
+    assert texts(splits, split="train") == ["a cat"]
+    assert texts(splits, split="all") == ["ein Hund", "a cat"]
+
+
+def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
+    write(tmp_path / "test-00000-of-00002.jsonl", "one")
+    write(tmp_path / "test-00001-of-00002.jsonl", "two")
+    write(tmp_path / "more.jsonl", "three")
+    assert sorted(texts(tmp_path)) == ["one", "three", "two"]
+
+
+def test_a_data_set_of_the_hub_is_read(splits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, repo_type: str(splits))
+    records = Records(["hub:someone/something"], Reading(split="test"))
+    assert [record["text"] for record in records] == ["ein Hund"]
+
+
+def test_bad_records_are_noted(tmp_path: Path) -> None:
+    worlds.write_lines(tmp_path / "a.jsonl", [{"text": "good"}, {"text": ""}])
+    records = Records([tmp_path / "a.jsonl"], Reading(max_bad_share=0.5))
+    assert len(list(records)) == 1
+    with pytest.warns(
+        KoineWarning, match="1 bad records were left out, the first: .*line 2: the text is empty"
+    ):
+        records.note_bad()
+
+
+def test_the_command_reads_as_the_other_readers_do(tmp_path: Path) -> None:
+    model = worlds.built("model")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train", "test"):
+        worlds.write_lines(folder / f"{name}.jsonl", [{"body": f"the cat {name}"}])
+    out = tmp_path / "results.json"
+    words = ["--data", folder, "--split", "test", "--field", "text=body", "--language", "eng", "--out", out]
+    done = CliRunner().invoke(evaluate, [str(model), *map(str, words)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    languages = json.loads(out.read_text())["languages"]
+    assert {code: entry["documents"] for code, entry in languages.items()} == {"en": 1}

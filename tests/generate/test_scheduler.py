@@ -1,0 +1,465 @@
+"""Continuous batching gives each request what it would get alone, whatever its neighbours, the pages, the prefixes and the interruptions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from koine.errors import UserError
+from koine.generate import Request, Scheduler, generate
+from koine.generate.cache.contexts import StepReading, StretchReading
+from koine.generate.cache.page_runs import page_runs, runs_worth_reading
+from koine.generate.cache.paged_cache import SLAB, OutOfPages
+from koine.generate.cache.prefix_cache import common_length
+from koine.generate.token_sampling import Sampling
+from koine.model import Decoder, LayerSpec, ModelConfig
+from koine.model.counting import cache_bytes
+
+
+def prompt_of(size: int, seed: int) -> list[int]:
+    return [random.Random(seed * 1000 + place).randrange(6, 98) for place in range(size)]
+
+
+def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
+    """The greedy or drawn answer by whole forward passes, without any cache."""
+    from koine.generate.token_sampling import choose
+
+    text, generator = list(prompt), torch.Generator().manual_seed(sampling.seed)
+    with torch.inference_mode():
+        for _ in range(sampling.max_new_tokens):
+            logits = model.logits(model(torch.tensor([text]))[:, -1])
+            seen = torch.zeros(1, 99, dtype=torch.bool)
+            seen[0, text] = True
+            text.append(int(choose(logits, sampling, [generator], seen)))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        None,
+        (LayerSpec(),) * 3,
+        (LayerSpec(window=5),) * 2,
+        (LayerSpec(qk_norm=True), LayerSpec(window=3, rope=False)),
+    ],
+    ids=["hybrid", "full", "windowed", "qk-norm"],
+)
+@pytest.mark.parametrize(("max_batch", "chunk", "page"), [(1, 64, 8), (3, 5, 4), (8, 64, 16)])
+def test_every_request_gets_what_it_would_get_alone(
+    tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, max_batch: int, chunk: int, page: int
+) -> None:
+    """Requests of many lengths arrive while others run; settings differ from row to row."""
+    model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
+    scheduler = Scheduler(model, max_batch=max_batch, prefill_chunk=chunk, page=page)
+    requests: list[Request] = []
+    for number, size in enumerate((1, 19, 3, 40, 8, 8, 27)):
+        sampling = Sampling(
+            max_new_tokens=4 + 3 * (number % 3),
+            temperature=0.0 if number % 2 else 1.0,
+            repetition_penalty=1.3 if number % 3 == 0 else 1.0,
+            seed=number,
+        )
+        requests.append(scheduler.submit(prompt_of(size, number), sampling))
+        scheduler.step()
+    scheduler.run()
+    for request in requests:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+        assert request.finish == "length"
+
+
+def test_a_full_cache_loses_no_request(tiny: ModelConfig) -> None:
+    """Eight answers that do not fit together: some go back to the queue, are read again, and end as if nothing had been."""
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, max_batch=8, page=4, max_pages=14, prefixes=2)
+    went_back = 0
+    requests = [
+        scheduler.submit(
+            prompt_of(9 + number, number), Sampling(max_new_tokens=20, temperature=0.7, seed=number)
+        )
+        for number in range(8)
+    ]
+    while scheduler.busy:
+        before = len(scheduler.waiting)
+        scheduler.step()
+        went_back += max(0, len(scheduler.waiting) - before)
+        assert scheduler.cache.pages_in_use <= 14
+    assert went_back > 0
+    for request in requests:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+
+
+def test_a_request_that_can_never_fit_is_refused(tiny: ModelConfig) -> None:
+    scheduler = Scheduler(Decoder(tiny).eval(), page=4, max_pages=10)
+    with pytest.raises(UserError, match="needs 11 pages and the cache has 10"):
+        scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=11))
+    scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=10))
+    scheduler.run()
+
+
+def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
+    """The first of three prompts with a common beginning stops there; the others, and a next turn, go on from what was kept."""
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=8)
+    common = prompt_of(45, 1)
+    first, second, third = (
+        scheduler.submit(common + prompt_of(7, seed), Sampling(max_new_tokens=6)) for seed in (2, 3, 4)
+    )
+    scheduler.run()
+    assert [first.reused, second.reused, third.reused] == [0, 45, 45] or [first.reused, third.reused] == [
+        0,
+        45,
+    ]
+    turn = scheduler.submit(first.text + prompt_of(5, 9), Sampling(max_new_tokens=6))
+    scheduler.run()
+    assert turn.reused == len(first.text) - 1
+    for request in (first, second, third, turn):
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+    # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
+    twins = [scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9)) for token in (7, 8)]
+    scheduler.run()
+    # That the second has one token more in common with the first is not worth a stop.
+    assert [twin.reused for twin in twins] == [len(turn.text) - 1] * 2
+    for twin in twins:
+        assert twin.tokens == alone(model, twin.prompt, twin.sampling)
+
+
+@pytest.mark.parametrize(("prefixes", "shared", "most"), [(0, 64, 2), (16, 64, 2), (16, 0, 2)])
+@pytest.mark.parametrize("layers", [None, (LayerSpec(),) * 2], ids=["hybrid", "full"])
+def test_common_beginnings_are_packed(
+    tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, prefixes: int, shared: int, most: int
+) -> None:
+    """32 prompts of 84 tokens take two stretches of 2,048, or one for what they share and one for all the rest."""
+    model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
+    scheduler = Scheduler(model, prefixes=prefixes, page=8)
+    common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4)
+    requests = [scheduler.submit(common + prompt_of(84 - shared, seed), sampling) for seed in range(1, 33)]
+    steps = 0
+    while scheduler.waiting or scheduler.reading:
+        scheduler.step()
+        steps += 1
+    assert steps <= most
+    scheduler.run()
+    assert [request.reused for request in requests] == [0] + [shared if prefixes else 0] * 31
+    for request in requests[:2] + requests[-2:]:
+        assert request.tokens == alone(model, request.prompt, sampling)
+
+
+def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons grow with the number of prompts, not with its square."""
+    from koine.generate.cache import prefix_cache as module
+
+    calls = 0
+
+    def counted(first: list[int], second: list[int]) -> int:
+        nonlocal calls
+        calls += 1
+        return common_length(first, second)
+
+    monkeypatch.setattr(module, "common_length", counted)
+    scheduler = Scheduler(Decoder(tiny).eval())
+    count = 400
+    for seed in range(count):
+        scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1))
+    scheduler.run()
+    assert 0 < calls <= 2 * module.REMEMBERED * count
+
+
+def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, max_batch=2, page=4, prefixes=0, prefill_chunk=8)
+    sampling = Sampling(max_new_tokens=10)
+    stays, running, reading, waiting = (
+        scheduler.submit(prompt_of(size, size), sampling) for size in (6, 5, 40, 12)
+    )
+    scheduler.step()
+    scheduler.cancel(running)
+    scheduler.step()
+    assert reading in scheduler.reading
+    scheduler.cancel(reading)
+    scheduler.cancel(waiting)
+    scheduler.run()
+    assert [one.finish for one in (running, reading, waiting)] == ["cancelled"] * 3
+    assert stays.tokens == alone(model, stays.prompt, sampling)
+    assert running.tokens == alone(model, running.prompt, sampling)[: len(running.tokens)]
+    assert scheduler.cache.pages_in_use == 0
+    assert scheduler.cache.sequences == []
+
+
+def test_an_interruption_anywhere_loses_nothing(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, max_batch=4, page=4, prefill_chunk=8)
+    requests = [
+        scheduler.submit(prompt_of(size, size), Sampling(max_new_tokens=8, temperature=0.9, seed=size))
+        for size in (3, 30, 12)
+    ]
+    forward, calls = model.blocks[-1].forward, 0
+
+    def sometimes(*arguments: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        # Ever further apart, since what is read again must get a little further each time.
+        if calls in (3, 7, 12, 18, 25, 33):
+            raise KeyboardInterrupt
+        return forward(*arguments, **named)
+
+    interrupted = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[-1], "forward", sometimes)
+        while scheduler.busy:
+            try:
+                scheduler.step()
+            except KeyboardInterrupt:
+                interrupted += 1
+    assert interrupted > 2
+    for request in requests:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+
+
+class Rules:
+    """A grammar that allows everything, and raises where it is told to."""
+
+    def __init__(self, *, fails: str | None = None, after: int = 3) -> None:
+        self.fails, self.after, self.calls = fails, after, 0
+
+    def mask(self) -> torch.Tensor:
+        self.calls += 1
+        if self.fails == "mask" and self.calls > self.after:
+            raise UserError("the grammar is too complex")
+        return torch.full((99,), self.fails != "nothing allowed" or self.calls <= self.after)
+
+    def advance(self, token: int) -> None:
+        if self.fails == "advance" and self.calls > self.after:
+            raise ValueError(f"token {token} is not allowed")
+
+
+@pytest.mark.parametrize("fails", ["mask", "advance", "watch", "nothing allowed"])
+def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None:
+    """Its neighbours of equal settings, drawn in the same go, get what they would have got without it."""
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=4)
+    sampling = Sampling(max_new_tokens=9, temperature=0.9, seed=4)
+
+    def watch(token: int) -> bool:
+        if fails == "watch" and len(bad.tokens) > 3:
+            raise RuntimeError("watching failed")
+        return False
+
+    first = scheduler.submit(prompt_of(6, 1), sampling)
+    bad = scheduler.submit(
+        prompt_of(5, 2), sampling, watch=watch, grammar=None if fails == "watch" else Rules(fails=fails)
+    )
+    others = [
+        scheduler.submit(prompt_of(7, 3), sampling, grammar=Rules()),
+        scheduler.submit(prompt_of(8, 4), Sampling(max_new_tokens=9)),
+    ]
+    while bad.finish is None:
+        scheduler.step()
+    assert bad.finish == "failed"
+    with pytest.raises((UserError, ValueError, RuntimeError)) as raised:
+        bad.raise_error()
+    assert raised.value is bad.error
+    scheduler.run()
+    for request in (first, *others):
+        assert (request.finish, request.error) == ("length", None)
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+    assert bad.tokens[:3] == alone(model, bad.prompt, sampling)[:3]
+    assert not scheduler.cache.sequences
+    # What runs to the end by itself has nobody else to tell.
+    scheduler.submit([5, 7], sampling, grammar=Rules(fails="mask", after=1))
+    with pytest.raises(UserError, match="too complex"):
+        scheduler.run()
+
+
+@pytest.mark.parametrize("where", ["drawing", "taking"])
+def test_an_interruption_between_draws_and_tokens_changes_no_answer(
+    tiny: ModelConfig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows are drawn before any token is taken: the draws that come to nothing are undone."""
+    from koine.generate import request as module
+
+    model = Decoder(tiny).eval()
+    scheduler = Scheduler(model, page=4)
+    asked = [
+        scheduler.submit(prompt_of(5 + seed, seed), Sampling(max_new_tokens=8, temperature=0.9, seed=seed))
+        for seed in range(3)
+    ]
+    calls = 0
+
+    def interrupted(function: Callable[..., object]) -> Callable[..., object]:
+        def sometimes(*arguments: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls in (2, 5, 8):
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
+
+        return sometimes
+
+    if where == "drawing":
+        # After the draws, before the first token is taken.
+        monkeypatch.setattr(module, "log_probabilities", interrupted(module.log_probabilities))
+    else:
+        # After some of the tokens are taken.
+        monkeypatch.setattr(Request, "take", interrupted(Request.take))
+    seen = 0
+    while scheduler.busy:
+        try:
+            scheduler.step()
+        except KeyboardInterrupt:
+            seen += 1
+    assert seen == 3
+    for request in asked:
+        assert request.tokens == alone(model, request.prompt, request.sampling)
+
+
+def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
+    """Only allowed tokens come, one row's grammar is not another's, and log-probabilities are the model's own."""
+
+    class Odd:
+        def __init__(self) -> None:
+            self.taken: list[int] = []
+
+        def mask(self) -> torch.Tensor:
+            return torch.arange(90) % 2 == 1
+
+        def advance(self, token: int) -> None:
+            self.taken.append(token)
+
+    model, odd = Decoder(tiny).eval(), Odd()
+    scheduler = Scheduler(model)
+    sampling = Sampling(max_new_tokens=12, temperature=1.5, seed=3)
+    free = scheduler.submit([5, 9], sampling)
+    bound = scheduler.submit([5, 9], sampling, grammar=odd)
+    scheduler.run()
+    watched = scheduler.submit([5, 9], sampling, watch=lambda token: token == free.tokens[3])
+    scheduler.run()
+    assert free.tokens == alone(model, [5, 9], sampling)
+    assert bound.tokens == odd.taken
+    assert all(token % 2 and token < 90 for token in bound.tokens)
+    with torch.inference_mode():
+        scores = model.logits(model(torch.tensor([bound.text])))[0, 1:-1].log_softmax(-1)
+    own = scores.gather(1, torch.tensor(bound.tokens)[:, None])[:, 0]
+    assert bound.log_probabilities == pytest.approx(own.tolist(), abs=1e-4)
+    assert watched.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
+    assert watched.finish == "stop"
+
+
+def test_memory_follows_use(tiny: ModelConfig) -> None:
+    """Held bytes are the formula's, in whole pages; slabs come with need and go when they are empty, but for one."""
+    model = Decoder(tiny).eval()
+    cache = model.new_cache(page=4)
+    long, short = cache.add(), cache.add()
+    with torch.inference_mode():
+        model(
+            torch.tensor([prompt_of(4 * SLAB * 3, 1)]), reading=StretchReading(cache, [long], [4 * SLAB * 3])
+        )
+        model(torch.tensor([prompt_of(3, 2)]), reading=StretchReading(cache, [short], [3]))
+    lengths = (4 * SLAB * 3, 3)
+    place = 2 * tiny.kv_size * 4
+    # One full layer, whose second sequence has a page of four.
+    assert cache.bytes_held() == place + sum(cache_bytes(tiny, length, element_bytes=4) for length in lengths)
+    most = cache.bytes_reserved()
+    cache.remove(long)
+    cache.remove(short)
+    assert cache.pages_in_use == 0
+    # 97 pages took slabs of 32, 32 and 64 pages; the first stays.
+    assert most - cache.bytes_reserved() == (32 + 64) * 2 * 4 * tiny.kv_size * 4
+    assert cache.add().slot == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("few", [0, 100], ids=["long runs only", "any runs"])
+def test_pages_in_runs_and_by_slab_give_the_same(
+    tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, few: int, dtype: torch.dtype
+) -> None:
+    """Sequences whose pages were taken in turn lie in several runs; one shares its beginning with another."""
+    model = Decoder(tiny).to(dtype).eval()
+    cache = model.new_cache(page=4)
+    texts = [prompt_of(size, size) for size in (29, 3, 160, 24)]
+    sequences = [cache.add() for _ in texts]
+    with torch.inference_mode():
+        for start in range(0, 160, 8):
+            for text, sequence in zip(texts, sequences, strict=True):
+                if part := text[start : start + 8]:
+                    reading = StretchReading(cache, [sequence], [len(part)])
+                    model(torch.tensor([part]), reading=reading)
+        texts.append(texts[3])
+        sequences.append(cache.add(cache.prefix(sequences[3])))
+        runs = page_runs(cache, sequences)
+        assert [sum(run.pages for run in runs if run.row == row) for row in range(5)] == [8, 1, 40, 6, 6]
+        assert len(runs) > 5
+        monkeypatch.setattr("koine.generate.cache.page_runs.FEW_RUNS", few)
+        assert runs_worth_reading(cache, sequences) == (runs if few == 100 else [])
+        new = torch.tensor([[7], [9], [11], [5], [13]])
+        got = model(new, reading=StepReading(cache, sequences))[:, 0].float()
+        expected = [
+            model(torch.tensor([[*text, int(token)]]))[0, -1].float()
+            for text, token in zip(texts, new, strict=True)
+        ]
+    # Hidden states of the order of 1, summed in another order; bfloat16 has 8 bits, four layers of them.
+    assert torch.allclose(got, torch.stack(expected), atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_pages_far_apart_and_a_cache_that_is_full(tiny: ModelConfig) -> None:
+    """Of many sequences only the first and the last stay: their pages are gathered, not read in place."""
+    model = Decoder(tiny).eval()
+    cache = model.new_cache(page=4, max_pages=20)
+    prompts = [prompt_of(8, seed) for seed in range(10)]
+    sequences = [cache.add() for _ in prompts]
+    with torch.inference_mode():
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            model(torch.tensor([prompt]), reading=StretchReading(cache, [sequence], [8]))
+        with pytest.raises(OutOfPages):
+            StepReading(cache, sequences)
+        for sequence in sequences[1:-1]:
+            cache.remove(sequence)
+        kept = [sequences[-1], sequences[0]]
+        cache.arrange(kept)
+        got = model(torch.tensor([[7], [9]]), reading=StepReading(cache, kept))[:, 0]
+        expected = [model(torch.tensor([[*prompts[i], token]]))[0, -1] for i, token in ((-1, 7), (0, 9))]
+    # float32, summed in another order.
+    assert torch.allclose(got, torch.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (3, 5), (8, 8), (40, 39)])
+def test_common_length(lengths: tuple[int, int]) -> None:
+    first, second = prompt_of(lengths[0], 1), prompt_of(lengths[1], 1)
+    assert common_length(first, second) == min(lengths)
+    if min(lengths) > 2:
+        second[2] = 1
+        assert common_length(first, second) == 2
+
+
+def test_generate_keeps_the_order(tiny: ModelConfig) -> None:
+    model = Decoder(tiny).eval()
+    prompts = [prompt_of(size, size) for size in (20, 3, 11)]
+    answers = generate(model, prompts, Sampling(max_new_tokens=5, temperature=1.0, seed=7), max_batch=2)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        assert answer.prompt == prompt
+        assert answer.tokens == alone(
+            model, prompt, Sampling(max_new_tokens=5, temperature=1.0, seed=7 + row)
+        )
+
+
+def test_nothing_moves_in_the_cache_where_a_request_leaves(tiny: ModelConfig) -> None:
+    """The last one takes the place of the one that left, and no other."""
+    windowed = replace(tiny, layers=(LayerSpec(window=7),) * 2)
+    scheduler = Scheduler(Decoder(windowed).eval(), prefixes=0)
+    requests = [
+        scheduler.submit(prompt_of(4, seed), Sampling(max_new_tokens=2 if seed == 1 else 9))
+        for seed in range(6)
+    ]
+    while requests[1].finish is None:
+        scheduler.step()
+    changes = scheduler.cache.changes
+    scheduler.step()
+    assert scheduler.cache.changes == changes
+    slots = [request.sequence.slot for request in requests if request.sequence is not None]
+    assert slots == [0, 2, 3, 4, 1]
+    scheduler.run()
+    for request in requests:
+        assert request.tokens == alone(scheduler.model, request.prompt, request.sampling)

@@ -1,0 +1,206 @@
+"""A mixture's router losses: their formulas, their place in the loss, and what they do in a training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from koine.model import Decoder, load_model
+from koine.model.config import MixtureConfig
+from koine.model.moe.routers import Routing
+from koine.train import TrainSettings, language_modelling, supervised_fine_tuning, train
+from koine.train.distributed import Ranks
+from koine.train.optimiser import Optimiser
+from koine.train.routing import part_of, router_loss, whole_step
+from tests.train.fakes import FakeBatch, FakeOrder, fake_order
+from tests.train.models import small_config, small_model
+
+MIXTURE = MixtureConfig(
+    experts=("a", "b", "c"), attention="kv-experts", load_balancing=0.02, z_loss=0.003, top_k=2
+)
+
+
+def mixture_model(seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    return Decoder(replace(small_config(), mixture=MIXTURE))
+
+
+def test_the_papers_formulas_by_hand() -> None:
+    """L_LB = N sum f_i P_i over the choices that count, L_z the mean square of the logarithm of the sum, both summed over layers and routers."""
+    logits = torch.randn(1, 4, 3)
+    probabilities = logits.softmax(-1)
+    chosen = probabilities.topk(2, dim=-1).indices
+    attention = torch.randn(1, 4, 3)
+    counted = torch.tensor([[True, True, True, False]])
+    routing = Routing(logits, probabilities, chosen, attention)
+    loss, metrics = router_loss([routing, routing], MIXTURE, counted)
+    share = torch.tensor([float((chosen[0, :3] == expert).sum()) / 6 for expert in range(3)])
+    balance = 3 * float((share * probabilities[0, :3].mean(0)).sum())
+    z = sum(float(one[0, :3].exp().sum(-1).log().square().mean()) for one in (logits, attention))
+    assert metrics["load_balancing_loss"] == pytest.approx(balance, rel=1e-5)
+    assert metrics["router_z_loss"] == pytest.approx(z, rel=1e-5)
+    assert float(loss) == pytest.approx(2 * (0.02 * balance + 0.003 * z), rel=1e-5)
+
+
+def test_the_objective_adds_them_once_a_unit(tmp_path: Path) -> None:
+    model = mixture_model()
+    batch = fake_order(tmp_path, steps=(1,)).batch(0)
+    with_losses, metrics = language_modelling(model, batch)
+    model.config = replace(model.config, mixture=replace(MIXTURE, load_balancing=0.0, z_loss=0.0))
+    without, _ = language_modelling(model, batch)
+    units = metrics["units"]
+    expected = 2 * (0.02 * metrics["load_balancing_loss"] / units + 0.003 * metrics["router_z_loss"] / units)
+    assert float(with_losses - without) / units == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_training_shows_them_and_learns(tmp_path: Path) -> None:
+    settings = TrainSettings(dtype="bfloat16", threads=1, learning_rate=1e-2, schedule="constant")
+    train(
+        mixture_model(),
+        language_modelling,
+        fake_order(tmp_path / "s", steps=(12,)),
+        settings,
+        out=tmp_path / "out",
+        progress=False,
+        device="cpu",
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # 1 where every expert has the same share and the same probability; 3 where one has all.
+    assert all(0.9 < line["load_balancing_loss"] < 3.0 for line in lines)
+    before, after = mixture_model(), load_model(tmp_path / "out")
+    for name, parameter in after.named_parameters():
+        assert not torch.equal(parameter, before.get_parameter(name)), name
+
+
+# -- the whole step ------------------------------------------------------------------------------------------------------
+
+
+def padded(folder: Path, **sizes: int) -> PaddedOrder:
+    """Rows of which some are mostly padding and some have few targets, so that tokens and units differ from row to row."""
+    return PaddedOrder(fake_order(folder, steps=(2,), batch_size=8, **sizes).mixture)
+
+
+class PaddedOrder(FakeOrder):
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
+    ) -> FakeBatch:
+        found = super().batch(step)
+        time = found.tokens.shape[1]
+        # Row r has 2 (r + 1) tokens; the last row has no target, and row 0 has the fewest tokens.
+        lengths = torch.arange(1, len(found.tokens) + 1)[:, None] * 2
+        ids = torch.where(torch.arange(time)[None] < lengths, 0, -1)
+        targets = found.targets.masked_fill(ids < 0, -100)
+        targets[-1] = -100
+        share = len(ids) // world_size
+        keep = list(range(share * rank, share * (rank + 1))[micro_batch or slice(None)])
+        return FakeBatch(found.tokens[keep], targets[keep], ids[keep], [found.documents[row] for row in keep])
+
+
+def gradients_of_a_step(
+    folder: Path, micro: int, mixture: MixtureConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The gradients that the optimiser gets in the first step, and what the metrics say of it."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Kept(Optimiser):
+        def step(self, learning_rate: float) -> None:
+            seen.append(
+                {name: one.grad.clone() for name, one in self.masters.items() if one.grad is not None}
+            )
+            super().step(learning_rate)
+
+    torch.manual_seed(0)
+    model = Decoder(replace(small_config(), mixture=mixture))
+    # Sharp routers: the load is far from even, and another one in every row.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter.mul_(100.0 if name.endswith("router.weight") else 2.0)
+    settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=micro, clip_norm=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("koine.train.loop.Optimiser", Kept)
+        out = folder / f"out-{micro}"
+        train(
+            model, language_modelling, padded(folder / "s"), settings, out=out, progress=False, device="cpu"
+        )
+    return seen[0], json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+
+
+ROUTED = {
+    "btx": MixtureConfig(experts=("a", "b", "c"), load_balancing=0.5, z_loss=0.05, top_k=2),
+    "bam": replace(MIXTURE, load_balancing=0.5, z_loss=0.05),
+    "nexus": MixtureConfig(
+        experts=("a", "b", "c"), shared_expert=True, domain_size=6, load_balancing=0.5, z_loss=0.05
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ROUTED)
+def test_micro_batches_change_rounding_only(tmp_path: Path, method: str) -> None:
+    """float32: the same sums in another order, 1e-5 of the largest entry of each gradient; before, routers were off by 30 %."""
+    whole, said = gradients_of_a_step(tmp_path, 0, ROUTED[method])
+    assert said["load_balancing_loss"] > 1.03  # away from 1, where shares make no difference
+    for micro in (1, 2, 3, 4, 8):
+        found, metrics = gradients_of_a_step(tmp_path, micro, ROUTED[method])
+        assert found.keys() == whole.keys()
+        for name, gradient in found.items():
+            bound = 1e-5 * float(whole[name].abs().max())
+            assert torch.allclose(gradient, whole[name], rtol=0, atol=bound), (micro, name)
+        for name in ("loss", "load_balancing_loss", "router_z_loss", "gradient_norm"):
+            assert metrics[name] == pytest.approx(said[name], rel=1e-5), (micro, name)
+
+
+def test_the_step_loss_is_the_papers_of_all_its_tokens(tmp_path: Path) -> None:
+    """The parts of a step add up to the cross-entropy a unit and the router losses of all tokens, worked out at once."""
+    order = padded(tmp_path)
+    model = mixture_model()
+    routings: list[Routing] = []
+    batch = order.batch(0)
+    model(batch.tokens, document_ids=batch.document_ids, routings=routings)
+    assert batch.document_ids is not None
+    expected, _ = router_loss(routings, MIXTURE, batch.document_ids >= 0)
+    parts = [order.batch(0, micro_batch=slice(row, row + 1)) for row in range(8)]
+    step = whole_step(model, language_modelling, parts, len(parts), Ranks(0, 1, torch.device("cpu")))
+    assert step is not None
+    assert (step.tokens, step.units) == (
+        16 + 14 + 12 + 10 + 8 + 6 + 4 + 2,
+        float((batch.targets != -100).sum()),
+    )
+    total = 0.0
+    with part_of(step):
+        for part in parts:
+            with_losses, _ = language_modelling(model, part)  # type: ignore[arg-type]
+            model.config = replace(model.config, mixture=replace(MIXTURE, load_balancing=0.0, z_loss=0.0))
+            without, _ = language_modelling(model, part)  # type: ignore[arg-type]
+            model.config = replace(model.config, mixture=MIXTURE)
+            total += float((with_losses - without).detach())
+    assert total / step.units == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+def test_a_dense_model_has_nothing_to_count(tmp_path: Path) -> None:
+    """No second forward pass where there are no experts, or where one micro batch is all."""
+
+    def refused(*_: object) -> None:
+        raise AssertionError
+
+    alone = Ranks(0, 1, torch.device("cpu"))
+    assert whole_step(mixture_model(), refused, [1], 1, alone) is None  # type: ignore[arg-type]
+    step = whole_step(small_model(), refused, [1, 2], 2, alone)  # type: ignore[arg-type]
+    assert step is not None
+    assert step.choices is None
+
+
+def test_a_row_of_chats_without_completion_is_no_error_in_a_step_that_has_some(tmp_path: Path) -> None:
+    """A step is refused by what it holds in all: the size of micro batches does not decide it."""
+    settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=1)
+    for model in (small_model(), mixture_model()):
+        out = tmp_path / type(model.blocks[0]).__name__
+        train(
+            model, supervised_fine_tuning, padded(tmp_path / "s"), settings, out=out, progress=False, device="cpu"
+        )  # fmt: skip
+        assert (out / "training.json").exists()

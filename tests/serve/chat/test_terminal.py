@@ -1,0 +1,191 @@
+"""What the chat writes, remembers and refuses, with an engine whose answers are given."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from koine.errors import UserError
+from koine.generate.engine import Token
+from koine.generate.sampling import Sampling
+from koine.serve.chat.conversation import Message
+from koine.serve.chat.terminal import Chat, Rate, run_lines
+from koine.terminal import printable
+from koine.tokenizer import Tokenizer, train_tokenizer
+from koine.tokenizer.special import SMALLEST_VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Bytes only: every character outside ASCII takes several tokens."""
+    return train_tokenizer({"de": lambda: ["ein Text"]}, vocab_size=SMALLEST_VOCABULARY, scheme="uniform")
+
+
+class Scripted:
+    """An engine that gives the answers it was given, byte by byte."""
+
+    def __init__(self, tokenizer: Tokenizer, answers: list[str], *, context: int = 1000) -> None:
+        self.tokenizer = tokenizer
+        self.answers = answers
+        self.context = context
+        self.asked: list[list[Message]] = []
+        self.samplings: list[Sampling] = []
+        self.before_token: Callable[[int], None] = lambda count: None
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        self.asked.append([dict(message) for message in messages])
+        return self.tokenizer.encode_messages(messages, generation_prompt=True)[0]
+
+    def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[Token]:
+        self.samplings.append(sampling)
+        ids = self.tokenizer.encode(self.answers.pop(0))[: sampling.max_new_tokens - 1]
+        for count, token in enumerate(ids):
+            self.before_token(count)
+            yield Token(token, -1.0, False)
+        yield Token(self.tokenizer.eos_id, -0.5, True)
+
+
+class Sink(io.StringIO):
+    """Remembers every write apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def chat_with(
+    engine: Scripted, *, interactive: bool = False, system: str | None = None
+) -> tuple[Chat, Sink, Sink]:
+    out, remarks = Sink(), Sink()
+    chat = Chat(engine, system=system, sampling=Sampling(), out=out, remarks=remarks, interactive=interactive)
+    return chat, out, remarks
+
+
+def test_an_answer_streams_in_whole_characters_and_joins_the_history(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, ["κοινή 👩‍👩‍👧 हिन्दी", "ja"])
+    chat, out, remarks = chat_with(engine)
+    assert chat.handle("Wie heißt das?")
+    assert out.getvalue() == "κοινή 👩‍👩‍👧 हिन्दी\n"
+    assert all("\ufffd" not in piece for piece in out.pieces)
+    assert len([piece for piece in out.pieces if piece]) > 10  # it came in pieces
+    assert "tokens/s, first after" in remarks.getvalue()
+    chat.handle("Wirklich?")
+    assert [message["content"] for message in engine.asked[-1]] == [
+        "Wie heißt das?",
+        "κοινή 👩‍👩‍👧 हिन्दी",
+        "Wirklich?",
+    ]
+
+
+def test_an_answer_cut_inside_a_character_shows_one_replacement_and_says_so(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, [])
+    chat, out, remarks = chat_with(engine)
+    half = tokenizer.encode("a€")[:-1]
+    engine.stream = lambda prompt, sampling: iter([Token(token, -1.0, False) for token in half])  # type: ignore[method-assign]
+    chat.handle("?")
+    assert out.getvalue() == "a\ufffd\n"
+    assert "cut at max-new-tokens" in remarks.getvalue()
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_came(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, ["abcdefgh", "weiter"])
+    chat, out, remarks = chat_with(engine)
+
+    def interrupt(count: int) -> None:
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    engine.before_token = interrupt
+    before = signal.getsignal(signal.SIGINT)
+    chat.handle("?")
+    assert out.getvalue() == "abcd\n"
+    assert "stopped" in remarks.getvalue()
+    assert signal.getsignal(signal.SIGINT) == before
+    engine.before_token = lambda count: None
+    chat.handle("go on")
+    assert engine.asked[-1][1] == {"role": "assistant", "content": "abcd"}
+
+
+def test_commands(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, ["eins", "zwei", "drei"])
+    chat, _, remarks = chat_with(engine, system="kurz")
+    chat.handle("a")
+    chat.handle("/system sei höflich")
+    chat.handle("b")
+    assert engine.asked[-1][0] == {"role": "system", "content": "sei höflich"}
+    chat.handle("/reset")
+    chat.handle("/system -")
+    chat.handle("/set temperature 0.5")
+    chat.handle("/set top-k=7")
+    chat.handle("//c")
+    assert engine.asked[-1] == [{"role": "user", "content": "/c"}]
+    assert (engine.samplings[-1].temperature, engine.samplings[-1].top_k) == (0.5, 7)
+    chat.handle("/help")
+    for word in ("/reset", "/system", "/set", "/quit", "Ctrl-C", "temperature 0.5"):
+        assert word in remarks.getvalue()
+    assert chat.handle("/quit") is False
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/rest", "unknown command '/rest'; did you mean '/reset'"),
+        ("/set temprature 1", "unknown setting 'temprature'; did you mean 'temperature'"),
+        ("/set temperature", "/set temperature; write /set NAME VALUE"),
+        ("/set top-p 3", "top-p is 3.0; give above 0 and at most 1"),
+    ],
+)
+def test_a_wrong_command_is_refused_and_changes_nothing(tokenizer: Tokenizer, line: str, says: str) -> None:
+    chat, _, _ = chat_with(Scripted(tokenizer, []))
+    with pytest.raises(UserError) as error:
+        chat.handle(line)
+    assert says in str(error.value)
+    assert chat.sampling == Sampling()
+
+
+def test_dropped_turns_are_told(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, ["b" * 20, "d" * 20], context=64)
+    chat, _, remarks = chat_with(engine)
+    chat.handle("a" * 10)
+    chat.handle("c" * 10)
+    assert (
+        "forgot the 2 oldest turns: the conversation is longer than the model's 64 tokens"
+        in remarks.getvalue()
+    )
+
+
+def test_a_question_that_does_not_fit_is_taken_back(tokenizer: Tokenizer) -> None:
+    chat, _, _ = chat_with(Scripted(tokenizer, [], context=16))
+    with pytest.raises(UserError, match="context holds 16"):
+        chat.handle("x" * 40)
+    assert chat.conversation.turns == []
+
+
+def test_lines_of_a_pipe_are_questions_and_only_answers_are_written(tokenizer: Tokenizer) -> None:
+    chat, out, _ = chat_with(Scripted(tokenizer, ["eins", "zwei"]))
+    run_lines(chat, io.BytesIO(b"erste\r\n\n  \nzweite Frage ohne Ende"))
+    assert out.getvalue() == "eins\nzwei\n"
+    with pytest.raises(UserError, match="standard input: line 2 is not UTF-8"):
+        run_lines(chat_with(Scripted(tokenizer, ["eins"]))[0], io.BytesIO(b"a\nb\xff\n"))
+
+
+def test_an_answer_cannot_steer_the_terminal(tokenizer: Tokenizer) -> None:
+    chat, out, _ = chat_with(Scripted(tokenizer, ["a\x1b[2Jb\tc\n\x07"]), interactive=True)
+    chat.handle("?")
+    assert out.getvalue() == "a\\x1b[2Jb\tc\n\\x07\n"
+    assert printable("\u0085\u200d👩") == "\\x85\u200d👩"
+
+
+def test_the_rate_leaves_the_first_token_to_its_own_figure() -> None:
+    assert Rate(tokens=11, first_seconds=2.0, rest_seconds=5.0).described() == (
+        "11 tokens, 2.0 tokens/s, first after 2.00 s"
+    )
+    assert Rate(tokens=1, first_seconds=0.5, rest_seconds=0.0).described() == "1 token, first after 0.50 s"

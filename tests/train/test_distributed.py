@@ -1,0 +1,173 @@
+"""FSDP2 on two gloo processes beside one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import os, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from tests.train.fakes import fake_order
+from tests.train.models import small_model
+from koine.train import TrainSettings, language_modelling, train
+
+folder, out, dtype, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+class Stop(Exception):
+    pass
+def evaluate(model, done):
+    if done == stop:
+        os._exit(9)
+    return {}
+settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1, micro_batch_size=1)
+train(small_model(), language_modelling, fake_order(folder, steps=(8,)), settings, out=out, evaluate=evaluate, progress=False, device="cpu")
+"""
+
+# The gradients of the first step of a mixture; `stop` is the micro batch.
+MIXTURE_WORKER = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+import koine.train.loop
+from koine.train import TrainSettings, language_modelling, train
+from koine.train.optimiser import Optimiser
+from tests.model.moe.test_losses import mixture_model, padded
+
+folder, out, dtype, micro = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+class Kept(Optimiser):
+    def step(self, learning_rate):
+        found = {}
+        for name, one in self.masters.items():
+            gradient = one.grad.full_tensor() if hasattr(one.grad, "full_tensor") else one.grad
+            found[name] = gradient.clone()
+        if not (out / "gradients.pt").exists() and int(__import__("os").environ["RANK"]) == 0:
+            torch.save(found, out / "gradients.pt")
+        super().step(learning_rate)
+koine.train.loop.Optimiser = Kept
+model = mixture_model()
+with torch.no_grad():
+    for block in model.blocks:
+        block.router.weight.mul_(100.0)
+settings = TrainSettings(dtype=dtype, threads=1, micro_batch_size=micro, clip_norm=0.0)
+train(model, language_modelling, padded(folder), settings, out=out, progress=False, device="cpu")
+"""
+
+
+def run(
+    ranks: int, folder: Path, out: Path, dtype: str = "float32", stop: int = 0, worker: str = WORKER
+) -> None:
+    """Run all of a training, or until step `stop`, in `ranks` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", worker, str(folder), str(out), dtype, str(stop)],
+                env={**os.environ, **variables},
+                cwd=Path(__file__).parents[2],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        # A rank whose peer has gone may die of that first.
+        assert (process.returncode != 0) == (bool(stop) and worker is WORKER), errors[-2000:]
+
+
+def losses(out: Path) -> list[float]:
+    return [
+        json.loads(line)["loss"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
+
+
+# float32: the sums of two ranks are added in another order. bfloat16: each rank rounds its own gradients; logits near 4 nats.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_same_losses_as_one_process(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    run(1, tmp_path / "s", tmp_path / "one", dtype)
+    run(2, tmp_path / "s", tmp_path / "two", dtype)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=tolerance)
+    assert len(losses(tmp_path / "two")) == 8
+
+
+def test_the_number_of_ranks_changes_nothing_of_a_mixture(tmp_path: Path) -> None:
+    """Balance is that of the whole step, with one micro batch a rank and with several: float32, the same sums in another order."""
+    import torch
+
+    run(1, tmp_path / "s", tmp_path / "whole", worker=MIXTURE_WORKER)
+    expected = torch.load(tmp_path / "whole" / "gradients.pt", weights_only=True)
+    [first, *_] = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()]
+    for micro in (0, 1):
+        out = tmp_path / f"two-{micro}"
+        run(2, tmp_path / "s", out, stop=micro, worker=MIXTURE_WORKER)
+        [found, *_] = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+        for name in ("loss", "load_balancing_loss", "router_z_loss", "gradient_norm", "units"):
+            assert found[name] == pytest.approx(first[name], rel=1e-5), name
+        gradients = torch.load(out / "gradients.pt", weights_only=True)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            bound = 1e-5 * float(expected[name].abs().max())
+            # FSDP gives the mean over the ranks, scaled back by their number.
+            assert torch.allclose(gradient, expected[name], rtol=0, atol=bound), name
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+    run(1, tmp_path / "s", tmp_path / "whole")
+    run(before, tmp_path / "s", tmp_path / "o", stop=5)
+    assert (tmp_path / "o" / "checkpoints" / "step-000003").is_dir()
+    run(after, tmp_path / "s", tmp_path / "o")
+    assert losses(tmp_path / "o") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_the_command_line_of_the_manual(tmp_path: Path) -> None:
+    """`torchrun --nproc-per-node 2 -m koine train pretrain ...` as docs/training.md shows it, with an evaluation on the way."""
+    from tests.train.tokens import write_tokens
+
+    tokenizer, shards = write_tokens(tmp_path)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "the river runs down to the sea", "language": "en"}\n')
+    out = tmp_path / "model"
+    words = [
+        *("torchrun", "--nproc-per-node", 2, "-m", "koine", "train", "pretrain", "--data", shards["short"]),
+        *("--tokenizer", tokenizer, "--preset", "koine-0.5m", "--steps", 3, "--batch-size", 2),
+        *("--sequence-length", 16, "--device", "cpu", "--evaluate-every", 2, "--evaluate-data", text),
+        *("--threads", 1, "--out", out),
+    ]
+    program = Path(sys.executable).parent / "torchrun"
+    done = subprocess.run(
+        [str(program), *map(str, words[1:])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(out)) == 3
+    about = json.loads((out / "training.json").read_text())
+    assert about["rounding"]["ranks"] == 2
+    # Measured on the split model, and again on the whole one.
+    from koine.evaluate import evaluate_model
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "evaluation/bits_per_byte" in line][-1]
+    again = evaluate_model(out, data=[text], dtype="bfloat16")["overall"]["bits_per_byte"]
+    assert last["evaluation/bits_per_byte"] == pytest.approx(again, rel=0.02)
