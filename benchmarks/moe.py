@@ -222,7 +222,7 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
         model.zero_grad()
         return tokens.numel()
 
-    def reading(model: Decoder) -> int:
+    def context(model: Decoder) -> int:
         with torch.inference_mode():
             model.eval()(tokens)
         return tokens.numel()
@@ -238,7 +238,7 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
             for name, config in kinds.items()
         }
     }
-    for kind, function in (("training", training), ("reading", reading), ("latency", latency)):
+    for kind, function in (("training", training), ("reading", context), ("latency", latency)):
         for model in made.values():
             function(model)
         rounds: dict[str, list[float]] = {name: [] for name in made}

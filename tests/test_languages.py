@@ -49,12 +49,12 @@ def test_another_script_is_another_bucket() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typo", "mend"), [("germn", "'de'"), ("enn", "'en'"), ("klingon", "'"), ("de-", "'de'")]
+    ("typo", "fix"), [("germn", "'de'"), ("enn", "'en'"), ("klingon", "'"), ("de-", "'de'")]
 )
-def test_a_typo_gets_the_nearest(typo: str, mend: str) -> None:
+def test_a_typo_gets_the_nearest(typo: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
         language(typo)
-    assert mend in str(caught.value)
+    assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize(

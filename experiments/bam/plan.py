@@ -78,7 +78,7 @@ MATCHED = ("bam", "bam-shared")
 def bam(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Mixtures of one seed and three experts: attention averaged or mixed, with equal data and with equal compute."""
     if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", mend=did_you_mean(scale, SCALES))
+        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
     size = SCALES[scale]
     files = {
         "general": (pack / "text" / "wiki.train.jsonl.xz", GENERAL_LANGUAGES),

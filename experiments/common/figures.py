@@ -40,7 +40,7 @@ def show_results(
     import matplotlib as mpl
 
     if len(sys.argv) != 2:
-        raise UserError("no results file", mend=f"python {sys.argv[0]} results/laptop.json")
+        raise UserError("no results file", hint=f"python {sys.argv[0]} results/laptop.json")
     path = Path(sys.argv[1])
     results = read_json(path)
     # Without it the names of an SVG's parts are random.

@@ -73,7 +73,7 @@ SCALES = {
 def merging(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Experts of domains merged by every method, then touched up; clusters of languages merged, at two sizes."""
     if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", mend=did_you_mean(scale, SCALES))
+        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
     size = SCALES[scale]
     given = {
         path: plan.input(pack / path, name=f"data/{Path(path).name.split('.')[0]}")

@@ -79,7 +79,7 @@ SCALES = {
 def nexus(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Mixtures of four experts with a projecting and with a linear router; a fifth expert added, for three budgets of tuning."""
     if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", mend=did_you_mean(scale, SCALES))
+        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
     size = SCALES[scale]
     corpora = {
         domain: plan.step(

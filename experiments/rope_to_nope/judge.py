@@ -15,7 +15,8 @@ import torch
 from experiments.common.hypotheses import above, hypothesis, less, together, verdict_blocks, within
 from experiments.rope_to_nope.stages import layers_of
 from koine.files import read_json, write_json
-from koine.generate.cache.contexts import StretchReading
+from koine.generate.cache.contexts import PrefillContext
+from koine.generate.cache.paged_cache import PagedCache
 from koine.model import Decoder, LayerSpec, ModelConfig, preset
 from koine.model.counting import all_full, cache_bytes
 from koine.plan import step
@@ -237,10 +238,10 @@ def speed_and_cache(config: ModelConfig, *, seeds: int) -> dict[str, Any]:
         seconds = [_step_seconds(Decoder(one).bfloat16()) for one in (config, twin)]
         ratios.append(seconds[1] / seconds[0])
     model = Decoder(config).bfloat16().eval()
-    cache = model.new_cache()
+    cache = PagedCache.of_model(model)
     with torch.inference_mode():
-        reading = StretchReading(cache, [cache.add()], [STEP_TOKENS])
-        model(torch.zeros(1, STEP_TOKENS, dtype=torch.long), reading=reading)
+        context = PrefillContext(cache, [cache.add()], [STEP_TOKENS])
+        model(torch.zeros(1, STEP_TOKENS, dtype=torch.long), context=context)
     # Command A's pattern and window (command-a.md): 64 layers, 3:1, window 4,096; the share does not depend on the widths.
     command_a = replace(preset("koine-8b"), layers=layers_of("swa-3", 64, 4096))
     return {

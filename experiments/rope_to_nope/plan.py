@@ -145,7 +145,7 @@ SCALES = {
 def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Ten ways to know positions, trained short, extended, and asked for facts in books up to four times as long."""
     if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", mend=did_you_mean(scale, SCALES))
+        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
     size = SCALES[scale]
     texts = plan.input(pack / "text" / "en_books.jsonl.xz", name="data/en_books")
     corpus = plan.step(

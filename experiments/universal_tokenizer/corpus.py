@@ -64,6 +64,6 @@ def experiment_corpus(
     missing = [code for code in everyone if code not in shares]
     missing += [code for code in unseen_with_chats if code in shares and not shares[code].chats]
     if missing:
-        raise UserError(f"too little text of {', '.join(missing)}", mend="give the whole data pack")
+        raise UserError(f"too little text of {', '.join(missing)}", hint="give the whole data pack")
     chat = tuple(code for code in expanded if shares[code].chats)
     Roles(primary=primary, expanded=expanded, chat=chat).save(out)

@@ -100,7 +100,7 @@ SCALES = {
 def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Universal, Cluster and Uniform tokenizers; 0 % and 5 % arms; three regimes; vocabulary replacement; a vocabulary sweep."""
     if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", mend=did_you_mean(scale, SCALES))
+        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
     size = SCALES[scale]
     corpus = plan.step(
         experiment_corpus,

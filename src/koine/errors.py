@@ -1,4 +1,4 @@
-"""What a user did wrong, said so that they can mend it.
+"""What a user did wrong, said so that they can fix it.
 
 A `UserError` ends the program with one line and exit code 2; anything else that escapes is a bug of ours and
 keeps its traceback.
@@ -19,16 +19,16 @@ class KoineWarning(UserWarning):
 
 
 class UserError(Exception):
-    """A mistake in the input, told in one line: what is wrong, where, and how to mend it."""
+    """A mistake in the input, told in one line: what is wrong, where, and how to fix it."""
 
-    def __init__(self, what: str, *, where: str | Path | None = None, mend: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | Path | None = None, hint: str | None = None) -> None:
         self.what = what
         self.where = None if where is None else str(where)
-        self.mend = mend
+        self.hint = hint
         shown = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}..."
         line = shown if self.where is None else f"{self.where}: {shown}"
-        if mend:
-            line = f"{line}; {mend}"
+        if hint:
+            line = f"{line}; {hint}"
         super().__init__(printable(" ".join(line.split())))
 
 
@@ -60,7 +60,7 @@ def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """A mend such as `did you mean 'de' or 'da'?`; where nothing is close, the list of what is known."""
+    """A fix such as `did you mean 'de' or 'da'?`; where nothing is close, the list of what is known."""
     known = list(candidates)
     matches = nearest(word, known)
     if matches:

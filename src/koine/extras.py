@@ -1,7 +1,7 @@
 """The optional extras of the package: what each adds, whether it is installed, and importing from one.
 
 An installation that was interrupted leaves a package whose metadata are there and whose files are not (or the
-reverse); that is told apart from "not installed", because the mend differs.
+reverse); that is told apart from "not installed", because the fix differs.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def inspect_installation() -> tuple[list[Package], list[Extra]]:
 def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import `module`, which the extra `extra` brings, for `purpose` ("open a Llama checkpoint").
 
-    Raises `UserError` with the command that mends it where it is missing or only half installed.
+    Raises `UserError` with the command that fixes it where it is missing or only half installed.
     """
     try:
         return importlib.import_module(module)
@@ -172,10 +172,10 @@ def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
             importlib.metadata.distribution(top)
         except importlib.metadata.PackageNotFoundError:
             raise UserError(
-                f"to {purpose}, the package '{top}' is needed and not installed", mend=install_line(extra)
+                f"to {purpose}, the package '{top}' is needed and not installed", hint=install_line(extra)
             ) from error
         raise UserError(
             f"to {purpose}, the package '{top}' is needed; it is installed but its import fails "
             f"({type(error).__name__}: {error}), as after an interrupted installation",
-            mend=repair_line(top),
+            hint=repair_line(top),
         ) from error

@@ -36,7 +36,7 @@ def shown(value: Any) -> str:
 
 
 def _wrong(name: str, value: Any, must: str, where: str | Path | None) -> UserError:
-    return UserError(f"{name} is {shown(value)}", where=where, mend=f"it must be {must}")
+    return UserError(f"{name} is {shown(value)}", where=where, hint=f"it must be {must}")
 
 
 def _check_bounds(
@@ -115,7 +115,7 @@ def check_choice(name: str, value: Any, choices: Collection[str], *, where: str 
     if not isinstance(value, str):
         raise _wrong(name, value, f"one of {', '.join(choices)}", where)
     if value not in choices:
-        raise UserError(f"{name} is {shown(value)}", where=where, mend=did_you_mean(value[:_SHOWN], choices))
+        raise UserError(f"{name} is {shown(value)}", where=where, hint=did_you_mean(value[:_SHOWN], choices))
     return value
 
 
@@ -141,9 +141,9 @@ class Fields:
     def __init__(
         self, value: Any, where: str | Path, *, whole_file: str = "the file is damaged; write it again"
     ) -> None:
-        """whole_file: how to mend a file that lacks a field or is no object at all."""
+        """whole_file: how to fix a file that lacks a field or is no object at all."""
         if not isinstance(value, dict):
-            raise UserError("is not a JSON object", where=where, mend=whole_file)
+            raise UserError("is not a JSON object", where=where, hint=whole_file)
         self.value: dict[str, Any] = value
         self.where = where
         self.whole_file = whole_file
@@ -153,7 +153,7 @@ class Fields:
         return UserError(
             f"the field '{name}' is {shown(self.value.get(name))}",
             where=self.where,
-            mend=f"it must be {must}",
+            hint=f"it must be {must}",
         )
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -162,7 +162,7 @@ class Fields:
         if got is not None:
             return got
         if default is _REQUIRED:
-            raise UserError(f"the field '{name}' is missing", where=self.where, mend=self.whole_file)
+            raise UserError(f"the field '{name}' is missing", where=self.where, hint=self.whole_file)
         return default
 
     def whole(

@@ -242,11 +242,11 @@ def check_device(device: str) -> None:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise UserError(f"unknown device '{device}'", mend="give cpu, cuda or cuda:0") from None
+        raise UserError(f"unknown device '{device}'", hint="give cpu, cuda or cuda:0") from None
     names = [found.device for found in accelerators()]
     present = wanted.type == "cpu" or any(
         name in (str(wanted), wanted.type) or (":" not in device and name.partition(":")[0] == wanted.type)
         for name in names
     )
     if not present:
-        raise UserError(f"no device '{device}' here", mend=f"there is: {', '.join(['cpu', *names])}")
+        raise UserError(f"no device '{device}' here", hint=f"there is: {', '.join(['cpu', *names])}")

@@ -155,7 +155,7 @@ def language(code: str) -> Language:
         return LANGUAGES.get(with_script) or replace(
             found, code=with_script, script=script, cluster="none", role="none"
         )
-    raise UserError(f"unknown language '{code}'", mend=_suggestion(code))
+    raise UserError(f"unknown language '{code}'", hint=_suggestion(code))
 
 
 @functools.cache
@@ -185,10 +185,10 @@ def _script_and_region(code: str, subtags: list[str]) -> tuple[str | None, str |
             region = part
         elif part not in variants:
             if len(part) <= 3:
-                mend = "regions are ISO 3166 (BR) or UN M.49 (419)"
+                hint = "regions are ISO 3166 (BR) or UN M.49 (419)"
             else:
-                mend = did_you_mean(part.title(), [*scripts, *variants])
-            raise UserError(f"unknown subtag '{part}' of the language code '{code}'", mend=mend)
+                hint = did_you_mean(part.title(), [*scripts, *variants])
+            raise UserError(f"unknown subtag '{part}' of the language code '{code}'", hint=hint)
     return script, region
 
 
@@ -209,17 +209,17 @@ def parse_languages(text: str) -> tuple[str, ...]:
     """`"de,hi,ja"` as our codes, in order; raises `UserError` for an unknown one, one named twice, or none at all."""
     codes = tuple(language(part).code for part in text.split(",") if part.strip())
     if not codes:
-        raise UserError("no language is named", mend="give codes separated by commas, for example de,hi,ja")
+        raise UserError("no language is named", hint="give codes separated by commas, for example de,hi,ja")
     for code in codes:
         if codes.count(code) > 1:
-            raise UserError(f"the language '{code}' is named twice", mend="name each language once")
+            raise UserError(f"the language '{code}' is named twice", hint="name each language once")
     return codes
 
 
 def check_cluster(cluster: str) -> None:
     """Raise `UserError` for an unknown cluster, with the nearest ones."""
     if cluster not in CLUSTERS:
-        raise UserError(f"unknown cluster '{cluster}'", mend=did_you_mean(cluster, CLUSTERS))
+        raise UserError(f"unknown cluster '{cluster}'", hint=did_you_mean(cluster, CLUSTERS))
 
 
 def cluster_languages(cluster: str) -> tuple[str, ...]:

@@ -440,7 +440,7 @@ CASES = (
                 [{"messages": [{"role": "user", "content": "Why?"}], "language": "en", "id": "q1"}],
             ),
         ),
-        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is questions.jsonl, line 1: the last message is not the assistant's; mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is questions.jsonl, line 1: the last message is not the assistant's; fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="results to a folder that is not there",

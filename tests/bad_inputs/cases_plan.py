@@ -44,7 +44,7 @@ CASES = (
         mistake="a file of plans that is not Python",
         command="run plans.py:small",
         prepare=worlds.written("plans.py", "def small(plan:\n"),
-        says="plans.py:1: not valid Python ('(' was never closed); mend the plan file",
+        says="plans.py:1: not valid Python ('(' was never closed); fix the plan file",
     ),
     Case(
         mistake="a setting with a typo",

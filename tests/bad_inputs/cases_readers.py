@@ -13,13 +13,13 @@ from typing import Any
 from . import worlds
 from .case import Case
 
-MEND = "mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)"
+HINT = "fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)"
 
 
 def one_bad(reason: str, name: str = "text.jsonl", place: str = "line 41") -> str:
     """Return the message about one bad record among 41."""
     return (
-        f"1 of 41 records are bad (2.4%, at most 1.0% may be); the first is {name}, {place}: {reason}; {MEND}"
+        f"1 of 41 records are bad (2.4%, at most 1.0% may be); the first is {name}, {place}: {reason}; {HINT}"
     )
 
 
@@ -132,13 +132,13 @@ CASES = (
         mistake="a table whose text is dates",
         command="data inspect text.parquet",
         prepare=file_of("text.parquet", with_dates),
-        says="3 of 3 records are bad (100.0%, at most 1.0% may be); the first is text.parquet, row 1: …; " + MEND,
+        says="3 of 3 records are bad (100.0%, at most 1.0% may be); the first is text.parquet, row 1: …; " + HINT,
     ),
     Case(
         mistake="a table without a column of text",
         command="data inspect text.csv",
         prepare=file_of("text.csv", b"title,body\na,b\n"),
-        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.csv, line 2: neither 'text' nor 'messages' (it has title, body); " + MEND,
+        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.csv, line 2: neither 'text' nor 'messages' (it has title, body); " + HINT,
     ),
     Case(
         mistake="a CSV file with a header alone",
@@ -150,19 +150,19 @@ CASES = (
         mistake="a row of CSV with a cell too few",
         command="data inspect text.csv",
         prepare=file_of("text.csv", b"text;language\na;de\nb\n"),
-        says="1 of 2 records are bad (50.0%, at most 1.0% may be); the first is text.csv, line 3: 1 cells where the header has 2; " + MEND,
+        says="1 of 2 records are bad (50.0%, at most 1.0% may be); the first is text.csv, line 3: 1 cells where the header has 2; " + HINT,
     ),
     Case(
         mistake="a link as data whose disk is not mounted",
         command="data inspect text.jsonl",
         prepare=linked("text.jsonl", "/no/such/disk/text.jsonl"),
-        says="text.jsonl: a link that leads to /no/such/disk/text.jsonl, which is not there; mend or remove the link; is its disk mounted?",
+        says="text.jsonl: a link that leads to /no/such/disk/text.jsonl, which is not there; fix or remove the link; is its disk mounted?",
     ),
     Case(
         mistake="a link in a folder of data that leads back to itself",
         command="data inspect .",
         prepare=linked("text.jsonl", "text.jsonl"),
-        says="text.jsonl: a link that leads back to itself; mend or remove the link; is its disk mounted?",
+        says="text.jsonl: a link that leads back to itself; fix or remove the link; is its disk mounted?",
     ),
     Case(
         mistake="a pipe as data",

@@ -113,25 +113,25 @@ CASES = (
         mistake="Latin-1 instead of UTF-8",
         command=TRAIN,
         prepare=worlds.latin_1_text,
-        says="20 of 40 records are bad (50.0%, at most 1.0% may be); the first is text.jsonl, line 1: not UTF-8 (invalid continuation byte at byte 38); mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+        says="20 of 40 records are bad (50.0%, at most 1.0% may be); the first is text.jsonl, line 1: not UTF-8 (invalid continuation byte at byte 38); fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="broken JSON on a line",
         command=TRAIN,
         prepare=worlds.text_with(*worlds.records(), '{"text": "no end'),
-        says="1 of 41 records are bad (2.4%, at most 1.0% may be); the first is text.jsonl, line 41: not JSON (Invalid control character at at column 17); mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+        says="1 of 41 records are bad (2.4%, at most 1.0% may be); the first is text.jsonl, line 41: not JSON (Invalid control character at at column 17); fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="a record without text",
         command=TRAIN,
         prepare=worlds.text_with(*worlds.records(), {"language": "de", "title": "only this"}),
-        says="1 of 41 records are bad (2.4%, at most 1.0% may be); the first is text.jsonl, line 41: neither 'text' nor 'messages' (it has language, title); mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+        says="1 of 41 records are bad (2.4%, at most 1.0% may be); the first is text.jsonl, line 41: neither 'text' nor 'messages' (it has language, title); fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="a language code in the data with a typo",
         command=TRAIN,
         prepare=worlds.text_with(*worlds.records(), {"text": "so many words", "language": "xq"}),
-        says="1 of 41 records are bad (2.4%, at most 1.0% may be); the first is text.jsonl, line 41: unknown language 'xq'; did you mean 'xh' (Xhosa) or 'sq' (Albanian) or 'qu' (Quechua)?; mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+        says="1 of 41 records are bad (2.4%, at most 1.0% may be); the first is text.jsonl, line 41: unknown language 'xq'; did you mean 'xh' (Xhosa) or 'sq' (Albanian) or 'qu' (Quechua)?; fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="a file that may not be read",
@@ -181,7 +181,7 @@ CASES = (
         mistake="a field that the records do not have",
         command=TOKENIZE + " --field text=body",
         prepare=worlds.having("text", "tokenizer"),
-        says="40 of 40 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: no field 'body' (it has id, text, language, domain); mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+        says="40 of 40 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: no field 'body' (it has id, text, language, domain); fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="an impossible share of bad records",
@@ -196,7 +196,7 @@ CASES = (
             "tokenizer",
             then=worlds.text_with({"messages": [{"role": "robot", "content": "hello"}], "language": "en"}),
         ),
-        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: message 1 has the role 'robot'; known: system, user, assistant; mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: message 1 has the role 'robot'; known: system, user, assistant; fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
     ),
     Case(
         mistake="a number of workers below one",

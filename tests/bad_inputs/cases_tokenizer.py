@@ -148,7 +148,7 @@ CASES = (
         mistake="an end of documents that the vocabulary lacks",
         command=TOKENIZE,
         prepare=config(eos_token="<|finis|>"),
-        says="tokenizer: the token '<|finis|>' is named but not in the vocabulary; mend tokenizer_config.json",
+        says="tokenizer: the token '<|finis|>' is named but not in the vocabulary; fix tokenizer_config.json",
     ),
     Case(
         mistake="a chat template that is a number",

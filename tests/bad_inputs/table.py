@@ -47,7 +47,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
 HEAD = """\
 # Bad inputs: what the program says
 
-A mistake ends in one line on standard error that names what is wrong, where, and how to mend it; the exit code is 2, and nothing half-written is
+A mistake ends in one line on standard error that names what is wrong, where, and how to fix it; the exit code is 2, and nothing half-written is
 left behind. A traceback is a bug of ours. This page is generated from `tests/bad_inputs/`, which runs every line of it: the command is run in a folder
 prepared for the case, the line must be exactly this (… stands for text that depends on the machine), and the folder must afterwards be
 as it was before (an empty lock file may stay).

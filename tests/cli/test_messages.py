@@ -42,7 +42,7 @@ def test_a_note_is_one_line_without_a_place_in_our_code(
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
-        (UserError("too few", where="x.json", mend="give\nmore"), "koine: x.json: too few; give more\n", 2),
+        (UserError("too few", where="x.json", hint="give\nmore"), "koine: x.json: too few; give more\n", 2),
         (click.UsageError("no such thing"), "koine: no such thing\n", 2),
         # click ends the line that the terminal shows as ^C
         (KeyboardInterrupt(), "\nkoine: interrupted\n", 130),

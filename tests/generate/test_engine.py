@@ -129,7 +129,7 @@ def test_an_interrupted_step_is_taken_again(model_folder: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("koine.generate.cache.contexts.StepReading.finish", interrupt)
+        patch.setattr("koine.generate.cache.contexts.DecodeContext.finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(answer)
     assert not engine.scheduler.busy
@@ -219,7 +219,7 @@ def test_an_answer_that_fails_ends_alone(which: str, model_folder: Path, foreign
     def fail(token: int) -> bool:
         raise RuntimeError("watching failed")
 
-    bad.request.watch = fail
+    bad.request.on_token = fail
     engine.wait(good)
     assert good.request.tokens == expected
     with pytest.raises(RuntimeError, match="watching failed"):
@@ -264,16 +264,16 @@ def test_stop_strings_across_tokens(pieces: list[str], stops: list[str], text: s
         def flush(self) -> str:
             return ""
 
-    watch = StopStrings(Pieces(), stops)
+    on_token = StopStrings(Pieces(), stops)
     for number in range(len(pieces)):
-        before = watch.text
-        if watch.push(number):
+        before = on_token.text
+        if on_token.push(number):
             break
         # What was shown once stays, and never runs into a stop string.
-        assert watch.text.startswith(before)
-        assert text.startswith(watch.text)
-    assert watch.found == found
-    assert watch.finish() == text
+        assert on_token.text.startswith(before)
+        assert text.startswith(on_token.text)
+    assert on_token.found == found
+    assert on_token.finish() == text
 
 
 def test_a_completion_does_not_depend_on_its_neighbours(engine: LocalEngine) -> None:

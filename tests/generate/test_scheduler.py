@@ -11,9 +11,9 @@ import torch
 
 from koine.errors import UserError
 from koine.generate import Request, Scheduler, generate
-from koine.generate.cache.contexts import StepReading, StretchReading
+from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.page_runs import page_runs, runs_worth_reading
-from koine.generate.cache.paged_cache import SLAB, OutOfPages
+from koine.generate.cache.paged_cache import SLAB, OutOfPages, PagedCache
 from koine.generate.cache.prefix_cache import common_length
 from koine.generate.token_sampling import Sampling
 from koine.model import Decoder, LayerSpec, ModelConfig
@@ -138,7 +138,7 @@ def test_common_beginnings_are_packed(
     common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4)
     requests = [scheduler.submit(common + prompt_of(84 - shared, seed), sampling) for seed in range(1, 33)]
     steps = 0
-    while scheduler.waiting or scheduler.reading:
+    while scheduler.waiting or scheduler.context:
         scheduler.step()
         steps += 1
     assert steps <= most
@@ -172,17 +172,17 @@ def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, max_batch=2, page=4, prefixes=0, prefill_chunk=8)
     sampling = Sampling(max_new_tokens=10)
-    stays, running, reading, waiting = (
+    stays, running, context, waiting = (
         scheduler.submit(prompt_of(size, size), sampling) for size in (6, 5, 40, 12)
     )
     scheduler.step()
     scheduler.cancel(running)
     scheduler.step()
-    assert reading in scheduler.reading
-    scheduler.cancel(reading)
+    assert context in scheduler.context
+    scheduler.cancel(context)
     scheduler.cancel(waiting)
     scheduler.run()
-    assert [one.finish for one in (running, reading, waiting)] == ["cancelled"] * 3
+    assert [one.finish for one in (running, context, waiting)] == ["cancelled"] * 3
     assert stays.tokens == alone(model, stays.prompt, sampling)
     assert running.tokens == alone(model, running.prompt, sampling)[: len(running.tokens)]
     assert scheduler.cache.pages_in_use == 0
@@ -243,14 +243,14 @@ def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None
     scheduler = Scheduler(model, page=4)
     sampling = Sampling(max_new_tokens=9, temperature=0.9, seed=4)
 
-    def watch(token: int) -> bool:
+    def on_token(token: int) -> bool:
         if fails == "watch" and len(bad.tokens) > 3:
             raise RuntimeError("watching failed")
         return False
 
     first = scheduler.submit(prompt_of(6, 1), sampling)
     bad = scheduler.submit(
-        prompt_of(5, 2), sampling, watch=watch, grammar=None if fails == "watch" else Rules(fails=fails)
+        prompt_of(5, 2), sampling, on_token=on_token, grammar=None if fails == "watch" else Rules(fails=fails)
     )
     others = [
         scheduler.submit(prompt_of(7, 3), sampling, grammar=Rules()),
@@ -335,7 +335,7 @@ def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
     free = scheduler.submit([5, 9], sampling)
     bound = scheduler.submit([5, 9], sampling, grammar=odd)
     scheduler.run()
-    watched = scheduler.submit([5, 9], sampling, watch=lambda token: token == free.tokens[3])
+    watched = scheduler.submit([5, 9], sampling, on_token=lambda token: token == free.tokens[3])
     scheduler.run()
     assert free.tokens == alone(model, [5, 9], sampling)
     assert bound.tokens == odd.taken
@@ -351,13 +351,13 @@ def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
 def test_memory_follows_use(tiny: ModelConfig) -> None:
     """Held bytes are the formula's, in whole pages; slabs come with need and go when they are empty, but for one."""
     model = Decoder(tiny).eval()
-    cache = model.new_cache(page=4)
+    cache = PagedCache.of_model(model, page=4)
     long, short = cache.add(), cache.add()
     with torch.inference_mode():
         model(
-            torch.tensor([prompt_of(4 * SLAB * 3, 1)]), reading=StretchReading(cache, [long], [4 * SLAB * 3])
+            torch.tensor([prompt_of(4 * SLAB * 3, 1)]), context=PrefillContext(cache, [long], [4 * SLAB * 3])
         )
-        model(torch.tensor([prompt_of(3, 2)]), reading=StretchReading(cache, [short], [3]))
+        model(torch.tensor([prompt_of(3, 2)]), context=PrefillContext(cache, [short], [3]))
     lengths = (4 * SLAB * 3, 3)
     place = 2 * tiny.kv_size * 4
     # One full layer, whose second sequence has a page of four.
@@ -378,15 +378,15 @@ def test_pages_in_runs_and_by_slab_give_the_same(
 ) -> None:
     """Sequences whose pages were taken in turn lie in several runs; one shares its beginning with another."""
     model = Decoder(tiny).to(dtype).eval()
-    cache = model.new_cache(page=4)
+    cache = PagedCache.of_model(model, page=4)
     texts = [prompt_of(size, size) for size in (29, 3, 160, 24)]
     sequences = [cache.add() for _ in texts]
     with torch.inference_mode():
         for start in range(0, 160, 8):
             for text, sequence in zip(texts, sequences, strict=True):
                 if part := text[start : start + 8]:
-                    reading = StretchReading(cache, [sequence], [len(part)])
-                    model(torch.tensor([part]), reading=reading)
+                    context = PrefillContext(cache, [sequence], [len(part)])
+                    model(torch.tensor([part]), context=context)
         texts.append(texts[3])
         sequences.append(cache.add(cache.prefix(sequences[3])))
         runs = page_runs(cache, sequences)
@@ -395,7 +395,7 @@ def test_pages_in_runs_and_by_slab_give_the_same(
         monkeypatch.setattr("koine.generate.cache.page_runs.FEW_RUNS", few)
         assert runs_worth_reading(cache, sequences) == (runs if few == 100 else [])
         new = torch.tensor([[7], [9], [11], [5], [13]])
-        got = model(new, reading=StepReading(cache, sequences))[:, 0].float()
+        got = model(new, context=DecodeContext(cache, sequences))[:, 0].float()
         expected = [
             model(torch.tensor([[*text, int(token)]]))[0, -1].float()
             for text, token in zip(texts, new, strict=True)
@@ -407,19 +407,19 @@ def test_pages_in_runs_and_by_slab_give_the_same(
 def test_pages_far_apart_and_a_cache_that_is_full(tiny: ModelConfig) -> None:
     """Of many sequences only the first and the last stay: their pages are gathered, not read in place."""
     model = Decoder(tiny).eval()
-    cache = model.new_cache(page=4, max_pages=20)
+    cache = PagedCache.of_model(model, page=4, max_pages=20)
     prompts = [prompt_of(8, seed) for seed in range(10)]
     sequences = [cache.add() for _ in prompts]
     with torch.inference_mode():
         for prompt, sequence in zip(prompts, sequences, strict=True):
-            model(torch.tensor([prompt]), reading=StretchReading(cache, [sequence], [8]))
+            model(torch.tensor([prompt]), context=PrefillContext(cache, [sequence], [8]))
         with pytest.raises(OutOfPages):
-            StepReading(cache, sequences)
+            DecodeContext(cache, sequences)
         for sequence in sequences[1:-1]:
             cache.remove(sequence)
         kept = [sequences[-1], sequences[0]]
         cache.arrange(kept)
-        got = model(torch.tensor([[7], [9]]), reading=StepReading(cache, kept))[:, 0]
+        got = model(torch.tensor([[7], [9]]), context=DecodeContext(cache, kept))[:, 0]
         expected = [model(torch.tensor([[*prompts[i], token]]))[0, -1] for i, token in ((-1, 7), (0, 9))]
     # float32, summed in another order.
     assert torch.allclose(got, torch.stack(expected), atol=1e-5)

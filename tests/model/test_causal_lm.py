@@ -13,7 +13,8 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.generate import generate
-from koine.generate.cache.contexts import StepReading, StretchReading
+from koine.generate.cache.contexts import DecodeContext, PrefillContext
+from koine.generate.cache.paged_cache import PagedCache
 from koine.generate.token_sampling import Sampling
 from koine.model import (
     CausalLM,
@@ -100,15 +101,15 @@ def test_bfloat16(tiny: ModelConfig, tmp_path: Path) -> None:
         exact = truth.logits(truth(ids, attention_mask=mask))
         bound = 2 * error(theirs(ids, attention_mask=mask, position_ids=positions).logits, exact)
         assert error(ours.logits(ours(ids, attention_mask=mask)), exact) <= bound
-        cache = ours.new_cache(page=8)
+        cache = PagedCache.of_model(ours, page=8)
         sequences = [cache.add() for _ in range(4)]
         starts = [5, 0, 0, 0]
         read = torch.zeros(4, 30, 32, dtype=torch.bfloat16)
         for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-            reading = StretchReading(cache, [sequence], [13 - start])
-            read[row, start:13] = ours(ids[row : row + 1, start:13], reading=reading)[0]
+            context = PrefillContext(cache, [sequence], [13 - start])
+            read[row, start:13] = ours(ids[row : row + 1, start:13], context=context)[0]
         for t in range(13, 30):
-            read[:, t] = ours(ids[:, t : t + 1], reading=StepReading(cache, sequences))[:, 0]
+            read[:, t] = ours(ids[:, t : t + 1], context=DecodeContext(cache, sequences))[:, 0]
         assert error(ours.logits(read), exact) <= bound
 
 
@@ -161,22 +162,22 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
         # Prefill shorter than the window, a chunk that crosses it, then one by one; ours has no padding to step over.
         ours, theirs_cached, past = torch.zeros_like(expected), [], None
         cached = [torch.zeros_like(state) for state in blocks]
-        cache = model.new_cache(page=4)
+        cache = PagedCache.of_model(model, page=4)
         sequences = [cache.add(), cache.add()]
         cuts = [0, 5, 16, *range(17, 25)]
         for start, end in zip(cuts, cuts[1:], strict=False):
             if end - start > 1:
                 for row, first in ((0, max(start, padded)), (1, start)):
-                    reading = StretchReading(cache, [sequences[row]], [end - first])
+                    context = PrefillContext(cache, [sequences[row]], [end - first])
                     states: list[Tensor] = []
-                    part = model(ids[row : row + 1, first:end], reading=reading, block_outputs=states)
+                    part = model(ids[row : row + 1, first:end], context=context, block_outputs=states)
                     ours[row, first:end] = model.logits(part)[0]
                     for kept, state in zip(cached, states, strict=True):
                         kept[row, first:end] = state[0]
             else:
                 states = []
-                reader = StepReading(cache, sequences)
-                step = model(ids[:, start:end], reading=reader, block_outputs=states)
+                reader = DecodeContext(cache, sequences)
+                step = model(ids[:, start:end], context=reader, block_outputs=states)
                 ours[:, start:end] = model.logits(step)
                 for kept, state in zip(cached, states, strict=True):
                     kept[:, start:end] = state

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from koine.generate.cache.contexts import StepReading, StretchReading
+from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.paged_cache import SLAB, PagedCache
 from koine.model import Decoder, LayerSpec, ModelConfig, hybrid_layers, preset
 from koine.model.counting import (
@@ -79,12 +79,12 @@ def test_cache_bytes_by_hand_and_as_held() -> None:
     # Ten tokens: the window holds 3, the full layer 10: 2 * 4 * 2 * 13 = 208.
     assert cache_bytes(SMALL, 10) == 208
     model = Decoder(SMALL).bfloat16().eval()
-    cache = model.new_cache(page=5)
+    cache = PagedCache.of_model(model, page=5)
     sequences = [cache.add() for _ in range(3)]
     with torch.no_grad():
-        model(torch.zeros(1, 18, dtype=torch.long), reading=StretchReading(cache, sequences, [6, 6, 6]))
+        model(torch.zeros(1, 18, dtype=torch.long), context=PrefillContext(cache, sequences, [6, 6, 6]))
         for _ in range(4):
-            model(torch.zeros(3, 1, dtype=torch.long), reading=StepReading(cache, sequences))
+            model(torch.zeros(3, 1, dtype=torch.long), context=DecodeContext(cache, sequences))
     # Whole pages, and rings with their three places filled.
     assert cache.bytes_held() == 3 * 208
     # Ten positions fill two pages of five each: nothing is held that is not used.
@@ -102,11 +102,11 @@ def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
         layers=hybrid_layers(4, window=16),
     )
     model = Decoder(config).eval()
-    cache = model.new_cache(page=8)
+    cache = PagedCache.of_model(model, page=8)
     sequence = cache.add()
     with torch.no_grad():
         for _ in range(200):
-            model(torch.zeros(1, 1, dtype=torch.long), reading=StepReading(cache, [sequence]))
+            model(torch.zeros(1, 1, dtype=torch.long), context=DecodeContext(cache, [sequence]))
     assert [cache.ring(layer)[0].shape for layer in (0, 1, 2)] == [(1, 1, 16, 8)] * 3
     assert cache.pages_in_use == 25
     assert cache.bytes_held() == cache_bytes(config, 200, element_bytes=4)
@@ -120,11 +120,11 @@ def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
 def held_after(config: ModelConfig, lengths: Sequence[int], page: int) -> PagedCache:
     """A cache that has read texts of these lengths, all at once."""
     model = Decoder(config).eval()
-    cache = model.new_cache(page=page)
+    cache = PagedCache.of_model(model, page=page)
     sequences = [cache.add() for _ in lengths]
     with torch.inference_mode():
         tokens = torch.randint(0, config.vocab_size, (1, sum(lengths)))
-        model(tokens, reading=StretchReading(cache, sequences, lengths))
+        model(tokens, context=PrefillContext(cache, sequences, lengths))
     return cache
 
 
@@ -170,11 +170,11 @@ def test_a_hybrid_holds_a_quarter_of_its_full_twin_at_128k() -> None:
         cache = PagedCache(config, torch.float32, torch.device("cpu"))
         sequence = cache.add()
         for _ in range(131_072 // chunk):
-            reading = StretchReading(cache, [sequence], [chunk])
+            context = PrefillContext(cache, [sequence], [chunk])
             for layer in range(4):
                 k, v = torch.rand(2, 1, chunk, 1, 2).add(1)
-                reading.keep(layer, k, v)
-            reading.finish()
+                context.keep(layer, k, v)
+            context.finish()
         assert sequence.length == 131_072
         assert written_bytes(cache) == cache.bytes_held() == cache_bytes(config, 131_072, element_bytes=4)
         held[config] = cache.bytes_held()

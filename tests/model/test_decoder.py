@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from koine.generate.cache.contexts import StretchReading
+from koine.generate.cache.contexts import PrefillContext
+from koine.generate.cache.paged_cache import PagedCache
 from koine.model import Decoder, LayerSpec, ModelConfig
 from koine.model.block import LayerNorm
 
@@ -102,7 +103,7 @@ def test_padding_changes_nothing(tiny: ModelConfig, side: str) -> None:
 @pytest.mark.parametrize("extra", ["document_ids", "attention_mask", "positions"])
 def test_a_reading_knows_where_its_tokens_stand(tiny: ModelConfig, extra: str) -> None:
     model = Decoder(tiny).eval()
-    ids, cache = torch.randint(6, 98, (1, 4)), model.new_cache()
-    reading = StretchReading(cache, [cache.add()], [4])
+    ids, cache = torch.randint(6, 98, (1, 4)), PagedCache.of_model(model)
+    context = PrefillContext(cache, [cache.add()], [4])
     with pytest.raises(ValueError, match="a reading knows"):
-        model(ids, reading=reading, **{extra: torch.zeros_like(ids)})
+        model(ids, context=context, **{extra: torch.zeros_like(ids)})

@@ -13,7 +13,7 @@ from koine.data.batch import Batch
 from koine.errors import UserError
 from koine.evaluate.log_likelihood import negative_log_likelihoods
 from koine.generate.kv_cache_probe import continuing
-from koine.generate.sequential import OneByOne
+from koine.generate.sequential import SequentialGenerator
 from koine.generate.token_sampling import Sampling
 from koine.model import CausalLM, load_causal_lm
 from koine.model.head import Head
@@ -156,7 +156,7 @@ def test_answers_with_the_cache_are_those_of_the_whole_text(model: tuple[str, Pa
     """Two prompts, the second going on from the first: greedy tokens and log-probabilities of the class's own logits."""
     _, folder = model
     ours, inner = opened(folder), theirs(folder)
-    queue = OneByOne(ours)
+    queue = SequentialGenerator(ours)
     first = ids(1, 9)[0].tolist()
     answer = queue.submit(first, Sampling(max_new_tokens=5))
     queue.run()

@@ -42,7 +42,7 @@ def follow(source: Path, *, out: Path) -> None:
 
 @step()
 def mistaken(*, out: Path) -> None:
-    raise UserError("not like this", where="here", mend="do that")
+    raise UserError("not like this", where="here", hint="do that")
 
 @step()
 def crash(*, out: Path) -> None:

@@ -9,15 +9,15 @@ from koine.errors import UserError
 
 
 def named_paths(
-    given: Iterable[str], *, what: str, mend: str, name_of: Callable[[Path], str]
+    given: Iterable[str], *, what: str, hint: str, name_of: Callable[[Path], str]
 ) -> dict[str, Path]:
-    """Paths by name: what stands before `=`, or `name_of` the path. Raises `UserError` with `mend` where two of `what` have one name."""
+    """Paths by name: what stands before `=`, or `name_of` the path. Raises `UserError` with `hint` where two of `what` have one name."""
     named: dict[str, Path] = {}
     for one in given:
         name, equals, path = one.partition("=")
         if not equals:
             name, path = name_of(Path(one)), one
         if name in named:
-            raise UserError(f"two {what} are named '{name}'", mend=mend)
+            raise UserError(f"two {what} are named '{name}'", hint=hint)
         named[name] = Path(path)
     return named

@@ -67,7 +67,7 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
     for field in fields:
         name, separator, column = field.partition("=")
         if not (name and separator and column):
-            raise UserError(f"--field '{field}' is not NAME=COLUMN", mend="for example --field text=content")
+            raise UserError(f"--field '{field}' is not NAME=COLUMN", hint="for example --field text=content")
         mapping[name] = column
     return mapping
 

@@ -97,7 +97,7 @@ def print_installation(core: list[extras.Package], optional: list[extras.Extra])
     if not missing and not broken:
         line("core", f"installed: {len(core)} packages, each imports")
     for package in missing:
-        line("core", f"{package.name} is not installed; mend: {extras.repair_line(package.name)}")
+        line("core", f"{package.name} is not installed; fix: {extras.repair_line(package.name)}")
     print_broken(broken)
     for extra in optional:
         line(f"[{extra.name}]", f"{extra.state}: {extra.purpose}")
@@ -114,4 +114,4 @@ def print_installation(core: list[extras.Package], optional: list[extras.Extra])
 def print_broken(packages: list[extras.Package]) -> None:
     for package in packages:
         line("", f"{package.name} is only half installed: {package.problem}")
-        line("", f"mend: {extras.repair_line(package.name)}")
+        line("", f"fix: {extras.repair_line(package.name)}")

@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             from koine.errors import did_you_mean
 
-            raise UserError(f"unknown command '{args[0]}'", mend=did_you_mean(args[0], VERBS))
+            raise UserError(f"unknown command '{args[0]}'", hint=did_you_mean(args[0], VERBS))
         return super().resolve_command(ctx, args)
 
 

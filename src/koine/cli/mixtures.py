@@ -25,18 +25,18 @@ def read_mixture(
     from koine.data import Mixture, Phase
 
     if (mixture is None) == (not data):
-        raise UserError("give either --data or --mixture", mend="--data TOKENS[:PROPORTION] may be repeated")
+        raise UserError("give either --data or --mixture", hint="--data TOKENS[:PROPORTION] may be repeated")
     if mixture is not None:
         from koine.files import read_json
 
         if long is not None:
-            raise UserError("--long-every with --mixture", mend="say `long` in a phase of the mixture")
+            raise UserError("--long-every with --mixture", hint="say `long` in a phase of the mixture")
         return Mixture.from_json(read_json(mixture), where=mixture)
     if steps is None or steps < 1:
-        raise UserError(f"steps is {steps}", mend="give --steps with a number of at least 1")
+        raise UserError(f"steps is {steps}", hint="give --steps with a number of at least 1")
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value < 1:
-            raise UserError(f"{name} is {value}", mend="it must be at least 1")
+            raise UserError(f"{name} is {value}", hint="it must be at least 1")
     phase = Phase(name="train", steps=steps, sources=tuple(read_sources(data)), long=long)
     return Mixture(phases=(phase,), sequence_length=sequence_length, batch_size=batch_size, **fields)
 
@@ -58,7 +58,7 @@ def read_long_rows(
     if every is None or sequence_length is None or batch_size is None:
         raise UserError(
             "batches of long sequences are not wholly described",
-            mend="give --long-every, --long-sequence-length and --long-batch-size",
+            hint="give --long-every, --long-sequence-length and --long-batch-size",
         )
     # Under names of their own: the others may be drawn from a folder of the same name, or from short documents too.
     sources = tuple(
@@ -82,12 +82,12 @@ def read_sources(data: tuple[str, ...]) -> list[Source]:
             parts.append((path, float(number)))
         except ValueError:
             raise UserError(
-                f"'{number}' is no proportion", where=text, mend="write PATH:0.3, for example"
+                f"'{number}' is no proportion", where=text, hint="write PATH:0.3, for example"
             ) from None
     given = [number for _, number in parts if number is not None]
     if given and len(given) != len(parts):
         raise UserError(
-            "some --data have a proportion and some have none", mend="give it for all or for none"
+            "some --data have a proportion and some have none", hint="give it for all or for none"
         )
     folders = [Path(path).resolve() for path, _ in parts]
     for (path, _), folder in zip(parts, folders, strict=True):
@@ -98,7 +98,7 @@ def read_sources(data: tuple[str, ...]) -> list[Source]:
             raise UserError(
                 "is given more than once",
                 where=path,
-                mend=f"give it once: {path}:{total:g}" if given else "give it once",
+                hint=f"give it once: {path}:{total:g}" if given else "give it once",
             )
     names = [Path(path).name for path, _ in parts]
     return [

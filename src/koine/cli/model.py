@@ -54,18 +54,18 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
 
         if vocab_size is not None:
             raise UserError(
-                "--vocab-size is for presets", where=which, mend="a model's vocabulary is in its config.json"
+                "--vocab-size is for presets", where=which, hint="a model's vocabulary is in its config.json"
             )
         given = [name for name, value in attention.items() if value is not None]
         if given:
             raise UserError(
                 f"--{given[0].replace('_', '-')} is for presets",
                 where=which,
-                mend="a model's attention is in its config.json",
+                hint="a model's attention is in its config.json",
             )
         config = read_config(Path(which))
     elif "/" in which:
-        raise UserError("no such model directory", where=which, mend="give a folder that holds config.json")
+        raise UserError("no such model directory", where=which, hint="give a folder that holds config.json")
     else:
         config = preset(which, vocab_size, **attention)
     description = describe_config(config, length=length)
@@ -133,7 +133,7 @@ def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -
     """Write MODEL as one file that another engine runs, or OUT/checkpoints/step-N of a training as a model directory."""
     if kind == "safetensors":
         if dtype == "q8_0":
-            raise UserError("safetensors hold no q8_0", mend="choose float32, float16 or bfloat16")
+            raise UserError("safetensors hold no q8_0", hint="choose float32, float16 or bfloat16")
         import torch
 
         from koine.train.export import export_checkpoint

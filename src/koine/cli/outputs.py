@@ -22,18 +22,18 @@ def output_files(
     They get their names at the end, all or none that this command can help. Raises `UserError` as
     `koine.files.atomic_file` does, and where one is, or holds, what is read (`reads`).
     """
-    from koine.files import atomic_file, refuse_replacing
+    from koine.files import atomic_file, check_replacing
 
     given = {option: path for option, path in files.items() if path is not None}
     if len({path.resolve() for path in given.values()}) < len(given):
         raise UserError(
-            "is given for two outputs", where=next(iter(given.values())), mend="give each its own name"
+            "is given for two outputs", where=next(iter(given.values())), hint="give each its own name"
         )
     read = [Path(path) for path in reads if path is not None]
     with ExitStack() as claimed:
         targets: dict[str, Path | None] = dict.fromkeys(files)
         for option, path in given.items():
             if overwrite:
-                refuse_replacing(path, read)
+                check_replacing(path, read)
             targets[option] = claimed.enter_context(atomic_file(path, overwrite=overwrite, option=option))
         yield targets

@@ -29,9 +29,9 @@ RUNS = click.option(
 def check_executor(name: str, address: str | None) -> None:
     """Raise `UserError` for an executor that does not exist, and an address that nobody would read."""
     if name not in EXECUTORS:
-        raise UserError(f"unknown executor '{name}'", where="--executor", mend=did_you_mean(name, EXECUTORS))
+        raise UserError(f"unknown executor '{name}'", where="--executor", hint=did_you_mean(name, EXECUTORS))
     if address is not None and name != "ray":
-        raise UserError("an address is for Ray only", where="--address", mend="add --executor ray")
+        raise UserError("an address is for Ray only", where="--address", hint="add --executor ray")
 
 
 def executor_of(name: str, address: str | None) -> Executor:
@@ -157,7 +157,7 @@ def lineage(artifact: Path, as_json: bool, verify: bool) -> None:
         wrong = [f"{one.path}: {problem}" for one in every(node) for problem in one.problems]
         if wrong:
             raise UserError(
-                "; ".join(wrong), mend="remove the folder and run the plan again to have it rebuilt"
+                "; ".join(wrong), hint="remove the folder and run the plan again to have it rebuilt"
             )
         if not as_json:
             click.echo("verified: every file is what was recorded")

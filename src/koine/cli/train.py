@@ -154,7 +154,7 @@ def pretrain(
 
     if (preset is None) == (model is None):
         raise UserError(
-            "give either --preset or --model", mend="--preset starts a new model, --model goes on"
+            "give either --preset or --model", hint="--preset starts a new model, --model goes on"
         )
     if model is not None:
         for name, value in (
@@ -165,14 +165,14 @@ def pretrain(
             if value is not None:
                 raise UserError(
                     f"{name} with --model: the layers of a model do not change",
-                    mend="leave it out, or start a new one with --preset; --rope-theta may change",
+                    hint="leave it out, or start a new one with --preset; --rope-theta may change",
                 )
         _run(
             lambda vocabulary: _opened(model, rope_theta),
             language_modelling,
             seed=seed,
             tokenizer=tokenizer or model,
-            began_as=model,
+            init_from=model,
             **options,
         )
         return
@@ -205,7 +205,7 @@ def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
     from koine.model.layer_patterns import set_rope_theta
 
     if not path.is_dir():
-        raise UserError("no such model directory", where=path, mend="give a folder that holds config.json")
+        raise UserError("no such model directory", where=path, hint="give a folder that holds config.json")
     model = load_as_stored(path)
     assert isinstance(model, Decoder | CausalLM)
     if rope_theta is not None:
@@ -213,7 +213,7 @@ def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
             raise UserError(
                 "--rope-theta is for Koine's own decoder",
                 where=path,
-                mend="set it in the model's config.json",
+                hint="set it in the model's config.json",
             )
         set_rope_theta(model, rope_theta)
     return model
@@ -230,7 +230,7 @@ def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
         lambda vocabulary: _opened(model),
         supervised_fine_tuning,
         tokenizer=tokenizer or model,
-        began_as=model,
+        init_from=model,
         **options,
     )
 
@@ -260,7 +260,7 @@ def _run(
     device: str,
     out: Path,
     dry_run: bool,
-    began_as: Path | None = None,
+    init_from: Path | None = None,
     **settings: Any,
 ) -> None:
     chosen = TrainSettings(seed=seed, **settings)
@@ -284,15 +284,15 @@ def _run(
         seed=seed,
     )
     if fresh_data:
-        mix = _after(mix, began_as)
+        mix = _after(mix, init_from)
     from koine.data import DataOrder, TokenSource
-    from koine.train.model_adapters import refuse_data_beyond_the_model, refuse_packed_documents
-    from koine.train.objectives import refuse_plain_documents, supervised_fine_tuning
+    from koine.train.model_adapters import check_data_beyond_the_model, check_packed_documents
+    from koine.train.objectives import check_plain_documents, supervised_fine_tuning
 
     paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.all_sources)
     manifests = {path: TokenSource(path, verify=False) for path in paths}
     if objective is supervised_fine_tuning:
-        refuse_plain_documents(manifests.values())
+        check_plain_documents(manifests.values())
     vocab_size = max(source.vocab_size for source in manifests.values())
     if tokenizer is not None and (tokenizer / "tokenizer.json").exists():
         from koine.files import sha256_file
@@ -303,13 +303,13 @@ def _run(
                 raise UserError(
                     f"tokenized with another tokenizer than {tokenizer}",
                     where=path,
-                    mend="run `koine data tokenize` again with this tokenizer, or give the one that was used",
+                    hint="run `koine data tokenize` again with this tokenizer, or give the one that was used",
                 )
     elif tokenizer is not None:
-        raise UserError("no tokenizer here", where=tokenizer, mend="give a folder with tokenizer.json")
+        raise UserError("no tokenizer here", where=tokenizer, hint="give a folder with tokenizer.json")
     model = make_model(vocab_size)
-    refuse_data_beyond_the_model(model, mix, vocab_size)
-    refuse_packed_documents(model, mix, out)
+    check_data_beyond_the_model(model, mix, vocab_size)
+    check_packed_documents(model, mix, out)
     # Before a dry run too, which must refuse and note what the run would.
     order = DataOrder(mix)
     evaluate = (
@@ -330,7 +330,7 @@ def _run(
         out=out,
         tokenizer=tokenizer,
         evaluate=evaluate,
-        began_as=began_as,
+        init_from=init_from,
         device=device,
     )
 
@@ -346,7 +346,7 @@ def _after(mixture: Mixture, model: Path | None) -> Mixture:
         raise UserError(
             "--fresh-data, and nothing says what was read before",
             where=model,
-            mend="leave it out, or go on from a model that this version of Koine trained",
+            hint="leave it out, or go on from a model that this version of Koine trained",
         )
     return replace(mixture, drawn=drawn)
 
@@ -355,7 +355,7 @@ def _refuse_half_an_evaluation(settings: TrainSettings, data: tuple[str, ...], s
     """Data, and how often: one without the other would measure nothing."""
     if data and not settings.evaluate_every:
         raise UserError(
-            "--evaluate-data without --evaluate-every", mend="say after how many steps to evaluate"
+            "--evaluate-data without --evaluate-every", hint="say after how many steps to evaluate"
         )
     for option, given in (
         ("--evaluate-every", settings.evaluate_every),
@@ -363,7 +363,7 @@ def _refuse_half_an_evaluation(settings: TrainSettings, data: tuple[str, ...], s
         ("--evaluate-split", split),
     ):
         if given and not data:
-            raise UserError(f"{option} without --evaluate-data", mend="give documents to evaluate on")
+            raise UserError(f"{option} without --evaluate-data", hint="give documents to evaluate on")
 
 
 def _probe(
@@ -374,14 +374,14 @@ def _probe(
     metric: str,
 ) -> BitsPerByteProbe:
     """What measures `data` on the way; raises `UserError` for a metric that it does not have."""
-    from koine.evaluate.records import Reading, Records
+    from koine.evaluate.records import ReadOptions, Records
     from koine.evaluate.runner import first_of_each
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.tokenizer import load_tokenizer
 
     if tokenizer is None:
-        raise UserError("--evaluate-data without --tokenizer", mend="give the tokenizer of the token shards")
-    records = Records(data, Reading(split=split), option="--evaluate-split")
+        raise UserError("--evaluate-data without --tokenizer", hint="give the tokenizer of the token shards")
+    records = Records(data, ReadOptions(split=split), option="--evaluate-split")
     probe = BitsPerByteProbe(load_tokenizer(tokenizer), first_of_each(records, limit))
     records.note_bad()
     probe.check_metric(metric)

@@ -192,7 +192,7 @@ def nexus(
         embeddings = torch.stack([domain_embedding(fitted, texts[name]) for name in named])
     elif domains:
         raise UserError(
-            "--domain is given and the router is linear", mend="leave it out, or --router domains"
+            "--domain is given and the router is linear", hint="leave it out, or --router domains"
         )
     with atomic_directory(out, overwrite=overwrite, reads=[seed, *named.values()]) as folder:
         config = upcycle_nexus(
@@ -233,7 +233,7 @@ def extend(
     from koine.files import atomic_directory
 
     if expert is None and remove is None:
-        raise UserError("nothing to do", mend="give --expert MODEL to add one, or --remove NAME")
+        raise UserError("nothing to do", hint="give --expert MODEL to add one, or --remove NAME")
     if remove is not None:
         for name, given in (
             ("--domain", domain),
@@ -241,7 +241,7 @@ def extend(
             ("--reset-router", reset_router or None),
         ):
             if given is not None:
-                raise UserError(f"{name} is given with --remove", mend="leave it out")
+                raise UserError(f"{name} is given with --remove", hint="leave it out")
         dense = None if expert is None else Path(_named((expert,)).popitem()[1])
         reads = [mixture] if dense is None else [mixture, dense]
         with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
@@ -261,7 +261,7 @@ def extend(
 def _named(given: tuple[str, ...]) -> dict[str, Path]:
     """Models by name: what stands before `=`, or the folder's own name."""
     return named_paths(
-        given, what="experts", mend="name them: --experts code=A --experts law=B", name_of=lambda path: path.resolve().name
+        given, what="experts", hint="name them: --experts code=A --experts law=B", name_of=lambda path: path.resolve().name
     )  # fmt: skip
 
 
@@ -275,14 +275,14 @@ def _domain_texts(given: tuple[str, ...], experts: list[str], documents: int) ->
             raise UserError(f"'{one}' is not NAME=DATA", where="--domain")
         if name not in experts:
             raise UserError(
-                f"no expert is named '{name}'", where="--domain", mend=did_you_mean(name, experts)
+                f"no expert is named '{name}'", where="--domain", hint=did_you_mean(name, experts)
             )
         texts.setdefault(name, []).extend(_texts(Path(path), documents))
     missing = [name for name in experts if name not in texts]
     if missing:
         raise UserError(
             f"no text of the domain of '{missing[0]}'",
-            mend=f"add --domain {missing[0]}=DATA, or --router linear",
+            hint=f"add --domain {missing[0]}=DATA, or --router linear",
         )
     return texts
 

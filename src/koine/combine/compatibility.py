@@ -57,7 +57,7 @@ def model_configuration(path: Path) -> dict[str, Any]:
     where = path / "config.json"
     content = read_json(where) if where.exists() else {}
     if not isinstance(content, dict):
-        raise UserError("is not a JSON object", where=where, mend="it is no model's configuration")
+        raise UserError("is not a JSON object", where=where, hint="it is no model's configuration")
     return content
 
 
@@ -80,7 +80,7 @@ def field_difference(
     return None
 
 
-def refuse_other_function(wanted: Path, found: Path) -> None:
+def check_other_function(wanted: Path, found: Path) -> None:
     """Raise `UserError` where the same weights would compute something else by one model's `config.json` than by the other's."""
     ours, theirs = model_configuration(wanted), model_configuration(found)
     kinds = ours.get("model_type"), theirs.get("model_type")
@@ -88,7 +88,7 @@ def refuse_other_function(wanted: Path, found: Path) -> None:
         raise UserError(
             f"is a {kinds[1]}, and {wanted} a {kinds[0]}",
             where=found,
-            mend="models of one architecture can be merged",
+            hint="models of one architecture can be merged",
         )
     difference = _difference(ours, theirs, wanted, found)
     if difference is not None:
@@ -99,7 +99,7 @@ def refuse_other_function(wanted: Path, found: Path) -> None:
         raise UserError(
             f"{name} is {_shown(other)}, and {_shown(one)} in {wanted}",
             where=found / "config.json",
-            mend=f"whether that changes what the model computes, transformers knows: {_way(kinds[0])}"
+            hint=f"whether that changes what the model computes, transformers knows: {_way(kinds[0])}"
             if unsure
             else "the same weights compute something else then: models of one configuration can be merged",
         )
@@ -201,7 +201,7 @@ def tokenizer_differences(wanted: Path, found: Path) -> list[str]:
 def _essence(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError("is not a JSON object", where=path, mend="it is no tokenizer")
+        raise UserError("is not a JSON object", where=path, hint="it is no tokenizer")
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")
     essence = {key: content.get(key) for key in parts}
     if isinstance(essence["model"], dict):

@@ -20,7 +20,7 @@ from koine.combine.merging.methods import BLOCK
 from koine.errors import UserError
 from koine.files import read_json, write_json
 from koine.model.formats.checksum import KEY, UNSEALED, verify
-from koine.model.formats.opening import refuse_other_tokenizer
+from koine.model.formats.opening import check_other_tokenizer
 from koine.model.formats.safetensors_header import header_bytes, read_header
 from koine.model.formats.weight_files import weight_files
 
@@ -79,9 +79,9 @@ class Checkpoint(Mapping[str, Entry]):
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise UserError("no such folder", where=path, mend="give the folder of a model")
+            raise UserError("no such folder", where=path, hint="give the folder of a model")
         self.entries: dict[str, Entry] = {}
-        refuse_other_tokenizer(path)
+        check_other_tokenizer(path)
         files = weight_files(path)
         for file in files:
             for name, entry in _header(file).items():
@@ -89,7 +89,7 @@ class Checkpoint(Mapping[str, Entry]):
                     raise UserError(
                         f"{name} stands in two files",
                         where=path,
-                        mend="the folder holds the shards of two models",
+                        hint="the folder holds the shards of two models",
                     )
                 self.entries[name] = entry
         self._refuse_lost(files)
@@ -107,7 +107,7 @@ class Checkpoint(Mapping[str, Entry]):
         lost = sorted(shards.keys() - self.entries.keys())
         if lost:
             raise UserError(
-                f"names {lost[0]}, which no shard holds", where=index, mend="copy the whole folder again"
+                f"names {lost[0]}, which no shard holds", where=index, hint="copy the whole folder again"
             )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -129,7 +129,7 @@ class Checkpoint(Mapping[str, Entry]):
             while done < size:
                 count = os.preadv(self._descriptors[entry.file], [view[done:]], at + done)
                 if count == 0:
-                    raise UserError("ends too early", where=entry.file, mend="it is truncated; copy it again")
+                    raise UserError("ends too early", where=entry.file, hint="it is truncated; copy it again")
                 done += count
         return tensor
 
@@ -235,7 +235,7 @@ def _header(file: Path) -> dict[str, Entry]:
             raise UserError(
                 f"{name} is of dtype {stored.dtype}",
                 where=file,
-                mend=f"these are merged: {', '.join(DTYPES)}",
+                hint=f"these are merged: {', '.join(DTYPES)}",
             )
         found[name] = Entry(file, DTYPES[stored.dtype], stored.shape, stored.begin)
     return found

@@ -67,7 +67,7 @@ def match_names(everyone: Sequence[Checkpoint]) -> list[str]:
             raise UserError(
                 f"lacks {missing[0]}" if missing else f"has {extra[0]}, which {first.path} lacks",
                 where=one.path,
-                mend="models of one architecture and size can be merged",
+                hint="models of one architecture and size can be merged",
             )
     return list(first)
 

@@ -91,7 +91,7 @@ class DataOrder:
         if len(made_by) > 1:
             raise UserError(
                 f"the sources {', '.join(str(path) for path in opened)} were made with different tokenizers",
-                mend="tokenize all of them with the tokenizer of the model",
+                hint="tokenize all of them with the tokenizer of the model",
             )
         packings: Packings = {}
         self._lanes = {
@@ -129,12 +129,12 @@ class DataOrder:
         present = np.unique(tokens.languages[enough]).tolist()
         totals = {code: int(tokens.lengths[enough & (tokens.languages == code)].sum()) for code in present}
         if not tokens.lengths.sum():
-            raise UserError("holds no tokens", where=source.path, mend="tokenize a source that has documents")
+            raise UserError("holds no tokens", where=source.path, hint="tokenize a source that has documents")
         if not sum(totals.values()):
             raise UserError(
                 f"holds no document of {least} tokens, the longest has {tokens.lengths.max()}",
                 where=source.path,
-                mend="lower min_tokens, or give longer text",
+                hint="lower min_tokens, or give longer text",
             )
         if source.languages is None:
             power = 1.0 / (source.temperature or 1.0)
@@ -147,7 +147,7 @@ class DataOrder:
                     raise UserError(
                         f"holds no document in '{code}'" + (f" of {least} tokens" if least else ""),
                         where=source.path,
-                        mend=did_you_mean(code, totals),
+                        hint=did_you_mean(code, totals),
                     )
             weights = dict(source.languages)
         scale = source.proportion / sum(weights.values())
@@ -259,7 +259,7 @@ class DataOrder:
         if size % world_size:
             raise UserError(
                 f"a batch of {size} sequences cannot be split over {world_size} processes",
-                mend="choose a batch size that is a multiple of their number",
+                hint="choose a batch size that is a multiple of their number",
             )
         share = size // world_size
         rows = range(size)[rank * share : (rank + 1) * share]
@@ -341,14 +341,14 @@ def _refuse_twice(phase: str, components: list[Component]) -> None:
             raise UserError(
                 f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' from {component.source.path}",
                 where=f"phase '{phase}'",
-                mend="give each language of a folder to one of them",
+                hint="give each language of a folder to one of them",
             )
 
 
 def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
     """Whole numbers that sum to `total`, in proportion to `weights` (largest remainder), at least 1 each."""
     if len(weights) > total:
-        raise UserError(f"{len(weights)} languages in one mixture", mend=f"at most {total} are possible")
+        raise UserError(f"{len(weights)} languages in one mixture", hint=f"at most {total} are possible")
     exact = weights / weights.sum() * (total - len(weights))
     counts = np.floor(exact).astype(np.int64)
     missing = total - len(weights) - int(counts.sum())

@@ -35,9 +35,9 @@ class Drawn:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shuffle", tuple(self.shuffle))
         if any(type(part) is not int or part < 0 for part in self.shuffle):
-            raise UserError(f"the shuffle of '{self.language}' is {list(self.shuffle)}", mend="train again")
+            raise UserError(f"the shuffle of '{self.language}' is {list(self.shuffle)}", hint="train again")
         if type(self.documents) is not int or self.documents < 0:
-            raise UserError(f"{self.documents} documents of '{self.language}'", mend="train again")
+            raise UserError(f"{self.documents} documents of '{self.language}'", hint="train again")
 
     @property
     def key(self) -> tuple[str, str, tuple[int, ...]]:
@@ -53,10 +53,10 @@ def from_json(value: Any, *, where: Path) -> list[Drawn]:
     """Places from their JSON values. Raises `UserError` where a value is none."""
     names = {field.name for field in dataclasses.fields(Drawn)}
     if not isinstance(value, list) or any(not isinstance(one, dict) or one.keys() != names for one in value):
-        raise UserError("what was drawn is not a list of places", where=where, mend="train again")
+        raise UserError("what was drawn is not a list of places", where=where, hint="train again")
     texts = all(isinstance(one[name], str) for one in value for name in ("source", "language"))
     if not texts or any(not isinstance(one["shuffle"], list) for one in value):
-        raise UserError("what was drawn is not a list of places", where=where, mend="train again")
+        raise UserError("what was drawn is not a list of places", where=where, hint="train again")
     return [Drawn(**one) for one in value]
 
 

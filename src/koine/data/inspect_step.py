@@ -25,7 +25,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
         raise UserError(
             "holds no training.json",
             where=model,
-            mend="only a model that `koine train` or a plan built knows its data",
+            hint="only a model that `koine train` or a plan built knows its data",
         )
     trained = Fields(
         read_json(record), record, whole_file="it is damaged; train again, or copy the folder again"
@@ -42,7 +42,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
             raise UserError(
                 "these token shards are not the ones that the model was trained on",
                 where=path,
-                mend="restore them, or train again",
+                hint="restore them, or train again",
             )
     _refuse_edited(record)
     out = []
@@ -68,7 +68,7 @@ def _refuse_edited(record: Path) -> None:
         raise UserError(
             "tells of another mixture than the training's own",
             where=record,
-            mend="it was edited or damaged; copy the model again",
+            hint="it was edited or damaged; copy the model again",
         )
 
 

@@ -86,7 +86,7 @@ def _is_broken(ahead: list[tuple[int, bytes | str]]) -> bool:
 def _spans_lines(first: list[bytes | str]) -> bool:
     """Return whether the first line begins an object that ends on a later one, or several.
 
-    A line that was cut short is told from it: no line after it mends that.
+    A line that was cut short is told from it: no line after it fixes that.
     """
     filled = [raw for raw in first if isinstance(raw, bytes) and raw.strip()]
     text = b"".join(filled).decode("utf-8", "replace")

@@ -48,7 +48,7 @@ class Source:
             raise UserError(f"the proportion {self.proportion} is not above 0 and at most 1", where=where)
         if self.languages is not None and self.temperature is not None:
             raise UserError(
-                "has both language weights and a temperature", where=where, mend="give one of them"
+                "has both language weights and a temperature", where=where, hint="give one of them"
             )
         # Infinity is a temperature, at which all languages weigh the same, and no bound of passes.
         if self.temperature is not None and not self.temperature > 0.0:
@@ -64,7 +64,7 @@ class Source:
             for given, weight in self.languages.items():
                 code = language(given).code
                 if code in weights:
-                    raise UserError(f"two weights for '{code}'", where=where, mend="give one")
+                    raise UserError(f"two weights for '{code}'", where=where, hint="give one")
                 weights[code] = check_number(
                     f"the weight of '{code}'", weight, above=0, high=1e12, where=where
                 )
@@ -111,7 +111,7 @@ class LongRows:
         if self.every < 2:
             raise UserError(
                 f"every {self.every} steps a batch of long rows",
-                mend="it must be at least 2; a phase of long rows alone has a sequence_length of its own",
+                hint="it must be at least 2; a phase of long rows alone has a sequence_length of its own",
             )
         _check_shape(self.sequence_length, self.batch_size, "long rows")
         if self.sources:
@@ -137,7 +137,7 @@ class Phase:
         where = f"phase {shown(self.name)}"
         check_whole("steps", self.steps, high=MOST_STEPS, where=where)
         if self.steps < 1:
-            raise UserError(f"has {self.steps} steps", where=where, mend="it needs at least 1")
+            raise UserError(f"has {self.steps} steps", where=where, hint="it needs at least 1")
         _check_sources(self.sources, where)
         _check_shape(self.sequence_length, self.batch_size, where)
         if self.long is None:
@@ -146,7 +146,7 @@ class Phase:
             raise UserError(
                 f"has {self.steps} steps, and every {self.long.every}th is one of long rows",
                 where=where,
-                mend="give it more steps, or long rows more often",
+                hint="give it more steps, or long rows more often",
             )
         paths = {source.name: source.path for source in self.sources}
         for source in self.long.sources:
@@ -154,7 +154,7 @@ class Phase:
                 raise UserError(
                     f"'{source.name}' is one folder for long rows and another for the others",
                     where=where,
-                    mend="give the two sources two names",
+                    hint="give the two sources two names",
                 )
 
     @property
@@ -193,19 +193,19 @@ class Mixture:
                 raise UserError(
                     f"its long rows have {phase.long.sequence_length} tokens, the others {rows}",
                     where=f"phase '{phase.name}'",
-                    mend="long rows must be longer",
+                    hint="long rows must be longer",
                 )
         for shape in self.shapes():
             if shape.tokens > MOST_TOKENS:
                 raise UserError(
                     f"a step has {shape.tokens:,} tokens",
-                    mend=f"{MOST_TOKENS:,} are possible: give it fewer rows",
+                    hint=f"{MOST_TOKENS:,} are possible: give it fewer rows",
                 )
         if check_whole("seed", self.seed, high=2**63 - 1) < 0:
-            raise UserError(f"the seed is {self.seed}", mend="it must not be negative")
+            raise UserError(f"the seed is {self.seed}", hint="it must not be negative")
         if self.packing not in get_args(Packing):
             raise UserError(
-                f"unknown packing '{self.packing}'", mend=did_you_mean(self.packing, get_args(Packing))
+                f"unknown packing '{self.packing}'", hint=did_you_mean(self.packing, get_args(Packing))
             )
 
     @property
@@ -217,7 +217,7 @@ class Mixture:
         """The phase of a step, and where in it the step is. Raises `UserError` outside the mixture."""
         if not 0 <= step < self.steps:
             raise UserError(
-                f"step {step} is outside the mixture", mend=f"it has the steps 0 to {self.steps - 1}"
+                f"step {step} is outside the mixture", hint=f"it has the steps 0 to {self.steps - 1}"
             )
         index, inside = 0, step
         while inside >= self.phases[index].steps:
@@ -322,9 +322,9 @@ def _check_shape(sequence_length: int | None, batch_size: int | None, where: str
         if size is not None:
             check_whole(name, size, high=MOST_TOKENS, where=where)
     if sequence_length is not None and sequence_length < 2:
-        raise UserError(f"sequence_length is {sequence_length}", where=where, mend="it must be at least 2")
+        raise UserError(f"sequence_length is {sequence_length}", where=where, hint="it must be at least 2")
     if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}", where=where, mend="it must be at least 1")
+        raise UserError(f"batch_size is {batch_size}", where=where, hint="it must be at least 1")
 
 
 def _check_sources(sources: tuple[Source, ...], where: str) -> None:
@@ -338,7 +338,7 @@ def _check_sources(sources: tuple[Source, ...], where: str) -> None:
         raise UserError(
             f"the proportions sum to {total:g}, not 1",
             where=where,
-            mend=f"they are {', '.join(f'{s.name} {s.proportion:g}' for s in sources)}",
+            hint=f"they are {', '.join(f'{s.name} {s.proportion:g}' for s in sources)}",
         )
 
 
@@ -394,7 +394,7 @@ def _fields(kind: type[Any], value: Any, where: str | Path) -> dict[str, Any]:
             raise UserError(
                 f"unknown key '{key}' of a {what}",
                 where=where,
-                mend=did_you_mean(key, known),
+                hint=did_you_mean(key, known),
             )
     for name, field in known.items():
         if name not in value and field.default is dataclasses.MISSING:
@@ -408,6 +408,6 @@ def _fields(kind: type[Any], value: Any, where: str | Path) -> dict[str, Any]:
             raise UserError(
                 f"{name} of {named} is {shown if len(shown) <= 60 else shown[:57] + '...'}",
                 where=where,
-                mend=f"it must be {' or '.join(_wanted(hint) for hint in hints_of)}",
+                hint=f"it must be {' or '.join(_wanted(hint) for hint in hints_of)}",
             )
     return dict(value)

@@ -116,12 +116,12 @@ def _unknown_kind(path: Path) -> UserError:
     name = "".join(path.suffixes)
     if path.suffix.lower() in ARCHIVES or ".tar" in path.suffixes:
         return UserError(
-            f"an archive '{name}' is not read", where=path, mend="unpack it, and give the folder"
+            f"an archive '{name}' is not read", where=path, hint="unpack it, and give the folder"
         )
     packed = path.suffix if path.suffix.lower() in COMPRESSIONS else ""
     known = [extension + packed for extension in (*KINDS, JSON)]
     return UserError(
-        f"a file of unknown kind '{name}'", where=path, mend=did_you_mean("".join(path.suffixes[-2:]), known)
+        f"a file of unknown kind '{name}'", where=path, hint=did_you_mean("".join(path.suffixes[-2:]), known)
     )
 
 
@@ -142,19 +142,19 @@ def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = AL
             else:
                 yield from _TEXTS[kind](file, unit)
     except TableError as error:
-        raise UserError(str(error), where=path, mend=damaged) from None
+        raise UserError(str(error), where=path, hint=damaged) from None
     except UnendingError:
-        raise UserError("ends inside a JSON array or object", where=path, mend=damaged) from None
+        raise UserError("ends inside a JSON array or object", where=path, hint=damaged) from None
     except OpenQuoteError as error:
-        mend = "close it, and write a quote inside a quoted cell twice"
-        raise UserError(str(error), where=path, mend=mend) from None
+        hint = "close it, and write a quote inside a quoted cell twice"
+        raise UserError(str(error), where=path, hint=hint) from None
     except PermissionError:
-        raise UserError("cannot be read", where=path, mend="check its permissions") from None
+        raise UserError("cannot be read", where=path, hint="check its permissions") from None
     except OSError as error:
         _refuse_no_file(path)
         reason = error.strerror or first_line(error)
         raise UserError(
-            f"cannot be read ({reason})", where=path, mend="check the file and the disk"
+            f"cannot be read ({reason})", where=path, hint="check the file and the disk"
         ) from None
 
 
@@ -193,7 +193,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         nearby = [entry.name for entry in beside if not entry.name.startswith(".")]
         raise UserError(
-            "no such file or folder", where=path, mend=did_you_mean(path.name, nearby) if nearby else None
+            "no such file or folder", where=path, hint=did_you_mean(path.name, nearby) if nearby else None
         )
     found = _below(path) or _json_files(path)
     if split != "all":
@@ -202,14 +202,14 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
         if found and not kept:
             splits = sorted({str(split_of(file, path)) for file in found})
             raise UserError(
-                f"holds no files of the split '{split}'", where=path, mend=f"it has: {', '.join(splits)}, all"
+                f"holds no files of the split '{split}'", where=path, hint=f"it has: {', '.join(splits)}, all"
             )
         found = kept
     if not found:
         raise UserError(
             "holds no data files",
             where=path,
-            mend=f"known kinds: {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}",
+            hint=f"known kinds: {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}",
         )
     return found
 
@@ -220,12 +220,12 @@ def _refuse_no_file(path: Path) -> None:
         target = Path(os.path.realpath(path))
         leads = "back to itself" if target.is_symlink() else f"to {target}, which is not there"
         what = f"a link that leads {leads}"
-        raise UserError(what, where=path, mend="mend or remove the link; is its disk mounted?")
+        raise UserError(what, where=path, hint="fix or remove the link; is its disk mounted?")
     if path.exists():
         raise UserError(
             "a pipe, a device or a socket, and data is read more than once",
             where=path,
-            mend="write it to a file, and give that",
+            hint="write it to a file, and give that",
         )
 
 
@@ -269,7 +269,7 @@ def _of_state(state: Path) -> list[Path]:
         raise UserError(
             "lists no _data_files",
             where=state,
-            mend="it is damaged; copy the data set again, or save it again",
+            hint="it is damaged; copy the data set again, or save it again",
         )
     files = [state.parent / check_file_name("the name of a file", name, where=state) for name in names]
     for file in files:
@@ -277,6 +277,6 @@ def _of_state(state: Path) -> list[Path]:
             raise UserError(
                 f"is missing; {state.name} lists it",
                 where=file,
-                mend="copy the data set whole, or save it again",
+                hint="copy the data set whole, or save it again",
             )
     return files

@@ -75,11 +75,11 @@ class RecordReader:
         questions: bool = False,
     ) -> None:
         if not 0.0 <= max_bad_share <= 1.0:
-            raise UserError(f"max_bad_share is {max_bad_share}", mend="it is a share between 0 and 1")
+            raise UserError(f"max_bad_share is {max_bad_share}", hint="it is a share between 0 and 1")
         for name in fields or {}:
             if name not in FIELDS:
                 raise UserError(
-                    f"unknown field '{name}' in the field mapping", mend=did_you_mean(name, FIELDS)
+                    f"unknown field '{name}' in the field mapping", hint=did_you_mean(name, FIELDS)
                 )
         self.path = path
         self.fields = dict(fields or {})
@@ -123,7 +123,7 @@ class RecordReader:
                             yield found
         self._check()
         if not self.good and not self.present:
-            raise UserError("holds no records", where=str(self.path), mend="the files are empty")
+            raise UserError("holds no records", where=str(self.path), hint="the files are empty")
 
     def _check(self) -> None:
         total = self.good + self.bad
@@ -131,7 +131,7 @@ class RecordReader:
             raise UserError(
                 f"{self.bad} of {total} records are bad ({self.bad / total:.1%}, at most {self.max_bad_share:.1%} may be); "
                 f"the first is {self.examples[0]}",
-                mend="mend the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
+                hint="fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
             )
 
     def _translations(self, row: dict[str, Any]) -> Iterator[dict[str, Any] | str]:
@@ -337,12 +337,12 @@ def locate(path: str | Path) -> Path:
         return Path(snapshot_download(text.removeprefix(HUB), repo_type="dataset"))
     except RepositoryNotFoundError:
         raise UserError(
-            f"the hub has no data set '{text.removeprefix(HUB)}'", mend="check its name and your access"
+            f"the hub has no data set '{text.removeprefix(HUB)}'", hint="check its name and your access"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, HFValidationError) as error:
         raise UserError(
             f"'{text}' cannot be fetched from the hub ({first_line(error)})",
-            mend="check the name and the connection, or give a local folder",
+            hint="check the name and the connection, or give a local folder",
         ) from None
 
 

@@ -48,16 +48,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises `UserError` where it is damaged, of another format, or not what was written.
     """
-    manifest = read_json_object(path, mend="it is damaged; tokenize again")
+    manifest = read_json_object(path, hint="it is damaged; tokenize again")
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"has format {shown(manifest.get('format'))}, this version reads {FORMAT}",
             where=path.parent,
-            mend="tokenize again",
+            hint="tokenize again",
         )
     if manifest.get("sha256") != digest_of(manifest):
         raise UserError(
-            "does not match its own sha256", where=path, mend="it was changed or damaged; tokenize again"
+            "does not match its own sha256", where=path, hint="it was changed or damaged; tokenize again"
         )
     fields = Fields(manifest, path, whole_file="tokenize again")
     chat = fields.flag("chat")
@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         check_file_name("a shard", shard, where=path)
         for ending in (".tokens", ".offsets", ".documents.parquet", *([".mask"] if chat else [])):
             if shard + ending not in files.value:
-                raise UserError(f"lists no {shard}{ending}", where=path, mend="tokenize again")
+                raise UserError(f"lists no {shard}{ending}", where=path, hint="tokenize again")
     languages = fields.inner("languages")
     for code in languages.value:
         totals = languages.inner(code)
@@ -95,7 +95,7 @@ class TokenSource:
             raise UserError(
                 "holds no token shards (manifest.json is missing)",
                 where=self.path,
-                mend="write them with `koine data tokenize`",
+                hint="write them with `koine data tokenize`",
             )
         self.manifest: dict[str, Any] = read_manifest(self.path / "manifest.json")
         self._check_files(verify)
@@ -117,18 +117,18 @@ class TokenSource:
         for name, about in self.manifest["files"].items():
             file = self.path / name
             if not file.exists():
-                raise UserError("is missing", where=file, mend="tokenize again, or copy the folder whole")
+                raise UserError("is missing", where=file, hint="tokenize again, or copy the folder whole")
             if file.stat().st_size != about["bytes"]:
                 raise UserError(
                     f"has {file.stat().st_size} bytes, the manifest says {about['bytes']}",
                     where=file,
-                    mend="it is truncated or was changed; tokenize again",
+                    hint="it is truncated or was changed; tokenize again",
                 )
             if verify and sha256_file(file) != about["sha256"]:
                 raise UserError(
                     "does not match the sha256 in the manifest",
                     where=file,
-                    mend="it is damaged; tokenize again, or copy the folder again",
+                    hint="it is damaged; tokenize again, or copy the folder again",
                 )
 
     @property

@@ -64,7 +64,7 @@ def tokenize(
     """
     out, tokenizer = Path(out), Path(tokenizer)
     if workers < 1:
-        raise UserError(f"{workers} workers", mend="at least 1 is needed")
+        raise UserError(f"{workers} workers", hint="at least 1 is needed")
     reader = read_records(
         source,
         fields=fields,
@@ -208,7 +208,7 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
         raise UserError(
             "holds both chats ('messages') and plain texts",
             where=str(records[0]["source"]),
-            mend="tokenize them apart",
+            hint="tokenize them apart",
         )
     masks: list[list[bool]] = []
     if chat:
@@ -291,7 +291,7 @@ def _write_manifest(work: Path, tokenizer: Tokenizer, count: int) -> None:
             path.unlink()
     about = [read_json(path) for path in shards]
     if len({item["chat"] for item in about}) > 1:
-        raise UserError("holds both chats ('messages') and plain texts", mend="tokenize them apart")
+        raise UserError("holds both chats ('messages') and plain texts", hint="tokenize them apart")
     totals: dict[str, dict[str, dict[str, int]]] = {"languages": {}, "domains": {}}
     for item in about:
         for kind, by_name in totals.items():

@@ -37,9 +37,9 @@ Text packs 3 to 20 times.
 class UnpackingError(Exception):
     """The compressed data cannot be unpacked from here on."""
 
-    def __init__(self, what: str, mend: str) -> None:
+    def __init__(self, what: str, hint: str) -> None:
         super().__init__(what)
-        self.mend = mend
+        self.hint = hint
 
 
 class _Stream(io.RawIOBase):
@@ -196,9 +196,9 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
             if memory
             else f"the compressed data is damaged or cut off ({first_line(error)})",
             where=path,
-            mend="unpack it yourself, or pack it with a smaller window"
+            hint="unpack it yourself, or pack it with a smaller window"
             if memory
             else "copy or download it again",
         ) from None
     except UnpackingError as error:
-        raise UserError(str(error), where=path, mend=error.mend) from None
+        raise UserError(str(error), where=path, hint=error.hint) from None

@@ -67,7 +67,7 @@ def bits_per_byte(
         )
     )
     if not any(score.bytes for score in scores):
-        raise UserError("no text to score", mend="give documents with text")
+        raise UserError("no text to score", hint="give documents with text")
 
     def measure(part: list[DocumentScore]) -> dict[str, Any]:
         return _measure(part, confidence=confidence, resamples=resamples, seed=seed)
@@ -97,10 +97,10 @@ def score_documents(
     from koine.evaluate.log_likelihood import negative_log_likelihoods
 
     if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}", mend="give at least 1")
+        raise UserError(f"the batch size is {batch_size}", hint="give at least 1")
     longest = context_length(model) if max_length is None else max_length
     if longest < 2:
-        raise UserError(f"the length is {longest}", mend="give at least 2 tokens")
+        raise UserError(f"the length is {longest}", hint="give at least 2 tokens")
     stream = iter(records)
     first = True
     while stretch := list(islice(stream, batch_size * _STRETCH)):
@@ -135,7 +135,7 @@ def _text(record: Mapping[str, Any]) -> str:
     if not isinstance(text, str):
         raise UserError(
             f"record '{record.get('id', '?')}' has no text",
-            mend="give chats and questions with --questions, documents with --data",
+            hint="give chats and questions with --questions, documents with --data",
         )
     return unicodedata.normalize("NFC", text)
 

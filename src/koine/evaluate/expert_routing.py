@@ -58,7 +58,7 @@ def routing_shares(
     """
     mixture = model.config.mixture
     if mixture is None:
-        raise UserError("the model is dense: it routes nothing", mend="give a mixture: see `koine upcycle`")
+        raise UserError("the model is dense: it routes nothing", hint="give a mixture: see `koine upcycle`")
     device = model.embedding.weight.device
     count, layers = len(mixture.experts), len(model.config.layers)
     probability = torch.zeros(layers, count, dtype=torch.float64)
@@ -76,7 +76,7 @@ def routing_shares(
             if routing.attention_logits is not None:
                 attention[layer] += routing.attention_logits.softmax(-1).sum(dim=(0, 1)).double().cpu()
     if not total:
-        raise UserError("there is no text to route", mend="give at least one document")
+        raise UserError("there is no text to route", hint="give at least one document")
     return RoutingShares(
         mixture.experts,
         probability / total,

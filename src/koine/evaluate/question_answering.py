@@ -59,7 +59,7 @@ def question_accuracy(
     Raises `UserError` for records that are no questions, or none at all.
     """
     if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}", mend="give at least 1")
+        raise UserError(f"the batch size is {batch_size}", hint="give at least 1")
     marks: dict[tuple[str, str], list[float]] = defaultdict(list)
     stream = iter(records)
     while stretch := list(islice(stream, batch_size * 16)):
@@ -76,7 +76,7 @@ def question_accuracy(
                 record = stretch[index]
                 marks[str(record.get("language") or "und"), kind(record)].append(float(right))
     if not marks:
-        raise UserError("no questions to ask", mend="give records with messages and an answer")
+        raise UserError("no questions to ask", hint="give records with messages and an answer")
 
     def measure(values: Sequence[float]) -> dict[str, Any]:
         interval = bootstrap_interval(values, confidence=confidence, resamples=resamples, seed=seed)
@@ -106,16 +106,16 @@ def _question(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int
     messages = record.get("messages")
     if not messages:
         raise UserError(
-            f"{where} has no messages", mend="give documents with --data, questions with --questions"
+            f"{where} has no messages", hint="give documents with --data, questions with --questions"
         )
     answer = record.get("answer")
     if messages[-1].get("role") == "assistant":
         answer = messages[-1].get("content") if answer is None else answer
         messages = messages[:-1]
     if not isinstance(answer, str) or not answer.strip():
-        raise UserError(f"{where} has no answer", mend='give each question an "answer"')
+        raise UserError(f"{where} has no answer", hint='give each question an "answer"')
     if not messages:
-        raise UserError(f"{where} asks nothing", mend="give it a message of the user")
+        raise UserError(f"{where} asks nothing", hint="give it a message of the user")
     return tokenizer.encode_messages(messages, generation_prompt=True)[0], answer
 
 
@@ -130,9 +130,10 @@ def greedy_answers(
     import torch
 
     from koine.evaluate.log_likelihood import evaluating
+    from koine.model import Decoder
 
     stops = {tokenizer.end_of_turn_id, tokenizer.eos_id, *getattr(model, "end_ids", ())}
-    if hasattr(model, "new_cache"):
+    if isinstance(model, Decoder):
         return _cached_answers(model, tokenizer, prompts, stops, max_new_tokens)
     rows = [list(prompt) for prompt in prompts]
     answers: list[str | None] = [None] * len(rows)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ReadOptions:
     """How records are read, as `koine.data.read_records` takes it; `split` None: all, where a folder has one split or none."""
 
     split: str | None = None
@@ -36,7 +36,7 @@ class Records:
     def __init__(
         self,
         paths: Sequence[str | Path],
-        reading: Reading,
+        reading: ReadOptions,
         *,
         option: str = "--split",
         questions: bool = False,
@@ -59,7 +59,7 @@ class Records:
                 )
 
 
-def _open(path: str | Path, reading: Reading, option: str, questions: bool) -> RecordReader:
+def _open(path: str | Path, reading: ReadOptions, option: str, questions: bool) -> RecordReader:
     from koine.data.readers import data_files, split_of
     from koine.data.records import locate, read_records
 
@@ -71,7 +71,7 @@ def _open(path: str | Path, reading: Reading, option: str, questions: bool) -> R
             raise UserError(
                 f"its files are of several splits ({', '.join(sorted(map(str, named)))})",
                 where=path,
-                mend=f"say which is meant, for example {option} test, or all",
+                hint=f"say which is meant, for example {option} test, or all",
             )
     return read_records(
         path,

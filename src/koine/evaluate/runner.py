@@ -8,7 +8,7 @@ from typing import Any
 
 from koine.allocator import keep_freed_memory
 from koine.errors import UserError
-from koine.evaluate.records import Reading, Records
+from koine.evaluate.records import ReadOptions, Records
 from koine.hardware import check_device
 
 
@@ -23,7 +23,7 @@ def evaluate_model(
     device: str = "cpu",
     dtype: str = "float32",
     seed: int = 0,
-    reading: Reading | None = None,
+    reading: ReadOptions | None = None,
 ) -> dict[str, Any]:
     """Bits per byte on the documents of `data` and accuracy on `questions`, for the model directory `path`.
 
@@ -40,20 +40,20 @@ def evaluate_model(
     from koine.evaluate.question_answering import question_accuracy
     from koine.generate.cpu.prepacked_linear import pack
     from koine.model import Decoder
-    from koine.model.formats.weight_files import refuse_adapter
+    from koine.model.formats.weight_files import check_adapter
     from koine.tokenizer import load_tokenizer
 
     if not data and not questions:
-        raise UserError("nothing to evaluate on", mend="give --data PATH, --questions PATH, or both")
+        raise UserError("nothing to evaluate on", hint="give --data PATH, --questions PATH, or both")
     if limit is not None and limit < 1:
-        raise UserError(f"the limit is {limit}", mend="give at least 1")
+        raise UserError(f"the limit is {limit}", hint="give at least 1")
     if seed < 0:
-        raise UserError(f"the seed is {seed}", mend="it must not be negative")
-    documents = Records(data, reading or Reading())
-    asked = Records(questions, reading or Reading(), questions=True)
+        raise UserError(f"the seed is {seed}", hint="it must not be negative")
+    documents = Records(data, reading or ReadOptions())
+    asked = Records(questions, reading or ReadOptions(), questions=True)
     check_device(device)
     keep_freed_memory()
-    refuse_adapter(Path(path))
+    check_adapter(Path(path))
     tokenizer = load_tokenizer(path)
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     check_vocabulary(model, tokenizer.vocab_size, path)
@@ -123,5 +123,5 @@ def check_vocabulary(model: Any, size: int, path: str | Path) -> None:
         raise UserError(
             f"the tokenizer has {size} ids and the model {rows}",
             where=path,
-            mend="these are not a pair; put the tokenizer that the model was trained with into its folder",
+            hint="these are not a pair; put the tokenizer that the model was trained with into its folder",
         )

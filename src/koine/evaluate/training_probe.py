@@ -26,7 +26,7 @@ class BitsPerByteProbe:
         self.tokenizer = tokenizer
         self.records = list(records)
         if not any("text" in record for record in self.records):
-            raise UserError("the evaluation has no documents", mend="give records with text")
+            raise UserError("the evaluation has no documents", hint="give records with text")
 
     @property
     def names(self) -> list[str]:
@@ -42,7 +42,7 @@ class BitsPerByteProbe:
     def check_metric(self, name: str) -> None:
         """Raise `UserError` for a metric ("": the first) that is not among the figures."""
         if name and name not in self.names:
-            raise UserError(f"the evaluation has no metric '{name}'", mend=did_you_mean(name, self.names))
+            raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, self.names))
 
     def __call__(self, model: nn.Module, done: int) -> dict[str, float]:
         device = str(next(model.parameters()).device)

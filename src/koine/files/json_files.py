@@ -44,19 +44,19 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"cannot be read ({error.strerror or error})",
             where=path,
-            mend="check the file and its permissions",
+            hint="check the file and its permissions",
         ) from None
     except ValueError as error:
         raise UserError(
-            f"not valid JSON ({error})", where=path, mend="the file is damaged or truncated; write it again"
+            f"not valid JSON ({error})", where=path, hint="the file is damaged or truncated; write it again"
         ) from error
 
 
 def read_json_object(
-    path: Path, *, mend: str = "the file is damaged or truncated; write it again"
+    path: Path, *, hint: str = "the file is damaged or truncated; write it again"
 ) -> dict[str, Any]:
     """Read a JSON file that holds an object; anything else is the user's error, named."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError("is not a JSON object", where=path, mend=mend)
+        raise UserError("is not a JSON object", where=path, hint=hint)
     return value

@@ -27,7 +27,7 @@ def exclusive(
     doing: str,
     wait: float = 0.0,
     where: Path | None = None,
-    mend: str = OTHER_PLACE,
+    hint: str = OTHER_PLACE,
     waiting: Callable[[], None] | None = None,
 ) -> Iterator[bool]:
     """Hold the lock file `path`, and remove it afterwards; yields whether the file system has locks at all.
@@ -39,7 +39,7 @@ def exclusive(
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, wait, waiting)
     if descriptor is None:
-        raise UserError(f"another process is {doing}", where=where or path, mend=mend)
+        raise UserError(f"another process is {doing}", where=where or path, hint=hint)
     try:
         yield descriptor >= 0
     finally:

@@ -94,7 +94,7 @@ def claim(
     with disk_errors(out, kept=kept):
         place = real_folder(out)
         if overwrite:
-            refuse_replacing(out, reads)
+            check_replacing(out, reads)
         try:
             _refuse_existing(out, place, overwrite=overwrite)
         except UserError:
@@ -114,7 +114,7 @@ def _parents(out: Path, place: Path) -> Iterator[None]:
     missing = [folder for folder in place.parents if not folder.exists()]
     if missing and out.is_symlink():
         raise UserError(
-            f"leads to {place}, whose folder is not there", where=out, mend="is its disk mounted?"
+            f"leads to {place}, whose folder is not there", where=out, hint="is its disk mounted?"
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -131,8 +131,8 @@ def _parents(out: Path, place: Path) -> Iterator[None]:
 def _locked(out: Path, place: Path) -> Iterator[None]:
     """The lock of an output, under which leftovers of killed commands are known to be nobody's."""
     lock = beside(place, "lock")
-    mend = "wait for it to end, or choose another --out"
-    with exclusive(lock, doing="writing it", where=out, mend=mend) as has_locks:
+    hint = "wait for it to end, or choose another --out"
+    with exclusive(lock, doing="writing it", where=out, hint=hint) as has_locks:
         if has_locks:
             recover(place)
         yield
@@ -188,12 +188,12 @@ def real_folder(out: Path) -> Path:
     """
     place = Path(os.path.realpath(out)) if out.is_symlink() or out.name in ("", "..") else out
     if place.is_symlink():
-        raise UserError("a link that leads back to itself", where=out, mend=f"remove it, or {OTHER_OUT}")
+        raise UserError("a link that leads back to itself", where=out, hint=f"remove it, or {OTHER_OUT}")
     if Path.cwd().resolve().is_relative_to(place.resolve()):
         raise UserError(
             "is the current folder or one above it, which cannot be replaced",
             where=out,
-            mend="give the name of a new folder",
+            hint="give the name of a new folder",
         )
     return place
 
@@ -206,7 +206,7 @@ def make_folder(out: Path) -> None:
     place = Path(os.path.realpath(out))
     if not place.parent.is_dir():
         raise UserError(
-            f"leads to {place}, whose folder is not there", where=out, mend="is its disk mounted?"
+            f"leads to {place}, whose folder is not there", where=out, hint="is its disk mounted?"
         )
     place.mkdir(exist_ok=True)
 
@@ -216,15 +216,15 @@ def _refuse_existing(out: Path, place: Path, *, overwrite: bool) -> None:
         return
     if place.is_dir():
         if not overwrite and any(place.iterdir()):
-            raise UserError("exists already", where=out, mend="choose another --out or remove it first")
+            raise UserError("exists already", where=out, hint="choose another --out or remove it first")
         return
     if overwrite and not place.is_file():
-        raise UserError("neither a file nor a folder, and not replaced", where=out, mend=OTHER_OUT)
+        raise UserError("neither a file nor a folder, and not replaced", where=out, hint=OTHER_OUT)
     if overwrite:
         raise UserError(
-            "a file stands where a folder must go", where=out, mend=f"{OTHER_OUT} or remove the file"
+            "a file stands where a folder must go", where=out, hint=f"{OTHER_OUT} or remove the file"
         )
-    raise UserError("exists already", where=out, mend="choose another --out or remove it first")
+    raise UserError("exists already", where=out, hint="choose another --out or remove it first")
 
 
 @contextmanager
@@ -251,7 +251,7 @@ def told_of(out: Path, temporary: Path) -> Iterator[None]:
         yield
     except UserError as error:
         if error.where is not None and error.where.startswith(str(temporary)):
-            raise UserError(error.what, where=out, mend=error.mend) from error
+            raise UserError(error.what, where=out, hint=error.hint) from error
         raise
 
 
@@ -281,19 +281,19 @@ def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--ou
     with disk_errors(out):
         if not out.parent.is_dir():
             raise UserError(
-                "no such folder", where=out.parent, mend=f"make it first, or choose another {option}"
+                "no such folder", where=out.parent, hint=f"make it first, or choose another {option}"
             )
         if out.is_dir():
             example = EXAMPLES.get(option, "results.json")
-            raise UserError("a folder", where=out, mend=f"give the file to write, such as {example}")
+            raise UserError("a folder", where=out, hint=f"give the file to write, such as {example}")
         place = real_file(out)
         if not place.parent.is_dir():
             raise UserError(
-                f"leads to {place}, whose folder is not there", where=out, mend="is its disk mounted?"
+                f"leads to {place}, whose folder is not there", where=out, hint="is its disk mounted?"
             )
         if not overwrite and os.path.lexists(place):
             clear_leftovers(out, place)
-            raise UserError("exists already", where=out, mend=f"add --overwrite, or choose another {option}")
+            raise UserError("exists already", where=out, hint=f"add --overwrite, or choose another {option}")
     return place
 
 
@@ -349,26 +349,26 @@ def _name_file(temporary: Path, place: Path, found: State | None, out: Path) -> 
 
 def _changed(out: Path) -> UserError:
     return UserError(
-        "appeared or changed while this ran, and is left as it is", where=out, mend=f"{OTHER_OUT} and run it again"
+        "appeared or changed while this ran, and is left as it is", where=out, hint=f"{OTHER_OUT} and run it again"
     )  # fmt: skip
 
 
-def refuse_replacing(out: Path, reads: Iterable[Path]) -> None:
+def check_replacing(out: Path, reads: Iterable[Path]) -> None:
     """Raise `UserError` where an output would replace what the command reads, or a folder that holds it."""
     place = out.resolve()
     for read in reads:
         if os.path.lexists(place) and read.exists() and read.resolve().is_relative_to(place):
             what = "is" if read.resolve() == place else f"holds {read}, which is"
-            raise UserError(f"{what} read by this command", where=out, mend=OTHER_OUT)
+            raise UserError(f"{what} read by this command", where=out, hint=OTHER_OUT)
 
 
-def refuse_inside(out: Path, folders: Iterable[Path]) -> None:
+def check_inside(out: Path, folders: Iterable[Path]) -> None:
     """Raise `UserError` where a new folder would be, or lie inside, one of those that it is made from."""
     place = out.resolve()
     for folder in folders:
         if folder.resolve() in place.parents:
             raise UserError(
-                f"lies inside {folder}, which is read", where=out, mend="choose another --out, beside it"
+                f"lies inside {folder}, which is read", where=out, hint="choose another --out, beside it"
             )
 
 

@@ -13,7 +13,7 @@ from koine.errors import UserError, first_line
 
 NOTHING_KEPT = "nothing half-written was kept"
 
-# errno -> (what is wrong, how to mend it); the system's own words follow where these name no single cause.
+# errno -> (what is wrong, how to fix it); the system's own words follow where these name no single cause.
 CAUSES: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another place"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another place"),
@@ -83,34 +83,34 @@ def explain(error: BaseException, path: Path | None = None, *, kept: str = "") -
     if code == errno.ENOENT:
         if path is not None and named is not None and _beside(named, path):
             # `/proc`, or a folder that another process has removed meanwhile.
-            what, mend = (
+            what, hint = (
                 "no file can be made here",
                 "choose another place, and leave the folder alone while this runs",
             )
         else:
-            what, mend = "no such file or folder", "check the name; it may have been removed while this ran"
-        return UserError(what, where=named or path, mend=mend)
+            what, hint = "no such file or folder", "check the name; it may have been removed while this ran"
+        return UserError(what, where=named or path, hint=hint)
     if code == errno.EISDIR:
         return UserError(
-            "a folder stands where a file must go", where=named or path, mend="choose another place or remove the folder"
+            "a folder stands where a file must go", where=named or path, hint="choose another place or remove the folder"
         )  # fmt: skip
     if code in (errno.ENOTDIR, errno.EEXIST):
         return UserError(
-            "a file stands where a folder must go", where=named or path, mend="choose another place or remove the file"
+            "a file stands where a folder must go", where=named or path, hint="choose another place or remove the file"
         )  # fmt: skip
     if code in DENIED and not about:
         return UserError(
-            f"access is refused ({os.strerror(code)})", where=where, mend="check its permissions"
+            f"access is refused ({os.strerror(code)})", where=where, hint="check its permissions"
         )
     if code in CAUSES:
-        what, mend = CAUSES[code]
+        what, hint = CAUSES[code]
     elif code is not None:
-        what, mend = f"the system refuses ({os.strerror(code)})", UNKNOWN
+        what, hint = f"the system refuses ({os.strerror(code)})", UNKNOWN
     else:
-        what, mend = f"the system refuses ({first_line(found)})", UNKNOWN
+        what, hint = f"the system refuses ({first_line(found)})", UNKNOWN
     if code in (errno.ENOSPC, errno.EDQUOT) and kept:
-        mend = f"{mend}; {kept}"
-    return UserError(what, where=where, mend=mend)
+        hint = f"{hint}; {kept}"
+    return UserError(what, where=where, hint=hint)
 
 
 def system_error(error: BaseException) -> OSError | None:

@@ -47,7 +47,7 @@ def _enter(folder: Path, seen: set[tuple[int, int]], found: list[Path], *, hidde
             with os.scandir(place) as entries:
                 listed = list(entries)
         except PermissionError:
-            raise UserError("cannot be read", where=place, mend="check its permissions") from None
+            raise UserError("cannot be read", where=place, hint="check its permissions") from None
         for entry in listed:
             path = place / entry.name
             if entry.name.startswith(".") and not hidden:

@@ -157,7 +157,7 @@ def real_file(path: Path) -> Path:
     if stat.S_ISREG(mode):
         return target
     if stat.S_ISDIR(mode):
-        raise UserError("a folder", where=path, mend="give the name of a file")
+        raise UserError("a folder", where=path, hint="give the name of a file")
     kinds = {
         stat.S_IFIFO: "a pipe",
         stat.S_IFSOCK: "a socket",
@@ -168,7 +168,7 @@ def real_file(path: Path) -> Path:
     raise UserError(
         f"{kinds.get(stat.S_IFMT(mode), 'no file')}, which is not replaced",
         where=path,
-        mend="give the name of a file",
+        hint="give the name of a file",
     )
 
 

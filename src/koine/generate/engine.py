@@ -18,14 +18,14 @@ from koine.generate import Request, Scheduler
 from koine.generate.cache.paged_cache import PAGE
 from koine.generate.cpu.prepacked_linear import pack
 from koine.generate.grammar.schema import schema_text
+from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
-from koine.generate.sequential import OneByOne
+from koine.generate.sequential import SequentialGenerator
 from koine.generate.stop_strings import StopStrings
 from koine.generate.token_sampling import Sampling as TokenSampling
 from koine.hardware import check_device
 from koine.model import CausalLM, Decoder, load_causal_lm
 from koine.model.counting import page_bytes
-from koine.serve.chat.conversation import Message
 from koine.tokenizer import Tokenizer, load_tokenizer
 
 UNLIMITED = 2**30
@@ -109,7 +109,7 @@ class LocalEngine:
         """
         path = Path(path)
         if not path.is_dir():
-            raise UserError("no such folder", where=path, mend="give the folder of a model")
+            raise UserError("no such folder", where=path, hint="give the folder of a model")
         check_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -124,7 +124,7 @@ class LocalEngine:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {rows}",
                 where=path,
-                mend="these are not a pair; put the tokenizer that the model was trained with into its folder",
+                hint="these are not a pair; put the tokenizer that the model was trained with into its folder",
             )
         self._parameters = sum(parameter.numel() for parameter in opened.parameters())
         self._weight = next(opened.parameters())
@@ -132,7 +132,7 @@ class LocalEngine:
             pack(opened)
         self.stop_ids = opened.end_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
         self.context = _context(opened)
-        self.scheduler: Scheduler | OneByOne
+        self.scheduler: Scheduler | SequentialGenerator
         if isinstance(opened, Decoder):
             most = None
             if cache_bytes is not None:
@@ -141,7 +141,7 @@ class LocalEngine:
                 opened, max_batch=max_batch, max_pages=most, prefill_chunk=prefill_chunk
             )
         else:
-            self.scheduler = OneByOne(opened, prefill_chunk=prefill_chunk)
+            self.scheduler = SequentialGenerator(opened, prefill_chunk=prefill_chunk)
         self._driving = threading.Lock()
         self._grammar = lru_cache(maxsize=32)(self._new_grammar)
 
@@ -165,7 +165,7 @@ class LocalEngine:
                 prompt,
                 _token_sampling(sampling),
                 stop_ids=self.stop_ids,
-                watch=stops.push,
+                on_token=stops.push,
                 grammar=grammar,
             )
         return Answer(request, stops)
@@ -255,7 +255,7 @@ class LocalEngine:
             if room < 1:
                 raise UserError(
                     f"conversation {number} is {len(prompt)} tokens long and the model's context holds {self.context}",
-                    mend="give a shorter one",
+                    hint="give a shorter one",
                 )
         return rooms
 

@@ -41,19 +41,19 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     stop_ids: frozenset[int] = frozenset()
-    watch: Callable[[int], bool] | None = None
+    on_token: Callable[[int], bool] | None = None
     grammar: TokenGrammar | None = None
     tokens: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     finish: Finish | None = None
     error: Exception | None = None
-    """What its own sampling, grammar or `watch` raised, where `finish` is "failed"."""
+    """What its own sampling, grammar or `on_token` raised, where `finish` is "failed"."""
     reused: int = 0
     """Tokens of the prompt that did not have to be read."""
     generator: torch.Generator | None = field(default=None, repr=False)
     seen: Tensor | None = field(default=None, repr=False)
     """`[vocab]` bool, for a repetition penalty."""
-    undrawn: Tensor | None = field(default=None, repr=False)
+    rng_state: Tensor | None = field(default=None, repr=False)
     """The generator's state before a draw whose token is not taken yet."""
     sequence: CachedSequence | None = field(default=None, repr=False)
     pause_at: int = field(default=0, repr=False)
@@ -70,24 +70,24 @@ class Request:
         return len(self.prompt) + len(self.tokens) - self.sequence.length
 
     def take(self, token: int, log_probability: float) -> Finish | None:
-        """Add a token; how the answer ends with it, or None where it goes on. Raises what `grammar` and `watch` raise."""
+        """Add a token; how the answer ends with it, or None where it goes on. Raises what `grammar` and `on_token` raise."""
         self.tokens.append(token)
         self.log_probabilities.append(log_probability)
-        self.undrawn = None
+        self.rng_state = None
         if self.seen is not None:
             self.seen[token] = True
         if self.grammar is not None and token not in self.stop_ids:
             self.grammar.advance(token)
-        if token in self.stop_ids or (self.watch is not None and self.watch(token)):
+        if token in self.stop_ids or (self.on_token is not None and self.on_token(token)):
             return "stop"
         return "length" if len(self.tokens) == self.sampling.max_new_tokens else None
 
-    def take_back(self) -> None:
+    def undo(self) -> None:
         """Undo a draw whose token was not taken, so that the next draw is the same one."""
         del self.tokens[len(self.log_probabilities) :]
-        if self.undrawn is not None and self.generator is not None:
-            self.generator.set_state(self.undrawn)
-        self.undrawn = None
+        if self.rng_state is not None and self.generator is not None:
+            self.generator.set_state(self.rng_state)
+        self.rng_state = None
 
     def raise_error(self) -> None:
         """Raise what the request failed with, if it did."""
@@ -102,19 +102,19 @@ def new_request(
     vocabulary: int,
     device: torch.device,
     stop_ids: Iterable[int] = (),
-    watch: Callable[[int], bool] | None = None,
+    on_token: Callable[[int], bool] | None = None,
     grammar: TokenGrammar | None = None,
 ) -> Request:
     """A request with a generator of its own. Raises `UserError` for an empty prompt or an id outside the vocabulary."""
     if not prompt:
-        raise UserError("a prompt is empty", mend="every prompt needs at least one token (BOS)")
+        raise UserError("a prompt is empty", hint="every prompt needs at least one token (BOS)")
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         wrong = max(prompt) if max(prompt) >= vocabulary else min(prompt)
         raise UserError(
             f"a prompt holds id {wrong} and the model knows {vocabulary}",
-            mend="encode it with the model's own tokenizer",
+            hint="encode it with the model's own tokenizer",
         )
-    request = Request(list(prompt), sampling, frozenset(stop_ids), watch, grammar)
+    request = Request(list(prompt), sampling, frozenset(stop_ids), on_token, grammar)
     request.generator = torch.Generator(device).manual_seed(sampling.seed)
     if sampling.repetition_penalty != 1.0:
         request.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
@@ -178,9 +178,9 @@ def _drawn(group: Sequence[Request], logits: Tensor) -> list[int]:
     sampling = group[0].sampling
     if not sampling.greedy:
         for request in group:
-            request.take_back()
+            request.undo()
             assert request.generator is not None
-            request.undrawn = request.generator.get_state()
+            request.rng_state = request.generator.get_state()
     generators = [request.generator for request in group if request.generator is not None]
     seen = [request.seen for request in group if request.seen is not None]
     return choose(logits, sampling, generators, torch.stack(seen) if seen else None).tolist()

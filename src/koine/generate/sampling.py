@@ -85,9 +85,9 @@ class Sampling:
             # A 0 stays a 0, and no 0.0: the names of answers in the cache depend on it.
             object.__setattr__(self, name, number)
 
-    def _require(self, name: str, holds: bool, mend: str) -> None:
+    def _require(self, name: str, holds: bool, hint: str) -> None:
         if not holds:
-            raise UserError(f"{name.replace('_', '-')} is {shown(getattr(self, name))}", mend=f"give {mend}")
+            raise UserError(f"{name.replace('_', '-')} is {shown(getattr(self, name))}", hint=f"give {hint}")
 
     def replaced(self, name: str, text: str) -> Sampling:
         """These settings with one changed from its written form: `replaced("top-k", "40")`.
@@ -100,7 +100,7 @@ class Sampling:
         }
         if field not in kinds:
             known = [known.replace("_", "-") for known in kinds]
-            raise UserError(f"unknown setting {shown(name)}", mend=did_you_mean(name, known))
+            raise UserError(f"unknown setting {shown(name)}", hint=did_you_mean(name, known))
         value: Any
         try:
             if text == "none" and field == "seed":
@@ -109,7 +109,7 @@ class Sampling:
                 value = float(text) if kinds[field] == "float" else int(text)
         except ValueError:
             kind = "a number" if kinds[field] == "float" else "a whole number"
-            raise UserError(f"{name} is {shown(text)}", mend=f"give {kind}") from None
+            raise UserError(f"{name} is {shown(text)}", hint=f"give {kind}") from None
         return dataclasses.replace(self, **{field: value})
 
     def described(self) -> str:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from koine.errors import UserError
-from koine.generate.cache.contexts import Reading, StepReading, StretchReading
+from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.paged_cache import PAGE, OutOfPages, PagedCache
 from koine.generate.cache.prefix_cache import PrefixStore, common_length
 from koine.generate.cpu.prepacked_decoder import packed_forward_of
 from koine.generate.request import Finish, Request, TokenGrammar, choose_next, new_request
 from koine.generate.token_sampling import Sampling
+from koine.model.attention.context import AttentionContext
 from koine.model.decoder import Decoder
 
 
@@ -42,16 +43,16 @@ class Scheduler:
     ) -> None:
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("page", page)):
             if value < 1:
-                raise UserError(f"{name} is {value}", mend="it must be at least 1")
+                raise UserError(f"{name} is {value}", hint="it must be at least 1")
         self.model = model
         self.device = model.embedding.weight.device
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
-        self.cache: PagedCache = model.new_cache(page=page, max_pages=max_pages)
+        self.cache: PagedCache = PagedCache.of_model(model, page=page, max_pages=max_pages)
         self.prefixes = PrefixStore(self.cache, entries=prefixes)
         self.waiting: deque[Request] = deque()
-        self.reading: list[Request] = []
+        self.context: list[Request] = []
         self.running: list[Request] = []
-        self._last: StepReading | None = None
+        self._last: DecodeContext | None = None
         self._packed = packed_forward_of(model)
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ class Scheduler:
         sampling: Sampling,
         *,
         stop_ids: Iterable[int] = (),
-        watch: Callable[[int], bool] | None = None,
+        on_token: Callable[[int], bool] | None = None,
         grammar: TokenGrammar | None = None,
     ) -> Request:
         """Queue a prompt. Raises `UserError` where it is empty, holds an id that the model lacks, or can never fit the cache."""
@@ -71,7 +72,7 @@ class Scheduler:
         if most is not None and needed > most:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens with an answer of {sampling.max_new_tokens} needs {needed} pages and the cache has {most}",
-                mend="give the cache more memory, or ask for a shorter answer",
+                hint="give the cache more memory, or ask for a shorter answer",
             )
         request = new_request(
             prompt,
@@ -79,7 +80,7 @@ class Scheduler:
             vocabulary=self.model.config.vocab_size,
             device=self.device,
             stop_ids=stop_ids,
-            watch=watch,
+            on_token=on_token,
             grammar=grammar,
         )
         self.waiting.append(request)
@@ -93,11 +94,11 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.reading or self.running)
+        return bool(self.waiting or self.context or self.running)
 
     def run(self) -> None:
         """Step until every request is finished; then raise what the first of those that failed, if any, failed with."""
-        unfinished = [*self.running, *self.reading, *self.waiting]
+        unfinished = [*self.running, *self.context, *self.waiting]
         while self.busy:
             self.step()
         for request in unfinished:
@@ -109,7 +110,7 @@ class Scheduler:
         """Read a stretch of prompts and give each running request a token; the new tokens, request by request.
 
         Where it is interrupted (Ctrl-C, out of memory), every request goes back to the queue as it was: nothing half-read or half-drawn
-        stays. Where the grammar, the draw or the `watch` of one request raises, it alone ends: `finish` is "failed", `error` what it raised.
+        stays. Where the grammar, the draw or the `on_token` of one request raises, it alone ends: `finish` is "failed", `error` what it raised.
         """
         try:
             with torch.inference_mode():
@@ -122,13 +123,13 @@ class Scheduler:
 
     def _read_prompts(self) -> Iterator[tuple[Request, int]]:
         self._admit()
-        if not self.reading:
+        if not self.context:
             return
-        first = self.reading[0]
+        first = self.context[0]
         group, counts = [first], [min(self._stretch(first), self.prefill_chunk)]
         # Short stretches share a forward pass, wherever in their prompts they begin.
         room = self.prefill_chunk - counts[0]
-        for other in self.reading[1:]:
+        for other in self.context[1:]:
             size = self._stretch(other)
             if size <= room:
                 group.append(other)
@@ -141,11 +142,11 @@ class Scheduler:
         ]
         sequences = [request.sequence for request in group if request.sequence is not None]
         try:
-            reading = StretchReading(self.cache, sequences, counts)
+            context = PrefillContext(self.cache, sequences, counts)
         except OutOfPages:
             self._make_room()
             return
-        hidden = self._hidden(ids, reading)
+        hidden = self._hidden(ids, context)
         ends = torch.tensor(counts, device=self.device).cumsum(0) - 1
         done = [index for index, request in enumerate(group) if not request.to_read()]
         for request in group:
@@ -154,7 +155,7 @@ class Scheduler:
                 request.pause_at = 0
         if done:
             finished = [group[index] for index in done]
-            self.reading = [request for request in self.reading if request not in finished]
+            self.context = [request for request in self.context if request not in finished]
             self.running += finished
             yield from self._choose(finished, self.model.logits(hidden[ends[done]]))
 
@@ -165,17 +166,17 @@ class Scheduler:
         return min(request.to_read(), stop) if stop > 0 else request.to_read()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) + len(self.reading) < self.max_batch:
+        while self.waiting and len(self.running) + len(self.context) < self.max_batch:
             request = self.waiting[0]
             text = request.text
-            if any(0 < other.pause_at <= common_length(text, other.prompt) for other in self.reading):
+            if any(0 < other.pause_at <= common_length(text, other.prompt) for other in self.context):
                 # What this one has in common with a prompt that is being read will be there in a moment.
                 return
             prefix = self.prefixes.longest(text)
             held = 0 if prefix is None else prefix.length // self.cache.page
             promised = sum(
                 self.cache.pages_for(len(other.text) + 1) - len(other.sequence.pages)
-                for other in self.reading
+                for other in self.context
                 if other.sequence is not None
             )
             if self.cache.pages_for(len(text) + 1) - held + promised > self.cache.pages_left():
@@ -188,7 +189,7 @@ class Scheduler:
                 request.reused = request.sequence.length
                 others = (other.prompt for other in self.waiting)
                 request.pause_at = self.prefixes.worth_keeping(request.prompt, others, known=request.reused)
-            self.reading.append(request)
+            self.context.append(request)
 
     def _step_running(self) -> list[tuple[Request, int]]:
         while self.running:
@@ -196,21 +197,21 @@ class Scheduler:
             sequences = [request.sequence for request in batch if request.sequence is not None]
             self.cache.arrange(sequences)
             try:
-                reading = StepReading(self.cache, sequences, self._last)
+                context = DecodeContext(self.cache, sequences, self._last)
             except OutOfPages:
                 self._make_room()
                 continue
-            self._last = reading
-            hidden = self._hidden([request.tokens[-1] for request in batch], reading)
+            self._last = context
+            hidden = self._hidden([request.tokens[-1] for request in batch], context)
             return self._choose(batch, self.model.logits(hidden))
         return []
 
-    def _hidden(self, ids: Sequence[int], reading: Reading) -> Tensor:
+    def _hidden(self, ids: Sequence[int], context: AttentionContext) -> Tensor:
         """Hidden states `[tokens, hidden]` of the tokens of a reading."""
         tokens = torch.tensor(ids, device=self.device)
         if self._packed is not None:
-            return self._packed(tokens, reading)
-        hidden: Tensor = self.model(tokens.view(reading.positions.shape), reading=reading)
+            return self._packed(tokens, context)
+        hidden: Tensor = self.model(tokens.view(context.positions.shape), context=context)
         return hidden.flatten(0, 1)
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[tuple[Request, int]]:
@@ -238,7 +239,7 @@ class Scheduler:
             self.prefixes.keep(request.sequence, request.text[: request.sequence.length])
             self.cache.remove(request.sequence)
             request.sequence = None
-        for queue in (self.waiting, self.reading, self.running):
+        for queue in (self.waiting, self.context, self.running):
             if request in queue:
                 queue.remove(request)
 
@@ -250,20 +251,20 @@ class Scheduler:
         """Give pages back: a kept beginning, or else the youngest request's."""
         if self.prefixes.drop_oldest():
             return
-        youngest = (self.running + self.reading)[-1]
+        youngest = (self.running + self.context)[-1]
         self._requeue(youngest)
 
     def _requeue(self, request: Request) -> None:
-        request.take_back()
+        request.undo()
         if request.sequence is not None and request.sequence in self.cache.sequences:
             self.cache.remove(request.sequence)
         request.sequence = None
-        self.reading = [other for other in self.reading if other is not request]
+        self.context = [other for other in self.context if other is not request]
         self.running = [other for other in self.running if other is not request]
         self.waiting.appendleft(request)
 
     def _requeue_all(self) -> None:
-        for request in reversed([*self.running, *self.reading]):
+        for request in reversed([*self.running, *self.context]):
             self._requeue(request)
 
 

@@ -18,7 +18,7 @@ from koine.generate.token_sampling import Sampling
 from koine.model.causal_lm import CausalLM
 
 
-class OneByOne:
+class SequentialGenerator:
     """Answers requests in the order in which they came. A prompt that goes on from the text read last is not
     read again, where the model's cache allows that (`koine.generate.kv_cache_probe`)."""
 
@@ -38,7 +38,7 @@ class OneByOne:
         sampling: Sampling,
         *,
         stop_ids: Iterable[int] = (),
-        watch: Callable[[int], bool] | None = None,
+        on_token: Callable[[int], bool] | None = None,
         grammar: TokenGrammar | None = None,
     ) -> Request:
         """Queue a prompt. Raises `UserError` where it is empty or holds an id that the model lacks."""
@@ -48,7 +48,7 @@ class OneByOne:
             vocabulary=self.vocabulary,
             device=self.device,
             stop_ids=stop_ids,
-            watch=watch,
+            on_token=on_token,
             grammar=grammar,
         )
         self.waiting.append(request)
@@ -74,7 +74,7 @@ class OneByOne:
             request.raise_error()
 
     def step(self) -> list[tuple[Request, int]]:
-        """The next token of the oldest request. What reading, drawing, its grammar or its `watch` raises is the request's: its `finish` is
+        """The next token of the oldest request. What reading, drawing, its grammar or its `on_token` raises is the request's: its `finish` is
         "failed" and `error` what was raised. Interrupted, a draw that was not taken is undone."""
         if not self.waiting:
             return []
@@ -91,7 +91,7 @@ class OneByOne:
         except Exception as error:  # noqa: BLE001 - the request's caller gets it
             request.error, finish, new = error, "failed", []
         except BaseException:
-            request.take_back()
+            request.undo()
             raise
         if finish is not None:
             request.finish = finish

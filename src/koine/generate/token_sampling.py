@@ -58,7 +58,7 @@ class NoTokenError(UserError):
     def __init__(self) -> None:
         super().__init__(
             "no next token can be chosen: the model's scores are NaN or infinite, or no token is allowed",
-            mend="use the model in float32, or an earlier checkpoint",
+            hint="use the model in float32, or an earlier checkpoint",
         )
 
 

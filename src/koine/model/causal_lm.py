@@ -18,13 +18,13 @@ from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, re
 from koine.model.formats.directory import load_model
 from koine.model.formats.end_ids import end_ids
 from koine.model.formats.opening import (
+    check_description,
+    check_difference,
+    check_other_tokenizer,
+    check_sizes,
     checked_weights,
     read_description,
     refusals,
-    refuse_description,
-    refuse_difference,
-    refuse_other_tokenizer,
-    refuse_sizes,
     stored_dtype,
 )
 from koine.model.formats.weight_files import widest_dtype
@@ -97,7 +97,7 @@ class CausalLM(nn.Module):
             if _several_documents(document_ids):
                 raise UserError(
                     "this model cannot keep packed documents apart",
-                    mend="pack one document a row, or let attention cross documents",
+                    hint="pack one document a row, or let attention cross documents",
                 )
             seen = document_ids >= 0
             attention_mask = (seen if attention_mask is None else seen & (attention_mask != 0)).long()
@@ -172,13 +172,13 @@ def load_as_stored(path: Path) -> nn.Module:
 def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
     transformers = require_transformers()
     value = read_description(path)
-    refuse_description(value, path, transformers)
-    refuse_other_tokenizer(path)
+    check_description(value, path, transformers)
+    check_other_tokenizer(path)
     files = checked_weights(path)
     quantised = value.get("quantization_config") is not None
     if not quantised:
         with quiet(transformers):
-            refuse_sizes(path, value, files)
+            check_sizes(path, value, files)
     wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
     with (
         refusals(
@@ -196,7 +196,7 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    refuse_difference(path, loaded)
+    check_difference(path, loaded)
     unused = sorted(loaded.get("unexpected_keys") or ())
     if unused:
         warnings.warn(
@@ -220,13 +220,13 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
                 "torch.", ""
             ),
             where=path,
-            mend="check the numbers of config.json, or compute in float32",
+            hint="check the numbers of config.json, or compute in float32",
         )
     if not head.causal:
         raise UserError(
             f"{type(inner).__name__} is not causal (an encoder?): later tokens change what it says of earlier ones",
             where=path,
-            mend="give a causal language model",
+            hint="give a causal language model",
         )
     return model
 
@@ -241,7 +241,7 @@ def _refuse_not_finite(inner: Any, path: Path) -> None:
             raise UserError(
                 f"{name} holds NaN or infinity",
                 where=path,
-                mend="this checkpoint is broken; use an earlier one",
+                hint="this checkpoint is broken; use an earlier one",
             )
 
 

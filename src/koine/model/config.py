@@ -76,21 +76,21 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         count = len(self.experts)
         if not count:
-            raise UserError("the mixture has no experts", mend="give at least one name")
+            raise UserError("the mixture has no experts", hint="give at least one name")
         if len(set(self.experts)) < count:
             twice = next(name for name in self.experts if self.experts.count(name) > 1)
-            raise UserError(f"two experts are named '{twice}'", mend="give each a name of its own")
+            raise UserError(f"two experts are named '{twice}'", hint="give each a name of its own")
         for name in self.experts:
             check_text("the name of an expert", name)
         check_choice("attention", self.attention, ATTENTIONS)
         check_flag("shared_expert", self.shared_expert)
         if self.attention_top_k is not None and self.attention == "averaged":
             raise UserError(
-                "attention_top_k is given and the attention is averaged", mend="there is one attention only"
+                "attention_top_k is given and the attention is averaged", hint="there is one attention only"
             )
         for name, value in (("top_k", self.top_k), ("attention_top_k", self.attention_top_k)):
             if value is not None and not 1 <= check_whole(name, value) <= count:
-                raise UserError(f"{name} is {value}", mend=f"it must lie between 1 and the {count} experts")
+                raise UserError(f"{name} is {value}", hint=f"it must lie between 1 and the {count} experts")
         if self.domain_size is not None:
             check_whole("domain_size", self.domain_size, low=1, high=2**20)
         for name in ("load_balancing", "z_loss"):
@@ -125,15 +125,15 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
-                mend="each key head serves the same number of query heads",
+                hint="each key head serves the same number of query heads",
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd", mend="the rotary embedding turns pairs")
+            raise UserError(f"head_dim {self.head_dim} is odd", hint="the rotary embedding turns pairs")
         if not self.layers:
-            raise UserError("the model has no layers", mend="give at least one layer specification")
+            raise UserError("the model has no layers", hint="give at least one layer specification")
         if len(self.layers) > MOST_LAYERS:
             raise UserError(
-                f"the model has {len(self.layers)} layers", mend=f"at most {MOST_LAYERS} are possible"
+                f"the model has {len(self.layers)} layers", hint=f"at most {MOST_LAYERS} are possible"
             )
         # Below 1, high frequencies leave the range of float32, and above it low ones do.
         check_number("rope_theta", self.rope_theta, low=1, high=1e30)

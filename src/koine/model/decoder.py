@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from koine.generate.cache.contexts import Reading
-from koine.generate.cache.paged_cache import PAGE, PagedCache
+from koine.model.attention.context import AttentionContext
 from koine.model.attention.dispatch import document_starts_of
 from koine.model.block import Block, LayerNorm, angles_of
 from koine.model.config import LayerSpec, ModelConfig
@@ -80,7 +79,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        reading: Reading | None = None,
+        context: AttentionContext | None = None,
         block_outputs: list[Tensor] | None = None,
         routings: list[Routing] | None = None,
     ) -> Tensor:
@@ -91,7 +90,7 @@ class Decoder(nn.Module):
             document_ids: `[batch, time]`, equal within a document, -1 for padding: attention stays inside a document.
             positions: `[batch, time]` or `[time]`, what RoPE turns by; default 0, 1, ... (padding not counted).
             attention_mask: `[batch, time]`, 0 for padding on the left or on the right.
-            reading: where these tokens stand in sequences of a `PagedCache`; it brings positions and visibility itself.
+            context: the KV cache of this pass; it brings positions and visibility itself.
             block_outputs: a list that receives the input of the first block and each block's output.
             routings: a list that receives how each layer's routers placed the tokens; nothing where there are no experts.
 
@@ -99,13 +98,13 @@ class Decoder(nn.Module):
             `[batch, time, hidden]`.
 
         Raises:
-            ValueError: `document_ids`, `positions` or `attention_mask` beside a reading.
+            ValueError: `document_ids`, `positions` or `attention_mask` beside a context.
         """
         x = self.embedding(tokens)
-        if reading is not None:
+        if context is not None:
             if document_ids is not None or positions is not None or attention_mask is not None:
-                raise ValueError("a reading knows positions, documents and padding itself")
-            positions = reading.positions
+                raise ValueError("a context knows positions, documents and padding itself")
+            positions = context.positions
         elif positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if attention_mask is not None:
@@ -120,8 +119,8 @@ class Decoder(nn.Module):
         if block_outputs is not None:
             block_outputs.append(x)
         for index, block in enumerate(self.blocks):
-            if reading is not None:
-                x, routing = block(x, angles, None, partial(reading.attend, index))
+            if context is not None:
+                x, routing = block(x, angles, None, partial(context.attend, index))
             elif self.gradient_checkpointing and self.training:
                 x, routing = checkpoint(block, x, angles, document_starts, use_reentrant=False)
             else:
@@ -130,8 +129,8 @@ class Decoder(nn.Module):
                 routings.append(routing)
             if block_outputs is not None:
                 block_outputs.append(x)
-        if reading is not None:
-            reading.finish()
+        if context is not None:
+            context.finish()
         out = self.norm(x)
         assert isinstance(out, Tensor)
         return out
@@ -142,8 +141,3 @@ class Decoder(nn.Module):
             scores: Tensor = self.scorer(hidden)
             return scores.mul_(self.config.logit_scale)
         return F.linear(hidden, self.output_weight) * self.config.logit_scale
-
-    def new_cache(self, *, page: int = PAGE, max_pages: int | None = None) -> PagedCache:
-        """An empty cache in the dtype and on the device of the weights."""
-        weight = self.embedding.weight
-        return PagedCache(self.config, weight.dtype, weight.device, page=page, max_pages=max_pages)

@@ -33,12 +33,12 @@ def variant_layers(
     Raises `UserError` for an unknown name, and for a window or a ratio that the variant has no use for or that leaves no full layer.
     """
     if name not in VARIANTS:
-        raise UserError(f"unknown attention '{name}'", mend=did_you_mean(name, VARIANTS))
+        raise UserError(f"unknown attention '{name}'", hint=did_you_mean(name, VARIANTS))
     if name == "rnope-swa":
         return _windowed(count, window, 4 if full_every is None else full_every)
     for given, what in ((window, "a window"), (full_every, "a ratio of full layers")):
         if given is not None:
-            raise UserError(f"{name} has no use for {what}", mend="choose rnope-swa, or leave it out")
+            raise UserError(f"{name} has no use for {what}", hint="choose rnope-swa, or leave it out")
     if name == "rnope":
         return tuple(LayerSpec(rope=index % 2 == 0) for index in range(count))
     return (LayerSpec(rope=name != "nope", qk_norm=name == "qk-norm"),) * count
@@ -46,13 +46,13 @@ def variant_layers(
 
 def _windowed(count: int, window: int | None, full_every: int) -> tuple[LayerSpec, ...]:
     if window is None:
-        raise UserError("rnope-swa needs a window", mend="say how many tokens a windowed layer sees")
+        raise UserError("rnope-swa needs a window", hint="say how many tokens a windowed layer sees")
     if window < 1:
-        raise UserError(f"the window is {window}", mend="it must be at least 1")
+        raise UserError(f"the window is {window}", hint="it must be at least 1")
     if not 2 <= full_every <= count:
         raise UserError(
             f"full_every is {full_every} of {count} layers",
-            mend=f"choose from 2 to {count}, so that there are windowed layers and a full one",
+            hint=f"choose from 2 to {count}, so that there are windowed layers and a full one",
         )
     return hybrid_layers(count, window=window, full_every=full_every)
 
@@ -73,7 +73,7 @@ def with_attention(
     if attention is not None or window is not None or full_every is not None:
         ratio = _full_every(layers)
         if attention is None and ratio is None:
-            raise UserError("a window or a ratio of full layers without attention", mend="add rnope-swa")
+            raise UserError("a window or a ratio of full layers without attention", hint="add rnope-swa")
         chosen: Variant = "rnope-swa" if attention is None else attention
         if chosen == "rnope-swa":
             window = next((w for w in (window, *(layer.window for layer in layers)) if w is not None), None)
@@ -81,7 +81,7 @@ def with_attention(
         layers = variant_layers(chosen, len(layers), window=window, full_every=full_every)
     if rope_theta is not None and not any(layer.rope for layer in layers):
         raise UserError(
-            "no layer turns by position, so rope_theta says nothing", mend="leave it out with nope"
+            "no layer turns by position, so rope_theta says nothing", hint="leave it out with nope"
         )
     return replace(config, layers=layers, rope_theta=config.rope_theta if rope_theta is None else rope_theta)
 

@@ -95,7 +95,7 @@ def preset(
     unknown name, and for attention that does not fit together.
     """
     if name not in PRESETS:
-        raise UserError(f"unknown preset '{name}'", mend=did_you_mean(name, PRESETS))
+        raise UserError(f"unknown preset '{name}'", hint=did_you_mean(name, PRESETS))
     size = PRESETS[name]
     config = ModelConfig(
         vocab_size=vocab_size or size.vocab_size,

@@ -30,7 +30,7 @@ def load_plan_file(path: Path) -> ModuleType:
     name = PLAN_FILE + path.stem
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
-        raise UserError("not a Python file", where=path, mend="give path/to/file.py:function")
+        raise UserError("not a Python file", where=path, hint="give path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -41,7 +41,7 @@ def load_plan_file(path: Path) -> ModuleType:
         if Path(error.filename or "").resolve() != path.resolve():
             path = Path(error.filename or path)
         raise UserError(
-            f"not valid Python ({error.msg})", where=f"{path}:{error.lineno}", mend="mend the plan file"
+            f"not valid Python ({error.msg})", where=f"{path}:{error.lineno}", hint="fix the plan file"
         ) from None
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
@@ -49,7 +49,7 @@ def load_plan_file(path: Path) -> ModuleType:
         raise UserError(
             f"cannot be imported ({type(error).__name__}: {error})",
             where=f"{path}:{lines[-1]}" if lines else path,
-            mend="mend the plan file",
+            hint="fix the plan file",
         ) from error
     return module
 
@@ -80,7 +80,7 @@ def find_plan(text: str, recipes: ModuleType) -> Callable[..., None]:
     elif text.endswith(".py"):
         known = functions_of(load_plan_file(Path(text)))
         choice = " or ".join(f"{text}:{item}" for item in known) or "add a function `def name(plan): ...`"
-        raise UserError("which plan of this file?", where=text, mend=f"say {choice}" if known else choice)
+        raise UserError("which plan of this file?", where=text, hint=f"say {choice}" if known else choice)
     else:
         # A recipe is a module with a function of the same name; the others of the package are their parts.
         names = [
@@ -90,7 +90,7 @@ def find_plan(text: str, recipes: ModuleType) -> Callable[..., None]:
             if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8")
         ]
         if text not in names:
-            raise UserError(f"unknown recipe '{text}'", mend=did_you_mean(text, names))
+            raise UserError(f"unknown recipe '{text}'", hint=did_you_mean(text, names))
         name = text
         module = importlib.import_module(f"{recipes.__name__}.{text}")
     function = getattr(module, name, None)
@@ -98,5 +98,5 @@ def find_plan(text: str, recipes: ModuleType) -> Callable[..., None]:
         known = functions_of(module) or [
             key for key, value in vars(module).items() if inspect.isfunction(value)
         ]
-        raise UserError(f"no plan function '{name}'", where=text, mend=did_you_mean(name, known))
+        raise UserError(f"no plan function '{name}'", where=text, hint=did_you_mean(name, known))
     return function

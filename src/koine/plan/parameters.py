@@ -59,16 +59,16 @@ def parse_settings(function: Callable[..., None], settings: Iterable[str]) -> di
         if not equals:
             raise UserError(f"'{setting}' is not key=value", where="--set")
         if key not in known:
-            mend = did_you_mean(key, known) if known else "this plan has no parameters"
-            raise UserError(f"unknown key '{key}'", where="--set", mend=mend)
+            hint = did_you_mean(key, known) if known else "this plan has no parameters"
+            raise UserError(f"unknown key '{key}'", where="--set", hint=hint)
         if key in values:
-            raise UserError(f"'{key}' is given twice", where="--set", mend="give it once")
+            raise UserError(f"'{key}' is given twice", where="--set", hint="give it once")
         values[key] = parse_setting(key, text, known[key].hint)
     for name, parameter in known.items():
         if parameter.default is MISSING and name not in values:
             raise UserError(
                 f"the plan's parameter '{name}' has no default",
-                mend=f"give it: --set {name}={parameter.type_name.upper()}",
+                hint=f"give it: --set {name}={parameter.type_name.upper()}",
             )
     return values
 

@@ -74,7 +74,7 @@ def handles(value: Any) -> Iterator[Artifact]:
             yield from handles(item)
     elif value is not None:
         raise UserError(
-            f"an input must be an artifact, got {value!r}", mend="wrap a path in plan.input(path, name=...)"
+            f"an input must be an artifact, got {value!r}", hint="wrap a path in plan.input(path, name=...)"
         )
 
 
@@ -105,7 +105,7 @@ def encode(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UserError(
-        f"a parameter cannot be a {type(value).__name__}: {value!r}", mend="pass paths by plan.input"
+        f"a parameter cannot be a {type(value).__name__}: {value!r}", hint="pass paths by plan.input"
     )
 
 
@@ -124,7 +124,7 @@ class Plan:
         if not RUN_NAME.fullmatch(self.name):
             raise UserError(
                 f"'{self.name}' cannot name a run",
-                mend="begin with a letter or digit, go on with those, '-', '_' and '.'",
+                hint="begin with a letter or digit, go on with those, '-', '_' and '.'",
             )
 
     @property
@@ -144,11 +144,11 @@ class Plan:
             raise UserError(
                 "holds the run's own folder, so it would change with every run",
                 where=path,
-                mend="give the folder of the data alone, or another --runs",
+                hint="give the folder of the data alone, or another --runs",
             )
         artifact = Artifact(name, place, fingerprint_of_content(place, self.cache))
         if name in self.nodes or self.inputs.get(name, artifact) != artifact:
-            raise UserError(f"input '{name}' collides with another of that name", mend="choose another name")
+            raise UserError(f"input '{name}' collides with another of that name", hint="choose another name")
         self.inputs[name] = artifact
         return artifact
 
@@ -157,12 +157,12 @@ class Plan:
         info = getattr(function, "__koine_step__", None)
         if not isinstance(info, StepInfo):
             shown = getattr(function, "__qualname__", repr(function))
-            raise UserError(f"{shown} is not a step", mend="decorate it with @step()")
+            raise UserError(f"{shown} is not a step", hint="decorate it with @step()")
         if not NAME.fullmatch(name) or name.partition("/")[0] in RESERVED:
-            raise UserError(f"'{name}' cannot name an artifact", mend="use letters, digits, '-', '_' and '/'")
+            raise UserError(f"'{name}' cannot name an artifact", hint="use letters, digits, '-', '_' and '/'")
         for other in [*self.nodes, *self.inputs]:
             if other == name or other.startswith(name + "/") or name.startswith(other + "/"):
-                raise UserError(f"artifact '{name}' collides with '{other}'", mend="choose another name")
+                raise UserError(f"artifact '{name}' collides with '{other}'", hint="choose another name")
         inputs, parameters = split(function, given)
         parents: dict[str, None] = {}
         for key, value in inputs.items():
@@ -170,7 +170,7 @@ class Plan:
                 if self._known(handle) is None:
                     raise UserError(
                         f"input '{key}' of '{name}' is not an artifact of this plan",
-                        mend="use what plan.step or plan.input returned",
+                        hint="use what plan.step or plan.input returned",
                     )
                 parents[handle.name] = None
         recipe = {
@@ -195,7 +195,7 @@ class Plan:
         if not parts or Path(to).is_absolute() or any(part.startswith(".") for part in parts):
             raise UserError(f"'{to}' is not a name inside the run's folder", where="plan.export")
         if parts[0] in RESERVED or to in self.exports:
-            raise UserError(f"'{to}' is taken already", where="plan.export", mend="choose another name")
+            raise UserError(f"'{to}' is taken already", where="plan.export", hint="choose another name")
         for name in self.nodes:
             if name == to or name.startswith(to + "/") or to.startswith(name + "/"):
                 raise UserError(f"'{to}' collides with artifact '{name}'", where="plan.export")

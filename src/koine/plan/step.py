@@ -60,7 +60,7 @@ def split(function: Callable[..., None], given: Mapping[str, Any]) -> tuple[dict
     parameters: dict[str, Any] = {}
     for key in given:
         if key not in known:
-            raise UserError(f"step has no parameter '{key}'", where=name, mend=did_you_mean(key, known))
+            raise UserError(f"step has no parameter '{key}'", where=name, hint=did_you_mean(key, known))
     for key in known:
         declared = signature[key]
         if key not in given and declared.default is inspect.Parameter.empty:

@@ -53,10 +53,10 @@ def adaptation(
     """
     dtype = chosen_dtype(dtype)
     if regime not in REGIMES:
-        raise UserError(f"unknown regime '{regime}'", mend=did_you_mean(regime, REGIMES))
+        raise UserError(f"unknown regime '{regime}'", hint=did_you_mean(regime, REGIMES))
     if not primary_languages:
         raise UserError(
-            "which languages does the model serve already?", mend="--set primary_languages=CODE,CODE"
+            "which languages does the model serve already?", hint="--set primary_languages=CODE,CODE"
         )
     corpus = plan.step(
         own_corpus,

@@ -60,19 +60,19 @@ def branch_train_mix(
     """
     dtype = chosen_dtype(dtype)
     if method not in METHODS:
-        raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
+        raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
     if len(domains) < 2:
         raise UserError(
-            f"{len(domains)} domains are given", mend="give at least two: --set domains=code=DATA,law=DATA"
+            f"{len(domains)} domains are given", hint="give at least two: --set domains=code=DATA,law=DATA"
         )
     if not 0.0 <= general_share < 1.0:
-        raise UserError(f"general_share is {general_share}", mend="it must be at least 0 and below 1")
+        raise UserError(f"general_share is {general_share}", hint="it must be at least 0 and below 1")
     named = dict(named_path(one) for one in domains)
     added = dict([named_path(new_domain)]) if new_domain else {}
     if len(named) < len(domains) or named.keys() & added.keys() or "general" in {*named, *added}:
-        raise UserError("two domains have one name", mend="name each differently, and none 'general'")
+        raise UserError("two domains have one name", hint="name each differently, and none 'general'")
     if added and method == "average":
-        raise UserError("an average has no experts to add to", mend="choose another method, or merge instead")
+        raise UserError("an average has no experts to add to", hint="choose another method, or merge instead")
     given = plan.input(seed_model, name="seed-given")
     corpora: dict[str, Artifact] = {}
     tokens: dict[str, Artifact] = {}
@@ -200,6 +200,6 @@ def named_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
         raise UserError(
-            f"'{text}' is not NAME=PATH", mend="for example --set domains=code=code.jsonl,law=law.jsonl"
+            f"'{text}' is not NAME=PATH", hint="for example --set domains=code=code.jsonl,law=law.jsonl"
         )
     return name, Path(path)

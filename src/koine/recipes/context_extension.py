@@ -134,15 +134,15 @@ def _check(
     long_share: float,
 ) -> None:
     if not lengths or any(b <= a for a, b in zip(lengths, lengths[1:], strict=False)) or lengths[0] < 2:
-        raise UserError(f"the lengths are {lengths}", mend="each must be longer than the one before it")
+        raise UserError(f"the lengths are {lengths}", hint="each must be longer than the one before it")
     if len(steps) != len(lengths):
         raise UserError(
             f"{len(steps)} numbers of steps for {len(lengths)} lengths",
-            mend="give one a length, for example --set steps=300,100,50",
+            hint="give one a length, for example --set steps=300,100,50",
         )
     if thetas and len(thetas) != len(lengths):
-        raise UserError(f"{len(thetas)} thetas for {len(lengths)} lengths", mend="give one a length, or none")
+        raise UserError(f"{len(thetas)} thetas for {len(lengths)} lengths", hint="give one a length, or none")
     if long_every < 1:
-        raise UserError(f"long_every is {long_every}", mend="it must be at least 1")
+        raise UserError(f"long_every is {long_every}", hint="it must be at least 1")
     if not 0.0 <= long_share <= 1.0:
-        raise UserError(f"long_share_of_length is {long_share}", mend="it must be from 0 to 1")
+        raise UserError(f"long_share_of_length is {long_share}", hint="it must be from 0 to 1")

@@ -44,10 +44,10 @@ def merge_touch_up(
     common ancestor, where the method needs it. The learning rate should be ten to twenty times lower than the models' own."""
     dtype = chosen_dtype(dtype)
     if len(models) < 2:
-        raise UserError(f"{len(models)} models are given", mend="give at least two: --set models=A,B")
+        raise UserError(f"{len(models)} models are given", hint="give at least two: --set models=A,B")
     named = dict(named_path(one) for one in domains)
     if not named or len(named) < len(domains):
-        raise UserError("the domains need different names", mend="for example --set domains=code=A,law=B")
+        raise UserError("the domains need different names", hint="for example --set domains=code=A,law=B")
     given = {f"given/{index}": plan.input(path, name=f"given/{index}") for index, path in enumerate(models)}
     first = given["given/0"]
     corpora: dict[str, Artifact] = {}

@@ -60,7 +60,7 @@ def adapt_to(
     from koine.data import Source
 
     if kind not in ("text", "chats"):
-        raise UserError(f"unknown kind '{kind}'", mend="text or chats")
+        raise UserError(f"unknown kind '{kind}'", hint="text or chats")
     roles = load_roles(corpus)
     languages = languages or roles.expanded
     sources = [
@@ -116,7 +116,7 @@ def adapt_to(
         out=out,
         tokenizer=tokenizer,
         evaluate=probe,
-        began_as=model,
+        init_from=model,
     )
     write_step_report(out, f"Adapted to {', '.join(languages)}", forgetting_blocks(out, roles.primary))
 

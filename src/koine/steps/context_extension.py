@@ -80,7 +80,7 @@ def extend_stage(
         batch_size=batch_size,
         seed=seed,
     )
-    train_step(start, mixture, settings, out=out, tokenizer=tokenizer, evaluate=None, began_as=model)
+    train_step(start, mixture, settings, out=out, tokenizer=tokenizer, evaluate=None, init_from=model)
 
 
 def stage_mixture(
@@ -144,7 +144,7 @@ def evaluate_lengths(
     every = chain.from_iterable(read_lines(path) for path in paths)
     chosen = sorted(every, key=lambda record: (-len(record["text"].encode()), str(record["id"])))[:documents]
     if not chosen:
-        raise UserError("holds no held-out document", where=corpus, mend="give more text")
+        raise UserError("holds no held-out document", where=corpus, hint="give more text")
     tokens = [len(tokenizer.encode(record["text"])) for record in chosen]
     found = {
         str(length): bits_per_byte(decoder, tokenizer, chosen, batch_size=4, max_length=length, seed=seed)[

@@ -119,7 +119,7 @@ def own_corpus(
         raise UserError(
             f"no language has {min_bytes_per_language} bytes of text and a held-out document",
             where=data,
-            mend=f"{unknown} records name no language: map the field (--set fields=text=...,language=...)"
+            hint=f"{unknown} records name no language: map the field (--set fields=text=...,language=...)"
             if unknown
             else "lower it with --set min_bytes_per_language=...",
         )
@@ -227,7 +227,7 @@ def text_corpus(
         raise UserError(
             f"no language has {min_bytes_per_language} bytes of text and a held-out document",
             where=data,
-            mend="give more text, or lower it with --set min_bytes_per_language=...",
+            hint="give more text, or lower it with --set min_bytes_per_language=...",
         )
     CorpusRoles(primary=tuple(shares), expanded=(), chat=()).save(out)
     write_step_report(
@@ -254,7 +254,7 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
         if not separator or not name or not column:
             raise UserError(
                 f"field mapping '{entry}' is not NAME=COLUMN",
-                mend="for example fields=text=content,language=lang",
+                hint="for example fields=text=content,language=lang",
             )
         mapping[name] = column
     return mapping

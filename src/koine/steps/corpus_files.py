@@ -69,12 +69,12 @@ def split_roles(
     if not primary:
         raise UserError(
             f"no language of the primary side ({', '.join(sorted(wanted)) or primary_cluster}) is in the data",
-            mend="name the pretraining languages with --set primary_languages=CODE,CODE",
+            hint="name the pretraining languages with --set primary_languages=CODE,CODE",
         )
     if not expanded:
         raise UserError(
             "every language of the data is on the primary side, so there is nothing to adapt to",
-            mend="name fewer with --set primary_languages=CODE,CODE or add text in other languages",
+            hint="name fewer with --set primary_languages=CODE,CODE or add text in other languages",
         )
     return primary, expanded
 

@@ -84,7 +84,7 @@ def domain_text(
         raise UserError(
             f"the domain '{domain}' has {counts['train']} documents to train on and {counts['heldout']} held out",
             where=data,
-            mend="give more documents: one in twenty is held out",
+            hint="give more documents: one in twenty is held out",
         )
     found = {part: sum(size for (one, _), size in sizes.items() if one == part) for part in parts}
     write_json(out / "metrics.json", {f"{part}_bytes": size for part, size in found.items()})

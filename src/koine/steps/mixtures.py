@@ -101,7 +101,7 @@ def train_on(
 
     torch.set_num_threads(threads)
     if len(shares) != len(tokens):
-        raise UserError(f"{len(shares)} shares for {len(tokens)} domains", mend="give one each")
+        raise UserError(f"{len(shares)} shares for {len(tokens)} domains", hint="give one each")
     sources = [
         Source(name=name, path=path / "tokens", proportion=share, max_epochs=1_000.0)
         for (name, path), share in zip(tokens.items(), shares, strict=True)
@@ -124,7 +124,7 @@ def train_on(
         out=out,
         tokenizer=model,
         evaluate=None,
-        began_as=model,
+        init_from=model,
     )
 
 
@@ -177,7 +177,7 @@ def mix(
     elif method == "average":
         average(seed_model, experts, out)
     else:
-        raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
+        raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
 
 
 @step(version="2", estimate=estimates.mixing)

@@ -76,7 +76,7 @@ def pretrain(
         raise UserError(
             f"the text gave {found} of the {vocabulary_size} tokens asked for",
             where=tokenizer,
-            mend=f"set vocabulary_size={found} or add text",
+            hint=f"set vocabulary_size={found} or add text",
         )
     config = model_preset(
         preset,
@@ -90,7 +90,7 @@ def pretrain(
     if not 0.0 <= expanded_share < english_share:
         raise UserError(
             f"the share of expanded languages is {expanded_share}, that of English {english_share}",
-            mend="the first comes out of the second, so it must be smaller",
+            hint="the first comes out of the second, so it must be smaller",
         )
     primary_english = (english_share - expanded_share) / (1.0 - expanded_share)
     text_share = 1.0 - (code_share if code is not None else 0.0)
@@ -183,7 +183,7 @@ def teach_chat(
         out=out,
         tokenizer=tokenizer,
         evaluate=None,
-        began_as=model,
+        init_from=model,
     )
 
 
@@ -201,7 +201,7 @@ def load_of_preset(path: Path, preset: str, vocabulary_size: int) -> Decoder:
         raise UserError(
             f"is not a {preset} with {vocabulary_size} tokens",
             where=path,
-            mend="set preset and vocabulary_size",
+            hint="set preset and vocabulary_size",
         )
     return model
 
@@ -256,7 +256,7 @@ def train_step(
     out: Path,
     tokenizer: Path,
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
-    began_as: Path | None = None,
+    init_from: Path | None = None,
 ) -> None:
     """Train over a mixture.
 
@@ -269,8 +269,8 @@ def train_step(
     from koine.train import language_modelling, supervised_fine_tuning, train
 
     chats = mixture.phases[0].name == "sft"
-    if began_as is not None:
-        mixture = replace(mixture, drawn=read_drawn(began_as))
+    if init_from is not None:
+        mixture = replace(mixture, drawn=read_drawn(init_from))
     train(
         model.to(torch.float32),
         supervised_fine_tuning if chats else language_modelling,
@@ -278,7 +278,7 @@ def train_step(
         settings,
         out=out,
         tokenizer=tokenizer,
-        began_as=began_as,
+        init_from=init_from,
         evaluate=evaluate,
     )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -43,24 +43,24 @@ def check_messages(messages: Sequence[Message]) -> list[tuple[str, str]]:
     """(role, content) of each message; raises `UserError` for what is not a conversation."""
     if isinstance(messages, str | bytes | Mapping):
         raise UserError(
-            "messages are a list of {role, content}", mend='write [{"role": "user", "content": "..."}]'
+            "messages are a list of {role, content}", hint='write [{"role": "user", "content": "..."}]'
         )
     turns = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise UserError(
-                f"message {number} has no role and content", mend='write {"role": ..., "content": ...}'
+                f"message {number} has no role and content", hint='write {"role": ..., "content": ...}'
             )
         role, content = message["role"], message["content"]
         if role not in ROLE_TOKENS:
             raise UserError(
-                f"message {number} has the unknown role '{role}'", mend=did_you_mean(str(role), ROLE_TOKENS)
+                f"message {number} has the unknown role '{role}'", hint=did_you_mean(str(role), ROLE_TOKENS)
             )
         if not isinstance(content, str):
-            raise UserError(f"the content of message {number} is not text", mend="give a string")
+            raise UserError(f"the content of message {number} is not text", hint="give a string")
         turns.append((role, content))
     if not turns:
-        raise UserError("a conversation without messages", mend="give at least one message")
+        raise UserError("a conversation without messages", hint="give at least one message")
     return turns
 
 

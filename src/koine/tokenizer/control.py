@@ -42,7 +42,7 @@ def looks_like_marker(token: str) -> bool:
 
 
 @contextmanager
-def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None]:
+def library_errors(where: str | Path, *, doing: str, hint: str) -> Iterator[None]:
     """Turn what the Rust libraries raise into a `UserError`.
 
     `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, not an `Exception`.
@@ -51,7 +51,7 @@ def library_errors(where: str | Path, *, doing: str, mend: str) -> Iterator[None
         yield
     except BaseException as error:
         if type(error) is Exception or type(error).__name__ == "PanicException":
-            raise UserError(f"{doing} ({first_line(error)})", where=where, mend=mend) from None
+            raise UserError(f"{doing} ({first_line(error)})", where=where, hint=hint) from None
         raise
 
 
@@ -59,7 +59,7 @@ def open_backend(text: str, where: str | Path) -> Any:
     """Open a `tokenizer.json` without padding and truncation. Raises `UserError` where it is no tokenizer."""
     from tokenizers import Tokenizer as Backend
 
-    with library_errors(where, doing="not a tokenizer", mend=DAMAGED):
+    with library_errors(where, doing="not a tokenizer", hint=DAMAGED):
         backend = Backend.from_str(text)
     backend.no_padding()
     backend.no_truncation()
@@ -72,7 +72,7 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror or error})", where=path, mend="look at the file"
+            f"cannot be read ({error.strerror or error})", where=path, hint="look at the file"
         ) from None
 
 
@@ -81,7 +81,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
-        raise UserError("not UTF-8 text", where=path, mend="the file is damaged") from None
+        raise UserError("not UTF-8 text", where=path, hint="the file is damaged") from None
 
 
 def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
@@ -89,9 +89,9 @@ def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{what} ({first_line(error)})", where=where, mend=DAMAGED) from None
+        raise UserError(f"{what} ({first_line(error)})", where=where, hint=DAMAGED) from None
     if not isinstance(value, dict):
-        raise UserError(f"{what} (no JSON object)", where=where, mend=DAMAGED)
+        raise UserError(f"{what} (no JSON object)", where=where, hint=DAMAGED)
     return value
 
 
@@ -177,7 +177,7 @@ class PlainText:
 
     def _errors(self) -> Any:
         return library_errors(
-            self._where, doing="the tokenizer cannot read the text", mend="its vocabulary lacks what it names"
+            self._where, doing="the tokenizer cannot read the text", hint="its vocabulary lacks what it names"
         )
 
     def _found_by_model(self) -> frozenset[int]:

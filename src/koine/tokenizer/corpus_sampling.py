@@ -43,7 +43,7 @@ def byte_length(text: str, language: str) -> int:
     except UnicodeEncodeError as error:
         raise UserError(
             f"text of language '{language}' is not valid Unicode (a lone surrogate at character {error.start})",
-            mend="repair or remove the record",
+            hint="repair or remove the record",
         ) from None
 
 
@@ -56,9 +56,9 @@ def quotas(
     A language that must be repeated, or that even then falls short of its weight, is named in a `KoineWarning`.
     """
     if sample_bytes is not None and sample_bytes <= 0:
-        raise UserError(f"the sample is {sample_bytes} bytes", mend="give a number above 0")
+        raise UserError(f"the sample is {sample_bytes} bytes", hint="give a number above 0")
     if max_repeats < 1:
-        raise UserError(f"the limit of repeats is {max_repeats}", mend="give at least 1")
+        raise UserError(f"the limit of repeats is {max_repeats}", hint="give at least 1")
     total = sum(sizes.values()) if sample_bytes is None else sample_bytes
     wanted = {code: weights[code] * total for code in sizes}
     drawn = {code: min(wanted[code], max_repeats * sizes[code]) for code in sizes}

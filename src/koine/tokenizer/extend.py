@@ -65,7 +65,7 @@ def extend_tokenizer(
     the text has nothing to add, or the result would not decode its own sample as before.
     """
     if new_tokens < 1:
-        raise UserError(f"{new_tokens} new tokens", mend="ask for at least 1")
+        raise UserError(f"{new_tokens} new tokens", hint="ask for at least 1")
     files = read_files(base)
     if TOKENIZER in files:
         _check_kind(parsed_object(files[TOKENIZER], "not a tokenizer", base), base)
@@ -76,7 +76,7 @@ def extend_tokenizer(
     # Merges are learnt on the one reading that is the same every time.
     learner = open_backend(json.dumps({**content, "model": {**model, "dropout": None}}), base)
     sample: list[str] = []
-    with library_errors(base, doing="the tokenizer cannot read the text", mend="extend another tokenizer"):
+    with library_errors(base, doing="the tokenizer cannot read the text", hint="extend another tokenizer"):
         table = count_pretokens(
             _watched(texts, sample),
             normalizer=learner.normalizer,
@@ -93,7 +93,7 @@ def extend_tokenizer(
     added = len(characters)
     if characters:
         learner = open_backend(json.dumps({**content, "model": {**model, "dropout": None}}), base)
-    with library_errors(base, doing="the tokenizer cannot read the text", mend="extend another tokenizer"):
+    with library_errors(base, doing="the tokenizer cannot read the text", hint="extend another tokenizer"):
         letters, spelled = _spell(learner, table, model.get("unk_token"))
     merges: list[tuple[str, str]] = []
     if added < new_tokens:
@@ -114,7 +114,7 @@ def extend_tokenizer(
     if not added:
         raise UserError(
             f"the text gives no pair of tokens that occurs {min_frequency} times",
-            mend="give more text, or a lower --min-frequency",
+            hint="give more text, or a lower --min-frequency",
         )
     if added < new_tokens:
         warnings.warn(
@@ -160,7 +160,7 @@ def _keep_added_ids(content: dict[str, Any], old: Tokenizer, base: Path) -> None
             raise UserError(
                 f"the tokens '{by_id[token_id]}' and '{token}' have one id, {token_id}",
                 where=base,
-                mend="give each token an id of its own",
+                hint="give each token an id of its own",
             )
         by_id[token_id] = token
 
@@ -173,29 +173,29 @@ def trained_languages(base: Path) -> set[str] | None:
     record = parsed_object(read_text(path), "not a record of training", path)
     found = [*(record.get("languages") or ()), *(record.get("base_languages") or ())]
     if not all(isinstance(code, str) for code in found):
-        raise UserError("its languages are no codes", where=path, mend="the file is damaged")
+        raise UserError("its languages are no codes", where=path, hint="the file is damaged")
     return set(found)
 
 
 def _check_kind(content: Mapping[str, Any], base: Path) -> None:
     model = content.get("model")
     if not isinstance(model, dict):
-        raise UserError("not a tokenizer (it has no model)", where=base, mend=DAMAGED)
+        raise UserError("not a tokenizer (it has no model)", where=base, hint=DAMAGED)
     if model.get("type") != "BPE":
         raise UserError(
-            f"a tokenizer of kind {model.get('type')}", where=base, mend="only BPE tokenizers can be extended"
+            f"a tokenizer of kind {model.get('type')}", where=base, hint="only BPE tokenizers can be extended"
         )
     if content.get("pre_tokenizer") is None:
         raise UserError(
             "cuts no text before it merges, so that merges could cross words",
             where=base,
-            mend="extend a tokenizer with a pre-tokenizer",
+            hint="extend a tokenizer with a pre-tokenizer",
         )
     if model.get("continuing_subword_prefix"):
         raise UserError(
             f"marks the inside of words with '{model['continuing_subword_prefix']}'",
             where=base,
-            mend="extend a byte-level or byte-fallback BPE tokenizer",
+            hint="extend a byte-level or byte-fallback BPE tokenizer",
         )
 
 
@@ -298,5 +298,5 @@ def _check_decodes(old: Tokenizer, new: Tokenizer, sample: Sequence[str], base: 
             raise UserError(
                 f"extended, it would decode '{text[:30]}' to '{decoded[:30]}'",
                 where=base,
-                mend="extend a byte-level or byte-fallback BPE tokenizer",
+                hint="extend a byte-level or byte-fallback BPE tokenizer",
             )

@@ -67,7 +67,7 @@ class _Backend:
         self._plain = PlainText(text, where=where)
         ids = self._plain.backend.get_vocab(with_added_tokens=True)
         if not ids:
-            raise UserError("a tokenizer without tokens", where=where, mend="give another")
+            raise UserError("a tokenizer without tokens", where=where, hint="give another")
         self.vocab_size = max(ids.values()) + 1
         self._spelling = Spelling(self._plain.backend, self._plain.content)
         self.unknown_id = self._spelling.unknown_id
@@ -102,7 +102,7 @@ class _Tiktoken:
         long = {place for place, text in enumerate(texts) if LONG_SPACES.search(text)}
         short = [text for place, text in enumerate(texts) if place not in long]
         with library_errors(
-            self._where, doing="tiktoken cannot read the text", mend="shorten its longest line"
+            self._where, doing="tiktoken cannot read the text", hint="shorten its longest line"
         ):
             found = iter(self._encoding.encode_ordinary_batch(short))
             return [
@@ -140,7 +140,7 @@ class _SentencePiece:
             raise UserError(
                 f"not a SentencePiece model ({first_line(error)})",
                 where=path,
-                mend="give another file",
+                hint="give another file",
             ) from None
         self.vocab_size = int(self._processor.get_piece_size())
         self.unknown_id: int | None = int(self._processor.unk_id())
@@ -177,7 +177,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     Raises `UserError` with the line that is not.
     """
     ranks: dict[bytes, int] = {}
-    mend = "give a file in tiktoken's format"
+    hint = "give a file in tiktoken's format"
     for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -187,17 +187,17 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = rank
         except (ValueError, binascii.Error):
             raise UserError(
-                f"line {number} is not a token in base64 and its rank", where=path, mend=mend
+                f"line {number} is not a token in base64 and its rank", where=path, hint=hint
             ) from None
         if not 0 <= rank < LARGEST_RANK:
-            raise UserError(f"line {number} has the rank {rank}", where=path, mend=mend)
+            raise UserError(f"line {number} has the rank {rank}", where=path, hint=hint)
     if not ranks:
-        raise UserError("holds no tokens", where=path, mend=mend)
+        raise UserError("holds no tokens", where=path, hint=hint)
     if len(set(ranks.values())) < len(ranks):
-        raise UserError("two tokens have one rank", where=path, mend=mend)
+        raise UserError("two tokens have one rank", where=path, hint=hint)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise UserError(f"holds no token for the byte {missing[0]}", where=path, mend=mend)
+        raise UserError(f"holds no token for the byte {missing[0]}", where=path, hint=hint)
     return ranks
 
 
@@ -221,7 +221,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         raise UserError(
             "no such file or folder",
             where=path,
-            mend="give a tokenizer's folder, a .tiktoken file or a SentencePiece .model",
+            hint="give a tokenizer's folder, a .tiktoken file or a SentencePiece .model",
         )
     if path.is_file():
         if path.suffix == ".tiktoken":
@@ -233,7 +233,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         raise UserError(
             "no known kind of tokenizer",
             where=path,
-            mend="known: a folder with tokenizer.json, NAME.json, NAME.tiktoken, NAME.model",
+            hint="known: a folder with tokenizer.json, NAME.json, NAME.tiktoken, NAME.model",
         )
     if (path / "tokenizer.json").is_file():
         return _Backend(read_text(path / "tokenizer.json"), path / "tokenizer.json")
@@ -241,10 +241,10 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
     if len(set(models)) == 1 and not (path / "tokenizer_config.json").exists():
         return open_tokenizer(models[0])
     cannot = "transformers cannot open it as a tokenizer"
-    mend = "give a folder that holds a tokenizer.json"
+    hint = "give a folder that holds a tokenizer.json"
     transformers = import_extra("transformers", extra="hf", purpose="open a tokenizer without tokenizer.json")
     try:
-        with library_errors(path, doing=cannot, mend=mend):
+        with library_errors(path, doing=cannot, hint=hint):
             opened = transformers.AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
@@ -259,13 +259,13 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         ValueError,
     ) as error:
         _refuse_custom_code(path)
-        raise UserError(f"{cannot} ({first_line(error)})", where=path, mend=mend) from None
+        raise UserError(f"{cannot} ({first_line(error)})", where=path, hint=hint) from None
     backend = getattr(opened, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
             "only opens as a tokenizer written in Python, which has no bytes for its tokens",
             where=path,
-            mend="convert it to a tokenizer.json",
+            hint="convert it to a tokenizer.json",
         )
     return _Backend(backend.to_str(), path)
 
@@ -281,5 +281,5 @@ def _refuse_custom_code(path: Path) -> None:
         raise UserError(
             f"needs Python code that comes with it ({first}), which is never run",
             where=path,
-            mend="give a folder that holds a tokenizer.json",
+            hint="give a folder that holds a tokenizer.json",
         )

@@ -99,7 +99,7 @@ def measure(
     Raises `UserError` where there is no text at all.
     """
     if not tokenizers:
-        raise UserError("no tokenizer to measure", mend="give at least one")
+        raise UserError("no tokenizer to measure", hint="give at least one")
     texts: dict[str, _Text] = {}
     counts: dict[str, dict[str, _Count]] = {name: {} for name in tokenizers}
     seconds = dict.fromkeys(tokenizers, 0.0)
@@ -119,7 +119,7 @@ def measure(
                 _count(count, encoded, lengths, places, tokenizer.vocab_size)
     shown = [code for code in sorted(texts) if languages is None or code in languages]
     if not shown:
-        raise UserError("no text to measure", mend="give text in the languages asked for")
+        raise UserError("no text to measure", hint="give text in the languages asked for")
     total = sum(text.bytes for text in texts.values())
     _say_unknown(texts, counts, shown)
     result = {}

@@ -41,7 +41,7 @@ def predict_costs(
     """
     known = set(primary)
     for code in sorted(known - texts.keys()):
-        raise UserError(f"no text of the primary language '{code}'", mend=did_you_mean(code, texts))
+        raise UserError(f"no text of the primary language '{code}'", hint=did_you_mean(code, texts))
     seen: Counter[str] = Counter()
     for code in known & texts.keys():
         seen.update(_letters(texts[code]))
@@ -49,7 +49,7 @@ def predict_costs(
     if not seen or not expanded:
         raise UserError(
             "no text of the primary languages" if not seen else "no language beside the primary ones",
-            mend="give text of both, and name the primary ones",
+            hint="give text of both, and name the primary ones",
         )
     total = seen.total()
     familiar = {letter for letter, count in seen.items() if count >= SEEN_SHARE * total}

@@ -150,9 +150,9 @@ def render_template(
     """
     from jinja2 import TemplateError
 
-    from koine.tokenizer.template_limits import TooMuchError, limited, refuse_long
+    from koine.tokenizer.template_limits import TooMuchError, check_long, limited
 
-    refuse_long(template)
+    check_long(template)
     texts = list(strings_of(messages))
     free = free_characters([template, *texts, *tokens.values()])
     marks = next(free), next(free)
@@ -175,10 +175,10 @@ def render_template(
     except TemplateError as error:
         raise UserError(f"the chat template refuses these messages ({str(error)[:300]})") from None
     except TooMuchError as error:
-        raise UserError(f"the chat template {error}", mend="give another template") from None
+        raise UserError(f"the chat template {error}", hint="give another template") from None
     except _RAISED as error:
         raise UserError(
-            f"the chat template fails ({type(error).__name__}: {first_line(error)})", mend="mend the template"
+            f"the chat template fails ({type(error).__name__}: {first_line(error)})", hint="fix the template"
         ) from None
     marked = "".join(pieces)
     if "endgeneration" not in template:
@@ -243,14 +243,14 @@ def _added_spans(
             continue
         if index == 0:
             raise UserError(
-                "the conversation begins with the assistant", mend="let the user or the system begin"
+                "the conversation begins with the assistant", hint="let the user or the system begin"
             )
         before, _ = render_template(template, messages[:index], tokens=tokens, generation_prompt=True)
         after, _ = render_template(template, messages[: index + 1], tokens=tokens, generation_prompt=False)
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
                 "the chat template rewrites earlier turns, so the tokens that the assistant wrote cannot be told",
-                mend="add {% generation %} marks to the template, or train on one answer per conversation",
+                hint="add {% generation %} marks to the template, or train on one answer per conversation",
             )
         spans.append((len(before), len(after)))
     return spans

@@ -314,10 +314,10 @@ def _check_filter(
     return value
 
 
-def refuse_long(template: str) -> None:
+def check_long(template: str) -> None:
     """Raise `UserError` for a template that is too long to be read."""
     if len(template) > LARGEST_TEMPLATE:
         raise UserError(
             f"a chat template of {len(template):,} characters",
-            mend=f"give one of at most {LARGEST_TEMPLATE:,}",
+            hint=f"give one of at most {LARGEST_TEMPLATE:,}",
         )

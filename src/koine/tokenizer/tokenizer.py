@@ -62,7 +62,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(self._files[TOKENIZER].encode("utf-8")).hexdigest()
         self._ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         if not self._ids:
-            raise UserError("a tokenizer without tokens", where=where, mend="give another")
+            raise UserError("a tokenizer without tokens", where=where, hint="give another")
         self.vocab_size = max(self._ids.values()) + 1
         special = {one["content"] for one in self._content.get("added_tokens") or [] if one["special"]}
         self._special_ids = frozenset(self._ids[token] for token in special if token in self._ids)
@@ -71,7 +71,7 @@ class Tokenizer:
         eos = named.get("eos_token")
         if eos is None:
             raise UserError(
-                "no end-of-document token is named", where=where, mend=f'add "eos_token" to {CONFIG}'
+                "no end-of-document token is named", where=where, hint=f'add "eos_token" to {CONFIG}'
             )
         self.eos_id = self._id_of(eos)
         self.bos_id = self._id_of(named.get("bos_token", eos))
@@ -109,7 +109,7 @@ class Tokenizer:
         """
         turns = check_messages(messages)
         if self.chat_template is None:
-            raise UserError("no chat template", where=self._where, mend=f"add a {TEMPLATE} to the folder")
+            raise UserError("no chat template", where=self._where, hint=f"add a {TEMPLATE} to the folder")
         if self.chat_template != CHAT_TEMPLATE or not self._has_turn_tokens:
             return self._encode_template(messages, generation_prompt=generation_prompt)
         start, end = self._ids[START_OF_TURN], self._ids[END_OF_TURN]
@@ -244,7 +244,7 @@ class Tokenizer:
             raise UserError(
                 f"the token '{token}' is named but not in the vocabulary",
                 where=self._where,
-                mend=f"mend {CONFIG}",
+                hint=f"fix {CONFIG}",
             )
         return self._ids[token]
 
@@ -267,7 +267,7 @@ class Tokenizer:
             raise UserError(
                 f"the chat_template of {CONFIG} is a {type(template).__name__}, no text",
                 where=self._where,
-                mend="write a Jinja text",
+                hint="write a Jinja text",
             )
         return template
 
@@ -286,7 +286,7 @@ class Tokenizer:
             except UnicodeEncodeError as broken:
                 return UserError(
                     f"the text is not valid Unicode (a lone surrogate at character {broken.start})",
-                    mend="repair or remove it",
+                    hint="repair or remove it",
                 )
         return error
 
@@ -298,12 +298,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError("no such folder", where=path, mend="give a folder that holds a tokenizer.json")
+        raise UserError("no such folder", where=path, hint="give a folder that holds a tokenizer.json")
     if not (path / TOKENIZER).is_file():
         raise UserError(
             f"holds no {TOKENIZER}",
             where=path,
-            mend="give a folder written by `koine tokenizer train` or a model's",
+            hint="give a folder written by `koine tokenizer train` or a model's",
         )
     return Tokenizer(read_files(path), where=path)
 

@@ -58,10 +58,10 @@ def train_tokenizer(
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"a vocabulary of {vocab_size} is smaller than the alphabet",
-            mend=f"take at least {SMALLEST_VOCABULARY} ({len(SPECIAL_TOKENS)} special tokens and 256 bytes)",
+            hint=f"take at least {SMALLEST_VOCABULARY} ({len(SPECIAL_TOKENS)} special tokens and 256 bytes)",
         )
     if min_frequency < 1:
-        raise UserError(f"the smallest frequency is {min_frequency}", mend="give at least 1")
+        raise UserError(f"the smallest frequency is {min_frequency}", hint="give at least 1")
     with counting_progress(show_progress, what="reading") as watched:
         sizes = count_bytes(lambda: watched(stream(texts_by_language)))
     if isinstance(texts_by_language, Mapping):

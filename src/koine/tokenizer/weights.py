@@ -43,16 +43,16 @@ def language_weights(
     Raises `UserError` for an empty mapping, a language without bytes, an unknown code or scheme, or a share outside (0, 1).
     """
     if not bytes_by_language:
-        raise UserError("no language to weigh", mend="give text in at least one language")
+        raise UserError("no language to weigh", hint="give text in at least one language")
     for code, size in bytes_by_language.items():
         if size <= 0:
-            raise UserError(f"language '{code}' has no text", mend="leave it out or add text")
+            raise UserError(f"language '{code}' has no text", hint="leave it out or add text")
     if scheme not in SCHEMES:
-        raise UserError(f"unknown weighting scheme '{scheme}'", mend=did_you_mean(scheme, SCHEMES))
+        raise UserError(f"unknown weighting scheme '{scheme}'", hint=did_you_mean(scheme, SCHEMES))
     if english_share is not None and not 0.0 < english_share < 1.0:
         raise UserError(
             f"the share of English is {english_share}",
-            mend="give a number between 0 and 1, or none for no fixed share",
+            hint="give a number between 0 and 1, or none for no fixed share",
         )
     total = sum(bytes_by_language.values())
     shares = {code: size / total for code, size in bytes_by_language.items()}
@@ -64,7 +64,7 @@ def language_weights(
         raw = dict.fromkeys(shares, 1.0)
     else:
         if not (temperature > 0 and math.isfinite(temperature)):
-            raise UserError(f"the temperature is {temperature}", mend="give a number above 0")
+            raise UserError(f"the temperature is {temperature}", hint="give a number above 0")
         raw = {code: share ** (1.0 / temperature) for code, share in shares.items()}
     return _pin_english(_normalise(raw), english_share)
 
@@ -73,7 +73,7 @@ def _bucketed(shares: Mapping[str, float], bucket_mass: str) -> dict[str, float]
     from koine.languages import bucket
 
     if bucket_mass not in BUCKET_MASSES:
-        raise UserError(f"unknown bucket mass '{bucket_mass}'", mend=did_you_mean(bucket_mass, BUCKET_MASSES))
+        raise UserError(f"unknown bucket mass '{bucket_mass}'", hint=did_you_mean(bucket_mass, BUCKET_MASSES))
     buckets = {code: bucket(code) for code in shares}
     members: dict[object, list[str]] = {}
     for code, key in buckets.items():

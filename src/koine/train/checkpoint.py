@@ -65,7 +65,7 @@ def save(
     """
     path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
     with disk_errors(path), told_of(path, partial), _removed_on_failure(partial, ranks):
-        if ranks.first:
+        if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -77,7 +77,7 @@ def save(
             writer = FileSystemWriter(partial, sync_files=False)
             save_distributed(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
         ranks.barrier()
-        if ranks.first:
+        if ranks.is_main:
             rewrite_index(partial)
             describe(partial)
             files = {p.name: sha256_file(p) for p in sorted(partial.iterdir()) if p.is_file()}
@@ -98,7 +98,7 @@ def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if ranks.first:
+        if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -126,29 +126,29 @@ def latest(folder: Path) -> Checkpoint | None:
     if not paths:
         return None
     path = paths[-1]
-    mend = f"remove {path.name} to " + (
+    hint = f"remove {path.name} to " + (
         f"go on from {paths[-2].name}"
         if len(paths) > 1
         else "start from the beginning (there is none before it)"
     )
-    return read(path, mend=mend)
+    return read(path, hint=hint)
 
 
-def read(path: Path, *, mend: str) -> Checkpoint:
-    """A checkpoint, its files checked against their sha256; a `UserError` that names a damaged file, with this mend."""
+def read(path: Path, *, hint: str) -> Checkpoint:
+    """A checkpoint, its files checked against their sha256; a `UserError` that names a damaged file, with this fix."""
     where = path / "checkpoint.json"
     try:
         about = read_json_object(where)
         if about.get("format", FORMAT) == FORMAT:
             _check(Fields(about, path))
     except UserError as error:
-        raise UserError("damaged checkpoint", where=where, mend=mend) from error
+        raise UserError("damaged checkpoint", where=where, hint=hint) from error
     if about.get("format") != FORMAT:
-        raise UserError(f"checkpoint of format {about.get('format')}, not {FORMAT}", where=path, mend=mend)
+        raise UserError(f"checkpoint of format {about.get('format')}, not {FORMAT}", where=path, hint=hint)
     for name, digest in about["files"].items():
         file = path / name
         if not file.is_file() or sha256_file(file) != digest:
-            raise UserError("damaged checkpoint (its sha256 differs)", where=file, mend=mend)
+            raise UserError("damaged checkpoint (its sha256 differs)", where=file, hint=hint)
     return Checkpoint(path, about["step"], about)
 
 
@@ -186,7 +186,7 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> No
         raise UserError(
             f"its random state is none ({first_line(error)})",
             where=checkpoint.path / "checkpoint.json",
-            mend="choose an earlier checkpoint, or train again",
+            hint="choose an earlier checkpoint, or train again",
         ) from None
 
 

@@ -135,7 +135,7 @@ def load_tensors(folder: Path, index: Metadata, tensors: dict[str, Tensor], *, s
         raise UserError(
             f"its tensors are not those of this training ({' '.join(reasons)[:160]})",
             where=folder,
-            mend="choose an earlier checkpoint, or train again",
+            hint="choose an earlier checkpoint, or train again",
         ) from None
 
 
@@ -160,7 +160,7 @@ def read_index(folder: Path) -> Metadata:
     raise UserError(
         f"its index is not one of a checkpoint ({' '.join(why.split())[:120]})",
         where=path,
-        mend="do not use this checkpoint; take one from a source that you trust",
+        hint="do not use this checkpoint; take one from a source that you trust",
     )
 
 

@@ -24,7 +24,7 @@ class Ranks:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
@@ -56,23 +56,23 @@ def _number_of(variable: str, default: int, *, least: int) -> int:
         raise UserError(
             f"'{text}' is no number of {least} or more",
             where=f"the environment variable {variable}",
-            mend="unset it to train in one process, or start with torchrun",
+            hint="unset it to train in one process, or start with torchrun",
         )
     return int(text)
 
 
 def _refuse_half_a_launch(rank: int, world_size: int) -> None:
     """Raise `UserError` where the environment speaks of several processes and does not say how they meet."""
-    mend = "unset WORLD_SIZE to train in one process, or start with torchrun"
+    hint = "unset WORLD_SIZE to train in one process, or start with torchrun"
     for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(variable, "").strip():
             raise UserError(
-                f"WORLD_SIZE is {world_size} and {variable} is not set", where="the environment", mend=mend
+                f"WORLD_SIZE is {world_size} and {variable} is not set", where="the environment", hint=hint
             )
     _number_of("MASTER_PORT", 0, least=1)
     if rank >= world_size:
         raise UserError(
-            f"RANK is {rank}, and WORLD_SIZE only {world_size}", where="the environment", mend=mend
+            f"RANK is {rank}, and WORLD_SIZE only {world_size}", where="the environment", hint=hint
         )
 
 
@@ -118,7 +118,7 @@ def _meet(backend: str) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"the processes of this training cannot meet at {address} ({first_line(error)})",
-            mend="start all of them with torchrun, or unset WORLD_SIZE to train in one process",
+            hint="start all of them with torchrun, or unset WORLD_SIZE to train in one process",
         ) from error
 
 
@@ -134,7 +134,7 @@ def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
     blocks = getattr(model, "blocks", None)
     if blocks is None:
         raise UserError(
-            f"{type(model).__name__} cannot be split over processes", mend="train it with one process"
+            f"{type(model).__name__} cannot be split over processes", hint="train it with one process"
         )
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     policy = MixedPrecisionPolicy(

@@ -46,14 +46,14 @@ def export_checkpoint(
     path = Path(path)
     if not (path / "checkpoint.json").exists():
         raise UserError(
-            "is no checkpoint of a training", where=path, mend="give OUT/checkpoints/step-N of a training"
+            "is no checkpoint of a training", where=path, hint="give OUT/checkpoints/step-N of a training"
         )
-    found = checkpoints.read(path, mend="choose an earlier checkpoint")
+    found = checkpoints.read(path, hint="choose an earlier checkpoint")
     if not (path / "config.json").exists():
         raise UserError(
             "holds no config.json (written by an earlier version of Koine)",
             where=path,
-            mend="resume the training, whose next checkpoint will",
+            hint="resume the training, whose next checkpoint will",
         )
     state = _tensors(found)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
@@ -90,7 +90,7 @@ def _other_model(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None
         raise UserError(
             f"its weights are not those of its config.json ({', '.join(missing[:3])})",
             where=path,
-            mend="open it with the version of transformers that trained it",
+            hint="open it with the version of transformers that trained it",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -61,7 +61,7 @@ def identity(
     return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
 
 
-def refuse_difference(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+def check_difference(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
     """Raise `UserError` with every field that differs between a folder's training and the one that is asked for."""
     from koine.train.checkpoint import difference
 
@@ -70,5 +70,5 @@ def refuse_difference(before: dict[str, Any], now: dict[str, Any], where: Path) 
         raise UserError(
             "this folder holds a training with other settings: " + "; ".join(lines),
             where=where,
-            mend="run the same command again to resume, or choose another --out",
+            hint="run the same command again to resume, or choose another --out",
         )

@@ -32,7 +32,7 @@ OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_t
 """What a tokenizer of `transformers` may have besides ours."""
 
 
-def refuse_model(out: Path, began_as: Path | None) -> None:
+def check_model(out: Path, init_from: Path | None) -> None:
     """Raise `UserError` where a training would replace a model: the one that it starts from, or any that
     `out` holds.
 
@@ -40,13 +40,13 @@ def refuse_model(out: Path, began_as: Path | None) -> None:
     """
     if (out / "training.json").exists():
         return
-    if began_as is not None and out.exists() and out.samefile(began_as):
-        raise UserError("is the model that the training starts from", where=out, mend="choose another --out")
+    if init_from is not None and out.exists() and out.samefile(init_from):
+        raise UserError("is the model that the training starts from", where=out, hint="choose another --out")
     if checkpoints.list_checkpoints(out / "checkpoints"):
         return
     held = next((file for pattern in MODEL_FILES for file in sorted(out.glob(pattern))), None)
     if held is not None:
-        raise UserError(f"holds a model already ({held.name})", where=out, mend="choose another --out")
+        raise UserError(f"holds a model already ({held.name})", where=out, hint="choose another --out")
 
 
 def finish(
@@ -54,7 +54,7 @@ def finish(
     optimiser: Optimiser,
     out: Path,
     tokenizer: Path | None,
-    began_as: Path | None,
+    init_from: Path | None,
     ranks: Ranks,
     about: dict[str, Any],
 ) -> None:
@@ -62,11 +62,11 @@ def finish(
     full: dict[str, Tensor] = {}
     for name, master in optimiser.masters.items():
         gathered = master.full_tensor() if hasattr(master, "full_tensor") else master
-        if ranks.first:
+        if ranks.is_main:
             full[name] = gathered.detach().cpu()
     if not ranks.several:
         optimiser.restore_float32()
-    if ranks.first:
+    if ranks.is_main:
         partial = out / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -84,8 +84,8 @@ def finish(
         for path in sorted(partial.iterdir()):
             path.replace(out / path.name)
         partial.rmdir()
-        if began_as is not None:
-            carry_files(began_as, out, keep=True)
+        if init_from is not None:
+            carry_files(init_from, out, keep=True)
         write_json(out / "training.json", about)
         drop_checkpoints(out, about["best"])
     ranks.barrier()
@@ -117,11 +117,11 @@ def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
     _copy_tokenizer(tokenizer, folder)
 
 
-def describe(model: nn.Module, folder: Path, tokenizer: Path | None, began_as: Path | None = None) -> None:
+def describe(model: nn.Module, folder: Path, tokenizer: Path | None, init_from: Path | None = None) -> None:
     """Write what a model is besides its weights, so that a checkpoint can become a model without its training."""
-    if began_as is not None:
+    if init_from is not None:
         (folder / BESIDE).mkdir()
-        carry_files(began_as, folder / BESIDE, warn=False)
+        carry_files(init_from, folder / BESIDE, warn=False)
     if isinstance(model, Decoder):
         save_description(model.config, folder, dtype="float32", tokenizer=tokenizer, ends=model.end_ids)
     elif isinstance(model, CausalLM):

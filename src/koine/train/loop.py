@@ -20,10 +20,10 @@ from koine.train import checkpoint as checkpoints
 from koine.train.determinism import compile_blocks, numerics
 from koine.train.distributed import Ranks, join, shard
 from koine.train.export import model_tensors
-from koine.train.fingerprint import identity, refuse_difference
-from koine.train.finish import describe, drop_checkpoints, finish, refuse_model
+from koine.train.fingerprint import check_difference, identity
+from koine.train.finish import check_model, describe, drop_checkpoints, finish
 from koine.train.loss_spikes import Watch
-from koine.train.model_adapters import prepare, refuse_packed_documents
+from koine.train.model_adapters import check_packed_documents, prepare
 from koine.train.objectives import Objective
 from koine.train.optimiser import Optimiser
 from koine.train.progress import Reporter, truncate_metrics
@@ -53,7 +53,7 @@ def train(
     *,
     out: Path,
     tokenizer: Path | None = None,
-    began_as: Path | None = None,
+    init_from: Path | None = None,
     evaluate: Evaluate | None = None,
     progress: bool = True,
     device: str = "auto",
@@ -77,14 +77,14 @@ def train(
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
     out = Path(out)
-    refuse_packed_documents(model, data.mixture, out)
+    check_packed_documents(model, data.mixture, out)
     with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
-        refuse_model(out, began_as)
+        check_model(out, init_from)
         make_folder(out)
-        alone = exclusive(out / ".lock", doing="training in this folder") if ranks.first else nullcontext()
+        alone = exclusive(out / ".lock", doing="training in this folder") if ranks.is_main else nullcontext()
         with alone:
             _train(
-                model, objective, data, settings, out, tokenizer, began_as, evaluate, progress, ranks, interrupt
+                model, objective, data, settings, out, tokenizer, init_from, evaluate, progress, ranks, interrupt
             )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _train(
     settings: TrainSettings,
     out: Path,
     tokenizer: Path | None,
-    began_as: Path | None,
+    init_from: Path | None,
     evaluate: Evaluate | None,
     progress: bool,
     ranks: Ranks,
@@ -105,12 +105,12 @@ def _train(
     if (out / "training.json").exists():
         where = out / "training.json"
         before = Fields(read_json(where), where, whole_file="it is damaged; choose another --out")
-        refuse_difference(before.inner("identity").value, what, out)
-        if ranks.first:
+        check_difference(before.inner("identity").value, what, out)
+        if ranks.is_main:
             # A kill may have come between the model and this.
             best_before = before.inner("best", None)
             drop_checkpoints(out, best_before and {"step": best_before.whole("step", low=0)})
-        if progress and ranks.first:
+        if progress and ranks.is_main:
             print(f"{out}: complete already, nothing to do")
         return
 
@@ -132,7 +132,7 @@ def _train(
         "ranks": ranks.world_size,
     }
     if found is not None:
-        refuse_difference(found.about["identity"], what, found.path)
+        check_difference(found.about["identity"], what, found.path)
         _warn_of_rounding(found.about["rounding"], rounding)
         checkpoints.load(found, optimiser.tensors(found.step), ranks)
         optimiser.publish()
@@ -143,7 +143,7 @@ def _train(
     work = work_of_each_shape(model, settings, mixture, ranks, dtype)
     steps = sum(phase.steps for phase in mixture.phases)
     reporter = None
-    if ranks.first:
+    if ranks.is_main:
         clear_partials(out, below=False)
         checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
         truncate_metrics(out / "metrics.jsonl", first_step)
@@ -152,7 +152,7 @@ def _train(
             reporter.say(f"resuming from {found.path}")
 
     def describe_into(path: Path) -> None:
-        describe(model, path, tokenizer, began_as)
+        describe(model, path, tokenizer, init_from)
 
     saved = first_step
     try:
@@ -192,7 +192,7 @@ def _train(
             sums = dict(zip(sums, everything[2:], strict=True))
             units = sums.pop("units")
             if units == 0:
-                raise UserError(f"the batch of step {step} has no target", mend=NO_TARGET)
+                raise UserError(f"the batch of step {step} has no target", hint=NO_TARGET)
             mean_loss = everything[0] / units
             # FSDP has averaged the gradients over the ranks.
             norm = optimiser.scale_and_clip(ranks.world_size / units, settings.clip_norm)
@@ -244,10 +244,10 @@ def _train(
                 tensors = optimiser.tensors(done) | model_tensors(model)
                 path = checkpoints.save(folder, done, tensors, about, ranks, describe_into)
                 saved = done
-                if ranks.first:
+                if ranks.is_main:
                     checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
                 if stop and not last:
-                    if ranks.first:
+                    if ranks.is_main:
                         print(
                             f"koine: stopped after step {done}; saved {path}; run again to resume", flush=True
                         )
@@ -256,7 +256,7 @@ def _train(
         if reporter is not None:
             reporter.close()
     assert saved == steps
-    finish(model, optimiser, out, tokenizer, began_as, ranks, {
+    finish(model, optimiser, out, tokenizer, init_from, ranks, {
         "identity": what, "mixture": mixture.to_json(), "seed": mixture.seed, "settings": settings.to_json(),
         "rounding": rounding, "sources": what["sources"], "steps": steps, "best": best, "version": __version__,
         # What the next training need not read again; an order of another kind has no places.
@@ -297,7 +297,7 @@ def _better(
     if name not in figures:
         from koine.errors import did_you_mean
 
-        raise UserError(f"the evaluation has no metric '{name}'", mend=did_you_mean(name, figures))
+        raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, figures))
     if best is None or figures[name] < best["value"]:
         return {"step": done, "metric": name, "value": figures[name]}
     return best
@@ -316,7 +316,7 @@ def _incident(
         for row, spans in enumerate(data.batch(step).documents)
         for s in spans
     ]  # fmt: skip
-    if ranks.first:
+    if ranks.is_main:
         write_json(
             path,
             {"step": step, "trouble": trouble, "loss": str(loss), "gradient_norm": str(norm),
@@ -328,7 +328,7 @@ def _incident(
         f"{trouble} at step {step}, before the weights were changed; documents of the batch: {shown}; "
         f"last good checkpoint: {last_good or 'none yet'}",
         where=path,
-        mend="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out"
+        hint="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out"
         + (
             f" (from the model of `koine model export {last_good} --format safetensors --out MODEL`)"
             if last_good

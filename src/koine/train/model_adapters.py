@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from koine.data.mixture import Mixture
 
 
-def refuse_packed_documents(model: nn.Module, mixture: Mixture, where: Path) -> None:
+def check_packed_documents(model: nn.Module, mixture: Mixture, where: Path) -> None:
     """Raise `UserError` for a model that training cannot write, or that cannot keep the documents of the mixture's rows apart."""
     if isinstance(model, Decoder):
         return
@@ -23,17 +23,17 @@ def refuse_packed_documents(model: nn.Module, mixture: Mixture, where: Path) -> 
         raise UserError(
             f"{type(model).__name__} is neither our decoder nor a model of transformers, which are what training writes",
             where=where,
-            mend="give a model that koine.model.load_causal_lm opened",
+            hint="give a model that koine.model.load_causal_lm opened",
         )
     if mixture.packing != "alone" and not mixture.cross_document_attention:
         raise UserError(
             f"{type(model.inner).__name__} cannot keep the documents of a row apart",
             where=where,
-            mend="choose packing 'alone' (one document a row), or let attention cross documents",
+            hint="choose packing 'alone' (one document a row), or let attention cross documents",
         )
 
 
-def refuse_data_beyond_the_model(model: Decoder | CausalLM, mixture: Mixture, vocab_size: int) -> None:
+def check_data_beyond_the_model(model: Decoder | CausalLM, mixture: Mixture, vocab_size: int) -> None:
     """Raise `UserError` for ids (below `vocab_size`) that the model has no row for, or rows longer than it allows."""
     known: int
     most: int | None
@@ -45,12 +45,12 @@ def refuse_data_beyond_the_model(model: Decoder | CausalLM, mixture: Mixture, vo
     if known < vocab_size:
         raise UserError(
             f"the data have ids up to {vocab_size}, the model knows {known}",
-            mend="tokenize with the model's own tokenizer",
+            hint="tokenize with the model's own tokenizer",
         )
     longest = max(shape.sequence_length for shape in mixture.shapes())
     if most is not None and longest > most:
         raise UserError(
-            f"a sequence length of {longest} is longer than the model allows", mend=f"choose at most {most}"
+            f"a sequence length of {longest} is longer than the model allows", hint=f"choose at most {most}"
         )
 
 
@@ -67,7 +67,7 @@ def _switch_checkpointing(inner: Any, *, on: bool) -> None:
     if on and not inner.supports_gradient_checkpointing:
         raise UserError(
             f"{type(inner).__name__} has no gradient checkpointing in transformers",
-            mend="leave it off, and choose a smaller micro batch",
+            hint="leave it off, and choose a smaller micro batch",
         )
     # The newer name, where there is one: the older then warns.
     kind = "activation" if hasattr(inner, "activation_checkpointing_enable") else "gradient"

@@ -61,14 +61,14 @@ def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
     return loss, metrics
 
 
-def refuse_plain_documents(sources: Iterable[TokenSource]) -> None:
+def check_plain_documents(sources: Iterable[TokenSource]) -> None:
     """Raise `UserError` for token shards that are no chats: every token of theirs would carry loss, unasked."""
     for source in sources:
         if not source.chat:
             raise UserError(
                 "holds no chats, so nothing says which tokens are completions",
                 where=source.path,
-                mend="tokenize records with messages, or use `koine train pretrain` for documents",
+                hint="tokenize records with messages, or use `koine train pretrain` for documents",
             )
 
 
@@ -80,6 +80,6 @@ def supervised_fine_tuning(model: nn.Module, batch: Batch) -> tuple[Tensor, dict
     if current_step() is None and not bool((batch.targets != IGNORE).any()):
         raise UserError(
             "a batch of chats has no completion token to learn from",
-            mend="tokenize records with assistant messages, and choose a sequence length that holds their answers",
+            hint="tokenize records with assistant messages, and choose a sequence length that holds their answers",
         )
     return language_modelling(model, batch)

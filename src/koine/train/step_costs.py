@@ -38,7 +38,7 @@ def work_of_each_shape(
         if rows * ranks.world_size != shape.batch_size:
             raise UserError(
                 f"a batch of {shape.batch_size} sequences cannot be split over {ranks.world_size} processes",
-                mend="choose a batch size that is a multiple of their number",
+                hint="choose a batch size that is a multiple of their number",
             )
         micro = settings.rows_at_once(rows, shape.sequence_length, mixture.sequence_length)
         found[shape] = Work(

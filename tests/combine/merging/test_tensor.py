@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from koine.combine.merging import tensor as one_tensor
 from koine.combine.merging.config import Recipe
-from koine.combine.merging.plan import Plan
+from koine.combine.merging.plan import MergePlan
 from koine.combine.merging.runner import merge
 from koine.combine.merging.tensor import figures_of
 from koine.combine.merging.vocabularies import align, chosen_model
@@ -27,12 +27,12 @@ def test_figures_in_closed_form() -> None:
     entries with two signs."""
     base = torch.tensor([3.0, 4.0])
     changes = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 1.0])]
-    with_base = cast(Plan, SimpleNamespace(base=object()))
+    with_base = cast(MergePlan, SimpleNamespace(base=object()))
     found = figures_of([*(base + change for change in changes), base], with_base)
     assert found["distance"] == pytest.approx([1 / 5, 2 / 5, math.sqrt(2) / 5], abs=1e-6)
     assert found["cosine"] == pytest.approx(-1 / math.sqrt(2), abs=1e-6)
     assert found["sign_conflicts"] == 0.5
-    without = figures_of([base + 1, base - 1], cast(Plan, SimpleNamespace(base=None)))
+    without = figures_of([base + 1, base - 1], cast(MergePlan, SimpleNamespace(base=None)))
     assert without == {"distance": pytest.approx([math.sqrt(2) / 5] * 2, abs=1e-6)}
 
 
@@ -109,6 +109,6 @@ def test_the_sample_prefers_no_column() -> None:
     base = torch.ones(1024, 1024)
     changed = base.clone()
     changed[:, 1] += 1.0
-    found = figures_of([changed, base], cast(Plan, SimpleNamespace(base=object())))
+    found = figures_of([changed, base], cast(MergePlan, SimpleNamespace(base=object())))
     # The norm of the change is a thirty-second of the base's.
     assert found["distance"] == [pytest.approx(1 / 32, rel=0.2)]

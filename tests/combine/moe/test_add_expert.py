@@ -151,7 +151,7 @@ def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Pa
     model = load_model(nexus)
     settings = TrainSettings(dtype="float32", threads=1)
     order = fake_order(tmp_path / "data", steps=(1,))
-    train(model, language_modelling, order, settings, out=tmp_path / "trained", tokenizer=nexus, began_as=nexus,
+    train(model, language_modelling, order, settings, out=tmp_path / "trained", tokenizer=nexus, init_from=nexus,
           progress=False, device="cpu")  # fmt: skip
     merge(
         Recipe(method="linear", models=(nexus, tmp_path / "trained"), weights=(0.5, 0.5)), tmp_path / "merged"

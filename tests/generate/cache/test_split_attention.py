@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from koine.generate.cache.split_attention import attend_part, by_products, hidden_scores, meet
+from koine.generate.cache.split_attention import (
+    by_products,
+    mask_bias,
+    merge_attention_states,
+    partial_attention,
+)
 
 
 def slab_of(parts: int, keys: int, dtype: torch.dtype, *, apart: bool) -> tuple[Tensor, Tensor]:
@@ -18,7 +23,7 @@ def slab_of(parts: int, keys: int, dtype: torch.dtype, *, apart: bool) -> tuple[
     return k, v
 
 
-@pytest.mark.parametrize("attend", [attend_part, by_products])
+@pytest.mark.parametrize("attend", [partial_attention, by_products])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_part_is_a_softmax_over_what_is_seen(attend: object, apart: bool, dtype: torch.dtype) -> None:
@@ -26,7 +31,7 @@ def test_a_part_is_a_softmax_over_what_is_seen(attend: object, apart: bool, dtyp
     q = torch.randn(5, 2, 3, 8).to(dtype)
     keys, values = slab_of(5, 16, dtype, apart=apart)
     hidden = torch.arange(16) > torch.tensor([3, 15, 0, 7, 15])[:, None]
-    mixed, log_sum = attend(q, keys, values, hidden_scores(hidden, dtype))
+    mixed, log_sum = attend(q, keys, values, mask_bias(hidden, dtype))
     scores = (q.float() @ keys.float().transpose(-1, -2)).masked_fill(hidden[:, None, None], -torch.inf)
     # float32: another order of the sums; bfloat16: 8 bits of weights and values of about 1.
     near = 1e-5 if dtype == torch.float32 else 0.05
@@ -36,7 +41,7 @@ def test_a_part_is_a_softmax_over_what_is_seen(attend: object, apart: bool, dtyp
     assert (log_sum - scores.logsumexp(-1)).abs().max() <= near
 
 
-@pytest.mark.parametrize("attend", [attend_part, by_products])
+@pytest.mark.parametrize("attend", [partial_attention, by_products])
 def test_parts_meet(attend: object) -> None:
     """Rows of two, one and three parts; one part of which nothing is seen, and one that is nobody's."""
     assert callable(attend)
@@ -45,8 +50,8 @@ def test_parts_meet(attend: object) -> None:
     keys, values = slab_of(7, 4, torch.float32, apart=True)
     hidden = torch.zeros(7, 4, dtype=torch.bool)
     hidden[3, 2:], hidden[5], hidden[6] = True, True, True
-    mixed, sums = attend(q[rows], keys, values, hidden_scores(hidden, torch.float32))
-    got = meet(mixed, sums, rows, 3)
+    mixed, sums = attend(q[rows], keys, values, mask_bias(hidden, torch.float32))
+    got = merge_attention_states(mixed, sums, rows, 3)
     for row in range(3):
         whole_keys, whole_values = (
             torch.cat([part[index][:, ~hidden[index]] for index in range(7) if rows[index] == row], dim=1)

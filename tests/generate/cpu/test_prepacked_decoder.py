@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from koine.generate.cache.contexts import StepReading, StretchReading
+from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.paged_cache import CachedSequence, PagedCache
 from koine.generate.cpu.prepacked_decoder import PackedForward, packed_forward_of
 from koine.generate.cpu.prepacked_linear import PackedLinear, TransposedLinear, can_pack, pack
@@ -28,8 +28,8 @@ def read_prompts(forward: PackedForward, cache: PagedCache, texts: list[Tensor])
 def read_part(
     forward: PackedForward, cache: PagedCache, sequences: list[CachedSequence], parts: list[Tensor]
 ) -> list[Tensor]:
-    reading = StretchReading(cache, sequences, [len(part) for part in parts])
-    return list(torch.split(forward(torch.cat(parts), reading), [len(part) for part in parts]))
+    context = PrefillContext(cache, sequences, [len(part) for part in parts])
+    return list(torch.split(forward(torch.cat(parts), context), [len(part) for part in parts]))
 
 
 def in_steps(
@@ -41,7 +41,7 @@ def in_steps(
     cache.arrange(sequences)
     begins = [sequence.length for sequence in sequences]
     for step in range(min(len(ids) - begin for (_, ids), begin in zip(texts, begins, strict=True))):
-        last = StepReading(cache, sequences, last)
+        last = DecodeContext(cache, sequences, last)
         tokens = torch.tensor([int(ids[begin + step]) for (_, ids), begin in zip(texts, begins, strict=True)])
         found.append(forward(tokens, last).clone())
     return [torch.stack(rows) for rows in zip(*found, strict=True)]
@@ -74,7 +74,7 @@ def test_steps_equal_the_decoder_without_a_cache(
     whole = {len(ids): model(ids[None])[0] for ids in (long, short, late)}
     # float32: the same sums in another order, hidden states are of the order of 1; bfloat16 rounds each of them to 8 bits.
     near = 2e-5 if dtype == torch.float32 else 0.15
-    cache = model.new_cache(page=16)
+    cache = PagedCache.of_model(model, page=16)
     [first] = read_prompts(forward, cache, [long[:5]])
     # Alone: the window fills, then wraps, and the pages become several.
     [got] = in_steps(model, forward, cache, [(first, long[:45])])
@@ -108,7 +108,7 @@ def test_prompts_equal_the_decoder_without_a_cache(packed: tuple[Decoder, Packed
     model, forward = packed
     texts = [torch.randint(6, 98, (length,)) for length in (90, 33, 41)]
     whole = [model(ids[None])[0] for ids in texts]
-    cache = model.new_cache(page=16)
+    cache = PagedCache.of_model(model, page=16)
     sequences = [cache.add() for _ in texts]
     got = [read_part(forward, cache, sequences[:1], [texts[0][:50]])]
     got.append(read_part(forward, cache, sequences, [texts[0][50:], texts[1], texts[2][:9]]))
@@ -125,7 +125,7 @@ def test_pages_in_several_runs(packed: tuple[Decoder, PackedForward]) -> None:
     """A sequence whose pages do not lie together, alone: its windows are read in place all the same."""
     model, forward = packed
     ids, other = torch.randint(6, 98, (60,)), torch.randint(6, 98, (20,))
-    cache = model.new_cache(page=4)
+    cache = PagedCache.of_model(model, page=4)
     sequences = read_prompts(forward, cache, [ids[:3], other[:4]])
     texts = list(zip(sequences, (ids[:19], other), strict=True))
     in_steps(model, forward, cache, texts)

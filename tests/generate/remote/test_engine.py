@@ -23,11 +23,11 @@ import pytest
 
 from koine.errors import KoineWarning, UserError
 from koine.generate import RemoteEngine, Sampling
+from koine.generate.messages import Message
 from koine.generate.remote.budget import Budget
 from koine.generate.remote.rate_limit import RateLimits
 from koine.generate.remote.responses import error_text
 from koine.generate.remote.retry import RetryPolicy
-from koine.serve.chat.conversation import Message
 
 GREEDY = Sampling(temperature=0, max_new_tokens=50)
 KEY = "sk-secret-0123456789"

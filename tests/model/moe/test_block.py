@@ -13,7 +13,8 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.generate import generate
-from koine.generate.cache.contexts import StretchReading
+from koine.generate.cache.contexts import PrefillContext
+from koine.generate.cache.paged_cache import PagedCache
 from koine.generate.token_sampling import Sampling
 from koine.model import Decoder, ModelConfig, hybrid_layers, load_model, save_model
 from koine.model.config import LayerSpec, MixtureConfig
@@ -125,10 +126,10 @@ def test_saved_and_opened_it_is_the_same_here_and_in_transformers(
 def test_reading_through_the_cache_changes_nothing(tiny: ModelConfig, fields: dict[str, Any]) -> None:
     model = Decoder(mixed(tiny, **fields)).eval()
     tokens = torch.randint(0, 99, (1, 40))
-    cache = model.new_cache(page=8)
+    cache = PagedCache.of_model(model, page=8)
     sequence = cache.add()
     parts = [
-        model(tokens[:, begin:end], reading=StretchReading(cache, [sequence], [end - begin]))
+        model(tokens[:, begin:end], context=PrefillContext(cache, [sequence], [end - begin]))
         for begin, end in ((0, 11), (11, 12), (12, 40))
     ]
     assert (torch.cat(parts, dim=1) - model(tokens)).abs().max() < 1e-5

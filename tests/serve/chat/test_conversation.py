@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from koine.errors import UserError
+from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
-from koine.serve.chat.conversation import Conversation, Message
+from koine.serve.chat.conversation import Conversation
 
 
 def words(messages: Sequence[Message]) -> list[int]:

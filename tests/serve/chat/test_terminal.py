@@ -11,8 +11,8 @@ import pytest
 
 from koine.errors import UserError
 from koine.generate.engine import Token
+from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
-from koine.serve.chat.conversation import Message
 from koine.serve.chat.terminal import Chat, Rate, run_lines
 from koine.terminal import printable
 from koine.tokenizer import Tokenizer, train_tokenizer

@@ -157,7 +157,7 @@ def evaluate(
         if value:
             raise UserError(
                 f"{option} is not an option of {'the suite long' if suite else 'an evaluation without --suite long'}",
-                mend=f"leave it out, or {'leave --suite out' if suite else 'add --suite long'}",
+                hint=f"leave it out, or {'leave --suite out' if suite else 'add --suite long'}",
             )
     outputs = {"--out": out, "--page": page}
     reads = [model, *data, *questions, *haystack, qa]
@@ -191,10 +191,10 @@ def evaluate(
         return
     from koine.cli.data import field_mapping
     from koine.evaluate import evaluate_model
-    from koine.evaluate.records import Reading
+    from koine.evaluate.records import ReadOptions
     from koine.files import write_json
 
-    reading = Reading(
+    reading = ReadOptions(
         split=split, fields=field_mapping(fields), language=language, max_bad_share=max_bad, unit=unit
     )
     with output_files(outputs, overwrite=overwrite, reads=reads) as targets:

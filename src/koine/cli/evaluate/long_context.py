@@ -20,7 +20,7 @@ def numbers(text: str, option: str, convert: Callable[[str], Any]) -> list[Any]:
             found.append(convert(part.strip().removesuffix("%")))
         except ValueError:
             raise UserError(
-                f"'{part.strip()}' is no number", where=option, mend="give numbers with commas between"
+                f"'{part.strip()}' is no number", where=option, hint="give numbers with commas between"
             ) from None
     return found
 

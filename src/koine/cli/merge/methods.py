@@ -46,7 +46,7 @@ class MethodGroup(click.Group):
         if args and args[0] not in known and not args[0].startswith("-"):
             from koine.errors import UserError, did_you_mean
 
-            raise UserError(f"unknown method '{args[0]}'", mend=did_you_mean(args[0], known))
+            raise UserError(f"unknown method '{args[0]}'", hint=did_you_mean(args[0], known))
         return super().resolve_command(ctx, args)
 
 
@@ -134,7 +134,7 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
     from koine.combine.merging.config import Recipe
     from koine.combine.merging.plan import plan_merge
     from koine.combine.merging.runner import merge
-    from koine.files import refuse_inside
+    from koine.files import check_inside
     from koine.hardware import usable_cores
     from koine.plan.formatting import duration, size
 
@@ -157,7 +157,7 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
         max_shard_bytes=bytes_of(given["max_shard_size"]),
     )
     if given["dry_run"]:
-        refuse_inside(out, [*models, *([] if recipe.base is None else [recipe.base])])
+        check_inside(out, [*models, *([] if recipe.base is None else [recipe.base])])
         plan = plan_merge(recipe)
         threads = given["threads"] or usable_cores()
         found = need(plan, threads)
@@ -220,7 +220,7 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"'{text}' is no list of numbers", where=option, mend="for example 0.5,0.5") from None
+        raise UserError(f"'{text}' is no list of numbers", where=option, hint="for example 0.5,0.5") from None
 
 
 def pattern_of(text: str) -> tuple[str, tuple[float, ...]]:
@@ -230,7 +230,7 @@ def pattern_of(text: str) -> tuple[str, tuple[float, ...]]:
     pattern, equals, weights = text.rpartition("=")
     if not equals or not pattern:
         raise UserError(
-            f"'{text}' is not PATTERN=W,W", where="--weights-for", mend="for example '*.mlp.*=0.2,0.8'"
+            f"'{text}' is not PATTERN=W,W", where="--weights-for", hint="for example '*.mlp.*=0.2,0.8'"
         )
     return pattern, numbers(weights, "--weights-for")
 
@@ -246,5 +246,5 @@ def bytes_of(text: str) -> int:
     except ValueError:
         count = 0.0
     if not 1 <= count < math.inf:
-        raise UserError(f"'{text}' is no size", where="--max-shard-size", mend="for example 5GB or 200MB")
+        raise UserError(f"'{text}' is no size", where="--max-shard-size", hint="for example 5GB or 200MB")
     return int(count)

@@ -79,16 +79,16 @@ def command(
     from koine.tokenizer import load_tokenizer
 
     if method not in METHODS:
-        raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
+        raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
     if len(models) < 2:
-        raise UserError("one model is given", mend="give at least two: there is nothing to weigh")
+        raise UserError("one model is given", hint="give at least two: there is nothing to weigh")
     if not data and not questions:
-        raise UserError("nothing to measure by is given", mend="give --data, --questions or both")
+        raise UserError("nothing to measure by is given", hint="give --data, --questions or both")
     reads = [*models, base, *(one.rpartition("=")[2] for one in (*data, *questions))]
     with output_files({"--out": out}, overwrite=overwrite, reads=reads) as targets:
         texts, asked = named_records(data, limit), named_records(questions, limit)
         if twice := sorted(texts.keys() & asked.keys()):
-            raise UserError(f"two figures are named '{twice[0]}'", mend="name them: --questions NAME=PATH")
+            raise UserError(f"two figures are named '{twice[0]}'", hint="name them: --questions NAME=PATH")
         given = {"density": density, "scale": scale, "normalize": normalize}
         merged = InMemoryMerge(
             models, method=method, base=base, tokenizer=tokenizer, unrelated=unrelated,
@@ -141,7 +141,7 @@ def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[
     from koine.data import read_records
     from koine.errors import UserError
 
-    named = named_paths(given, what="figures", mend="name them: NAME=PATH", name_of=lambda path: path.stem)
+    named = named_paths(given, what="figures", hint="name them: NAME=PATH", name_of=lambda path: path.stem)
     for path in named.values():
         if not path.exists():
             raise UserError("no such file or folder", where=path)

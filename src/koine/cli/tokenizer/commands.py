@@ -129,7 +129,7 @@ def train(
         raise UserError(
             f"a vocabulary of {vocab_size} is smaller than the alphabet",
             where="--vocab-size",
-            mend=f"take at least {SMALLEST_VOCABULARY} (special tokens and 256 bytes)",
+            hint=f"take at least {SMALLEST_VOCABULARY} (special tokens and 256 bytes)",
         )
     with atomic_directory(out, overwrite=overwrite, reads=map(Path, data)) as folder:
         from koine.tokenizer import train_tokenizer
@@ -245,7 +245,7 @@ def measure(
 
     names = [str(Path(name)) for name in tokenizers]
     if len(set(names)) < len(names):
-        raise UserError("a tokenizer is given twice", mend="give each once")
+        raise UserError("a tokenizer is given twice", hint="give each once")
     outputs = {"--out": out, "--report": report}
     with output_files(outputs, overwrite=overwrite, reads=[*names, *data]) as targets:
         opened = {name: open_tokenizer(name) for name in names}

@@ -50,10 +50,10 @@ def units_of(
             f"no text of language '{code}'"
             + (f" in the split '{split}'" if split is not None and taken else ""),
             where=where,
-            mend=did_you_mean(code, present),
+            hint=did_you_mean(code, present),
         )
     if split is not None and not taken:
-        raise UserError(f"no record is of the split '{split}'", where=where, mend="give another --split")
+        raise UserError(f"no record is of the split '{split}'", where=where, hint="give another --split")
 
 
 def codes_of(languages: str | None) -> set[str] | None:
@@ -85,7 +85,7 @@ def texts_of(paths: tuple[str, ...], languages: str | None) -> Callable[[], Iter
             for code in sorted(chosen or ()):
                 if code not in present:
                     raise UserError(
-                        f"no text of language '{code}'", where=where, mend=did_you_mean(code, present)
+                        f"no text of language '{code}'", where=where, hint=did_you_mean(code, present)
                     )
             checked = True
 
@@ -99,7 +99,7 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
     for record in read_records(path, carry=()):
         code = record.get("language")
         if not code:
-            raise UserError("a record without a language", where=path, mend='give each record a "language"')
+            raise UserError("a record without a language", where=path, hint='give each record a "language"')
         if "text" in record:
             yield code, record["text"]
         else:

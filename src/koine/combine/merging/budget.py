@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from koine.combine.merging.methods import BLOCK
-from koine.combine.merging.plan import Plan
+from koine.combine.merging.plan import MergePlan
 from koine.combine.safetensors_stream import NEAR_ROWS
 from koine.hardware import available_memory
 
@@ -66,7 +66,7 @@ class ByteBudget:
                 self._changed.notify_all()
 
 
-def working_bytes(plan: Plan, name: str) -> int:
+def working_bytes(plan: MergePlan, name: str) -> int:
     """Bytes that merging the tensor `name` holds at once."""
     entries = [one[name] for one in plan.everyone()]
     dtype, shape = plan.layout[name]
@@ -89,14 +89,14 @@ def working_bytes(plan: Plan, name: str) -> int:
     return numel * out + held * read + block * wide
 
 
-def budget_of(plan: Plan, threads: int) -> int:
+def budget_of(plan: MergePlan, threads: int) -> int:
     """Bytes that the workers of a merge may hold together: those of `threads` of the largest tensors, or what the machine has free where that is less; never
     less than the largest alone."""
     most = sorted((working_bytes(plan, name) for name in plan.layout), reverse=True)
     return max(most[0], min(sum(most[:threads]), available_memory()))
 
 
-def workers_of(plan: Plan, threads: int) -> int:
+def workers_of(plan: MergePlan, threads: int) -> int:
     """How many of the threads have something to do: more than fit into the budget with a tensor of usual size each would only wait, and the C library keeps
     `RETAINED` of freed memory for each thread."""
     needs = [working_bytes(plan, name) for name in plan.layout]
@@ -105,7 +105,7 @@ def workers_of(plan: Plan, threads: int) -> int:
     return max(1, min(threads, int(budget_of(plan, threads) // max(1.0, usual))))
 
 
-def need(plan: Plan, threads: int) -> Need:
+def need(plan: MergePlan, threads: int) -> Need:
     """What the merge will take, from the sizes of its tensors and rates seen on two cores."""
     sizes = {name: torch.Size(shape).numel() for name, (_, shape) in plan.layout.items()}
     entries = sum(sizes.values()) * len(plan.models)

@@ -47,7 +47,7 @@ class Recipe:
     def method_info(self) -> MethodInfo:
         """The method; raises `UserError` for one that does not exist."""
         if self.method not in METHODS:
-            raise UserError(f"unknown method '{self.method}'", mend=did_you_mean(self.method, METHODS))
+            raise UserError(f"unknown method '{self.method}'", hint=did_you_mean(self.method, METHODS))
         return METHODS[self.method]
 
 
@@ -64,51 +64,51 @@ def check_recipe(recipe: Recipe) -> None:
             f"{recipe.method} needs the common ancestor"
             if info.takes("base")
             else f"{recipe.method} uses no base",
-            mend="give --base MODEL" if info.takes("base") else "leave --base out",
+            hint="give --base MODEL" if info.takes("base") else "leave --base out",
         )
     for weights in (recipe.weights, *(weights for _, weights in recipe.weights_for)):
         if not info.takes("weights"):
             if weights:
-                raise UserError(f"{recipe.method} uses no weights", mend="leave --weights out")
+                raise UserError(f"{recipe.method} uses no weights", hint="leave --weights out")
             continue
         if len(weights) != count:
             raise UserError(
-                f"{len(weights)} weights for {count} models", mend="give one each, with commas between"
+                f"{len(weights)} weights for {count} models", hint="give one each, with commas between"
             )
         if not all(math.isfinite(weight) for weight in weights):
-            raise UserError(f"the weights are {', '.join(map(str, weights))}", mend="they must be numbers")
+            raise UserError(f"the weights are {', '.join(map(str, weights))}", hint="they must be numbers")
         if any(abs(weight) > LARGEST for weight in weights):
             raise UserError(
-                f"the weights are {', '.join(map(str, weights))}", mend=f"they must not be above {LARGEST:g}"
+                f"the weights are {', '.join(map(str, weights))}", hint=f"they must not be above {LARGEST:g}"
             )
         divided = recipe.options.get(
             "normalize", info.parameters.get("normalize") and info.parameters["normalize"].default
         )
         if divided and abs(sum(weights)) < 1e-8:
             raise UserError(
-                "the weights sum to 0", mend="they are divided by their sum: choose others, or --no-normalize"
+                "the weights sum to 0", hint="they are divided by their sum: choose others, or --no-normalize"
             )
     for name in recipe.options:
         if name not in info.parameters:
             raise UserError(
-                f"{recipe.method} has no option '{name}'", mend=did_you_mean(name, info.parameters)
+                f"{recipe.method} has no option '{name}'", hint=did_you_mean(name, info.parameters)
             )
     for name, parameter in info.parameters.items():
         if name not in recipe.options and parameter.default is parameter.empty:
-            raise UserError(f"{recipe.method} needs --{name}", mend=f"for example --{name} 0.5")
+            raise UserError(f"{recipe.method} needs --{name}", hint=f"for example --{name} 0.5")
     for name, value in recipe.options.items():
         if not math.isfinite(value):
-            raise UserError(f"{name} is {value}", where=f"--{name}", mend="it must be a number")
+            raise UserError(f"{name} is {value}", where=f"--{name}", hint="it must be a number")
         if abs(value) > LARGEST:
-            raise UserError(f"{name} is {value}", where=f"--{name}", mend=f"it must not be above {LARGEST:g}")
+            raise UserError(f"{name} is {value}", where=f"--{name}", hint=f"it must not be above {LARGEST:g}")
     t = recipe.options.get("t")
     if t is not None and not 0.0 <= t <= 1.0:
-        raise UserError(f"t is {t}", where="--t", mend="it must lie between 0 and 1")
+        raise UserError(f"t is {t}", where="--t", hint="it must lie between 0 and 1")
     density = recipe.options.get("density")
     if density is not None and not 0.0 < density <= 1.0:
-        raise UserError(f"the density is {density}", mend="it must be above 0 and at most 1")
+        raise UserError(f"the density is {density}", hint="it must be above 0 and at most 1")
     if recipe.dtype is not None and recipe.dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise UserError(
             f"unknown dtype '{recipe.dtype}'",
-            mend=did_you_mean(recipe.dtype, ("float32", "bfloat16", "float16")),
+            hint=did_you_mean(recipe.dtype, ("float32", "bfloat16", "float16")),
         )

@@ -20,7 +20,7 @@ from koine.combine.merging.vocabularies import tokens_of
 from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.combine.tensor_names import is_saved_buffer, leave_tied_head
 from koine.errors import UserError
-from koine.files import atomic_directory, refuse_inside, write_json
+from koine.files import atomic_directory, check_inside, write_json
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.checksum import seal_folder
 
@@ -61,7 +61,7 @@ def merge_cross_modal(
     Raises `UserError` where the first model has no language model inside, the second is another than that (in its tensors, their shapes or its tokenizer), a
     tensor holds NaN or infinity, or `alpha` is not from 0 to 1.
     """
-    refuse_inside(out, (multimodal, text))
+    check_inside(out, (multimodal, text))
     with _opened(multimodal, text, alpha) as (whole, plain, names):
         with atomic_directory(out, overwrite=overwrite, reads=[multimodal, text]) as folder:
             _write(whole, plain, names, folder, alpha, max_shard_bytes)
@@ -71,7 +71,7 @@ def merge_cross_modal(
 
 def need_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -> CrossModalNeed:
     """What `merge_cross_modal` will take; raises as it does, but for what only reading the weights shows."""
-    refuse_inside(out, (multimodal, text))
+    check_inside(out, (multimodal, text))
     with _opened(multimodal, text, alpha) as (whole, _, names):
         merged = sum(theirs is not None for theirs in names.values())
         block = max(
@@ -89,7 +89,7 @@ def _opened(
     """Both models, checked to fit, and for each tensor of the first the name that the second has it by, if any."""
     if not 0.0 <= alpha <= 1.0:
         raise UserError(
-            f"alpha is {alpha}", mend="it must lie between 0 and 1; it is the multimodal model's weight"
+            f"alpha is {alpha}", hint="it must lie between 0 and 1; it is the multimodal model's weight"
         )
     whole, plain = Checkpoint(multimodal), Checkpoint(text)
     try:
@@ -110,18 +110,18 @@ def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
         raise UserError(
             "holds no tensor of a language model inside",
             where=whole.path,
-            mend="give the multimodal model first",
+            hint="give the multimodal model first",
         )
     for name, theirs in names.items():
         if theirs is None:
             continue
         if theirs not in plain:
-            raise UserError(f"lacks {theirs}", where=plain.path, mend=ANCESTOR)
+            raise UserError(f"lacks {theirs}", where=plain.path, hint=ANCESTOR)
         if plain[theirs].shape != whole[name].shape:
             raise UserError(
                 f"{theirs} has shape {list(plain[theirs].shape)}, and {list(whole[name].shape)} in {whole.path}",
                 where=plain.path,
-                mend=ANCESTOR,
+                hint=ANCESTOR,
             )
     taken = set(names.values())
     for theirs in plain:
@@ -129,7 +129,7 @@ def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
             raise UserError(
                 f"has {theirs}, which the language model inside {whole.path} lacks",
                 where=plain.path,
-                mend=ANCESTOR,
+                hint=ANCESTOR,
             )
     return names
 
@@ -146,7 +146,7 @@ def _refuse_other_tokenizer(multimodal: Path, text: Path) -> None:
         raise UserError(
             f"its tokenizer is another than that of {multimodal} (they differ in {', '.join(differing)})",
             where=text / "tokenizer.json",
-            mend=ANCESTOR,
+            hint=ANCESTOR,
         )
 
 
@@ -176,7 +176,7 @@ def _write(
                     raise UserError(
                         f"{name} holds NaN or infinity",
                         where=whole.path,
-                        mend="one of the models is broken"
+                        hint="one of the models is broken"
                         if theirs is not None
                         else "this checkpoint is broken",
                     )

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from koine.combine.compatibility import ALIKE, likeness, model_configuration, refuse_other_function
+from koine.combine.compatibility import ALIKE, check_other_function, likeness, model_configuration
 from koine.combine.merging.config import Recipe, check_recipe
 from koine.combine.merging.methods import MethodInfo
 from koine.combine.merging.sentence_modules import module_recipes
 from koine.combine.merging.vocabularies import (
     Vocabularies,
     align,
+    check_other_tokenizers,
     chosen_model,
-    refuse_other_tokenizers,
     tokens_of,
     warn_of_other_templates,
 )
@@ -39,7 +39,7 @@ LEAST_PROBED = 1_024
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """The opened models, and the layout of the result.
 
     vocabularies: for each tensor whose rows meet by their tokens, how; empty where all models have one
@@ -55,7 +55,7 @@ class Plan:
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     vocabularies: dict[str, Vocabularies]
     tokenizer: Path
-    modules: dict[str, Plan]
+    modules: dict[str, MergePlan]
 
     def everyone(self) -> list[Checkpoint]:
         """The models, and the base last where there is one."""
@@ -83,7 +83,7 @@ class Plan:
             plan.close()
 
 
-def plan_merge(recipe: Recipe) -> Plan:
+def plan_merge(recipe: Recipe) -> MergePlan:
     """Open and check everything. Raises `UserError` where the models do not fit together or the recipe does not fit the method.
 
     Warns (`KoineWarning`) where the models' chat templates differ and the recipe does not say whose is kept.
@@ -102,10 +102,10 @@ def plan_merge(recipe: Recipe) -> Plan:
 
 def _checked(
     recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None, everyone: list[Checkpoint]
-) -> Plan:
+) -> MergePlan:
     first, paths = models[0], [one.path for one in everyone]
     for one in everyone[1:]:
-        refuse_other_function(first.path, one.path)
+        check_other_function(first.path, one.path)
         _refuse_other_encoder(first.path, one.path)
     names = match_names(everyone)
     for name in names:
@@ -129,7 +129,7 @@ def _checked(
             raise UserError(
                 f"no tensor is named '{pattern}'",
                 where="--weights-for",
-                mend=f"names are like {names[len(names) // 2]}",
+                hint=f"names are like {names[len(names) // 2]}",
             )
     if not recipe.unrelated:
         # Each is compared with the ancestor, where it is given.
@@ -137,7 +137,7 @@ def _checked(
         for one in everyone:
             if one is not root:
                 _refuse_other_ancestor(root, one, names)
-    modules: dict[str, Plan] = {}
+    modules: dict[str, MergePlan] = {}
     try:
         for folder, inner in module_recipes(recipe).items():
             modules[folder] = plan_merge(inner)
@@ -145,7 +145,7 @@ def _checked(
         for plan in modules.values():
             plan.close()
         raise
-    return Plan(
+    return MergePlan(
         recipe, recipe.method_info(), models, base, layout, vocabularies, paths[chosen], modules
     )  # fmt: skip
 
@@ -164,7 +164,7 @@ def _meet(
     differing = [name for name in names if len({one[name].shape for one in everyone}) > 1]
     if all(one == tokens[0] for one in tokens) and not differing:
         if not recipe.tokenizer:
-            refuse_other_tokenizers(paths)
+            check_other_tokenizers(paths)
         return {}, {}
     found = vocabulary_tensors(everyone[0])
     for name in differing:
@@ -179,7 +179,7 @@ def _meet(
         raise UserError(
             f"its vocabulary is another than that of {paths[0]}",
             where=paths[other],
-            mend="say whose the result has: --tokenizer first, base, or a model's folder; rows are then merged token by token",
+            hint="say whose the result has: --tokenizer first, base, or a model's folder; rows are then merged token by token",
         )
     leading: dict[str, int] = {}
     by_rows: dict[tuple[int, ...], Vocabularies] = {}
@@ -203,7 +203,7 @@ def _same_shape(name: str, everyone: Sequence[Checkpoint]) -> None:
             raise UserError(
                 f"{name} has shape {list(one[name].shape)}, and {list(everyone[0][name].shape)} in {everyone[0].path}",
                 where=one.path,
-                mend="models of one size can be merged",
+                hint="models of one size can be merged",
             )
 
 
@@ -214,7 +214,7 @@ def _same_kind(name: str, everyone: Sequence[Checkpoint]) -> None:
             raise UserError(
                 f"{name} is {dtypes[1]}, and {dtypes[0]} in {everyone[0].path}".replace("torch.", ""),
                 where=one.path,
-                mend="whole numbers are copied where they are equal, and not merged",
+                hint="whole numbers are copied where they are equal, and not merged",
             )
 
 
@@ -228,7 +228,7 @@ def _refuse_other_encoder(wanted: Path, found: Path) -> None:
         raise UserError(
             f"its domains were embedded by another encoder than those of {wanted}",
             where=found / DOMAIN_ENCODER,
-            mend="mixtures of one upcycling can be merged",
+            hint="mixtures of one upcycling can be merged",
         )
 
 
@@ -255,7 +255,7 @@ def _refuse_other_ancestor(root: Checkpoint, other: Checkpoint, names: Sequence[
         raise UserError(
             f"has no common ancestor with {root.path} (the cosine of their matrices is {found:.2f})",
             where=other.path,
-            mend="weights of independent models have no common order; to merge them all the same, add --unrelated",
+            hint="weights of independent models have no common order; to merge them all the same, add --unrelated",
         )
 
 

@@ -27,13 +27,13 @@ from koine.combine.merging.budget import (
 )
 from koine.combine.merging.config import Recipe
 from koine.combine.merging.journal import read_journal
-from koine.combine.merging.plan import Plan, plan_merge
+from koine.combine.merging.plan import MergePlan, plan_merge
 from koine.combine.merging.tensor import SAMPLED, merge_tensor
 from koine.combine.merging.vocabularies import write_tokenizer
 from koine.combine.safetensors_stream import CheckpointWriter
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
-from koine.files import claim, clear_partials, refuse_inside, remove, write_atomically, write_json
+from koine.files import check_inside, claim, clear_partials, remove, write_atomically, write_json
 from koine.hardware import usable_cores
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.checksum import seal_folder
@@ -62,7 +62,7 @@ def merge(
     """
     out = Path(out)
     reads = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
-    refuse_inside(out, reads)
+    check_inside(out, reads)
     plan = plan_merge(recipe)
     workers = threads or usable_cores()
     try:
@@ -74,7 +74,7 @@ def merge(
                 _finish(plan, work, report)
                 if _fingerprint(plan) != before:
                     raise UserError(
-                        "a model changed while it was merged", where=out, mend="run the same command again"
+                        "a model changed while it was merged", where=out, hint="run the same command again"
                     )
                 clear_partials(work)
                 claimed.publish(work)
@@ -87,7 +87,7 @@ def merge(
         plan.close()
 
 
-def _fingerprint(plan: Plan) -> str:
+def _fingerprint(plan: MergePlan) -> str:
     """Of the recipe and of the models' files as they are."""
     files = sorted({entry.file for one in plan.everyone() for entry in one.values()})
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -95,7 +95,7 @@ def _fingerprint(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(content).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _run(plan: Plan, work: Path, threads: int, say: Any) -> dict[str, Any]:
+def _run(plan: MergePlan, work: Path, threads: int, say: Any) -> dict[str, Any]:
     journal = work / "journal.jsonl"
     fingerprint = _fingerprint(plan)
     lines = read_journal(journal)
@@ -186,7 +186,7 @@ def _seal(figures: dict[str, Any], checksum: int) -> int:
     return zlib.crc32(json.dumps(figures, sort_keys=True).encode(), checksum)
 
 
-def _merge_module(plan: Plan, work: Path, name: str) -> dict[str, Any]:
+def _merge_module(plan: MergePlan, work: Path, name: str) -> dict[str, Any]:
     """Merge the weights of a sub-folder; return the figures of its tensors.
 
     They are written to a folder of their own, which then replaces the weights that were carried.
@@ -210,7 +210,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
             _set_dtype(value, dtype)
 
 
-def _finish(plan: Plan, work: Path, report: dict[str, Any]) -> None:
+def _finish(plan: MergePlan, work: Path, report: dict[str, Any]) -> None:
     """The files beside the weights."""
     from koine.combine.merging.model_card import model_card
 

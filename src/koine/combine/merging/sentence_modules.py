@@ -44,7 +44,7 @@ def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
                 raise UserError(
                     f"is another than that of {first}, and no safetensors file",
                     where=folders[1] / files[0],
-                    mend="save the models again with a newer version of sentence-transformers",
+                    hint="save the models again with a newer version of sentence-transformers",
                 )
             found[name] = _recipe_of(recipe, name)
     return found
@@ -85,7 +85,7 @@ def _refuse_other_modules(first: Path, other: Path) -> None:
         raise UserError(
             f"has the modules {', '.join(theirs)}, and {first} {', '.join(ours)}",
             where=other / "modules.json",
-            mend="sentence models of the same modules can be merged",
+            hint="sentence models of the same modules can be merged",
         )
     for name in ours:
         one, two = (model_configuration(path / name) for path in (first, other))
@@ -94,5 +94,5 @@ def _refuse_other_modules(first: Path, other: Path) -> None:
                 raise UserError(
                     f"{field} is {two[field]}, and {one[field]} in {first}",
                     where=other / name / "config.json",
-                    mend="sentence models of the same modules can be merged",
+                    hint="sentence models of the same modules can be merged",
                 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from koine.combine.merging.budget import WHOLE_ENTRIES
 from koine.combine.merging.methods import BLOCK
-from koine.combine.merging.plan import Plan
+from koine.combine.merging.plan import MergePlan
 from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter, Entry, StoredTensor, runs_of
 from koine.errors import UserError
 
@@ -25,7 +25,7 @@ SAMPLED = 32_768
 """Entries of each tensor from which the report's figures are estimated."""
 
 
-def merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, Any]:
+def merge_tensor(plan: MergePlan, writer: CheckpointWriter, name: str) -> dict[str, Any]:
     """Merge the tensors of one name and write the result; its figures for the report."""
     everyone = plan.everyone()
     entries = [one[name] for one in everyone]
@@ -37,7 +37,7 @@ def merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, A
                 raise UserError(
                     f"{name} is of whole numbers and differs from that of {everyone[0].path}",
                     where=one.path,
-                    mend="whole numbers are copied where they are equal, and not merged",
+                    hint="whole numbers are copied where they are equal, and not merged",
                 )
         writer.write(name, first)
         return {}
@@ -70,14 +70,14 @@ def merge_tensor(plan: Plan, writer: CheckpointWriter, name: str) -> dict[str, A
     return figures_of([kept[:filled] for kept in sampled], plan) if filled else {}
 
 
-def _stored(plan: Plan, checkpoint: Checkpoint, name: str, rows: Tensor | None = None) -> StoredTensor:
+def _stored(plan: MergePlan, checkpoint: Checkpoint, name: str, rows: Tensor | None = None) -> StoredTensor:
     def check(part: Tensor) -> None:
         _refuse_not_finite(part, name, checkpoint.path)
 
     return StoredTensor(checkpoint, name, check, rows, plan.dtype_read(name, checkpoint[name].dtype))
 
 
-def apply_method(plan: Plan, name: str, tensors: Sequence[Tensor], *, block: int) -> Tensor:
+def apply_method(plan: MergePlan, name: str, tensors: Sequence[Tensor], *, block: int) -> Tensor:
     """The method on the models' tensors, or on a block of them (the base's last, where there is one)."""
     arguments: dict[str, Any] = dict(plan.recipe.options)
     models = list(tensors)
@@ -93,7 +93,7 @@ def apply_method(plan: Plan, name: str, tensors: Sequence[Tensor], *, block: int
     return plan.info.function(models, **arguments)
 
 
-def _merge_by_token(plan: Plan, writer: CheckpointWriter, name: str) -> None:
+def _merge_by_token(plan: MergePlan, writer: CheckpointWriter, name: str) -> None:
     """Rows that all models have are merged; of the others the models that have one are averaged by their weights."""
     everyone, vocabularies = plan.everyone(), plan.vocabularies[name]
     dtype, _ = plan.layout[name]
@@ -120,7 +120,7 @@ def _merge_by_token(plan: Plan, writer: CheckpointWriter, name: str) -> None:
 
 
 def _mean_of_holders(
-    plan: Plan, name: str, holders: Sequence[tuple[int, int]], weights: Sequence[float]
+    plan: MergePlan, name: str, holders: Sequence[tuple[int, int]], weights: Sequence[float]
 ) -> Tensor:
     """The row that some of the models have, `(model, place)` of each."""
     everyone = plan.everyone()
@@ -158,7 +158,7 @@ def _cast(name: str, result: Tensor, dtype: torch.dtype) -> Tensor:
     if not _finite(cast):
         raise UserError(
             f"the merged {name} holds NaN or infinity as {str(dtype).removeprefix('torch.')}",
-            mend="the weights or the scale are too large, or --dtype too narrow",
+            hint="the weights or the scale are too large, or --dtype too narrow",
         )
     return cast
 
@@ -166,7 +166,7 @@ def _cast(name: str, result: Tensor, dtype: torch.dtype) -> Tensor:
 def _refuse_not_finite(tensor: Tensor, name: str, path: Path) -> None:
     if not _finite(tensor):
         raise UserError(
-            f"{name} holds NaN or infinity", where=path, mend="this checkpoint is broken; use an earlier one"
+            f"{name} holds NaN or infinity", where=path, hint="this checkpoint is broken; use an earlier one"
         )
 
 
@@ -188,7 +188,7 @@ def _room(entry: Entry, *, tensor_dtype: torch.dtype, rows: int) -> Tensor:
     return torch.empty(entry.numel // _stride(entry.numel) + blocks + 1, dtype=tensor_dtype)
 
 
-def figures_of(tensors: Sequence[Tensor], plan: Plan) -> dict[str, Any]:
+def figures_of(tensors: Sequence[Tensor], plan: MergePlan) -> dict[str, Any]:
     """How far apart the models are in one tensor, from a sample of its entries.
 
     distance: of each model from the base (from their mean, where there is none), relative to its norm. cosine: the least between two models' differences.

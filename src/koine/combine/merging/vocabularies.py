@@ -55,13 +55,13 @@ def chosen_model(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
         return 0
     if policy == "base":
         if not with_base:
-            raise UserError("there is no base", where="--tokenizer", mend="give first, or a model's folder")
+            raise UserError("there is no base", where="--tokenizer", hint="give first, or a model's folder")
         return len(paths) - 1
     for index, path in enumerate(paths):
         if Path(policy).resolve() == path.resolve():
             return index
     raise UserError(
-        f"'{policy}' is none of the models", where="--tokenizer", mend="give first, base, or a model"
+        f"'{policy}' is none of the models", where="--tokenizer", hint="give first, base, or a model"
     )
 
 
@@ -86,7 +86,7 @@ def align(
             raise UserError(
                 "holds no tokenizer.json",
                 where=path,
-                mend="rows of different vocabularies are matched by their tokens",
+                hint="rows of different vocabularies are matched by their tokens",
             )
         vocabularies.append({token: row for token, row in known.items() if row < count})
     rows = rows_of_each[chosen]
@@ -112,7 +112,7 @@ def align(
     )
 
 
-def refuse_other_tokenizers(paths: Sequence[Path]) -> None:
+def check_other_tokenizers(paths: Sequence[Path]) -> None:
     """Equal vocabularies may still cut text otherwise: by other merges, or after another normaliser.
 
     Raises `UserError` then, and where folders without a tokenizer.json hold vocabularies in other formats
@@ -126,7 +126,7 @@ def refuse_other_tokenizers(paths: Sequence[Path]) -> None:
                     raise UserError(
                         f"is another than that of {paths[0]}",
                         where=path / name,
-                        mend="say whose the result has: --tokenizer first, base, or a model's folder",
+                        hint="say whose the result has: --tokenizer first, base, or a model's folder",
                     )
         return
     for path in paths[1:]:
@@ -135,7 +135,7 @@ def refuse_other_tokenizers(paths: Sequence[Path]) -> None:
             raise UserError(
                 f"its tokenizer is another than that of {paths[0]} (they differ in {', '.join(differing)})",
                 where=path / TOKENIZER,
-                mend="say whose the result has: --tokenizer first, base, or a model's folder",
+                hint="say whose the result has: --tokenizer first, base, or a model's folder",
             )
 
 
@@ -216,12 +216,12 @@ def tokens_of(path: Path) -> dict[str, int] | None:
     except (TypeError, KeyError, IndexError):
         found = {}
     if not found or not all(type(one) is int and one >= 0 for one in found.values()):
-        raise UserError("holds no vocabulary", where=file, mend="it is damaged or of an unknown kind")
+        raise UserError("holds no vocabulary", where=file, hint="it is damaged or of an unknown kind")
     return found
 
 
 def _settings(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError("is not a JSON object", where=path, mend="correct or remove it")
+        raise UserError("is not a JSON object", where=path, hint="correct or remove it")
     return content

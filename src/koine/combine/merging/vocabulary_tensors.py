@@ -40,7 +40,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
             raise UserError(
                 f"{unclear[0]} is as long as the vocabulary and as other parts of the model: whether it has an entry a token is not known",
                 where=checkpoint.path,
-                mend="transformers would know (pip install 'koine[hf]'), if it has a class for this model_type",
+                hint="transformers would know (pip install 'koine[hf]'), if it has a class for this model_type",
             )
         return dict.fromkeys(by_size, 0)
     found, unresolved = {}, []
@@ -140,7 +140,7 @@ def rows_first(checkpoint: Checkpoint, name: str, axis: int) -> int:
         raise UserError(
             f"{name} counts tokens along dimension {axis} of {list(entry.shape)}",
             where=checkpoint.path,
-            mend="models of one tokenizer can be merged; move the others to it with `koine tokenizer adapt`",
+            hint="models of one tokenizer can be merged; move the others to it with `koine tokenizer adapt`",
         )
     checkpoint.entries[name] = replace(entry, shape=entry.shape[axis:])
     return axis

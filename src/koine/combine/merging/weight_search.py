@@ -64,7 +64,7 @@ def search_weights(
     if len(grid) > budget:
         raise UserError(
             f"the grid has {len(grid)} points and the budget is {budget}",
-            mend="take fewer parts, or a larger budget",
+            hint="take fewer parts, or a larger budget",
         )
     trials: dict[tuple[float, ...], Trial] = {}
 
@@ -142,7 +142,7 @@ class InMemoryMerge:
         if not self.info.takes("weights") and "t" not in self.info.parameters:
             raise UserError(
                 f"{method} has no weights to search",
-                mend="take linear, slerp, task-arithmetic, ties or a dare method",
+                hint="take linear, slerp, task-arithmetic, ties or a dare method",
             )
         self.options = dict(options or {})
         equal = (1.0 / len(paths),) * len(paths)
@@ -161,7 +161,7 @@ class InMemoryMerge:
         if plan.vocabularies:
             raise UserError(
                 "the models' vocabularies differ",
-                mend="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
+                hint="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
             )
         everyone = [*paths, *([] if base is None else [base])]
         self.states = [_stored(load_as_stored(path)) for path in everyone]
@@ -171,7 +171,7 @@ class InMemoryMerge:
                     raise UserError(
                         f"{name} holds NaN or infinity",
                         where=path,
-                        mend="this checkpoint is broken; use an earlier one",
+                        hint="this checkpoint is broken; use an earlier one",
                     )
         self.with_base = base is not None
         self.model: nn.Module = load_causal_lm(paths[0], dtype=torch.float32)

@@ -19,9 +19,9 @@ from torch import Tensor
 from koine.combine.compatibility import ALIKE
 from koine.combine.moe.branches import (
     Branch,
+    check_other_shapes,
+    check_other_tokenizer,
     open_branch,
-    refuse_other_shapes,
-    refuse_other_tokenizer,
 )
 from koine.combine.moe.domain_embeddings import domain_embedding, load_encoder
 from koine.combine.moe.upcycle import (
@@ -49,7 +49,7 @@ def open_mixture(path: Path) -> tuple[ModelConfig, MixtureConfig, StoredWeights]
     """A mixture's configuration and stored tensors. Raises `UserError` where the model is dense."""
     config = read_config(path)
     if config.mixture is None:
-        raise UserError("is a dense model", where=path, mend="give a mixture: see `koine upcycle`")
+        raise UserError("is a dense model", where=path, hint="give a mixture: see `koine upcycle`")
     return config, config.mixture, open_weights(path, config)
 
 
@@ -74,28 +74,28 @@ def add_expert(
     """
     config, mixture, weights = open_mixture(model)
     if name in mixture.experts:
-        raise UserError(f"has an expert '{name}' already", where=model, mend="choose another name")
+        raise UserError(f"has an expert '{name}' already", where=model, hint="choose another name")
     branch = open_branch(expert, name)
-    refuse_other_shapes(config, branch.config, expert, than=model)
-    refuse_other_tokenizer(model, expert)
+    check_other_shapes(config, branch.config, expert, than=model)
+    check_other_tokenizer(model, expert)
     _refuse_other_ancestor(model, weights, mixture, branch)
     knows_domains = mixture.domain_size is not None
     if knows_domains and not texts:
         raise UserError(
             "its router knows experts by their domains, and no text is given",
             where=model,
-            mend="give text of the new expert's domain",
+            hint="give text of the new expert's domain",
         )
     if not knows_domains and not reset_router:
         raise UserError(
             "its router is linear and cannot score an expert that it has not seen",
             where=model,
-            mend="add --reset-router and fine-tune the mixture, or upcycle by nexus",
+            hint="add --reset-router and fine-tune the mixture, or upcycle by nexus",
         )
     count = len(mixture.experts)
     part = 1.0 / (count + 1) if share is None else share
     if not 0.0 <= part <= 1.0:
-        raise UserError(f"the new model's share is {part}", mend="it must lie between 0 and 1")
+        raise UserError(f"the new model's share is {part}", hint="it must lie between 0 and 1")
     grown = replace(config, mixture=replace(mixture, experts=(*mixture.experts, name)))
     out_tensors: dict[str, Tensor] = {}
     for stored in weights:
@@ -134,13 +134,13 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
     """
     config, mixture, weights = open_mixture(model)
     if name not in mixture.experts:
-        raise UserError(f"has no expert '{name}'", where=model, mend=did_you_mean(name, mixture.experts))
+        raise UserError(f"has no expert '{name}'", where=model, hint=did_you_mean(name, mixture.experts))
     count = len(mixture.experts)
     if count == 1 or mixture.top_k > count - 1:
         raise UserError(
             f"has {count} experts and sends each token to {mixture.top_k}",
             where=model,
-            mend="keep this expert",
+            hint="keep this expert",
         )
     gone = mixture.experts.index(name)
     limit = mixture.attention_top_k
@@ -155,7 +155,7 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
     branch = None if dense is None else open_branch(dense, name)
     part: float | None = None
     if branch is not None:
-        refuse_other_shapes(config, branch.config, branch.path, than=model)
+        check_other_shapes(config, branch.config, branch.path, than=model)
         record = read_record(model)
         _refuse_other_source(record, name, branch.path, model)
         part = averaged_parts(record).get(name, 1.0 / count)
@@ -163,7 +163,7 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
             raise UserError(
                 f"expert '{name}' is all that its averages hold",
                 where=model,
-                mend="without its part nothing would be left: leave --expert out, the averages then stay",
+                hint="without its part nothing would be left: leave --expert out, the averages then stay",
             )
     out_tensors: dict[str, Tensor] = {}
     for stored in weights:
@@ -217,7 +217,7 @@ def _refuse_other_source(record: Mapping[str, Any], name: str, dense: Path, mode
         raise UserError(
             f"is not the model that expert '{name}' of {model} was made of (the sha256 of its weights is another)",
             where=dense,
-            mend=f"give that one: it was {source['path']}",
+            hint=f"give that one: it was {source['path']}",
         )
 
 
@@ -248,7 +248,7 @@ def _refuse_other_ancestor(
         raise UserError(
             f"has no common ancestor with {model} (the cosine of their matrices is {likeness:.2f})",
             where=branch.path,
-            mend="give a branch of the seed that the mixture was made from",
+            hint="give a branch of the seed that the mixture was made from",
         )
 
 

@@ -29,7 +29,7 @@ class Branch:
         tensor = self.weights[name]
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{name} holds NaN or infinity", where=self.path, mend="this checkpoint is broken"
+                f"{name} holds NaN or infinity", where=self.path, hint="this checkpoint is broken"
             )
         return tensor
 
@@ -39,7 +39,7 @@ def open_branch(path: Path, name: str) -> Branch:
     path = Path(path)
     config = read_config(path)
     if config.mixture is not None:
-        raise UserError("is a mixture of experts already", where=path, mend="give dense models")
+        raise UserError("is a mixture of experts already", where=path, hint="give dense models")
     return Branch(name, path, config, open_weights(path, config))
 
 
@@ -51,13 +51,13 @@ def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list
     root = open_branch(seed, "seed")
     opened = [open_branch(path, name) for name, path in experts.items()]
     for branch in opened:
-        refuse_other_shapes(root.config, branch.config, branch.path, than=root.path)
-        refuse_other_tokenizer(root.path, branch.path)
-        refuse_other_ancestor(root, branch)
+        check_other_shapes(root.config, branch.config, branch.path, than=root.path)
+        check_other_tokenizer(root.path, branch.path)
+        check_other_ancestor(root, branch)
     return root, opened
 
 
-def refuse_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
+def check_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
     """Raise `UserError` with the first field in which two configurations differ; experts are not compared."""
     difference = field_difference(wanted, found, but=("mixture", "initializer_range"))
     if difference is not None:
@@ -65,27 +65,27 @@ def refuse_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, 
         raise UserError(
             f"{name} is {theirs}, and {ours} in {than}",
             where=path / "config.json",
-            mend="experts are branches of one seed: give models of equal shape",
+            hint="experts are branches of one seed: give models of equal shape",
         )
 
 
-def refuse_other_tokenizer(wanted: Path, found: Path) -> None:
+def check_other_tokenizer(wanted: Path, found: Path) -> None:
     """Raise `UserError` where two model folders hold tokenizers that cut text otherwise or number it otherwise."""
     for path in (wanted, found):
         if not (path / "tokenizer.json").exists():
             raise UserError(
-                "holds no tokenizer.json", where=path, mend="it is needed to check that the models fit"
+                "holds no tokenizer.json", where=path, hint="it is needed to check that the models fit"
             )
     differing = tokenizer_differences(wanted, found)
     if differing:
         raise UserError(
             f"its tokenizer is another than that of {wanted} (they differ in {', '.join(differing)})",
             where=found / "tokenizer.json",
-            mend="experts are branches of one seed, with one vocabulary",
+            hint="experts are branches of one seed, with one vocabulary",
         )
 
 
-def refuse_other_ancestor(seed: Branch, branch: Branch) -> None:
+def check_other_ancestor(seed: Branch, branch: Branch) -> None:
     """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.ALIKE`)."""
     middle = f"model.layers.{len(seed.config.layers) // 2}."
     names = [f"{middle}{part}.weight" for part in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")]
@@ -94,5 +94,5 @@ def refuse_other_ancestor(seed: Branch, branch: Branch) -> None:
         raise UserError(
             f"has no common ancestor with {seed.path} (the cosine of their matrices is {found:.2f})",
             where=branch.path,
-            mend="give branches of one seed: models that were trained on from it",
+            hint="give branches of one seed: models that were trained on from it",
         )

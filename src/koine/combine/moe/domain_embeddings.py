@@ -49,13 +49,13 @@ class Encoder(Protocol):
 def domain_embedding(encoder: Encoder, texts: Sequence[str]) -> Tensor:
     """`[width]`: the mean of the documents' unit vectors, scaled so that its entries have unit variance (`DomainRouter` expects that)."""
     if not texts:
-        raise UserError("a domain has no documents", mend="give text of each expert's domain")
+        raise UserError("a domain has no documents", hint="give text of each expert's domain")
     vectors = torch.nn.functional.normalize(encoder.encode(texts), dim=-1)
     mean = vectors.mean(dim=0)
     if not float(mean.norm()) > 0.0:
         raise UserError(
             "the documents of a domain have no embedding",
-            mend="they hold no character that the encoder knows",
+            hint="they hold no character that the encoder knows",
         )
     scaled: Tensor = mean * (mean.numel() ** 0.5 / mean.norm())
     return scaled
@@ -113,7 +113,7 @@ def _refuse_few(texts: Sequence[str], width: int) -> None:
     if len(texts) < width:
         raise UserError(
             f"{len(texts)} documents for domain embeddings of {width} dimensions",
-            mend="give more documents, or a smaller --domain-size",
+            hint="give more documents, or a smaller --domain-size",
         )
 
 
@@ -252,7 +252,7 @@ def _refuse_custom_modules(folder: Path) -> None:
             raise UserError(
                 f"needs Python code that comes with it ({kind}), which is never run",
                 where=folder,
-                mend="give a sentence encoder of the library's own modules",
+                hint="give a sentence encoder of the library's own modules",
             )
 
 
@@ -262,7 +262,7 @@ class SentenceEncoder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(
-                "no such folder", where=folder, mend="give a sentence-transformers model's folder"
+                "no such folder", where=folder, hint="give a sentence-transformers model's folder"
             )
         library = import_extra(
             "sentence_transformers", extra="sentences", purpose="domain embeddings by a sentence encoder"
@@ -310,7 +310,7 @@ def load_encoder(model: Path) -> Encoder:
         raise UserError(
             f"holds no {DOMAIN_ENCODER}",
             where=model,
-            mend="it was not upcycled by nexus; only its router knows domains",
+            hint="it was not upcycled by nexus; only its router knows domains",
         )
     content = read_json(where)
     kind = content.get("kind") if isinstance(content, dict) else None
@@ -323,7 +323,7 @@ def load_encoder(model: Path) -> Encoder:
     if kind in ("hidden", "sentences"):
         named = content.get("model")
         if not isinstance(named, str):
-            raise UserError("names no model", where=where, mend="upcycle again")
+            raise UserError("names no model", where=where, hint="upcycle again")
         if kind == "sentences":
             return SentenceEncoder(Path(named))
         path = folder / "encoder.safetensors"
@@ -343,10 +343,10 @@ def _tensors(path: Path, *names: str) -> list[Tensor]:
         raise UserError(
             f"is not the file of this encoder ({first_line(error)})",
             where=path,
-            mend="copy the mixture's folder whole, or upcycle again",
+            hint="copy the mixture's folder whole, or upcycle again",
         ) from None
     sizes = {"weights": BUCKETS, "idf": BUCKETS, "components": BUCKETS}
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.dtype != torch.float32 or sizes.get(name, len(tensor)) != len(tensor):
-            raise UserError(f"{name} is not that of this encoder", where=path, mend="upcycle again")
+            raise UserError(f"{name} is not that of this encoder", where=path, hint="upcycle again")
     return tensors

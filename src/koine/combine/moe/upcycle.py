@@ -64,7 +64,7 @@ def upcycle_bam(seed: Path, experts: Mapping[str, Path], out: Path, *, attention
                 load_balancing: float = BAM.load_balancing, z_loss: float = BAM.z_loss) -> ModelConfig:  # fmt: skip
     """BAM: feed-forward experts, and a mixture of attention experts with their own keys and values or with shared ones."""
     if attention == "averaged":
-        raise UserError("BAM does not average the attention", mend="give kv-experts or shared-kv, or use btx")
+        raise UserError("BAM does not average the attention", hint="give kv-experts or shared-kv, or use btx")
     mixture = MixtureConfig(
         experts=("seed", *experts), top_k=top_k, attention=attention, attention_top_k=attention_top_k,
         load_balancing=load_balancing, z_loss=z_loss,
@@ -80,7 +80,7 @@ def upcycle_nexus(seed: Path, experts: Mapping[str, Path], out: Path, *, domains
     """
     if domains is not None and domains.shape[0] != len(experts):
         raise UserError(
-            f"{domains.shape[0]} domain embeddings for {len(experts)} experts", mend="give one each"
+            f"{domains.shape[0]} domain embeddings for {len(experts)} experts", hint="give one each"
         )
     mixture = MixtureConfig(
         experts=tuple(experts), top_k=top_k, shared_expert=True, load_balancing=load_balancing, z_loss=z_loss,
@@ -101,7 +101,7 @@ def _upcycle(
     seed_copies: int = 0,
 ) -> ModelConfig:
     if not experts:
-        raise UserError("no experts are given", mend="give the folder of at least one branch of the seed")
+        raise UserError("no experts are given", hint="give the folder of at least one branch of the seed")
     root, branches = open_branches(seed, experts)
     everyone = branches if mixture.shared_expert else [root, *branches]
     config = replace(root.config, mixture=mixture)
@@ -239,14 +239,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises `UserError` where it is none that was written here.
     """
-    where, mend = path / RECORD, "remove it, or upcycle again"
+    where, hint = path / RECORD, "remove it, or upcycle again"
     if not where.exists():
         return {}
-    content = read_json_object(where, mend=mend)
-    fields = Fields(content, where, whole_file=mend)
+    content = read_json_object(where, hint=hint)
+    fields = Fields(content, where, whole_file=hint)
     _check_sources(fields.inner("experts", {}))
     for change in fields.entries("changes", []):
-        one = Fields(change, where, whole_file=mend)
+        one = Fields(change, where, whole_file=hint)
         _check_sources(one.inner("added", {}))
         one.text("removed", None)
         # All may be added; what is left when all is taken out cannot be scaled up again.

@@ -259,14 +259,14 @@ def write_sample(
         if not covers(code):
             raise UserError(
                 f"CLDR does not know enough of '{code}' for the sample world",
-                mend=did_you_mean(code, sample_languages()),
+                hint=did_you_mean(code, sample_languages()),
             )
     for name, value in (
         ("documents_per_language", documents_per_language),
         ("questions_per_language", questions_per_language),
     ):
         if value < 1:
-            raise UserError(f"{name} is {value}", mend="it must be at least 1")
+            raise UserError(f"{name} is {value}", hint="it must be at least 1")
     plans = document_plans(documents_per_language, seed=seed, heldout=False)
     heldout = document_plans(
         max(4, round(HELD_OUT_DOCUMENTS * documents_per_language)), seed=seed, heldout=True

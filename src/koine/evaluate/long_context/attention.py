@@ -79,7 +79,7 @@ def segment_ids(
     """
     if not 0 < question_start < time:
         raise UserError(
-            f"the question starts at token {question_start} of {time}", mend="it must follow a context"
+            f"the question starts at token {question_start} of {time}", hint="it must follow a context"
         )
     ids = torch.full((time,), SEGMENTS.index("context"), dtype=torch.long)
     ids[:begin] = SEGMENTS.index("begin")
@@ -190,7 +190,7 @@ def attention_of(
     Raises `UserError` for a model that shows no attention weights.
     """
     if len(segments) != len(tokens):
-        raise UserError(f"{len(tokens)} tokens and {len(segments)} segments", mend="give one segment a token")
+        raise UserError(f"{len(tokens)} tokens and {len(segments)} segments", hint="give one segment a token")
     if rows is None:
         rows = slice(
             int((segments == SEGMENTS.index("question")).nonzero()[0, 0]),
@@ -264,7 +264,7 @@ def _of_transformers(model: CausalLM, tokens: Sequence[int], segments: Tensor, r
     found = getattr(out, "attentions", None)
     if not found or any(weights is None or weights.dim() != 4 for weights in found):
         raise UserError(
-            f"{type(inner).__name__} gives no attention weights", mend="measure it without attention"
+            f"{type(inner).__name__} gives no attention weights", hint="measure it without attention"
         )
     return [_summary(iter([weights[0, :, rows].float()]), segments) for weights in found]
 

@@ -130,7 +130,7 @@ def make_haystack(
         if total >= at_least:
             break
     if not pieces:
-        raise UserError("holds no text", where=source, mend="give documents with text as the haystack")
+        raise UserError("holds no text", where=source, hint="give documents with text as the haystack")
     return Haystack(tuple(pieces), tuple(words), languages.most_common(1)[0][0], source)
 
 
@@ -151,7 +151,7 @@ def read_haystack(
         first = next(texts, None)
         if first is None:
             raise UserError(
-                f"no text in the language '{language}'", where=where, mend="give another --language"
+                f"no text in the language '{language}'", where=where, hint="give another --language"
             )
         rest = texts
         texts = ((text, language) for text, _ in (first, *rest))
@@ -164,7 +164,7 @@ def document_texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
 
     for path in paths:
         if not Path(path).exists():
-            raise UserError("no such file or folder", where=path, mend="give the haystack's text")
+            raise UserError("no such file or folder", where=path, hint="give the haystack's text")
         for record in read_records(path, unit="file", split="all", carry=()):
             if "text" in record:
                 yield record["text"], record["language"]
@@ -193,7 +193,7 @@ def sample_texts(language: str) -> Iterator[str]:
         raise UserError(
             f"the sample world has no language '{language}'",
             where="--language",
-            mend=f"{did_you_mean(language, sample_languages())}; or give text with --haystack",
+            hint=f"{did_you_mean(language, sample_languages())}; or give text with --haystack",
         )
     for plan in document_plans(SAMPLE_DOCUMENTS, seed=0, heldout=False):
         yield " ".join(line for fact in plan.facts if (line := sentence(language, fact)) is not None)

@@ -75,13 +75,13 @@ def loss_by_position(
         if len(document) < longest:
             raise UserError(
                 f"a document has {len(document)} tokens and the length is {longest}",
-                mend="join short documents, or give shorter lengths",
+                hint="join short documents, or give shorter lengths",
             )
         tokens = list(document[:longest])
         rows.append([0.0, *itertools.accumulate(token_losses(model, tokens, device=device))])
         sizes.append([0.0, *itertools.accumulate(float(token_bytes(token)) for token in tokens[1:])])
     if not rows:
-        raise UserError("no document to measure the loss on", mend="give longer texts with --haystack")
+        raise UserError("no document to measure the loss on", hint="give longer texts with --haystack")
 
     def measure(start: int, end: int) -> dict[str, Any]:
         nats = [row[end] - row[start] for row in rows]

@@ -141,7 +141,7 @@ def too_short(task: str, length: int, *, needed: int | None = None) -> UserError
         f"a prompt of {length} tokens has no room for the task '{task}'"
         + ("" if needed is None else f", which needs {needed}"),
         where="--lengths",
-        mend="give longer ones, or leave the task out with --tasks",
+        hint="give longer ones, or leave the task out with --tasks",
     )
 
 

@@ -219,7 +219,7 @@ def sample_questions(language: str) -> QuestionSet:
     if language not in QUESTION_LANGUAGES:
         raise UserError(
             f"the sample world has no questions in the language '{language}'",
-            mend="give your own with --qa, or leave the task 'question-answering' out",
+            hint="give your own with --qa, or leave the task 'question-answering' out",
         )
     kinds = ("currency", "language")
     asked = []
@@ -245,9 +245,9 @@ def read_questions(path: str | Path, *, language: str | None = None) -> Question
     from koine.data.records import read_records
 
     if not Path(path).exists():
-        raise UserError("no such file or folder", where=path, mend="give questions with their contexts")
+        raise UserError("no such file or folder", where=path, hint="give questions with their contexts")
     languages = None if language in (None, "und") else [str(language)]
-    mend = 'give each record "context", "question" and "answers"'
+    hint = 'give each record "context", "question" and "answers"'
     records = read_records(
         path,
         fields={"text": "context"},
@@ -266,10 +266,10 @@ def read_questions(path: str | Path, *, language: str | None = None) -> Question
                 raise UserError(f"record '{record['id']}' has no question or no answers", where=path)
             asked.append(Asked(record["text"], question, texts))
     except UserError as error:
-        raise UserError(error.what, where=error.where, mend=mend) from None
+        raise UserError(error.what, where=error.where, hint=hint) from None
     if not asked:
         raise UserError(
-            f"no question in the language '{language}'", where=path, mend="give another --language"
+            f"no question in the language '{language}'", where=path, hint="give another --language"
         )
     return QuestionSet(tuple(asked), tuple(dict.fromkeys(one.document for one in asked)), str(path))
 

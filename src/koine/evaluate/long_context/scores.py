@@ -90,7 +90,7 @@ def greedy_continuation(
     """At most `count` tokens, without the stop token. Our decoder and models of `transformers` use their caches; any other model runs the whole
     text at each step."""
     from koine.generate import generate
-    from koine.generate.sequential import OneByOne
+    from koine.generate.sequential import SequentialGenerator
     from koine.generate.token_sampling import Sampling
     from koine.model import CausalLM, Decoder
 
@@ -100,7 +100,7 @@ def greedy_continuation(
             [answer] = generate(model, [list(prompt)], sampling, stop_ids=tuple(stops))
             return answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
         if isinstance(model, CausalLM):
-            queue = OneByOne(model)
+            queue = SequentialGenerator(model)
             answer = queue.submit(list(prompt), Sampling(max_new_tokens=count), stop_ids=tuple(stops))
             queue.run()
             written = answer.tokens

@@ -95,7 +95,7 @@ def evaluate_long_context(
     from koine.evaluate.runner import check_vocabulary, open_model
     from koine.hardware import check_device
     from koine.languages import language as find_language
-    from koine.model.formats.weight_files import refuse_adapter
+    from koine.model.formats.weight_files import check_adapter
     from koine.tokenizer import load_tokenizer
 
     chosen = _checked_tasks(tasks)
@@ -107,7 +107,7 @@ def evaluate_long_context(
         language = find_language(language).code
     check_device(device)
     keep_freed_memory()
-    refuse_adapter(Path(path))
+    check_adapter(Path(path))
     tokenizer = load_tokenizer(Path(path))
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     check_vocabulary(model, tokenizer.vocab_size, path)
@@ -182,9 +182,9 @@ def longest_context(model: Any) -> int | None:
 def _checked_tasks(tasks: Sequence[str] | None) -> list[str]:
     for task in tasks or ():
         if task not in MEASURES:
-            raise UserError(f"unknown task '{task}'", where="--tasks", mend=did_you_mean(task, MEASURES))
+            raise UserError(f"unknown task '{task}'", where="--tasks", hint=did_you_mean(task, MEASURES))
     if tasks is not None and not tasks:
-        raise UserError("no task is named", where="--tasks", mend=f"known: {', '.join(MEASURES)}")
+        raise UserError("no task is named", where="--tasks", hint=f"known: {', '.join(MEASURES)}")
     return [task for task in MEASURES if tasks is None or task in tasks]
 
 
@@ -193,11 +193,11 @@ def _check_numbers(depths: Sequence[float], samples: int, documents: int) -> Non
         raise UserError(
             f"the depths are {', '.join(f'{depth:g}' for depth in depths) or 'missing'}",
             where="--depths",
-            mend="give per cents from 0 (the beginning) to 100 (just before the question)",
+            hint="give per cents from 0 (the beginning) to 100 (just before the question)",
         )
     for name, number in (("samples", samples), ("documents", documents)):
         if number < 1:
-            raise UserError(f"{name} is {number}", where=f"--{name}", mend="give at least 1")
+            raise UserError(f"{name} is {number}", where=f"--{name}", hint="give at least 1")
 
 
 def _checked_lengths(lengths: Sequence[int] | None, longest: int | None, path: str | Path) -> list[int]:
@@ -208,13 +208,13 @@ def _checked_lengths(lengths: Sequence[int] | None, longest: int | None, path: s
         raise UserError(
             f"the lengths are {', '.join(map(str, lengths)) or 'missing'}",
             where="--lengths",
-            mend="give numbers of tokens, 16 or more",
+            hint="give numbers of tokens, 16 or more",
         )
     if longest is not None and max(lengths) > longest:
         raise UserError(
             f"a length of {max(lengths)} is beyond the {longest} positions of the model",
             where=path,
-            mend=f"give --lengths up to {longest}, or raise max_position_embeddings in its config.json to measure beyond",
+            hint=f"give --lengths up to {longest}, or raise max_position_embeddings in its config.json to measure beyond",
         )
     return sorted(set(lengths))
 

@@ -8,43 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from koine.generate.cache.page_runs import Run, attend_held, attend_runs, run_of, runs_worth_reading
 from koine.generate.cache.paged_cache import SPARSE, CachedSequence, PagedCache
-from koine.generate.cache.split_attention import attend_part, hidden_scores, meet
+from koine.generate.cache.split_attention import mask_bias, merge_attention_states, partial_attention
 from koine.model.attention.dispatch import attend, attend_after
 
 NOWHERE = 2**40
 """The first position of a page that is nobody's: later than any query."""
 
 
-class Reading(Protocol):
-    """What the decoder (`attend`) or a packed one (`mix`) needs of a cache in one forward pass."""
-
-    @property
-    def positions(self) -> Tensor:
-        """`[batch, time]`, what RoPE turns by."""
-        ...
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep k and v `[batch, time, kv_heads, head_dim]` and mix what q `[batch, time, kv_heads, groups, head_dim]` (scaled) may
-        see: `[batch, time, heads * head_dim]`."""
-        ...
-
-    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """`attend` for the tokens in one row: q `[tokens, kv_heads, groups, head_dim]`, keys with values `[2, tokens, kv_heads, head_dim]`; a result like q."""
-        ...
-
-    def finish(self) -> None:
-        """Count the tokens as read."""
-        ...
-
-
-class StretchReading:
+class PrefillContext:
     """`[1, time]` tokens: the next `counts[i]` of each sequence, one after another."""
 
     def __init__(self, cache: PagedCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
@@ -178,7 +156,7 @@ class PagePlan:
     first: Tensor
 
 
-class StepReading:
+class DecodeContext:
     """`[batch, 1]` tokens: the next one of each sequence. Reserves a position for each; raises `OutOfPages` where one has none.
 
     The sequences are those of the slots 0, 1, ..., in this order. Pass the reading of the step before as `last`: what both have in
@@ -186,7 +164,7 @@ class StepReading:
     """
 
     def __init__(
-        self, cache: PagedCache, sequences: Sequence[CachedSequence], last: StepReading | None = None
+        self, cache: PagedCache, sequences: Sequence[CachedSequence], last: DecodeContext | None = None
     ) -> None:
         for number, sequence in enumerate(sequences):
             if sequence.slot != number:
@@ -213,7 +191,7 @@ class StepReading:
             # Of pages in the middle of a sequence nothing is hidden, of a last one what comes after the new token.
             last_seen = self._lengths[self._plan.rows] - self._plan.first
             places = torch.arange(cache.page, device=cache.device)
-            added = hidden_scores(places > last_seen[:, None], cache.dtype)
+            added = mask_bias(places > last_seen[:, None], cache.dtype)
             self._added = torch.split(added, list(self._plan.sizes))
         self._rows = torch.arange(len(sequences), device=cache.device)
         self._ring_at: dict[int, Tensor] = {}
@@ -223,7 +201,7 @@ class StepReading:
             filling = min(lengths) + 1 < window
             places = torch.arange(window, device=cache.device)
             self._ring_hidden[window] = (
-                hidden_scores(places > self._lengths[:, None], cache.dtype) if filling else None
+                mask_bias(places > self._lengths[:, None], cache.dtype) if filling else None
             )
 
     def _lone_stretches(self) -> dict[int, Tensor]:
@@ -277,7 +255,7 @@ class StepReading:
         ring = self.cache.ring(layer)
         ring[:, self._rows, :, self._ring_at[window]] = new.transpose(0, 1)
         keys, values = ring[:, : len(self.sequences)]
-        return attend_part(q, keys, values, self._ring_hidden[window])[0]
+        return partial_attention(q, keys, values, self._ring_hidden[window])[0]
 
     def _over_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         for number, (rows, pages, places) in self._targets:
@@ -290,10 +268,10 @@ class StepReading:
         queries = torch.split(q[plan.rows], list(plan.sizes))
         for group, query, added in zip(plan.groups, queries, self._added, strict=True):
             keys, values = self.cache.slab(layer, group.slab)[:, :, group.pages].transpose(1, 2)
-            part, log_sum = attend_part(query, keys, values, added)
+            part, log_sum = partial_attention(query, keys, values, added)
             mixed.append(part)
             sums.append(log_sum)
-        return meet(torch.cat(mixed), torch.cat(sums), plan.rows, q.shape[0])
+        return merge_attention_states(torch.cat(mixed), torch.cat(sums), plan.rows, q.shape[0])
 
 
 def page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePlan:

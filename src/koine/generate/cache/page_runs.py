@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from koine.generate.cache.paged_cache import CachedSequence, PagedCache
-from koine.generate.cache.split_attention import attend_part, meet
+from koine.generate.cache.split_attention import merge_attention_states, partial_attention
 
 FEWEST_PAGES = 8
 """Pages that a run must have in the mean, where there are many: each is a call of the kernel of some 14 µs, and many short ones are faster a slab at a
@@ -66,11 +66,11 @@ def run_of(slab: Tensor, run: Run) -> Tensor:
 
 
 def attend_held(q: Tensor, held: Tensor, seen: int) -> tuple[Tensor, Tensor]:
-    """`attend_part` of one position, q `[1, kv_heads, groups, head_dim]`, to the first `seen` of `held` `[2, 1, kv_heads, positions, head_dim]`."""
+    """`partial_attention` of one position, q `[1, kv_heads, groups, head_dim]`, to the first `seen` of `held` `[2, 1, kv_heads, positions, head_dim]`."""
     if seen < held.shape[3]:
         held = held.narrow(3, 0, seen)
     keys, values = held.unbind()
-    return attend_part(q, keys, values, None)
+    return partial_attention(q, keys, values, None)
 
 
 def attend_runs(
@@ -90,4 +90,4 @@ def attend_runs(
     mixed = torch.cat(parts)
     if len(runs) == q.shape[0]:
         return mixed
-    return meet(mixed, torch.cat(sums), torch.tensor(rows), q.shape[0])
+    return merge_attention_states(mixed, torch.cat(sums), torch.tensor(rows), q.shape[0])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from koine.model.config import ModelConfig
+from koine.model.decoder import Decoder
 
 PAGE = 128
 """Positions a page."""
@@ -95,6 +96,12 @@ class PagedCache:
         self.sequences: list[CachedSequence] = []
         self.changes = 0
         """Counts what makes a plan of reading out of date: sequences and pages that come and go."""
+
+    @classmethod
+    def of_model(cls, model: Decoder, *, page: int = PAGE, max_pages: int | None = None) -> PagedCache:
+        """Return an empty cache in the dtype and on the device of the model's weights."""
+        weight = model.embedding.weight
+        return cls(model.config, weight.dtype, weight.device, page=page, max_pages=max_pages)
 
     def _new_ring(self, window: int, slots: int) -> Tensor:
         return self._empty((2, slots, self.config.kv_heads, window, self.config.head_dim))

@@ -9,7 +9,7 @@ HIDDEN = -1e30
 """Added to the score of a key that is not seen. Finite: a part of which nothing is seen gets a weight of 0 when parts meet, and not NaN."""
 
 
-def hidden_scores(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores, `[parts, 1, 1, keys]`, from which keys are `hidden` `[parts, keys]`."""
     lowest = max(HIDDEN, torch.finfo(dtype).min / 2)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, lowest)[
@@ -17,10 +17,10 @@ def hidden_scores(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     ]
 
 
-def attend_part(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+def partial_attention(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of each q `[parts, kv_heads, groups, head_dim]` (scaled) to its own keys and values `[parts, kv_heads, keys, head_dim]`.
 
-    added: see `hidden_scores`; None: everything is seen. Returns the same shape as q, and the logarithms `[parts, kv_heads, groups]` of the
+    added: see `mask_bias`; None: everything is seen. Returns the same shape as q, and the logarithms `[parts, kv_heads, groups]` of the
     sums of the exponentials, in float32.
     """
     if q.device.type != "cpu":
@@ -32,7 +32,7 @@ def attend_part(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -
 
 
 def by_products(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`attend_part` for any device. Where parts and heads lie apart, as in a slab, a head at a time: one product over both would copy the keys."""
+    """`partial_attention` for any device. Where parts and heads lie apart, as in a slab, a head at a time: one product over both would copy the keys."""
     apart = keys.stride(0) != keys.shape[1] * keys.stride(1)
     product = _by_heads if apart else torch.matmul
     scores = product(q, keys.transpose(-1, -2)).float()
@@ -47,10 +47,10 @@ def _by_heads(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.bmm(a[:, head], b[:, head]) for head in range(a.shape[1])], dim=1)
 
 
-def meet(mixed: Tensor, log_sums: Tensor, rows: Tensor, count: int) -> Tensor:
+def merge_attention_states(mixed: Tensor, log_sums: Tensor, rows: Tensor, count: int) -> Tensor:
     """The parts of each of `count` rows as one, `[count, kv_heads, groups, head_dim]`, in the dtype of `mixed`.
 
-    mixed, log_sums: of all parts, see `attend_part`; rows: `[parts]`, whose each is. Every row has a part of which something is seen.
+    mixed, log_sums: of all parts, see `partial_attention`; rows: `[parts]`, whose each is. Every row has a part of which something is seen.
     """
     sums = log_sums[..., None]
     highest = torch.full((count, *sums.shape[1:]), -torch.inf, dtype=sums.dtype, device=sums.device)

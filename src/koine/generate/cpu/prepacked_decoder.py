@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from koine.generate.cache.contexts import Reading
 from koine.generate.cpu.prepacked_linear import PackedLinear, TransposedLinear
+from koine.model.attention.context import AttentionContext
 from koine.model.attention.rope import rotation
 from koine.model.block import Block, LayerNorm
 from koine.model.config import ModelConfig
@@ -92,14 +92,14 @@ class PackedForward:
         self._scales = torch.ones(config.query_heads + config.kv_heads, 1)
         self._scales[: config.query_heads] = config.head_dim**-0.5
 
-    def __call__(self, tokens: Tensor, reading: Reading) -> Tensor:
+    def __call__(self, tokens: Tensor, context: AttentionContext) -> Tensor:
         """Hidden states `[rows, hidden]` after the final norm, of the reading's `tokens` `[rows]`."""
         config, rows = self._config, tokens.shape[0]
         if self._buffers.rows != rows:
             self._buffers = _Buffers(config, rows, self._embedding.dtype)
         buffers = self._buffers
         x = F.embedding(tokens, self._embedding)
-        turns = rotation(reading.positions.view(-1, 1), config.head_dim, config.rope_theta).turns
+        turns = rotation(context.positions.view(-1, 1), config.head_dim, config.rope_theta).turns
         assert turns is not None
         turns = turns * self._scales
         shape = (config.hidden_size,)
@@ -113,10 +113,10 @@ class PackedForward:
                 buffers.rotate(turns)
             else:
                 buffers.q.mul_(config.head_dim**-0.5)
-            buffers.mixed.copy_(reading.mix(index, buffers.q, buffers.new))
+            buffers.mixed.copy_(context.mix(index, buffers.q, buffers.new))
             torch.mul(F.silu(buffers.gate, inplace=True), buffers.up, out=buffers.gated)
             layer.out_proj.add_to(buffers.written, x)
-        reading.finish()
+        context.finish()
         return torch.layer_norm(x, shape, self._norm, None, config.norm_eps)
 
 

@@ -65,7 +65,7 @@ def enforceable(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             )
     except RecursionError:
         raise UserError(
-            "the JSON schema cannot be used (it is nested too deeply)", mend="flatten it"
+            "the JSON schema cannot be used (it is nested too deeply)", hint="flatten it"
         ) from None
     return root, reader.free_keys
 
@@ -303,5 +303,5 @@ def _map(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _refuse(place: str, why: str, mend: str) -> NoReturn:
-    raise UserError(f"the JSON schema cannot be used ({place}: {why})", mend=mend)
+def _refuse(place: str, why: str, hint: str) -> NoReturn:
+    raise UserError(f"the JSON schema cannot be used ({place}: {why})", hint=hint)

@@ -91,16 +91,16 @@ class Grammar:
         if not tokenizer.lossless:
             raise UserError(
                 "constrained answers need a vocabulary that holds all bytes, and this tokenizer's does not",
-                mend="use a model with a byte-level or byte-fallback tokenizer",
+                hint="use a model with a byte-level or byte-fallback tokenizer",
             )
         try:
             text = source(library)
         except ValueError as error:
-            raise UserError(f"{kind} cannot be used ({error})", mend="mend or simplify it") from None
+            raise UserError(f"{kind} cannot be used ({error})", hint="fix or simplify it") from None
         matcher = library.LLMatcher(_library_tokenizer(tokenizer), text, log_level=0)
         if matcher.is_error():
             raise UserError(
-                f"{kind} cannot be used ({_first_part(matcher.get_error())})", mend="mend or simplify it"
+                f"{kind} cannot be used ({_first_part(matcher.get_error())})", hint="fix or simplify it"
             )
         grammar = cls(matcher, tokenizer.vocab_size, _end_ids(tokenizer), keys)
         # Some that nothing satisfies are found out only when the first token is asked for.
@@ -110,7 +110,7 @@ class Grammar:
         except UserError:
             possible = False
         if not possible:
-            raise UserError(f"{kind} cannot be used (nothing satisfies it)", mend="mend or simplify it")
+            raise UserError(f"{kind} cannot be used (nothing satisfies it)", hint="fix or simplify it")
         return grammar
 
     def start(self) -> GrammarState:
@@ -180,7 +180,7 @@ class GrammarState:
             "LexerTooComplex",
         ):
             raise ValueError(f"the grammar does not allow token {token_id} here ({problem})")
-        raise UserError(f"the grammar is too complex ({problem})", mend="simplify the schema")
+        raise UserError(f"the grammar is too complex ({problem})", hint="simplify the schema")
 
 
 class _Vocabulary:

@@ -114,5 +114,5 @@ def _escaped(pattern: str, at: int) -> bool:
 def _refuse(pattern: str, place: str, part: str) -> NoReturn:
     raise UserError(
         f"the JSON schema cannot be used (the pattern {pattern!r:.100} at {place} has '{part}', which engines read differently)",
-        mend="write it with what all of them know",
+        hint="write it with what all of them know",
     )

@@ -18,13 +18,13 @@ def schema_text(schema: Mapping[str, Any]) -> str:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the schema is no JSON ({error})", mend="give a JSON schema as an object") from None
+        raise UserError(f"the schema is no JSON ({error})", hint="give a JSON schema as an object") from None
     if not text.startswith("{"):
-        raise UserError("the schema is no JSON object", mend='give one such as {"type": "object"}')
+        raise UserError("the schema is no JSON object", hint='give one such as {"type": "object"}')
     try:
         _check_keys(schema)
     except RecursionError:
-        raise UserError("the schema is nested too deeply", mend="flatten it") from None
+        raise UserError("the schema is nested too deeply", hint="flatten it") from None
     return text
 
 
@@ -35,7 +35,7 @@ def _check_keys(value: Any) -> None:
             if not isinstance(key, str):
                 raise UserError(
                     f"the schema is no JSON (the key {key!r} is no string)",
-                    mend="give a JSON schema as an object",
+                    hint="give a JSON schema as an object",
                 )
             _check_keys(inner)
     elif isinstance(value, list | tuple):

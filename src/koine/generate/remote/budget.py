@@ -128,21 +128,21 @@ class Ledger:
         if not path.exists():
             return Spending()
         # Never begun anew by itself: that would forget money that was spent.
-        mend = "the ledger is damaged; correct it, or remove it to count from nothing (answers in the cache stay)"
+        hint = "the ledger is damaged; correct it, or remove it to count from nothing (answers in the cache stay)"
         try:
             return _parse(read_json(path))
         except UserError as error:
-            raise UserError(error.what, where=path, mend=mend) from None
+            raise UserError(error.what, where=path, hint=hint) from None
         except _OtherVersionError as error:
             raise UserError(
                 f"a ledger of version {error}, and this Koine reads version {VERSION}",
                 where=path,
-                mend="use the Koine that wrote it, or another cache folder; where the ledger is damaged, correct it",
+                hint="use the Koine that wrote it, or another cache folder; where the ledger is damaged, correct it",
             ) from None
         except OSError as error:
-            raise UserError(f"cannot be read ({error.strerror})", where=path, mend=mend) from None
+            raise UserError(f"cannot be read ({error.strerror})", where=path, hint=hint) from None
         except (KeyError, TypeError, ValueError, InvalidOperation, RecursionError) as error:
-            raise UserError(f"not a ledger ({_reason(error)})", where=path, mend=mend) from None
+            raise UserError(f"not a ledger ({_reason(error)})", where=path, hint=hint) from None
 
     def _write(self, before: Spending, **changed: Any) -> None:
         after = Spending(**{**vars(before), **changed})
@@ -198,9 +198,9 @@ def _amount(name: str, value: Money) -> Decimal:
     try:
         amount = Decimal(str(value))
     except (InvalidOperation, ValueError):
-        raise UserError(f"{name} is '{value!s:.40}'", mend="give an amount of money such as 2.50") from None
+        raise UserError(f"{name} is '{value!s:.40}'", hint="give an amount of money such as 2.50") from None
     if not (amount.is_finite() and 0 <= amount <= MOST):
-        raise UserError(f"{name} is {value!s:.40}", mend="give an amount of money of 0 or more")
+        raise UserError(f"{name} is {value!s:.40}", hint="give an amount of money of 0 or more")
     if amount and amount.adjusted() < -30:
-        raise UserError(f"{name} is {value!s:.40}", mend="give an amount of money such as 2.50")
+        raise UserError(f"{name} is {value!s:.40}", hint="give an amount of money such as 2.50")
     return amount

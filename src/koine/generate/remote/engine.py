@@ -17,6 +17,7 @@ import httpx2
 
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.generate.engine import Completion
+from koine.generate.messages import Message
 from koine.generate.remote.budget import Budget, Ledger, Spending
 from koine.generate.remote.event_loop import run_to_end
 from koine.generate.remote.protocol import LengthField
@@ -31,7 +32,6 @@ from koine.generate.remote.sending import NEVER_SENT, Received, described, open_
 from koine.generate.remote.shared_state import Charge, Run, StoppedError
 from koine.generate.remote.url import checked_address, key_in_environment, without_credentials
 from koine.generate.sampling import Sampling
-from koine.serve.chat.conversation import Message
 
 REASON_CHARACTERS = 60
 """Characters of a server's finish reason that are shown at most."""
@@ -57,7 +57,7 @@ class RemoteEngine:
     """A model behind `POST {base_url}/chat/completions`.
 
     Answers are kept in `cache` as they come: whatever ends a run early, the next one asks only for the rest. Of a
-    failure that repeating does not mend, the first in the order of the conversations is raised.
+    failure that repeating does not fix, the first in the order of the conversations is raised.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RemoteEngine:
         self._mask = Mask([secret for secret in (key, *proxy_passwords()) if secret])
         if self._mask.stands_in(f"{self._url} {model}".encode("utf-8", "replace")):
             raise UserError(
-                "the address or the model's name holds the key", mend=f"leave it to {api_key_variable} alone"
+                "the address or the model's name holds the key", hint=f"leave it to {api_key_variable} alone"
             )
         # The library's own headers, which show no key when they are printed.
         self._headers = httpx2.Headers(
@@ -168,7 +168,7 @@ class RemoteEngine:
             if self._mask.stands_in(call.content):
                 raise UserError(
                     f"{call.name} holds the key, which the cache would keep",
-                    mend="take it out of the messages",
+                    hint="take it out of the messages",
                 )
         return calls
 
@@ -205,14 +205,14 @@ class RemoteEngine:
         if run.disk is None:
             return
         count = len(self._unsaved)
-        what, mend = run.disk.what, run.disk.mend
+        what, hint = run.disk.what, run.disk.hint
         if count:
             what += f"; {count} paid answer{'s' * (count > 1)} could not be kept"
-            mend = (
+            hint = (
                 f"free some space and run again; {'they are' if count > 1 else 'it is'} asked for again then"
             )
         if missing or run.failures:
-            raise UserError(what, where=run.disk.where, mend=mend) from run.disk
+            raise UserError(what, where=run.disk.where, hint=hint) from run.disk
         lost = ", and will be asked for again by the next program" if count else ""
         warnings.warn(f"{run.disk.where}: {what}{lost}", KoineWarning, stacklevel=3)
 
@@ -258,7 +258,7 @@ class RemoteEngine:
                 raise UserError(
                     f"{call.name}: no answer after {attempt} attempts ({result.problem}; twice in the same way)",
                     where=self._url,
-                    mend="see what the endpoint answers: asking on would cost again",
+                    hint="see what the endpoint answers: asking on would cost again",
                 )
             if result.kind is not None:
                 malformed.add(result.kind)
@@ -268,7 +268,7 @@ class RemoteEngine:
                 raise UserError(
                     f"{call.name}: no answer after {attempt} attempt{'s' * (attempt > 1)} ({result.problem}{patience})",
                     where=self._url,
-                    mend="run again later: what was answered is kept"
+                    hint="run again later: what was answered is kept"
                     if self._cache
                     else "try again later, with a cache folder to keep what is answered",
                 )
@@ -328,18 +328,18 @@ class RemoteEngine:
             if status == 429 and asked is not None and asked <= self._retries.longest_wait:
                 self._limiter.hold(asked)
             return _Failure(problem=problem, asked=asked)
-        mend = None
+        hint = None
         if status in (401, 403):
-            mend = (
+            hint = (
                 "name the environment variable that holds the key"
                 if self._key_variable is None
                 else f"check the key in {self._key_variable}"
             )
         elif status == 404:
-            mend = f"check the address and the model's name '{self.model}'"
+            hint = f"check the address and the model's name '{self.model}'"
         elif status in (301, 302, 303, 307, 308) and "Location" in received.headers:
-            mend = f"give the address that it leads to: {self._place(received.headers['Location'])}"
-        raise UserError(f"{call.name}: {problem}", where=self._url, mend=mend)
+            hint = f"give the address that it leads to: {self._place(received.headers['Location'])}"
+        raise UserError(f"{call.name}: {problem}", where=self._url, hint=hint)
 
     def _place(self, location: str) -> str:
         """The target of a redirect, for a message; nothing is sent there, least of all the key."""
@@ -367,7 +367,7 @@ class RemoteEngine:
             raise UserError(
                 f"{call.name}: the endpoint ended the answer with '{reason}'",
                 where=self._url,
-                mend="leave this conversation out or change it",
+                hint="leave this conversation out or change it",
             )
         text = self._mask.answer(answer.text)
         if text != answer.text:
@@ -401,13 +401,13 @@ class RemoteEngine:
 
 def _check_options(model: str, concurrency: int, timeout: float, length_field: str) -> None:
     if not isinstance(model, str) or not model.strip():
-        raise UserError("no model is named", mend="give the name that the endpoint knows it by")
+        raise UserError("no model is named", hint="give the name that the endpoint knows it by")
     if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
-        raise UserError(f"concurrency is {concurrency}", mend="give a whole number from 1")
+        raise UserError(f"concurrency is {concurrency}", hint="give a whole number from 1")
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     if not number or not 0 < timeout < math.inf:
-        raise UserError(f"timeout is {timeout}", mend="give seconds, more than 0")
+        raise UserError(f"timeout is {timeout}", hint="give seconds, more than 0")
     if length_field not in get_args(LengthField):
         raise UserError(
-            f"length_field is '{length_field}'", mend=did_you_mean(str(length_field), get_args(LengthField))
+            f"length_field is '{length_field}'", hint=did_you_mean(str(length_field), get_args(LengthField))
         )

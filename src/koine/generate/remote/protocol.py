@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from koine.errors import UserError
+from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
-from koine.serve.chat.conversation import Message
 
 LengthField = Literal["max_tokens", "max_completion_tokens"]
 
@@ -45,7 +45,7 @@ def request_body(
     for entry in dataclasses.fields(sampling):
         if entry.name not in UNDERSTOOD and getattr(sampling, entry.name) != entry.default:
             raise UserError(
-                f"the setting {entry.name.replace('_', '-')} cannot be sent to an endpoint", mend="leave it out"
+                f"the setting {entry.name.replace('_', '-')} cannot be sent to an endpoint", hint="leave it out"
             )  # fmt: skip
     body: dict[str, Any] = {
         "model": model,

@@ -10,11 +10,11 @@ from decimal import Decimal
 from typing import Any
 
 from koine.errors import UserError
+from koine.generate.messages import Message
 from koine.generate.remote.budget import Budget
 from koine.generate.remote.protocol import LengthField, most_prompt_tokens, request_body
 from koine.generate.remote.response_cache import request_key
 from koine.generate.sampling import Sampling
-from koine.serve.chat.conversation import Message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def build_calls(
             content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"conversation {index + 1} cannot be sent ({error})", mend="give messages of valid text"
+                f"conversation {index + 1} cannot be sent ({error})", hint="give messages of valid text"
             ) from None
         request: dict[str, Any] = {"url": url, "body": body}
         if not greedy and sampling.seed is None:

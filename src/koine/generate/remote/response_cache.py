@@ -62,7 +62,7 @@ class AnswerCache:
             raise UserError(
                 f"the answer in the cache cannot be read ({error.strerror})",
                 where=path,
-                mend="make it readable, or remove it to ask again",
+                hint="make it readable, or remove it to ask again",
             ) from None
         try:
             return _read_entry(key, content)
@@ -70,7 +70,7 @@ class AnswerCache:
             raise UserError(
                 f"an answer of version {error}, and this Koine reads version {VERSION}",
                 where=path,
-                mend="use the Koine that wrote it, or give another cache folder",
+                hint="use the Koine that wrote it, or give another cache folder",
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if warn:

@@ -41,11 +41,11 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
-            raise UserError(f"{self.attempts} attempts", mend="give at least 1")
+            raise UserError(f"{self.attempts} attempts", hint="give at least 1")
         if not 0 <= self.first_wait <= self.longest_wait:
             raise UserError(
                 f"the first wait is {self.first_wait} s and the longest {self.longest_wait} s",
-                mend="give 0 or more, the longest not below the first",
+                hint="give 0 or more, the longest not below the first",
             )
 
     def wait(self, attempt: int, *, call: str, asked: float | None) -> float | None:

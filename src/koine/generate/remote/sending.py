@@ -48,7 +48,7 @@ def open_client(
     except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
         raise UserError(
             f"no connection can be made with these settings ({mask.line(described(error))})",
-            mend="correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR in the environment",
+            hint="correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR in the environment",
         ) from None
 
 

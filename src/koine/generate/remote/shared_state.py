@@ -55,7 +55,7 @@ class Run:
                     f"{call.name}: it may cost {call.cost:f}, and with {now.at_most:f} spent that would pass the ceiling "
                     f"of {ledger.budget.ceiling:f}",
                     where=url,
-                    mend="raise the ceiling, shorten the answers, or ask less",
+                    hint="raise the ceiling, shorten the answers, or ask less",
                 )
             self.settled.clear()
             await self.first(self.settled.wait())

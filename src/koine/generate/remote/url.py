@@ -18,20 +18,20 @@ def checked_address(base_url: str) -> str:
     import httpx2
 
     if not isinstance(base_url, str):
-        raise UserError("the address is no text", mend=FORM)
+        raise UserError("the address is no text", hint=FORM)
     if "@" in base_url or "?" in base_url or "#" in base_url:
         raise UserError(
             "the address holds a user, a password or a query",
-            mend="put the key into an environment variable and give that variable's name",
+            hint="put the key into an environment variable and give that variable's name",
         )
     try:
         url = httpx2.URL(base_url)
         # As the system's resolver will write it: no label empty or longer than 63 letters.
         url.raw_host.decode("ascii").encode("idna")
     except (httpx2.InvalidURL, UnicodeError) as error:
-        raise UserError(f"the address '{base_url:.200}' is none ({error})", mend=FORM) from None
+        raise UserError(f"the address '{base_url:.200}' is none ({error})", hint=FORM) from None
     if url.scheme not in ("http", "https") or not url.host or not (url.port is None or 0 < url.port < 2**16):
-        raise UserError(f"the address '{base_url:.200}' is none", mend=FORM)
+        raise UserError(f"the address '{base_url:.200}' is none", hint=FORM)
     return base_url.rstrip("/")
 
 
@@ -47,15 +47,15 @@ def key_in_environment(variable: str) -> str:
         # Perhaps the key itself: it is not repeated.
         raise UserError(
             "api_key_variable is no name of a variable",
-            mend="put the key into an environment variable and give that variable's name",
+            hint="put the key into an environment variable and give that variable's name",
         )
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise UserError(f"the environment variable {variable} is not set", mend=f"export {variable}=...")
+        raise UserError(f"the environment variable {variable} is not set", hint=f"export {variable}=...")
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError(
             f"the environment variable {variable} holds no key",
-            mend="a key is one word of plain letters, digits and signs",
+            hint="a key is one word of plain letters, digits and signs",
         )
     return key
 

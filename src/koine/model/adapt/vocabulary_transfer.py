@@ -19,7 +19,7 @@ from koine.model.formats.carried_files import TOKENIZER_FILES, carry_files
 from koine.model.formats.checksum import seal_folder
 from koine.model.formats.directory import save_model
 from koine.model.formats.library_config import skeleton
-from koine.model.formats.weight_files import refuse_adapter
+from koine.model.formats.weight_files import check_adapter
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.embedding_init import METHODS, Method, auxiliary_vectors, initialise_rows
 from koine.tokenizer.loaders import open_tokenizer
@@ -73,11 +73,11 @@ def move_model(
     Raises `UserError` where the model has no tokenizer of its own or fewer rows than that has ids, or a method lacks its text.
     """
     if method not in METHODS:
-        raise UserError(f"unknown method '{method}'", mend=did_you_mean(method, METHODS))
+        raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
     sample = list(texts) if texts is not None and method in TEXT_METHODS else []
     if method in TEXT_METHODS and not any(text.strip() for text in sample):
-        raise UserError(f"the method '{method}' learns from text", mend="give some with --text FILE")
-    refuse_adapter(model)
+        raise UserError(f"the method '{method}' learns from text", hint="give some with --text FILE")
+    check_adapter(model)
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
     match = match_tokenizers(model, tokenizer)
     loaded = load_as_stored(model)
@@ -100,7 +100,7 @@ def move_model(
         raise UserError(
             f"the model has {len(embedding)} rows and its tokenizer {match.old_size} ids",
             where=model,
-            mend="give the model its own tokenizer",
+            hint="give the model its own tokenizer",
         )
     new_embedding = rows(embedding)
     new_head = None if head is None else rows(head)
@@ -153,7 +153,7 @@ def _refuse_other_tables(inner: Any, model: Path) -> None:
         raise UserError(
             f"has another table of tokens than embedding and head ({others[0]}), which cannot be moved",
             where=model,
-            mend="keep its tokenizer, or choose a model without one",
+            hint="keep its tokenizer, or choose a model without one",
         )
 
 
@@ -162,7 +162,7 @@ def _move_generation(source: Path, target: Path, match: VocabularyMatch, tokeniz
 
     Several tokens may end an answer, and sampling has nothing to do with the tokenizer.
     """
-    settings = read_json_object(source, mend="correct or remove it")
+    settings = read_json_object(source, hint="correct or remove it")
     for name, own in (
         ("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id), ("pad_token_id", tokenizer.pad_id),
     ):  # fmt: skip

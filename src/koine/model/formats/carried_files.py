@@ -114,13 +114,13 @@ def module_folders(model: Path) -> list[str]:
     modules = content if isinstance(content, list) else []
     paths = [one.get("path") for one in modules if isinstance(one, dict)]
     if not paths or len(paths) < len(modules) or not all(isinstance(path, str) for path in paths):
-        raise UserError("names no modules", where=file, mend="it is damaged; copy the folder again")
+        raise UserError("names no modules", where=file, hint="it is damaged; copy the folder again")
     found = [str(path) for path in paths if path]
     for name in found:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise UserError(
-                f"names a folder outside its own, {name!r}", where=file, mend="do not trust this folder"
+                f"names a folder outside its own, {name!r}", where=file, hint="do not trust this folder"
             )
     return found
 

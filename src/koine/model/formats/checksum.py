@@ -149,7 +149,7 @@ def verify(files: Iterable[Path]) -> None:
             raise UserError(
                 "does not match the sha256 that it carries; it is damaged",
                 where=path,
-                mend="copy it again, or build it again",
+                hint="copy it again, or build it again",
             )
         # Changed while it was read: then nothing is known of it.
         if _name(path) == name:

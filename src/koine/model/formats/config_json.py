@@ -18,7 +18,7 @@ from koine.model.config import (
     MixtureConfig,
     ModelConfig,
 )
-from koine.model.formats.weight_files import refuse_adapter
+from koine.model.formats.weight_files import check_adapter
 
 OWN_TYPES = ("cohere", "cohere2", "koine")
 _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM", "koine": "KoineForCausalLM"}
@@ -101,7 +101,7 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
         raise UserError(
             f"model_type {shown(kind)} is not one that Koine's own decoder implements ({', '.join(OWN_TYPES)})",
             where=where,
-            mend="steps that take any causal LM open it through transformers (pip install 'koine[hf]')",
+            hint="steps that take any causal LM open it through transformers (pip install 'koine[hf]')",
         )
     fields = Fields(value, where, whole_file="the file is not a whole config.json")
     rope = fields.inner("rope_parameters", None) or fields.inner("rope_scaling", None) or Fields({}, where)
@@ -131,7 +131,7 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
             eos_token_id=_token_id(fields, "eos_token_id", 255_001),
         )
     except UserError as error:
-        raise type(error)(error.what, where=error.where or where, mend=error.mend) from None
+        raise type(error)(error.what, where=error.where or where, hint=error.hint) from None
 
 
 def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
@@ -150,7 +150,7 @@ def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
             raise UnsupportedModelError(
                 f"{name} is {shown(got)}",
                 where=fields.where,
-                mend=f"Koine's own decoder implements {only!r} only",
+                hint=f"Koine's own decoder implements {only!r} only",
             )
 
 
@@ -176,7 +176,7 @@ def _one_a_layer(fields: Fields, name: str, count: int) -> list[Any]:
         raise UserError(
             f"'{name}' has {len(got)} entries and num_hidden_layers is {count}",
             where=fields.where,
-            mend="give one entry a layer",
+            hint="give one entry a layer",
         )
     return got
 
@@ -196,7 +196,7 @@ def _layers(fields: Fields, kind: str, count: int) -> tuple[LayerSpec, ...]:
         raise UnsupportedModelError(
             f"layer_types holds {shown(unknown[0])}",
             where=fields.where,
-            mend="Koine's own decoder implements 'sliding_attention' and 'full_attention' only",
+            hint="Koine's own decoder implements 'sliding_attention' and 'full_attention' only",
         )
     window = fields.whole("sliding_window", 4096, low=1, high=LONGEST_WINDOW)
     return tuple(
@@ -238,13 +238,13 @@ def read_config(path: Path) -> ModelConfig:
     """The configuration of a model directory."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError("no such model directory", where=path, mend="give a folder that holds config.json")
-    refuse_adapter(path)
+        raise UserError("no such model directory", where=path, hint="give a folder that holds config.json")
+    check_adapter(path)
     if not (path / "config.json").exists():
         raise UserError(
             "holds no config.json",
             where=path,
-            mend="give the folder of a model, not of a run or a checkpoint",
+            hint="give the folder of a model, not of a run or a checkpoint",
         )
-    value = read_json_object(path / "config.json", mend="it is no model's configuration")
+    value = read_json_object(path / "config.json", hint="it is no model's configuration")
     return from_json(value, where=path / "config.json")

@@ -22,7 +22,7 @@ from koine.model.decoder import Decoder
 from koine.model.formats.checksum import KEY, UNSEALED, seal, verify
 from koine.model.formats.config_json import read_config, to_json
 from koine.model.formats.end_ids import end_ids
-from koine.model.formats.opening import refuse_other_tokenizer
+from koine.model.formats.opening import check_other_tokenizer
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
 
@@ -102,7 +102,7 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
 
     Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
     """
-    refuse_other_tokenizer(path)
+    check_other_tokenizer(path)
     weights = StoredWeights(path)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
@@ -120,14 +120,14 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
             else f"has {len(extra)} unknown tensors ({names})"
         )
         raise UserError(
-            f"the checkpoint {what}", where=path, mend="config.json and the weights do not belong together"
+            f"the checkpoint {what}", where=path, hint="config.json and the weights do not belong together"
         )
     for name, shape in expected.items():
         if weights.shape(name) != shape:
             raise UserError(
                 f"{name} has shape {list(weights.shape(name))}, config.json says {list(shape)}",
                 where=path,
-                mend="config.json and the weights do not belong together",
+                hint="config.json and the weights do not belong together",
             )
     return weights
 
@@ -158,7 +158,7 @@ def load_model(
                 raise UserError(
                     f"{name} holds NaN or infinity",
                     where=path,
-                    mend="this checkpoint is broken; use an earlier one",
+                    hint="this checkpoint is broken; use an earlier one",
                 )
     return model.eval()
 

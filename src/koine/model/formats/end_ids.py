@@ -25,7 +25,7 @@ def end_ids(folder: Path) -> frozenset[int]:
             continue
         value = read_json(folder / name)
         if not isinstance(value, dict):
-            raise UserError("is not a JSON object", where=folder / name, mend="copy it again, or remove it")
+            raise UserError("is not a JSON object", where=folder / name, hint="copy it again, or remove it")
         text = value.get("text_config")
         for holder in (value, text if isinstance(text, dict) else {}):
             found.update(_ids(holder.get("eos_token_id"), folder / name))
@@ -39,7 +39,7 @@ def _ids(value: Any, where: Path) -> list[int]:
             raise UserError(
                 f"the field 'eos_token_id' is {value!r}",
                 where=where,
-                mend="it must be an id or a list of ids",
+                hint="it must be an id or a list of ids",
             )
     # Some write -1 where nothing ends a text.
     return [one for one in ids if one >= 0]

@@ -50,7 +50,7 @@ def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None, overwrite
     """
     model, out = Path(model), Path(out)
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype '{dtype}'", mend=did_you_mean(dtype, DTYPES))
+        raise UserError(f"unknown dtype '{dtype}'", hint=did_you_mean(dtype, DTYPES))
     config = _read_config(model)
     architecture = architecture_of(config, where=model / "config.json")
     weights = open_weights(model, config)
@@ -81,7 +81,7 @@ def _read_config(model: Path) -> ModelConfig:
         raise UserError(
             f"a model of type '{kind}' is not exported",
             where=where,
-            mend="convert_hf_to_gguf.py of llama.cpp takes the classes of others",
+            hint="convert_hf_to_gguf.py of llama.cpp takes the classes of others",
         )
     return read_config(model)
 
@@ -109,8 +109,8 @@ def _warnings(config: ModelConfig, tokenizer: GgufTokenizer) -> Iterator[str]:
 def architecture_of(config: ModelConfig, *, where: Path) -> Literal["cohere2", "command-r"]:
     """The architecture of llama.cpp that is exactly this model; raises `UserError` where there is none."""
 
-    def refuse(what: str, mend: str) -> UserError:
-        return UserError(f"llama.cpp has no architecture for this model: {what}", where=where, mend=mend)
+    def refuse(what: str, hint: str) -> UserError:
+        return UserError(f"llama.cpp has no architecture for this model: {what}", where=where, hint=hint)
 
     if config.mixture is not None:
         raise refuse("it is a mixture of experts", "export the dense models that it was made of")
@@ -240,7 +240,7 @@ def _check_range(values: Any, kind: str, name: str, where: Path) -> None:
     largest = max(-float(values.min()), float(values.max()))
     if not np.isfinite(largest):
         raise UserError(
-            f"{name} holds NaN or infinity", where=where, mend="this checkpoint is broken; use an earlier one"
+            f"{name} holds NaN or infinity", where=where, hint="this checkpoint is broken; use an earlier one"
         )
     # A block of q8_0 is 127ths of its scale.
     limit = {"F16": _FLOAT16_MAX, "Q8_0": 127 * _FLOAT16_MAX}.get(kind)
@@ -248,7 +248,7 @@ def _check_range(values: Any, kind: str, name: str, where: Path) -> None:
         raise UserError(
             f"{name} holds {largest:.3g}, which float16 cannot",
             where=where,
-            mend="export with --dtype bfloat16 or float32",
+            hint="export with --dtype bfloat16 or float32",
         )
 
 

@@ -58,7 +58,7 @@ def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {rows}",
             where=path,
-            mend="these are not a pair; put the tokenizer that the model was trained with into its folder",
+            hint="these are not a pair; put the tokenizer that the model was trained with into its folder",
         )
     where = path / "tokenizer.json"
     content = read_json(where)
@@ -67,7 +67,7 @@ def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
         raise UserError(
             "the tokenizer has no merges, and llama.cpp reads no model without any",
             where=where,
-            mend="train one with a larger vocabulary",
+            hint="train one with a larger vocabulary",
         )
     special = {token["id"]: bool(token.get("special")) for token in content.get("added_tokens", [])}
     tokens = [f"[PAD{index}]" for index in range(rows)]
@@ -113,21 +113,21 @@ def _pre_tokenizer(content: dict[str, Any], where: Path) -> str:
         raise UserError(
             f"the tokenizer's model is {kind}" + (" with byte fallback" if kind == "BPE" else ""),
             where=where,
-            mend="only byte-level BPE is exported to GGUF",
+            hint="only byte-level BPE is exported to GGUF",
         )
     normalizer = content.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise UserError(
             f"the tokenizer's normaliser is {normalizer.get('type')}",
             where=where,
-            mend="llama.cpp normalises nothing; only NFC, in which most text is written, is exported",
+            hint="llama.cpp normalises nothing; only NFC, in which most text is written, is exported",
         )
     name = _name_of(_steps(content.get("pre_tokenizer")))
     if name is None:
         raise UserError(
             "llama.cpp has no name for the expression that cuts this tokenizer's text",
             where=where,
-            mend="exported are Koine's own tokenizers, Cohere's and GPT-2's",
+            hint="exported are Koine's own tokenizers, Cohere's and GPT-2's",
         )
     return name
 

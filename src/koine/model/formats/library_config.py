@@ -42,7 +42,7 @@ def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         said = " ".join(str(error).split()) or first_line(error)
         raise UserError(
-            f"is no configuration of a {kind} ({said[:200]})", where=where, mend="correct this field"
+            f"is no configuration of a {kind} ({said[:200]})", where=where, hint="correct this field"
         ) from None
 
 

@@ -14,7 +14,7 @@ from koine.errors import UserError
 from koine.files import read_json
 from koine.model.formats.checksum import verify
 from koine.model.formats.library_config import parameters_described
-from koine.model.formats.weight_files import open_safetensors, refuse_adapter, stored_bytes, weight_files
+from koine.model.formats.weight_files import check_adapter, open_safetensors, stored_bytes, weight_files
 
 LONGEST = 240
 """Characters of a library's message that are shown."""
@@ -32,7 +32,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refusals(path: Path, what: str, mend: str) -> Iterator[None]:
+def refusals(path: Path, what: str, hint: str) -> Iterator[None]:
     """Turn a foreign library's exceptions about a folder into one line.
 
     Memory that runs out stays what it is.
@@ -42,7 +42,7 @@ def refusals(path: Path, what: str, mend: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a folder can be wrong in more ways than a library has exceptions for
-        raise UserError(f"{what} ({one_line(error)})", where=path, mend=mend) from error
+        raise UserError(f"{what} ({one_line(error)})", where=path, hint=hint) from error
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -51,24 +51,24 @@ def read_description(path: Path) -> dict[str, Any]:
     Raises `UserError` for a folder that is no model: an adapter, a checkpoint of a training, no or no whole
     config.json.
     """
-    refuse_adapter(path)
+    check_adapter(path)
     if not (path / "config.json").exists():
-        raise UserError("holds no config.json", where=path, mend="give the folder of a model")
+        raise UserError("holds no config.json", where=path, hint="give the folder of a model")
     if (path / "checkpoint.json").exists():
         raise UserError(
             "is a checkpoint of a training",
             where=path,
-            mend=f"make a model of it: koine model export {path} --format safetensors --out MODEL",
+            hint=f"make a model of it: koine model export {path} --format safetensors --out MODEL",
         )
     value = read_json(path / "config.json")
     if not isinstance(value, dict):
         raise UserError(
-            "is not a JSON object", where=path / "config.json", mend="it is no model's configuration"
+            "is not a JSON object", where=path / "config.json", hint="it is no model's configuration"
         )
     return value
 
 
-def refuse_other_tokenizer(path: Path) -> None:
+def check_other_tokenizer(path: Path) -> None:
     """Raise `UserError` where a trained model's tokenizer is not the one in `training.json`."""
     record, tokenizer = path / "training.json", path / "tokenizer.json"
     if not (record.is_file() and tokenizer.is_file()):
@@ -80,7 +80,7 @@ def refuse_other_tokenizer(path: Path) -> None:
         raise UserError(
             "is not the tokenizer that the model was trained with (training.json has its sha256)",
             where=tokenizer,
-            mend="put that one back, or move the model to another: koine tokenizer adapt",
+            hint="put that one back, or move the model to another: koine tokenizer adapt",
         )
 
 
@@ -102,7 +102,7 @@ def stored_dtype(files: list[Path]) -> torch.dtype | None:
     return max(found, key=lambda dtype: found[dtype]) if found else None
 
 
-def refuse_description(value: dict[str, Any], path: Path, transformers: Any) -> None:
+def check_description(value: dict[str, Any], path: Path, transformers: Any) -> None:
     """Raise `UserError` for a configuration that is no causal language model of the installed `transformers`.
 
     Custom code (`auto_map`, kernels from a hub) is named and never run.
@@ -114,7 +114,7 @@ def refuse_description(value: dict[str, Any], path: Path, transformers: Any) -> 
         raise UserError(
             "names no model_type" if kind is None else f"the field 'model_type' is {kind!r}",
             where=where,
-            mend="it must be a name that transformers knows",
+            hint="it must be a name that transformers knows",
         )
     own = value.get("auto_map")
     code = own if isinstance(own, dict) else {}
@@ -126,32 +126,32 @@ def refuse_description(value: dict[str, Any], path: Path, transformers: Any) -> 
         raise UserError(
             f"needs Python code that comes with it ({', '.join(sorted(names)[:2])}), which is never run",
             where=path,
-            mend="convert it to a class of transformers",
+            hint="convert it to a class of transformers",
         )
     if kind not in known:
         raise UserError(
             f"the model_type '{kind}' is unknown to transformers {transformers.__version__}",
             where=where,
-            mend="check its spelling, or upgrade transformers",
+            hint="check its spelling, or upgrade transformers",
         )
     if not causal:
         raise UserError(
             f"a '{kind}' is no causal language model in transformers {transformers.__version__}",
             where=where,
-            mend="give a model that writes text",
+            hint="give a model that writes text",
         )
     if value.get("is_encoder_decoder") is True:
         raise UserError(
             f"a '{kind}' of encoder and decoder is no causal language model",
             where=where,
-            mend="give a decoder-only model",
+            hint="give a decoder-only model",
         )
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(value.get(name) or ""):
             raise UserError(
                 f"the field '{name}' names code to fetch ({value[name]}), which is never run",
                 where=where,
-                mend="remove the field",
+                hint="remove the field",
             )
     for name in ("dtype", "torch_dtype"):
         said = value.get(name)
@@ -162,11 +162,11 @@ def refuse_description(value: dict[str, Any], path: Path, transformers: Any) -> 
         )
         if not known_dtype and said != "auto":
             raise UserError(
-                f"the field '{name}' is {said!r}", where=where, mend="it must be float32, bfloat16 or float16"
+                f"the field '{name}' is {said!r}", where=where, hint="it must be float32, bfloat16 or float16"
             )
 
 
-def refuse_sizes(path: Path, value: dict[str, Any], files: list[Path]) -> None:
+def check_sizes(path: Path, value: dict[str, Any], files: list[Path]) -> None:
     """Raise `UserError` where config.json describes a far larger model than the weight files hold, before memory is taken for it."""
     with refusals(path, "is no configuration of a model", "check config.json"):
         described = parameters_described(value, where=path / "config.json")
@@ -176,28 +176,28 @@ def refuse_sizes(path: Path, value: dict[str, Any], files: list[Path]) -> None:
         raise UserError(
             f"describes {described:,} numbers, and the weight files have {stored:,} bytes",
             where=path / "config.json",
-            mend="config.json and the weights do not belong together",
+            hint="config.json and the weights do not belong together",
         )
 
 
-def refuse_difference(path: Path, loaded: dict[str, Any]) -> None:
+def check_difference(path: Path, loaded: dict[str, Any]) -> None:
     """Raise `UserError` where weights and config.json do not belong together.
 
     So nothing random is scored or trained.
     """
-    mend = "config.json and the weights do not belong together"
+    hint = "config.json and the weights do not belong together"
     if loaded.get("mismatched_keys"):
         name, *shapes = min(loaded["mismatched_keys"])
         found, wanted = (list(shape) for shape in shapes)
         raise UserError(
             f"{name} has shape {found}, config.json says {wanted}",
             where=path,
-            mend=mend,
+            hint=hint,
         )
     missing = sorted(loaded.get("missing_keys") or ())
     if missing:
         raise UserError(
             f"the weights lack {len(missing)} tensors ({', '.join(missing[:3])}), which would be random",
             where=path,
-            mend=mend,
+            hint=hint,
         )

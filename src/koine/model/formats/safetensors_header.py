@@ -58,13 +58,13 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
         return _entries(_parsed(header[8:]), len(header), size)
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror})", where=file, mend="a safetensors file must stand here"
+            f"cannot be read ({error.strerror})", where=file, hint="a safetensors file must stand here"
         ) from None
     except MalformedHeaderError as error:
         raise UserError(
             f"not a whole safetensors file ({error})",
             where=file,
-            mend="it is truncated or damaged; copy or build it again",
+            hint="it is truncated or damaged; copy or build it again",
         ) from None
 
 

@@ -27,7 +27,7 @@ def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
     Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or
     lies outside the folder.
     """
-    refuse_adapter(folder)
+    check_adapter(folder)
     named = _named_by_config(folder)
     choices = [named] if named else [SINGLE, INDEX, *((PICKLED, PICKLED_INDEX) if pickled else ())]
     chosen = next((name for name in choices if (folder / name).is_file()), None)
@@ -37,12 +37,12 @@ def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
         raise UserError(
             f"holds no {named or SINGLE}{has}",
             where=folder,
-            mend="weights in another format must be converted first",
+            hint="weights in another format must be converted first",
         )
     names = shard_names(folder / chosen) if chosen.endswith(".index.json") else [chosen]
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"the shard {name} is missing", where=folder, mend="copy the whole folder again")
+            raise UserError(f"the shard {name} is missing", where=folder, hint="copy the whole folder again")
     return [folder / name for name in names]
 
 
@@ -58,7 +58,7 @@ def _named_by_config(folder: Path) -> str | None:
         raise UserError(
             f"the field 'transformers_weights' is {name!r}",
             where=folder / "config.json",
-            mend="it must name a .safetensors file of the folder, or an index of some",
+            hint="it must name a .safetensors file of the folder, or an index of some",
         )
     return name
 
@@ -72,17 +72,17 @@ def shard_names(index: Path) -> list[str]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise UserError("holds no weight_map", where=index, mend="the file is damaged; copy the folder again")
+        raise UserError("holds no weight_map", where=index, hint="the file is damaged; copy the folder again")
     for name in shards.values():
         if _leaves(name):
             raise UserError(
                 f"names a file outside its folder, {name!r}"[:300],
                 where=index,
-                mend="a model's shards lie beside its index; do not trust this folder",
+                hint="a model's shards lie beside its index; do not trust this folder",
             )
     if not shards:
         raise UserError(
-            "names no tensor at all", where=index, mend="the file is damaged; copy the folder again"
+            "names no tensor at all", where=index, hint="the file is damaged; copy the folder again"
         )
     return sorted(set(shards.values()))
 
@@ -97,7 +97,7 @@ def _leaves(name: str) -> bool:
     )
 
 
-def refuse_adapter(folder: Path) -> None:
+def check_adapter(folder: Path) -> None:
     """Raise `UserError` for a folder of PEFT (a LoRA adapter): what it changes is not in its own weights."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
@@ -111,12 +111,12 @@ def refuse_adapter(folder: Path) -> None:
         raise UserError(
             f"holds a {kind} adapter{of} beside whole weights, and nothing says whether they are merged",
             where=folder,
-            mend=f"merge it with peft's merge_and_unload, or remove {ADAPTER_CONFIG} if that is done",
+            hint=f"merge it with peft's merge_and_unload, or remove {ADAPTER_CONFIG} if that is done",
         )
     raise UserError(
         f"is a {kind} adapter{of}, not a whole model",
         where=folder,
-        mend="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+        hint="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
         ".save_pretrained(MODEL)",
     )
 
@@ -131,7 +131,7 @@ def open_safetensors(file: Path) -> Any:
         raise UserError(
             f"not a whole safetensors file ({error})",
             where=file,
-            mend="it is truncated or damaged; copy or build it again",
+            hint="it is truncated or damaged; copy or build it again",
         ) from None
 
 

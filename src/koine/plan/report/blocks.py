@@ -39,7 +39,7 @@ def read_step_report(path: Path) -> StepReport:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("blocks"), list):
         raise UserError(
-            "not a report", where=path, mend='a report is {"title": ..., "blocks": [{"kind": ...}, ...]}'
+            "not a report", where=path, hint='a report is {"title": ..., "blocks": [{"kind": ...}, ...]}'
         )
     title = content.get("title", "")
     if not isinstance(title, str):
@@ -53,25 +53,25 @@ def check_block(block: Any, where: str) -> None:
     """Raise `UserError` where `block` has an unknown kind or key, lacks one, or holds another type than it must."""
     if not isinstance(block, dict) or not isinstance(block.get("kind"), str):
         raise UserError(
-            "a block must be an object with a 'kind'", where=where, mend=f"kinds: {', '.join(KEYS)}"
+            "a block must be an object with a 'kind'", where=where, hint=f"kinds: {', '.join(KEYS)}"
         )
     kind = block["kind"]
     if kind not in KEYS:
-        raise UserError(f"unknown kind of block '{kind}'", where=where, mend=did_you_mean(kind, KEYS))
+        raise UserError(f"unknown kind of block '{kind}'", where=where, hint=did_you_mean(kind, KEYS))
     needed, optional = KEYS[kind]
     given = set(block) - {"kind"}
     for key in sorted(given - needed - optional):
         raise UserError(
             f"a block of kind '{kind}' has no key '{key}'",
             where=where,
-            mend=did_you_mean(key, needed | optional),
+            hint=did_you_mean(key, needed | optional),
         )
     missing = sorted(needed - given)
     if missing:
         raise UserError(
             f"a block of kind '{kind}' lacks {', '.join(repr(key) for key in missing)}",
             where=where,
-            mend=f"it needs {', '.join(sorted(needed))}",
+            hint=f"it needs {', '.join(sorted(needed))}",
         )
     for key in ("title", "text", "caption", "x_label", "y_label", "label"):
         expect(isinstance(block.get(key, ""), str), where, f"'{key}' must be text")
@@ -81,7 +81,7 @@ def check_block(block: Any, where: str) -> None:
 
 def expect(holds: bool, where: str, what: str) -> None:
     if not holds:
-        raise UserError(what, where=where, mend="mend the step that wrote it and run it again")
+        raise UserError(what, where=where, hint="fix the step that wrote it and run it again")
 
 
 def is_number(value: Any) -> bool:
@@ -228,7 +228,7 @@ def check_samples(block: Block, where: str) -> None:
                 raise UserError(
                     f"{here}: unknown role '{message['role']}'",
                     where=where,
-                    mend=did_you_mean(message["role"], ROLES),
+                    hint=did_you_mean(message["role"], ROLES),
                 )
 
 

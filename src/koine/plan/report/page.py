@@ -31,9 +31,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     content = read_run(run)
     out = run / "report.html" if out is None else Path(out)
     if out.is_dir():
-        raise UserError("a folder", where=out, mend="give the file to write, such as report.html")
+        raise UserError("a folder", where=out, hint="give the file to write, such as report.html")
     if not out.parent.is_dir():
-        raise UserError("no such folder", where=out.parent, mend="make it first, or choose another --out")
+        raise UserError("no such folder", where=out.parent, hint="make it first, or choose another --out")
     write_atomically(out, render(run.resolve().name, content))
     return out
 
@@ -108,7 +108,7 @@ def write_page(
     Raises `UserError` where a block is not as `check_block` wants it, or `out` cannot be a file.
     """
     if out.is_dir():
-        raise UserError("a folder", where=out, mend="give the file to write, such as report.html")
+        raise UserError("a folder", where=out, hint="give the file to write, such as report.html")
     for title, blocks in sections:
         for number, block in enumerate(blocks, 1):
             check_block(block, f"{title}, block {number}")

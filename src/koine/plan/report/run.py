@@ -86,11 +86,11 @@ def read_run(run: Path) -> Run:
     Raises `UserError` where `run` is no run folder, holds no finished artifact, or a file in it is broken.
     """
     if not run.is_dir():
-        raise UserError("no such run folder", where=run, mend=nearest_run(run))
+        raise UserError("no such run folder", where=run, hint=nearest_run(run))
     folders = list(artifact_folders(run))
     if run in folders:
         raise UserError(
-            "an artifact, not a run folder", where=run, mend="give the folder of the run that it is in"
+            "an artifact, not a run folder", where=run, hint="give the folder of the run that it is in"
         )
     members = {member.name: member for folder in folders if (member := read_member(run, folder))}
     nodes = read_plan(run / "plan.json")
@@ -98,7 +98,7 @@ def read_run(run: Path) -> Run:
         raise UserError(
             "no artifact is finished yet" if nodes else "not a run folder: it holds no artifact",
             where=run,
-            mend="finish it with koine run PLAN"
+            hint="finish it with koine run PLAN"
             if nodes
             else "give the folder that koine run wrote, runs/NAME",
         )
@@ -135,7 +135,7 @@ def read_plan(path: Path) -> dict[str, Unfinished]:
     if not isinstance(nodes, list) or not all(
         isinstance(node, dict) and isinstance(node.get("name"), str) for node in nodes
     ):
-        raise UserError("not the record of a run", where=path, mend="run the plan again")
+        raise UserError("not the record of a run", where=path, hint="run the plan again")
     return {
         node["name"]: Unfinished(
             node["name"],
@@ -180,7 +180,7 @@ def read_member(run: Path, folder: Path) -> Member | None:
         raise UserError(
             "not an artifact's record",
             where=folder / "artifact.json",
-            mend="remove the folder and run the plan again",
+            hint="remove the folder and run the plan again",
         )
     name = folder.relative_to(run).as_posix()
     own = record.get("artifact", name)
@@ -228,7 +228,7 @@ def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
                 raise UserError(
                     f"line {number} is not a JSON object with a step",
                     where=path,
-                    mend="run the training again",
+                    hint="run the training again",
                 ) from None
             for key, value in entry.items():
                 if key != "step" and is_number(value):

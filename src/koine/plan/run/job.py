@@ -49,7 +49,7 @@ def check_importable(function: Callable[..., None]) -> None:
         raise UserError(
             "a step must be a function at the top level of a module",
             where=function.__qualname__,
-            mend="define it in a file of its own or in the plan's file, and start it with `koine run`",
+            hint="define it in a file of its own or in the plan's file, and start it with `koine run`",
         )
 
 

@@ -92,14 +92,14 @@ def check_address(address: str) -> None:
     if not colon or not port.isdigit():
         if address == "auto":
             return
-        raise UserError(f"'{address}' is no address", where="--address", mend="give host:port, or auto")
+        raise UserError(f"'{address}' is no address", where="--address", hint="give host:port, or auto")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(
             f"no Ray cluster answers there ({error})",
             where=f"--address {address}",
-            mend="start one with `ray start --head`, or leave --address out for one on this machine",
+            hint="start one with `ray start --head`, or leave --address out for one on this machine",
         ) from None
 
 
@@ -127,7 +127,7 @@ class RayExecutor:
                 raise UserError(
                     f"cannot reach a Ray cluster ({' '.join(str(error).split())[:200]})",
                     where=f"--address {address}" if address else "Ray",
-                    mend="start one with `ray start --head`, or leave --address out for one on this machine",
+                    hint="start one with `ray start --head`, or leave --address out for one on this machine",
                 ) from error
         self.cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.free_memory: int | None = None

@@ -152,7 +152,7 @@ def make_place(own: Path) -> None:
 
 
 def recover_all(plan: Plan) -> None:
-    """Mend what a kill during publication left, where nobody is building that artifact now."""
+    """Fix what a kill during publication left, where nobody is building that artifact now."""
     for name in plan.nodes:
         # A lock that nobody holds was left by a kill; who holds one is waited for where its artifact is
         # needed.

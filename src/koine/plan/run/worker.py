@@ -24,12 +24,12 @@ from koine.plan.store.fingerprints import ContentCache, fingerprint_of_content, 
 from koine.plan.store.provenance import environment, files_of, hashes, manifest_hash, sizes
 from koine.plan.store.publish import (
     REMOVE,
+    check_damage,
     lock_of,
     prepare_work,
     publish,
     record_of,
     recover,
-    refuse_damage,
     standing,
 )
 
@@ -87,9 +87,9 @@ def parents_of(job: Job) -> list[dict[str, Any]]:
             raise UserError(
                 f"artifact '{parent['name']}' was changed by another run while '{job.name}' was being built",
                 where=path,
-                mend="let one run end before starting another with other settings, or give it another --name",
+                hint="let one run end before starting another with other settings, or give it another --name",
             )
-        refuse_damage(path, known)
+        check_damage(path, known)
         found.append({**entry, "sha256": manifest_hash(known["files"])})
     return found
 
@@ -104,7 +104,7 @@ def look_at_inputs(job: Job) -> Before:
     before = Before(parents_of(job), stamps)
     for parent in job.parents:
         if parent["input"]:
-            refuse_other_content(job, parent, "has changed since this run began")
+            check_other_content(job, parent, "has changed since this run began")
     return before
 
 
@@ -120,7 +120,7 @@ def stamps_of(job: Job) -> dict[str, list[int]]:
     return {str(file): stamp(file.stat()) for file in files if file.exists()}
 
 
-def refuse_other_content(job: Job, parent: dict[str, Any], what: str) -> None:
+def check_other_content(job: Job, parent: dict[str, Any], what: str) -> None:
     """Raise `UserError` where an input is not what the plan read.
 
     What has its old stamp is not read again.
@@ -128,20 +128,20 @@ def refuse_other_content(job: Job, parent: dict[str, Any], what: str) -> None:
     path = Path(parent["path"])
     cache = ContentCache(Path(job.folder) / ".cache" / "inputs.json")
     if not path.exists() or fingerprint_of_content(path, cache) != parent["fingerprint"]:
-        raise UserError(f"input '{parent['name']}' {what}", where=path, mend="run the same command again")
+        raise UserError(f"input '{parent['name']}' {what}", where=path, hint="run the same command again")
 
 
-def refuse_changes(job: Job, before: Before) -> None:
+def check_changes(job: Job, before: Before) -> None:
     """Raise `UserError` where anything that a step has read is not what it was when the step began."""
     if parents_of(job) != before.recorded:
-        raise UserError("an input changed while the step ran", where=job.name, mend="run it again")
+        raise UserError("an input changed while the step ran", where=job.name, hint="run it again")
     now = stamps_of(job)
     if now == before.stamps:
         return
     for parent in job.parents:
         path = Path(parent["path"])
         if parent["input"]:
-            refuse_other_content(job, parent, "changed while the step ran")
+            check_other_content(job, parent, "changed while the step ran")
             continue
         known = (record_of(path) or {}).get("files", {})
         for name, file in files_of(path).items():
@@ -149,7 +149,7 @@ def refuse_changes(job: Job, before: Before) -> None:
                 raise UserError(
                     f"artifact '{parent['name']}' changed while the step ran: its file '{name}'",
                     where=path,
-                    mend=REMOVE,
+                    hint=REMOVE,
                 )
 
 
@@ -168,7 +168,7 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
     recover(run, job.name)
     known = record_of(run / job.name)
     if known is not None and (known["fingerprint"] == job.fingerprint or known["step"] == "adopted"):
-        refuse_damage(run / job.name, known)
+        check_damage(run / job.name, known)
         return "reused"
     found = standing(run, job.name)
     before = look_at_inputs(job)
@@ -184,7 +184,7 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
         with PeakMemory(without=guardian) as peak:
             function(**inputs, **parameters, out=work)
         seconds = time.monotonic() - clock
-        refuse_changes(job, before)
+        check_changes(job, before)
         metrics = work / "metrics.json"
         # Of an attempt that was killed, or of a process that the step has started.
         clear_partials(work)
@@ -224,7 +224,7 @@ def function_of(job: Job) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 def fail(job: Job, error: UserError) -> NoReturn:
-    """Say what the user can mend, in the log and to the parent.
+    """Say what the user can fix, in the log and to the parent.
 
     Another run may have written to the log meanwhile.
     """

@@ -27,20 +27,20 @@ def adopt(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Pa
         raise UserError("no such folder", where=source)
     if not source.is_dir():
         raise UserError(
-            "is a file; an artifact is a folder", where=source, mend="put it into a folder of its own"
+            "is a file; an artifact is a folder", where=source, hint="put it into a folder of its own"
         )
     if not NAME.fullmatch(name) or name.partition("/")[0] in RESERVED:
-        raise UserError(f"'{name}' cannot name an artifact", mend="use letters, digits, '-', '_' and '/'")
+        raise UserError(f"'{name}' cannot name an artifact", hint="use letters, digits, '-', '_' and '/'")
     final = plan.folder / name
     if final.resolve().is_relative_to(source.resolve()):
-        raise UserError("holds the run itself", where=source, mend="adopt the folder of the artifact alone")
+        raise UserError("holds the run itself", where=source, hint="adopt the folder of the artifact alone")
     if not walk(source, hidden=True):
         raise UserError("holds no files", where=source)
     for parent in final.relative_to(plan.folder).parents:
         if (plan.folder / parent / "artifact.json").exists():
-            raise UserError(f"'{name}' lies inside artifact '{parent}'", mend="choose another name")
+            raise UserError(f"'{name}' lies inside artifact '{parent}'", hint="choose another name")
     if final.exists():
-        raise UserError("exists already", where=final, mend="remove it first, or choose another name")
+        raise UserError("exists already", where=final, hint="remove it first, or choose another name")
     with exclusive(lock_of(plan.folder, name), doing=f"building {name}"):
         recover(plan.folder, name)
         with atomic_directory(final) as work:

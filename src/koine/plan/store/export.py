@@ -33,7 +33,7 @@ def write_exports(plan: Plan) -> None:
             raise UserError(
                 f"step '{artifact.name}' wrote no '{artifact.inside}'",
                 where="plan.export",
-                mend="export a file that it writes",
+                hint="export a file that it writes",
             )
         if target.exists() and same(source, target):
             continue

@@ -83,7 +83,7 @@ def fingerprint_of_content(path: Path, cache: ContentCache | None = None) -> str
         if not path.exists():
             raise UserError("no such file or folder", where=path)
         if not path.is_dir():
-            raise UserError("neither a file nor a folder", where=path, mend="write it to a file first")
+            raise UserError("neither a file nor a folder", where=path, hint="write it to a file first")
         return digest(
             [
                 [file.relative_to(path).as_posix(), hash_of(file) if file.exists() else None]
@@ -92,7 +92,7 @@ def fingerprint_of_content(path: Path, cache: ContentCache | None = None) -> str
         )
     except PermissionError as error:
         raise UserError(
-            "cannot be read", where=error.filename or path, mend="check its permissions"
+            "cannot be read", where=error.filename or path, hint="check its permissions"
         ) from None
     except OSError as error:
         raise explain(error, path) or error from error

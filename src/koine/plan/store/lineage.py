@@ -61,7 +61,7 @@ def lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
         raise UserError(
             "holds no artifact.json",
             where=artifact,
-            mend="only what `koine run` built or `koine adopt` registered has a lineage",
+            hint="only what `koine run` built or `koine adopt` registered has a lineage",
         )
     # Not resolved: an artifact that was moved and linked has its run where the link is.
     return _ancestor(artifact.absolute(), verify, {})

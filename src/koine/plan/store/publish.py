@@ -1,4 +1,4 @@
-"""An artifact's way from its work folder to its name, and the mending of what a kill left on that way."""
+"""An artifact's way from its work folder to its name, and the fixing of what a kill left on that way."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def record_of(artifact: Path) -> dict[str, Any] | None:
     try:
         record = read_json(path)
     except UserError as error:
-        raise UserError(error.what, where=path, mend=REMOVE) from None
+        raise UserError(error.what, where=path, hint=REMOVE) from None
     for key in ("artifact", "step", "fingerprint", "files", "parents"):
         if not isinstance(record, dict) or key not in record:
-            raise UserError(f"has no '{key}'", where=path, mend=REMOVE)
+            raise UserError(f"has no '{key}'", where=path, hint=REMOVE)
     _check(Fields(record, path, whole_file=REMOVE))
     return dict(record)
 
@@ -90,7 +90,7 @@ def real_place(run: Path, name: str) -> Path:
         raise UserError(
             f"leads to {place}, which is not there",
             where=final,
-            mend="mount its disk; or, if it is gone, remove the link",
+            hint="mount its disk; or, if it is gone, remove the link",
         )
     return place
 
@@ -115,7 +115,7 @@ def standing(run: Path, name: str) -> State | None:
     empty = found is None or (place.is_dir() and not any(place.iterdir()))
     if not empty and not (place / "artifact.json").exists():
         raise UserError(
-            "is no artifact, and is not replaced", where=run / name, mend="move it away, then run again"
+            "is no artifact, and is not replaced", where=run / name, hint="move it away, then run again"
         )
     return found
 
@@ -133,10 +133,10 @@ def damage_by_size(place: Path, record: dict[str, Any]) -> Iterator[str]:
             yield f"its file '{name}' has {size:,} bytes, and {sizes[name]:,} were written"
 
 
-def refuse_damage(place: Path, record: dict[str, Any]) -> None:
+def check_damage(place: Path, record: dict[str, Any]) -> None:
     """Raise `UserError` where an artifact that is about to be used is not whole by the sizes of its files."""
     for problem in damage_by_size(place, record):
-        raise UserError(problem, where=place, mend=REMOVE)
+        raise UserError(problem, where=place, hint=REMOVE)
 
 
 def prepare_work(run: Path, name: str, fingerprint: str) -> tuple[Path, int]:

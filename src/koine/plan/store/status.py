@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from koine.plan.plan import Node, Plan
-from koine.plan.store.publish import record_of, refuse_damage, standing
+from koine.plan.store.publish import check_damage, record_of, standing
 
 State = Literal["build", "reused", "adopted", "not needed"]
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -46,7 +46,7 @@ def why(node: Node) -> list[str]:
     if old is None:
         return ["new"]
     if old["fingerprint"] == node.artifact.fingerprint:
-        refuse_damage(node.artifact.path, old)
+        check_damage(node.artifact.path, old)
         return []
     return differences({key: old.get(key) for key in node.recipe}, node.recipe) or ["fingerprint changed"]
 
@@ -56,7 +56,7 @@ def is_adopted(node: Node) -> bool:
     record = record_of(node.artifact.path)
     if record is None or record["step"] != "adopted":
         return False
-    refuse_damage(node.artifact.path, record)
+    check_damage(node.artifact.path, record)
     return True
 
 

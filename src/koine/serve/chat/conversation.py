@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from koine.errors import UserError
-
-Message = dict[str, str]
+from koine.generate.messages import Message
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Conversation:
         if room < 1:
             raise UserError(
                 f"the question is {len(prompt)} tokens long and the model's context holds {context}",
-                mend="ask a shorter one" + (", or shorten the system text" if self.system else ""),
+                hint="ask a shorter one" + (", or shorten the system text" if self.system else ""),
             )
         return Fitted(prompt=prompt, max_new_tokens=min(reserve, room), dropped=dropped)
 

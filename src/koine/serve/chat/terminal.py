@@ -116,7 +116,7 @@ class Chat:
         elif name == "/set":
             self.set_sampling(rest)
         else:
-            raise UserError(f"unknown command '{name}'", mend=did_you_mean(name, COMMANDS))
+            raise UserError(f"unknown command '{name}'", hint=did_you_mean(name, COMMANDS))
         return True
 
     def set_system(self, text: str) -> None:
@@ -129,7 +129,7 @@ class Chat:
         if rest:
             words = rest.replace("=", " ").split()
             if len(words) != 2:
-                raise UserError(f"/set {rest}", mend="write /set NAME VALUE, such as /set temperature 0.5")
+                raise UserError(f"/set {rest}", hint="write /set NAME VALUE, such as /set temperature 0.5")
             self.sampling = self.sampling.replaced(words[0], words[1])
         self.remark(f"({self.sampling.described()})")
 
@@ -234,7 +234,7 @@ def run_lines(chat: Chat, lines: BinaryIO) -> None:
             raise UserError(
                 f"line {number} is not UTF-8",
                 where="standard input",
-                mend="convert it, for example with iconv",
+                hint="convert it, for example with iconv",
             ) from None
         if line.strip() and not chat.handle(line):
             return

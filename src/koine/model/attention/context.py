@@ -1,0 +1,46 @@
+"""The protocol between the decoder and a KV cache (`koine.generate.cache`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class AttentionContext(Protocol):
+    """A KV cache as one forward pass sees it: positions, and attention over cached and new tokens."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions for RoPE, `[batch, time]`."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store keys and values, then attend.
+
+        Args:
+            layer: index of the layer.
+            q: scaled queries `[batch, time, kv_heads, groups, head_dim]`.
+            k, v: `[batch, time, kv_heads, head_dim]`.
+
+        Returns:
+            `[batch, time, heads * head_dim]`.
+        """
+        ...
+
+    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """Store and attend for tokens in one row.
+
+        Args:
+            layer: index of the layer.
+            q: scaled queries `[tokens, kv_heads, groups, head_dim]`.
+            new: keys and values `[2, tokens, kv_heads, head_dim]`.
+
+        Returns:
+            `[tokens, kv_heads, groups, head_dim]`.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Add the tokens of this pass to the lengths of their sequences."""
+        ...
