@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
-from koine.fields import shown
+from koine.fields import short_repr
 from koine.generate.grammar.schema import schema_text
 
 _WHOLE = ("top_k", "seed", "max_new_tokens")
@@ -87,7 +87,9 @@ class Sampling:
 
     def _require(self, name: str, holds: bool, hint: str) -> None:
         if not holds:
-            raise UserError(f"{name.replace('_', '-')} is {shown(getattr(self, name))}", hint=f"give {hint}")
+            raise UserError(
+                f"{name.replace('_', '-')} is {short_repr(getattr(self, name))}", hint=f"give {hint}"
+            )
 
     def replaced(self, name: str, text: str) -> Sampling:
         """These settings with one changed from its written form: `replaced("top-k", "40")`.
@@ -100,7 +102,7 @@ class Sampling:
         }
         if field not in kinds:
             known = [known.replace("_", "-") for known in kinds]
-            raise UserError(f"unknown setting {shown(name)}", hint=did_you_mean(name, known))
+            raise UserError(f"unknown setting {short_repr(name)}", hint=did_you_mean(name, known))
         value: Any
         try:
             if text == "none" and field == "seed":
@@ -109,7 +111,7 @@ class Sampling:
                 value = float(text) if kinds[field] == "float" else int(text)
         except ValueError:
             kind = "a number" if kinds[field] == "float" else "a whole number"
-            raise UserError(f"{name} is {shown(text)}", hint=f"give {kind}") from None
+            raise UserError(f"{name} is {short_repr(text)}", hint=f"give {kind}") from None
         return dataclasses.replace(self, **{field: value})
 
     def described(self) -> str:
