@@ -15,7 +15,7 @@ from typing import Any
 from koine.errors import UserError, did_you_mean
 
 MAX_INTEGER = 2**53
-"""Largest whole number where no other bound is given; float64 holds all up to it exactly."""
+"""Largest integer where no other bound is given; float64 holds all up to it exactly."""
 _SHOWN = 60
 _REQUIRED: Any = object()
 
@@ -23,7 +23,7 @@ _REQUIRED: Any = object()
 def short_repr(value: Any) -> str:
     """A value as a message shows it: of bounded length, whatever it is."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return f"a whole number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+        return f"an integer of {int(value.bit_length() * math.log10(2)) + 1} digits"
     if isinstance(value, str):
         value = value[: 2 * _SHOWN]
     if isinstance(value, list | tuple | dict | set) and len(value) > _SHOWN:
@@ -65,9 +65,9 @@ def check_integer(
     high: int = MAX_INTEGER,
     where: str | Path | None = None,
 ) -> int:
-    """`value` where it is a whole number within its bounds, else a `UserError`."""
+    """`value` where it is an integer within its bounds, else a `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong(name, value, "a whole number", where)
+        raise _wrong(name, value, "an integer", where)
     _check_bounds(name, value, low, high, None, where)
     return value
 
@@ -170,7 +170,7 @@ class Fields:
     def integer(
         self, name: str, default: Any = _REQUIRED, *, low: int | None = None, high: int = MAX_INTEGER
     ) -> Any:
-        """A whole number."""
+        """An integer."""
         got = self.get(name, default)
         return (
             got if got is None else check_integer(self._name(name), got, low=low, high=high, where=self.where)

@@ -345,7 +345,7 @@ def _check_sources(sources: tuple[Source, ...], where: str) -> None:
 # What a JSON value must be, by the type that a field is declared with.
 _KINDS: Mapping[Any, str] = {
     str: "a string",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     Path: "a string",

@@ -54,7 +54,7 @@ class Sampling:
         self._require(
             "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"
         )
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         for name in ("top_k", "max_new_tokens"):
             self._require(name, getattr(self, name) < 2**31, "a number below 2^31")
@@ -75,7 +75,7 @@ class Sampling:
         self._require(
             name,
             isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool),
-            "a whole number" if whole else "a number",
+            "an integer" if whole else "a number",
         )
         try:
             number = int(value) if whole else float(value)
@@ -110,7 +110,7 @@ class Sampling:
             else:
                 value = float(text) if kinds[field] == "float" else int(text)
         except ValueError:
-            kind = "a number" if kinds[field] == "float" else "a whole number"
+            kind = "a number" if kinds[field] == "float" else "an integer"
             raise UserError(f"{name} is {short_repr(text)}", hint=f"give {kind}") from None
         return dataclasses.replace(self, **{field: value})
 

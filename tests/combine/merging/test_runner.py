@@ -162,7 +162,7 @@ def test_mixed_dtypes_whole_numbers_and_scalars(tmp_path: Path) -> None:
     assert float(got["scale"]) == 3.0
     assert torch.equal(got["steps"], torch.tensor([1, 2]))
     save_file({**got, "steps": torch.tensor([1, 3])}, tmp_path / "b" / "model.safetensors")
-    with pytest.raises(UserError, match="steps is of whole numbers and differs"):
+    with pytest.raises(UserError, match="steps is of integers and differs"):
         merge(recipe, tmp_path / "other")
     assert not list(tmp_path.glob(".other*"))
 

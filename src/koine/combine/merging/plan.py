@@ -214,7 +214,7 @@ def _same_kind(name: str, everyone: Sequence[Checkpoint]) -> None:
             raise UserError(
                 f"{name} is {dtypes[1]}, and {dtypes[0]} in {everyone[0].path}".replace("torch.", ""),
                 where=one.path,
-                hint="whole numbers are copied where they are equal, and not merged",
+                hint="integers are copied where they are equal, and not merged",
             )
 
 

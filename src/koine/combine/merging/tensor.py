@@ -35,9 +35,9 @@ def merge_tensor(plan: MergePlan, writer: CheckpointWriter, name: str) -> dict[s
         for one in everyone[1:]:
             if not torch.equal(one.read(name), first):
                 raise UserError(
-                    f"{name} is of whole numbers and differs from that of {everyone[0].path}",
+                    f"{name} is of integers and differs from that of {everyone[0].path}",
                     where=one.path,
-                    hint="whole numbers are copied where they are equal, and not merged",
+                    hint="integers are copied where they are equal, and not merged",
                 )
         writer.write(name, first)
         return {}
