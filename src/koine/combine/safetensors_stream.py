@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from koine.combine.merging.methods import BLOCK
 from koine.errors import UserError
 from koine.files import read_json, write_json
 from koine.model.formats.checksum import KEY, UNSEALED, verify
@@ -33,9 +32,6 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 READ_BACK = 2**22
 """Bytes of a file that are read at once for a checksum."""
-
-NEAR_ROWS = 8
-"""Wanted rows at most so far apart are read together, with those between: a read costs more than a few rows."""
 
 
 @dataclass(frozen=True)
@@ -147,77 +143,6 @@ class Checkpoint(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self.entries)
-
-
-class StoredTensor:
-    """A tensor of a checkpoint that is read where it is sliced. It has what a method of
-    `koine.combine.merging.methods` asks of a tensor that it walks through in blocks, so that a method that makes
-    several passes holds no tensor whole.
-
-    check: called with every part that was read.
-    rows: `[n]`, which of its rows, in this order; None: all of them. dtype: that it is read as; None: as it
-    is stored.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        name: str,
-        check: Callable[[Tensor], None],
-        rows: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self._checkpoint, self._name, self._check, self._rows = checkpoint, name, check, rows
-        self._entry = checkpoint[name]
-        self.dtype = dtype or self._entry.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        """As a tensor's."""
-        shape = self._entry.shape
-        return torch.Size(shape if self._rows is None else (len(self._rows), *shape[1:]))
-
-    def numel(self) -> int:
-        """As a tensor's."""
-        return self.shape.numel()
-
-    def new_empty(self, shape: torch.Size) -> Tensor:
-        """As a tensor's."""
-        return torch.empty(shape, dtype=self.dtype)
-
-    def reshape(self, size: int) -> StoredTensor:
-        """Itself: it is sliced as one line of numbers, whatever its shape."""
-        if size != -1:
-            raise ValueError(f"a stored tensor is read as one line of numbers, not as {size}")
-        return self
-
-    def __getitem__(self, part: slice) -> Tensor:
-        start, stop, step = part.indices(self.numel())
-        if step == 1:
-            read = self._flat(start, stop)
-            self._check(read)
-            return read.to(self.dtype)
-        span = max(1, BLOCK // step) * step
-        return torch.cat([self[at : min(stop, at + span)][::step] for at in range(start, stop, span)])
-
-    def _flat(self, start: int, stop: int) -> Tensor:
-        if self._rows is None:
-            return self._checkpoint.read_flat(self._name, start, stop)
-        row = max(1, self._entry.row)
-        first, last = start // row, -(-stop // row)
-        found = self._gathered(self._rows[first:last])
-        return found.view(-1)[start - first * row : stop - first * row]
-
-    def _gathered(self, rows: Tensor) -> Tensor:
-        """Rows in any order; those that lie near each other are read together."""
-        found = torch.empty((len(rows), *self._entry.shape[1:]), dtype=self._entry.dtype)
-        order = rows.argsort()
-        ascending = rows[order]
-        for start, stop in contiguous_runs(ascending, gap=NEAR_ROWS):
-            low, high = int(ascending[start]), int(ascending[stop - 1]) + 1
-            read = self._checkpoint.read(self._name, low, high)
-            found[order[start:stop]] = read[ascending[start:stop] - low]
-        return found
 
 
 def contiguous_runs(rows: Tensor, *, gap: int = 1) -> list[tuple[int, int]]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koine.combine.compatibility import tokenizer_differences
-from koine.combine.merging.budget import LIBRARIES
+from koine.combine.merging.budget import LIBRARY_BYTES
 from koine.combine.merging.methods import BLOCK, linear
 from koine.combine.merging.tensor_names import is_saved_buffer, leave_tied_head
-from koine.combine.merging.vocabularies import read_token_ids
+from koine.combine.merging.tokenizers import read_token_ids
 from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.errors import UserError
 from koine.files import atomic_directory, check_inside, write_json
@@ -79,7 +79,7 @@ def estimate_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: floa
             for entry in whole.values()
         )
         size = sum(entry.nbytes for entry in whole.values())
-        return CrossModalEstimate(merged, len(names) - merged, size, LIBRARIES + block)
+        return CrossModalEstimate(merged, len(names) - merged, size, LIBRARY_BYTES + block)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from koine.combine.merging.config import MergeConfig
-from koine.combine.merging.methods import METHODS
+from koine.combine.merging.methods import find_method
 from koine.combine.merging.plan import plan_merge
 from koine.errors import UserError
 from koine.model import Decoder, load_causal_lm
@@ -138,8 +138,8 @@ class InMemoryMerge:
         tokenizer: str = "",
         unrelated: bool = False,
     ) -> None:
-        self.info = METHODS[method]
-        if not self.info.takes("weights") and "t" not in self.info.parameters:
+        self.method = find_method(method)
+        if not self.method.takes("weights") and "t" not in self.method.parameters:
             raise UserError(
                 f"{method} has no weights to search",
                 hint="take linear, slerp, task-arithmetic, ties or a dare method",
@@ -151,14 +151,14 @@ class InMemoryMerge:
                 method=method,
                 models=tuple(paths),
                 base=base,
-                weights=equal if self.info.takes("weights") else (),
-                options=self.options if self.info.takes("weights") else {**self.options, "t": 0.5},
+                weights=equal if self.method.takes("weights") else (),
+                options=self.options if self.method.takes("weights") else {**self.options, "t": 0.5},
                 tokenizer=tokenizer,
                 unrelated=unrelated,
             )
         )
         plan.close()
-        if plan.vocabularies:
+        if plan.vocabularies_differ:
             raise UserError(
                 "the models' vocabularies differ",
                 hint="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
@@ -180,7 +180,7 @@ class InMemoryMerge:
     def set(self, weights: tuple[float, ...]) -> nn.Module:
         """The model, with the merge of these weights in float32."""
         # The seed of what a DARE method drops is the same for all weights, so that they are compared on the same mask.
-        searched: dict[str, Any] = {"weights": weights} if self.info.takes("weights") else {"t": weights[1]}
+        searched: dict[str, Any] = {"weights": weights} if self.method.takes("weights") else {"t": weights[1]}
         arguments = self.options | searched
         merged: dict[str, Tensor] = {}
         for name, first in self.states[0].items():
@@ -190,9 +190,9 @@ class InMemoryMerge:
             tensors = [state[name].float() for state in self.states]
             if self.with_base:
                 arguments["base"] = tensors.pop()
-            if self.info.takes("generator"):
+            if self.method.takes("generator"):
                 arguments["generator"] = torch.Generator().manual_seed(0)
-            merged[name] = self.info.function(tensors, **arguments)
+            merged[name] = self.method.function(tensors, **arguments)
         self.model.load_state_dict(
             from_transformers(merged, self.model.config) if isinstance(self.model, Decoder) else merged
         )

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from koine.combine.compatibility import model_configuration, tokenizer_differences
 from koine.errors import KoineWarning, UserError
@@ -32,20 +28,6 @@ IDS = ("_token_id", "_token_ids", "_token_index")
 """Endings of the names of fields that hold token ids."""
 
 
-@dataclass(frozen=True)
-class VocabularyAlignment:
-    """Where each token of the result stands in each model.
-
-    rows: of the result's embeddings. shared: `[n]`, the result's rows that all models have. places: `[n]` for each model, where they stand in it. alone: the
-    other rows, each with the models that have it and where (the base is not among them, unless it alone has it).
-    """
-
-    rows: int
-    shared: Tensor
-    places: tuple[Tensor, ...]
-    alone: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
-
-
 def tokenizer_source(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
     """The model whose tokenizer and chat template the result has.
 
@@ -62,53 +44,6 @@ def tokenizer_source(paths: Sequence[Path], *, with_base: bool, policy: str) -> 
             return index
     raise UserError(
         f"'{policy}' is none of the models", where="--tokenizer", hint="give first, base, or a model"
-    )
-
-
-def align_vocabularies(
-    paths: Sequence[Path],
-    tokens: Sequence[Mapping[str, int] | None],
-    rows_of_each: Sequence[int],
-    *,
-    chosen: int,
-    with_base: bool,
-) -> VocabularyAlignment:
-    """Align the rows of the models' token tables (the base's last).
-
-    tokens: the id of every token in each model. rows_of_each: of the table in each; a token whose id lies
-    beyond it has no row there. chosen: the model whose tokenizer the result has.
-
-    Raises `UserError` where one of the models has no tokenizer.json.
-    """
-    vocabularies: list[dict[str, int]] = []
-    for path, known, count in zip(paths, tokens, rows_of_each, strict=True):
-        if known is None:
-            raise UserError(
-                "holds no tokenizer.json",
-                where=path,
-                hint="rows of different vocabularies are matched by their tokens",
-            )
-        vocabularies.append({token: row for token, row in known.items() if row < count})
-    rows = rows_of_each[chosen]
-    strings = {row: token for token, row in vocabularies[chosen].items()}
-    shared, places, alone = [], [list[int]() for _ in paths], []
-    models = len(paths) - with_base
-    for row in range(rows):
-        token = strings.get(row)
-        found = [None if token is None else known.get(token) for known in vocabularies]
-        if all(place is not None for place in found):
-            shared.append(row)
-            for here, place in zip(places, found, strict=True):
-                here.append(int(place))  # type: ignore[arg-type]
-            continue
-        holders = tuple((index, place) for index, place in enumerate(found[:models]) if place is not None)
-        # A row that no token has (a vocabulary rounded up), or that only the base knows, comes from the chosen model.
-        alone.append((row, holders or ((chosen, row),)))
-    return VocabularyAlignment(
-        rows,
-        torch.tensor(shared, dtype=torch.long),
-        tuple(torch.tensor(here, dtype=torch.long) for here in places),
-        tuple(alone),
     )
 
 
