@@ -19,11 +19,11 @@ from tests.combine.merge_configs import tensors
 
 
 @pytest.fixture
-def nearswap() -> Iterator[None]:
+def attract() -> Iterator[None]:
     """Register a method as a user would."""
 
     @merge_method(source="this test", elementwise=True, models=(2, 2))
-    def nearswap(
+    def attract(
         tensors: Sequence[Tensor],
         *,
         t: Annotated[float, Option("Distance below which the second model counts.", above=0.0)],
@@ -36,32 +36,32 @@ def nearswap() -> Iterator[None]:
         return first + weight * (second - first)
 
     yield
-    del METHODS["nearswap"]
+    del METHODS["attract"]
 
 
-@pytest.mark.usefixtures("nearswap")
+@pytest.mark.usefixtures("attract")
 def test_a_method_is_one_annotated_function(models: dict[str, Path], tmp_path: Path) -> None:
-    method = METHODS["nearswap"]
+    method = METHODS["attract"]
     assert list(method.options) == ["t", "signed", "plain"]
     assert method.options["t"].above == 0.0
     assert method.options["plain"] == Option()
-    shown = CliRunner().invoke(group, ["nearswap", "--help"]).output
+    shown = CliRunner().invoke(group, ["attract", "--help"]).output
     for text in ("Distance below which", "--signed / --no-signed", "Source: this test"):
         assert text in shown
-    arguments = ["nearswap", str(models["a"]), str(models["b"]), "--t", "1e9", "--out", str(tmp_path / "cli")]
+    arguments = ["attract", str(models["a"]), str(models["b"]), "--t", "1e9", "--out", str(tmp_path / "cli")]
     assert CliRunner().invoke(group, arguments, catch_exceptions=False).exit_code == 0
-    merge([models["a"], models["b"]], tmp_path / "api", method="nearswap", t=1e9)
+    merge([models["a"], models["b"]], tmp_path / "api", method="attract", t=1e9)
     second = tensors(models["b"])
     for folder in ("cli", "api"):
         for name, tensor in tensors(tmp_path / folder).items():
             assert torch.allclose(tensor, second[name], atol=1e-6)
 
 
-@pytest.mark.usefixtures("nearswap")
+@pytest.mark.usefixtures("attract")
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "nearswap needs --t"),
+        ({}, "attract needs --t"),
         ({"t": 0.0}, "t is 0.0; it must be greater than 0"),
         ({"t": 1e31}, "t is 1e\\+31; it must be at most 1e\\+30"),
         ({"t": 1.0, "signed": 1.0}, "signed is 1.0; it must be true or false"),
@@ -70,12 +70,12 @@ def test_a_method_is_one_annotated_function(models: dict[str, Path], tmp_path: P
 )
 def test_options_are_checked(options: dict[str, float | bool], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        METHODS["nearswap"].check_options(options)
+        METHODS["attract"].check_options(options)
 
 
-@pytest.mark.usefixtures("nearswap")
+@pytest.mark.usefixtures("attract")
 def test_options_are_read_from_text() -> None:
-    method = METHODS["nearswap"]
+    method = METHODS["attract"]
     assert method.parse_options(["t=0.5", "signed=false"]) == {"t": 0.5, "signed": False}
     for text, says in (
         ("t=half", "it must be a number"),

@@ -51,11 +51,15 @@ def method_parameters(method: MergeMethod) -> list[click.Parameter]:
 def own_option(method: MergeMethod, name: str, *, with_default: bool = True) -> click.Option:
     """Return one option of a method: a number or a switch."""
     default = method.parameters[name].default
-    given = default if with_default and default is not inspect.Parameter.empty else None
+    required = default is inspect.Parameter.empty
+    given = default if with_default and not required else None
     switch = f"--{name}/--no-{name}" if method.is_switch(name) else f"--{name}"
-    kind = bool if method.is_switch(name) else float
     return click.Option(
-        [switch], type=kind, default=given, show_default=given is not None, help=method.options[name].help
+        [switch],
+        type=bool if method.is_switch(name) else float,
+        default=given,
+        show_default=given is not None,
+        help=method.options[name].help + ("  [required]" if required else ""),
     )
 
 
