@@ -32,7 +32,7 @@ check: install-dev
 test: check
 	$(BIN)/pytest -n auto --dist loadfile
 
-# The crash laboratory (docs/faults.md): at most 30 minutes on two cores, for the night.
+# The crash laboratory (docs/explanation/faults.md): at most 30 minutes on two cores, for the night.
 faults: install-dev
 	$(BIN)/python -m tests.faults --minutes 28 --report faults.json
 
