@@ -33,7 +33,7 @@ COLLINEAR = 0.9995
 """SLERP interpolates linearly from this cosine on: the sine that it would divide by is nearly 0."""
 
 BLOCK = 2**19
-"""Entries that are worked on at once: few enough to stay in a core's caches (docs/log.md)."""
+"""Entries that are worked on at once: few enough to stay in a core's caches (docs/explanation/log.md)."""
 
 Share = Annotated[float, Option("Share of the way from the first model to the second.", low=0.0, high=1.0)]
 Density = Annotated[float, Option("Share of each difference's entries that is kept.", above=0.0, high=1.0)]
