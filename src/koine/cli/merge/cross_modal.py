@@ -34,8 +34,8 @@ def command(
     if dry_run:
         found = estimate_cross_modal(multimodal, text, out, alpha=alpha)
         click.echo(
-            f"{found.merged:,} tensors to merge, {found.copied:,} to copy, {size(found.output_bytes)} to write; "
-            f"about {size(found.peak_memory_bytes)} of memory"
+            f"{found.merged:,} tensors to merge, {found.copied:,} to copy, "
+            f"{size(found.output_bytes)} to write; about {size(found.peak_memory_bytes)} of memory"
         )
         return
     done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=largest, overwrite=overwrite)

@@ -25,10 +25,11 @@ MIN_PROBED_ENTRIES = 1_024
 
 def check_same_shape(name: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Raise `UserError` where a tensor has another shape in one of the models."""
+    first = checkpoints[0]
     for one in checkpoints[1:]:
-        if one[name].shape != checkpoints[0][name].shape:
+        if one[name].shape != first[name].shape:
             raise UserError(
-                f"{name} has shape {list(one[name].shape)}, and {list(checkpoints[0][name].shape)} in {checkpoints[0].path}",
+                f"{name} has shape {list(one[name].shape)}, and {list(first[name].shape)} in {first.path}",
                 where=one.path,
                 hint="models of one size can be merged",
             )
@@ -68,18 +69,18 @@ def check_common_ancestor(root: Checkpoint, other: Checkpoint, names: Sequence[s
 
     See `koine.combine.compatibility.MIN_RELATED_COSINE`.
     """
-    # Tables of tokens are left out: they may be of other vocabularies.
-    tables = vocabulary_sizes(model_configuration(root.path))
+    # Embeddings are left out: they may be of other vocabularies.
+    vocabulary_lengths = vocabulary_sizes(model_configuration(root.path))
     matrices = [
         name
         for name in names
         if root[name].dtype.is_floating_point
         and len(root[name].shape) > 1
         and root[name].shape == other[name].shape
-        and root[name].rows not in tables
+        and root[name].rows not in vocabulary_lengths
     ]
     step = max(1, len(matrices) // PROBED_TENSORS)
-    # Not the first and not the last: from the middle of each stretch.
+    # From the middle of each stretch: neither the first matrix nor the last.
     probed = matrices[step // 2 :: step][:PROBED_TENSORS]
     pairs = [(_first_rows(root, name), _first_rows(other, name)) for name in probed]
     if sum(first.numel() for first, _ in pairs) < MIN_PROBED_ENTRIES:
@@ -89,7 +90,8 @@ def check_common_ancestor(root: Checkpoint, other: Checkpoint, names: Sequence[s
         raise UserError(
             f"has no common ancestor with {root.path} (the cosine of their matrices is {found:.2f})",
             where=other.path,
-            hint="weights of independent models have no common order; to merge them all the same, add --unrelated",
+            hint="weights of independent models have no common order; "
+            "to merge them all the same, add --unrelated",
         )
 
 

@@ -1,7 +1,8 @@
 """Merge methods: functions of the tensors that have one name in all models.
 
-To add one, write a function here with the decorator `merge_method`; see `koine.combine.merging.method_registry`
-for what it may take. The command line, `koine.combine.merge` and the model card follow from its signature.
+To add one, write a function here with the decorator `merge_method`; what it may take is described in
+`koine.combine.merging.method_registry`. The command line, `koine.combine.merge` and the model card follow
+from its signature.
 
 Rules for a method:
 
@@ -188,7 +189,7 @@ def find_method(name: str) -> MergeMethod:
 
 
 def trim_threshold(tensor: Tensor, base: Tensor, density: float) -> float:
-    """Return the magnitude of the k-th largest entry of `tensor - base`, for k = `density` of all, at least 1.
+    """Return the magnitude of the k-th largest entry of `tensor - base`, k = `density` of all (at least 1).
 
     Entries as large as it are all kept; a sort would keep some of them by chance.
 
@@ -294,7 +295,7 @@ def _blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Apply an elementwise `function` to tensors of one shape, a block at a time; little is float32 at once."""
+    """Apply an elementwise `function` to tensors of one shape, block by block, so that little is float32."""
     out = tensors[0].new_empty(tensors[0].shape)
     flat, start = out.view(-1), 0
     for blocks in _blocks(*tensors):

@@ -67,8 +67,8 @@ def run_merge(
 
     Raises:
         UserError: The models do not fit together, a tensor holds NaN or infinity, `out` holds something
-            (without `overwrite`), a model changes meanwhile, or the disk is full. Nothing half-written is then
-            left. An interruption leaves the work beside `out`, and the same call goes on there.
+            (without `overwrite`), a model changes meanwhile, or the disk is full. Nothing half-written is
+            then left. An interruption leaves the work beside `out`, and the same call goes on there.
     """
     out = Path(out)
     reads = [*config.models, *([] if config.base is None else [config.base])]

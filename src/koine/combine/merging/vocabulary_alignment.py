@@ -43,12 +43,17 @@ def align_vocabularies(
     source: int,
     with_base: bool,
 ) -> VocabularyAlignment:
-    """Align the rows of the models' token tables (the base's last).
+    """Align the rows of the models' embeddings.
 
-    tokens: the id of every token in each model. rows_of_each: of the table in each; a token whose id lies
-    beyond it has no row there. source: the model whose tokenizer the result has.
+    Args:
+        paths: The models; the base last, where there is one.
+        tokens: The id of every token in each model.
+        rows_of_each: Rows of the tensor in each model. A token whose id lies beyond them has no row there.
+        source: The model whose tokenizer the result has.
+        with_base: Whether the last model is the base.
 
-    Raises `UserError` where one of the models has no tokenizer.json.
+    Raises:
+        UserError: One of the models has no tokenizer.json.
     """
     vocabularies: list[dict[str, int]] = []
     for path, known, count in zip(paths, tokens, rows_of_each, strict=True):
@@ -74,7 +79,7 @@ def align_vocabularies(
         holders = tuple(
             (index, position) for index, position in enumerate(found[:models]) if position is not None
         )
-        # A row that no token has (a vocabulary rounded up), or that only the base knows, comes from the source model.
+        # A row without a token (a vocabulary rounded up), or known to the base alone, is the source's.
         partial.append((row, holders or ((source, row),)))
     return VocabularyAlignment(
         rows,
