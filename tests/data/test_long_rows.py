@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from koine.data import DataOrder, LongRows, Mixture, Phase, Source, TokenSource, tokenize
 from koine.data.mixture import Place, Shape
-from koine.data.packing import AlonePacking, StreamPacking
+from koine.data.packing import ConcatPacking, OnePerRowPacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
 
@@ -77,7 +77,7 @@ def test_the_shapes_of_the_steps(folders: dict[str, Path]) -> None:
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=st.integers(0, 9), world=st.sampled_from([1, 2]), micro=st.integers(1, 3))
-@pytest.mark.parametrize("packing", ["stream", "whole", "alone"])
+@pytest.mark.parametrize("packing", ["concat", "no_split", "one_per_row"])
 def test_the_same_for_any_ranks_and_micro_batches(
     folders: dict[str, Path], packing: Any, step: int, world: int, micro: int
 ) -> None:
@@ -164,7 +164,7 @@ def test_long_rows_of_long_documents_alone(folders: dict[str, Path]) -> None:
 
 def test_a_document_a_row() -> None:
     lengths = np.array([3, 9, 1, 5])
-    packing = AlonePacking(np.arange(4), lengths, 6, (0, 1))
+    packing = OnePerRowPacking(np.arange(4), lengths, 6, (0, 1))
     rows = [packing.row(number) for number in range(8)]
     assert all(len(row) == 1 for row in rows)
     for epoch in (rows[:4], rows[4:]):
@@ -173,7 +173,7 @@ def test_a_document_a_row() -> None:
 
 def test_the_order_of_older_mixtures_stays() -> None:
     """What models that were trained before say they saw: these are the rows that this packing has always given."""
-    packing = StreamPacking(np.arange(5), np.array([3, 5, 2, 7, 4]), 6, (3, 1))
+    packing = ConcatPacking(np.arange(5), np.array([3, 5, 2, 7, 4]), 6, (3, 1))
     assert [packing.row(number) for number in range(2)] == [
         [(2, 0, 2), (0, 0, 3), (3, 0, 2)],
         [(3, 1, 7), (1, 0, 1)],

@@ -25,7 +25,7 @@ SOUND: dict[str, Any] = {
     "sequence_length": 32,
     "batch_size": 2,
     "seed": 0,
-    "packing": "stream",
+    "packing": "concat",
 }
 
 
@@ -47,7 +47,7 @@ SOUND: dict[str, Any] = {
         ("long.every", 2.0, "every of a long rows is 2.0; it must be a whole number"),
         ("batch_size", 2.0, "batch_size of a mixture is 2.0; it must be a whole number"),
         ("seed", 1.5, "seed of a mixture is 1.5; it must be a whole number"),
-        ("packing", ["stream"], r'packing of a mixture is \["stream"\]; it must be "stream" or "whole" or "alone"'),
+        ("packing", ["concat"], r'packing of a mixture is \["concat"\]; it must be "concat" or "no_split" or "one_per_row"'),
         ("cross_document_attention", "no", 'cross_document_attention of a mixture is "no"; it must be true or false'),
     ],
 )  # fmt: skip

@@ -42,7 +42,7 @@ class FakeMixture:
     sequence_length: int = 16
     batch_size: int = 4
     seed: int = 0
-    packing: str = "stream"
+    packing: str = "concat"
     cross_document_attention: bool = True
 
     def place(self, step: int) -> Place:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Span
 from koine.data.mixture import Source
-from koine.data.packing import Pieces, StreamPacking, WholePacking
+from koine.data.packing import ConcatPacking, NoSplitPacking, Pieces
 from koine.data.shards import TokenSource
 
 
@@ -22,7 +22,7 @@ class Component:
     tokens: TokenSource
     language: str
     weight: float
-    packing: StreamPacking | WholePacking
+    packing: ConcatPacking | NoSplitPacking
 
     @property
     def key(self) -> tuple[str, str]:

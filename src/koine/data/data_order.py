@@ -25,7 +25,7 @@ from koine.data.batch import NO_TARGET, Batch
 from koine.data.collate import Component, fill, spans_of
 from koine.data.drawn import Drawn, furthest
 from koine.data.mixture import Mixture, Packing, Shape, Source
-from koine.data.packing import AlonePacking, Pieces, StreamPacking, WholePacking
+from koine.data.packing import ConcatPacking, NoSplitPacking, OnePerRowPacking, Pieces
 from koine.data.shards import TokenSource
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import sha256_file
@@ -33,10 +33,10 @@ from koine.files import sha256_file
 BLOCK = 4096
 """Sequences in which proportions hold exactly, to 1 / BLOCK."""
 
-PACKINGS: dict[Packing, type[StreamPacking | WholePacking]] = {
-    "stream": StreamPacking,
-    "whole": WholePacking,
-    "alone": AlonePacking,
+PACKINGS: dict[Packing, type[ConcatPacking | NoSplitPacking]] = {
+    "concat": ConcatPacking,
+    "no_split": NoSplitPacking,
+    "one_per_row": OnePerRowPacking,
 }
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class _Lane:
 
 Stock = tuple[str, str, int, int]
 """A folder, a language, tokens of a row, and tokens that a document has at least: what rows are drawn from in one order."""
-Packings = dict[Stock, StreamPacking | WholePacking]
+Packings = dict[Stock, ConcatPacking | NoSplitPacking]
 
 
 class DataOrder:
@@ -319,7 +319,7 @@ class DataOrder:
     def _warn_of_cut_documents(self, packings: Packings) -> None:
         counts: dict[int, list[tuple[int, int]]] = {}
         for (_, _, time, _), packing in packings.items():
-            if isinstance(packing, WholePacking):
+            if isinstance(packing, NoSplitPacking):
                 counts.setdefault(time, []).append(packing.cut_off())
         for time, found in counts.items():
             cut, total = (sum(column) for column in zip(*found, strict=True))

@@ -1,4 +1,7 @@
-"""How the documents of one language become rows: joined and cut, whole, or alone. Row `n` follows from `n` alone."""
+"""How the documents of one language become rows: joined and cut, not split, or one a row.
+
+Row `n` depends on `n` only.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class _Epochs:
         return self._seed
 
 
-class StreamPacking(_Epochs):
+class ConcatPacking(_Epochs):
     """All documents of an epoch joined, epoch after epoch, and cut every `time` tokens."""
 
     def __init__(
@@ -104,7 +107,7 @@ class StreamPacking(_Epochs):
         return pieces
 
 
-class WholePacking(_Epochs):
+class NoSplitPacking(_Epochs):
     """Rows of whole documents in shuffled order, a new row where the next one does not fit; longer ones are cut off."""
 
     def __init__(
@@ -172,7 +175,7 @@ class WholePacking(_Epochs):
         ]
 
 
-class AlonePacking(WholePacking):
+class OnePerRowPacking(NoSplitPacking):
     """A document a row, in shuffled order; what is longer than the row is cut off."""
 
     def _begins(self, order: NDArray[Any]) -> NDArray[Any]:
