@@ -135,7 +135,7 @@ def test_proportions(sources: dict[str, Path]) -> None:
         ),
         verify=False,
     )
-    drawn = {(use.source, use.language): use.tokens for use in order.use()}
+    drawn = {(use.source, use.language): use.tokens for use in order.usage()}
     total = sum(drawn.values())
     # 0.75 split one to two between English and German, 0.25 to the other source.
     for key, share in {("a", "en"): 0.25, ("a", "de"): 0.5, ("b", "en"): 0.25}.items():
@@ -186,7 +186,7 @@ def test_a_later_phase_goes_on_where_the_earlier_stopped(sources: dict[str, Path
         if s.language == "de"
     }
     tokens = int(TokenSource(sources["a"]).lengths[TokenSource(sources["a"]).languages == "de"].sum())
-    drawn = sum(use.tokens for use in order.use() if use.phase == "pretrain" and use.language == "de")
+    drawn = sum(use.tokens for use in order.usage() if use.phase == "pretrain" and use.language == "de")
     if drawn + 2 * 32 < tokens:
         later = {
             (s.record_id, s.start) for row in order.batch(20).documents for s in row if s.language == "de"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from koine.data import DataOrder, Mixture, Phase, Source, tokenize
-from koine.data.drawn import Drawn, carry_drawn, furthest, read_drawn
+from koine.data.drawn import Drawn, carry_drawn, merge_drawn, read_drawn
 from koine.data.packing import ConcatPacking, NoSplitPacking, OnePerRowPacking
 from koine.errors import UserError
 
@@ -155,7 +155,7 @@ def test_the_furthest_of_several_models(tmp_path: Path) -> None:
         content = {"drawn": [one(*place).to_json() for place in places]}
         (tmp_path / name / "training.json").write_text(json.dumps(content))
     carry_drawn([tmp_path / name for name in "abc"], tmp_path)
-    assert read_drawn(tmp_path) == furthest([[one("web", 9), one("law", 7)]])
+    assert read_drawn(tmp_path) == merge_drawn([[one("web", 9), one("law", 7)]])
     carry_drawn([tmp_path / "c"], tmp_path / "c")
     assert not (tmp_path / "c" / "drawn.json").exists()
 

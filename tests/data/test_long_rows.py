@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koine.data import DataOrder, LongRows, Mixture, Phase, Source, TokenSource, tokenize
-from koine.data.mixture import Place, Shape
+from koine.data.mixture import StepPosition, Shape
 from koine.data.packing import ConcatPacking, OnePerRowPacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
@@ -63,12 +63,12 @@ def test_the_shapes_of_the_steps(folders: dict[str, Path]) -> None:
     assert [mix.shape(step) for step in range(16)] == expected
     assert mix.shapes() == Counter(expected)
     assert [mix.place(step) for step in (2, 3, 4, 7, 10, 15)] == [
-        Place(0, 2, False, 2),
-        Place(0, 3, True, 0),
-        Place(0, 4, False, 3),
-        Place(0, 7, True, 1),
-        Place(1, 0, False, 0),
-        Place(1, 5, True, 1),
+        StepPosition(0, 2, False, 2),
+        StepPosition(0, 3, True, 0),
+        StepPosition(0, 4, False, 3),
+        StepPosition(0, 7, True, 1),
+        StepPosition(1, 0, False, 0),
+        StepPosition(1, 5, True, 1),
     ]
     order = DataOrder(mix, verify=False)
     for step, shape in enumerate(expected):
@@ -113,10 +113,10 @@ def test_use_counts_every_row(folders: dict[str, Path]) -> None:
             counted[phase.name, row[0].source, row[0].language, shape.sequence_length] += (
                 shape.sequence_length
             )
-    used = {(use.phase, use.source, use.language, use.sequence_length): use.tokens for use in order.use()}
+    used = {(use.phase, use.source, use.language, use.sequence_length): use.tokens for use in order.usage()}
     assert used == counted
     books = TokenSource(folders["books"])
-    for use in order.use():
+    for use in order.usage():
         if use.source == "books":
             total = int(books.lengths[books.languages == use.language].sum())
             assert use.epochs == pytest.approx(use.tokens / total)
@@ -153,7 +153,7 @@ def test_long_rows_of_long_documents_alone(folders: dict[str, Path]) -> None:
         for row in order(least).batch(step).documents:
             assert all(lengths[opened.number(span.shard, span.document)] >= least for span in row)
     assert torch.equal(order(least).batch(0).tokens, order(None).batch(0).tokens)
-    passes = {use.sequence_length: use.epochs for use in order(least).use() if use.language == "en"}
+    passes = {use.sequence_length: use.epochs for use in order(least).usage() if use.language == "en"}
     english = (opened.languages == "en") & (lengths >= least)
     assert passes[96] == pytest.approx(6 * 2 * 96 / 2 / int(lengths[english].sum()), rel=0.2)
     with pytest.raises(

@@ -75,6 +75,6 @@ def test_a_temperature_near_zero_draws_the_largest_language(
     given = copy.deepcopy(SOUND)
     del given["phases"][0]["long"]
     given["phases"][0]["sources"][0] |= {"path": str(tokens), "temperature": temperature}
-    drawn = {use.language: use.tokens for use in DataOrder(Mixture.from_json(given)).use()}
+    drawn = {use.language: use.tokens for use in DataOrder(Mixture.from_json(given)).usage()}
     assert np.argmax([drawn["de"], drawn["en"]]) == 0
     assert drawn["en"] <= 32

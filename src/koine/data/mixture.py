@@ -85,7 +85,7 @@ class Shape(NamedTuple):
         return self.sequence_length * self.batch_size
 
 
-class Place(NamedTuple):
+class StepPosition(NamedTuple):
     """Where a step of a mixture is."""
 
     phase: int
@@ -222,7 +222,7 @@ class Mixture:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
-    def place(self, step: int) -> Place:
+    def place(self, step: int) -> StepPosition:
         """The phase of a step, and where in it the step is. Raises `UserError` outside the mixture."""
         if not 0 <= step < self.steps:
             raise UserError(
@@ -235,8 +235,8 @@ class Mixture:
         every = self.long_every(index)
         before = inside // every if every else 0
         if every and (inside + 1) % every == 0:
-            return Place(index, inside, True, before)
-        return Place(index, inside, False, inside - before)
+            return StepPosition(index, inside, True, before)
+        return StepPosition(index, inside, False, inside - before)
 
     def long_every(self, phase: int) -> int:
         """Every how many steps of a phase are of long rows; 0: none is."""

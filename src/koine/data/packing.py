@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 KEPT_EPOCHS = 2
 
 
-class Pieces(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Tokens `[start, end)` of a document, in a row."""
 
     document: int
@@ -85,7 +85,7 @@ class ConcatPacking(_Epochs):
         kept: tuple[NDArray[Any], NDArray[Any]] = self._keep(epoch, (order, ends))
         return kept
 
-    def row(self, number: int) -> list[Pieces]:
+    def row(self, number: int) -> list[DocumentSlice]:
         """The pieces of row `number`; together they hold one token more than the row, the last position's target."""
         epoch, position = divmod(number * self._time, self._total)
         wanted = self._time + 1
@@ -99,7 +99,7 @@ class ConcatPacking(_Epochs):
                 start = length - (int(ends[index]) - position)
                 end = min(length, start + wanted)
                 if end > start:
-                    pieces.append(Pieces(int(self._documents[which]), start, end))
+                    pieces.append(DocumentSlice(int(self._documents[which]), start, end))
                 wanted -= end - start
                 position += end - start
                 index += 1
@@ -165,12 +165,12 @@ class NoSplitPacking(_Epochs):
             filled = int(ends[begins[-1] - 1])
         return np.array(begins)
 
-    def row(self, number: int) -> list[Pieces]:
+    def row(self, number: int) -> list[DocumentSlice]:
         """The pieces of row `number`."""
         epoch, inside = self._locate(number)
         order, begins = self._epoch(epoch)
         return [
-            Pieces(int(self._documents[which]), 0, int(min(self._lengths[which], self._time)))
+            DocumentSlice(int(self._documents[which]), 0, int(min(self._lengths[which], self._time)))
             for which in order[begins[inside] : begins[inside + 1]]
         ]
 

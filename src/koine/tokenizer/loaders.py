@@ -258,7 +258,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         TypeError,
         ValueError,
     ) as error:
-        _refuse_custom_code(path)
+        _check_no_custom_code(path)
         raise UserError(f"{cannot} ({first_line(error)})", where=path, hint=hint) from None
     backend = getattr(opened, "backend_tokenizer", None)
     if backend is None:
@@ -270,7 +270,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
     return _Backend(backend.to_str(), path)
 
 
-def _refuse_custom_code(path: Path) -> None:
+def _check_no_custom_code(path: Path) -> None:
     """Raise `UserError` for a tokenizer of its own Python code, which is never run."""
     config = path / "tokenizer_config.json"
     about = read_json(config) if config.is_file() else {}
