@@ -95,7 +95,7 @@ def test_ranks_and_phases_and_long_rows_go_on_too(shards: Path) -> None:
     )
     first = DataOrder(mixture(shards, phases=phases, batch_size=2))
     second = DataOrder(mixture(shards, phases=phases, batch_size=2, drawn=first.drawn()))
-    short = [step for step in range(6) if not first.mixture.place(step).long]
+    short = [step for step in range(6) if not first.mixture.position(step).long]
     assert not set(ids(first, short)) & set(ids(second, short[:2]))
     rows = [second.batch(1, rank=rank, world_size=2).documents for rank in range(2)]
     assert [row for part in rows for row in part] == second.batch(1).documents

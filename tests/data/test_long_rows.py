@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koine.data import DataOrder, LongRows, Mixture, Phase, Source, TokenSource, tokenize
-from koine.data.mixture import StepPosition, Shape
+from koine.data.mixture import Shape, StepPosition
 from koine.data.packing import ConcatPacking, OnePerRowPacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
@@ -62,7 +62,7 @@ def test_the_shapes_of_the_steps(folders: dict[str, Path]) -> None:
     expected = [base, base, base, long] * 2 + [base, base] + [own, own, more] * 2
     assert [mix.shape(step) for step in range(16)] == expected
     assert mix.shapes() == Counter(expected)
-    assert [mix.place(step) for step in (2, 3, 4, 7, 10, 15)] == [
+    assert [mix.position(step) for step in (2, 3, 4, 7, 10, 15)] == [
         StepPosition(0, 2, False, 2),
         StepPosition(0, 3, True, 0),
         StepPosition(0, 4, False, 3),
@@ -108,7 +108,7 @@ def test_use_counts_every_row(folders: dict[str, Path]) -> None:
     order = DataOrder(mixture(folders), verify=False)
     counted: Counter[tuple[str, str, str, int]] = Counter()
     for step in range(16):
-        phase, shape = order.mixture.phases[order.mixture.place(step).phase], order.mixture.shape(step)
+        phase, shape = order.mixture.phases[order.mixture.position(step).phase], order.mixture.shape(step)
         for row in order.batch(step).documents:
             counted[phase.name, row[0].source, row[0].language, shape.sequence_length] += (
                 shape.sequence_length

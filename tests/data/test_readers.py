@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from koine.data import lines as line_reading
 from koine.data import decompression, read_records, tokenize
+from koine.data import lines as line_reading
 from koine.data.json_rows import _Cutter
 from koine.errors import UserError
 

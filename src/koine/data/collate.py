@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Span
 from koine.data.mixture import Source
-from koine.data.packing import ConcatPacking, NoSplitPacking, DocumentSlice
+from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking
 from koine.data.shards import TokenSource
 
 

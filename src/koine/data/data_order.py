@@ -25,7 +25,7 @@ from koine.data.batch import NO_TARGET, Batch
 from koine.data.collate import Component, fill, spans_of
 from koine.data.drawn import Drawn, merge_drawn
 from koine.data.mixture import Mixture, Packing, Shape, Source
-from koine.data.packing import ConcatPacking, NoSplitPacking, OnePerRowPacking, DocumentSlice
+from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking, OnePerRowPacking
 from koine.data.shards import TokenSource
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import sha256_file
@@ -234,7 +234,7 @@ class DataOrder:
         return [int(count) for count in counts]
 
     def _rows(self, step: int, rows: range) -> list[tuple[Component, list[DocumentSlice]]]:
-        place = self.mixture.place(step)
+        place = self.mixture.position(step)
         group, offsets = self._groups[place.phase, place.long], self._offsets[place.phase, place.long]
         out = []
         for row in rows:

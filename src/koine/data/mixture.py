@@ -222,7 +222,7 @@ class Mixture:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
-    def place(self, step: int) -> StepPosition:
+    def position(self, step: int) -> StepPosition:
         """The phase of a step, and where in it the step is. Raises `UserError` outside the mixture."""
         if not 0 <= step < self.steps:
             raise UserError(
@@ -253,7 +253,7 @@ class Mixture:
 
     def shape(self, step: int) -> Shape:
         """What a step holds."""
-        place = self.place(step)
+        place = self.position(step)
         return self.phase_shape(place.phase, long=place.long)
 
     def phase_steps(self, phase: int, *, long: bool) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Literal
 
 from koine.data.csv_rows import OpenQuoteError, read_csv_rows
+from koine.data.decompression import COMPRESSIONS, decompressed
 from koine.data.json_rows import Row, UnendingError, read_json_rows
 from koine.data.lines import in_utf8, lines
 from koine.data.tables import ALL, Columns, TableError, read_arrow, read_orc, read_parquet
-from koine.data.decompression import COMPRESSIONS, decompressed
 from koine.errors import UserError, did_you_mean, first_line
 from koine.fields import check_file_name
 from koine.files import read_json, walk
