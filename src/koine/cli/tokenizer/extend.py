@@ -80,8 +80,8 @@ def extend(
         if compare:
             if not text.old:
                 warnings.warn(
-                    "the data has no text of the base's languages, so that the tokenizer from scratch learns the "
-                    "added ones alone; give it with --data, and name the added languages with --languages",
+                    "the data has no text of the base's languages, so the tokenizer from scratch learns only "
+                    "the added ones; give it with --data, and name the added languages with --languages",
                     KoineWarning,
                     stacklevel=2,
                 )

@@ -19,7 +19,7 @@ from koine.cli.tokenizer.texts import codes_of, read_measured_texts
     multiple=True,
     required=True,
     type=click.Path(),
-    help="Text with a language per record, or with a text per language in each record (parallel); repeatable.",
+    help="Text with a language per record, or one text per language in each record (parallel); repeatable.",
 )
 @click.option("--languages", help="Comma-separated codes to report.  [default: all in the data]")
 @click.option(
@@ -54,8 +54,8 @@ def measure(
     A tokenizer is a folder with a tokenizer.json, a folder of transformers, a .tiktoken file, or a
     SentencePiece .model file.
 
-    Measures bytes per token, tokens per word, parity with English on parallel text, Gini over languages, Rényi
-    efficiency, partial characters, the vocabulary by script, and speed.
+    Measures bytes per token, tokens per word, parity with English on parallel text, Gini over languages,
+    Rényi efficiency, partial characters, the vocabulary by script, and speed.
     """
     from koine.errors import UserError
     from koine.files import write_json

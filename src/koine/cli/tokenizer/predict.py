@@ -18,8 +18,8 @@ from koine.cli.tokenizer.texts import read_measured_texts
 def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> None:
     """Rank languages by the expected cost of adapting a model with the tokenizer BASE to them.
 
-    Nothing is trained: the ranking follows from tokens per byte and from the letters that the primary languages
-    share with a language.
+    Nothing is trained: the ranking follows from tokens per byte and from the letters that a language shares
+    with the primary languages.
     """
     from rich.table import Table
 
