@@ -135,7 +135,7 @@ class PlainText:
             backend = open_backend(text, where)
         self._text = text
         self.backend = backend
-        # This flag is not part of tokenizer.json: without it a user could write `<BOS_TOKEN>` and be obeyed.
+        # Not part of tokenizer.json. Without this flag, `<BOS_TOKEN>` in a user's text would take effect.
         self.backend.encode_special_tokens = True
         self._leaks = self._found_by_model()
         self.normalised = self.backend.normalizer is not None and any(

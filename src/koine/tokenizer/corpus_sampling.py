@@ -12,7 +12,7 @@ import numpy as np
 from koine.errors import KoineWarning, UserError
 
 Texts = Callable[[], Iterable[str]]
-# Texts by language, or one stream of (language, text); each is called anew for every pass.
+# Texts by language, or one stream of (language, text); called anew for every pass.
 Corpus = Mapping[str, Texts] | Callable[[], Iterable[tuple[str, str]]]
 
 

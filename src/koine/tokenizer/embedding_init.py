@@ -145,5 +145,5 @@ def auxiliary_vectors(
     vectors = u * s.sqrt()
     known = torch.zeros(vocab_size, dtype=torch.bool)
     known[torch.from_numpy(rows[keep])] = True
-    # Of a token without any context the factorisation knows nothing but rounding errors.
+    # For a token without any context, the factorisation gives only rounding errors.
     return vectors * known[:, None]

@@ -147,7 +147,7 @@ def _learn_additions(
             pre_tokenizer=_cuts(cutting, vocabulary),
             longest=LONGEST_PRETOKEN,
         )
-    # The library's table is in the order of a hash map, another one in every process.
+    # The library's table has the order of a hash map, which differs between processes.
     table.counts = dict(sorted(table.counts.items()))
     characters = _missing_characters(table, vocabulary, most=new_tokens, min_frequency=min_frequency)
     if characters:

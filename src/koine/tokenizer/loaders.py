@@ -158,7 +158,7 @@ class _SentencePiece:
     def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
         if self._byte_tokens:
             return [0] * len(texts)
-        # As strings, unknown pieces are the text that they stand for.
+        # As strings, unknown pieces are the text itself.
         return [
             sum(
                 len(piece.replace(SPACE_MARK, "").encode("utf-8"))

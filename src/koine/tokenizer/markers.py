@@ -41,7 +41,7 @@ class Hidden:
         free = free_characters([*texts, *others])
         stand_ins = {first: next(free) for first in sorted(firsts)}
         for message in self.messages:
-            # The assistant may write what only looks like a marker: its thinking, its calls of tools.
+            # The assistant may write soft markers: its thinking, its tool calls.
             tokens = plain.hard if message["role"] == "assistant" else plain.hard | plain.soft
             for key, value in message.items():
                 if key != "role":

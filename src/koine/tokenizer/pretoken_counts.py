@@ -97,7 +97,7 @@ def _count(
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     if longest is not None:
-        # A text may grow when it is normalised or spelled in bytes, by no more than this.
+        # Normalisation and spelling in bytes lengthen a text at most by this factor.
         long = [text for text in texts if 8 * len(text) > longest]
         texts = [text for text in texts if 8 * len(text) <= longest]
         cut = pre_tokenizers.Sequence([pre_tokenizer, pre_tokenizers.FixedLength(longest)])

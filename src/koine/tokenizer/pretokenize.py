@@ -51,7 +51,7 @@ LONGEST_RUN: Final = 1000
 The library's trainer needs time in the square of a piece's length. Runs this long are Thai or Chinese without
 a space, rules of `=`, blank space, or no language at all.
 """
-# Only text in which this is found can hold such a run; it is looked for first, since it costs little.
+# Every text with such a run matches this pattern, which is cheap and therefore tried first.
 _MAYBE: Final = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}")
 _CLASSES: Final = (r"\p{L}\p{M}", r"\s", r"^\s\p{L}\p{N}")
 
@@ -72,7 +72,7 @@ def short_runs(text: str) -> Iterator[str]:
         return
     begun = 0
     for _, (start, end) in _long_runs().pre_tokenize_str(text):
-        # Only a run is longer without being cut by the pattern; a stretch without runs is left whole.
+        # Only a run is isolated; a long part without runs is left whole.
         if end - start > LONGEST_RUN and _is_run(text[start : start + LONGEST_RUN + 1]):
             for place in range(start + LONGEST_RUN, end, LONGEST_RUN):
                 yield text[begun:place]

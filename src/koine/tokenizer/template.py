@@ -16,10 +16,9 @@ from typing import Any, NoReturn
 from koine.errors import UserError, first_line
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# A name that no template can write: the two characters that mark a span of completion in the rendered text.
+# Variable with the two characters around a completion span; no template can write this name.
 _MARKS = "generation marks"
-# A template is a program of somebody else's: whatever it raises is the template's fault. Jinja's own errors
-# come beside these.
+# A template is foreign code: whatever it raises is the template's fault. Jinja's own errors are besides.
 _RAISED = (
     ArithmeticError,
     AssertionError,

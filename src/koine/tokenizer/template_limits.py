@@ -120,7 +120,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(finalize=_written, **options)
         self.filters = {name: _guarded(name, function) for name, function in self.filters.items()}
-        # It makes text by the sentence, for as many sentences as it is asked for, and nothing else needs it.
+        # It generates text of any length, and no template needs it.
         del self.globals["lipsum"]
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
@@ -217,7 +217,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         budget.spend()
-        # jinja2 passes its own objects first to some filters; the value is the first of the template's.
+        # jinja2 passes its own objects first to some filters; the value is the first argument after them.
         own = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
         if len(args) > own:
             value, rest = args[own], args[own + 1 :]
@@ -265,7 +265,7 @@ def _check_text(
     """Measure the result of a string method before it runs; return its arguments, iterators as lists."""
     values = [*args, *kwargs.values()]
     if method in ("format", "format_map"):
-        # Of a star or of braces inside braces, the width stands among the arguments.
+        # A star, or braces inside braces, take their width from the arguments.
         inner = owner.count("*") + len(re.findall(r"\{[^}]*\{", owner))
         widths = _widths(owner) + inner * sum(map(abs, _numbers(values)))
         largest = max(map(budget.size, values), default=0)

@@ -76,7 +76,7 @@ def train_tokenizer(
     with counting_progress(show_progress, what="reading") as watched:
         sizes = count_bytes(lambda: watched(stream(texts_by_language)))
     if isinstance(texts_by_language, Mapping):
-        # A language without any text passes no text by, and has no weight.
+        # A language without any text yields nothing to count.
         sizes = dict.fromkeys(texts_by_language, 0) | sizes
     weights = language_weights(
         sizes, scheme=scheme, bucket_mass=bucket_mass, english_share=english_share, temperature=temperature
@@ -207,7 +207,7 @@ def _learn(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(texts, trainer)
-    # As in Cohere's tokenizers, whoever asks the backend for special tokens gets a leading BOS.
+    # As in Cohere's tokenizers, encoding with special tokens adds a leading BOS.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )

@@ -57,7 +57,7 @@ def match_vocabularies(
         if not data:
             continue
         if data in same:
-            # Byte-fallback vocabularies hold some bytes twice (`A` and `<0x41>`), each with a row of its own.
+            # Byte-fallback vocabularies hold some bytes twice (`A` and `<0x41>`), each with its own row.
             place = met.get(data, 0)
             met[data] = place + 1
             shared[index] = same[data][min(place, len(same[data]) - 1)]
@@ -90,7 +90,7 @@ def _spell(
         try:
             texts.append((index, data.decode("utf-8")))
         except UnicodeDecodeError:
-            # Part of a character: the old vocabulary spells it byte by byte, if it has bytes.
+            # A part of a character; the old vocabulary spells it byte by byte, if it has bytes.
             found = [by_bytes.get(bytes([byte])) for byte in data]
             if all(one is not None for one in found):
                 pieces[index] = tuple(one for one in found if one is not None)
