@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from koine.errors import KoineWarning, UserError
 from koine.extras import import_extra
 from koine.files import read_json
+from koine.model.formats.carried_files import copy_tokenizer
+from koine.model.formats.checksum import seal_folder
 from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
 from koine.model.formats.directory import load_model
 from koine.model.formats.end_ids import end_ids
@@ -28,7 +30,11 @@ from koine.model.formats.opening import (
     stored_dtype,
 )
 from koine.model.formats.weight_files import widest_dtype
-from koine.model.head import Head, accepted, hooked, inspect_head, output_head, read_logits
+from koine.model.head import LENGTHS, Head, accepted, hooked, inspect_head, output_head, read_logits
+from koine.model.language_model import LanguageModel, RemapIds, VocabularyTensors
+
+NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
+"""Fields of a configuration that change nothing of what is computed: versions, folders, the precision it was opened in."""
 
 
 def require_transformers() -> Any:
@@ -68,9 +74,32 @@ class CausalLM(nn.Module):
         return self._head
 
     @property
-    def rows(self) -> int:
-        """Count of ids that the model both reads and scores."""
+    def architecture(self) -> str:
+        """Name of the class in `transformers`."""
+        return type(self.inner).__name__
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of one sequence; None where the configuration names no limit."""
+        found = [getattr(self.config, name, None) for name in LENGTHS]
+        return next((one for one in found if isinstance(one, int) and one > 0), None)
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Classes of `transformers` let every token attend to all before it, across documents."""
+        return False
+
+    @property
+    def vocab_size(self) -> int:
+        """Count of ids that the model both embeds and scores."""
         return min(self.head.rows, int(self.inner.get_input_embeddings().weight.shape[0]))
+
+    @property
+    def input_embedding(self) -> nn.Module:
+        """The embedding of the tokens."""
+        module = self.inner.get_input_embeddings()
+        assert isinstance(module, nn.Module)
+        return module
 
     @property
     def output_weight(self) -> Tensor | None:
@@ -124,6 +153,87 @@ class CausalLM(nn.Module):
             return hidden
         return self.head.apply(module(hidden))
 
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of the configuration that determine what is computed."""
+        fields = self.inner.config.to_dict()
+        return {name: value for name, value in fields.items() if name not in NOT_OF_THE_MODEL}
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, as the class does it, or keep them.
+
+        Raises `UserError` where the class cannot.
+        """
+        if enabled and not self.inner.supports_gradient_checkpointing:
+            raise UserError(
+                f"{self.architecture} has no gradient checkpointing in transformers",
+                hint="leave it off, and choose a smaller micro batch",
+            )
+        # The newer name, where there is one: the older then warns.
+        kind = "activation" if hasattr(self.inner, "activation_checkpointing_enable") else "gradient"
+        if enabled:
+            arguments = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(self.inner, f"{kind}_checkpointing_enable")(**arguments)
+        else:
+            getattr(self.inner, f"{kind}_checkpointing_disable")()
+
+    def save(
+        self, folder: Path, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a model directory as `transformers` does, with checksums."""
+        if weights is not None:
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    if name in weights:
+                        parameter.copy_(weights[name])
+        folder.mkdir(parents=True, exist_ok=True)
+        with quiet(require_transformers()):
+            self.inner.save_pretrained(folder)
+        seal_folder(folder)
+        copy_tokenizer(tokenizer, folder)
+
+    def save_config(self, folder: Path, *, tokenizer: Path | None = None) -> None:
+        """Write the configuration and the tokenizer's files."""
+        self.inner.config.save_pretrained(folder)
+        copy_tokenizer(tokenizer, folder)
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """Return nothing: `transformers` makes the buffers of its classes from the configuration."""
+        return {}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return the weights by their names in this module."""
+        return self.state_dict()
+
+    def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the weights by tensors named as in this module."""
+        self.load_state_dict(tensors)
+
+    def vocabulary_tensors(self) -> VocabularyTensors:
+        """Return the embedding, the head's matrix where it is not tied, and the head's bias."""
+        embedding, head = self.inner.get_input_embeddings().weight, self.inner.get_output_embeddings()
+        if head is None:
+            return VocabularyTensors(embedding)
+        tied = head.weight is embedding
+        return VocabularyTensors(embedding, None if tied else head.weight, getattr(head, "bias", None))
+
+    def set_vocabulary(
+        self, tensors: VocabularyTensors, special_ids: Mapping[str, int], remap: RemapIds
+    ) -> None:
+        """Resize and replace the tensors with one row a token, and the ids of the configurations."""
+        self.inner.resize_token_embeddings(len(tensors.embedding), mean_resizing=False)
+        with torch.no_grad():
+            self.inner.get_input_embeddings().weight.copy_(tensors.embedding)
+            head = self.inner.get_output_embeddings()
+            if tensors.head is not None:
+                head.weight.copy_(tensors.head)
+            if tensors.bias is not None:
+                head.bias.copy_(tensors.bias)
+        for holder in (self.inner.config, getattr(self.inner, "generation_config", None)):
+            if holder is not None:
+                for name, value in special_ids.items():
+                    setattr(holder, name, remap(getattr(holder, name, None), value))
+        self._head = None
+
 
 def _several_documents(document_ids: Tensor) -> bool:
     """Whether some row `[batch, time]` holds two documents; -1 is padding."""
@@ -146,7 +256,7 @@ def opens_as_decoder(path: Path) -> bool:
 
 def load_causal_lm(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> nn.Module:
+) -> LanguageModel:
     """Our own decoder where it implements the model, else `AutoModelForCausalLM` behind the same interface.
 
     Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
@@ -158,7 +268,7 @@ def load_causal_lm(
     return _load_other(path, dtype, device)
 
 
-def load_as_stored(path: Path) -> nn.Module:
+def load_as_stored(path: Path) -> LanguageModel:
     """Load as `load_causal_lm`, in the dtype that holds every stored weight without rounding.
 
     For what trains a model or writes it again.

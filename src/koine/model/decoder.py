@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +17,8 @@ from koine.model.attention.context import AttentionContext
 from koine.model.attention.dispatch import document_starts_of
 from koine.model.block import Block, LayerNorm, angles_of
 from koine.model.config import LayerSpec, ModelConfig
+from koine.model.language_model import RemapIds, VocabularyTensors
+from koine.model.layer_patterns import reconfigure
 from koine.model.moe.block import MixtureBlock
 from koine.model.moe.routers import DomainRouter, LinearRouter, Routing
 
@@ -59,6 +65,31 @@ class Decoder(nn.Module):
                     module.reset_parameters(std)
                 elif isinstance(module, DomainRouter):
                     module.reset_parameters()
+
+    @property
+    def architecture(self) -> str:
+        """Name of the class."""
+        return type(self).__name__
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence."""
+        return self.config.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Count of ids that the model embeds and scores."""
+        return self.config.vocab_size
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Attention stays inside each document of `document_ids`."""
+        return True
+
+    @property
+    def input_embedding(self) -> nn.Embedding:
+        """The embedding of the tokens."""
+        return self.embedding
 
     @property
     def output_weight(self) -> Tensor:
@@ -141,3 +172,61 @@ class Decoder(nn.Module):
             scores: Tensor = self.scorer(hidden)
             return scores.mul_(self.config.logit_scale)
         return F.linear(hidden, self.output_weight) * self.config.logit_scale
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of the configuration."""
+        return asdict(self.config)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass, or keep its activations."""
+        self.gradient_checkpointing = enabled
+
+    def save(
+        self, folder: Path, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a model directory (see `koine.model.formats.directory.save_state`)."""
+        from koine.model.formats.directory import save_state
+
+        state = self.state_dict() if weights is None else {**weights, **self.fixed_tensors()}
+        save_state(state, self.config, folder, tokenizer=tokenizer, ends=self.end_ids)
+
+    def save_config(self, folder: Path, *, tokenizer: Path | None = None) -> None:
+        """Write the configurations, as of float32 weights, and the tokenizer's files."""
+        from koine.model.formats.directory import save_description
+
+        save_description(self.config, folder, dtype="float32", tokenizer=tokenizer, ends=self.end_ids)
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """Return the buffers: the domain embeddings of a mixture's router are fixed."""
+        return {name: buffer.detach() for name, buffer in self.named_buffers()}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return the weights under the names of `transformers`, fused projections split."""
+        from koine.model.formats.directory import to_transformers
+
+        return to_transformers(self.state_dict(), self.config)
+
+    def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the weights by tensors under the names of `transformers`."""
+        from koine.model.formats.directory import from_transformers
+
+        self.load_state_dict(from_transformers(tensors, self.config))
+
+    def vocabulary_tensors(self) -> VocabularyTensors:
+        """Return the embedding, and the head's matrix where it is not tied."""
+        head = None if self.config.tie_embeddings else self.head.weight
+        return VocabularyTensors(self.embedding.weight, head)
+
+    def set_vocabulary(
+        self, tensors: VocabularyTensors, special_ids: Mapping[str, int], remap: RemapIds
+    ) -> None:
+        """Replace embedding and head, and the ids of the configuration."""
+        rows = len(tensors.embedding)
+        ids: dict[str, Any] = dict(special_ids)
+        reconfigure(self, replace(self.config, vocab_size=rows, **ids))
+        self.embedding = nn.Embedding(rows, self.config.hidden_size, _weight=tensors.embedding.detach())
+        if tensors.head is not None:
+            self.head.weight = nn.Parameter(tensors.head.detach())
+            self.head.out_features = rows
+        ends = remap(sorted(self.end_ids), special_ids["eos_token_id"])
+        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from koine.combine.merging.config import Recipe
 from koine.combine.merging.methods import METHODS
 from koine.combine.merging.plan import plan_merge
 from koine.errors import UserError
-from koine.model import Decoder, load_causal_lm
+from koine.model import LanguageModel, load_causal_lm
 from koine.model.causal_lm import load_as_stored
-from koine.model.formats.directory import from_transformers, to_transformers
 
 Evaluate = Callable[[tuple[float, ...]], Mapping[str, float]]
 
@@ -164,7 +163,8 @@ class InMemoryMerge:
                 hint="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
             )
         everyone = [*paths, *([] if base is None else [base])]
-        self.states = [_stored(load_as_stored(path)) for path in everyone]
+        # As they are saved: a method that looks at a whole tensor must not see several fused into one.
+        self.states = [load_as_stored(path).stored_tensors() for path in everyone]
         for path, state in zip(everyone, self.states, strict=True):
             for name, tensor in state.items():
                 if not torch.isfinite(tensor).all():
@@ -174,10 +174,10 @@ class InMemoryMerge:
                         hint="this checkpoint is broken; use an earlier one",
                     )
         self.with_base = base is not None
-        self.model: nn.Module = load_causal_lm(paths[0], dtype=torch.float32)
+        self.model: LanguageModel = load_causal_lm(paths[0], dtype=torch.float32)
 
     @torch.no_grad()
-    def set(self, weights: tuple[float, ...]) -> nn.Module:
+    def set(self, weights: tuple[float, ...]) -> LanguageModel:
         """The model, with the merge of these weights in float32."""
         # The seed of what a DARE method drops is the same for all weights, so that they are compared on the same mask.
         searched: dict[str, Any] = {"weights": weights} if self.info.takes("weights") else {"t": weights[1]}
@@ -193,13 +193,5 @@ class InMemoryMerge:
             if self.info.takes("generator"):
                 arguments["generator"] = torch.Generator().manual_seed(0)
             merged[name] = self.info.function(tensors, **arguments)
-        self.model.load_state_dict(
-            from_transformers(merged, self.model.config) if isinstance(self.model, Decoder) else merged
-        )
+        self.model.load_stored_tensors(merged)
         return self.model
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors as they are saved: a method that looks at a tensor whole must not see several fused into one."""
-    state = model.state_dict()
-    return to_transformers(state, model.config) if isinstance(model, Decoder) else state

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from koine.model.causal_lm import CausalLM
-from koine.model.decoder import Decoder
+from koine.model.language_model import LanguageModel
 from koine.tokenizer import Tokenizer
 from koine.tokenizer.vocabulary_match import VocabularyMatch
 
@@ -76,7 +75,7 @@ def _ends(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
 
 
 def distill_rows(
-    model: Decoder | CausalLM,
+    model: LanguageModel,
     before: Tokenizer,
     after: Tokenizer,
     match: VocabularyMatch,
@@ -90,12 +89,13 @@ def distill_rows(
     found = list(snippets(before, after, match, texts))
     if not found:
         return start
-    embedding = model.embedding if isinstance(model, Decoder) else model.inner.get_input_embeddings()
-    old = embedding.weight.detach()
+    embedding = model.input_embedding
+    old = embedding.weight
+    assert isinstance(old, Tensor)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     rows = nn.Parameter(start.detach().to(torch.float32).clone())
-    optimiser = torch.optim.Adam([rows], lr=learning_rate * float(old.float().std()))
+    optimiser = torch.optim.Adam([rows], lr=learning_rate * float(old.detach().float().std()))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     handle = None
     try:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import read_json, read_json_object, write_atomically, write_json
-from koine.model.causal_lm import CausalLM, load_as_stored, quiet, require_transformers
-from koine.model.decoder import Decoder
+from koine.model.causal_lm import CausalLM, load_as_stored
 from koine.model.formats.carried_files import TOKENIZER_FILES, carry_files
-from koine.model.formats.checksum import seal_folder
-from koine.model.formats.directory import save_model
 from koine.model.formats.library_config import skeleton
 from koine.model.formats.weight_files import check_adapter
+from koine.model.language_model import VocabularyTensors
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.embedding_init import METHODS, Method, auxiliary_vectors, initialise_rows
 from koine.tokenizer.loaders import open_tokenizer
@@ -81,34 +79,39 @@ def move_model(
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
     match = match_tokenizers(model, tokenizer)
     loaded = load_as_stored(model)
-    assert isinstance(loaded, Decoder | CausalLM)
-    inner = loaded.inner if isinstance(loaded, CausalLM) else loaded
     if isinstance(loaded, CausalLM):
-        _refuse_other_tables(inner, model)
+        # Our decoder has no other tables of tokens; a class of transformers may have one a layer.
+        _check_other_tables(loaded, model)
     auxiliary = None
     if method == "focus":
         auxiliary = auxiliary_vectors((after.encode(text) for text in sample), match.new_size)
     generator = torch.Generator().manual_seed(seed)
 
-    def rows(old: Tensor) -> Tensor:
-        new = initialise_rows(old.detach(), match, method=method, generator=generator, auxiliary=auxiliary)
-        return torch.cat((new, old.detach()[match.old_size :].cpu()))
+    def rows(matrix: Tensor) -> Tensor:
+        new = initialise_rows(matrix.detach(), match, method=method, generator=generator, auxiliary=auxiliary)
+        return torch.cat((new, matrix.detach()[match.old_size :].cpu()))
 
-    embedding, head = _matrices(inner)
-    padding = len(embedding) - match.old_size
+    old = loaded.vocabulary_tensors()
+    padding = len(old.embedding) - match.old_size
     if padding < 0:
         raise UserError(
-            f"the model has {len(embedding)} rows and its tokenizer {match.old_size} ids",
+            f"the model has {len(old.embedding)} rows and its tokenizer {match.old_size} ids",
             where=model,
             hint="give the model its own tokenizer",
         )
-    new_embedding = rows(embedding)
-    new_head = None if head is None else rows(head)
+    new_embedding = rows(old.embedding)
+    new_head = None if old.head is None else rows(old.head)
     if method == "distill":
         from koine.model.adapt.token_distillation import distill_rows
 
         new_embedding = distill_rows(loaded, before, after, match, new_embedding, sample, seed=seed)
-    _write(inner, out, tokenizer, after, new_embedding, new_head, match)
+    new_bias = None if old.bias is None else _bias_rows(old.bias, match)
+    loaded.set_vocabulary(
+        VocabularyTensors(new_embedding, new_head, new_bias),
+        {"bos_token_id": after.bos_id, "eos_token_id": after.eos_id, "pad_token_id": after.pad_id},
+        partial(_moved_ids, match=match),
+    )
+    loaded.save(out, tokenizer=tokenizer)
     carry_files(model, out, but=(*TOKENIZER_FILES, GENERATION), keep=True)
     if (model / GENERATION).is_file():
         _move_generation(model / GENERATION, out / GENERATION, match, after)
@@ -135,12 +138,13 @@ def move_model(
     )
 
 
-def _refuse_other_tables(inner: Any, model: Path) -> None:
+def _check_other_tables(loaded: CausalLM, model: Path) -> None:
     """Raise `UserError` for a model with more token tables than embedding and head.
 
     Such tables (one a layer, say) would keep the old order.
     """
     about = skeleton(read_json(model / "config.json"), where=model / "config.json")
+    inner = loaded.inner
     head = inner.get_output_embeddings()
     moved = [inner.get_input_embeddings().weight, *(() if head is None else head.parameters())]
     known = {
@@ -212,67 +216,6 @@ def special_tokens(path: Path) -> dict[str, int]:
     return {token["content"]: token["id"] for token in added if token.get("special")}
 
 
-def _matrices(model: Any) -> tuple[Tensor, Tensor | None]:
-    """The embedding, and the head's matrix where it is another one."""
-    if isinstance(model, Decoder):
-        return model.embedding.weight, None if model.config.tie_embeddings else model.head.weight
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    untied = head is not None and head.weight is not embedding
-    return embedding, head.weight if untied else None
-
-
-def _write(
-    model: Any,
-    out: Path,
-    tokenizer_folder: Path,
-    tokenizer: Tokenizer,
-    embedding: Tensor,
-    head: Tensor | None,
-    match: VocabularyMatch,
-) -> None:
-    if isinstance(model, Decoder):
-        config = replace(
-            model.config,
-            vocab_size=len(embedding),
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
-            pad_token_id=tokenizer.pad_id,
-        )
-        moved = Decoder(config).to(embedding.dtype)
-        state = dict(model.state_dict())
-        state["embedding.weight"] = embedding
-        if head is not None:
-            state["head.weight"] = head
-        moved.load_state_dict(state)
-        ends = _moved_ids(sorted(model.end_ids), tokenizer.eos_id, match)
-        moved.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        save_model(moved, out, tokenizer=tokenizer_folder)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    new_bias = None if bias is None else _bias_rows(bias, match)
-    model.resize_token_embeddings(len(embedding), mean_resizing=False)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(embedding)
-        output = model.get_output_embeddings()
-        if head is not None:
-            output.weight.copy_(head)
-        if new_bias is not None:
-            output.bias.copy_(new_bias)
-    for name, value in (
-        ("bos_token_id", tokenizer.bos_id),
-        ("eos_token_id", tokenizer.eos_id),
-        ("pad_token_id", tokenizer.pad_id),
-    ):
-        for holder in (model.config, getattr(model, "generation_config", None)):
-            if holder is not None:
-                setattr(holder, name, _moved_ids(getattr(holder, name, None), value, match))
-    with quiet(require_transformers()):
-        model.save_pretrained(out)
-    seal_folder(out)
-    tokenizer.save(out)
-
-
 def _moved_ids(old: int | Sequence[int] | None, own: int, match: VocabularyMatch) -> int | list[int]:
     """What a list of ids (several tokens end an answer) becomes: those that the new vocabulary has, and its `own`; a single id becomes `own`."""
     if old is None or isinstance(old, int):
@@ -281,7 +224,7 @@ def _moved_ids(old: int | Sequence[int] | None, own: int, match: VocabularyMatch
     return list(dict.fromkeys([*(new_of[one] for one in old if one in new_of), own]))
 
 
-def _bias_rows(bias: nn.Parameter, match: VocabularyMatch) -> Tensor:
+def _bias_rows(bias: Tensor, match: VocabularyMatch) -> Tensor:
     new = torch.full((match.new_size,), float(bias.detach().float().mean()), dtype=bias.dtype)
     for index, source in match.shared.items():
         new[index] = bias.detach()[source]
