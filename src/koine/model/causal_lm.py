@@ -30,8 +30,16 @@ from koine.model.formats.opening import (
     stored_dtype,
 )
 from koine.model.formats.weight_files import widest_dtype
-from koine.model.head import LENGTHS, Head, accepted, hooked, inspect_head, output_head, read_logits
 from koine.model.language_model import LanguageModel, RemapIds, VocabularyTensors
+from koine.model.lm_head import (
+    LENGTH_FIELDS,
+    LMHead,
+    forward_arguments,
+    forward_logits,
+    head_hooks,
+    inspect_head,
+    linear_head,
+)
 
 NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
 """Fields of a configuration that change nothing of what is computed: versions, folders, the precision it was opened in."""
@@ -45,7 +53,7 @@ def require_transformers() -> Any:
 class CausalLM(nn.Module):
     """A `transformers` causal LM with the decoder's `forward` (hidden states) and `logits`.
 
-    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.head` finds out
+    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.lm_head` finds out
     once, by experiment, whether they follow from the output embedding's input. Where they do not, `forward`
     gives the logits themselves, and `logits` returns them.
     Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are
@@ -57,8 +65,8 @@ class CausalLM(nn.Module):
         self.inner = inner
         self.end_ids: frozenset[int] = frozenset()
         """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
-        self._accepted = accepted(inner)
-        self._head: Head | None = None
+        self._arguments = forward_arguments(inner)
+        self._head: LMHead | None = None
 
     @property
     def config(self) -> Any:
@@ -67,7 +75,7 @@ class CausalLM(nn.Module):
         return self.inner.config.get_text_config()
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LMHead:
         """The output head, from the states of `forward` to logits; found at first use."""
         if self._head is None:
             self._head = inspect_head(self.inner)
@@ -81,7 +89,7 @@ class CausalLM(nn.Module):
     @property
     def context_length(self) -> int | None:
         """Most tokens of one sequence; None where the configuration names no limit."""
-        found = [getattr(self.config, name, None) for name in LENGTHS]
+        found = [getattr(self.config, name, None) for name in LENGTH_FIELDS]
         return next((one for one in found if isinstance(one, int) and one > 0), None)
 
     @property
@@ -92,7 +100,7 @@ class CausalLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Count of ids that the model both embeds and scores."""
-        return min(self.head.rows, int(self.inner.get_input_embeddings().weight.shape[0]))
+        return min(self.head.vocab_size, int(self.inner.get_input_embeddings().weight.shape[0]))
 
     @property
     def input_embedding(self) -> nn.Module:
@@ -105,7 +113,7 @@ class CausalLM(nn.Module):
     def output_weight(self) -> Tensor | None:
         """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, so that the loss can be computed in chunks;
         `None` where the model does more (a bias, soft-capping)."""
-        module = output_head(self.inner)
+        module = linear_head(self.inner)
         if not self.head.linear or self.head.cap is not None or type(module) is not nn.Linear:
             return None
         return None if module.bias is not None else module.weight
@@ -131,24 +139,24 @@ class CausalLM(nn.Module):
             seen = document_ids >= 0
             attention_mask = (seen if attention_mask is None else seen & (attention_mask != 0)).long()
         inputs: dict[str, Any] = {"input_ids": tokens}
-        if "use_cache" in self._accepted:
+        if "use_cache" in self._arguments:
             inputs["use_cache"] = False
-        if attention_mask is not None and "attention_mask" in self._accepted:
+        if attention_mask is not None and "attention_mask" in self._arguments:
             inputs["attention_mask"] = attention_mask
-            if "position_ids" in self._accepted:
+            if "position_ids" in self._arguments:
                 # transformers counts padding on the left as positions unless it is told not to.
                 inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        module = output_head(self.inner) if self.head.linear else None
+        module = linear_head(self.inner) if self.head.linear else None
         if module is None:
-            return read_logits(self.inner, inputs)
+            return forward_logits(self.inner, inputs)
         states: list[Tensor] = []
-        with hooked(module, states):
+        with head_hooks(module, states):
             self.inner(**inputs)
         return states[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the model's own logits `[..., vocab]` from the states of `forward`, `[..., hidden]`."""
-        module = output_head(self.inner) if self.head.linear else None
+        module = linear_head(self.inner) if self.head.linear else None
         if module is None:
             return hidden
         return self.head.apply(module(hidden))
