@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from koine.model.attention.dispatch import _window_mask, attend, attend_after, document_starts_of
+from koine.model.attention.dispatch import attend, attend_after, document_starts_of
+from koine.model.attention.flex import _window_mask
 from tests.model.attention.test_dispatch import dense
 
 pytestmark = [
