@@ -126,7 +126,7 @@ class LocalEngine:
             )
         self._parameters = sum(parameter.numel() for parameter in opened.parameters())
         self._weight = next(opened.parameters())
-        self.stop_ids = opened.end_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
+        self.stop_ids = opened.eos_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
         self.context = opened.context_length or UNLIMITED
         self.scheduler: Scheduler | SequentialGenerator
         # The two kinds of model have KV caches of different classes: paged ones here, those of transformers there.

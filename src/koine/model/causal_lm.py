@@ -18,7 +18,7 @@ from koine.model.formats.carried_files import copy_tokenizer
 from koine.model.formats.checksum import seal_folder
 from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
 from koine.model.formats.directory import load_model
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
     check_description,
     check_difference,
@@ -63,8 +63,8 @@ class CausalLM(nn.Module):
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
-        self.end_ids: frozenset[int] = frozenset()
-        """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
+        self.eos_ids: frozenset[int] = frozenset()
+        """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
         self._arguments = forward_arguments(inner)
         self._head: LMHead | None = None
 
@@ -327,7 +327,7 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
         inner.float()
     _refuse_not_finite(inner, path)
     model = CausalLM(inner).to(device).eval()
-    model.end_ids = end_ids(path)
+    model.eos_ids = eos_ids(path)
     with refusals(
         path, f"{type(inner).__name__} cannot read a text", "check config.json, or give a model of text"
     ):

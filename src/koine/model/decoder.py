@@ -42,8 +42,8 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
-        self.end_ids: frozenset[int] = frozenset()
-        """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
+        self.eos_ids: frozenset[int] = frozenset()
+        """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
         self.scorer: nn.Module | None = None
         """What scores the vocabulary in place of `output_weight` in a packed model (`koine.generate.cpu.prepacked_linear`)."""
         self.reset_parameters()
@@ -188,13 +188,13 @@ class Decoder(nn.Module):
         from koine.model.formats.directory import save_state
 
         state = self.state_dict() if weights is None else {**weights, **self.fixed_tensors()}
-        save_state(state, self.config, folder, tokenizer=tokenizer, ends=self.end_ids)
+        save_state(state, self.config, folder, tokenizer=tokenizer, eos_ids=self.eos_ids)
 
     def save_config(self, folder: Path, *, tokenizer: Path | None = None) -> None:
         """Write the configurations, as of float32 weights, and the tokenizer's files."""
         from koine.model.formats.directory import save_description
 
-        save_description(self.config, folder, dtype="float32", tokenizer=tokenizer, ends=self.end_ids)
+        save_description(self.config, folder, dtype="float32", tokenizer=tokenizer, eos_ids=self.eos_ids)
 
     def fixed_tensors(self) -> dict[str, Tensor]:
         """Return the buffers: the domain embeddings of a mixture's router are fixed."""
@@ -228,5 +228,5 @@ class Decoder(nn.Module):
         if tensors.head is not None:
             self.head.weight = nn.Parameter(tensors.head.detach())
             self.head.out_features = rows
-        ends = remap(sorted(self.end_ids), special_ids["eos_token_id"])
-        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        ends = remap(sorted(self.eos_ids), special_ids["eos_token_id"])
+        self.eos_ids = frozenset(ends if isinstance(ends, list) else [ends])

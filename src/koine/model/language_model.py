@@ -36,8 +36,8 @@ class LanguageModel(Protocol):
     """
 
     training: bool
-    end_ids: frozenset[int]
-    """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
+    eos_ids: frozenset[int]
+    """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
 
     # --- what it is ---
 

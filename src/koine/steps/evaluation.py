@@ -74,7 +74,7 @@ def _samples(
     prompts = [tokenizer.encode_messages(messages, generation_prompt=True)[0] for messages in asked]
     if not prompts:
         return []
-    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.end_ids)
+    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.eos_ids)
     answers = generate(model, prompts, Sampling(max_new_tokens=60), stop_ids=stops)
     return [
         {

@@ -15,7 +15,7 @@ from koine.model.causal_lm import CausalLM, opens_as_decoder, require_transforme
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import save_state
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 from koine.model.language_model import LanguageModel
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
@@ -56,7 +56,7 @@ def export_checkpoint(
     state = _tensors(found)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
         if opens_as_decoder(path):
-            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype, ends=end_ids(path))
+            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
         else:
             _other_model(path, state, dtype).save(folder, tokenizer=path)
         if (path / BESIDE).is_dir():

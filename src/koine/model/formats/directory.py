@@ -21,7 +21,7 @@ from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.formats.checksum import KEY, UNSEALED, seal, verify
 from koine.model.formats.config_json import read_config, to_json
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import check_other_tokenizer
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
@@ -149,7 +149,7 @@ def load_model(
         model = Decoder(config)
     # The dtype first: on the meta device the change costs nothing.
     model.to(dtype=dtype or widest(stored_bytes(weights.files)))
-    model.end_ids = end_ids(path)
+    model.eos_ids = eos_ids(path)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.state_dict(keep_vars=True).items():
@@ -198,7 +198,7 @@ def save_state(
     *,
     tokenizer: Path | None = None,
     dtype: torch.dtype | None = None,
-    ends: Collection[int] = (),
+    eos_ids: Collection[int] = (),
 ) -> None:
     """Write a model directory from a state dict of ours (see `save_model`).
 
@@ -207,7 +207,7 @@ def save_state(
     tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    save_stored(tensors, config, path, tokenizer=tokenizer, ends=ends)
+    save_stored(tensors, config, path, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
 def save_stored(
@@ -216,7 +216,7 @@ def save_stored(
     path: Path,
     *,
     tokenizer: Path | None = None,
-    ends: Collection[int] = (),
+    eos_ids: Collection[int] = (),
 ) -> None:
     """Write a model directory from tensors under the names that they are saved by (see `save_model`)."""
     path = Path(path)
@@ -225,7 +225,7 @@ def save_stored(
         kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
-        save_description(config, path, dtype=kind, tokenizer=tokenizer, ends=ends)
+        save_description(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
 def save_description(
@@ -234,13 +234,13 @@ def save_description(
     *,
     dtype: str,
     tokenizer: Path | None = None,
-    ends: Collection[int] = (),
+    eos_ids: Collection[int] = (),
 ) -> None:
     """Write what a model directory holds besides the weights: the configurations and the tokenizer's files.
 
     ends: ids that end a text, besides the configuration's own.
     """
-    others = sorted(set(ends) - {config.eos_token_id})
+    others = sorted(set(eos_ids) - {config.eos_token_id})
     write_json(path / "config.json", to_json(config, dtype=dtype))
     write_json(
         path / "generation_config.json",
@@ -266,4 +266,6 @@ def save_model(
     Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`. Raises `UserError` for a
     full disk or a folder that cannot be written. What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
     """
-    save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, ends=model.end_ids)
+    save_state(
+        model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, eos_ids=model.eos_ids
+    )
