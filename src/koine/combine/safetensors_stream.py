@@ -19,8 +19,8 @@ from torch import Tensor
 from koine.combine.merging.methods import BLOCK
 from koine.errors import UserError
 from koine.files import read_json, write_json
-from koine.model.formats.checksum import KEY, UNSEALED, verify
-from koine.model.formats.opening import check_other_tokenizer
+from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums
+from koine.model.formats.opening import check_tokenizer_hash
 from koine.model.formats.safetensors_header import header_bytes, read_header
 from koine.model.formats.weight_files import weight_files
 
@@ -81,7 +81,7 @@ class Checkpoint(Mapping[str, Entry]):
         if not path.is_dir():
             raise UserError("no such folder", where=path, hint="give the folder of a model")
         self.entries: dict[str, Entry] = {}
-        check_other_tokenizer(path)
+        check_tokenizer_hash(path)
         files = weight_files(path)
         for file in files:
             for name, entry in _header(file).items():
@@ -93,7 +93,7 @@ class Checkpoint(Mapping[str, Entry]):
                     )
                 self.entries[name] = entry
         self._refuse_lost(files)
-        verify(files)
+        verify_checksums(files)
         self._descriptors = {
             file: os.open(file, os.O_RDONLY) for file in {entry.file for entry in self.entries.values()}
         }
@@ -275,7 +275,7 @@ class CheckpointWriter:
             )
             text = header_bytes(
                 {name: (NAMES[layout[name][0]], layout[name][1]) for name in names},
-                metadata={"format": "pt", KEY: UNSEALED},
+                metadata={"format": "pt", KEY: NO_CHECKSUM},
             )
             offset = len(text)
             for name in names:

@@ -15,18 +15,18 @@ from koine.errors import KoineWarning, UserError
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.model.formats.carried_files import copy_tokenizer
-from koine.model.formats.checksum import seal_folder
+from koine.model.formats.checksum import write_checksums
 from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
 from koine.model.formats.directory import load_model
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
-    check_description,
-    check_difference,
-    check_other_tokenizer,
-    check_sizes,
-    checked_weights,
-    read_description,
-    refusals,
+    check_described_size,
+    check_loaded_keys,
+    check_model_class,
+    check_tokenizer_hash,
+    checked_weight_files,
+    library_errors,
+    read_model_config,
     stored_dtype,
 )
 from koine.model.formats.weight_files import widest_dtype
@@ -196,7 +196,7 @@ class CausalLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         with quiet(require_transformers()):
             self.inner.save_pretrained(folder)
-        seal_folder(folder)
+        write_checksums(folder)
         copy_tokenizer(tokenizer, folder)
 
     def save_config(self, folder: Path, *, tokenizer: Path | None = None) -> None:
@@ -270,7 +270,7 @@ def load_causal_lm(
     Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
     """
     path = Path(path)
-    read_description(path)
+    read_model_config(path)
     if opens_as_decoder(path):
         return load_model(path, dtype=dtype, device=device)
     return _load_other(path, dtype, device)
@@ -281,7 +281,7 @@ def load_as_stored(path: Path) -> LanguageModel:
 
     For what trains a model or writes it again.
     """
-    description = read_description(path)
+    description = read_model_config(path)
     if opens_as_decoder(path) or description.get("quantization_config") is not None:
         return load_causal_lm(path)
     return load_causal_lm(path, dtype=widest_dtype(path))
@@ -289,17 +289,17 @@ def load_as_stored(path: Path) -> LanguageModel:
 
 def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
     transformers = require_transformers()
-    value = read_description(path)
-    check_description(value, path, transformers)
-    check_other_tokenizer(path)
-    files = checked_weights(path)
+    value = read_model_config(path)
+    check_model_class(value, path, transformers)
+    check_tokenizer_hash(path)
+    files = checked_weight_files(path)
     quantised = value.get("quantization_config") is not None
     if not quantised:
         with quiet(transformers):
-            check_sizes(path, value, files)
+            check_described_size(path, value, files)
     wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
     with (
-        refusals(
+        library_errors(
             path,
             "transformers cannot open it as a causal LM",
             "check config.json and the weights, or upgrade transformers",
@@ -314,7 +314,7 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    check_difference(path, loaded)
+    check_loaded_keys(path, loaded)
     unused = sorted(loaded.get("unexpected_keys") or ())
     if unused:
         warnings.warn(
@@ -328,7 +328,7 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
     _refuse_not_finite(inner, path)
     model = CausalLM(inner).to(device).eval()
     model.eos_ids = eos_ids(path)
-    with refusals(
+    with library_errors(
         path, f"{type(inner).__name__} cannot read a text", "check config.json, or give a model of text"
     ):
         head = model.head

@@ -192,9 +192,9 @@ class Decoder(nn.Module):
 
     def save_config(self, folder: Path, *, tokenizer: Path | None = None) -> None:
         """Write the configurations, as of float32 weights, and the tokenizer's files."""
-        from koine.model.formats.directory import save_description
+        from koine.model.formats.directory import save_configs
 
-        save_description(self.config, folder, dtype="float32", tokenizer=tokenizer, eos_ids=self.eos_ids)
+        save_configs(self.config, folder, dtype="float32", tokenizer=tokenizer, eos_ids=self.eos_ids)
 
     def fixed_tensors(self) -> dict[str, Tensor]:
         """Return the buffers: the domain embeddings of a mixture's router are fixed."""

@@ -259,7 +259,7 @@ def test_every_flipped_byte_is_found(tiny: ModelConfig, tmp_path: Path) -> None:
     whole = path.read_bytes()
     with safe_open(path, framework="pt") as file:
         assert set(file.metadata()) == {"format", "sha256"}
-    checksum.verify([path])
+    checksum.verify_checksums([path])
     # In the key itself the weights are whole, and carry no checksum.
     said = whole.index(b'"sha256":"') + 10
     places = [
@@ -325,15 +325,15 @@ def test_memory_of_checked_files_does_not_grow_for_ever(
 def test_sealing_a_file_of_another_library_keeps_its_tensors_and_metadata(tmp_path: Path) -> None:
     folder = llama(tmp_path / "m")
     before = load_file(folder / "model.safetensors")
-    checksum.seal_folder(folder)
-    checksum.verify([folder / "model.safetensors"])
+    checksum.write_checksums(folder)
+    checksum.verify_checksums([folder / "model.safetensors"])
     after = load_file(folder / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     once = (folder / "model.safetensors").read_bytes()
-    checksum.seal_folder(folder)
+    checksum.write_checksums(folder)
     assert (folder / "model.safetensors").read_bytes() == once
     assert transformers.AutoModelForCausalLM.from_pretrained(folder) is not None
 
@@ -341,7 +341,7 @@ def test_sealing_a_file_of_another_library_keeps_its_tensors_and_metadata(tmp_pa
 def test_weights_without_a_checksum_are_as_good(tmp_path: Path) -> None:
     folder = llama(tmp_path / "m")
     load_causal_lm(folder)
-    checksum.seal_folder(folder)
+    checksum.write_checksums(folder)
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (folder / "model.safetensors").write_bytes(content)

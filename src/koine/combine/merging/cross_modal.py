@@ -22,7 +22,7 @@ from koine.combine.tensor_names import is_saved_buffer, leave_tied_head
 from koine.errors import UserError
 from koine.files import atomic_directory, check_inside, write_json
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
+from koine.model.formats.checksum import write_checksums
 
 ANCESTOR = "give the text model that the other began as"
 
@@ -183,7 +183,7 @@ def _write(
                 writer.write(name, block, start)
     finally:
         writer.close()
-    seal_folder(folder)
+    write_checksums(folder)
     write_json(
         folder / "merge_report.json",
         {"method": "cross-modal", "alpha": alpha, "multimodal": str(whole.path), "text": str(plain.path),

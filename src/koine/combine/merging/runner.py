@@ -36,7 +36,7 @@ from koine.errors import UserError
 from koine.files import check_inside, claim, clear_partials, remove, write_atomically, write_json
 from koine.hardware import usable_cores
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
+from koine.model.formats.checksum import write_checksums
 from koine.model.formats.weight_files import weight_files
 
 JOURNAL = 2
@@ -237,5 +237,5 @@ def _finish(plan: MergePlan, work: Path, report: dict[str, Any]) -> None:
     }
     write_json(work / "merge_report.json", report)
     write_atomically(work / "README.md", model_card(plan.recipe, plan.info.source))
-    seal_folder(work)
+    write_checksums(work)
     (work / "journal.jsonl").unlink()

@@ -19,10 +19,10 @@ from koine.errors import UserError
 from koine.files import disk_errors, write_json
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
-from koine.model.formats.checksum import KEY, UNSEALED, seal, verify
+from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, write_checksum
 from koine.model.formats.config_json import read_config, to_json
 from koine.model.formats.eos_ids import eos_ids
-from koine.model.formats.opening import check_other_tokenizer
+from koine.model.formats.opening import check_tokenizer_hash
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
 
@@ -79,7 +79,7 @@ class StoredWeights(Mapping[str, Tensor]):
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 self._files[key] = file
                 self._shapes[key] = tuple(file.get_slice(key).get_shape())
-        verify(self.files)
+        verify_checksums(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header alone."""
@@ -102,7 +102,7 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
 
     Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
     """
-    check_other_tokenizer(path)
+    check_tokenizer_hash(path)
     weights = StoredWeights(path)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
@@ -178,8 +178,8 @@ def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", KEY: UNSEALED})
-        seal(temporary)
+        save_file(tensors, temporary, metadata={"format": "pt", KEY: NO_CHECKSUM})
+        write_checksum(temporary)
         temporary.replace(path)
     except SafetensorError as error:
         # The library wraps what the system said into text of its own.
@@ -225,10 +225,10 @@ def save_stored(
         kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
-        save_description(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
+        save_configs(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
-def save_description(
+def save_configs(
     config: ModelConfig,
     path: Path,
     *,
