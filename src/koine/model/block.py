@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from koine.model.attention.dispatch import attend
-from koine.model.attention.rope import Rotation, apply_rotary, rotate_in_place, rotation
+from koine.model.attention.rope import Rotation, apply_rotary, apply_rotary_in_place, rotation
 from koine.model.config import LayerSpec, ModelConfig
 from koine.model.moe.routers import Routing
 
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q `[batch, time, kv_heads, groups, head_dim]` (scaled) over what k and v `[batch, time, kv_heads, head_dim]` are added
 to: `[batch, time, heads * head_dim]`."""
 
@@ -30,18 +30,18 @@ class Angles(NamedTuple):
 
     q: Rotation
     k: Rotation
-    both: Rotation | None
+    qk: Rotation | None
 
 
-def angles_of(positions: Tensor, config: ModelConfig) -> Angles:
+def rope_angles(positions: Tensor, config: ModelConfig) -> Angles:
     """Once a forward pass, for all layers; `positions` is `[batch, time]`."""
     k = rotation(positions, config.head_dim, config.rope_theta).view_as_heads()
-    q, both = k.scaled(config.head_dim**-0.5), None
-    if q.turns is not None and k.turns is not None:
+    q, qk = k.scaled(config.head_dim**-0.5), None
+    if q.cis is not None and k.cis is not None:
         heads = (config.query_heads, config.kv_heads)
-        wide = (part.expand(-1, -1, count, -1) for part, count in zip((q.turns, k.turns), heads, strict=True))
-        both = Rotation(k.cos, k.sin, torch.cat(tuple(wide), dim=2))
-    return Angles(q, k, both)
+        wide = (part.expand(-1, -1, count, -1) for part, count in zip((q.cis, k.cis), heads, strict=True))
+        qk = Rotation(k.cos, k.sin, torch.cat(tuple(wide), dim=2))
+    return Angles(q, k, qk)
 
 
 class LayerNorm(nn.Module):
@@ -87,24 +87,24 @@ class Block(nn.Module):
         x: Tensor,
         angles: Angles,
         document_starts: Tensor | None = None,
-        mix: Mix | None = None,
+        attention: AttentionFn | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """`x` `[batch, time, hidden]` to the same, and how its tokens were routed (None: there are no experts).
 
         mix: takes the place of attention over `x` itself (a cache's).
         """
-        mixed, gated = self.halves(self.norm(x), angles, document_starts, mix)
+        mixed, gated = self.branches(self.norm(x), angles, document_starts, attention)
         written: Tensor = self.out_proj(torch.cat((mixed, gated), dim=-1))
         return x + written, None
 
-    def halves(
-        self, normed: Tensor, angles: Angles, document_starts: Tensor | None, mix: Mix | None
+    def branches(
+        self, normed: Tensor, angles: Angles, document_starts: Tensor | None, attention: AttentionFn | None
     ) -> tuple[Tensor, Tensor]:
         """What the output projection reads: mixed values `[batch, time, heads * head_dim]` and gated units `[batch, time, intermediate]`."""
         q, k, v, gated = self.project(normed, angles)
-        if mix is None:
+        if attention is None:
             return attend(q, k, v, window=self.spec.window, document_starts=document_starts), gated
-        return mix(q, k, v), gated
+        return attention(q, k, v), gated
 
     def project(self, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What attention and the feed-forward half make of the normalised input `[batch, time, hidden]`.
@@ -117,11 +117,11 @@ class Block(nn.Module):
         qk, v, gate, up = self.in_proj(normed).split_with_sizes(self._sizes, dim=-1)
         qk = qk.view(batch, time, config.query_heads + kv_heads, width)
         v = v.view(batch, time, kv_heads, width)
-        together = self.spec.rope and not self.spec.qk_norm and angles.both is not None
+        together = self.spec.rope and not self.spec.qk_norm and angles.qk is not None
         if together:
             # Queries and keys lie side by side: one rotation turns both.
-            assert angles.both is not None
-            qk = rotate_in_place(qk, angles.both)
+            assert angles.qk is not None
+            qk = apply_rotary_in_place(qk, angles.qk)
         q, k = qk[:, :, : config.query_heads], qk[:, :, config.query_heads :]
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

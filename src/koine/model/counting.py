@@ -19,7 +19,7 @@ class Parameters:
     head: int
     blocks: int
     norm: int
-    idle: int = 0
+    inactive: int = 0
     """Parameters of the feed-forward experts that a token does not go to."""
 
     @property
@@ -30,7 +30,7 @@ class Parameters:
     @property
     def active(self) -> int:
         """Parameters that one token meets, the whole embedding counted."""
-        return self.total - self.idle
+        return self.total - self.inactive
 
     @property
     def non_embedding(self) -> int:
@@ -64,17 +64,17 @@ def _mixture_parameters(config: ModelConfig) -> tuple[int, int]:
     mixture = config.mixture
     if mixture is None:
         return 0, 0
-    idle = (len(mixture.experts) - mixture.top_k) * expert_parameters(config)
+    inactive = (len(mixture.experts) - mixture.top_k) * expert_parameters(config)
     if mixture.domain_size is None:
-        return idle, idle
+        return inactive, inactive
     router = 2 * config.hidden_size * mixture.domain_size + config.hidden_size**2
-    return idle + router - config.hidden_size * len(mixture.experts), idle
+    return inactive + router - config.hidden_size * len(mixture.experts), inactive
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
     """Parameters by part."""
     blocks = 0
-    more, idle = _mixture_parameters(config)
+    more, inactive = _mixture_parameters(config)
     for spec in config.layers:
         blocks += block_matrix_parameters(config) + more + config.hidden_size
         if spec.qk_norm:
@@ -85,7 +85,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
         0 if config.tie_embeddings else embedding,
         blocks,
         config.hidden_size,
-        idle * len(config.layers),
+        inactive * len(config.layers),
     )
 
 

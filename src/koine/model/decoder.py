@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from koine.model.attention.context import AttentionContext
 from koine.model.attention.dispatch import document_starts_of
-from koine.model.block import Block, LayerNorm, angles_of
+from koine.model.block import Block, LayerNorm, rope_angles
 from koine.model.config import LayerSpec, ModelConfig
 from koine.model.language_model import RemapIds, VocabularyTensors
 from koine.model.layer_patterns import reconfigure
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.eos_ids: frozenset[int] = frozenset()
         """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
-        self.scorer: nn.Module | None = None
+        self.packed_head: nn.Module | None = None
         """What scores the vocabulary in place of `output_weight` in a packed model (`koine.generate.cpu.prepacked_linear`)."""
         self.reset_parameters()
 
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
             documents = torch.zeros_like(tokens) if document_ids is None else document_ids
             document_ids = documents.masked_fill(attention_mask == 0, -1)
         document_starts = None if document_ids is None else document_starts_of(document_ids)
-        angles = angles_of(positions, self.config)
+        angles = rope_angles(positions, self.config)
         if block_outputs is not None:
             block_outputs.append(x)
         for index, block in enumerate(self.blocks):
@@ -168,8 +168,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary: `[..., hidden]` to `[..., vocab]`, times `logit_scale`."""
-        if self.scorer is not None:
-            scores: Tensor = self.scorer(hidden)
+        if self.packed_head is not None:
+            scores: Tensor = self.packed_head(hidden)
             return scores.mul_(self.config.logit_scale)
         return F.linear(hidden, self.output_weight) * self.config.logit_scale
 

@@ -17,7 +17,7 @@ from koine.model.attention.cpu_windowed import _document_masks, windowed_attenti
 from koine.model.attention.dispatch import (
     _in_blocks,
     attend,
-    attend_after,
+    attend_cached,
     document_starts_of,
     masked_attend,
 )
@@ -73,30 +73,30 @@ def test_blocks_equal_the_dense_softmax_with_gradients(
 @settings(max_examples=60, deadline=None)
 @given(
     time=st.integers(1, 70),
-    before=st.integers(0, 80),
+    past=st.integers(0, 80),
     window=st.integers(1, 90) | st.none(),
     seed=st.integers(0, 99),
 )
 def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_softmax(
-    time: int, before: int, window: int | None, seed: int
+    time: int, past: int, window: int | None, seed: int
 ) -> None:
     """The earlier positions of a windowed layer begin with the oldest that the first query sees."""
     torch.manual_seed(seed)
-    positions = before + time
-    first = 0 if window is None else max(0, before - window + 1)
+    positions = past + time
+    first = 0 if window is None else max(0, past - window + 1)
     q, k, v = (x.detach() for x in inputs(3, positions, 2, 3, torch.float64))
-    expected = dense(q, k, v, window, None)[:, before:]
+    expected = dense(q, k, v, window, None)[:, past:]
     keys, values = k[:, first:].transpose(1, 2), v[:, first:].transpose(1, 2)
-    ours = attend_after(q[:, before:], keys, values, window=window)
+    ours = attend_cached(q[:, past:], keys, values, window=window)
     # float64: only the order of the sums differs.
     assert torch.allclose(ours, expected, atol=1e-12)
     # Without gradients layers that see all take the fused kernel.
     with torch.inference_mode():
-        read = attend_after(q[:, before:], keys, values, window=window)
+        read = attend_cached(q[:, past:], keys, values, window=window)
     assert torch.allclose(read, expected, atol=1e-12)
     # What runs where there are no blocks, on the same inputs.
     masked = masked_attend(
-        q.flatten(2, 3).transpose(1, 2)[:, :, before:],
+        q.flatten(2, 3).transpose(1, 2)[:, :, past:],
         k.transpose(1, 2),
         v.transpose(1, 2),
         window=window,
@@ -119,17 +119,17 @@ def test_windows_through_the_fused_kernel_equal_the_dense_softmax_with_gradients
     """Whichever kernel `attend` would take: texts shorter than a block, windows wider than the text, rows of a batch, positions read earlier."""
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     batch = data.draw(st.integers(1, 3))
-    documents, before = None, 0
+    documents, past = None, 0
     if packed:
         documents = torch.randint(0, 4, (batch, time)).sort(dim=1).values
         documents[0, time - time // 4 :] = -1
     elif batch == 1:
-        before = data.draw(st.integers(0, 200))
-    q, k, v = inputs(batch, before + time, 2, groups, torch.float64)
+        past = data.draw(st.integers(0, 200))
+    q, k, v = inputs(batch, past + time, 2, groups, torch.float64)
     starts = None if documents is None else document_starts_of(documents)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    ours = windowed_attention(q[:, before:], keys, values, window=window, document_starts=starts).flatten(2)
-    theirs = dense(q, k, v, window, documents)[:, before:]
+    ours = windowed_attention(q[:, past:], keys, values, window=window, document_starts=starts).flatten(2)
+    theirs = dense(q, k, v, window, documents)[:, past:]
     # float64: only the order of the sums differs.
     assert torch.allclose(ours, theirs, atol=1e-12)
     grad = torch.randn_like(ours)
@@ -140,12 +140,12 @@ def test_windows_through_the_fused_kernel_equal_the_dense_softmax_with_gradients
 
 
 @pytest.mark.parametrize(
-    ("batch", "time", "before", "window", "packed"), [(1, 70, 3, 5, False), (2, 66, 0, 3, True)]
+    ("batch", "time", "past", "window", "packed"), [(1, 70, 3, 5, False), (2, 66, 0, 3, True)]
 )
-def test_gradcheck_of_windows(batch: int, time: int, before: int, window: int, packed: bool) -> None:
+def test_gradcheck_of_windows(batch: int, time: int, past: int, window: int, packed: bool) -> None:
     q = torch.randn(batch, time, 1, 2, 2, dtype=torch.float64, requires_grad=True)
     k, v = (
-        torch.randn(batch, 1, before + time, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)
+        torch.randn(batch, 1, past + time, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
     starts = document_starts_of((torch.arange(time) // 9).expand(batch, -1)) if packed else None
     assert torch.autograd.gradcheck(
@@ -179,7 +179,7 @@ def test_gradcheck(window: int | None) -> None:
     late = q.detach()[:, 12:].requires_grad_()
     assert torch.autograd.gradcheck(
         lambda q, k, v: blocked_attention(
-            q, k, v, before=6, window=window, document_starts=starts[:, 6:], block=2
+            q, k, v, past=6, window=window, document_starts=starts[:, 6:], block=2
         ),
         (late, k, v),
     )

@@ -28,7 +28,7 @@ class AttentionContext(Protocol):
         """
         ...
 
-    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Store and attend for tokens in one row.
 
         Args:

@@ -6,7 +6,7 @@ of one block of queries (against the keys that any of them may see, and no other
 the backward pass computes them again, so memory grows with `block * keys`, never with `time * time`.
 
 Shapes: queries `[batch * kv_heads, time * groups, head_dim]` (the queries that share a key head lie side by side, so GQA needs no
-copy of the keys), keys and values `[batch * kv_heads, before + time, head_dim]`, where `before` counts the positions read earlier
+copy of the keys), keys and values `[batch * kv_heads, before + time, head_dim]`, where `past` counts the positions read earlier
 (a cache; 0 in training). Queries come already scaled by `head_dim ** -0.5`. Positions count keys from 0.
 """
 
@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
 
 def spans(
-    before: int, time: int, window: int | None, document_starts: Tensor | None, block: int
+    past: int, time: int, window: int | None, document_starts: Tensor | None, block: int
 ) -> Iterator[Span]:
     """The blocks that cover positions `[before, before + time)`; keys outside every window and document of a block are left out.
 
@@ -42,26 +42,26 @@ def spans(
         blocks = padded.view(padded.shape[0], -1, block)
         earliest = blocks.amin(dim=(0, 2)).tolist()
         latest = blocks.amax(dim=(0, 2)).tolist()
-    for index, start in enumerate(range(before, before + time, block)):
+    for index, start in enumerate(range(past, past + time, block)):
         first_key = 0 if window is None else max(0, start - window + 1)
         documents = False
         if document_starts is not None:
             first_key = max(first_key, earliest[index])
             documents = latest[index] > first_key
-        yield Span(start, min(before + time, start + block), first_key, documents)
+        yield Span(start, min(past + time, start + block), first_key, documents)
 
 
-def _rows(span: Span, before: int, groups: int) -> slice:
-    return slice((span.start - before) * groups, (span.end - before) * groups)
+def _rows(span: Span, past: int, groups: int) -> slice:
+    return slice((span.start - past) * groups, (span.end - past) * groups)
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, span: Span, before: int, window: int | None, document_starts: Tensor | None
+    q: Tensor, k: Tensor, span: Span, past: int, window: int | None, document_starts: Tensor | None
 ) -> Tensor:
     """Softmax over the visible keys, `[batch * kv_heads, block * groups, keys]`."""
     start, end, first_key, documents = span
-    groups = q.shape[1] // (k.shape[1] - before)
-    scores = torch.bmm(q[:, _rows(span, before, groups)], k[:, first_key:end].transpose(1, 2))
+    groups = q.shape[1] // (k.shape[1] - past)
+    scores = torch.bmm(q[:, _rows(span, past, groups)], k[:, first_key:end].transpose(1, 2))
     rows = torch.arange(start, end, device=q.device).repeat_interleave(groups)[:, None]
     columns = torch.arange(first_key, end, device=q.device)[None, :]
     if end - start > 1:
@@ -75,7 +75,7 @@ def _probabilities(
     if documents:
         assert document_starts is not None
         batch = document_starts.shape[0]
-        starts = document_starts[:, None, start - before : end - before].repeat_interleave(groups, dim=2)[
+        starts = document_starts[:, None, start - past : end - past].repeat_interleave(groups, dim=2)[
             ..., None
         ]
         scores.view(batch, -1, *scores.shape[1:]).masked_fill_(columns < starts, -torch.inf)
@@ -89,36 +89,36 @@ class _BlockedAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        before: int,
+        past: int,
         window: int | None,
         document_starts: Tensor | None,
         block: int,
     ) -> Tensor:
-        time = k.shape[1] - before
+        time = k.shape[1] - past
         groups = q.shape[1] // time
         out = torch.empty_like(q)
-        for span in spans(before, time, window, document_starts, block):
-            probabilities = _probabilities(q, k, span, before, window, document_starts)
-            out[:, _rows(span, before, groups)] = torch.bmm(probabilities, v[:, span.first_key : span.end])
+        for span in spans(past, time, window, document_starts, block):
+            probabilities = _probabilities(q, k, span, past, window, document_starts)
+            out[:, _rows(span, past, groups)] = torch.bmm(probabilities, v[:, span.first_key : span.end])
         ctx.save_for_backward(q, k, v, document_starts)
-        ctx.before, ctx.window, ctx.block = before, window, block
+        ctx.past, ctx.window, ctx.block = past, window, block
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, document_starts = ctx.saved_tensors
-        before = ctx.before
-        time = k.shape[1] - before
+        past = ctx.past
+        time = k.shape[1] - past
         groups = q.shape[1] // time
         grad_out = grad_out.contiguous()
         grad_q = torch.empty_like(q)
         # A key is met by many blocks: their contributions are summed in float32 whatever the inputs are.
         total = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = (torch.zeros_like(k, dtype=total) for _ in range(2))
-        for span in spans(before, time, ctx.window, document_starts, ctx.block):
-            rows = _rows(span, before, groups)
+        for span in spans(past, time, ctx.window, document_starts, ctx.block):
+            rows = _rows(span, past, groups)
             keys = slice(span.first_key, span.end)
-            probabilities = _probabilities(q, k, span, before, ctx.window, document_starts)
+            probabilities = _probabilities(q, k, span, past, ctx.window, document_starts)
             grad_v[:, keys] += torch.bmm(probabilities.transpose(1, 2), grad_out[:, rows])
             grad_probabilities = torch.bmm(grad_out[:, rows], v[:, keys].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(
@@ -134,7 +134,7 @@ def blocked_attention(
     k: Tensor,
     v: Tensor,
     *,
-    before: int = 0,
+    past: int = 0,
     window: int | None = None,
     document_starts: Tensor | None = None,
     block: int = BLOCK,
@@ -155,7 +155,7 @@ def blocked_attention(
         the softmax, which itself is computed in float32.
     """
     result = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, before, window, document_starts, block
+        q, k, v, past, window, document_starts, block
     )
     assert isinstance(result, Tensor)
     return result

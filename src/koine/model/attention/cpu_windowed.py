@@ -53,14 +53,14 @@ def _band(window: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _plain_masks(window: int, groups: int, dtype: torch.dtype, before: int) -> tuple[Tensor, Tensor]:
-    """The mask of most blocks, and those of the first ones: of texts of which `before` positions were read earlier, they have keys that are not there."""
+def _plain_masks(window: int, groups: int, dtype: torch.dtype, past: int) -> tuple[Tensor, Tensor]:
+    """The mask of most blocks, and those of the first ones: of texts of which `past` positions were read earlier, they have keys that are not there."""
     # Ordinary tensors even where they are first asked for in inference mode: training saves the same ones.
     with torch.inference_mode(False):
         band = _band(window)
-        first = -(-max(0, window - 1 - before) // BLOCK)
+        first = -(-max(0, window - 1 - past) // BLOCK)
         position = torch.arange(first)[:, None, None] * BLOCK - window + torch.arange(window + BLOCK)
-        return _added(band, groups, dtype), _added(band & (position >= -before), groups, dtype)[:, None]
+        return _added(band, groups, dtype), _added(band & (position >= -past), groups, dtype)[:, None]
 
 
 _document_masks: Any = WeakTensorKeyDictionary()
@@ -90,7 +90,7 @@ def _parts(
     window: int,
     groups: int,
     dtype: torch.dtype,
-    before: int,
+    past: int,
     starts: Tensor | None,
 ) -> Iterator[Part]:
     """All blocks of a batch, in order."""
@@ -103,7 +103,7 @@ def _parts(
     if starts is not None:
         yield from cut(0, batch * blocks, _masks_of_documents(starts, window, groups, dtype))
         return
-    band, first = _plain_masks(window, groups, dtype, before)
+    band, first = _plain_masks(window, groups, dtype, past)
     own = min(blocks, first.shape[0])
     for row in range(0, batch * blocks, blocks):
         yield from cut(row, row + own, first[:own])
@@ -115,7 +115,7 @@ class _Layout(NamedTuple):
 
     batch: int
     time: int
-    before: int
+    past: int
     kv_heads: int
     groups: int
     head_dim: int
@@ -139,11 +139,11 @@ class _Layout(NamedTuple):
 
     def row_of_keys(self, x: Tensor) -> Tensor:
         """`[batch, kv_heads, before + time, head_dim]` as `[kv_heads, window + batch * blocks * BLOCK, head_dim]`: the rows of the batch one after another."""
-        earlier = min(self.before, self.window)
+        earlier = min(self.past, self.window)
         if self.batch == 1:
-            x = x[0, :, self.before - earlier :]
+            x = x[0, :, self.past - earlier :]
             return F.pad(x, (0, 0, self.window - earlier, self.blocks * BLOCK - self.time))
-        assert not self.before
+        assert not self.past
         x = F.pad(x, (0, 0, 0, self.blocks * BLOCK - self.time)).transpose(0, 1)
         return F.pad(x.flatten(1, 2), (0, 0, self.window, 0))
 
@@ -165,10 +165,10 @@ class _Layout(NamedTuple):
         """The gradient of `[batch, kv_heads, before + time, head_dim]` from that of the row."""
         new = total[:, self.window : self.window + self.batch * self.blocks * BLOCK]
         new = new.view(self.kv_heads, self.batch, -1, self.head_dim)[:, :, : self.time].transpose(0, 1)
-        if not self.before:
+        if not self.past:
             return new
-        earlier = min(self.before, self.window)
-        held = F.pad(total[None, :, self.window - earlier : self.window], (0, 0, self.before - earlier, 0))
+        earlier = min(self.past, self.window)
+        held = F.pad(total[None, :, self.window - earlier : self.window], (0, 0, self.past - earlier, 0))
         return torch.cat((held, new), dim=2)
 
 
@@ -186,7 +186,7 @@ class _WindowedAttention(torch.autograd.Function):
                 window=window,
                 groups=groups,
                 dtype=q.dtype,
-                before=layout.before,
+                past=layout.past,
                 starts=document_starts,
             )
         )

@@ -64,7 +64,7 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-def attend_after(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
     """Attention of new positions over earlier ones and themselves.
 
     Args:
@@ -77,7 +77,7 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tens
     """
     if q.device.type == "cpu":
         if window is None and k.shape[2] > q.shape[1] and not torch.is_grad_enabled():
-            return _earlier_and_own(q, k, v)
+            return _attend_cache_and_new(q, k, v)
         after: Tensor = _on_cpu(q, k, v, window=window, document_starts=None)
         return after
     heads = q.flatten(2, 3).transpose(1, 2)
@@ -103,7 +103,7 @@ def _in_blocks(
         q.permute(0, 2, 1, 3, 4).reshape(rows, time * groups, head_dim),
         k.reshape(rows, positions, head_dim),
         v.reshape(rows, positions, head_dim),
-        before=positions - time,
+        past=positions - time,
         window=window,
         document_starts=document_starts,
     )
@@ -111,8 +111,8 @@ def _in_blocks(
     return laid_out.reshape(batch, time, kv_heads * groups * head_dim)
 
 
-def _earlier_and_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend_after` without a window by the fused kernel of the CPU, which knows no causal mask that begins later: once over the earlier positions, of
+def _attend_cache_and_new(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend_cached` without a window by the fused kernel of the CPU, which knows no causal mask that begins later: once over the earlier positions, of
     which all is seen, once over the new ones, and the two mixed by the sums of their exponentials, which the kernel gives (it has no gradient here).
 
     Blocks of scores over 32,768 positions do not stay in the caches: 2,048 new ones took 1.7 s in float32, this 0.4 s (docs/explanation/log.md).

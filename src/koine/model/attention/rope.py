@@ -17,17 +17,17 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    turns: Tensor | None = None
+    cis: Tensor | None = None
 
     def view_as_heads(self) -> Rotation:
         """From `[batch, time, head_dim / 2]` to `[batch, time, 1, head_dim / 2]`."""
-        turns = None if self.turns is None else self.turns.unsqueeze(-2)
-        return Rotation(self.cos.unsqueeze(-2), self.sin.unsqueeze(-2), turns)
+        cis = None if self.cis is None else self.cis.unsqueeze(-2)
+        return Rotation(self.cos.unsqueeze(-2), self.sin.unsqueeze(-2), cis)
 
     def scaled(self, factor: float) -> Rotation:
         """A rotation that multiplies by `factor` too: the scale of the scores rides on the tables."""
-        turns = None if self.turns is None else self.turns * factor
-        return Rotation(self.cos * factor, self.sin * factor, turns)
+        cis = None if self.cis is None else self.cis * factor
+        return Rotation(self.cos * factor, self.sin * factor, cis)
 
 
 @functools.lru_cache(maxsize=16)
@@ -68,11 +68,11 @@ class _Rotate(torch.autograd.Function):
         return _rotate(grad, cos, -sin), None, None
 
 
-def rotate_in_place(x: Tensor, angles: Rotation) -> Tensor:
+def apply_rotary_in_place(x: Tensor, angles: Rotation) -> Tensor:
     """`apply_rotary` where nothing is to be learnt and `x` `[..., head_dim]` is nobody else's: in float32 it is changed and given back."""
-    if angles.turns is None or x.dtype != torch.float32:
+    if angles.cis is None or x.dtype != torch.float32:
         return apply_rotary(x, angles)
-    torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(angles.turns)
+    torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(angles.cis)
     return x
 
 
@@ -84,11 +84,11 @@ def apply_rotary(x: Tensor, angles: Rotation) -> Tensor:
         even, odd = wide[..., 0::2], wide[..., 1::2]
         turned = (even * angles.cos - odd * angles.sin, odd * angles.cos + even * angles.sin)
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
-    if angles.turns is not None:
+    if angles.cis is not None:
         # Adjacent pairs are complex numbers: one operation in place of six.
         single = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         pairs = torch.view_as_complex(single.view(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * angles.turns).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * angles.cis).flatten(-2).to(x.dtype)
     result = _Rotate.apply(x, angles.cos, angles.sin)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result
