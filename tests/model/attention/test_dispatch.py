@@ -15,7 +15,7 @@ from koine.model import Decoder, ModelConfig
 from koine.model.attention.cpu_blocked import blocked_attention
 from koine.model.attention.cpu_windowed import _document_masks, windowed_attention
 from koine.model.attention.dispatch import (
-    _in_blocks,
+    _attend_in_blocks,
     attend,
     attend_cached,
     document_starts_of,
@@ -144,9 +144,7 @@ def test_windows_through_the_fused_kernel_equal_the_dense_softmax_with_gradients
 )
 def test_gradcheck_of_windows(batch: int, time: int, past: int, window: int, packed: bool) -> None:
     q = torch.randn(batch, time, 1, 2, 2, dtype=torch.float64, requires_grad=True)
-    k, v = (
-        torch.randn(batch, 1, past + time, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
+    k, v = (torch.randn(batch, 1, past + time, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     starts = document_starts_of((torch.arange(time) // 9).expand(batch, -1)) if packed else None
     assert torch.autograd.gradcheck(
         lambda q, k, v: windowed_attention(q, k, v, window=window, document_starts=starts), (q, k, v)
@@ -191,7 +189,7 @@ def test_bfloat16_is_as_close_as_its_rounding() -> None:
     q, k, v = inputs(2, 200, 2, 2, torch.float32)
     exact = dense(q, k, v, 33, None)
     heads = k.transpose(1, 2), v.transpose(1, 2)
-    for kernel in (_in_blocks, windowed_attention):
+    for kernel in (_attend_in_blocks, windowed_attention):
         rounded = kernel(*(x.bfloat16() for x in (q, *heads)), window=33, document_starts=None)
         assert rounded.dtype == torch.bfloat16
         assert (rounded.flatten(2).float() - exact).abs().max() < 0.05
@@ -212,7 +210,7 @@ class Scores(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kernel", [_in_blocks, windowed_attention])
+@pytest.mark.parametrize("kernel", [_attend_in_blocks, windowed_attention])
 def test_windowed_layers_touch_only_their_window(kernel: Any) -> None:
     """The scores computed grow with time * window, not with time squared."""
     totals = []

@@ -1,4 +1,7 @@
-"""FlexAttention with block masks that are made without the dense `time * time` mask."""
+"""FlexAttention with block masks that are built without the dense `time * time` mask.
+
+Shape suffixes: b batch (1 without documents), t time, n tiles = time / 128.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ import torch
 from torch import Tensor
 
 FLEX_FROM = 256
-"""FlexAttention skips tiles of 128 by 128: in a shorter text there is nothing to skip."""
+"""Shortest sequence for FlexAttention. It skips tiles of 128 by 128, and a shorter sequence has none to skip."""
 
 FLEX_TILE = 128
+"""Queries, and keys, of a tile of the block mask."""
 FLEX_SMALLEST_HEAD = 16
+"""Smallest `head_dim` that FlexAttention's kernel takes."""
 
 
 def visible(window: int | None, document_starts: Tensor | None) -> Callable[[Any, Any, Any, Any], Any]:
-    """FlexAttention's mask function: causal, within the window, within the document."""
+    """Return FlexAttention's mask function: causal, within the window, within the document."""
 
     def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
         seen = query >= key
@@ -31,36 +36,36 @@ def visible(window: int | None, document_starts: Tensor | None) -> Callable[[Any
 
 
 def block_mask(time: int, window: int | None, document_starts: Tensor | None, device: torch.device) -> Any:
-    """FlexAttention's `BlockMask` of `visible`, without ever forming the `time * time` mask.
+    """Build FlexAttention's `BlockMask` of `visible`, without the `time * time` mask.
 
-    A query sees one run of keys, `[first(query), query]`, and `first` never falls from one query to the next: the tiles that a
-    tile of queries needs lie between the `first` of its first query and the diagonal, and those from the `first` of its last
-    query up to the diagonal are seen whole.
+    A query sees one range of keys, `[first(query), query]`, and `first` never decreases from one query to the
+    next. So the tiles that a tile of queries needs lie between the `first` of its first query and the diagonal.
+    The tiles from the `first` of its last query up to the diagonal are fully visible.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    first = torch.zeros(1, time, dtype=torch.long, device=device)
+    first_bt = torch.zeros(1, time, dtype=torch.long, device=device)
     if window is not None:
-        first = (torch.arange(time, device=device)[None] - window + 1).clamp(min=0)
+        first_bt = (torch.arange(time, device=device)[None] - window + 1).clamp(min=0)
     if document_starts is not None:
-        first = torch.maximum(first, document_starts)
+        first_bt = torch.maximum(first_bt, document_starts)
     last = torch.arange(FLEX_TILE - 1, time + FLEX_TILE - 1, FLEX_TILE, device=device).clamp(max=time - 1)
-    lowest = first[:, ::FLEX_TILE, None]
-    highest = first[:, last, None]
+    lowest = first_bt[:, ::FLEX_TILE, None]
+    highest = first_bt[:, last, None]
     tiles = torch.arange(last.numel(), device=device)
     begin = tiles * FLEX_TILE
-    behind = tiles[None, :] < tiles[:, None]
-    whole = behind & (begin >= highest)
-    part = (tiles[None, :] <= tiles[:, None]) & (begin + FLEX_TILE > lowest) & ~whole
+    earlier = tiles[None, :] < tiles[:, None]
+    full_bnn = earlier & (begin >= highest)
+    partial_bnn = (tiles[None, :] <= tiles[:, None]) & (begin + FLEX_TILE > lowest) & ~full_bnn
 
-    def ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
-        """How many tiles each row of tiles has, and which, first."""
-        order = dense.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-        return dense.sum(dim=-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+    def counts_and_indices(dense_bnn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many tiles each row of tiles has, and the indices of the tiles, those first."""
+        order = dense_bnn.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+        return dense_bnn.sum(dim=-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
     return BlockMask.from_kv_blocks(
-        *ordered(part),
-        *ordered(whole),
+        *counts_and_indices(partial_bnn),
+        *counts_and_indices(full_bnn),
         BLOCK_SIZE=FLEX_TILE,
         mask_mod=visible(window, document_starts),
         seq_lengths=(time, time),
@@ -69,8 +74,8 @@ def block_mask(time: int, window: int | None, document_starts: Tensor | None, de
 
 @functools.lru_cache(maxsize=16)
 def _window_mask(time: int, window: int | None, device: torch.device) -> Any:
-    # Without documents every layer and every step has the same one. Ordinary tensors even where it is first asked for in inference
-    # mode: training asks for the same one, and saves it for its backward pass.
+    # Without documents every layer and every step has the same mask. Its tensors are ordinary ones even if it
+    # is first built in inference mode: training uses the same mask, and saves it for its backward pass.
     with torch.inference_mode(False):
         return block_mask(time, window, None, device)
 
@@ -85,9 +90,18 @@ def _compiled_flex() -> Any:
 def flex_attend(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None
 ) -> Tensor:
-    """FlexAttention with a block mask, `[batch, heads, time, head_dim]`: work in proportion to what is visible.
+    """Compute FlexAttention with a block mask; invisible tiles are skipped.
 
-    On an accelerator the kernel is compiled; on CPU (tests) it runs uncompiled, forward only.
+    The kernel is compiled on an accelerator. On CPU (tests) it runs uncompiled, forward only.
+
+    Args:
+        q: `[batch, heads, time, head_dim]`, scaled.
+        k, v: `[batch, kv_heads, time, head_dim]`.
+        window: see `LayerSpec.window`.
+        document_starts: `[batch, time]`, the position at which each position's document begins.
+
+    Returns:
+        `[batch, heads, time, head_dim]`.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
