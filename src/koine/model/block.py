@@ -1,4 +1,4 @@
-"""The decoder's block: attention and feed-forward in parallel on one bias-free LayerNorm, as in Cohere and Cohere2.
+"""The decoder's block: attention and feed-forward in parallel on one LayerNorm, as in Cohere and Cohere2.
 
 Shape suffixes: b batch, t time, k kv_heads, g groups (query heads of one key head), h query heads = k * g,
 d head_dim, a = h * d, f intermediate_size.
@@ -21,16 +21,16 @@ from koine.model.moe.routers import Routing
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`attention(q, k, v)` with a KV cache, to which it adds k and v.
 
-q is `[batch, time, kv_heads, groups, head_dim]` (scaled), k and v `[batch, time, kv_heads, head_dim]`, the result
-`[batch, time, heads * head_dim]`.
+q is `[batch, time, kv_heads, groups, head_dim]` (scaled), k and v `[batch, time, kv_heads, head_dim]`, the
+result `[batch, time, heads * head_dim]`.
 """
 
 
 class Angles(NamedTuple):
     """RoPE's tables for queries (times the scale of the scores) and keys, `[batch, time, 1, head_dim / 2]`.
 
-    qk: both for q and k concatenated along the heads, `[batch, time, heads + kv_heads, head_dim / 2]`; None where
-    gradients are needed.
+    qk: both for q and k concatenated along the heads, `[batch, time, heads + kv_heads, head_dim / 2]`; None
+        where gradients are needed.
     """
 
     q: Rotation

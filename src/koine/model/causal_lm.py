@@ -1,4 +1,4 @@
-"""Any causal language model of `transformers` behind the decoder's interface, and our own types behind `AutoModel`."""
+"""Any causal language model of `transformers` as a `LanguageModel`, and our own types behind `AutoModel`."""
 
 from __future__ import annotations
 
@@ -42,22 +42,23 @@ from koine.model.lm_head import (
 )
 
 NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
-"""Fields of a configuration that change nothing of what is computed: versions, folders, the precision it was opened in."""
+"""Fields of a configuration that do not change the computation: versions, folders, the precision at opening."""
 
 
 def require_transformers() -> Any:
-    """The `transformers` module; raises `UserError` where the extra is not installed or only half installed."""
+    """Import `transformers`. Raises `UserError` where the extra is not, or only half, installed."""
     return import_extra("transformers", extra="hf", purpose="open this model")
 
 
 class CausalLM(nn.Module):
-    """A `transformers` causal LM with the decoder's `forward` (hidden states) and `logits`.
+    """A causal LM of `transformers` with the decoder's `forward` (hidden states) and `logits`.
 
-    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.lm_head` finds out
-    once, by experiment, whether they follow from the output embedding's input. Where they do not, `forward`
-    gives the logits themselves, and `logits` returns them.
-    Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are
-    refused.
+    `logits(forward(tokens))` are the logits of the class's own forward pass. `koine.model.lm_head` finds out
+    once, by experiment, whether they follow from the input of the output embedding. Where they do not, `forward`
+    returns the logits themselves, and `logits` returns them unchanged.
+    `document_ids` may hold one document and padding in a row, not several documents.
+
+    inner: the model of `transformers`; the name is part of the tensors' names in training checkpoints.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -70,13 +71,15 @@ class CausalLM(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The configuration of the text model, by the names of transformers: those for the vocabulary and the context
-        (`vocab_size`, `max_position_embeddings`) are also the decoder's."""
+        """The text model's configuration, with the field names of `transformers`.
+
+        `vocab_size` and `max_position_embeddings` are also names of our `ModelConfig`.
+        """
         return self.inner.config.get_text_config()
 
     @property
     def head(self) -> LMHead:
-        """The output head, from the states of `forward` to logits; found at first use."""
+        """The output head, from hidden states to logits; inspected at first use."""
         if self._head is None:
             self._head = inspect_head(self.inner)
         return self._head
@@ -94,7 +97,7 @@ class CausalLM(nn.Module):
 
     @property
     def isolates_documents(self) -> bool:
-        """Classes of `transformers` let every token attend to all before it, across documents."""
+        """False: classes of `transformers` let every token attend to all before it, across documents."""
         return False
 
     @property
@@ -111,8 +114,10 @@ class CausalLM(nn.Module):
 
     @property
     def output_weight(self) -> Tensor | None:
-        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, so that the loss can be computed in chunks;
-        `None` where the model does more (a bias, soft-capping)."""
+        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`; else None.
+
+        With it the loss can be computed in chunks. None where the model has a bias or a soft cap.
+        """
         module = linear_head(self.inner)
         if not self.head.linear or self.head.cap is not None or type(module) is not nn.Linear:
             return None
@@ -126,9 +131,10 @@ class CausalLM(nn.Module):
     def forward(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Compute what `logits` takes from `[batch, time]` ids.
+        """Compute the input of `logits` for `[batch, time]` ids.
 
-        The states that the head reads, `[batch, time, hidden]`, or all logits.
+        Returns hidden states `[batch, time, hidden]`, or the logits where the head is not linear.
+        Raises `UserError` for several documents in a row.
         """
         if document_ids is not None:
             if _several_documents(document_ids):
@@ -155,7 +161,7 @@ class CausalLM(nn.Module):
         return states[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the model's own logits `[..., vocab]` from the states of `forward`, `[..., hidden]`."""
+        """Compute the model's own logits `[..., vocab]` from the output of `forward`, `[..., hidden]`."""
         module = linear_head(self.inner) if self.head.linear else None
         if module is None:
             return hidden
@@ -194,7 +200,7 @@ class CausalLM(nn.Module):
                     if name in weights:
                         parameter.copy_(weights[name])
         folder.mkdir(parents=True, exist_ok=True)
-        with quiet(require_transformers()):
+        with quiet_transformers(require_transformers()):
             self.inner.save_pretrained(folder)
         write_checksums(folder)
         copy_tokenizer(tokenizer, folder)
@@ -244,20 +250,20 @@ class CausalLM(nn.Module):
 
 
 def _several_documents(document_ids: Tensor) -> bool:
-    """Whether some row `[batch, time]` holds two documents; -1 is padding."""
+    """Return whether some row `[batch, time]` holds two documents; -1 is padding."""
     highest = document_ids.amax(dim=1, keepdim=True)
     return bool(((document_ids >= 0) & (document_ids != highest)).any())
 
 
 def opens_as_decoder(path: Path) -> bool:
-    """Whether the `config.json` of a folder says a model that our decoder implements."""
+    """Return whether our decoder implements the model of the folder's `config.json`."""
     value = read_json(path / "config.json")
     if not isinstance(value, dict) or value.get("model_type") not in OWN_TYPES:
         return False
     try:
         read_config(path)
     except UnsupportedModelError:
-        # A Cohere with biases, say: transformers has the maths that ours lack.
+        # For example a Cohere with biases, which transformers implements and our decoder does not.
         return False
     return True
 
@@ -265,29 +271,33 @@ def opens_as_decoder(path: Path) -> bool:
 def load_causal_lm(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LanguageModel:
-    """Our own decoder where it implements the model, else `AutoModelForCausalLM` behind the same interface.
+    """Open our own decoder where it implements the model, else `AutoModelForCausalLM`.
 
-    Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
+    Args:
+        path: folder of the model.
+        dtype: of the weights; None: as stored.
+        device: where they are loaded.
+
+    Raises:
+        UserError: the folder holds no causal LM that the installed `transformers` opens, or its weights are
+            damaged, or the model is not causal.
     """
     path = Path(path)
     read_model_config(path)
     if opens_as_decoder(path):
         return load_model(path, dtype=dtype, device=device)
-    return _load_other(path, dtype, device)
+    return _load_with_transformers(path, dtype, device)
 
 
 def load_as_stored(path: Path) -> LanguageModel:
-    """Load as `load_causal_lm`, in the dtype that holds every stored weight without rounding.
-
-    For what trains a model or writes it again.
-    """
+    """Load in the dtype that holds every stored weight without rounding, to train or rewrite the model."""
     description = read_model_config(path)
     if opens_as_decoder(path) or description.get("quantization_config") is not None:
         return load_causal_lm(path)
     return load_causal_lm(path, dtype=widest_dtype(path))
 
 
-def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
+def _load_with_transformers(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
     transformers = require_transformers()
     value = read_model_config(path)
     check_model_class(value, path, transformers)
@@ -295,61 +305,67 @@ def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | st
     files = checked_weight_files(path)
     quantised = value.get("quantization_config") is not None
     if not quantised:
-        with quiet(transformers):
+        with quiet_transformers(transformers):
             check_described_size(path, value, files)
     wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
-    with (
-        library_errors(
-            path,
-            "transformers cannot open it as a causal LM",
-            "check config.json and the weights, or upgrade transformers",
-        ),
-        quiet(transformers),
-    ):
+    inner, loaded = _open(path, wanted, transformers)
+    check_loaded_keys(path, loaded)
+    unused = sorted(loaded.get("unexpected_keys") or ())
+    if unused:
+        warnings.warn(
+            f"{path}: {len(unused)} tensors of the weights belong to no part of the model, "
+            f"the first is {unused[0]}",
+            KoineWarning,
+            stacklevel=3,
+        )
+    if dtype == torch.float32 and not quantised:
+        # Some classes load modules in another precision; they are computed in float32 too.
+        inner.float()
+    _check_finite(inner, path)
+    model = CausalLM(inner).to(device).eval()
+    model.eos_ids = eos_ids(path)
+    _check_head(model, path)
+    return model
+
+
+def _open(path: Path, dtype: torch.dtype | str, transformers: Any) -> tuple[Any, dict[str, Any]]:
+    """Open a folder as a causal LM; return the model and what `transformers` reports of its loading."""
+    what = "transformers cannot open it as a causal LM"
+    hint = "check config.json and the weights, or upgrade transformers"
+    with library_errors(path, what, hint), quiet_transformers(transformers):
         inner, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=wanted,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    check_loaded_keys(path, loaded)
-    unused = sorted(loaded.get("unexpected_keys") or ())
-    if unused:
-        warnings.warn(
-            f"{path}: {len(unused)} tensors of the weights belong to no part of the model, the first is {unused[0]}",
-            KoineWarning,
-            stacklevel=3,
-        )
-    if dtype == torch.float32 and not quantised:
-        # Modules that a class loads in another precision are computed in this one too.
-        inner.float()
-    _refuse_not_finite(inner, path)
-    model = CausalLM(inner).to(device).eval()
-    model.eos_ids = eos_ids(path)
+    return inner, loaded
+
+
+def _check_head(model: CausalLM, path: Path) -> None:
+    """Raise `UserError` for a model that cannot read text alone, gives NaN, or is an encoder."""
     with library_errors(
-        path, f"{type(inner).__name__} cannot read a text", "check config.json, or give a model of text"
+        path, f"{model.architecture} cannot read a text", "check config.json, or give a model of text"
     ):
         head = model.head
     if not head.finite:
+        dtype = str(model.inner.dtype).removeprefix("torch.")
         raise UserError(
-            f"{type(inner).__name__} gives NaN or infinity for ordinary tokens in {inner.dtype}".replace(
-                "torch.", ""
-            ),
+            f"{model.architecture} gives NaN or infinity for ordinary tokens in {dtype}",
             where=path,
             hint="check the numbers of config.json, or compute in float32",
         )
     if not head.causal:
         raise UserError(
-            f"{type(inner).__name__} is not causal (an encoder?): later tokens change what it says of earlier ones",
+            f"{model.architecture} is not causal (an encoder?): its earlier logits change with later tokens",
             where=path,
             hint="give a causal language model",
         )
-    return model
 
 
-def _refuse_not_finite(inner: Any, path: Path) -> None:
+def _check_finite(inner: Any, path: Path) -> None:
     for name, parameter in inner.named_parameters():
         if (
             parameter.is_floating_point()
@@ -364,8 +380,8 @@ def _refuse_not_finite(inner: Any, path: Path) -> None:
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Without the bars and notes of `transformers` on standard error; what a user should know of, we say ourselves."""
+def quiet_transformers(transformers: Any) -> Iterator[None]:
+    """Silence the progress bars and notes of `transformers` on standard error."""
     logging = transformers.utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The decoder: an embedding, blocks (`koine.model.block`, with experts `koine.model.moe.block`), a norm and a head.
+"""The decoder: an embedding, blocks (`koine.model.block` or `koine.model.moe.block`), a norm and a head.
 
 Shape suffixes: b batch, t time, e hidden_size, v vocabulary.
 """
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         self.eos_ids: frozenset[int] = frozenset()
         """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
         self.packed_head: nn.Module | None = None
-        """The output projection of a packed model, in place of `output_weight` (`koine.generate.cpu.prepacked_linear`)."""
+        """The output projection of a model packed by `koine.generate.cpu.prepacked_linear`."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,7 +123,8 @@ class Decoder(nn.Module):
 
         Args:
             tokens: `[batch, time]` ids.
-            document_ids: `[batch, time]`, equal within a document, -1 for padding: attention stays inside a document.
+            document_ids: `[batch, time]`, equal within a document, -1 for padding: attention stays inside a
+                document.
             positions: `[batch, time]` or `[time]`, for RoPE; default 0, 1, ... (padding not counted).
             attention_mask: `[batch, time]`, 0 for padding on the left or on the right.
             context: the KV cache of this pass, which has positions and visibility itself.
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None,
         context: AttentionContext | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return positions `[batch or 1, time]`, and the documents with padding as -1; arguments as in `forward`."""
+        """Return positions `[batch or 1, time]`, and document ids with padding as -1."""
         if context is not None:
             if document_ids is not None or positions is not None or attention_mask is not None:
                 raise ValueError("a context has positions, documents and padding itself")

@@ -1,4 +1,4 @@
-"""The interface of a causal language model, for all rooms: our decoder and any model of `transformers` have it."""
+"""The interface of a causal language model: our decoder and any model of `transformers` implement it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor, nn
 
 RemapIds = Callable[[int | Sequence[int] | None, int], int | list[int]]
-"""From the ids that a field holds and the new tokenizer's own id, the ids of the field in the new vocabulary."""
+"""`remap(ids, own)`: the ids of a field in the new vocabulary, whose own id for the field is `own`."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class VocabularyTensors:
 class LanguageModel(Protocol):
     """A causal language model: `logits(model(tokens))` scores the next token at every position.
 
-    `Decoder` and `CausalLM` implement it, both as `nn.Module`. A further model needs these members and no base class.
-    An `isinstance` check of `Decoder` is left only where its own tensors are needed: its KV cache, its packed
-    weights, its attention weights, its `ModelConfig`.
+    `Decoder` and `CausalLM` implement it, both as `nn.Module`. A further model needs these members and no
+    base class. An `isinstance` check of `Decoder` is left only where its own tensors are needed: its KV
+    cache, its packed weights, its attention weights, its `ModelConfig`.
     """
 
     training: bool
@@ -62,7 +62,7 @@ class LanguageModel(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the configuration that determine what is computed, for a training's identity."""
+        """Return the fields of the configuration that determine the computation, for a training's identity."""
         ...
 
     # --- what it computes ---
@@ -127,7 +127,7 @@ class LanguageModel(Protocol):
         ...
 
     def fixed_tensors(self) -> dict[str, Tensor]:
-        """Return tensors that belong to the saved weights and are not trained, by their names in the state dict."""
+        """Return the saved tensors that are not trained, by their names in the state dict."""
         ...
 
     def stored_tensors(self) -> dict[str, Tensor]:

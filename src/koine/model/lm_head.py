@@ -1,8 +1,8 @@
 """Find out by experiment how a causal LM of `transformers` computes its logits, and whether it is causal.
 
-| head | logits | how they are computed |
+| head | logits | computed |
 |---|---|---|
-| linear | `scale * head(hidden)`, or that soft-capped: `cap * tanh(scale * head(hidden) / cap)` | for some positions at a time |
+| linear | `scale * head(hidden)`, or `cap * tanh(scale * head(hidden) / cap)` (soft cap) | for chunks of positions |
 | own | anything else | by the model's whole forward pass |
 
 Fields of the configuration decide nothing. Numbers are put in place of the head's output, and the logits that

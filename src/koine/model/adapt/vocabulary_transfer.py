@@ -1,4 +1,4 @@
-"""Move a causal language model to another tokenizer: shared tokens keep their rows, new ones get a first guess."""
+"""Move a causal language model to another tokenizer: shared tokens keep their rows, new ones are initialised."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from koine.tokenizer.tokenizer import TEMPLATE
 from koine.tokenizer.vocabulary_match import VocabularyMatch, match_vocabularies
 
 RECORD = "vocabulary.json"
-"""Which old token each new one came from; beside the model, so that the move can be understood and taken back."""
+"""File beside the model: the old id of each shared token, so that the move can be reversed."""
 GENERATION = "generation_config.json"
 OTHER_IDS = (
-    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
-    "forced_decoder_ids", "sequence_bias",
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
+    "begin_suppress_tokens", "bad_words_ids", "forced_decoder_ids", "sequence_bias",
 )  # fmt: skip
+"""Fields of `generation_config.json` with ids of the old vocabulary; they are removed."""
 TEXT_METHODS = ("focus", "distill")
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What moving a model to another tokenizer did."""
+    """The result of moving a model to another tokenizer: counts of tokens."""
 
     shared: int
     spelled: int
@@ -48,7 +49,7 @@ class Moved:
 
     @property
     def reversible(self) -> bool:
-        """Whether moving the model back gives the old weights again: nothing of the old vocabulary was dropped."""
+        """Whether moving the model back restores the old weights: no old token was dropped."""
         return self.dropped == 0
 
 
@@ -61,14 +62,22 @@ def move_model(
     texts: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Moved:
-    """Write to `out` the model of `model` with the vocabulary of `tokenizer`, its files and its chat template.
+    """Write the model of a folder with the vocabulary of another tokenizer.
 
-    method: see `koine.tokenizer.embedding_init`; `focus` and `distill` learn from `texts`, in the languages that the new tokens are for.
-    Tied embeddings stay tied; an untied head is initialised like the embedding, from its own rows. Rows beyond the tokenizer's ids (padding to
-    a round number) stay beyond them, as many as there were. Where the new tokenizer has no chat template, the model keeps its own if the
-    new vocabulary has its special tokens; otherwise a `KoineWarning` says that it is left behind.
+    Tied embeddings stay tied. An untied head is initialised like the embedding, from its own rows. Rows beyond the
+    tokenizer's ids (padding to a round number) stay beyond them, as many as before.
 
-    Raises `UserError` where the model has no tokenizer of its own or fewer rows than that has ids, or a method lacks its text.
+    Args:
+        model: folder of the model with its tokenizer.
+        tokenizer: folder of the new tokenizer. Where it has no chat template, the model keeps its own if the new
+            vocabulary has the template's special tokens; otherwise a `KoineWarning` reports that it is dropped.
+        out: folder to write.
+        method: how new rows are initialised, see `koine.tokenizer.embedding_init`.
+        texts: `focus` and `distill` learn from them, in the languages of the new tokens.
+        seed: of random rows and of the order of training.
+
+    Raises:
+        UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, or the method lacks texts.
     """
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
@@ -141,7 +150,7 @@ def move_model(
 def _check_other_tables(loaded: CausalLM, model: Path) -> None:
     """Raise `UserError` for a model with more token tables than embedding and head.
 
-    Such tables (one a layer, say) would keep the old order.
+    Such tables (one per layer, for example) would keep the old order of rows.
     """
     about = skeleton(read_json(model / "config.json"), where=model / "config.json")
     inner = loaded.inner
@@ -162,17 +171,15 @@ def _check_other_tables(loaded: CausalLM, model: Path) -> None:
 
 
 def _move_generation(source: Path, target: Path, match: VocabularyMatch, tokenizer: Tokenizer) -> None:
-    """Carry the model's settings of generation to the new ids.
-
-    Several tokens may end an answer, and sampling has nothing to do with the tokenizer.
-    """
+    """Map the ids of `generation_config.json` to the new vocabulary; settings of sampling stay."""
     settings = read_json_object(source, hint="correct or remove it")
     for name, own in (
-        ("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id), ("pad_token_id", tokenizer.pad_id),
+        ("bos_token_id", tokenizer.bos_id),
+        ("eos_token_id", tokenizer.eos_id),
+        ("pad_token_id", tokenizer.pad_id),
     ):  # fmt: skip
         settings[name] = _moved_ids(settings.get(name), own, match)
     for name in [name for name in settings if name in OTHER_IDS]:
-        # Of the old vocabulary, and no part that every tokenizer has.
         del settings[name]
     write_json(target, settings)
 
@@ -198,7 +205,7 @@ def _keep_template(before: Tokenizer, after: Tokenizer, model: Path, tokenizer: 
 
 
 def match_tokenizers(old: Path, new: Path) -> VocabularyMatch:
-    """`match_vocabularies` of two folders, special tokens matched by name and by the part they play."""
+    """Match two folders' vocabularies, special tokens by name and by role (BOS, EOS, padding)."""
     before, after = load_tokenizer(old), load_tokenizer(new)
     names = ("bos_id", "eos_id", "pad_id")
     return match_vocabularies(
@@ -211,13 +218,16 @@ def match_tokenizers(old: Path, new: Path) -> VocabularyMatch:
 
 
 def special_tokens(path: Path) -> dict[str, int]:
-    """Special token -> id, of a folder with a `tokenizer.json`."""
+    """Return the ids of the special tokens of a folder's `tokenizer.json`."""
     added = read_json_object(path / "tokenizer.json").get("added_tokens", [])
     return {token["content"]: token["id"] for token in added if token.get("special")}
 
 
 def _moved_ids(old: int | Sequence[int] | None, own: int, match: VocabularyMatch) -> int | list[int]:
-    """What a list of ids (several tokens end an answer) becomes: those that the new vocabulary has, and its `own`; a single id becomes `own`."""
+    """Map the ids of a field, a single id or a list (several tokens may end a text).
+
+    A single id becomes `own`. A list becomes those of its ids that the new vocabulary has, and `own`.
+    """
     if old is None or isinstance(old, int):
         return own
     new_of = {source: new for new, source in sorted(match.shared.items(), reverse=True)}

@@ -1,13 +1,13 @@
 """Causal, windowed and document-masked attention on CPU, in blocks of queries, forward and backward.
 
-The fused `scaled_dot_product_attention` on CPU computes the full square of scores under a window or a document mask,
-and in bfloat16 its inner products are far slower than a batched matmul. Here, each block of queries is two batched
-matmuls around a softmax, against the keys that some query of the block may see. The backward pass recomputes the
-probabilities, so memory grows with `block * keys`, not with `time * time`.
+The fused `scaled_dot_product_attention` on CPU computes the full square of scores under a window or a
+document mask, and in bfloat16 its inner products are far slower than a batched matmul. Here, each block of
+queries is two batched matmuls around a softmax, against the keys that some query of the block may see. The
+backward pass recomputes the probabilities, so memory grows with `block * keys`, not with `time * time`.
 
-Shape suffixes: r rows = batch * kv_heads, q queries = time * groups, s keys = past + time, d head_dim. The queries of
-one key head are adjacent (`time`, then `groups`), so GQA copies no keys. `past` counts cached positions (0 in
-training). Queries are scaled by `head_dim ** -0.5`. Positions count keys from 0.
+Shape suffixes: r rows = batch * kv_heads, q queries = time * groups, s keys = past + time, d head_dim.
+The queries of one key head are adjacent (`time`, then `groups`), so GQA copies no keys. `past` counts cached
+positions (0 in training). Queries are scaled by `head_dim ** -0.5`. Positions count keys from 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Queries of a block: the fastest of 64, 128, 256 at every length and window tried (docs/explanation/log.md)."""
+"""Queries of a block.
+
+The fastest of 64, 128, 256 at every length and window tried (docs/explanation/log.md).
+"""
 
 
 class Span(NamedTuple):
@@ -151,13 +154,13 @@ def blocked_attention(
         k, v: `[batch * kv_heads, past + time, head_dim]`.
         past: count of cached keys, before the first query.
         window: a position sees itself and the `window - 1` before it (`None`: all before it).
-        document_starts: `[batch, time]` int64, the position at which each query's document begins. At most the
-            query's own, so that every row of the softmax has a key (padding begins at itself).
+        document_starts: `[batch, time]` int64, the position at which each query's document begins. At most
+            the query's own, so that every row of the softmax has a key (padding begins at itself).
         block: queries of a block; `time` need not be a multiple of it.
 
     Returns:
-        `[batch * kv_heads, time * groups, head_dim]` in the dtype of `q`. In bfloat16 the scores are rounded to
-        bfloat16 before the softmax, which is computed in float32.
+        `[batch * kv_heads, time * groups, head_dim]` in the dtype of `q`. In bfloat16 the scores are rounded
+        to bfloat16 before the softmax, which is computed in float32.
     """
     result = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
         q, k, v, past, window, document_starts, block

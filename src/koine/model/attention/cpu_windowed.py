@@ -1,12 +1,13 @@
-"""Sliding-window attention on CPU through the fused kernel of `scaled_dot_product_attention`, forward and backward.
+"""Sliding-window attention on CPU through the fused kernel of SDPA, forward and backward.
 
-Under a mask the kernel computes the whole rectangle of scores. So it is given small rectangles: a block of queries with
-the keys that some of them may see, all blocks of a sequence in one call. The keys of neighbouring blocks overlap and are
-views. The mask of each block is the same band, except where a block reaches before the sequence or across documents.
+Under a mask the kernel computes the whole rectangle of scores. So it is given small rectangles: a block of
+queries with the keys that some of them may see, all blocks of a sequence in one call. The keys of
+neighbouring blocks overlap and are views. The mask of each block is the same band, except where a block
+reaches before the sequence or across documents.
 
 Shape suffixes: n blocks (of all rows of the batch), k kv_heads, q = BLOCK * groups queries (position-major),
-s = window + BLOCK keys, d head_dim. Key `j` of a block is the position `window - j` before its first query, so query
-`i` sees the keys `i < j <= i + window`.
+s = window + BLOCK keys, d head_dim. Key `j` of a block is the position `window - j` before its first query,
+so query `i` sees the keys `i < j <= i + window`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from koine.hardware import is_intel
 
 BLOCK = 64
-"""Queries of a block: the fastest of 32, 64, 128, 256 from 520 to 8,192 positions (docs/explanation/log.md)."""
+"""Queries of a block.
+
+The fastest of 32, 64, 128, 256 from 520 to 8,192 positions (docs/explanation/log.md).
+"""
 
 MAX_WINDOW, MAX_WINDOW_WITH_DOCUMENTS = 512, 256
 """Largest windows, without and with documents, for which this is faster than `blocked_attention`.
@@ -44,7 +48,8 @@ BLOCKS_AT_ONCE = 32
 class BlockRange(NamedTuple):
     """Blocks `[start, end)` and the bias of their scores.
 
-    mask_bias: 0 or -inf, `[BLOCK * groups, keys]` for all blocks alike, or `[blocks, 1, BLOCK * groups, keys]`.
+    mask_bias: 0 or -inf, `[BLOCK * groups, keys]` for all blocks alike, or
+        `[blocks, 1, BLOCK * groups, keys]`.
     """
 
     start: int
@@ -79,7 +84,7 @@ def _plain_masks(window: int, groups: int, dtype: torch.dtype, past: int) -> tup
 
 
 _document_masks: Any = WeakTensorKeyDictionary()
-"""Masks by the tensor of document starts: all layers of a forward pass share it, and its backward pass too."""
+"""Masks by the tensor of document starts, which all layers of a forward pass and its backward pass share."""
 
 
 def _masks_of_documents(starts: Tensor, window: int, groups: int, dtype: torch.dtype) -> Tensor:
@@ -166,12 +171,15 @@ class _Layout(NamedTuple):
         return F.pad(x.flatten(1, 2), (0, 0, self.window, 0))
 
     def keys(self, row: Tensor, start: int, end: int) -> Tensor:
-        """Return the keys of blocks `[start, end)`, `[blocks, kv_heads, window + BLOCK, head_dim]`, a view."""
+        """Return a view of the keys of blocks `[start, end)`, `[n, kv_heads, window + BLOCK, head_dim]`."""
         part = row[:, start * BLOCK : end * BLOCK + self.window]
         return part.unfold(1, self.window + BLOCK, BLOCK).permute(1, 0, 3, 2)
 
     def add_keys(self, total: Tensor, grad: Tensor, start: int) -> None:
-        """Add the gradients of blocks of keys to that of the row; `total` is one block longer than `row_of_keys`."""
+        """Add the gradients of blocks of keys to that of the row.
+
+        `total` is one block longer than `row_of_keys`.
+        """
         count = grad.shape[0]
         for at in range(0, self.window + BLOCK, BLOCK):
             piece = grad[:, :, at : at + BLOCK].transpose(0, 1)
@@ -275,12 +283,13 @@ def windowed_attention(
     """Compute attention of every position to itself and the earlier ones of its window and document.
 
     Args:
-        q: `[batch, time, kv_heads, groups, head_dim]`, scaled by `head_dim ** -0.5`: the last `time` of the positions.
-        k, v: `[batch, kv_heads, positions, head_dim]`. More positions than `time` (cached ones) are possible only
-            for a batch of one without documents.
+        q: `[batch, time, kv_heads, groups, head_dim]`, scaled by `head_dim ** -0.5`: the last `time` of the
+            positions.
+        k, v: `[batch, kv_heads, positions, head_dim]`. More positions than `time` (cached ones) are possible
+            only for a batch of one without documents.
         window: a position sees itself and the `window - 1` before it.
-        document_starts: `[batch, time]` int64, the position at which each query's document begins; at most the
-            query's own.
+        document_starts: `[batch, time]` int64, the position at which each query's document begins; at most
+            the query's own.
 
     Returns:
         A tensor of the shape and dtype of q. Softmax and sums are computed in float32 at least.

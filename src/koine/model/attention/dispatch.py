@@ -3,14 +3,14 @@
 | case | kernel |
 |---|---|
 | CPU, a window much shorter than the sequence | `windowed_attention`: blocks through the fused kernel |
-| CPU, full float32 attention without documents, if the sequence is long or no gradient is needed | fused SDPA |
+| CPU, full float32 attention without documents, of a long sequence or without gradients | fused SDPA |
 | CPU, otherwise | `blocked_attention` |
 | accelerator, plain causal | fused SDPA |
-| CUDA, a window or documents, a sequence long enough to have blocks to skip | FlexAttention with a block mask |
+| CUDA, a window or documents, if the sequence has blocks to skip | FlexAttention with a block mask |
 | accelerator, otherwise | SDPA with a dense mask |
 
-Shape suffixes: b batch, t time (queries), s positions (keys), k kv_heads, g groups (query heads of one key head),
-h heads = k * g, d head_dim.
+Shape suffixes: b batch, t time (queries), s positions (keys), k kv_heads, g groups (query heads of one key
+    head), h heads = k * g, d head_dim.
 """
 
 from __future__ import annotations
@@ -132,11 +132,11 @@ def _attend_cache_and_new(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute `attend_cached` without a window by two calls of the CPU's fused kernel.
 
     The kernel has no causal mask that begins later. One call attends to the cached positions, all of them
-    visible; one attends to the new ones. The two results are combined by log-sum-exp, which the kernel returns.
-    The kernel has no gradient here.
+    visible; one attends to the new ones. The two results are combined by log-sum-exp, which the kernel
+    returns. The kernel has no gradient here.
 
-    Blocks of scores over 32,768 positions do not stay in the processor's caches: 2,048 new positions took 1.7 s
-    in float32, this 0.4 s (docs/explanation/log.md).
+    Blocks of scores over 32,768 positions do not stay in the processor's caches: 2,048 new positions took 1.7
+    s in float32, this 0.4 s (docs/explanation/log.md).
     """
     batch, time, kv_heads, groups, head_dim = q.shape
     past = k.shape[2] - time

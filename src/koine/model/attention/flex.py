@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 FLEX_FROM = 256
-"""Shortest sequence for FlexAttention. It skips tiles of 128 by 128, and a shorter sequence has none to skip."""
+"""Shortest sequence for FlexAttention.
+
+It skips tiles of 128 by 128, and a shorter sequence has none to skip.
+"""
 
 FLEX_TILE = 128
 """Queries, and keys, of a tile of the block mask."""
@@ -39,8 +42,8 @@ def block_mask(time: int, window: int | None, document_starts: Tensor | None, de
     """Build FlexAttention's `BlockMask` of `visible`, without the `time * time` mask.
 
     A query sees one range of keys, `[first(query), query]`, and `first` never decreases from one query to the
-    next. So the tiles that a tile of queries needs lie between the `first` of its first query and the diagonal.
-    The tiles from the `first` of its last query up to the diagonal are fully visible.
+    next. So the tiles that a tile of queries needs lie between the `first` of its first query and the
+    diagonal. The tiles from the `first` of its last query up to the diagonal are fully visible.
     """
     from torch.nn.attention.flex_attention import BlockMask
 

@@ -1,6 +1,7 @@
 """Model directories in both directions: `config.json` and `model.safetensors` that `transformers` opens, and the reverse.
 
-A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when read (`block_tensors`).
+A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when
+read (`block_tensors`).
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class StoredWeights(Mapping[str, Tensor]):
 def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
     """The tensors of a model directory under their stored names, none of them read yet.
 
-    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
+    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another
+    shape than `config` says.
     """
     check_tokenizer_hash(path)
     weights = StoredWeights(path)
@@ -263,8 +265,9 @@ def save_model(
 ) -> None:
     """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path` (which may be that directory).
 
-    Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`. Raises `UserError` for a
-    full disk or a folder that cannot be written. What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
+    Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`.
+    Raises `UserError` for a full disk or a folder that cannot be written. What `transformers` has a class for
+    (see `config_json.model_type`) opens there without any code of ours.
     """
     save_state(
         model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, eos_ids=model.eos_ids
