@@ -314,7 +314,7 @@ def test_nothing_is_remembered_where_nothing_can_be_written(
 def test_memory_of_checked_files_does_not_grow_for_ever(
     tiny: ModelConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksum, "REMEMBERED", 8)
+    monkeypatch.setattr(checksum, "MOST_REMEMBERED", 8)
     save_model(Decoder(tiny), tmp_path / "m")
     for _ in range(20):
         os.utime(tmp_path / "m/model.safetensors")
