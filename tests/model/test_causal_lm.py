@@ -75,8 +75,10 @@ def test_saved_model_opens_in_transformers(
 
 def test_bfloat16(tiny: ModelConfig, tmp_path: Path) -> None:
     """bfloat16 keeps 8 bits, and the two round at other places (two matrices in place of seven, scores rounded before the softmax), so
-    equality is not to be had: what must hold is that ours is as near to the float32 truth as theirs. Bound: twice their
-    root-mean-square error, block by block and in the logits, at once, past the window, with padding and with a cache."""
+    equality is not to be had: what must hold is that ours is as near to the float32 truth as theirs. Bound:
+        twice their root-mean-square error, block by block and in the logits, at once, past the window, with
+        padding and with a cache.
+    """
     truth = Decoder(tiny).eval()
     save_model(truth, tmp_path, dtype=torch.bfloat16)
     truth = load_model(tmp_path, dtype=torch.float32)
@@ -159,7 +161,8 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
         assert first_drifting_block(ours_whole, blocks, tolerance=FLOAT32, where=counts) is None
         whole = model.logits(model(ids, attention_mask=mask))
         assert (whole - expected)[counts].abs().max() <= FLOAT32
-        # Prefill shorter than the window, a chunk that crosses it, then one by one; ours has no padding to step over.
+        # Prefill shorter than the window, a chunk that crosses it, then one by one; ours has no padding to
+        # step over.
         ours, theirs_cached, past = torch.zeros_like(expected), [], None
         cached = [torch.zeros_like(state) for state in blocks]
         cache = PagedCache.of_model(model, page=4)

@@ -42,9 +42,10 @@ def test_parameters_by_hand_and_by_torch() -> None:
 
 
 def test_command_r7b_sizes() -> None:
-    # Command R7B (formats.md, section 2): 4096 hidden, 32 layers, FFN 14336, 32/8 heads of 128, vocabulary 256,000. A block holds
-    # q, o 4096^2 each = 33,554,432; k, v 1024 * 4096 each = 8,388,608; three FFN matrices 3 * 4096 * 14336 = 176,160,768;
-    # norm 4,096: 218,107,904. 32 of them 6,979,452,928; embedding 1,048,576,000; final norm 4,096.
+    # Command R7B (formats.md, section 2): 4096 hidden, 32 layers, FFN 14336, 32/8 heads of 128, vocabulary
+    # 256,000. A block holds q, o 4096^2 each = 33,554,432; k, v 1024 * 4096 each = 8,388,608; three FFN
+    # matrices 3 * 4096 * 14336 = 176,160,768; norm 4,096: 218,107,904. 32 of them 6,979,452,928; embedding
+    # 1,048,576,000; final norm 4,096.
     assert count_parameters(preset("koine-8b")).total == 6_979_452_928 + 1_048_576_000 + 4_096
 
 
@@ -55,7 +56,8 @@ def test_visible_pairs() -> None:
 
 
 def test_flops_by_hand() -> None:
-    # Five tokens: matrices 2 * 5 * (2 * 672 + 100 * 8) = 21,440; pairs 12 + 15 = 27, each 4 * 8 (two heads of four) = 864.
+    # Five tokens: matrices 2 * 5 * (2 * 672 + 100 * 8) = 21,440; pairs 12 + 15 = 27, each 4 * 8 (two heads of
+    # four) = 864.
     assert forward_flops(SMALL, 5) == 21_440 + 864
     assert round(training_flops_per_token(SMALL, 5) * 5) == 3 * 22_304
 
@@ -110,7 +112,8 @@ def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
     assert [cache.ring(layer)[0].shape for layer in (0, 1, 2)] == [(1, 1, 16, 8)] * 3
     assert cache.pages_in_use == 25
     assert cache.bytes_held() == cache_bytes(config, 200, element_bytes=4)
-    # As in Command A (command-a.md): at 128k a quarter of the layers is full, and the windows are small beside it.
+    # As in Command A (command-a.md): at 128k a quarter of the layers is full, and the windows are small
+    # beside it.
     big = preset("koine-8b")
     share = cache_bytes(big, 131_072) / (cache_bytes_per_token(big) * 131_072)
     # (24 * 4096 + 8 * 131072) / (32 * 131072)

@@ -51,7 +51,8 @@ def test_the_norm_is_centred_and_computed_in_float32() -> None:
     norm.double()
     # Root-mean-square norms would see the shift.
     assert torch.allclose(norm(x), norm(x + 5.0), atol=1e-12)
-    # 1,000 + noise of size 1: bfloat16 keeps the noise in steps of 4, but its mean must not lose bits on top of that.
+    # 1,000 + noise of size 1: bfloat16 keeps the noise in steps of 4, but its mean must not lose bits on top
+    # of that.
     coarse = (1000 + 30 * x).bfloat16()
     exact = norm(coarse.double())
     assert (norm.bfloat16()(coarse).double() - exact).abs().max() <= 2**-8 * exact.abs().max()

@@ -42,7 +42,8 @@ GPT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# What stands between the last matrix and the logits: scale, cap, and whether the loss may be computed in chunks.
+# What stands between the last matrix and the logits: scale, cap, and whether the loss may be computed in
+# chunks.
 HEADS: dict[str, tuple[dict[str, Any], float, float | None, bool]] = {
     "llama": (LLAMA, 1.0, None, True),
     "granite": ({**LLAMA, "logits_scaling": 8.0}, 0.125, None, True),

@@ -42,7 +42,7 @@ from koine.model.lm_head import (
 )
 
 NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
-"""Fields of a configuration that do not change the computation: versions, folders, the precision at opening."""
+"""Fields of a configuration that do not change the computation: versions, folders, precision."""
 
 
 def require_transformers() -> Any:
@@ -54,9 +54,9 @@ class CausalLM(nn.Module):
     """A causal LM of `transformers` with the decoder's `forward` (hidden states) and `logits`.
 
     `logits(forward(tokens))` are the logits of the class's own forward pass. `koine.model.lm_head` finds out
-    once, by experiment, whether they follow from the input of the output embedding. Where they do not, `forward`
-    returns the logits themselves, and `logits` returns them unchanged.
-    `document_ids` may hold one document and padding in a row, not several documents.
+    once, by experiment, whether they follow from the input of the output embedding. Where they do not,
+    `forward` returns the logits themselves, and `logits` returns them unchanged. `document_ids` may hold one
+    document and padding in a row, not several documents.
 
     inner: the model of `transformers`; the name is part of the tensors' names in training checkpoints.
     """

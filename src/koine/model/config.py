@@ -47,7 +47,7 @@ class LayerSpec:
 
 
 def hybrid_layers(count: int, *, window: int, full_every: int = 4) -> tuple[LayerSpec, ...]:
-    """Return Cohere2's pattern: sliding-window layers with RoPE, every `full_every`-th full without positions."""
+    """Return Cohere2's pattern: windowed layers with RoPE, every `full_every`-th full without positions."""
     return tuple(
         LayerSpec(rope=False) if (index + 1) % full_every == 0 else LayerSpec(window=window)
         for index in range(count)

@@ -62,7 +62,7 @@ class LanguageModel(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the configuration that determine the computation, for a training's identity."""
+        """Return the fields of the configuration that determine the computation."""
         ...
 
     # --- what it computes ---

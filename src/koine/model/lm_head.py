@@ -1,9 +1,9 @@
 """Find out by experiment how a causal LM of `transformers` computes its logits, and whether it is causal.
 
-| head | logits | computed |
+| head | logits | computed for |
 |---|---|---|
-| linear | `scale * head(hidden)`, or `cap * tanh(scale * head(hidden) / cap)` (soft cap) | for chunks of positions |
-| own | anything else | by the model's whole forward pass |
+| linear | `scale * head(hidden)`, or `cap * tanh(scale * head(hidden) / cap)` (soft cap) | some positions |
+| own | anything else, by the whole forward pass | all positions |
 
 Fields of the configuration decide nothing. Numbers are put in place of the head's output, and the logits that
 the class makes of them are compared with the two formulas. Then the logits of a few ids by the formula are

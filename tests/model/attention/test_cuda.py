@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Sums over at most 1,023 keys; the gradients of keys and values add up as many queries of each of three heads.
+# Sums over at most 1,023 keys; the gradients of keys and values add up as many queries of each of three
+# heads.
 FLOAT32, GRADIENT = 1e-4, 1e-3
 HEAD = 32
 

@@ -43,7 +43,8 @@ def test_block_masks_are_those_that_torch_finds_by_trying_every_pair(
     theirs = create_block_mask(visible(window, starts), batch, None, time, time, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     if time % 128 == 0:
-        # Of a tile that reaches past the end torch says "in part"; for us it is whole if every position that exists is seen.
+        # Of a tile that reaches past the end torch says "in part"; for us it is whole if every position that
+        # exists is seen.
         assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
 
 

@@ -38,8 +38,9 @@ needs_llama_cpp = pytest.mark.skipif(
     not PEER.exists(), reason="the peer is not installed: python benchmarks/peers/install.py llama_cpp"
 )
 
-# float32 on both sides with float32 caches: sums in another order, and llama.cpp's own vectorised exp in softmax and SiLU. Seen are
-# 2e-6 to 5e-6 in logits of up to 3; this leaves ten times as much. A window wrong by one position gives 2 (tested below).
+# float32 on both sides with float32 caches: sums in another order, and llama.cpp's own vectorised exp in
+# softmax and SiLU. Seen are 2e-6 to 5e-6 in logits of up to 3; this leaves ten times as much. A window wrong
+# by one position gives 2 (tested below).
 LLAMA_CPP = 5e-5
 
 TEXTS = {

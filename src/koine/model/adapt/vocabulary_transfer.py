@@ -1,4 +1,4 @@
-"""Move a causal language model to another tokenizer: shared tokens keep their rows, new ones are initialised."""
+"""Move a causal language model to another tokenizer: shared tokens keep their rows, others get new ones."""
 
 from __future__ import annotations
 
@@ -64,20 +64,22 @@ def move_model(
 ) -> Moved:
     """Write the model of a folder with the vocabulary of another tokenizer.
 
-    Tied embeddings stay tied. An untied head is initialised like the embedding, from its own rows. Rows beyond the
-    tokenizer's ids (padding to a round number) stay beyond them, as many as before.
+    Tied embeddings stay tied. An untied head is initialised like the embedding, from its own rows. Rows
+    beyond the tokenizer's ids (padding to a round number) stay beyond them, as many as before.
 
     Args:
         model: folder of the model with its tokenizer.
-        tokenizer: folder of the new tokenizer. Where it has no chat template, the model keeps its own if the new
-            vocabulary has the template's special tokens; otherwise a `KoineWarning` reports that it is dropped.
+        tokenizer: folder of the new tokenizer. Where it has no chat template, the model keeps its own if the
+            new vocabulary has the template's special tokens; otherwise a `KoineWarning` reports that it is
+            dropped.
         out: folder to write.
         method: how new rows are initialised, see `koine.tokenizer.embedding_init`.
         texts: `focus` and `distill` learn from them, in the languages of the new tokens.
         seed: of random rows and of the order of training.
 
     Raises:
-        UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, or the method lacks texts.
+        UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, or the method lacks
+            texts.
     """
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))

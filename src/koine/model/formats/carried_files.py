@@ -22,23 +22,24 @@ from koine.model.formats.weight_files import INDEX, SINGLE
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm",
-    "target.spm", "tiktoken.model",
+    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
+    "source.spm", "target.spm", "tiktoken.model",
 )  # fmt: skip
 """Files and folders of a tokenizer, in the formats that `transformers` knows."""
 
 WEIGHTS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf",
-    "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.mlpackage",
-    "*.npz", "*.pkl", "*.pickle", "*.engine",
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt",
+    "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel",
+    "*.mlpackage", "*.npz", "*.pkl", "*.pickle", "*.engine",
 )  # fmt: skip
 """Files of weights. In a folder that is made from a model they would be the old weights."""
 
 OF_THE_RUN = (
-    "README.md", "artifact.json", "training.json", DRAWN, "metrics*", "report.json", "tensorboard", "runs", "wandb",
-    "checkpoints", "checkpoint-*", "global_step*", "merge*.json", "trainer_state.json", "training_args.bin",
-    "optimizer*", "scheduler*", "rng_state*", "scaler*", "all_results.json", "train_results.json",
-    "eval_results.json", "zero_to_fp32.py", "latest", "*.lock", "*.partial", "*.log", "__pycache__", ".*",
+    "README.md", "artifact.json", "training.json", DRAWN, "metrics*", "report.json", "tensorboard", "runs",
+    "wandb", "checkpoints", "checkpoint-*", "global_step*", "merge*.json", "trainer_state.json",
+    "training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*", "all_results.json",
+    "train_results.json", "eval_results.json", "zero_to_fp32.py", "latest", "*.lock", "*.partial", "*.log",
+    "__pycache__", ".*",
 )  # fmt: skip
 """Files about how a model was made, or for training it further."""
 
@@ -61,9 +62,9 @@ def carry_files(
 ) -> list[str]:
     """Copy the files beside the weights of `model` into `out`, sub-folders too.
 
-    Weights in sub-folders are copied where they belong to a module of a sentence model, or to a mixture's domain
-    encoder. All other weights are the old model's: they are left out with their folder, and a `KoineWarning` names
-    them.
+    Weights in sub-folders are copied where they belong to a module of a sentence model, or to a mixture's
+    domain encoder. All other weights are the old model's: they are left out with their folder, and a
+    `KoineWarning` names them.
 
     Args:
         model: folder to copy from.

@@ -27,8 +27,8 @@ _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM",
 def model_type(config: ModelConfig) -> str:
     """Return the `transformers` class that is exactly this model, `koine` without one.
 
-    Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones without,
-    no QK-norm. Experts: `koine`.
+    Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones
+        without, no QK-norm. Experts: `koine`.
     """
     layers = config.layers
     if config.mixture is not None:

@@ -41,7 +41,10 @@ _TOP = {
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Rename and split our state dict to that of `transformers`' Cohere and Cohere2; experts have names of our own."""
+    """Convert our state dict to the names and shapes of `transformers`' Cohere and Cohere2.
+
+    Experts have names of our own.
+    """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
@@ -100,8 +103,8 @@ class StoredWeights(Mapping[str, Tensor]):
 def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
     """Open the tensors of a model directory under their saved names; none is loaded yet.
 
-    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape
-    than `config` describes.
+    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another
+    shape than `config` describes.
     """
     check_tokenizer_hash(path)
     weights = StoredWeights(path)
@@ -144,8 +147,8 @@ def load_model(
         device: where they are loaded.
 
     Raises:
-        UserError: a file is missing, damaged or does not match its checksum; a tensor is missing, left over, of
-            another shape or holds NaN; the tokenizer is not the one that the model was trained with.
+        UserError: a file is missing, damaged or does not match its checksum; a tensor is missing, left over,
+            of another shape or holds NaN; the tokenizer is not the one that the model was trained with.
     """
     path = Path(path)
     config = read_config(path)
@@ -169,7 +172,7 @@ def load_model(
 
 
 def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tensor:
-    """Build one of our tensors from the saved ones, so that loading needs memory for the model and one tensor."""
+    """Build one of our tensors from the saved ones; loading then needs memory for one more tensor only."""
     if not name.startswith("blocks."):
         return weights[_TOP[name]]
     _, index, rest = name.split(".", 2)
@@ -268,9 +271,10 @@ def save_model(
 ) -> None:
     """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path`.
 
-    `path` may be the tokenizer's directory. Each file is complete or absent; for a complete folder or none, write
-    into `koine.files.atomic_directory`. The classes that `transformers` has (see `config_json.model_type`) open
-    without our code. Raises `UserError` for a full disk or a folder that cannot be written.
+    `path` may be the tokenizer's directory. Each file is complete or absent; for a complete folder or none,
+    write into `koine.files.atomic_directory`. The classes that `transformers` has (see
+    `config_json.model_type`) open without our code. Raises `UserError` for a full disk or a folder that
+    cannot be written.
     """
     save_state(
         model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, eos_ids=model.eos_ids

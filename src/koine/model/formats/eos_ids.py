@@ -14,8 +14,8 @@ FILES = ("generation_config.json", "config.json")
 def eos_ids(folder: Path) -> frozenset[int]:
     """Return every id of `eos_token_id` in `generation_config.json` and `config.json`.
 
-    A chat model's turns may end at ids that its tokenizer does not call EOS: for example, the marker of the next
-    speaker. Raises `UserError` for an entry that is no id.
+    A chat model's turns may end at ids that its tokenizer does not call EOS: for example, the marker of the
+    next speaker. Raises `UserError` for an entry that is no id.
     """
     found: set[int] = set()
     for name in FILES:

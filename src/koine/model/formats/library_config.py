@@ -25,8 +25,8 @@ VOCABULARY_FIELD = "vocab_size"
 def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
     """Build the configuration of `transformers` with this content.
 
-    None where the library is not installed or does not know the `model_type`. Raises `UserError` where the class
-    rejects a field.
+    None where the library is not installed or does not know the `model_type`. Raises `UserError` where the
+    class rejects a field.
     """
     kind = value.get("model_type")
     if not isinstance(kind, str):
@@ -48,7 +48,7 @@ def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
 
 
 def _with_numbers(value: Any) -> Any:
-    """Replace the library's spelling of infinity and NaN, `{"__float__": "Infinity"}`, by numbers, in a copy."""
+    """Convert the library's spelling of infinity and NaN, `{"__float__": "Infinity"}`, in a copy."""
     if isinstance(value, list):
         return [_with_numbers(one) for one in value]
     if not isinstance(value, dict):
@@ -59,7 +59,7 @@ def _with_numbers(value: Any) -> Any:
 
 
 def declared_fields(config: Any) -> dict[str, Any]:
-    """Return the fields that a configuration's class declares, with values; nested configurations as dictionaries."""
+    """Return the fields that a configuration's class declares; nested configurations as dictionaries."""
     names = [field.name for field in dataclasses.fields(config)]
     names += [
         name for name in inspect.signature(type(config).__init__).parameters if name not in ("self", "kwargs")
@@ -96,8 +96,8 @@ class Skeleton:
 def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
     """Build the model of a `config.json` on the meta device, and again with one token more.
 
-    The tensors that change their shape have a row per token; their names do not matter. None where the library
-    cannot build it.
+    The tensors that change their shape have a row per token; their names do not matter. None where the
+    library cannot build it.
     """
     config = library_config(value, where=where)
     if config is None:
@@ -157,8 +157,8 @@ def _built(build: Any, config: Any) -> Any | None:
         with torch.device("meta"):
             return build(copy.deepcopy(config))
     except (
-        ImportError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError,
-        AssertionError,
+        ImportError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
+        ArithmeticError, AssertionError,
     ):  # fmt: skip
         return None
 
@@ -168,7 +168,10 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _vocabulary_fields(config: Any) -> list[tuple[str, str]]:
-    """Return the fields with numbers of tokens: `("", name)` at the top, `("text", name)` in the text model."""
+    """Return the fields with numbers of tokens.
+
+    `("", name)` at the top, `("text", name)` in the text model's configuration.
+    """
     found = []
     for holder in ("", "text"):
         one = _held(config, holder)

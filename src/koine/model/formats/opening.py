@@ -84,7 +84,7 @@ def check_tokenizer_hash(path: Path) -> None:
 
 
 def checked_weight_files(path: Path) -> list[Path]:
-    """Return the weight files that `transformers` chooses, checked for completeness and by their checksums."""
+    """Return the weight files that `transformers` chooses, after checking that they are whole."""
     files = weight_files(path, pickled=True)
     for file in files:
         if file.suffix == ".safetensors":
@@ -192,7 +192,7 @@ def check_described_size(path: Path, value: dict[str, Any], files: list[Path]) -
 
 
 def check_loaded_keys(path: Path, loaded: dict[str, Any]) -> None:
-    """Raise `UserError` where tensors are missing or mismatched, so that nothing random is evaluated or trained."""
+    """Raise `UserError` where tensors are missing or mismatched, which would be random."""
     hint = "config.json and the weights do not belong together"
     if loaded.get("mismatched_keys"):
         name, *shapes = min(loaded["mismatched_keys"])

@@ -1,8 +1,8 @@
 """Read and write the header of a safetensors file, as strictly as the `safetensors` library does.
 
 A file has eight bytes of length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes
-without gaps. The library maps a whole file; this module reads only the header, so that pieces of tensors can be
-read at their offsets.
+without gaps. The library maps a whole file; this module reads only the header, so that pieces of tensors can
+be read at their offsets.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DEEPEST = 127
 """Deepest nesting of lists and objects that the library's JSON reader takes."""
 
 BITS: dict[str, int] = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
-    "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
+    "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 """Bits of an entry, of every dtype of the format."""
 
@@ -50,8 +50,9 @@ class MalformedHeaderError(Exception):
 def read_header(file: Path) -> dict[str, HeaderEntry]:
     """Read the entries of all tensors of a safetensors file, in the order of the header.
 
-    Raises `UserError` where the library would: a header that is truncated, too long or malformed; offsets that are
-    negative, overlap, leave a gap or do not fit the shape; bytes that are missing at the end or left over.
+    Raises `UserError` where the library would: a header that is truncated, too long or malformed; offsets
+    that are negative, overlap, leave a gap or do not fit the shape; bytes that are missing at the end or left
+    over.
     """
     try:
         size = file.stat().st_size
@@ -142,7 +143,10 @@ def _reject_constant(text: str) -> float:
 
 
 def _check_text(content: _Object) -> None:
-    """Reject what Python's JSON reader takes and the library's does not: half surrogate pairs, deep nesting."""
+    """Reject what Python's JSON reader takes and the library's does not.
+
+    These are half surrogate pairs and deep nesting.
+    """
     layer: list[Any] = [content]
     for _ in range(DEEPEST):
         inner: list[Any] = []

@@ -66,7 +66,10 @@ def join_stored(name: str, stored: Callable[[str], Tensor], config: ModelConfig)
 
 
 def split_stored(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """Split one of our tensors into the saved ones, by name without the layer's prefix; reverse of `join_stored`."""
+    """Split one of our tensors into the saved ones; the reverse of `join_stored`.
+
+    Returns them by name without the layer's prefix.
+    """
     if name in SAME_NAMES:
         return {SAME_NAMES[name]: tensor}
     if name in ("q_norm.weight", "k_norm.weight"):
@@ -101,7 +104,10 @@ def split_stored(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
 
 
 def _places(part: str, config: ModelConfig) -> list[str]:
-    """Return the prefixes of the saved projections of q (and output), k or v: one, or one per attention expert."""
+    """Return the prefixes of the saved projections of q (and output), k or v.
+
+    One, or one per attention expert.
+    """
     copies = config.query_copies if part == "q" else config.kv_copies
     if config.mixture is None or config.mixture.attention == "averaged" or (part != "q" and copies == 1):
         return ["self_attn."]

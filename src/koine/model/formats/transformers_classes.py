@@ -18,13 +18,13 @@ from koine.model.formats.config_json import from_json
 
 
 class KoineConfig(PretrainedConfig):  # type: ignore[misc]
-    """`config.json` of `model_type` `koine`; the fields are those of `koine.model.formats.config_json.to_json`."""
+    """`config.json` with `model_type` `koine`; its fields are those of `config_json.to_json`."""
 
     model_type = "koine"
 
 
 class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Our decoder as a `transformers` model: logits and loss; generation without a cache."""
+    """Our decoder as a `transformers` model: logits and loss; generation without a KV cache."""
 
     config_class = KoineConfig
     base_model_prefix = "decoder"
@@ -71,7 +71,10 @@ class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Compute logits `[batch, time, vocab]` for `[batch, time]` ids; with `labels` also the shifted cross-entropy."""
+        """Compute logits `[batch, time, vocab]` for `[batch, time]` ids.
+
+        With `labels` also the shifted cross-entropy.
+        """
         logits = self.decoder.logits(self.decoder(input_ids, attention_mask=attention_mask))
         loss = None
         if labels is not None:

@@ -21,11 +21,11 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
     """Return the files that hold a folder's weights, sorted by name.
 
-    The first that exists is chosen, as in `transformers`: the file that `transformers_weights` of config.json names,
-    `model.safetensors`, the index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
+    The first that exists is chosen, as in `transformers`: the file that `transformers_weights` of config.json
+    names, `model.safetensors`, the index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
 
-    Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or outside
-    the folder.
+    Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or
+    outside the folder.
     """
     check_adapter(folder)
     named = _named_by_config(folder)
