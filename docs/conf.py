@@ -12,7 +12,7 @@ from koine import __version__  # noqa: E402
 
 project = "Koine"
 author = "The Koine authors"
-copyright = "The Koine authors, Apache-2.0"  # noqa: A001
+copyright = "The Koine authors, Apache-2.0"
 version = release = __version__
 
 extensions = [

@@ -114,7 +114,7 @@ def pretrain(
         sources.append(Source(name="code", path=code / "tokens", proportion=code_share))
     train_step(
         model,
-        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="concat"),
         training_settings(
             learning_rate=learning_rate,
             schedule="cosine",
@@ -167,7 +167,7 @@ def teach_chat(
             sequence_length,
             batch_size,
             seed,
-            packing="whole",
+            packing="no_split",
         ),
         training_settings(
             learning_rate=learning_rate,

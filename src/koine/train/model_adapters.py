@@ -24,11 +24,11 @@ def check_packed_documents(model: Any, mixture: Mixture, where: Path) -> None:
             where=where,
             hint="give a model that koine.model.load_causal_lm opened",
         )
-    if not isolates and mixture.packing != "alone" and not mixture.cross_document_attention:
+    if not isolates and mixture.packing != "one_per_row" and not mixture.cross_document_attention:
         raise UserError(
             f"{model.architecture} cannot keep the documents of a row apart",
             where=where,
-            hint="choose packing 'alone' (one document a row), or let attention cross documents",
+            hint="choose packing 'one_per_row' (one document a row), or let attention cross documents",
         )
 
 

@@ -54,15 +54,20 @@ class Moved:
 
 
 def move_model(
-    model: Path,
-    tokenizer: Path,
-    out: Path,
+    model: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
     *,
     method: Method = "subword-mean",
     texts: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Moved:
     """Write the model of a folder with the vocabulary of another tokenizer.
+
+    Example:
+        >>> from koine.model.adapt import move_model
+        >>> moved = move_model("models/llama", "tokenizer", out="models/moved")
+        >>> moved.shared, moved.reversible
 
     Tied embeddings stay tied. An untied head is initialised like the embedding, from its own rows. Rows
     beyond the tokenizer's ids (padding to a round number) stay beyond them, as many as before.
@@ -81,6 +86,7 @@ def move_model(
         UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, or the method lacks
             texts.
     """
+    model, tokenizer, out = Path(model), Path(tokenizer), Path(out)
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
     sample = list(texts) if texts is not None and method in TEXT_METHODS else []
