@@ -130,7 +130,7 @@ class ModelConfig:
                 hint="each key head serves the same number of query heads",
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd", hint="the rotary embedding turns pairs")
+            raise UserError(f"head_dim {self.head_dim} is odd", hint="RoPE rotates pairs")
         if not self.layers:
             raise UserError("the model has no layers", hint="give at least one layer specification")
         if len(self.layers) > MOST_LAYERS:

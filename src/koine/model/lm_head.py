@@ -268,7 +268,7 @@ def _is_causal(inner: Any, states_btd: Tensor) -> bool:
     early, late = float(difference[:shared].max()), float(difference[shared:].max())
     if early == 0.0:
         return True
-    # Classes that are encoders unless they are told otherwise get little allowance for rounding.
+    # Classes that are encoders by default get a small tolerance for rounding.
     encoder = getattr(inner.config.get_text_config(), "is_decoder", None) is False
     leak = LEAK[torch.float32] if encoder else LEAK.get(states_btd.dtype, 3e-2)
     rounding = 0.0 if encoder and states_btd.dtype.itemsize < 4 else 8 * torch.finfo(states_btd.dtype).eps

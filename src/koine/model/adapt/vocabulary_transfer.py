@@ -45,7 +45,7 @@ class Moved:
     dropped: int
     rows: int
     padding: int
-    """Rows beyond the old tokenizer's ids; they stand beyond the new one's ids too."""
+    """Rows beyond the old tokenizer's ids, kept beyond the new one's."""
 
     @property
     def reversible(self) -> bool:

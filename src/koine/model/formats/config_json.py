@@ -181,7 +181,7 @@ def _one_a_layer(fields: Fields, name: str, count: int) -> list[Any]:
         raise UserError(
             f"'{name}' has {len(got)} entries and num_hidden_layers is {count}",
             where=fields.where,
-            hint="give one entry a layer",
+            hint="give one entry per layer",
         )
     return got
 
@@ -233,8 +233,7 @@ def _mixture(fields: Fields) -> MixtureConfig | None:
         or not (isinstance(names, list) and all(isinstance(name, str) for name in names))
     ):
         raise fields.wrong("mixture", f"an object with the keys {', '.join(sorted(known))}")
-    # What is null has its default, as everywhere in the file; what is not is checked when the configuration
-    # is built.
+    # Null means the default, as everywhere in the file. Other values are checked by MixtureConfig.
     given = {name: entry for name, entry in value.items() if entry is not None}
     return MixtureConfig(**{**given, "experts": tuple(names)})
 

@@ -244,8 +244,7 @@ def _write_tensors(
         except OSError as error:
             if error.errno is not None:
                 raise
-            # numpy counts what the system took and says no more: it takes less than asked where the disk is
-            # full.
+            # On a full disk numpy reports the bytes written, and no error number.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 

@@ -181,7 +181,7 @@ def check_described_size(path: Path, value: dict[str, Any], files: list[Path]) -
     """
     with library_errors(path, "is no configuration of a model", "check config.json"):
         described = parameters_described(value, where=path / "config.json")
-    # A stored number takes a byte at least; what is missing of a small model is named after opening.
+    # A stored number has a byte at least. In a small model, missing tensors are reported after opening.
     stored = sum(file.stat().st_size for file in files)
     if described is not None and described > max(stored, ALLOWED_EXTRA_PARAMETERS):
         raise UserError(

@@ -60,7 +60,7 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
         return _entries(_parsed(header[8:]), len(header), size)
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror})", where=file, hint="a safetensors file must stand here"
+            f"cannot be read ({error.strerror})", where=file, hint="there must be a safetensors file here"
         ) from None
     except MalformedHeaderError as error:
         raise UserError(
@@ -177,7 +177,7 @@ def _entries(content: list[tuple[str, Any]], data: int, size: int) -> dict[str, 
     found: dict[str, HeaderEntry] = {}
     metadata = [value for name, value in content if name == "__metadata__"]
     if len(metadata) > 1:
-        raise MalformedHeaderError("__metadata__ stands twice")
+        raise MalformedHeaderError("__metadata__ appears twice")
     for value in metadata:
         texts = isinstance(value, _Object) and all(isinstance(one, str) for _, one in value)
         if value is not None and not texts:

@@ -1,4 +1,4 @@
-"""Find the weight files of a model folder, as `transformers` chooses them where several lie side by side."""
+"""Find the weight files of a model folder, as `transformers` chooses them where there are several."""
 
 from __future__ import annotations
 
