@@ -143,7 +143,7 @@ def test_options_without_effect_are_refused(tiny: ModelConfig) -> None:
         ({"attention": "rop"}, "unknown attention 'rop'; did you mean 'rope'"),
         ({"attention": "rope", "window": 5}, "rope has no use for a window"),
         ({"attention": "rnope", "full_every": 2}, "rnope has no use for a ratio of full layers"),
-        ({"attention": "nope", "rope_theta": 5.0}, "no layer turns by position"),
+        ({"attention": "nope", "rope_theta": 5.0}, "no layer has RoPE"),
         ({"full_every": 8}, "full_every is 8 of 4 layers; choose from 2 to 4"),
         ({"window": 0}, "the window is 0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be at least 1"),
