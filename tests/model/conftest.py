@@ -20,7 +20,7 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture
 def tiny() -> ModelConfig:
-    """Four layers, window 7, GQA; wide initialisation, so that attention is far from uniform and mistakes show."""
+    """Return four layers, window 7, GQA; large initial weights, so that attention is far from uniform."""
     return ModelConfig(
         vocab_size=99,
         hidden_size=32,
