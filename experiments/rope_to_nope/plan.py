@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.common.plans import choose_scale, export_verdicts
 from experiments.rope_to_nope.judge import judge
 from experiments.rope_to_nope.needles import needle_corpus
 from experiments.rope_to_nope.stages import extend, pretrain_short
-from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
 
 BASE_THETA = 10_000.0
@@ -144,9 +144,7 @@ SCALES = {
 
 def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Ten ways to know positions, trained short, extended, and asked for facts in books up to four times as long."""
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
-    size = SCALES[scale]
+    size = choose_scale(scale, SCALES)
     texts = plan.input(pack / "text" / "en_books.jsonl.xz", name="data/en_books")
     corpus = plan.step(
         needle_corpus,
@@ -222,5 +220,4 @@ def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str 
         kv_heads=size.kv_heads,
         threads=size.threads,
     )
-    plan.export(judged / "results.json", "results.json")
-    plan.closing(f"The verdicts are in {plan.folder / 'results.json'} and {plan.folder / 'report.html'}.")
+    export_verdicts(plan, judged)

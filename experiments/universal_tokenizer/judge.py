@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common.hypotheses import below, interval, together, within
+from experiments.common.hypotheses import below, combine_verdicts, interval, within
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.steps import estimates
@@ -131,7 +131,7 @@ def judge(
     vocabularies = {size: difference(f"sweep-{size}", primary) for size in sweep}
     hypotheses = {
         "UT1": entry(
-            together((below(ut1), below(equal_bytes))),
+            combine_verdicts((below(ut1), below(equal_bytes))),
             ut1,
             "+18.9 points of win rate",
             at_equal_bytes=equal_bytes,
@@ -154,13 +154,13 @@ def judge(
         ),
         "UT5": speed_entry(speed),
         "UT6": entry(
-            together((below(five), below(ut1))),
+            combine_verdicts((below(five), below(ut1))),
             five,
             "+19.8 (5 %) and +12.8 (0 %) points over Cluster",
             zero_minus_cluster=ut1,
         ),
         "UT7": entry(
-            together(
+            combine_verdicts(
                 (below(replaced["mean"]), below(replaced["subword-mean"]), below([-v for v in better_mean]))
             ),
             replaced["subword-mean"],
@@ -170,7 +170,7 @@ def judge(
         "UT8": entry(
             "reproduced"
             if "reproduced" in (verdicts := [below(values) for values in weights.values()])
-            else together(verdicts)
+            else combine_verdicts(verdicts)
             if len(set(verdicts)) == 1
             else "inconclusive",
             weights["universal"],
@@ -249,7 +249,7 @@ def speed_entry(speed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     logs = {key: [math.log(one[key]) for one in speed] for key in ("per_step", "per_byte")}
     means = {key: math.exp(statistics.mean(values)) for key, values in logs.items()}
     return {
-        "verdict": together(below([-value for value in values]) for values in logs.values()),
+        "verdict": combine_verdicts(below([-value for value in values]) for values in logs.values()),
         "measured": means["per_step"],
         "interval": [math.exp(edge) for edge in interval(logs["per_step"])],
         "per_byte": {
@@ -268,7 +268,7 @@ def sweep_entry(vocabularies: Mapping[int, Values]) -> dict[str, Any]:
     sizes = sorted(vocabularies)
     small, large = vocabularies[sizes[0]], vocabularies[sizes[-1]]
     return {
-        "verdict": together((below([-value for value in small]), below(large))),
+        "verdict": combine_verdicts((below([-value for value in small]), below(large))),
         "measured": {str(size): statistics.mean(vocabularies[size]) for size in sizes},
         "interval": {str(size): interval(vocabularies[size]) for size in sizes},
         "by_seed": {str(size): vocabularies[size] for size in sizes},

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.common.plans import choose_scale, export_verdicts
 from experiments.universal_tokenizer.corpus import experiment_corpus
 from experiments.universal_tokenizer.judge import judge
-from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
 from koine.steps.adaptation import adapt_to, move_to_tokenizer
 from koine.steps.tokenizers import build_tokenizer, tokenize_part
@@ -99,9 +99,7 @@ SCALES = {
 
 def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Universal, Cluster and Uniform tokenizers; 0 % and 5 % arms; three regimes; vocabulary replacement; a vocabulary sweep."""
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
-    size = SCALES[scale]
+    size = choose_scale(scale, SCALES)
     corpus = plan.step(
         experiment_corpus,
         name="corpus",
@@ -317,8 +315,7 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
         seeds=size.seeds,
         primary_seeds=size.primary_seeds,
     )
-    plan.export(judged / "results.json", "results.json")
-    plan.closing(f"The verdicts are in {plan.folder / 'results.json'} and {plan.folder / 'report.html'}.")
+    export_verdicts(plan, judged)
 
 
 CHAT_LANGUAGES = ("ar", "hi", "id", "ja", "fa", "ta", "th", "tr", "zh")
