@@ -1,4 +1,7 @@
-"""RN1 to RN9 of arXiv 2501.18795 and CA1 of arXiv 2504.00698: `koine run experiments/rope_to_nope/plan.py:rope_to_nope --set pack=DATA`."""
+"""RN1 to RN9 of arXiv 2501.18795 and CA1 of arXiv 2504.00698.
+
+koine run experiments/rope_to_nope/plan.py:rope_to_nope --set pack=DATA
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ ARMS: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is run. Lengths in tokens; the window is half the short length, and a sixteenth of the long one."""
+    """Sizes of the experiment; lengths in tokens.
+
+    The window is half the short length and a sixteenth of the long one.
+    """
 
     layers: int
     hidden: int
@@ -143,7 +149,7 @@ SCALES = {
 
 
 def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Ten ways to know positions, trained short, extended, and asked for facts in books up to four times as long."""
+    """Ten position encodings, trained on short texts, extended, and tested on books up to four times as long."""
     size = choose_scale(scale, SCALES)
     texts = plan.input(pack / "text" / "en_books.jsonl.xz", name="data/en_books")
     corpus = plan.step(
@@ -157,54 +163,9 @@ def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str 
         long_documents=size.long_documents,
         seed=0,
     )
-    common = {
-        "num_layers": size.layers,
-        "hidden": size.hidden,
-        "intermediate": size.intermediate,
-        "heads": size.heads,
-        "kv_heads": size.kv_heads,
-        "window": size.window,
-        "tokens_per_step": size.tokens_per_step,
-        "threads": size.threads,
-        "dtype": size.dtype,
-    }
     results: dict[str, Artifact] = {}
     for seed in range(size.seeds):
-        short: dict[str, Artifact] = {}
-        for arm in size.arms:
-            variant, theta = ARMS[arm]
-            if variant not in short:
-                short[variant] = plan.step(
-                    pretrain_short,
-                    name=f"short/{variant}/{seed}",
-                    corpus=corpus,
-                    texts=texts,
-                    variant=variant,
-                    theta=BASE_THETA,
-                    length=size.short,
-                    longest=4 * size.long,
-                    steps=size.pretrain_steps,
-                    learning_rate=size.learning_rate,
-                    prompts=size.prompts,
-                    seed=seed,
-                    **common,
-                )
-            results[f"{arm}/{seed}"] = plan.step(
-                extend,
-                name=f"long/{arm}/{seed}",
-                corpus=corpus,
-                texts=texts,
-                model=short[variant],
-                theta=theta,
-                short=size.short,
-                long=size.long,
-                steps=size.extend_steps,
-                learning_rate=size.learning_rate / 2,
-                prompts=size.prompts,
-                attention_prompts=size.attention_prompts,
-                seed=seed,
-                **common,
-            )
+        results |= trained_arms(plan, size, seed, corpus=corpus, texts=texts)
     judged = plan.step(
         judge,
         name="verdicts",
@@ -221,3 +182,57 @@ def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str 
         threads=size.threads,
     )
     export_verdicts(plan, judged)
+
+
+def trained_arms(
+    plan: Plan, size: Scale, seed: int, *, corpus: Artifact, texts: Artifact
+) -> dict[str, Artifact]:
+    """Train every arm of one random seed in two stages; arms with the same layers share the first."""
+    common = {
+        "num_layers": size.layers,
+        "hidden": size.hidden,
+        "intermediate": size.intermediate,
+        "heads": size.heads,
+        "kv_heads": size.kv_heads,
+        "window": size.window,
+        "tokens_per_step": size.tokens_per_step,
+        "threads": size.threads,
+        "dtype": size.dtype,
+    }
+    results: dict[str, Artifact] = {}
+    short: dict[str, Artifact] = {}
+    for arm in size.arms:
+        variant, theta = ARMS[arm]
+        if variant not in short:
+            short[variant] = plan.step(
+                pretrain_short,
+                name=f"short/{variant}/{seed}",
+                corpus=corpus,
+                texts=texts,
+                variant=variant,
+                theta=BASE_THETA,
+                length=size.short,
+                longest=4 * size.long,
+                steps=size.pretrain_steps,
+                learning_rate=size.learning_rate,
+                prompts=size.prompts,
+                seed=seed,
+                **common,
+            )
+        results[f"{arm}/{seed}"] = plan.step(
+            extend,
+            name=f"long/{arm}/{seed}",
+            corpus=corpus,
+            texts=texts,
+            model=short[variant],
+            theta=theta,
+            short=size.short,
+            long=size.long,
+            steps=size.extend_steps,
+            learning_rate=size.learning_rate / 2,
+            prompts=size.prompts,
+            attention_prompts=size.attention_prompts,
+            seed=seed,
+            **common,
+        )
+    return results

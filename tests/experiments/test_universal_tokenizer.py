@@ -15,7 +15,7 @@ from experiments.universal_tokenizer.derived import (
     statements,
     text_of_a_step,
 )
-from experiments.universal_tokenizer.judge import at_bytes, speed_entry
+from experiments.universal_tokenizer.judge import Runs, Settings, at_bytes, speed_entry, verdicts
 from experiments.universal_tokenizer.plots import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,29 @@ def test_the_committed_results_are_what_the_statistics_make_of_them() -> None:
             assert entry["interval"] == pytest.approx(interval(entry["by_seed"]), abs=1e-4 * half)
         assert len(results["seeds"]) >= 3
         assert len(results["primary_seeds"]) >= 5
+
+
+@pytest.mark.parametrize("path", FOLDER.glob("results/*.json"), ids=lambda path: path.stem)
+def test_the_committed_verdicts_follow_from_the_committed_runs(path: Path) -> None:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    languages = {name: tuple(codes) for name, codes in results["languages"].items()}
+    settings = Settings(
+        chat_languages=languages.pop("chats"),
+        sweep=tuple(map(int, results["hypotheses"]["UT9"]["measured"])),
+        seeds=len(results["seeds"]),
+        primary_seeds=len(results["primary_seeds"]),
+        **languages,
+    )
+    runs = {
+        name: {int(step): values for step, values in tracked.items()}
+        for name, tracked in results["runs"].items()
+    }
+    again = verdicts(Runs(runs), settings, results["training_bytes_per_token"])
+    for name, entry in results["hypotheses"].items():
+        assert entry["verdict"] == again[name]["verdict"], name
+        assert entry.keys() == again[name].keys(), name
+        if name not in ("UT5", "UT9"):
+            assert entry["by_seed"] == pytest.approx(again[name]["by_seed"]), name
 
 
 def test_the_manual_states_what_follows_from_the_committed_results() -> None:
