@@ -1,4 +1,4 @@
-"""What is committed of the experiments of combining: the manual holds the tables of the results, and the verdicts follow from the runs."""
+"""Committed results of bam, nexus and merging: their tables are in the docs, their verdicts follow."""
 
 from __future__ import annotations
 
