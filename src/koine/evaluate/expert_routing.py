@@ -71,7 +71,7 @@ def routing_shares(
         total += len(ids)
         for layer, routing in enumerate(routings):
             probability_le[layer] += routing.probabilities.sum(dim=(0, 1)).double().cpu()
-            counts_e = torch.bincount(routing.chosen.flatten(), minlength=experts).double().cpu()
+            counts_e = torch.bincount(routing.experts.flatten(), minlength=experts).double().cpu()
             chosen_le[layer] += counts_e / mixture.top_k
             if routing.attention_logits is not None:
                 attention_le[layer] += routing.attention_logits.softmax(-1).sum(dim=(0, 1)).double().cpu()

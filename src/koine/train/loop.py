@@ -16,6 +16,7 @@ from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json, write_json
+from koine.model.moe.losses import count_step, use_totals
 from koine.train import checkpoint as checkpoints
 from koine.train.determinism import compile_blocks, numerics
 from koine.train.distributed import Ranks, join, shard
@@ -27,7 +28,6 @@ from koine.train.model_adapters import check_packed_documents, prepare
 from koine.train.objectives import Objective
 from koine.train.optimiser import Optimiser
 from koine.train.progress import Reporter, truncate_metrics
-from koine.train.routing import part_of, whole_step
 from koine.train.schedule import multiplier
 from koine.train.settings import ROUNDING, TrainSettings
 from koine.train.signals import Interrupt, listen
@@ -104,12 +104,12 @@ def _train(
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
         where = out / "training.json"
-        before = Fields(read_json(where), where, whole_file="it is damaged; choose another --out")
+        before = Fields(read_json(where), where, hint_if_broken="it is damaged; choose another --out")
         check_difference(before.inner("identity").value, what, out)
         if ranks.is_main:
             # A kill may have come between the model and this.
             best_before = before.inner("best", None)
-            drop_checkpoints(out, best_before and {"step": best_before.whole("step", low=0)})
+            drop_checkpoints(out, best_before and {"step": best_before.integer("step", low=0)})
         if progress and ranks.is_main:
             print(f"{out}: complete already, nothing to do")
         return
@@ -158,7 +158,7 @@ def _train(
     try:
         for step in range(first_step, steps):
             begin = time.perf_counter()
-            place, shape = mixture.place(step), mixture.shape(step)
+            place, shape = mixture.position(step), mixture.shape(step)
             rows, micro, flops, ceiling = work[shape]
             watch = watches[place.long]
             if place.inside == 0:
@@ -175,9 +175,9 @@ def _train(
                 return batch.to(ranks.device)
 
             # The routers of a mixture are judged by the whole step.
-            whole = whole_step(model, objective, map(read, parts), len(parts), ranks)
+            totals = count_step(model, objective, map(read, parts), len(parts), ranks)
             for part in parts:
-                with part_of(whole):
+                with use_totals(totals):
                     loss, measured = objective(model, read(part))
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.collect()

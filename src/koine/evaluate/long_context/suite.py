@@ -29,7 +29,7 @@ from koine.evaluate.long_context.tasks import (
     make_prompt,
     plan_cells,
 )
-from koine.fields import check_whole
+from koine.fields import check_integer
 
 if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
@@ -97,8 +97,8 @@ class LongContextOptions:
                 where="--depths",
                 hint="give per cents from 0 (the beginning) to 100 (just before the question)",
             )
-        check_whole("samples", self.samples, low=1, where="--samples")
-        check_whole("documents", self.documents, low=1, where="--documents")
+        check_integer("samples", self.samples, low=1, where="--samples")
+        check_integer("documents", self.documents, low=1, where="--documents")
         for source in (*self.haystack, *([] if self.questions is None else [self.questions])):
             if not Path(source).exists():
                 raise UserError("no such file or folder", where=source)
@@ -133,12 +133,11 @@ def evaluate_long_context(
         `{"settings", "tasks": {task: {length: {"value", "interval", "exact", "logprob", "samples"}}},
         "groups": {group: {length: value}}, "grid": {task: {"lengths", "depths", "score" | "exact" |
         "logprob": [[...] a row a depth]}}, "positions", "attention": {length: ...}, "left_out": [...],
-        "examples": [...]}`; see docs/evaluate.md.
+        "examples": [...]}`; see docs/how-to/evaluate.md.
 
     Raises:
-        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, a task that was named
-            and
-            has room at no length.
+        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, a task that was
+            named and has room at no length.
     """
     from koine.evaluate.long_context.scores import score_prompt
     from koine.evaluate.runner import load_for_evaluation
