@@ -62,8 +62,7 @@ def bits_per_byte(
         records: with `text`, and `language` and `domain` where known (else "und" and "none").
         batch_size: documents at a time.
         max_length: tokens of a window. Longer documents are scored to their end in windows that overlap by
-            half
-            (see `log_likelihood.windows`). `None`: as many as the model's configuration allows.
+            half (see `log_likelihood.windows`). `None`: as many as the model's configuration allows.
         device: where the model is.
         confidence: of the interval.
         resamples: of the bootstrap.
