@@ -137,9 +137,8 @@ def score_documents(
 
 
 def context_length(model: Any) -> int:
-    """Return the context length in the model's configuration; a very large number where it has none."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return int(length) if length else 2**31 - 1
+    """Return the model's context length; a very large number where it has none."""
+    return getattr(model, "context_length", None) or 2**31 - 1
 
 
 def _text(record: Mapping[str, Any]) -> str:
