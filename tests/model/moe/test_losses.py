@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from koine.model import Decoder, load_model
 from koine.model.config import MixtureConfig
-from koine.model.moe.experts import choose
+from koine.model.moe.experts import assign_top_k
 from koine.model.moe.losses import (
     count_step,
     load_balancing_loss,
@@ -53,7 +53,7 @@ def test_losses_in_closed_form_and_beside_transformers() -> None:
     logits = torch.randn(40, 4)
     probabilities = logits.softmax(-1)
     theirs = modeling.load_balancing_loss_func((logits,), num_experts=4, top_k=2)
-    ours = load_balancing_loss(probabilities, choose(probabilities, 2).experts)
+    ours = load_balancing_loss(probabilities, assign_top_k(probabilities, 2).experts)
     assert float(theirs) == pytest.approx(2 * float(ours), rel=1e-5)
 
 
