@@ -1,4 +1,4 @@
-"""What a decoder is made of: its sizes, and one specification a layer."""
+"""The configuration of a decoder: its sizes, and one specification per layer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from koine.errors import UserError
-from koine.fields import check_choice, check_flag, check_number, check_text, check_whole
+from koine.fields import check_boolean, check_choice, check_integer, check_number, check_text
 from koine.model.moe.loss_weights import BTX
 
 ATTENTIONS = ("averaged", "kv-experts", "shared-kv")
-"""What a mixture does with the attention of its dense models: one average (BTX, Nexus), one expert each with keys and values of its own, or
-with shared ones (BAM)."""
+"""The attention of a mixture: one average of the dense models' (BTX, Nexus), or one expert each (BAM).
+
+Attention experts have keys and values of their own (`kv-experts`) or shared ones (`shared-kv`).
+"""
 
 SIZES: Mapping[str, int] = {
     "vocab_size": 2**28,
@@ -29,12 +31,12 @@ Far above any model, and below what overflows an index.
 MOST_LAYERS = 1024
 LONGEST_WINDOW = 2**48
 TOKEN_ID = (-1, 2**31 - 1)
-"""Token ids of a configuration; -1 is how some models say that they have none."""
+"""Smallest and largest token id of a configuration; some models write -1 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: how far it looks back and how it knows positions."""
+    """One layer: its attention window and its position encoding."""
 
     window: int | None = None
     """A position sees itself and the `window - 1` before it; `None`: all before it."""
@@ -45,7 +47,7 @@ class LayerSpec:
 
 
 def hybrid_layers(count: int, *, window: int, full_every: int = 4) -> tuple[LayerSpec, ...]:
-    """The Cohere2 pattern: sliding-window layers with RoPE, every `full_every`-th layer full without positions."""
+    """Return Cohere2's pattern: sliding-window layers with RoPE, every `full_every`-th full without positions."""
     return tuple(
         LayerSpec(rope=False) if (index + 1) % full_every == 0 else LayerSpec(window=window)
         for index in range(count)
@@ -59,13 +61,13 @@ class MixtureConfig:
     experts: tuple[str, ...]
     """Names of the routed feed-forward experts, and of the attention experts where there are any."""
     top_k: int = 1
-    """Feed-forward experts a token goes to."""
+    """Feed-forward experts per token."""
     shared_expert: bool = False
-    """One more feed-forward expert that every token goes through with weight 1 (Nexus: the seed's)."""
+    """Whether there is one more feed-forward expert, for every token with weight 1 (Nexus: the seed's)."""
     attention: str = "averaged"
     """See `ATTENTIONS`."""
     attention_top_k: int | None = None
-    """Attention experts that keep their gate; `None`: all of them (soft routing)."""
+    """Attention experts per token; `None`: all of them (soft routing)."""
     domain_size: int | None = None
     """Width of the domain embeddings from which the router is projected (Nexus); `None`: a linear router."""
     load_balancing: float = BTX.load_balancing
@@ -83,16 +85,16 @@ class MixtureConfig:
         for name in self.experts:
             check_text("the name of an expert", name)
         check_choice("attention", self.attention, ATTENTIONS)
-        check_flag("shared_expert", self.shared_expert)
+        check_boolean("shared_expert", self.shared_expert)
         if self.attention_top_k is not None and self.attention == "averaged":
             raise UserError(
                 "attention_top_k is given and the attention is averaged", hint="there is one attention only"
             )
         for name, value in (("top_k", self.top_k), ("attention_top_k", self.attention_top_k)):
-            if value is not None and not 1 <= check_whole(name, value) <= count:
+            if value is not None and not 1 <= check_integer(name, value) <= count:
                 raise UserError(f"{name} is {value}", hint=f"it must lie between 1 and the {count} experts")
         if self.domain_size is not None:
-            check_whole("domain_size", self.domain_size, low=1, high=2**20)
+            check_integer("domain_size", self.domain_size, low=1, high=2**20)
         for name in ("load_balancing", "z_loss"):
             check_number(name, getattr(self, name), low=0, high=1e6)
 
@@ -121,7 +123,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, high in SIZES.items():
-            check_whole(name, getattr(self, name), low=1, high=high)
+            check_integer(name, getattr(self, name), low=1, high=high)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
@@ -140,14 +142,14 @@ class ModelConfig:
         check_number("norm_eps", self.norm_eps, above=0, high=1)
         check_number("logit_scale", self.logit_scale, above=0, high=1e6)
         check_number("initializer_range", self.initializer_range, low=0, high=100)
-        check_flag("tie_embeddings", self.tie_embeddings)
+        check_boolean("tie_embeddings", self.tie_embeddings)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            check_whole(name, getattr(self, name), low=TOKEN_ID[0], high=TOKEN_ID[1])
+            check_integer(name, getattr(self, name), low=TOKEN_ID[0], high=TOKEN_ID[1])
         for index, layer in enumerate(self.layers):
             if layer.window is not None:
-                check_whole(f"the window of layer {index}", layer.window, low=1, high=LONGEST_WINDOW)
-            check_flag(f"rope of layer {index}", layer.rope)
-            check_flag(f"qk_norm of layer {index}", layer.qk_norm)
+                check_integer(f"the window of layer {index}", layer.window, low=1, high=LONGEST_WINDOW)
+            check_boolean(f"rope of layer {index}", layer.rope)
+            check_boolean(f"qk_norm of layer {index}", layer.qk_norm)
 
     @property
     def groups(self) -> int:
@@ -156,24 +158,24 @@ class ModelConfig:
 
     @property
     def query_copies(self) -> int:
-        """How often the query heads are there: once, or once an attention expert."""
+        """Copies of the query heads: one, or one per attention expert."""
         mixture = self.mixture
         return 1 if mixture is None or mixture.attention == "averaged" else len(mixture.experts)
 
     @property
     def kv_copies(self) -> int:
-        """How often the key heads are there: attention experts may share them."""
+        """Copies of the key heads: one where attention experts share them."""
         shared = self.mixture is not None and self.mixture.attention == "shared-kv"
         return 1 if shared else self.query_copies
 
     @property
     def query_heads(self) -> int:
-        """Query heads of a layer, those of all attention experts together."""
+        """Query heads of a layer, of all attention experts together."""
         return self.num_heads * self.query_copies
 
     @property
     def kv_heads(self) -> int:
-        """Key heads of a layer, those of all attention experts together."""
+        """Key heads of a layer, of all attention experts together."""
         return self.num_kv_heads * self.kv_copies
 
     @property
@@ -188,7 +190,7 @@ class ModelConfig:
 
     @property
     def dense_size(self) -> int:
-        """Width of the feed-forward half that every token goes through; 0 where it has routed experts only."""
+        """Width of the feed-forward layer of every token; 0 with routed experts only."""
         return self.intermediate_size if self.mixture is None or self.mixture.shared_expert else 0
 
     @property

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from koine.model.block import Angles, Block, Mix
+from koine.model.block import Angles, AttentionFn, Block
 from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
 from koine.model.moe.experts import assign_top_k, feed_forward_experts
 from koine.model.moe.routers import DomainRouter, LinearRouter, Routing, soft_gates
@@ -43,11 +43,15 @@ class MixtureBlock(Block):
             self.attention_router = LinearRouter(hidden, count)
 
     def forward(
-        self, x: Tensor, angles: Angles, document_starts: Tensor | None = None, mix: Mix | None = None
+        self,
+        x: Tensor,
+        angles: Angles,
+        document_starts: Tensor | None = None,
+        attention: AttentionFn | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Return the block's output, see `Block`, and the routing of the tokens of `x`."""
         normed_btd = self.norm(x)
-        mixed_bta, gated = self.halves(normed_btd, angles, document_starts, mix)
+        mixed_bta, gated = self.branches(normed_btd, angles, document_starts, attention)
         attention_logits_bte = None
         if self.mixture.attention != "averaged":
             attention_logits_bte = _upcast(self.attention_router(normed_btd))

@@ -24,13 +24,13 @@ from koine.hardware import bfloat16_is_fast, processor_flags
 GROUPED_ROWS = 128
 """Rows of each expert, on average, up to which CPU multiplies all experts in one grouped matmul.
 
-With more, one expert at a time goes through all operations, while its rows are in the caches (docs/log.md).
+With more, one expert at a time goes through all operations, while its rows are in the caches (docs/explanation/log.md).
 """
 
 BFLOAT16_ROWS = 48
 """Rows of each expert, on average, up to which slow bfloat16 instructions are used all the same.
 
-Converting the weights to float32 takes longer than its products save (docs/log.md).
+Converting the weights to float32 takes longer than its products save (docs/explanation/log.md).
 """
 
 
