@@ -1,21 +1,22 @@
-"""Compare our feed-forward experts with transformers' experts, a loop over experts, and a dense feed-forward layer.
+"""Compare our feed-forward experts with transformers' experts, a loop over experts, and a dense layer.
 
     python benchmarks/moe.py --out benchmarks/results/moe.json
     python benchmarks/moe.py --threads 1 --cpu-time --tokens 64 4096
     python benchmarks/moe.py --models --out benchmarks/results/moe_models.json
 
-Eight experts, two for each token, SwiGLU, each as wide as the hidden size: forward, and forward with backward,
-in float32 and bfloat16. All sides run in one process on the same weights and the same assignments, in a random
-order each round. Each round stands between two matmuls of the experts' shape. Rounds in which one of them is
-slow are dropped, because the machine was busy. The last line printed is one line of JSON.
+Eight experts, two for each token, SwiGLU, each as wide as the hidden size: forward, and forward with
+backward, in float32 and bfloat16. All sides run in one process on the same weights and the same assignments,
+in a random order each round. Each round stands between two matmuls of the experts' shape. Rounds in which one
+of them is slow are dropped, because the machine was busy. The last line printed is one line of JSON.
 
-`ratio`: time of the best of transformers' implementations over ours. `over_dense`: our time over that of a dense
-layer with as many operations (the ideal). A side that takes longer than --most-seconds a call is left out, and
-the result says so. transformers' further implementations (deepgemm, sonicmoe) need packages for accelerators.
+`ratio`: time of the best of transformers' implementations over ours. `over_dense`: our time over that of a
+dense layer with as many operations (the ideal). A side that takes longer than --most-seconds a call is left
+out, and the result says so. transformers' further implementations (deepgemm, sonicmoe) need packages for
+accelerators.
 
---device cuda measures the same there. --cpu-time counts the CPU time of one thread: use it on a machine that is
-shared with others. --models measures whole models instead: tokens per second of BTX, BAM (both kinds) and Nexus
-beside the dense seed, in training, prefill and generation.
+--device cuda measures the same there. --cpu-time counts the CPU time of one thread: use it on a machine that
+is shared with others. --models measures whole models instead: tokens per second of BTX, BAM (both kinds) and
+Nexus beside the dense seed, in training, prefill and generation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Block of a mixture of experts: routed feed-forward experts, and attention that is averaged or a soft mixture.
+"""Block of a mixture: routed feed-forward experts, and attention that is averaged or a soft mixture.
 
     x + sum_j g_j attention_j(norm(x)) + sum_{i in top-k} p_i feed_forward_i(norm(x)) [+ shared(norm(x))]
 
@@ -7,7 +7,7 @@ attention: their projections are one matmul, and their attention one kernel call
 heads before the output projection, whose product with all heads is the sum over the experts.
 
 Shape suffixes: b: batch; t: time; e: experts; k: experts of each token; d: hidden size of the model;
-a: all heads times their size.
+f: intermediate size of the dense feed-forward; a: all heads times their size.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ class MixtureBlock(Block):
     ) -> tuple[Tensor, Routing | None]:
         """Return the block's output, see `Block`, and the routing of the tokens of `x`."""
         normed_btd = self.norm(x)
-        mixed_bta, gated = self.branches(normed_btd, angles, document_starts, attention)
+        attended_bta, dense_hidden_btf = self.branches(normed_btd, angles, document_starts, attention)
         attention_logits_bte = None
         if self.mixture.attention != "averaged":
             attention_logits_bte = _upcast(self.attention_router(normed_btd))
-            mixed_bta = self._gate(mixed_bta, soft_gates(attention_logits_bte, self.mixture.attention_top_k))
-        dense_out_btd = self.out_proj(torch.cat((mixed_bta, gated), dim=-1))
+            gates_bte = soft_gates(attention_logits_bte, self.mixture.attention_top_k)
+            attended_bta = self._gate(attended_bta, gates_bte)
+        dense_out_btd = self.out_proj(torch.cat((attended_bta, dense_hidden_btf), dim=-1))
         logits_bte = _upcast(self.router(normed_btd))
         probabilities_bte = torch.softmax(logits_bte, dim=-1)
         assignments = assign_top_k(probabilities_bte.flatten(0, 1), self.mixture.top_k)
@@ -67,14 +68,14 @@ class MixtureBlock(Block):
         routing = Routing(logits_bte, probabilities_bte, experts_btk, attention_logits_bte)
         return x + dense_out_btd + expert_out.view_as(x), routing
 
-    def _gate(self, mixed_bta: Tensor, gates_bte: Tensor) -> Tensor:
+    def _gate(self, attended_bta: Tensor, gates_bte: Tensor) -> Tensor:
         """Multiply the heads of each attention expert by its gate."""
-        gates_bte = gates_bte.to(mixed_bta.dtype)
+        gates_bte = gates_bte.to(attended_bta.dtype)
         if self.mixture.attention == "kv-experts":
-            heads = torch.unflatten(mixed_bta, -1, (gates_bte.shape[-1], -1))
+            heads = torch.unflatten(attended_bta, -1, (gates_bte.shape[-1], -1))
             return (heads * gates_bte[..., None]).flatten(-2)
         # Experts that share their keys lie side by side under each key head.
-        heads = torch.unflatten(mixed_bta, -1, (self.config.kv_heads, gates_bte.shape[-1], -1))
+        heads = torch.unflatten(attended_bta, -1, (self.config.kv_heads, gates_bte.shape[-1], -1))
         return (heads * gates_bte[..., None, :, None]).flatten(-3)
 
 

@@ -24,7 +24,8 @@ from koine.hardware import bfloat16_is_fast, processor_flags
 GROUPED_ROWS = 128
 """Rows of each expert, on average, up to which CPU multiplies all experts in one grouped matmul.
 
-With more, one expert at a time goes through all operations, while its rows are in the caches (docs/explanation/log.md).
+With more, one expert at a time goes through all operations, while its rows are in the caches
+(docs/explanation/log.md).
 """
 
 BFLOAT16_ROWS = 48
@@ -60,7 +61,7 @@ def assign_top_k(probabilities: Tensor, k: int) -> Assignments:
 
 
 def feed_forward_experts(x: Tensor, w_in: Tensor, w_out: Tensor, assignments: Assignments) -> Tensor:
-    """Compute `sum_e gate_e * w_out_e (silu(w_gate_e x) * (w_up_e x))` over the experts of each token.
+    """Compute `sum_e gate_e * w_out_e (silu(w_gate_e x) * (w_up_e x))` over each token's experts.
 
     Args:
         x: `[tokens, hidden]`. Products are in its dtype; on CPU in float32 where bfloat16 is slower.
@@ -69,7 +70,8 @@ def feed_forward_experts(x: Tensor, w_in: Tensor, w_out: Tensor, assignments: As
         assignments: see `assign_top_k`.
 
     Returns:
-        `[tokens, hidden]` in the dtype of `x`, differentiable in `x`, `w_in`, `w_out` and the gates; on CPU once.
+        `[tokens, hidden]` in the dtype of `x`. It is differentiable in `x`, `w_in`, `w_out` and the gates, on
+        CPU once.
 
     Raises:
         ValueError: shapes do not fit.
@@ -89,7 +91,10 @@ def feed_forward_experts(x: Tensor, w_in: Tensor, w_out: Tensor, assignments: As
 
 
 def _has_grouped_mm(dtype: torch.dtype, w_out_edf: Tensor) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` takes these experts: it needs rows of a multiple of 16 bytes."""
+    """Whether `torch.nn.functional.grouped_mm` takes these experts.
+
+    It needs matrix rows of a multiple of 16 bytes.
+    """
     on_device = (torch.float32, torch.bfloat16) if w_out_edf.device.type == "cpu" else (torch.bfloat16,)
     return dtype in on_device and all(size % 8 == 0 for size in w_out_edf.shape[1:])
 
@@ -151,8 +156,8 @@ def _compute_dtype(x_td: Tensor, rows_each: float) -> torch.dtype:
 class _Group(NamedTuple):
     """Rows that go through all operations together.
 
-    rows: of `_Rows`. expert: the one that they belong to, or -1 for all experts. ends_e: int32, the end of each
-    expert's rows.
+    rows: a slice of `_Rows`. expert: the one that they belong to, or -1 for all experts. ends_e: int32, the
+    end of each expert's rows.
     """
 
     rows: slice
@@ -163,8 +168,7 @@ class _Group(NamedTuple):
 class _Rows(NamedTuple):
     """Expert assignments sorted by expert.
 
-    token_n: the token of each row. row_tk: the row of each assignment. unused: experts without rows that are in
-    no group.
+    token_n: the token of each row. row_tk: the row of each assignment. unused: experts that are in no group.
     """
 
     token_n: Tensor

@@ -1,4 +1,4 @@
-"""Factors of the router losses for each way to upcycle: one place for the functions, the command and the recipe."""
+"""Factors of the router losses for each way to upcycle, for the functions, the command and the recipe."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Routing(NamedTuple):
 
 
 class LinearRouter(nn.Module):
-    """One row of weights for each expert: `[..., hidden]` to logits `[..., experts]` (arXiv 2408.08274, section 3)."""
+    """One row of weights for each expert (arXiv 2408.08274, section 3)."""
 
     def __init__(self, hidden_size: int, experts: int) -> None:
         super().__init__()
@@ -38,16 +38,16 @@ class LinearRouter(nn.Module):
         nn.init.normal_(self.weight, 0.0, std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits in the dtype of `x`."""
+        """Return logits `[..., experts]` in the dtype of `x`, `[..., hidden]`."""
         return F.linear(x, self.weight)
 
 
 class DomainRouter(nn.Module):
     """Scores experts by a projection of their domains' embeddings (arXiv 2408.15901, section 3).
 
-    The logit of expert i is `x . W2 SwiGLU(W1 d_i)`. `domains` `[experts, domain_size]` is fixed, with entries
-    of unit variance. A new expert needs the embedding of its domain and no new weight. Without gradients the
-    projected embeddings are cached until a weight changes.
+    The logit of expert i is `x . W2 SwiGLU(W1 d_i)`. `domains` `[experts, domain_size]` is fixed, with
+    entries of unit variance. A new expert needs the embedding of its domain and no new weight. Without
+    gradients the projected embeddings are cached until a weight changes.
     """
 
     domains: Tensor
