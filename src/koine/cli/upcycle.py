@@ -124,7 +124,7 @@ def btx(
 @click.option(
     "--attention-top-k",
     type=click.IntRange(1),
-    help="Attention experts of each token.  [default: all]",
+    help="Attention experts of each token; other gates are 0.  [default: all]",
 )
 @losses(BAM)
 @RANDOM

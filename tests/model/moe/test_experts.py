@@ -15,7 +15,7 @@ from koine.model.moe.experts import Assignments, assign_top_k, feed_forward_expe
 
 @pytest.fixture(params=["grouped", "each"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All experts in one grouped matmul where torch has one for the dtype and sizes, or one expert at a time."""
+    """All experts in one grouped matmul, where torch takes the dtype and sizes, or one at a time."""
     monkeypatch.setattr(experts_module, "GROUPED_ROWS", 1e9 if request.param == "grouped" else -1)
 
 
@@ -108,8 +108,8 @@ def test_few_and_many_tokens_of_an_expert(
 ) -> None:
     """Every number of rows, and sizes that are no multiple of a vector's.
 
-    float32: sums of some hundred numbers of about 1 in another order. bfloat16: up to a dozen roundings to 1 in
-    512 on the way.
+    float32: sums of some hundred numbers of about 1 in another order. bfloat16: up to a dozen roundings to 1
+    in 512 on the way.
     """
     x, w_in, w_out, assigned = with_counts(counts, hidden, width, dtype)
     grad = torch.randn(x.shape).to(dtype)
