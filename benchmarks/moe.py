@@ -249,7 +249,8 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
     def training(model: Decoder) -> int:
         model.train()
         hidden = model(tokens)
-        chunked_cross_entropy(hidden, model.output_weight, tokens, scale=model.logit_scale).backward()  # type: ignore[no-untyped-call]
+        loss = chunked_cross_entropy(hidden, model.output_weight, tokens, scale=model.logit_scale)
+        loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
         return tokens.numel()
 
