@@ -1,12 +1,15 @@
-"""Our merging beside mergekit: whole commands, start-up included, on four checkpoints of 135 to 200 million parameters in bfloat16.
+"""Our merge against mergekit: whole commands, start-up included.
 
     python benchmarks/peers/install.py mergekit
     python benchmarks/merge.py --out benchmarks/results/merge.json
 
-Four random branches of one random base are written once (Cohere2, the only kind of ours that mergekit takes). For each method both commands run in turn, each in a fresh
-process into a fresh folder, and the largest resident memory of each is read from the system. Beside them stands the ceiling: the time to read the inputs and write
-as many bytes as the result has. Before the first round both results are compared, tensor by tensor. mergekit merges in the models' dtype, bfloat16, which is its fastest;
-ours works in float32. The last line printed is one line of JSON.
+Inputs are four checkpoints of 135 to 200 million parameters in bfloat16: random branches of one random base,
+of Cohere2, the only architecture of ours that mergekit supports. They are written once. For each method both
+commands run in turn, each in a fresh process into a fresh folder. The peak resident memory of each is read
+from the system. The upper bound of speed is the time to read the inputs and write as many bytes as the result
+has.
+Before the first round both results are compared, tensor by tensor. mergekit merges in the models' dtype,
+bfloat16, which is its fastest; ours in float32. The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -38,19 +41,24 @@ NAMES = ("a", "b", "c", "d")
 METHODS = ("linear", "slerp", "task-arithmetic", "ties", "dare-linear")
 """Each is compared in value where it draws nothing at random."""
 ROUNDING = 2**-6
-"""Largest difference that is rounding, of entries of size 1: mergekit's sums are rounded to bfloat16 at every step."""
+"""Largest difference by rounding, for entries of size 1: mergekit rounds to bfloat16 at every step."""
 
 TIED = 0.05
-"""Share of TIES' entries that may differ by more than rounding: those at the threshold, whose sizes are equal in bfloat16."""
+"""Share of TIES' entries that may differ by more: those at the threshold, equal in size in bfloat16."""
 
 
 def config_of(millions: int) -> ModelConfig:
     """A model of the size of SmolLM-135M, or of 200 million parameters."""
     hidden, layers = (576, 30) if millions <= 135 else (768, 26)
     return ModelConfig(
-        vocab_size=49_152, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 32 * 32, num_heads=hidden // 64,
-        num_kv_heads=hidden // 192, head_dim=64, layers=hybrid_layers(layers, window=4096),
-    )  # fmt: skip
+        vocab_size=49_152,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 32 * 32,
+        num_heads=hidden // 64,
+        num_kv_heads=hidden // 192,
+        head_dim=64,
+        layers=hybrid_layers(layers, window=4096),
+    )
 
 
 def write_models(folder: Path, config: ModelConfig) -> None:
@@ -122,19 +130,26 @@ child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(child.pid, 0)
 print(json.dumps([time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
 """
-"""Starts a command and measures it. Linux lets the largest resident memory of a process survive exec, and with it the size of whatever process started
-it: this one has compared models, a small one has not."""
+"""A small program that starts a command and measures it.
+
+On Linux the peak resident memory of a process survives exec, and with it the size of the process that started
+it. This benchmark has compared models, so it must not start the command itself.
+"""
 
 
 def run(command: list[str], out: Path) -> tuple[float, int]:
-    """Seconds and the largest resident bytes of a command."""
+    """Run a command; return its seconds and peak resident bytes."""
     shutil.rmtree(out, ignore_errors=True)
-    # What the last command wrote is on the disk before this one starts.
+    # Flush what the last command wrote before this one starts.
     os.sync()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command], env=environment, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     seconds, largest, code = json.loads(done.stdout)
     if code:
         raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
@@ -142,8 +157,12 @@ def run(command: list[str], out: Path) -> tuple[float, int]:
 
 
 def differences(first: Path, second: Path) -> tuple[float, float]:
-    """Of two results, over all tensors: the largest difference relative to the tensor's largest entry, and the share of entries that differ by more than
-    rounding of an entry of their own size."""
+    """Compare two results over all tensors.
+
+    Returns:
+        The largest difference relative to a tensor's largest entry, and the share of entries that differ by
+        more than the rounding of an entry of their own size.
+    """
     from safetensors import safe_open
 
     worst, differ, count = 0.0, 0, 0
@@ -190,10 +209,14 @@ def main() -> None:
         "name": "merge",
         "parameters": count_parameters(config).total,
         "models": len(NAMES),
-        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "machine": {
+            "processor": processor_name(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
         "torch": torch.__version__,
         "results": {},
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_models(folder, config)
@@ -206,8 +229,8 @@ def main() -> None:
             outs = {"ours": folder / "ours", "mergekit": folder / "theirs"}
             for side, command in commands.items():
                 run(command, outs[side])
-            # TIES breaks ties by chance there: of entries of equal size in bfloat16 some are kept and some are not. So the share of entries that differ is
-            # bounded, and all values are compared in the tests, in float32.
+            # mergekit's TIES breaks ties at random: of entries of equal size in bfloat16 it keeps some. So
+            # only the share of entries that differ is bounded. The tests compare all values, in float32.
             difference = share = None
             if method != "dare-linear":
                 difference, share = differences(outs["ours"], outs["mergekit"])

@@ -1,4 +1,4 @@
-"""What the tests of merging share: a configuration with its usual numbers, and the tensors of a folder."""
+"""Helpers of the merging tests: a usual configuration, and the tensors of a folder."""
 
 from __future__ import annotations
 
