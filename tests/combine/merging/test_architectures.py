@@ -258,7 +258,7 @@ def test_ambiguous_sizes_are_refused(case: str, tmp_path: Path, monkeypatch: pyt
 
 def test_moving_a_model_with_token_tables_in_layers_is_refused(tmp_path: Path) -> None:
     """Moving to another tokenizer moves embedding and head; a model with more tables is refused."""
-    from koine.model.adapt.vocabulary_transfer import move_model
+    from koine.model.adapt import move_model
     from koine.tokenizer import train_tokenizer
     from koine.tokenizer.special import SMALLEST_VOCABULARY
 
