@@ -48,7 +48,7 @@ TIED = 0.05
 
 
 def config_of(millions: int) -> ModelConfig:
-    """A model of the size of SmolLM-135M, or of 200 million parameters."""
+    """Return a model configuration of the size of SmolLM-135M, or of 200 million parameters."""
     hidden, layers = (576, 30) if millions <= 135 else (768, 26)
     return ModelConfig(
         vocab_size=49_152,
@@ -62,7 +62,7 @@ def config_of(millions: int) -> ModelConfig:
 
 
 def write_models(folder: Path, config: ModelConfig) -> None:
-    """A base and four branches of it; the tokenizers that mergekit wants to copy are left out."""
+    """Write a base and four branches of it, without the tokenizers that mergekit would copy."""
     torch.manual_seed(0)
     base = Decoder(config)
     save_model(base, folder / "base", dtype=torch.bfloat16)
@@ -76,12 +76,12 @@ def write_models(folder: Path, config: ModelConfig) -> None:
 
 
 def models_of(method: str) -> tuple[str, ...]:
-    """Those that a method merges."""
+    """Return the models that a method merges."""
     return NAMES[:2] if method == "slerp" else NAMES
 
 
 def our_command(method: str, folder: Path, out: Path) -> list[str]:
-    """As a user types it."""
+    """Return our command, as a user types it."""
     command = [
         sys.executable,
         "-m",
@@ -102,7 +102,7 @@ def our_command(method: str, folder: Path, out: Path) -> list[str]:
 
 
 def their_command(method: str, folder: Path, out: Path) -> list[str]:
-    """mergekit on the same."""
+    """Return mergekit's command for the same merge."""
     models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in models_of(method)]
     content: dict[str, Any] = {
         "merge_method": method.replace("-", "_"),
@@ -179,7 +179,7 @@ def differences(first: Path, second: Path) -> tuple[float, float]:
 
 
 def copy_seconds(folder: Path, method: str, out: Path) -> float:
-    """To read the inputs and to write as many bytes as one model has."""
+    """Measure the seconds to read the inputs and write as many bytes as one model has."""
     names = models_of(method) + (() if method in ("linear", "slerp") else ("base",))
     start = time.perf_counter()
     data = b""
@@ -193,6 +193,62 @@ def copy_seconds(folder: Path, method: str, out: Path) -> float:
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
     return seconds
+
+
+def compare(method: str, ours: Path, theirs: Path) -> tuple[float | None, float | None]:
+    """Check that both results are equal but for rounding; return both figures of `differences`."""
+    if method == "dare-linear":
+        return None, None
+    difference, share = differences(ours, theirs)
+    # mergekit's TIES breaks ties at random: of entries of equal size in bfloat16 it keeps some. So only the
+    # share of entries that differ is bounded. The tests compare all values, in float32.
+    if method == "ties":
+        assert share <= TIED, f"{share:.1%} of the entries of ties differ"
+    else:
+        assert difference <= ROUNDING, f"{method} differs by {difference}"
+    return difference, share
+
+
+def measure(method: str, folder: Path, rounds: int, *, allowed: int) -> dict[str, Any]:
+    """Run both sides in turn; return times, ratio, memory and differences.
+
+    Args:
+        method: The merge method.
+        folder: Of the models.
+        rounds: Runs of each side.
+        allowed: Bytes of memory that ours may take, where mergekit takes more.
+    """
+    outs = {"ours": folder / "ours", "mergekit": folder / "theirs"}
+    commands = {
+        "ours": our_command(method, folder, outs["ours"]),
+        "mergekit": their_command(method, folder, outs["mergekit"]),
+    }
+    for side, command in commands.items():
+        run(command, outs[side])
+    difference, share = compare(method, outs["ours"], outs["mergekit"])
+    seconds: dict[str, list[float]] = {side: [] for side in commands}
+    memory: dict[str, int] = dict.fromkeys(commands, 0)
+    ceilings = []
+    for _ in range(rounds):
+        for side, command in commands.items():
+            one, peak = run(command, outs[side])
+            seconds[side].append(one)
+            memory[side] = max(memory[side], peak)
+        ceilings.append(copy_seconds(folder, method, folder / "copied"))
+    ratios = sorted(a / b for a, b in zip(seconds["mergekit"], seconds["ours"], strict=True))
+    limit = min(memory["mergekit"], allowed)
+    return {
+        "seconds": {side: statistics.median(values) for side, values in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_spread": [ratios[0], ratios[-1]],
+        "peak_memory_bytes": memory,
+        "copy_seconds": statistics.median(ceilings),
+        "share_of_ceiling": statistics.median(ceilings) / statistics.median(seconds["ours"]),
+        "memory_allowed_bytes": limit,
+        "memory_within": memory["ours"] <= limit,
+        "largest_difference": difference,
+        "share_of_entries_that_differ": share,
+    }
 
 
 def main() -> None:
@@ -222,44 +278,7 @@ def main() -> None:
         write_models(folder, config)
         result["checkpoint_bytes"] = (folder / "a" / "model.safetensors").stat().st_size
         for method in options.methods:
-            commands = {
-                "ours": our_command(method, folder, folder / "ours"),
-                "mergekit": their_command(method, folder, folder / "theirs"),
-            }
-            outs = {"ours": folder / "ours", "mergekit": folder / "theirs"}
-            for side, command in commands.items():
-                run(command, outs[side])
-            # mergekit's TIES breaks ties at random: of entries of equal size in bfloat16 it keeps some. So
-            # only the share of entries that differ is bounded. The tests compare all values, in float32.
-            difference = share = None
-            if method != "dare-linear":
-                difference, share = differences(outs["ours"], outs["mergekit"])
-                if method == "ties":
-                    assert share <= TIED, f"{share:.1%} of the entries of ties differ"
-                else:
-                    assert difference <= ROUNDING, f"{method} differs by {difference}"
-            seconds: dict[str, list[float]] = {side: [] for side in commands}
-            memory: dict[str, int] = dict.fromkeys(commands, 0)
-            ceilings = []
-            for _ in range(options.rounds):
-                for side, command in commands.items():
-                    one, peak = run(command, outs[side])
-                    seconds[side].append(one)
-                    memory[side] = max(memory[side], peak)
-                ceilings.append(copy_seconds(folder, method, folder / "copied"))
-            ratios = sorted(a / b for a, b in zip(seconds["mergekit"], seconds["ours"], strict=True))
-            row = {
-                "seconds": {side: statistics.median(values) for side, values in seconds.items()},
-                "ratio": statistics.median(ratios),
-                "ratio_spread": [ratios[0], ratios[-1]],
-                "peak_memory_bytes": memory,
-                "copy_seconds": statistics.median(ceilings),
-                "share_of_ceiling": statistics.median(ceilings) / statistics.median(seconds["ours"]),
-                "memory_allowed_bytes": min(memory["mergekit"], 2 * result["checkpoint_bytes"]),
-                "memory_within": memory["ours"] <= min(memory["mergekit"], 2 * result["checkpoint_bytes"]),
-                "largest_difference": difference,
-                "share_of_entries_that_differ": share,
-            }
+            row = measure(method, folder, options.rounds, allowed=2 * result["checkpoint_bytes"])
             result["results"][method] = row
             print(method, json.dumps(row), flush=True)
     if options.out:

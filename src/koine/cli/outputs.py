@@ -10,7 +10,7 @@ import click
 
 from koine.errors import UserError
 
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
 @contextmanager

@@ -270,7 +270,7 @@ def test_without_transformers_nothing_is_guessed(tmp_path: Path, monkeypatch: py
     edit_config(tmp_path / "b", _attn_implementation_autoset=True)
     plan_merge(config_in(tmp_path)).close()
     edit_config(tmp_path / "b", unsloth_version="2026.4.2")
-    with pytest.raises(UserError, match="unsloth_version is 2026.4.2, and not said in .*transformers knows"):
+    with pytest.raises(UserError, match="unsloth_version is 2026.4.2, and not given in .*transformers knows"):
         plan_merge(config_in(tmp_path))
     edit_config(tmp_path / "b", unsloth_version=..., rms_norm_eps=1e-3)
     with pytest.raises(UserError, match="rms_norm_eps is 0.001, and 1e-06 in .*compute something else"):
