@@ -23,6 +23,7 @@ from koine.combine.merging.methods import (
     ties,
     trim_threshold,
 )
+from tests.combine.merge_configs import required_options
 from tests.combine.merging.record_mergekit import CASES, NAMES
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -37,36 +38,34 @@ def test_equals_mergekit(case: str, block: int | None, monkeypatch: pytest.Monke
     inputs, wanted = load_file(RECORDED / "models.safetensors"), load_file(RECORDED / f"{case}.safetensors")
     about = CASES[case]
     name = about["merge_method"].replace("_", "-")
-    info = METHODS[name]
+    method = METHODS[name]
     options: dict[str, Any] = {
         {"lambda": "scale"}.get(key, key): value for key, value in about.get("parameters", {}).items()
     }
-    if info.takes("weights"):
+    if method.takes("weights"):
         options["weights"] = about["weights"]
-    if info.takes("generator"):
+    if method.takes("generator"):
         options["generator"] = torch.Generator().manual_seed(0)
     for key, theirs in wanted.items():
         models = [inputs[f"{model}/{key}"] for model in (NAMES[1:3] if name == "slerp" else NAMES[1:])]
-        if info.takes("base"):
+        if method.takes("base"):
             options["base"] = inputs[f"base/{key}"]
-        ours = info.function(models, **options)
+        ours = method.function(models, **options)
         assert (ours - theirs).abs().max() < 3e-7, key
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merge_of_identical_models_is_the_model(name: str) -> None:
-    info = METHODS[name]
+    method = METHODS[name]
     tensor, count = torch.randn(7, 5), 2
-    options: dict[str, Any] = {}
-    if info.takes("weights"):
+    options: dict[str, Any] = required_options(name)
+    if method.takes("weights"):
         options["weights"] = (0.4, 0.6)
-    if info.takes("base"):
+    if method.takes("base"):
         options["base"] = tensor.clone()
-    if "t" in info.parameters:
-        options["t"] = 0.3
-    if info.takes("generator"):
+    if method.takes("generator"):
         options["generator"] = torch.Generator()
-    assert torch.allclose(info.function([tensor] * count, **options), tensor, atol=1e-6)
+    assert torch.allclose(method.function([tensor] * count, **options), tensor, atol=1e-6)
 
 
 def test_slerp_divides_the_angle_in_proportion() -> None:
