@@ -59,8 +59,7 @@ def print_machine(path: Path) -> None:
     line("free disk", f"{hardware.free_disk_bytes(path) / GIB:.1f} GiB at {path.absolute()}")
     line(
         "C++ compiler",
-        found.compiler
-        or "none: torch.compile on CPU needs one, and experts are faster with g++ (all works without)",
+        found.compiler or "none: torch.compile on CPU needs one (all else works without)",
     )
     instructions = ", ".join(found.bfloat16_instructions)
     line("bfloat16", instructions or "no CPU instructions: emulated, slower than float32")
