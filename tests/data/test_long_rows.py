@@ -192,12 +192,12 @@ def test_mistakes(folders: dict[str, Path]) -> None:
     value = mixture(folders).to_json()
     first = value["phases"][0]
     for change, line in (
-        ({"every": 1}, "every 1 steps a batch of long rows; it must be at least 2"),
+        ({"every": 1}, "phase 'one': long rows: every is 1; it must be at least 2"),
         ({"every": 11}, "phase 'one': has 10 steps, and every 11th is one of long rows"),
         ({"sequence_length": 32}, "its long rows have 32 tokens, the others 32; long rows must be longer"),
         ({"batch_size": 0}, "long rows: batch_size is 0"),
         ({"sources": [{"name": "a", "path": "a", "proportion": 1.0, "min_tokens": 0}]}, "min_tokens is 0"),
-        ({"evry": 4}, "unknown key 'evry' of a long rows; did you mean 'every'"),
+        ({"evry": 4}, "phase 'one': long rows: unknown key 'evry'; did you mean 'every'"),
         ({"sources": [{"name": "a", "path": "a", "proportion": 0.5}]}, "the proportions sum to 0.5, not 1"),
         (
             {"sources": [{"name": "short", "path": "a", "proportion": 1.0}]},

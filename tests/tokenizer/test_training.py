@@ -51,7 +51,7 @@ def test_english_gets_its_share_and_the_others_keep_their_proportions() -> None:
         ({"de": 5}, {"scheme": "bucketted"}, "bucketed"),
         ({"de": 5}, {"bucket_mass": "date"}, "data"),
         ({"de": 5}, {"english_share": 1.0}, "between 0 and 1"),
-        ({"de": 5}, {"scheme": "temperature", "temperature": 0.0}, "above 0"),
+        ({"de": 5}, {"scheme": "temperature", "temperature": 0.0}, "greater than 0"),
         ({"xq": 5}, {}, "xq"),
     ],
 )

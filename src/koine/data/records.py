@@ -13,7 +13,7 @@ from uuid import UUID
 from koine.data.readers import TextUnit, data_files, read_rows
 from koine.data.tables import Columns
 from koine.errors import UserError, did_you_mean, first_line, printable
-from koine.fields import short_repr
+from koine.fields import check_number, short_repr
 from koine.languages import language as find_language
 
 Record = dict[str, Any]
@@ -76,8 +76,7 @@ class RecordReader:
         carry: Collection[str] | None = None,
         questions: bool = False,
     ) -> None:
-        if not 0.0 <= max_bad_share <= 1.0:
-            raise UserError(f"max_bad_share is {max_bad_share}", hint="it is a share between 0 and 1")
+        check_number("max_bad_share", max_bad_share, low=0, high=1)
         for name in fields or {}:
             if name not in FIELDS:
                 raise UserError(

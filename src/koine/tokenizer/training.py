@@ -11,6 +11,7 @@ from typing import Any
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
+from koine.fields import check_integer
 from koine.tokenizer.corpus_sampling import Corpus, count_bytes, draw, quotas, stream
 from koine.tokenizer.pretoken_counts import (
     DIRECT_BYTES,
@@ -71,8 +72,7 @@ def train_tokenizer(
             f"a vocabulary of {vocab_size} is smaller than the alphabet",
             hint=f"take at least {SMALLEST_VOCABULARY} ({len(SPECIAL_TOKENS)} special tokens and 256 bytes)",
         )
-    if min_frequency < 1:
-        raise UserError(f"the smallest frequency is {min_frequency}", hint="give at least 1")
+    check_integer("min_frequency", min_frequency, low=1)
     with counting_progress(show_progress, what="reading") as watched:
         sizes = count_bytes(lambda: watched(stream(texts_by_language)))
     if isinstance(texts_by_language, Mapping):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from koine.data.inspect_step import without_paths
-from koine.data.mixture import with_current_names
+from koine.data.mixture_json import with_current_names
 from koine.errors import UserError
 from koine.files import sha256_file
 from koine.train.model_adapters import configuration
