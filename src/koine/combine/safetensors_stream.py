@@ -17,8 +17,8 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.files import read_json, write_json
-from koine.model.formats.checksum import KEY, UNSEALED, verify
-from koine.model.formats.opening import check_other_tokenizer
+from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums
+from koine.model.formats.opening import check_tokenizer_hash
 from koine.model.formats.safetensors_header import header_bytes, read_header
 from koine.model.formats.weight_files import weight_files
 
@@ -84,7 +84,7 @@ class Checkpoint(Mapping[str, Entry]):
         if not path.is_dir():
             raise UserError("no such folder", where=path, hint="give the folder of a model")
         self.entries: dict[str, Entry] = {}
-        check_other_tokenizer(path)
+        check_tokenizer_hash(path)
         files = weight_files(path)
         for file in files:
             for name, entry in _header(file).items():
@@ -96,7 +96,7 @@ class Checkpoint(Mapping[str, Entry]):
                     )
                 self.entries[name] = entry
         self._check_index(files)
-        verify(files)
+        verify_checksums(files)
         self._descriptors = {
             file: os.open(file, os.O_RDONLY) for file in {entry.file for entry in self.entries.values()}
         }
@@ -212,7 +212,7 @@ class CheckpointWriter:
         """Open a shard, write its header, and reserve its size."""
         header = header_bytes(
             {name: (NAMES[dtype], shape) for name, (dtype, shape) in layout.items()},
-            metadata={"format": "pt", KEY: UNSEALED},
+            metadata={"format": "pt", KEY: NO_CHECKSUM},
         )
         offset = len(header)
         for name, (dtype, shape) in layout.items():

@@ -22,7 +22,7 @@ from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.errors import UserError
 from koine.files import atomic_directory, check_inside, write_json
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
+from koine.model.formats.checksum import write_checksums
 
 ANCESTOR = "give the text model that the other began as"
 
@@ -186,7 +186,7 @@ def _write(pair: _Pair, folder: Path, alpha: float, max_shard_bytes: int) -> Non
             _write_tensor(pair, name, writer, alpha)
     finally:
         writer.close()
-    seal_folder(folder)
+    write_checksums(folder)
     report = {
         "method": "cross-modal",
         "alpha": alpha,

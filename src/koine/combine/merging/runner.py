@@ -32,7 +32,7 @@ from koine.errors import UserError
 from koine.files import check_inside, claim, clear_partials, remove, write_atomically, write_json
 from koine.hardware import usable_cores
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
+from koine.model.formats.checksum import write_checksums
 from koine.model.formats.weight_files import weight_files
 
 JOURNAL_VERSION = 2
@@ -220,6 +220,6 @@ def _write_other_files(plan: MergePlan, work: Path, tensors: dict[str, dict[str,
     }
     write_json(work / "merge_report.json", report)
     write_atomically(work / "README.md", model_card(plan.config, plan.method.source))
-    seal_folder(work)
+    write_checksums(work)
     (work / "journal.jsonl").unlink()
     return report

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import find_method
 from koine.combine.merging.plan import plan_merge
 from koine.errors import UserError
-from koine.model import Decoder, load_causal_lm
+from koine.model import LanguageModel, load_causal_lm
 from koine.model.causal_lm import load_as_stored
-from koine.model.formats.directory import from_transformers, to_transformers
 
 Evaluate = Callable[[tuple[float, ...]], Mapping[str, float]]
 
@@ -189,7 +188,8 @@ class InMemoryMerge:
                 hint="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
             )
         inputs = [*paths, *([] if base is None else [base])]
-        self.states = [_stored(load_as_stored(path)) for path in inputs]
+        # As they are saved: a method that works on a whole tensor must not see several fused into one.
+        self.states = [load_as_stored(path).stored_tensors() for path in inputs]
         for path, state in zip(inputs, self.states, strict=True):
             for name, tensor in state.items():
                 if not torch.isfinite(tensor).all():
@@ -199,10 +199,10 @@ class InMemoryMerge:
                         hint="this checkpoint is broken; use an earlier one",
                     )
         self.with_base = base is not None
-        self.model: nn.Module = load_causal_lm(paths[0], dtype=torch.float32)
+        self.model: LanguageModel = load_causal_lm(paths[0], dtype=torch.float32)
 
     @torch.no_grad()
-    def set(self, weights: tuple[float, ...]) -> nn.Module:
+    def set(self, weights: tuple[float, ...]) -> LanguageModel:
         """Set the model to the merge of these weights, in float32, and return it."""
         # All weights have one seed, so that DARE methods are compared on the same mask.
         searched: dict[str, Any] = {"weights": weights} if self.method.takes("weights") else {"t": weights[1]}
@@ -218,16 +218,5 @@ class InMemoryMerge:
             if self.method.takes("generator"):
                 arguments["generator"] = torch.Generator().manual_seed(0)
             merged[name] = self.method.function(tensors, **arguments)
-        self.model.load_state_dict(
-            from_transformers(merged, self.model.config) if isinstance(self.model, Decoder) else merged
-        )
+        self.model.load_stored_tensors(merged)
         return self.model
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's tensors as they are saved.
-
-    A method that works on whole tensors must not see several fused into one.
-    """
-    state = model.state_dict()
-    return to_transformers(state, model.config) if isinstance(model, Decoder) else state
