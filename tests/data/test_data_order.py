@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koine.data import DataOrder, Mixture, Phase, Source, TokenSource, tokenize
-from koine.data.data_order import _apportion
+from koine.data.components import apportion
 from koine.data.packing import ConcatPacking, NoSplitPacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
@@ -248,6 +248,6 @@ def test_documents_that_lose_their_end_are_said(sources: dict[str, Path]) -> Non
 
 def test_blocks_are_apportioned_by_hand() -> None:
     """One each, the rest by largest remainder: of 10 with equal weights 4, 3, 3; of 10 by 7 to 2 to 1, 1 + 4.9, 1.4, 0.7."""
-    assert _apportion(np.array([1.0, 1.0, 1.0]), 10).tolist() == [4, 3, 3]
-    assert _apportion(np.array([7.0, 2.0, 1.0]), 10).tolist() == [6, 2, 2]
-    assert _apportion(np.array([1.0, 1e-9]), 4).tolist() == [3, 1]
+    assert apportion(np.array([1.0, 1.0, 1.0]), 10).tolist() == [4, 3, 3]
+    assert apportion(np.array([7.0, 2.0, 1.0]), 10).tolist() == [6, 2, 2]
+    assert apportion(np.array([1.0, 1e-9]), 4).tolist() == [3, 1]

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Span
-from koine.data.mixture import Source
-from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking
-from koine.data.shards import TokenSource
-
-
-@dataclass(frozen=True)
-class Component:
-    """One language of one source, in one phase."""
-
-    source: Source
-    tokens: TokenSource
-    language: str
-    weight: float
-    packing: ConcatPacking | NoSplitPacking
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Key that is equal for components of different phases with the same documents."""
-        return str(self.source.path), self.language
+from koine.data.components import Component
+from koine.data.packing import DocumentSlice
 
 
 def fill(
