@@ -1,4 +1,4 @@
-"""Mixtures from JSON: every field is of its type, or refused by name."""
+"""Mixtures from JSON: a field of a wrong type is named in the error."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SOUND: dict[str, Any] = {
         ("cross_document_attention", "no", "cross_document_attention is 'no'; it must be true or false"),
     ],
 )  # fmt: skip
-def test_a_field_of_another_type_is_refused_by_name(place: str, value: Any, says: str) -> None:
+def test_a_field_of_a_wrong_type_is_named(place: str, value: Any, says: str) -> None:
     given = copy.deepcopy(SOUND)
     phase = given["phases"][0]
     where, _, name = place.rpartition(".")
@@ -60,7 +60,7 @@ def test_a_field_of_another_type_is_refused_by_name(place: str, value: Any, says
         Mixture.from_json(given, where="mixture.json")
 
 
-def test_numbers_may_be_whole_and_a_mixture_comes_back_from_its_own_json() -> None:
+def test_integers_are_numbers_and_json_round_trips() -> None:
     mixture = Mixture.from_json(SOUND)
     assert Mixture.from_json(mixture.to_json(), relative_to=Path("/")).to_json() == mixture.to_json()
 

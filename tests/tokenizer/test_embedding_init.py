@@ -1,4 +1,4 @@
-"""Closed forms of what a new vocabulary starts from, and of the predictor: small numbers worked out by hand."""
+"""Initialisation of a new vocabulary's embeddings, against closed forms and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from koine.tokenizer.vocabulary_match import VocabularyMatch, match_vocabularies
 
 
 class Letters:
-    """A tokenizer of single letters; `pairs` are tokens too, and what it lacks is unknown."""
+    """A tokenizer of single letters; `pairs` are tokens too, other letters are unknown."""
 
     def __init__(self, letters: str, *, dear: str = "", twice: str = "") -> None:
         self.pieces = [*letters, *twice]
@@ -44,8 +44,8 @@ class Letters:
         return [0] * len(texts)
 
 
-def test_the_dearest_language_has_long_sequences_and_letters_never_seen() -> None:
-    """Ranks of two measures, averaged: of tokens per byte upwards, of the overlap of letters *downwards*."""
+def test_cost_ranks_sequence_length_and_unseen_letters() -> None:
+    """Mean rank of tokens per byte (ascending) and of letter overlap (descending)."""
     tokenizer = Letters("abcdefgh", dear="dh")
     texts = {"en": ["aabbcc"], "nl": ["aabc"], "fi": ["aadd"], "hu": ["efeh"]}
     found = {one.language: one for one in predict_costs(tokenizer, texts, primary=["en"])}
@@ -58,7 +58,7 @@ def test_the_dearest_language_has_long_sequences_and_letters_never_seen() -> Non
     assert [(one.language, one.cost) for one in same] == [("hu", 0.75), ("fi", 0.5), ("nl", 0.25)]
 
 
-def test_a_letter_met_once_in_a_million_is_not_seen() -> None:
+def test_a_very_rare_letter_counts_as_unseen() -> None:
     texts = {"en": ["a" * 300_000 + "e"], "hu": ["e"], "fi": ["a"]}
     found = {one.language: one for one in predict_costs(Letters("abcdefgh"), texts, primary=["en"])}
     assert (found["hu"].script_overlap, found["fi"].script_overlap) == (0.0, 1.0)
@@ -67,8 +67,8 @@ def test_a_letter_met_once_in_a_million_is_not_seen() -> None:
     assert found["hu"].script_overlap == 1.0
 
 
-def test_temperature_is_the_root_of_the_share() -> None:
-    """Shares 1/9 and 8/9 at T = 3: the cube roots are as 1 to 2."""
+def test_temperature_is_a_root_of_the_share() -> None:
+    """Shares 1/9 and 8/9 at T = 3: the cube roots are 1 to 2."""
     weights = language_weights({"de": 1, "fr": 8}, scheme="temperature", temperature=3.0)
     assert weights == pytest.approx({"de": 1 / 3, "fr": 2 / 3})
 
@@ -92,7 +92,10 @@ def test_price_and_unknown_text_of_a_measure(small: Tokenizer) -> None:
 
 
 def test_sparsemax_of_two_and_three() -> None:
-    """Martins and Astudillo 2016: of (a, b) with a - b < 1, ((1 + a - b) / 2, (1 + b - a) / 2); of a lead of 1 or more, (1, 0)."""
+    """Martins and Astudillo 2016.
+
+    Of (a, b) with a - b < 1: ((1 + a - b) / 2, (1 + b - a) / 2). With a difference of 1 or more: (1, 0).
+    """
     scores = torch.tensor([[0.6, 0.2], [1.5, 0.0], [0.0, 0.0], [1.0, 0.0]])
     want = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.5, 0.5], [1.0, 0.0]])
     torch.testing.assert_close(sparsemax(scores), want)
@@ -116,7 +119,7 @@ def test_rows_are_means_of_the_old_ones_without_padding(method: str, rows: list[
     torch.testing.assert_close(found, torch.tensor(rows))
 
 
-def test_random_rows_are_as_wide_as_the_old_ones() -> None:
+def test_random_rows_have_the_old_standard_deviation() -> None:
     """Standard deviation of ten thousand draws: within 3 % (six standard errors) of the old rows' own."""
     old = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)) * 0.02
     match = VocabularyMatch(shared={}, pieces={}, dropped=(), new_size=400, old_size=200)
@@ -124,8 +127,8 @@ def test_random_rows_are_as_wide_as_the_old_ones() -> None:
     assert float(new.std()) == pytest.approx(float(old.std()), rel=0.03)
 
 
-def test_focus_mixes_the_tokens_that_are_used_alike() -> None:
-    """New token 1 is used exactly as shared token 0, and at a right angle to shared token 2."""
+def test_focus_combines_similar_tokens() -> None:
+    """New token 1 is used exactly as shared token 0, and orthogonally to shared token 2."""
     match = VocabularyMatch(shared={0: 1, 2: 2}, pieces={1: (0,)}, dropped=(), new_size=3, old_size=3)
     vectors = torch.tensor([[2.0, 0.0], [5.0, 0.0], [0.0, 1.0]])
     new = initialise_rows(OLD, match, method="focus", generator=torch.Generator(), auxiliary=vectors)
@@ -137,14 +140,17 @@ def test_focus_mixes_the_tokens_that_are_used_alike() -> None:
 
 
 def test_auxiliary_vectors_are_the_root_of_the_mutual_information() -> None:
-    """0 stands beside 1 and 2 beside 3 only: PPMI is log 4 (a quarter of all pairs, against a sixteenth) and each vector's square is a singular value's share."""
+    """0 occurs only with 1, and 2 only with 3: PPMI is log 4.
+
+    That is a quarter of all pairs against a sixteenth. Each vector's square is the share of a singular value.
+    """
     vectors = auxiliary_vectors([[0, 1], [2, 3]] * 5, 5, size=4, context=1)
     gram = (vectors @ vectors.t()).numpy()
     # the matrix is symmetric with singular values log 4: U S U^T has log 4 on the diagonal and nothing for token 4
     np.testing.assert_allclose(np.diag(gram), [math.log(4)] * 4 + [0.0], atol=1e-4)
 
 
-def test_tokens_that_stand_twice_are_matched_in_order_and_parts_by_role() -> None:
+def test_duplicate_tokens_match_in_order_and_special_ones_by_role() -> None:
     old, new = Letters("ab", twice="a"), Letters("a", twice="a")
     match = match_vocabularies(old, new, old_special={}, new_special={}, parts=[(5, 1), (0, 1)])
     assert match.shared == {0: 0, 1: 2, 5: 1}
@@ -154,7 +160,7 @@ def test_tokens_that_stand_twice_are_matched_in_order_and_parts_by_role() -> Non
 
 
 def test_scales_of_long_text() -> None:
-    """The fewest of: no scale, the most occurrences, and 2^31 - 1 pairs."""
+    """The smallest of: no scale, the most occurrences, and 2^31 - 1 pairs."""
     table = PretokenCounts({"ab": 60, "c": 40}, occurrences=100)
     assert feeding_scale(table) == 1.0
     assert feeding_scale(table, most=25) == 0.25
@@ -165,7 +171,7 @@ def test_scales_of_long_text() -> None:
     assert sum(len(text.split()) for text in repeated(rare, 0.1)) == pytest.approx(100, abs=30)
 
 
-def test_rare_pretokens_leave_by_doubling_thresholds() -> None:
+def test_rare_pretokens_are_dropped_by_doubling_thresholds() -> None:
     table = PretokenCounts()
     table.add({f"w{count}": count for count in range(1, 9)}, 1, most=5)
     # more than 5 entries: those up to 1, then up to 2, then up to 4 leave (3 would do)
@@ -173,8 +179,8 @@ def test_rare_pretokens_leave_by_doubling_thresholds() -> None:
     assert (table.dropped, table.dropped_below, table.occurrences) == (10, 4, 36)
 
 
-def test_a_share_of_texts_is_drawn_by_a_credit_that_passes_random_thresholds() -> None:
-    """The published sequence of PCG64 for this seed and language, worked through by hand: a debt is carried, not forgotten."""
+def test_error_diffusion_by_hand() -> None:
+    """The published sequence of PCG64 for this seed and language, worked out by hand."""
     import hashlib
 
     rate, lengths = 0.4, [3, 10, 4, 8, 5, 9, 2, 7, 6, 1] * 20
@@ -197,7 +203,7 @@ def test_a_share_of_texts_is_drawn_by_a_credit_that_passes_random_thresholds() -
 
 
 def test_a_part_of_a_character_is_spelled_by_the_first_token_of_each_byte() -> None:
-    """Byte-fallback vocabularies hold some bytes twice; the spelling of a part takes the first."""
+    """Byte-fallback vocabularies hold some bytes twice; the first is used to spell a part."""
 
     class Bytes(Letters):
         def __init__(self, pieces: list[bytes]) -> None:
@@ -215,7 +221,7 @@ def test_a_part_of_a_character_is_spelled_by_the_first_token_of_each_byte() -> N
 
 
 def test_the_smallest_frequency_is_scaled_with_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten million occurrences are fed of twenty: what must occur 40 times must then occur 20 times."""
+    """Ten of twenty million occurrences are fed: a minimum of 40 becomes 20."""
     from koine.tokenizer import training
 
     monkeypatch.setattr(training, "feeding_scale", lambda table: 0.5)
@@ -228,7 +234,7 @@ def test_the_smallest_frequency_is_scaled_with_the_counts(monkeypatch: pytest.Mo
     assert sizes == {"ab": True, "cd": False}
 
 
-def test_the_held_out_texts_are_every_third_from_the_second() -> None:
+def test_held_out_texts_are_every_third_from_the_second() -> None:
     def texts() -> list[tuple[str, str]]:
         return [("de", str(number)) for number in range(1, 8)] + [("fr", "only")]
 

@@ -1,4 +1,4 @@
-"""Measures against numbers worked out by hand, and foreign tokenizers against their own libraries."""
+"""Measures against numbers worked out by hand, and other tokenizers against their own libraries."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_numbers_by_hand() -> None:
 
 
 def word_pieces(folder: Path, words: list[str]) -> Path:
-    """A WordPiece tokenizer of these words and no other text."""
+    """A WordPiece tokenizer of only these words."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
@@ -87,7 +87,7 @@ def word_pieces(folder: Path, words: list[str]) -> Path:
     return folder / "pieces.json"
 
 
-def test_a_tokenizer_that_does_not_know_a_script_does_not_win_on_it(tmp_path: Path) -> None:
+def test_unknown_script_is_not_good_compression(tmp_path: Path) -> None:
     opened = open_tokenizer(word_pieces(tmp_path, ["the", "sea", "##s"]))
     thai = "แม่น้ำไหลลงทะเล"
     units = [MeasuredText("en", "the seas", "1"), MeasuredText("th", thai, "1")]
@@ -104,7 +104,7 @@ def test_a_tokenizer_that_does_not_know_a_script_does_not_win_on_it(tmp_path: Pa
     assert rows["pieces"]["th"]["partial_character_share"] == 1.0
 
 
-def test_text_that_a_tokenizer_drops_without_a_token_is_unknown_too(tmp_path: Path) -> None:
+def test_dropped_text_counts_as_unknown(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
@@ -152,7 +152,7 @@ def test_scripts() -> None:
     assert script_of("ひらA".encode()) == "Hira"
 
 
-def test_ours_through_its_folder_is_ours(small: Tokenizer, tmp_path: Path) -> None:
+def test_our_tokenizer_opened_from_its_folder_is_equal(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path)
     opened = open_tokenizer(tmp_path)
     texts = ["Das Gebiet 7 liegt nicht weit.", "東京は", "<BOS_TOKEN>"]
@@ -212,7 +212,7 @@ def test_piece_bytes() -> None:
         ("broken.model", "x", "not a SentencePiece model"),
     ],
 )
-def test_what_is_no_tokenizer(name: str, content: str | None, words: str, tmp_path: Path) -> None:
+def test_files_that_are_no_tokenizer(name: str, content: str | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_text(content, encoding="utf-8")

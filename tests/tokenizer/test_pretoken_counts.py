@@ -1,4 +1,4 @@
-"""The table of pre-tokens gives the merges that the library learns from the text itself, and keeps its bounds."""
+"""Merges learnt from counts of pre-tokens are those learnt from the text; limits hold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merges(backend: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1_000, 10**9])
-def test_the_merges_are_those_of_the_library_on_the_text_itself(chunk_bytes: int) -> None:
+def test_merges_equal_those_of_the_library(chunk_bytes: int) -> None:
     from tokenizers import AddedToken, pre_tokenizers, trainers
 
     from koine.tokenizer import SPECIAL_TOKENS
@@ -61,7 +61,7 @@ def test_the_merges_are_those_of_the_library_on_the_text_itself(chunk_bytes: int
     assert ours.get_vocab() == direct.get_vocab()
 
 
-def test_a_text_counts_as_often_as_it_is_drawn() -> None:
+def test_a_text_counts_once_per_draw() -> None:
     backend = _empty_backend()
     once = count_pretokens([("a b b", 1)], normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer)
     thrice = count_pretokens(
@@ -72,7 +72,7 @@ def test_a_text_counts_as_often_as_it_is_drawn() -> None:
     assert (once.occurrences, thrice.occurrences) == (3, 9)
 
 
-def test_the_rarest_leave_when_the_table_is_full_and_are_counted() -> None:
+def test_the_rarest_are_dropped_from_a_full_table_and_counted() -> None:
     table = PretokenCounts()
     table.add({f"w{i}": 1 for i in range(90)} | {"often": 50}, 1, most=100)
     assert (table.dropped, len(table.counts)) == (0, 91)
@@ -101,6 +101,6 @@ def test_scaled_counts_keep_their_proportions_and_rare_ones_their_weight() -> No
 
 
 def test_pre_tokens_hold_no_space() -> None:
-    """What `repeated` puts between them cannot be inside them."""
+    """`repeated` separates them by spaces."""
     pieces = pre_tokenizer().pre_tokenize_str("a  b\t\n c　d e")
     assert all(" " not in piece for piece, _ in pieces)

@@ -1,4 +1,4 @@
-"""Training: weights by hand, sampling to them, the same vocabulary every time, sizes that cannot be."""
+"""Training: weights by hand, sampling, determinism, impossible sizes."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_english_gets_its_share_and_the_others_keep_their_proportions() -> None:
         ({"xq": 5}, {}, "xq"),
     ],
 )
-def test_impossible_weights_are_the_users_error(sizes: dict[str, int], options: dict, words: str) -> None:
+def test_impossible_weights_are_user_errors(sizes: dict[str, int], options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         language_weights(sizes, **options)
 
 
-def test_the_sample_has_the_weights_and_repetition_is_told() -> None:
+def test_the_sample_has_the_weights_and_repetition_warns() -> None:
     texts = {"de": [f"Satz {i}" * (i % 7 + 1) for i in range(400)], "ja": ["東京"] * 10}
     corpus = {code: (lambda part=part: part) for code, part in texts.items()}
     sizes = count_bytes(corpus)
@@ -117,7 +117,7 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused() -> None:
     assert train_tokenizer({"de": lambda: ["ja"]}, vocab_size=smallest).vocab_size == smallest
 
 
-def test_too_little_text_for_the_vocabulary_is_told() -> None:
+def test_too_little_text_for_the_vocabulary_warns() -> None:
     with pytest.warns(KoineWarning, match="gives a vocabulary of"):
         train_tokenizer({"de": lambda: ["ja ja ja"]}, vocab_size=1000, min_frequency=1)
 
@@ -127,7 +127,7 @@ def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
         train_tokenizer({"de": lambda: ["a\ud800"]}, vocab_size=400)
 
 
-def test_text_so_long_that_counts_are_scaled_is_said() -> None:
+def test_scaled_counts_of_a_long_text_warn() -> None:
     from koine.tokenizer.pretoken_counts import PretokenCounts
     from koine.tokenizer.training import _warn_of_approximations
 
