@@ -15,7 +15,8 @@ from tokenizers import Tokenizer as Backend
 from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import Tokenizer, extend_tokenizer, load_tokenizer
-from koine.tokenizer.predict import predict_costs, ranks, spearman
+from koine.tokenizer.extend import _missing_characters
+from koine.tokenizer.pretoken_counts import PretokenCounts
 
 from .test_control import byte_level, save
 
@@ -224,25 +225,8 @@ def test_the_order_of_texts_does_not_matter(base: Path) -> None:
     assert one == other
 
 
-def test_ranks_and_spearman_by_hand() -> None:
-    assert ranks({"a": 3.0, "b": 1.0, "c": 3.0}) == {"b": 0.0, "a": 0.75, "c": 0.75}
-    up = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
-    assert spearman(up, {key: value**3 for key, value in up.items()}) == pytest.approx(1.0)
-    assert spearman(up, {key: -value for key, value in up.items()}) == pytest.approx(-1.0)
-    # 1 - 6 * sum d^2 / (n (n^2 - 1)) with d = 1, 1, 0, 0
-    assert spearman(up, {"a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}) == pytest.approx(1 - 6 * 2 / 60)
-
-
-def test_an_unknown_script_is_expected_to_be_expensive(small: Tokenizer) -> None:
-    texts = {
-        "en": ["The territory is far from the sea, says the map."] * 3,
-        "de": ["Das Gebiet liegt nicht weit."] * 3,
-        "nl": ["Het gebied ligt niet ver."] * 3,
-        "ka": ["ტერიტორია შორს არ არის."] * 3,
-    }
-    found = predict_costs(small, texts, primary=["en", "de"])
-    assert [one.language for one in found] == ["ka", "nl"]
-    assert found[0].script_overlap == 0.0
-    assert found[1].script_overlap == pytest.approx(0.85, abs=0.001)  # v and some others are missing
-    with pytest.raises(UserError, match="no language beside"):
-        predict_costs(small, texts, primary=list(texts))
+def test_the_most_frequent_missing_character_comes_first() -> None:
+    table = PretokenCounts({"ปป": 2, "ขก": 3, "a": 9})
+    assert _missing_characters(table, {"a": 0}, most=3, min_frequency=1) == ["ป", "ก", "ข"]
+    assert _missing_characters(table, {"a": 0}, most=1, min_frequency=1) == ["ป"]
+    assert _missing_characters(table, {"a": 0}, most=3, min_frequency=4) == ["ป"]

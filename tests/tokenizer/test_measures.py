@@ -13,7 +13,9 @@ import pytest
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import MeasuredText, Tokenizer, measure, open_tokenizer
 from koine.tokenizer.measures import gini, renyi_efficiency, script_of
-from koine.tokenizer.token_bytes import piece_bytes
+from koine.tokenizer.token_bytes import piece_bytes, scored_lengths
+
+from .letters import Letters
 
 
 class Bytes:
@@ -243,3 +245,21 @@ def test_the_command_writes_json_and_a_page(small: Tokenizer, tmp_path: Path) ->
     assert found["hi"]["parallel_sentences"] == 1
     assert "Comparison of tokenizers" in page.read_text(encoding="utf-8")
     assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_price_and_unknown_text_of_a_measure(small: Tokenizer) -> None:
+    found = measure({"t": Letters("ab c")}, [MeasuredText("en", "ab c")], price_per_million=2.0)
+    # a token a byte: 10^6 bytes are 10^6 tokens
+    assert found["t"]["en"]["cost_per_megabyte"] == pytest.approx(2.0)
+    found = measure({"t": Letters("abd", dear="d")}, [MeasuredText("en", "abd")], price_per_million=3.0)
+    assert found["t"]["en"]["cost_per_megabyte"] == pytest.approx(3.0 * 5 / 3)
+
+    class Lossy(Letters):
+        def unknown_bytes(self, texts: list[str]) -> list[int]:
+            return [1 if "x" in text else 0 for text in texts]
+
+    tokenizer = Lossy("abx")
+    with pytest.warns(KoineWarning, match=r"t has no tokens for 1\.0% of en"):
+        measure({"t": tokenizer}, [MeasuredText("en", "a" * 99 + "x")])
+    tokenizer.unknown_id = 2
+    assert scored_lengths(tokenizer, ["abx"], [[0, 1, 2]]) == ([3], [1])

@@ -104,3 +104,23 @@ def test_pre_tokens_hold_no_space() -> None:
     """`repeated` separates them by spaces."""
     pieces = pre_tokenizer().pre_tokenize_str("a  b\t\n c　d e")
     assert all(" " not in piece for piece, _ in pieces)
+
+
+def test_scales_of_long_text() -> None:
+    """The smallest of: no scale, the most occurrences, and 2^31 - 1 pairs."""
+    table = PretokenCounts({"ab": 60, "c": 40}, occurrences=100)
+    assert feeding_scale(table) == 1.0
+    assert feeding_scale(table, most=25) == 0.25
+    pairs = PretokenCounts({"abcde": 2**31}, occurrences=1)
+    assert feeding_scale(pairs) == pytest.approx(1 / 4)
+    # rare words keep their weight together: a thousand of one occurrence each at a tenth are about a hundred
+    rare = PretokenCounts({f"w{number}": 1 for number in range(1000)}, occurrences=1000)
+    assert sum(len(text.split()) for text in repeated(rare, 0.1)) == pytest.approx(100, abs=30)
+
+
+def test_rare_pretokens_are_dropped_by_doubling_thresholds() -> None:
+    table = PretokenCounts()
+    table.add({f"w{count}": count for count in range(1, 9)}, 1, most=5)
+    # more than 5 entries: those up to 1, then up to 2, then up to 4 leave (3 would do)
+    assert table.counts == {"w5": 5, "w6": 6, "w7": 7, "w8": 8}
+    assert (table.dropped, table.dropped_below, table.occurrences) == (10, 4, 36)

@@ -14,6 +14,7 @@ import pytest
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import SPECIAL_TOKENS, language_weights, train_tokenizer
 from koine.tokenizer.corpus_sampling import count_bytes, draw, quotas
+from koine.tokenizer.pretoken_counts import PretokenCounts
 
 SIZES = {"de": 100, "nl": 300, "ja": 1200}
 
@@ -135,3 +136,23 @@ def test_scaled_counts_of_a_long_text_warn() -> None:
         KoineWarning, match=r"3 occurrences .* \(1.50% of all\); all counts were scaled by 0.25"
     ):
         _warn_of_approximations(PretokenCounts({"a": 197}, occurrences=200, dropped=3, dropped_below=1), 0.25)
+
+
+def test_temperature_is_a_root_of_the_share() -> None:
+    """Shares 1/9 and 8/9 at T = 3: the cube roots are 1 to 2."""
+    weights = language_weights({"de": 1, "fr": 8}, scheme="temperature", temperature=3.0)
+    assert weights == pytest.approx({"de": 1 / 3, "fr": 2 / 3})
+
+
+def test_the_smallest_frequency_is_scaled_with_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten of twenty million occurrences are fed: a minimum of 40 becomes 20."""
+    from koine.tokenizer import training
+
+    monkeypatch.setattr(training, "feeding_scale", lambda table: 0.5)
+    sizes = {}
+    for word, count in (("ab", 40), ("cd", 36)):
+        backend = training._empty_backend()
+        table = PretokenCounts({word: count}, occurrences=count)
+        training.learn_from_table(backend, table, vocab_size=400, min_frequency=40, show_progress=False)
+        sizes[word] = word in backend.get_vocab()
+    assert sizes == {"ab": True, "cd": False}
