@@ -161,6 +161,14 @@ class Fields:
             hint=f"it must be {must}",
         )
 
+    def check_known(self, names: Collection[str]) -> None:
+        """Raise `UserError` for a key that is none of `names`, with the nearest of them."""
+        for key in self.value:
+            if key not in names:
+                raise UserError(
+                    f"unknown key '{key}'", where=self.where, hint=did_you_mean(key[:_SHOWN], names)
+                )
+
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """Return the field, of whatever type."""
         got = self.value.get(name)

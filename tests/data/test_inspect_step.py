@@ -1,4 +1,4 @@
-"""What a model says it saw at a step is what the order gives, and other shards are refused."""
+"""Documents of a step are those of the data order; other shards raise an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from koine.train import TrainSettings, language_modelling, train
 from tests.data.conftest import document, write_records
 
 
-def test_at_step(tokenizer: Path, tmp_path: Path) -> None:
+def test_documents_at_step(tokenizer: Path, tmp_path: Path) -> None:
     records = [{"id": f"r{number}", "text": document(number), "language": "en"} for number in range(60)]
     tokenize(write_records(tmp_path / "a.jsonl", records), tokenizer, out=tmp_path / "tokens")
     source = Source(name="a", path=tmp_path / "tokens", proportion=1.0)

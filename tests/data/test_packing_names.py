@@ -1,4 +1,4 @@
-"""Packings keep their names of before 0.1.0 as input: runs, files and commands of then still work."""
+"""Packing names of before 0.1.0 are still read: older runs, files and commands work."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from koine.data.inspect_step import without_paths
-from koine.data.mixture import with_current_names
+from koine.data.mixture_json import with_current_names
 from koine.errors import UserError
 from koine.files import sha256_file
 from koine.model.language_model import LanguageModel
