@@ -1,4 +1,4 @@
-"""A small model directory with random weights: its answers are noise, its behaviour is real."""
+"""Fixtures of the generation tests: the tiny decoder, a fixed seed, and a model directory with random weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tests.model.conftest import _seeded as _seeded
+from tests.model.conftest import tiny as tiny
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.page_runs import page_runs, runs_worth_reading
 from koine.generate.cache.paged_cache import SLAB, OutOfPages, PagedCache
 from koine.generate.cache.prefix_cache import common_length
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import Decoder, LayerSpec, ModelConfig
 from koine.model.counting import cache_bytes
 
@@ -28,7 +28,7 @@ def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
     """The greedy or drawn answer by whole forward passes, without any cache."""
     from koine.generate.token_sampling import choose
 
-    text, generator = list(prompt), torch.Generator().manual_seed(sampling.seed)
+    text, generator = list(prompt), torch.Generator().manual_seed(sampling.seed or 0)
     with torch.inference_mode():
         for _ in range(sampling.max_new_tokens):
             logits = model.logits(model(torch.tensor([text]))[:, -1])
@@ -95,8 +95,8 @@ def test_a_full_cache_loses_no_request(tiny: ModelConfig) -> None:
 def test_a_request_that_can_never_fit_is_refused(tiny: ModelConfig) -> None:
     scheduler = Scheduler(Decoder(tiny).eval(), page=4, max_pages=10)
     with pytest.raises(UserError, match="needs 11 pages and the cache has 10"):
-        scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=11))
-    scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=10))
+        scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=11, temperature=0))
+    scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=10, temperature=0))
     scheduler.run()
 
 
@@ -106,20 +106,23 @@ def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
     scheduler = Scheduler(model, page=8)
     common = prompt_of(45, 1)
     first, second, third = (
-        scheduler.submit(common + prompt_of(7, seed), Sampling(max_new_tokens=6)) for seed in (2, 3, 4)
+        scheduler.submit(common + prompt_of(7, seed), Sampling(max_new_tokens=6, temperature=0))
+        for seed in (2, 3, 4)
     )
     scheduler.run()
     assert [first.reused, second.reused, third.reused] == [0, 45, 45] or [first.reused, third.reused] == [
         0,
         45,
     ]
-    turn = scheduler.submit(first.text + prompt_of(5, 9), Sampling(max_new_tokens=6))
+    turn = scheduler.submit(first.text + prompt_of(5, 9), Sampling(max_new_tokens=6, temperature=0))
     scheduler.run()
     assert turn.reused == len(first.text) - 1
     for request in (first, second, third, turn):
         assert request.tokens == alone(model, request.prompt, request.sampling)
     # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
-    twins = [scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9)) for token in (7, 8)]
+    twins = [
+        scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9, temperature=0)) for token in (7, 8)
+    ]
     scheduler.run()
     # That the second has one token more in common with the first is not worth a stop.
     assert [twin.reused for twin in twins] == [len(turn.text) - 1] * 2
@@ -135,7 +138,7 @@ def test_common_beginnings_are_packed(
     """32 prompts of 84 tokens take two stretches of 2,048, or one for what they share and one for all the rest."""
     model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
     scheduler = Scheduler(model, prefixes=prefixes, page=8)
-    common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4)
+    common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4, temperature=0)
     requests = [scheduler.submit(common + prompt_of(84 - shared, seed), sampling) for seed in range(1, 33)]
     steps = 0
     while scheduler.waiting or scheduler.context:
@@ -163,7 +166,7 @@ def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch
     scheduler = Scheduler(Decoder(tiny).eval())
     count = 400
     for seed in range(count):
-        scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1))
+        scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1, temperature=0))
     scheduler.run()
     assert 0 < calls <= 2 * module.REMEMBERED * count
 
@@ -171,7 +174,7 @@ def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch
 def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, max_batch=2, page=4, prefixes=0, prefill_chunk=8)
-    sampling = Sampling(max_new_tokens=10)
+    sampling = Sampling(max_new_tokens=10, temperature=0)
     stays, running, context, waiting = (
         scheduler.submit(prompt_of(size, size), sampling) for size in (6, 5, 40, 12)
     )
@@ -254,7 +257,7 @@ def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None
     )
     others = [
         scheduler.submit(prompt_of(7, 3), sampling, grammar=Rules()),
-        scheduler.submit(prompt_of(8, 4), Sampling(max_new_tokens=9)),
+        scheduler.submit(prompt_of(8, 4), Sampling(max_new_tokens=9, temperature=0)),
     ]
     while bad.finish is None:
         scheduler.step()
@@ -450,7 +453,7 @@ def test_nothing_moves_in_the_cache_where_a_request_leaves(tiny: ModelConfig) ->
     windowed = replace(tiny, layers=(LayerSpec(window=7),) * 2)
     scheduler = Scheduler(Decoder(windowed).eval(), prefixes=0)
     requests = [
-        scheduler.submit(prompt_of(4, seed), Sampling(max_new_tokens=2 if seed == 1 else 9))
+        scheduler.submit(prompt_of(4, seed), Sampling(max_new_tokens=2 if seed == 1 else 9, temperature=0))
         for seed in range(6)
     ]
     while requests[1].finish is None:

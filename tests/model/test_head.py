@@ -13,8 +13,8 @@ from koine.data.batch import Batch
 from koine.errors import UserError
 from koine.evaluate.log_likelihood import negative_log_likelihoods
 from koine.generate.kv_cache_probe import continuing
+from koine.generate.sampling import Sampling
 from koine.generate.sequential import SequentialGenerator
-from koine.generate.token_sampling import Sampling
 from koine.model import CausalLM, load_causal_lm
 from koine.model.head import Head
 from koine.train.objectives import language_modelling
@@ -158,10 +158,13 @@ def test_answers_with_the_cache_are_those_of_the_whole_text(model: tuple[str, Pa
     ours, inner = opened(folder), theirs(folder)
     queue = SequentialGenerator(ours)
     first = ids(1, 9)[0].tolist()
-    answer = queue.submit(first, Sampling(max_new_tokens=5))
+    answer = queue.submit(first, Sampling(max_new_tokens=5, temperature=0))
     queue.run()
     second = [*first, *answer.tokens, 7, 11, 13]
-    for prompt, request in ((first, answer), (second, queue.submit(second, Sampling(max_new_tokens=5)))):
+    for prompt, request in (
+        (first, answer),
+        (second, queue.submit(second, Sampling(max_new_tokens=5, temperature=0))),
+    ):
         queue.run()
         text = [*prompt, *request.tokens]
         with torch.no_grad():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from koine.generate.request import Request
+from koine.generate.sampling import Sampling
 from koine.generate.scheduler import Scheduler
-from koine.generate.token_sampling import Sampling
 from koine.model.decoder import Decoder
 
 
@@ -26,8 +25,8 @@ def generate(
     """
     scheduler = Scheduler(model, max_batch=max_batch, prefill_chunk=prefill_chunk, prefixes=0)
     requests = [
-        scheduler.submit(prompt, replace(sampling, seed=sampling.seed + row), stop_ids=stop_ids)
-        for row, prompt in enumerate(prompts)
+        scheduler.submit(prompt, own, stop_ids=stop_ids)
+        for prompt, own in zip(prompts, sampling.per_prompt(len(prompts)), strict=True)
     ]
     scheduler.run()
     return requests

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
 from koine.generate.sequential import SequentialGenerator
 from koine.generate.stop_strings import StopStrings
-from koine.generate.token_sampling import Sampling as TokenSampling
 from koine.hardware import check_device
 from koine.model import CausalLM, Decoder, load_causal_lm
 from koine.model.counting import page_bytes
@@ -163,7 +161,7 @@ class LocalEngine:
         with self._driving:
             request = self.scheduler.submit(
                 prompt,
-                _token_sampling(sampling),
+                replace(sampling, stop=(), json_schema=None),
                 stop_ids=self.stop_ids,
                 on_token=stops.push,
                 grammar=grammar,
@@ -234,10 +232,9 @@ class LocalEngine:
         """
         prompts = [self.encode(messages) for messages in conversations]
         rooms = self._rooms(prompts, sampling)
-        first = secrets.randbelow(2**31) if sampling.seed is None else sampling.seed
         answers = [
-            self.submit(prompt, replace(sampling, seed=first + number, max_new_tokens=room))
-            for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
+            self.submit(prompt, replace(own, max_new_tokens=room))
+            for prompt, room, own in zip(prompts, rooms, sampling.per_prompt(len(prompts)), strict=True)
         ]
         try:
             for answer in answers:
@@ -288,16 +285,3 @@ class Answer:
 def _context(model: Decoder | CausalLM) -> int:
     config = model.config if isinstance(model, Decoder) else model.inner.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
-
-
-def _token_sampling(sampling: Sampling) -> TokenSampling:
-    """The settings as the token loop takes them, with a seed of its own where none was given."""
-    return TokenSampling(
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=secrets.randbelow(2**31) if sampling.seed is None else sampling.seed,
-    )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.generate.cache.paged_cache import CachedSequence
-from koine.generate.token_sampling import NoTokenError, Sampling, choose, log_probabilities
+from koine.generate.sampling import Sampling, fresh_seed
+from koine.generate.token_sampling import NoTokenError, choose, log_probabilities
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
 
@@ -114,8 +115,15 @@ def new_request(
             f"a prompt holds id {wrong} and the model knows {vocabulary}",
             hint="encode it with the model's own tokenizer",
         )
+    if sampling.stop or sampling.json_schema is not None:
+        raise UserError(
+            "stop strings and a JSON schema need a tokenizer, and a request holds token ids only",
+            hint="use LocalEngine, or give `stop_ids`, `on_token` and `grammar`",
+        )
     request = Request(list(prompt), sampling, frozenset(stop_ids), on_token, grammar)
-    request.generator = torch.Generator(device).manual_seed(sampling.seed)
+    request.generator = torch.Generator(device).manual_seed(
+        fresh_seed() if sampling.seed is None else sampling.seed
+    )
     if sampling.repetition_penalty != 1.0:
         request.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         request.seen[torch.tensor(request.prompt, device=device)] = True
@@ -134,7 +142,7 @@ def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, 
     rules: dict[object, list[int]] = {}
     for row, request in enumerate(requests):
         if row not in failed:
-            rules.setdefault(request.sampling.rule, []).append(row)
+            rules.setdefault(request.sampling.filters, []).append(row)
     tokens = [0] * len(requests)
     for rows in rules.values():
         part = allowed if len(rows) == len(requests) else allowed[rows]

@@ -19,7 +19,7 @@ from koine.generate.cache.paged_cache import PAGE, OutOfPages, PagedCache
 from koine.generate.cache.prefix_cache import PrefixStore, common_length
 from koine.generate.cpu.prepacked_decoder import packed_forward_of
 from koine.generate.request import Finish, Request, TokenGrammar, choose_next, new_request
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model.attention.context import AttentionContext
 from koine.model.decoder import Decoder
 

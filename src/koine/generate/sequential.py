@@ -14,7 +14,7 @@ from torch import Tensor
 
 from koine.generate.kv_cache_probe import cache_name, continuing
 from koine.generate.request import Finish, Request, TokenGrammar, choose_next, new_request
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model.causal_lm import CausalLM
 
 

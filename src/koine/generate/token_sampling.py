@@ -3,53 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from koine.errors import UserError
-from koine.fields import check_integer, check_number
-
-COLDEST = 1e-6
-"""Below this temperature the likeliest token is taken. float32 logits of about 10 are 1e-6 apart, so that a colder draw could differ from
-the likeliest token only where the model's own rounding decides, and the division by it leaves the range of float32 soon after."""
+from koine.generate.sampling import Sampling
 
 EXTREME = 1e20
 """A temperature or penalty further from 1 than this factor does what this one does; its product with a logit would overflow in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen. `temperature` 0 (or below `COLDEST`) is greedy. Raises `UserError` for values out of range, NaN and
-    infinity among them."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_integer("max_new_tokens", self.max_new_tokens, low=1)
-        check_integer("top_k", self.top_k, low=0)
-        check_integer("seed", self.seed, low=0, high=2**63 - 1)
-        check_number("temperature", self.temperature, low=0)
-        check_number("top_p", self.top_p, above=0, high=1)
-        check_number("min_p", self.min_p, low=0, high=1)
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token (after the penalty) is taken, and nothing drawn."""
-        return self.temperature < COLDEST
-
-    @property
-    def rule(self) -> tuple[float, int, float, float, float]:
-        """What of the settings decides a draw: rows with an equal rule are drawn together."""
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
 
 
 class NoTokenError(UserError):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from koine.errors import UserError
 from koine.generate import generate
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import Decoder, LayerSpec, ModelConfig, load_model, preset, read_config, save_model
 
 
@@ -101,14 +101,14 @@ def test_sampling(tiny: ModelConfig) -> None:
     both, again = drawn(free, prompts), drawn(free, prompts)
     assert both == again
     assert both[0] == drawn(free, prompts[:1])[0]
-    greedy = drawn(Sampling(max_new_tokens=12), prompts)
+    greedy = drawn(Sampling(max_new_tokens=12, temperature=0), prompts)
     for limit in (
-        Sampling(max_new_tokens=12, temperature=2.0, top_k=1),
-        Sampling(max_new_tokens=12, temperature=2.0, top_p=1e-6),
-        Sampling(max_new_tokens=12, temperature=2.0, min_p=1.0),
+        Sampling(max_new_tokens=12, temperature=2.0, top_k=1, seed=0),
+        Sampling(max_new_tokens=12, temperature=2.0, top_p=1e-6, seed=0),
+        Sampling(max_new_tokens=12, temperature=2.0, min_p=1.0, seed=0),
     ):
         assert drawn(limit, prompts) == greedy
-    with pytest.raises(UserError, match="top_p is 1.5"):
+    with pytest.raises(UserError, match="top-p is 1.5"):
         Sampling(top_p=1.5)
     with pytest.raises(UserError, match="a prompt is empty"):
         drawn(free, [[]])
