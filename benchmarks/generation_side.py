@@ -30,12 +30,12 @@ class Ours:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from koine.generate.cpu.prepacked_linear import pack
+        from koine.generate.cpu.prepacked_linear import prepack
         from koine.model import Decoder, load_causal_lm
 
         model = load_causal_lm(Path(options.weights), dtype=getattr(torch, options.dtype))
         assert isinstance(model, Decoder)
-        self.model = pack(model)
+        self.model = prepack(model)
 
     def prepare(self, batch: int, context: int) -> dict[str, Any]:
         from koine.generate import Scheduler

@@ -23,7 +23,7 @@ import torch
 
 from koine.files import write_json
 from koine.generate import Request, Scheduler
-from koine.generate.cpu.prepacked_linear import pack
+from koine.generate.cpu.prepacked_linear import prepack
 from koine.generate.sampling import Sampling
 from koine.hardware import processor_name
 from koine.model import Decoder, preset
@@ -110,7 +110,7 @@ def main() -> None:
     torch.manual_seed(0)
     # A wide initialisation keeps the two best logits apart, so that rounding does not decide which token is greedy.
     config = replace(preset(options.preset), initializer_range=0.1)
-    model = pack(Decoder(config))
+    model = prepack(Decoder(config))
     wanted = arrivals(options.requests, options.rate, config.vocab_size, seed=1)
     serve(model, wanted[:4], options.max_batch)
     rounds: list[dict[str, dict[str, Any]]] = []

@@ -108,7 +108,7 @@ def test_the_cache_of_earlier_turns_is_used_and_changes_no_answer(
     longer = [*prompt, *first.request.tokens, *engine.tokenizer.encode("und das?")]
     second = engine.submit(longer, GREEDY)
     engine.wait(second)
-    assert second.request.reused == len(prompt) + len(first.request.tokens) - 1
+    assert second.request.cached_tokens == len(prompt) + len(first.request.tokens) - 1
     anew = LocalEngine(folder, dtype="float32", threads=1).stream(longer, GREEDY)
     assert second.request.tokens == [token.id for token in anew]
 

@@ -12,7 +12,7 @@ import torch
 from koine.errors import UserError
 from koine.generate import Request, Scheduler, generate
 from koine.generate.cache.contexts import DecodeContext, PrefillContext
-from koine.generate.cache.page_runs import page_runs, runs_worth_reading
+from koine.generate.cache.page_runs import find_page_runs, runs_for_fused_kernel
 from koine.generate.cache.paged_cache import SLAB, OutOfPages, PagedCache
 from koine.generate.cache.prefix_cache import common_length
 from koine.generate.sampling import Sampling
@@ -110,13 +110,16 @@ def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
         for seed in (2, 3, 4)
     )
     scheduler.run()
-    assert [first.reused, second.reused, third.reused] == [0, 45, 45] or [first.reused, third.reused] == [
+    assert [first.cached_tokens, second.cached_tokens, third.cached_tokens] == [0, 45, 45] or [
+        first.cached_tokens,
+        third.cached_tokens,
+    ] == [
         0,
         45,
     ]
     turn = scheduler.submit(first.text + prompt_of(5, 9), Sampling(max_new_tokens=6, temperature=0))
     scheduler.run()
-    assert turn.reused == len(first.text) - 1
+    assert turn.cached_tokens == len(first.text) - 1
     for request in (first, second, third, turn):
         assert request.tokens == alone(model, request.prompt, request.sampling)
     # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
@@ -125,7 +128,7 @@ def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
     ]
     scheduler.run()
     # That the second has one token more in common with the first is not worth a stop.
-    assert [twin.reused for twin in twins] == [len(turn.text) - 1] * 2
+    assert [twin.cached_tokens for twin in twins] == [len(turn.text) - 1] * 2
     for twin in twins:
         assert twin.tokens == alone(model, twin.prompt, twin.sampling)
 
@@ -141,12 +144,12 @@ def test_common_beginnings_are_packed(
     common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4, temperature=0)
     requests = [scheduler.submit(common + prompt_of(84 - shared, seed), sampling) for seed in range(1, 33)]
     steps = 0
-    while scheduler.waiting or scheduler.context:
+    while scheduler.waiting or scheduler.prefilling:
         scheduler.step()
         steps += 1
     assert steps <= most
     scheduler.run()
-    assert [request.reused for request in requests] == [0] + [shared if prefixes else 0] * 31
+    assert [request.cached_tokens for request in requests] == [0] + [shared if prefixes else 0] * 31
     for request in requests[:2] + requests[-2:]:
         assert request.tokens == alone(model, request.prompt, sampling)
 
@@ -168,7 +171,7 @@ def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch
     for seed in range(count):
         scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1, temperature=0))
     scheduler.run()
-    assert 0 < calls <= 2 * module.REMEMBERED * count
+    assert 0 < calls <= 2 * module.COMPARED_PROMPTS * count
 
 
 def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
@@ -181,7 +184,7 @@ def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
     scheduler.step()
     scheduler.cancel(running)
     scheduler.step()
-    assert context in scheduler.context
+    assert context in scheduler.prefilling
     scheduler.cancel(context)
     scheduler.cancel(waiting)
     scheduler.run()
@@ -307,7 +310,7 @@ def test_an_interruption_between_draws_and_tokens_changes_no_answer(
         monkeypatch.setattr(module, "log_probabilities", interrupted(module.log_probabilities))
     else:
         # After some of the tokens are taken.
-        monkeypatch.setattr(Request, "take", interrupted(Request.take))
+        monkeypatch.setattr(Request, "append", interrupted(Request.append))
     seen = 0
     while scheduler.busy:
         try:
@@ -392,11 +395,11 @@ def test_pages_in_runs_and_by_slab_give_the_same(
                     model(torch.tensor([part]), context=context)
         texts.append(texts[3])
         sequences.append(cache.add(cache.prefix(sequences[3])))
-        runs = page_runs(cache, sequences)
+        runs = find_page_runs(cache, sequences)
         assert [sum(run.pages for run in runs if run.row == row) for row in range(5)] == [8, 1, 40, 6, 6]
         assert len(runs) > 5
         monkeypatch.setattr("koine.generate.cache.page_runs.FEW_RUNS", few)
-        assert runs_worth_reading(cache, sequences) == (runs if few == 100 else [])
+        assert runs_for_fused_kernel(cache, sequences) == (runs if few == 100 else [])
         new = torch.tensor([[7], [9], [11], [5], [13]])
         got = model(new, context=DecodeContext(cache, sequences))[:, 0].float()
         expected = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from koine.data.batch import Batch
 from koine.errors import UserError
 from koine.evaluate.log_likelihood import negative_log_likelihoods
-from koine.generate.kv_cache_probe import continuing
+from koine.generate.cache_support import probe_cache_support
 from koine.generate.sampling import Sampling
 from koine.generate.sequential import SequentialGenerator
 from koine.model import CausalLM, load_causal_lm
@@ -177,8 +177,10 @@ def test_answers_with_the_cache_are_those_of_the_whole_text(model: tuple[str, Pa
 def test_recurrent_states_take_no_second_stretch(tmp_path: Path) -> None:
     """Mamba in transformers forgets its state where several tokens follow it; the probe sees that."""
     with torch.inference_mode():
-        assert continuing(opened(saved(tmp_path / "m", "mamba", HEADS["mamba"][0])).inner) == "tokens"
-        assert continuing(opened(saved(tmp_path / "l", "llama", LLAMA)).inner) == "chunks"
+        assert (
+            probe_cache_support(opened(saved(tmp_path / "m", "mamba", HEADS["mamba"][0])).inner) == "tokens"
+        )
+        assert probe_cache_support(opened(saved(tmp_path / "l", "llama", LLAMA)).inner) == "chunks"
 
 
 class Strange(transformers.LlamaForCausalLM):  # type: ignore[misc]

@@ -38,7 +38,7 @@ def evaluate_model(
 
     from koine.evaluate.bits import bits_per_byte
     from koine.evaluate.question_answering import question_accuracy
-    from koine.generate.cpu.prepacked_linear import pack
+    from koine.generate.cpu.prepacked_linear import prepack
     from koine.model import Decoder
     from koine.model.formats.weight_files import check_adapter
     from koine.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def evaluate_model(
     check_vocabulary(model, tokenizer.vocab_size, path)
     if isinstance(model, Decoder):
         # It is only read from here on, and float32 products are two to four times as fast packed.
-        pack(model)
+        prepack(model)
     result: dict[str, Any] = {}
     if data:
         result = bits_per_byte(

@@ -15,7 +15,7 @@ import torch
 from koine.errors import UserError
 from koine.generate import Request, Scheduler
 from koine.generate.cache.paged_cache import PAGE
-from koine.generate.cpu.prepacked_linear import pack
+from koine.generate.cpu.prepacked_linear import prepack
 from koine.generate.grammar.schema import schema_text
 from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
@@ -127,7 +127,7 @@ class LocalEngine:
         self._parameters = sum(parameter.numel() for parameter in opened.parameters())
         self._weight = next(opened.parameters())
         if isinstance(opened, Decoder):
-            pack(opened)
+            prepack(opened)
         self.stop_ids = opened.end_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
         self.context = _context(opened)
         self.scheduler: Scheduler | SequentialGenerator
@@ -152,7 +152,7 @@ class LocalEngine:
         """The prompt's ids, the marker before the answer included."""
         return self.tokenizer.encode_messages(messages, generation_prompt=True)[0]
 
-    def submit(self, prompt: list[int], sampling: Sampling) -> Answer:
+    def submit(self, prompt: list[int], sampling: Sampling) -> PendingCompletion:
         """Queue a prompt; the answer grows as somebody drives the batch (`stream`, `wait`)."""
         stops = StopStrings(self.tokenizer.stream_decoder(), sampling.stop)
         grammar = None
@@ -166,26 +166,26 @@ class LocalEngine:
                 on_token=stops.push,
                 grammar=grammar,
             )
-        return Answer(request, stops)
+        return PendingCompletion(request, stops)
 
-    def wait(self, answer: Answer) -> None:
+    def wait(self, answer: PendingCompletion) -> None:
         """Drive the batch until this answer is finished. Raises what its own drawing or grammar raised."""
         while answer.request.finish is None:
             self._drive(answer)
         answer.request.raise_error()
 
-    def cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: PendingCompletion) -> None:
         """Stop an answer; what was written of it stays."""
         with self._driving:
             self.scheduler.cancel(answer.request)
 
-    def _drive(self, answer: Answer) -> None:
+    def _drive(self, answer: PendingCompletion) -> None:
         """One step of the whole batch, unless another thread's step has finished this answer meanwhile."""
         with self._driving:
             if answer.request.finish is None:
                 self.scheduler.step()
 
-    def _tokens(self, answer: Answer) -> Iterator[Token]:
+    def _tokens(self, answer: PendingCompletion) -> Iterator[Token]:
         """The answer's tokens as they come; left early, the request is cancelled."""
         request, given = answer.request, 0
         try:
@@ -263,7 +263,7 @@ class LocalEngine:
 
 
 @dataclass(eq=False)
-class Answer:
+class PendingCompletion:
     """An answer that is being written."""
 
     request: Request

@@ -49,7 +49,7 @@ class Request:
     finish: Finish | None = None
     error: Exception | None = None
     """What its own sampling, grammar or `on_token` raised, where `finish` is "failed"."""
-    reused: int = 0
+    cached_tokens: int = 0
     """Tokens of the prompt that did not have to be read."""
     generator: torch.Generator | None = field(default=None, repr=False)
     seen: Tensor | None = field(default=None, repr=False)
@@ -57,7 +57,7 @@ class Request:
     rng_state: Tensor | None = field(default=None, repr=False)
     """The generator's state before a draw whose token is not taken yet."""
     sequence: CachedSequence | None = field(default=None, repr=False)
-    pause_at: int = field(default=0, repr=False)
+    shared_end: int = field(default=0, repr=False)
     """Where reading stops once, because others begin alike."""
 
     @property
@@ -65,12 +65,12 @@ class Request:
         """Prompt and answer so far."""
         return self.prompt + self.tokens
 
-    def to_read(self) -> int:
+    def uncached(self) -> int:
         """Tokens of the text that the cache does not hold yet."""
         assert self.sequence is not None
         return len(self.prompt) + len(self.tokens) - self.sequence.length
 
-    def take(self, token: int, log_probability: float) -> Finish | None:
+    def append(self, token: int, log_probability: float) -> Finish | None:
         """Add a token; how the answer ends with it, or None where it goes on. Raises what `grammar` and `on_token` raise."""
         self.tokens.append(token)
         self.log_probabilities.append(log_probability)
@@ -130,7 +130,7 @@ def new_request(
     return request
 
 
-def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, float] | Exception]:
+def sample_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, float] | Exception]:
     """The next token of each request and its log-probability as the model gives it, from logits `[batch, vocab]`; for a request whose own
     grammar raises, or for which no token can be drawn, the exception.
 
@@ -138,7 +138,7 @@ def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, 
     token is taken, `Request.take_back` undoes its draw.
     """
     failed: dict[int, Exception] = {}
-    allowed = _allowed(requests, logits, failed)
+    allowed = _apply_grammars(requests, logits, failed)
     rules: dict[object, list[int]] = {}
     for row, request in enumerate(requests):
         if row not in failed:
@@ -147,12 +147,12 @@ def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, 
     for rows in rules.values():
         part = allowed if len(rows) == len(requests) else allowed[rows]
         try:
-            drawn = _drawn([requests[row] for row in rows], part)
+            drawn = _sample_group([requests[row] for row in rows], part)
         except NoTokenError:
             # Whose it is shows when each is drawn for alone.
             for row in rows:
                 try:
-                    [tokens[row]] = _drawn([requests[row]], allowed[row : row + 1])
+                    [tokens[row]] = _sample_group([requests[row]], allowed[row : row + 1])
                 except NoTokenError as error:
                     failed[row] = error
         else:
@@ -163,7 +163,7 @@ def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, 
     return [failed.get(row, pair) for row, pair in enumerate(zip(tokens, scores, strict=True))]
 
 
-def _allowed(requests: Sequence[Request], logits: Tensor, failed: dict[int, Exception]) -> Tensor:
+def _apply_grammars(requests: Sequence[Request], logits: Tensor, failed: dict[int, Exception]) -> Tensor:
     """The logits with `-inf` where a grammar forbids a token; what a grammar raises goes into `failed`, by row."""
     if all(request.grammar is None for request in requests):
         return logits
@@ -181,7 +181,7 @@ def _allowed(requests: Sequence[Request], logits: Tensor, failed: dict[int, Exce
     return allowed
 
 
-def _drawn(group: Sequence[Request], logits: Tensor) -> list[int]:
+def _sample_group(group: Sequence[Request], logits: Tensor) -> list[int]:
     """A token for each request of a group of equal settings. A draw that was made before and not taken is made again."""
     sampling = group[0].sampling
     if not sampling.greedy:

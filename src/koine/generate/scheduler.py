@@ -16,9 +16,9 @@ from torch import Tensor
 from koine.errors import UserError
 from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.paged_cache import PAGE, OutOfPages, PagedCache
-from koine.generate.cache.prefix_cache import PrefixStore, common_length
-from koine.generate.cpu.prepacked_decoder import packed_forward_of
-from koine.generate.request import Finish, Request, TokenGrammar, choose_next, new_request
+from koine.generate.cache.prefix_cache import PrefixCache, common_length
+from koine.generate.cpu.prepacked_decoder import build_prepacked_decoder
+from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
 from koine.generate.sampling import Sampling
 from koine.model.attention.context import AttentionContext
 from koine.model.decoder import Decoder
@@ -48,12 +48,12 @@ class Scheduler:
         self.device = model.embedding.weight.device
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
         self.cache: PagedCache = PagedCache.of_model(model, page=page, max_pages=max_pages)
-        self.prefixes = PrefixStore(self.cache, entries=prefixes)
+        self.prefixes = PrefixCache(self.cache, entries=prefixes)
         self.waiting: deque[Request] = deque()
-        self.context: list[Request] = []
+        self.prefilling: list[Request] = []
         self.running: list[Request] = []
         self._last: DecodeContext | None = None
-        self._packed = packed_forward_of(model)
+        self._prepacked = build_prepacked_decoder(model)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -94,11 +94,11 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.context or self.running)
+        return bool(self.waiting or self.prefilling or self.running)
 
     def run(self) -> None:
         """Step until every request is finished; then raise what the first of those that failed, if any, failed with."""
-        unfinished = [*self.running, *self.context, *self.waiting]
+        unfinished = [*self.running, *self.prefilling, *self.waiting]
         while self.busy:
             self.step()
         for request in unfinished:
@@ -114,23 +114,23 @@ class Scheduler:
         """
         try:
             with torch.inference_mode():
-                new = list(self._read_prompts())
-                new += self._step_running()
+                new = list(self._prefill())
+                new += self._decode()
         except BaseException:
             self._requeue_all()
             raise
         return new
 
-    def _read_prompts(self) -> Iterator[tuple[Request, int]]:
+    def _prefill(self) -> Iterator[tuple[Request, int]]:
         self._admit()
-        if not self.context:
+        if not self.prefilling:
             return
-        first = self.context[0]
-        group, counts = [first], [min(self._stretch(first), self.prefill_chunk)]
+        first = self.prefilling[0]
+        group, counts = [first], [min(self._chunk_size(first), self.prefill_chunk)]
         # Short stretches share a forward pass, wherever in their prompts they begin.
         room = self.prefill_chunk - counts[0]
-        for other in self.context[1:]:
-            size = self._stretch(other)
+        for other in self.prefilling[1:]:
+            size = self._chunk_size(other)
             if size <= room:
                 group.append(other)
                 counts.append(size)
@@ -144,54 +144,56 @@ class Scheduler:
         try:
             context = PrefillContext(self.cache, sequences, counts)
         except OutOfPages:
-            self._make_room()
+            self._free_pages()
             return
-        hidden = self._hidden(ids, context)
+        hidden = self._forward(ids, context)
         ends = torch.tensor(counts, device=self.device).cumsum(0) - 1
-        done = [index for index, request in enumerate(group) if not request.to_read()]
+        done = [index for index, request in enumerate(group) if not request.uncached()]
         for request in group:
-            if request.pause_at and request.sequence and request.sequence.length == request.pause_at:
-                self.prefixes.keep(request.sequence, request.text[: request.pause_at])
-                request.pause_at = 0
+            if request.shared_end and request.sequence and request.sequence.length == request.shared_end:
+                self.prefixes.keep(request.sequence, request.text[: request.shared_end])
+                request.shared_end = 0
         if done:
             finished = [group[index] for index in done]
-            self.context = [request for request in self.context if request not in finished]
+            self.prefilling = [request for request in self.prefilling if request not in finished]
             self.running += finished
-            yield from self._choose(finished, self.model.logits(hidden[ends[done]]))
+            yield from self._sample(finished, self.model.logits(hidden[ends[done]]))
 
-    def _stretch(self, request: Request) -> int:
+    def _chunk_size(self, request: Request) -> int:
         """Tokens that can be read at once: up to the end of the prompt, or to where reading pauses."""
         assert request.sequence is not None
-        stop = request.pause_at - request.sequence.length
-        return min(request.to_read(), stop) if stop > 0 else request.to_read()
+        stop = request.shared_end - request.sequence.length
+        return min(request.uncached(), stop) if stop > 0 else request.uncached()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) + len(self.context) < self.max_batch:
+        while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
             request = self.waiting[0]
             text = request.text
-            if any(0 < other.pause_at <= common_length(text, other.prompt) for other in self.context):
+            if any(0 < other.shared_end <= common_length(text, other.prompt) for other in self.prefilling):
                 # What this one has in common with a prompt that is being read will be there in a moment.
                 return
-            prefix = self.prefixes.longest(text)
+            prefix = self.prefixes.longest_match(text)
             held = 0 if prefix is None else prefix.length // self.cache.page
             promised = sum(
                 self.cache.pages_for(len(other.text) + 1) - len(other.sequence.pages)
-                for other in self.context
+                for other in self.prefilling
                 if other.sequence is not None
             )
             if self.cache.pages_for(len(text) + 1) - held + promised > self.cache.pages_left():
-                if self.prefixes.drop_oldest():
+                if self.prefixes.evict_oldest():
                     continue
                 return
             self.waiting.popleft()
             request.sequence = self.cache.add(prefix)
             if not request.tokens:
-                request.reused = request.sequence.length
+                request.cached_tokens = request.sequence.length
                 others = (other.prompt for other in self.waiting)
-                request.pause_at = self.prefixes.worth_keeping(request.prompt, others, known=request.reused)
-            self.context.append(request)
+                request.shared_end = self.prefixes.shared_length(
+                    request.prompt, others, known=request.cached_tokens
+                )
+            self.prefilling.append(request)
 
-    def _step_running(self) -> list[tuple[Request, int]]:
+    def _decode(self) -> list[tuple[Request, int]]:
         while self.running:
             batch = sorted(self.running, key=_slot)
             sequences = [request.sequence for request in batch if request.sequence is not None]
@@ -199,30 +201,30 @@ class Scheduler:
             try:
                 context = DecodeContext(self.cache, sequences, self._last)
             except OutOfPages:
-                self._make_room()
+                self._free_pages()
                 continue
             self._last = context
-            hidden = self._hidden([request.tokens[-1] for request in batch], context)
-            return self._choose(batch, self.model.logits(hidden))
+            hidden = self._forward([request.tokens[-1] for request in batch], context)
+            return self._sample(batch, self.model.logits(hidden))
         return []
 
-    def _hidden(self, ids: Sequence[int], context: AttentionContext) -> Tensor:
+    def _forward(self, ids: Sequence[int], context: AttentionContext) -> Tensor:
         """Hidden states `[tokens, hidden]` of the tokens of a reading."""
         tokens = torch.tensor(ids, device=self.device)
-        if self._packed is not None:
-            return self._packed(tokens, context)
+        if self._prepacked is not None:
+            return self._prepacked(tokens, context)
         hidden: Tensor = self.model(tokens.view(context.positions.shape), context=context)
         return hidden.flatten(0, 1)
 
-    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[tuple[Request, int]]:
+    def _sample(self, requests: Sequence[Request], logits: Tensor) -> list[tuple[Request, int]]:
         """The next token of each request from its logits `[batch, vocab]`; finished and failed requests leave."""
         new = []
-        for request, choice in zip(requests, choose_next(requests, logits), strict=True):
+        for request, choice in zip(requests, sample_next(requests, logits), strict=True):
             if isinstance(choice, Exception):
                 self._fail(request, choice)
                 continue
             try:
-                finish = request.take(*choice)
+                finish = request.append(*choice)
             except Exception as error:  # noqa: BLE001 - its own grammar or watch raised it; the others go on
                 self._fail(request, error)
                 continue
@@ -239,7 +241,7 @@ class Scheduler:
             self.prefixes.keep(request.sequence, request.text[: request.sequence.length])
             self.cache.remove(request.sequence)
             request.sequence = None
-        for queue in (self.waiting, self.context, self.running):
+        for queue in (self.waiting, self.prefilling, self.running):
             if request in queue:
                 queue.remove(request)
 
@@ -247,11 +249,11 @@ class Scheduler:
         request.error = error
         self._end(request, "failed")
 
-    def _make_room(self) -> None:
+    def _free_pages(self) -> None:
         """Give pages back: a kept beginning, or else the youngest request's."""
-        if self.prefixes.drop_oldest():
+        if self.prefixes.evict_oldest():
             return
-        youngest = (self.running + self.context)[-1]
+        youngest = (self.running + self.prefilling)[-1]
         self._requeue(youngest)
 
     def _requeue(self, request: Request) -> None:
@@ -259,12 +261,12 @@ class Scheduler:
         if request.sequence is not None and request.sequence in self.cache.sequences:
             self.cache.remove(request.sequence)
         request.sequence = None
-        self.context = [other for other in self.context if other is not request]
+        self.prefilling = [other for other in self.prefilling if other is not request]
         self.running = [other for other in self.running if other is not request]
         self.waiting.appendleft(request)
 
     def _requeue_all(self) -> None:
-        for request in reversed([*self.running, *self.context]):
+        for request in reversed([*self.running, *self.prefilling]):
             self._requeue(request)
 
 

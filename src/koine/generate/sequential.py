@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.generate.kv_cache_probe import cache_name, continuing
-from koine.generate.request import Finish, Request, TokenGrammar, choose_next, new_request
+from koine.generate.cache_support import cache_name, probe_cache_support
+from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
 from koine.generate.sampling import Sampling
 from koine.model.causal_lm import CausalLM
 
 
 class SequentialGenerator:
     """Answers requests in the order in which they came. A prompt that goes on from the text read last is not
-    read again, where the model's cache allows that (`koine.generate.kv_cache_probe`)."""
+    read again, where the model's cache allows that (`koine.generate.cache_support`)."""
 
     def __init__(self, model: CausalLM, *, prefill_chunk: int = 2048) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk
@@ -30,7 +30,7 @@ class SequentialGenerator:
         self._past: Any = None
         self._cache_name = str(cache_name(model.inner))
         with torch.inference_mode():
-            self._continuing = continuing(model.inner)
+            self._cache_support = probe_cache_support(model.inner)
 
     def submit(
         self,
@@ -83,10 +83,10 @@ class SequentialGenerator:
         try:
             with torch.inference_mode():
                 logits = self._read_up_to(request)
-                [choice] = choose_next([request], logits[None])
+                [choice] = sample_next([request], logits[None])
             if isinstance(choice, Exception):
                 raise choice
-            finish = request.take(*choice)
+            finish = request.append(*choice)
             new = [(request, choice[0])]
         except Exception as error:  # noqa: BLE001 - the request's caller gets it
             request.error, finish, new = error, "failed", []
@@ -101,7 +101,7 @@ class SequentialGenerator:
     def _read_up_to(self, request: Request) -> Tensor:
         """Logits `[vocab]` after the request's text. Interrupted, it forgets everything rather than half a token."""
         text = request.text
-        if self._continuing == "none":
+        if self._cache_support == "none":
             hidden = self.model(torch.tensor([text], device=self.device))
             last: Tensor = self.model.logits(hidden[:, -1])[0]
             return last.clone()
@@ -109,12 +109,12 @@ class SequentialGenerator:
         if past is None or len(text) <= len(read) or text[: len(read)] != read:
             read, past = [], None
         chunk = self.prefill_chunk
-        if self._continuing == "tokens":
+        if self._cache_support == "tokens":
             chunk = len(text)
             if len(text) != len(read) + 1:
                 read, past = [], None
         if not request.tokens:
-            request.reused = len(read)
+            request.cached_tokens = len(read)
         self._read, self._past = [], None
         for start in range(len(read), len(text), chunk):
             ids = torch.tensor([text[start : start + chunk]], device=self.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from koine.generate.cache.split_attention import (
-    by_products,
+    attention_by_matmul,
     mask_bias,
     merge_attention_states,
     partial_attention,
@@ -23,7 +23,7 @@ def slab_of(parts: int, keys: int, dtype: torch.dtype, *, apart: bool) -> tuple[
     return k, v
 
 
-@pytest.mark.parametrize("attend", [partial_attention, by_products])
+@pytest.mark.parametrize("attend", [partial_attention, attention_by_matmul])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_part_is_a_softmax_over_what_is_seen(attend: object, apart: bool, dtype: torch.dtype) -> None:
@@ -41,7 +41,7 @@ def test_a_part_is_a_softmax_over_what_is_seen(attend: object, apart: bool, dtyp
     assert (log_sum - scores.logsumexp(-1)).abs().max() <= near
 
 
-@pytest.mark.parametrize("attend", [partial_attention, by_products])
+@pytest.mark.parametrize("attend", [partial_attention, attention_by_matmul])
 def test_parts_meet(attend: object) -> None:
     """Rows of two, one and three parts; one part of which nothing is seen, and one that is nobody's."""
     assert callable(attend)

@@ -18,7 +18,7 @@ import pytest
 from koine.errors import UserError
 from koine.generate import Completion, RemoteEngine, Sampling
 from koine.generate.remote.budget import Budget
-from koine.generate.remote.redaction import Mask, masked_logs, proxy_passwords
+from koine.generate.remote.redaction import Redactor, proxy_passwords, redact_logs
 from koine.generate.remote.response_body import BodyError, _unpacked
 from koine.generate.remote.retry import RetryPolicy
 from tests.generate.remote.hostile import SCRIPTS, answer, escaped
@@ -167,7 +167,7 @@ def test_packed_bodies(encodings: str) -> None:
     ],
 )
 def test_spellings(spelled: str) -> None:
-    mask = Mask([KEY])
+    mask = Redactor([KEY])
     for text in (f"before {spelled} after", spelled):
         for masked in (mask.text(text), mask.answer(text), mask.line(text)):
             assert "***" in masked
@@ -181,7 +181,7 @@ def test_base64_at_every_alignment(place: int) -> None:
 
     for form in (base64.b64encode, base64.urlsafe_b64encode, base64.b32encode):
         coded = form(b"x" * place + KEY.encode() + b"yz").decode()
-        masked = Mask([KEY]).answer(coded)
+        masked = Redactor([KEY]).answer(coded)
         assert "***" in masked
         assert len(masked) < len(coded) - 16
 
@@ -189,20 +189,20 @@ def test_base64_at_every_alignment(place: int) -> None:
 def test_a_placeholder_for_a_key_is_a_word_and_stays_in_answers() -> None:
     """Servers without keys are given one of these; an answer may use the word."""
     for word in ("EMPTY", "none", "ollama", "not-needed", "x", ""):
-        mask = Mask([word])
+        mask = Redactor([word])
         assert mask.answer(f"An empty room: {word} is not needed.") == f"An empty room: {word} is not needed."
-    assert Mask(["EMPTY"]).line("key EMPTY") == "key ***"
-    assert Mask(["x"]).line("an example") == "an example"
+    assert Redactor(["EMPTY"]).line("key EMPTY") == "key ***"
+    assert Redactor(["x"]).line("an example") == "an example"
 
 
 def test_a_line_is_text() -> None:
-    assert Mask().line("\x1b[31ma\r\nb\u202ec\x00 \x9bd\u2028e") == "[31ma b c d e"
-    assert Mask().line("x" * 1000) == "x" * 300 + "..."
-    assert Mask([KEY]).line("x" * 295 + KEY) == "x" * 295 + "***"
+    assert Redactor().line("\x1b[31ma\r\nb\u202ec\x00 \x9bd\u2028e") == "[31ma b c d e"
+    assert Redactor().line("x" * 1000) == "x" * 300 + "..."
+    assert Redactor([KEY]).line("x" * 295 + KEY) == "x" * 295 + "***"
 
 
 def test_a_line_of_a_body_of_megabytes_looks_at_its_beginning_alone() -> None:
-    mask = Mask([KEY])
+    mask = Redactor([KEY])
     assert mask.line("a " * 10_000_000) == "a " * 150 + "..."
     for cut in range(1, len(KEY)):
         assert not shows_key(mask.line(" " * ((1 << 16) - cut) + KEY), 3)
@@ -210,7 +210,7 @@ def test_a_line_of_a_body_of_megabytes_looks_at_its_beginning_alone() -> None:
 
 def test_long_texts_are_masked_in_linear_time() -> None:
     """Two million characters that nearly are the key, plain and escaped; the square of that would take days."""
-    mask = Mask([KEY])
+    mask = Redactor([KEY])
     assert mask.text(KEY[:-1].replace("e", "x") * 100_000)
     assert mask.answer((KEY[:-1] + "\\") * 50_000)
 
@@ -218,7 +218,7 @@ def test_long_texts_are_masked_in_linear_time() -> None:
 def test_the_logs_filter_goes_again() -> None:
     logger = logging.getLogger("httpx2")
     before = list(logger.filters)
-    with masked_logs(Mask([KEY])):
+    with redact_logs(Redactor([KEY])):
         assert len(logger.filters) == len(before) + 1
     assert logger.filters == before
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koine.errors import UserError
-from koine.generate.remote.rate_limit import WINDOW_SECONDS, RateLimiter, RateLimits, SteadyClock
+from koine.generate.remote.rate_limit import WINDOW_SECONDS, MonotonicClock, RateLimiter, RateLimits
 
 
 class Clock:
@@ -90,7 +90,7 @@ def test_a_clock_that_goes_back_makes_nobody_wait() -> None:
     """A clock set back by an hour goes on from where it was: no request waits for that hour to pass once more."""
     clock = Clock()
     clock.now = 10_000.0
-    steady = SteadyClock(clock)
+    steady = MonotonicClock(clock)
     limiter = RateLimiter(RateLimits(requests_per_minute=1), steady)
     assert limiter.reserve(1).start == 10_000
     clock.now -= 3600

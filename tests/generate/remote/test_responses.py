@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from koine.generate.remote.responses import Answer, MalformedError, read_answer
+from koine.generate.remote.responses import MalformedError, ParsedResponse, parse_response
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4}
 
 
-def read(document: Any, most_tokens: int = 20) -> Answer:
+def read(document: Any, most_tokens: int = 20) -> ParsedResponse:
     content = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return read_answer(content, most_tokens=most_tokens)
+    return parse_response(content, most_tokens=most_tokens)
 
 
 def whole(choice: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

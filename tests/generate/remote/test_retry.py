@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from koine.errors import UserError
-from koine.generate.remote.retry import RetryPolicy, asked_wait, is_transient
+from koine.generate.remote.retry import RetryPolicy, is_transient, parse_retry_after
 
 NOON = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -36,7 +36,7 @@ NOON = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
     ],
 )
 def test_retry_after(header: str | None, seconds: float | None) -> None:
-    assert asked_wait(header, now=NOON) == seconds
+    assert parse_retry_after(header, now=NOON) == seconds
 
 
 def test_waits_double_up_to_the_longest_and_end() -> None:

@@ -19,21 +19,21 @@ def words(messages: Sequence[Message]) -> list[int]:
 def talk(turns: int, system: str | None = None) -> Conversation:
     conversation = Conversation(system=system)
     for number in range(turns):
-        conversation.ask(f"question {number}")
-        conversation.answer(f"answer {number}")
+        conversation.add_user(f"question {number}")
+        conversation.add_assistant(f"answer {number}")
     return conversation
 
 
 def test_a_short_conversation_is_left_whole() -> None:
     conversation = talk(2)
-    conversation.ask("three words long")
+    conversation.add_user("three words long")
     fitted = conversation.fit(words, context=100, reserve=10)
     assert (len(fitted.prompt), fitted.max_new_tokens, fitted.dropped) == (1 + 8 + 3, 10, 0)
 
 
 def test_the_oldest_question_and_its_answer_go_first_and_the_system_text_stays() -> None:
     conversation = talk(3, system="be kind")
-    conversation.ask("now")
+    conversation.add_user("now")
     # 1 + 2 (system) + 3·4 + 1 = 16 tokens; 12 with room for 4 leave one exchange too many, twice
     fitted = conversation.fit(words, context=16, reserve=4)
     assert fitted.dropped == 2
@@ -45,7 +45,7 @@ def test_the_oldest_question_and_its_answer_go_first_and_the_system_text_stays()
 
 def test_a_long_answer_is_not_worth_the_whole_history() -> None:
     conversation = talk(2)
-    conversation.ask("now")
+    conversation.add_user("now")
     # Of 16 tokens a quarter is insisted on; 1000 wanted tokens do not drop turns that fit beside that quarter.
     fitted = conversation.fit(words, context=16, reserve=1000)
     assert (fitted.dropped, len(fitted.prompt), fitted.max_new_tokens) == (0, 10, 6)
@@ -53,7 +53,7 @@ def test_a_long_answer_is_not_worth_the_whole_history() -> None:
 
 def test_a_question_longer_than_the_context_is_refused_with_both_numbers() -> None:
     conversation = Conversation()
-    conversation.ask("one two three four")
+    conversation.add_user("one two three four")
     with pytest.raises(UserError, match="the question is 5 tokens long and the model's context holds 5"):
         conversation.fit(words, context=5, reserve=10)
 

@@ -140,7 +140,7 @@ def test_commands(tokenizer: Tokenizer) -> None:
         ("/rest", "unknown command '/rest'; did you mean '/reset'"),
         ("/set temprature 1", "unknown setting 'temprature'; did you mean 'temperature'"),
         ("/set temperature", "/set temperature; write /set NAME VALUE"),
-        ("/set top-p 3", "top-p is 3.0; give above 0 and at most 1"),
+        ("/set top-p 3", "top-p is 3.0; it must be at most 1"),
     ],
 )
 def test_a_wrong_command_is_refused_and_changes_nothing(tokenizer: Tokenizer, line: str, says: str) -> None:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from koine.generate.cache.page_runs import Run, attend_held, attend_runs, run_of, runs_worth_reading
+from koine.generate.cache.page_runs import PageRun, attend_range, attend_runs, run_view, runs_for_fused_kernel
 from koine.generate.cache.paged_cache import SPARSE, CachedSequence, PagedCache
 from koine.generate.cache.split_attention import mask_bias, merge_attention_states, partial_attention
 from koine.model.attention.dispatch import attend, attend_after
 
-NOWHERE = 2**40
+UNUSED_POSITION = 2**40
 """The first position of a page that is nobody's: later than any query."""
 
 
@@ -54,7 +54,7 @@ class PrefillContext:
         else:
             parts = [
                 self._attend_after(layer, sequence, q[:, part], k[:, part], v[:, part])
-                for sequence, part in self._parts()
+                for sequence, part in self._spans()
             ]
             mixed = torch.cat(parts, dim=1)
         self.keep(layer, k, v)
@@ -68,13 +68,13 @@ class PrefillContext:
     def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write a layer's keys and values `[1, time, kv_heads, head_dim]` where the sequences have them."""
         window = self.cache.windowed.get(layer)
-        for sequence, part in self._parts():
+        for sequence, part in self._spans():
             if window is None:
                 self._write_pages(layer, sequence, k[0, part], v[0, part])
             else:
                 self._write_ring(layer, window, sequence, k[0, part], v[0, part])
 
-    def _parts(self) -> Iterator[tuple[CachedSequence, slice]]:
+    def _spans(self) -> Iterator[tuple[CachedSequence, slice]]:
         """Each sequence with its stretch of the row."""
         start = 0
         for sequence, count in zip(self.sequences, self.counts, strict=True):
@@ -102,7 +102,7 @@ class PrefillContext:
         """Keys and values of the positions read before, `[kv_heads, before, head_dim]`."""
         before = sequence.length
         pages = sequence.pages[: self.cache.pages_for(before)]
-        places = [self.cache.place_of(number) for number in pages]
+        places = [self.cache.locate(number) for number in pages]
         held = torch.cat([self.cache.slab(layer, slab)[:, :, at] for slab, at in places], dim=2)
         k, v = held[:, :, :before]
         return k, v
@@ -118,7 +118,7 @@ class PrefillContext:
         done, page = 0, self.cache.page
         while done < k.shape[0]:
             index, at = divmod(sequence.length + done, page)
-            number, place = self.cache.place_of(sequence.pages[index])
+            number, place = self.cache.locate(sequence.pages[index])
             count = min(page - at, k.shape[0] - done)
             slab = self.cache.slab(layer, number)
             for part, new in enumerate((k, v)):
@@ -147,7 +147,7 @@ class PagePlan:
 
     groups: by slab; sizes: how many pages each has.
     rows: `[pages]` of all groups one after another, which query each page is for.
-    first: `[pages]`, the position of each page's first key in its sequence; `NOWHERE` for a page in between that nobody asks for.
+    first: `[pages]`, the position of each page's first key in its sequence; `UNUSED_POSITION` for a page in between that nobody asks for.
     """
 
     groups: Sequence[PageGroup]
@@ -174,16 +174,16 @@ class DecodeContext:
         lengths = [sequence.length for sequence in sequences]
         self._lengths = torch.tensor(lengths, device=cache.device)
         self._key = (cache.changes, len(sequences))
-        self._runs: list[Run]
+        self._runs: list[PageRun]
         self._plan: PagePlan | None
-        self._stretches: dict[int, Tensor]
+        self._views: dict[int, Tensor]
         if last is not None and last.cache is cache and last._key == self._key:
-            self._runs, self._plan, self._stretches = last._runs, last._plan, last._stretches
+            self._runs, self._plan, self._views = last._runs, last._plan, last._views
         else:
-            self._runs = runs_worth_reading(cache, sequences) if cache.full else []
-            self._plan = None if self._runs or not cache.full else page_plan(cache, sequences)
-            self._stretches = self._lone_stretches()
-        if len(self._stretches) == len(cache.config.layers):
+            self._runs = runs_for_fused_kernel(cache, sequences) if cache.full else []
+            self._plan = None if self._runs or not cache.full else build_page_plan(cache, sequences)
+            self._views = self._contiguous_views()
+        if len(self._views) == len(cache.config.layers):
             return
         self._targets = self._page_targets(lengths) if cache.full else []
         self._added: Sequence[Tensor] = ()
@@ -204,7 +204,7 @@ class DecodeContext:
                 mask_bias(places > self._lengths[:, None], cache.dtype) if filling else None
             )
 
-    def _lone_stretches(self) -> dict[int, Tensor]:
+    def _contiguous_views(self) -> dict[int, Tensor]:
         """Layers whose keys and values the fused kernel of the CPU reads where they lie, `[2, 1, kv_heads, positions, head_dim]`: those of one sequence alone,
         for which every operation counts; its ring, and its pages where they are one run."""
         if len(self.sequences) > 1 or self.cache.device.type != "cpu":
@@ -212,7 +212,7 @@ class DecodeContext:
         found = {layer: self.cache.ring(layer)[:, :1] for layer in self.cache.windowed}
         if len(self._runs) == 1:
             [run] = self._runs
-            found |= {layer: run_of(self.cache.slab(layer, run.slab), run) for layer in self.cache.full}
+            found |= {layer: run_view(self.cache.slab(layer, run.slab), run) for layer in self.cache.full}
         return found
 
     def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor]]:
@@ -220,7 +220,7 @@ class DecodeContext:
         found: dict[int, list[tuple[int, int, int]]] = {}
         for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
             index, at = divmod(length, self.cache.page)
-            slab, page = self.cache.place_of(sequence.pages[index])
+            slab, page = self.cache.locate(sequence.pages[index])
             found.setdefault(slab, []).append((row, page, at))
         return [(slab, torch.tensor(places, device=self.cache.device).T) for slab, places in found.items()]
 
@@ -235,29 +235,29 @@ class DecodeContext:
 
     def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """See `Reading.mix`."""
-        stretch = self._stretches.get(layer)
+        stretch = self._views.get(layer)
         if stretch is not None:
             # A run has a place for every position; a ring begins again.
             length = self.sequences[0].length
             stretch.select(3, length % stretch.shape[3]).copy_(new)
-            return attend_held(q, stretch, length + 1)[0]
+            return attend_range(q, stretch, length + 1)[0]
         window = self.cache.windowed.get(layer)
         if window is None:
-            return self._over_pages(layer, q, new)
-        return self._over_rings(layer, window, q, new)
+            return self._attend_pages(layer, q, new)
+        return self._attend_rings(layer, window, q, new)
 
     def finish(self) -> None:
         """See `Reading.finish`."""
         for sequence in self.sequences:
             sequence.length += 1
 
-    def _over_rings(self, layer: int, window: int, q: Tensor, new: Tensor) -> Tensor:
+    def _attend_rings(self, layer: int, window: int, q: Tensor, new: Tensor) -> Tensor:
         ring = self.cache.ring(layer)
         ring[:, self._rows, :, self._ring_at[window]] = new.transpose(0, 1)
         keys, values = ring[:, : len(self.sequences)]
         return partial_attention(q, keys, values, self._ring_hidden[window])[0]
 
-    def _over_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+    def _attend_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         for number, (rows, pages, places) in self._targets:
             self.cache.slab(layer, number)[:, :, pages, places] = new[:, rows].transpose(1, 2)
         plan = self._plan
@@ -274,7 +274,7 @@ class DecodeContext:
         return merge_attention_states(torch.cat(mixed), torch.cat(sums), plan.rows, q.shape[0])
 
 
-def page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePlan:
+def build_page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePlan:
     """The pages of all sequences, by slab; a page of several sequences is in one group for each."""
     uses: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     met: dict[int, int] = {}
@@ -283,7 +283,7 @@ def page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePla
             again = met.get(number, 0)
             met[number] = again + 1
             # The first user of each page, then the second: within one group a page is read once.
-            slab, place = cache.place_of(number)
+            slab, place = cache.locate(number)
             uses.setdefault((slab, again), []).append((place, row, index * cache.page))
     groups, sizes = [], []
     rows: list[int] = []
@@ -294,7 +294,7 @@ def page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePla
         if len(found) >= SPARSE * (last - first):
             begin, count = len(rows), last - first
             rows += [0] * count
-            starts += [NOWHERE] * count
+            starts += [UNUSED_POSITION] * count
             for page, row, start in found:
                 rows[begin + page - first], starts[begin + page - first] = row, start
             groups.append(PageGroup(slab, slice(first, last)))

@@ -21,7 +21,7 @@ FEW_RUNS = 4
 """Up to so many runs in all, their length does not matter."""
 
 
-class Run(NamedTuple):
+class PageRun(NamedTuple):
     """`pages` pages from `first` on of a slab, whose first key is at position `start` of the sequence of `row`."""
 
     row: int
@@ -31,21 +31,21 @@ class Run(NamedTuple):
     start: int
 
 
-def page_runs(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[Run]:
+def find_page_runs(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageRun]:
     """The pages of each sequence, in order, as runs."""
-    runs: list[Run] = []
+    runs: list[PageRun] = []
     for row, sequence in enumerate(sequences):
         for index, number in enumerate(sequence.pages):
-            slab, place = cache.place_of(number)
+            slab, place = cache.locate(number)
             last = runs[-1] if index else None
             if last is not None and last.slab == slab and place == last.first + last.pages:
                 runs[-1] = last._replace(pages=last.pages + 1)
             else:
-                runs.append(Run(row, slab, place, 1, index * cache.page))
+                runs.append(PageRun(row, slab, place, 1, index * cache.page))
     return runs
 
 
-def runs_worth_reading(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[Run]:
+def runs_for_fused_kernel(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageRun]:
     """The runs, where reading them is faster than reading slabs, and none otherwise: on CPU, where the pages lie together and the kernel, which works on one
     key head a thread, leaves few threads idle."""
     if cache.device.type != "cpu" or torch.get_num_threads() > 2 * cache.config.kv_heads:
@@ -54,18 +54,18 @@ def runs_worth_reading(cache: PagedCache, sequences: Sequence[CachedSequence]) -
     # Every sequence has a run at least: often there is no need to find them.
     if len(sequences) > FEW_RUNS and pages < FEWEST_PAGES * len(sequences):
         return []
-    runs = page_runs(cache, sequences)
+    runs = find_page_runs(cache, sequences)
     return runs if len(runs) <= FEW_RUNS or pages >= FEWEST_PAGES * len(runs) else []
 
 
-def run_of(slab: Tensor, run: Run) -> Tensor:
+def run_view(slab: Tensor, run: PageRun) -> Tensor:
     """Keys and values of a run, `[2, 1, kv_heads, positions, head_dim]`, where they lie in a slab `[2, kv_heads, pages, page, head_dim]`."""
     pages = slab[:, :, run.first : run.first + run.pages]
     # A view, not `flatten`, which might copy: new keys are written through it.
     return pages.view(2, 1, slab.shape[1], -1, slab.shape[4])
 
 
-def attend_held(q: Tensor, held: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+def attend_range(q: Tensor, held: Tensor, seen: int) -> tuple[Tensor, Tensor]:
     """`partial_attention` of one position, q `[1, kv_heads, groups, head_dim]`, to the first `seen` of `held` `[2, 1, kv_heads, positions, head_dim]`."""
     if seen < held.shape[3]:
         held = held.narrow(3, 0, seen)
@@ -74,7 +74,7 @@ def attend_held(q: Tensor, held: Tensor, seen: int) -> tuple[Tensor, Tensor]:
 
 
 def attend_runs(
-    q: Tensor, runs: Sequence[Run], lengths: Sequence[int], slab: Callable[[int], Tensor]
+    q: Tensor, runs: Sequence[PageRun], lengths: Sequence[int], slab: Callable[[int], Tensor]
 ) -> Tensor:
     """Attention of each row to the first `lengths[row] + 1` positions of its pages.
 
@@ -83,7 +83,7 @@ def attend_runs(
     rows, parts, sums = [], [], []
     for run in runs:
         seen = lengths[run.row] + 1 - run.start
-        part, log_sum = attend_held(q[run.row : run.row + 1], run_of(slab(run.slab), run), seen)
+        part, log_sum = attend_range(q[run.row : run.row + 1], run_view(slab(run.slab), run), seen)
         rows.append(run.row)
         parts.append(part)
         sums.append(log_sum)

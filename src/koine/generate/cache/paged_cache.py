@@ -92,7 +92,7 @@ class PagedCache:
         self._starts: list[int] = []
         self._pages = 0
         self._free: list[int] = []
-        self._holders: dict[int, int] = {}
+        self._ref_counts: dict[int, int] = {}
         self.sequences: list[CachedSequence] = []
         self.changes = 0
         """Counts what makes a plan of reading out of date: sequences and pages that come and go."""
@@ -127,12 +127,12 @@ class PagedCache:
             partial: int | None = None
             if whole < len(prefix.pages):
                 # The last page is not full, and its first owner may be writing to the rest of it: this sequence has a copy.
-                [partial] = self._take(1)
-                (source, at), (target, to) = self.place_of(prefix.pages[whole]), self.place_of(partial)
+                [partial] = self._allocate(1)
+                (source, at), (target, to) = self.locate(prefix.pages[whole]), self.locate(partial)
                 for slabs in self._slabs.values():
                     slabs[target][:, :, to] = slabs[source][:, :, at]
             for number in prefix.pages[:whole]:
-                self._holders[number] += 1
+                self._ref_counts[number] += 1
             sequence.pages = [*prefix.pages[:whole], *([] if partial is None else [partial])]
             sequence.length = prefix.length
             for ring, held in zip(self._rings.values(), prefix.rings, strict=True):
@@ -149,7 +149,7 @@ class PagedCache:
                 ring[:, sequence.slot] = ring[:, last.slot]
             last.slot = sequence.slot
             self.sequences[last.slot] = last
-        self._give_back(sequence.pages)
+        self._release_pages(sequence.pages)
         sequence.pages = []
         self.changes += 1
 
@@ -168,7 +168,7 @@ class PagedCache:
     def prefix(self, sequence: CachedSequence) -> Prefix:
         """A sequence as it is now, to begin others with; hold it with care: it keeps pages until `release`."""
         for number in sequence.pages:
-            self._holders[number] += 1
+            self._ref_counts[number] += 1
         rings = []
         for index, ring in self._rings.items():
             held = min(sequence.length, self.windowed[index])
@@ -177,7 +177,7 @@ class PagedCache:
 
     def release(self, prefix: Prefix) -> None:
         """Give up a prefix's hold on its pages."""
-        self._give_back(prefix.pages)
+        self._release_pages(prefix.pages)
 
     # -- pages ---------------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class PagedCache:
     @property
     def pages_in_use(self) -> int:
         """Pages that some sequence or prefix holds."""
-        return len(self._holders)
+        return len(self._ref_counts)
 
     @property
     def slabs(self) -> int:
@@ -197,7 +197,7 @@ class PagedCache:
 
     def pages_left(self) -> float:
         """Pages that may still be taken."""
-        return float("inf") if self.max_pages is None else self.max_pages - len(self._holders)
+        return float("inf") if self.max_pages is None else self.max_pages - len(self._ref_counts)
 
     def reserve(self, sequence: CachedSequence, positions: int) -> None:
         """Pages for `positions` more; raises `OutOfPages` and takes none where they are not to be had."""
@@ -205,10 +205,10 @@ class PagedCache:
             return
         missing = self.pages_for(sequence.length + positions) - len(sequence.pages)
         if missing > 0:
-            sequence.pages += self._take(missing)
+            sequence.pages += self._allocate(missing)
             self.changes += 1
 
-    def _take(self, count: int) -> list[int]:
+    def _allocate(self, count: int) -> list[int]:
         if count > self.pages_left():
             raise OutOfPages
         while len(self._free) < count:
@@ -223,16 +223,16 @@ class PagedCache:
         # The lowest first: pages in use stay close together, and slabs at the end become empty.
         taken = [heapq.heappop(self._free) for _ in range(count)]
         for number in taken:
-            self._holders[number] = 1
+            self._ref_counts[number] = 1
         return taken
 
-    def _give_back(self, pages: Sequence[int]) -> None:
+    def _release_pages(self, pages: Sequence[int]) -> None:
         for number in pages:
-            self._holders[number] -= 1
-            if not self._holders[number]:
-                del self._holders[number]
+            self._ref_counts[number] -= 1
+            if not self._ref_counts[number]:
+                del self._ref_counts[number]
                 heapq.heappush(self._free, number)
-        needed = 1 + self.place_of(max(self._holders))[0] if self._holders else 0
+        needed = 1 + self.locate(max(self._ref_counts))[0] if self._ref_counts else 0
         # One slab is kept in reserve, so that the end of a sequence and the beginning of the next do not make and drop it in turn.
         if len(self._starts) > needed + 1:
             self._pages = self._starts[needed + 1]
@@ -248,8 +248,8 @@ class PagedCache:
         """Bytes of the keys and values in use, counted in the tensors themselves: pages that somebody holds (whole, a shared one once), and
         the filled places of each sequence's rings. Kept prefixes have copies of their rings beside the cache (`Prefix.bytes`)."""
         held = 0
-        for number in self._holders:
-            slab, at = self.place_of(number)
+        for number in self._ref_counts:
+            slab, at = self.locate(number)
             held += sum(slabs[slab][:, :, at].nbytes for slabs in self._slabs.values())
         for ring in self._rings.values():
             held += sum(ring[:, one.slot, :, : one.length].nbytes for one in self.sequences)
@@ -262,7 +262,7 @@ class PagedCache:
 
     # -- where things lie ----------------------------------------------------------------------------------------------
 
-    def place_of(self, page: int) -> tuple[int, int]:
+    def locate(self, page: int) -> tuple[int, int]:
         """The slab of a page, and its place there."""
         slab = bisect.bisect_right(self._starts, page) - 1
         return slab, page - self._starts[slab]

@@ -8,14 +8,14 @@ from itertools import islice
 
 from koine.generate.cache.paged_cache import CachedSequence, PagedCache, Prefix
 
-SHORTEST = 32
+MIN_TOKENS = 32
 """A common beginning of fewer tokens is read again rather than kept."""
 
-REMEMBERED = 64
+COMPARED_PROMPTS = 64
 """Prompts that a new one is compared with, to find what prompts have in common: so many earlier ones, and so many that wait."""
 
 
-class PrefixStore:
+class PrefixCache:
     """Beginnings of texts with their keys and values, least recently used first out.
 
     entries, window_bytes: at most so many beginnings, and bytes of their windows (a hybrid keeps a copy of its windows for each).
@@ -24,12 +24,12 @@ class PrefixStore:
     def __init__(self, cache: PagedCache, *, entries: int, window_bytes: int = 512 * 2**20) -> None:
         self.cache, self.entries, self.window_bytes = cache, entries, window_bytes
         self._kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._recent: deque[Sequence[int]] = deque(maxlen=REMEMBERED)
+        self._recent: deque[Sequence[int]] = deque(maxlen=COMPARED_PROMPTS)
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def longest(self, prompt: Sequence[int]) -> Prefix | None:
+    def longest_match(self, prompt: Sequence[int]) -> Prefix | None:
         """The longest kept beginning of `prompt` that leaves at least one token to read."""
         found: tuple[int, ...] | None = None
         for tokens in self._kept:
@@ -41,7 +41,7 @@ class PrefixStore:
         self._kept.move_to_end(found)
         return self._kept[found]
 
-    def worth_keeping(self, prompt: Sequence[int], others: Iterable[Sequence[int]], *, known: int = 0) -> int:
+    def shared_length(self, prompt: Sequence[int], others: Iterable[Sequence[int]], *, known: int = 0) -> int:
         """How many tokens `prompt` has in common with a prompt of the recent ones or of the first of `others`: reading stops there once, so
         that the next one can go on from it.
 
@@ -50,18 +50,22 @@ class PrefixStore:
         """
         if not self.entries:
             return 0
-        longest = 0
-        for other in (*self._recent, *islice(others, REMEMBERED)):
+        longest_match = 0
+        for other in (*self._recent, *islice(others, COMPARED_PROMPTS)):
             if other is not prompt:
-                longest = max(longest, common_length(prompt, other))
+                longest_match = max(longest_match, common_length(prompt, other))
         self._recent.append(prompt)
-        longest = min(longest, len(prompt) - 1)
-        return longest if longest >= known + SHORTEST and tuple(prompt[:longest]) not in self._kept else 0
+        longest_match = min(longest_match, len(prompt) - 1)
+        return (
+            longest_match
+            if longest_match >= known + MIN_TOKENS and tuple(prompt[:longest_match]) not in self._kept
+            else 0
+        )
 
     def keep(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
         """Keep `sequence` as it is now; `tokens` are what was read."""
         key = tuple(tokens)
-        if not self.entries or len(key) < SHORTEST:
+        if not self.entries or len(key) < MIN_TOKENS:
             return
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -69,9 +73,9 @@ class PrefixStore:
         assert len(key) == sequence.length
         self._kept[key] = self.cache.prefix(sequence)
         while len(self._kept) > self.entries or self._bytes() > self.window_bytes:
-            self.drop_oldest()
+            self.evict_oldest()
 
-    def drop_oldest(self) -> bool:
+    def evict_oldest(self) -> bool:
         """Give up the beginning that was used longest ago; False where none is left."""
         if not self._kept:
             return False

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HIDDEN = -1e30
+MASKED_SCORE = -1e30
 """Added to the score of a key that is not seen. Finite: a part of which nothing is seen gets a weight of 0 when parts meet, and not NaN."""
 
 
 def mask_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores, `[parts, 1, 1, keys]`, from which keys are `hidden` `[parts, keys]`."""
-    lowest = max(HIDDEN, torch.finfo(dtype).min / 2)
+    lowest = max(MASKED_SCORE, torch.finfo(dtype).min / 2)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, lowest)[
         :, None, None
     ]
@@ -24,14 +24,16 @@ def partial_attention(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | N
     sums of the exponentials, in float32.
     """
     if q.device.type != "cpu":
-        return by_products(q, keys, values, added)
+        return attention_by_matmul(q, keys, values, added)
     # The fused kernel reads keys where they lie, whatever the strides: 256 of them in 15 µs, where products and a softmax take 19, in bfloat16 60 (docs/log.md).
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mixed, log_sum = fused(q, keys, values, 0.0, False, attn_mask=added, scale=1.0)
     return mixed, log_sum
 
 
-def by_products(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention_by_matmul(
+    q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`partial_attention` for any device. Where parts and heads lie apart, as in a slab, a head at a time: one product over both would copy the keys."""
     apart = keys.stride(0) != keys.shape[1] * keys.stride(1)
     product = _by_heads if apart else torch.matmul

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from koine.generate.cpu.prepacked_linear import PackedLinear, TransposedLinear
+from koine.generate.cpu.prepacked_linear import PrepackedLinear, TransposedLinear
 from koine.model.attention.context import AttentionContext
 from koine.model.attention.rope import rotation
 from koine.model.block import Block, LayerNorm
@@ -62,8 +62,8 @@ class _Layer:
     """What a forward pass needs of a block."""
 
     norm: Tensor
-    in_proj: PackedLinear | TransposedLinear
-    out_proj: PackedLinear | TransposedLinear
+    in_proj: PrepackedLinear | TransposedLinear
+    out_proj: PrepackedLinear | TransposedLinear
     rope: bool
     head_norms: tuple[LayerNorm, LayerNorm] | None
     """Of queries and of keys (QK-Norm)."""
@@ -73,15 +73,15 @@ def _layer_of(block: nn.Module) -> _Layer | None:
     """A block as a packed model has it; None where it has experts or matrices that are not packed."""
     if type(block) is not Block:
         return None
-    layouts = (PackedLinear, TransposedLinear)
+    layouts = (PrepackedLinear, TransposedLinear)
     if not isinstance(block.in_proj, layouts) or not isinstance(block.out_proj, layouts):
         return None
     head_norms = (block.q_norm, block.k_norm) if block.spec.qk_norm else None
     return _Layer(block.norm.weight, block.in_proj, block.out_proj, block.spec.rope, head_norms)
 
 
-class PackedForward:
-    """What `Decoder.forward` does with a reading, in inference mode alone. `packed_forward_of` makes it."""
+class PrepackedDecoder:
+    """What `Decoder.forward` does with a reading, in inference mode alone. `build_prepacked_decoder` makes it."""
 
     def __init__(self, model: Decoder, layers: Sequence[_Layer]) -> None:
         config = model.config
@@ -120,8 +120,8 @@ class PackedForward:
         return torch.layer_norm(x, shape, self._norm, None, config.norm_eps)
 
 
-def packed_forward_of(model: Decoder) -> PackedForward | None:
+def build_prepacked_decoder(model: Decoder) -> PrepackedDecoder | None:
     """For a packed dense model (`koine.generate.cpu.prepacked_linear`); None for others, which `Decoder.forward` reads."""
     layers = [_layer_of(block) for block in model.blocks]
     whole = [layer for layer in layers if layer is not None]
-    return PackedForward(model, whole) if len(whole) == len(layers) else None
+    return PrepackedDecoder(model, whole) if len(whole) == len(layers) else None

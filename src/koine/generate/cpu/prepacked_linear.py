@@ -18,7 +18,7 @@ from koine.model.block import Block
 from koine.model.decoder import Decoder
 
 
-class PackedLinear(nn.Module):
+class PrepackedLinear(nn.Module):
     """`x @ weight.T` with a packed weight `[out, in]`."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -64,12 +64,12 @@ class TransposedLinear(nn.Module):
         out.addmm_(x, self._transposed)
 
 
-def best_layout(dtype: torch.dtype) -> type[PackedLinear] | type[TransposedLinear]:
+def best_layout(dtype: torch.dtype) -> type[PrepackedLinear] | type[TransposedLinear]:
     """Which of the two is faster on this processor; the same at every call, so that a machine's results stay the same."""
-    return TransposedLinear if is_intel() and dtype == torch.float32 else PackedLinear
+    return TransposedLinear if is_intel() and dtype == torch.float32 else PrepackedLinear
 
 
-def can_pack(model: Decoder) -> bool:
+def can_prepack(model: Decoder) -> bool:
     """Whether this build of torch packs weights of the model's precision on its device."""
     weight = model.embedding.weight
     if weight.device.type != "cpu":
@@ -85,12 +85,12 @@ def can_pack(model: Decoder) -> bool:
     return weight.dtype == torch.float32
 
 
-def pack(model: Decoder) -> Decoder:
+def prepack(model: Decoder) -> Decoder:
     """Replace the matrices of `model` by packed ones, in place, one at a time; unchanged where they cannot be packed.
 
     The embedding stays as it is for looking up, so a tied one is held twice. Returns the model.
     """
-    if can_pack(model):
+    if can_prepack(model):
         layout = best_layout(model.embedding.weight.dtype)
         for block in model.blocks:
             assert isinstance(block, Block)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.extras import import_extra
-from koine.generate.grammar.enforceable import enforceable
 from koine.generate.grammar.schema import schema_text
+from koine.generate.grammar.supported_schema import to_supported_schema
 from koine.generate.grammar.unique_keys import UniqueKeys
 from koine.tokenizer import Tokenizer
 from koine.tokenizer.token_bytes import exact_ids
@@ -53,13 +53,13 @@ class Grammar:
         Raises `UserError` for a schema that is malformed, that nothing satisfies, or that cannot be enforced
         to the letter token by token; for a tokenizer that is not byte-level; and without the extra `grammar`.
         """
-        held, free_keys = enforceable(schema)
+        held, free_keys = to_supported_schema(schema)
         text = schema_text(held)
         return cls._compile(
             lambda library: library.LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT),
             tokenizer,
             kind="the JSON schema",
-            keys=UniqueKeys.over(tokenizer) if free_keys else None,
+            keys=UniqueKeys.for_tokenizer(tokenizer) if free_keys else None,
         )
 
     @classmethod
@@ -115,7 +115,7 @@ class Grammar:
 
     def start(self) -> GrammarState:
         """The state of a new answer."""
-        keys = None if self._keys is None else self._keys.fresh()
+        keys = None if self._keys is None else self._keys.copy_empty()
         return GrammarState(self._matcher.deep_copy(), self.vocab_size, self.end_ids, keys)
 
 
@@ -151,7 +151,7 @@ class GrammarState:
         self._allowed = torch.from_numpy(bits.view(np.bool_))
         if self._keys is None:
             return self._allowed
-        return self._keys.without_repeated(self._allowed, self._matcher)
+        return self._keys.mask_repeated(self._allowed, self._matcher)
 
     def advance(self, token_id: int) -> None:
         """Take `token_id`, which the mask must allow (`ValueError` otherwise; the state is of no use

@@ -76,7 +76,7 @@ def portable_pattern(pattern: str, place: str) -> str:
     return "".join(parts)
 
 
-def not_among(names: list[str]) -> str:
+def pattern_excluding(names: list[str]) -> str:
     """A pattern of all texts that are none of `names`."""
     tree: dict[str, Any] = {}
     for name in names:

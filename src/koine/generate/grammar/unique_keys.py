@@ -30,11 +30,11 @@ class UniqueKeys:
         self._state = _State()
 
     @classmethod
-    def over(cls, tokenizer: Tokenizer) -> UniqueKeys:
+    def for_tokenizer(cls, tokenizer: Tokenizer) -> UniqueKeys:
         """The beginning of a document in the tokens of `tokenizer`."""
         return cls(_tokens_of(tokenizer))
 
-    def fresh(self) -> UniqueKeys:
+    def copy_empty(self) -> UniqueKeys:
         """The beginning of another document."""
         return UniqueKeys(self._tokens)
 
@@ -42,7 +42,7 @@ class UniqueKeys:
         """Take a token."""
         self._state.follow(self._tokens.texts[token_id])
 
-    def without_repeated(self, allowed: Tensor, matcher: Any) -> Tensor:
+    def mask_repeated(self, allowed: Tensor, matcher: Any) -> Tensor:
         """`allowed` ([vocab] bool) without the ids that end a key which its object holds already, or must come to one.
 
         matcher: the `llguidance.LLMatcher` at this place; it is copied, not changed.

@@ -18,19 +18,19 @@ import httpx2
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.generate.engine import Completion
 from koine.generate.messages import Message
+from koine.generate.remote.batch_state import BatchState, Charge, StoppedError
 from koine.generate.remote.budget import Budget, Ledger, Spending
-from koine.generate.remote.event_loop import run_to_end
+from koine.generate.remote.event_loop import run_coroutine
 from koine.generate.remote.protocol import LengthField
-from koine.generate.remote.rate_limit import RateLimiter, RateLimits, SteadyClock
-from koine.generate.remote.redaction import Mask, masked_logs, proxy_passwords
+from koine.generate.remote.rate_limit import MonotonicClock, RateLimiter, RateLimits
+from koine.generate.remote.redaction import Redactor, proxy_passwords, redact_logs
 from koine.generate.remote.requests import Call, CallEstimate, build_calls, missing_calls
 from koine.generate.remote.response_body import ENCODINGS, BodyError
-from koine.generate.remote.response_cache import AnswerCache
-from koine.generate.remote.responses import MalformedError, error_text, read_answer, read_usage
-from koine.generate.remote.retry import MAY_CHARGE, RetryPolicy, asked_wait, is_transient
-from koine.generate.remote.sending import NEVER_SENT, Received, described, open_client, send
-from koine.generate.remote.shared_state import Charge, Run, StoppedError
-from koine.generate.remote.url import checked_address, key_in_environment, without_credentials
+from koine.generate.remote.response_cache import ResponseCache
+from koine.generate.remote.responses import MalformedError, error_text, parse_response, parse_usage
+from koine.generate.remote.retry import MAY_CHARGE, RetryPolicy, is_transient, parse_retry_after
+from koine.generate.remote.transport import NEVER_SENT, RawResponse, described, open_client, send
+from koine.generate.remote.url import check_url, read_api_key, without_credentials
 from koine.generate.sampling import Sampling
 
 REASON_CHARACTERS = 60
@@ -89,13 +89,13 @@ class RemoteEngine:
         clock, sleep: where time comes from.
         Raises `UserError` for an option out of range, a variable that is not set, or a damaged ledger.
         """
-        self._url = checked_address(base_url) + "/chat/completions"
+        self._url = check_url(base_url) + "/chat/completions"
         _check_options(model, concurrency, timeout, length_field)
         self.model = model
         self._key_variable = api_key_variable
-        key = None if api_key_variable is None else key_in_environment(api_key_variable)
-        self._mask = Mask([secret for secret in (key, *proxy_passwords()) if secret])
-        if self._mask.stands_in(f"{self._url} {model}".encode("utf-8", "replace")):
+        key = None if api_key_variable is None else read_api_key(api_key_variable)
+        self._mask = Redactor([secret for secret in (key, *proxy_passwords()) if secret])
+        if self._mask.occurs_in(f"{self._url} {model}".encode("utf-8", "replace")):
             raise UserError(
                 "the address or the model's name holds the key", hint=f"leave it to {api_key_variable} alone"
             )
@@ -111,9 +111,9 @@ class RemoteEngine:
         self._log_probabilities = log_probabilities
         self._length_field: LengthField = length_field
         self._sleep = sleep
-        self._clock = SteadyClock(clock)
+        self._clock = MonotonicClock(clock)
         self._limiter = RateLimiter(limits or RateLimits(), self._clock)
-        self._cache = None if cache is None else AnswerCache(Path(cache))
+        self._cache = None if cache is None else ResponseCache(Path(cache))
         self._ledger = None if budget is None else Ledger(budget, None if cache is None else Path(cache))
         # Answers that were paid for and that the disk did not take.
         self._unsaved: dict[str, tuple[Call, Completion]] = {}
@@ -151,7 +151,7 @@ class RemoteEngine:
         known = self._cached(calls)
         missing = missing_calls(calls, known)
         if missing:
-            run_to_end(self._answer_all(missing, known))
+            run_coroutine(self._complete_all(missing, known))
         return [known[call.key] for call in calls]
 
     def _calls(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Call]:
@@ -165,7 +165,7 @@ class RemoteEngine:
             budget=None if self._ledger is None else self._ledger.budget,
         )
         for call in calls:
-            if self._mask.stands_in(call.content):
+            if self._mask.occurs_in(call.content):
                 raise UserError(
                     f"{call.name} holds the key, which the cache would keep",
                     hint="take it out of the messages",
@@ -183,11 +183,11 @@ class RemoteEngine:
 
     # --- asking ---
 
-    async def _answer_all(self, calls: Sequence[Call], known: dict[str, Completion]) -> None:
+    async def _complete_all(self, calls: Sequence[Call], known: dict[str, Completion]) -> None:
         """Put the answer to each call into `known`, `concurrency` at a time."""
-        run = Run()
+        run = BatchState()
         waiting = iter(calls)
-        with masked_logs(self._mask):
+        with redact_logs(self._mask):
             opened = open_client(
                 self._headers, timeout=self._timeout, concurrency=self._concurrency, mask=self._mask
             )
@@ -196,11 +196,11 @@ class RemoteEngine:
                 await asyncio.gather(*(self._work(client, waiting, known, run) for _ in range(workers)))
         for note, count in run.notes.items():
             warnings.warn(f"{count} answers of {self._url} {note}", KoineWarning, stacklevel=2)
-        self._tell_unsaved(run, missing=sum(call.key not in known for call in calls))
+        self._report_unsaved(run, missing=sum(call.key not in known for call in calls))
         if run.failures:
             raise min(run.failures, key=lambda failure: failure[0])[1]
 
-    def _tell_unsaved(self, run: Run, *, missing: int) -> None:
+    def _report_unsaved(self, run: BatchState, *, missing: int) -> None:
         """Say which answers the disk did not take: an error where others are missing, too, else a warning."""
         if run.disk is None:
             return
@@ -217,12 +217,16 @@ class RemoteEngine:
         warnings.warn(f"{run.disk.where}: {what}{lost}", KoineWarning, stacklevel=3)
 
     async def _work(
-        self, client: httpx2.AsyncClient, waiting: Iterator[Call], known: dict[str, Completion], run: Run
+        self,
+        client: httpx2.AsyncClient,
+        waiting: Iterator[Call],
+        known: dict[str, Completion],
+        run: BatchState,
     ) -> None:
         """Take calls from `waiting` until none is left or one has failed."""
         for call in waiting:
             try:
-                known[call.key] = await self._claim_and_ask(client, call, run)
+                known[call.key] = await self._complete_once(client, call, run)
             except StoppedError:
                 return
             except UserError as error:
@@ -232,20 +236,22 @@ class RemoteEngine:
             if run.stopped.is_set():
                 return
 
-    async def _claim_and_ask(self, client: httpx2.AsyncClient, call: Call, run: Run) -> Completion:
+    async def _complete_once(self, client: httpx2.AsyncClient, call: Call, run: BatchState) -> Completion:
         """The answer to one call; where another process asks for the same one, its answer is waited for."""
         if self._cache is None:
-            return await self._ask(client, call, run)
-        claim = self._cache.claim(call.key)
-        while not claim.acquire():
-            await run.first(asyncio.sleep(CLAIM_SECONDS))
+            return await self._complete_with_retries(client, call, run)
+        lock = self._cache.lock(call.key)
+        while not lock.acquire():
+            await run.wait_or_stop(asyncio.sleep(CLAIM_SECONDS))
         try:
             answered = self._cache.get(call.key, warn=False)
-            return await self._ask(client, call, run) if answered is None else answered
+            return await self._complete_with_retries(client, call, run) if answered is None else answered
         finally:
-            claim.release()
+            lock.release()
 
-    async def _ask(self, client: httpx2.AsyncClient, call: Call, run: Run) -> Completion:
+    async def _complete_with_retries(
+        self, client: httpx2.AsyncClient, call: Call, run: BatchState
+    ) -> Completion:
         """The answer to one call, after as many attempts as the policy allows; in the cache when this returns."""
         attempt = 0
         malformed: set[str] = set()
@@ -274,13 +280,15 @@ class RemoteEngine:
                 )
             await self._pause(wait, run)
 
-    async def _attempt(self, client: httpx2.AsyncClient, call: Call, run: Run) -> Completion | _Failure:
+    async def _attempt(
+        self, client: httpx2.AsyncClient, call: Call, run: BatchState
+    ) -> Completion | _Failure:
         """Send a call once: the completion, or what went wrong that may pass.
 
         Money stays unsettled in the ledger exactly where the endpoint may have charged for an answer that
         never came.
         """
-        await run.afford(call, self._ledger, self._url)
+        await run.reserve_cost(call, self._ledger, self._url)
         charged: Charge = "nothing"
         slot = self._limiter.reserve(call.prompt_tokens + call.completion_tokens)
         try:
@@ -301,7 +309,7 @@ class RemoteEngine:
             except httpx2.RequestError as error:
                 return _Failure(problem=self._mask.line(described(error)))
             # Whatever else is wrong with the answer, its tokens were paid for.
-            usage = read_usage(received.content)
+            usage = parse_usage(received.content)
             if not 200 <= received.status < 300:
                 charged = usage or ("unknown" if received.status in MAY_CHARGE else "nothing")
                 return self._refused(call, received)
@@ -318,13 +326,13 @@ class RemoteEngine:
             if charged != "unknown":
                 self._limiter.settle(slot, 0 if charged == "nothing" else sum(charged))
 
-    def _refused(self, call: Call, received: Received) -> _Failure:
+    def _refused(self, call: Call, received: RawResponse) -> _Failure:
         """A response with an error status: what it says, where it may pass. Raises `UserError` where it will not."""
         status = received.status
         said = self._mask.line(error_text(received.content, received.charset))
         problem = f"HTTP {status}" + (f": {said}" if said else "")
         if is_transient(status):
-            asked = asked_wait(received.headers.get("Retry-After"), now=datetime.now(UTC))
+            asked = parse_retry_after(received.headers.get("Retry-After"), now=datetime.now(UTC))
             if status == 429 and asked is not None and asked <= self._retries.longest_wait:
                 self._limiter.hold(asked)
             return _Failure(problem=problem, asked=asked)
@@ -359,9 +367,11 @@ class RemoteEngine:
             raise UserError(f"{call.name}: {problem}", where=self._url)
         return _Failure(problem=problem, kind=None if error.passing else error.kind)
 
-    def _completed(self, call: Call, received: Received, run: Run) -> Completion:
+    def _completed(self, call: Call, received: RawResponse, run: BatchState) -> Completion:
         """The completion in a response, put into the cache. Raises `MalformedError`, and `UserError` for a strange end."""
-        answer = read_answer(received.content, most_tokens=call.completion_tokens, charset=received.charset)
+        answer = parse_response(
+            received.content, most_tokens=call.completion_tokens, charset=received.charset
+        )
         reason = self._mask.line(answer.reason, REASON_CHARACTERS)
         if answer.finish is None:
             raise UserError(
@@ -394,9 +404,9 @@ class RemoteEngine:
                 run.stopped.set()
         return completion
 
-    async def _pause(self, seconds: float, run: Run) -> None:
+    async def _pause(self, seconds: float, run: BatchState) -> None:
         if seconds > 0:
-            await run.first(self._sleep(seconds))
+            await run.wait_or_stop(self._sleep(seconds))
 
 
 def _check_options(model: str, concurrency: int, timeout: float, length_field: str) -> None:

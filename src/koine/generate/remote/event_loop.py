@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     """The coroutine's result, from an event loop in a thread of its own.
 
     Ctrl-C while this waits cancels the coroutine, lets it clean up, and is raised here.

@@ -16,7 +16,7 @@ LengthField = Literal["max_tokens", "max_completion_tokens"]
 # Sent only where they differ from "changes nothing": the first is OpenAI's, the others are understood by the servers
 # of open models (vLLM, SGLang, llama.cpp) and refused by name elsewhere.
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-UNDERSTOOD = {"temperature", "seed", "max_new_tokens", "stop", "json_schema", *NEUTRAL}
+SUPPORTED = {"temperature", "seed", "max_new_tokens", "stop", "json_schema", *NEUTRAL}
 
 # The tokens that a chat template puts around a message and around the whole conversation are not known here.
 TOKENS_AROUND_MESSAGE = 16
@@ -24,9 +24,9 @@ TOKENS_AROUND_CONVERSATION = 64
 
 # An answer's JSON: what stands around the text, and a token with its log-probability, its bytes and its
 # thoughts.
-BYTES_AROUND_ANSWER = 4 << 20
-BYTES_OF_TOKEN = 2 << 10
-MOST_BYTES = 256 << 20
+BYTES_AROUND_RESPONSE = 4 << 20
+BYTES_PER_TOKEN = 2 << 10
+MAX_BYTES = 256 << 20
 
 
 def request_body(
@@ -43,7 +43,7 @@ def request_body(
     Raises `UserError` for a setting of `sampling` that has no counterpart here and is not at its default.
     """
     for entry in dataclasses.fields(sampling):
-        if entry.name not in UNDERSTOOD and getattr(sampling, entry.name) != entry.default:
+        if entry.name not in SUPPORTED and getattr(sampling, entry.name) != entry.default:
             raise UserError(
                 f"the setting {entry.name.replace('_', '-')} cannot be sent to an endpoint", hint="leave it out"
             )  # fmt: skip
@@ -68,7 +68,7 @@ def request_body(
     return body
 
 
-def most_prompt_tokens(body: dict[str, Any]) -> int:
+def max_prompt_tokens(body: dict[str, Any]) -> int:
     """No tokenizer that falls back to bytes makes more tokens of a request than this.
 
     One for each byte of the messages (and of the schema, which some endpoints write into the prompt), and a margin for
@@ -81,6 +81,6 @@ def most_prompt_tokens(body: dict[str, Any]) -> int:
     return sum(len(text.encode("utf-8")) for text in texts) + around
 
 
-def most_answer_bytes(completion_tokens: int) -> int:
+def max_response_bytes(completion_tokens: int) -> int:
     """No answer of so many tokens is longer than this; a body that is longer is not read to its end."""
-    return min(MOST_BYTES, BYTES_AROUND_ANSWER + BYTES_OF_TOKEN * completion_tokens)
+    return min(MAX_BYTES, BYTES_AROUND_RESPONSE + BYTES_PER_TOKEN * completion_tokens)

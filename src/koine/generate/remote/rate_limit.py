@@ -34,7 +34,7 @@ class Slot:
     tokens: int
 
 
-class SteadyClock:
+class MonotonicClock:
     """A clock that never goes back.
 
     Where the one below it does (a clock set by hand), it goes on from where it was.

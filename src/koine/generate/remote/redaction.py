@@ -46,7 +46,7 @@ _BASES = {"four": 16, "braced": 16, "hex": 16, "percent": 16, "entity_hex": 16, 
 _LOGGERS = ("httpx2", "httpcore2", "httpx2.client")
 
 
-class Mask:
+class Redactor:
     """Replaces secrets in texts of a server.
 
     A secret of fewer than four letters and digits is a placeholder that hides nothing ("x") and is left
@@ -99,7 +99,7 @@ class Mask:
         line = " ".join("".join(" " if _steers(letter) else letter for letter in masked).split())
         return line if len(line) <= characters else line[:characters] + "..."
 
-    def stands_in(self, content: bytes) -> bool:
+    def occurs_in(self, content: bytes) -> bool:
         """Return whether a secret stands in the content as it is, letter by letter."""
         return any(secret.encode("utf-8") in content for secret in self._secrets)
 
@@ -123,7 +123,7 @@ class Mask:
 
 
 @contextmanager
-def masked_logs(mask: Mask) -> Iterator[None]:
+def redact_logs(mask: Redactor) -> Iterator[None]:
     """Inside, what the HTTP library logs (status lines, headers) is masked."""
 
     class Masking(logging.Filter):

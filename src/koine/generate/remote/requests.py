@@ -12,7 +12,7 @@ from typing import Any
 from koine.errors import UserError
 from koine.generate.messages import Message
 from koine.generate.remote.budget import Budget
-from koine.generate.remote.protocol import LengthField, most_prompt_tokens, request_body
+from koine.generate.remote.protocol import LengthField, max_prompt_tokens, request_body
 from koine.generate.remote.response_cache import request_key
 from koine.generate.sampling import Sampling
 
@@ -102,7 +102,7 @@ def build_calls(
             same = request_key(request)
             occurrences[same] += 1
             request["draw"] = occurrences[same]
-        prompt_tokens = most_prompt_tokens(body)
+        prompt_tokens = max_prompt_tokens(body)
         calls.append(
             Call(
                 number=index + 1,

@@ -13,7 +13,7 @@ from typing import Any
 from koine.errors import KoineWarning, UserError
 from koine.files import disk_errors, write_json
 from koine.generate.engine import Completion
-from koine.generate.remote.claims import Claim
+from koine.generate.remote.request_lock import RequestLock
 
 VERSION = 1
 
@@ -26,7 +26,7 @@ def request_key(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(_schema_in_order(request))).hexdigest()
 
 
-class AnswerCache:
+class ResponseCache:
     """A folder with one file an answer: `answers/ab/abcd....json`, holding the request, the answer and its hash.
 
     Written atomically; several processes may share it. Nothing is ever removed: deleting files is safe.
@@ -34,7 +34,7 @@ class AnswerCache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "answers"
-        self._claims = folder / "claims"
+        self._locks = folder / "claims"
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -42,9 +42,9 @@ class AnswerCache:
         """Where the answer to the request of `key` lies."""
         return self._folder / key[:2] / f"{key}.json"
 
-    def claim(self, key: str) -> Claim:
+    def lock(self, key: str) -> RequestLock:
         """The right to ask for the answer to the request of `key`, not taken yet."""
-        return Claim(self._claims, key)
+        return RequestLock(self._locks, key)
 
     def get(self, key: str, *, warn: bool = True) -> Completion | None:
         """The answer, or None where there is none; a damaged one is warned about (`KoineWarning`) and counts

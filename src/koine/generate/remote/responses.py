@@ -57,7 +57,7 @@ class MalformedError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class ParsedResponse:
     """An answer as the endpoint gave it.
 
     log_probabilities: natural, of each token; empty where the endpoint gives none.
@@ -77,7 +77,7 @@ class Answer:
     lost_log_probabilities: bool = False
 
 
-def read_usage(content: bytes) -> tuple[int, int] | None:
+def parse_usage(content: bytes) -> tuple[int, int] | None:
     """Prompt and completion tokens that an answer reports, or None.
 
     Also of an answer that is otherwise malformed.
@@ -88,7 +88,7 @@ def read_usage(content: bytes) -> tuple[int, int] | None:
         return None
 
 
-def read_answer(content: bytes, *, most_tokens: int, charset: str | None = None) -> Answer:
+def parse_response(content: bytes, *, most_tokens: int, charset: str | None = None) -> ParsedResponse:
     """Read the body of a successful response. Raises `MalformedError`.
 
     most_tokens: the longest answer asked for; one of that length that gives no reason for its end was cut
@@ -113,7 +113,7 @@ def read_answer(content: bytes, *, most_tokens: int, charset: str | None = None)
         only_thought = thought and not text
         full = usage is not None and usage[1] >= most_tokens
         finish = "length" if full or only_thought else "stop"
-    return Answer(
+    return ParsedResponse(
         # A lone surrogate is no Unicode and could not be written to a file.
         text=text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
         log_probabilities=log_probabilities or (),

@@ -63,7 +63,7 @@ class RetryPolicy:
         return own if asked is None else asked + min(own, self.first_wait)
 
 
-def asked_wait(header: str | None, *, now: datetime) -> float | None:
+def parse_retry_after(header: str | None, *, now: datetime) -> float | None:
     """Seconds that a `Retry-After` header asks for: a number, or an HTTP date (RFC 9110, 10.2.3).
 
     None where there is none or it cannot be read; 0 for a date that is past.

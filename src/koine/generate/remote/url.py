@@ -10,7 +10,7 @@ from koine.errors import UserError
 FORM = "give http://... or https://..."
 
 
-def checked_address(base_url: str) -> str:
+def check_url(base_url: str) -> str:
     """`base_url` without a slash at its end. Raises `UserError` for no address, or one that holds a password.
 
     What may hold a password is not repeated in the message.
@@ -41,7 +41,7 @@ def without_credentials(address: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def key_in_environment(variable: str) -> str:
+def read_api_key(variable: str) -> str:
     """The key in an environment variable. Raises `UserError`, which never holds the key."""
     if not isinstance(variable, str) or not variable.isidentifier() or _looks_like_key(variable):
         # Perhaps the key itself: it is not repeated.

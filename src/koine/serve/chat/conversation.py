@@ -25,13 +25,13 @@ class Conversation:
         """Forget the turns; the system text stays."""
         self.turns.clear()
 
-    def ask(self, question: str) -> None:
+    def add_user(self, question: str) -> None:
         self.turns.append({"role": "user", "content": question})
 
-    def answer(self, text: str) -> None:
+    def add_assistant(self, text: str) -> None:
         self.turns.append({"role": "assistant", "content": text})
 
-    def withdraw(self) -> None:
+    def drop_unanswered(self) -> None:
         """Take back a question that got no answer."""
         if self.turns and self.turns[-1]["role"] == "user":
             self.turns.pop()
@@ -46,7 +46,9 @@ class Conversation:
         del self.turns[:count]
         return count
 
-    def fit(self, encode: Callable[[Sequence[Message]], list[int]], *, context: int, reserve: int) -> Fitted:
+    def fit(
+        self, encode: Callable[[Sequence[Message]], list[int]], *, context: int, reserve: int
+    ) -> FittedPrompt:
         """Drop the oldest turns until the prompt leaves `reserve` of `context` tokens for the answer.
 
         encode: the prompt's ids of a conversation, the marker before the answer included.
@@ -68,11 +70,11 @@ class Conversation:
                 f"the question is {len(prompt)} tokens long and the model's context holds {context}",
                 hint="ask a shorter one" + (", or shorten the system text" if self.system else ""),
             )
-        return Fitted(prompt=prompt, max_new_tokens=min(reserve, room), dropped=dropped)
+        return FittedPrompt(prompt=prompt, max_new_tokens=min(reserve, room), dropped=dropped)
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedPrompt:
     """A prompt that fits: its ids, the longest answer that still fits, and how many turns were dropped for it."""
 
     prompt: list[int]

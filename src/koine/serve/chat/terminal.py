@@ -135,13 +135,13 @@ class Chat:
 
     def answer(self, question: str) -> None:
         """Ask, stream the answer as it comes, and say how fast it was; what Ctrl-C leaves of it stays in the history."""
-        self.conversation.ask(question)
+        self.conversation.add_user(question)
         try:
             fitted = self.conversation.fit(
                 self.engine.encode, context=self.engine.context, reserve=self.sampling.max_new_tokens
             )
         except UserError:
-            self.conversation.withdraw()
+            self.conversation.drop_unanswered()
             raise
         if fitted.dropped:
             turns = f"{fitted.dropped} oldest turn{'' if fitted.dropped == 1 else 's'}"
@@ -151,7 +151,7 @@ class Chat:
         sampling = replace(self.sampling, max_new_tokens=fitted.max_new_tokens)
         text, stopped, ended, rate = self.stream(fitted.prompt, sampling)
         self.write("\n")
-        self.conversation.answer(text)
+        self.conversation.add_assistant(text)
         notes = [rate.described()] if rate.tokens else ["no token"]
         if stopped:
             notes.append("stopped")
@@ -220,7 +220,7 @@ def run_interactive(chat: Chat) -> None:
         except UserError as error:
             chat.remark(f"({error})")
         except KeyboardInterrupt:
-            chat.conversation.withdraw()
+            chat.conversation.drop_unanswered()
             chat.write("\n")
             chat.remark("(stopped)")
 

@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from koine.errors import UserError, did_you_mean
-from koine.generate.grammar.patterns import not_among, portable_pattern
+from koine.generate.grammar.patterns import pattern_excluding, portable_pattern
 from koine.generate.grammar.schema import schema_text
 
-MOST = 2**53
+MAX_EXACT = 2**53
 """Above this, neighbouring integers are one and the same to the library."""
 
-MOST_LENGTH = 2**31 - 1
-MOST_MULTIPLE = 100_000
+MAX_LENGTH = 2**31 - 1
+MAX_MULTIPLE = 100_000
 """The grammar of the multiples of n has n states; this many take seconds."""
 
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
@@ -35,8 +35,8 @@ _TIME = (
     "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:[.][0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
 # Said as patterns: the library knows no leap years, and takes a leap second at any minute.
-PATTERNS = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}T{_TIME}$"}
-HELD = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+FORMAT_PATTERNS = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}T{_TIME}$"}
+SUPPORTED_FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 """Formats that the library holds to the letter."""
 
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -47,7 +47,7 @@ _MAPS = ("properties", "patternProperties")
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
-def enforceable(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def to_supported_schema(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The schema as the library enforces it, and whether a document may hold keys that the schema does not
     name.
 
@@ -55,9 +55,9 @@ def enforceable(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """
     root: dict[str, Any] = json.loads(schema_text(schema))
     try:
-        reader = _Reader(root)
+        reader = _SchemaRewriter(root)
         reader.read(root, "#")
-        if not reader.ends(root, frozenset()):
+        if not reader.can_end(root, frozenset()):
             _refuse(
                 "#",
                 "no document of it ever ends: it must hold itself",
@@ -70,7 +70,7 @@ def enforceable(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return root, reader.free_keys
 
 
-class _Reader:
+class _SchemaRewriter:
     """Reads every schema that can be reached from the root, once, and changes it in place."""
 
     def __init__(self, root: dict[str, Any]) -> None:
@@ -113,8 +113,8 @@ class _Reader:
             _check_number(schema.get(name), f"{place}/{name}")
         for name in _LENGTHS:
             value = schema.get(name)
-            if isinstance(value, int) and value > MOST_LENGTH:
-                _refuse(f"{place}/{name}", f"{_shown(value)} is too large", f"give at most {MOST_LENGTH}")
+            if isinstance(value, int) and value > MAX_LENGTH:
+                _refuse(f"{place}/{name}", f"{_shown(value)} is too large", f"give at most {MAX_LENGTH}")
         for name in ("const", "enum"):
             _check_numbers_in(schema.get(name), f"{place}/{name}")
         if "multipleOf" in schema:
@@ -138,20 +138,20 @@ class _Reader:
         kinds = schema.get("type", "string")
         if not isinstance(name, str) or "string" not in ([kinds] if isinstance(kinds, str) else _list(kinds)):
             return
-        if name in PATTERNS:
+        if name in FORMAT_PATTERNS:
             del schema["format"]
             if "pattern" in schema:
-                schema["allOf"] = [*_list(schema.get("allOf")), {"pattern": PATTERNS[name]}]
+                schema["allOf"] = [*_list(schema.get("allOf")), {"pattern": FORMAT_PATTERNS[name]}]
             else:
-                schema["pattern"] = PATTERNS[name]
+                schema["pattern"] = FORMAT_PATTERNS[name]
         elif name == "time":
             _refuse(
                 f"{place}/format",
                 "validators disagree whether a time has an offset",
                 'give a pattern such as "^([01][0-9]|2[0-3]):[0-5][0-9]$"',
             )
-        elif name not in HELD:
-            known = [*HELD, *PATTERNS]
+        elif name not in SUPPORTED_FORMATS:
+            known = [*SUPPORTED_FORMATS, *FORMAT_PATTERNS]
             _refuse(f"{place}/format", f"Unknown format: {name:.40}", did_you_mean(name, known))
         elif name == "hostname":
             schema["allOf"] = [*_list(schema.get("allOf")), {"maxLength": 253}]
@@ -174,7 +174,7 @@ class _Reader:
                 "declare the keys, and require them",
             )
         if names and not patterns and others is not False and not self.merges:
-            schema["patternProperties"] = {not_among(list(names)): others}
+            schema["patternProperties"] = {pattern_excluding(list(names)): others}
             schema["additionalProperties"] = False
         elif patterns and "additionalProperties" not in schema and not self.merges:
             schema["additionalProperties"] = False
@@ -205,7 +205,7 @@ class _Reader:
                 return None
         return found
 
-    def ends(self, schema: Any, above: frozenset[int]) -> bool:
+    def can_end(self, schema: Any, above: frozenset[int]) -> bool:
         """Return whether a document of `schema` can come to its end.
 
         above: schemas that must hold this one.
@@ -216,19 +216,19 @@ class _Reader:
         if id(schema) in above:
             return False
         above = above | {id(schema)}
-        if "$ref" in schema and not self.ends(self._target(str(schema["$ref"]), "#"), above):
+        if "$ref" in schema and not self.can_end(self._target(str(schema["$ref"]), "#"), above):
             return False
-        if not all(self.ends(inner, above) for inner in _list(schema.get("allOf"))):
+        if not all(self.can_end(inner, above) for inner in _list(schema.get("allOf"))):
             return False
         for name in ("anyOf", "oneOf"):
             ways = _list(schema.get(name))
-            if ways and not any(self.ends(inner, above) for inner in ways):
+            if ways and not any(self.can_end(inner, above) for inner in ways):
                 return False
         kinds = schema.get("type")
         if kinds == "object":
             names = _map(schema.get("properties"))
             if not all(
-                self.ends(names.get(key), above)
+                self.can_end(names.get(key), above)
                 for key in _list(schema.get("required"))
                 if isinstance(key, str)
             ):
@@ -237,7 +237,7 @@ class _Reader:
         if kinds == "array" and isinstance(least, int) and least > 0:
             first = _list(schema.get("prefixItems"))
             needed = [*first[:least], *([schema.get("items")] if least > len(first) else [])]
-            return all(self.ends(inner, above) for inner in needed)
+            return all(self.can_end(inner, above) for inner in needed)
         return True
 
 
@@ -258,7 +258,7 @@ def _is_loose(schema: Any) -> bool:
 
 
 def _check_number(value: Any, place: str) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > MOST:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > MAX_EXACT:
         _refuse(
             place,
             f"{_shown(value)} is beyond 2^53, where the grammar would round it",
@@ -275,9 +275,9 @@ def _check_numbers_in(value: Any, place: str) -> None:
 def _check_multiple(value: Any, place: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if not 0 < value <= MOST_MULTIPLE:
+    if not 0 < value <= MAX_MULTIPLE:
         _refuse(
-            place, f"{_shown(value)} is out of range", f"give a number above 0 and at most {MOST_MULTIPLE}"
+            place, f"{_shown(value)} is out of range", f"give a number above 0 and at most {MAX_MULTIPLE}"
         )
     if Decimal(repr(value)) != Decimal(value):
         _refuse(

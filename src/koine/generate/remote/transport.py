@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import httpx2
 
 from koine.errors import UserError
-from koine.generate.remote.protocol import most_answer_bytes
-from koine.generate.remote.redaction import Mask
+from koine.generate.remote.protocol import max_response_bytes
+from koine.generate.remote.redaction import Redactor
 from koine.generate.remote.requests import Call
 from koine.generate.remote.response_body import read_beginning, read_body
 
@@ -22,7 +22,7 @@ REFUSAL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Received:
+class RawResponse:
     """A response; its body as far as it is read."""
 
     status: int
@@ -32,7 +32,7 @@ class Received:
 
 
 def open_client(
-    headers: httpx2.Headers, *, timeout: float, concurrency: int, mask: Mask
+    headers: httpx2.Headers, *, timeout: float, concurrency: int, mask: Redactor
 ) -> httpx2.AsyncClient:
     """Open a client; nothing is sent yet.
 
@@ -52,17 +52,17 @@ def open_client(
         ) from None
 
 
-async def send(client: httpx2.AsyncClient, url: str, call: Call) -> Received:
+async def send(client: httpx2.AsyncClient, url: str, call: Call) -> RawResponse:
     """Send a call once.
 
     Raises `BodyError` for a body that is too long, and what the library raises.
     """
     async with client.stream("POST", url, content=call.content) as response:
         if response.is_success:
-            content = await read_body(response, most_answer_bytes(call.completion_tokens))
+            content = await read_body(response, max_response_bytes(call.completion_tokens))
         else:
             content = await read_beginning(response, REFUSAL_BYTES)
-        return Received(
+        return RawResponse(
             status=response.status_code,
             headers=response.headers,
             content=content,

@@ -21,7 +21,7 @@ class StoppedError(Exception):
 
 
 @dataclass
-class Run:
+class BatchState:
     """State of the calls of one `generate`, all inside one event loop.
 
     settled: set whenever a call no longer holds money back.
@@ -32,12 +32,12 @@ class Run:
 
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
-    holding_money: int = 0
+    reserved_calls: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[int, UserError]] = field(default_factory=list)
     disk: UserError | None = None
 
-    async def afford(self, call: Call, ledger: Ledger | None, url: str) -> None:
+    async def reserve_cost(self, call: Call, ledger: Ledger | None, url: str) -> None:
         """Hold the call's worst case back.
 
         Where that would pass the ceiling, calls under way are waited for: they may cost less.
@@ -49,7 +49,7 @@ class Run:
         if ledger is None:
             return
         while not ledger.reserve(call.cost):
-            if self.holding_money == 0:
+            if self.reserved_calls == 0:
                 now = ledger.spending()
                 raise UserError(
                     f"{call.name}: it may cost {call.cost:f}, and with {now.at_most:f} spent that would pass the ceiling "
@@ -58,8 +58,8 @@ class Run:
                     hint="raise the ceiling, shorten the answers, or ask less",
                 )
             self.settled.clear()
-            await self.first(self.settled.wait())
-        self.holding_money += 1
+            await self.wait_or_stop(self.settled.wait())
+        self.reserved_calls += 1
 
     def settle(self, call: Call, charged: Charge, ledger: Ledger | None) -> None:
         """Enter in the ledger what the call has cost, and wake those that wait for money."""
@@ -74,10 +74,10 @@ class Run:
             # The call stays in the ledger at its worst; its answer is not thrown away for it.
             self.disk = error
             self.stopped.set()
-        self.holding_money -= 1
+        self.reserved_calls -= 1
         self.settled.set()
 
-    async def first(self, waited: Awaitable[Any]) -> None:
+    async def wait_or_stop(self, waited: Awaitable[Any]) -> None:
         """Wait for `waited`, but no longer than the run goes on (`StoppedError`)."""
         tasks = [asyncio.ensure_future(waited), asyncio.ensure_future(self.stopped.wait())]
         try:

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from koine.files import disk_errors
 
 
-class Claim:
+class RequestLock:
     """The right to ask for one answer.
 
     The operating system gives it back when its holder dies, however it dies.

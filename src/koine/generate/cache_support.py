@@ -12,10 +12,10 @@ from torch import Tensor
 
 from koine.model.head import accepted, probe_tokens, read_logits
 
-Continuing = Literal["chunks", "tokens", "none"]
+CacheSupport = Literal["chunks", "tokens", "none"]
 """After a cache: any number of tokens, one token, or none (each token reads the whole text)."""
 
-CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits, of the largest logit, that rounding explains."""
 
 
@@ -27,7 +27,7 @@ def cache_name(inner: Any) -> str | None:
     return next((name for name in ("past_key_values", "cache_params") if name in names), None)
 
 
-def continuing(inner: Any) -> Continuing:
+def probe_cache_support(inner: Any) -> CacheSupport:
     """Find out how a model may go on from its cache, by comparing with one forward pass."""
     name = cache_name(inner)
     if name is None or probe_tokens(inner).shape[1] < 6:
@@ -36,7 +36,7 @@ def continuing(inner: Any) -> Continuing:
     ids = probe_tokens(inner)[:1].to(device)
     whole = read_logits(inner, {"input_ids": ids, "use_cache": False})[0]
     time = int(ids.shape[1])
-    tried: list[tuple[Continuing, list[int]]] = [("chunks", [time // 2, time - 2]), ("tokens", [time - 2])]
+    tried: list[tuple[CacheSupport, list[int]]] = [("chunks", [time // 2, time - 2]), ("tokens", [time - 2])]
     for kind, cuts in tried:
         ends = [*cuts, time - 1, time]
         if _agrees(inner, name, ids, whole, ends):
@@ -50,7 +50,7 @@ def _agrees(inner: Any, name: str, ids: Tensor, whole: Tensor, ends: list[int]) 
     Each is read after the cache of those before. whole: `[time, vocab]`.
     """
     past, start = None, 0
-    allowed = CLOSE.get(whole.dtype, 5e-2) * max(1e-6, float(whole.abs().max()))
+    allowed = TOLERANCE.get(whole.dtype, 5e-2) * max(1e-6, float(whole.abs().max()))
     for end in ends:
         try:
             out = inner(input_ids=ids[:, start:end], use_cache=True, **{name: past})
