@@ -117,18 +117,19 @@ def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
         0,
         45,
     ]
-    turn = scheduler.submit(first.text + prompt_of(5, 9), Sampling(max_new_tokens=6, temperature=0))
+    turn = scheduler.submit(first.all_tokens + prompt_of(5, 9), Sampling(max_new_tokens=6, temperature=0))
     scheduler.run()
-    assert turn.cached_tokens == len(first.text) - 1
+    assert turn.cached_tokens == len(first.all_tokens) - 1
     for request in (first, second, third, turn):
         assert request.tokens == alone(model, request.prompt, request.sampling)
     # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
     twins = [
-        scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9, temperature=0)) for token in (7, 8)
+        scheduler.submit([*turn.all_tokens, token], Sampling(max_new_tokens=9, temperature=0))
+        for token in (7, 8)
     ]
     scheduler.run()
     # That the second has one token more in common with the first is not worth a stop.
-    assert [twin.cached_tokens for twin in twins] == [len(turn.text) - 1] * 2
+    assert [twin.cached_tokens for twin in twins] == [len(turn.all_tokens) - 1] * 2
     for twin in twins:
         assert twin.tokens == alone(model, twin.prompt, twin.sampling)
 
@@ -347,7 +348,7 @@ def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
     assert bound.tokens == odd.taken
     assert all(token % 2 and token < 90 for token in bound.tokens)
     with torch.inference_mode():
-        scores = model.logits(model(torch.tensor([bound.text])))[0, 1:-1].log_softmax(-1)
+        scores = model.logits(model(torch.tensor([bound.all_tokens])))[0, 1:-1].log_softmax(-1)
     own = scores.gather(1, torch.tensor(bound.tokens)[:, None])[:, 0]
     assert bound.log_probabilities == pytest.approx(own.tolist(), abs=1e-4)
     assert watched.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]

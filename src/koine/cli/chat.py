@@ -95,7 +95,7 @@ def chat(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    from koine.generate.engine import LocalEngine
+    from koine.generate.local_engine import LocalEngine
     from koine.serve.chat.terminal import Chat, run_interactive, run_lines, standard_streams
 
     engine = LocalEngine(model, dtype=None if dtype == "auto" else dtype, device=device, threads=threads)

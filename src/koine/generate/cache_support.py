@@ -1,6 +1,6 @@
-"""Find out by experiment how a model of `transformers` may go on from its own KV cache.
+"""Find out by experiment how a transformers model continues from its KV cache.
 
-Recurrent classes differ in what theirs allows.
+Recurrent classes differ in what their cache allows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from koine.model.head import accepted, probe_tokens, read_logits
 
 CacheSupport = Literal["chunks", "tokens", "none"]
-"""After a cache: any number of tokens, one token, or none (each token reads the whole text)."""
+"""After a cache a model takes any number of tokens, one token, or none (each step recomputes the whole text)."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference of logits, of the largest logit, that rounding explains."""
+"""Largest difference of logits that rounding explains, relative to the largest logit."""
 
 
 def cache_name(inner: Any) -> str | None:
-    """The argument and the output by which a model's cache goes in and out; None where it has none."""
+    """Return the name of the model's argument and output that holds its cache, or None where it has none."""
     names = accepted(inner)
     if "use_cache" not in names:
         return None
@@ -28,37 +28,39 @@ def cache_name(inner: Any) -> str | None:
 
 
 def probe_cache_support(inner: Any) -> CacheSupport:
-    """Find out how a model may go on from its cache, by comparing with one forward pass."""
+    """Find out what a model's cache allows, by comparing its logits with one forward pass without a cache."""
     name = cache_name(inner)
     if name is None or probe_tokens(inner).shape[1] < 6:
         return "none"
     device = next(iter(inner.parameters())).device
     ids = probe_tokens(inner)[:1].to(device)
-    whole = read_logits(inner, {"input_ids": ids, "use_cache": False})[0]
+    expected_tv = read_logits(inner, {"input_ids": ids, "use_cache": False})[0]
     time = int(ids.shape[1])
-    tried: list[tuple[CacheSupport, list[int]]] = [("chunks", [time // 2, time - 2]), ("tokens", [time - 2])]
-    for kind, cuts in tried:
-        ends = [*cuts, time - 1, time]
-        if _agrees(inner, name, ids, whole, ends):
-            return kind
+    splits: list[tuple[CacheSupport, list[int]]] = [
+        ("chunks", [time // 2, time - 2]),
+        ("tokens", [time - 2]),
+    ]
+    for support, ends in splits:
+        if _agrees(inner, name, ids, expected_tv, [*ends, time - 1, time]):
+            return support
     return "none"
 
 
-def _agrees(inner: Any, name: str, ids: Tensor, whole: Tensor, ends: list[int]) -> bool:
-    """Return whether reading in pieces that end at `ends` gives the same logits.
+def _agrees(inner: Any, name: str, ids: Tensor, expected_tv: Tensor, ends: list[int]) -> bool:
+    """Return whether the model gives the same logits chunk by chunk, each chunk after the cache of those before.
 
-    Each is read after the cache of those before. whole: `[time, vocab]`.
+    expected_tv: logits of one forward pass, `[time, vocab]`. ends: where each chunk ends.
     """
     past, start = None, 0
-    allowed = TOLERANCE.get(whole.dtype, 5e-2) * max(1e-6, float(whole.abs().max()))
+    allowed = TOLERANCE.get(expected_tv.dtype, 5e-2) * max(1e-6, float(expected_tv.abs().max()))
     for end in ends:
         try:
             out = inner(input_ids=ids[:, start:end], use_cache=True, **{name: past})
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
-            # A class that cannot go on so says it in its own way.
+            # Each class that does not support this raises its own error.
             return False
-        past, got = getattr(out, name, None), out.logits[0, -1]
-        if past is None or not float((got - whole[end - 1]).abs().max()) <= allowed:
+        past, got_v = getattr(out, name, None), out.logits[0, -1]
+        if past is None or not float((got_v - expected_tv[end - 1]).abs().max()) <= allowed:
             return False
         start = end
     return True
