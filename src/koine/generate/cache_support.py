@@ -13,7 +13,7 @@ from torch import Tensor
 from koine.model.head import accepted, probe_tokens, read_logits
 
 CacheSupport = Literal["chunks", "tokens", "none"]
-"""After a cache a model takes any number of tokens, one token, or none (each step recomputes the whole text)."""
+"""What a model takes after a cache: any number of tokens, one token, or none (each step recomputes all)."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits that rounding explains, relative to the largest logit."""
@@ -47,7 +47,7 @@ def probe_cache_support(inner: Any) -> CacheSupport:
 
 
 def _agrees(inner: Any, name: str, ids: Tensor, expected_tv: Tensor, ends: list[int]) -> bool:
-    """Return whether the model gives the same logits chunk by chunk, each chunk after the cache of those before.
+    """Return whether the model gives the same logits chunk by chunk, each after the cache of those before.
 
     expected_tv: logits of one forward pass, `[time, vocab]`. ends: where each chunk ends.
     """

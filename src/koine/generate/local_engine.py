@@ -38,8 +38,9 @@ UNLIMITED = 2**30
 class LocalEngine:
     """Generate with a model directory of Koine, of Cohere, or (extra `hf`) of any causal LM of transformers.
 
-    Koine's own decoder (Cohere and Cohere2 directories too) runs many conversations at once by continuous batching;
-    other models run one after another. Threads may share an engine: each waiting thread steps the batch for all.
+    Koine's own decoder (Cohere and Cohere2 directories too) runs many conversations at once by continuous
+    batching; other models run one after another. Threads may share an engine: each waiting thread steps the
+    batch for all.
 
     Attributes:
         tokenizer: the directory's tokenizer.
@@ -72,7 +73,8 @@ class LocalEngine:
             prefill_chunk: prompt tokens processed between two decode steps of the running batch.
 
         Raises:
-            UserError: the folder holds no complete model with a matching tokenizer, or the device does not exist.
+            UserError: the folder holds no complete model with a matching tokenizer, or the device does not
+                exist.
         """
         path = Path(path)
         if not path.is_dir():
@@ -91,7 +93,8 @@ class LocalEngine:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {rows}",
                 where=path,
-                hint="these are not a pair; put the tokenizer that the model was trained with into its folder",
+                hint="these are not a pair; put the tokenizer that the model was trained with "
+                "into its folder",
             )
         # Counted before prepacking replaces the parameters.
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -152,7 +155,9 @@ class LocalEngine:
             self.scheduler.cancel(pending.request)
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[Token]:
-        """Yield tokens as they are sampled, up to a stop token or `max_new_tokens`. Closing the iterator cancels.
+        """Yield tokens as they are sampled, up to a stop token or `max_new_tokens`.
+
+        Closing the iterator cancels.
 
         The KV cache of an earlier call is reused where `prompt` begins with its tokens.
         """
@@ -217,12 +222,16 @@ class LocalEngine:
             self.cancel(pending)
 
     def _max_new_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
-        """Return the maximum completion length of each prompt. Raises `UserError` where a prompt fills the context."""
+        """Return the maximum completion length of each prompt.
+
+        Raises `UserError` where a prompt fills the context.
+        """
         lengths = [min(sampling.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), start=1):
             if length < 1:
                 raise UserError(
-                    f"conversation {number} is {len(prompt)} tokens long and the model's context holds {self.context}",
+                    f"conversation {number} is {len(prompt)} tokens long "
+                    f"and the model's context holds {self.context}",
                     hint="give a shorter one",
                 )
         return lengths

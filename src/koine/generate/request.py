@@ -179,7 +179,10 @@ def sample_next(requests: Sequence[Request], logits_bv: Tensor) -> list[tuple[in
 
 
 def _apply_grammars(requests: Sequence[Request], logits_bv: Tensor, failed: dict[int, Exception]) -> Tensor:
-    """Return the logits with `-inf` on tokens that a grammar forbids. A grammar's exception goes into `failed`, by row."""
+    """Return the logits with `-inf` on tokens that a grammar forbids.
+
+    A grammar's exception goes into `failed`, by row.
+    """
     if all(request.grammar is None for request in requests):
         return logits_bv
     allowed_bv = logits_bv.clone()

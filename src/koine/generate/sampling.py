@@ -98,9 +98,9 @@ class Sampling:
         return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
 
     def per_prompt(self, count: int) -> list[Sampling]:
-        """Return settings for `count` prompts: prompt i gets `seed + i`, counted from a fresh seed where it is None.
+        """Return settings for `count` prompts: prompt i gets `seed + i`.
 
-        So no prompt's completion depends on the others.
+        So no prompt's completion depends on the others. A seed of None counts from a fresh seed.
         """
         first = fresh_seed() if self.seed is None else self.seed
         return [dataclasses.replace(self, seed=first + index) for index in range(count)]

@@ -1,9 +1,9 @@
 """Continuous batching: requests of any length join and leave the running batch at every step.
 
-Each step prefills one chunk of the waiting prompts (part of a long one, or several short ones packed), then decodes
-one token for every running request. A request's tokens do not depend on its neighbours. No request is lost: where the
-KV cache is full, cached prefixes are evicted first, then the youngest request returns to the queue and is prefilled
-again later.
+Each step prefills one chunk of the waiting prompts (part of a long one, or several short ones packed), then
+decodes one token for every running request. A request's tokens do not depend on its neighbours. No request is
+lost: where the KV cache is full, cached prefixes are evicted first, then the youngest request returns to the
+queue and is prefilled again later.
 
 Shapes: b requests, n tokens of one forward pass, h hidden size, v vocabulary (`hidden_nh`).
 """
@@ -70,7 +70,7 @@ class Scheduler:
         self._last: DecodeContext | None = None
         self._prepacked = build_prepacked_decoder(model)
 
-    # -- requests ------------------------------------------------------------------------------------------------------
+    # -- requests ---
 
     def submit(
         self,
@@ -89,8 +89,8 @@ class Scheduler:
         needed = self.cache.pages_for(len(prompt) + sampling.max_new_tokens)
         if most is not None and needed > most:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens with {sampling.max_new_tokens} new ones needs {needed} pages "
-                f"and the cache has {most}",
+                f"a prompt of {len(prompt)} tokens with {sampling.max_new_tokens} new ones "
+                f"needs {needed} pages and the cache has {most}",
                 hint="give the cache more memory, or ask for fewer new tokens",
             )
         request = new_request(
@@ -123,14 +123,14 @@ class Scheduler:
         for request in unfinished:
             request.raise_error()
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step ---
 
     def step(self) -> list[tuple[Request, int]]:
         """Prefill one chunk of prompts, decode one token for each running request, and return the new tokens.
 
-        On an interrupt or out of memory, every request returns to the queue unchanged: no half-written cache, no
-        sample without its token. Where the grammar, the sampling or the `on_token` of one request raises, only this
-        request ends: its `finish` is "failed" and `error` the exception.
+        On an interrupt or out of memory, every request returns to the queue unchanged: no half-written cache,
+        no sample without its token. Where the grammar, the sampling or the `on_token` of one request raises,
+        only this request ends: its `finish` is "failed" and `error` the exception.
         """
         try:
             with torch.inference_mode():
@@ -264,7 +264,7 @@ class Scheduler:
                 self._end(request, finish)
         return new
 
-    # -- leaving -------------------------------------------------------------------------------------------------------
+    # -- leaving ---
 
     def _end(self, request: Request, finish: Finish) -> None:
         """Finish a request: its KV cache becomes a prefix, its slot is free."""
@@ -304,7 +304,10 @@ class Scheduler:
 
 
 def _slot(request: Request) -> int:
-    """Return the request's slot. In this order the batch needs no copies in the cache, also after one left."""
+    """Return the request's slot.
+
+    In this order the batch needs no copies in the cache, also after one left.
+    """
     assert request.sequence is not None
     return request.sequence.slot
 

@@ -79,8 +79,8 @@ class SequentialGenerator:
     def step(self) -> list[tuple[Request, int]]:
         """Generate the next token of the oldest request.
 
-        Where the forward pass, the sampling, the grammar or `on_token` raises, the request fails: its `finish` is
-        "failed" and `error` the exception. An interrupt undoes a sample that was not appended.
+        Where the forward pass, the sampling, the grammar or `on_token` raises, the request fails: its
+        `finish` is "failed" and `error` the exception. An interrupt undoes a sample that was not appended.
         """
         if not self.waiting:
             return []

@@ -1,10 +1,11 @@
 """Prefill and decode over a `PagedCache`: the attention contexts of one forward pass.
 
-The decoder asks a context for the positions of its tokens. It gives each layer's queries, keys and values, and gets the
-attention's output. A context belongs to one forward pass; `finish` adds its tokens to the lengths of the sequences.
+The decoder asks a context for the positions of its tokens. It gives each layer's queries, keys and values,
+and gets the attention's output. A context belongs to one forward pass; `finish` adds its tokens to the
+lengths of the sequences.
 
-Shapes: b sequences, t new tokens of a row, n tokens of all rows, k key heads, g query heads of a key head, d head size,
-s cached positions, p pages of a slab, w window (`q_btkgd`, `k_btkd`; "2" stands for keys and values).
+Shapes: b sequences, t new tokens, k key heads, g query heads of a key head, d head size, s cached positions,
+w window (`q_bkgd`, `k_tkd`; "2" stands for keys and values).
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class PrefillContext:
         return k, v
 
     def _read_ring(self, layer: int, window: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the last `window - 1` cached positions, oldest first, `[k, s, d]` each."""
+        """Return keys and values of the last `window - 1` positions, oldest first, `[k, s, d]` each."""
         length = sequence.length
         positions = torch.arange(length - min(length, window - 1), length, device=self.cache.device)
         k, v = self.cache.ring(layer)[:, sequence.slot][:, :, positions % window]
@@ -211,7 +212,8 @@ class DecodeContext:
     def _contiguous_views(self) -> dict[int, Tensor]:
         """Return keys and values `[2, 1, k, s, d]` of layers that the CPU's fused kernel reads in place.
 
-        A single sequence has them, where every operation counts: its rings, and its pages where they are one run.
+        A single sequence has them, where every operation counts: its rings, and its pages where they are one
+        run.
         """
         if len(self.sequences) > 1 or self.cache.device.type != "cpu":
             return {}
@@ -231,7 +233,7 @@ class DecodeContext:
         return [(slab, torch.tensor(places, device=self.cache.device).T) for slab, places in targets.items()]
 
     def _mask_pages(self, plan: PagePlan) -> Sequence[Tensor]:
-        """Return the mask bias of each group's pages: keys after the new token, in the last page of a sequence."""
+        """Return the mask bias of each group's pages: it masks keys after the new token."""
         last_offset = self._lengths[plan.rows] - plan.first
         offsets = torch.arange(self.cache.page, device=self.cache.device)
         bias = mask_bias(offsets > last_offset[:, None], self.cache.dtype)

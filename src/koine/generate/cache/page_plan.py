@@ -28,8 +28,8 @@ class PagePlan:
 
     groups: pages by slab. sizes: number of pages in each group.
     rows: `[pages]` of all groups in order, the row that uses each page.
-    first: `[pages]`, position of each page's first key in its sequence; `UNUSED_POSITION` for a page of a range that
-        no row uses.
+    first: `[pages]`, position of each page's first key in its sequence; `UNUSED_POSITION` for a page of a
+        range that no row uses.
     """
 
     groups: Sequence[PageGroup]
@@ -39,7 +39,10 @@ class PagePlan:
 
 
 def build_page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePlan:
-    """Return the pages of all sequences by slab. A page that several sequences share is in one group for each."""
+    """Return the pages of all sequences by slab.
+
+    A page that several sequences share is in one group for each.
+    """
     uses: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     users: dict[int, int] = {}
     for row, sequence in enumerate(sequences):

@@ -1,9 +1,10 @@
 """Decode attention on CPU over runs of adjacent pages, each read in place by one call of the fused kernel.
 
-Where a sequence has several runs, their results are merged by log-sum-exp (`koine.generate.cache.split_attention`).
+Where a sequence has several runs, their results are merged by log-sum-exp
+(`koine.generate.cache.split_attention`).
 
-Shapes: r rows (sequences), k key heads, g query heads of a key head, s positions, d head size, p pages of a slab,
-t positions of a page (`slab_2kptd`: keys and values).
+Shapes: r rows (sequences), k key heads, g query heads of a key head, s positions, d head size, p pages of a
+slab, t positions of a page (`slab_2kptd`: keys and values).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ FEW_RUNS = 4
 class PageRun(NamedTuple):
     """Adjacent pages of one sequence.
 
-    row: of the sequence. slab: where the pages are. first, pages: first page in the slab, and number of pages.
+    row: of the sequence. slab: where the pages are. first, pages: first page in the slab, and number of
+        pages.
     start: position in the sequence of the first key.
     """
 
@@ -57,7 +59,8 @@ def find_page_runs(cache: PagedCache, sequences: Sequence[CachedSequence]) -> li
 def runs_for_fused_kernel(cache: PagedCache, sequences: Sequence[CachedSequence]) -> list[PageRun]:
     """Return the runs where attending run by run is faster than slab by slab, else none.
 
-    It is on CPU, with long runs, and where the kernel, which uses one thread a key head, leaves few threads idle.
+    It is on CPU, with long runs, and where the kernel, which uses one thread a key head, leaves few threads
+    idle.
     """
     if cache.device.type != "cpu" or torch.get_num_threads() > 2 * cache.config.kv_heads:
         return []
@@ -87,9 +90,9 @@ def attend_range(q_1kgd: Tensor, kv_21ksd: Tensor, length: int) -> tuple[Tensor,
 def attend_runs(
     q_rkgd: Tensor, runs: Sequence[PageRun], lengths: Sequence[int], slab: Callable[[int], Tensor]
 ) -> Tensor:
-    """Attend each row's query (scaled) to the first `lengths[row] + 1` positions of its pages, `[r, k, g, d]`.
+    """Attend each row's query (scaled) to the first `lengths[row] + 1` positions of its pages.
 
-    slab: returns a slab's keys and values `[2, k, p, t, d]` by its number.
+    slab: returns a slab's keys and values `[2, k, p, t, d]` by its number. Returns `[r, k, g, d]`.
     """
     rows, outputs, sums = [], [], []
     for run in runs:

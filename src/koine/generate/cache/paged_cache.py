@@ -1,12 +1,13 @@
 """KV cache of many sequences of different lengths: pages for full attention, ring buffers for windows.
 
-A layer with full attention stores keys and values in pages of `page` positions. Pages lie in slabs, which are allocated
-when needed and freed when empty, so that memory follows use. Sequences with a common prefix share its pages. A layer
-with a sliding window stores a ring buffer of `window` positions for each sequence: a new position replaces the one that
-left the window. Keys are stored after RoPE, so their order in a ring does not matter.
+A layer with full attention stores keys and values in pages of `page` positions. Pages lie in slabs, which are
+allocated when needed and freed when empty, so that memory follows use. Sequences with a common prefix share
+its pages. A layer with a sliding window stores a ring buffer of `window` positions for each sequence: a new
+position replaces the one that left the window. Keys are stored after RoPE, so their order in a ring does not
+matter.
 
-A decode step attends for all sequences together. The scores of a slab's pages are one matmul, read in place whichever
-sequences own them; the results of a sequence's pages are merged by log-sum-exp.
+A decode step attends for all sequences together. The scores of a slab's pages are one matmul, read in place
+whichever sequences own them; the results of a sequence's pages are merged by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SLAB = 32
 """Pages in the first slab."""
 
 DOUBLING = 256
-"""Up to so many pages each slab is as large as all before it, so that there are few; later ones are a quarter of that."""
+"""Up to so many pages a slab doubles the cache, so that slabs are few. Later ones add a quarter."""
 
 SPARSE = 0.5
 """Pages are gathered instead of read in place where fewer than this share of a slab's range is needed."""
@@ -115,7 +116,7 @@ class PagedCache:
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    # -- sequences -----------------------------------------------------------------------------------------------------
+    # -- sequences ---
 
     def add(self, prefix: Prefix | None = None) -> CachedSequence:
         """Return a new sequence in the last slot, empty or continuing a prefix."""
@@ -183,7 +184,7 @@ class PagedCache:
         """Free the pages of a prefix that nothing else uses."""
         self._release_pages(prefix.pages)
 
-    # -- pages ---------------------------------------------------------------------------------------------------------
+    # -- pages ---
 
     def pages_for(self, positions: int) -> int:
         """Return the number of pages for so many positions."""
@@ -204,7 +205,10 @@ class PagedCache:
         return float("inf") if self.max_pages is None else self.max_pages - len(self._ref_counts)
 
     def reserve(self, sequence: CachedSequence, positions: int) -> None:
-        """Allocate pages for `positions` more. Raises `OutOfPages`, and allocates none, where there are too few."""
+        """Allocate pages for `positions` more.
+
+        Raises `OutOfPages`, and allocates none, where there are too few.
+        """
         if not self.full:
             return
         missing = self.pages_for(sequence.length + positions) - len(sequence.pages)
@@ -237,7 +241,8 @@ class PagedCache:
                 del self._ref_counts[number]
                 heapq.heappush(self._free, number)
         needed = 1 + self.locate(max(self._ref_counts))[0] if self._ref_counts else 0
-        # One empty slab stays, so that the end of a sequence and the start of the next do not free and allocate it.
+        # One empty slab stays, so that the end of a sequence and the start of the next do not free and
+        # allocate it.
         if len(self._starts) > needed + 1:
             self._pages = self._starts[needed + 1]
             del self._starts[needed + 1 :]
@@ -246,13 +251,13 @@ class PagedCache:
             self._free = [number for number in self._free if number < self._pages]
             heapq.heapify(self._free)
 
-    # -- bytes ---------------------------------------------------------------------------------------------------------
+    # -- bytes ---
 
     def bytes_held(self) -> int:
         """Return the bytes of keys and values in use, counted in the tensors.
 
-        Counted are whole pages in use (a shared one once) and the filled positions of each sequence's ring buffers.
-        Copies of ring buffers in cached prefixes are not (`Prefix.bytes`).
+        Counted are whole pages in use (a shared one once) and the filled positions of each sequence's ring
+        buffers. Copies of ring buffers in cached prefixes are not (`Prefix.bytes`).
         """
         held = 0
         for number in self._ref_counts:
@@ -267,7 +272,7 @@ class PagedCache:
         slabs = sum(slab.nbytes for slabs in self._slabs.values() for slab in slabs)
         return slabs + sum(ring.nbytes for ring in self._rings.values())
 
-    # -- tensors -------------------------------------------------------------------------------------------------------
+    # -- tensors ---
 
     def locate(self, page: int) -> tuple[int, int]:
         """Return the slab of a page, and the page's index in it."""

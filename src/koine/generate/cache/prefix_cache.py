@@ -18,7 +18,8 @@ COMPARED_PROMPTS = 64
 class PrefixCache:
     """Prefixes with their KV cache, evicted least recently used first.
 
-    entries: most prefixes. window_bytes: most bytes of their windows (a hybrid copies its windows for each prefix).
+    entries: most prefixes. window_bytes: most bytes of their windows (a hybrid copies its windows for each
+        prefix).
     """
 
     def __init__(self, cache: PagedCache, *, entries: int, window_bytes: int = 512 * 2**20) -> None:
@@ -46,9 +47,9 @@ class PrefixCache:
     ) -> int:
         """Return how many tokens `prompt` shares with a recent prompt or one of the first of `others`.
 
-        Prefill pauses there once, so that the next prompt can reuse the prefix. A pause costs a step and a copy of
-        the windows. So the result is 0 where the shared prefix is hardly longer than `cached` (tokens that are in
-        the cache already), where it is cached, and where no prefixes are kept.
+        Prefill pauses there once, so that the next prompt can reuse the prefix. A pause costs a step and a
+        copy of the windows. So the result is 0 where the shared prefix is hardly longer than `cached` (tokens
+        that are in the cache already), where it is cached, and where no prefixes are kept.
         """
         if not self.entries:
             return 0

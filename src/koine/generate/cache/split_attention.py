@@ -1,7 +1,7 @@
 """Decode attention over a KV cache stored in chunks; partial results are combined by log-sum-exp.
 
-Shapes: c chunks (pages, runs of pages, rings), r rows (sequences), k key heads, g query heads of a key head (groups),
-s keys of a chunk, d head size (`q_ckgd`, `keys_cksd`).
+Shapes: c chunks (pages, runs of pages, rings), r rows (sequences), k key heads, g query heads of a key head
+(groups), s keys of a chunk, d head size (`q_ckgd`, `keys_cksd`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 MASKED_SCORE = -1e30
-"""Added to the score of a masked key. Finite: a chunk with all keys masked gets weight 0 when merged, and not NaN."""
+"""Added to the score of a masked key.
+
+Finite: a chunk with all keys masked gets weight 0 when merged, and not NaN.
+"""
 
 
 def mask_bias(masked_cs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,8 +33,8 @@ def partial_attention(
     """
     if q_ckgd.device.type != "cpu":
         return attention_by_matmul(q_ckgd, keys_cksd, values_cksd, bias)
-    # The fused kernel takes keys of any strides in place. 256 keys take 15 µs; matmuls and a softmax take 19, in
-    # bfloat16 60 (docs/log.md).
+    # The fused kernel takes keys of any strides in place. 256 keys take 15 µs; matmuls and a softmax take 19,
+    # in bfloat16 60 (docs/log.md).
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out_ckgd, log_sums_ckg = fused(q_ckgd, keys_cksd, values_cksd, 0.0, False, attn_mask=bias, scale=1.0)
     return out_ckgd, log_sums_ckg
@@ -42,7 +45,8 @@ def attention_by_matmul(
 ) -> tuple[Tensor, Tensor]:
     """Compute `partial_attention` on any device.
 
-    In a slab, chunks and heads are not adjacent: one matmul over both would copy the keys. There each head has its own.
+    In a slab, chunks and heads are not adjacent: one matmul over both would copy the keys. There each head
+    has its own.
     """
     adjacent = keys_cksd.stride(0) == keys_cksd.shape[1] * keys_cksd.stride(1)
     product = torch.matmul if adjacent else _matmul_by_heads

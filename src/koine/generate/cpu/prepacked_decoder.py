@@ -1,8 +1,8 @@
 """Forward pass of a prepacked dense decoder on CPU, in preallocated buffers.
 
-A token of a small model is a few hundred operations of a few microseconds, and most operations of `Decoder.forward`
-make views. Here every view is made once, a matmul writes where the next operation reads, and the residual stream is
-added to in place (times: docs/log.md).
+A token of a small model is a few hundred operations of a few microseconds, and most operations of
+`Decoder.forward` make views. Here every view is made once, a matmul writes where the next operation reads,
+and the residual stream is added to in place (times: docs/log.md).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Buffers:
         self.gated = self.written[:, queries:]
 
     def rotate(self, turns: Tensor) -> None:
-        """Apply RoPE: multiply queries and keys by complex numbers `[rows, heads + kv_heads, head_dim / 2]`."""
+        """Apply RoPE: multiply queries and keys by complex `[rows, heads + kv_heads, head_dim / 2]`."""
         if self.pairs is not None:
             self.pairs.mul_(turns)
         else:
@@ -77,7 +77,7 @@ class _Layer:
 
 
 def _layer_of(block: nn.Module) -> _Layer | None:
-    """Return the weights of a prepacked block; None where it has experts or matrices that are not prepacked."""
+    """Return the weights of a prepacked block; None for one with experts or other matrices."""
     if type(block) is not Block:
         return None
     layouts = (PrepackedLinear, TransposedLinear)
@@ -88,7 +88,7 @@ def _layer_of(block: nn.Module) -> _Layer | None:
 
 
 class PrepackedDecoder:
-    """`Decoder.forward` with an attention context, for inference mode only (see `build_prepacked_decoder`)."""
+    """`Decoder.forward` with a context, for inference only (see `build_prepacked_decoder`)."""
 
     def __init__(self, model: Decoder, layers: Sequence[_Layer]) -> None:
         config = model.config
@@ -128,7 +128,7 @@ class PrepackedDecoder:
 
 
 def build_prepacked_decoder(model: Decoder) -> PrepackedDecoder | None:
-    """Return the forward pass of a prepacked dense model (`koine.generate.cpu.prepacked_linear`); None for others."""
+    """Return the forward pass of a dense model that is prepacked (`prepacked_linear`); None for others."""
     layers = [_layer_of(block) for block in model.blocks]
     prepacked = [layer for layer in layers if layer is not None]
     return PrepackedDecoder(model, prepacked) if len(prepacked) == len(layers) else None

@@ -1,4 +1,4 @@
-"""Linear layers for CPU inference with weights in the layout that the matmul library wants (times: docs/log.md).
+"""Linear layers for CPU inference, in the weight layout that is fastest there (times: docs/log.md).
 
 | processor and precision | layout |
 |---|---|
@@ -66,7 +66,7 @@ class TransposedLinear(nn.Module):
 
 
 def best_layout(dtype: torch.dtype) -> type[PrepackedLinear] | type[TransposedLinear]:
-    """Return the faster of the two on this processor; always the same one, so that a machine's results stay the same."""
+    """Return the faster of the two on this processor; never another, so that results stay the same."""
     return TransposedLinear if is_intel() and dtype == torch.float32 else PrepackedLinear
 
 
@@ -89,7 +89,8 @@ def can_prepack(model: Decoder) -> bool:
 def prepack(model: Decoder) -> Decoder:
     """Replace the weight matrices of `model` by prepacked ones, in place, one at a time; return the model.
 
-    It is unchanged where they cannot be prepacked. The embedding stays for look-up, so a tied one takes memory twice.
+    It is unchanged where they cannot be prepacked. The embedding stays for look-up, so a tied one takes
+    memory twice.
     """
     if can_prepack(model):
         layout = best_layout(model.embedding.weight.dtype)

@@ -1,8 +1,8 @@
 """Constrain generation to a JSON schema, a regular expression or a Lark grammar (library: `llguidance`).
 
-The grammar works on bytes. It allows a token where the text so far and the token's bytes can still become a complete
-document. Where only one text is possible, the library allows only the tokens that the tokenizer would give for it, as
-the model has seen it in training.
+The grammar works on bytes. It allows a token where the text so far and the token's bytes can still become a
+complete document. Where only one text is possible, the library allows only the tokens that the tokenizer
+would give for it, as the model has seen it in training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 class Grammar:
     """A compiled grammar over one tokenizer's vocabulary.
 
-    Compile once, and call `start` for each completion: compiling takes milliseconds to a second, starting microseconds.
+    Compile once, and call `start` for each completion: compiling takes milliseconds to a second, starting
+    microseconds.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Grammar:
     ) -> None:
         """Use `from_json_schema`, `from_regex` or `from_lark`.
 
-        matcher: an `llguidance.LLMatcher` at the start of a document. keys: keeps object keys unique, where the
+        matcher: an `llguidance.LLMatcher` at the start of a document. keys: keeps object keys unique, where
+            the
         grammar cannot.
         """
         self._matcher = matcher
@@ -95,7 +97,8 @@ class Grammar:
         )
         if not tokenizer.lossless:
             raise UserError(
-                "constrained generation needs a vocabulary that holds all bytes, and this tokenizer's does not",
+                "constrained generation needs a vocabulary that holds all bytes, "
+                "and this tokenizer's does not",
                 hint="use a model with a byte-level or byte-fallback tokenizer",
             )
         try:
@@ -146,8 +149,8 @@ class GrammarState:
     def mask(self) -> Tensor:
         """Return `[vocab]` bool on the CPU, True on tokens that may come next.
 
-        An end token is allowed exactly where the text is `complete`; other special tokens never are. After the end
-        only end tokens are allowed, so that a row of a batch may idle.
+        An end token is allowed exactly where the text is `complete`; other special tokens never are. After
+        the end only end tokens are allowed, so that a row of a batch may idle.
         Raises `UserError` where the grammar becomes too complex.
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -161,8 +164,8 @@ class GrammarState:
     def advance(self, token_id: int) -> None:
         """Take a token.
 
-        Raises `ValueError` for a token that the mask forbids, after which the state cannot be used, and `UserError`
-        where the grammar becomes too complex.
+        Raises `ValueError` for a token that the mask forbids, after which the state cannot be used, and
+        `UserError` where the grammar becomes too complex.
         """
         if self.finished:
             if token_id not in self._end_ids:

@@ -1,7 +1,7 @@
 """Translate regular expressions of JSON schemas (ECMA-262) to those of the grammar library (Rust's `regex`).
 
-The two share most syntax, and some of it has different meanings. The result matches only what ECMA-262, Python and Rust
-all match, so that a completion is valid for every validator.
+The two share most syntax, and some of it has different meanings. The result matches only what ECMA-262,
+Python and Rust all match, so that a completion is valid for every validator.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from koine.errors import UserError
 def schema_text(schema: Mapping[str, Any]) -> str:
     """Return the schema as one line of JSON, in its own key order.
 
-    Raises `UserError` for a schema that is no JSON object: sets, keys that are not strings, lone surrogates, NaN.
+    Raises `UserError` for a schema that is no JSON object: sets, keys that are not strings, lone surrogates,
+    NaN.
     """
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
@@ -29,7 +30,7 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 
 
 def _check_keys(value: Any) -> None:
-    """Raise `UserError` for keys that are not strings: `json` writes the key 1 as "1", which is another schema."""
+    """Raise `UserError` for keys that are not strings: `json` would write the key 1 as "1"."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):

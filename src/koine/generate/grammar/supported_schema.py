@@ -1,7 +1,7 @@
 """Reduce a JSON schema to what the grammar library enforces exactly, or refuse it.
 
-Every document that the mask allows must be valid. The library accepts some schemas and enforces something else: numbers
-in 64-bit floating point, formats in part. These are rewritten or refused here.
+Every document that the mask allows must be valid. The library accepts some schemas and enforces something
+else: numbers in 64-bit floating point, formats in part. These are rewritten or refused here.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class _SchemaRewriter:
             schema["allOf"] = [*_list(schema.get("allOf")), {"maxLength": 253}]
 
     def _keys(self, schema: dict[str, Any], place: str) -> None:
-        """Restrict undeclared keys: a declared key that is spelled with escapes must not match their pattern."""
+        """Restrict undeclared keys: a declared key spelled with escapes must not be among them."""
         patterns = _map(schema.get("patternProperties"))
         if patterns:
             schema["patternProperties"] = {
@@ -184,7 +184,7 @@ class _SchemaRewriter:
             )
 
     def _target(self, reference: str, place: str) -> Any:
-        """Return the target of a reference inside the schema, or None where the library must resolve or refuse it."""
+        """Return the target of a reference inside the schema; None where it is the library's to resolve."""
         _, _, pointer = reference.partition("#")
         if not reference.startswith("#") or (pointer and not pointer.startswith("/")):
             return None

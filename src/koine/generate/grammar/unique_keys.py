@@ -1,6 +1,7 @@
 """Keep the keys of a JSON object unique, which no grammar can express.
 
-Follows a document byte by byte, as far as objects, their keys and strings. The grammar ensures that it is JSON.
+Follows a document byte by byte, as far as objects, their keys and strings. The grammar ensures that it is
+JSON.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class UniqueKeys:
         self._state.follow(self._tokens.texts[token_id])
 
     def mask_repeated(self, allowed: Tensor, matcher: Any) -> Tensor:
-        """Return `allowed` (`[vocab]` bool) without tokens that repeat a key of the object, or lead only to such keys.
+        """Return `allowed` (`[vocab]` bool) without tokens that repeat a key, or lead only to repeated keys.
 
-        Unchanged where no other token is allowed. matcher: the `llguidance.LLMatcher` here; copied, not changed.
+        Unchanged where no other token is allowed. matcher: the `llguidance.LLMatcher` here; copied, not
+        changed.
         """
         if not any(keys for keys in self._state.open):
             return allowed
@@ -181,7 +183,8 @@ def _text_of(key: bytes) -> str | None:
 class _Tokens:
     """A vocabulary.
 
-    texts: the bytes of each id. ids: ids by their bytes. quoted, with_comma: `[vocab]` bool, the tokens with a
+    texts: the bytes of each id. ids: ids by their bytes. quoted, with_comma: `[vocab]` bool, the tokens with
+        a
     quotation mark, and those with a comma.
     """
 
