@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from koine.generate.remote.responses import MalformedError, ParsedResponse, parse_response
+from koine.generate.remote.response_errors import MalformedError
+from koine.generate.remote.responses import ParsedResponse, parse_response
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4}
 
 
 def read(document: Any, most_tokens: int = 20) -> ParsedResponse:
     content = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return parse_response(content, most_tokens=most_tokens)
+    return parse_response(content, max_tokens=most_tokens)
 
 
 def whole(choice: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def whole(choice: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
 def test_words_for_a_whole_answer(word: Any) -> None:
     answer = read(whole({"finish_reason": word}))
     assert (answer.text, answer.finish) == ("Nine lamps.", "stop")
-    assert answer.strange_end == (word == "something new")
+    assert answer.unknown_reason == (word == "something new")
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,8 @@ def test_words_for_an_answer_that_was_cut_off(word: str) -> None:
 
 @pytest.mark.parametrize("word", [None, "", "something new"])
 def test_without_a_word_the_length_tells(word: str | None) -> None:
-    assert read(whole({"finish_reason": word}), most_tokens=4).finish == "length"
-    assert read(whole({"finish_reason": "stop"}), most_tokens=4).finish == "stop"
+    assert read(whole({"finish_reason": word}), max_tokens=4).finish == "length"
+    assert read(whole({"finish_reason": "stop"}), max_tokens=4).finish == "stop"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_a_stream_that_breaks_off_is_no_answer() -> None:
         read(events(*STREAM[:3], end=""))
     with pytest.raises(MalformedError, match="it is an error") as raised:
         read(events(*STREAM[:2], {"error": {"message": "overloaded", "code": 502}}))
-    assert (raised.value.said, raised.value.passing) == ("overloaded", True)
+    assert (raised.value.message, raised.value.transient) == ("overloaded", True)
     assert read(b"data: " + json.dumps(whole()).encode() + b"\n\n").text == "Nine lamps."
 
 
@@ -232,7 +233,7 @@ def test_a_stream_that_breaks_off_is_no_answer() -> None:
 def test_the_servers_own_words(document: Any, said: str, passing: bool | None) -> None:
     with pytest.raises(MalformedError) as raised:
         read(document)
-    assert (raised.value.said, raised.value.passing) == (said, passing)
+    assert (raised.value.message, raised.value.transient) == (said, passing)
 
 
 def test_the_same_fault_has_the_same_kind() -> None:

@@ -39,9 +39,8 @@ class Grammar:
     ) -> None:
         """Use `from_json_schema`, `from_regex` or `from_lark`.
 
-        matcher: an `llguidance.LLMatcher` at the start of a document. keys: keeps object keys unique, where
-            the
-        grammar cannot.
+        matcher: an `llguidance.LLMatcher` at the start of a document. keys: keeps object keys
+        unique, where the grammar cannot.
         """
         self._matcher = matcher
         self._keys = keys

@@ -27,7 +27,8 @@ from koine.generate.remote.redaction import Redactor, proxy_passwords, redact_lo
 from koine.generate.remote.requests import Call, CallEstimate, build_calls, missing_calls
 from koine.generate.remote.response_body import ENCODINGS, BodyError
 from koine.generate.remote.response_cache import ResponseCache
-from koine.generate.remote.responses import MalformedError, error_text, parse_response, parse_usage
+from koine.generate.remote.response_errors import MalformedError
+from koine.generate.remote.responses import error_text, parse_response, parse_usage
 from koine.generate.remote.retry import MAY_CHARGE, RetryPolicy, is_transient, parse_retry_after
 from koine.generate.remote.transport import NEVER_SENT, RawResponse, described, open_client, send
 from koine.generate.remote.url import check_url, read_api_key, without_credentials
@@ -361,17 +362,15 @@ class RemoteEngine:
 
         Raises `UserError` where the server says that it always will be so.
         """
-        said = self._mask.line(error.said)
+        said = self._mask.line(error.message)
         problem = f"its answer is malformed: {error.kind}" + (f"; the endpoint says: {said}" if said else "")
-        if error.passing is False:
+        if error.transient is False:
             raise UserError(f"{call.name}: {problem}", where=self._url)
-        return _Failure(problem=problem, kind=None if error.passing else error.kind)
+        return _Failure(problem=problem, kind=None if error.transient else error.kind)
 
     def _completed(self, call: Call, received: RawResponse, run: BatchState) -> Completion:
         """The completion in a response, put into the cache. Raises `MalformedError`, and `UserError` for a strange end."""
-        answer = parse_response(
-            received.content, most_tokens=call.completion_tokens, charset=received.charset
-        )
+        answer = parse_response(received.content, max_tokens=call.completion_tokens, charset=received.charset)
         reason = self._mask.line(answer.reason, REASON_CHARACTERS)
         if answer.finish is None:
             raise UserError(
@@ -382,7 +381,7 @@ class RemoteEngine:
         text = self._mask.answer(answer.text)
         if text != answer.text:
             run.notes["repeated the key, which is masked"] += 1
-        if answer.strange_end:
+        if answer.unknown_reason:
             run.notes[
                 f"ended with '{reason}', which is no word that is known; they are taken as they are"
             ] += 1
