@@ -314,7 +314,7 @@ def test_after_a_failure_the_rest_is_kept_and_only_the_rest_is_paid(
         endpoint.control(release=True)
         return error_text(content, charset)
 
-    monkeypatch.setattr("koine.generate.remote.engine.error_text", refused)
+    monkeypatch.setattr("koine.generate.remote.call_runner.error_text", refused)
     with pytest.raises(UserError, match="conversation 2"):
         texts(engine(endpoint, cache=tmp_path, concurrency=2), "a", "b", "c")
     assert sorted(endpoint.questions()) == ["a", "b"]
@@ -551,7 +551,7 @@ def test_an_answer_that_the_disk_does_not_take_is_given_all_the_same(
     remote = engine(endpoint, cache=tmp_path, budget=budget("10"))
     full(monkeypatch, "answers", free_after=1)
     with pytest.warns(
-        KoineWarning, match="the disk is full; 1 paid answer could not be kept, and will be asked"
+        KoineWarning, match="the disk is full; 1 paid answer could not be kept, and will be requested"
     ):
         assert texts(remote, "a") == ["a|None|1"]
     # the same engine keeps it as soon as there is room
@@ -807,7 +807,7 @@ def test_an_interrupt_ends_the_calls_and_keeps_the_answers(endpoint: Endpoint, t
         ({"timeout": 0}, "timeout is 0"),
         ({"timeout": True}, "timeout is True"),
         ({"timeout": float("nan")}, "timeout is nan"),
-        ({"timeout": "5"}, "timeout is 5"),
+        ({"timeout": "5"}, "timeout is '5'"),
         ({"concurrency": 2.5}, "concurrency is 2.5"),
         ({"concurrency": True}, "concurrency is True"),
         ({"model": 5}, "no model is named"),

@@ -19,7 +19,7 @@ from koine.errors import UserError
 from koine.generate import Completion, RemoteEngine, Sampling
 from koine.generate.remote.budget import Budget
 from koine.generate.remote.redaction import Redactor, proxy_passwords, redact_logs
-from koine.generate.remote.response_body import BodyError, _unpacked
+from koine.generate.remote.response_body import BodyError, _decompress
 from koine.generate.remote.retry import RetryPolicy
 from tests.generate.remote.hostile import SCRIPTS, answer, escaped
 
@@ -135,13 +135,13 @@ def test_packed_bodies(encodings: str) -> None:
     packed = body
     for name in encodings.split(", "):
         packed = zlib.compress(packed) if name == "deflate" else gzip.compress(packed)
-    assert _unpacked(packed, encodings, 10_000) == body
+    assert _decompress(packed, encodings, 10_000) == body
     with pytest.raises(BodyError, match="longer than 50 bytes"):
-        _unpacked(packed, encodings, 50)
+        _decompress(packed, encodings, 50)
     with pytest.raises(BodyError, match=r"breaks off|cannot be unpacked"):
-        _unpacked(packed[:-1], encodings, 10_000)
+        _decompress(packed[:-1], encodings, 10_000)
     raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    assert _unpacked(raw.compress(body) + raw.flush(), "deflate", 10_000) == body
+    assert _decompress(raw.compress(body) + raw.flush(), "deflate", 10_000) == body
 
 
 # --- the mask ---
@@ -167,12 +167,12 @@ def test_packed_bodies(encodings: str) -> None:
     ],
 )
 def test_spellings(spelled: str) -> None:
-    mask = Redactor([KEY])
+    redactor = Redactor([KEY])
     for text in (f"before {spelled} after", spelled):
-        for masked in (mask.text(text), mask.answer(text), mask.line(text)):
+        for masked in (redactor.text(text), redactor.completion(text), redactor.line(text)):
             assert "***" in masked
             assert len(masked) <= len("before  after") + 7, masked
-    assert mask.line(f"before {spelled} after").startswith("before *")
+    assert redactor.line(f"before {spelled} after").startswith("before *")
 
 
 @pytest.mark.parametrize("place", range(6))
@@ -181,7 +181,7 @@ def test_base64_at_every_alignment(place: int) -> None:
 
     for form in (base64.b64encode, base64.urlsafe_b64encode, base64.b32encode):
         coded = form(b"x" * place + KEY.encode() + b"yz").decode()
-        masked = Redactor([KEY]).answer(coded)
+        masked = Redactor([KEY]).completion(coded)
         assert "***" in masked
         assert len(masked) < len(coded) - 16
 
@@ -189,8 +189,11 @@ def test_base64_at_every_alignment(place: int) -> None:
 def test_a_placeholder_for_a_key_is_a_word_and_stays_in_answers() -> None:
     """Servers without keys are given one of these; an answer may use the word."""
     for word in ("EMPTY", "none", "ollama", "not-needed", "x", ""):
-        mask = Redactor([word])
-        assert mask.answer(f"An empty room: {word} is not needed.") == f"An empty room: {word} is not needed."
+        redactor = Redactor([word])
+        assert (
+            redactor.completion(f"An empty room: {word} is not needed.")
+            == f"An empty room: {word} is not needed."
+        )
     assert Redactor(["EMPTY"]).line("key EMPTY") == "key ***"
     assert Redactor(["x"]).line("an example") == "an example"
 
@@ -202,17 +205,17 @@ def test_a_line_is_text() -> None:
 
 
 def test_a_line_of_a_body_of_megabytes_looks_at_its_beginning_alone() -> None:
-    mask = Redactor([KEY])
-    assert mask.line("a " * 10_000_000) == "a " * 150 + "..."
+    redactor = Redactor([KEY])
+    assert redactor.line("a " * 10_000_000) == "a " * 150 + "..."
     for cut in range(1, len(KEY)):
-        assert not shows_key(mask.line(" " * ((1 << 16) - cut) + KEY), 3)
+        assert not shows_key(redactor.line(" " * ((1 << 16) - cut) + KEY), 3)
 
 
 def test_long_texts_are_masked_in_linear_time() -> None:
     """Two million characters that nearly are the key, plain and escaped; the square of that would take days."""
-    mask = Redactor([KEY])
-    assert mask.text(KEY[:-1].replace("e", "x") * 100_000)
-    assert mask.answer((KEY[:-1] + "\\") * 50_000)
+    redactor = Redactor([KEY])
+    assert redactor.text(KEY[:-1].replace("e", "x") * 100_000)
+    assert redactor.completion((KEY[:-1] + "\\") * 50_000)
 
 
 def test_the_logs_filter_goes_again() -> None:
@@ -260,7 +263,7 @@ def test_the_key_in_place_of_its_variable_the_model_or_a_message() -> None:
     remote = RemoteEngine("http://host/v1", "m", api_key_variable="THE_KEY")
     with pytest.raises(UserError, match="conversation 1 holds the key"):
         remote.generate([[{"role": "user", "content": f"Is {KEY} mine?"}]], Sampling())
-    assert not shows_key(repr(vars(remote)["_headers"]) + repr(vars(remote)["_mask"]))
+    assert not shows_key(repr(vars(remote)["_headers"]) + repr(vars(remote)["_runner"]))
 
 
 def test_engines_in_threads_mask_their_own_keys(

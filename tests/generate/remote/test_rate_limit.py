@@ -82,7 +82,7 @@ def test_a_hold_moves_what_comes_after() -> None:
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, float("nan"), float("inf"), "5"])
 @pytest.mark.parametrize("name", ["requests_per_minute", "tokens_per_minute"])
 def test_bad_limits(name: str, value: object) -> None:
-    with pytest.raises(UserError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=f"{name} is {value!r}"):
         RateLimits(**{name: value})  # type: ignore[arg-type]
 
 

@@ -13,9 +13,9 @@ from koine.generate.remote.responses import ParsedResponse, parse_response
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4}
 
 
-def read(document: Any, most_tokens: int = 20) -> ParsedResponse:
+def read(document: Any, max_tokens: int = 20) -> ParsedResponse:
     content = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return parse_response(content, max_tokens=most_tokens)
+    return parse_response(content, max_tokens=max_tokens)
 
 
 def whole(choice: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

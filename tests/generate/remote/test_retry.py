@@ -41,7 +41,7 @@ def test_retry_after(header: str | None, seconds: float | None) -> None:
 
 def test_waits_double_up_to_the_longest_and_end() -> None:
     policy = RetryPolicy(attempts=8, first_wait=1, longest_wait=10)
-    waits = [policy.wait(attempt, call="x", asked=None) for attempt in range(1, 9)]
+    waits = [policy.wait(attempt, call="x", retry_after=None) for attempt in range(1, 9)]
     assert waits.pop() is None
     for wait, full in zip(waits, [1, 2, 4, 8, 10, 10, 10], strict=True):
         assert wait is not None
@@ -50,15 +50,15 @@ def test_waits_double_up_to_the_longest_and_end() -> None:
 
 def test_calls_do_not_come_back_all_at_once() -> None:
     policy = RetryPolicy()
-    assert len({policy.wait(1, call=str(call), asked=None) for call in range(20)}) == 20
-    asked = {policy.wait(1, call=str(call), asked=30) for call in range(20)}
+    assert len({policy.wait(1, call=str(call), retry_after=None) for call in range(20)}) == 20
+    asked = {policy.wait(1, call=str(call), retry_after=30) for call in range(20)}
     assert len(asked) == 20
     assert all(wait is not None and 30 < wait <= 31 for wait in asked)
-    assert policy.wait(1, call="x", asked=121) is None
+    assert policy.wait(1, call="x", retry_after=121) is None
 
 
 def test_a_very_long_series_does_not_overflow() -> None:
-    assert RetryPolicy(attempts=10_000).wait(9_999, call="x", asked=None) is not None
+    assert RetryPolicy(attempts=10_000).wait(9_999, call="x", retry_after=None) is not None
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 503, 599])

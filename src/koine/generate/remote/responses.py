@@ -20,19 +20,21 @@ Finish = Literal["stop", "length"]
 
 # Finish reasons of other servers, in lower case, without punctuation and the prefix "FINISH_REASON_".
 STOP_REASONS = frozenset((
-    "stop", "stopped", "eos", "eostoken", "eostokenid", "endturn", "endofturn", "endoftext", "stopsequence",
-    "stoptoken", "stopstring", "stopstr", "stopword", "complete", "completed", "finished", "end", "done", "normal", "success",
+    "stop", "stopped", "eos", "eostoken", "eostokenid", "endturn", "endofturn", "endoftext",
+    "stopsequence", "stoptoken", "stopstring", "stopstr", "stopword", "complete", "completed", "finished",
+    "end", "done", "normal", "success",
 ))  # fmt: skip
 LENGTH_REASONS = frozenset((
-    "length", "lengthlimit", "maxtokens", "maxtoken", "maxlength", "maxlen", "maxnewtokens", "maxoutputtokens",
-    "maxcompletiontokens", "modellength", "modelcontextwindowexceeded", "contextlength",
-    "contextlengthexceeded", "tokenlimit", "outputlimit", "incomplete", "truncated", "limit", "errorlimit",
+    "length", "lengthlimit", "maxtokens", "maxtoken", "maxlength", "maxlen", "maxnewtokens",
+    "maxoutputtokens", "maxcompletiontokens", "modellength", "modelcontextwindowexceeded",
+    "contextlength", "contextlengthexceeded", "tokenlimit", "outputlimit", "incomplete", "truncated",
+    "limit", "errorlimit",
 ))  # fmt: skip
 # Parts of finish reasons after which the text cannot be used.
 REFUSAL_REASONS = (
-    "contentfilter", "filter", "safety", "recitation", "blocklist", "prohibited", "spii", "sensitive", "refusal",
-    "moderation", "blocked", "error", "toxic", "abort", "cancel", "tool", "function", "fail", "timeout",
-    "insufficient", "pauseturn", "language",
+    "contentfilter", "filter", "safety", "recitation", "blocklist", "prohibited", "spii", "sensitive",
+    "refusal", "moderation", "blocked", "error", "toxic", "abort", "cancel", "tool", "function", "fail",
+    "timeout", "insufficient", "pauseturn", "language",
 )  # fmt: skip
 
 
