@@ -46,7 +46,8 @@ def test_the_oldest_question_and_its_answer_go_first_and_the_system_text_stays()
 def test_a_long_answer_is_not_worth_the_whole_history() -> None:
     conversation = talk(2)
     conversation.add_user("now")
-    # Of 16 tokens a quarter is insisted on; 1000 wanted tokens do not drop turns that fit beside that quarter.
+    # Of 16 tokens a quarter is insisted on; 1000 wanted tokens do not drop turns that fit beside that
+    # quarter.
     fitted = conversation.fit(words, context=16, reserve=1000)
     assert (fitted.dropped, len(fitted.prompt), fitted.max_new_tokens) == (0, 10, 6)
 
