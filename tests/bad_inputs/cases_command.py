@@ -39,7 +39,7 @@ CASES = (
     Case(
         mistake="a sampling setting that is no number",
         command="chat model --temperature nan",
-        says="temperature is nan; it must be at least 0",
+        says="temperature is nan; it must be a number",
     ),
     Case(
         mistake="a negative number of tokens",

@@ -28,7 +28,7 @@ CASES = (
     bad_option("a temperature without end", "--temperature 1e999", "temperature is inf; it must be finite"),
     bad_option("a negative count of likeliest tokens", "--top-k -1", "top-k is -1; it must be at least 0"),
     bad_option("more likeliest tokens than any vocabulary has", "--top-k 99999999999999999999", "top-k is 99999999999999999999; it must be at most 2147483647"),
-    bad_option("a top-p that is not a number", "--top-p nan", "top-p is nan; it must be greater than 0"),
+    bad_option("a top-p that is not a number", "--top-p nan", "top-p is nan; it must be a number"),
     bad_option("a negative min-p", "--min-p -0.1", "min-p is -0.1; it must be at least 0"),
     bad_option("a penalty of nothing", "--repetition-penalty 0", "repetition-penalty is 0.0; it must be greater than 0"),
     bad_option("a negative seed for an answer", "--seed -1", "seed is -1; it must be at least 0"),

@@ -22,7 +22,7 @@ def test_there_is_one_class() -> None:
     ("name", "value", "line"),
     [
         ("temperature", -0.1, "temperature is -0.1; it must be at least 0"),
-        ("temperature", float("nan"), "temperature is nan; it must be at least 0"),
+        ("temperature", float("nan"), "temperature is nan; it must be a number"),
         ("temperature", float("inf"), "temperature is inf; it must be finite"),
         ("top_k", -1, "top-k is -1; it must be at least 0"),
         ("top_p", 0.0, "top-p is 0.0; it must be greater than 0"),
@@ -40,7 +40,7 @@ def test_there_is_one_class() -> None:
         ("temperature", 10**400, "temperature is an integer of 401 digits; it must be finite"),
         ("top_k", 2**31, f"top-k is {2**31}; it must be at most 2147483647"),
         ("top_k", float("nan"), "top-k is nan; it must be an integer"),
-        ("min_p", float("nan"), "min-p is nan; it must be at least 0"),
+        ("min_p", float("nan"), "min-p is nan; it must be a number"),
         ("min_p", [0.1], "min-p is [0.1]; it must be a number"),
         ("seed", False, "seed is False; it must be an integer"),
         ("stop", (5,), "stop is (5,); it must be a tuple of strings, none of them empty"),

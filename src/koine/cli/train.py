@@ -17,8 +17,8 @@ from koine.train.settings import TrainSettings
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
     from koine.evaluate.training_probe import BitsPerByteProbe
-    from koine.model.causal_lm import CausalLM
     from koine.model.decoder import Decoder
+    from koine.model.language_model import LanguageModel
 
 
 def setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,6 +37,15 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
             help=field.metadata["help"],
         )(command)
     return command
+
+
+class _PackingChoice(click.Choice[str]):
+    """The packings of `Mixture`, by their names of today or before version 0.1.0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from koine.data.mixture import current_packing
+
+        return super().convert(current_packing(value), param, ctx)
 
 
 def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -69,10 +78,11 @@ def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., 
         ),
         click.option(
             "--packing",
-            type=click.Choice(["stream", "whole", "alone"]),
+            type=_PackingChoice(["concat", "no_split", "one_per_row"]),
             default=packing,
             show_default=True,
-            help="stream: documents are cut at a sequence's end; whole: they are not; alone: one document a sequence.",
+            help="concat: documents are joined and cut at a row's end; no_split: they are not cut; "
+            "one_per_row: one document a row, padded.",
         ),
         click.option(
             "--cross-document-attention",
@@ -137,7 +147,7 @@ def train() -> None:
     "--model", type=click.Path(path_type=Path), help="Model folder to go on from, in place of --preset."
 )
 @attention_options
-@data_options(packing="stream", sequence_length=1024)
+@data_options(packing="concat", sequence_length=1024)
 def pretrain(
     preset: str | None,
     model: Path | None,
@@ -198,17 +208,17 @@ def pretrain(
     _run(fresh, language_modelling, seed=seed, tokenizer=tokenizer, **options)
 
 
-def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
+def _opened(path: Path, rope_theta: float | None = None) -> LanguageModel:
     """A model to go on from, turning by `rope_theta` where it is given."""
-    from koine.model.causal_lm import CausalLM, load_as_stored
+    from koine.model.causal_lm import load_as_stored
     from koine.model.decoder import Decoder
     from koine.model.layer_patterns import set_rope_theta
 
     if not path.is_dir():
         raise UserError("no such model directory", where=path, hint="give a folder that holds config.json")
     model = load_as_stored(path)
-    assert isinstance(model, Decoder | CausalLM)
     if rope_theta is not None:
+        # Classes of transformers compute RoPE's frequencies once, when they are opened.
         if not isinstance(model, Decoder):
             raise UserError(
                 "--rope-theta is for Koine's own decoder",
@@ -221,7 +231,7 @@ def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
 
 @train.command()
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder to start from.")
-@data_options(packing="whole", sequence_length=1024)
+@data_options(packing="no_split", sequence_length=1024)
 def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
     """Supervised fine-tuning on chats: the loss is on the completions only."""
     from koine.train.objectives import supervised_fine_tuning
@@ -236,7 +246,7 @@ def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
 
 
 def _run(
-    make_model: Callable[[int], Decoder | CausalLM],
+    make_model: Callable[[int], LanguageModel],
     objective: Any,
     *,
     data: tuple[str, ...],
@@ -388,7 +398,7 @@ def _probe(
     return probe
 
 
-def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: Mixture) -> None:
+def print_estimate(model: LanguageModel, settings: TrainSettings, mixture: Mixture) -> None:
     """What `--dry-run` prints; of another architecture than ours, memory and time are not known before."""
     from koine.model.counting import training_flops_per_token
     from koine.model.decoder import Decoder
@@ -402,6 +412,7 @@ def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: 
     )
     click.echo(f"parameters   {parameters:,}")
     click.echo(f"tokens       {tokens:,} in {mixture.steps:,} steps ({lengths})")
+    # Memory and time are estimated from the fields of our own configuration.
     if not isinstance(model, Decoder):
         click.echo(f"operations   about {6.0 * parameters * tokens:.3g} (attention not counted)")
         return

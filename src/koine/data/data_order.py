@@ -1,11 +1,12 @@
 """The data order: which documents a step sees, as a pure function of (mixture, seed, step).
 
-A *component* is one language of one source. Sequence `i` of a phase belongs to the component that a block of `BLOCK` sequences assigns
-it (every block holds each component in the same numbers, spread evenly, in an order drawn for the block), and its place inside
-the component is the number of that component's sequences before it. Nothing is remembered between steps.
+A *component* is one language of one source. Sequence `i` of a phase belongs to the component that its block
+of `BLOCK` sequences assigns to it. Every block holds each component equally often, evenly spread, in an order
+drawn for the block. A sequence's position inside the component is the number of that component's sequences
+before it. No state is kept between steps.
 
-The batches of long rows inside a phase (`Phase.long`) are numbered by themselves, and rows of another length than the mixture's have
-a shuffle and a place of their own in the same documents.
+The batches of long rows in a phase (`Phase.long`) are numbered separately. Rows of another length than the
+mixture's have their own shuffle of the same documents, and their own position in it.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Batch
 from koine.data.collate import Component, fill, spans_of
-from koine.data.drawn import Drawn, furthest
+from koine.data.drawn import Drawn, merge_drawn
 from koine.data.mixture import Mixture, Packing, Shape, Source
-from koine.data.packing import AlonePacking, Pieces, StreamPacking, WholePacking
+from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking, OnePerRowPacking
 from koine.data.shards import TokenSource
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import sha256_file
 
 BLOCK = 4096
-"""Sequences in which proportions hold exactly, to 1 / BLOCK."""
+"""Sequences over which proportions hold exactly, to 1 / BLOCK."""
 
-PACKINGS: dict[Packing, type[StreamPacking | WholePacking]] = {
-    "stream": StreamPacking,
-    "whole": WholePacking,
-    "alone": AlonePacking,
+PACKINGS: dict[Packing, type[ConcatPacking | NoSplitPacking]] = {
+    "concat": ConcatPacking,
+    "no_split": NoSplitPacking,
+    "one_per_row": OnePerRowPacking,
 }
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Use:
-    """How much of a component a phase draws, in rows of one length."""
+class Usage:
+    """Tokens and epochs that a phase draws of a component, in rows of one length."""
 
     phase: str
     source: str
@@ -55,8 +56,8 @@ class Use:
 
 
 @dataclass(frozen=True)
-class _Lane:
-    """The batches of one kind in a phase: its long rows, or its others."""
+class _BatchGroup:
+    """The batches of one kind in a phase: its long rows, or its other rows."""
 
     phase: int
     long: bool
@@ -67,16 +68,16 @@ class _Lane:
     """Sequences of each component in a block."""
 
 
-Stock = tuple[str, str, int, int]
-"""A folder, a language, tokens of a row, and tokens that a document has at least: what rows are drawn from in one order."""
-Packings = dict[Stock, StreamPacking | WholePacking]
+DocumentPool = tuple[str, str, int, int]
+"""Folder, language, tokens of a row, fewest tokens of a document: rows with equal keys share one order."""
+Packings = dict[DocumentPool, ConcatPacking | NoSplitPacking]
 
 
 class DataOrder:
     """Batches of a mixture, by step.
 
-    Raises `UserError` where a source is missing or damaged, a named language is not in it, the sources were made with different
-    tokenizers, or chats and plain documents are mixed under one loss mask.
+    Raises `UserError` if a source is missing or damaged, a named language is not in it, the sources were made
+    with different tokenizers, or chats and plain documents are mixed under one loss mask.
     """
 
     def __init__(self, mixture: Mixture, *, verify: bool = True) -> None:
@@ -94,23 +95,24 @@ class DataOrder:
                 hint="tokenize all of them with the tokenizer of the model",
             )
         packings: Packings = {}
-        self._lanes = {
-            (index, long): self._lane(index, long, packings)
+        self._groups = {
+            (index, long): self._group(index, long, packings)
             for index, phase in enumerate(mixture.phases)
             for long in ((False, True) if phase.long is not None else (False,))
         }
         self._manifests: dict[Path, str] = {}
-        self._patterns: _Recent[tuple[NDArray[Any], NDArray[Any]]] = _Recent(8)
-        self._offsets = self._lane_offsets()
+        self._patterns: _RecentlyUsed[tuple[NDArray[Any], NDArray[Any]]] = _RecentlyUsed(8)
+        self._offsets = self._first_sequences()
         self._warn_of_repeats()
         self._warn_of_cut_documents(packings)
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """sha256 of the tokenizer that made all sources."""
+        """sha256 of the tokenizer of all sources."""
         return next(iter(self.sources.values())).tokenizer_fingerprint
 
-    def _lane(self, index: int, long: bool, packings: Packings) -> _Lane:
+    def _group(self, index: int, long: bool, packings: Packings) -> _BatchGroup:
+        """Build the batch group of a phase's long rows, or of its other rows."""
         phase, shape = self.mixture.phases[index], self.mixture.phase_shape(index, long=long)
         sources = phase.long.sources if long and phase.long is not None else ()
         components = [
@@ -118,11 +120,12 @@ class DataOrder:
             for source in sources or phase.sources
             for component in self._components(source, shape.sequence_length, packings)
         ]
-        _refuse_twice(phase.name, components)
+        _check_no_overlap(phase.name, components)
         counts = _apportion(np.array([component.weight for component in components]), BLOCK)
-        return _Lane(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
+        return _BatchGroup(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
 
     def _components(self, source: Source, time: int, packings: Packings) -> Iterator[Component]:
+        """Yield the components of a source, with their weights in the phase."""
         tokens = self.sources[source.path]
         least = source.min_tokens or 0
         enough = tokens.lengths >= least
@@ -138,7 +141,7 @@ class DataOrder:
             )
         if source.languages is None:
             power = 1.0 / (source.temperature or 1.0)
-            # A power above 1 may leave the range of floats: then as shares of the largest.
+            # A power above 1 may overflow floats, so it is applied to shares of the largest.
             unit = max(totals.values()) if power > 1.0 else 1
             weights = {code: (total / unit) ** power for code, total in totals.items()}
         else:
@@ -156,32 +159,35 @@ class DataOrder:
             if key not in packings:
                 documents = np.flatnonzero(enough & (tokens.languages == code))
                 kind = PACKINGS[self.mixture.packing]
-                # Rows of each length pass over the documents on their own, with a shuffle of their own.
+                # Rows of each length have their own shuffle of the documents.
                 own = () if time == self.mixture.sequence_length and not least else (time, least)
-                seed = (self.mixture.seed, _stable_number(code), *own)
+                seed = (self.mixture.seed, _stable_hash(code), *own)
                 packings[key] = kind(documents, tokens.lengths, time, seed)
             yield Component(source, tokens, code, weight * scale, packings[key])
 
-    # -- which component, and where in it ------------------------------------------------------------------------------
+    # --- component of a sequence, and position in it ---
 
-    def _pattern(self, lane: _Lane, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """For each sequence of a block its component, and how many of that component came before it in the block."""
+    def _pattern(self, group: _BatchGroup, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return component and rank of each sequence of a block.
+
+        The rank counts the sequences of the same component before it in the block.
+        """
 
         def draw() -> tuple[NDArray[Any], NDArray[Any]]:
-            counts = lane.counts
-            salt = 0x10B6 if lane.long else 0xB10C
-            generator = np.random.Generator(np.random.Philox([self.mixture.seed, lane.phase, block, salt]))
+            counts = group.counts
+            salt = 0x10B6 if group.long else 0xB10C
+            generator = np.random.Generator(np.random.Philox([self.mixture.seed, group.phase, block, salt]))
             component = np.repeat(np.arange(len(counts)), counts)
             rank = np.concatenate([np.arange(count) for count in counts])
-            # Each component's sequences are spread evenly, from a start of its own.
+            # Each component's sequences are spread evenly, from its own random start.
             keys = (rank + generator.random(len(counts))[component]) / counts[component]
             order = np.argsort(keys, kind="stable")
             return component[order], rank[order]
 
-        return self._patterns.get((lane.phase, lane.long, block), draw)
+        return self._patterns.get((group.phase, group.long, block), draw)
 
-    def _lane_offsets(self) -> dict[tuple[int, bool], list[int]]:
-        """Sequences and documents drawn in earlier phases and trainings, per lane and component.
+    def _first_sequences(self) -> dict[tuple[int, bool], list[int]]:
+        """Return the sequences drawn in earlier phases and trainings, per batch group and component.
 
         Only sequences of the same length count.
         """
@@ -192,30 +198,30 @@ class DataOrder:
             if documents:
                 drawn[id(component.packing)] = component.packing.first_row_after(documents)
         offsets = {}
-        for name, lane in self._lanes.items():
+        for name, group in self._groups.items():
             # Components that draw the same rows share one packing.
-            offsets[name] = [drawn[id(component.packing)] for component in lane.components]
-            for component, used in zip(lane.components, self._drawn(lane), strict=True):
+            offsets[name] = [drawn[id(component.packing)] for component in group.components]
+            for component, used in zip(group.components, self._drawn(group), strict=True):
                 drawn[id(component.packing)] += used
         return offsets
 
     def _distinct_components(self) -> list[Component]:
-        """One component for each order of documents."""
-        found = {id(one.packing): one for lane in self._lanes.values() for one in lane.components}
+        """Return one component for each distinct order of documents."""
+        found = {id(one.packing): one for group in self._groups.values() for one in group.components}
         return list(found.values())
 
     def _key(self, component: Component) -> tuple[str, str, tuple[int, ...]]:
-        """See `Drawn.key`."""
+        """Return `Drawn.key` of a component."""
         path = component.source.path
         if path not in self._manifests:
             self._manifests[path] = sha256_file(path / "manifest.json")
         return self._manifests[path], component.language, component.packing.shuffle
 
     def drawn(self) -> tuple[Drawn, ...]:
-        """Documents that all steps draw of each source and language, with those drawn before."""
+        """Return the documents that all steps draw of each source and language, and those drawn before."""
         rows: dict[int, int] = {}
-        for name, lane in self._lanes.items():
-            counts = zip(lane.components, self._offsets[name], self._drawn(lane), strict=True)
+        for name, group in self._groups.items():
+            counts = zip(group.components, self._offsets[name], self._drawn(group), strict=True)
             for component, before, used in counts:
                 rows[id(component.packing)] = max(rows.get(id(component.packing), 0), before + used)
         found = []
@@ -223,35 +229,36 @@ class DataOrder:
             source, language, shuffle = self._key(component)
             documents = component.packing.documents_before(rows[id(component.packing)])
             found.append(Drawn(source=source, language=language, shuffle=shuffle, documents=documents))
-        return furthest([self.mixture.drawn, found])
+        return merge_drawn([self.mixture.drawn, found])
 
-    def _drawn(self, lane: _Lane) -> list[int]:
-        """Sequences of each component in all of a lane's steps."""
-        blocks, rest = divmod(lane.steps * lane.shape.batch_size, BLOCK)
-        counts = lane.counts * blocks
+    def _drawn(self, group: _BatchGroup) -> list[int]:
+        """Count the sequences of each component in all steps of a batch group."""
+        blocks, rest = divmod(group.steps * group.shape.batch_size, BLOCK)
+        counts = group.counts * blocks
         if rest:
-            counts = counts + np.bincount(self._pattern(lane, blocks)[0][:rest], minlength=len(counts))
+            counts = counts + np.bincount(self._pattern(group, blocks)[0][:rest], minlength=len(counts))
         return [int(count) for count in counts]
 
-    def _rows(self, step: int, rows: range) -> list[tuple[Component, list[Pieces]]]:
-        place = self.mixture.place(step)
-        lane, offsets = self._lanes[place.phase, place.long], self._offsets[place.phase, place.long]
+    def _rows(self, step: int, rows: range) -> list[tuple[Component, list[DocumentSlice]]]:
+        """Return component and document slices of some rows of a step."""
+        place = self.mixture.position(step)
+        group, offsets = self._groups[place.phase, place.long], self._offsets[place.phase, place.long]
         out = []
         for row in rows:
-            block, index = divmod(place.number * lane.shape.batch_size + row, BLOCK)
-            which, rank = self._pattern(lane, block)
+            block, index = divmod(place.number * group.shape.batch_size + row, BLOCK)
+            which, rank = self._pattern(group, block)
             number = int(which[index])
-            component = lane.components[number]
-            before = offsets[number] + block * int(lane.counts[number]) + int(rank[index])
+            component = group.components[number]
+            before = offsets[number] + block * int(group.counts[number]) + int(rank[index])
             out.append((component, component.packing.row(before)))
         return out
 
-    # -- batches -------------------------------------------------------------------------------------------------------
+    # --- batches ---
 
     def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
     ) -> Batch:
-        """The rows of `rank` at `step`; `micro_batch` takes a slice of those.
+        """Return the rows of `rank` at `step`; `micro_batch` takes a slice of them.
 
         Ranks hold consecutive, equal parts of the global batch.
         """
@@ -279,28 +286,32 @@ class DataOrder:
             torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: spans_of(content, time)
         )
 
-    # -- what it comes to ----------------------------------------------------------------------------------------------
+    # --- totals ---
 
-    def use(self) -> list[Use]:
-        """Tokens and passes over each component, phase by phase; rows of two lengths count apart."""
+    def usage(self) -> list[Usage]:
+        """Return tokens and epochs of each component, phase by phase.
+
+        Rows of two lengths count separately.
+        """
         return [
-            Use(
-                self.mixture.phases[lane.phase].name,
+            Usage(
+                self.mixture.phases[group.phase].name,
                 component.source.name,
                 component.language,
-                drawn * lane.shape.sequence_length,
+                drawn * group.shape.sequence_length,
                 drawn / component.packing.rows_in_epoch(),
-                lane.shape.sequence_length,
+                group.shape.sequence_length,
             )
-            for lane in self._lanes.values()
-            for component, drawn in zip(lane.components, self._drawn(lane), strict=True)
+            for group in self._groups.values()
+            for component, drawn in zip(group.components, self._drawn(group), strict=True)
         ]
 
     def _warn_of_repeats(self) -> None:
+        """Warn of documents that are repeated more often than `max_epochs`."""
         passes: dict[tuple[str, str], float] = {}
         limits: dict[tuple[str, str], tuple[float, str]] = {}
-        for lane in self._lanes.values():
-            for component, drawn in zip(lane.components, self._drawn(lane), strict=True):
+        for group in self._groups.values():
+            for component, drawn in zip(group.components, self._drawn(group), strict=True):
                 key = component.key
                 passes[key] = passes.get(key, 0.0) + drawn / component.packing.rows_in_epoch()
                 limits[key] = (component.source.max_epochs, component.source.name)
@@ -311,42 +322,45 @@ class DataOrder:
         ]
         if over:
             warnings.warn(
-                f"these documents are repeated: {', '.join(over)}; add text, lower their share, or raise max_epochs",
+                f"these documents are repeated: {', '.join(over)}; "
+                "add text, lower their share, or raise max_epochs",
                 KoineWarning,
                 stacklevel=3,
             )
 
     def _warn_of_cut_documents(self, packings: Packings) -> None:
+        """Warn of documents that are longer than a row and lose their end."""
         counts: dict[int, list[tuple[int, int]]] = {}
         for (_, _, time, _), packing in packings.items():
-            if isinstance(packing, WholePacking):
+            if isinstance(packing, NoSplitPacking):
                 counts.setdefault(time, []).append(packing.cut_off())
         for time, found in counts.items():
             cut, total = (sum(column) for column in zip(*found, strict=True))
             if cut:
                 warnings.warn(
-                    f"{cut} of {total} documents are longer than a sequence of {time} tokens and lose their end "
-                    "(a chat its answer); raise the sequence length, or leave them out",
+                    f"{cut} of {total} documents are longer than a sequence of {time} tokens and "
+                    "lose their end (a chat its answer); raise the sequence length, or leave them out",
                     KoineWarning,
                     stacklevel=3,
                 )
 
 
-def _refuse_twice(phase: str, components: list[Component]) -> None:
-    """Two sources of a phase that read the same documents would draw the same rows."""
+def _check_no_overlap(phase: str, components: list[Component]) -> None:
+    """Raise `UserError` if two sources of a phase draw the same rows."""
     seen: dict[tuple[str, str], str] = {}
     for component in components:
         other = seen.setdefault(component.key, component.source.name)
         if other != component.source.name:
             raise UserError(
-                f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' from {component.source.path}",
+                f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' "
+                f"from {component.source.path}",
                 where=f"phase '{phase}'",
                 hint="give each language of a folder to one of them",
             )
 
 
 def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
-    """Integers that sum to `total`, in proportion to `weights` (largest remainder), at least 1 each."""
+    """Return integers at least 1 that sum to `total`, in proportion to `weights` (largest remainder)."""
     if len(weights) > total:
         raise UserError(f"{len(weights)} languages in one mixture", hint=f"at most {total} are possible")
     exact = weights / weights.sum() * (total - len(weights))
@@ -357,13 +371,13 @@ def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
     return out
 
 
-def _stable_number(text: str) -> int:
-    """A number that depends on the text alone (Python's own hash changes from process to process)."""
+def _stable_hash(text: str) -> int:
+    """Return a number that depends only on the text (Python's own hash changes between processes)."""
     return int.from_bytes(text.encode("utf-8")[:8].ljust(8, b"\0"), "big")
 
 
-class _Recent(OrderedDict[Any, T]):
-    """The few values computed last."""
+class _RecentlyUsed(OrderedDict[Any, T]):
+    """A cache of the values that were used last."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is trained on: named sources in proportions, phase after phase."""
+"""Data mixtures: named sources in proportions, phase after phase."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from koine.errors import UserError, did_you_mean
 from koine.fields import MAX_INTEGER, check_integer, check_number, short_repr
 from koine.languages import language
 
-Packing = Literal["stream", "whole", "alone"]
+Packing = Literal["concat", "no_split", "one_per_row"]
+_PACKING_BEFORE = {"stream": "concat", "whole": "no_split", "alone": "one_per_row"}
+"""Names of the packings before version 0.1.0; read, never written."""
 MOST_TOKENS = 2**28
-"""Tokens of a step at most: several times what the largest published trainings take."""
+"""Most tokens of a step: several times those of the largest published trainings."""
 MOST_STEPS = 2**36
 
 
@@ -31,15 +33,15 @@ class Source:
     name: str
     path: Path
     proportion: float
-    """Share of the phase's tokens; the shares of a phase must sum to 1."""
+    """Share of the phase's tokens; the proportions of a phase must sum to 1."""
     languages: Mapping[str, float] | None = None
-    """Weights of the languages to draw from; languages not named are left out. `None`: all, by `temperature`."""
+    """Weights of the languages to draw from; others are left out. `None`: all, by `temperature`."""
     temperature: float | None = None
-    """Languages are weighted by `tokens ** (1 / temperature)`; 1 is their natural share, infinity uniform."""
+    """Languages are weighted by `tokens ** (1 / temperature)`; 1 is natural, infinity uniform."""
     min_tokens: int | None = None
-    """Only documents of at least as many tokens are drawn; `None`: all."""
+    """Fewest tokens of a document that is drawn; `None`: all."""
     max_epochs: float = 4.0
-    """More passes than this over a language's documents raise a `KoineWarning`."""
+    """More epochs than this over a language's documents give a `KoineWarning`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -50,7 +52,7 @@ class Source:
             raise UserError(
                 "has both language weights and a temperature", where=where, hint="give one of them"
             )
-        # Infinity is a temperature, at which all languages weigh the same, and no bound of passes.
+        # Infinity is allowed: all languages weigh the same, or no limit of epochs.
         if self.temperature is not None and not self.temperature > 0.0:
             raise UserError(f"the temperature {self.temperature} is not above 0", where=where)
         if self.min_tokens is not None and not 1 <= self.min_tokens <= MAX_INTEGER:
@@ -72,7 +74,7 @@ class Source:
 
 
 class Shape(NamedTuple):
-    """Tokens of a row and rows of a step, over all ranks."""
+    """Tokens of a row, and rows of a step over all ranks."""
 
     sequence_length: int
     batch_size: int
@@ -83,27 +85,27 @@ class Shape(NamedTuple):
         return self.sequence_length * self.batch_size
 
 
-class Place(NamedTuple):
-    """Where a step of a mixture is."""
+class StepPosition(NamedTuple):
+    """Position of a step in a mixture."""
 
     phase: int
     inside: int
     """Number of the step inside its phase."""
     long: bool
-    """Whether it is one of the phase's batches of long rows."""
+    """Whether the step is a batch of long rows."""
     number: int
     """Steps of the same phase and kind (long or not) before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongRows:
-    """Batches of long rows among a phase's others: its steps `every - 1`, `2 * every - 1`, ... (counted from 0)."""
+    """Batches of long rows in a phase: its steps `every - 1`, `2 * every - 1`, ... (counted from 0)."""
 
     every: int
     sequence_length: int
     batch_size: int
     sources: tuple[Source, ...] = ()
-    """What they are drawn from, with proportions of their own; none: the phase's sources."""
+    """Sources of the long rows, with their own proportions; empty: the phase's sources."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
@@ -120,7 +122,7 @@ class LongRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training with one mixture; learning-rate schedules begin again with each."""
+    """A stretch of training with one mixture; learning-rate schedules start anew with each phase."""
 
     name: str
     steps: int
@@ -159,7 +161,7 @@ class Phase:
 
     @property
     def all_sources(self) -> tuple[Source, ...]:
-        """The sources of all rows, long or not; one that serves both may be there twice."""
+        """Sources of all rows, long or not; one that serves both is listed twice."""
         return self.sources + (self.long.sources if self.long is not None else ())
 
 
@@ -167,19 +169,25 @@ class Phase:
 class Mixture:
     """Everything that the data order depends on.
 
-    `sequence_length` and `batch_size` are those of every phase that has none of its own. `packing` `"stream"`: documents are shuffled, joined and cut every `sequence_length` tokens. `"whole"`: a row holds whole documents,
-    and only one longer than the row is cut off. `"alone"`: the same with one document a row, the rest of it padding. With `cross_document_attention`, attention and targets run on across the
-    boundary of two documents; without, neither does.
+    `sequence_length` and `batch_size` hold for every phase that has none of its own.
+
+    `packing` says how documents fill rows:
+
+    - `"concat"`: documents are shuffled, joined and cut every `sequence_length` tokens;
+    - `"no_split"`: a row holds whole documents; only a document longer than the row is truncated;
+    - `"one_per_row"`: one document a row, truncated if longer; the rest of the row is padding.
+
+    With `cross_document_attention`, attention and targets cross the boundary of two documents in a row.
     """
 
     phases: tuple[Phase, ...]
     sequence_length: int
     batch_size: int
     seed: int = 0
-    packing: Packing = "stream"
+    packing: Packing = "concat"
     cross_document_attention: bool = False
     drawn: tuple[Drawn, ...] = ()
-    """Documents drawn by earlier trainings (`koine.data.drawn`): the first phase goes on after them."""
+    """Documents drawn by earlier trainings (`koine.data.drawn`); the first phase continues after them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -203,6 +211,7 @@ class Mixture:
                 )
         if check_integer("seed", self.seed, high=2**63 - 1) < 0:
             raise UserError(f"the seed is {self.seed}", hint="it must not be negative")
+        object.__setattr__(self, "packing", current_packing(self.packing))
         if self.packing not in get_args(Packing):
             raise UserError(
                 f"unknown packing '{self.packing}'", hint=did_you_mean(self.packing, get_args(Packing))
@@ -213,8 +222,8 @@ class Mixture:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
-    def place(self, step: int) -> Place:
-        """The phase of a step, and where in it the step is. Raises `UserError` outside the mixture."""
+    def position(self, step: int) -> StepPosition:
+        """Return phase and position of a step. Raises `UserError` outside the mixture."""
         if not 0 <= step < self.steps:
             raise UserError(
                 f"step {step} is outside the mixture", hint=f"it has the steps 0 to {self.steps - 1}"
@@ -226,16 +235,16 @@ class Mixture:
         every = self.long_every(index)
         before = inside // every if every else 0
         if every and (inside + 1) % every == 0:
-            return Place(index, inside, True, before)
-        return Place(index, inside, False, inside - before)
+            return StepPosition(index, inside, True, before)
+        return StepPosition(index, inside, False, inside - before)
 
     def long_every(self, phase: int) -> int:
-        """Every how many steps of a phase are of long rows; 0: none is."""
+        """Return `every` of a phase's long rows; 0 if it has none."""
         long = self.phases[phase].long
         return long.every if long is not None else 0
 
     def phase_shape(self, phase: int, *, long: bool) -> Shape:
-        """What a step of a phase holds, of long rows or of the others."""
+        """Return the shape of a phase's long rows, or of its other rows."""
         one = self.phases[phase]
         if long:
             assert one.long is not None
@@ -243,18 +252,18 @@ class Mixture:
         return Shape(one.sequence_length or self.sequence_length, one.batch_size or self.batch_size)
 
     def shape(self, step: int) -> Shape:
-        """What a step holds."""
-        place = self.place(step)
+        """Return the shape of a step."""
+        place = self.position(step)
         return self.phase_shape(place.phase, long=place.long)
 
     def phase_steps(self, phase: int, *, long: bool) -> int:
-        """Steps of long rows, or of the others, in a phase."""
+        """Count the steps of long rows, or of the others, in a phase."""
         every, steps = self.long_every(phase), self.phases[phase].steps
         of_long = steps // every if every else 0
         return of_long if long else steps - of_long
 
     def shapes(self) -> dict[Shape, int]:
-        """Every shape that a step has, and how many steps have it."""
+        """Return every shape, and the number of steps that have it."""
         found: dict[Shape, int] = {}
         for index, phase in enumerate(self.phases):
             for long in (False, True) if phase.long is not None else (False,):
@@ -263,11 +272,11 @@ class Mixture:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` makes an equal mixture."""
+        """Return a JSON value from which `from_json` makes an equal mixture."""
         value = dataclasses.asdict(self)
 
         def sources(items: Any) -> list[dict[str, Any]]:
-            # Absolute, so that a model's record of its data can be read from any folder.
+            # Absolute, so that a model's training.json can be read from any folder.
             return [
                 {
                     name: str(entry.resolve()) if name == "path" else entry
@@ -282,7 +291,7 @@ class Mixture:
             phase["sources"] = sources(phase["sources"])
             if phase["long"] is not None:
                 phase["long"]["sources"] = sources(phase["long"]["sources"])
-            # What a phase has not of its own is not said: a mixture without it reads as it always has.
+            # Unset fields are left out, so that the JSON of older mixtures stays the same.
             phases.append({name: entry for name, entry in phase.items() if entry is not None})
         drawn = [one.to_json() for one in self.drawn]
         del value["drawn"]
@@ -290,9 +299,10 @@ class Mixture:
 
     @staticmethod
     def from_json(value: Any, *, where: str | Path = "mixture", relative_to: Path | None = None) -> Mixture:
-        """A mixture from its JSON value; paths that are not absolute are taken from `relative_to`.
+        """Read a mixture from its JSON value; relative paths are taken from `relative_to`.
 
-        Raises `UserError` for unknown keys (with the nearest known one), missing ones, values of another type, and impossible ones.
+        Raises `UserError` for unknown keys (with the nearest known one), missing ones, and values of a wrong
+        type or out of bounds.
         """
 
         def source(item: Any) -> Source:
@@ -315,6 +325,18 @@ class Mixture:
         fields = _fields(Mixture, value, where)
         fields["drawn"] = read_places(fields.get("drawn", []), where=Path(where))
         return Mixture(**{**fields, "phases": tuple(phase(one) for one in fields["phases"])})
+
+
+def current_packing(name: Any) -> Any:
+    """Return today's name of a packing for a name of an earlier version; anything else as it is."""
+    return _PACKING_BEFORE.get(name, name) if isinstance(name, str) else name
+
+
+def with_current_names(recorded: Any) -> Any:
+    """Return a recorded mixture (JSON) with today's names, to compare it with a mixture of today."""
+    if not isinstance(recorded, dict) or "packing" not in recorded:
+        return recorded
+    return {**recorded, "packing": current_packing(recorded["packing"])}
 
 
 def _check_shape(sequence_length: int | None, batch_size: int | None, where: str | None) -> None:

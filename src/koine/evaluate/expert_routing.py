@@ -71,7 +71,7 @@ def routing_shares(
         total += len(ids)
         for layer, routing in enumerate(routings):
             probability[layer] += routing.probabilities.sum(dim=(0, 1)).double().cpu()
-            picks = torch.bincount(routing.chosen.flatten(), minlength=count).double().cpu()
+            picks = torch.bincount(routing.experts.flatten(), minlength=count).double().cpu()
             chosen[layer] += picks / mixture.top_k
             if routing.attention_logits is not None:
                 attention[layer] += routing.attention_logits.softmax(-1).sum(dim=(0, 1)).double().cpu()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from koine.model.head import accepted, probe_tokens, read_logits
+from koine.model.lm_head import forward_arguments, forward_logits, probe_tokens
 
 CacheSupport = Literal["chunks", "tokens", "none"]
 """What a model takes after a cache: any number of tokens, one token, or none (each step recomputes all)."""
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 def cache_name(inner: Any) -> str | None:
     """Return the name of the model's argument and output that holds its cache, or None where it has none."""
-    names = accepted(inner)
+    names = forward_arguments(inner)
     if "use_cache" not in names:
         return None
     return next((name for name in ("past_key_values", "cache_params") if name in names), None)
@@ -34,7 +34,7 @@ def probe_cache_support(inner: Any) -> CacheSupport:
         return "none"
     device = next(iter(inner.parameters())).device
     ids = probe_tokens(inner)[:1].to(device)
-    expected_tv = read_logits(inner, {"input_ids": ids, "use_cache": False})[0]
+    expected_tv = forward_logits(inner, {"input_ids": ids, "use_cache": False})[0]
     time = int(ids.shape[1])
     splits: list[tuple[CacheSupport, list[int]]] = [
         ("chunks", [time // 2, time - 2]),

@@ -24,7 +24,7 @@ from koine.generate.scheduler import Scheduler
 from koine.generate.sequential import SequentialGenerator
 from koine.generate.stop_strings import StopStrings
 from koine.hardware import check_device
-from koine.model import CausalLM, Decoder, load_causal_lm
+from koine.model import CausalLM, Decoder, LanguageModel, load_causal_lm
 from koine.model.counting import page_bytes
 from koine.tokenizer import Tokenizer, load_tokenizer
 
@@ -85,13 +85,11 @@ class LocalEngine:
         self.path = path
         weights = None if dtype is None else getattr(torch, dtype)
         model = load_causal_lm(path, dtype=weights, device=device)
-        assert isinstance(model, Decoder | CausalLM)
-        self.model = model
+        self.model: LanguageModel = model
         self.tokenizer = load_tokenizer(path)
-        rows = model.config.vocab_size if isinstance(model, Decoder) else model.rows
-        if self.tokenizer.vocab_size > rows:
+        if self.tokenizer.vocab_size > model.vocab_size:
             raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {rows}",
+                f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {model.vocab_size}",
                 where=path,
                 hint="these are not a pair; put the tokenizer that the model was trained with "
                 "into its folder",
@@ -99,9 +97,10 @@ class LocalEngine:
         # Counted before prepacking replaces the parameters.
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._weight = next(model.parameters())
-        self.stop_ids = model.end_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
-        self.context = _context_length(model)
+        self.stop_ids = model.eos_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
+        self.context = model.context_length or UNLIMITED
         self.scheduler: Scheduler | SequentialGenerator
+        # The two kinds of model have KV caches of different classes: paged here, those of transformers there.
         if isinstance(model, Decoder):
             prepack(model)
             max_pages = None
@@ -111,6 +110,7 @@ class LocalEngine:
                 model, max_batch=max_batch, max_pages=max_pages, prefill_chunk=prefill_chunk
             )
         else:
+            assert isinstance(model, CausalLM)
             self.scheduler = SequentialGenerator(model, prefill_chunk=prefill_chunk)
         self._step_lock = threading.Lock()
         self._grammar = lru_cache(maxsize=32)(self._compile_grammar)
@@ -260,8 +260,3 @@ class PendingCompletion:
             prompt_tokens=len(request.prompt),
             finish="length" if request.finish == "length" else "stop",
         )
-
-
-def _context_length(model: Decoder | CausalLM) -> int:
-    config = model.config if isinstance(model, Decoder) else model.inner.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)

@@ -65,7 +65,7 @@ def new_seed(
     ]
     train_step(
         Decoder(config),
-        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="concat"),
         training_settings(
             learning_rate=learning_rate, schedule="cosine", min_lr_ratio=0.1, steps=steps, micro_batch_size=micro_batch_size,
             dtype=dtype, evaluate_every=0, seed=seed, threads=threads,
@@ -109,7 +109,7 @@ def train_on(
     ]
     train_step(
         load_model(model),
-        phase_of("continue", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        phase_of("continue", sources, steps, sequence_length, batch_size, seed, packing="concat"),
         training_settings(
             learning_rate=learning_rate,
             schedule="cosine",
@@ -192,15 +192,20 @@ def merge_models(
     out: Path,
 ) -> None:
     """A merge of models (`koine.combine.merging.methods`); `options` are the method's own numbers, as `density=0.5`."""
-    from koine.combine.merging.config import Recipe
-    from koine.combine.merging.runner import merge
+    from koine.combine.merging.config import MergeConfig
+    from koine.combine.merging.methods import find_method
+    from koine.combine.merging.runner import run_merge
 
-    numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
-    recipe = Recipe(
-        method=method, models=tuple(models), base=base, weights=weights, options=numbers, seed=seed
+    config = MergeConfig(
+        method=method,
+        models=tuple(models),
+        base=base,
+        weights=weights,
+        options=find_method(method).parse_options(options),
+        seed=seed,
     )
     merged = out / ".merged"
-    merge(recipe, merged, threads=1)
+    run_merge(config, merged, threads=1)
     for path in merged.iterdir():
         path.replace(out / path.name)
     merged.rmdir()

@@ -19,10 +19,9 @@ from koine.steps.corpus_files import load_roles
 from koine.steps.evaluation import bits_per_byte_probe
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from koine.data.mixture import Mixture, Packing, Source
     from koine.model import Decoder
+    from koine.model.language_model import LanguageModel
     from koine.model.layer_patterns import Variant
     from koine.train import TrainSettings
 
@@ -115,7 +114,7 @@ def pretrain(
         sources.append(Source(name="code", path=code / "tokens", proportion=code_share))
     train_step(
         model,
-        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="concat"),
         training_settings(
             learning_rate=learning_rate,
             schedule="cosine",
@@ -168,7 +167,7 @@ def teach_chat(
             sequence_length,
             batch_size,
             seed,
-            packing="whole",
+            packing="no_split",
         ),
         training_settings(
             learning_rate=learning_rate,
@@ -255,7 +254,7 @@ def train_step(
     *,
     out: Path,
     tokenizer: Path,
-    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
+    evaluate: Callable[[LanguageModel, int], Mapping[str, float]] | None,
     init_from: Path | None = None,
 ) -> None:
     """Train over a mixture.

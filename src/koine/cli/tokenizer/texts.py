@@ -1,4 +1,4 @@
-"""The texts that the verbs of `koine tokenizer` read, by language."""
+"""Read the texts of the verbs of `koine tokenizer`, by language."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from koine.tokenizer.measures import Unit
+    from koine.tokenizer.measures import MeasuredText
 
 
-def units_of(
+def read_measured_texts(
     paths: tuple[str, ...],
     languages: str | None,
     *,
@@ -17,11 +17,14 @@ def units_of(
     split: str | None,
     max_bytes: int | None,
     max_bad_share: float,
-) -> Iterator[Unit]:
-    """The text of records, in the chosen languages, at most `max_bytes` of each; records without a language are `und`."""
+) -> Iterator[MeasuredText]:
+    """Yield the texts of records in the chosen languages, at most `max_bytes` of each.
+
+    Records without a language are `und`. Raises `UserError` for a language or a split without text.
+    """
     from koine.data.records import TRANSLATED, read_records
     from koine.errors import UserError, did_you_mean
-    from koine.tokenizer.measures import REFERENCE, Unit
+    from koine.tokenizer.measures import REFERENCE, MeasuredText
 
     chosen = codes_of(languages)
     # Parity needs the English translations, whatever is reported.
@@ -42,7 +45,7 @@ def units_of(
             texts = [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
             for text in texts:
                 taken[code] = taken.get(code, 0) + len(text.encode("utf-8"))
-                yield Unit(code, text, f"{record['id']}" if translated and "text" in record else None)
+                yield MeasuredText(code, text, f"{record['id']}" if translated and "text" in record else None)
         present |= records.present
     where = ", ".join(paths)
     for code in sorted((chosen or set()) - taken.keys()):
@@ -57,7 +60,7 @@ def units_of(
 
 
 def codes_of(languages: str | None) -> set[str] | None:
-    """The canonical codes of a list with commas; None for no list."""
+    """Return the canonical codes of a comma-separated list; `None` for no list."""
     from koine.languages import language
 
     if languages is None:
@@ -66,7 +69,10 @@ def codes_of(languages: str | None) -> set[str] | None:
 
 
 def texts_of(paths: tuple[str, ...], languages: str | None) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that reads (language, text) of the chosen languages anew at each call."""
+    """Return a function that yields (language, text) of the chosen languages, anew at each call.
+
+    Its first complete pass raises `UserError` for a chosen language without text.
+    """
     from koine.errors import UserError, did_you_mean
 
     where = ", ".join(paths)

@@ -19,7 +19,7 @@ from koine.generate.cache.page_plan import PagePlan, build_page_plan
 from koine.generate.cache.page_runs import PageRun, attend_range, attend_runs, run_view, runs_for_fused_kernel
 from koine.generate.cache.paged_cache import CachedSequence, PagedCache
 from koine.generate.cache.split_attention import mask_bias, merge_attention_states, partial_attention
-from koine.model.attention.dispatch import attend, attend_after
+from koine.model.attention.dispatch import attend, attend_cached
 
 
 class PrefillContext:
@@ -34,7 +34,7 @@ class PrefillContext:
         ranges = [torch.arange(start, start + count) for start, count in zip(cached, counts, strict=True)]
         self._positions = torch.cat(ranges)[None].to(cache.device)
         self._starts: Tensor | None = None
-        # On CPU each sequence is attended alone: short ones are twice as fast without a mask (docs/log.md).
+        # On CPU each sequence is attended alone: short ones are twice as fast without a mask (docs/explanation/log.md).
         self._packed = not any(cached) and (len(sequences) == 1 or cache.device.type != "cpu")
         if self._packed and len(sequences) > 1:
             starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
@@ -60,8 +60,8 @@ class PrefillContext:
         self.write_kv(layer, k, v)
         return out
 
-    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Store and attend for tokens in one row (`AttentionContext.mix`)."""
+    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """Store and attend for tokens in one row (`AttentionContext.attend_packed`)."""
         k, v = new.unsqueeze(1)
         return self.attend(layer, q[None], k, v).view(q.shape)
 
@@ -98,7 +98,7 @@ class PrefillContext:
         )
         keys = torch.cat((cached_k, k[0].transpose(0, 1)), dim=1)[None]
         values = torch.cat((cached_v, v[0].transpose(0, 1)), dim=1)[None]
-        return attend_after(q, keys, values, window=window)
+        return attend_cached(q, keys, values, window=window)
 
     def _read_pages(self, layer: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
         """Return the cached keys and values of a sequence, `[k, s, d]` each."""
@@ -189,10 +189,10 @@ class DecodeContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values, then attend (`AttentionContext.attend`); `time` is 1."""
-        return self.mix(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
+        return self.attend_packed(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
 
-    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Store and attend for tokens in one row (`AttentionContext.mix`)."""
+    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """Store and attend for tokens in one row (`AttentionContext.attend_packed`)."""
         view = self._views.get(layer)
         if view is not None:
             # A run has a place for every position; a ring starts again at its end.

@@ -21,7 +21,7 @@ from koine.generate.cache.split_attention import merge_attention_states, partial
 FEWEST_PAGES = 8
 """Mean length of a run below which whole slabs are faster, where there are many runs.
 
-Each run is a call of the kernel of some 14 µs (docs/log.md).
+Each run is a call of the kernel of some 14 µs (docs/explanation/log.md).
 """
 FEW_RUNS = 4
 """With at most so many runs in all, their length does not matter."""

@@ -34,7 +34,7 @@ def partial_attention(
     if q_ckgd.device.type != "cpu":
         return attention_by_matmul(q_ckgd, keys_cksd, values_cksd, bias)
     # The fused kernel takes keys of any strides in place. 256 keys take 15 µs; matmuls and a softmax take 19,
-    # in bfloat16 60 (docs/log.md).
+    # in bfloat16 60 (docs/explanation/log.md).
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out_ckgd, log_sums_ckg = fused(q_ckgd, keys_cksd, values_cksd, 0.0, False, attn_mask=bias, scale=1.0)
     return out_ckgd, log_sums_ckg

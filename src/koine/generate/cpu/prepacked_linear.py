@@ -1,4 +1,4 @@
-"""Linear layers for CPU inference, in the weight layout that is fastest there (times: docs/log.md).
+"""Linear layers for CPU inference, in the weight layout that is fastest there (times: docs/explanation/log.md).
 
 | processor and precision | layout |
 |---|---|
@@ -98,7 +98,7 @@ def prepack(model: Decoder) -> Decoder:
             assert isinstance(block, Block)
             for name in ("in_proj", "out_proj"):
                 setattr(block, name, layout(getattr(block, name).weight))
-        model.scorer = layout(model.output_weight)
+        model.packed_head = layout(model.output_weight)
         if not model.config.tie_embeddings:
             del model.head
     return model.requires_grad_(False).eval()
