@@ -30,7 +30,7 @@ def test_each_row_stops_alone_and_reports_the_models_log_probabilities(tiny: Mod
             assert abs(logprob - float(whole[len(prompt) - 1 + place, token])) < 1e-4
 
 
-def test_a_prompt_read_in_pieces_is_the_prompt(tiny: ModelConfig) -> None:
+def test_chunked_prefill_equals_one_prefill(tiny: ModelConfig) -> None:
     """Pieces shorter than the window and than one row's padding."""
     model = Decoder(tiny).eval()
     prompts = [torch.randint(6, 98, (length,)).tolist() for length in (31, 6)]
@@ -45,7 +45,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tiny: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_scores_that_are_no_numbers_are_told(
+def test_nan_logits_are_an_error(
     tiny: ModelConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Decoder(tiny).eval()

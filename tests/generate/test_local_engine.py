@@ -1,4 +1,4 @@
-"""The engine's answers are those of transformers' own generation; its cache and its neighbours change nothing."""
+"""The engine's tokens equal those of transformers; its KV cache and batch change nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def reference(
 
 
 @pytest.mark.parametrize("which", ["ours", "llama"])
-def test_greedy_answers_and_log_probabilities_are_those_of_transformers(
+def test_greedy_tokens_and_log_probabilities_equal_those_of_transformers(
     which: str, model_folder: Path, foreign_folder: Path
 ) -> None:
     folder = model_folder if which == "ours" else foreign_folder
@@ -96,7 +96,7 @@ def fresh(folder: Path, conversation: list[dict[str, str]], sampling: Sampling) 
 
 
 @pytest.mark.parametrize("which", ["ours", "llama"])
-def test_the_cache_of_earlier_turns_is_used_and_changes_no_answer(
+def test_the_kv_cache_of_earlier_turns_is_reused_and_changes_no_token(
     which: str, model_folder: Path, foreign_folder: Path
 ) -> None:
     folder = model_folder if which == "ours" else foreign_folder
@@ -113,14 +113,14 @@ def test_the_cache_of_earlier_turns_is_used_and_changes_no_answer(
     assert second.request.tokens == [token.id for token in anew]
 
 
-def test_another_conversation_is_read_from_its_beginning(model_folder: Path) -> None:
+def test_another_conversation_is_prefilled_from_its_start(model_folder: Path) -> None:
     engine = LocalEngine(model_folder, dtype="float32", threads=1)
     other = [{"role": "user", "content": "Etwas ganz anderes"}]
     engine.generate([QUESTION], GREEDY)
     assert engine.generate([other], GREEDY)[0] == fresh(model_folder, other, GREEDY)
 
 
-def test_an_interrupted_step_is_taken_again(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_step_is_repeated(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LocalEngine(model_folder, dtype="float32", threads=1)
     answer = engine.stream(engine.encode(QUESTION), GREEDY)
     next(answer)
@@ -145,7 +145,7 @@ def test_a_stream_that_is_closed_is_cancelled(model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["ours", "llama"])
-def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(
     which: str, model_folder: Path, foreign_folder: Path
 ) -> None:
     engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
@@ -162,8 +162,8 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
 
 
 @pytest.mark.parametrize("which", ["ours", "llama"])
-def test_an_answer_that_follows_a_schema(which: str, model_folder: Path, foreign_folder: Path) -> None:
-    """Weights are random, so the grammar alone makes these answers whole documents; another row goes on without one."""
+def test_a_completion_that_follows_a_schema(which: str, model_folder: Path, foreign_folder: Path) -> None:
+    """Weights are random, so only the grammar makes valid documents; another row has no grammar."""
     pytest.importorskip("llguidance")
     engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
     schema = {
@@ -209,7 +209,7 @@ def test_a_schema_that_is_no_json_is_the_users_error(schema: Any) -> None:
 
 
 @pytest.mark.parametrize("which", ["ours", "llama"])
-def test_an_answer_that_fails_ends_alone(which: str, model_folder: Path, foreign_folder: Path) -> None:
+def test_a_completion_that_fails_ends_alone(which: str, model_folder: Path, foreign_folder: Path) -> None:
     """Its caller gets the exception, whoever drove the batch; the others' answers do not change."""
     engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
     prompt = engine.encode(QUESTION)
@@ -228,9 +228,7 @@ def test_an_answer_that_fails_ends_alone(which: str, model_folder: Path, foreign
 
 
 @pytest.mark.parametrize("which", ["ours", "llama"])
-def test_a_temperature_next_to_nothing_is_greedy(
-    which: str, model_folder: Path, foreign_folder: Path
-) -> None:
+def test_a_temperature_near_zero_is_greedy(which: str, model_folder: Path, foreign_folder: Path) -> None:
     engine = LocalEngine(model_folder if which == "ours" else foreign_folder, dtype="float32", threads=1)
     cold = replace(GREEDY, temperature=1e-40)
     assert engine.generate([QUESTION], cold)[0].tokens == engine.generate([QUESTION], GREEDY)[0].tokens
@@ -287,7 +285,7 @@ def test_a_completion_does_not_depend_on_its_neighbours(engine: LocalEngine) -> 
     assert together[1].tokens != together[0].tokens
 
 
-def test_same_seed_same_answer_and_none_draws_afresh(engine: LocalEngine) -> None:
+def test_the_same_seed_gives_the_same_tokens_and_none_a_fresh_seed(engine: LocalEngine) -> None:
     seeded = Sampling(temperature=1.0, seed=5, max_new_tokens=16)
     free = Sampling(temperature=1.0, max_new_tokens=16)
     assert engine.generate([QUESTION], seeded) == engine.generate([QUESTION], seeded)
@@ -295,7 +293,7 @@ def test_same_seed_same_answer_and_none_draws_afresh(engine: LocalEngine) -> Non
     assert engine.generate([QUESTION], free) != engine.generate([QUESTION], free)
 
 
-def test_what_does_not_fit_is_refused(foreign_folder: Path) -> None:
+def test_a_conversation_that_does_not_fit_is_refused(foreign_folder: Path) -> None:
     engine = LocalEngine(foreign_folder)
     assert engine.context == 256
     with pytest.raises(UserError, match="conversation 2 is .* tokens long and the model's context holds 256"):

@@ -1,4 +1,4 @@
-"""Continuous batching gives each request what it would get alone, whatever its neighbours, the pages, the prefixes and the interruptions."""
+"""Continuous batching gives each request the same tokens as alone, whatever happens around it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
     ids=["hybrid", "full", "windowed", "qk-norm"],
 )
 @pytest.mark.parametrize(("max_batch", "chunk", "page"), [(1, 64, 8), (3, 5, 4), (8, 64, 16)])
-def test_every_request_gets_what_it_would_get_alone(
+def test_every_request_gets_the_same_tokens_as_alone(
     tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, max_batch: int, chunk: int, page: int
 ) -> None:
     """Requests of many lengths arrive while others run; settings differ from row to row."""
@@ -72,7 +72,7 @@ def test_every_request_gets_what_it_would_get_alone(
 
 
 def test_a_full_cache_loses_no_request(tiny: ModelConfig) -> None:
-    """Eight answers that do not fit together: some go back to the queue, are read again, and end as if nothing had been."""
+    """Eight requests that do not fit together: some are preempted, prefilled again, and end the same."""
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, max_batch=8, page=4, max_pages=14, prefixes=2)
     went_back = 0
@@ -100,8 +100,8 @@ def test_a_request_that_can_never_fit_is_refused(tiny: ModelConfig) -> None:
     scheduler.run()
 
 
-def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
-    """The first of three prompts with a common beginning stops there; the others, and a next turn, go on from what was kept."""
+def test_a_shared_prefix_is_prefilled_once(tiny: ModelConfig) -> None:
+    """The first of three prompts with a shared prefix pauses there; the others, and a next turn, reuse it."""
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, page=8)
     common = prompt_of(45, 1)
@@ -136,10 +136,10 @@ def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize(("prefixes", "shared", "most"), [(0, 64, 2), (16, 64, 2), (16, 0, 2)])
 @pytest.mark.parametrize("layers", [None, (LayerSpec(),) * 2], ids=["hybrid", "full"])
-def test_common_beginnings_are_packed(
+def test_prompts_with_a_shared_prefix_are_packed(
     tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, prefixes: int, shared: int, most: int
 ) -> None:
-    """32 prompts of 84 tokens take two stretches of 2,048, or one for what they share and one for all the rest."""
+    """32 prompts of 84 tokens take two chunks of 2,048, or one for their prefix and one for the rest."""
     model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
     scheduler = Scheduler(model, prefixes=prefixes, page=8)
     common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4, temperature=0)
@@ -175,7 +175,7 @@ def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch
     assert 0 < calls <= 2 * module.COMPARED_PROMPTS * count
 
 
-def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
+def test_cancelling_frees_pages_and_changes_no_other_request(tiny: ModelConfig) -> None:
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, max_batch=2, page=4, prefixes=0, prefill_chunk=8)
     sampling = Sampling(max_new_tokens=10, temperature=0)
@@ -282,7 +282,7 @@ def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None
 
 
 @pytest.mark.parametrize("where", ["drawing", "taking"])
-def test_an_interruption_between_draws_and_tokens_changes_no_answer(
+def test_an_interrupt_between_sampling_and_appending_changes_no_token(
     tiny: ModelConfig, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows are drawn before any token is taken: the draws that come to nothing are undone."""
@@ -323,8 +323,8 @@ def test_an_interruption_between_draws_and_tokens_changes_no_answer(
         assert request.tokens == alone(model, request.prompt, request.sampling)
 
 
-def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
-    """Only allowed tokens come, one row's grammar is not another's, and log-probabilities are the model's own."""
+def test_a_grammar_and_on_token(tiny: ModelConfig) -> None:
+    """Only allowed tokens are sampled, each row has its own grammar, log-probabilities are the model's."""
 
     class Odd:
         def __init__(self) -> None:
@@ -356,7 +356,7 @@ def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
 
 
 def test_memory_follows_use(tiny: ModelConfig) -> None:
-    """Held bytes are the formula's, in whole pages; slabs come with need and go when they are empty, but for one."""
+    """Bytes in use follow the formula, in whole pages; empty slabs are freed, but for one."""
     model = Decoder(tiny).eval()
     cache = PagedCache.of_model(model, page=4)
     long, short = cache.add(), cache.add()
@@ -380,7 +380,7 @@ def test_memory_follows_use(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("few", [0, 100], ids=["long runs only", "any runs"])
-def test_pages_in_runs_and_by_slab_give_the_same(
+def test_attention_by_runs_equals_attention_by_slabs(
     tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, few: int, dtype: torch.dtype
 ) -> None:
     """Sequences whose pages were taken in turn lie in several runs; one shares its beginning with another."""
@@ -452,7 +452,7 @@ def test_generate_keeps_the_order(tiny: ModelConfig) -> None:
         )
 
 
-def test_nothing_moves_in_the_cache_where_a_request_leaves(tiny: ModelConfig) -> None:
+def test_a_request_that_leaves_moves_only_the_last_one(tiny: ModelConfig) -> None:
     """The last one takes the place of the one that left, and no other."""
     windowed = replace(tiny, layers=(LayerSpec(window=7),) * 2)
     scheduler = Scheduler(Decoder(windowed).eval(), prefixes=0)

@@ -43,8 +43,8 @@ def test_candidates_are_those_of_transformers(settings: dict[str, Any]) -> None:
     assert torch.allclose(ours, expected)
 
 
-def test_draws_follow_the_probabilities() -> None:
-    """2,000 draws from four tokens: each share within four standard errors (at most 4.5 %) of its probability."""
+def test_samples_follow_the_probabilities() -> None:
+    """2,000 samples of four tokens: each share is within four standard errors (at most 4.5 %)."""
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
     count = 2_000
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
@@ -60,7 +60,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 @pytest.mark.parametrize("penalty", [1e-300, 1.0, 1e300])
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e30, 1e300])
-def test_settings_at_the_edge_of_floats_still_choose(temperature: float, penalty: float) -> None:
+def test_extreme_settings_still_sample(temperature: float, penalty: float) -> None:
     """Of a grammar's two allowed tokens, and the likeliest where the temperature is next to 0."""
     logits = 10 * torch.randn(3, 40)
     logits[:, 2:] = -torch.inf

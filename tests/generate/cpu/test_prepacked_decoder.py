@@ -1,4 +1,4 @@
-"""Steps in buffers that stay equal the decoder without a cache: alone and together, windows that fill and wrap, sequences that come and go."""
+"""The prepacked forward pass equals the decoder without a cache, for one sequence and for batches."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_steps_equal_the_decoder_without_a_cache(
     assert forward is not None
     long, short, late = (torch.randint(6, 98, (length,)) for length in (75, 40, 30))
     whole = {len(ids): model(ids[None])[0] for ids in (long, short, late)}
-    # float32: the same sums in another order, hidden states are of the order of 1; bfloat16 rounds each of them to 8 bits.
+    # float32: the same sums in another order, hidden states are of the order of 1; bfloat16 rounds each of
+    # them to 8 bits.
     near = 2e-5 if dtype == torch.float32 else 0.15
     cache = PagedCache.of_model(model, page=16)
     [first] = read_prompts(forward, cache, [long[:5]])
@@ -134,7 +135,7 @@ def test_pages_in_several_runs(packed: tuple[Decoder, PrepackedDecoder]) -> None
     assert (got - model(ids[None])[0, 19:]).abs().max() <= 2e-5
 
 
-def test_who_has_none(tiny: ModelConfig) -> None:
+def test_models_without_a_prepacked_forward_pass(tiny: ModelConfig) -> None:
     assert build_prepacked_decoder(Decoder(tiny)) is None
     mixture = replace(tiny, mixture=MixtureConfig(experts=("a", "b")))
     assert build_prepacked_decoder(prepack(Decoder(mixture))) is None

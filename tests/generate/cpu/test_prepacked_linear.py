@@ -22,7 +22,7 @@ from koine.model import Decoder, ModelConfig
 
 @pytest.mark.parametrize("layout", [PrepackedLinear, TransposedLinear])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_and_text_stay(
+def test_prepacking_keeps_logits_and_text(
     tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, tied: bool, layout: type[torch.nn.Module]
 ) -> None:
     monkeypatch.setattr("koine.generate.cpu.prepacked_linear.best_layout", lambda dtype: layout)
@@ -45,7 +45,7 @@ def test_logits_and_text_stay(
     assert left == {"embedding.weight", "norm.weight", *(f"blocks.{index}.norm.weight" for index in range(4))}
 
 
-def test_bfloat16_stays_as_near_to_float32(tiny: ModelConfig) -> None:
+def test_prepacked_bfloat16_is_as_close_to_float32(tiny: ModelConfig) -> None:
     model = Decoder(tiny).bfloat16().eval()
     if not can_prepack(model):
         pytest.skip("this processor or build of torch packs no bfloat16")

@@ -1,4 +1,4 @@
-"""A server that knows the key and wishes ill: the key shows nowhere, and no answer takes memory or time without end."""
+"""A malicious server that knows the key: the key shows nowhere, and memory and time are bounded."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def test_the_key_shows_nowhere(
 
 
 @pytest.mark.parametrize("script", sorted(ANSWERED - {"answer", "answer in base64"}))
-def test_what_good_servers_do_is_understood(script: str, root: str) -> None:
+def test_features_of_good_servers_are_supported(script: str, root: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         text = ask(root, script).text
     assert text == {"latin-1": "Größe", "ill UTF-8": "Nine lam\ufffdps."}.get(script, "Nine lamps.")
 
 
-def test_a_redirect_is_told_and_not_followed(root: str) -> None:
+def test_a_redirect_is_reported_and_not_followed(root: str) -> None:
     before = requests(root)
     with pytest.raises(UserError, match=r"HTTP 307; .* leads to: http://evil\.example/\*\*\*"):
         ask(root, "redirect")
@@ -111,7 +111,7 @@ def test_a_redirect_is_told_and_not_followed(root: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["endless", "bomb"])
-def test_an_answer_is_held_to_a_size_and_not_paid_on(script: str, root: str) -> None:
+def test_an_oversized_response_is_not_read_to_its_end(script: str, root: str) -> None:
     """4 MB and 2 KB a token: a gigabyte that unpacks or comes without end is left where it passes that."""
     before, paid = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, requests(root)
     budget = Budget(prompt_price=1, completion_price=1, ceiling=1)
@@ -121,13 +121,13 @@ def test_an_answer_is_held_to_a_size_and_not_paid_on(script: str, root: str) -> 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
-def test_a_drip_is_left_when_the_time_is_over(root: str) -> None:
+def test_a_slow_drip_ends_at_the_time_out(root: str) -> None:
     with pytest.raises(UserError, match=r"no answer within 0\.3 s"):
         ask(root, "drip", timeout=0.3)
 
 
 @pytest.mark.parametrize("encodings", ["gzip", "gzip, gzip", "deflate", "deflate, gzip", "x-gzip"])
-def test_packed_bodies(encodings: str) -> None:
+def test_compressed_bodies(encodings: str) -> None:
     import gzip
     import zlib
 
@@ -186,7 +186,7 @@ def test_base64_at_every_alignment(place: int) -> None:
         assert len(masked) < len(coded) - 16
 
 
-def test_a_placeholder_for_a_key_is_a_word_and_stays_in_answers() -> None:
+def test_a_placeholder_for_a_key_stays_in_completions() -> None:
     """Servers without keys are given one of these; an answer may use the word."""
     for word in ("EMPTY", "none", "ollama", "not-needed", "x", ""):
         redactor = Redactor([word])
@@ -204,7 +204,7 @@ def test_a_line_is_text() -> None:
     assert Redactor([KEY]).line("x" * 295 + KEY) == "x" * 295 + "***"
 
 
-def test_a_line_of_a_body_of_megabytes_looks_at_its_beginning_alone() -> None:
+def test_only_the_start_of_a_huge_body_is_searched() -> None:
     redactor = Redactor([KEY])
     assert redactor.line("a " * 10_000_000) == "a " * 150 + "..."
     for cut in range(1, len(KEY)):
@@ -212,13 +212,13 @@ def test_a_line_of_a_body_of_megabytes_looks_at_its_beginning_alone() -> None:
 
 
 def test_long_texts_are_masked_in_linear_time() -> None:
-    """Two million characters that nearly are the key, plain and escaped; the square of that would take days."""
+    """Two million characters that are nearly the key; quadratic time would take days."""
     redactor = Redactor([KEY])
     assert redactor.text(KEY[:-1].replace("e", "x") * 100_000)
     assert redactor.completion((KEY[:-1] + "\\") * 50_000)
 
 
-def test_the_logs_filter_goes_again() -> None:
+def test_the_log_filter_is_removed() -> None:
     logger = logging.getLogger("httpx2")
     before = list(logger.filters)
     with redact_logs(Redactor([KEY])):

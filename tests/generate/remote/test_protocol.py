@@ -41,7 +41,7 @@ def test_stops_and_schema() -> None:
     assert {"stop", "response_format"}.isdisjoint(body(More()))
 
 
-def test_a_setting_that_has_no_counterpart_is_refused_not_dropped() -> None:
+def test_a_setting_that_cannot_be_sent_is_refused_not_dropped() -> None:
     body(More(novel=0))
     with pytest.raises(UserError, match="novel cannot be sent"):
         body(More(novel=1))

@@ -55,7 +55,7 @@ def test_settling_makes_room() -> None:
     assert limiter.reserve(90).start == 60
 
 
-def test_nobody_overtakes() -> None:
+def test_requests_are_sent_in_order() -> None:
     limiter = RateLimiter(RateLimits(tokens_per_minute=100), Clock())
     first = limiter.reserve(90)
     assert limiter.reserve(90).start == 60
@@ -69,7 +69,7 @@ def test_a_request_larger_than_a_minute_gets_a_window_of_its_own() -> None:
     assert [limiter.reserve(size).start for size in (10, 500, 10)] == [0, 60, 120]
 
 
-def test_a_hold_moves_what_comes_after() -> None:
+def test_a_hold_delays_later_requests() -> None:
     clock = Clock()
     limiter = RateLimiter(RateLimits(), clock)
     limiter.hold(30)
@@ -87,7 +87,7 @@ def test_bad_limits(name: str, value: object) -> None:
 
 
 def test_a_clock_that_goes_back_makes_nobody_wait() -> None:
-    """A clock set back by an hour goes on from where it was: no request waits for that hour to pass once more."""
+    """A clock set back by an hour continues: no request waits for that hour again."""
     clock = Clock()
     clock.now = 10_000.0
     steady = MonotonicClock(clock)

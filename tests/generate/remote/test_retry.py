@@ -48,7 +48,7 @@ def test_waits_double_up_to_the_longest_and_end() -> None:
         assert full / 2 <= wait <= full
 
 
-def test_calls_do_not_come_back_all_at_once() -> None:
+def test_calls_do_not_retry_all_at_once() -> None:
     policy = RetryPolicy()
     assert len({policy.wait(1, call=str(call), retry_after=None) for call in range(20)}) == 20
     asked = {policy.wait(1, call=str(call), retry_after=30) for call in range(20)}

@@ -24,14 +24,14 @@ def talk(turns: int, system: str | None = None) -> Conversation:
     return conversation
 
 
-def test_a_short_conversation_is_left_whole() -> None:
+def test_a_short_conversation_is_unchanged() -> None:
     conversation = talk(2)
     conversation.add_user("three words long")
     fitted = conversation.fit(words, context=100, reserve=10)
     assert (len(fitted.prompt), fitted.max_new_tokens, fitted.dropped) == (1 + 8 + 3, 10, 0)
 
 
-def test_the_oldest_question_and_its_answer_go_first_and_the_system_text_stays() -> None:
+def test_the_oldest_turns_are_dropped_first_and_the_system_prompt_stays() -> None:
     conversation = talk(3, system="be kind")
     conversation.add_user("now")
     # 1 + 2 (system) + 3·4 + 1 = 16 tokens; 12 with room for 4 leave one exchange too many, twice
@@ -43,7 +43,7 @@ def test_the_oldest_question_and_its_answer_go_first_and_the_system_text_stays()
     assert len(fitted.prompt) + fitted.max_new_tokens <= 16
 
 
-def test_a_long_answer_is_not_worth_the_whole_history() -> None:
+def test_a_long_reply_does_not_cost_the_whole_history() -> None:
     conversation = talk(2)
     conversation.add_user("now")
     # Of 16 tokens a quarter is insisted on; 1000 wanted tokens do not drop turns that fit beside that
@@ -52,14 +52,14 @@ def test_a_long_answer_is_not_worth_the_whole_history() -> None:
     assert (fitted.dropped, len(fitted.prompt), fitted.max_new_tokens) == (0, 10, 6)
 
 
-def test_a_question_longer_than_the_context_is_refused_with_both_numbers() -> None:
+def test_a_message_longer_than_the_context_is_refused_with_both_numbers() -> None:
     conversation = Conversation()
     conversation.add_user("one two three four")
     with pytest.raises(UserError, match="the question is 5 tokens long and the model's context holds 5"):
         conversation.fit(words, context=5, reserve=10)
 
 
-def test_reset_keeps_the_system_text() -> None:
+def test_reset_keeps_the_system_prompt() -> None:
     conversation = talk(2, system="be kind")
     conversation.reset()
     assert conversation.messages() == [{"role": "system", "content": "be kind"}]

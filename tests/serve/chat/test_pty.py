@@ -143,7 +143,7 @@ def test_ctrl_d_leaves(terminal: Terminal) -> None:
     assert terminal.exit_code() == 0
 
 
-def test_a_pipe_gets_answers_alone(model_folder: Path) -> None:
+def test_a_pipe_gets_replies_only(model_folder: Path) -> None:
     command = [
         sys.executable,
         "-m",
