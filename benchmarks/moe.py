@@ -40,7 +40,7 @@ from torch import Tensor
 from koine.allocator import keep_freed_memory
 from koine.files import write_json
 from koine.generate import generate
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.hardware import processor_name
 from koine.model import Decoder, ModelConfig, preset
 from koine.model.config import MixtureConfig

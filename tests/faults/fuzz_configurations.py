@@ -314,25 +314,19 @@ def try_mixture(_: str, value: Any, work: Path) -> None:
 
 
 def _base_of_sampling(kind: str) -> Any:
-    if kind.startswith("engine"):
-        from koine.generate.sampling import Sampling as EngineSampling
+    from koine.generate.sampling import Sampling
 
-        return {
-            **dataclasses.asdict(EngineSampling(max_new_tokens=3, seed=1)), "stop": ("x",), "json_schema": {"type": "object"},
-        }  # fmt: skip
-    from koine.generate.token_sampling import Sampling
-
-    return dataclasses.asdict(Sampling(max_new_tokens=3))
+    return {
+        **dataclasses.asdict(Sampling(max_new_tokens=3, seed=1)), "stop": ("x",), "json_schema": {"type": "object"},
+    }  # fmt: skip
 
 
 def try_sampling(kind: str, value: Any, work: Path) -> None:
     """Generate a few tokens."""
     from koine.generate.batch import generate
-    from koine.generate.engine import _token_sampling
-    from koine.generate.sampling import Sampling as EngineSampling
-    from koine.generate.token_sampling import Sampling
+    from koine.generate.sampling import Sampling
 
-    sampling = _token_sampling(EngineSampling(**value)) if kind.startswith("engine") else Sampling(**value)
+    sampling = dataclasses.replace(Sampling(**value), stop=(), json_schema=None)
     few = dataclasses.replace(sampling, max_new_tokens=min(3, sampling.max_new_tokens))
     (request,) = generate(load_model(model_folder("cohere config.json")), [[5, 8]], few)
     if not all(0 <= token < 64 for token in request.tokens):
@@ -514,7 +508,7 @@ def try_file(kind: str, value: Any, work: Path) -> None:
 # -- all -----------------------------------------------------------------------------------------------------------------
 
 MERGES = ("merge linear", "merge slerp", "merge ties")
-SAMPLINGS = ("model sampling", "engine sampling")
+SAMPLINGS = ("sampling",)
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[str, Any, Path], None]]] = {
     **{kind: (lambda kind=kind: _base_of_model(kind), try_model) for kind in CONFIGURATIONS},  # type: ignore[misc]
     "training settings": (_base_of_settings, try_settings),
