@@ -14,16 +14,16 @@ from typing import Any
 
 from koine.errors import UserError, did_you_mean
 
-LARGEST = 2**53
-"""Largest whole number where no other bound is given; float64 holds all up to it exactly."""
+MAX_INTEGER = 2**53
+"""Largest integer where no other bound is given; float64 holds all up to it exactly."""
 _SHOWN = 60
 _REQUIRED: Any = object()
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value as a message shows it: of bounded length, whatever it is."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return f"a whole number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+        return f"an integer of {int(value.bit_length() * math.log10(2)) + 1} digits"
     if isinstance(value, str):
         value = value[: 2 * _SHOWN]
     if isinstance(value, list | tuple | dict | set) and len(value) > _SHOWN:
@@ -36,7 +36,7 @@ def shown(value: Any) -> str:
 
 
 def _wrong(name: str, value: Any, must: str, where: str | Path | None) -> UserError:
-    return UserError(f"{name} is {shown(value)}", where=where, hint=f"it must be {must}")
+    return UserError(f"{name} is {short_repr(value)}", where=where, hint=f"it must be {must}")
 
 
 def _check_bounds(
@@ -57,17 +57,17 @@ def _check_bounds(
         )
 
 
-def check_whole(
+def check_integer(
     name: str,
     value: Any,
     *,
     low: int | None = None,
-    high: int = LARGEST,
+    high: int = MAX_INTEGER,
     where: str | Path | None = None,
 ) -> int:
-    """`value` where it is a whole number within its bounds, else a `UserError`."""
+    """`value` where it is an integer within its bounds, else a `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong(name, value, "a whole number", where)
+        raise _wrong(name, value, "an integer", where)
     _check_bounds(name, value, low, high, None, where)
     return value
 
@@ -96,7 +96,7 @@ def check_number(
     return number
 
 
-def check_flag(name: str, value: Any, *, where: str | Path | None = None) -> bool:
+def check_boolean(name: str, value: Any, *, where: str | Path | None = None) -> bool:
     """`value` where it is true or false, else a `UserError`."""
     if not isinstance(value, bool):
         raise _wrong(name, value, "true or false", where)
@@ -115,7 +115,9 @@ def check_choice(name: str, value: Any, choices: Collection[str], *, where: str 
     if not isinstance(value, str):
         raise _wrong(name, value, f"one of {', '.join(choices)}", where)
     if value not in choices:
-        raise UserError(f"{name} is {shown(value)}", where=where, hint=did_you_mean(value[:_SHOWN], choices))
+        raise UserError(
+            f"{name} is {short_repr(value)}", where=where, hint=did_you_mean(value[:_SHOWN], choices)
+        )
     return value
 
 
@@ -139,19 +141,19 @@ class Fields:
     """
 
     def __init__(
-        self, value: Any, where: str | Path, *, whole_file: str = "the file is damaged; write it again"
+        self, value: Any, where: str | Path, *, hint_if_broken: str = "the file is damaged; write it again"
     ) -> None:
         """whole_file: how to fix a file that lacks a field or is no object at all."""
         if not isinstance(value, dict):
-            raise UserError("is not a JSON object", where=where, hint=whole_file)
+            raise UserError("is not a JSON object", where=where, hint=hint_if_broken)
         self.value: dict[str, Any] = value
         self.where = where
-        self.whole_file = whole_file
+        self.hint_if_broken = hint_if_broken
 
     def wrong(self, name: str, must: str) -> UserError:
         """The error for a field that is not what it must be."""
         return UserError(
-            f"the field '{name}' is {shown(self.value.get(name))}",
+            f"the field '{name}' is {short_repr(self.value.get(name))}",
             where=self.where,
             hint=f"it must be {must}",
         )
@@ -162,16 +164,16 @@ class Fields:
         if got is not None:
             return got
         if default is _REQUIRED:
-            raise UserError(f"the field '{name}' is missing", where=self.where, hint=self.whole_file)
+            raise UserError(f"the field '{name}' is missing", where=self.where, hint=self.hint_if_broken)
         return default
 
-    def whole(
-        self, name: str, default: Any = _REQUIRED, *, low: int | None = None, high: int = LARGEST
+    def integer(
+        self, name: str, default: Any = _REQUIRED, *, low: int | None = None, high: int = MAX_INTEGER
     ) -> Any:
-        """A whole number."""
+        """An integer."""
         got = self.get(name, default)
         return (
-            got if got is None else check_whole(self._name(name), got, low=low, high=high, where=self.where)
+            got if got is None else check_integer(self._name(name), got, low=low, high=high, where=self.where)
         )
 
     def number(
@@ -189,10 +191,10 @@ class Fields:
             return None
         return check_number(self._name(name), got, low=low, high=high, above=above, where=self.where)
 
-    def flag(self, name: str, default: Any = _REQUIRED) -> Any:
+    def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
         """True or false."""
         got = self.get(name, default)
-        return got if got is None else check_flag(self._name(name), got, where=self.where)
+        return got if got is None else check_boolean(self._name(name), got, where=self.where)
 
     def text(self, name: str, default: Any = _REQUIRED, *, choices: Collection[str] | None = None) -> Any:
         """A string, or one of some."""
@@ -217,7 +219,7 @@ class Fields:
             return None
         if not isinstance(got, dict):
             raise self.wrong(name, "an object")
-        return Fields(got, self.where, whole_file=self.whole_file)
+        return Fields(got, self.where, hint_if_broken=self.hint_if_broken)
 
     @staticmethod
     def _name(name: str) -> str:

@@ -63,7 +63,7 @@ CASES = (
         says="standard input: line 1 is not UTF-8; convert it, for example with iconv",
     ),
     Case(
-        mistake="a seed that is no whole number",
+        mistake="a seed that is no integer",
         command="chat model --seed lucky",
         says="Invalid value for '--seed': 'lucky' is not a valid integer.",
     ),

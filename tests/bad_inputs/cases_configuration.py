@@ -55,8 +55,8 @@ CASES = (
     model("an epsilon of nothing", "norm_eps is 0.0; it must be greater than 0", layer_norm_eps=0.0),
     model("a logit scale of nothing", "logit_scale is 0.0; it must be greater than 0", logit_scale=0),
     model("the word false where false is meant", "the field 'tie_word_embeddings' is 'false'; it must be true or false", tie_word_embeddings="false"),
-    model("true where a number is meant", "the field 'num_hidden_layers' is True; it must be a whole number", num_hidden_layers=True),
-    model("a vocabulary of hundreds of digits", "the field 'vocab_size' is a whole number of 401 digits; it must be at most 268435456", vocab_size=10**400),
+    model("true where a number is meant", "the field 'num_hidden_layers' is True; it must be an integer", num_hidden_layers=True),
+    model("a vocabulary of hundreds of digits", "the field 'vocab_size' is an integer of 401 digits; it must be at most 268435456", vocab_size=10**400),
     model("a billion layers", "the field 'num_hidden_layers' is 1000000000; it must be at most 1024", num_hidden_layers=10**9),
     model("a list for the rotary embedding", "the field 'rope_parameters' is [1]; it must be an object", rope_parameters=[1]),
     Case(
@@ -75,7 +75,7 @@ CASES = (
         mistake="a configuration with a number of 5,000 digits",
         command="model describe model",
         prepare=worlds.having("model", then=file_is(CONFIG, '{"vocab_size": ' + "7" * 5000 + "}")),
-        says=f"{CONFIG}: not valid JSON (a whole number has thousands of digits); the file is damaged or truncated; write it again",
+        says=f"{CONFIG}: not valid JSON (an integer has thousands of digits); the file is damaged or truncated; write it again",
     ),
     Case(
         mistake="half a surrogate pair in a configuration",
@@ -88,7 +88,7 @@ CASES = (
     training("an epsilon below what float32 holds", "--epsilon 1e-40", "epsilon is 1e-40; it must be at least 1e-30"),
     training("a seed of 40 digits", "--seed 1" + "0" * 40, "seed is 1" + "0" * 40 + "; it must be at most 9223372036854775807"),
     training("a million threads", "--threads 1000000", "threads is 1000000; it must be at most 4096"),
-    mixture("a mixture whose seed has hundreds of digits", "seed is a whole number of 401 digits; it must be at most 9223372036854775807", seed=10**400),
+    mixture("a mixture whose seed has hundreds of digits", "seed is an integer of 401 digits; it must be at most 9223372036854775807", seed=10**400),
     mixture("a step of more tokens than any machine takes", "a step has 2,000,000,000 tokens; 268,435,456 are possible: give it fewer rows", batch_size=20_000, sequence_length=100_000),
     mixture("a proportion of NaN", "source 'tales': proportion is nan; it must be a number", source={"proportion": float("nan")}),
     mixture("two weights for one language", "source 'tales': two weights for 'de'; give one", source={"languages": {"de": 1.0, "deu": 1.0}}),

@@ -197,7 +197,7 @@ CASES = (
         mistake="a number of a mixture that is not whole",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(batch_size=2.5)),
-        says="mixture.json: batch_size of a mixture is 2.5; it must be a whole number",
+        says="mixture.json: batch_size of a mixture is 2.5; it must be an integer",
     ),
     Case(
         mistake="a word where a mixture has true or false",

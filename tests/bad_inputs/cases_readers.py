@@ -91,7 +91,7 @@ RECORDS = "\n".join(json.dumps(record) for record in worlds.records())
 CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}
 
 CASES = (
-    odd("a whole number of 5,000 digits", '{"text": "a", "n": ' + "7" * 5000 + "}", "JSON with a whole number of thousands of digits"),
+    odd("an integer of 5,000 digits", '{"text": "a", "n": ' + "7" * 5000 + "}", "JSON with an integer of thousands of digits"),
     odd("a record nested a hundred thousand levels deep", '{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "JSON nested too deeply"),
     odd("a source that is no text", {"text": "a", "source": 5}, "the source is 5, not a text"),
     odd("a domain that is no text", {"text": "a", "domain": ["tales"]}, "the domain is ['tales'], not a text"),

@@ -130,7 +130,7 @@ CASES = (
         mistake="a tokenizer's settings with a number of 5,000 digits",
         command=TOKENIZE,
         prepare=file("tokenizer_config.json", '{"model_max_length": ' + "9" * 5000 + "}"),
-        says="tokenizer: tokenizer_config.json is not valid JSON (a whole number has thousands of digits); the file is damaged or of an unknown kind",
+        says="tokenizer: tokenizer_config.json is not valid JSON (an integer has thousands of digits); the file is damaged or of an unknown kind",
     ),
     Case(
         mistake="a tokenizer's settings that are not UTF-8",

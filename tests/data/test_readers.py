@@ -195,7 +195,7 @@ def test_a_language_without_a_text_is_no_record(tmp_path: Path) -> None:
 
 
 ODD = [
-    ('{"text": "a", "n": %s}' % ("7" * 5000), "whole number of thousands of digits"),
+    ('{"text": "a", "n": %s}' % ("7" * 5000), "integer of thousands of digits"),
     ('{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
     ('{"text": "a", "n": ' + '{"a":' * 50_000 + "}" * 50_001, "JSON"),
     ('{"text": "a", "source": 5}', "the source is 5, not a text"),

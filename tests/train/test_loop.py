@@ -256,7 +256,7 @@ def test_sft_needs_completions() -> None:
         ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"schedule": "cosin"}, "schedule is 'cosin'; did you mean 'cosine'"),
-        ({"warmup_steps": 1.5}, "warmup_steps is 1.5; it must be a whole number"),
+        ({"warmup_steps": 1.5}, "warmup_steps is 1.5; it must be an integer"),
         ({"min_lr_ratio": 2}, "min_lr_ratio is 2; it must be at most 1"),
     ],
 )

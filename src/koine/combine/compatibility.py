@@ -17,7 +17,7 @@ from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, from_json
 from koine.model.formats.library_config import declared_fields, library_config
 
-ALIKE = 0.2
+MIN_RELATED_COSINE = 0.2
 """Cosine of the matrices of two models below which they have no common ancestor: that of two models trained from different random weights is
 within a few hundredths of 0, and a branch of billions of tokens stays far above."""
 
@@ -80,7 +80,7 @@ def field_difference(
     return None
 
 
-def check_other_function(wanted: Path, found: Path) -> None:
+def check_same_function(wanted: Path, found: Path) -> None:
     """Raise `UserError` where the same weights would compute something else by one model's `config.json` than by the other's."""
     ours, theirs = model_configuration(wanted), model_configuration(found)
     kinds = ours.get("model_type"), theirs.get("model_type")
@@ -225,7 +225,7 @@ def cosine(first: Tensor, second: Tensor) -> float | None:
     return value if value == value else None
 
 
-def likeness(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+def median_cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     """The median cosine of several tensors of two models; None where none says anything."""
     found = [value for value in (cosine(first, second) for first, second in pairs) if value is not None]
     return statistics.median(found) if found else None

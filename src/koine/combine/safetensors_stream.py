@@ -213,14 +213,14 @@ class StoredTensor:
         found = torch.empty((len(rows), *self._entry.shape[1:]), dtype=self._entry.dtype)
         order = rows.argsort()
         ascending = rows[order]
-        for start, stop in runs_of(ascending, gap=NEAR_ROWS):
+        for start, stop in contiguous_runs(ascending, gap=NEAR_ROWS):
             low, high = int(ascending[start]), int(ascending[stop - 1]) + 1
             read = self._checkpoint.read(self._name, low, high)
             found[order[start:stop]] = read[ascending[start:stop] - low]
         return found
 
 
-def runs_of(rows: Tensor, *, gap: int = 1) -> list[tuple[int, int]]:
+def contiguous_runs(rows: Tensor, *, gap: int = 1) -> list[tuple[int, int]]:
     """The parts `[start, stop)` of ascending `rows` in which each is at most `gap` after the one before."""
     if not len(rows):
         return []

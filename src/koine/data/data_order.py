@@ -346,7 +346,7 @@ def _refuse_twice(phase: str, components: list[Component]) -> None:
 
 
 def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
-    """Whole numbers that sum to `total`, in proportion to `weights` (largest remainder), at least 1 each."""
+    """Integers that sum to `total`, in proportion to `weights` (largest remainder), at least 1 each."""
     if len(weights) > total:
         raise UserError(f"{len(weights)} languages in one mixture", hint=f"at most {total} are possible")
     exact = weights / weights.sum() * (total - len(weights))

@@ -28,7 +28,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
             hint="only a model that `koine train` or a plan built knows its data",
         )
     trained = Fields(
-        read_json(record), record, whole_file="it is damaged; train again, or copy the folder again"
+        read_json(record), record, hint_if_broken="it is damaged; train again, or copy the folder again"
     )
     mixture = Mixture.from_json(trained.get("mixture"), where=record)
     trained_on = trained.inner("identity").inner("sources")

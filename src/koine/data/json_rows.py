@@ -40,8 +40,8 @@ def json_row(raw: bytes) -> dict[str, Any] | str:
     except RecursionError:
         return "JSON nested too deeply"
     except ValueError:
-        # Python reads no whole number of more than 4,300 digits: the time would grow with their square.
-        return "JSON with a whole number of thousands of digits"
+        # Python reads no integer of more than 4,300 digits: the time would grow with their square.
+        return "JSON with an integer of thousands of digits"
     return value if isinstance(value, dict) else f"a JSON {type(value).__name__}, not an object"
 
 

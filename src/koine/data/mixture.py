@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from koine.data.drawn import Drawn
 from koine.data.drawn import from_json as read_places
 from koine.errors import UserError, did_you_mean
-from koine.fields import LARGEST, check_number, check_whole, shown
+from koine.fields import MAX_INTEGER, check_integer, check_number, short_repr
 from koine.languages import language
 
 Packing = Literal["stream", "whole", "alone"]
@@ -43,7 +43,7 @@ class Source:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        where = f"source {shown(self.name)}"
+        where = f"source {short_repr(self.name)}"
         if not 0.0 < check_number("proportion", self.proportion, where=where) <= 1.0:
             raise UserError(f"the proportion {self.proportion} is not above 0 and at most 1", where=where)
         if self.languages is not None and self.temperature is not None:
@@ -53,8 +53,8 @@ class Source:
         # Infinity is a temperature, at which all languages weigh the same, and no bound of passes.
         if self.temperature is not None and not self.temperature > 0.0:
             raise UserError(f"the temperature {self.temperature} is not above 0", where=where)
-        if self.min_tokens is not None and not 1 <= self.min_tokens <= LARGEST:
-            raise UserError(f"min_tokens is {shown(self.min_tokens)}, not at least 1", where=where)
+        if self.min_tokens is not None and not 1 <= self.min_tokens <= MAX_INTEGER:
+            raise UserError(f"min_tokens is {short_repr(self.min_tokens)}, not at least 1", where=where)
         if not self.max_epochs > 0.0:
             raise UserError(f"max_epochs is {self.max_epochs}, not above 0", where=where)
         if self.languages is not None:
@@ -107,7 +107,7 @@ class LongRows:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
-        check_whole("every", self.every, where="long rows")
+        check_integer("every", self.every, where="long rows")
         if self.every < 2:
             raise UserError(
                 f"every {self.every} steps a batch of long rows",
@@ -134,8 +134,8 @@ class Phase:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
-        where = f"phase {shown(self.name)}"
-        check_whole("steps", self.steps, high=MOST_STEPS, where=where)
+        where = f"phase {short_repr(self.name)}"
+        check_integer("steps", self.steps, high=MOST_STEPS, where=where)
         if self.steps < 1:
             raise UserError(f"has {self.steps} steps", where=where, hint="it needs at least 1")
         _check_sources(self.sources, where)
@@ -201,7 +201,7 @@ class Mixture:
                     f"a step has {shape.tokens:,} tokens",
                     hint=f"{MOST_TOKENS:,} are possible: give it fewer rows",
                 )
-        if check_whole("seed", self.seed, high=2**63 - 1) < 0:
+        if check_integer("seed", self.seed, high=2**63 - 1) < 0:
             raise UserError(f"the seed is {self.seed}", hint="it must not be negative")
         if self.packing not in get_args(Packing):
             raise UserError(
@@ -320,7 +320,7 @@ class Mixture:
 def _check_shape(sequence_length: int | None, batch_size: int | None, where: str | None) -> None:
     for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         if size is not None:
-            check_whole(name, size, high=MOST_TOKENS, where=where)
+            check_integer(name, size, high=MOST_TOKENS, where=where)
     if sequence_length is not None and sequence_length < 2:
         raise UserError(f"sequence_length is {sequence_length}", where=where, hint="it must be at least 2")
     if batch_size is not None and batch_size < 1:
@@ -345,7 +345,7 @@ def _check_sources(sources: tuple[Source, ...], where: str) -> None:
 # What a JSON value must be, by the type that a field is declared with.
 _KINDS: Mapping[Any, str] = {
     str: "a string",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     Path: "a string",

@@ -13,7 +13,7 @@ from uuid import UUID
 from koine.data.readers import TextUnit, data_files, read_rows
 from koine.data.tables import Columns
 from koine.errors import UserError, did_you_mean, first_line, printable
-from koine.fields import shown
+from koine.fields import short_repr
 from koine.languages import language as find_language
 
 Record = dict[str, Any]
@@ -204,7 +204,7 @@ class RecordReader:
                 continue
             label = _label(value, number=name == "id")
             if label is None:
-                return f"the {name} is {shown(value)}, not a text"
+                return f"the {name} is {short_repr(value)}, not a text"
             record[name] = label or self._default(name, file, place)
         code = record["language"]
         if code not in codes and code != UNKNOWN_LANGUAGE:
@@ -287,7 +287,7 @@ def _wrong_content(record: Record, *, questions: bool) -> str | None:
             return f"message {number} is not an object with 'role' and 'content'"
         role = message["role"]
         if role not in ROLES:
-            return f"message {number} has the role {shown(role)}; known: {', '.join(ROLES)}"
+            return f"message {number} has the role {short_repr(role)}; known: {', '.join(ROLES)}"
         if role == "system" and number > 1:
             return f"message {number} is a system message; only the first may be"
         if role == previous:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from koine.errors import UserError
-from koine.fields import Fields, check_file_name, shown
+from koine.fields import Fields, check_file_name, short_repr
 from koine.files import read_json_object, sha256_file
 
 FORMAT = 1
@@ -51,7 +51,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json_object(path, hint="it is damaged; tokenize again")
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"has format {shown(manifest.get('format'))}, this version reads {FORMAT}",
+            f"has format {short_repr(manifest.get('format'))}, this version reads {FORMAT}",
             where=path.parent,
             hint="tokenize again",
         )
@@ -59,16 +59,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(
             "does not match its own sha256", where=path, hint="it was changed or damaged; tokenize again"
         )
-    fields = Fields(manifest, path, whole_file="tokenize again")
-    chat = fields.flag("chat")
+    fields = Fields(manifest, path, hint_if_broken="tokenize again")
+    chat = fields.boolean("chat")
     fields.text("tokenizer")
     fields.text("dtype", choices=("uint16", "uint32"))
-    fields.whole("vocab_size", low=1)
+    fields.integer("vocab_size", low=1)
     files = fields.inner("files")
     for name in files.value:
         check_file_name("the name of a file", name, where=path)
         about = files.inner(name)
-        about.whole("bytes", low=0)
+        about.integer("bytes", low=0)
         about.text("sha256")
     for shard in fields.entries("shards"):
         check_file_name("a shard", shard, where=path)
@@ -79,7 +79,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for code in languages.value:
         totals = languages.inner(code)
         for what in ("documents", "tokens", "bytes"):
-            totals.whole(what, low=0)
+            totals.integer(what, low=0)
     return manifest
 
 

@@ -29,8 +29,8 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError:
-        # Python reads no whole number of more than 4,300 digits: the time would grow with their square.
-        raise ValueError("a whole number has thousands of digits") from None
+        # Python reads no integer of more than 4,300 digits: the time would grow with their square.
+        raise ValueError("an integer has thousands of digits") from None
     return value
 
 

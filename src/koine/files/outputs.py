@@ -101,7 +101,11 @@ def claim(
             # A command that was killed after its last rename left its lock.
             clear_leftovers(out, place)
             raise
-        with _parents(out, place), _locked(out, place), told_of(out, place.with_name(f".{place.name[:40]}")):
+        with (
+            _parents(out, place),
+            _locked(out, place),
+            hide_temporary_name(out, place.with_name(f".{place.name[:40]}")),
+        ):
             _refuse_existing(out, place, overwrite=overwrite)
             yield Claim(out, place, state_of(place))
 
@@ -138,7 +142,7 @@ def _locked(out: Path, place: Path) -> Iterator[None]:
         yield
 
 
-def leftovers(place: Path) -> list[Path]:
+def find_leftovers(place: Path) -> list[Path]:
     """Find what killed commands left beside an output: `.NAME.PID.partial` and `.NAME.PID.old`."""
     if not place.parent.is_dir():
         return []
@@ -163,7 +167,7 @@ def _is_leftover(name: str, place: Path) -> bool:
 def clear_leftovers(out: Path, place: Path) -> None:
     """Remove what a killed command left beside an output, unless another command is writing it."""
     lock = beside(place, "lock")
-    if leftovers(place) or (lock.is_file() and lock.stat().st_size == 0):
+    if find_leftovers(place) or (lock.is_file() and lock.stat().st_size == 0):
         with contextlib.suppress(UserError), _locked(out, place):
             pass
 
@@ -174,7 +178,7 @@ def recover(place: Path) -> None:
 
     Needs the lock of whoever writes `place`.
     """
-    for left in leftovers(place):
+    for left in find_leftovers(place):
         if left.suffix == ".old" and not os.path.lexists(place):
             left.rename(place)
         else:
@@ -242,7 +246,7 @@ def atomic_directory(out: Path, *, overwrite: bool = False, reads: Iterable[Path
 
 
 @contextmanager
-def told_of(out: Path, temporary: Path) -> Iterator[None]:
+def hide_temporary_name(out: Path, temporary: Path) -> Iterator[None]:
     """Tell errors about `temporary`, or what is inside it, of `out`.
 
     The user does not know the names beside it.
@@ -311,7 +315,7 @@ def atomic_file(out: Path, *, overwrite: bool = False, option: str = "--out") ->
         check_output_file(out, overwrite=overwrite, option=option)
         found = state_of(place)
         temporary = beside(place, f"{os.getpid()}.partial")
-        with told_of(out, temporary), _removed_on_failure(out, temporary):
+        with hide_temporary_name(out, temporary), _removed_on_failure(out, temporary):
             yield temporary
             fsync_file(temporary)
             _name_file(temporary, place, found, out)

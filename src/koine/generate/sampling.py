@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
-from koine.fields import shown
+from koine.fields import short_repr
 from koine.generate.grammar.schema import schema_text
 
 _WHOLE = ("top_k", "seed", "max_new_tokens")
@@ -54,7 +54,7 @@ class Sampling:
         self._require(
             "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"
         )
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0")
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         for name in ("top_k", "max_new_tokens"):
             self._require(name, getattr(self, name) < 2**31, "a number below 2^31")
@@ -75,7 +75,7 @@ class Sampling:
         self._require(
             name,
             isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool),
-            "a whole number" if whole else "a number",
+            "an integer" if whole else "a number",
         )
         try:
             number = int(value) if whole else float(value)
@@ -87,7 +87,9 @@ class Sampling:
 
     def _require(self, name: str, holds: bool, hint: str) -> None:
         if not holds:
-            raise UserError(f"{name.replace('_', '-')} is {shown(getattr(self, name))}", hint=f"give {hint}")
+            raise UserError(
+                f"{name.replace('_', '-')} is {short_repr(getattr(self, name))}", hint=f"give {hint}"
+            )
 
     def replaced(self, name: str, text: str) -> Sampling:
         """These settings with one changed from its written form: `replaced("top-k", "40")`.
@@ -100,7 +102,7 @@ class Sampling:
         }
         if field not in kinds:
             known = [known.replace("_", "-") for known in kinds]
-            raise UserError(f"unknown setting {shown(name)}", hint=did_you_mean(name, known))
+            raise UserError(f"unknown setting {short_repr(name)}", hint=did_you_mean(name, known))
         value: Any
         try:
             if text == "none" and field == "seed":
@@ -108,8 +110,8 @@ class Sampling:
             else:
                 value = float(text) if kinds[field] == "float" else int(text)
         except ValueError:
-            kind = "a number" if kinds[field] == "float" else "a whole number"
-            raise UserError(f"{name} is {shown(text)}", hint=f"give {kind}") from None
+            kind = "a number" if kinds[field] == "float" else "an integer"
+            raise UserError(f"{name} is {short_repr(text)}", hint=f"give {kind}") from None
         return dataclasses.replace(self, **{field: value})
 
     def described(self) -> str:

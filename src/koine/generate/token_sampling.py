@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from koine.errors import UserError
-from koine.fields import check_number, check_whole
+from koine.fields import check_integer, check_number
 
 COLDEST = 1e-6
 """Below this temperature the likeliest token is taken. float32 logits of about 10 are 1e-6 apart, so that a colder draw could differ from
@@ -33,9 +33,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("max_new_tokens", self.max_new_tokens, low=1)
-        check_whole("top_k", self.top_k, low=0)
-        check_whole("seed", self.seed, low=0, high=2**63 - 1)
+        check_integer("max_new_tokens", self.max_new_tokens, low=1)
+        check_integer("top_k", self.top_k, low=0)
+        check_integer("seed", self.seed, low=0, high=2**63 - 1)
         check_number("temperature", self.temperature, low=0)
         check_number("top_p", self.top_p, above=0, high=1)
         check_number("min_p", self.min_p, low=0, high=1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from koine.errors import UserError
-from koine.fields import check_choice, check_flag, check_number, check_text, check_whole
+from koine.fields import check_boolean, check_choice, check_integer, check_number, check_text
 from koine.model.moe.loss_weights import BTX
 
 ATTENTIONS = ("averaged", "kv-experts", "shared-kv")
@@ -83,16 +83,16 @@ class MixtureConfig:
         for name in self.experts:
             check_text("the name of an expert", name)
         check_choice("attention", self.attention, ATTENTIONS)
-        check_flag("shared_expert", self.shared_expert)
+        check_boolean("shared_expert", self.shared_expert)
         if self.attention_top_k is not None and self.attention == "averaged":
             raise UserError(
                 "attention_top_k is given and the attention is averaged", hint="there is one attention only"
             )
         for name, value in (("top_k", self.top_k), ("attention_top_k", self.attention_top_k)):
-            if value is not None and not 1 <= check_whole(name, value) <= count:
+            if value is not None and not 1 <= check_integer(name, value) <= count:
                 raise UserError(f"{name} is {value}", hint=f"it must lie between 1 and the {count} experts")
         if self.domain_size is not None:
-            check_whole("domain_size", self.domain_size, low=1, high=2**20)
+            check_integer("domain_size", self.domain_size, low=1, high=2**20)
         for name in ("load_balancing", "z_loss"):
             check_number(name, getattr(self, name), low=0, high=1e6)
 
@@ -121,7 +121,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, high in SIZES.items():
-            check_whole(name, getattr(self, name), low=1, high=high)
+            check_integer(name, getattr(self, name), low=1, high=high)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
@@ -140,14 +140,14 @@ class ModelConfig:
         check_number("norm_eps", self.norm_eps, above=0, high=1)
         check_number("logit_scale", self.logit_scale, above=0, high=1e6)
         check_number("initializer_range", self.initializer_range, low=0, high=100)
-        check_flag("tie_embeddings", self.tie_embeddings)
+        check_boolean("tie_embeddings", self.tie_embeddings)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            check_whole(name, getattr(self, name), low=TOKEN_ID[0], high=TOKEN_ID[1])
+            check_integer(name, getattr(self, name), low=TOKEN_ID[0], high=TOKEN_ID[1])
         for index, layer in enumerate(self.layers):
             if layer.window is not None:
-                check_whole(f"the window of layer {index}", layer.window, low=1, high=LONGEST_WINDOW)
-            check_flag(f"rope of layer {index}", layer.rope)
-            check_flag(f"qk_norm of layer {index}", layer.qk_norm)
+                check_integer(f"the window of layer {index}", layer.window, low=1, high=LONGEST_WINDOW)
+            check_boolean(f"rope of layer {index}", layer.rope)
+            check_boolean(f"qk_norm of layer {index}", layer.qk_norm)
 
     @property
     def groups(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
-from koine.fields import shown
+from koine.fields import short_repr
 
 MISSING = inspect.Parameter.empty
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -78,7 +78,7 @@ def parse_setting(key: str, text: str, hint: Any) -> Any:
     try:
         return _parse(text, hint)
     except ValueError:
-        raise UserError(f"{shown(text)} does not fit {hint}", where=f"--set {key}") from None
+        raise UserError(f"{short_repr(text)} does not fit {hint}", where=f"--set {key}") from None
 
 
 def _parse(text: str, hint: Any) -> Any:

@@ -192,15 +192,15 @@ def merge_models(
     out: Path,
 ) -> None:
     """A merge of models (`koine.combine.merging.methods`); `options` are the method's own numbers, as `density=0.5`."""
-    from koine.combine.merging.config import Recipe
+    from koine.combine.merging.config import MergeConfig
     from koine.combine.merging.runner import merge
 
     numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
-    recipe = Recipe(
+    config = MergeConfig(
         method=method, models=tuple(models), base=base, weights=weights, options=numbers, seed=seed
     )
     merged = out / ".merged"
-    merge(recipe, merged, threads=1)
+    merge(config, merged, threads=1)
     for path in merged.iterdir():
         path.replace(out / path.name)
     merged.rmdir()

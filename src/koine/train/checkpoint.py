@@ -21,10 +21,10 @@ from koine.fields import Fields, check_file_name, check_number
 from koine.files import (
     disk_errors,
     fsync_tree,
+    hide_temporary_name,
     publish_directory,
     read_json_object,
     sha256_file,
-    told_of,
     write_json,
 )
 from koine.train.checkpoint_index import INDEX, load_tensors, read_index, rewrite_index
@@ -64,7 +64,7 @@ def save(
     about: JSON-able. describe: called on the first rank, adds what a model directory holds besides its weights.
     """
     path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
-    with disk_errors(path), told_of(path, partial), _removed_on_failure(partial, ranks):
+    with disk_errors(path), hide_temporary_name(path, partial), _removed_on_failure(partial, ranks):
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
@@ -154,7 +154,7 @@ def read(path: Path, *, hint: str) -> Checkpoint:
 
 def _check(fields: Fields) -> None:
     """Raise `UserError` for a field of a checkpoint's record that is of a wrong type."""
-    fields.whole("step", low=0)
+    fields.integer("step", low=0)
     files = fields.inner("files")
     for name in files.value:
         check_file_name("the name of a file", name)
@@ -167,7 +167,7 @@ def _check(fields: Fields) -> None:
             check_number("a loss", loss)
     best = fields.inner("best", None)
     if best is not None:
-        best.whole("step", low=0)
+        best.integer("step", low=0)
     try:
         state = base64.b64decode(fields.text("random_state"), validate=True)
     except ValueError:

@@ -45,7 +45,7 @@ class Ranks:
 
 
 def _number_of(variable: str, default: int, *, least: int) -> int:
-    """A whole number from an environment variable that `torchrun` sets.
+    """An integer from an environment variable that `torchrun` sets.
 
     Raises `UserError` for anything else.
     """

@@ -104,12 +104,12 @@ def _train(
     what = identity(model, objective, data, settings, tokenizer)
     if (out / "training.json").exists():
         where = out / "training.json"
-        before = Fields(read_json(where), where, whole_file="it is damaged; choose another --out")
+        before = Fields(read_json(where), where, hint_if_broken="it is damaged; choose another --out")
         check_difference(before.inner("identity").value, what, out)
         if ranks.is_main:
             # A kill may have come between the model and this.
             best_before = before.inner("best", None)
-            drop_checkpoints(out, best_before and {"step": best_before.whole("step", low=0)})
+            drop_checkpoints(out, best_before and {"step": best_before.integer("step", low=0)})
         if progress and ranks.is_main:
             print(f"{out}: complete already, nothing to do")
         return

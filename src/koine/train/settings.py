@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from koine.fields import LARGEST, check_choice, check_flag, check_number, check_text, check_whole
+from koine.fields import MAX_INTEGER, check_boolean, check_choice, check_integer, check_number, check_text
 from koine.hardware import chosen_dtype
 
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
@@ -109,11 +109,11 @@ class TrainSettings:
             if get_args(expected):
                 check_choice(name, value, get_args(expected))
             elif expected is int:
-                check_whole(name, value, low=low, high=LARGEST if high is None else high)
+                check_integer(name, value, low=low, high=MAX_INTEGER if high is None else high)
             elif expected is float:
                 object.__setattr__(self, name, check_number(name, value, low=low, high=high, above=above))
             elif expected is bool:
-                check_flag(name, value)
+                check_boolean(name, value)
             else:
                 check_text(name, value)
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype))

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from koine.combine.merging import tensor as one_tensor
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.plan import MergePlan
 from koine.combine.merging.runner import merge
 from koine.combine.merging.tensor import figures_of
-from koine.combine.merging.vocabularies import align, chosen_model
+from koine.combine.merging.vocabularies import align_vocabularies, tokenizer_source
 from koine.errors import UserError
-from tests.combine.merge_configs import recipe_of, tensors
+from tests.combine.merge_configs import config_of, tensors
 
 
 def test_figures_in_closed_form() -> None:
@@ -42,7 +42,7 @@ def test_chance_is_another_in_each_block_and_for_each_seed(
     monkeypatch.setattr(one_tensor, "BLOCK", 32 * 16)
     options: dict[str, Any] = {"options": {"density": 0.5}}
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
-        merge(recipe_of("dare-linear", models, seed=seed, **options), tmp_path / name)
+        merge(config_of("dare-linear", models, seed=seed, **options), tmp_path / name)
     one, again, two, base = (
         tensors(path)["model.layers.0.mlp.up_proj.weight"]
         for path in (tmp_path / "one", tmp_path / "again", tmp_path / "two", models["base"])
@@ -61,26 +61,27 @@ def test_how_rows_meet() -> None:
     tokens: list[dict[str, int]] = [
         {"x": 0, "y": 1, "z": 2, "w": 3}, {"y": 0, "x": 1, "z": 2}, {"x": 0, "y": 1, "w": 2, "z": 3},
     ]  # fmt: skip
-    found = align(paths, tokens, (5, 2, 4), chosen=0, with_base=True)
+    found = align_vocabularies(paths, tokens, (5, 2, 4), chosen=0, with_base=True)
     assert found.rows == 5
     assert found.shared.tolist() == [0, 1]
     assert [places.tolist() for places in found.places] == [[0, 1], [1, 0], [0, 1]]
     # z lies beyond b's table, w is unknown to b, row 4 has no token: the base is no holder, the chosen model is.
     assert found.alone == ((2, ((0, 2),)), (3, ((0, 3),)), (4, ((0, 4),)))
-    of_the_base = align(paths, tokens, (2, 2, 6), chosen=2, with_base=True)
+    of_the_base = align_vocabularies(paths, tokens, (2, 2, 6), chosen=2, with_base=True)
     assert of_the_base.rows == 6
     assert of_the_base.alone == ((2, ((2, 2),)), (3, ((2, 3),)), (4, ((2, 4),)), (5, ((2, 5),)))
-    second = align(paths, tokens, (4, 4, 4), chosen=1, with_base=True)
+    second = align_vocabularies(paths, tokens, (4, 4, 4), chosen=1, with_base=True)
     assert second.alone == ((3, ((1, 3),)),)
 
 
 def test_whose_tokenizer_is_chosen(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a", "b", "base")]
     assert [
-        chosen_model(paths, with_base=True, policy=policy) for policy in ("", "first", "base", str(paths[1]))
+        tokenizer_source(paths, with_base=True, policy=policy)
+        for policy in ("", "first", "base", str(paths[1]))
     ] == [0, 0, 2, 1]
     with pytest.raises(UserError, match="there is no base"):
-        chosen_model(paths, with_base=False, policy="base")
+        tokenizer_source(paths, with_base=False, policy="base")
 
 
 def test_rows_on_both_sides_of_one_that_a_model_lacks(tmp_path: Path) -> None:
@@ -94,10 +95,10 @@ def test_rows_on_both_sides_of_one_that_a_model_lacks(tmp_path: Path) -> None:
         content = {"model": {"vocab": {word: row for row, word in enumerate(words)}}, "added_tokens": []}
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
         (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": len(words)}))
-    recipe = Recipe(
+    config = MergeConfig(
         method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5), tokenizer=str(tmp_path / "b"), unrelated=True
     )  # fmt: skip
-    merge(recipe, tmp_path / "out")
+    merge(config, tmp_path / "out")
     got = tensors(tmp_path / "out")["embed_tokens.weight"]
     wanted = [ord("y") + 0.5, sum(map(ord, "new")) + 1.0, ord("x") + 0.5, ord("z") + 0.5]
     assert got[:, 0].tolist() == wanted

@@ -171,7 +171,7 @@ def test_domain_embeddings_are_one_an_expert(branches: tuple[Path, dict[str, Pat
 
 def test_a_mixture_is_a_model_as_any_other(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     """It answers through the engine as through the whole text at once, and merges with another of its kind."""
-    from koine.combine.merging.config import Recipe
+    from koine.combine.merging.config import MergeConfig
     from koine.combine.merging.runner import merge
     from koine.generate import LocalEngine, Sampling
 
@@ -187,7 +187,7 @@ def test_a_mixture_is_a_model_as_any_other(branches: tuple[Path, dict[str, Path]
             assert int(model.logits(model(torch.tensor([text])))[0, -1].argmax()) == token
         text = [*text, token]
     merge(
-        Recipe(method="linear", models=(tmp_path / "one", tmp_path / "two"), weights=(0.5, 0.5)),
+        MergeConfig(method="linear", models=(tmp_path / "one", tmp_path / "two"), weights=(0.5, 0.5)),
         tmp_path / "merged",
     )
     got, one, two = (tensors(tmp_path / name) for name in ("merged", "one", "two"))

@@ -123,7 +123,7 @@ def test_sampling(tiny: ModelConfig) -> None:
         ({"layer_types": ["full_attention"] * 3}, "'layer_types' has 3 entries and num_hidden_layers is 4"),
         ({"layer_types": ["chunked_attention"] * 4}, "layer_types holds 'chunked_attention'"),
         ({"layer_types": "full"}, "the field 'layer_types' is 'full'; it must be a list"),
-        ({"hidden_size": "32"}, "the field 'hidden_size' is '32'; it must be a whole number"),
+        ({"hidden_size": "32"}, "the field 'hidden_size' is '32'; it must be an integer"),
         ({"num_attention_heads": 0}, "the field 'num_attention_heads' is 0"),
         ({"logit_scale": "a quarter"}, "the field 'logit_scale' is 'a quarter'; it must be a number"),
         ({"eos_token_id": "end"}, "the field 'eos_token_id' is 'end'; it must be a token id"),

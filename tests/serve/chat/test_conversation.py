@@ -76,21 +76,21 @@ def test_reset_keeps_the_system_text() -> None:
         ("top_p", 0.0, "top-p is 0.0; give above 0 and at most 1"),
         ("min_p", 1.1, "min-p is 1.1; give from 0 to 1"),
         ("repetition_penalty", 0.0, "repetition-penalty is 0.0; give above 0; 1 changes nothing"),
-        ("seed", -1, "seed is -1; give a whole number from 0"),
+        ("seed", -1, "seed is -1; give an integer from 0"),
         ("max_new_tokens", 0, "max-new-tokens is 0; give at least 1"),
         ("max_new_tokens", 10**30, f"max-new-tokens is {10**30}; give a number below 2^31"),
-        ("max_new_tokens", 5.0, "max-new-tokens is 5.0; give a whole number"),
-        ("max_new_tokens", True, "max-new-tokens is True; give a whole number"),
-        ("max_new_tokens", "5", "max-new-tokens is '5'; give a whole number"),
-        ("max_new_tokens", None, "max-new-tokens is None; give a whole number"),
+        ("max_new_tokens", 5.0, "max-new-tokens is 5.0; give an integer"),
+        ("max_new_tokens", True, "max-new-tokens is True; give an integer"),
+        ("max_new_tokens", "5", "max-new-tokens is '5'; give an integer"),
+        ("max_new_tokens", None, "max-new-tokens is None; give an integer"),
         ("temperature", True, "temperature is True; give a number"),
         ("temperature", "0.3", "temperature is '0.3'; give a number"),
-        ("temperature", 10**400, "temperature is a whole number of 401 digits; give a smaller number"),
+        ("temperature", 10**400, "temperature is an integer of 401 digits; give a smaller number"),
         ("top_k", 2**31, f"top-k is {2**31}; give a number below 2^31"),
-        ("top_k", float("nan"), "top-k is nan; give a whole number"),
+        ("top_k", float("nan"), "top-k is nan; give an integer"),
         ("min_p", float("nan"), "min-p is nan; give from 0 to 1"),
         ("min_p", [0.1], "min-p is [0.1]; give a number"),
-        ("seed", False, "seed is False; give a whole number"),
+        ("seed", False, "seed is False; give an integer"),
         ("stop", (5,), "stop is (5,); give a tuple of strings, none of them empty"),
         ("stop", "end", "stop is 'end'; give a tuple of strings, none of them empty"),
     ],
@@ -107,7 +107,7 @@ def test_settings_from_their_written_form() -> None:
     assert sampling.replaced("seed", "none").seed is None
     with pytest.raises(UserError, match="unknown setting 'temprature'; did you mean 'temperature'"):
         sampling.replaced("temprature", "1")
-    with pytest.raises(UserError, match=r"top-k is '1\.5'; give a whole number"):
+    with pytest.raises(UserError, match=r"top-k is '1\.5'; give an integer"):
         sampling.replaced("top-k", "1.5")
     with pytest.raises(UserError, match=r"top-p is 2\.0"):
         sampling.replaced("top-p", "2.0")
@@ -115,7 +115,7 @@ def test_settings_from_their_written_form() -> None:
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "seed", "max_new_tokens"])
 def test_a_number_of_thousands_of_digits(name: str) -> None:
-    with pytest.raises(UserError, match="is a whole number of 5001 digits; give "):
+    with pytest.raises(UserError, match="is an integer of 5001 digits; give "):
         Sampling(**{name: 10**5000})
 
 

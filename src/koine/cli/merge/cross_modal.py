@@ -24,12 +24,12 @@ def command(
 ) -> None:
     """Merge the language model inside MULTIMODAL with the model TEXT, which it began as; vision and connector stay (Aya Vision)."""
     from koine.cli.merge.methods import bytes_of
-    from koine.combine.merging.cross_modal import merge_cross_modal, need_cross_modal
+    from koine.combine.merging.cross_modal import estimate_cross_modal, merge_cross_modal
     from koine.plan.formatting import size
 
     largest = bytes_of(max_shard_size)
     if dry_run:
-        found = need_cross_modal(multimodal, text, out, alpha=alpha)
+        found = estimate_cross_modal(multimodal, text, out, alpha=alpha)
         click.echo(
             f"{found.merged:,} tensors to merge, {found.copied:,} to copy, {size(found.output_bytes)} to write; "
             f"about {size(found.peak_memory_bytes)} of memory"

@@ -14,7 +14,7 @@ import click
 from koine.terminal import plain_console
 
 if TYPE_CHECKING:
-    from koine.combine.merging.methods import MethodInfo
+    from koine.combine.merging.methods import MergeMethod
 
 OWN = {"cross-modal": "koine.cli.merge.cross_modal", "search": "koine.cli.merge.search"}
 """Commands that are no method of the table, and the modules that hold them under the name `command`."""
@@ -55,7 +55,7 @@ def merge() -> None:
     """Merge checkpoints of one architecture, tensor by tensor, whatever their size; `koine merge METHOD --help` says what it does and takes."""
 
 
-def command_of(name: str, info: MethodInfo) -> click.Command:
+def command_of(name: str, info: MergeMethod) -> click.Command:
     """The command of a method."""
 
     def run(**given: Any) -> None:
@@ -127,11 +127,11 @@ COMMON: list[click.Parameter] = [
 ]  # fmt: skip
 
 
-def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Path, **given: Any) -> None:
+def run_merge(name: str, info: MergeMethod, *, models: tuple[Path, ...], out: Path, **given: Any) -> None:
     """Merge, or say what it would take."""
     from koine.allocator import keep_freed_memory
-    from koine.combine.merging.budget import need
-    from koine.combine.merging.config import Recipe
+    from koine.combine.merging.budget import estimate_merge
+    from koine.combine.merging.config import MergeConfig
     from koine.combine.merging.plan import plan_merge
     from koine.combine.merging.runner import merge
     from koine.files import check_inside
@@ -143,7 +143,7 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
         text = given.pop("weights")
         weights = (1.0 / len(models),) * len(models) if text is None else numbers(text, "--weights")
     patterns = tuple(pattern_of(one) for one in given.pop("weights_for", ()))
-    recipe = Recipe(
+    config = MergeConfig(
         method=name,
         models=models,
         base=given.pop("base", None),
@@ -157,10 +157,10 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
         max_shard_bytes=bytes_of(given["max_shard_size"]),
     )
     if given["dry_run"]:
-        check_inside(out, [*models, *([] if recipe.base is None else [recipe.base])])
-        plan = plan_merge(recipe)
+        check_inside(out, [*models, *([] if config.base is None else [config.base])])
+        plan = plan_merge(config)
         threads = given["threads"] or usable_cores()
-        found = need(plan, threads)
+        found = estimate_merge(plan, threads)
         plan.close()
         click.echo(
             f"{found.tensors:,} tensors, {size(found.output_bytes)} to write; about {size(found.peak_memory_bytes)} of memory "
@@ -169,7 +169,9 @@ def run_merge(name: str, info: MethodInfo, *, models: tuple[Path, ...], out: Pat
         return
     keep_freed_memory()
     report = with_progress(
-        lambda say: merge(recipe, out, threads=given["threads"], say=say, overwrite=given["overwrite"])
+        lambda on_progress: merge(
+            config, out, threads=given["threads"], on_progress=on_progress, overwrite=given["overwrite"]
+        )
     )
     show(report)
     click.echo(f"written to {out}")

@@ -71,7 +71,7 @@ def command(
     The mean of the figures decides. Shown are the best, the Pareto front, and how each figure changes when a model is left out of the best.
     """
     from koine.combine.merging.methods import METHODS
-    from koine.combine.merging.vocabularies import chosen_model
+    from koine.combine.merging.vocabularies import tokenizer_source
     from koine.combine.merging.weight_search import InMemoryMerge, leave_one_out, pareto_front, search_weights
     from koine.errors import UserError, did_you_mean
     from koine.evaluate import bits_per_byte, question_accuracy
@@ -94,9 +94,9 @@ def command(
             models, method=method, base=base, tokenizer=tokenizer, unrelated=unrelated,
             options={name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
-        everyone = [*models, *([] if base is None else [base])]
+        inputs = [*models, *([] if base is None else [base])]
         cutter = load_tokenizer(
-            everyone[chosen_model(everyone, with_base=base is not None, policy=tokenizer)]
+            inputs[tokenizer_source(inputs, with_base=base is not None, policy=tokenizer)]
         )
 
         def evaluate(weights: tuple[float, ...]) -> dict[str, float]:

@@ -35,7 +35,7 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class Need:
+class MergeEstimate:
     """What a merge will take."""
 
     peak_memory_bytes: int
@@ -68,7 +68,7 @@ class ByteBudget:
 
 def working_bytes(plan: MergePlan, name: str) -> int:
     """Bytes that merging the tensor `name` holds at once."""
-    entries = [one[name] for one in plan.everyone()]
+    entries = [one[name] for one in plan.inputs()]
     dtype, shape = plan.layout[name]
     numel = torch.Size(shape).numel()
     copies = len(entries)
@@ -89,30 +89,30 @@ def working_bytes(plan: MergePlan, name: str) -> int:
     return numel * out + held * read + block * wide
 
 
-def budget_of(plan: MergePlan, threads: int) -> int:
+def memory_budget(plan: MergePlan, threads: int) -> int:
     """Bytes that the workers of a merge may hold together: those of `threads` of the largest tensors, or what the machine has free where that is less; never
     less than the largest alone."""
     most = sorted((working_bytes(plan, name) for name in plan.layout), reverse=True)
     return max(most[0], min(sum(most[:threads]), available_memory()))
 
 
-def workers_of(plan: MergePlan, threads: int) -> int:
+def worker_count(plan: MergePlan, threads: int) -> int:
     """How many of the threads have something to do: more than fit into the budget with a tensor of usual size each would only wait, and the C library keeps
     `RETAINED` of freed memory for each thread."""
     needs = [working_bytes(plan, name) for name in plan.layout]
     # Weighted by themselves: a norm is soon done, most of the time goes into the large ones.
     usual = sum(one * one for one in needs) / max(1, sum(needs))
-    return max(1, min(threads, int(budget_of(plan, threads) // max(1.0, usual))))
+    return max(1, min(threads, int(memory_budget(plan, threads) // max(1.0, usual))))
 
 
-def need(plan: MergePlan, threads: int) -> Need:
+def estimate_merge(plan: MergePlan, threads: int) -> MergeEstimate:
     """What the merge will take, from the sizes of its tensors and rates seen on two cores."""
     sizes = {name: torch.Size(shape).numel() for name, (_, shape) in plan.layout.items()}
     entries = sum(sizes.values()) * len(plan.models)
-    modules = [need(one, 1) for one in plan.modules.values()]
-    return Need(
-        LIBRARIES + budget_of(plan, threads) + RETAINED * workers_of(plan, threads),
-        2.0 + entries / RATES.get(plan.recipe.method, 1e8),
+    modules = [estimate_merge(one, 1) for one in plan.modules.values()]
+    return MergeEstimate(
+        LIBRARIES + memory_budget(plan, threads) + RETAINED * worker_count(plan, threads),
+        2.0 + entries / RATES.get(plan.config.method, 1e8),
         sum(sizes[name] * dtype.itemsize for name, (dtype, _) in plan.layout.items())
         + sum(one.output_bytes for one in modules),
         len(plan.layout) + sum(one.tensors for one in modules),

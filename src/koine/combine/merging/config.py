@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from koine.combine.merging.methods import METHODS, MethodInfo
+from koine.combine.merging.methods import METHODS, MergeMethod
 from koine.errors import UserError, did_you_mean
 
 LARGEST = 1e30
@@ -16,7 +16,7 @@ LARGEST = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class MergeConfig:
     """What is merged, and how.
 
     weights: one a model. weights_for: pairs of a pattern (`model.layers.[0-3].*`) and the weights of the tensors that it names; the first that fits counts.
@@ -44,32 +44,32 @@ class Recipe:
         content["options"] = dict(self.options)
         return content
 
-    def method_info(self) -> MethodInfo:
+    def method_info(self) -> MergeMethod:
         """The method; raises `UserError` for one that does not exist."""
         if self.method not in METHODS:
             raise UserError(f"unknown method '{self.method}'", hint=did_you_mean(self.method, METHODS))
         return METHODS[self.method]
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise `UserError` where a recipe does not fit its method."""
-    info = recipe.method_info()
+def check_config(config: MergeConfig) -> None:
+    """Raise `UserError` where a configuration does not fit its method."""
+    info = config.method_info()
     least, most = info.models
-    count = len(recipe.models)
+    count = len(config.models)
     if count < least or (most is not None and count > most):
         wanted = str(least) if least == most else f"at least {least}"
-        raise UserError(f"{recipe.method} merges {wanted} models, and {count} are given")
-    if info.takes("base") != (recipe.base is not None):
+        raise UserError(f"{config.method} merges {wanted} models, and {count} are given")
+    if info.takes("base") != (config.base is not None):
         raise UserError(
-            f"{recipe.method} needs the common ancestor"
+            f"{config.method} needs the common ancestor"
             if info.takes("base")
-            else f"{recipe.method} uses no base",
+            else f"{config.method} uses no base",
             hint="give --base MODEL" if info.takes("base") else "leave --base out",
         )
-    for weights in (recipe.weights, *(weights for _, weights in recipe.weights_for)):
+    for weights in (config.weights, *(weights for _, weights in config.weights_for)):
         if not info.takes("weights"):
             if weights:
-                raise UserError(f"{recipe.method} uses no weights", hint="leave --weights out")
+                raise UserError(f"{config.method} uses no weights", hint="leave --weights out")
             continue
         if len(weights) != count:
             raise UserError(
@@ -81,34 +81,34 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(
                 f"the weights are {', '.join(map(str, weights))}", hint=f"they must not be above {LARGEST:g}"
             )
-        divided = recipe.options.get(
+        divided = config.options.get(
             "normalize", info.parameters.get("normalize") and info.parameters["normalize"].default
         )
         if divided and abs(sum(weights)) < 1e-8:
             raise UserError(
                 "the weights sum to 0", hint="they are divided by their sum: choose others, or --no-normalize"
             )
-    for name in recipe.options:
+    for name in config.options:
         if name not in info.parameters:
             raise UserError(
-                f"{recipe.method} has no option '{name}'", hint=did_you_mean(name, info.parameters)
+                f"{config.method} has no option '{name}'", hint=did_you_mean(name, info.parameters)
             )
     for name, parameter in info.parameters.items():
-        if name not in recipe.options and parameter.default is parameter.empty:
-            raise UserError(f"{recipe.method} needs --{name}", hint=f"for example --{name} 0.5")
-    for name, value in recipe.options.items():
+        if name not in config.options and parameter.default is parameter.empty:
+            raise UserError(f"{config.method} needs --{name}", hint=f"for example --{name} 0.5")
+    for name, value in config.options.items():
         if not math.isfinite(value):
             raise UserError(f"{name} is {value}", where=f"--{name}", hint="it must be a number")
         if abs(value) > LARGEST:
             raise UserError(f"{name} is {value}", where=f"--{name}", hint=f"it must not be above {LARGEST:g}")
-    t = recipe.options.get("t")
+    t = config.options.get("t")
     if t is not None and not 0.0 <= t <= 1.0:
         raise UserError(f"t is {t}", where="--t", hint="it must lie between 0 and 1")
-    density = recipe.options.get("density")
+    density = config.options.get("density")
     if density is not None and not 0.0 < density <= 1.0:
         raise UserError(f"the density is {density}", hint="it must be above 0 and at most 1")
-    if recipe.dtype is not None and recipe.dtype not in ("float32", "bfloat16", "float16", "float64"):
+    if config.dtype is not None and config.dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise UserError(
-            f"unknown dtype '{recipe.dtype}'",
-            hint=did_you_mean(recipe.dtype, ("float32", "bfloat16", "float16")),
+            f"unknown dtype '{config.dtype}'",
+            hint=did_you_mean(config.dtype, ("float32", "bfloat16", "float16")),
         )

@@ -16,9 +16,9 @@ from pathlib import Path
 from koine.combine.compatibility import tokenizer_differences
 from koine.combine.merging.budget import LIBRARIES
 from koine.combine.merging.methods import BLOCK, linear
-from koine.combine.merging.vocabularies import tokens_of
+from koine.combine.merging.tensor_names import is_saved_buffer, leave_tied_head
+from koine.combine.merging.vocabularies import read_token_ids
 from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
-from koine.combine.tensor_names import is_saved_buffer, leave_tied_head
 from koine.errors import UserError
 from koine.files import atomic_directory, check_inside, write_json
 from koine.model.formats.carried_files import carry_files
@@ -36,7 +36,7 @@ def text_name(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class CrossModalNeed:
+class CrossModalEstimate:
     """What a merge across modalities will take."""
 
     merged: int
@@ -69,7 +69,7 @@ def merge_cross_modal(
         return {"merged": merged, "copied": len(names) - merged}
 
 
-def need_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -> CrossModalNeed:
+def estimate_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -> CrossModalEstimate:
     """What `merge_cross_modal` will take; raises as it does, but for what only reading the weights shows."""
     check_inside(out, (multimodal, text))
     with _opened(multimodal, text, alpha) as (whole, _, names):
@@ -79,7 +79,7 @@ def need_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -
             for entry in whole.values()
         )
         size = sum(entry.nbytes for entry in whole.values())
-        return CrossModalNeed(merged, len(names) - merged, size, LIBRARIES + block)
+        return CrossModalEstimate(merged, len(names) - merged, size, LIBRARIES + block)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
 
 def _refuse_other_tokenizer(multimodal: Path, text: Path) -> None:
     """A multimodal model has tokens of its own for images; those that both know must have one id, and text must be cut alike."""
-    known = [tokens_of(path) for path in (multimodal, text)]
+    known = [read_token_ids(path) for path in (multimodal, text)]
     if known[0] is None or known[1] is None:
         return
     differing = [part for part in tokenizer_differences(multimodal, text) if part != "added_tokens"]

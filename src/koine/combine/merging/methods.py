@@ -29,7 +29,7 @@ BLOCK = 2**19
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
     """`sum_k c_k W_k / sum_k c_k`: the weighted average, model soups (arXiv 2203.05482); with `normalize` off, not divided."""
     total = sum(weights) if normalize else 1.0
-    return _narrow(_sum(tensors, [weight / total for weight in weights]), tensors)
+    return _downcast(_sum(tensors, [weight / total for weight in weights]), tensors)
 
 
 def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
@@ -45,7 +45,7 @@ def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
     else:
         angle = math.acos(dot)
         parts = (math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
-    return _by_blocks(lambda a, b: _narrow(_sum((a, b), parts), (a,)), first, second)
+    return _by_blocks(lambda a, b: _downcast(_sum((a, b), parts), (a,)), first, second)
 
 
 def task_arithmetic(
@@ -113,7 +113,7 @@ def model_stock(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
 
     def merged(block_of_base: Tensor, *blocks: Tensor) -> Tensor:
         average = _sum(blocks, [share / count] * count)
-        return _narrow(average.add_(_wide(block_of_base), alpha=1.0 - share), blocks)
+        return _downcast(average.add_(_upcast(block_of_base), alpha=1.0 - share), blocks)
 
     return _by_blocks(merged, base, *tensors)
 
@@ -122,7 +122,7 @@ Method = Callable[..., "Tensor"]
 
 
 @dataclass(frozen=True)
-class MethodInfo:
+class MergeMethod:
     """A method as `koine merge` offers it.
 
     elementwise: an entry of the result depends on the same entry of the inputs alone, so that a tensor may be worked on in pieces.
@@ -146,23 +146,23 @@ class MethodInfo:
         return name in inspect.signature(self.function).parameters
 
 
-METHODS: dict[str, MethodInfo] = {
-    "linear": MethodInfo(
+METHODS: dict[str, MergeMethod] = {
+    "linear": MergeMethod(
         linear, True, (1, None), "Wortsman et al., Model soups, 2022 (arXiv 2203.05482)"
     ),
-    "slerp": MethodInfo(slerp, False, (2, 2), "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"),
-    "task-arithmetic": MethodInfo(
+    "slerp": MergeMethod(slerp, False, (2, 2), "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"),
+    "task-arithmetic": MergeMethod(
         task_arithmetic, True, (1, None), "Ilharco et al., Editing models with task arithmetic, 2022 (arXiv 2212.04089)"
     ),
-    "ties": MethodInfo(ties, False, (1, None), "Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)"),
-    "dare-linear": MethodInfo(
+    "ties": MergeMethod(ties, False, (1, None), "Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)"),
+    "dare-linear": MergeMethod(
         dare_linear, True, (1, None), "Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099)"
     ),
-    "dare-ties": MethodInfo(
+    "dare-ties": MergeMethod(
         dare_ties, True, (1, None),
         "Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099); Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)",
     ),
-    "model-stock": MethodInfo(model_stock, False, (2, None), "Jang et al., Model Stock, 2024 (arXiv 2403.19522)"),
+    "model-stock": MergeMethod(model_stock, False, (2, None), "Jang et al., Model Stock, 2024 (arXiv 2403.19522)"),
 }  # fmt: skip
 
 
@@ -203,35 +203,35 @@ def _bracketed(tensor: Tensor, base: Tensor, low: float, high: float) -> tuple[i
     return above, torch.cat(inside)
 
 
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
+def _upcast_dtype(tensor: Tensor) -> torch.dtype:
     import torch
 
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide_dtype(tensor))
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(_upcast_dtype(tensor))
 
 
-def _narrow(result: Tensor, like: Sequence[Tensor]) -> Tensor:
+def _downcast(result: Tensor, like: Sequence[Tensor]) -> Tensor:
     return result.to(like[0].dtype)
 
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum, wide."""
-    total = tensors[0].to(_wide_dtype(tensors[0]), copy=True).mul_(weights[0])
+    total = tensors[0].to(_upcast_dtype(tensors[0]), copy=True).mul_(weights[0])
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total.add_(tensor, alpha=weight)
     return total
 
 
 def _deltas(tensors: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    wide = _wide(base)
-    return [_wide(tensor) - wide for tensor in tensors]
+    wide = _upcast(base)
+    return [_upcast(tensor) - wide for tensor in tensors]
 
 
 def _add(base: Tensor, change: Tensor, scale: float) -> Tensor:
-    return _narrow(change.mul_(scale).add_(_wide(base)), (base,))
+    return _downcast(change.mul_(scale).add_(_upcast(base)), (base,))
 
 
 def _dropped(deltas: list[Tensor], density: float, generator: torch.Generator) -> list[Tensor]:
@@ -277,7 +277,7 @@ def _products(first: Tensor, second: Tensor) -> tuple[float, float, float]:
     """The dot products of two tensors as vectors: of one with the other, and of each with itself."""
     dot = one = two = 0.0
     for blocks in _blocks(first, second):
-        a, b = (_wide(block) for block in blocks)
+        a, b = (_upcast(block) for block in blocks)
         dot += float(a.dot(b))
         one += float(a.dot(a))
         two += float(b.dot(b))

@@ -10,21 +10,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from koine.combine.compatibility import ALIKE, check_other_function, likeness, model_configuration
-from koine.combine.merging.config import Recipe, check_recipe
-from koine.combine.merging.methods import MethodInfo
-from koine.combine.merging.sentence_modules import module_recipes
+from koine.combine.compatibility import (
+    MIN_RELATED_COSINE,
+    check_same_function,
+    median_cosine,
+    model_configuration,
+)
+from koine.combine.merging.config import MergeConfig, check_config
+from koine.combine.merging.methods import MergeMethod
+from koine.combine.merging.sentence_modules import module_configs
+from koine.combine.merging.tensor_names import match_names
 from koine.combine.merging.vocabularies import (
-    Vocabularies,
-    align,
-    check_other_tokenizers,
-    chosen_model,
-    tokens_of,
-    warn_of_other_templates,
+    VocabularyAlignment,
+    align_vocabularies,
+    check_same_tokenizers,
+    read_token_ids,
+    tokenizer_source,
+    warn_if_templates_differ,
 )
 from koine.combine.merging.vocabulary_tensors import rows_first, vocabulary_sizes, vocabulary_tensors
 from koine.combine.safetensors_stream import Checkpoint
-from koine.combine.tensor_names import match_names
 from koine.errors import UserError
 from koine.model.formats.mixture_files import DOMAIN_ENCODER
 
@@ -48,133 +53,133 @@ class MergePlan:
     modules: plans of the sub-folders of a sentence model that hold weights of their own.
     """
 
-    recipe: Recipe
-    info: MethodInfo
+    config: MergeConfig
+    info: MergeMethod
     models: list[Checkpoint]
     base: Checkpoint | None
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    vocabularies: dict[str, Vocabularies]
+    vocabularies: dict[str, VocabularyAlignment]
     tokenizer: Path
     modules: dict[str, MergePlan]
 
-    def everyone(self) -> list[Checkpoint]:
+    def inputs(self) -> list[Checkpoint]:
         """The models, and the base last where there is one."""
         return self.models if self.base is None else [*self.models, self.base]
 
     def weights_of(self, name: str) -> tuple[float, ...]:
         """The models' weights for a tensor."""
-        for pattern, weights in self.recipe.weights_for:
+        for pattern, weights in self.config.weights_for:
             if fnmatch.fnmatchcase(name, pattern):
                 return weights
-        return self.recipe.weights
+        return self.config.weights
 
     def dtype_read(self, name: str, stored: torch.dtype) -> torch.dtype:
         """The dtype that a method is given a tensor in.
 
         A result of a wider or another dtype must not be rounded to the models' first.
         """
-        return stored if self.recipe.dtype is None else torch.promote_types(stored, self.layout[name][0])
+        return stored if self.config.dtype is None else torch.promote_types(stored, self.layout[name][0])
 
     def close(self) -> None:
         """Close the files."""
-        for checkpoint in self.everyone():
+        for checkpoint in self.inputs():
             checkpoint.close()
         for plan in self.modules.values():
             plan.close()
 
 
-def plan_merge(recipe: Recipe) -> MergePlan:
-    """Open and check everything. Raises `UserError` where the models do not fit together or the recipe does not fit the method.
+def plan_merge(config: MergeConfig) -> MergePlan:
+    """Open and check everything. Raises `UserError` where the models do not fit together or the configuration does not fit the method.
 
-    Warns (`KoineWarning`) where the models' chat templates differ and the recipe does not say whose is kept.
+    Warns (`KoineWarning`) where the models' chat templates differ and the configuration does not say whose is kept.
     """
-    check_recipe(recipe)
-    models = [Checkpoint(path) for path in recipe.models]
-    base = None if recipe.base is None else Checkpoint(recipe.base)
-    everyone = models if base is None else [*models, base]
+    check_config(config)
+    models = [Checkpoint(path) for path in config.models]
+    base = None if config.base is None else Checkpoint(config.base)
+    inputs = models if base is None else [*models, base]
     try:
-        return _checked(recipe, models, base, everyone)
+        return _checked(config, models, base, inputs)
     except UserError:
-        for one in everyone:
+        for one in inputs:
             one.close()
         raise
 
 
 def _checked(
-    recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None, everyone: list[Checkpoint]
+    config: MergeConfig, models: list[Checkpoint], base: Checkpoint | None, inputs: list[Checkpoint]
 ) -> MergePlan:
-    first, paths = models[0], [one.path for one in everyone]
-    for one in everyone[1:]:
-        check_other_function(first.path, one.path)
+    first, paths = models[0], [one.path for one in inputs]
+    for one in inputs[1:]:
+        check_same_function(first.path, one.path)
         _refuse_other_encoder(first.path, one.path)
-    names = match_names(everyone)
+    names = match_names(inputs)
     for name in names:
-        _same_kind(name, everyone)
-    chosen = chosen_model(paths, with_base=base is not None, policy=recipe.tokenizer)
-    vocabularies, leading = _meet(recipe, everyone, names, chosen)
-    if not recipe.tokenizer:
-        warn_of_other_templates([one.path for one in models])
+        _same_kind(name, inputs)
+    chosen = tokenizer_source(paths, with_base=base is not None, policy=config.tokenizer)
+    vocabularies, leading = _meet(config, inputs, names, chosen)
+    if not config.tokenizer:
+        warn_if_templates_differ([one.path for one in models])
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in names:
         shape, dtype = first[name].shape, first[name].dtype
         if name in vocabularies:
             shape = ((1,) * leading[name]) + (vocabularies[name].rows, *shape[1:])
         else:
-            _same_shape(name, everyone)
-        if recipe.dtype is not None and dtype.is_floating_point:
-            dtype = getattr(torch, recipe.dtype)
+            _same_shape(name, inputs)
+        if config.dtype is not None and dtype.is_floating_point:
+            dtype = getattr(torch, config.dtype)
         layout[name] = (dtype, shape)
-    for pattern, _ in recipe.weights_for:
+    for pattern, _ in config.weights_for:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise UserError(
                 f"no tensor is named '{pattern}'",
                 where="--weights-for",
                 hint=f"names are like {names[len(names) // 2]}",
             )
-    if not recipe.unrelated:
+    if not config.unrelated:
         # Each is compared with the ancestor, where it is given.
         root = base or first
-        for one in everyone:
+        for one in inputs:
             if one is not root:
                 _refuse_other_ancestor(root, one, names)
     modules: dict[str, MergePlan] = {}
     try:
-        for folder, inner in module_recipes(recipe).items():
+        for folder, inner in module_configs(config).items():
             modules[folder] = plan_merge(inner)
     except UserError:
         for plan in modules.values():
             plan.close()
         raise
     return MergePlan(
-        recipe, recipe.method_info(), models, base, layout, vocabularies, paths[chosen], modules
+        config, config.method_info(), models, base, layout, vocabularies, paths[chosen], modules
     )  # fmt: skip
 
 
 def _meet(
-    recipe: Recipe, everyone: Sequence[Checkpoint], names: Sequence[str], chosen: int
-) -> tuple[dict[str, Vocabularies], dict[str, int]]:
+    config: MergeConfig, inputs: Sequence[Checkpoint], names: Sequence[str], chosen: int
+) -> tuple[dict[str, VocabularyAlignment], dict[str, int]]:
     """Align the rows of each tensor that has one row per token; empty for one vocabulary.
 
     Also gives how many dimensions of length 1 stand before the rows.
 
-    Raises `UserError` where the vocabularies or the tokenizers differ and the recipe does not say whose the
+    Raises `UserError` where the vocabularies or the tokenizers differ and the configuration does not say whose the
     result has.
     """
-    paths, tokens = [one.path for one in everyone], [tokens_of(one.path) for one in everyone]
-    differing = [name for name in names if len({one[name].shape for one in everyone}) > 1]
+    paths, tokens = [one.path for one in inputs], [read_token_ids(one.path) for one in inputs]
+    differing = [name for name in names if len({one[name].shape for one in inputs}) > 1]
     if all(one == tokens[0] for one in tokens) and not differing:
-        if not recipe.tokenizer:
-            check_other_tokenizers(paths)
+        if not config.tokenizer:
+            check_same_tokenizers(paths)
         return {}, {}
-    found = vocabulary_tensors(everyone[0])
+    found = vocabulary_tensors(inputs[0])
     for name in differing:
         if name not in found:
-            _same_shape(name, everyone)
-    if not recipe.tokenizer:
+            _same_shape(name, inputs)
+    if not config.tokenizer:
         other = next(
             index
-            for index, one in enumerate(everyone)
-            if tokens[index] != tokens[0] or any(one[name].shape != everyone[0][name].shape for name in found)
+            for index, one in enumerate(inputs)
+            if tokens[index] != tokens[0] or any(one[name].shape != inputs[0][name].shape for name in found)
         )
         raise UserError(
             f"its vocabulary is another than that of {paths[0]}",
@@ -182,39 +187,41 @@ def _meet(
             hint="say whose the result has: --tokenizer first, base, or a model's folder; rows are then merged token by token",
         )
     leading: dict[str, int] = {}
-    by_rows: dict[tuple[int, ...], Vocabularies] = {}
-    vocabularies: dict[str, Vocabularies] = {}
+    by_rows: dict[tuple[int, ...], VocabularyAlignment] = {}
+    vocabularies: dict[str, VocabularyAlignment] = {}
     for name, axis in found.items():
-        for one in everyone:
+        for one in inputs:
             leading[name] = rows_first(one, name, axis)
-        if len({one[name].shape[1:] for one in everyone}) > 1:
-            _same_shape(name, everyone)
+        if len({one[name].shape[1:] for one in inputs}) > 1:
+            _same_shape(name, inputs)
         # Several tables may have lengths of their own: of tokens in each layer, or for text and more.
-        lengths = tuple(one[name].rows for one in everyone)
+        lengths = tuple(one[name].rows for one in inputs)
         if lengths not in by_rows:
-            by_rows[lengths] = align(paths, tokens, lengths, chosen=chosen, with_base=recipe.base is not None)
+            by_rows[lengths] = align_vocabularies(
+                paths, tokens, lengths, chosen=chosen, with_base=config.base is not None
+            )
         vocabularies[name] = by_rows[lengths]
     return vocabularies, leading
 
 
-def _same_shape(name: str, everyone: Sequence[Checkpoint]) -> None:
-    for one in everyone[1:]:
-        if one[name].shape != everyone[0][name].shape:
+def _same_shape(name: str, inputs: Sequence[Checkpoint]) -> None:
+    for one in inputs[1:]:
+        if one[name].shape != inputs[0][name].shape:
             raise UserError(
-                f"{name} has shape {list(one[name].shape)}, and {list(everyone[0][name].shape)} in {everyone[0].path}",
+                f"{name} has shape {list(one[name].shape)}, and {list(inputs[0][name].shape)} in {inputs[0].path}",
                 where=one.path,
                 hint="models of one size can be merged",
             )
 
 
-def _same_kind(name: str, everyone: Sequence[Checkpoint]) -> None:
-    for one in everyone[1:]:
-        dtypes = (everyone[0][name].dtype, one[name].dtype)
+def _same_kind(name: str, inputs: Sequence[Checkpoint]) -> None:
+    for one in inputs[1:]:
+        dtypes = (inputs[0][name].dtype, one[name].dtype)
         if dtypes[0] != dtypes[1] and not all(dtype.is_floating_point for dtype in dtypes):
             raise UserError(
-                f"{name} is {dtypes[1]}, and {dtypes[0]} in {everyone[0].path}".replace("torch.", ""),
+                f"{name} is {dtypes[1]}, and {dtypes[0]} in {inputs[0].path}".replace("torch.", ""),
                 where=one.path,
-                hint="whole numbers are copied where they are equal, and not merged",
+                hint="integers are copied where they are equal, and not merged",
             )
 
 
@@ -233,7 +240,7 @@ def _refuse_other_encoder(wanted: Path, found: Path) -> None:
 
 
 def _refuse_other_ancestor(root: Checkpoint, other: Checkpoint, names: Sequence[str]) -> None:
-    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.ALIKE`)."""
+    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.MIN_RELATED_COSINE`)."""
     # Tables of tokens are left out: they may be of other vocabularies.
     tables = vocabulary_sizes(model_configuration(root.path))
     matrices = [
@@ -250,8 +257,8 @@ def _refuse_other_ancestor(root: Checkpoint, other: Checkpoint, names: Sequence[
     pairs = [(_beginning(root, name), _beginning(other, name)) for name in probed]
     if sum(first.numel() for first, _ in pairs) < LEAST_PROBED:
         return
-    found = likeness(pairs)
-    if found is not None and found < ALIKE:
+    found = median_cosine(pairs)
+    if found is not None and found < MIN_RELATED_COSINE:
         raise UserError(
             f"has no common ancestor with {root.path} (the cosine of their matrices is {found:.2f})",
             where=other.path,

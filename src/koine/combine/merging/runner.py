@@ -21,11 +21,11 @@ import torch
 from koine.combine.compatibility import model_configuration
 from koine.combine.merging.budget import (
     ByteBudget,
-    budget_of,
-    workers_of,
+    memory_budget,
+    worker_count,
     working_bytes,
 )
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.journal import read_journal
 from koine.combine.merging.plan import MergePlan, plan_merge
 from koine.combine.merging.tensor import SAMPLED, merge_tensor
@@ -50,7 +50,12 @@ MODULES = ".modules"
 
 
 def merge(
-    recipe: Recipe, out: Path, *, threads: int | None = None, say: Any = None, overwrite: bool = False
+    config: MergeConfig,
+    out: Path,
+    *,
+    threads: int | None = None,
+    on_progress: Any = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Merge into the new folder `out`, and return the report (also written there as `merge_report.json`).
 
@@ -58,19 +63,19 @@ def merge(
 
     Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` holds something
     (unless `overwrite`), a model changes meanwhile, or the disk is full; nothing half-written is then left.
-    An interruption leaves the work beside `out`, and the same recipe goes on there.
+    An interruption leaves the work beside `out`, and the same configuration goes on there.
     """
     out = Path(out)
-    reads = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
+    reads = [*config.models, *([] if config.base is None else [config.base])]
     check_inside(out, reads)
-    plan = plan_merge(recipe)
+    plan = plan_merge(config)
     workers = threads or usable_cores()
     try:
         with claim(out, overwrite=overwrite, reads=reads) as claimed:
             work = claimed.beside("merge")
             try:
                 before = _fingerprint(plan)
-                report = _run(plan, work, workers, say)
+                report = _run(plan, work, workers, on_progress)
                 _finish(plan, work, report)
                 if _fingerprint(plan) != before:
                     raise UserError(
@@ -88,14 +93,14 @@ def merge(
 
 
 def _fingerprint(plan: MergePlan) -> str:
-    """Of the recipe and of the models' files as they are."""
-    files = sorted({entry.file for one in plan.everyone() for entry in one.values()})
+    """Of the configuration and of the models' files as they are."""
+    files = sorted({entry.file for one in plan.inputs() for entry in one.values()})
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    content = [JOURNAL, plan.recipe.to_json(), state]
+    content = [JOURNAL, plan.config.to_json(), state]
     return hashlib.sha256(json.dumps(content).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _run(plan: MergePlan, work: Path, threads: int, say: Any) -> dict[str, Any]:
+def _run(plan: MergePlan, work: Path, threads: int, on_progress: Any) -> dict[str, Any]:
     journal = work / "journal.jsonl"
     fingerprint = _fingerprint(plan)
     lines = read_journal(journal)
@@ -106,9 +111,9 @@ def _run(plan: MergePlan, work: Path, threads: int, say: Any) -> dict[str, Any]:
             remove(work)
         entered = {}
     work.mkdir(exist_ok=True)
-    budget = ByteBudget(budget_of(plan, threads))
+    budget = ByteBudget(memory_budget(plan, threads))
     writer = CheckpointWriter(
-        work, plan.layout, max_shard_bytes=plan.recipe.max_shard_bytes, resume=bool(entered)
+        work, plan.layout, max_shard_bytes=plan.config.max_shard_bytes, resume=bool(entered)
     )
     done = {name: entered[name]["figures"] for name in plan.layout if _holds(writer, name, entered.get(name))}
     lock, pending, written = threading.Lock(), dict[str, Any](), 0
@@ -147,12 +152,12 @@ def _run(plan: MergePlan, work: Path, threads: int, say: Any) -> dict[str, Any]:
                         entering = syncing.submit(enter, dict(pending))
                         pending.clear()
                         written = 0
-                    if say is not None:
-                        say(len(done), len(plan.layout))
+                    if on_progress is not None:
+                        on_progress(len(done), len(plan.layout))
 
             # One thread of torch in each worker: they would wait for each other.
             torch.set_num_threads(1)
-            with ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(workers_of(plan, threads)) as pool:
+            with ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(worker_count(plan, threads)) as pool:
                 futures = [pool.submit(one, name) for name in todo]
                 try:
                     for future in futures:
@@ -216,10 +221,10 @@ def _finish(plan: MergePlan, work: Path, report: dict[str, Any]) -> None:
 
     source = plan.models[0].path
     report["left_behind"] = carry_files(source, work)
-    carry_drawn((one.path for one in plan.everyone()), work)
+    carry_drawn((one.path for one in plan.inputs()), work)
     config = model_configuration(source)
-    if plan.recipe.dtype is not None:
-        _set_dtype(config, plan.recipe.dtype)
+    if plan.config.dtype is not None:
+        _set_dtype(config, plan.config.dtype)
     if plan.vocabularies or plan.tokenizer != source:
         write_tokenizer(plan.tokenizer, work, config)
     if config:
@@ -228,14 +233,14 @@ def _finish(plan: MergePlan, work: Path, report: dict[str, Any]) -> None:
         report["modules"] = {name: _merge_module(one, work, name) for name, one in plan.modules.items()}
         shutil.rmtree(work / MODULES)
     report |= {
-        "recipe": plan.recipe.to_json(),
+        "config": plan.config.to_json(),
         "models": [
             {"path": str(one.path), "bytes": sum(entry.nbytes for entry in one.values())}
-            for one in plan.everyone()
+            for one in plan.inputs()
         ],
         "estimated_from": f"at most {SAMPLED} entries of each tensor",
     }
     write_json(work / "merge_report.json", report)
-    write_atomically(work / "README.md", model_card(plan.recipe, plan.info.source))
+    write_atomically(work / "README.md", model_card(plan.config, plan.info.source))
     seal_folder(work)
     (work / "journal.jsonl").unlink()

@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from koine.combine.compatibility import model_configuration
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.safetensors_stream import Checkpoint
 from koine.errors import KoineWarning, UserError
 from koine.model.formats.carried_files import module_folders, module_weights
 
 
-def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """For each folder of a module whose weights differ between the models, the recipe that merges it; empty
+def module_configs(config: MergeConfig) -> dict[str, MergeConfig]:
+    """For each folder of a module whose weights differ between the models, the configuration that merges it; empty
     for other models.
 
     Where a model (a base without a head, say) has no such folder, the first model's stays, and a
@@ -25,13 +25,13 @@ def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
 
     Raises `UserError` where the models' modules differ, or weights that differ are not safetensors.
     """
-    first, *others = recipe.models
-    everyone = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
+    first, *others = config.models
+    inputs = [*config.models, *([] if config.base is None else [config.base])]
     for other in others:
         _refuse_other_modules(first, other)
-    found: dict[str, Recipe] = {}
+    found: dict[str, MergeConfig] = {}
     for name, files in module_weights(first).items():
-        folders = [path / name for path in everyone]
+        folders = [path / name for path in inputs]
         lacking = [folder for folder in folders if not any((folder / file).is_file() for file in files)]
         if lacking:
             warnings.warn(
@@ -46,21 +46,21 @@ def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
                     where=folders[1] / files[0],
                     hint="save the models again with a newer version of sentence-transformers",
                 )
-            found[name] = _recipe_of(recipe, name)
+            found[name] = _module_config(config, name)
     return found
 
 
-def _recipe_of(recipe: Recipe, name: str) -> Recipe:
-    models = tuple(path / name for path in recipe.models)
+def _module_config(config: MergeConfig, name: str) -> MergeConfig:
+    models = tuple(path / name for path in config.models)
     checkpoint = Checkpoint(models[0])
     names = list(checkpoint)
     checkpoint.close()
     return replace(
-        recipe,
+        config,
         models=models,
-        base=None if recipe.base is None else recipe.base / name,
+        base=None if config.base is None else config.base / name,
         weights_for=tuple(
-            pair for pair in recipe.weights_for if any(fnmatch.fnmatchcase(one, pair[0]) for one in names)
+            pair for pair in config.weights_for if any(fnmatch.fnmatchcase(one, pair[0]) for one in names)
         ),
         tokenizer="",
         unrelated=True,

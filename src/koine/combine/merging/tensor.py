@@ -18,7 +18,13 @@ from torch import Tensor
 from koine.combine.merging.budget import WHOLE_ENTRIES
 from koine.combine.merging.methods import BLOCK
 from koine.combine.merging.plan import MergePlan
-from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter, Entry, StoredTensor, runs_of
+from koine.combine.safetensors_stream import (
+    Checkpoint,
+    CheckpointWriter,
+    Entry,
+    StoredTensor,
+    contiguous_runs,
+)
 from koine.errors import UserError
 
 SAMPLED = 32_768
@@ -27,17 +33,17 @@ SAMPLED = 32_768
 
 def merge_tensor(plan: MergePlan, writer: CheckpointWriter, name: str) -> dict[str, Any]:
     """Merge the tensors of one name and write the result; its figures for the report."""
-    everyone = plan.everyone()
-    entries = [one[name] for one in everyone]
+    inputs = plan.inputs()
+    entries = [one[name] for one in inputs]
     dtype, _ = plan.layout[name]
     if not dtype.is_floating_point:
-        first = everyone[0].read(name)
-        for one in everyone[1:]:
+        first = inputs[0].read(name)
+        for one in inputs[1:]:
             if not torch.equal(one.read(name), first):
                 raise UserError(
-                    f"{name} is of whole numbers and differs from that of {everyone[0].path}",
+                    f"{name} is of integers and differs from that of {inputs[0].path}",
                     where=one.path,
-                    hint="whole numbers are copied where they are equal, and not merged",
+                    hint="integers are copied where they are equal, and not merged",
                 )
         writer.write(name, first)
         return {}
@@ -45,7 +51,7 @@ def merge_tensor(plan: MergePlan, writer: CheckpointWriter, name: str) -> dict[s
         _merge_by_token(plan, writer, name)
         return {}
     if not plan.info.elementwise:
-        stored = [_stored(plan, one, name) for one in everyone]
+        stored = [_stored(plan, one, name) for one in inputs]
         # Several passes over a small tensor are made in memory.
         small = entries[0].numel <= WHOLE_ENTRIES
         given = [one[:] for one in stored] if small else cast("list[Tensor]", stored)
@@ -54,12 +60,12 @@ def merge_tensor(plan: MergePlan, writer: CheckpointWriter, name: str) -> dict[s
     entry = entries[0]
     rows = max(1, BLOCK // max(1, entry.row))
     # Room for the whole sample before the first block: what is small and kept between large blocks that come and go tears the heap apart.
-    sampled = [_room(entry, tensor_dtype=one[name].dtype, rows=rows) for one in everyone]
+    sampled = [_room(entry, tensor_dtype=one[name].dtype, rows=rows) for one in inputs]
     filled = 0
     for number, start in enumerate(range(0, entry.rows, rows)):
         stop = min(entry.rows, start + rows)
-        tensors = [one.read(name, start, stop) for one in everyone]
-        for one, tensor in zip(everyone, tensors, strict=True):
+        tensors = [one.read(name, start, stop) for one in inputs]
+        for one, tensor in zip(inputs, tensors, strict=True):
             _refuse_not_finite(tensor, name, one.path)
         read_as = [tensor.to(plan.dtype_read(name, tensor.dtype)) for tensor in tensors]
         _write(writer, name, apply_method(plan, name, read_as, block=number), dtype, start)
@@ -79,7 +85,7 @@ def _stored(plan: MergePlan, checkpoint: Checkpoint, name: str, rows: Tensor | N
 
 def apply_method(plan: MergePlan, name: str, tensors: Sequence[Tensor], *, block: int) -> Tensor:
     """The method on the models' tensors, or on a block of them (the base's last, where there is one)."""
-    arguments: dict[str, Any] = dict(plan.recipe.options)
+    arguments: dict[str, Any] = dict(plan.config.options)
     models = list(tensors)
     if plan.base is not None:
         arguments["base"] = models.pop()
@@ -87,7 +93,7 @@ def apply_method(plan: MergePlan, name: str, tensors: Sequence[Tensor], *, block
         arguments["weights"] = plan.weights_of(name)
     if plan.info.takes("generator"):
         # Of the tensor and the block, so that the order of the work changes nothing.
-        text = f"{plan.recipe.seed} {name} {block}".encode()
+        text = f"{plan.config.seed} {name} {block}".encode()
         seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
         arguments["generator"] = torch.Generator().manual_seed(seed)
     return plan.info.function(models, **arguments)
@@ -95,10 +101,10 @@ def apply_method(plan: MergePlan, name: str, tensors: Sequence[Tensor], *, block
 
 def _merge_by_token(plan: MergePlan, writer: CheckpointWriter, name: str) -> None:
     """Rows that all models have are merged; of the others the models that have one are averaged by their weights."""
-    everyone, vocabularies = plan.everyone(), plan.vocabularies[name]
+    inputs, vocabularies = plan.inputs(), plan.vocabularies[name]
     dtype, _ = plan.layout[name]
-    stored = [_stored(plan, one, name, rows) for one, rows in zip(everyone, vocabularies.places, strict=True)]
-    count, row = len(vocabularies.shared), max(1, everyone[0][name].row)
+    stored = [_stored(plan, one, name, rows) for one, rows in zip(inputs, vocabularies.places, strict=True)]
+    count, row = len(vocabularies.shared), max(1, inputs[0][name].row)
     block = max(1, BLOCK // row)
     if plan.info.elementwise:
         for number, start in enumerate(range(0, count, block)):
@@ -123,11 +129,11 @@ def _mean_of_holders(
     plan: MergePlan, name: str, holders: Sequence[tuple[int, int]], weights: Sequence[float]
 ) -> Tensor:
     """The row that some of the models have, `(model, place)` of each."""
-    everyone = plan.everyone()
+    inputs = plan.inputs()
     given = []
     for model, place in holders:
-        [row] = everyone[model].read(name, place, place + 1)
-        _refuse_not_finite(row, name, everyone[model].path)
+        [row] = inputs[model].read(name, place, place + 1)
+        _refuse_not_finite(row, name, inputs[model].path)
         given.append((weights[model] if model < len(weights) else 0.0, row))
     if abs(sum(weight for weight, _ in given)) < 1e-8:
         # The weights of these models cancel out, or are 0: they say nothing about a row that the others lack.
@@ -136,7 +142,7 @@ def _mean_of_holders(
     mean = torch.stack(
         [row.to(torch.promote_types(row.dtype, torch.float32)) * (weight / total) for weight, row in given]
     ).sum(dim=0)
-    return mean.to(plan.dtype_read(name, everyone[0][name].dtype))
+    return mean.to(plan.dtype_read(name, inputs[0][name].dtype))
 
 
 def _write_rows(
@@ -144,7 +150,7 @@ def _write_rows(
 ) -> None:
     """Write `values` as the ascending `rows` of the result; those that lie together at once."""
     checked = _cast(name, values, dtype)
-    for start, stop in runs_of(rows):
+    for start, stop in contiguous_runs(rows):
         writer.write(name, checked[start:stop], int(rows[start]))
 
 

@@ -33,7 +33,7 @@ IDS = ("_token_id", "_token_ids", "_token_index")
 
 
 @dataclass(frozen=True)
-class Vocabularies:
+class VocabularyAlignment:
     """Where each token of the result stands in each model.
 
     rows: of the result's embeddings. shared: `[n]`, the result's rows that all models have. places: `[n]` for each model, where they stand in it. alone: the
@@ -46,7 +46,7 @@ class Vocabularies:
     alone: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 
 
-def chosen_model(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
+def tokenizer_source(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
     """The model whose tokenizer and chat template the result has.
 
     `first` (also where nothing is said), `base`, or the folder of one of the models.
@@ -65,14 +65,14 @@ def chosen_model(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
     )
 
 
-def align(
+def align_vocabularies(
     paths: Sequence[Path],
     tokens: Sequence[Mapping[str, int] | None],
     rows_of_each: Sequence[int],
     *,
     chosen: int,
     with_base: bool,
-) -> Vocabularies:
+) -> VocabularyAlignment:
     """Align the rows of the models' token tables (the base's last).
 
     tokens: the id of every token in each model. rows_of_each: of the table in each; a token whose id lies
@@ -104,7 +104,7 @@ def align(
         holders = tuple((index, place) for index, place in enumerate(found[:models]) if place is not None)
         # A row that no token has (a vocabulary rounded up), or that only the base knows, comes from the chosen model.
         alone.append((row, holders or ((chosen, row),)))
-    return Vocabularies(
+    return VocabularyAlignment(
         rows,
         torch.tensor(shared, dtype=torch.long),
         tuple(torch.tensor(here, dtype=torch.long) for here in places),
@@ -112,7 +112,7 @@ def align(
     )
 
 
-def check_other_tokenizers(paths: Sequence[Path]) -> None:
+def check_same_tokenizers(paths: Sequence[Path]) -> None:
     """Equal vocabularies may still cut text otherwise: by other merges, or after another normaliser.
 
     Raises `UserError` then, and where folders without a tokenizer.json hold vocabularies in other formats
@@ -139,7 +139,7 @@ def check_other_tokenizers(paths: Sequence[Path]) -> None:
             )
 
 
-def warn_of_other_templates(models: Sequence[Path]) -> None:
+def warn_if_templates_differ(models: Sequence[Path]) -> None:
     """Warn (`KoineWarning`) where chat templates differ: the result has the first model's."""
     templates = [_template(path) for path in models]
     other = next((path for path, one in zip(models, templates, strict=True) if one != templates[0]), None)
@@ -196,7 +196,7 @@ def _take_vocabulary(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     )
 
 
-def tokens_of(path: Path) -> dict[str, int] | None:
+def read_token_ids(path: Path) -> dict[str, int] | None:
     """The id of every token of a folder's tokenizer.json; None where there is none.
 
     Raises `UserError` where it is damaged.

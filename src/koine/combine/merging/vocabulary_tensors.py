@@ -114,7 +114,7 @@ def _by_size(checkpoint: Checkpoint, content: Mapping[str, Any]) -> tuple[list[s
 
 
 def _other_sizes(content: Mapping[str, Any]) -> set[int]:
-    """Whole numbers of a configuration and those inside it that are no vocabulary's size: positions, kinds of
+    """Integers of a configuration and those inside it that are no vocabulary's size: positions, kinds of
     segments, experts."""
     found: set[int] = set()
     for name, value in content.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import METHODS
 from koine.combine.merging.plan import plan_merge
 from koine.errors import UserError
@@ -147,7 +147,7 @@ class InMemoryMerge:
         self.options = dict(options or {})
         equal = (1.0 / len(paths),) * len(paths)
         plan = plan_merge(
-            Recipe(
+            MergeConfig(
                 method=method,
                 models=tuple(paths),
                 base=base,
@@ -163,9 +163,9 @@ class InMemoryMerge:
                 "the models' vocabularies differ",
                 hint="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
             )
-        everyone = [*paths, *([] if base is None else [base])]
-        self.states = [_stored(load_as_stored(path)) for path in everyone]
-        for path, state in zip(everyone, self.states, strict=True):
+        inputs = [*paths, *([] if base is None else [base])]
+        self.states = [_stored(load_as_stored(path)) for path in inputs]
+        for path, state in zip(inputs, self.states, strict=True):
             for name, tensor in state.items():
                 if not torch.isfinite(tensor).all():
                     raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.combine.compatibility import ALIKE
+from koine.combine.compatibility import MIN_RELATED_COSINE
 from koine.combine.moe.branches import (
     Branch,
     check_other_shapes,
@@ -244,7 +244,7 @@ def _refuse_other_ancestor(
         float(torch.cosine_similarity(new, weights[f"{place}down_proj.weight"].flatten().double(), dim=0))
         for place in places
     )
-    if likeness < ALIKE:
+    if likeness < MIN_RELATED_COSINE:
         raise UserError(
             f"has no common ancestor with {model} (the cosine of their matrices is {likeness:.2f})",
             where=branch.path,

@@ -243,10 +243,10 @@ def read_record(path: Path) -> dict[str, Any]:
     if not where.exists():
         return {}
     content = read_json_object(where, hint=hint)
-    fields = Fields(content, where, whole_file=hint)
+    fields = Fields(content, where, hint_if_broken=hint)
     _check_sources(fields.inner("experts", {}))
     for change in fields.entries("changes", []):
-        one = Fields(change, where, whole_file=hint)
+        one = Fields(change, where, hint_if_broken=hint)
         _check_sources(one.inner("added", {}))
         one.text("removed", None)
         # All may be added; what is left when all is taken out cannot be scaled up again.

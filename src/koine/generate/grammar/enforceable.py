@@ -19,7 +19,7 @@ from koine.generate.grammar.patterns import not_among, portable_pattern
 from koine.generate.grammar.schema import schema_text
 
 MOST = 2**53
-"""Above this, neighbouring whole numbers are one and the same to the library."""
+"""Above this, neighbouring integers are one and the same to the library."""
 
 MOST_LENGTH = 2**31 - 1
 MOST_MULTIPLE = 100_000
@@ -283,7 +283,7 @@ def _check_multiple(value: Any, place: str) -> None:
         _refuse(
             place,
             f"{value} has no exact form in floating point, and validators disagree about its multiples",
-            "give a whole number, 0.5 or 0.25, or a pattern in a string",
+            "give an integer, 0.5 or 0.25, or a pattern in a string",
         )
 
 

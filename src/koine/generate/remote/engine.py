@@ -403,7 +403,7 @@ def _check_options(model: str, concurrency: int, timeout: float, length_field: s
     if not isinstance(model, str) or not model.strip():
         raise UserError("no model is named", hint="give the name that the endpoint knows it by")
     if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
-        raise UserError(f"concurrency is {concurrency}", hint="give a whole number from 1")
+        raise UserError(f"concurrency is {concurrency}", hint="give an integer from 1")
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     if not number or not 0 < timeout < math.inf:
         raise UserError(f"timeout is {timeout}", hint="give seconds, more than 0")

@@ -23,7 +23,7 @@ class RateLimits:
         for name in ("requests_per_minute", "tokens_per_minute"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UserError(f"{name} is {value}", hint="give a whole number from 1, or None for no limit")
+                raise UserError(f"{name} is {value}", hint="give an integer from 1, or None for no limit")
 
 
 @dataclass

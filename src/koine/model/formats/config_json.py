@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.fields import Fields, shown
+from koine.fields import Fields, short_repr
 from koine.files import read_json_object
 from koine.model.config import (
     LONGEST_WINDOW,
@@ -99,11 +99,11 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
     kind = value.get("model_type")
     if not isinstance(kind, str) or kind not in OWN_TYPES:
         raise UserError(
-            f"model_type {shown(kind)} is not one that Koine's own decoder implements ({', '.join(OWN_TYPES)})",
+            f"model_type {short_repr(kind)} is not one that Koine's own decoder implements ({', '.join(OWN_TYPES)})",
             where=where,
             hint="steps that take any causal LM open it through transformers (pip install 'koine[hf]')",
         )
-    fields = Fields(value, where, whole_file="the file is not a whole config.json")
+    fields = Fields(value, where, hint_if_broken="the file is not a whole config.json")
     rope = fields.inner("rope_parameters", None) or fields.inner("rope_scaling", None) or Fields({}, where)
     _refuse_unsupported(fields, rope)
     heads, hidden = _size(fields, "num_attention_heads", "num_heads"), _size(fields, "hidden_size")
@@ -118,12 +118,12 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
             num_heads=heads,
             num_kv_heads=_size(fields, "num_key_value_heads", "num_kv_heads", heads),
             head_dim=_size(fields, "head_dim", "head_dim", max(1, hidden // heads)),
-            layers=_layers(fields, kind, fields.whole("num_hidden_layers", low=1, high=MOST_LAYERS)),
+            layers=_layers(fields, kind, fields.integer("num_hidden_layers", low=1, high=MOST_LAYERS)),
             mixture=_mixture(fields) if kind == "koine" else None,
             rope_theta=theta,
             norm_eps=fields.number("layer_norm_eps", 1e-5),
             logit_scale=fields.number("logit_scale", 0.0625),
-            tie_embeddings=fields.flag("tie_word_embeddings", True),
+            tie_embeddings=fields.boolean("tie_word_embeddings", True),
             initializer_range=fields.number("initializer_range", 0.02),
             max_position_embeddings=_size(fields, "max_position_embeddings", "max_position_embeddings", 8192),
             pad_token_id=_token_id(fields, "pad_token_id", 0),
@@ -140,7 +140,7 @@ def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
     if partial is None:
         partial = fields.number("partial_rotary_factor", 1.0)
     found = {
-        "attention_bias": (fields.flag("attention_bias", False), False),
+        "attention_bias": (fields.boolean("attention_bias", False), False),
         "hidden_act": (fields.text("hidden_act", "silu"), "silu"),
         "rope_type": (rope_type, "default"),
         "partial_rotary_factor": (partial, 1.0),
@@ -148,7 +148,7 @@ def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
     for name, (got, only) in found.items():
         if got != only:
             raise UnsupportedModelError(
-                f"{name} is {shown(got)}",
+                f"{name} is {short_repr(got)}",
                 where=fields.where,
                 hint=f"Koine's own decoder implements {only!r} only",
             )
@@ -156,7 +156,7 @@ def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
 
 def _size(fields: Fields, name: str, ours: str | None = None, *default: int) -> int:
     """A size, by its name in the file and ours."""
-    got: int = fields.whole(name, *default, low=1, high=SIZES[ours or name])
+    got: int = fields.integer(name, *default, low=1, high=SIZES[ours or name])
     return got
 
 
@@ -185,20 +185,20 @@ def _layers(fields: Fields, kind: str, count: int) -> tuple[LayerSpec, ...]:
     if kind == "koine":
         return tuple(_own_layer(fields, layer) for layer in _one_a_layer(fields, "layers", count))
     if kind == "cohere":
-        return (LayerSpec(qk_norm=fields.flag("use_qk_norm", False)),) * count
+        return (LayerSpec(qk_norm=fields.boolean("use_qk_norm", False)),) * count
     if fields.value.get("layer_types") is None:
-        every = fields.whole("sliding_window_pattern", 4, low=1)
+        every = fields.integer("sliding_window_pattern", 4, low=1)
         types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
     else:
         types = _one_a_layer(fields, "layer_types", count)
     unknown = [name for name in types if name not in ("sliding_attention", "full_attention")]
     if unknown:
         raise UnsupportedModelError(
-            f"layer_types holds {shown(unknown[0])}",
+            f"layer_types holds {short_repr(unknown[0])}",
             where=fields.where,
             hint="Koine's own decoder implements 'sliding_attention' and 'full_attention' only",
         )
-    window = fields.whole("sliding_window", 4096, low=1, high=LONGEST_WINDOW)
+    window = fields.integer("sliding_window", 4096, low=1, high=LONGEST_WINDOW)
     return tuple(
         LayerSpec(window=window) if name == "sliding_attention" else LayerSpec(rope=False) for name in types
     )
@@ -210,9 +210,9 @@ def _own_layer(fields: Fields, layer: Any) -> LayerSpec:
         raise fields.wrong("layers", f"a list of objects with the keys {', '.join(sorted(known))}")
     inner = Fields(layer, fields.where)
     return LayerSpec(
-        window=inner.whole("window", None, low=1, high=LONGEST_WINDOW),
-        rope=inner.flag("rope", True),
-        qk_norm=inner.flag("qk_norm", False),
+        window=inner.integer("window", None, low=1, high=LONGEST_WINDOW),
+        rope=inner.boolean("rope", True),
+        qk_norm=inner.boolean("qk_norm", False),
     )
 
 

@@ -18,7 +18,7 @@ from koine.files import (
     state_of,
     write_json,
 )
-from koine.files import leftovers as leftovers_of
+from koine.files import find_leftovers as leftovers_of
 from koine.files import recover as recover_output
 
 REMOVE = "remove the artifact's folder to have it built again"
@@ -39,7 +39,7 @@ def record_of(artifact: Path) -> dict[str, Any] | None:
     for key in ("artifact", "step", "fingerprint", "files", "parents"):
         if not isinstance(record, dict) or key not in record:
             raise UserError(f"has no '{key}'", where=path, hint=REMOVE)
-    _check(Fields(record, path, whole_file=REMOVE))
+    _check(Fields(record, path, hint_if_broken=REMOVE))
     return dict(record)
 
 
@@ -54,7 +54,7 @@ def _check(record: Fields) -> None:
     for file in files.value:
         files.text(file)
     for parent in record.entries("parents"):
-        one = Fields(parent, record.where, whole_file=REMOVE)
+        one = Fields(parent, record.where, hint_if_broken=REMOVE)
         for key in ("name", "fingerprint", "sha256"):
             one.text(key)
         one.text("input", None)

@@ -46,21 +46,21 @@ def is_saved_buffer(name: str, entry: Entry) -> bool:
     return False
 
 
-def match_names(everyone: Sequence[Checkpoint]) -> list[str]:
+def match_names(inputs: Sequence[Checkpoint]) -> list[str]:
     """The tensors that all models have, in the first's order and by its names, under which the others'
     entries then stand too.
 
     Raises `UserError` where a model lacks tensors or has more.
     """
-    first = everyone[0]
-    for one in everyone:
+    first = inputs[0]
+    for one in inputs:
         _keep(one, [name for name, entry in one.items() if not is_saved_buffer(name, entry)])
-    for one in everyone[1:]:
+    for one in inputs[1:]:
         _rename(one, first)
-    _leave_tied_copies(everyone)
-    if len({frozenset(one) for one in everyone}) > 1:
-        _leave_what_the_library_ignores(everyone)
-    for one in everyone[1:]:
+    _leave_tied_copies(inputs)
+    if len({frozenset(one) for one in inputs}) > 1:
+        _leave_what_the_library_ignores(inputs)
+    for one in inputs[1:]:
         missing = [name for name in first if name not in one]
         extra = [name for name in one if name not in first]
         if missing or extra:
@@ -122,20 +122,20 @@ def _prefix(longer: Sequence[str], shorter: Sequence[str]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def _leave_tied_copies(everyone: Sequence[Checkpoint]) -> None:
+def _leave_tied_copies(inputs: Sequence[Checkpoint]) -> None:
     """Leave out the copies that models with a tied head keep of their embedding, where they are copies.
 
     One that differs from the embedding is none: `transformers` then does not tie. Where the configuration
     says that nothing is tied, a copy that all models have stays; without a configuration, it stays as well.
     """
-    common = set.intersection(*(set(one) for one in everyone))
-    names = dict.fromkeys(name for one in everyone for name in one)
+    common = set.intersection(*(set(one) for one in inputs))
+    names = dict.fromkeys(name for one in inputs for name in one)
     candidates = [name for name in names if name not in common or HEAD.search(name)]
     # The library's default is asked for where it decides alone.
-    tied = [ties_embeddings(one.path) for one in everyone] if candidates else []
+    tied = [ties_embeddings(one.path) for one in inputs] if candidates else []
     for name in candidates:
-        having = [one for one in everyone if name in one]
-        if False in tied or (len(having) == len(everyone) and not all(tied)):
+        having = [one for one in inputs if name in one]
+        if False in tied or (len(having) == len(inputs) and not all(tied)):
             continue
         if all(_is_copy(one, name, common) for one in having):
             for one in having:
@@ -183,16 +183,16 @@ def _equal(one: Checkpoint, name: str, other: str) -> bool:
     )
 
 
-def _leave_what_the_library_ignores(everyone: Sequence[Checkpoint]) -> None:
+def _leave_what_the_library_ignores(inputs: Sequence[Checkpoint]) -> None:
     """Leave out tensors that not all models have, and that the architecture's class is known to find in files
     and not to read."""
-    first = everyone[0]
+    first = inputs[0]
     content = model_configuration(first.path)
     known = skeleton(content, where=first.path / "config.json") if content else None
     if known is None or not known.ignored:
         return
-    common = set.intersection(*(set(one) for one in everyone))
-    for one in everyone:
+    common = set.intersection(*(set(one) for one in inputs))
+    for one in inputs:
         _keep(
             one,
             [

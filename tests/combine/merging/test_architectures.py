@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.runner import merge
 from koine.errors import UserError
 from tests.combine.merge_configs import tensors
@@ -148,10 +148,10 @@ def test_rows_meet_by_their_tokens(case: str, tmp_path: Path) -> None:
     places = write_both(tmp_path, sizes)
     short = sizes.get("vocab_size_per_layer_input", len(places))
     for name, weights in (("one", (1.0, 0.0)), ("two", (0.0, 1.0)), ("half", (0.5, 0.5))):
-        recipe = Recipe(
+        config = MergeConfig(
             method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=weights, tokenizer="first", unrelated=True
         )  # fmt: skip
-        merge(recipe, tmp_path / name)
+        merge(config, tmp_path / name)
     opened, about = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
         tmp_path / "two", output_loading_info=True
     )

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.plan import plan_merge
 from koine.combine.merging.runner import merge
 from koine.errors import UserError
 from tests.combine.merge_configs import tensors
-from tests.combine.test_architectures import GPT, build, logits, without_the_library
+from tests.combine.merging.test_architectures import GPT, build, logits, without_the_library
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,9 +46,9 @@ def edit_config(path: Path, **changes: Any) -> None:
     file.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
 
 
-def recipe_in(folder: Path, order: str = "ab", **more: Any) -> Recipe:
+def config_in(folder: Path, order: str = "ab", **more: Any) -> MergeConfig:
     fields: dict[str, Any] = {"method": "linear", "weights": (0.5, 0.5), "unrelated": True, **more}
-    return Recipe(models=tuple(folder / name for name in order), **fields)
+    return MergeConfig(models=tuple(folder / name for name in order), **fields)
 
 
 def old_masks(content: dict[str, Tensor], module: str, layers: int = 2) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def test_other_spellings_of_the_same_model_are_merged(
     change_tensors(tmp_path / "b", change)
     if not library:
         without_the_library(monkeypatch)
-    merge(recipe_in(tmp_path, order), tmp_path / "out")
+    merge(config_in(tmp_path, order), tmp_path / "out")
     opened, about = type(first).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not about["missing_keys"]
     # The average, worked out by the library's own modules in float64.
@@ -150,7 +150,7 @@ def test_a_tied_head_that_is_stored(told: bool, tmp_path: Path) -> None:
     for name in "ab":
         change_tensors(tmp_path / name, with_head)
         edit_config(tmp_path / name, tie_word_embeddings=True if told else ...)
-    merge(recipe_in(tmp_path), tmp_path / "out")
+    merge(config_in(tmp_path), tmp_path / "out")
     assert "lm_head.weight" not in tensors(tmp_path / "out")
 
 
@@ -162,11 +162,11 @@ def test_a_head_that_is_no_copy_is_no_copy(tmp_path: Path) -> None:
         tmp_path / "b", lambda content: content | {"lm_head.weight": content["transformer.wte.weight"] + 1}
     )
     with pytest.raises(UserError, match=r"has lm_head.weight, which .*a lacks"):
-        plan_merge(recipe_in(tmp_path))
+        plan_merge(config_in(tmp_path))
     change_tensors(
         tmp_path / "a", lambda content: content | {"lm_head.weight": content["transformer.wte.weight"] - 1}
     )
-    merge(recipe_in(tmp_path), tmp_path / "out")
+    merge(config_in(tmp_path), tmp_path / "out")
     merged = tensors(tmp_path / "out")
     a, b = (tensors(tmp_path / name)["lm_head.weight"] for name in "ab")
     assert torch.allclose(merged["lm_head.weight"], (a + b) / 2, atol=1e-6)
@@ -186,7 +186,7 @@ def test_notes_and_spelled_out_defaults_are_no_obstacle(notes: dict[str, Any], t
     write_pair(tmp_path, "llama", "CausalLM", {})
     edit_config(tmp_path / "b", **notes)
     for order in ("ab", "ba"):
-        merge(recipe_in(tmp_path, order), tmp_path / order)
+        merge(config_in(tmp_path, order), tmp_path / order)
         _, about = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / order, output_loading_info=True
         )
@@ -199,17 +199,17 @@ def test_a_field_of_infinity_is_read_as_the_library_writes_it(tmp_path: Path) ->
     write_pair(tmp_path, "mamba2", "CausalLM", sizes)
     assert "__float__" in (tmp_path / "a/config.json").read_text()
     edit_config(tmp_path / "b", time_step_limit=...)
-    plan_merge(recipe_in(tmp_path)).close()
+    plan_merge(config_in(tmp_path)).close()
 
 
 def test_a_field_that_only_names_kinds_of_layers_is_no_obstacle(tmp_path: Path) -> None:
     """Fine-tunes of Qwen2 are published with other `max_window_layers` than their base, and no window at all."""
     write_pair(tmp_path, "qwen2", "CausalLM", {"max_window_layers": 28})
     edit_config(tmp_path / "b", max_window_layers=1, layer_types=..., sliding_window=4096)
-    merge(recipe_in(tmp_path), tmp_path / "merged")
+    merge(config_in(tmp_path), tmp_path / "merged")
     edit_config(tmp_path / "b", use_sliding_window=True)
     with pytest.raises(UserError, match="layer_types|use_sliding_window|sliding_window"):
-        plan_merge(recipe_in(tmp_path))
+        plan_merge(config_in(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_fields_that_change_the_function_are_refused(
     write_pair(tmp_path, "llama", "CausalLM", {})
     edit_config(tmp_path / "b", **field)
     with pytest.raises(UserError, match=says):
-        plan_merge(recipe_in(tmp_path))
+        plan_merge(config_in(tmp_path))
 
 
 def test_a_window_is_refused_where_the_class_has_one(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_window_is_refused_where_the_class_has_one(tmp_path: Path) -> None:
     write_pair(tmp_path, "mistral", "CausalLM", {})
     edit_config(tmp_path / "b", sliding_window=7)
     with pytest.raises(UserError, match="sliding_window is 7, and 4096"):
-        plan_merge(recipe_in(tmp_path))
+        plan_merge(config_in(tmp_path))
 
 
 def test_without_the_library_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,10 +247,10 @@ def test_without_the_library_nothing_is_guessed(tmp_path: Path, monkeypatch: pyt
     write_pair(tmp_path, "llama", "CausalLM", {})
     without_the_library(monkeypatch)
     edit_config(tmp_path / "b", _attn_implementation_autoset=True)
-    plan_merge(recipe_in(tmp_path)).close()
+    plan_merge(config_in(tmp_path)).close()
     edit_config(tmp_path / "b", unsloth_version="2026.4.2")
     with pytest.raises(UserError, match="unsloth_version is 2026.4.2, and not said in .*transformers knows"):
-        plan_merge(recipe_in(tmp_path))
+        plan_merge(config_in(tmp_path))
     edit_config(tmp_path / "b", unsloth_version=..., rms_norm_eps=1e-3)
     with pytest.raises(UserError, match="rms_norm_eps is 0.001, and 1e-06 in .*compute something else"):
-        plan_merge(recipe_in(tmp_path))
+        plan_merge(config_in(tmp_path))
