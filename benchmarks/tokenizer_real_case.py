@@ -1,4 +1,4 @@
-"""The real case of docs/tokenizer.md: its commands on the development data pack, and its table from what they measured.
+"""The real case of docs/how-to/tokenizer.md: its commands on the development data pack, and its table from what they measured.
 
     python benchmarks/tokenizer_real_case.py --pack ../shared/data --out benchmarks/results/tokenizer_real_case.json
 

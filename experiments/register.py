@@ -1,4 +1,4 @@
-"""Every hypothesis that was measured, of all experiments and scales: `python -m experiments.register` prints what docs/papers.md holds of them."""
+"""Every hypothesis that was measured, of all experiments and scales: `python -m experiments.register` prints what docs/explanation/papers.md holds of them."""
 
 from __future__ import annotations
 

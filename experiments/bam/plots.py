@@ -60,7 +60,7 @@ def mixtures(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Each arm's means over seeds as a Markdown table; docs/combining.md holds it as it is."""
+    """Each arm's means over seeds as a Markdown table; docs/explanation/combining.md holds it as it is."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
     rows = []
     for arm, name in NAMES.items():

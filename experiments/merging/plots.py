@@ -70,7 +70,7 @@ def collisions(results: dict[str, Any], out: Path) -> None:
 
 
 def domain_table(results: dict[str, Any]) -> str:
-    """What each merge loses of each domain's own expert, means over seeds, as a Markdown table; docs/combining.md holds it as it is."""
+    """What each merge loses of each domain's own expert, means over seeds, as a Markdown table; docs/explanation/combining.md holds it as it is."""
     rows = []
     for arm, (name, domains) in MERGES.items():
         cells = [
@@ -82,7 +82,7 @@ def domain_table(results: dict[str, Any]) -> str:
 
 
 def language_table(results: dict[str, Any]) -> str:
-    """Bits per byte over all eleven languages, means over seeds, as a Markdown table; docs/combining.md holds it too."""
+    """Bits per byte over all eleven languages, means over seeds, as a Markdown table; docs/explanation/combining.md holds it too."""
     languages = list(results["runs"]["small-clusters/0"]["bits_per_byte"])
     rows = {
         "base": "-base",

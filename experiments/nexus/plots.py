@@ -79,7 +79,7 @@ def extension(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Each arm's bits per byte, means over seeds, as a Markdown table; docs/combining.md holds it as it is."""
+    """Each arm's bits per byte, means over seeds, as a Markdown table; docs/explanation/combining.md holds it as it is."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
     rows = dict(NAMES)
     for router, name in ROUTERS.items():

@@ -1,4 +1,4 @@
-"""Values that docs/universal-tokenizer.md states beside the verdicts, from a result file and nothing else.
+"""Values that docs/explanation/universal-tokenizer.md states beside the verdicts, from a result file and nothing else.
 
 `python experiments/universal_tokenizer/derived.py experiments/universal_tokenizer/results/laptop.json` prints them; no verdict depends on them.
 """

@@ -98,7 +98,7 @@ def predicted(results: dict[str, Any], out: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The verdicts as a Markdown table; docs/universal-tokenizer.md holds it as it is."""
+    """The verdicts as a Markdown table; docs/explanation/universal-tokenizer.md holds it as it is."""
     lines = ["| id | verdict | measured, bits per byte (95 % interval) | paper |", "|---|---|---|---|"]
     for name, one in results["hypotheses"].items():
         if name == "UT9":

@@ -223,7 +223,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_manual_has_the_tables_of_the_committed_results(scale: str) -> None:
     results = json.loads((FOLDER / "results" / f"{scale}.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "rope-to-nope.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "rope-to-nope.md").read_text(encoding="utf-8")
     assert verdict_markdown(results["hypotheses"]) in page
     assert plots.arm_table(results) in page
 

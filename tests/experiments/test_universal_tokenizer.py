@@ -71,9 +71,9 @@ def test_smoke(tmp_path: Path) -> None:
 
 
 def test_the_manual_has_the_table_of_the_committed_results() -> None:
-    from figures import table
+    from experiments.universal_tokenizer.plots import table
 
-    page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "universal-tokenizer.md").read_text(encoding="utf-8")
     assert table(json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))) in page
 
 
@@ -92,17 +92,17 @@ def test_the_committed_results_are_what_the_statistics_make_of_them() -> None:
 
 
 def test_the_manual_states_what_follows_from_the_committed_results() -> None:
-    from derived import forgetting, statements
+    from experiments.universal_tokenizer.derived import forgetting, statements
 
     results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "universal-tokenizer.md").read_text(encoding="utf-8")
     assert forgetting(results) in page
     for name, text in statements(results).items():
         assert text in page, name
 
 
 def test_gaps_shares_and_counts_by_hand() -> None:
-    from derived import better_languages, chats_gap, text_of_a_step
+    from experiments.universal_tokenizer.derived import better_languages, chats_gap, text_of_a_step
 
     runs = {
         "chats/universal/0": {"-1": {"th": 3.0}, "10": {"th": 2.0}},

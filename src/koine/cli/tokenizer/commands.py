@@ -236,7 +236,7 @@ def measure(
     """Compare TOKENIZERS on the same text: folders with tokenizer.json, folders of transformers, .tiktoken files, SentencePiece .model files.
 
     Bytes per token, tokens per word, parity with English on parallel text, Gini over languages, Rényi efficiency, partial characters, the
-    vocabulary by script, speed. The definitions are in docs/tokenizer.md.
+    vocabulary by script, speed. The definitions are in docs/how-to/tokenizer.md.
     """
     from koine.errors import UserError
     from koine.files import write_json

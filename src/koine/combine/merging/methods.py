@@ -23,7 +23,7 @@ COLLINEAR = 0.9995
 """Cosine from which on SLERP interpolates on a line: the sine that it would divide by is nearly 0."""
 
 BLOCK = 2**19
-"""Entries that are worked on at once: few enough to stay in a core's caches (docs/log.md)."""
+"""Entries that are worked on at once: few enough to stay in a core's caches (docs/explanation/log.md)."""
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:

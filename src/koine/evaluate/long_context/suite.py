@@ -82,7 +82,7 @@ def evaluate_long_context(
     Returns:
         `{"settings", "tasks": {task: {length: {"value", "interval", "exact", "logprob", "samples"}}}, "groups": {group: {length: value}},
         "grid": {task: {"lengths", "depths", "score" | "exact" | "logprob": [[...] a row a depth]}}, "positions", "attention": {length:
-        ...}, "left_out": [...], "examples": [...]}`; see docs/evaluate.md. The same arguments give the same result. A task that has no room
+        ...}, "left_out": [...], "examples": [...]}`; see docs/how-to/evaluate.md. The same arguments give the same result. A task that has no room
         at a length is null there, with the reason as "why"; where it was named, a `KoineWarning` says so before anything is run.
 
     Raises:

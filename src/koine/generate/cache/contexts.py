@@ -34,7 +34,7 @@ class PrefillContext:
         self._positions = torch.cat(spans)[None].to(cache.device)
         self._new = not any(before)
         self._starts: Tensor | None = None
-        # On CPU each text is attended on its own: short ones are twice as fast without a mask (docs/log.md).
+        # On CPU each text is attended on its own: short ones are twice as fast without a mask (docs/explanation/log.md).
         self._together = self._new and (len(sequences) == 1 or cache.device.type != "cpu")
         if self._together and len(sequences) > 1:
             begins = torch.tensor([0, *counts[:-1]]).cumsum(0)

@@ -1,7 +1,7 @@
 """Reading tokens into a cache through a packed model, in buffers that stay from one forward pass to the next.
 
 A token of a small model is a few hundred operations of a few microseconds, and most of those of `Decoder.forward` make views. Here every view is made
-once, a product writes where the next operation reads, and the residual stream is added to in place (docs/log.md has the times).
+once, a product writes where the next operation reads, and the residual stream is added to in place (docs/explanation/log.md has the times).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights in the layout that the processor's library multiplies fastest, for a model that only reads (docs/log.md has the times).
+"""Weights in the layout that the processor's library multiplies fastest, for a model that only reads (docs/explanation/log.md has the times).
 
 | processor and precision | layout |
 |---|---|

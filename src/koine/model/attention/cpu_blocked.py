@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64  # queries a block: the fastest of 64, 128, 256 at every length and window tried (docs/log.md)
+BLOCK = 64  # queries a block: the fastest of 64, 128, 256 at every length and window tried (docs/explanation/log.md)
 
 
 class Span(NamedTuple):

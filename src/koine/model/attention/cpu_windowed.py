@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from koine.hardware import is_intel
 
 BLOCK = 64
-"""Queries a block: the fastest of 32, 64, 128, 256 from 520 to 8,192 positions (docs/log.md)."""
+"""Queries a block: the fastest of 32, 64, 128, 256 from 520 to 8,192 positions (docs/explanation/log.md)."""
 
 WIDEST, WIDEST_WITH_DOCUMENTS = 512, 256
 """Windows up to which this is faster than `blocked_attention`: the gradients of overlapping keys and the masks of documents grow with the window."""
@@ -238,7 +238,7 @@ class _WindowedAttention(torch.autograd.Function):
 
 
 def windows_are_faster(q: Tensor, k: Tensor, window: int, document_starts: Tensor | None) -> bool:
-    """Whether `windowed_attention` takes these arguments and is faster than `blocked_attention` (docs/log.md)."""
+    """Whether `windowed_attention` takes these arguments and is faster than `blocked_attention` (docs/explanation/log.md)."""
     batch, time = q.shape[:2]
     alone = batch == 1 and document_starts is None
     if not alone and k.shape[2] > time:

@@ -24,7 +24,7 @@ from koine.model.attention.cpu_blocked import blocked_attention
 from koine.model.attention.cpu_windowed import windowed_attention, windows_are_faster
 
 FUSED_FROM = 1024
-"""From this length on, full causal float32 attention on CPU is faster fused than in blocks where it has a backward pass; without, at any (docs/log.md)."""
+"""From this length on, full causal float32 attention on CPU is faster fused than in blocks where it has a backward pass; without, at any (docs/explanation/log.md)."""
 
 FLEX_FROM = 256
 """FlexAttention skips tiles of 128 by 128: in a shorter text there is nothing to skip."""
@@ -124,7 +124,7 @@ def _earlier_and_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend_after` without a window by the fused kernel of the CPU, which knows no causal mask that begins later: once over the earlier positions, of
     which all is seen, once over the new ones, and the two mixed by the sums of their exponentials, which the kernel gives (it has no gradient here).
 
-    Blocks of scores over 32,768 positions do not stay in the caches: 2,048 new ones took 1.7 s in float32, this 0.4 s (docs/log.md).
+    Blocks of scores over 32,768 positions do not stay in the caches: 2,048 new ones took 1.7 s in float32, this 0.4 s (docs/explanation/log.md).
     """
     batch, time, kv_heads, groups, head_dim = q.shape
     before = k.shape[2] - time
