@@ -194,7 +194,7 @@ def test_what_sizes_leave_open_is_refused(case: str, tmp_path: Path, monkeypatch
 def test_tables_of_tokens_in_layers_are_not_left_in_the_old_order(tmp_path: Path) -> None:
     """Moving to another tokenizer moves embedding and head; a model with more tables is refused, not
     spoilt."""
-    from koine.model.adapt.vocabulary_transfer import move_model
+    from koine.model.adapt import move_model
     from koine.tokenizer import train_tokenizer
     from koine.tokenizer.special import SMALLEST_VOCABULARY
 

@@ -22,7 +22,7 @@ from koine.combine.moe.add_expert import add_expert, remove_expert
 from koine.combine.moe.upcycle import average, upcycle_btx
 from koine.errors import KoineWarning, UserError
 from koine.files import read_json
-from koine.model.adapt.vocabulary_transfer import move_model
+from koine.model.adapt import move_model
 from koine.model.formats.carried_files import carry_files
 from tests.combine.merge_configs import config_of
 from tests.combine.models import write_branches

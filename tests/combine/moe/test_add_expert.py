@@ -14,7 +14,7 @@ from koine.combine.moe.domain_embeddings import domain_embedding, load_encoder
 from koine.combine.moe.upcycle import new_routers
 from koine.errors import UserError
 from koine.model import load_model
-from koine.model.adapt.vocabulary_transfer import move_model
+from koine.model.adapt import move_model
 from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
 from koine.train import TrainSettings, language_modelling, train
 from tests.combine.models import write_branches

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from koine.errors import UserError
 from koine.model import Decoder, ModelConfig, load_model, save_model
-from koine.model.adapt.vocabulary_transfer import RECORD, match_tokenizers, move_model
+from koine.model.adapt import move_model
+from koine.model.adapt.vocabulary_transfer import RECORD, match_tokenizers
 from koine.model.causal_lm import CausalLM, load_causal_lm
 from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from koine.tokenizer.embedding_init import auxiliary_vectors, initialise_rows, sparsemax

@@ -311,7 +311,7 @@ def adapt(
     Shared tokens keep their rows. Where the new vocabulary holds the whole old one, moving back gives the old weights again.
     """
     from koine.files import atomic_directory
-    from koine.model.adapt.vocabulary_transfer import move_model
+    from koine.model.adapt import move_model
 
     texts = None
     if text:

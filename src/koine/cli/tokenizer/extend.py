@@ -48,13 +48,12 @@ def extend(
     """
     from koine.errors import KoineWarning
     from koine.files import atomic_directory
-    from koine.tokenizer import load_tokenizer, train_tokenizer
+    from koine.tokenizer import MeasuredText, extend_tokenizer, load_tokenizer, train_tokenizer
+    from koine.tokenizer import measure as measure_tokenizers
     from koine.tokenizer.corpus_sampling import count_bytes
-    from koine.tokenizer.extend import extend_tokenizer, trained_languages
+    from koine.tokenizer.extend import trained_languages
     from koine.tokenizer.holdout import EVERY, split_texts
     from koine.tokenizer.loaders import open_tokenizer
-    from koine.tokenizer.measures import Unit
-    from koine.tokenizer.measures import measure as measure_tokenizers
     from koine.tokenizer.token_bytes import AnyTokenizer
 
     load_tokenizer(base)
@@ -75,7 +74,7 @@ def extend(
     with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
         extended = extend_tokenizer(
             base,
-            ((text, 1) for _, text in new_text()),
+            (text for _, text in new_text()),
             new_tokens=tokens,
             min_frequency=min_frequency,
             training={
@@ -113,7 +112,7 @@ def extend(
         click.echo(
             f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from {', '.join([*sizes, *old])}, weighted as they are"
         )
-    units = [Unit(code, text) for code, text in measured()]
+    units = [MeasuredText(code, text) for code, text in measured()]
     if not units:
         warnings.warn(
             "too little text to hold any out; nothing is measured; give --heldout", KoineWarning, stacklevel=2

@@ -55,15 +55,20 @@ class Moved:
 
 
 def move_model(
-    model: Path,
-    tokenizer: Path,
-    out: Path,
+    model: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
     *,
     method: Method = "subword-mean",
     texts: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Moved:
     """Write to `out` the model of `model` with the vocabulary of `tokenizer`, its files and its chat template.
+
+    Example:
+        >>> from koine.model.adapt import move_model
+        >>> moved = move_model("models/llama", "tokenizer", out="models/moved")
+        >>> moved.shared, moved.reversible
 
     method: see `koine.tokenizer.embedding_init`; `focus` and `distill` learn from `texts`, in the languages that the new tokens are for.
     Tied embeddings stay tied; an untied head is initialised like the embedding, from its own rows. Rows beyond the tokenizer's ids (padding to
@@ -72,6 +77,7 @@ def move_model(
 
     Raises `UserError` where the model has no tokenizer of its own or fewer rows than that has ids, or a method lacks its text.
     """
+    model, tokenizer, out = Path(model), Path(tokenizer), Path(out)
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
     sample = list(texts) if texts is not None and method in TEXT_METHODS else []
