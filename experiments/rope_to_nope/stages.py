@@ -18,7 +18,7 @@ from koine.model import VARIANTS, Decoder, LayerSpec, ModelConfig, load_model, v
 from koine.plan import step
 from koine.steps import estimates
 from koine.tokenizer import load_tokenizer
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 
 BEGIN = 8
 """Tokens at the beginning that count as the sink, in proportion to the paper's 10 of 65,536 rather many (papers' advice: 4 to 10)."""
@@ -173,7 +173,7 @@ def _train(
     )
     train(
         model,
-        language_modelling,
+        LanguageModelling(),
         DataOrder(mixture),
         settings,
         out=out,

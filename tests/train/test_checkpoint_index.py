@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from koine.errors import UserError
 from koine.files import sha256_file
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from koine.train.checkpoint_index import read_index
 from koine.train.export import export_checkpoint
 
@@ -35,7 +35,7 @@ SETTINGS = TrainSettings(dtype="float32", threads=1, learning_rate=1e-2, checkpo
 
 def run(out: Path, shards: Path, steps: int = 6) -> None:
     train(
-        small_model(), language_modelling, fake_order(shards, steps=(steps,)), SETTINGS, out=out,
+        small_model(), LanguageModelling(), fake_order(shards, steps=(steps,)), SETTINGS, out=out,
         evaluate=lambda model, done: {"loss": abs(done - 4.0)}, progress=False, device="cpu",
     )  # fmt: skip
 

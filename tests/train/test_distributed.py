@@ -19,7 +19,7 @@ import torch
 torch.set_num_threads(1)
 from tests.train.fakes import fake_order
 from tests.train.models import small_model
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import TrainSettings, LanguageModelling, train
 
 folder, out, dtype, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 class Stop(Exception):
@@ -29,7 +29,7 @@ def evaluate(model, done):
         os._exit(9)
     return {}
 settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1, micro_batch_size=1)
-train(small_model(), language_modelling, fake_order(folder, steps=(8,)), settings, out=out, evaluate=evaluate, progress=False, device="cpu")
+train(small_model(), LanguageModelling(), fake_order(folder, steps=(8,)), settings, out=out, evaluate=evaluate, progress=False, device="cpu")
 """
 
 # The gradients of the first step of a mixture; `stop` is the micro batch.
@@ -40,7 +40,7 @@ warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 import koine.train.loop
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import TrainSettings, LanguageModelling, train
 from koine.train.optimiser import Optimiser
 from tests.model.moe.test_losses import mixture_model, padded
 
@@ -60,7 +60,7 @@ with torch.no_grad():
     for block in model.blocks:
         block.router.weight.mul_(100.0)
 settings = TrainSettings(dtype=dtype, threads=1, micro_batch_size=micro, clip_norm=0.0)
-train(model, language_modelling, padded(folder), settings, out=out, progress=False, device="cpu")
+train(model, LanguageModelling(), padded(folder), settings, out=out, progress=False, device="cpu")
 """
 
 

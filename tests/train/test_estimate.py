@@ -25,7 +25,7 @@ from koine.model.decoder import Decoder
 from koine.model.presets import preset
 from koine.plan.run.peak_memory import own_peak
 from tests.train.fakes import fake_order
-from koine.train import TrainSettings, estimate_training, language_modelling, train
+from koine.train import TrainSettings, estimate_training, LanguageModelling, train
 
 folder, dtype, vocab = Path(sys.argv[1]), sys.argv[2], 4096
 length, rows, again = map(int, sys.argv[3:])
@@ -34,7 +34,7 @@ order.vocab_size = vocab
 config = preset("koine-8m", vocab)
 settings = TrainSettings(dtype=dtype, threads=1, micro_batch_size=rows, gradient_checkpointing=bool(again))
 guess = estimate_training(config, settings, order.mixture)
-train(Decoder(config), language_modelling, order, settings, out=folder / "o", progress=False, device="cpu")
+train(Decoder(config), LanguageModelling(), order, settings, out=folder / "o", progress=False, device="cpu")
 print(guess.peak_bytes, own_peak())
 """
 
@@ -71,7 +71,7 @@ def test_time_is_operations_over_the_rate(tmp_path: Path, monkeypatch: pytest.Mo
         rates.append((rows, columns, out))
         return 1e9
 
-    monkeypatch.setattr("koine.train.matmul_rate.matmul_ceiling", ceiling)
+    monkeypatch.setattr("koine.train.matmul_rate.measure_matmul_rate", ceiling)
     config = preset("koine-0.5m", 1024)
     order = fake_order(tmp_path / "s", steps=(7,), sequence_length=64, batch_size=4)
     settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=2)

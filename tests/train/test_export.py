@@ -20,7 +20,7 @@ from koine.model.causal_lm import load_causal_lm
 from koine.model.config import MixtureConfig
 from koine.model.decoder import Decoder
 from koine.model.formats.directory import load_model
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from koine.train.export import export_checkpoint
 
 from .fakes import fake_order
@@ -45,7 +45,7 @@ def trained(model: nn.Module, data: Any, out: Path, **more: Any) -> dict[str, Te
             kept.update({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
         return {"figure": abs(done - 3.0)}
 
-    train(model, language_modelling, data, SETTINGS, out=out, evaluate=evaluate, progress=False, device="cpu", **more)  # fmt: skip
+    train(model, LanguageModelling(), data, SETTINGS, out=out, evaluate=evaluate, progress=False, device="cpu", **more)  # fmt: skip
     return kept
 
 

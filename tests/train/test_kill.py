@@ -24,7 +24,7 @@ from tests.train.fakes import fake_order
 from tests.train.models import small_model
 from koine.files import sha256_file
 import koine.model.formats.directory, torch.optim.adamw, torch._dynamo, koine.train.loop
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import TrainSettings, LanguageModelling, train
 
 torch.set_num_threads(1)
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
@@ -39,7 +39,7 @@ def life(out):
     child = os.fork()
     if child == 0:
         try:
-            train(small_model(), language_modelling, order, settings, out=out, evaluate=evaluate, progress=False, device="cpu")
+            train(small_model(), LanguageModelling(), order, settings, out=out, evaluate=evaluate, progress=False, device="cpu")
             os._exit(0)
         except BaseException:
             import traceback

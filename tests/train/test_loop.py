@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from koine.errors import KoineWarning, UserError
 from koine.files import exclusive
 from koine.model.formats.directory import load_model
-from koine.train import TrainingStopped, TrainSettings, language_modelling, supervised_fine_tuning, train
+from koine.train import LanguageModelling, SupervisedFineTuning, TrainingStopped, TrainSettings, train
 
-from .fakes import FakeBatch, FakeOrder, fake_order
+from .fakes import FakeBatch, FakeOrder, FunctionObjective, fake_order
 from .models import small_model
 
 BASE = TrainSettings(dtype="float32", threads=1, learning_rate=1e-2, schedule="constant")
@@ -29,7 +29,7 @@ def run(out: Path, order: FakeOrder, settings: TrainSettings = BASE, **more: Any
     model = small_model()
     train(
         model,
-        more.pop("objective", language_modelling),
+        more.pop("objective", LanguageModelling()),
         order,
         settings,
         out=out,
@@ -200,13 +200,14 @@ def test_sigterm_saves_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
         if not (tmp_path / "sent").exists():
             (tmp_path / "sent").touch()
             os.kill(os.getpid(), signal.SIGTERM)
-        return language_modelling(model, batch)  # type: ignore[arg-type]
+        return LanguageModelling()(model, batch)  # type: ignore[arg-type]
 
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "o", order, objective=objective)
+        run(tmp_path / "o", order, objective=FunctionObjective(objective))
     assert stopped.value.code == 143
     assert (tmp_path / "o" / "checkpoints" / "step-000001").is_dir()
-    resumed, whole = run(tmp_path / "o", order, objective=objective), run(tmp_path / "w", order)
+    resumed = run(tmp_path / "o", order, objective=FunctionObjective(objective))
+    whole = run(tmp_path / "w", order)
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0)
 
@@ -215,13 +216,13 @@ def failing_at(step: int, kind: str) -> Any:
     calls = [0]
 
     def objective(model: nn.Module, batch: FakeBatch) -> tuple[Tensor, dict[str, float]]:
-        loss, measured = language_modelling(model, batch)  # type: ignore[arg-type]
+        loss, measured = LanguageModelling()(model, batch)  # type: ignore[arg-type]
         calls[0] += 1
         if calls[0] == step + 1:
             loss = loss * float("nan") if kind == "nan" else loss * 5
         return loss, measured
 
-    return objective
+    return FunctionObjective(objective)
 
 
 @pytest.mark.parametrize(("kind", "says"), [("nan", "the loss is nan"), ("spike", "the loss jumped to")])
@@ -247,7 +248,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 def test_sft_needs_completions() -> None:
     tokens = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(UserError, match="no completion token"):
-        supervised_fine_tuning(small_model(), FakeBatch(tokens, torch.full_like(tokens, -100), None))  # type: ignore[arg-type]
+        SupervisedFineTuning()(small_model(), FakeBatch(tokens, torch.full_like(tokens, -100), None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_a_kill_between_the_model_and_the_checkpoints_leaves_none_for_ever(tmp_p
         def killed(*_: Any, **__: Any) -> None:
             raise StoppedError
 
-        patch.setattr("koine.train.finish.drop_checkpoints", killed)
+        patch.setattr("koine.train.export.OutputFolder.remove_checkpoints", killed)
         with pytest.raises(StoppedError):
             run(tmp_path / "o", order, settings)
     assert len(list((tmp_path / "o" / "checkpoints").iterdir())) == 4
@@ -294,7 +295,7 @@ class TickingClock:
 
 def test_the_rates_are_those_worked_out_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("koine.train.loop.time", TickingClock())
-    monkeypatch.setattr("koine.train.step_costs.measured_ceiling", lambda *_: 1e7)
+    monkeypatch.setattr("koine.train.step_costs.model_matmul_rate", lambda *_: 1e7)
     run(tmp_path / "o", fake_order(tmp_path / "s", steps=(2,)))
     # A step is 4 rows of 16 tokens in half a second.
     tokens_per_second = 4 * 16 / 0.5
@@ -306,4 +307,4 @@ def test_the_rates_are_those_worked_out_by_hand(tmp_path: Path, monkeypatch: pyt
     forward = (2 * 16 * matrices + pairs * 2 * 2 * 2 * 16) / 16
     for line in lines(tmp_path / "o"):
         assert line["tokens_per_second"] == pytest.approx(tokens_per_second, rel=1e-12)
-        assert line["ceiling_share"] == pytest.approx(tokens_per_second * 3 * forward / 1e7, rel=1e-12)
+        assert line["matmul_rate_share"] == pytest.approx(tokens_per_second * 3 * forward / 1e7, rel=1e-12)

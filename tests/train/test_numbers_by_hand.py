@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from koine.train import TrainSettings
-from koine.train.loss_spikes import Watch
+from koine.train.loss_spikes import SpikeDetector
 from koine.train.optimiser import Optimiser
-from koine.train.schedule import multiplier
+from koine.train.schedule import learning_rate_factor
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_spike_is_above_both_bounds() -> None:
         settings = TrainSettings(
             dtype="float32", spike_deviations=deviations, spike_rise=rise, spike_window=8
         )
-        return Watch(settings, list(losses)).trouble(loss, 1.0) is not None
+        return SpikeDetector(settings, list(losses)).find_problem(loss, 1.0) is not None
 
     # Three deviations are 4.4478.
     assert not found(7.44, 3.0, 1.0)
@@ -55,22 +55,24 @@ def test_a_spike_is_above_both_bounds() -> None:
     # Half a window is known, or nothing is said.
     assert not found(100.0, 3.0, 1.0, (1, 2, 3))
     assert found(100.0, 3.0, 1.0, (1, 2, 3, 4))
-    watch = Watch(TrainSettings(dtype="float32", spike_window=8), [])
+    detector = SpikeDetector(TrainSettings(dtype="float32", spike_window=8), [])
     for loss in range(20):
-        watch.add(float(loss))
-    assert watch.losses == [12.0, 13.0, 14.0, 15.0, 16.0, 17.0, 18.0, 19.0]
-    assert Watch(TrainSettings(dtype="float32"), []).trouble(math.inf, 1.0) == "the loss is inf"
+        detector.add(float(loss))
+    assert detector.losses == [12.0, 13.0, 14.0, 15.0, 16.0, 17.0, 18.0, 19.0]
+    assert SpikeDetector(TrainSettings(dtype="float32"), []).find_problem(math.inf, 1.0) == "the loss is inf"
     assert (
-        Watch(TrainSettings(dtype="float32"), []).trouble(1.0, math.nan) == "the norm of the gradient is nan"
+        SpikeDetector(TrainSettings(dtype="float32"), []).find_problem(1.0, math.nan)
+        == "the norm of the gradient is nan"
     )
 
 
 def test_a_stable_phase_ends_a_whole_step_early() -> None:
     """A quarter of 10 steps is 2.5: the last 3 decay, to the ratio in the last."""
     rates = [
-        multiplier("wsd", step, 10, warmup_steps=2, min_ratio=0.1, decay_share=0.25) for step in range(10)
+        learning_rate_factor("wsd", step, 10, warmup_steps=2, min_ratio=0.1, decay_share=0.25)
+        for step in range(10)
     ]
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.1])
     # A decay that would begin in the warm-up begins after it.
-    rates = [multiplier("wsd", step, 4, warmup_steps=2, decay_share=1.0) for step in range(4)]
+    rates = [learning_rate_factor("wsd", step, 4, warmup_steps=2, decay_share=1.0) for step in range(4)]
     assert rates == pytest.approx([0.5, 1.0, 0.5, 0.0])

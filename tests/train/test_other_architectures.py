@@ -15,7 +15,7 @@ from torch import nn
 from koine.data import DataOrder, Mixture, Phase, Source
 from koine.errors import UserError
 from koine.model.causal_lm import CausalLM, load_causal_lm
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 
 from .tokens import write_tokens
 
@@ -64,7 +64,7 @@ def order(shards: dict[str, Path], steps: int = 12, **fields: Any) -> DataOrder:
 def run(
     out: Path, model: CausalLM, data: DataOrder, settings: TrainSettings = SETTINGS, **more: Any
 ) -> CausalLM:
-    train(model, language_modelling, data, settings, out=out, progress=False, device="cpu", **more)
+    train(model, LanguageModelling(), data, settings, out=out, progress=False, device="cpu", **more)
     return model
 
 
@@ -217,5 +217,5 @@ def test_packed_documents_are_refused_before_the_first_step(
     run(tmp_path / "x", llama(), order(made[1], 2, packing="concat", cross_document_attention=True))
     assert len(losses(tmp_path / "x")) == 2
     assert not (tmp_path / "o").exists()
-    with pytest.raises(UserError, match="Linear is neither our decoder nor a model of transformers"):
+    with pytest.raises(UserError, match="Linear is neither Koine's decoder nor a model of transformers"):
         run(tmp_path / "y", nn.Linear(2, 2), order(made[1], 2))  # type: ignore[arg-type]

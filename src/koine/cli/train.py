@@ -160,7 +160,7 @@ def pretrain(
     **options: Any,
 ) -> None:
     """Next-token prediction on documents, from random weights or from a model."""
-    from koine.train.objectives import language_modelling
+    from koine.train.objectives import LanguageModelling
 
     if (preset is None) == (model is None):
         raise UserError(
@@ -179,7 +179,7 @@ def pretrain(
                 )
         _run(
             lambda vocabulary: _opened(model, rope_theta),
-            language_modelling,
+            LanguageModelling(),
             seed=seed,
             tokenizer=tokenizer or model,
             init_from=model,
@@ -205,7 +205,7 @@ def pretrain(
         torch.manual_seed(seed)
         return Decoder(config)
 
-    _run(fresh, language_modelling, seed=seed, tokenizer=tokenizer, **options)
+    _run(fresh, LanguageModelling(), seed=seed, tokenizer=tokenizer, **options)
 
 
 def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
@@ -234,11 +234,11 @@ def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
 @data_options(packing="no_split", sequence_length=1024)
 def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
     """Supervised fine-tuning on chats: the loss is on the completions only."""
-    from koine.train.objectives import supervised_fine_tuning
+    from koine.train.objectives import SupervisedFineTuning
 
     _run(
         lambda vocabulary: _opened(model),
-        supervised_fine_tuning,
+        SupervisedFineTuning(),
         tokenizer=tokenizer or model,
         init_from=model,
         **options,
@@ -296,13 +296,13 @@ def _run(
     if fresh_data:
         mix = _after(mix, init_from)
     from koine.data import DataOrder, TokenSource
-    from koine.train.model_adapters import check_data_beyond_the_model, check_packed_documents
-    from koine.train.objectives import check_plain_documents, supervised_fine_tuning
+    from koine.train.model_adapters import check_data_fits_model, check_packed_documents
+    from koine.train.objectives import SupervisedFineTuning, check_chats
 
     paths = dict.fromkeys(Path(source.path) for phase in mix.phases for source in phase.all_sources)
     manifests = {path: TokenSource(path, verify=False) for path in paths}
-    if objective is supervised_fine_tuning:
-        check_plain_documents(manifests.values())
+    if isinstance(objective, SupervisedFineTuning):
+        check_chats(manifests.values())
     vocab_size = max(source.vocab_size for source in manifests.values())
     if tokenizer is not None and (tokenizer / "tokenizer.json").exists():
         from koine.files import sha256_file
@@ -318,7 +318,7 @@ def _run(
     elif tokenizer is not None:
         raise UserError("no tokenizer here", where=tokenizer, hint="give a folder with tokenizer.json")
     model = make_model(vocab_size)
-    check_data_beyond_the_model(model, mix, vocab_size)
+    check_data_fits_model(model, mix, vocab_size)
     check_packed_documents(model, mix, out)
     # Before a dry run too, which must refuse and note what the run would.
     order = DataOrder(mix)
