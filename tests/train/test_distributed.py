@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from .models import small_model
 WORKER = """
 import os, sys, warnings
 from pathlib import Path
+from typing import Any
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
@@ -33,14 +35,16 @@ def evaluate(model, done):
     if done == stop:
         os._exit(9)
     return {}
-settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1, micro_batch_size=1)
-train(small_model(), LanguageModelling(), fake_order(folder, steps=(8,)), settings, out=out, evaluate=evaluate, progress=False, device="cpu")
+settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1,
+micro_batch_size=1) train(small_model(), LanguageModelling(), fake_order(folder, steps=(8,)), settings,
+out=out, evaluate=evaluate, progress=False, device="cpu")
 """
 
 # Saves the gradients of the first step of a mixture; `stop` is the micro-batch size.
 MIXTURE_WORKER = """
 import sys, warnings
 from pathlib import Path
+from typing import Any
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
@@ -103,15 +107,17 @@ def losses(out: Path) -> list[float]:
     ]
 
 
-def one_process(out: Path, dtype: str) -> list[float]:
+def one_process(out: Path, dtype: Any) -> list[float]:
     """Return the losses of the same training in this process alone."""
-    settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, micro_batch_size=1)  # type: ignore[arg-type]
-    order = fake_order(out / "s", steps=(8,))
-    train(small_model(), LanguageModelling(), order, settings, out=out / "o1", progress=False, device="cpu")  # type: ignore[arg-type]
+    settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, micro_batch_size=1)
+    order: Any = fake_order(out / "s", steps=(8,))
+    objective = LanguageModelling()
+    train(small_model(), objective, order, settings, out=out / "o1", progress=False, device="cpu")
     return losses(out / "o1")
 
 
-# float32: the sums of two ranks are added in another order. bfloat16: each rank rounds its own gradients; logits near 4 nats.
+# float32: the sums of two ranks are added in another order. bfloat16: each rank rounds its own gradients;
+# logits near 4 nats.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
 def test_same_losses_as_one_process(tmp_path: Path, dtype: str, tolerance: float) -> None:
     run(2, tmp_path / "s", tmp_path / "two", dtype)
@@ -152,7 +158,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, before:
 
 
 def test_torchrun_with_an_evaluation(tmp_path: Path) -> None:
-    """`torchrun --nproc-per-node 2 -m koine train pretrain ...`, as the manual shows it, with an evaluation."""
+    """`torchrun ... -m koine train pretrain ...`, as the manual shows it, with an evaluation."""
     from tests.train.tokens import write_tokens
 
     tokenizer, shards = write_tokens(tmp_path)

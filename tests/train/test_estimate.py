@@ -70,7 +70,7 @@ def test_memory_is_within_a_factor_of_one_and_a_half(
 
 
 def test_time_is_operations_over_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 1 GFLOP/s: forward and backward of all tokens, at the share of the matmul rate that a step reaches."""
+    """At 1 GFLOP/s: FLOPs of forward and backward over `MATMUL_RATE_SHARE` of that rate."""
     rates: list[tuple[int, ...]] = []
 
     def matmul_rate(rows: int, columns: int, out: int, *_: object) -> float:
@@ -82,8 +82,9 @@ def test_time_is_operations_over_the_rate(tmp_path: Path, monkeypatch: pytest.Mo
     order = fake_order(tmp_path / "s", steps=(7,), sequence_length=64, batch_size=4)
     settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=2)
     found = estimate_training(config, settings, order.mixture)
-    # Twice the parameters that multiply for a forward pass and twice that for the backward pass; the embedding is also the head. A score and its
-    # weighted sum are 4 operations a position seen and a channel of the queries, 12 with the backward pass.
+    # Twice the parameters that multiply for a forward pass and twice that for the backward pass; the
+    # embedding is also the head. A score and its weighted sum are 4 operations a position seen and a channel
+    # of the queries, 12 with the backward pass.
     matrices = count_parameters(config).total - sum(config.hidden_size for _ in range(len(config.layers) + 1))
     seen = sum(sum(min(at + 1, layer.window or 64) for at in range(64)) / 64 for layer in config.layers)
     operations = 6 * matrices + 12 * seen * config.num_heads * config.head_dim

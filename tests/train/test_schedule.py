@@ -60,3 +60,15 @@ def test_a_warmup_longer_than_the_phase_is_cut() -> None:
         2 / 6,
         3 / 6,
     ]
+
+
+def test_wsd_decays_over_whole_steps() -> None:
+    """A quarter of 10 steps is 2.5: the last 3 decay, to the ratio in the last."""
+    rates = [
+        learning_rate_factor("wsd", step, 10, warmup_steps=2, min_ratio=0.1, decay_share=0.25)
+        for step in range(10)
+    ]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.1])
+    # A decay that would begin in the warm-up begins after it.
+    rates = [learning_rate_factor("wsd", step, 4, warmup_steps=2, decay_share=1.0) for step in range(4)]
+    assert rates == pytest.approx([0.5, 1.0, 0.5, 0.0])

@@ -53,8 +53,8 @@ def data_options(*, packing: str, sequence_length: int) -> Callable[[Command], C
             "--data",
             multiple=True,
             metavar="TOKENS[:PROPORTION]",
-            help="Folder written by `koine data tokenize`, and its share of the batches, for example web:0.8. "
-            "Repeat it for a mixture.",
+            help="Folder written by `koine data tokenize`, and its share of the batches, "
+            "for example web:0.8. Repeat it for a mixture.",
         ),
         click.option(
             "--mixture",
@@ -167,7 +167,8 @@ def _build_long_rows(options: DataOptions) -> LongRows | None:
         )
     sources: tuple[Source, ...] = ()
     if options.long_data or options.long_min_tokens:
-        # Names of their own: --data may have a folder of the same name, or the same folder with all documents.
+        # Names of their own: --data may have a folder of the same name, or the same folder with all
+        # documents.
         sources = tuple(
             replace(source, name=f"long-{source.name}", min_tokens=options.long_min_tokens)
             for source in _parse_sources(options.long_data or options.data)

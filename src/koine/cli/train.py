@@ -49,7 +49,8 @@ EVALUATION_OPTIONS = (
         "--evaluate-data",
         multiple=True,
         metavar="SOURCE",
-        help="Documents (as for `koine evaluate --data`) to measure bits per byte on during training; repeatable.",
+        help="Documents (as for `koine evaluate --data`) whose bits per byte are measured during training; "
+        "repeatable.",
     ),
     click.option("--evaluate-split", help="Split of --evaluate-data; needed where it has several."),
     click.option(
@@ -77,7 +78,7 @@ RUN_OPTIONS = (
 
 
 def _setting_options() -> list[Callable[..., Any]]:
-    """Return one option for each field of `TrainSettings`, which declares its name, type, default and help."""
+    """Return one option for each field of `TrainSettings`, which declares its type, default and help."""
     types = get_type_hints(TrainSettings)
     options = []
     for field in dataclasses.fields(TrainSettings):

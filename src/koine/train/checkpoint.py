@@ -123,7 +123,8 @@ def clean(folder: Path, *, keep_last: int, best: int | None) -> None:
     paths = list_checkpoints(folder)
     for path in paths[: max(0, len(paths) - keep_last)]:
         if best is None or path.name != checkpoint_name(best):
-            # Renamed first, so that a kill leaves no half-removed checkpoint under the name of a complete one.
+            # Renamed first, so that a kill leaves no half-removed checkpoint under the name of a complete
+            # one.
             removed = path.with_name(f".{path.name}.old")
             path.rename(removed)
             shutil.rmtree(removed)
@@ -132,8 +133,8 @@ def clean(folder: Path, *, keep_last: int, best: int | None) -> None:
 def latest(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint, its files checked against their sha256; None if there is none.
 
-    Raises `UserError` for a damaged one, with the file and the checkpoint before it. The older one is not used
-    by itself: that would hide the damage.
+    Raises `UserError` for a damaged one, with the file and the checkpoint before it. The older one is not
+    used by itself: that would hide the damage.
     """
     paths = list_checkpoints(folder)
     if not paths:

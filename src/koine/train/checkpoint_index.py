@@ -2,8 +2,8 @@
 
 `torch.distributed.checkpoint` stores its index as a pickle, and reading a pickle runs whatever it names. This
 reader allows only the classes of an index and changes none of them. It checks what it has read and builds the
-index again from plain numbers: an index can name no file outside its folder and ask for no more memory than its
-files have bytes.
+index again from plain numbers: an index can name no file outside its folder and ask for no more memory than
+its files have bytes.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class _Unpickler(pickle._Unpickler):
 
 _BUILDABLE = {cls for cls in _CLASSES.values() if isinstance(cls, type) and cls is not PurePath}
 _MALFORMED = (
-    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
-    RuntimeError, ArithmeticError, MemoryError, AssertionError, struct.error,
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError,
+    ValueError, RuntimeError, ArithmeticError, MemoryError, AssertionError, struct.error,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from koine.train.settings import TrainSettings
 
 @contextmanager
 def deterministic(settings: TrainSettings) -> Iterator[None]:
-    """Set threads, the seed, and deterministic kernels where torch has them; restore all but the seed afterwards."""
+    """Set threads, seed and deterministic kernels; restore all but the seed afterwards."""
     keep_freed_memory()
     threads, enabled = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

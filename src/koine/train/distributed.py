@@ -61,7 +61,7 @@ class Ranks:
 
 
 def _env_integer(variable: str, default: int, *, low: int) -> int:
-    """Return an integer from an environment variable that `torchrun` sets; raises `UserError` for other text."""
+    """Return an integer that `torchrun` sets in the environment; raises `UserError` for other text."""
     text = os.environ.get(variable, "").strip()
     if not text:
         return default
@@ -91,7 +91,7 @@ def _check_launch(rank: int, world_size: int) -> None:
 
 @contextmanager
 def join_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started, found by its environment variables; one process without them.
+    """Join the processes that `torchrun` started, by its environment variables; without them, one process.
 
     Raises `UserError` for a device that this machine does not have.
     """
@@ -138,9 +138,9 @@ def _init_process_group(backend: str) -> None:
 def apply_fsdp(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
     """Apply FSDP2 in place: float32 shards, computation in `dtype`.
 
-    Each block is a unit, and the rest (embedding, norm, head) another one. Gradients are reduced in float32 and
-    are the mean over ranks. The rest stays gathered between forward and backward, because the loss reads the
-    output matrix outside the model's forward. Raises `UserError` for a model without blocks.
+    Each block is a unit, and the rest (embedding, norm, head) another one. Gradients are reduced in float32
+    and are the mean over ranks. The rest stays gathered between forward and backward, because the loss reads
+    the output matrix outside the model's forward. Raises `UserError` for a model without blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -27,9 +27,9 @@ class Estimate(NamedTuple):
 def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) -> int:
     """Return the bytes of activations for the backward pass of one micro-batch of `tokens`.
 
-    A block saves its input, the norm's output, the fused projections (q and k once more after RoPE), the gate's
-    activation and the input of the output projection. With gradient checkpointing it saves its input only; one
-    block has all of these, and as many gradients, in float32.
+    A block saves its input, the norm's output, the fused projections (q and k once more after RoPE), the
+    gate's activation and the input of the output projection. With gradient checkpointing it saves its input
+    only; one block has all of these, and as many gradients, in float32.
     """
     element = 2 if settings.dtype == "bfloat16" else 4
     q, k, v, gate, up = config.projection_sizes
@@ -44,9 +44,9 @@ def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) 
 def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mixture) -> Estimate:
     """Return the peak memory and the time of `train` with these arguments, in one process on this CPU.
 
-    Memory: float32 weights, moments and gradients (16 bytes a parameter), bfloat16 copies and their gradients (4
-    more), the activations of a micro-batch, the chunked loss. Time: FLOPs over `MATMUL_RATE_SHARE` of the matmul
-    rate, which is measured now.
+    Memory: float32 weights, moments and gradients (16 bytes a parameter), bfloat16 copies and their gradients
+    (4 more), the activations of a micro-batch, the chunked loss. Time: FLOPs over `MATMUL_RATE_SHARE` of the
+    matmul rate, which is measured now.
     """
     import torch
 
@@ -78,7 +78,8 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
         )
         operations = training_flops_per_token(config, shape.sequence_length) * shape.tokens
         if config.mixture is not None and micro_batch_tokens[shape] < shape.tokens:
-            # The forward pass that counts the expert assignments of the whole step (`koine.model.moe.losses`).
+            # The forward pass that counts the expert assignments of the whole step
+            # (`koine.model.moe.losses`).
             operations *= 4 / 3
         seconds += steps * operations / (rate * MATMUL_RATE_SHARE)
     return Estimate(PROCESS_BYTES + peak, seconds)

@@ -14,7 +14,7 @@ from koine.errors import UserError, did_you_mean
 def run_evaluation(
     evaluate: Callable[[nn.Module, int], Mapping[str, float]], model: nn.Module, steps_done: int
 ) -> dict[str, float]:
-    """Return the figures of an evaluation, which changes nothing of the training: also not its random state."""
+    """Return the figures of an evaluation, without a change to the training's random state."""
     model.eval()
     with torch.no_grad(), torch.random.fork_rng():
         figures = dict(evaluate(model, steps_done))

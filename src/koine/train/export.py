@@ -38,7 +38,7 @@ MODEL_FILES = (
 """Files that show that a folder holds a model."""
 
 CARRIED = "beside"
-"""Folder of a checkpoint with the files that lay beside the weights of the model that training started from."""
+"""Folder of a checkpoint with the files beside the weights of the model that training started from."""
 
 OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 """Files that a tokenizer of `transformers` may have besides ours."""
@@ -146,7 +146,7 @@ def _save_transformers_model(model: CausalLM, folder: Path, tokenizer: Path | No
 
 
 def write_description(model: nn.Module, folder: Path, output: OutputFolder) -> None:
-    """Write the files of a model directory besides its weights, from which `export_checkpoint` makes a model."""
+    """Write the files of a model directory besides its weights, for `export_checkpoint`."""
     if output.init_from is not None:
         (folder / CARRIED).mkdir()
         carry_files(output.init_from, folder / CARRIED, warn=False)
@@ -166,7 +166,7 @@ def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
 
 
 def model_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return our model's buffers for a checkpoint: the domain embeddings of a mixture, which are not trained."""
+    """Return our model's buffers for a checkpoint: the fixed domain embeddings of a mixture."""
     if not isinstance(model, Decoder):
         return {}
     return {BUFFERS + name: buffer.detach() for name, buffer in model.named_buffers()}
@@ -210,7 +210,7 @@ def export_checkpoint(
 
 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return weights and buffers by the model's names; any number of ranks may have written the checkpoint."""
+    """Return weights and buffers by the model's names, whatever number of ranks wrote them."""
     index = read_index(checkpoint.path)
     wanted: dict[str, Tensor] = {
         name: torch.zeros(about.size, dtype=about.properties.dtype)

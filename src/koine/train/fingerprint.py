@@ -1,4 +1,4 @@
-"""Identity of a training: settings, mixture, model, first weights, data, objective. Equal identity, equal result."""
+"""Identity of a training: settings, data, model, first weights, objective. Equal identity, equal result."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def training_identity(
 def weights_digest(model: nn.Module) -> str:
     """Return a sha256 over the name, the shape and all bytes of every weight and buffer.
 
-    Floats narrower than float32 are widened to it first: equal values have an equal digest. Tensors are hashed
-    in parallel.
+    Floats narrower than float32 are widened to it first: equal values have an equal digest. Tensors are
+    hashed in parallel.
     """
     tensors = sorted(model.state_dict().items())
     with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
@@ -190,7 +190,7 @@ def check_same_training(
 def _with_current_fields(
     recorded: dict[str, Any], identity: dict[str, Any], model: nn.Module
 ) -> dict[str, Any]:
-    """Return a recorded identity in which fields written before version 0.1.0 have today's form if they agree."""
+    """Return a recorded identity with fields from before version 0.1.0 in today's form if they agree."""
     current = {**recorded, "mixture": with_current_names(recorded.get("mixture"))}
     objective = recorded.get("objective") or identity["objective"]
     if (
@@ -206,7 +206,7 @@ def _with_current_fields(
 
 
 def _sampled_digest(model: nn.Module) -> str:
-    """Return the digest recorded before version 0.1.0: names, shapes and about 4,096 values of each tensor."""
+    """Return the digest recorded before version 0.1.0: names, shapes, some 4,096 values of each tensor."""
     digest = hashlib.sha256()
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict().items()):

@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluate", "TrainingStopped", "train"]
 
-NO_TARGET = "for chats, tokenize records with assistant messages, and choose a sequence length that holds their answers"
+NO_TARGET = (
+    "for chats, tokenize records with assistant messages, and choose a sequence length "
+    "that holds their answers"
+)
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 """`metrics = evaluate(model, steps_done)`; it must not change the model."""
 
@@ -67,8 +70,8 @@ def train(
     `torchrun` the weights are split over the processes.
 
     Args:
-        model: our decoder, or a `CausalLM` around a model of `transformers`, which takes one document a row (see
-            `model_adapters.check_packed_documents`); its weights become float32.
+        model: our decoder, or a `CausalLM` around a model of `transformers`, which takes one document a row
+            (see `model_adapters.check_packed_documents`); its weights become float32.
         objective: what to minimise, for example `LanguageModelling()`; see `Objective`.
         data: the batches.
         settings: how to train.
@@ -81,7 +84,8 @@ def train(
         device: `cpu`, `cuda`, or `auto`.
 
     Raises:
-        UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing here.
+        UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing here;
+            an objective without an identity.
         TrainingStopped: a loss spike, or a loss or gradient norm that is not finite.
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """

@@ -17,8 +17,8 @@ CHUNK_BYTES = 16 * 2**20
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    # The loss is a sum, so its gradients are known up to one factor as soon as the logits are. They are computed
-    # in the forward pass, chunk by chunk, and the logits are not needed again.
+    # The loss is a sum, so its gradients are known up to one factor as soon as the logits are. They are
+    # computed in the forward pass, chunk by chunk, and the logits are not needed again.
     @staticmethod
     def forward(
         ctx: Any,
@@ -40,7 +40,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_vd = torch.zeros_like(weight_vd, dtype=accumulate) if with_gradients else None
         for start in range(0, len(hidden_nd), chunk):
             hidden_cd, targets_c1 = hidden_nd[start : start + chunk], targets_n[start : start + chunk, None]
-            # Hidden states are scaled before the matmul and gradients after it: one pass less over the wide logits.
+            # Hidden states are scaled before the matmul, gradients after it: one pass less over the logits.
             logits_cv = torch.mm(hidden_cd if scale == 1.0 else hidden_cd * scale, weight_vd.t())
             probabilities_cv = torch.softmax(logits_cv, dim=-1, dtype=accumulate)
             # The largest probability is 1 / sum exp(logit - largest). With it, log-sum-exp needs no second
@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += (log_sum_c - logits_cv.gather(1, targets_c1).squeeze(1).to(accumulate)).sum()
             if grad_nd is None or grad_vd is None:
                 continue
-            # Subtract 1 before the cast: in bfloat16 a probability of 0.999 is 1, and the target's gradient would vanish.
+            # Subtract 1 before the cast: in bfloat16 0.999 is 1, and the target's gradient would vanish.
             gradient_cv = probabilities_cv.scatter_add_(
                 1, targets_c1, probabilities_cv.new_full(targets_c1.shape, -1.0)
             ).to(hidden_cd.dtype)

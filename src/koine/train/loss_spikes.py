@@ -1,4 +1,4 @@
-"""Stop a training before it spoils the weights: a loss or gradient norm that is not finite, and loss spikes."""
+"""Detect loss spikes, and a loss or gradient norm that is not finite, before the weights change."""
 
 from __future__ import annotations
 

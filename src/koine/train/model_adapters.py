@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_packed_documents(model: nn.Module, mixture: Mixture, where: Path) -> None:
-    """Raise `UserError` for a model without a document mask if the mixture packs several documents into a row.
+    """Raise `UserError` for a model without a document mask if rows have several documents.
 
     A model that is neither ours nor of `transformers` is refused too: training cannot write it.
     """
@@ -40,7 +40,7 @@ def check_packed_documents(model: nn.Module, mixture: Mixture, where: Path) -> N
 
 
 def check_data_fits_model(model: Decoder | CausalLM, mixture: Mixture, vocab_size: int) -> None:
-    """Raise `UserError` for a model with fewer tokens than `vocab_size`, or fewer positions than the mixture's rows."""
+    """Raise `UserError` for a model with fewer ids than `vocab_size`, or fewer positions than a row."""
     model_vocab_size: int
     max_positions: int | None
     if isinstance(model, Decoder):
@@ -86,7 +86,7 @@ def _set_gradient_checkpointing(inner: Any, *, on: bool) -> None:
 
 
 def compile_blocks(model: nn.Module, settings: TrainSettings) -> None:
-    """Apply torch.compile to each block if `settings.compile` is on; without a C++ compiler, warn and do not."""
+    """Apply torch.compile to each block if `settings.compile` is on; without a compiler, only warn."""
     blocks = getattr(model, "blocks", None)
     if blocks is None or settings.compile != "on":
         return
@@ -102,7 +102,7 @@ def compile_blocks(model: nn.Module, settings: TrainSettings) -> None:
 
 
 def configuration(model: nn.Module) -> Any:
-    """Return our `ModelConfig`, or the fields of a `transformers` configuration; None for a model without one."""
+    """Return our `ModelConfig`, or the fields of a `transformers` one; None for a model without."""
     if not isinstance(model, CausalLM):
         return getattr(model, "config", None)
     # The version that wrote it, its folder and the precision it was opened in do not change the result.

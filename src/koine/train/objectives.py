@@ -79,7 +79,8 @@ class SupervisedFineTuning:
         if current_totals() is None and not bool((batch.targets != IGNORE).any()):
             raise UserError(
                 "a batch of chats has no completion token to learn from",
-                hint="tokenize records with assistant messages, and choose a sequence length that holds their answers",
+                hint="tokenize records with assistant messages, and choose a sequence length "
+                "that holds their answers",
             )
         return _next_token_loss(model, batch)
 
@@ -104,8 +105,9 @@ def _next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
     loss = _cross_entropy_sum(model, hidden_btd, batch.targets)
     metrics = {"units": float(units)}
     if routings is not None:
-        # The loss is a sum over the units and the router losses are means: they weigh as much as in the papers' mean loss.
-        router_loss, router_metrics = router_loss_sum(routings, model.config.mixture, counted, units)  # type: ignore[union-attr, arg-type]
+        # Summed over the units too, so that they weigh as much as in the papers' mean loss.
+        mixture: Any = model.config.mixture  # type: ignore[union-attr]
+        router_loss, router_metrics = router_loss_sum(routings, mixture, counted, units)
         loss = loss + router_loss
         metrics |= router_metrics
     return loss, metrics

@@ -1,7 +1,7 @@
 """AdamW on float32 master weights, with copies of them in the dtype of the computation.
 
-Autocast would cast every weight in every forward pass, again for every micro-batch. Here a weight is cast once a
-step, after the optimiser's update, and gradients are summed in float32.
+Autocast would cast every weight in every forward pass, again for every micro-batch. Here a weight is cast
+once a step, after the optimiser's update, and gradients are summed in float32.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from koine.train.settings import TrainSettings
 class Optimiser:
     """AdamW with master weights.
 
-    `masters` are float32, by the names of the model's parameters. Where the model computes in float32, or FSDP
-    casts, they are the model's own parameters.
+    `masters` are float32, by the names of the model's parameters. Where the model computes in float32, or
+    FSDP casts, they are the model's own parameters.
     """
 
     def __init__(self, model: nn.Module, settings: TrainSettings, *, dtype: torch.dtype) -> None:
@@ -60,7 +60,7 @@ class Optimiser:
 
     @torch.no_grad()
     def scale_and_clip(self, factor: float, clip_norm: float) -> float:
-        """Multiply the gradients by `factor`, then clip them to `clip_norm` (0: not); return the norm before clipping."""
+        """Multiply the gradients by `factor` and clip them (0: not); return the norm before clipping."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         unscaled = torch.nn.utils.get_total_norm(gradients)
         # FSDP: a DTensor, whose norm is that of all ranks.

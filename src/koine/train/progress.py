@@ -1,4 +1,4 @@
-"""Progress of a training: a bar or plain lines, `metrics.jsonl`, TensorBoard, and the progress of a plan's step."""
+"""Progress of a training: a bar or plain lines, `metrics.jsonl`, TensorBoard, and the plan's display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINE_SECONDS = 10.0  # between plain lines
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Remove the lines of `step` and later ones, which are computed again, and a line that a kill cut short."""
+    """Remove the lines of `step` and later ones, and a line that a kill cut short."""
     if not path.exists():
         return
     lines: list[bytes] = []
@@ -69,7 +69,8 @@ class Reporter:
         seconds_left = seconds_per_step * (self.steps - steps_done)
         share = figures.get("matmul_rate_share")
         text = (
-            f"step {steps_done}/{self.steps}  loss {figures['loss']:.3f}  {figures['tokens_per_second']:,.0f} tokens/s"
+            f"step {steps_done}/{self.steps}  loss {figures['loss']:.3f}"
+            f"  {figures['tokens_per_second']:,.0f} tokens/s"
             + ("" if share is None else f"  {100 * share:.0f} % of the matmul rate")
             + f"  {_duration(seconds_left)} left"
         )

@@ -62,8 +62,8 @@ class TrainSettings:
     )
     micro_batch_size: int = checked_field(
         0,
-        "Sequences of a micro-batch on each rank (gradient accumulation); long sequences: as many as have no more "
-        "tokens; 0: the whole batch at once.",
+        "Sequences of a micro-batch on each rank (gradient accumulation); long sequences: as many as have "
+        "no more tokens; 0: the whole batch at once.",
         low=0,
         changes=ROUNDING,
     )

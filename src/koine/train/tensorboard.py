@@ -12,8 +12,8 @@ FLUSH_SECONDS = 120.0
 class TensorBoardWriter:
     """Writes scalars for TensorBoard, as tensorboardX's `SummaryWriter` does, but without its thread.
 
-    A failed write is an `OSError` of the training. In a thread it would be a traceback, and the training would go
-    on without its events.
+    A failed write is an `OSError` of the training. In a thread it would be a traceback, and the training
+    would go on without its events.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:

@@ -1,4 +1,4 @@
-"""Models of `transformers` in our loop: their own loss, their own files, and the loop's promises."""
+"""Models of `transformers` in our loop: loss, files, resuming and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def llama(*, tied: bool = False) -> CausalLM:
 
 
 def gpt2() -> CausalLM:
-    """Learned positions, biases, and dropout, whose random numbers a resumed run must draw again."""
+    """A model with learned positions, biases and dropout: a resumed run must draw the same random numbers."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=350, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     assert config.resid_pdrop > 0.0
@@ -126,7 +126,7 @@ CLASSES: dict[str, dict[str, Any]] = {
 def test_every_class_trains_and_opens_again(
     made: tuple[Path, dict[str, Path]], name: str, tmp_path: Path
 ) -> None:
-    """Its own loss, one step that changes every tensor that has a gradient, its own files with the trained weights in them."""
+    """The loss is its own, a step changes every tensor, and its own files have the trained weights."""
     torch.manual_seed(0)
     config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))(
         vocab_size=350,
