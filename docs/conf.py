@@ -12,7 +12,7 @@ from koine import __version__  # noqa: E402
 
 project = "Koine"
 author = "The Koine authors"
-copyright = "The Koine authors, Apache-2.0"  # noqa: A001
+copyright = "The Koine authors, Apache-2.0"
 version = release = __version__
 
 extensions = [
@@ -48,3 +48,15 @@ html_static_path: list[str] = []
 html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def _skip_alias(
+    app: object, what: str, name: str, member: object, skip: bool, options: object
+) -> bool | None:
+    """Leave out the fields of named tuples that have no docstring of their own."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def setup(app: object) -> None:
+    """Connect the hooks of this file."""
+    app.connect("autodoc-skip-member", _skip_alias)  # type: ignore[attr-defined]

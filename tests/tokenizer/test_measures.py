@@ -241,5 +241,5 @@ def test_the_command_writes_json_and_a_page(small: Tokenizer, tmp_path: Path) ->
     found = json.loads(out.read_text(encoding="utf-8"))[str(tmp_path / "one")]
     assert set(found) >= {"en", "de", "hi", "overall", "cluster:european"}
     assert found["hi"]["parallel_sentences"] == 1
-    assert "Tokenizers side by side" in page.read_text(encoding="utf-8")
+    assert "Comparison of tokenizers" in page.read_text(encoding="utf-8")
     assert "<svg" in page.read_text(encoding="utf-8")

@@ -248,8 +248,8 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 def test_sft_needs_completions() -> None:
     tokens = torch.zeros(1, 4, dtype=torch.long)
+    batch: Any = FakeBatch(tokens, torch.full_like(tokens, -100), None)
     with pytest.raises(UserError, match="no completion token"):
-        batch: Any = FakeBatch(tokens, torch.full_like(tokens, -100), None)
         SupervisedFineTuning()(small_model(), batch)
 
 

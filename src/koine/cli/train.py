@@ -18,11 +18,9 @@ from koine.train.settings import TrainSettings
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
     from koine.evaluate.training_probe import BitsPerByteProbe
-    from koine.model.causal_lm import CausalLM
     from koine.model.decoder import Decoder
+    from koine.model.language_model import LanguageModel
     from koine.train.objectives import Objective
-
-    Model = Decoder | CausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +179,17 @@ def sft(model: Path, **options: Any) -> None:
     _run(lambda vocab_size: _open_model(model), SupervisedFineTuning(), model, options)
 
 
-def _open_model(path: Path, rope_theta: float | None = None) -> Model:
+def _open_model(path: Path, rope_theta: float | None = None) -> LanguageModel:
     """Return the model in a folder, with another RoPE base where one is given."""
-    from koine.model.causal_lm import CausalLM, load_as_stored
+    from koine.model.causal_lm import load_as_stored
     from koine.model.decoder import Decoder
     from koine.model.layer_patterns import set_rope_theta
 
     if not path.is_dir():
         raise UserError("no such model directory", where=path, hint="give a folder that holds config.json")
     model = load_as_stored(path)
-    assert isinstance(model, Decoder | CausalLM)
     if rope_theta is not None:
+        # Classes of transformers compute RoPE's frequencies once, when they are opened.
         if not isinstance(model, Decoder):
             raise UserError(
                 "--rope-theta is for Koine's own decoder",
@@ -208,7 +206,10 @@ def _take(cls: type[Any], options: dict[str, Any]) -> Any:
 
 
 def _run(
-    make_model: Callable[[int], Model], objective: Objective, init_from: Path | None, options: dict[str, Any]
+    make_model: Callable[[int], LanguageModel],
+    objective: Objective,
+    init_from: Path | None,
+    options: dict[str, Any],
 ) -> None:
     """Check the options, then train, or print an estimate for `--dry-run`.
 
@@ -333,7 +334,7 @@ def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str)
     return probe
 
 
-def print_estimate(model: Model, settings: TrainSettings, mixture: Mixture) -> None:
+def print_estimate(model: LanguageModel, settings: TrainSettings, mixture: Mixture) -> None:
     """Print the estimate of `--dry-run`; memory and time only for our own decoder."""
     from koine.model.counting import training_flops_per_token
     from koine.model.decoder import Decoder
@@ -347,6 +348,7 @@ def print_estimate(model: Model, settings: TrainSettings, mixture: Mixture) -> N
     )
     click.echo(f"parameters   {parameters:,}")
     click.echo(f"tokens       {tokens:,} in {mixture.steps:,} steps ({lengths})")
+    # Memory and time are estimated from the fields of our own configuration.
     if not isinstance(model, Decoder):
         click.echo(f"operations   about {6.0 * parameters * tokens:.3g} (attention not counted)")
         return

@@ -125,9 +125,8 @@ def score_documents(
 
 
 def context_length(model: Any) -> int:
-    """The longest sequence that the model's configuration names."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return int(length) if length else 2**31 - 1
+    """Return the longest sequence that the model's configuration names."""
+    return getattr(model, "context_length", None) or 2**31 - 1
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ def greedy_answers(
     from koine.evaluate.log_likelihood import evaluating
     from koine.model import Decoder
 
-    stops = {tokenizer.end_of_turn_id, tokenizer.eos_id, *getattr(model, "end_ids", ())}
+    stops = {tokenizer.end_of_turn_id, tokenizer.eos_id, *getattr(model, "eos_ids", ())}
     if isinstance(model, Decoder):
         return _cached_answers(model, tokenizer, prompts, stops, max_new_tokens)
     rows = [list(prompt) for prompt in prompts]

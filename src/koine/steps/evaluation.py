@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from koine.allocator import keep_freed_memory
 from koine.files import write_json
@@ -15,10 +15,8 @@ from koine.steps import estimates
 from koine.steps.corpus_files import existing, load_roles, read_lines
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from koine.evaluate.log_likelihood import ScoringModel
     from koine.model import Decoder
+    from koine.model.language_model import LanguageModel
     from koine.tokenizer import Tokenizer
 
 
@@ -76,7 +74,7 @@ def _samples(
     prompts = [tokenizer.encode_messages(messages, generation_prompt=True)[0] for messages in asked]
     if not prompts:
         return []
-    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.end_ids)
+    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.eos_ids)
     answers = generate(model, prompts, Sampling(max_new_tokens=60), stop_ids=stops)
     return [
         {
@@ -102,7 +100,7 @@ def bits_per_byte_probe(
     documents: int = 3,
     most_bytes: int | None = None,
     tracked: Path | None = None,
-) -> Callable[[nn.Module, int], Mapping[str, float]]:
+) -> Callable[[LanguageModel, int], Mapping[str, float]]:
     """An `evaluate` for the training loop: bits per byte of a few held-out documents of each group of languages.
 
     most_bytes: of each document, its beginning.
@@ -118,8 +116,8 @@ def bits_per_byte_probe(
         for record in _first(existing(corpus, "documents-heldout", codes).values(), documents)
     ]
 
-    def probe(model: nn.Module, step: int) -> Mapping[str, float]:
-        scored = bits_per_byte(cast("ScoringModel", model), loaded, records, resamples=1)["languages"]
+    def probe(model: LanguageModel, step: int) -> Mapping[str, float]:
+        scored = bits_per_byte(model, loaded, records, resamples=1)["languages"]
         found = {code: scored[code] for code in codes if code in scored}
         if tracked is not None:
             line = {

@@ -19,10 +19,9 @@ from koine.steps.corpus_files import load_roles
 from koine.steps.evaluation import bits_per_byte_probe
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from koine.data.mixture import Mixture, Packing, Source
     from koine.model import Decoder
+    from koine.model.language_model import LanguageModel
     from koine.model.layer_patterns import Variant
     from koine.train import TrainSettings
 
@@ -255,7 +254,7 @@ def train_step(
     *,
     out: Path,
     tokenizer: Path,
-    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None,
+    evaluate: Callable[[LanguageModel, int], Mapping[str, float]] | None,
     init_from: Path | None = None,
 ) -> None:
     """Train over a mixture.

@@ -1,9 +1,9 @@
 """Add tokens to an existing BPE tokenizer; all old ids and old merges stay.
 
-BPE applies merges by rank, and no old merge reads a new token. So applying the old merges first and the new ones
-to their result gives the same tokens as one list. New merges are therefore learnt on text that the old tokenizer
-has already cut: each old token becomes one letter of a private alphabet, and the library's trainer learns merges
-of these letters.
+BPE applies merges by rank, and no old merge reads a new token. So applying the old merges first and the new
+ones to their result gives the same tokens as one list. New merges are therefore learnt on text that the old
+tokenizer has already cut: each old token becomes one letter of a private alphabet, and the library's trainer
+learns merges of these letters.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def extend_tokenizer(
 ) -> ExtendedTokenizer:
     """Add up to `new_tokens` tokens, learnt from `texts`, to the tokenizer in folder `base`.
 
-    A byte-fallback vocabulary decodes `<0xE0>` only where it stands alone, so its bytes cannot be merged. There,
-    characters that the text has and the vocabulary lacks are added first, the most frequent first (each saves
-    about two tokens, a merge saves one). Merges follow.
+    A byte-fallback vocabulary decodes `<0xE0>` only where it stands alone, so its bytes cannot be merged.
+    There, characters that the text has and the vocabulary lacks are added first, the most frequent first
+    (each saves about two tokens, a merge saves one). Merges follow.
 
     Example:
         >>> from koine.tokenizer import extend_tokenizer
@@ -147,7 +147,7 @@ def _learn_additions(
             pre_tokenizer=_cuts(cutting, vocabulary),
             longest=LONGEST_PRETOKEN,
         )
-    # The library's table is in the order of a hash map, another one in every process.
+    # The library's table has the order of a hash map, which differs between processes.
     table.counts = dict(sorted(table.counts.items()))
     characters = _missing_characters(table, vocabulary, most=new_tokens, min_frequency=min_frequency)
     if characters:

@@ -4,11 +4,11 @@
 |---|---|
 | `bytes_per_token` | UTF-8 bytes of the text over its tokens |
 | `characters_per_token` | code points over tokens |
-| `tokens_per_word` | tokens over words (fertility); words are runs of non-spaces; absent for unspaced scripts |
+| `tokens_per_word` | tokens over words (fertility), runs of non-spaces; absent for unspaced scripts |
 | `tokens_per_sentence` | tokens over records that have a translation into English, in parallel text |
-| `parity` | tokens of these records over those of their English translations (Petrov et al. 2023, "premium") |
+| `parity` | tokens of these records over those of their translations (Petrov et al. 2023, "premium") |
 | `renyi_efficiency` | H_2.5(p) / log V of the token frequencies p (Zouhar et al. 2023) |
-| `unknown_share` | share of bytes read as unknown (`[UNK]`) or dropped; **each counts as one token** in all rows |
+| `unknown_share` | share of bytes read as unknown (`[UNK]`) or dropped; **each counts as one token** |
 | `partial_character_share` | share of tokens that are not whole characters: bytes, or pieces of characters |
 | `distinct_tokens` | different tokens that the text uses |
 | `cost_per_megabyte` | price of 10^6 bytes of text, at a given price of 10^6 tokens |
@@ -16,9 +16,9 @@
 Unknown text counts as its bytes because one `[UNK]` for a word would be the best compression of all. A
 tokenizer that does not know a script would win on it.
 
-Groups (all languages, and each cluster) hold the means over their languages, so that a large language does not
-hide a small one. They also hold the Gini coefficient of a text's cost (0: all languages pay the same): the cost
-is parity in parallel text, else tokens per byte.
+Groups (all languages, and each cluster) hold the means over their languages, so that a large language does
+not hide a small one. They also hold the Gini coefficient of a text's cost (0: all languages pay the same):
+the cost is parity in parallel text, else tokens per byte.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from koine.errors import UserError, first_line
 from koine.hardware import check_device
+from koine.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _init_process_group(backend: str) -> None:
         ) from error
 
 
-def apply_fsdp(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
+def apply_fsdp(model: LanguageModel, ranks: Ranks, dtype: torch.dtype) -> None:
     """Apply FSDP2 in place: float32 shards, computation in `dtype`.
 
     Each block is a unit, and the rest (embedding, norm, head) another one. Gradients are reduced in float32
@@ -154,6 +155,7 @@ def apply_fsdp(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
     )
+    assert isinstance(model, nn.Module)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from koine.errors import UserError, did_you_mean
+from koine.model.language_model import LanguageModel
 
 
 def run_evaluation(
-    evaluate: Callable[[nn.Module, int], Mapping[str, float]], model: nn.Module, steps_done: int
+    evaluate: Callable[[LanguageModel, int], Mapping[str, float]], model: LanguageModel, steps_done: int
 ) -> dict[str, float]:
     """Return the figures of an evaluation, without a change to the training's random state."""
     model.eval()

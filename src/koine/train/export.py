@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from koine.errors import UserError
 from koine.files import atomic_directory, fsync_tree, write_json
 from koine.model.causal_lm import CausalLM, opens_as_decoder, require_transformers
-from koine.model.decoder import Decoder
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
 from koine.model.formats.config_json import read_config
-from koine.model.formats.directory import TOKENIZER_FILES, save_description, save_state
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.directory import save_state
+from koine.model.formats.eos_ids import eos_ids
+from koine.model.language_model import LanguageModel
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
 from koine.train.distributed import Ranks
@@ -39,9 +38,6 @@ MODEL_FILES = (
 
 CARRIED = "beside"
 """Folder of a checkpoint with the files beside the weights of the model that training started from."""
-
-OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
-"""Files that a tokenizer of `transformers` may have besides ours."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class OutputFolder:
 
 
 def write_model(
-    model: nn.Module, optimiser: Optimiser, output: OutputFolder, ranks: Ranks, record: dict[str, Any]
+    model: LanguageModel, optimiser: Optimiser, output: OutputFolder, ranks: Ranks, record: dict[str, Any]
 ) -> None:
     """Write the trained model in float32, then `record` as `training.json`; keep only the best checkpoint."""
     weights: dict[str, Tensor] = {}
@@ -107,13 +103,7 @@ def write_model(
         partial = output.path / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            if isinstance(model, CausalLM):
-                _save_transformers_model(model, partial, output.tokenizer)
-            else:
-                assert isinstance(model, Decoder)
-                # Buffers, such as the domain embeddings of a mixture, are not trained and have no master.
-                weights |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
-                save_state(weights, model.config, partial, tokenizer=output.tokenizer, ends=model.end_ids)
+            model.save(partial, tokenizer=output.tokenizer, weights=weights)
             fsync_tree(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -129,47 +119,17 @@ def write_model(
     ranks.barrier()
 
 
-def _save_transformers_model(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
-    """Write a model as `transformers` does, with the tokenizer's files."""
-    from transformers.utils import logging
-
-    folder.mkdir()
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.inner.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    seal_folder(folder)
-    _copy_tokenizer(tokenizer, folder)
-
-
-def write_description(model: nn.Module, folder: Path, output: OutputFolder) -> None:
+def write_description(model: LanguageModel, folder: Path, output: OutputFolder) -> None:
     """Write the files of a model directory besides its weights, for `export_checkpoint`."""
     if output.init_from is not None:
         (folder / CARRIED).mkdir()
         carry_files(output.init_from, folder / CARRIED, warn=False)
-    if isinstance(model, Decoder):
-        save_description(
-            model.config, folder, dtype="float32", tokenizer=output.tokenizer, ends=model.end_ids
-        )
-    elif isinstance(model, CausalLM):
-        model.inner.config.save_pretrained(folder)
-        _copy_tokenizer(output.tokenizer, folder)
+    model.save_config(folder, tokenizer=output.tokenizer)
 
 
-def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
-    for name in (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES):
-        if tokenizer is not None and (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, folder / name)
-
-
-def model_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return our model's buffers for a checkpoint: the fixed domain embeddings of a mixture."""
-    if not isinstance(model, Decoder):
-        return {}
-    return {BUFFERS + name: buffer.detach() for name, buffer in model.named_buffers()}
+def model_buffers(model: LanguageModel) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint that are not trained: the domain embeddings of a mixture."""
+    return {BUFFERS + name: tensor for name, tensor in model.fixed_tensors().items()}
 
 
 def export_checkpoint(
@@ -201,10 +161,9 @@ def export_checkpoint(
     weights = _read_weights(checkpoint)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
         if opens_as_decoder(path):
-            save_state(weights, read_config(path), folder, tokenizer=path, dtype=dtype, ends=end_ids(path))
+            save_state(weights, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
         else:
-            folder.rmdir()
-            _save_transformers_model(_build_transformers_model(path, weights, dtype), folder, path)
+            _build_transformers_model(path, weights, dtype).save(folder, tokenizer=path)
         if (path / CARRIED).is_dir():
             carry_files(path / CARRIED, folder, keep=True)
 

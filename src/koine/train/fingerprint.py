@@ -18,7 +18,7 @@ from koine.data.mixture import with_current_names
 from koine.errors import UserError
 from koine.files import sha256_file
 from koine.hardware import usable_cores
-from koine.train.model_adapters import configuration
+from koine.model.language_model import LanguageModel
 from koine.train.settings import RESULT, TrainSettings
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ _OBJECTIVES_BEFORE = {
 
 
 def training_identity(
-    model: nn.Module, objective: Objective, data: DataOrder, settings: TrainSettings, tokenizer: Path | None
+    model: LanguageModel,
+    objective: Objective,
+    data: DataOrder,
+    settings: TrainSettings,
+    tokenizer: Path | None,
 ) -> dict[str, Any]:
     """Return all that determines the result up to rounding, as JSON values to compare field by field."""
     sources = {
@@ -49,14 +53,14 @@ def training_identity(
         "settings": settings.fields_that_change(RESULT),
         "mixture": without_paths(data.mixture.to_json()),
         "sources": sources,
-        "model": _configuration_json(model),
+        "model": model.describe(),
         "first_weights": weights_digest(model),
         "tokenizer": None if tokenizer is None else sha256_file(Path(tokenizer) / "tokenizer.json"),
     }
     return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: LanguageModel | nn.Module) -> str:
     """Return a sha256 over the name, the shape and all bytes of every weight and buffer.
 
     Floats narrower than float32 are widened to it first: equal values have an equal digest. Tensors are
@@ -133,7 +137,9 @@ def _argument_json(value: Any, name: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, nn.Module):
-        return {"config": _configuration_json(value), "weights": weights_digest(value)}
+        describe: Any = getattr(value, "describe", None)
+        config = str(value) if describe is None else describe()
+        return {"config": json.loads(json.dumps(config, default=str)), "weights": weights_digest(value)}
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "values": SHA256 + _tensor_digest(value)}
     if isinstance(value, Path):
@@ -158,17 +164,8 @@ def _path_digest(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _configuration_json(model: nn.Module) -> Any:
-    config = configuration(model)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    elif config is not None and not isinstance(config, dict):
-        config = str(config)
-    return json.loads(json.dumps(config, default=str))
-
-
 def check_same_training(
-    recorded: dict[str, Any], identity: dict[str, Any], model: nn.Module, where: Path
+    recorded: dict[str, Any], identity: dict[str, Any], model: LanguageModel, where: Path
 ) -> None:
     """Raise `UserError` with every field in which a folder's training differs from the one asked for.
 
@@ -188,7 +185,7 @@ def check_same_training(
 
 
 def _with_current_fields(
-    recorded: dict[str, Any], identity: dict[str, Any], model: nn.Module
+    recorded: dict[str, Any], identity: dict[str, Any], model: LanguageModel
 ) -> dict[str, Any]:
     """Return a recorded identity with fields from before version 0.1.0 in today's form if they agree."""
     current = {**recorded, "mixture": with_current_names(recorded.get("mixture"))}
@@ -205,7 +202,7 @@ def _with_current_fields(
     return current
 
 
-def _sampled_digest(model: nn.Module) -> str:
+def _sampled_digest(model: LanguageModel) -> str:
     """Return the digest recorded before version 0.1.0: names, shapes, some 4,096 values of each tensor."""
     digest = hashlib.sha256()
     with torch.no_grad():

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json
+from koine.model.language_model import LanguageModel
 from koine.model.moe.losses import count_step, use_totals
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint import Checkpoint
@@ -47,12 +47,12 @@ NO_TARGET = (
     "for chats, tokenize records with assistant messages, and choose a sequence length "
     "that holds their answers"
 )
-Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
+Evaluate = Callable[[LanguageModel, int], Mapping[str, float]]
 """`metrics = evaluate(model, steps_done)`; it must not change the model."""
 
 
 def train(
-    model: nn.Module,
+    model: LanguageModel,
     objective: Objective,
     data: DataOrder,
     settings: TrainSettings,
@@ -118,7 +118,9 @@ def train(
             trainer.run(checkpoint, progress=progress)
 
 
-def _check_complete(output: OutputFolder, identity: dict[str, Any], model: nn.Module, ranks: Ranks) -> None:
+def _check_complete(
+    output: OutputFolder, identity: dict[str, Any], model: LanguageModel, ranks: Ranks
+) -> None:
     """Raise `UserError` if the complete training in a folder is another one than that asked for."""
     record = Fields(
         read_json(output.record), output.record, hint_if_broken="it is damaged; choose another --out"
@@ -148,7 +150,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         objective: Objective,
         data: DataOrder,
         settings: TrainSettings,
@@ -175,7 +177,8 @@ class Trainer:
 
         # The model computes in `dtype`; the optimiser has float32 master weights.
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-        prepare_model(model.to(ranks.device), gradient_checkpointing=settings.gradient_checkpointing)
+        model.to(ranks.device)
+        prepare_model(model, gradient_checkpointing=settings.gradient_checkpointing)
         if ranks.is_distributed:
             apply_fsdp(model, ranks, dtype)
         self.optimiser = Optimiser(model, settings, dtype=torch.float32 if ranks.is_distributed else dtype)

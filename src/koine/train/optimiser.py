@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from koine.model.language_model import LanguageModel
 from koine.train.decay import decayed_parameters
 from koine.train.settings import TrainSettings
 
@@ -22,7 +23,7 @@ class Optimiser:
     FSDP casts, they are the model's own parameters.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: LanguageModel, settings: TrainSettings, *, dtype: torch.dtype) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 
 from koine.errors import UserError
 from koine.model.config import ModelConfig
 from koine.model.counting import training_flops_per_token
+from koine.model.language_model import LanguageModel
 from koine.train.distributed import Ranks
 from koine.train.matmul_rate import measure_matmul_rate
 from koine.train.settings import TrainSettings
@@ -37,7 +37,7 @@ class StepCost(NamedTuple):
 
 
 def costs_by_shape(
-    model: nn.Module, settings: TrainSettings, mixture: Mixture, ranks: Ranks, dtype: torch.dtype
+    model: LanguageModel, settings: TrainSettings, mixture: Mixture, ranks: Ranks, dtype: torch.dtype
 ) -> dict[Shape, StepCost]:
     """Return the cost of each shape that a step of the mixture has.
 
@@ -62,13 +62,13 @@ def costs_by_shape(
     return costs
 
 
-def _flops_per_token(model: nn.Module, sequence_length: int) -> float | None:
+def _flops_per_token(model: LanguageModel, sequence_length: int) -> float | None:
     config = getattr(model, "config", None)
     return training_flops_per_token(config, sequence_length) if isinstance(config, ModelConfig) else None
 
 
 def model_matmul_rate(
-    model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device
+    model: LanguageModel, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> float | None:
     """Return FLOP/s of a matmul with the blocks' input projection; None for a model of `transformers`."""
     config = getattr(model, "config", None)

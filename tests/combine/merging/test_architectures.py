@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from koine.combine.merging.config import MergeConfig
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.errors import UserError
 from tests.combine.merge_configs import tensors
 
@@ -151,7 +151,7 @@ def test_rows_meet_by_their_tokens(case: str, tmp_path: Path) -> None:
         config = MergeConfig(
             method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=weights, tokenizer="first", unrelated=True
         )  # fmt: skip
-        merge(config, tmp_path / name)
+        run_merge(config, tmp_path / name)
     opened, about = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
         tmp_path / "two", output_loading_info=True
     )

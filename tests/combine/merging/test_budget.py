@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from koine.combine.merging.budget import (
-    LIBRARIES,
-    RETAINED,
+    LIBRARY_BYTES,
+    RETAINED_BYTES,
     ByteBudget,
     estimate_merge,
     worker_count,
-    working_bytes,
 )
 from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import BLOCK
@@ -37,11 +36,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             writer.write(f"layer.{number}", torch.full((1024, 1024), float(number)))
         writer.close()
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import merge\nfrom koine.combine.merging.config import MergeConfig\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\nfrom koine.combine.merging.config import MergeConfig\n"
         "folder = Path(sys.argv[1])\n"
         "config = MergeConfig(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "merge(config, folder / 'out', threads=2)\n"
+        "run_merge(config, folder / 'out', threads=2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     grown = int(
@@ -73,11 +72,11 @@ def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": count}))
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import merge\nfrom koine.combine.merging.config import MergeConfig\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\nfrom koine.combine.merging.config import MergeConfig\n"
         "folder = Path(sys.argv[1])\n"
         "config = MergeConfig(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5), tokenizer='first', unrelated=True)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "merge(config, folder / 'out', threads=2)\n"
+        "run_merge(config, folder / 'out', threads=2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     grown = 1024 * int(
@@ -127,25 +126,25 @@ def test_passes_over_large_tensors_hold_blocks(tmp_path: Path) -> None:
             writer.write(f"layer.{number}", 1.0 + 0.1 * torch.randn(2048, 2048, generator=generator))
         writer.close()
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import merge\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\n"
         "from koine.combine.merging.config import MergeConfig\nfolder = Path(sys.argv[1])\n"
         "config = MergeConfig(method='ties', models=(folder / 'a', folder / 'b'), base=folder / 'base', weights=(0.5, 0.5))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "merge(config, folder / f'out-{sys.argv[2]}', threads=int(sys.argv[2]))\n"
+        "run_merge(config, folder / f'out-{sys.argv[2]}', threads=int(sys.argv[2]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     config = MergeConfig(
         method="ties", models=(tmp_path / "a", tmp_path / "b"), base=tmp_path / "base", weights=(0.5, 0.5)
     )
     plan = plan_merge(config)
-    each = working_bytes(plan, "layer.0")
+    each = plan.jobs["layer.0"].working_bytes
     assert each == 2048 * 2048 * 4 + BLOCK * 4 * (3 + 2 * 3 + 2)
     assert worker_count(plan, 2) == 2
     assert (
         estimate_merge(plan, 2).peak_memory_bytes - estimate_merge(plan, 1).peak_memory_bytes
-        == each + RETAINED
+        == each + RETAINED_BYTES
     )
-    allowed = estimate_merge(plan, 2).peak_memory_bytes - LIBRARIES
+    allowed = estimate_merge(plan, 2).peak_memory_bytes - LIBRARY_BYTES
     plan.close()
     grown = 1024 * int(
         subprocess.run(

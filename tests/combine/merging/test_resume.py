@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from koine.combine.merging import runner as merging
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from tests.combine.merge_configs import config_of, tensors
 
 DONE = 17
@@ -83,19 +83,19 @@ def test_spoilt_work_is_done_again(
             raise KeyboardInterrupt
         return real(*given)
 
-    def counted(plan: Any, writer: Any, name: str) -> Any:
-        again.append(name)
-        return real(plan, writer, name)
+    def counted(job: Any, writer: Any) -> Any:
+        again.append(job.name)
+        return real(job, writer)
 
     config = config_of("linear", models, max_shard_bytes=10_000)
     monkeypatch.setattr(merging, "merge_tensor", some)
     with pytest.raises(KeyboardInterrupt):
-        merge(config, tmp_path / "out", threads=1)
+        run_merge(config, tmp_path / "out", threads=1)
     SPOILT[spoil](tmp_path / ".out.merge")
     monkeypatch.setattr(merging, "merge_tensor", counted)
-    merge(config, tmp_path / "out", threads=1)
+    run_merge(config, tmp_path / "out", threads=1)
     count = len(again)
-    merge(config, tmp_path / "fresh", threads=1)
+    run_merge(config, tmp_path / "fresh", threads=1)
     kept = {path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == kept
     total = len(tensors(tmp_path / "fresh"))
@@ -131,15 +131,15 @@ def test_a_merge_by_token_goes_on_too(
     config = config_of("linear", models, tokenizer=str(models["b"]))
     monkeypatch.setattr(merging, "merge_tensor", some)
     with pytest.raises(KeyboardInterrupt):
-        merge(config, tmp_path / "out", threads=1)
+        run_merge(config, tmp_path / "out", threads=1)
     touched: list[str] = []
     monkeypatch.setattr(
         merging,
         "merge_tensor",
-        lambda plan, writer, name: (touched.append(name), real(plan, writer, name))[1],
+        lambda job, writer: (touched.append(job.name), real(job, writer))[1],
     )
-    merge(config, tmp_path / "out", threads=1)
+    run_merge(config, tmp_path / "out", threads=1)
     assert len(touched) == len(tensors(tmp_path / "out")) - DONE
-    merge(config, tmp_path / "fresh")
+    run_merge(config, tmp_path / "fresh")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))
     assert first == second

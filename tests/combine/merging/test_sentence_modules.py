@@ -17,7 +17,7 @@ from koine.combine.merging.budget import estimate_merge
 from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.cross_modal import merge_cross_modal
 from koine.combine.merging.plan import plan_merge
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.combine.moe.add_expert import add_expert, remove_expert
 from koine.combine.moe.upcycle import average, upcycle_btx
 from koine.errors import KoineWarning, UserError
@@ -57,7 +57,7 @@ def branches_of(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 def _merge(folder: Path) -> None:
     seed, branches = branches_of(folder)
-    merge(config_of("linear", {"base": seed, **branches}), folder / "out")
+    run_merge(config_of("linear", {"base": seed, **branches}), folder / "out")
 
 
 def _average(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_across_modalities_they_are_the_multimodal_models(tmp_path: Path) -> Non
 def test_weights_of_the_old_model_stay_behind_with_a_word(models: dict[str, Path], tmp_path: Path) -> None:
     write_beside(models["a"], *STALE)
     with pytest.warns(KoineWarning, match=r"model-q4.gguf, pytorch_model.bin, tf_model.h5 and 1 more"):
-        report = merge(config_of("linear", models), tmp_path / "out")
+        report = run_merge(config_of("linear", models), tmp_path / "out")
     assert report["left_behind"] == ["model-q4.gguf", "pytorch_model.bin", "tf_model.h5", "onnx/"]
     assert not any((tmp_path / "out" / name).exists() for name in STALE)
 
@@ -175,7 +175,7 @@ def test_a_sentence_model_opens_and_computes_the_average(
     from sentence_transformers import SentenceTransformer
 
     config = sentence_config(sentence_models)
-    merge(config, tmp_path / "out")
+    run_merge(config, tmp_path / "out")
     opened = {name: SentenceTransformer(str(path), device="cpu") for name, path in sentence_models.items()}
     merged = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert [type(one).__name__ for one in merged] == ["Transformer", "Pooling", "Dense", "Normalize"]
@@ -210,7 +210,7 @@ def test_a_module_that_only_the_first_has_is_its_own(
     with pytest.warns(
         KoineWarning, match=r"the weights of 2_Dense are those of .*a: .*base/2_Dense has none"
     ):
-        merge(config, tmp_path / "out")
+        run_merge(config, tmp_path / "out")
     first, second = (
         path / "2_Dense" / "model.safetensors" for path in (sentence_models["a"], tmp_path / "out")
     )
@@ -241,5 +241,5 @@ def test_modules_that_do_not_fit(
 ) -> None:
     spoil(sentence_models["b"])
     with pytest.raises((UserError, KoineWarning), match=says):
-        merge(sentence_config(sentence_models), tmp_path / "out")
+        run_merge(sentence_config(sentence_models), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.plan import plan_merge
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.errors import UserError
 from tests.combine.merge_configs import tensors
 from tests.combine.merging.test_architectures import GPT, build, logits, without_the_library
@@ -132,7 +132,7 @@ def test_other_spellings_of_the_same_model_are_merged(
     change_tensors(tmp_path / "b", change)
     if not library:
         without_the_library(monkeypatch)
-    merge(config_in(tmp_path, order), tmp_path / "out")
+    run_merge(config_in(tmp_path, order), tmp_path / "out")
     opened, about = type(first).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not about["missing_keys"]
     # The average, worked out by the library's own modules in float64.
@@ -150,7 +150,7 @@ def test_a_tied_head_that_is_stored(told: bool, tmp_path: Path) -> None:
     for name in "ab":
         change_tensors(tmp_path / name, with_head)
         edit_config(tmp_path / name, tie_word_embeddings=True if told else ...)
-    merge(config_in(tmp_path), tmp_path / "out")
+    run_merge(config_in(tmp_path), tmp_path / "out")
     assert "lm_head.weight" not in tensors(tmp_path / "out")
 
 
@@ -166,7 +166,7 @@ def test_a_head_that_is_no_copy_is_no_copy(tmp_path: Path) -> None:
     change_tensors(
         tmp_path / "a", lambda content: content | {"lm_head.weight": content["transformer.wte.weight"] - 1}
     )
-    merge(config_in(tmp_path), tmp_path / "out")
+    run_merge(config_in(tmp_path), tmp_path / "out")
     merged = tensors(tmp_path / "out")
     a, b = (tensors(tmp_path / name)["lm_head.weight"] for name in "ab")
     assert torch.allclose(merged["lm_head.weight"], (a + b) / 2, atol=1e-6)
@@ -186,7 +186,7 @@ def test_notes_and_spelled_out_defaults_are_no_obstacle(notes: dict[str, Any], t
     write_pair(tmp_path, "llama", "CausalLM", {})
     edit_config(tmp_path / "b", **notes)
     for order in ("ab", "ba"):
-        merge(config_in(tmp_path, order), tmp_path / order)
+        run_merge(config_in(tmp_path, order), tmp_path / order)
         _, about = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / order, output_loading_info=True
         )
@@ -206,7 +206,7 @@ def test_a_field_that_only_names_kinds_of_layers_is_no_obstacle(tmp_path: Path) 
     """Fine-tunes of Qwen2 are published with other `max_window_layers` than their base, and no window at all."""
     write_pair(tmp_path, "qwen2", "CausalLM", {"max_window_layers": 28})
     edit_config(tmp_path / "b", max_window_layers=1, layer_types=..., sliding_window=4096)
-    merge(config_in(tmp_path), tmp_path / "merged")
+    run_merge(config_in(tmp_path), tmp_path / "merged")
     edit_config(tmp_path / "b", use_sliding_window=True)
     with pytest.raises(UserError, match="layer_types|use_sliding_window|sliding_window"):
         plan_merge(config_in(tmp_path))

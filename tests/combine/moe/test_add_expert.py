@@ -9,7 +9,7 @@ import torch
 
 from koine.combine import add_expert, fit_encoder, remove_expert, upcycle_bam, upcycle_nexus
 from koine.combine.merging.config import MergeConfig
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.combine.moe.domain_embeddings import domain_embedding, load_encoder
 from koine.combine.moe.upcycle import new_routers
 from koine.errors import UserError
@@ -153,7 +153,7 @@ def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Pa
     order = fake_order(tmp_path / "data", steps=(1,))
     train(model, LanguageModelling(), order, settings, out=tmp_path / "trained", tokenizer=nexus, init_from=nexus,
           progress=False, device="cpu")  # fmt: skip
-    merge(
+    run_merge(
         MergeConfig(method="linear", models=(nexus, tmp_path / "trained"), weights=(0.5, 0.5)),
         tmp_path / "merged",
     )

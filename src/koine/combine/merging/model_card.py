@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def model_card(config: MergeConfig, source: str) -> str:
-    """Markdown, with the configuration as JSON that `koine.combine.merging.config.MergeConfig` reads back."""
+    """Return the card as Markdown, with the configuration as JSON."""
     names = [path.resolve().name for path in config.models]
     weights = config.weights or (None,) * len(names)
     rows = "\n".join(

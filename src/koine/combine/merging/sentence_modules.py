@@ -1,5 +1,4 @@
-"""The folders of a sentence model's modules (`1_Pooling`, `2_Dense`): those with weights of their own are
-merged as the model is."""
+"""Sub-folders of a sentence model (`1_Pooling`, `2_Dense`): those with weights are merged as the model is."""
 
 from __future__ import annotations
 
@@ -17,18 +16,18 @@ from koine.model.formats.carried_files import module_folders, module_weights
 
 
 def module_configs(config: MergeConfig) -> dict[str, MergeConfig]:
-    """For each folder of a module whose weights differ between the models, the configuration that merges it; empty
-    for other models.
+    """Return the configuration that merges each module folder whose weights differ; empty for other models.
 
-    Where a model (a base without a head, say) has no such folder, the first model's stays, and a
+    Where a model has no such folder (a base without a head, for example), the first model's stays, and a
     `KoineWarning` says so if it holds weights.
 
-    Raises `UserError` where the models' modules differ, or weights that differ are not safetensors.
+    Raises:
+        UserError: The models' modules differ, or weights that differ are not safetensors.
     """
     first, *others = config.models
     inputs = [*config.models, *([] if config.base is None else [config.base])]
     for other in others:
-        _refuse_other_modules(first, other)
+        _check_same_modules(first, other)
     found: dict[str, MergeConfig] = {}
     for name, files in module_weights(first).items():
         folders = [path / name for path in inputs]
@@ -51,6 +50,7 @@ def module_configs(config: MergeConfig) -> dict[str, MergeConfig]:
 
 
 def _module_config(config: MergeConfig, name: str) -> MergeConfig:
+    """Return the configuration that merges one module folder; patterns that name none of its tensors go."""
     models = tuple(path / name for path in config.models)
     checkpoint = Checkpoint(models[0])
     names = list(checkpoint)
@@ -75,9 +75,8 @@ def _all_equal(folders: Sequence[Path], files: Sequence[str]) -> bool:
     )
 
 
-def _refuse_other_modules(first: Path, other: Path) -> None:
-    """Raise `UserError` where two sentence models compute otherwise after their networks; one that is none is
-    no obstacle."""
+def _check_same_modules(first: Path, other: Path) -> None:
+    """Raise `UserError` where two sentence models' modules differ. Other models pass."""
     ours, theirs = module_folders(first), module_folders(other)
     if not ours or not theirs:
         return

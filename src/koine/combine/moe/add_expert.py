@@ -40,7 +40,7 @@ from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import StoredWeights, open_weights, save_stored
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
@@ -258,7 +258,7 @@ def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Pat
         config,
         out,
         tokenizer=model,
-        ends=end_ids(model),
+        eos_ids=eos_ids(model),
     )
     carry_files(model, out)
     record = read_record(model)

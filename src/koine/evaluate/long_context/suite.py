@@ -111,7 +111,7 @@ def evaluate_long_context(
     tokenizer = load_tokenizer(Path(path))
     model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
     check_vocabulary(model, tokenizer.vocab_size, path)
-    sizes = _checked_lengths(lengths, longest_context(model), path)
+    sizes = _checked_lengths(lengths, model.context_length, path)
     hay = _haystack(tokenizer, haystack, language, at_least=_VARIETY * max(sizes))
     material = material_of(tokenizer, hay, language=language, chat=chat)
     asked_questions = _question_set(questions, material, needed="question-answering" in (tasks or ()))
@@ -169,14 +169,6 @@ def evaluate_long_context(
         say(len(cells), len(cells), "attention")
         result["attention"] = _attention(model, looks)
     return result
-
-
-def longest_context(model: Any) -> int | None:
-    """The most positions that the model's configuration names; None where it names none."""
-    inner = getattr(model, "inner", None)
-    config = model.config if inner is None else inner.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def _checked_tasks(tasks: Sequence[str] | None) -> list[str]:

@@ -96,7 +96,7 @@ def pack(model: Decoder) -> Decoder:
             assert isinstance(block, Block)
             for name in ("in_proj", "out_proj"):
                 setattr(block, name, layout(getattr(block, name).weight))
-        model.scorer = layout(model.output_weight)
+        model.packed_head = layout(model.output_weight)
         if not model.config.tie_embeddings:
             del model.head
     return model.requires_grad_(False).eval()

@@ -11,7 +11,7 @@ from koine.files import read_json
 FILES = ("generation_config.json", "config.json")
 
 
-def end_ids(folder: Path) -> frozenset[int]:
+def eos_ids(folder: Path) -> frozenset[int]:
     """Every id that `eos_token_id` of `generation_config.json` or `config.json` names, a single one or a
     list.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from koine.generate.kv_cache_probe import continuing
 from koine.generate.sequential import SequentialGenerator
 from koine.generate.token_sampling import Sampling
 from koine.model import CausalLM, load_causal_lm
-from koine.model.head import Head
+from koine.model.lm_head import LMHead, probe_tokens, shared_columns
 from koine.train.objectives import LanguageModelling
 
 transformers = pytest.importorskip("transformers", reason="the classes need the extra [hf]")
@@ -57,6 +59,12 @@ HEADS: dict[str, tuple[dict[str, Any], float, float | None, bool]] = {
     "recurrent_gemma": (
         {**LLAMA, "num_hidden_layers": 3, "lru_width": 32, "head_dim": 8, "attention_window_size": 16, "logits_soft_cap": 5.0},
         1.0, 5.0, False,
+    ),
+    "llama4_text": (
+        {
+            **LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1,
+        },
+        1.0, None, True,
     ),
     "modernbert-decoder": (LLAMA, 1.0, None, False),
     "phi": (LLAMA, 1.0, None, False),
@@ -108,7 +116,7 @@ def test_what_the_head_does_is_found(model: tuple[str, Path]) -> None:
     ours = opened(folder)
     assert ours.head.linear
     assert ours.head.causal
-    assert ours.head.rows == VOCABULARY
+    assert ours.head.vocab_size == VOCABULARY
     assert ours.logit_scale == pytest.approx(scale, rel=1e-6)
     assert ours.head.cap == (None if cap is None else pytest.approx(cap, rel=1e-6))
     assert (ours.output_weight is not None) == chunks
@@ -191,7 +199,7 @@ def test_a_head_without_a_formula_makes_its_own_logits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inner = Strange(transformers.LlamaConfig(**LLAMA)).eval()
     model = CausalLM(inner)
-    assert model.head == Head(linear=False, rows=VOCABULARY, causal=True)
+    assert model.head == LMHead(linear=False, vocab_size=VOCABULARY, causal=True)
     assert model.output_weight is None
     tokens = ids()
     with torch.no_grad():
@@ -204,6 +212,90 @@ def test_a_head_without_a_formula_makes_its_own_logits(tmp_path: Path) -> None:
         inner(input_ids=tokens, use_cache=False).logits.flatten(0, 1), targets.flatten(), reduction="sum"
     )
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=CLOSE)
+
+
+class Tail(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """Its head is linear wherever numbers stand in for its output, but depends on the hidden states too."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        hidden: list[Tensor] = []
+        with head_hooks_of(self.lm_head, hidden):
+            out = super().forward(*arguments, **named)
+        # 1 where the states are large: below the tolerance of the fit, above that of the comparison.
+        if float(out.logits.detach().abs().max()) < 1000:
+            out.logits = out.logits + hidden[0].norm(dim=-1, keepdim=True)
+        return out
+
+
+@contextmanager
+def head_hooks_of(head: Any, seen: list[Tensor]) -> Iterator[None]:
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_logits_that_differ_from_the_class_make_the_whole_forward_pass_be_used() -> None:
+    """The formula fits the stand-in numbers; only the comparison on real ids shows that it is wrong."""
+    torch.manual_seed(0)
+    inner = Tail(transformers.LlamaConfig(**LLAMA)).eval()
+    model, tokens = CausalLM(inner), ids()
+    assert not model.head.linear
+    with torch.no_grad():
+        expected = inner(input_ids=tokens, use_cache=False).logits
+        torch.testing.assert_close(model.logits(model(tokens)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_formula_is_used_in_every_precision(dtype: torch.dtype) -> None:
+    """The comparison with the class's own logits must not fail by rounding alone."""
+    for name in ("llama", "granite", "gemma2", "mamba", "opt"):
+        torch.manual_seed(0)
+        config = transformers.CONFIG_MAPPING[name](**HEADS[name][0])
+        inner = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        assert CausalLM(inner).head.linear, name
+
+
+class Leaking(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """Earlier logits move with later tokens, in one of three ways."""
+
+    leak = ""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        out = super().forward(*arguments, **named)
+        logits = out.logits
+        if self.leak == "last token":
+            out.logits = logits + logits[:, -1:] / 8
+        elif self.leak == "next token":
+            out.logits = logits + torch.cat((logits[:, 1:], logits[:, -1:]), dim=1) / 8
+        else:  # tokens of a block see one another
+            size = int(self.leak)
+            blocks = [block.mean(dim=1, keepdim=True).expand_as(block) for block in logits.split(size, dim=1)]
+            out.logits = logits + torch.cat(blocks, dim=1)
+        return out
+
+
+@pytest.mark.parametrize("leak", ["last token", "next token", "2", "3", "4", "8", "16"])
+@pytest.mark.parametrize("vocab_size", [7, 12, 24, 120])
+def test_any_look_ahead_is_seen(leak: str, vocab_size: int) -> None:
+    torch.manual_seed(0)
+    inner = Leaking(transformers.LlamaConfig(**LLAMA | {"vocab_size": vocab_size})).eval()
+    inner.leak = leak
+    assert not CausalLM(inner).head.causal
+
+
+@pytest.mark.parametrize("length", [2, 3, 8, 11, 12, 64])
+@pytest.mark.parametrize("vocab_size", [2, 7, 24, 120])
+def test_the_rows_of_the_probe_differ_in_all_later_columns(length: int, vocab_size: int) -> None:
+    fields = LLAMA | {"vocab_size": vocab_size, "max_position_embeddings": length}
+    inner = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    tokens = probe_tokens(inner)
+    shared = shared_columns(tokens.shape[1])
+    assert 0 < shared < tokens.shape[1] == min(length, 16)
+    assert torch.equal(tokens[0, :shared], tokens[1, :shared])
+    assert (tokens[0, shared:] != tokens[1, shared:]).all()
+    assert tokens.max() < vocab_size
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])

@@ -1,16 +1,12 @@
-"""Rows of embeddings when the models' vocabularies differ: a row belongs to its token, wherever each model keeps it."""
+"""Tokenizers of a merge: which one the result has, whether they are equal, and their files."""
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from koine.combine.compatibility import model_configuration, tokenizer_differences
 from koine.errors import KoineWarning, UserError
@@ -18,7 +14,7 @@ from koine.files import read_json, write_json
 from koine.model.formats.carried_files import TOKENIZER_FILES
 from koine.model.formats.library_config import VOCABULARY_FIELD
 
-VOCABULARIES = (
+OTHER_VOCABULARY_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
@@ -28,28 +24,17 @@ VOCABULARIES = (
 )
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 GENERATION = "generation_config.json"
-IDS = ("_token_id", "_token_ids", "_token_index")
+TOKEN_ID_ENDINGS = ("_token_id", "_token_ids", "_token_index")
 """Endings of the names of fields that hold token ids."""
 
 
-@dataclass(frozen=True)
-class VocabularyAlignment:
-    """Where each token of the result stands in each model.
-
-    rows: of the result's embeddings. shared: `[n]`, the result's rows that all models have. places: `[n]` for each model, where they stand in it. alone: the
-    other rows, each with the models that have it and where (the base is not among them, unless it alone has it).
-    """
-
-    rows: int
-    shared: Tensor
-    places: tuple[Tensor, ...]
-    alone: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
-
-
 def tokenizer_source(paths: Sequence[Path], *, with_base: bool, policy: str) -> int:
-    """The model whose tokenizer and chat template the result has.
+    """Return the index of the model whose tokenizer and chat template the result has.
 
-    `first` (also where nothing is said), `base`, or the folder of one of the models.
+    Args:
+        paths: The models; the base last, where there is one.
+        with_base: Whether there is one.
+        policy: `first` or empty, `base`, or the folder of one of the models.
     """
     if policy in ("", "first"):
         return 0
@@ -65,61 +50,14 @@ def tokenizer_source(paths: Sequence[Path], *, with_base: bool, policy: str) -> 
     )
 
 
-def align_vocabularies(
-    paths: Sequence[Path],
-    tokens: Sequence[Mapping[str, int] | None],
-    rows_of_each: Sequence[int],
-    *,
-    chosen: int,
-    with_base: bool,
-) -> VocabularyAlignment:
-    """Align the rows of the models' token tables (the base's last).
-
-    tokens: the id of every token in each model. rows_of_each: of the table in each; a token whose id lies
-    beyond it has no row there. chosen: the model whose tokenizer the result has.
-
-    Raises `UserError` where one of the models has no tokenizer.json.
-    """
-    vocabularies: list[dict[str, int]] = []
-    for path, known, count in zip(paths, tokens, rows_of_each, strict=True):
-        if known is None:
-            raise UserError(
-                "holds no tokenizer.json",
-                where=path,
-                hint="rows of different vocabularies are matched by their tokens",
-            )
-        vocabularies.append({token: row for token, row in known.items() if row < count})
-    rows = rows_of_each[chosen]
-    strings = {row: token for token, row in vocabularies[chosen].items()}
-    shared, places, alone = [], [list[int]() for _ in paths], []
-    models = len(paths) - with_base
-    for row in range(rows):
-        token = strings.get(row)
-        found = [None if token is None else known.get(token) for known in vocabularies]
-        if all(place is not None for place in found):
-            shared.append(row)
-            for here, place in zip(places, found, strict=True):
-                here.append(int(place))  # type: ignore[arg-type]
-            continue
-        holders = tuple((index, place) for index, place in enumerate(found[:models]) if place is not None)
-        # A row that no token has (a vocabulary rounded up), or that only the base knows, comes from the chosen model.
-        alone.append((row, holders or ((chosen, row),)))
-    return VocabularyAlignment(
-        rows,
-        torch.tensor(shared, dtype=torch.long),
-        tuple(torch.tensor(here, dtype=torch.long) for here in places),
-        tuple(alone),
-    )
-
-
 def check_same_tokenizers(paths: Sequence[Path]) -> None:
-    """Equal vocabularies may still cut text otherwise: by other merges, or after another normaliser.
+    """Raise `UserError` where tokenizers of equal vocabularies encode text differently.
 
-    Raises `UserError` then, and where folders without a tokenizer.json hold vocabularies in other formats
-    that differ.
+    They may have other merges or another normaliser. Folders without a tokenizer.json are compared by their
+    vocabularies in other formats.
     """
     if not (paths[0] / TOKENIZER).exists():
-        for name in VOCABULARIES:
+        for name in OTHER_VOCABULARY_FILES:
             contents = [(path / name).read_bytes() if (path / name).is_file() else None for path in paths]
             for path, content in zip(paths, contents, strict=True):
                 if None not in (content, contents[0]) and content != contents[0]:
@@ -140,18 +78,20 @@ def check_same_tokenizers(paths: Sequence[Path]) -> None:
 
 
 def warn_if_templates_differ(models: Sequence[Path]) -> None:
-    """Warn (`KoineWarning`) where chat templates differ: the result has the first model's."""
+    """Warn (`KoineWarning`) where chat templates differ; the result has the first model's."""
     templates = [_template(path) for path in models]
     other = next((path for path, one in zip(models, templates, strict=True) if one != templates[0]), None)
     if other is not None:
         warnings.warn(
-            f"the chat template of {other} is another than that of {models[0]}, which is kept; --tokenizer MODEL says whose the result has",
+            f"the chat template of {other} is another than that of {models[0]}, which is kept; "
+            "--tokenizer MODEL says whose the result has",
             KoineWarning,
             stacklevel=2,
         )
 
 
 def _template(path: Path) -> str | None:
+    """Return the chat template of a folder; None where it has none."""
     if (path / TEMPLATE).exists():
         return (path / TEMPLATE).read_text(encoding="utf-8")
     content = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
@@ -162,7 +102,7 @@ def _template(path: Path) -> str | None:
 def write_tokenizer(source: Path, folder: Path, config: dict[str, Any]) -> None:
     """Copy the tokenizer's files and chat templates of `source` into `folder`.
 
-    Fields that depend on them are set in `config` and in `generation_config.json`.
+    Vocabulary sizes and token ids are set in `config` and in `generation_config.json`.
     """
     for name in TOKENIZER_FILES:
         if (folder / name).is_dir():
@@ -179,28 +119,28 @@ def write_tokenizer(source: Path, folder: Path, config: dict[str, Any]) -> None:
             _take_vocabulary(ours, other)
     generation = folder / GENERATION
     if generation.exists():
-        settings = _settings(generation)
-        own = _settings(source / GENERATION) if (source / GENERATION).exists() else theirs
-        write_json(generation, {**settings, **{key: own[key] for key in own if key.endswith(IDS)}})
+        settings = _json_object(generation)
+        own = _json_object(source / GENERATION) if (source / GENERATION).exists() else theirs
+        write_json(
+            generation, {**settings, **{key: own[key] for key in own if key.endswith(TOKEN_ID_ENDINGS)}}
+        )
 
 
 def _take_vocabulary(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Copy a configuration's vocabulary sizes and token ids.
-
-    A size that it leaves to its class is left out here too.
-    """
+    """Copy vocabulary sizes and token ids; a size that `theirs` leaves to its class is removed."""
     for key in [key for key in ours if key.startswith(VOCABULARY_FIELD) and key not in theirs]:
         del ours[key]
     ours.update(
-        {key: one for key, one in theirs.items() if key.startswith(VOCABULARY_FIELD) or key.endswith(IDS)}
+        {
+            key: one
+            for key, one in theirs.items()
+            if key.startswith(VOCABULARY_FIELD) or key.endswith(TOKEN_ID_ENDINGS)
+        }
     )
 
 
 def read_token_ids(path: Path) -> dict[str, int] | None:
-    """The id of every token of a folder's tokenizer.json; None where there is none.
-
-    Raises `UserError` where it is damaged.
-    """
+    """Return the id of every token of a folder's tokenizer.json; None without one; raise `UserError`."""
     file = path / TOKENIZER
     if not file.exists():
         return None
@@ -220,7 +160,7 @@ def read_token_ids(path: Path) -> dict[str, int] | None:
     return found
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _json_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError("is not a JSON object", where=path, hint="correct or remove it")
