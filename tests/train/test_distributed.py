@@ -20,7 +20,6 @@ from .models import small_model
 WORKER = """
 import os, sys, warnings
 from pathlib import Path
-from typing import Any
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
@@ -35,16 +34,18 @@ def evaluate(model, done):
     if done == stop:
         os._exit(9)
     return {}
-settings = TrainSettings(dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1,
-micro_batch_size=1) train(small_model(), LanguageModelling(), fake_order(folder, steps=(8,)), settings,
-out=out, evaluate=evaluate, progress=False, device="cpu")
+settings = TrainSettings(
+    dtype=dtype, threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1, micro_batch_size=1
+)
+order = fake_order(folder, steps=(8,))
+more = {"out": out, "evaluate": evaluate, "progress": False, "device": "cpu"}
+train(small_model(), LanguageModelling(), order, settings, **more)
 """
 
 # Saves the gradients of the first step of a mixture; `stop` is the micro-batch size.
 MIXTURE_WORKER = """
 import sys, warnings
 from pathlib import Path
-from typing import Any
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)

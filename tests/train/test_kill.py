@@ -30,8 +30,9 @@ from koine.train import TrainSettings, LanguageModelling, train
 torch.set_num_threads(1)
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
 order = fake_order(folder / "source", steps=(16, 8))
-settings = TrainSettings(dtype=dtype, threads=1, checkpoint_every=3, warmup_steps=2, micro_batch_size=2,
-evaluate_every=4)
+settings = TrainSettings(
+    dtype=dtype, threads=1, checkpoint_every=3, warmup_steps=2, micro_batch_size=2, evaluate_every=4
+)
 
 def evaluate(model, step):
     torch.rand(1)
