@@ -1,9 +1,11 @@
-"""The figure of a result file, and its tables: `python -m experiments.merging.plots experiments/merging/results/laptop.json`."""
+"""Figures and tables of a results file.
+
+python -m experiments.merging.plots experiments/merging/results/laptop.json
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments.common.figures import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, mean_bits, save_figure, show_results, verdict_table
 
 DOMAINS = ("code", "reviews", "maths")
 PAIR = ("code", "maths")
@@ -30,29 +32,23 @@ CLUSTERS = ("romance", "slavic", "others")
 SIZES = ("small", "large")
 
 
-def by_seed(results: dict[str, Any], arm: str, texts: Sequence[str]) -> list[float]:
-    """Mean bits per byte over some texts, of each seed."""
-    runs = [results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"]]
-    return [statistics.mean(one[text] for text in texts) for one in runs]
-
-
-def lost(results: dict[str, Any], arm: str, domain: str) -> list[float]:
-    """Of each seed, how far the arm is above the domain's own expert, relative."""
+def relative_loss(results: dict[str, Any], arm: str, domain: str) -> list[float]:
+    """Relative loss of an arm against the domain's own expert, one value a seed."""
     return [
         one / own - 1.0
         for one, own in zip(
-            by_seed(results, arm, [domain]), by_seed(results, f"expert-{domain}", [domain]), strict=True
+            mean_bits(results, arm, [domain]), mean_bits(results, f"expert-{domain}", [domain]), strict=True
         )
     ]
 
 
 def collisions(results: dict[str, Any], out: Path) -> None:
-    """What each merge loses of each domain's own expert, every seed a dot."""
+    """Draw the loss of each merge against each domain's own expert; every seed is a dot."""
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     for number, domain in enumerate(DOMAINS):
         for row, (arm, (_, domains)) in enumerate(MERGES.items()):
             if domain in domains:
-                found = lost(results, arm, domain)
+                found = relative_loss(results, arm, domain)
                 axis.scatter(
                     [100 * value for value in found],
                     [row + 0.2 * (number - 1)] * len(found),
@@ -70,11 +66,14 @@ def collisions(results: dict[str, Any], out: Path) -> None:
 
 
 def domain_table(results: dict[str, Any]) -> str:
-    """What each merge loses of each domain's own expert, means over seeds, as a Markdown table; docs/explanation/combining.md holds it as it is."""
+    """Loss of each merge against each domain's own expert, means over seeds, as a Markdown table.
+
+    Also in docs/explanation/combining.md.
+    """
     rows = []
     for arm, (name, domains) in MERGES.items():
         cells = [
-            f"{statistics.mean(lost(results, arm, domain)):+.1%}" if domain in domains else ""
+            f"{statistics.mean(relative_loss(results, arm, domain)):+.1%}" if domain in domains else ""
             for domain in DOMAINS
         ]
         rows.append([name, *cells])
@@ -82,7 +81,10 @@ def domain_table(results: dict[str, Any]) -> str:
 
 
 def language_table(results: dict[str, Any]) -> str:
-    """Bits per byte over all eleven languages, means over seeds, as a Markdown table; docs/explanation/combining.md holds it too."""
+    """Bits per byte over all eleven languages, means over seeds, as a Markdown table.
+
+    Also in docs/explanation/combining.md.
+    """
     languages = list(results["runs"]["small-clusters/0"]["bits_per_byte"])
     rows = {
         "base": "-base",
@@ -92,11 +94,11 @@ def language_table(results: dict[str, Any]) -> str:
         "one model on all languages, as many steps as the clusters together": "-joint",
     }
     cells = [
-        [name, *(f"{statistics.mean(by_seed(results, f'{size}{arm}', languages)):.3f}" for size in SIZES)]
+        [name, *(f"{statistics.mean(mean_bits(results, f'{size}{arm}', languages)):.3f}" for size in SIZES)]
         for name, arm in rows.items()
     ]
     return markdown_table(["model", *SIZES], cells)
 
 
 if __name__ == "__main__":
-    show_results({"collisions": collisions}, [domain_table, language_table])
+    show_results({"collisions": collisions}, [verdict_table, domain_table, language_table])

@@ -1,4 +1,7 @@
-"""The figure of a result file, and its tables: `python -m experiments.nexus.plots experiments/nexus/results/laptop.json`."""
+"""Figures and tables of a results file.
+
+python -m experiments.nexus.plots experiments/nexus/results/laptop.json
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments.common.figures import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, mean_bits, save_figure, show_results, verdict_table
 
 NEW = "code"
 ROUTERS = {"nexus": "Nexus", "linear": "linear, reset"}
@@ -24,17 +27,11 @@ NAMES = {
     "nexus-low": "Nexus, balance 0.0005",
     "linear-low": "linear, balance 0.0005",
 }
-"""Arms before the extension, from the top of the table down."""
-
-
-def by_seed(results: dict[str, Any], arm: str, domains: list[str]) -> list[float]:
-    """Mean bits per byte over some domains, of each seed."""
-    runs = [results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"]]
-    return [statistics.mean(one[domain] for domain in domains) for one in runs]
+"""Arms before the extension, from top to bottom of the table."""
 
 
 def budgets(results: dict[str, Any]) -> list[int]:
-    """Steps of the extension, none first."""
+    """Budgets of the extension in steps, ascending from 0."""
     return sorted(
         int(arm.removeprefix("nexus-").partition("/")[0])
         for arm in results["runs"]
@@ -43,13 +40,13 @@ def budgets(results: dict[str, Any]) -> list[int]:
 
 
 def extension(results: dict[str, Any], out: Path) -> None:
-    """The new domain and the old ones, and the share of the new domain's tokens that its expert gets, by the steps of the extension."""
+    """Draw bits per byte of new and old domains, and the new expert's share, by steps of extension."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     steps = budgets(results)
     old = [name for name in results["runs"]["seed/0"]["bits_per_byte"] if name != NEW]
     panels: tuple[tuple[str, Callable[[str], list[float]]], ...] = (
-        ("bits per byte, the new domain", lambda arm: by_seed(results, arm, [NEW])),
-        ("bits per byte, the others", lambda arm: by_seed(results, arm, old)),
+        ("bits per byte, the new domain", lambda arm: mean_bits(results, arm, [NEW])),
+        ("bits per byte, the others", lambda arm: mean_bits(results, arm, old)),
         (
             "share of the new domain's tokens\nthat its expert gets",
             lambda arm: [
@@ -79,7 +76,7 @@ def extension(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Each arm's bits per byte, means over seeds, as a Markdown table; docs/explanation/combining.md holds it as it is."""
+    """Bits per byte of each arm as a Markdown table; also in docs/explanation/combining.md."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
     rows = dict(NAMES)
     for router, name in ROUTERS.items():
@@ -89,7 +86,7 @@ def arm_table(results: dict[str, Any]) -> str:
         }
     cells = []
     for arm, name in rows.items():
-        bits = [f"{statistics.mean(by_seed(results, arm, [domain])):.3f}" for domain in domains]
+        bits = [f"{statistics.mean(mean_bits(results, arm, [domain])):.3f}" for domain in domains]
         shares = [
             results["runs"][f"{arm}/{seed}"]["routing"].get(NEW, {}).get("chosen", {}).get(NEW)
             for seed in results["seeds"]
@@ -100,4 +97,4 @@ def arm_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    show_results({"extension": extension}, [arm_table])
+    show_results({"extension": extension}, [verdict_table, arm_table])

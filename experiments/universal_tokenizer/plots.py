@@ -1,4 +1,7 @@
-"""The figures of a result file, and its table of verdicts: `python -m experiments.universal_tokenizer.plots experiments/universal_tokenizer/results/laptop.json`."""
+"""Figures of a results file, and its table of verdicts.
+
+python -m experiments.universal_tokenizer.plots experiments/universal_tokenizer/results/laptop.json
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.files import read_json
+from experiments.common.figures import save_figure, show_results
 
 ARMS = {
     "universal": "Universal, 0 %",
@@ -25,7 +28,7 @@ ARMS = {
 
 
 def curves(results: dict[str, Any], arm: str) -> tuple[list[int], list[list[float]]]:
-    """Steps, and for each seed the mean over expanded languages."""
+    """Return the steps, and for each seed the mean over expanded languages."""
     expanded = results["languages"]["expanded"]
     found = []
     steps: list[int] = []
@@ -37,7 +40,10 @@ def curves(results: dict[str, Any], arm: str) -> tuple[list[int], list[list[floa
 
 
 def adaptation(results: dict[str, Any], out: Path) -> None:
-    """Bits per byte of the expanded languages while they are learnt, per step and per byte of *expanded* text (the primary fifth is not counted)."""
+    """Draw bits per byte of the expanded languages during adaptation, by steps and by *expanded* bytes.
+
+    The primary fifth of the text is not counted.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, label in zip(axes, ("steps", "steps × bytes per token of expanded text"), strict=True):
         for arm, name in ARMS.items():
@@ -55,12 +61,11 @@ def adaptation(results: dict[str, Any], out: Path) -> None:
     axes[0].set_ylabel("bits per byte, expanded languages")
     axes[0].set_ylim(top=min(8.0, axes[0].get_ylim()[1]))
     axes[1].legend(fontsize=8, frameon=False)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def sweep(results: dict[str, Any], out: Path) -> None:
-    """Universal minus Cluster on the primary languages after pretraining, by vocabulary size."""
+    """Draw Universal minus Cluster on the primary languages after pretraining, by vocabulary size."""
     entry = results["hypotheses"]["UT9"]
     sizes = sorted(map(int, entry["measured"]))
     middle = [entry["measured"][str(size)] for size in sizes]
@@ -73,12 +78,11 @@ def sweep(results: dict[str, Any], out: Path) -> None:
     axis.set_xlabel("vocabulary")
     axis.set_ylabel("Universal − Cluster,\nbits per byte, primary")
     axis.grid(alpha=0.3)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def predicted(results: dict[str, Any], out: Path) -> None:
-    """Expected cost of each expanded language against the bits per byte that it then had."""
+    """Draw the expected cost of each expanded language against its bits per byte after adaptation."""
     after = results["predictor"]["bits_per_byte_after"]
     figure, axis = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for one in results["predictor"]["expected"]:
@@ -93,22 +97,23 @@ def predicted(results: dict[str, Any], out: Path) -> None:
     axis.set_xlabel("expected cost, before any training")
     axis.set_ylabel("bits per byte after adaptation")
     axis.grid(alpha=0.3)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def table(results: dict[str, Any]) -> str:
-    """The verdicts as a Markdown table; docs/explanation/universal-tokenizer.md holds it as it is."""
+    """Verdicts as a Markdown table; also in docs/explanation/universal-tokenizer.md."""
     lines = ["| id | verdict | measured, bits per byte (95 % interval) | paper |", "|---|---|---|---|"]
     for name, one in results["hypotheses"].items():
         if name == "UT9":
             measured = "; ".join(
-                f"{value:+.3f} ({one['interval'][size][0]:+.3f} to {one['interval'][size][1]:+.3f}) at {int(size):,}"
+                f"{value:+.3f} ({one['interval'][size][0]:+.3f} to {one['interval'][size][1]:+.3f}) "
+                f"at {int(size):,}"
                 for size, value in one["measured"].items()
             )
         elif name == "UT5" and one["measured"] is not None:
             measured = ", ".join(
-                f"{part['measured']:.1f} ({part['interval'][0]:.1f} to {part['interval'][1]:.1f}) times per {unit}"
+                f"{part['measured']:.1f} ({part['interval'][0]:.1f} to {part['interval'][1]:.1f}) "
+                f"times per {unit}"
                 for unit, part in (("step", one), ("byte", one["per_byte"]))
             )
         else:
@@ -117,14 +122,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
-    mpl.rcParams["svg.hashsalt"] = path.stem
-    results = read_json(path)
-    for name, draw in (("adaptation", adaptation), ("sweep", sweep), ("predictor", predicted)):
-        draw(results, path.with_name(f"{path.stem}_{name}.svg"))
-    print(table(results))
-
-
 if __name__ == "__main__":
-    main()
+    figures = {"adaptation": adaptation, "sweep": sweep, "predictor": predicted}
+    show_results(figures, [table], salt=Path(sys.argv[-1]).stem)

@@ -124,7 +124,7 @@ CASES = (
         mistake="a rotary base where nothing is rotated",
         command=PRETRAIN + " --attention nope --rope-theta 50000",
         prepare=worlds.having("tokens", "tokenizer"),
-        says="no layer turns by position, so rope_theta says nothing; leave it out with nope",
+        says="no layer has RoPE, so rope_theta has no effect; leave it out with nope",
     ),
     Case(
         mistake="long sequences that are half described",
@@ -476,7 +476,7 @@ CASES = (
         mistake="a batch size of zero in evaluation",
         command=EVALUATE + " --batch-size 0",
         prepare=worlds.having("model", "text"),
-        says="the batch size is 0; give at least 1",
+        says="the batch size is 0; it must be at least 1",
     ),
     Case(
         mistake="an accelerator that is not there",

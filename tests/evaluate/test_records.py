@@ -1,4 +1,4 @@
-"""What an evaluation reads: nothing of a folder is dropped unasked, and splits are told apart."""
+"""Records to evaluate on: whole folders, chosen splits, limits, bad records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from koine.cli.evaluate.commands import evaluate
 from koine.errors import KoineWarning, UserError
-from koine.evaluate.records import ReadOptions, Records
+from koine.evaluate.records import RecordOptions, Records
 from tests.bad_inputs import worlds
 
 
@@ -27,15 +27,15 @@ def splits(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def texts(path: Path, **reading: Any) -> list[str]:
-    return [record["text"] for record in Records([path], ReadOptions(**reading))]
+def texts(path: Path, **options: Any) -> list[str]:
+    return [record["text"] for record in Records([path], RecordOptions(**options))]
 
 
 def test_a_folder_of_several_splits_is_refused_until_one_is_chosen(splits: Path) -> None:
     with pytest.raises(
         UserError, match=r"several splits \(test, train\); say which is meant.*--split test, or all"
     ):
-        Records([splits], ReadOptions())
+        Records([splits], RecordOptions())
     assert texts(splits, split="test") == ["ein Hund"]
     assert texts(splits, split="train") == ["a cat"]
     assert texts(splits, split="all") == ["ein Hund", "a cat"]
@@ -50,18 +50,18 @@ def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
 
 def test_a_data_set_of_the_hub_is_read(splits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, repo_type: str(splits))
-    records = Records(["hub:someone/something"], ReadOptions(split="test"))
+    records = Records(["hub:someone/something"], RecordOptions(split="test"))
     assert [record["text"] for record in records] == ["ein Hund"]
 
 
 def test_bad_records_are_noted(tmp_path: Path) -> None:
     worlds.write_lines(tmp_path / "a.jsonl", [{"text": "good"}, {"text": ""}])
-    records = Records([tmp_path / "a.jsonl"], ReadOptions(max_bad_share=0.5))
+    records = Records([tmp_path / "a.jsonl"], RecordOptions(max_bad_share=0.5))
     assert len(list(records)) == 1
     with pytest.warns(
         KoineWarning, match="1 bad records were left out, the first: .*line 2: the text is empty"
     ):
-        records.note_bad()
+        records.warn_of_bad()
 
 
 def test_the_command_reads_as_the_other_readers_do(tmp_path: Path) -> None:
@@ -76,3 +76,12 @@ def test_the_command_reads_as_the_other_readers_do(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     languages = json.loads(out.read_text())["languages"]
     assert {code: entry["documents"] for code, entry in languages.items()} == {"en": 1}
+
+
+def test_a_limit_counts_the_records_of_each_language(splits: Path, tmp_path: Path) -> None:
+    write(tmp_path / "more.jsonl", "two", "three", language="en")
+    records = Records([splits, tmp_path / "more.jsonl"], RecordOptions(split="all"), limit=2)
+    for _ in range(2):  # they can be read again
+        assert [record["text"] for record in records] == ["ein Hund", "a cat", "two"]
+    with pytest.raises(UserError, match="the limit is 0"):
+        Records([splits], RecordOptions(split="all"), limit=0)

@@ -319,17 +319,20 @@ def _check_evaluation_options(settings: TrainSettings, options: EvaluationOption
 
 def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str) -> BitsPerByteProbe:
     """Return the evaluation during training; raises `UserError` for a metric that it does not have."""
-    from koine.evaluate.records import ReadOptions, Records
-    from koine.evaluate.runner import first_of_each
+    from koine.evaluate.records import RecordOptions, Records
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.tokenizer import load_tokenizer
 
     if tokenizer is None:
         raise UserError("--evaluate-data without --tokenizer", hint="give the tokenizer of the token shards")
-    read_options = ReadOptions(split=options.evaluate_split)
-    records = Records(options.evaluate_data, read_options, option="--evaluate-split")
-    probe = BitsPerByteProbe(load_tokenizer(tokenizer), first_of_each(records, options.evaluate_limit))
-    records.note_bad()
+    records = Records(
+        options.evaluate_data,
+        RecordOptions(split=options.evaluate_split),
+        limit=options.evaluate_limit,
+        split_option="--evaluate-split",
+    )
+    probe = BitsPerByteProbe(load_tokenizer(tokenizer), records)
+    records.warn_of_bad()
     probe.check_metric(metric)
     return probe
 

@@ -34,7 +34,8 @@ def evaluate_model(
     """Bits per byte on held-out documents, and accuracy on the test questions where the corpus has some."""
     import torch
 
-    from koine.evaluate import bits_per_byte, question_accuracy
+    from koine.evaluate.evaluation import EvaluationSetup
+    from koine.evaluate.table import run_evaluations
     from koine.model import load_model
     from koine.tokenizer import load_tokenizer
 
@@ -44,15 +45,13 @@ def evaluate_model(
     tokenizer = load_tokenizer(model)
     decoder = load_model(model, dtype=torch.float32)
     heldout = existing(corpus, "documents-heldout", roles.all)
-    results = bits_per_byte(
-        decoder, tokenizer, _first(heldout.values(), documents_per_language), batch_size=16, seed=seed
-    )
+    records = {"documents": list(_first(heldout.values(), documents_per_language))}
+    questions = existing(corpus, "questions/test", roles.chat)
+    if questions and questions_per_language:
+        records["questions"] = list(_first(questions.values(), questions_per_language))
+    setup = EvaluationSetup(model=decoder, tokenizer=tokenizer, seed=seed)
+    results = run_evaluations(setup, records)
     write_json(out / "samples.json", _samples(decoder, tokenizer, corpus, roles.chat))
-    asked = existing(corpus, "questions/test", roles.chat)
-    if asked and questions_per_language:
-        results["questions"] = question_accuracy(
-            decoder, tokenizer, _first(asked.values(), questions_per_language), batch_size=32, seed=seed
-        )
     write_json(out / "evaluation.json", results)
     metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]}
     write_json(out / "metrics.json", metrics)

@@ -245,7 +245,6 @@ def evaluate_domains(
     tokenizer = load_tokenizer(model)
     decoder = load_model(model, dtype=torch.float32)
     found: dict[str, Any] = {"bits_per_byte": {}, "routing": {}}
-    shares = {}
     for name, corpus in corpora.items():
         records = [
             {"id": str(number), "text": text[:characters], "language": "und", "domain": name}
@@ -254,14 +253,14 @@ def evaluate_domains(
         overall = bits_per_byte(decoder, tokenizer, records, batch_size=16)["overall"]
         found["bits_per_byte"][name] = overall["bits_per_byte"]
         if decoder.config.mixture is not None:
-            shares[name] = routing_shares(decoder, tokenizer, [record["text"] for record in records])
-            found["routing"][name] = shares[name].to_json()
+            shares = routing_shares(decoder, tokenizer, [record["text"] for record in records])
+            found["routing"][name] = shares.to_json()
     values = list(found["bits_per_byte"].values())
     found["mean"] = sum(values) / len(values)
     write_json(out / "evaluation.json", found)
     write_json(out / "metrics.json", {"bits_per_byte": found["mean"]})
-    if shares:
-        write_step_report(out, "Routing", routing_blocks(shares))
+    if found["routing"]:
+        write_step_report(out, "Routing", routing_blocks(found))
 
 
 @step(version="2", estimate=estimates.comparison)
