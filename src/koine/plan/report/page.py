@@ -95,7 +95,7 @@ def page(**content: Any) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(
-        resources.files("koine.plan").joinpath("report.html.j2").read_text(encoding="utf-8")
+        resources.files("koine.plan.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     )
     return template.render(**content)
 
