@@ -16,7 +16,7 @@ from koine.errors import UserError
 from koine.files import exclusive, walk
 from koine.plan import Plan, step
 from koine.plan.run.job import make_job
-from koine.plan.run.progress import read, report, write
+from koine.plan.run.progress import read_progress, report, write_progress
 from koine.plan.run.scheduler import sweep
 from koine.plan.run.worker import build
 from koine.plan.store.fingerprints import ContentCache, fingerprint_of_content
@@ -239,7 +239,7 @@ def test_progress_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch:
     for place in (tmp_path / "gone/told", tmp_path):
         monkeypatch.setenv("KOINE_PROGRESS", str(place))
         report(1.0, "done")
-        assert read(place) == {}
+        assert read_progress(place) == {}
     told = tmp_path / "told"
     for content in (
         "{",
@@ -251,11 +251,11 @@ def test_progress_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch:
         "",
     ):
         told.write_text(content)
-        assert read(told) == {}
+        assert read_progress(told) == {}
     told.write_bytes(b"\xff\xfe")
-    assert read(told) == {}
-    write(told, fraction=0.5, text="half", waiting=True)
-    assert read(told) == {"fraction": 0.5, "text": "half", "waiting": True}
+    assert read_progress(told) == {}
+    write_progress(told, fraction=0.5, text="half", waiting=True)
+    assert read_progress(told) == {"fraction": 0.5, "text": "half", "waiting": True}
 
 
 def test_a_strangers_file_among_the_progress_is_left_alone(tmp_path: Path) -> None:

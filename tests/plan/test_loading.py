@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import koine.recipes
 from koine.errors import UserError
-from koine.plan.loading import find_plan
+from koine.recipes import find_plan
 from tests.plan.running import koine as command
 
 GOOD = """\
@@ -49,7 +48,7 @@ def test_each_mistake_has_its_line(
     if content is not None:
         Path("plans.py").write_text(content)
     with pytest.raises(UserError) as error:
-        find_plan(asked, koine.recipes)
+        find_plan(asked)
     assert said in str(error.value)
 
 

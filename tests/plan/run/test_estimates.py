@@ -10,7 +10,7 @@ import pytest
 from koine.errors import UserError
 from koine.plan import Artifact, Estimate, Plan, step
 from koine.plan.formatting import duration, size
-from koine.plan.run.dry_run import dry_run
+from koine.plan.run.dry_run import dry_run_lines
 from koine.plan.run.estimates import critical_path, expect, remaining
 from koine.plan.run.scheduler import execute
 
@@ -61,7 +61,7 @@ def test_the_critical_path_is_the_longest_chain(tmp_path: Path) -> None:
     seconds = {name: estimate.seconds for name, estimate in expectation.steps.items()}
     assert critical_path(plan, seconds) == (["a", "after-a"], 6.0)
     assert expectation.seconds == 10.0
-    assert "Time: 10.0 s one after another; at least 6.0 s side by side: a → after-a" in dry_run(plan)
+    assert "Time: 10.0 s one after another; at least 6.0 s side by side: a → after-a" in dry_run_lines(plan)
 
 
 def test_the_step_with_the_longest_chain_behind_it_goes_first(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_an_estimate_of_another_kind_is_refused(tmp_path: Path) -> None:
     plan = Plan("demo", tmp_path)
     plan.step(misjudged, name="a", n=1)
     with pytest.raises(UserError, match="must return an Estimate"):
-        dry_run(plan)
+        dry_run_lines(plan)
 
 
 def test_units() -> None:

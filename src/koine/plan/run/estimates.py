@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -55,17 +56,18 @@ def history(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def formula(node: Node) -> Estimate | None:
-    """What the step's own `estimate` says for these parameters; None where it has none."""
+def formula(plan: Plan, node: Node) -> Estimate | None:
+    """Return the result of the step's own `estimate` for its arguments; None where it has none."""
     if node.info.estimate is None:
         return None
-    given = node.info.estimate(
-        **{key: places(value) for key, value in node.inputs.items()}, **node.parameters
-    )
+    arguments = {key: places(value) for key, value in node.inputs.items()} | node.parameters
+    if "threads" in inspect.signature(node.info.estimate).parameters:
+        arguments.setdefault("threads", plan.threads_of(node.artifact.name))
+    given = node.info.estimate(**arguments)
     if not isinstance(given, Estimate) or given.memory_bytes < 0 or given.seconds < 0:
         raise UserError(
             f"its estimate must return an Estimate of memory and time, got {given!r}",
-            where=node.recipe["step"],
+            where=node.identity["step"],
         )
     return given
 
@@ -93,9 +95,10 @@ def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) ->
 def expect(plan: Plan, build: Mapping[str, Node]) -> Expectation:
     """Estimates for the steps that will run."""
     past = history(plan)
-    formulas = {name: formula(node) for name, node in build.items()}
+    formulas = {name: formula(plan, node) for name, node in build.items()}
     found = {
-        name: scaled(node, formulas[name], past.get(node.recipe["step"], [])) for name, node in build.items()
+        name: scaled(node, formulas[name], past.get(node.identity["step"], []))
+        for name, node in build.items()
     }
     return Expectation(
         {name: estimate for name, estimate in found.items() if estimate is not None},

@@ -32,7 +32,7 @@ class Job:
     module: str
     file: str | None  # of the plan, where the module is one
     call: bytes  # pickled (function's name, inputs, parameters): read after the module is loaded
-    recipe: dict[str, Any]
+    identity: dict[str, Any]
     parents: tuple[dict[str, Any], ...]
     threads: int
     argv: tuple[str, ...]
@@ -70,7 +70,7 @@ def make_job(
         call=pickle.dumps(
             (node.function.__qualname__, {k: places(v) for k, v in node.inputs.items()}, node.parameters)
         ),
-        recipe=node.recipe,
+        identity=node.identity,
         parents=tuple(
             {
                 "name": name,
@@ -80,7 +80,7 @@ def make_job(
             }
             for name, parent in parents.items()
         ),
-        threads=node.threads,
+        threads=plan.threads_of(node.artifact.name),
         argv=tuple(recorded_command()),
         code=code,
         estimate=estimate,

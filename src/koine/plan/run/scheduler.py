@@ -22,7 +22,7 @@ from koine.plan.plan import Node, Plan
 from koine.plan.run.display import Display
 from koine.plan.run.estimates import Expectation, expect, remaining
 from koine.plan.run.job import HEADER, Job, check_importable, log_of, make_job
-from koine.plan.run.progress import read as told
+from koine.plan.run.progress import read_progress
 from koine.plan.store.export import write_exports
 from koine.plan.store.provenance import code_version
 from koine.plan.store.publish import leftovers, lock_of, recover
@@ -171,7 +171,7 @@ class _Run:
     display: Display
     record: RunRecord
     expectation: Expectation
-    told: Path  # where running steps tell their progress
+    progress_folder: Path  # where running steps write their progress
     waiting: dict[str, Node]
     running: dict[str, Running] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -180,7 +180,7 @@ class _Run:
     def needs(self, name: str) -> tuple[int, int]:
         """Cores and bytes of a step; no more cores than there are."""
         estimate = self.expectation.steps.get(name)
-        cores = min(self.plan.nodes[name].threads, self.executor.cores)
+        cores = min(self.plan.threads_of(name), self.executor.cores)
         return cores, 0 if estimate is None else estimate.memory_bytes
 
     def fits(self, name: str) -> bool:
@@ -209,7 +209,11 @@ class _Run:
                     self.display.line(f"{name}: may need {size(memory)}, and {size(free)} are free")
                 estimate = self.expectation.record(name)
                 job = make_job(
-                    self.plan, node, code=code, estimate=estimate, progress=self.told / name.replace("/", "+")
+                    self.plan,
+                    node,
+                    code=code,
+                    estimate=estimate,
+                    progress=self.progress_folder / name.replace("/", "+"),
                 )
                 self.running[name] = self.executor.start(job)
                 self.record.set(name, "running")
@@ -219,7 +223,7 @@ class _Run:
         """Show progress, and take note of what has ended."""
         for name, process in list(self.running.items()):
             code = process.poll()
-            progress = told(self.told / name.replace("/", "+"))
+            progress = read_progress(self.progress_folder / name.replace("/", "+"))
             if code is None:
                 if "fraction" in progress and "result" not in progress:
                     self.display.progress(name, progress["fraction"], progress["text"])

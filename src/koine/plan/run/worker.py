@@ -19,7 +19,7 @@ from koine.files import clear_partials, disk_errors, exclusive, explain, read_js
 from koine.plan.loading import load_plan_file
 from koine.plan.run.job import HEADER, Job
 from koine.plan.run.peak_memory import PeakMemory
-from koine.plan.run.progress import write as tell
+from koine.plan.run.progress import write_progress
 from koine.plan.store.fingerprints import ContentCache, fingerprint_of_content, stamp
 from koine.plan.store.provenance import environment, files_of, hashes, manifest_hash, sizes
 from koine.plan.store.publish import (
@@ -157,7 +157,9 @@ def build(job: Job, *, guardian: int | None = None) -> str:
     """Build one artifact under its lock; `reused` where another process has built it meanwhile, else `built`."""
 
     def waiting() -> None:
-        tell(Path(job.progress), fraction=0.0, text="waiting: another run is building it", waiting=True)
+        write_progress(
+            Path(job.progress), fraction=0.0, text="waiting: another run is building it", waiting=True
+        )
 
     run = Path(job.folder)
     with exclusive(lock_of(run, job.name), doing=f"building {job.name}", wait=-1, waiting=waiting):
@@ -190,7 +192,7 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
         clear_partials(work)
         record = {
             "artifact": job.name,
-            **job.recipe,
+            **job.identity,
             "parents": before.recorded,
             "fingerprint": job.fingerprint,
             "code": job.code,
@@ -229,7 +231,7 @@ def fail(job: Job, error: UserError) -> NoReturn:
     Another run may have written to the log meanwhile.
     """
     print(f"koine: {error}", file=sys.stderr, flush=True)
-    tell(Path(job.progress), error=str(error))
+    write_progress(Path(job.progress), error=str(error))
     sys.exit(2)
 
 
@@ -247,7 +249,7 @@ def main() -> None:
     job: Job = pickle.loads(content[8:])
     try:
         result = build(job, guardian=guardian)
-        tell(Path(job.progress), fraction=1.0, text="", result=result)
+        write_progress(Path(job.progress), fraction=1.0, text="", result=result)
     except UserError as error:
         fail(job, error)
     except KeyboardInterrupt:
@@ -264,7 +266,7 @@ def main() -> None:
         fail(job, explain(error) or UserError(str(error)))
     except Exception as error:  # noqa: BLE001 - the traceback is the log's last word, and the exit code tells the parent
         traceback.print_exc()
-        tell(Path(job.progress), error=" ".join(f"{type(error).__name__}: {error}".split()))
+        write_progress(Path(job.progress), error=" ".join(f"{type(error).__name__}: {error}".split()))
         sys.exit(1)
 
 

@@ -12,7 +12,7 @@ from koine.files import sha256_file
 from koine.plan.store.fingerprints import fingerprint_of_content
 from koine.plan.store.provenance import files_of, manifest_hash
 from koine.plan.store.publish import record_of
-from koine.plan.store.status import shown
+from koine.plan.store.status import value_text
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Ancestor:
         }
 
 
-def lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
+def trace_lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
     """The tree of ancestors of an artifact's folder; `verify` reads every file again and notes what differs.
 
     Raises `UserError` where the folder has no record, or a record is damaged.
@@ -74,7 +74,7 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
     node = Ancestor(record["artifact"], path, record["fingerprint"], manifest_hash(record["files"]), record)
     seen[path] = node
     if verify:
-        node.problems += list(damage(path, record["files"]))
+        node.problems += list(find_damage(path, record["files"]))
     run = run_of(path, record["artifact"])
     for parent in record["parents"]:
         if "input" in parent:
@@ -82,15 +82,15 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
                 parent["name"], Path(parent["input"]), parent["fingerprint"], parent["sha256"], {}
             )
             if verify:
-                found.problems += list(changed(found))
+                found.problems += list(find_change(found))
         else:
             place = run / parent["name"]
             if (place / "artifact.json").exists():
                 found = _ancestor(place, verify, seen)
                 if found.fingerprint != parent["fingerprint"] or found.sha256 != parent["sha256"]:
                     node.problems.append(
-                        f"was built from another '{parent['name']}' ({shown(parent['sha256'])}) than the one that is "
-                        f"there now ({shown(found.sha256)})"
+                        f"was built from another '{parent['name']}' ({value_text(parent['sha256'])}) than the one that is "
+                        f"there now ({value_text(found.sha256)})"
                     )
             else:
                 found = Ancestor(
@@ -109,7 +109,7 @@ def run_of(path: Path, name: str) -> Path:
     return path
 
 
-def damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
+def find_damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
     """What differs between an artifact's files and the hashes in its record."""
     for name, expected in files.items():
         if not (folder / name).is_file():
@@ -121,7 +121,7 @@ def damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
             yield f"file '{name}' was added later"
 
 
-def changed(node: Ancestor) -> Iterator[str]:
+def find_change(node: Ancestor) -> Iterator[str]:
     """Whether an input is still what the plan read."""
     if not node.path.exists():
         yield "input is gone"
@@ -129,7 +129,7 @@ def changed(node: Ancestor) -> Iterator[str]:
         yield "input has changed since"
 
 
-def every(node: Ancestor) -> Iterator[Ancestor]:
+def all_ancestors(node: Ancestor) -> Iterator[Ancestor]:
     """The node and its ancestors, each once."""
     seen: set[Path] = set()
     waiting = [node]
@@ -141,12 +141,12 @@ def every(node: Ancestor) -> Iterator[Ancestor]:
             waiting += current.parents
 
 
-def draw(node: Ancestor) -> list[str]:
+def tree_lines(node: Ancestor) -> list[str]:
     """The tree as lines of text; an artifact that stands in it twice is unfolded once."""
-    return list(_draw(node, "", "", set()))
+    return list(_lines(node, "", "", set()))
 
 
-def _draw(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[str]:
+def _lines(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[str]:
     again = node.path in seen and bool(node.parents)
     seen.add(node.path)
     step = f"{node.record['step']} v{node.record.get('version')}" if node.record else f"input {node.path}"
@@ -161,6 +161,6 @@ def _draw(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[st
     if not again:
         for index, parent in enumerate(node.parents):
             last = index == len(node.parents) - 1
-            yield from _draw(
+            yield from _lines(
                 parent, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), seen
             )

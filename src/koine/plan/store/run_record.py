@@ -30,8 +30,8 @@ class RunRecord:
             log = Path("logs") / f"{name}.log"
             self.nodes[name] = {
                 "name": name,
-                "step": node.recipe["step"],
-                "version": node.recipe["version"],
+                "step": node.identity["step"],
+                "version": node.identity["version"],
                 "parents": list(node.parents),
                 "fingerprint": node.artifact.fingerprint,
                 "status": "waiting" if status.state == "build" else status.state,
@@ -39,7 +39,7 @@ class RunRecord:
                 "seconds": None,
                 "peak_memory_bytes": None,
                 "estimate": expectation.record(name),
-                "parameters": node.recipe["parameters"],
+                "parameters": node.identity["parameters"],
                 "log": log.as_posix() if (plan.folder / log).exists() or status.state == "build" else None,
             }
             self.measured(name)

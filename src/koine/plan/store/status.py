@@ -1,4 +1,4 @@
-"""Which artifacts of a plan must be built, and why, field by field."""
+"""Decide which artifacts of a plan must be built, with the reasons field by field."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Status:
-    """What a run will do about one artifact; `reasons` are those for building it."""
+    """What a run will do about one artifact; `reasons` say why it must be built."""
 
     state: State
     reasons: tuple[str, ...] = ()
 
 
-def shown(value: Any) -> str:
-    """A value as it stands in a difference; hashes by their first twelve digits."""
+def value_text(value: Any) -> str:
+    """Return a value as text for a difference; hashes by their first twelve digits."""
     return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else repr(value)
 
 
 def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
-    """`field: old → new` for every leaf that differs."""
+    """Return `field: old → new` for every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines: list[str] = []
         for key in dict.fromkeys([*old, *new]):
             inner = f"{field_name}.{key}" if field_name else str(key)
             lines += differences(old.get(key), new.get(key), inner)
         return lines
-    return [] if old == new else [f"{field_name}: {shown(old)} → {shown(new)}"]
+    return [] if old == new else [f"{field_name}: {value_text(old)} → {value_text(new)}"]
 
 
 def why(node: Node) -> list[str]:
-    """The reasons to run a step: `["new"]`, or each field that changed; empty where up to date.
+    """Return the reasons to run a step: `["new"]`, or each field that changed; empty where up to date.
 
-    Raises `UserError` for one that is up to date and not whole, by the sizes of its files.
+    Of a step under another name only the names are compared: parameters of two functions have nothing in common.
+
+    Raises `UserError` for an artifact that is up to date but damaged, by the sizes of its files.
     """
     old = record_of(node.artifact.path)
     if old is None:
@@ -48,7 +50,10 @@ def why(node: Node) -> list[str]:
     if old["fingerprint"] == node.artifact.fingerprint:
         check_damage(node.artifact.path, old)
         return []
-    return differences({key: old.get(key) for key in node.recipe}, node.recipe) or ["fingerprint changed"]
+    before = {key: old.get(key) for key in node.identity}
+    if before["step"] != node.identity["step"]:
+        return [f"was built by another step: {before['step']}, now {node.identity['step']}"]
+    return differences(before, node.identity) or ["fingerprint changed"]
 
 
 def is_adopted(node: Node) -> bool:
