@@ -158,7 +158,7 @@ def _train(
         sequence_length=length,
         batch_size=max(1, tokens_per_step // length),
         seed=seed,
-        packing="whole",
+        packing="no_split",
     )
     settings = TrainSettings(
         learning_rate=learning_rate,

@@ -428,7 +428,7 @@ def write_mixture(**changes: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         source = {"name": "tales", "path": "tokens", "proportion": 1.0, **changes.get("source", {})}
         phase = {"name": "pretrain", "steps": 2, "sources": [source, *changes.get("more", [])]}
-        mixture = {"phases": [phase], "sequence_length": 32, "batch_size": 2, "seed": 0, "packing": "stream"}
+        mixture = {"phases": [phase], "sequence_length": 32, "batch_size": 2, "seed": 0, "packing": "concat"}
         mixture.update({key: value for key, value in changes.items() if key not in ("source", "more")})
         (folder / "mixture.json").write_text(json.dumps(mixture))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from koine.data import DataOrder, Mixture, Phase, Source, TokenSource, tokenize
 from koine.data.data_order import _apportion
-from koine.data.packing import StreamPacking, WholePacking
+from koine.data.packing import ConcatPacking, NoSplitPacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
 
@@ -62,7 +62,7 @@ def mixture(sources: dict[str, Path], **fields: Any) -> Mixture:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=st.integers(0, 24), world=st.sampled_from([1, 2, 3, 4, 6]), micro=st.integers(1, 5))
-@pytest.mark.parametrize("packing", ["stream", "whole"])
+@pytest.mark.parametrize("packing", ["concat", "no_split"])
 def test_the_same_for_any_ranks_and_micro_batches(
     sources: dict[str, Path], packing: Any, step: int, world: int, micro: int
 ) -> None:
@@ -90,7 +90,7 @@ def test_the_same_for_any_ranks_and_micro_batches(
     seed=st.integers(0, 99),
 )
 def test_a_stream_holds_every_token_once_an_epoch(lengths: list[int], time: int, seed: int) -> None:
-    packing = StreamPacking(np.arange(len(lengths)), np.array(lengths), time, (seed, 1))
+    packing = ConcatPacking(np.arange(len(lengths)), np.array(lengths), time, (seed, 1))
     total = sum(lengths)
     seen: list[tuple[int, int]] = []
     for number in range(-(-3 * total // time)):
@@ -111,7 +111,7 @@ def test_a_stream_holds_every_token_once_an_epoch(lengths: list[int], time: int,
     seed=st.integers(0, 99),
 )
 def test_whole_documents_are_each_once_an_epoch(lengths: list[int], time: int, seed: int) -> None:
-    packing = WholePacking(np.arange(len(lengths)), np.array(lengths), time, (seed, 1))
+    packing = NoSplitPacking(np.arange(len(lengths)), np.array(lengths), time, (seed, 1))
     rows, seen = 0, 0
     while seen < len(lengths):
         pieces = packing.row(rows)
@@ -135,7 +135,7 @@ def test_proportions(sources: dict[str, Path]) -> None:
         ),
         verify=False,
     )
-    drawn = {(use.source, use.language): use.tokens for use in order.use()}
+    drawn = {(use.source, use.language): use.tokens for use in order.usage()}
     total = sum(drawn.values())
     # 0.75 split one to two between English and German, 0.25 to the other source.
     for key, share in {("a", "en"): 0.25, ("a", "de"): 0.5, ("b", "en"): 0.25}.items():
@@ -145,7 +145,7 @@ def test_proportions(sources: dict[str, Path]) -> None:
     assert abs(sum(span.source == "a" and span.language == "de" for span in rows) - 120) <= 3
 
 
-@pytest.mark.parametrize("packing", ["stream", "whole"])
+@pytest.mark.parametrize("packing", ["concat", "no_split"])
 def test_targets_are_the_next_tokens_of_the_same_document(sources: dict[str, Path], packing: Any) -> None:
     order = DataOrder(mixture(sources, packing=packing), verify=False)
     opened = {name: TokenSource(path) for name, path in sources.items()}
@@ -161,7 +161,7 @@ def test_targets_are_the_next_tokens_of_the_same_document(sources: dict[str, Pat
                 assert batch.tokens[row, columns].tolist() == tokens[span.start : span.end]
                 assert batch.document_ids[row, columns].tolist() == [number] * (span.end - span.start)
                 expected = [*tokens[span.start + 1 : span.end + 1], -100][: span.end - span.start]
-                if packing == "whole" and span.end < len(tokens):
+                if packing == "no_split" and span.end < len(tokens):
                     expected[-1] = -100  # what was cut off is not a target
                 assert batch.targets[row, columns].tolist() == expected
                 filled = columns.stop
@@ -186,7 +186,7 @@ def test_a_later_phase_goes_on_where_the_earlier_stopped(sources: dict[str, Path
         if s.language == "de"
     }
     tokens = int(TokenSource(sources["a"]).lengths[TokenSource(sources["a"]).languages == "de"].sum())
-    drawn = sum(use.tokens for use in order.use() if use.phase == "pretrain" and use.language == "de")
+    drawn = sum(use.tokens for use in order.usage() if use.phase == "pretrain" and use.language == "de")
     if drawn + 2 * 32 < tokens:
         later = {
             (s.record_id, s.start) for row in order.batch(20).documents for s in row if s.language == "de"
@@ -215,7 +215,7 @@ def test_json_and_its_mistakes(sources: dict[str, Path]) -> None:
     assert Mixture.from_json(value).to_json() == value
     for change, line in (
         ({"sequence_lenght": 3}, "did you mean 'sequence_length'"),
-        ({"packing": "hole"}, "did you mean 'whole'"),
+        ({"packing": "no_splits"}, "did you mean 'no_split'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"phases": []}, "no phases"),
     ):
@@ -243,7 +243,7 @@ def test_json_and_its_mistakes(sources: dict[str, Path]) -> None:
 
 def test_documents_that_lose_their_end_are_said(sources: dict[str, Path]) -> None:
     with pytest.warns(KoineWarning, match=r"324 of 480 documents are longer than a sequence of 32 tokens"):
-        DataOrder(mixture(sources, packing="whole"))
+        DataOrder(mixture(sources, packing="no_split"))
 
 
 def test_blocks_are_apportioned_by_hand() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from koine.data import DataOrder, Mixture, Phase, Source, tokenize
-from koine.data.drawn import Drawn, carry_drawn, furthest, read_drawn
-from koine.data.packing import AlonePacking, StreamPacking, WholePacking
+from koine.data.drawn import Drawn, carry_drawn, merge_drawn, read_drawn
+from koine.data.packing import ConcatPacking, NoSplitPacking, OnePerRowPacking
 from koine.errors import UserError
 
 from .conftest import document, write_records
@@ -46,7 +46,7 @@ def ids(order: DataOrder, steps: Iterable[int] | None = None) -> list[str]:
     return [span.record_id for step in numbers for row in order.batch(step).documents for span in row]
 
 
-@pytest.mark.parametrize("packing", ["stream", "whole", "alone"])
+@pytest.mark.parametrize("packing", ["concat", "no_split", "one_per_row"])
 @pytest.mark.parametrize("length", [32, 48, 20])
 def test_the_second_training_sees_nothing_of_the_first(shards: Path, packing: str, length: int) -> None:
     """Whatever the length of its rows; the mixture alone decides, so that it can be asked later what a step saw."""
@@ -95,7 +95,7 @@ def test_ranks_and_phases_and_long_rows_go_on_too(shards: Path) -> None:
     )
     first = DataOrder(mixture(shards, phases=phases, batch_size=2))
     second = DataOrder(mixture(shards, phases=phases, batch_size=2, drawn=first.drawn()))
-    short = [step for step in range(6) if not first.mixture.place(step).long]
+    short = [step for step in range(6) if not first.mixture.position(step).long]
     assert not set(ids(first, short)) & set(ids(second, short[:2]))
     rows = [second.batch(1, rank=rank, world_size=2).documents for rank in range(2)]
     assert [row for part in rows for row in part] == second.batch(1).documents
@@ -103,8 +103,8 @@ def test_ranks_and_phases_and_long_rows_go_on_too(shards: Path) -> None:
     assert len(lanes) == 2, "rows of another length have a shuffle of their own"
 
 
-@pytest.mark.parametrize("kind", [StreamPacking, WholePacking, AlonePacking])
-def test_places_by_brute_force(kind: type[StreamPacking | WholePacking]) -> None:
+@pytest.mark.parametrize("kind", [ConcatPacking, NoSplitPacking, OnePerRowPacking])
+def test_places_by_brute_force(kind: type[ConcatPacking | NoSplitPacking]) -> None:
     """`documents_before` counts what the rows hold, and `first_row_after` is the first row without any of them."""
     import numpy as np
 
@@ -129,7 +129,7 @@ def test_places_by_brute_force(kind: type[StreamPacking | WholePacking]) -> None
     firsts = []
     for row in range(30):
         places = in_order(row, known)
-        if kind is StreamPacking and sum(piece.end - piece.start for piece in packing.row(row)) == 17:
+        if kind is ConcatPacking and sum(piece.end - piece.start for piece in packing.row(row)) == 17:
             last = packing.row(row)[-1]
             if last.end - last.start == 1:  # the token beyond the row is a target only
                 places = places[:-1]
@@ -155,7 +155,7 @@ def test_the_furthest_of_several_models(tmp_path: Path) -> None:
         content = {"drawn": [one(*place).to_json() for place in places]}
         (tmp_path / name / "training.json").write_text(json.dumps(content))
     carry_drawn([tmp_path / name for name in "abc"], tmp_path)
-    assert read_drawn(tmp_path) == furthest([[one("web", 9), one("law", 7)]])
+    assert read_drawn(tmp_path) == merge_drawn([[one("web", 9), one("law", 7)]])
     carry_drawn([tmp_path / "c"], tmp_path / "c")
     assert not (tmp_path / "c" / "drawn.json").exists()
 

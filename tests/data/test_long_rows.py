@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koine.data import DataOrder, LongRows, Mixture, Phase, Source, TokenSource, tokenize
-from koine.data.mixture import Place, Shape
-from koine.data.packing import AlonePacking, StreamPacking
+from koine.data.mixture import Shape, StepPosition
+from koine.data.packing import ConcatPacking, OnePerRowPacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
 
@@ -62,13 +62,13 @@ def test_the_shapes_of_the_steps(folders: dict[str, Path]) -> None:
     expected = [base, base, base, long] * 2 + [base, base] + [own, own, more] * 2
     assert [mix.shape(step) for step in range(16)] == expected
     assert mix.shapes() == Counter(expected)
-    assert [mix.place(step) for step in (2, 3, 4, 7, 10, 15)] == [
-        Place(0, 2, False, 2),
-        Place(0, 3, True, 0),
-        Place(0, 4, False, 3),
-        Place(0, 7, True, 1),
-        Place(1, 0, False, 0),
-        Place(1, 5, True, 1),
+    assert [mix.position(step) for step in (2, 3, 4, 7, 10, 15)] == [
+        StepPosition(0, 2, False, 2),
+        StepPosition(0, 3, True, 0),
+        StepPosition(0, 4, False, 3),
+        StepPosition(0, 7, True, 1),
+        StepPosition(1, 0, False, 0),
+        StepPosition(1, 5, True, 1),
     ]
     order = DataOrder(mix, verify=False)
     for step, shape in enumerate(expected):
@@ -77,7 +77,7 @@ def test_the_shapes_of_the_steps(folders: dict[str, Path]) -> None:
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=st.integers(0, 9), world=st.sampled_from([1, 2]), micro=st.integers(1, 3))
-@pytest.mark.parametrize("packing", ["stream", "whole", "alone"])
+@pytest.mark.parametrize("packing", ["concat", "no_split", "one_per_row"])
 def test_the_same_for_any_ranks_and_micro_batches(
     folders: dict[str, Path], packing: Any, step: int, world: int, micro: int
 ) -> None:
@@ -108,15 +108,15 @@ def test_use_counts_every_row(folders: dict[str, Path]) -> None:
     order = DataOrder(mixture(folders), verify=False)
     counted: Counter[tuple[str, str, str, int]] = Counter()
     for step in range(16):
-        phase, shape = order.mixture.phases[order.mixture.place(step).phase], order.mixture.shape(step)
+        phase, shape = order.mixture.phases[order.mixture.position(step).phase], order.mixture.shape(step)
         for row in order.batch(step).documents:
             counted[phase.name, row[0].source, row[0].language, shape.sequence_length] += (
                 shape.sequence_length
             )
-    used = {(use.phase, use.source, use.language, use.sequence_length): use.tokens for use in order.use()}
+    used = {(use.phase, use.source, use.language, use.sequence_length): use.tokens for use in order.usage()}
     assert used == counted
     books = TokenSource(folders["books"])
-    for use in order.use():
+    for use in order.usage():
         if use.source == "books":
             total = int(books.lengths[books.languages == use.language].sum())
             assert use.epochs == pytest.approx(use.tokens / total)
@@ -153,7 +153,7 @@ def test_long_rows_of_long_documents_alone(folders: dict[str, Path]) -> None:
         for row in order(least).batch(step).documents:
             assert all(lengths[opened.number(span.shard, span.document)] >= least for span in row)
     assert torch.equal(order(least).batch(0).tokens, order(None).batch(0).tokens)
-    passes = {use.sequence_length: use.epochs for use in order(least).use() if use.language == "en"}
+    passes = {use.sequence_length: use.epochs for use in order(least).usage() if use.language == "en"}
     english = (opened.languages == "en") & (lengths >= least)
     assert passes[96] == pytest.approx(6 * 2 * 96 / 2 / int(lengths[english].sum()), rel=0.2)
     with pytest.raises(
@@ -164,7 +164,7 @@ def test_long_rows_of_long_documents_alone(folders: dict[str, Path]) -> None:
 
 def test_a_document_a_row() -> None:
     lengths = np.array([3, 9, 1, 5])
-    packing = AlonePacking(np.arange(4), lengths, 6, (0, 1))
+    packing = OnePerRowPacking(np.arange(4), lengths, 6, (0, 1))
     rows = [packing.row(number) for number in range(8)]
     assert all(len(row) == 1 for row in rows)
     for epoch in (rows[:4], rows[4:]):
@@ -173,7 +173,7 @@ def test_a_document_a_row() -> None:
 
 def test_the_order_of_older_mixtures_stays() -> None:
     """What models that were trained before say they saw: these are the rows that this packing has always given."""
-    packing = StreamPacking(np.arange(5), np.array([3, 5, 2, 7, 4]), 6, (3, 1))
+    packing = ConcatPacking(np.arange(5), np.array([3, 5, 2, 7, 4]), 6, (3, 1))
     assert [packing.row(number) for number in range(2)] == [
         [(2, 0, 2), (0, 0, 3), (3, 0, 2)],
         [(3, 1, 7), (1, 0, 1)],

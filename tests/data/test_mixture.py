@@ -25,7 +25,7 @@ SOUND: dict[str, Any] = {
     "sequence_length": 32,
     "batch_size": 2,
     "seed": 0,
-    "packing": "stream",
+    "packing": "concat",
 }
 
 
@@ -47,7 +47,7 @@ SOUND: dict[str, Any] = {
         ("long.every", 2.0, "every of a long rows is 2.0; it must be an integer"),
         ("batch_size", 2.0, "batch_size of a mixture is 2.0; it must be an integer"),
         ("seed", 1.5, "seed of a mixture is 1.5; it must be an integer"),
-        ("packing", ["stream"], r'packing of a mixture is \["stream"\]; it must be "stream" or "whole" or "alone"'),
+        ("packing", ["concat"], r'packing of a mixture is \["concat"\]; it must be "concat" or "no_split" or "one_per_row"'),
         ("cross_document_attention", "no", 'cross_document_attention of a mixture is "no"; it must be true or false'),
     ],
 )  # fmt: skip
@@ -75,6 +75,6 @@ def test_a_temperature_near_zero_draws_the_largest_language(
     given = copy.deepcopy(SOUND)
     del given["phases"][0]["long"]
     given["phases"][0]["sources"][0] |= {"path": str(tokens), "temperature": temperature}
-    drawn = {use.language: use.tokens for use in DataOrder(Mixture.from_json(given)).use()}
+    drawn = {use.language: use.tokens for use in DataOrder(Mixture.from_json(given)).usage()}
     assert np.argmax([drawn["de"], drawn["en"]]) == 0
     assert drawn["en"] <= 32

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from koine.data import decompression, read_records, tokenize
 from koine.data import lines as line_reading
-from koine.data import read_records, tokenize, unpacking
 from koine.data.json_rows import _Cutter
 from koine.errors import UserError
 
@@ -373,7 +373,7 @@ BOMBS: dict[str, Callable[[], Any]] = {
 def test_a_small_file_does_not_unpack_without_end(
     packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpacking, "SUSPECTS", ((2**23, 200),))
+    monkeypatch.setattr(decompression, "SUSPECTS", ((2**23, 200),))
     path = tmp_path / f"a.jsonl{packed}"
     path.write_bytes(packed_lines(BOMBS[packed](), b"\n", 2**26))
     assert path.stat().st_size < 2**16
@@ -385,7 +385,7 @@ def test_zstandard_is_unpacked_in_linear_time_and_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line of 300 MB out of 20 KB: what was quadratic took minutes here; the memory is that of the longest line, and a feed."""
-    monkeypatch.setattr(unpacking, "SUSPECTS", ((2**40, 1),))
+    monkeypatch.setattr(decompression, "SUSPECTS", ((2**40, 1),))
     monkeypatch.setattr(line_reading, "LONGEST_LINE", 2**22)
     path = tmp_path / "a.jsonl.zst"
     compress = zstandard.ZstdCompressor().compressobj()

@@ -289,7 +289,7 @@ def _base_of_mixture() -> Any:
         "sequence_length": 16,
         "batch_size": 2,
         "seed": 3,
-        "packing": "stream",
+        "packing": "concat",
         "cross_document_attention": False,
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from koine.tokenizer.corpus_sampling import draw, quotas
 from koine.tokenizer.embedding_init import auxiliary_vectors, initialise_rows, sparsemax
 from koine.tokenizer.extend import _missing_characters
 from koine.tokenizer.holdout import split_texts
-from koine.tokenizer.measures import Unit, measure
+from koine.tokenizer.measures import MeasuredText, measure
 from koine.tokenizer.predict import predict_costs
 from koine.tokenizer.pretoken_counts import PretokenCounts, feeding_scale, repeated
 from koine.tokenizer.token_bytes import scored_lengths
@@ -74,10 +74,10 @@ def test_temperature_is_the_root_of_the_share() -> None:
 
 
 def test_price_and_unknown_text_of_a_measure(small: Tokenizer) -> None:
-    found = measure({"t": Letters("ab c")}, [Unit("en", "ab c")], price_per_million=2.0)
+    found = measure({"t": Letters("ab c")}, [MeasuredText("en", "ab c")], price_per_million=2.0)
     # a token a byte: 10^6 bytes are 10^6 tokens
     assert found["t"]["en"]["cost_per_megabyte"] == pytest.approx(2.0)
-    found = measure({"t": Letters("abd", dear="d")}, [Unit("en", "abd")], price_per_million=3.0)
+    found = measure({"t": Letters("abd", dear="d")}, [MeasuredText("en", "abd")], price_per_million=3.0)
     assert found["t"]["en"]["cost_per_megabyte"] == pytest.approx(3.0 * 5 / 3)
 
     class Lossy(Letters):
@@ -86,7 +86,7 @@ def test_price_and_unknown_text_of_a_measure(small: Tokenizer) -> None:
 
     tokenizer = Lossy("abx")
     with pytest.warns(KoineWarning, match=r"t has no tokens for 1\.0% of en"):
-        measure({"t": tokenizer}, [Unit("en", "a" * 99 + "x")])
+        measure({"t": tokenizer}, [MeasuredText("en", "a" * 99 + "x")])
     tokenizer.unknown_id = 2
     assert scored_lengths(tokenizer, ["abx"], [[0, 1, 2]]) == ([3], [1])
 

@@ -14,7 +14,7 @@ from koine.errors import UserError
 from koine.tokenizer import Tokenizer, train_tokenizer
 from koine.tokenizer.extend import LONGEST_PRETOKEN, extend_tokenizer
 from koine.tokenizer.loaders import LONG_SPACES, open_tokenizer, read_ranks
-from koine.tokenizer.measures import Unit, measure
+from koine.tokenizer.measures import MeasuredText, measure
 from koine.tokenizer.pretoken_counts import count_pretokens
 from koine.tokenizer.pretokenize import LONGEST_RUN, pre_tokenizer, short_runs
 
@@ -86,7 +86,7 @@ def test_training_extending_and_measuring_end(name: str, small: Tokenizer, tmp_p
         extended = trained
         if name != "digits":  # of which nothing is to be learnt
             extended = extend_tokenizer(tmp_path, ((text, 1) for text in texts), new_tokens=5).tokenizer
-        measure({"a": trained, "b": extended}, [Unit("en", text) for text in texts])
+        measure({"a": trained, "b": extended}, [MeasuredText("en", text) for text in texts])
     for tokenizer in (trained, extended):
         back = tokenizer.decode(tokenizer.encode(RUNS[name]))
         assert back == unicodedata.normalize("NFC", RUNS[name])
@@ -135,7 +135,7 @@ def test_tiktoken_measures_a_million_spaces(ranks: Path) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
     # 999,999 spaces in one piece, and the last one before the word
     assert len(ids) == 4 + (999_999 // 64 + 6) + 6
-    found = measure({"t": tokenizer}, [Unit("en", text), Unit("en", "a lamp")])
+    found = measure({"t": tokenizer}, [MeasuredText("en", text), MeasuredText("en", "a lamp")])
     assert found["t"]["en"]["bytes"] == len(text) + 6
 
 

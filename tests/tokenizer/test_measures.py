@@ -13,7 +13,7 @@ import pytest
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import Tokenizer
 from koine.tokenizer.loaders import open_tokenizer
-from koine.tokenizer.measures import Unit, gini, measure, renyi_efficiency, script_of
+from koine.tokenizer.measures import MeasuredText, gini, measure, renyi_efficiency, script_of
 from koine.tokenizer.token_bytes import piece_bytes
 
 
@@ -34,11 +34,11 @@ class Bytes:
 
 
 UNITS = [
-    Unit("en", "ab cd", "1"),
-    Unit("en", "no translation", None),
-    Unit("de", "äb cd ef", "1"),
-    Unit("ja", "日本", "1"),
-    Unit("ja", "山", "2"),
+    MeasuredText("en", "ab cd", "1"),
+    MeasuredText("en", "no translation", None),
+    MeasuredText("de", "äb cd ef", "1"),
+    MeasuredText("ja", "日本", "1"),
+    MeasuredText("ja", "山", "2"),
 ]
 
 
@@ -81,7 +81,7 @@ def word_pieces(folder: Path, words: list[str]) -> Path:
 def test_a_tokenizer_that_does_not_know_a_script_does_not_win_on_it(tmp_path: Path) -> None:
     opened = open_tokenizer(word_pieces(tmp_path, ["the", "sea", "##s"]))
     thai = "แม่น้ำไหลลงทะเล"
-    units = [Unit("en", "the seas", "1"), Unit("th", thai, "1")]
+    units = [MeasuredText("en", "the seas", "1"), MeasuredText("th", thai, "1")]
     with pytest.warns(KoineWarning, match=r"pieces has no tokens for 100.0% of th: unknown text counts as"):
         rows = measure({"pieces": opened, "bytes": Bytes()}, units)
     # three tokens for the English, the Thai as if each of its bytes were a token
@@ -116,7 +116,7 @@ def test_sentencepiece_without_byte_fallback(tmp_path: Path) -> None:
     opened = open_tokenizer(tmp_path / "m.model")
     assert opened.unknown_bytes(["the sea", "the 日本 sea"]) == [0, 6]
     with pytest.warns(KoineWarning, match="100.0% of ja"):
-        rows = measure({"m": opened}, [Unit("ja", "日本", None)])["m"]
+        rows = measure({"m": opened}, [MeasuredText("ja", "日本", None)])["m"]
     assert rows["ja"]["bytes_per_token"] == pytest.approx(6 / 7)  # the six bytes and the leading space
 
 
@@ -183,7 +183,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
     ids = opened.encode_batch(["the sea", "日"])
     assert ids == processor.encode(["the sea", "日"])
     assert b"".join(map(opened.token_bytes, ids[1])) == " 日".encode()
-    rows = measure({"m": opened}, [Unit("ja", "日", None), Unit("en", "the sea", None)])["m"]
+    rows = measure({"m": opened}, [MeasuredText("ja", "日", None), MeasuredText("en", "the sea", None)])["m"]
     assert rows["ja"]["partial_character_share"] == pytest.approx(3 / 4)
     assert rows["en"]["partial_character_share"] == 0.0
 

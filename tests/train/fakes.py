@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from koine.data.mixture import Place, Shape
+from koine.data.mixture import Shape, StepPosition
 
 
 class FakeSpan(NamedTuple):
@@ -42,15 +42,15 @@ class FakeMixture:
     sequence_length: int = 16
     batch_size: int = 4
     seed: int = 0
-    packing: str = "stream"
+    packing: str = "concat"
     cross_document_attention: bool = True
 
-    def place(self, step: int) -> Place:
+    def position(self, step: int) -> StepPosition:
         index = 0
         while step >= self.phases[index].steps:
             step -= self.phases[index].steps
             index += 1
-        return Place(index, step, False, step)
+        return StepPosition(index, step, False, step)
 
     def shape(self, step: int) -> Shape:
         return Shape(self.sequence_length, self.batch_size)

@@ -57,7 +57,7 @@ def gpt2() -> CausalLM:
 def order(shards: dict[str, Path], steps: int = 12, **fields: Any) -> DataOrder:
     source = Source(name="short", path=shards["short"], proportion=1.0, max_epochs=99.0)
     phase = Phase(name="p", steps=steps, sources=(source,))
-    more = {"sequence_length": 48, "batch_size": 4, "packing": "alone", **fields}
+    more = {"sequence_length": 48, "batch_size": 4, "packing": "one_per_row", **fields}
     return DataOrder(Mixture(phases=(phase,), **more))
 
 
@@ -209,12 +209,12 @@ def test_gradient_checkpointing_is_theirs_and_changes_nothing(
 def test_packed_documents_are_refused_before_the_first_step(
     made: tuple[Path, dict[str, Path]], tmp_path: Path
 ) -> None:
-    for packing in ("stream", "whole"):
+    for packing in ("concat", "no_split"):
         with pytest.raises(
             UserError, match="LlamaForCausalLM cannot keep the documents of a row apart; choose"
         ):
             run(tmp_path / "o", llama(), order(made[1], 2, packing=packing))
-    run(tmp_path / "x", llama(), order(made[1], 2, packing="stream", cross_document_attention=True))
+    run(tmp_path / "x", llama(), order(made[1], 2, packing="concat", cross_document_attention=True))
     assert len(losses(tmp_path / "x")) == 2
     assert not (tmp_path / "o").exists()
     with pytest.raises(UserError, match="Linear is neither our decoder nor a model of transformers"):

@@ -39,6 +39,15 @@ def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+class _PackingChoice(click.Choice[str]):
+    """The packings of `Mixture`, by their names of today or before version 0.1.0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from koine.data.mixture import current_packing
+
+        return super().convert(current_packing(value), param, ctx)
+
+
 def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options that say what on to train, for how long, and where to."""
     options = (
@@ -69,10 +78,11 @@ def data_options(packing: str, sequence_length: int) -> Callable[[Callable[..., 
         ),
         click.option(
             "--packing",
-            type=click.Choice(["stream", "whole", "alone"]),
+            type=_PackingChoice(["concat", "no_split", "one_per_row"]),
             default=packing,
             show_default=True,
-            help="stream: documents are cut at a sequence's end; whole: they are not; alone: one document a sequence.",
+            help="concat: documents are joined and cut at a row's end; no_split: they are not cut; "
+            "one_per_row: one document a row, padded.",
         ),
         click.option(
             "--cross-document-attention",
@@ -137,7 +147,7 @@ def train() -> None:
     "--model", type=click.Path(path_type=Path), help="Model folder to go on from, in place of --preset."
 )
 @attention_options
-@data_options(packing="stream", sequence_length=1024)
+@data_options(packing="concat", sequence_length=1024)
 def pretrain(
     preset: str | None,
     model: Path | None,
@@ -221,7 +231,7 @@ def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
 
 @train.command()
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder to start from.")
-@data_options(packing="whole", sequence_length=1024)
+@data_options(packing="no_split", sequence_length=1024)
 def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
     """Supervised fine-tuning on chats: the loss is on the completions only."""
     from koine.train.objectives import supervised_fine_tuning

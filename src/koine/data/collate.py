@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Span
 from koine.data.mixture import Source
-from koine.data.packing import Pieces, StreamPacking, WholePacking
+from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking
 from koine.data.shards import TokenSource
 
 
@@ -22,7 +22,7 @@ class Component:
     tokens: TokenSource
     language: str
     weight: float
-    packing: StreamPacking | WholePacking
+    packing: ConcatPacking | NoSplitPacking
 
     @property
     def key(self) -> tuple[str, str]:
@@ -32,7 +32,7 @@ class Component:
 
 def fill(
     component: Component,
-    pieces: list[Pieces],
+    pieces: list[DocumentSlice],
     tokens: NDArray[Any],
     targets: NDArray[Any],
     ids: NDArray[Any],
@@ -68,7 +68,7 @@ def _counts_as_target(component: Component, document: int, position: int) -> boo
     return bool(component.tokens.mask(document, position, position + 1)[0])
 
 
-def spans_of(content: list[tuple[Component, list[Pieces]]], time: int) -> list[list[Span]]:
+def spans_of(content: list[tuple[Component, list[DocumentSlice]]], time: int) -> list[list[Span]]:
     rows = []
     for component, pieces in content:
         row, column = [], 0

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Batch
 from koine.data.collate import Component, fill, spans_of
-from koine.data.drawn import Drawn, furthest
+from koine.data.drawn import Drawn, merge_drawn
 from koine.data.mixture import Mixture, Packing, Shape, Source
-from koine.data.packing import AlonePacking, Pieces, StreamPacking, WholePacking
+from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking, OnePerRowPacking
 from koine.data.shards import TokenSource
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import sha256_file
@@ -33,17 +33,17 @@ from koine.files import sha256_file
 BLOCK = 4096
 """Sequences in which proportions hold exactly, to 1 / BLOCK."""
 
-PACKINGS: dict[Packing, type[StreamPacking | WholePacking]] = {
-    "stream": StreamPacking,
-    "whole": WholePacking,
-    "alone": AlonePacking,
+PACKINGS: dict[Packing, type[ConcatPacking | NoSplitPacking]] = {
+    "concat": ConcatPacking,
+    "no_split": NoSplitPacking,
+    "one_per_row": OnePerRowPacking,
 }
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Use:
+class Usage:
     """How much of a component a phase draws, in rows of one length."""
 
     phase: str
@@ -55,7 +55,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class _Lane:
+class _BatchGroup:
     """The batches of one kind in a phase: its long rows, or its others."""
 
     phase: int
@@ -67,9 +67,9 @@ class _Lane:
     """Sequences of each component in a block."""
 
 
-Stock = tuple[str, str, int, int]
+DocumentPool = tuple[str, str, int, int]
 """A folder, a language, tokens of a row, and tokens that a document has at least: what rows are drawn from in one order."""
-Packings = dict[Stock, StreamPacking | WholePacking]
+Packings = dict[DocumentPool, ConcatPacking | NoSplitPacking]
 
 
 class DataOrder:
@@ -94,14 +94,14 @@ class DataOrder:
                 hint="tokenize all of them with the tokenizer of the model",
             )
         packings: Packings = {}
-        self._lanes = {
-            (index, long): self._lane(index, long, packings)
+        self._groups = {
+            (index, long): self._group(index, long, packings)
             for index, phase in enumerate(mixture.phases)
             for long in ((False, True) if phase.long is not None else (False,))
         }
         self._manifests: dict[Path, str] = {}
-        self._patterns: _Recent[tuple[NDArray[Any], NDArray[Any]]] = _Recent(8)
-        self._offsets = self._lane_offsets()
+        self._patterns: _RecentlyUsed[tuple[NDArray[Any], NDArray[Any]]] = _RecentlyUsed(8)
+        self._offsets = self._first_sequences()
         self._warn_of_repeats()
         self._warn_of_cut_documents(packings)
 
@@ -110,7 +110,7 @@ class DataOrder:
         """sha256 of the tokenizer that made all sources."""
         return next(iter(self.sources.values())).tokenizer_fingerprint
 
-    def _lane(self, index: int, long: bool, packings: Packings) -> _Lane:
+    def _group(self, index: int, long: bool, packings: Packings) -> _BatchGroup:
         phase, shape = self.mixture.phases[index], self.mixture.phase_shape(index, long=long)
         sources = phase.long.sources if long and phase.long is not None else ()
         components = [
@@ -118,9 +118,9 @@ class DataOrder:
             for source in sources or phase.sources
             for component in self._components(source, shape.sequence_length, packings)
         ]
-        _refuse_twice(phase.name, components)
+        _check_no_overlap(phase.name, components)
         counts = _apportion(np.array([component.weight for component in components]), BLOCK)
-        return _Lane(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
+        return _BatchGroup(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
 
     def _components(self, source: Source, time: int, packings: Packings) -> Iterator[Component]:
         tokens = self.sources[source.path]
@@ -158,19 +158,19 @@ class DataOrder:
                 kind = PACKINGS[self.mixture.packing]
                 # Rows of each length pass over the documents on their own, with a shuffle of their own.
                 own = () if time == self.mixture.sequence_length and not least else (time, least)
-                seed = (self.mixture.seed, _stable_number(code), *own)
+                seed = (self.mixture.seed, _stable_hash(code), *own)
                 packings[key] = kind(documents, tokens.lengths, time, seed)
             yield Component(source, tokens, code, weight * scale, packings[key])
 
     # -- which component, and where in it ------------------------------------------------------------------------------
 
-    def _pattern(self, lane: _Lane, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _pattern(self, group: _BatchGroup, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """For each sequence of a block its component, and how many of that component came before it in the block."""
 
         def draw() -> tuple[NDArray[Any], NDArray[Any]]:
-            counts = lane.counts
-            salt = 0x10B6 if lane.long else 0xB10C
-            generator = np.random.Generator(np.random.Philox([self.mixture.seed, lane.phase, block, salt]))
+            counts = group.counts
+            salt = 0x10B6 if group.long else 0xB10C
+            generator = np.random.Generator(np.random.Philox([self.mixture.seed, group.phase, block, salt]))
             component = np.repeat(np.arange(len(counts)), counts)
             rank = np.concatenate([np.arange(count) for count in counts])
             # Each component's sequences are spread evenly, from a start of its own.
@@ -178,9 +178,9 @@ class DataOrder:
             order = np.argsort(keys, kind="stable")
             return component[order], rank[order]
 
-        return self._patterns.get((lane.phase, lane.long, block), draw)
+        return self._patterns.get((group.phase, group.long, block), draw)
 
-    def _lane_offsets(self) -> dict[tuple[int, bool], list[int]]:
+    def _first_sequences(self) -> dict[tuple[int, bool], list[int]]:
         """Sequences and documents drawn in earlier phases and trainings, per lane and component.
 
         Only sequences of the same length count.
@@ -192,16 +192,16 @@ class DataOrder:
             if documents:
                 drawn[id(component.packing)] = component.packing.first_row_after(documents)
         offsets = {}
-        for name, lane in self._lanes.items():
+        for name, group in self._groups.items():
             # Components that draw the same rows share one packing.
-            offsets[name] = [drawn[id(component.packing)] for component in lane.components]
-            for component, used in zip(lane.components, self._drawn(lane), strict=True):
+            offsets[name] = [drawn[id(component.packing)] for component in group.components]
+            for component, used in zip(group.components, self._drawn(group), strict=True):
                 drawn[id(component.packing)] += used
         return offsets
 
     def _distinct_components(self) -> list[Component]:
         """One component for each order of documents."""
-        found = {id(one.packing): one for lane in self._lanes.values() for one in lane.components}
+        found = {id(one.packing): one for group in self._groups.values() for one in group.components}
         return list(found.values())
 
     def _key(self, component: Component) -> tuple[str, str, tuple[int, ...]]:
@@ -214,8 +214,8 @@ class DataOrder:
     def drawn(self) -> tuple[Drawn, ...]:
         """Documents that all steps draw of each source and language, with those drawn before."""
         rows: dict[int, int] = {}
-        for name, lane in self._lanes.items():
-            counts = zip(lane.components, self._offsets[name], self._drawn(lane), strict=True)
+        for name, group in self._groups.items():
+            counts = zip(group.components, self._offsets[name], self._drawn(group), strict=True)
             for component, before, used in counts:
                 rows[id(component.packing)] = max(rows.get(id(component.packing), 0), before + used)
         found = []
@@ -223,26 +223,26 @@ class DataOrder:
             source, language, shuffle = self._key(component)
             documents = component.packing.documents_before(rows[id(component.packing)])
             found.append(Drawn(source=source, language=language, shuffle=shuffle, documents=documents))
-        return furthest([self.mixture.drawn, found])
+        return merge_drawn([self.mixture.drawn, found])
 
-    def _drawn(self, lane: _Lane) -> list[int]:
+    def _drawn(self, group: _BatchGroup) -> list[int]:
         """Sequences of each component in all of a lane's steps."""
-        blocks, rest = divmod(lane.steps * lane.shape.batch_size, BLOCK)
-        counts = lane.counts * blocks
+        blocks, rest = divmod(group.steps * group.shape.batch_size, BLOCK)
+        counts = group.counts * blocks
         if rest:
-            counts = counts + np.bincount(self._pattern(lane, blocks)[0][:rest], minlength=len(counts))
+            counts = counts + np.bincount(self._pattern(group, blocks)[0][:rest], minlength=len(counts))
         return [int(count) for count in counts]
 
-    def _rows(self, step: int, rows: range) -> list[tuple[Component, list[Pieces]]]:
-        place = self.mixture.place(step)
-        lane, offsets = self._lanes[place.phase, place.long], self._offsets[place.phase, place.long]
+    def _rows(self, step: int, rows: range) -> list[tuple[Component, list[DocumentSlice]]]:
+        place = self.mixture.position(step)
+        group, offsets = self._groups[place.phase, place.long], self._offsets[place.phase, place.long]
         out = []
         for row in rows:
-            block, index = divmod(place.number * lane.shape.batch_size + row, BLOCK)
-            which, rank = self._pattern(lane, block)
+            block, index = divmod(place.number * group.shape.batch_size + row, BLOCK)
+            which, rank = self._pattern(group, block)
             number = int(which[index])
-            component = lane.components[number]
-            before = offsets[number] + block * int(lane.counts[number]) + int(rank[index])
+            component = group.components[number]
+            before = offsets[number] + block * int(group.counts[number]) + int(rank[index])
             out.append((component, component.packing.row(before)))
         return out
 
@@ -281,26 +281,26 @@ class DataOrder:
 
     # -- what it comes to ----------------------------------------------------------------------------------------------
 
-    def use(self) -> list[Use]:
+    def usage(self) -> list[Usage]:
         """Tokens and passes over each component, phase by phase; rows of two lengths count apart."""
         return [
-            Use(
-                self.mixture.phases[lane.phase].name,
+            Usage(
+                self.mixture.phases[group.phase].name,
                 component.source.name,
                 component.language,
-                drawn * lane.shape.sequence_length,
+                drawn * group.shape.sequence_length,
                 drawn / component.packing.rows_in_epoch(),
-                lane.shape.sequence_length,
+                group.shape.sequence_length,
             )
-            for lane in self._lanes.values()
-            for component, drawn in zip(lane.components, self._drawn(lane), strict=True)
+            for group in self._groups.values()
+            for component, drawn in zip(group.components, self._drawn(group), strict=True)
         ]
 
     def _warn_of_repeats(self) -> None:
         passes: dict[tuple[str, str], float] = {}
         limits: dict[tuple[str, str], tuple[float, str]] = {}
-        for lane in self._lanes.values():
-            for component, drawn in zip(lane.components, self._drawn(lane), strict=True):
+        for group in self._groups.values():
+            for component, drawn in zip(group.components, self._drawn(group), strict=True):
                 key = component.key
                 passes[key] = passes.get(key, 0.0) + drawn / component.packing.rows_in_epoch()
                 limits[key] = (component.source.max_epochs, component.source.name)
@@ -319,7 +319,7 @@ class DataOrder:
     def _warn_of_cut_documents(self, packings: Packings) -> None:
         counts: dict[int, list[tuple[int, int]]] = {}
         for (_, _, time, _), packing in packings.items():
-            if isinstance(packing, WholePacking):
+            if isinstance(packing, NoSplitPacking):
                 counts.setdefault(time, []).append(packing.cut_off())
         for time, found in counts.items():
             cut, total = (sum(column) for column in zip(*found, strict=True))
@@ -332,7 +332,7 @@ class DataOrder:
                 )
 
 
-def _refuse_twice(phase: str, components: list[Component]) -> None:
+def _check_no_overlap(phase: str, components: list[Component]) -> None:
     """Two sources of a phase that read the same documents would draw the same rows."""
     seen: dict[tuple[str, str], str] = {}
     for component in components:
@@ -357,12 +357,12 @@ def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
     return out
 
 
-def _stable_number(text: str) -> int:
+def _stable_hash(text: str) -> int:
     """A number that depends on the text alone (Python's own hash changes from process to process)."""
     return int.from_bytes(text.encode("utf-8")[:8].ljust(8, b"\0"), "big")
 
 
-class _Recent(OrderedDict[Any, T]):
+class _RecentlyUsed(OrderedDict[Any, T]):
     """The few values computed last."""
 
     def __init__(self, size: int) -> None:

@@ -60,7 +60,7 @@ def from_json(value: Any, *, where: Path) -> list[Drawn]:
     return [Drawn(**one) for one in value]
 
 
-def furthest(parts: Iterable[Iterable[Drawn]]) -> tuple[Drawn, ...]:
+def merge_drawn(parts: Iterable[Iterable[Drawn]]) -> tuple[Drawn, ...]:
     """Join the places of several models: of equal ones the furthest.
 
     A document that one of them has seen is not fresh for their mix.
@@ -82,11 +82,11 @@ def read_drawn(model: Path) -> tuple[Drawn, ...]:
             content = read_json(path)
             value = content.get("drawn", []) if isinstance(content, dict) else None
             found.append(from_json(value, where=path))
-    return furthest(found)
+    return merge_drawn(found)
 
 
 def carry_drawn(models: Iterable[Path], out: Path) -> None:
     """Write into `out`, which was made of `models`, what they have drawn; no file where nothing is known."""
-    drawn = furthest(read_drawn(model) for model in models)
+    drawn = merge_drawn(read_drawn(model) for model in models)
     if drawn:
         write_json(out / FILE, {"drawn": [one.to_json() for one in drawn]})

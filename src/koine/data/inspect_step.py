@@ -44,7 +44,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
                 where=path,
                 hint="restore them, or train again",
             )
-    _refuse_edited(record)
+    _check_not_edited(record)
     out = []
     for row, spans in enumerate(order.batch(step).documents):
         for span in spans:
@@ -57,7 +57,7 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
     return out
 
 
-def _refuse_edited(record: Path) -> None:
+def _check_not_edited(record: Path) -> None:
     """Raise `UserError` where a training's record tells of another mixture than it was trained on.
 
     The record holds the mixture twice, once without paths: where one was changed, a step of another mixture

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import chain
 from typing import IO, Any
 
+from koine.data.decompression import stream_of
 from koine.data.lines import BOM, LONGEST_LINE, in_utf8, lines
-from koine.data.unpacking import stream_of
 
 Row = tuple[str, dict[str, Any] | str]
 """Place of a row (`line 12`), and the row or its fault."""

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain
 from typing import IO
 
-from koine.data.unpacking import stream_of
+from koine.data.decompression import stream_of
 
 LONGEST_LINE = 64 * 2**20
 """Bytes of a line, and of a record; a longer one is a bad record."""

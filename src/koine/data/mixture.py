@@ -18,7 +18,9 @@ from koine.errors import UserError, did_you_mean
 from koine.fields import MAX_INTEGER, check_integer, check_number, short_repr
 from koine.languages import language
 
-Packing = Literal["stream", "whole", "alone"]
+Packing = Literal["concat", "no_split", "one_per_row"]
+_PACKING_BEFORE = {"stream": "concat", "whole": "no_split", "alone": "one_per_row"}
+"""Names of the packings before version 0.1.0; read, never written."""
 MOST_TOKENS = 2**28
 """Tokens of a step at most: several times what the largest published trainings take."""
 MOST_STEPS = 2**36
@@ -83,7 +85,7 @@ class Shape(NamedTuple):
         return self.sequence_length * self.batch_size
 
 
-class Place(NamedTuple):
+class StepPosition(NamedTuple):
     """Where a step of a mixture is."""
 
     phase: int
@@ -167,16 +169,22 @@ class Phase:
 class Mixture:
     """Everything that the data order depends on.
 
-    `sequence_length` and `batch_size` are those of every phase that has none of its own. `packing` `"stream"`: documents are shuffled, joined and cut every `sequence_length` tokens. `"whole"`: a row holds whole documents,
-    and only one longer than the row is cut off. `"alone"`: the same with one document a row, the rest of it padding. With `cross_document_attention`, attention and targets run on across the
-    boundary of two documents; without, neither does.
+    `sequence_length` and `batch_size` hold for every phase that has none of its own.
+
+    `packing` says how documents fill rows:
+
+    - `"concat"`: documents are shuffled, joined and cut every `sequence_length` tokens;
+    - `"no_split"`: a row holds whole documents; only a document longer than the row is truncated;
+    - `"one_per_row"`: one document a row, truncated if longer; the rest of the row is padding.
+
+    With `cross_document_attention`, attention and targets cross the boundary of two documents in a row.
     """
 
     phases: tuple[Phase, ...]
     sequence_length: int
     batch_size: int
     seed: int = 0
-    packing: Packing = "stream"
+    packing: Packing = "concat"
     cross_document_attention: bool = False
     drawn: tuple[Drawn, ...] = ()
     """Documents drawn by earlier trainings (`koine.data.drawn`): the first phase goes on after them."""
@@ -203,6 +211,7 @@ class Mixture:
                 )
         if check_integer("seed", self.seed, high=2**63 - 1) < 0:
             raise UserError(f"the seed is {self.seed}", hint="it must not be negative")
+        object.__setattr__(self, "packing", current_packing(self.packing))
         if self.packing not in get_args(Packing):
             raise UserError(
                 f"unknown packing '{self.packing}'", hint=did_you_mean(self.packing, get_args(Packing))
@@ -213,7 +222,7 @@ class Mixture:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
-    def place(self, step: int) -> Place:
+    def position(self, step: int) -> StepPosition:
         """The phase of a step, and where in it the step is. Raises `UserError` outside the mixture."""
         if not 0 <= step < self.steps:
             raise UserError(
@@ -226,8 +235,8 @@ class Mixture:
         every = self.long_every(index)
         before = inside // every if every else 0
         if every and (inside + 1) % every == 0:
-            return Place(index, inside, True, before)
-        return Place(index, inside, False, inside - before)
+            return StepPosition(index, inside, True, before)
+        return StepPosition(index, inside, False, inside - before)
 
     def long_every(self, phase: int) -> int:
         """Every how many steps of a phase are of long rows; 0: none is."""
@@ -244,7 +253,7 @@ class Mixture:
 
     def shape(self, step: int) -> Shape:
         """What a step holds."""
-        place = self.place(step)
+        place = self.position(step)
         return self.phase_shape(place.phase, long=place.long)
 
     def phase_steps(self, phase: int, *, long: bool) -> int:
@@ -315,6 +324,18 @@ class Mixture:
         fields = _fields(Mixture, value, where)
         fields["drawn"] = read_places(fields.get("drawn", []), where=Path(where))
         return Mixture(**{**fields, "phases": tuple(phase(one) for one in fields["phases"])})
+
+
+def current_packing(name: Any) -> Any:
+    """Return today's name of a packing for a name of an earlier version; anything else as it is."""
+    return _PACKING_BEFORE.get(name, name) if isinstance(name, str) else name
+
+
+def with_current_names(recorded: Any) -> Any:
+    """Return a recorded mixture (JSON) with today's names, to compare it with a mixture of today."""
+    if not isinstance(recorded, dict) or "packing" not in recorded:
+        return recorded
+    return {**recorded, "packing": current_packing(recorded["packing"])}
 
 
 def _check_shape(sequence_length: int | None, batch_size: int | None, where: str | None) -> None:

@@ -1,4 +1,7 @@
-"""How the documents of one language become rows: joined and cut, whole, or alone. Row `n` follows from `n` alone."""
+"""How the documents of one language become rows: joined and cut, not split, or one a row.
+
+Row `n` depends on `n` only.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 KEPT_EPOCHS = 2
 
 
-class Pieces(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Tokens `[start, end)` of a document, in a row."""
 
     document: int
@@ -46,7 +49,7 @@ class _Epochs:
         return self._seed
 
 
-class StreamPacking(_Epochs):
+class ConcatPacking(_Epochs):
     """All documents of an epoch joined, epoch after epoch, and cut every `time` tokens."""
 
     def __init__(
@@ -82,7 +85,7 @@ class StreamPacking(_Epochs):
         kept: tuple[NDArray[Any], NDArray[Any]] = self._keep(epoch, (order, ends))
         return kept
 
-    def row(self, number: int) -> list[Pieces]:
+    def row(self, number: int) -> list[DocumentSlice]:
         """The pieces of row `number`; together they hold one token more than the row, the last position's target."""
         epoch, position = divmod(number * self._time, self._total)
         wanted = self._time + 1
@@ -96,7 +99,7 @@ class StreamPacking(_Epochs):
                 start = length - (int(ends[index]) - position)
                 end = min(length, start + wanted)
                 if end > start:
-                    pieces.append(Pieces(int(self._documents[which]), start, end))
+                    pieces.append(DocumentSlice(int(self._documents[which]), start, end))
                 wanted -= end - start
                 position += end - start
                 index += 1
@@ -104,7 +107,7 @@ class StreamPacking(_Epochs):
         return pieces
 
 
-class WholePacking(_Epochs):
+class NoSplitPacking(_Epochs):
     """Rows of whole documents in shuffled order, a new row where the next one does not fit; longer ones are cut off."""
 
     def __init__(
@@ -162,17 +165,17 @@ class WholePacking(_Epochs):
             filled = int(ends[begins[-1] - 1])
         return np.array(begins)
 
-    def row(self, number: int) -> list[Pieces]:
+    def row(self, number: int) -> list[DocumentSlice]:
         """The pieces of row `number`."""
         epoch, inside = self._locate(number)
         order, begins = self._epoch(epoch)
         return [
-            Pieces(int(self._documents[which]), 0, int(min(self._lengths[which], self._time)))
+            DocumentSlice(int(self._documents[which]), 0, int(min(self._lengths[which], self._time)))
             for which in order[begins[inside] : begins[inside + 1]]
         ]
 
 
-class AlonePacking(WholePacking):
+class OnePerRowPacking(NoSplitPacking):
     """A document a row, in shuffled order; what is longer than the row is cut off."""
 
     def _begins(self, order: NDArray[Any]) -> NDArray[Any]:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-from koine.data.cells import OpenQuoteError, read_cells
+from koine.data.csv_rows import OpenQuoteError, read_csv_rows
+from koine.data.decompression import COMPRESSIONS, decompressed
 from koine.data.json_rows import Row, UnendingError, read_json_rows
 from koine.data.lines import in_utf8, lines
 from koine.data.tables import ALL, Columns, TableError, read_arrow, read_orc, read_parquet
-from koine.data.unpacking import COMPRESSIONS, unpacked
 from koine.errors import UserError, did_you_mean, first_line
 from koine.fields import check_file_name
 from koine.files import read_json, walk
@@ -68,8 +68,8 @@ _TEXTS: dict[str, Callable[[IO[bytes], TextUnit], Iterator[Row]]] = {
     ".txt": _read_txt,
     ".jsonl": read_json_rows,
     ".ndjson": read_json_rows,
-    ".csv": lambda file, _: read_cells(file, ","),
-    ".tsv": lambda file, _: read_cells(file, "\t"),
+    ".csv": lambda file, _: read_csv_rows(file, ","),
+    ".tsv": lambda file, _: read_csv_rows(file, "\t"),
 }
 _TABLES: dict[str, Callable[[IO[bytes], Columns], Iterator[Row]]] = {
     ".parquet": read_parquet,
@@ -136,7 +136,7 @@ def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = AL
         raise _unknown_kind(path)
     damaged = "it is truncated or damaged; copy or write it again"
     try:
-        with unpacked(path) as file:
+        with decompressed(path) as file:
             if kind in _TABLES:
                 yield from _TABLES[kind](file, columns)
             else:
@@ -151,7 +151,7 @@ def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = AL
     except PermissionError:
         raise UserError("cannot be read", where=path, hint="check its permissions") from None
     except OSError as error:
-        _refuse_no_file(path)
+        _check_is_file_or_folder(path)
         reason = error.strerror or first_line(error)
         raise UserError(
             f"cannot be read ({reason})", where=path, hint="check the file and the disk"
@@ -189,7 +189,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        _refuse_no_file(path)
+        _check_is_file_or_folder(path)
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         nearby = [entry.name for entry in beside if not entry.name.startswith(".")]
         raise UserError(
@@ -214,7 +214,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
     return found
 
 
-def _refuse_no_file(path: Path) -> None:
+def _check_is_file_or_folder(path: Path) -> None:
     """Raise `UserError` where something stands under a name that is neither a file nor a folder: no name is wrong there."""
     if path.is_symlink() and not path.exists():
         target = Path(os.path.realpath(path))

@@ -71,10 +71,10 @@ def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
     if file.seekable():
         yield file
         return
-    with tempfile.TemporaryFile() as unpacked:
-        shutil.copyfileobj(file, unpacked)
-        unpacked.seek(0)
-        yield unpacked
+    with tempfile.TemporaryFile() as decompressed:
+        shutil.copyfileobj(file, decompressed)
+        decompressed.seek(0)
+        yield decompressed
 
 
 def read_parquet(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:

@@ -101,7 +101,7 @@ def adapt_to(
             sequence_length,
             batch_size,
             seed,
-            packing="whole" if kind == "chats" else "stream",
+            packing="no_split" if kind == "chats" else "concat",
         ),
         training_settings(
             learning_rate=learning_rate,

@@ -65,7 +65,7 @@ def new_seed(
     ]
     train_step(
         Decoder(config),
-        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="concat"),
         training_settings(
             learning_rate=learning_rate, schedule="cosine", min_lr_ratio=0.1, steps=steps, micro_batch_size=micro_batch_size,
             dtype=dtype, evaluate_every=0, seed=seed, threads=threads,
@@ -109,7 +109,7 @@ def train_on(
     ]
     train_step(
         load_model(model),
-        phase_of("continue", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        phase_of("continue", sources, steps, sequence_length, batch_size, seed, packing="concat"),
         training_settings(
             learning_rate=learning_rate,
             schedule="cosine",

@@ -115,7 +115,7 @@ def pretrain(
         sources.append(Source(name="code", path=code / "tokens", proportion=code_share))
     train_step(
         model,
-        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="stream"),
+        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="concat"),
         training_settings(
             learning_rate=learning_rate,
             schedule="cosine",
@@ -168,7 +168,7 @@ def teach_chat(
             sequence_length,
             batch_size,
             seed,
-            packing="whole",
+            packing="no_split",
         ),
         training_settings(
             learning_rate=learning_rate,

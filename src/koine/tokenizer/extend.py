@@ -37,7 +37,7 @@ Longer ones are cut, since the trainer needs time in the square of their length.
 
 
 @dataclass(frozen=True)
-class Extended:
+class ExtendedTokenizer:
     """A tokenizer with tokens added to it, `added_characters` of them characters that it had only as bytes or not at all."""
 
     tokenizer: Tokenizer
@@ -53,7 +53,7 @@ def extend_tokenizer(
     new_tokens: int,
     min_frequency: int = 5,
     training: Mapping[str, Any] | None = None,
-) -> Extended:
+) -> ExtendedTokenizer:
     """The tokenizer of folder `base` with up to `new_tokens` more, learnt from (text, times).
 
     A byte-fallback vocabulary decodes `<0xE0>` only where it stands alone, so its bytes cannot be merged: the characters that the text
@@ -139,7 +139,7 @@ def extend_tokenizer(
     extended = Tokenizer(files, where=base)
     _check_kept(old, extended)
     _check_decodes(old, extended, sample, base)
-    return Extended(extended, added, len(merges), len(characters))
+    return ExtendedTokenizer(extended, added, len(merges), len(characters))
 
 
 def _keep_added_ids(content: dict[str, Any], old: Tokenizer, base: Path) -> None:

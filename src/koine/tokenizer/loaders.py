@@ -20,7 +20,7 @@ from koine.errors import UserError, first_line
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.tokenizer.control import PlainText, library_errors, read_bytes, read_text
-from koine.tokenizer.token_bytes import SPACE_MARK, AnyTokenizer, Spelling, piece_bytes
+from koine.tokenizer.token_bytes import SPACE_MARK, AnyTokenizer, TokenBytes, piece_bytes
 
 # How the published vocabularies cut text; a `.tiktoken` file holds the ranks alone.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -69,17 +69,17 @@ class _Backend:
         if not ids:
             raise UserError("a tokenizer without tokens", where=where, hint="give another")
         self.vocab_size = max(ids.values()) + 1
-        self._spelling = Spelling(self._plain.backend, self._plain.content)
-        self.unknown_id = self._spelling.unknown_id
+        self._token_bytes = TokenBytes(self._plain.backend, self._plain.content)
+        self.unknown_id = self._token_bytes.unknown_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._plain.encode_batch(texts)
 
     def token_bytes(self, token_id: int) -> bytes:
-        return self._spelling.token_bytes(token_id)
+        return self._token_bytes.token_bytes(token_id)
 
     def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
-        return self._spelling.unknown_bytes(texts)
+        return self._token_bytes.unknown_bytes(texts)
 
 
 class _Tiktoken:
@@ -258,7 +258,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         TypeError,
         ValueError,
     ) as error:
-        _refuse_custom_code(path)
+        _check_no_custom_code(path)
         raise UserError(f"{cannot} ({first_line(error)})", where=path, hint=hint) from None
     backend = getattr(opened, "backend_tokenizer", None)
     if backend is None:
@@ -270,7 +270,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
     return _Backend(backend.to_str(), path)
 
 
-def _refuse_custom_code(path: Path) -> None:
+def _check_no_custom_code(path: Path) -> None:
     """Raise `UserError` for a tokenizer of its own Python code, which is never run."""
     config = path / "tokenizer_config.json"
     about = read_json(config) if config.is_file() else {}

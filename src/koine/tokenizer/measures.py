@@ -52,7 +52,7 @@ Measures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Unit:
+class MeasuredText:
     """A piece of text to measure. Units of one `parallel_id` are translations of each other."""
 
     language: str
@@ -82,7 +82,7 @@ class _Count:
 
 def measure(
     tokenizers: Mapping[str, AnyTokenizer],
-    units: Iterable[Unit],
+    units: Iterable[MeasuredText],
     *,
     languages: Collection[str] | None = None,
     price_per_million: float | None = None,
@@ -104,7 +104,7 @@ def measure(
     counts: dict[str, dict[str, _Count]] = {name: {} for name in tokenizers}
     seconds = dict.fromkeys(tokenizers, 0.0)
     for batch in _batches(units):
-        by_language: dict[str, list[Unit]] = {}
+        by_language: dict[str, list[MeasuredText]] = {}
         for unit in batch:
             by_language.setdefault(unit.language, []).append(unit)
         for code, group in by_language.items():
@@ -153,8 +153,8 @@ def _say_unknown(
             )
 
 
-def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
-    batch: list[Unit] = []
+def _batches(units: Iterable[MeasuredText]) -> Iterator[list[MeasuredText]]:
+    batch: list[MeasuredText] = []
     size = 0
     for unit in units:
         batch.append(unit)
@@ -166,7 +166,7 @@ def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
         yield batch
 
 
-def _read(text: _Text, units: Sequence[Unit], code: str) -> list[int]:
+def _read(text: _Text, units: Sequence[MeasuredText], code: str) -> list[int]:
     """Add the units to the language's text; the places in the list of those that are the first with their parallel identifier."""
     spaced = language(code).script not in UNSPACED_SCRIPTS if code != "und" else False
     places = []

@@ -43,7 +43,7 @@ class AnyTokenizer(Protocol):
         ...
 
 
-class Spelling:
+class TokenBytes:
     """The bytes of the tokens of one `tokenizers.Tokenizer`.
 
     Attributes:

@@ -29,7 +29,7 @@ from koine.tokenizer.special import (
 )
 from koine.tokenizer.streaming import StreamDecoder, WindowStreamDecoder
 from koine.tokenizer.template import completion_spans
-from koine.tokenizer.token_bytes import Spelling
+from koine.tokenizer.token_bytes import TokenBytes
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -144,21 +144,21 @@ class Tokenizer:
 
         Where a SentencePiece-style tokenizer begins every text with a space, the bytes of the text's tokens begin with it too.
         """
-        return self._spelling.token_bytes(token_id)
+        return self._token_bytes.token_bytes(token_id)
 
     @property
     def lossless(self) -> bool:
         """Whether every text has tokens: the vocabulary holds all bytes."""
-        return self._spelling.lossless
+        return self._token_bytes.lossless
 
     @property
     def unknown_id(self) -> int | None:
         """The token that stands for text of which the vocabulary has nothing; None where there is none, as in ours."""
-        return self._spelling.unknown_id
+        return self._token_bytes.unknown_id
 
     def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
         """UTF-8 bytes of each text, without its spaces, that the tokenizer reads as unknown or drops."""
-        return self._spelling.unknown_bytes(texts)
+        return self._token_bytes.unknown_bytes(texts)
 
     # --- files ---
 
@@ -182,8 +182,8 @@ class Tokenizer:
         return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
 
     @cached_property
-    def _spelling(self) -> Spelling:
-        return Spelling(self._backend, self._content)
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self._backend, self._content)
 
     @cached_property
     def _parsing_backend(self) -> Any:

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from koine.tokenizer.token_bytes import AnyTokenizer, exact_ids
-
-
-class Named(Protocol):
-    """The special ids that play the same part in every tokenizer."""
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from koine.data.inspect_step import without_paths
+from koine.data.mixture import with_current_names
 from koine.errors import UserError
 from koine.files import sha256_file
 from koine.train.model_adapters import configuration
@@ -65,6 +66,7 @@ def check_difference(before: dict[str, Any], now: dict[str, Any], where: Path) -
     """Raise `UserError` with every field that differs between a folder's training and the one that is asked for."""
     from koine.train.checkpoint import difference
 
+    before = {**before, "mixture": with_current_names(before.get("mixture"))}
     lines = difference(before, now)
     if lines:
         raise UserError(

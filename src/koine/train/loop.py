@@ -158,7 +158,7 @@ def _train(
     try:
         for step in range(first_step, steps):
             begin = time.perf_counter()
-            place, shape = mixture.place(step), mixture.shape(step)
+            place, shape = mixture.position(step), mixture.shape(step)
             rows, micro, flops, ceiling = work[shape]
             watch = watches[place.long]
             if place.inside == 0:

@@ -25,11 +25,11 @@ def check_packed_documents(model: nn.Module, mixture: Mixture, where: Path) -> N
             where=where,
             hint="give a model that koine.model.load_causal_lm opened",
         )
-    if mixture.packing != "alone" and not mixture.cross_document_attention:
+    if mixture.packing != "one_per_row" and not mixture.cross_document_attention:
         raise UserError(
             f"{type(model.inner).__name__} cannot keep the documents of a row apart",
             where=where,
-            hint="choose packing 'alone' (one document a row), or let attention cross documents",
+            hint="choose packing 'one_per_row' (one document a row), or let attention cross documents",
         )
 
 

@@ -53,7 +53,7 @@ def extend(
     from koine.tokenizer.extend import extend_tokenizer, trained_languages
     from koine.tokenizer.holdout import EVERY, split_texts
     from koine.tokenizer.loaders import open_tokenizer
-    from koine.tokenizer.measures import Unit
+    from koine.tokenizer.measures import MeasuredText
     from koine.tokenizer.measures import measure as measure_tokenizers
     from koine.tokenizer.token_bytes import AnyTokenizer
 
@@ -113,7 +113,7 @@ def extend(
         click.echo(
             f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from {', '.join([*sizes, *old])}, weighted as they are"
         )
-    units = [Unit(code, text) for code, text in measured()]
+    units = [MeasuredText(code, text) for code, text in measured()]
     if not units:
         warnings.warn(
             "too little text to hold any out; nothing is measured; give --heldout", KoineWarning, stacklevel=2

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from koine.tokenizer.measures import Unit
+    from koine.tokenizer.measures import MeasuredText
 
 
 def units_of(
@@ -17,11 +17,11 @@ def units_of(
     split: str | None,
     max_bytes: int | None,
     max_bad_share: float,
-) -> Iterator[Unit]:
+) -> Iterator[MeasuredText]:
     """The text of records, in the chosen languages, at most `max_bytes` of each; records without a language are `und`."""
     from koine.data.records import TRANSLATED, read_records
     from koine.errors import UserError, did_you_mean
-    from koine.tokenizer.measures import REFERENCE, Unit
+    from koine.tokenizer.measures import REFERENCE, MeasuredText
 
     chosen = codes_of(languages)
     # Parity needs the English translations, whatever is reported.
@@ -42,7 +42,7 @@ def units_of(
             texts = [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
             for text in texts:
                 taken[code] = taken.get(code, 0) + len(text.encode("utf-8"))
-                yield Unit(code, text, f"{record['id']}" if translated and "text" in record else None)
+                yield MeasuredText(code, text, f"{record['id']}" if translated and "text" in record else None)
         present |= records.present
     where = ", ".join(paths)
     for code in sorted((chosen or set()) - taken.keys()):

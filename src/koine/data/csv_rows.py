@@ -51,7 +51,7 @@ def _names(header: list[str]) -> list[str]:
     return names
 
 
-def read_cells(file: IO[bytes], separator: str) -> Iterator[Row]:
+def read_csv_rows(file: IO[bytes], separator: str) -> Iterator[Row]:
     """The rows of a file with a header.
 
     Raises `OpenQuoteError` where a quote is not closed on the lines that it should be.

@@ -34,7 +34,7 @@ Text packs 3 to 20 times.
 """
 
 
-class UnpackingError(Exception):
+class DecompressionError(Exception):
     """The compressed data cannot be unpacked from here on."""
 
     def __init__(self, what: str, hint: str) -> None:
@@ -133,7 +133,7 @@ def _watched(pieces: Iterator[bytes], raw: IO[bytes]) -> Iterator[bytes]:
         if size > SUSPECTS[0][0] and any(
             size > most and size > ratio * raw.tell() for most, ratio in SUSPECTS
         ):
-            raise UnpackingError(
+            raise DecompressionError(
                 f"more than {size // raw.tell()} times its size comes out of the compressed file, which is no text",
                 "unpack it yourself where it is meant",
             )
@@ -163,8 +163,8 @@ def _kind(path: Path) -> str:
 
 def _pieces(kind: str, raw: IO[bytes]) -> Iterator[bytes]:
     if kind == ".gz":
-        with gzip.open(raw, "rb") as unpacked:
-            yield from _blocks(cast("IO[bytes]", unpacked))
+        with gzip.open(raw, "rb") as decompressed:
+            yield from _blocks(cast("IO[bytes]", decompressed))
     elif kind == ".zst":
         yield from _pieces_of_zstd(raw)
     elif kind == ".bz2":
@@ -181,7 +181,7 @@ def _pieces(kind: str, raw: IO[bytes]) -> Iterator[bytes]:
 
 
 @contextmanager
-def unpacked(path: Path) -> Iterator[IO[bytes]]:
+def decompressed(path: Path) -> Iterator[IO[bytes]]:
     """A file's content, unpacked where it is compressed; errors of the libraries become one `UserError`."""
     import zstandard
 
@@ -200,5 +200,5 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
             if memory
             else "copy or download it again",
         ) from None
-    except UnpackingError as error:
+    except DecompressionError as error:
         raise UserError(str(error), where=path, hint=error.hint) from None
