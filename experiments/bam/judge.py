@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.common.hypotheses import above, hypothesis, together, verdict_blocks
+from experiments.common.domains import DomainRuns
+from experiments.common.hypotheses import above, combine_verdicts, differences, hypothesis, verdict_blocks
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.steps import estimates
@@ -18,35 +19,23 @@ TIE = 0.01
 Values = list[float]
 
 
-class Runs:
-    """Mean bits per byte by arm, one value a seed."""
-
-    def __init__(self, evaluations: Mapping[str, Path], seeds: int) -> None:
-        self.evaluations: dict[str, Any] = {
-            name: read_json(path / "evaluation.json") for name, path in evaluations.items()
-        }
-        self.seeds = range(seeds)
-
-    def mean(self, arm: str) -> Values:
-        """Over the domains."""
-        return [self.evaluations[f"{arm}/{seed}"]["mean"] for seed in self.seeds]
-
-    def less(self, first: str, second: str) -> Values:
-        """Seed by seed, the first arm's mean less the second's."""
-        return [a - b for a, b in zip(self.mean(first), self.mean(second), strict=True)]
-
-
-def verdicts(found: Runs, seconds: Mapping[str, Values]) -> dict[str, Any]:
+def verdicts(found: DomainRuns, seconds: Mapping[str, Values]) -> dict[str, Any]:
     """BM1 to BM4. seconds: latency by arm, one value a seed."""
     bm1 = {
-        f"BTX less {arm}": found.less("btx", arm)
+        f"BTX less {arm}": differences(found.mean("btx"), found.mean(arm))
         for arm in ("bam", "bam-shared", "bam-flops", "bam-shared-flops", "bam-seconds", "bam-shared-seconds")
     }
-    soft = {f"{arm} less soft": found.less(arm, "bam-shared") for arm in ("shared-top-2", "shared-top-1")}
-    gain = {f"{arm} less BTX": found.less(arm, "btx") for arm in ("shared-top-2", "shared-top-1")}
+    soft = {
+        f"{arm} less soft": differences(found.mean(arm), found.mean("bam-shared"))
+        for arm in ("shared-top-2", "shared-top-1")
+    }
+    gain = {
+        f"{arm} less BTX": differences(found.mean(arm), found.mean("btx"))
+        for arm in ("shared-top-2", "shared-top-1")
+    }
     bm3 = {
-        "BTX(6, top-3) less BAM": found.less("btx-6-top-3", "bam"),
-        "BTX(6, top-1) less BTX": found.less("btx-6", "btx"),
+        "BTX(6, top-3) less BAM": differences(found.mean("btx-6-top-3"), found.mean("bam")),
+        "BTX(6, top-1) less BTX": differences(found.mean("btx-6"), found.mean("btx")),
     }
 
     def ratio(first: str, second: str) -> Values:
@@ -58,16 +47,16 @@ def verdicts(found: Runs, seconds: Mapping[str, Values]) -> dict[str, Any]:
     }
     return {
         "BM1": hypothesis(
-            together(map(above, bm1.values())), bm1, "perplexity 10.72; DM 9.70 / 10.32, CM 10.00 / 10.46",
+            combine_verdicts(map(above, bm1.values())), bm1, "perplexity 10.72; DM 9.70 / 10.32, CM 10.00 / 10.46",
             "BAM better with equal data and with equal compute",
         ),
         "BM2": hypothesis(
-            together([*map(above, soft.values()), *(above(values, -TIE) for values in gain.values())]), {**soft, **gain},
+            combine_verdicts([*map(above, soft.values()), *(above(values, -TIE) for values in gain.values())]), {**soft, **gain},
             "10.47 / 10.72 / 10.81; BTX 10.72", "soft best, top-k no gain over BTX",
         ),
-        "BM3": hypothesis(together(map(above, bm3.values())), bm3, "5.09 against 4.93; 5.71 against 5.39",
+        "BM3": hypothesis(combine_verdicts(map(above, bm3.values())), bm3, "5.09 against 4.93; 5.71 against 5.39",
                      "more feed-forward experts do not make up for attention experts"),
-        "BM4": hypothesis(together(map(above, bm4.values())), bm4, "4.81 / 5.96 / 6.17 s", "BTX, then shared keys, then own"),
+        "BM4": hypothesis(combine_verdicts(map(above, bm4.values())), bm4, "4.81 / 5.96 / 6.17 s", "BTX, then shared keys, then own"),
     }  # fmt: skip
 
 
@@ -81,7 +70,7 @@ def judge(
     out: Path,
 ) -> None:
     """Write results.json (every seed, one verdict a hypothesis) and the report."""
-    found = Runs(evaluations, seeds)
+    found = DomainRuns.read(evaluations, seeds)
     read = [read_json(path / "latency.json") for path in latencies]
     seconds = {arm: [one[arm] for one in read] for arm in read[0]}
     hypotheses = verdicts(found, seconds)

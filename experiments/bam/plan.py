@@ -8,39 +8,35 @@ from typing import Any
 
 from experiments.bam.judge import judge
 from experiments.bam.matched import latency, train_matched
-from koine.errors import UserError, did_you_mean
+from experiments.common.domains import (
+    GENERAL,
+    MATHS,
+    REVIEWS,
+    Domains,
+    DomainScale,
+    PackFile,
+    Trainer,
+    evaluate_arms,
+    pack_inputs,
+    prepare_domains,
+)
+from experiments.common.plans import choose_scale, export_verdicts
 from koine.plan import Artifact, Plan
-from koine.steps.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
-from koine.steps.mixtures import evaluate_domains, mix, new_seed, train_on
+from koine.steps.mixtures import mix
 
-DOMAINS = ("general", "code", "reviews", "maths")
-GENERAL_LANGUAGES = ("pt", "it", "pl", "tr")
+FILES: dict[str, PackFile | None] = {"general": GENERAL, "code": None, "reviews": REVIEWS, "maths": MATHS}
+EXPERTS = ("code", "reviews", "maths")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
-    """How much is run."""
+class Scale(DomainScale):
+    """Sizes of this experiment."""
 
     hidden: int = 96
-    layers: int = 4
-    heads: int = 4
     kv_heads: int = 2
     intermediate: int = 192
-    vocabulary: int = 2048
-    sequence_length: int = 256
-    batch_size: int = 8
-    micro_batch_size: int = 8
-    seed_steps: int = 800
-    branch_steps: int = 250
     mixture_steps: int = 250
-    learning_rate: float = 2e-3
-    max_bytes: int = 3_000_000
-    heldout_bytes: int = 60_000
-    documents: int = 60
     rounds: int = 9
-    seeds: int = 3
-    threads: int = 1
-    dtype: str = "float32"
 
 
 SCALES = {
@@ -76,71 +72,19 @@ MATCHED = ("bam", "bam-shared")
 
 
 def bam(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Mixtures of one seed and three experts: attention averaged or mixed, with equal data and with equal compute."""
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
-    size = SCALES[scale]
-    files = {
-        "general": (pack / "text" / "wiki.train.jsonl.xz", GENERAL_LANGUAGES),
-        "reviews": (pack / "text" / "en_reviews.jsonl.xz", ()),
-        "maths": (pack / "sft" / "gsm8k_train.jsonl.xz", ()),
-    }
-    corpora: dict[str, Artifact] = {}
-    for domain in DOMAINS:
-        if domain == "code":
-            corpora[domain] = plan.step(
-                code_domain,
-                name="text/code",
-                max_bytes=min(size.max_bytes, 3_000_000),
-                heldout_bytes=size.heldout_bytes,
-            )
-            continue
-        path, languages = files[domain]
-        corpora[domain] = plan.step(
-            domain_text,
-            name=f"text/{domain}",
-            data=plan.input(path, name=f"data/{domain}"),
-            domain=domain,
-            fields=(),
-            max_bytes=size.max_bytes,
-            heldout_bytes=size.heldout_bytes,
-            max_bad_share=0.01,
-            seed=0,
-            languages=languages,
-        )
-    tokenizer = plan.step(
-        shared_tokenizer,
-        name="tokenizer",
-        corpora=corpora,
-        vocabulary_size=size.vocabulary,
-        sample_bytes=2_000_000,
-        seed=0,
-    )
-    tokens = {
-        domain: plan.step(
-            tokenize_domain, name=f"tokens/{domain}", corpus=corpus, tokenizer=tokenizer, domain=domain
-        )
-        for domain, corpus in corpora.items()
-    }
+    """Mixtures of one seed and three experts: attention averaged or mixed, with equal data and equal compute."""
+    size = choose_scale(scale, SCALES)
+    domains = prepare_domains(plan, size, pack_inputs(plan, pack, FILES))
     evaluations: dict[str, Artifact] = {}
     latencies: list[Artifact] = []
     for seed in range(size.seeds):
-        found = one_seed(plan, size, seed, corpora, tokenizer, tokens)
-        for arm, model in found.items():
-            evaluations[f"{arm}/{seed}"] = plan.step(
-                evaluate_domains,
-                name=f"evaluation/{arm}/{seed}",
-                model=model,
-                corpora=corpora,
-                documents=size.documents,
-                characters=2_000,
-                threads=size.threads,
-            )
+        models = models_of_seed(plan, size, seed, domains)
+        evaluations |= evaluate_arms(plan, size, seed, models, domains.corpora)
         latencies.append(
             plan.step(
                 latency,
                 name=f"latency/{seed}",
-                models={arm: found[arm] for arm in ("btx", "bam-shared", "bam")},
+                models={arm: models[arm] for arm in ("btx", "bam-shared", "bam")},
                 prompt=256,
                 new=16,
                 rounds=size.rounds,
@@ -150,84 +94,46 @@ def bam(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop
     judged = plan.step(
         judge, name="verdicts", evaluations=evaluations, latencies=latencies, scale=scale, seeds=size.seeds
     )
-    plan.export(judged / "results.json", "results.json")
-    plan.closing(f"The verdicts are in {plan.folder / 'results.json'} and {plan.folder / 'report.html'}.")
+    export_verdicts(plan, judged)
 
 
-def one_seed(
-    plan: Plan,
-    size: Scale,
-    seed: int,
-    corpora: dict[str, Artifact],
-    tokenizer: Artifact,
-    tokens: dict[str, Artifact],
-) -> dict[str, Artifact]:
+def models_of_seed(plan: Plan, size: Scale, seed: int, domains: Domains) -> dict[str, Artifact]:
     """All models of one random seed, by arm."""
-    training = {
-        "sequence_length": size.sequence_length,
-        "batch_size": size.batch_size,
-        "micro_batch_size": size.micro_batch_size,
-        "dtype": size.dtype,
-        "seed": seed,
-        "threads": size.threads,
-    }
-    root = plan.step(
-        new_seed,
-        name=f"seed/{seed}",
-        tokenizer=tokenizer,
-        tokens=tokens,
-        shares=(0.7, 0.1, 0.1, 0.1),
+    trainer = Trainer(plan, size, seed, domains)
+    root = trainer.pretrain(
+        "seed",
+        {"general": 0.7, **dict.fromkeys(EXPERTS, 0.1)},
         hidden=size.hidden,
-        layers=size.layers,
-        heads=size.heads,
         kv_heads=size.kv_heads,
         intermediate=size.intermediate,
-        steps=size.seed_steps,
-        learning_rate=size.learning_rate,
-        **training,
     )
     experts = {
-        domain: plan.step(
-            train_on,
-            name=f"expert/{domain}/{seed}",
-            model=root,
-            tokens={domain: tokens[domain], "general": tokens["general"]},
-            shares=(0.9, 0.1),
-            steps=size.branch_steps,
-            learning_rate=size.learning_rate / 2,
-            min_rate_share=0.1,
-            **training,
+        domain: trainer.train(
+            f"expert/{domain}", root, {domain: 0.9, "general": 0.1}, steps=size.branch_steps, rate=0.5
         )
-        for domain in DOMAINS[1:]
+        for domain in EXPERTS
     }
-    # The paper trains mixtures as it pretrains.
-    mixing = {
-        "shares": (0.25,) * 4,
-        "steps": size.mixture_steps,
-        "learning_rate": size.learning_rate,
-        "min_rate_share": 0.1,
-    }
-    found = {"seed": root, **{f"expert-{domain}": expert for domain, expert in experts.items()}}
     mixed = {
         arm: plan.step(
             mix,
             name=f"mixed/{arm}/{seed}",
             seed_model=root,
             experts=experts,
-            corpora={domain: corpora[domain] for domain in experts},
+            corpora={domain: domains.corpora[domain] for domain in experts},
             encoder="tfidf",
             domain_size=0,
             load_balancing=0.01,
             z_loss=0.001,
             seed=seed,
-            **{"top_k": 1, "attention_top_k": 0, "seed_copies": 0, **about},
+            **{"top_k": 1, "attention_top_k": 0, "seed_copies": 0, **options},
         )
-        for arm, about in ARMS.items()
+        for arm, options in ARMS.items()
     }
+    found = {"seed": root, **{f"expert-{domain}": expert for domain, expert in experts.items()}}
+    # The paper trains mixtures as it pretrains: at the whole rate, on a cosine to a tenth.
+    shares = dict.fromkeys(FILES, 0.25)
     for arm in ARMS:
-        found[arm] = plan.step(
-            train_on, name=f"mixture/{arm}/{seed}", model=mixed[arm], tokens=tokens, **mixing, **training
-        )
+        found[arm] = trainer.train(f"mixture/{arm}", mixed[arm], shares, steps=size.mixture_steps, rate=1.0)
     for arm in MATCHED:
         for match in ("flops", "seconds"):
             found[f"{arm}-{match}"] = plan.step(
@@ -235,9 +141,12 @@ def one_seed(
                 name=f"mixture/{arm}-{match}/{seed}",
                 model=mixed[arm],
                 reference=mixed["btx"],
-                tokens=tokens,
+                tokens=domains.tokens,
                 match=match,
-                **mixing,
-                **training,
+                shares=tuple(shares.values()),
+                steps=size.mixture_steps,
+                learning_rate=size.learning_rate,
+                min_rate_share=0.1,
+                **trainer.settings,
             )
     return found

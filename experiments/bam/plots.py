@@ -11,7 +11,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments.common.figures import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, save_figure, show_results, verdict_table
 
 NAMES = {
     "seed": "seed",
@@ -71,4 +71,4 @@ def arm_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    show_results({"mixtures": mixtures}, [arm_table])
+    show_results({"mixtures": mixtures}, [verdict_table, arm_table])

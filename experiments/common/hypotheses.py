@@ -80,7 +80,7 @@ def within(values: Sequence[float], margin: float) -> str:
     return "not reproduced" if low > margin or high < -margin else "inconclusive"
 
 
-def together(verdicts: Iterable[str]) -> str:
+def combine_verdicts(verdicts: Iterable[str]) -> str:
     """The verdict on several claims at once: all must hold, and one that fails is enough."""
     found = set(verdicts)
     if "not reproduced" in found:
@@ -88,7 +88,7 @@ def together(verdicts: Iterable[str]) -> str:
     return "inconclusive" if "inconclusive" in found else "reproduced"
 
 
-def less(first: Sequence[float], second: Sequence[float]) -> list[float]:
+def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
     """Seed by seed, the first minus the second."""
     return [a - b for a, b in zip(first, second, strict=True)]
 

@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common.hypotheses import above, below, hypothesis, less, together, verdict_blocks
-from koine.files import read_json, write_json
+from experiments.common.domains import DomainRuns
+from experiments.common.hypotheses import (
+    above,
+    below,
+    combine_verdicts,
+    differences,
+    hypothesis,
+    verdict_blocks,
+)
+from koine.files import write_json
 from koine.plan import step
 from koine.steps import estimates
 
@@ -20,25 +28,8 @@ TIE = 0.01
 Values = list[float]
 
 
-class Runs:
-    """Bits per byte by arm and text, one value a seed."""
-
-    def __init__(self, evaluations: Mapping[str, Path], seeds: int) -> None:
-        self.evaluations: dict[str, Any] = {
-            name: read_json(path / "evaluation.json") for name, path in evaluations.items()
-        }
-        self.seeds = range(seeds)
-
-    def bits(self, arm: str, texts: Sequence[str]) -> Values:
-        """The mean over some texts."""
-        return [
-            statistics.mean(self.evaluations[f"{arm}/{seed}"]["bits_per_byte"][name] for name in texts)
-            for seed in self.seeds
-        ]
-
-
 def verdicts(
-    found: Runs,
+    found: DomainRuns,
     domains: Sequence[str],
     clusters: Mapping[str, Sequence[str]],
     shared: Sequence[str],
@@ -58,17 +49,19 @@ def verdicts(
     pair = ("code", "maths")
     ca3 = {
         **{
-            f"linear less {arm}": less(linear, found.bits(arm, domains))
+            f"linear less {arm}": differences(linear, found.bits(arm, domains))
             for arm in ("task-arithmetic", "ties", "dare-ties", "model-stock")
         },
-        "linear less slerp, of two": less(found.bits("linear-pair", pair), found.bits("slerp-pair", pair)),
+        "linear less slerp, of two": differences(
+            found.bits("linear-pair", pair), found.bits("slerp-pair", pair)
+        ),
     }
     ca4 = {
         "share of domains": [
             statistics.mean(float(touched[domain][seed] <= own[domain][seed]) for domain in domains)
             for seed in found.seeds
         ],
-        "merge less touched-up, bits per byte": less(linear, found.bits("touched-up", domains)),
+        "merge less touched-up, bits per byte": differences(linear, found.bits("touched-up", domains)),
     }
     languages = [*shared, *(code for members in clusters.values() for code in members)]
     gains = {}
@@ -77,19 +70,19 @@ def verdicts(
         each = [found.bits(f"{size}-{name}", languages) for name in clusters]
         apart = [statistics.mean(values) for values in zip(*each, strict=True)]
         together_ = found.bits(f"{size}-clusters", languages)
-        gains[size] = less(apart, together_)
-        single[size] = less(found.bits(f"{size}-languages", languages), together_)
+        gains[size] = differences(apart, together_)
+        single[size] = differences(found.bits(f"{size}-languages", languages), together_)
     small, large = sizes
     ae3 = {
         **{f"clusters apart less merged, {size}": values for size, values in gains.items()},
         **{f"merge of languages less merge of clusters, {size}": values for size, values in single.items()},
-        f"gain at {large} less gain at {small}": less(gains[large], gains[small]),
+        f"gain at {large} less gain at {small}": differences(gains[large], gains[small]),
     }
     return {
         "CA2": hypothesis(below(ca2["relative loss"], LOSS), ca2, "-1.8 % mean, most within 2.5 %", "a linear soup keeps what its experts know"),
-        "CA3": hypothesis(together(below(values, TIE) for values in ca3.values()), ca3, "no significant gain", "complex methods gain nothing"),
+        "CA3": hypothesis(combine_verdicts(below(values, TIE) for values in ca3.values()), ca3, "no significant gain", "complex methods gain nothing"),
         "CA4": hypothesis(above(ca4["share of domains"], 0.5), ca4, "many metrics at 100 % or more", "a few steps at a low rate bring back what was lost"),
-        "AE3": hypothesis(together(map(above, ae3.values())), ae3, "+5.1 points; three times at 32B", "clusters with shared languages merge well, the better the larger"),
+        "AE3": hypothesis(combine_verdicts(map(above, ae3.values())), ae3, "+5.1 points; three times at 32B", "clusters with shared languages merge well, the better the larger"),
     }  # fmt: skip
 
 
@@ -106,7 +99,7 @@ def judge(
     out: Path,
 ) -> None:
     """Write results.json (every seed, one verdict a hypothesis) and the report. clusters: each its name, then its languages."""
-    found = Runs(evaluations, seeds)
+    found = DomainRuns.read(evaluations, seeds)
     hypotheses = verdicts(found, domains, {name: members for name, *members in clusters}, shared, sizes)
     write_json(
         out / "results.json",

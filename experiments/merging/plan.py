@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.common.domains import (
+    GENERAL,
+    MATHS,
+    REVIEWS,
+    SPEECHES,
+    SPOKEN,
+    WIKI,
+    DomainScale,
+    PackFile,
+    Trainer,
+    evaluate_arms,
+    prepare_domains,
+)
+from experiments.common.plans import choose_scale, export_verdicts
 from experiments.merging.judge import judge
-from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
-from koine.steps.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
-from koine.steps.mixtures import equal_shares, evaluate_domains, merge_models, new_seed, train_on
+from koine.steps.mixtures import equal_shares, merge_models
 
 DOMAINS = ("code", "reviews", "maths")
-WIKI, SPOKEN = "text/wiki.train.jsonl.xz", "text/cv.train.jsonl.xz"
-FILES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "general": (WIKI, ("pt", "it", "pl", "tr")),
-    "reviews": ("text/en_reviews.jsonl.xz", ()),
-    "maths": ("sft/gsm8k_train.jsonl.xz", ()),
-    "en": ("text/en_speeches.jsonl.xz", ()),
-    "es": (SPOKEN, ("es",)),
-    "fr": (SPOKEN, ("fr",)),
-    **{code: (WIKI, (code,)) for code in ("pt", "it", "pl", "hr", "bg", "tr", "hu", "vi")},
+FILES: dict[str, PackFile] = {
+    "general": GENERAL,
+    "reviews": REVIEWS,
+    "maths": MATHS,
+    "en": SPEECHES,
+    "es": PackFile(SPOKEN, ("es",)),
+    "fr": PackFile(SPOKEN, ("fr",)),
+    **{code: PackFile(WIKI, (code,)) for code in ("pt", "it", "pl", "hr", "bg", "tr", "hu", "vi")},
 }
 SHARED = ("en", "es", "fr")
 CLUSTERS = {"romance": ("pt", "it"), "slavic": ("pl", "hr", "bg"), "others": ("tr", "hu", "vi")}
@@ -30,26 +42,16 @@ LANGUAGES = (*SHARED, *(code for members in CLUSTERS.values() for code in member
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
-    """How much is run. hidden: of the domains' models, and of the small and the large of the languages'."""
+class Scale(DomainScale):
+    """Sizes of this experiment. hidden: of the domains' models, then of the small and large language models."""
 
     hidden: tuple[int, int, int] = (96, 64, 128)
-    layers: int = 4
-    heads: int = 4
-    vocabulary: int = 2048
-    sequence_length: int = 256
-    batch_size: int = 8
-    micro_batch_size: int = 8
     seed_steps: int = 300
     branch_steps: int = 80
     touch_up_steps: int = 40
-    learning_rate: float = 2e-3
     max_bytes: int = 1_500_000
     heldout_bytes: int = 40_000
     documents: int = 30
-    seeds: int = 3
-    threads: int = 1
-    dtype: str = "float32"
 
 
 SCALES = {
@@ -72,68 +74,25 @@ SCALES = {
 
 def merging(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
     """Experts of domains merged by every method, then touched up; clusters of languages merged, at two sizes."""
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
-    size = SCALES[scale]
+    size = choose_scale(scale, SCALES)
+    # Several domains are parts of one file, which is one input.
     given = {
-        path: plan.input(pack / path, name=f"data/{Path(path).name.split('.')[0]}")
-        for path, _ in FILES.values()
+        file.path: plan.input(pack / file.path, name=f"data/{Path(file.path).name.split('.')[0]}")
+        for file in FILES.values()
     }
-    corpora = {
-        name: plan.step(
-            domain_text,
-            name=f"text/{name}",
-            data=given[path],
-            domain=name,
-            fields=(),
-            max_bytes=size.max_bytes,
-            heldout_bytes=size.heldout_bytes,
-            max_bad_share=0.01,
-            seed=0,
-            languages=languages,
-        )
-        for name, (path, languages) in FILES.items()
-    }
-    corpora["code"] = plan.step(
-        code_domain,
-        name="text/code",
-        max_bytes=min(size.max_bytes, 3_000_000),
-        heldout_bytes=size.heldout_bytes,
-    )
-    tokenizer = plan.step(
-        shared_tokenizer,
-        name="tokenizer",
-        corpora=corpora,
-        vocabulary_size=size.vocabulary,
-        sample_bytes=3_000_000,
-        seed=0,
-    )
-    tokens = {
-        name: plan.step(
-            tokenize_domain, name=f"tokens/{name}", corpus=corpus, tokenizer=tokenizer, domain=name
-        )
-        for name, corpus in corpora.items()
-    }
+    texts = {name: (given[file.path], file.languages) for name, file in FILES.items()}
+    domains = prepare_domains(plan, size, {**texts, "code": None}, sample_bytes=3_000_000)
     evaluations: dict[str, Artifact] = {}
     for seed in range(size.seeds):
-        groups: list[tuple[dict[str, Artifact], tuple[str, ...]]] = [
-            (domains_of_one_seed(plan, size, seed, tokenizer, tokens), DOMAINS)
-        ]
+        trainer = Trainer(plan, size, seed, domains)
+        groups: list[tuple[dict[str, Artifact], Sequence[str]]] = [(domain_models(trainer, size), DOMAINS)]
         groups += [
-            (languages_of_one_seed(plan, size, seed, name, hidden, tokenizer, tokens), LANGUAGES)
+            (language_models(trainer, size, name, hidden), LANGUAGES)
             for name, hidden in zip(("small", "large"), size.hidden[1:], strict=True)
         ]
-        for models, texts in groups:
-            for arm, model in models.items():
-                evaluations[f"{arm}/{seed}"] = plan.step(
-                    evaluate_domains,
-                    name=f"evaluation/{arm}/{seed}",
-                    model=model,
-                    corpora={name: corpora[name] for name in texts},
-                    documents=size.documents,
-                    characters=2_000,
-                    threads=size.threads,
-                )
+        for models, names in groups:
+            corpora = {name: domains.corpora[name] for name in names}
+            evaluations |= evaluate_arms(plan, size, seed, models, corpora)
     judged = plan.step(
         judge,
         name="verdicts",
@@ -145,68 +104,26 @@ def merging(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "la
         shared=SHARED,
         sizes=("small", "large"),
     )
-    plan.export(judged / "results.json", "results.json")
-    plan.closing(f"The verdicts are in {plan.folder / 'results.json'} and {plan.folder / 'report.html'}.")
+    export_verdicts(plan, judged)
 
 
-class Trainer:
-    """Adds the steps of one seed that train."""
-
-    def __init__(self, plan: Plan, size: Scale, seed: int, tokens: dict[str, Artifact]) -> None:
-        self.plan, self.size, self.seed, self.tokens = plan, size, seed, tokens
-        self.settings: dict[str, Any] = {
-            "sequence_length": size.sequence_length,
-            "batch_size": size.batch_size,
-            "micro_batch_size": size.micro_batch_size,
-            "dtype": size.dtype,
-            "seed": seed,
-            "threads": size.threads,
-        }
-
-    def base(self, name: str, hidden: int, tokenizer: Artifact, shares: dict[str, float]) -> Artifact:
-        """From random weights."""
-        return self.plan.step(
-            new_seed,
-            name=f"{name}/{self.seed}",
-            tokenizer=tokenizer,
-            tokens={text: self.tokens[text] for text in shares},
-            shares=tuple(shares.values()),
-            hidden=hidden,
-            layers=self.size.layers,
-            heads=self.size.heads,
-            kv_heads=self.size.heads // 2,
-            intermediate=2 * hidden,
-            steps=self.size.seed_steps,
-            learning_rate=self.size.learning_rate,
-            **self.settings,
-        )
-
-    def branch(
-        self, name: str, model: Artifact, shares: dict[str, float], *, steps: int, factor: float
-    ) -> Artifact:
-        """On from a model, at a part of the base's learning rate."""
-        return self.plan.step(
-            train_on,
-            name=f"{name}/{self.seed}",
-            model=model,
-            tokens={text: self.tokens[text] for text in shares},
-            shares=tuple(shares.values()),
-            steps=steps,
-            learning_rate=self.size.learning_rate * factor,
-            min_rate_share=0.1,
-            **self.settings,
-        )
+def pretrain(trainer: Trainer, size: Scale, name: str, shares: dict[str, float], *, hidden: int) -> Artifact:
+    """Train the model from which all others of one size come."""
+    return trainer.pretrain(name, shares, hidden=hidden, kv_heads=size.heads // 2, intermediate=2 * hidden)
 
 
-def domains_of_one_seed(
-    plan: Plan, size: Scale, seed: int, tokenizer: Artifact, tokens: dict[str, Artifact]
-) -> dict[str, Artifact]:
-    """Experts of domains, their merges, and the touch-up."""
-    trainer = Trainer(plan, size, seed, tokens)
-    root = trainer.base("seed", size.hidden[0], tokenizer, {"general": 0.7, **dict.fromkeys(DOMAINS, 0.1)})
+def equal(names: Sequence[str]) -> dict[str, float]:
+    """Equal shares of some domains."""
+    return dict(zip(names, equal_shares(len(names)), strict=True))
+
+
+def domain_models(trainer: Trainer, size: Scale) -> dict[str, Artifact]:
+    """Experts of domains, their merges, and the touched-up merge, by arm."""
+    shares = {"general": 0.7, **dict.fromkeys(DOMAINS, 0.1)}
+    root = pretrain(trainer, size, "seed", shares, hidden=size.hidden[0])
     experts = {
-        domain: trainer.branch(
-            f"expert/{domain}", root, {domain: 0.9, "general": 0.1}, steps=size.branch_steps, factor=0.5
+        domain: trainer.train(
+            f"expert/{domain}", root, {domain: 0.9, "general": 0.1}, steps=size.branch_steps, rate=0.5
         )
         for domain in DOMAINS
     }
@@ -214,14 +131,14 @@ def domains_of_one_seed(
     def merged(
         arm: str, method: str, names: tuple[str, ...] = DOMAINS, base: bool = True, **more: Any
     ) -> Artifact:
-        return plan.step(
+        return trainer.plan.step(
             merge_models,
-            name=f"merge/{arm}/{seed}",
+            name=f"merge/{arm}/{trainer.seed}",
             models=[experts[name] for name in names],
             base=root if base else None,
             method=method,
             weights=() if method in UNWEIGHTED else (1.0 / len(names),) * len(names),
-            seed=seed,
+            seed=trainer.seed,
             **more,
         )
 
@@ -236,61 +153,36 @@ def domains_of_one_seed(
         "linear-pair": merged("linear-pair", "linear", ("code", "maths"), base=False),
         "slerp-pair": merged("slerp-pair", "slerp", ("code", "maths"), base=False, options=("t=0.5",)),
     }
-    found["touched-up"] = trainer.branch(
-        "touched-up",
-        found["linear"],
-        dict(zip(DOMAINS, equal_shares(len(DOMAINS)), strict=True)),
-        steps=size.touch_up_steps,
-        factor=0.5 / 15,
+    found["touched-up"] = trainer.train(
+        "touched-up", found["linear"], equal(DOMAINS), steps=size.touch_up_steps, rate=0.5 / 15
     )
     return found
 
 
-def languages_of_one_seed(
-    plan: Plan,
-    size: Scale,
-    seed: int,
-    name: str,
-    hidden: int,
-    tokenizer: Artifact,
-    tokens: dict[str, Artifact],
-) -> dict[str, Artifact]:
-    """Models of clusters and of single languages, and their merges, at one size."""
-    trainer = Trainer(plan, size, seed, tokens)
+def language_models(trainer: Trainer, size: Scale, name: str, hidden: int) -> dict[str, Artifact]:
+    """Models of clusters and of single languages, and their merges, at one size; arms `NAME-...`."""
+    root = pretrain(trainer, size, f"{name}/base", equal(LANGUAGES), hidden=hidden)
 
-    def equal(codes: tuple[str, ...]) -> dict[str, float]:
-        return dict(zip(codes, equal_shares(len(codes)), strict=True))
+    def branch(label: str, codes: Sequence[str], steps: int = size.branch_steps) -> Artifact:
+        return trainer.train(f"{name}/{label}", root, equal(codes), steps=steps, rate=0.5)
 
-    root = trainer.base(f"{name}/base", hidden, tokenizer, equal(LANGUAGES))
-    clusters = {
-        cluster: trainer.branch(
-            f"{name}/{cluster}", root, equal((*SHARED, *members)), steps=size.branch_steps, factor=0.5
-        )
-        for cluster, members in CLUSTERS.items()
-    }
-    alone = [
-        trainer.branch(f"{name}/{code}", root, {code: 1.0}, steps=size.branch_steps, factor=0.5)
-        for code in LANGUAGES
-    ]
-
-    joint = trainer.branch(
-        f"{name}/joint", root, equal(LANGUAGES), steps=len(CLUSTERS) * size.branch_steps, factor=0.5
-    )
-
-    def merged(arm: str, models: list[Artifact]) -> Artifact:
-        return plan.step(
+    def merged(label: str, models: list[Artifact]) -> Artifact:
+        return trainer.plan.step(
             merge_models,
-            name=f"{name}/{arm}/{seed}",
+            name=f"{name}/{label}/{trainer.seed}",
             models=models,
             method="linear",
             weights=(1.0 / len(models),) * len(models),
-            seed=seed,
+            seed=trainer.seed,
         )
 
+    clusters = {cluster: branch(cluster, (*SHARED, *members)) for cluster, members in CLUSTERS.items()}
+    single = [branch(code, (code,)) for code in LANGUAGES]
+    joint = branch("joint", LANGUAGES, steps=len(CLUSTERS) * size.branch_steps)
     return {
         **{f"{name}-{cluster}": model for cluster, model in clusters.items()},
         f"{name}-base": root,
         f"{name}-joint": joint,
         f"{name}-clusters": merged("merged-clusters", list(clusters.values())),
-        f"{name}-languages": merged("merged-languages", alone),
+        f"{name}-languages": merged("merged-languages", single),
     }

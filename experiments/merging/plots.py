@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments.common.figures import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, mean_bits, save_figure, show_results, verdict_table
 
 DOMAINS = ("code", "reviews", "maths")
 PAIR = ("code", "maths")
@@ -30,18 +29,12 @@ CLUSTERS = ("romance", "slavic", "others")
 SIZES = ("small", "large")
 
 
-def by_seed(results: dict[str, Any], arm: str, texts: Sequence[str]) -> list[float]:
-    """Mean bits per byte over some texts, of each seed."""
-    runs = [results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"]]
-    return [statistics.mean(one[text] for text in texts) for one in runs]
-
-
 def lost(results: dict[str, Any], arm: str, domain: str) -> list[float]:
     """Of each seed, how far the arm is above the domain's own expert, relative."""
     return [
         one / own - 1.0
         for one, own in zip(
-            by_seed(results, arm, [domain]), by_seed(results, f"expert-{domain}", [domain]), strict=True
+            mean_bits(results, arm, [domain]), mean_bits(results, f"expert-{domain}", [domain]), strict=True
         )
     ]
 
@@ -92,11 +85,11 @@ def language_table(results: dict[str, Any]) -> str:
         "one model on all languages, as many steps as the clusters together": "-joint",
     }
     cells = [
-        [name, *(f"{statistics.mean(by_seed(results, f'{size}{arm}', languages)):.3f}" for size in SIZES)]
+        [name, *(f"{statistics.mean(mean_bits(results, f'{size}{arm}', languages)):.3f}" for size in SIZES)]
         for name, arm in rows.items()
     ]
     return markdown_table(["model", *SIZES], cells)
 
 
 if __name__ == "__main__":
-    show_results({"collisions": collisions}, [domain_table, language_table])
+    show_results({"collisions": collisions}, [verdict_table, domain_table, language_table])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common.hypotheses import above, hypothesis, less, together, verdict_blocks
-from koine.files import read_json, write_json
+from experiments.common.domains import DomainRuns
+from experiments.common.hypotheses import above, combine_verdicts, differences, hypothesis, verdict_blocks
+from koine.files import write_json
 from koine.plan import step
 from koine.steps import estimates
 
@@ -16,49 +17,26 @@ NEW = "code"
 Values = list[float]
 
 
-class Runs:
-    """Bits per byte by arm and text, one value a seed."""
-
-    def __init__(self, evaluations: Mapping[str, Path], seeds: int) -> None:
-        self.evaluations: dict[str, Any] = {
-            name: read_json(path / "evaluation.json") for name, path in evaluations.items()
-        }
-        self.seeds = range(seeds)
-
-    def bits(self, arm: str, texts: Sequence[str] | None = None, *, without: Sequence[str] = ()) -> Values:
-        """The mean over some texts; over all that are not in `without` by default."""
-        found = []
-        for seed in self.seeds:
-            by_text = self.evaluations[f"{arm}/{seed}"]["bits_per_byte"]
-            wanted = [name for name in by_text if name not in without] if texts is None else texts
-            found.append(statistics.mean(by_text[name] for name in wanted))
-        return found
-
-    def own_share(self, arm: str) -> Values:
-        """Share of the new domain's tokens that goes to its expert."""
-        return [self.evaluations[f"{arm}/{seed}"]["routing"][NEW]["chosen"][NEW] for seed in self.seeds]
-
-
-def verdicts(found: Runs, budgets: Sequence[int]) -> dict[str, Any]:
+def verdicts(found: DomainRuns, budgets: Sequence[int]) -> dict[str, Any]:
     """NX1 to NX4."""
     known = {arm: found.bits(arm, without=(NEW,)) for arm in ("nexus", "linear", "nexus-low", "linear-low")}
-    nx1 = {"linear less Nexus": less(known["linear"], known["nexus"])}
+    nx1 = {"linear less Nexus": differences(known["linear"], known["nexus"])}
     nx2 = {
-        f"linear less Nexus on code after {steps} steps": less(
+        f"linear less Nexus on code after {steps} steps": differences(
             found.bits(f"linear-{steps}", [NEW]), found.bits(f"nexus-{steps}", [NEW])
         )
         for steps in budgets
     }
-    lost = less(known["linear-low"], known["linear"])
+    lost = differences(known["linear-low"], known["linear"])
     nx3 = {
         "what linear loses": lost,
-        "how much more than Nexus": less(lost, less(known["nexus-low"], known["nexus"])),
+        "how much more than Nexus": differences(lost, differences(known["nexus-low"], known["nexus"])),
     }
-    nx4 = {"average less seed": less(found.bits("average"), found.bits("seed"))}
+    nx4 = {"average less seed": differences(found.bits("average"), found.bits("seed"))}
     return {
         "NX1": hypothesis(above(nx1["linear less Nexus"]), nx1, "+3.2 %, +1.6 % relative", "Nexus better than a linear router"),
-        "NX2": hypothesis(together(map(above, nx2.values())), nx2, "+18.4 / 6.2 / 18.8 % relative", "a router that is not reset learns the new domain sooner"),
-        "NX3": hypothesis(together(map(above, nx3.values())), nx3, "about 2 % against about 0", "only the linear router needs the balance loss"),
+        "NX2": hypothesis(combine_verdicts(map(above, nx2.values())), nx2, "+18.4 / 6.2 / 18.8 % relative", "a router that is not reset learns the new domain sooner"),
+        "NX3": hypothesis(combine_verdicts(map(above, nx3.values())), nx3, "about 2 % against about 0", "only the linear router needs the balance loss"),
         "NX4": hypothesis(above(nx4["average less seed"]), nx4, "35.5 < 36.4; 43.3 < 47.1", "an average of experts is worse than their seed"),
     }  # fmt: skip
 
@@ -68,10 +46,10 @@ def judge(
     evaluations: dict[str, Path], *, scale: str, seeds: int, budgets: tuple[int, ...], out: Path
 ) -> None:
     """Write results.json (every seed, one verdict a hypothesis) and the report."""
-    found = Runs(evaluations, seeds)
+    found = DomainRuns.read(evaluations, seeds)
     hypotheses = verdicts(found, budgets)
     own = {
-        f"{kind}, {steps} steps": found.own_share(f"{kind}-{steps}")
+        f"{kind}, {steps} steps": found.share(f"{kind}-{steps}", NEW, NEW)
         for kind in ("nexus", "linear")
         for steps in (0, *budgets)
     }

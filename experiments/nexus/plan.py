@@ -5,20 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.common.domains import (
+    GENERAL,
+    MATHS,
+    REVIEWS,
+    SPEECHES,
+    SPOKEN,
+    Domains,
+    DomainScale,
+    PackFile,
+    Trainer,
+    evaluate_arms,
+    pack_inputs,
+    prepare_domains,
+)
+from experiments.common.plans import choose_scale, export_verdicts
 from experiments.nexus.judge import NEW, judge
-from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
-from koine.steps.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
-from koine.steps.mixtures import evaluate_domains, grow, mix, new_seed, train_on
+from koine.steps.mixtures import grow, mix
 
 EXPERTS = ("reviews", "speeches", "maths", "spoken")
 KNOWN = ("general", *EXPERTS)
-FILES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "general": ("text/wiki.train.jsonl.xz", ("pt", "it", "pl", "tr")),
-    "reviews": ("text/en_reviews.jsonl.xz", ()),
-    "speeches": ("text/en_speeches.jsonl.xz", ()),
-    "maths": ("sft/gsm8k_train.jsonl.xz", ()),
-    "spoken": ("text/cv.train.jsonl.xz", ("de", "fr")),
+FILES: dict[str, PackFile | None] = {
+    "general": GENERAL,
+    "reviews": REVIEWS,
+    "speeches": SPEECHES,
+    "maths": MATHS,
+    "spoken": PackFile(SPOKEN, ("de", "fr")),
+    # The tokenizer knows the new domain; only the models do not.
+    NEW: None,
 }
 ROUTERS = {
     "nexus": ("nexus", 0.05),
@@ -29,30 +44,15 @@ ROUTERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
-    """How much is run."""
+class Scale(DomainScale):
+    """Sizes of this experiment. budgets: steps of training after an expert was added."""
 
     hidden: int = 96
-    layers: int = 4
-    heads: int = 4
     kv_heads: int = 2
     intermediate: int = 192
-    vocabulary: int = 2048
     domain_size: int = 32
-    sequence_length: int = 256
-    batch_size: int = 8
-    micro_batch_size: int = 8
-    seed_steps: int = 800
-    branch_steps: int = 250
     mixture_steps: int = 250
     budgets: tuple[int, ...] = (25, 60, 120)
-    learning_rate: float = 2e-3
-    max_bytes: int = 3_000_000
-    heldout_bytes: int = 60_000
-    documents: int = 60
-    seeds: int = 3
-    threads: int = 1
-    dtype: str = "float32"
 
 
 SCALES = {
@@ -77,116 +77,36 @@ SCALES = {
 
 
 def nexus(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Mixtures of four experts with a projecting and with a linear router; a fifth expert added, for three budgets of tuning."""
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
-    size = SCALES[scale]
-    corpora = {
-        domain: plan.step(
-            domain_text,
-            name=f"text/{domain}",
-            data=plan.input(pack / path, name=f"data/{domain}"),
-            domain=domain,
-            fields=(),
-            max_bytes=size.max_bytes,
-            heldout_bytes=size.heldout_bytes,
-            max_bad_share=0.01,
-            seed=0,
-            languages=languages,
-        )
-        for domain, (path, languages) in FILES.items()
-    }
-    # The tokenizer knows the new domain: only the models do not.
-    corpora[NEW] = plan.step(
-        code_domain,
-        name=f"text/{NEW}",
-        max_bytes=min(size.max_bytes, 3_000_000),
-        heldout_bytes=size.heldout_bytes,
-    )
-    tokenizer = plan.step(
-        shared_tokenizer,
-        name="tokenizer",
-        corpora=corpora,
-        vocabulary_size=size.vocabulary,
-        sample_bytes=2_000_000,
-        seed=0,
-    )
-    tokens = {
-        domain: plan.step(
-            tokenize_domain, name=f"tokens/{domain}", corpus=corpus, tokenizer=tokenizer, domain=domain
-        )
-        for domain, corpus in corpora.items()
-    }
-    evaluations = {
-        f"{arm}/{seed}": plan.step(
-            evaluate_domains,
-            name=f"evaluation/{arm}/{seed}",
-            model=model,
-            corpora=corpora,
-            documents=size.documents,
-            characters=2_000,
-            threads=size.threads,
-        )
-        for seed in range(size.seeds)
-        for arm, model in one_seed(plan, size, seed, corpora, tokenizer, tokens).items()
-    }
+    """Mixtures with a projecting and with a linear router; a fifth expert added, for three budgets of tuning."""
+    size = choose_scale(scale, SCALES)
+    domains = prepare_domains(plan, size, pack_inputs(plan, pack, FILES))
+    evaluations: dict[str, Artifact] = {}
+    for seed in range(size.seeds):
+        models = models_of_seed(plan, size, seed, domains)
+        evaluations |= evaluate_arms(plan, size, seed, models, domains.corpora)
     judged = plan.step(
         judge, name="verdicts", evaluations=evaluations, scale=scale, seeds=size.seeds, budgets=size.budgets
     )
-    plan.export(judged / "results.json", "results.json")
-    plan.closing(f"The verdicts are in {plan.folder / 'results.json'} and {plan.folder / 'report.html'}.")
+    export_verdicts(plan, judged)
 
 
-def one_seed(
-    plan: Plan,
-    size: Scale,
-    seed: int,
-    corpora: dict[str, Artifact],
-    tokenizer: Artifact,
-    tokens: dict[str, Artifact],
-) -> dict[str, Artifact]:
+def models_of_seed(plan: Plan, size: Scale, seed: int, domains: Domains) -> dict[str, Artifact]:
     """All models of one random seed, by arm."""
-    training = {
-        "sequence_length": size.sequence_length,
-        "batch_size": size.batch_size,
-        "micro_batch_size": size.micro_batch_size,
-        "dtype": size.dtype,
-        "seed": seed,
-        "threads": size.threads,
-    }
-    known = {domain: tokens[domain] for domain in KNOWN}
-    root = plan.step(
-        new_seed,
-        name=f"seed/{seed}",
-        tokenizer=tokenizer,
-        tokens=known,
-        shares=(0.6, 0.1, 0.1, 0.1, 0.1),
+    trainer = Trainer(plan, size, seed, domains)
+    root = trainer.pretrain(
+        "seed",
+        {"general": 0.6, **dict.fromkeys(EXPERTS, 0.1)},
         hidden=size.hidden,
-        layers=size.layers,
-        heads=size.heads,
         kv_heads=size.kv_heads,
         intermediate=size.intermediate,
-        steps=size.seed_steps,
-        learning_rate=size.learning_rate,
-        **training,
     )
-
-    def branch(domain: str) -> Artifact:
-        return plan.step(
-            train_on,
-            name=f"expert/{domain}/{seed}",
-            model=root,
-            tokens={domain: tokens[domain], "general": tokens["general"]},
-            shares=(0.9, 0.1),
-            steps=size.branch_steps,
-            learning_rate=size.learning_rate / 2,
-            min_rate_share=0.1,
-            **training,
+    experts = {
+        domain: trainer.train(
+            f"expert/{domain}", root, {domain: 0.9, "general": 0.1}, steps=size.branch_steps, rate=0.5
         )
-
-    experts = {domain: branch(domain) for domain in EXPERTS}
-    new = branch(NEW)
-    found = {"seed": root, "expert-new": new}
+        for domain in (*EXPERTS, NEW)
+    }
+    new = experts.pop(NEW)
 
     def mixed(arm: str, method: str, load_balancing: float) -> Artifact:
         return plan.step(
@@ -194,7 +114,7 @@ def one_seed(
             name=f"mixed/{arm}/{seed}",
             seed_model=root,
             experts=experts,
-            corpora={domain: corpora[domain] for domain in EXPERTS},
+            corpora={domain: domains.corpora[domain] for domain in EXPERTS},
             method=method,
             top_k=1,
             attention_top_k=0,
@@ -205,41 +125,43 @@ def one_seed(
             seed=seed,
         )
 
-    found["average"] = mixed("average", "average", 0.0)
+    found = {"seed": root, "expert-new": new, "average": mixed("average", "average", 0.0)}
     for arm, (method, load_balancing) in ROUTERS.items():
-        found[arm] = plan.step(
-            train_on,
-            name=f"mixture/{arm}/{seed}",
-            model=mixed(arm, method, load_balancing),
-            tokens=known,
-            shares=(0.2,) * 5,
+        found[arm] = trainer.train(
+            f"mixture/{arm}",
+            mixed(arm, method, load_balancing),
+            dict.fromkeys(KNOWN, 0.2),
             steps=size.mixture_steps,
-            learning_rate=size.learning_rate,
+            rate=1.0,
             min_rate_share=0.3,
-            **training,
         )
     for arm in ("nexus", "linear"):
-        grown = plan.step(
-            grow,
-            name=f"grown/{arm}/{seed}",
-            model=found[arm],
-            expert=new,
-            corpus=corpora[NEW],
-            domain=NEW,
-            reset_router=arm == "linear",
-            seed=seed,
-        )
-        found[f"{arm}-0"] = grown
-        for steps in size.budgets:
-            found[f"{arm}-{steps}"] = plan.step(
-                train_on,
-                name=f"extended/{arm}-{steps}/{seed}",
-                model=grown,
-                tokens={NEW: tokens[NEW], **known},
-                shares=(0.5, *(0.1,) * 5),
-                steps=steps,
-                learning_rate=size.learning_rate * 0.3,
-                min_rate_share=1.0,
-                **training,
-            )
+        found |= extended(trainer, size, domains, arm, model=found[arm], expert=new)
     return found
+
+
+def extended(
+    trainer: Trainer, size: Scale, domains: Domains, arm: str, *, model: Artifact, expert: Artifact
+) -> dict[str, Artifact]:
+    """Add the new domain's expert to a mixture, then train it for each budget; arms `ARM-STEPS`."""
+    grown = trainer.plan.step(
+        grow,
+        name=f"grown/{arm}/{trainer.seed}",
+        model=model,
+        expert=expert,
+        corpus=domains.corpora[NEW],
+        domain=NEW,
+        reset_router=arm == "linear",
+        seed=trainer.seed,
+    )
+    return {f"{arm}-0": grown} | {
+        f"{arm}-{steps}": trainer.train(
+            f"extended/{arm}-{steps}",
+            grown,
+            {NEW: 0.5, **dict.fromkeys(KNOWN, 0.1)},
+            steps=steps,
+            rate=0.3,
+            min_rate_share=1.0,
+        )
+        for steps in size.budgets
+    }

@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments.common.figures import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, mean_bits, save_figure, show_results, verdict_table
 
 NEW = "code"
 ROUTERS = {"nexus": "Nexus", "linear": "linear, reset"}
@@ -25,12 +25,6 @@ NAMES = {
     "linear-low": "linear, balance 0.0005",
 }
 """Arms before the extension, from the top of the table down."""
-
-
-def by_seed(results: dict[str, Any], arm: str, domains: list[str]) -> list[float]:
-    """Mean bits per byte over some domains, of each seed."""
-    runs = [results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"]]
-    return [statistics.mean(one[domain] for domain in domains) for one in runs]
 
 
 def budgets(results: dict[str, Any]) -> list[int]:
@@ -48,8 +42,8 @@ def extension(results: dict[str, Any], out: Path) -> None:
     steps = budgets(results)
     old = [name for name in results["runs"]["seed/0"]["bits_per_byte"] if name != NEW]
     panels: tuple[tuple[str, Callable[[str], list[float]]], ...] = (
-        ("bits per byte, the new domain", lambda arm: by_seed(results, arm, [NEW])),
-        ("bits per byte, the others", lambda arm: by_seed(results, arm, old)),
+        ("bits per byte, the new domain", lambda arm: mean_bits(results, arm, [NEW])),
+        ("bits per byte, the others", lambda arm: mean_bits(results, arm, old)),
         (
             "share of the new domain's tokens\nthat its expert gets",
             lambda arm: [
@@ -89,7 +83,7 @@ def arm_table(results: dict[str, Any]) -> str:
         }
     cells = []
     for arm, name in rows.items():
-        bits = [f"{statistics.mean(by_seed(results, arm, [domain])):.3f}" for domain in domains]
+        bits = [f"{statistics.mean(mean_bits(results, arm, [domain])):.3f}" for domain in domains]
         shares = [
             results["runs"][f"{arm}/{seed}"]["routing"].get(NEW, {}).get("chosen", {}).get(NEW)
             for seed in results["seeds"]
@@ -100,4 +94,4 @@ def arm_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    show_results({"extension": extension}, [arm_table])
+    show_results({"extension": extension}, [verdict_table, arm_table])

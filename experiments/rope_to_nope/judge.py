@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from experiments.common.hypotheses import above, hypothesis, less, together, verdict_blocks, within
+from experiments.common.hypotheses import (
+    above,
+    combine_verdicts,
+    differences,
+    hypothesis,
+    verdict_blocks,
+    within,
+)
 from experiments.rope_to_nope.stages import layers_of
 from koine.files import read_json, write_json
 from koine.generate.cache.contexts import PrefillContext
@@ -133,14 +140,20 @@ def of_positions(found: Runs, long: int) -> dict[str, Any]:
     beyond = (2 * long, 4 * long)
     rope, qk, nope, rnope = "rope", "qk-norm", "nope", "rnope-10k"
     rn1 = {
-        "QK-Norm less RoPE, bits per byte": less(found.bits(qk), found.bits(rope)),
-        "NoPE less QK-Norm": less(found.bits(nope), found.bits(qk)),
+        "QK-Norm less RoPE, bits per byte": differences(found.bits(qk), found.bits(rope)),
+        "NoPE less QK-Norm": differences(found.bits(nope), found.bits(qk)),
     }
     rn2 = {
-        "NoPE less RoPE, needle mass": less(found.attention(nope, "needle"), found.attention(rope, "needle")),
-        "RoPE less QK-Norm": less(found.attention(rope, "needle"), found.attention(qk, "needle")),
+        "NoPE less RoPE, needle mass": differences(
+            found.attention(nope, "needle"), found.attention(rope, "needle")
+        ),
+        "RoPE less QK-Norm": differences(found.attention(rope, "needle"), found.attention(qk, "needle")),
     }
-    rn3 = {"QK-Norm less RoPE, bits": less(found.attention(qk, "entropy"), found.attention(rope, "entropy"))}
+    rn3 = {
+        "QK-Norm less RoPE, bits": differences(
+            found.attention(qk, "entropy"), found.attention(rope, "entropy")
+        )
+    }
     full, turned = "full NoPE", "full RoPE"
     rn4 = {
         "log ratio of needle mass, NoPE over RoPE layers": [
@@ -166,23 +179,25 @@ def of_positions(found: Runs, long: int) -> dict[str, Any]:
         ]
     }
     rn6 = {
-        "windowed less full RNoPE, nats": less(found.score("swa-1", beyond), found.score(rnope, beyond)),
-        "RNoPE less RoPE": less(found.score(rnope, beyond), found.score(rope, beyond)),
+        "windowed less full RNoPE, nats": differences(
+            found.score("swa-1", beyond), found.score(rnope, beyond)
+        ),
+        "RNoPE less RoPE": differences(found.score(rnope, beyond), found.score(rope, beyond)),
     }
     first, second = rn1.values()
     return {
         "RN1": hypothesis(
-            together([above(first, -TIE), above(second)]), rn1, "1.52 / 1.53 / 1.58",
+            combine_verdicts([above(first, -TIE), above(second)]), rn1, "1.52 / 1.53 / 1.58",
             "RoPE at most QK-Norm (a tie counts), which is below NoPE",
         ),
-        "RN2": hypothesis(together(map(above, rn2.values())), rn2, ".0325 / .0201 / .0056", "NoPE, then RoPE, then QK-Norm"),
-        "RN3": hypothesis(together(map(above, rn3.values())), rn3, "12.46 against 6.95 bits", "QK-Norm spreads attention"),
+        "RN2": hypothesis(combine_verdicts(map(above, rn2.values())), rn2, ".0325 / .0201 / .0056", "NoPE, then RoPE, then QK-Norm"),
+        "RN3": hypothesis(combine_verdicts(map(above, rn3.values())), rn3, "12.46 against 6.95 bits", "QK-Norm spreads attention"),
         "RN4": hypothesis(
-            together(map(above, rn4.values())), rn4, "needle .0765 against .0004; qc .0287 against .3142",
+            combine_verdicts(map(above, rn4.values())), rn4, "needle .0765 against .0004; qc .0287 against .3142",
             "full layers hold the needle, RoPE layers what is near",
         ),
-        "RN5": hypothesis(together(map(above, rn5.values())), rn5, "8.036 / 7.461 / 7.022 / 6.203", "a larger theta is worse"),
-        "RN6": hypothesis(together(map(above, rn6.values())), rn6, "9.562 / 8.036 / 7.395", "windowed, then RNoPE, then RoPE"),
+        "RN5": hypothesis(combine_verdicts(map(above, rn5.values())), rn5, "8.036 / 7.461 / 7.022 / 6.203", "a larger theta is worse"),
+        "RN6": hypothesis(combine_verdicts(map(above, rn6.values())), rn6, "9.562 / 8.036 / 7.395", "windowed, then RNoPE, then RoPE"),
     }  # fmt: skip
 
 
@@ -190,8 +205,8 @@ def of_the_ratio(found: Runs, long: int) -> dict[str, Any]:
     """RN9: how many windowed layers for each full one."""
     beyond = (2 * long, 4 * long)
     rn9 = {
-        "1:3 less 1:7, nats": less(found.score("swa-3", beyond), found.score("swa-7", beyond)),
-        "1:3 less 1:1": less(found.score("swa-3", beyond), found.score("swa-1", beyond)),
+        "1:3 less 1:7, nats": differences(found.score("swa-3", beyond), found.score("swa-7", beyond)),
+        "1:3 less 1:1": differences(found.score("swa-3", beyond), found.score("swa-1", beyond)),
     }
     return {
         "RN9": hypothesis(
@@ -204,24 +219,24 @@ def of_the_ratio(found: Runs, long: int) -> dict[str, Any]:
 def of_the_hybrid(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]:
     """RN7, RN8 and CA1: windowed layers and full ones, 3:1, beside RoPE."""
     rope, swa = "rope", "swa-3"
-    better = less(found.score(swa, (4 * long,)), found.score(rope, (4 * long,)))
-    tie = less(found.bits(swa), found.bits(rope))
+    better = differences(found.score(swa, (4 * long,)), found.score(rope, (4 * long,)))
+    tie = differences(found.bits(swa), found.bits(rope))
     rn7 = {"RNoPE-SWA less RoPE at four times the length, nats": better, "short texts, bits per byte": tie}
     rn8 = {"steps of RoPE over steps of RNoPE-SWA, time": speed["ratios"]}
     exact = speed["held_bytes"] == speed["formula_bytes"]
     share = speed["command_a_share_128k"]
     return {
         "RN7": hypothesis(
-            together([above(better), within(tie, TIE)]), rn7, "RULER at 256k 74.8 against 57.1; short tasks equal",
+            combine_verdicts([above(better), within(tie, TIE)]), rn7, "RULER at 256k 74.8 against 57.1; short tasks equal",
             "long better, short equal",
         ),
         "RN8": hypothesis(
-            together([above(speed["ratios"], 1.0), "reproduced" if exact else "not reproduced"]), rn8,
+            combine_verdicts([above(speed["ratios"], 1.0), "reproduced" if exact else "not reproduced"]), rn8,
             "training +50 % at 64k, twice at 128k; cache down by up to 75 %",
             f"faster at {STEP_TOKENS} tokens, and bytes of cache {'equal to' if exact else 'off'} the formula",
         ),
         "CA1": hypothesis(
-            together([above(better), within(tie, TIE), "reproduced" if abs(share - 0.27) < 0.01 else "not reproduced"]),
+            combine_verdicts([above(better), within(tie, TIE), "reproduced" if abs(share - 0.27) < 0.01 else "not reproduced"]),
             {"RNoPE-SWA less RoPE, nats": better, "short texts, bits per byte": tie},
             "equal short, better long, cache about 27 % at 128k",
             f"cache of Command A's layers at 128k: {share:.1%} of the all-full twin",

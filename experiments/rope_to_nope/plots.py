@@ -11,7 +11,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from experiments.common.figures import markdown_table, save_figure, show_results
+from experiments.common.figures import markdown_table, save_figure, show_results, verdict_table
 
 NAMES = {
     "rope": "RoPE",
@@ -145,4 +145,6 @@ def arm_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    show_results({"length": by_length, "attention": attention, "segments": segments}, [arm_table])
+    show_results(
+        {"length": by_length, "attention": attention, "segments": segments}, [verdict_table, arm_table]
+    )

@@ -1,6 +1,6 @@
 """Values that docs/universal-tokenizer.md states beside the verdicts, from a result file and nothing else.
 
-`python experiments/universal_tokenizer/derived.py experiments/universal_tokenizer/results/laptop.json` prints them; no verdict depends on them.
+`python -m experiments.universal_tokenizer.derived experiments/universal_tokenizer/results/laptop.json` prints them; no verdict depends on them.
 """
 
 from __future__ import annotations

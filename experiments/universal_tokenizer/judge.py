@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common.hypotheses import below, interval, together, within
+from experiments.common.hypotheses import below, combine_verdicts, interval, within
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.steps import estimates
@@ -18,6 +19,8 @@ from koine.steps.corpus_files import existing, read_lines
 from koine.steps.evaluation import tracked_languages
 
 PRIMARY_MARGIN = 0.05
+"""Bits per byte within which the primary languages count as equal."""
+REPLACED = ("random", "mean", "subword-mean", "focus", "distill")
 
 Values = list[float]
 
@@ -25,14 +28,27 @@ Values = list[float]
 class Runs:
     """Bits per byte by run, seed, evaluation and language."""
 
-    def __init__(self, folders: Mapping[str, Path]) -> None:
-        self.tracked = {name: tracked_languages(path / TRACK) for name, path in folders.items()}
+    def __init__(self, tracked: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
+        """tracked: run with its seed, step, language -> bits per byte."""
+        self.tracked = tracked
+
+    @classmethod
+    def read(cls, folders: Mapping[str, Path]) -> Runs:
+        """Read what the trainings tracked."""
+        return cls({name: tracked_languages(path / TRACK) for name, path in folders.items()})
 
     def final(self, run: str, seed: int, codes: Sequence[str]) -> float:
         """Mean over languages at the last evaluation."""
         tracked = self.tracked[f"{run}/{seed}"]
         last = tracked[max(tracked)]
         return statistics.mean(last[code] for code in codes)
+
+    def difference(self, stage: str, codes: Sequence[str], seeds: Iterable[int]) -> Values:
+        """Universal minus Cluster at the last evaluation, one value a seed."""
+        return [
+            self.final(f"{stage}/universal", seed, codes) - self.final(f"{stage}/cluster", seed, codes)
+            for seed in seeds
+        ]
 
     def curve(self, run: str, seed: int, codes: Sequence[str]) -> tuple[list[int], list[float]]:
         """Steps done, and the mean over languages after them."""
@@ -50,6 +66,20 @@ def at_bytes(curve: tuple[list[int], list[float]], budget: float, bytes_per_step
             share = (wanted - steps[index - 1]) / (steps[index] - steps[index - 1])
             return values[index - 1] + max(0.0, share) * (values[index] - values[index - 1])
     return values[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Languages, vocabulary sizes and seeds of the scale that is judged."""
+
+    primary: tuple[str, ...]
+    expanded: tuple[str, ...]
+    unseen: tuple[str, ...]
+    unseen_with_chats: tuple[str, ...]
+    chat_languages: tuple[str, ...]
+    sweep: tuple[int, ...]
+    seeds: int
+    primary_seeds: int
 
 
 @step(version="3", estimate=estimates.comparison)
@@ -71,117 +101,21 @@ def judge(
     out: Path,
 ) -> None:
     """Write results.json (every seed, one verdict a hypothesis) and the report."""
-    found = Runs(runs)
-    every = range(seeds)
-
-    def difference(stage: str, codes: Sequence[str], arm: str = "universal", count: int = seeds) -> Values:
-        return [
-            found.final(f"{stage}/{arm}", seed, codes) - found.final(f"{stage}/cluster", seed, codes)
-            for seed in range(count)
-        ]
-
+    found = Runs.read(runs)
+    settings = Settings(
+        primary=primary,
+        expanded=expanded,
+        unseen=unseen,
+        unseen_with_chats=unseen_with_chats,
+        chat_languages=chat_languages,
+        sweep=sweep,
+        seeds=seeds,
+        primary_seeds=primary_seeds,
+    )
     step_bytes = {kind: bytes_of_a_token(tokens[kind], expanded) for kind in ("universal", "cluster")}
-    equal_bytes = []
-    for seed in every:
-        ours, theirs = (found.curve(f"continued/{arm}", seed, expanded) for arm in ("universal", "cluster"))
-        budget = theirs[0][-1] * step_bytes["cluster"]
-        equal_bytes.append(at_bytes(ours, budget, step_bytes["universal"]) - theirs[1][-1])
-    ut1 = difference("continued", expanded)
-    ut2 = difference("pretrained", primary, count=primary_seeds)
-    ut3 = difference("chats", chat_languages)
-    unseen_difference = {code: difference(f"unseen-{code}", (code,)) for code in unseen}
-    unseen_text = [statistics.mean(unseen_difference[code][seed] for code in unseen) for seed in every]
-    chats_difference = {code: difference(f"unseen-chats-{code}", (code,)) for code in unseen_with_chats}
-    ut4 = [statistics.mean(chats_difference[code][seed] for code in unseen_with_chats) for seed in every]
-    chats_before = {
-        code: [
-            before_any_step(found, f"unseen-chats-{code}/universal/{seed}", code)
-            - before_any_step(found, f"unseen-chats-{code}/cluster/{seed}", code)
-            for seed in every
-        ]
-        for code in unseen_with_chats
-    }
-    speed = [speed_of(found, seed, expanded, step_bytes) for seed in every]
-    five = [
-        found.final("continued/universal-5", seed, expanded)
-        - found.final("continued/universal", seed, expanded)
-        for seed in every
-    ]
-    replaced = {
-        method: [
-            found.final("continued/universal", seed, expanded)
-            - found.final(f"continued/replaced-{method}", seed, expanded)
-            for seed in every
-        ]
-        for method in ("random", "mean", "subword-mean", "focus", "distill")
-    }
-    better_mean = [
-        max(replaced["mean"][seed], replaced["subword-mean"][seed]) - replaced["random"][seed]
-        for seed in every
-    ]
-    everywhere = (*primary, *expanded)
-    weights = {
-        kind: [
-            found.final(f"continued/{kind}", seed, everywhere)
-            - found.final("continued/uniform", seed, everywhere)
-            for seed in every
-        ]
-        for kind in ("universal", "data-mass")
-    }
-    vocabularies = {size: difference(f"sweep-{size}", primary) for size in sweep}
-    hypotheses = {
-        "UT1": entry(
-            together((below(ut1), below(equal_bytes))),
-            ut1,
-            "+18.9 points of win rate",
-            at_equal_bytes=equal_bytes,
-        ),
-        "UT2": entry(within(ut2, PRIMARY_MARGIN), ut2, "less than 0.5 points", margin=PRIMARY_MARGIN),
-        "UT3": entry(below(ut3), ut3, "+14.6 points"),
-        "UT4": entry(
-            below(ut4),
-            ut4,
-            "+2.0 points, best +5.0",
-            languages=chats_difference,
-            before_fine_tuning=chats_before,
-            on_text={
-                "verdict": below(unseen_text),
-                "measured": statistics.mean(unseen_text),
-                "interval": interval(unseen_text),
-                "by_seed": unseen_text,
-                "languages": unseen_difference,
-            },
-        ),
-        "UT5": speed_entry(speed),
-        "UT6": entry(
-            together((below(five), below(ut1))),
-            five,
-            "+19.8 (5 %) and +12.8 (0 %) points over Cluster",
-            zero_minus_cluster=ut1,
-        ),
-        "UT7": entry(
-            together(
-                (below(replaced["mean"]), below(replaced["subword-mean"]), below([-v for v in better_mean]))
-            ),
-            replaced["subword-mean"],
-            "ahead of the mean by 7, of random by 35.2 points",
-            universal_minus_replaced=replaced,
-        ),
-        "UT8": entry(
-            "reproduced"
-            if "reproduced" in (verdicts := [below(values) for values in weights.values()])
-            else together(verdicts)
-            if len(set(verdicts)) == 1
-            else "inconclusive",
-            weights["universal"],
-            "bucketed 41.9, uniform 41.0; better on 21 of 27 languages",
-            by_bucket_mass=weights,
-        ),
-        "UT9": sweep_entry(vocabularies),
-    }
     results = {
         "scale": scale,
-        "seeds": list(every),
+        "seeds": list(range(seeds)),
         "primary_seeds": list(range(primary_seeds)),
         "languages": {
             "primary": primary,
@@ -194,12 +128,139 @@ def judge(
             kind: read_json(path / "bytes_per_token.json") for kind, path in tokenizers.items()
         },
         "training_bytes_per_token": step_bytes,
-        "hypotheses": hypotheses,
+        "hypotheses": verdicts(found, settings, step_bytes),
         "predictor": predictor(corpus, tokenizers["cluster"], found, seeds, primary, expanded),
         "runs": found.tracked,
     }
     write_json(out / "results.json", results)
-    write_json(out / "report.json", report(results, found, every, expanded, step_bytes))
+    write_json(out / "report.json", report(results, found, range(seeds), expanded, step_bytes))
+
+
+def verdicts(found: Runs, settings: Settings, step_bytes: Mapping[str, float]) -> dict[str, Any]:
+    """UT1 to UT9. step_bytes: bytes of expanded text per training token, by tokenizer."""
+    seeds, expanded = range(settings.seeds), settings.expanded
+
+    def against_universal(run: str) -> Values:
+        """Continued training of Universal minus that of another run, on the expanded languages."""
+        return [
+            found.final("continued/universal", seed, expanded) - found.final(run, seed, expanded)
+            for seed in seeds
+        ]
+
+    continued = found.difference("continued", expanded, seeds)
+    equal_bytes = difference_at_equal_bytes(found, seeds, expanded, step_bytes)
+    pretrained = found.difference("pretrained", settings.primary, range(settings.primary_seeds))
+    chats = found.difference("chats", settings.chat_languages, seeds)
+    five = [-value for value in against_universal("continued/universal-5")]
+    vocabularies = {
+        size: found.difference(f"sweep-{size}", settings.primary, seeds) for size in settings.sweep
+    }
+    return {
+        "UT1": entry(
+            combine_verdicts((below(continued), below(equal_bytes))),
+            continued,
+            "+18.9 points of win rate",
+            at_equal_bytes=equal_bytes,
+        ),
+        "UT2": entry(
+            within(pretrained, PRIMARY_MARGIN), pretrained, "less than 0.5 points", margin=PRIMARY_MARGIN
+        ),
+        "UT3": entry(below(chats), chats, "+14.6 points"),
+        "UT4": unseen_entry(found, settings),
+        "UT5": speed_entry([speed_of(found, seed, expanded, step_bytes) for seed in seeds]),
+        "UT6": entry(
+            combine_verdicts((below(five), below(continued))),
+            five,
+            "+19.8 (5 %) and +12.8 (0 %) points over Cluster",
+            zero_minus_cluster=continued,
+        ),
+        "UT7": replacement_entry(
+            {method: against_universal(f"continued/replaced-{method}") for method in REPLACED}
+        ),
+        "UT8": weights_entry(found, settings),
+        "UT9": sweep_entry(vocabularies),
+    }
+
+
+def difference_at_equal_bytes(
+    found: Runs, seeds: Iterable[int], codes: Sequence[str], step_bytes: Mapping[str, float]
+) -> Values:
+    """Universal minus Cluster once Universal has read as many bytes as Cluster has in the end."""
+    values = []
+    for seed in seeds:
+        universal, cluster = (
+            found.curve(f"continued/{arm}", seed, codes) for arm in ("universal", "cluster")
+        )
+        budget = cluster[0][-1] * step_bytes["cluster"]
+        values.append(at_bytes(universal, budget, step_bytes["universal"]) - cluster[1][-1])
+    return values
+
+
+def unseen_entry(found: Runs, settings: Settings) -> dict[str, Any]:
+    """UT4, on chats of unseen languages; fine-tuning on text stands beside it."""
+    seeds, chatting = range(settings.seeds), settings.unseen_with_chats
+    text = {code: found.difference(f"unseen-{code}", (code,), seeds) for code in settings.unseen}
+    on_text = [statistics.mean(text[code][seed] for code in settings.unseen) for seed in seeds]
+    chats = {code: found.difference(f"unseen-chats-{code}", (code,), seeds) for code in chatting}
+    on_chats = [statistics.mean(chats[code][seed] for code in chatting) for seed in seeds]
+    before = {
+        code: [
+            before_any_step(found, f"unseen-chats-{code}/universal/{seed}", code)
+            - before_any_step(found, f"unseen-chats-{code}/cluster/{seed}", code)
+            for seed in seeds
+        ]
+        for code in chatting
+    }
+    return entry(
+        below(on_chats),
+        on_chats,
+        "+2.0 points, best +5.0",
+        languages=chats,
+        before_fine_tuning=before,
+        on_text={
+            "verdict": below(on_text),
+            "measured": statistics.mean(on_text),
+            "interval": interval(on_text),
+            "by_seed": on_text,
+            "languages": text,
+        },
+    )
+
+
+def replacement_entry(replaced: Mapping[str, Values]) -> dict[str, Any]:
+    """UT7, from Universal minus Cluster with a replaced vocabulary, by method of initialisation."""
+    mean, pieces, random = replaced["mean"], replaced["subword-mean"], replaced["random"]
+    better_mean = [max(a, b) - c for a, b, c in zip(mean, pieces, random, strict=True)]
+    return entry(
+        combine_verdicts((below(mean), below(pieces), below([-value for value in better_mean]))),
+        pieces,
+        "ahead of the mean by 7, of random by 35.2 points",
+        universal_minus_replaced=replaced,
+    )
+
+
+def weights_entry(found: Runs, settings: Settings) -> dict[str, Any]:
+    """UT8: bucketed weights against uniform ones, under both readings of the bucket's mass."""
+    codes = (*settings.primary, *settings.expanded)
+    weights = {
+        kind: [
+            found.final(f"continued/{kind}", seed, codes) - found.final("continued/uniform", seed, codes)
+            for seed in range(settings.seeds)
+        ]
+        for kind in ("universal", "data-mass")
+    }
+    # One reading that holds is enough: the paper does not say which it means.
+    judged = [below(values) for values in weights.values()]
+    if "reproduced" in judged:
+        verdict = "reproduced"
+    else:
+        verdict = combine_verdicts(judged) if len(set(judged)) == 1 else "inconclusive"
+    return entry(
+        verdict,
+        weights["universal"],
+        "bucketed 41.9, uniform 41.0; better on 21 of 27 languages",
+        by_bucket_mass=weights,
+    )
 
 
 def bytes_of_a_token(tokens: Path, codes: Sequence[str]) -> float:
@@ -249,7 +310,7 @@ def speed_entry(speed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     logs = {key: [math.log(one[key]) for one in speed] for key in ("per_step", "per_byte")}
     means = {key: math.exp(statistics.mean(values)) for key, values in logs.items()}
     return {
-        "verdict": together(below([-value for value in values]) for values in logs.values()),
+        "verdict": combine_verdicts(below([-value for value in values]) for values in logs.values()),
         "measured": means["per_step"],
         "interval": [math.exp(edge) for edge in interval(logs["per_step"])],
         "per_byte": {
@@ -268,7 +329,7 @@ def sweep_entry(vocabularies: Mapping[int, Values]) -> dict[str, Any]:
     sizes = sorted(vocabularies)
     small, large = vocabularies[sizes[0]], vocabularies[sizes[-1]]
     return {
-        "verdict": together((below([-value for value in small]), below(large))),
+        "verdict": combine_verdicts((below([-value for value in small]), below(large))),
         "measured": {str(size): statistics.mean(vocabularies[size]) for size in sizes},
         "interval": {str(size): interval(vocabularies[size]) for size in sizes},
         "by_seed": {str(size): vocabularies[size] for size in sizes},
@@ -337,23 +398,9 @@ def report(
     """The verdicts, the curves per step and per byte, and bytes per token."""
     rows = [[name, one["verdict"], one["why"], one["paper"]] for name, one in results["hypotheses"].items()]
     good = [name for name, one in results["hypotheses"].items() if one["verdict"] == "reproduced"]
-    arms = ("universal", "universal-5", "cluster", "replaced-subword-mean", "replaced-random")
 
-    def curves(scaled: Callable[[str, int], float]) -> list[dict[str, Any]]:
-        series = []
-        for arm in arms:
-            runs = [found.curve(f"continued/{arm}", seed, expanded) for seed in seeds]
-            values = list(zip(*(run[1] for run in runs), strict=True))
-            series.append(
-                {
-                    "name": arm,
-                    "x": [scaled(arm, one) for one in runs[0][0]],
-                    "y": [statistics.mean(part) for part in values],
-                    "lower": [min(part) for part in values],
-                    "upper": [max(part) for part in values],
-                }
-            )
-        return series
+    def curves(scale: Callable[[str], float]) -> list[dict[str, Any]]:
+        return [learning_curve(found, arm, seeds, expanded, scale(arm)) for arm in SHOWN]
 
     def token_bytes(arm: str) -> float:
         return step_bytes["cluster" if arm == "cluster" else "universal"]
@@ -374,14 +421,14 @@ def report(
                 "title": "Expanded languages while they are learnt, per step",
                 "x_label": "steps",
                 "y_label": "bits per byte",
-                "series": curves(lambda arm, steps: float(steps)),
+                "series": curves(lambda arm: 1.0),
             },
             {
                 "kind": "lines",
                 "title": "The same, per byte of expanded text",
                 "x_label": "steps times bytes per token of expanded text",
                 "y_label": "bits per byte",
-                "series": curves(lambda arm, steps: steps * token_bytes(arm)),
+                "series": curves(token_bytes),
             },
             {
                 "kind": "heatmap",
@@ -392,4 +439,22 @@ def report(
                 "values": [[results["bytes_per_token"][kind][code] for kind in kinds] for code in codes],
             },
         ],
+    }
+
+
+SHOWN = ("universal", "universal-5", "cluster", "replaced-subword-mean", "replaced-random")
+
+
+def learning_curve(
+    found: Runs, arm: str, seeds: Iterable[int], codes: Sequence[str], scale: float
+) -> dict[str, Any]:
+    """A report's curve of an arm: mean and range over seeds, by steps times `scale`."""
+    runs = [found.curve(f"continued/{arm}", seed, codes) for seed in seeds]
+    values = list(zip(*(run[1] for run in runs), strict=True))
+    return {
+        "name": arm,
+        "x": [steps * scale for steps in runs[0][0]],
+        "y": [statistics.mean(part) for part in values],
+        "lower": [min(part) for part in values],
+        "upper": [max(part) for part in values],
     }

@@ -1,13 +1,17 @@
-"""UT1 to UT9 of arXiv 2506.10766 on real text: `koine run experiments/universal_tokenizer/plan.py:universal_tokenizer --set pack=DATA`."""
+"""UT1 to UT9 of arXiv 2506.10766 on real text.
+
+koine run experiments/universal_tokenizer/plan.py:universal_tokenizer --set pack=DATA
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.common.plans import choose_scale, export_verdicts
 from experiments.universal_tokenizer.corpus import experiment_corpus
 from experiments.universal_tokenizer.judge import judge
-from koine.errors import UserError, did_you_mean
 from koine.plan import Artifact, Plan
 from koine.steps.adaptation import adapt_to, move_to_tokenizer
 from koine.steps.tokenizers import build_tokenizer, tokenize_part
@@ -21,7 +25,7 @@ UNSEEN_WITH_CHATS = ("ko", "bn", "ml", "ca", "ro", "cs")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is run."""
+    """Sizes of the experiment, and its languages."""
 
     preset: str
     vocabulary: int
@@ -42,6 +46,11 @@ class Scale:
     expanded: tuple[str, ...] = EXPANDED
     unseen: tuple[str, ...] = UNSEEN
     unseen_with_chats: tuple[str, ...] = UNSEEN_WITH_CHATS
+
+    @property
+    def chat_languages(self) -> tuple[str, ...]:
+        """Expanded languages that the data pack has chats of."""
+        return tuple(code for code in self.expanded if code in CHAT_LANGUAGES)
 
 
 LAPTOP = Scale(
@@ -97,12 +106,66 @@ SCALES = {
 }
 
 
+CHAT_LANGUAGES = ("ar", "hi", "id", "ja", "fa", "ta", "th", "tr", "zh")
+TOKENIZERS = {
+    "universal": ("universal", "bucketed", "uniform"),
+    "cluster": ("cluster", "bucketed", "uniform"),
+    "uniform": ("universal", "uniform", "uniform"),
+    "data-mass": ("universal", "bucketed", "data"),
+}
+"""Scope, scheme and bucket mass of each kind of tokenizer."""
+ARMS = {
+    "universal": ("universal", 0.0),
+    "universal-5": ("universal", 0.05),
+    "cluster": ("cluster", 0.0),
+    "uniform": ("uniform", 0.0),
+    "data-mass": ("data-mass", 0.0),
+}
+"""Tokenizer of each arm, and the share of expanded languages in its pretraining."""
+MAIN_ARMS = ("universal", "cluster")
+METHODS = ("random", "mean", "subword-mean", "focus", "distill")
+"""Ways to initialise the embeddings of a replaced vocabulary."""
+
+
 def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Universal, Cluster and Uniform tokenizers; 0 % and 5 % arms; three regimes; vocabulary replacement; a vocabulary sweep."""
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'", hint=did_you_mean(scale, SCALES))
-    size = SCALES[scale]
-    corpus = plan.step(
+    """Four tokenizers, two pretraining mixes, three adaptations, vocabulary replacement, a vocabulary sweep."""
+    size = choose_scale(scale, SCALES)
+    arms = Arms(plan, size, corpus_step(plan, pack, size))
+    results: dict[str, Artifact] = {}
+    bases: dict[tuple[str, int], Artifact] = {}
+    for seed in range(size.primary_seeds):
+        for arm, (kind, share) in ARMS.items():
+            if seed < size.seeds or arm in MAIN_ARMS:
+                bases[arm, seed] = arms.pretrained(arm, kind, size.vocabulary, seed, share)
+                results[f"pretrained/{arm}/{seed}"] = bases[arm, seed]
+    for seed in range(size.seeds):
+        own = {arm: bases[arm, seed] for arm in ARMS}
+        results |= continued_models(arms, own, seed)
+        results |= chat_and_unseen_models(arms, own, seed)
+        results |= sweep_models(arms, own, seed)
+    judged = plan.step(
+        judge,
+        name="verdicts",
+        corpus=arms.corpus,
+        runs=results,
+        tokens={kind: arms.documents(kind, size.vocabulary) for kind in TOKENIZERS},
+        tokenizers={kind: arms.tokenizer(kind, size.vocabulary) for kind in TOKENIZERS},
+        scale=scale,
+        primary=size.primary,
+        expanded=size.expanded,
+        unseen=size.unseen,
+        unseen_with_chats=size.unseen_with_chats,
+        chat_languages=size.chat_languages,
+        sweep=size.sweep,
+        seeds=size.seeds,
+        primary_seeds=size.primary_seeds,
+    )
+    export_verdicts(plan, judged)
+
+
+def corpus_step(plan: Plan, pack: Path, size: Scale) -> Artifact:
+    """Add the step that takes the experiment's text from the data pack."""
+    return plan.step(
         experiment_corpus,
         name="corpus",
         texts=[
@@ -117,23 +180,25 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
         unseen_with_chats=size.unseen_with_chats,
         max_bytes=size.max_bytes,
     )
-    kinds = {
-        "universal": ("universal", "bucketed", "uniform"),
-        "cluster": ("cluster", "bucketed", "uniform"),
-        "uniform": ("universal", "uniform", "uniform"),
-        "data-mass": ("universal", "bucketed", "data"),
-    }
-    tokenizers: dict[tuple[str, int], Artifact] = {}
-    documents: dict[tuple[str, int], Artifact] = {}
-    chats: dict[str, Artifact] = {}
 
-    def tokenizer(kind: str, vocabulary: int) -> Artifact:
-        if (kind, vocabulary) not in tokenizers:
-            scope, scheme, mass = kinds[kind]
-            built = plan.step(
+
+class Arms:
+    """Adds tokenizers and trainings to a plan; a tokenizer and its tokens are added once."""
+
+    def __init__(self, plan: Plan, size: Scale, corpus: Artifact) -> None:
+        self.plan, self.size, self.corpus = plan, size, corpus
+        self._tokenizers: dict[tuple[str, int], Artifact] = {}
+        self._documents: dict[tuple[str, int], Artifact] = {}
+        self._chats: dict[str, Artifact] = {}
+
+    def tokenizer(self, kind: str, vocabulary: int) -> Artifact:
+        """A tokenizer of one of `TOKENIZERS`; its documents' tokens are added with it."""
+        if (kind, vocabulary) not in self._tokenizers:
+            scope, scheme, mass = TOKENIZERS[kind]
+            built = self.plan.step(
                 build_tokenizer,
                 name=f"tokenizer/{kind}-{vocabulary}",
-                corpus=corpus,
+                corpus=self.corpus,
                 scope=scope,
                 vocabulary_size=vocabulary,
                 scheme=scheme,
@@ -142,48 +207,68 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
                 sample_bytes=4_000_000,
                 seed=0,
             )
-            tokenizers[kind, vocabulary] = built
-            documents[kind, vocabulary] = plan.step(
+            self._tokenizers[kind, vocabulary] = built
+            self._documents[kind, vocabulary] = self.plan.step(
                 tokenize_part,
                 name=f"tokens/{kind}-{vocabulary}",
-                corpus=corpus,
+                corpus=self.corpus,
                 tokenizer=built,
                 part="documents",
                 domain="documents",
             )
-        return tokenizers[kind, vocabulary]
+        return self._tokenizers[kind, vocabulary]
 
-    def common(seed: int, vocabulary: int) -> dict[str, object]:
+    def documents(self, kind: str, vocabulary: int) -> Artifact:
+        """Tokens of the documents."""
+        self.tokenizer(kind, vocabulary)
+        return self._documents[kind, vocabulary]
+
+    def chats(self, kind: str) -> Artifact:
+        """Tokens of the chats, with the scale's vocabulary."""
+        if kind not in self._chats:
+            self._chats[kind] = self.plan.step(
+                tokenize_part,
+                name=f"chats/{kind}",
+                corpus=self.corpus,
+                tokenizer=self.tokenizer(kind, self.size.vocabulary),
+                part="questions/train",
+                domain="chats",
+            )
+        return self._chats[kind]
+
+    def common(self, seed: int, vocabulary: int) -> dict[str, object]:
+        """Parameters of every training."""
         return {
-            "preset": size.preset,
+            "preset": self.size.preset,
             "vocabulary_size": vocabulary,
-            "sequence_length": size.sequence_length,
-            "batch_size": size.batch_size,
-            "micro_batch_size": size.batch_size,
+            "sequence_length": self.size.sequence_length,
+            "batch_size": self.size.batch_size,
+            "micro_batch_size": self.size.batch_size,
             "dtype": "float32",
             "seed": seed,
-            "threads": size.threads,
+            "threads": self.size.threads,
         }
 
-    def pretrained(name: str, kind: str, vocabulary: int, seed: int, expanded_share: float) -> Artifact:
-        found = tokenizer(kind, vocabulary)
-        return plan.step(
+    def pretrained(self, name: str, kind: str, vocabulary: int, seed: int, expanded_share: float) -> Artifact:
+        """Pretrain on the primary languages, with a share of the expanded ones."""
+        return self.plan.step(
             pretrain,
             name=f"pretrained/{name}/{seed}",
-            corpus=corpus,
-            tokenizer=found,
-            documents=documents[kind, vocabulary],
-            steps=size.pretrain_steps,
-            learning_rate=size.learning_rate,
+            corpus=self.corpus,
+            tokenizer=self.tokenizer(kind, vocabulary),
+            documents=self.documents(kind, vocabulary),
+            steps=self.size.pretrain_steps,
+            learning_rate=self.size.learning_rate,
             code_share=0.0,
             english_share=0.3,
             expanded_share=expanded_share,
-            evaluate_every=size.pretrain_steps,
+            evaluate_every=self.size.pretrain_steps,
             track_languages=True,
-            **common(seed, vocabulary),
+            **self.common(seed, vocabulary),
         )
 
     def adapted(
+        self,
         name: str,
         kind: str,
         model: Artifact,
@@ -191,134 +276,92 @@ def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scal
         *,
         languages: tuple[str, ...],
         steps: int,
-        primary_share: float,
-        what: str = "text",
+        primary_share: float = 0.0,
+        data: str = "text",
     ) -> Artifact:
-        if what == "chats" and kind not in chats:
-            chats[kind] = plan.step(
-                tokenize_part,
-                name=f"chats/{kind}",
-                corpus=corpus,
-                tokenizer=tokenizer(kind, size.vocabulary),
-                part="questions/train",
-                domain="chats",
-            )
-        return plan.step(
+        """Train a model further on some languages; data: `text` or `chats`."""
+        vocabulary = self.size.vocabulary
+        return self.plan.step(
             adapt_to,
             name=f"adapted/{name}/{seed}",
-            corpus=corpus,
-            tokenizer=tokenizer(kind, size.vocabulary),
+            corpus=self.corpus,
+            tokenizer=self.tokenizer(kind, vocabulary),
             model=model,
-            tokens=chats[kind] if what == "chats" else documents[kind, size.vocabulary],
-            kind=what,
+            tokens=self.chats(kind) if data == "chats" else self.documents(kind, vocabulary),
+            kind=data,
             languages=languages,
             primary_share=primary_share,
             steps=steps,
-            learning_rate=size.learning_rate / 2,
-            evaluate_every=max(1, steps // size.evaluations),
+            learning_rate=self.size.learning_rate / 2,
+            evaluate_every=max(1, steps // self.size.evaluations),
             evaluation_documents=2,
             evaluation_bytes=2_000,
-            **common(seed, size.vocabulary),
+            **self.common(seed, vocabulary),
         )
 
-    results: dict[str, Artifact] = {}
-    bases: dict[tuple[str, int], Artifact] = {}
-    arms = {
-        "universal": ("universal", 0.0),
-        "universal-5": ("universal", 0.05),
-        "cluster": ("cluster", 0.0),
-        "uniform": ("uniform", 0.0),
-        "data-mass": ("data-mass", 0.0),
+
+def continued_models(arms: Arms, bases: Mapping[str, Artifact], seed: int) -> dict[str, Artifact]:
+    """Continued pretraining on the expanded languages: every arm, and Cluster with a replaced vocabulary."""
+    size = arms.size
+
+    def continued(name: str, kind: str, model: Artifact) -> Artifact:
+        return arms.adapted(
+            name, kind, model, seed, languages=size.expanded, steps=size.adapt_steps, primary_share=0.2
+        )
+
+    found = {
+        f"continued/{arm}/{seed}": continued(f"continued/{arm}", kind, bases[arm])
+        for arm, (kind, _) in ARMS.items()
     }
-    for seed in range(size.primary_seeds):
-        for arm, (kind, share) in arms.items():
-            if seed < size.seeds or arm in ("universal", "cluster"):
-                bases[arm, seed] = pretrained(arm, kind, size.vocabulary, seed, share)
-                results[f"pretrained/{arm}/{seed}"] = bases[arm, seed]
-    with_chats = tuple(code for code in size.expanded if code in CHAT_LANGUAGES)
-    for seed in range(size.seeds):
-        for arm, (kind, _) in arms.items():
-            results[f"continued/{arm}/{seed}"] = adapted(
-                f"continued/{arm}",
-                kind,
-                bases[arm, seed],
-                seed,
-                languages=size.expanded,
-                steps=size.adapt_steps,
-                primary_share=0.2,
-            )
-        for method in ("random", "mean", "subword-mean", "focus", "distill"):
-            moved = plan.step(
-                move_to_tokenizer,
-                name=f"moved/{method}/{seed}",
-                model=bases["cluster", seed],
-                tokenizer=tokenizer("universal", size.vocabulary),
-                corpus=corpus,
-                method=method,
-                languages=size.primary + size.expanded,
-                seed=seed,
-            )
-            results[f"continued/replaced-{method}/{seed}"] = adapted(
-                f"continued/replaced-{method}",
-                "universal",
-                moved,
-                seed,
-                languages=size.expanded,
-                steps=size.adapt_steps,
-                primary_share=0.2,
-            )
-        for arm in ("universal", "cluster"):
-            results[f"chats/{arm}/{seed}"] = adapted(
-                f"chats/{arm}",
-                arm,
-                bases[arm, seed],
-                seed,
-                languages=with_chats,
-                steps=size.chat_steps,
-                primary_share=0.0,
-                what="chats",
-            )
-            for run, what, codes in (
-                ("unseen", "text", size.unseen),
-                ("unseen-chats", "chats", size.unseen_with_chats),
-            ):
-                for code in codes:
-                    results[f"{run}-{code}/{arm}/{seed}"] = adapted(
-                        f"{run}-{code}/{arm}",
-                        arm,
-                        bases[arm, seed],
-                        seed,
-                        languages=(code,),
-                        steps=size.unseen_steps,
-                        primary_share=0.0,
-                        what=what,
-                    )
-        for vocabulary in size.sweep:
-            for arm in ("universal", "cluster"):
-                results[f"sweep-{vocabulary}/{arm}/{seed}"] = (
-                    bases[arm, seed]
-                    if vocabulary == size.vocabulary
-                    else pretrained(f"{arm}-{vocabulary}", arm, vocabulary, seed, 0.0)
+    for method in METHODS:
+        moved = arms.plan.step(
+            move_to_tokenizer,
+            name=f"moved/{method}/{seed}",
+            model=bases["cluster"],
+            tokenizer=arms.tokenizer("universal", size.vocabulary),
+            corpus=arms.corpus,
+            method=method,
+            languages=size.primary + size.expanded,
+            seed=seed,
+        )
+        name = f"continued/replaced-{method}"
+        found[f"{name}/{seed}"] = continued(name, "universal", moved)
+    return found
+
+
+def chat_and_unseen_models(arms: Arms, bases: Mapping[str, Artifact], seed: int) -> dict[str, Artifact]:
+    """Fine-tuning on chats of expanded languages, and on text and chats of each unseen one."""
+    size = arms.size
+    found = {}
+    for arm in MAIN_ARMS:
+        base = bases[arm]
+        found[f"chats/{arm}/{seed}"] = arms.adapted(
+            f"chats/{arm}",
+            arm,
+            base,
+            seed,
+            languages=size.chat_languages,
+            steps=size.chat_steps,
+            data="chats",
+        )
+        for run, data, codes in (
+            ("unseen", "text", size.unseen),
+            ("unseen-chats", "chats", size.unseen_with_chats),
+        ):
+            for code in codes:
+                name = f"{run}-{code}/{arm}"
+                found[f"{name}/{seed}"] = arms.adapted(
+                    name, arm, base, seed, languages=(code,), steps=size.unseen_steps, data=data
                 )
-    judged = plan.step(
-        judge,
-        name="verdicts",
-        corpus=corpus,
-        runs=results,
-        tokens={kind: documents[kind, size.vocabulary] for kind in kinds},
-        tokenizers={kind: tokenizers[kind, size.vocabulary] for kind in kinds},
-        scale=scale,
-        primary=size.primary,
-        expanded=size.expanded,
-        unseen=size.unseen,
-        unseen_with_chats=size.unseen_with_chats,
-        chat_languages=with_chats,
-        sweep=size.sweep,
-        seeds=size.seeds,
-        primary_seeds=size.primary_seeds,
-    )
-    plan.export(judged / "results.json", "results.json")
-    plan.closing(f"The verdicts are in {plan.folder / 'results.json'} and {plan.folder / 'report.html'}.")
+    return found
 
 
-CHAT_LANGUAGES = ("ar", "hi", "id", "ja", "fa", "ta", "th", "tr", "zh")
+def sweep_models(arms: Arms, bases: Mapping[str, Artifact], seed: int) -> dict[str, Artifact]:
+    """Pretraining of both main arms at every size of the vocabulary."""
+    return {
+        f"sweep-{vocabulary}/{arm}/{seed}": bases[arm]
+        if vocabulary == arms.size.vocabulary
+        else arms.pretrained(f"{arm}-{vocabulary}", arm, vocabulary, seed, 0.0)
+        for vocabulary in arms.size.sweep
+        for arm in MAIN_ARMS
+    }

@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-from koine.files import read_json
+from experiments.common.figures import save_figure, show_results
 
 ARMS = {
     "universal": "Universal, 0 %",
@@ -55,8 +55,7 @@ def adaptation(results: dict[str, Any], out: Path) -> None:
     axes[0].set_ylabel("bits per byte, expanded languages")
     axes[0].set_ylim(top=min(8.0, axes[0].get_ylim()[1]))
     axes[1].legend(fontsize=8, frameon=False)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def sweep(results: dict[str, Any], out: Path) -> None:
@@ -73,8 +72,7 @@ def sweep(results: dict[str, Any], out: Path) -> None:
     axis.set_xlabel("vocabulary")
     axis.set_ylabel("Universal − Cluster,\nbits per byte, primary")
     axis.grid(alpha=0.3)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def predicted(results: dict[str, Any], out: Path) -> None:
@@ -93,8 +91,7 @@ def predicted(results: dict[str, Any], out: Path) -> None:
     axis.set_xlabel("expected cost, before any training")
     axis.set_ylabel("bits per byte after adaptation")
     axis.grid(alpha=0.3)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -117,14 +114,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
-    mpl.rcParams["svg.hashsalt"] = path.stem
-    results = read_json(path)
-    for name, draw in (("adaptation", adaptation), ("sweep", sweep), ("predictor", predicted)):
-        draw(results, path.with_name(f"{path.stem}_{name}.svg"))
-    print(table(results))
-
-
 if __name__ == "__main__":
-    main()
+    figures = {"adaptation": adaptation, "sweep": sweep, "predictor": predicted}
+    show_results(figures, [table], salt=Path(sys.argv[-1]).stem)

@@ -1,4 +1,4 @@
-"""BAM's plan, its verdicts on made-up measures both ways, and training for equal compute."""
+"""BAM: verdicts on made-up measures, and training for equal compute."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import pytest
 
 from experiments.bam import judge as bam_judge
 from experiments.bam import matched
-from koine.files import read_json, write_json
+from experiments.common.domains import DomainRuns
+from koine.files import read_json
 from koine.model.counting import training_flops_per_token
 from koine.model.formats.config_json import read_config
 from tests.combine.models import write_branches
-
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "experiments" / "bam"
-PACK = ROOT.parent / "shared" / "data"
-
 
 AS_IN_THE_PAPER = {
     "btx": 10.72, "bam": 9.70, "bam-shared": 10.32, "bam-flops": 10.00, "bam-shared-flops": 10.46, "bam-seconds": 10.00,
@@ -26,21 +22,19 @@ AS_IN_THE_PAPER = {
 }  # fmt: skip
 
 
-def runs(tmp_path: Path, means: dict[str, float]) -> bam_judge.Runs:
-    folders = {}
-    for arm, mean in means.items():
-        for seed in range(3):
-            folders[f"{arm}/{seed}"] = folder = tmp_path / arm / str(seed)
-            folder.mkdir(parents=True)
-            write_json(
-                folder / "evaluation.json", {"mean": mean + 0.1 * seed + 0.001 * ((3 * seed + len(arm)) % 5)}
-            )
-    return bam_judge.Runs(folders, 3)
+def runs(means: dict[str, float]) -> DomainRuns:
+    """Three seeds of each arm, a little apart."""
+    evaluations = {
+        f"{arm}/{seed}": {"mean": mean + 0.1 * seed + 0.001 * ((3 * seed + len(arm)) % 5)}
+        for arm, mean in means.items()
+        for seed in range(3)
+    }
+    return DomainRuns(evaluations, range(3))
 
 
-def test_the_papers_numbers_are_reproduced(tmp_path: Path) -> None:
+def test_the_papers_numbers_are_reproduced() -> None:
     seconds = {"btx": [4.81] * 3, "bam-shared": [5.96] * 3, "bam": [6.17] * 3}
-    found = bam_judge.verdicts(runs(tmp_path, AS_IN_THE_PAPER), seconds)
+    found = bam_judge.verdicts(runs(AS_IN_THE_PAPER), seconds)
     assert {name: one["verdict"] for name, one in found.items()} == dict.fromkeys(
         ("BM1", "BM2", "BM3", "BM4"), "reproduced"
     )
@@ -56,9 +50,9 @@ def test_the_papers_numbers_are_reproduced(tmp_path: Path) -> None:
         ({"btx-6-top-3": 9.5}, "BM3"),
     ],
 )
-def test_the_reverse_is_not(tmp_path: Path, change: dict[str, float], fails: str) -> None:
+def test_the_reverse_is_not_reproduced(change: dict[str, float], fails: str) -> None:
     seconds = {"btx": [5.0] * 3, "bam-shared": [4.0] * 3, "bam": [6.0] * 3}
-    found = bam_judge.verdicts(runs(tmp_path, AS_IN_THE_PAPER | change), seconds)
+    found = bam_judge.verdicts(runs(AS_IN_THE_PAPER | change), seconds)
     assert found[fails]["verdict"] == "not reproduced"
     assert found["BM4"]["verdict"] == "not reproduced"
 
@@ -110,7 +104,7 @@ def test_training_takes_as_much_compute(world: dict[str, Path], tmp_path: Path, 
         assert ratio < 1.0
 
 
-def test_latency_is_measured_of_each(world: dict[str, Path], tmp_path: Path) -> None:
+def test_latency_has_an_entry_a_mixture(world: dict[str, Path], tmp_path: Path) -> None:
     matched.latency(
         {name: world[name] for name in ("btx", "bam")}, prompt=16, new=2, rounds=2, threads=1, out=tmp_path
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiments import register
+from experiments.common.domains import DomainRuns
 from experiments.common.hypotheses import verdict_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +37,7 @@ def test_the_verdicts_follow_from_the_runs(name: str) -> None:
     results = results_of(name)
     judge = import_module(f"experiments.{name}.judge")
     assert len(results["seeds"]) >= 3
-    found = object.__new__(judge.Runs)
-    found.evaluations, found.seeds = results["runs"], range(len(results["seeds"]))
+    found = DomainRuns(results["runs"], range(len(results["seeds"])))
     if name == "bam":
         again = judge.verdicts(found, results["latency"])
     elif name == "nexus":

@@ -1,38 +1,25 @@
-"""The experiment at its smallest, whole, and its statistics against numbers worked out by hand."""
+"""Universal tokenizer: statistics against numbers worked out by hand, and the committed results."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from experiments.common.hypotheses import below, interval, together, within
-from experiments.universal_tokenizer.judge import at_bytes, speed_entry
+from experiments.common.hypotheses import below, interval
+from experiments.universal_tokenizer.derived import (
+    better_languages,
+    chats_gap,
+    forgetting,
+    statements,
+    text_of_a_step,
+)
+from experiments.universal_tokenizer.judge import Runs, Settings, at_bytes, speed_entry, verdicts
+from experiments.universal_tokenizer.plots import table
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "universal_tokenizer"
-PACK = ROOT.parent / "shared" / "data"
-
-
-def test_students_interval_by_hand() -> None:
-    # mean 2, standard deviation 1, three seeds: 2 ± 4.302653 / sqrt(3)
-    low, high = interval([1.0, 2.0, 3.0])
-    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
-
-
-def test_verdicts() -> None:
-    assert below([-0.10, -0.11, -0.12]) == "reproduced"
-    assert below([0.10, 0.11, 0.12]) == "not reproduced"
-    assert below([-0.10, 0.11, 0.02]) == "inconclusive"
-    assert within([0.01, 0.012, 0.011], 0.05) == "reproduced"
-    assert within([0.11, 0.112, 0.111], 0.05) == "not reproduced"
-    assert within([0.01, 0.10, 0.02], 0.05) == "inconclusive"
-    assert together(["reproduced", "inconclusive"]) == "inconclusive"
-    assert together(["reproduced", "not reproduced", "inconclusive"]) == "not reproduced"
 
 
 def test_values_at_equal_bytes_and_ratios() -> None:
@@ -46,33 +33,7 @@ def test_values_at_equal_bytes_and_ratios() -> None:
     assert speed_entry([{"per_step": None, "per_byte": None}])["verdict"] == "not reproduced"
 
 
-@pytest.mark.slow
-@pytest.mark.shared
-@pytest.mark.skipif(not PACK.exists(), reason="the development data pack is not beside the checkout")
-def test_smoke(tmp_path: Path) -> None:
-    arguments = [
-        *(sys.executable, "-m", "koine", "run", f"{FOLDER / 'plan.py'}:universal_tokenizer"),
-        *("--runs", str(tmp_path), "--set", "scale=smoke", "--set", f"pack={PACK}"),
-    ]
-    done = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = json.loads((tmp_path / "universal_tokenizer" / "results.json").read_text(encoding="utf-8"))
-    assert set(results["hypotheses"]) == {f"UT{number}" for number in range(1, 10)}
-    for entry in results["hypotheses"].values():
-        assert entry["verdict"] in ("reproduced", "not reproduced", "inconclusive")
-    assert (tmp_path / "universal_tokenizer" / "report.html").exists()
-
-
 def test_the_manual_has_the_table_of_the_committed_results() -> None:
-    from figures import table
-
     page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
     assert table(json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))) in page
 
@@ -91,9 +52,30 @@ def test_the_committed_results_are_what_the_statistics_make_of_them() -> None:
         assert len(results["primary_seeds"]) >= 5
 
 
-def test_the_manual_states_what_follows_from_the_committed_results() -> None:
-    from derived import forgetting, statements
+@pytest.mark.parametrize("path", FOLDER.glob("results/*.json"), ids=lambda path: path.stem)
+def test_the_committed_verdicts_follow_from_the_committed_runs(path: Path) -> None:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    languages = {name: tuple(codes) for name, codes in results["languages"].items()}
+    settings = Settings(
+        chat_languages=languages.pop("chats"),
+        sweep=tuple(map(int, results["hypotheses"]["UT9"]["measured"])),
+        seeds=len(results["seeds"]),
+        primary_seeds=len(results["primary_seeds"]),
+        **languages,
+    )
+    runs = {
+        name: {int(step): values for step, values in tracked.items()}
+        for name, tracked in results["runs"].items()
+    }
+    again = verdicts(Runs(runs), settings, results["training_bytes_per_token"])
+    for name, entry in results["hypotheses"].items():
+        assert entry["verdict"] == again[name]["verdict"], name
+        assert entry.keys() == again[name].keys(), name
+        if name not in ("UT5", "UT9"):
+            assert entry["by_seed"] == pytest.approx(again[name]["by_seed"]), name
 
+
+def test_the_manual_states_what_follows_from_the_committed_results() -> None:
     results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
     assert forgetting(results) in page
@@ -102,8 +84,6 @@ def test_the_manual_states_what_follows_from_the_committed_results() -> None:
 
 
 def test_gaps_shares_and_counts_by_hand() -> None:
-    from derived import better_languages, chats_gap, text_of_a_step
-
     runs = {
         "chats/universal/0": {"-1": {"th": 3.0}, "10": {"th": 2.0}},
         "chats/cluster/0": {"-1": {"th": 8.0}, "10": {"th": 2.5}},

@@ -9,11 +9,11 @@ import pytest
 from experiments.common.hypotheses import (
     above,
     below,
+    combine_verdicts,
+    differences,
     hypothesis,
     interval,
-    less,
     student_quantile,
-    together,
     within,
 )
 
@@ -83,10 +83,10 @@ def test_within_a_margin_on_both_sides(mean: float, verdict: str) -> None:
 
 
 def test_several_claims() -> None:
-    assert together(["reproduced", "reproduced"]) == "reproduced"
-    assert together(["reproduced", "inconclusive"]) == "inconclusive"
-    assert together(["inconclusive", "not reproduced", "reproduced"]) == "not reproduced"
-    assert less([3.0, 5.0], [1.0, 6.0]) == [2.0, -1.0]
+    assert combine_verdicts(["reproduced", "reproduced"]) == "reproduced"
+    assert combine_verdicts(["reproduced", "inconclusive"]) == "inconclusive"
+    assert combine_verdicts(["inconclusive", "not reproduced", "reproduced"]) == "not reproduced"
+    assert differences([3.0, 5.0], [1.0, 6.0]) == [2.0, -1.0]
     one = hypothesis("reproduced", {"first": [1.0, 2.0, 3.0], "second": [9.0]}, "2", "why")
     assert one["measured"] == 2.0
     assert one["interval"] == interval([1.0, 2.0, 3.0])
