@@ -8,6 +8,7 @@ A plan function without such annotations works too: only the types of its parame
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import shutil
 import textwrap
@@ -26,8 +27,8 @@ from koine.plan.step import matches
 REQUIRED = inspect.Parameter.empty
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "text"}
-MIN_DESCRIPTION = 40
-DEFAULT_WIDTH = 110
+MAX_CELL, MIN_DESCRIPTION, DEFAULT_WIDTH = 32, 40, 120
+"""Characters of a cell of the table of parameters, of a description, and of a terminal of unknown width."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class DeclaredParameter:
     @property
     def values(self) -> str:
         """The values that are allowed, in words: choices, or the type with its bounds."""
-        choices = ", ".join(self.about.choices)
+        choices = ", ".join(choice or "(empty)" for choice in self.about.choices)
         bounds = bounds_text(self.about)
         return choices or (f"{self.type_name}, {bounds}" if bounds else self.type_name)
 
@@ -126,7 +127,7 @@ def type_name(hint: Any) -> str:
             item = type_name(arguments[0])
             return f"{item},{item},..."
         return ",".join(type_name(item) for item in arguments)
-    return TYPE_NAMES.get(hint) or getattr(hint, "__name__", str(hint))
+    return str(TYPE_NAMES.get(hint) or getattr(hint, "__name__", hint))
 
 
 def parameters_of(function: Callable[..., None]) -> list[DeclaredParameter]:
@@ -291,17 +292,18 @@ def default_text(value: Any) -> str:
 def parameter_table(function: Callable[..., None]) -> list[str]:
     """Return the lines of a table of a plan's parameters: name, default, unit, allowed values, description.
 
-    Long descriptions are wrapped to the terminal's width.
+    Long cells are wrapped, so that the table fits the terminal.
     """
     rows = [("parameter", "default", "unit", "values", "description")]
     for parameter in parameters_of(function):
         about = parameter.about
         default = default_text(parameter.default)
         rows.append((parameter.name, default, about.unit, parameter.values, about.description))
-    head = sum(max(len(row[column]) for row in rows) + 2 for column in range(4))
-    width = max(MIN_DESCRIPTION, shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns - head)
-    wrapped = []
-    for *cells, description in rows:
-        first, *rest = textwrap.wrap(description, width) or [""]
-        wrapped += [(*cells, first), *(("", "", "", "", line) for line in rest)]
-    return table(wrapped)
+    widths = [min(MAX_CELL, max(len(row[column]) for row in rows)) for column in range(4)]
+    terminal = shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
+    widths.append(max(MIN_DESCRIPTION, terminal - sum(widths) - 2 * len(widths)))
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)]
+        lines += itertools.zip_longest(*cells, fillvalue="")
+    return table(lines)

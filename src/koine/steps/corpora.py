@@ -17,7 +17,7 @@ from koine.steps.corpus_files import Roles as CorpusRoles
 from koine.steps.corpus_files import split_roles, write_own_corpus, write_step_report
 
 
-@step(version="1", estimate=estimates.sample)
+@step(version="1", estimate=estimates.sample, formerly=("koine.recipes.corpora:sample_corpus",))
 def sample_corpus(
     *,
     languages: tuple[str, ...],
@@ -68,7 +68,7 @@ def sample_corpus(
     )
 
 
-@step(version="1", estimate=estimates.own)
+@step(version="1", estimate=estimates.own, formerly=("koine.recipes.corpora:own_corpus",))
 def own_corpus(
     data: Path,
     *,
@@ -194,7 +194,7 @@ def own_corpus(
     )
 
 
-@step(version="1", estimate=estimates.own)
+@step(version="1", estimate=estimates.own, formerly=("koine.recipes.corpora:text_corpus",))
 def text_corpus(
     data: Path,
     *,

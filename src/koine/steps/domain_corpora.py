@@ -19,7 +19,7 @@ from koine.steps.corpora import field_mapping
 from koine.steps.corpus_files import read_lines
 
 
-@step(version="1", estimate=estimates.own_text)
+@step(version="1", estimate=estimates.own_text, formerly=("koine.recipes.domain_corpora:domain_text",))
 def domain_text(
     data: Path,
     *,
@@ -99,7 +99,7 @@ def _pieces(record: Mapping[str, Any], size: int = 20_000) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)] or [text]
 
 
-@step(version="1", estimate=estimates.tokens)
+@step(version="1", estimate=estimates.tokens, formerly=("koine.recipes.domain_corpora:tokenize_domain",))
 def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) -> None:
     """A domain's training documents as token shards, by the seed's tokenizer."""
     from koine.data import tokenize
@@ -110,7 +110,12 @@ def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) ->
     )
 
 
-@step(version="1", estimate=estimates.tokenizer, threads=2)
+@step(
+    version="1",
+    estimate=estimates.tokenizer,
+    threads=2,
+    formerly=("koine.recipes.domain_corpora:shared_tokenizer",),
+)
 def shared_tokenizer(
     corpora: dict[str, Path], *, vocabulary_size: int, sample_bytes: int, seed: int, out: Path
 ) -> None:
@@ -130,7 +135,7 @@ def shared_tokenizer(
     found.save(out)
 
 
-@step(version="1", estimate=estimates.sample_code)
+@step(version="1", estimate=estimates.sample_code, formerly=("koine.recipes.domain_corpora:code_domain",))
 def code_domain(*, max_bytes: int, heldout_bytes: int, out: Path) -> None:
     """The installed Python's standard library as a domain: functions and classes, every twentieth held out."""
     from koine.data.sample.code import code_records
