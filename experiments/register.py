@@ -1,4 +1,4 @@
-"""Every hypothesis that was measured, of all experiments and scales: `python -m experiments.register` prints what docs/papers.md holds of them."""
+"""Register of all measured hypotheses; `python -m experiments.register` prints its part of docs/papers.md."""
 
 from __future__ import annotations
 
@@ -11,20 +11,38 @@ from koine.files import read_json
 HERE = Path(__file__).resolve().parent
 SCALES = ("laptop", "laptop-deep", "gpu", "cluster")
 
-# Verdicts whose experiment was found to have a fault; each goes when the experiment has run again without it.
+# Verdicts whose experiment has a known fault. Remove each when the experiment has run again without it.
 UNDER_REVIEW = {
-    "RN1": "weight decay pulled down the gains of QK-Norm, and the tie of 0.03 bits per byte that counts as equal is seven times the paper's effect",
-    "RN2": "weight decay pulled down the gains of QK-Norm, and NoPE had not learnt to find the fact at the training length",
+    "RN1": (
+        "weight decay pulled down the gains of QK-Norm, and the tie of 0.03 bits per byte that "
+        "counts as equal is seven times the paper's effect"
+    ),
+    "RN2": (
+        "weight decay pulled down the gains of QK-Norm, and NoPE had not learnt to find the fact at"
+        " the training length"
+    ),
     "RN3": "weight decay pulled down the gains of QK-Norm, and smaller gains alone spread attention",
-    "RN6": "RoPE finds 15 % of the facts at its own training length, so that beyond it there is nothing to lose; seeds are bimodal",
-    "UT8": "25 of 26 languages stand at the cap of text a language, so that the arms have nearly the same weights",
-    "CA2": "the relative loss says how far the experts moved from their seed, not which part of their gain the merge keeps",
-    "AE3": "the merge is worse than one model trained on all languages, and at hidden 128 than the base, which the rule does not ask",
+    "RN6": (
+        "RoPE finds 15 % of the facts at its own training length, so that beyond it there is "
+        "nothing to lose; seeds are bimodal"
+    ),
+    "UT8": (
+        "25 of 26 languages stand at the cap of text a language, so that the arms have nearly the "
+        "same weights"
+    ),
+    "CA2": (
+        "the relative loss says how far the experts moved from their seed, not which part of their "
+        "gain the merge keeps"
+    ),
+    "AE3": (
+        "the merge is worse than one model trained on all languages, and at hidden 128 than the "
+        "base, which the rule does not ask"
+    ),
 }
 
 
 def measured(entry: Mapping[str, Any]) -> str:
-    """The headline of a hypothesis and its interval; of a sweep, every size."""
+    """Format the headline of a hypothesis and its interval; of a sweep, every size."""
 
     def one(value: float, interval: list[float]) -> str:
         return f"{value:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
@@ -47,7 +65,7 @@ def reviews() -> str:
 
 
 def table(folder: Path = HERE) -> str:
-    """A row for each hypothesis and scale, by the name of the experiment."""
+    """Return the register in Markdown: a row for each hypothesis and scale, by name of experiment."""
     lines = [
         "| id | experiment | scale | seeds | verdict | headline (95 % interval) |",
         "|---|---|---|---|---|---|",
@@ -58,7 +76,8 @@ def table(folder: Path = HERE) -> str:
             if file.exists():
                 results = read_json(file)
                 lines += [
-                    f"| {name} | `{experiment}` | {scale} | {len(results['seeds'])} | {standing(name, entry)} | {measured(entry)} |"
+                    f"| {name} | `{experiment}` | {scale} | {len(results['seeds'])} "
+                    f"| {standing(name, entry)} | {measured(entry)} |"
                     for name, entry in results["hypotheses"].items()
                 ]
     return "\n".join(lines) + "\n"

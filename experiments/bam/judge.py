@@ -1,4 +1,4 @@
-"""From the runs to one verdict a hypothesis, as EXPECTED.md said beforehand."""
+"""One verdict a hypothesis, by the rules that EXPECTED.md set before the first run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Values = list[float]
 
 
 def verdicts(found: DomainRuns, seconds: Mapping[str, Values]) -> dict[str, Any]:
-    """BM1 to BM4. seconds: latency by arm, one value a seed."""
+    """Judge BM1 to BM4; seconds: latency by arm, one value a seed."""
     bm1 = {
         f"BTX less {arm}": differences(found.mean("btx"), found.mean(arm))
         for arm in ("bam", "bam-shared", "bam-flops", "bam-shared-flops", "bam-seconds", "bam-shared-seconds")
@@ -47,17 +47,32 @@ def verdicts(found: DomainRuns, seconds: Mapping[str, Values]) -> dict[str, Any]
     }
     return {
         "BM1": hypothesis(
-            combine_verdicts(map(above, bm1.values())), bm1, "perplexity 10.72; DM 9.70 / 10.32, CM 10.00 / 10.46",
+            combine_verdicts(map(above, bm1.values())),
+            bm1,
+            "perplexity 10.72; DM 9.70 / 10.32, CM 10.00 / 10.46",
             "BAM better with equal data and with equal compute",
         ),
         "BM2": hypothesis(
-            combine_verdicts([*map(above, soft.values()), *(above(values, -TIE) for values in gain.values())]), {**soft, **gain},
-            "10.47 / 10.72 / 10.81; BTX 10.72", "soft best, top-k no gain over BTX",
+            combine_verdicts(
+                [*map(above, soft.values()), *(above(values, -TIE) for values in gain.values())]
+            ),
+            {**soft, **gain},
+            "10.47 / 10.72 / 10.81; BTX 10.72",
+            "soft best, top-k no gain over BTX",
         ),
-        "BM3": hypothesis(combine_verdicts(map(above, bm3.values())), bm3, "5.09 against 4.93; 5.71 against 5.39",
-                     "more feed-forward experts do not make up for attention experts"),
-        "BM4": hypothesis(combine_verdicts(map(above, bm4.values())), bm4, "4.81 / 5.96 / 6.17 s", "BTX, then shared keys, then own"),
-    }  # fmt: skip
+        "BM3": hypothesis(
+            combine_verdicts(map(above, bm3.values())),
+            bm3,
+            "5.09 against 4.93; 5.71 against 5.39",
+            "more feed-forward experts do not make up for attention experts",
+        ),
+        "BM4": hypothesis(
+            combine_verdicts(map(above, bm4.values())),
+            bm4,
+            "4.81 / 5.96 / 6.17 s",
+            "BTX, then shared keys, then own",
+        ),
+    }
 
 
 @step(version="1", estimate=estimates.comparison)
@@ -76,7 +91,13 @@ def judge(
     hypotheses = verdicts(found, seconds)
     write_json(
         out / "results.json",
-        {"experiment": "bam", "scale": scale, "seeds": list(range(seeds)), "hypotheses": hypotheses, "latency": seconds,
-         "runs": found.evaluations},
-    )  # fmt: skip
+        {
+            "experiment": "bam",
+            "scale": scale,
+            "seeds": list(range(seeds)),
+            "hypotheses": hypotheses,
+            "latency": seconds,
+            "runs": found.evaluations,
+        },
+    )
     write_json(out / "report.json", {"title": "BAM: verdicts", "blocks": verdict_blocks(hypotheses)})

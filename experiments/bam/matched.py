@@ -1,4 +1,4 @@
-"""Training for as much compute as another mixture takes, and the latency of several mixtures."""
+"""Training of a mixture for as much compute as another takes, and latency of several mixtures."""
 
 from __future__ import annotations
 
@@ -45,15 +45,28 @@ def train_matched(
     threads: int,
     out: Path,
 ) -> None:
-    """As `train_on`, for so many steps as take the compute of `steps` of the mixture `reference`: counted operations (`flops`) or measured `seconds`."""
+    """Train as `train_on` does, for as many steps as cost the compute of `steps` of the mixture `reference`.
+
+    match: compute is counted operations (`flops`) or measured time (`seconds`).
+    """
     torch.set_num_threads(threads)
 
-    def trained(from_model: Path, steps: int, out: Path) -> None:
+    def train(from_model: Path, steps: int, out: Path) -> None:
         train_on(
-            from_model, tokens, shares=shares, steps=steps, sequence_length=sequence_length, batch_size=batch_size,
-            micro_batch_size=micro_batch_size, learning_rate=learning_rate, min_rate_share=min_rate_share, dtype=dtype,
-            seed=seed, threads=threads, out=out,
-        )  # fmt: skip
+            from_model,
+            tokens,
+            shares=shares,
+            steps=steps,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            learning_rate=learning_rate,
+            min_rate_share=min_rate_share,
+            dtype=dtype,
+            seed=seed,
+            threads=threads,
+            out=out,
+        )
 
     if match == "flops":
         theirs, ours = (
@@ -62,17 +75,17 @@ def train_matched(
         ratio = theirs / ours
     else:
         ratio = statistics.median(
-            _step_seconds(reference, trained) / _step_seconds(model, trained) for _ in range(ROUNDS)
+            _step_seconds(reference, train) / _step_seconds(model, train) for _ in range(ROUNDS)
         )
     count = max(1, round(steps * ratio))
-    trained(model, count, out)
+    train(model, count, out)
     write_json(out / "matched.json", {"match": match, "ratio": ratio, "steps": count})
 
 
-def _step_seconds(model: Path, trained: Callable[[Path, int, Path], None]) -> float:
-    """Of a step of the training loop, optimiser and all: the median of a short run, without its first steps."""
+def _step_seconds(model: Path, train: Callable[[Path, int, Path], None]) -> float:
+    """Measure a training step, with its optimiser: the median of a short run, without its first steps."""
     with TemporaryDirectory() as folder:
-        trained(model, TIMED_STEPS, Path(folder) / "model")
+        train(model, TIMED_STEPS, Path(folder) / "model")
         lines = (Path(folder) / "model" / "metrics.jsonl").read_text().splitlines()
     rates: list[float] = [json.loads(line)["tokens_per_second"] for line in lines[FIRST_STEPS:]]
     return 1.0 / statistics.median(rates)
@@ -80,7 +93,7 @@ def _step_seconds(model: Path, trained: Callable[[Path, int, Path], None]) -> fl
 
 @step(version="1", estimate=estimates.comparison)
 def latency(models: dict[str, Path], *, prompt: int, new: int, rounds: int, threads: int, out: Path) -> None:
-    """Seconds to read a prompt and to write some tokens, the mixtures in turn."""
+    """Measure the seconds for prefill of a prompt and decoding of some tokens; the mixtures take turns."""
     torch.set_num_threads(threads)
     opened = {name: load_model(path, dtype=torch.float32) for name, path in models.items()}
     sampling = Sampling(max_new_tokens=new, temperature=0.0)

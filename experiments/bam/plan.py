@@ -1,4 +1,7 @@
-"""BM1 to BM4 of arXiv 2408.08274: `koine run experiments/bam/plan.py:bam --set pack=DATA`."""
+"""BM1 to BM4 of arXiv 2408.08274.
+
+koine run experiments/bam/plan.py:bam --set pack=DATA
+"""
 
 from __future__ import annotations
 
@@ -41,23 +44,63 @@ class Scale(DomainScale):
 
 SCALES = {
     "smoke": Scale(
-        hidden=32, layers=2, heads=2, kv_heads=1, intermediate=32, vocabulary=512, sequence_length=32, batch_size=2,
-        micro_batch_size=2, seed_steps=2, branch_steps=2, mixture_steps=2, max_bytes=40_000, heldout_bytes=2_000, documents=2,
-        rounds=1, seeds=1,
+        hidden=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        intermediate=32,
+        vocabulary=512,
+        sequence_length=32,
+        batch_size=2,
+        micro_batch_size=2,
+        seed_steps=2,
+        branch_steps=2,
+        mixture_steps=2,
+        max_bytes=40_000,
+        heldout_bytes=2_000,
+        documents=2,
+        rounds=1,
+        seeds=1,
     ),
     "laptop": Scale(),
     "gpu": Scale(
-        hidden=512, layers=8, heads=8, kv_heads=8, intermediate=1024, vocabulary=16_384, sequence_length=1024, batch_size=64,
-        micro_batch_size=32, seed_steps=4_000, branch_steps=1_500, mixture_steps=1_500, learning_rate=1e-3, max_bytes=20_000_000,
-        threads=8, dtype="bfloat16",
+        hidden=512,
+        layers=8,
+        heads=8,
+        kv_heads=8,
+        intermediate=1024,
+        vocabulary=16_384,
+        sequence_length=1024,
+        batch_size=64,
+        micro_batch_size=32,
+        seed_steps=4_000,
+        branch_steps=1_500,
+        mixture_steps=1_500,
+        learning_rate=1e-3,
+        max_bytes=20_000_000,
+        threads=8,
+        dtype="bfloat16",
     ),
     # The paper's small model; planned, not run.
     "cluster": Scale(
-        hidden=1024, layers=6, heads=8, kv_heads=8, intermediate=2048, vocabulary=256_000, sequence_length=4096, batch_size=256,
-        micro_batch_size=8, seed_steps=400_000, branch_steps=100_000, mixture_steps=100_000, learning_rate=1.2e-4,
-        max_bytes=1_000_000_000_000, threads=8, dtype="bfloat16",
+        hidden=1024,
+        layers=6,
+        heads=8,
+        kv_heads=8,
+        intermediate=2048,
+        vocabulary=256_000,
+        sequence_length=4096,
+        batch_size=256,
+        micro_batch_size=8,
+        seed_steps=400_000,
+        branch_steps=100_000,
+        mixture_steps=100_000,
+        learning_rate=1.2e-4,
+        max_bytes=1_000_000_000_000,
+        threads=8,
+        dtype="bfloat16",
     ),
-}  # fmt: skip
+}
 
 ARMS: dict[str, dict[str, Any]] = {
     "btx": {"method": "btx"},
@@ -72,7 +115,7 @@ MATCHED = ("bam", "bam-shared")
 
 
 def bam(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Mixtures of one seed and three experts: attention averaged or mixed, with equal data and equal compute."""
+    """Mixtures of three experts: attention averaged or mixed, at equal data and at equal compute."""
     size = choose_scale(scale, SCALES)
     domains = prepare_domains(plan, size, pack_inputs(plan, pack, FILES))
     evaluations: dict[str, Artifact] = {}

@@ -1,4 +1,7 @@
-"""The figure of a result file, and its tables: `python -m experiments.bam.plots experiments/bam/results/laptop.json`."""
+"""Figures and tables of a results file.
+
+python -m experiments.bam.plots experiments/bam/results/laptop.json
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,17 @@ NAMES = {
     "btx-6": "BTX of six",
     "btx-6-top-3": "BTX of six, top-3",
 }
-"""Arms from the top of the figure and of the table down."""
+"""Arms from top to bottom of the figure and the table."""
 
 
 def by_seed(results: dict[str, Any], arm: str, domain: str | None = None) -> list[float]:
-    """Bits per byte of each seed, of a domain or in the mean."""
+    """Bits per byte of a domain or of their mean, one value a seed."""
     runs = [results["runs"][f"{arm}/{seed}"] for seed in results["seeds"]]
     return [one["mean"] if domain is None else one["bits_per_byte"][domain] for one in runs]
 
 
 def mixtures(results: dict[str, Any], out: Path) -> None:
-    """Each mixture's bits per byte, every seed a dot, less those of BTX of the same seed."""
+    """Draw each mixture's bits per byte minus those of BTX with the same seed; every seed is a dot."""
     figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     arms = [arm for arm in NAMES if arm not in ("seed", "btx")]
     base = by_seed(results, "btx")
@@ -60,7 +63,7 @@ def mixtures(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Each arm's means over seeds as a Markdown table; docs/combining.md holds it as it is."""
+    """Means over seeds of each arm as a Markdown table; a test compares it with docs/combining.md."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
     rows = []
     for arm, name in NAMES.items():

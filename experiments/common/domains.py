@@ -1,4 +1,4 @@
-"""Parts that the experiments on domains share (bam, nexus, merging): text, tokens, training and evaluation."""
+"""Shared by the experiments on domains (bam, nexus, merging): text, tokens, training and evaluation."""
 
 from __future__ import annotations
 

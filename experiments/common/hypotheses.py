@@ -1,4 +1,7 @@
-"""From differences over seeds to a verdict: reproduced, not reproduced, or inconclusive where the interval holds the border."""
+"""Verdicts from differences over seeds: reproduced, not reproduced, or inconclusive.
+
+A verdict is inconclusive where the interval contains the border.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,7 @@ def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """Return Student's 95 % interval of the mean of any number of values; of one value, the value itself
-    twice.
+    """Return Student's 95 % interval of the mean; of one value, the value itself twice.
 
     Raises `ValueError` where there is no value, or one is not finite.
     """
@@ -58,7 +60,7 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def above(values: Sequence[float], least: float = 0.0) -> str:
-    """Judge "above `least`"; one seed has no spread, so it decides nothing."""
+    """Judge the claim "above `least`"; a single seed is inconclusive, as it has no spread."""
     low, high = interval(values)
     if len(values) == 1:
         return "inconclusive"
@@ -66,12 +68,12 @@ def above(values: Sequence[float], least: float = 0.0) -> str:
 
 
 def below(values: Sequence[float], most: float = 0.0) -> str:
-    """The verdict on "below `most`"."""
+    """Judge the claim "below `most`"."""
     return above([-value for value in values], -most)
 
 
 def within(values: Sequence[float], margin: float) -> str:
-    """The verdict on "no further from 0 than `margin`"."""
+    """Judge the claim "no further from 0 than `margin`"."""
     low, high = interval(values)
     if len(values) == 1:
         return "inconclusive"
@@ -81,7 +83,7 @@ def within(values: Sequence[float], margin: float) -> str:
 
 
 def combine_verdicts(verdicts: Iterable[str]) -> str:
-    """The verdict on several claims at once: all must hold, and one that fails is enough."""
+    """Judge several claims at once: all must hold, and one that fails decides."""
     found = set(verdicts)
     if "not reproduced" in found:
         return "not reproduced"
@@ -89,12 +91,15 @@ def combine_verdicts(verdicts: Iterable[str]) -> str:
 
 
 def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Seed by seed, the first minus the second."""
+    """Return the first minus the second, seed by seed."""
     return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def hypothesis(verdict: str, measured: Mapping[str, Sequence[float]], paper: str, why: str) -> dict[str, Any]:
-    """An experiment's entry of one hypothesis: the first series is the headline, every series has its seeds and interval."""
+    """Return the entry of one hypothesis in results.json.
+
+    measured: named series, one value a seed; the first is the headline.
+    """
     first = next(iter(measured.values()))
     return {
         "verdict": verdict,
@@ -109,7 +114,7 @@ def hypothesis(verdict: str, measured: Mapping[str, Sequence[float]], paper: str
 
 
 def verdict_blocks(hypotheses: Mapping[str, Mapping[str, Any]], digits: int = 3) -> list[dict[str, Any]]:
-    """An experiment's hypotheses for a report: how many were reproduced, in a sentence, and a table of all."""
+    """Return report blocks: the number of reproduced hypotheses, and a table of all."""
     by_verdict: dict[str, list[str]] = {}
     for name, one in hypotheses.items():
         by_verdict.setdefault(one["verdict"], []).append(name)
@@ -131,11 +136,12 @@ def verdict_blocks(hypotheses: Mapping[str, Mapping[str, Any]], digits: int = 3)
 
 
 def verdict_markdown(hypotheses: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of verdicts that the manual holds, in Markdown: every series with the mean over seeds and its interval."""
+    """Return the table of verdicts in Markdown: every series with its mean over seeds and interval."""
     lines = ["| id | verdict | measured, mean over seeds (95 % interval) | paper |", "|---|---|---|---|"]
     for name, one in hypotheses.items():
         parts = [
-            f"{label}: {statistics.mean(series['by_seed']):+.3f} ({series['interval'][0]:+.3f} to {series['interval'][1]:+.3f})"
+            f"{label}: {statistics.mean(series['by_seed']):+.3f} "
+            f"({series['interval'][0]:+.3f} to {series['interval'][1]:+.3f})"
             for label, series in one["series"].items()
         ]
         lines.append(f"| {name} | {one['verdict']} | {'; '.join(parts)} | {one['paper']} |")

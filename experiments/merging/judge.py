@@ -1,4 +1,4 @@
-"""From the runs to one verdict a hypothesis, as EXPECTED.md said beforehand."""
+"""One verdict a hypothesis, by the rules that EXPECTED.md set before the first run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def verdicts(
     shared: Sequence[str],
     sizes: Sequence[str],
 ) -> dict[str, Any]:
-    """CA2 to CA4 and AE3. clusters: languages by cluster, without the shared ones; sizes: the small and the large."""
+    """Judge CA2 to CA4 and AE3.
+
+    clusters: languages by cluster, without the shared ones. sizes: names of the small and the large models.
+    """
     own = {domain: found.bits(f"expert-{domain}", [domain]) for domain in domains}
     merged = {domain: found.bits("linear", [domain]) for domain in domains}
     touched = {domain: found.bits("touched-up", [domain]) for domain in domains}
@@ -63,27 +66,54 @@ def verdicts(
         ],
         "merge less touched-up, bits per byte": differences(linear, found.bits("touched-up", domains)),
     }
+    return {
+        "CA2": hypothesis(
+            below(ca2["relative loss"], LOSS),
+            ca2,
+            "-1.8 % mean, most within 2.5 %",
+            "a linear soup keeps what its experts know",
+        ),
+        "CA3": hypothesis(
+            combine_verdicts(below(values, TIE) for values in ca3.values()),
+            ca3,
+            "no significant gain",
+            "complex methods gain nothing",
+        ),
+        "CA4": hypothesis(
+            above(ca4["share of domains"], 0.5),
+            ca4,
+            "many metrics at 100 % or more",
+            "a few steps at a low rate bring back what was lost",
+        ),
+        "AE3": cluster_verdict(found, clusters, shared, sizes),
+    }
+
+
+def cluster_verdict(
+    found: DomainRuns, clusters: Mapping[str, Sequence[str]], shared: Sequence[str], sizes: Sequence[str]
+) -> dict[str, Any]:
+    """Judge AE3: models of clusters of languages against their merge, at two sizes."""
     languages = [*shared, *(code for members in clusters.values() for code in members)]
     gains = {}
     single = {}
     for size in sizes:
         each = [found.bits(f"{size}-{name}", languages) for name in clusters]
-        apart = [statistics.mean(values) for values in zip(*each, strict=True)]
-        together_ = found.bits(f"{size}-clusters", languages)
-        gains[size] = differences(apart, together_)
-        single[size] = differences(found.bits(f"{size}-languages", languages), together_)
+        separate = [statistics.mean(values) for values in zip(*each, strict=True)]
+        merged_clusters = found.bits(f"{size}-clusters", languages)
+        gains[size] = differences(separate, merged_clusters)
+        single[size] = differences(found.bits(f"{size}-languages", languages), merged_clusters)
     small, large = sizes
     ae3 = {
         **{f"clusters apart less merged, {size}": values for size, values in gains.items()},
         **{f"merge of languages less merge of clusters, {size}": values for size, values in single.items()},
         f"gain at {large} less gain at {small}": differences(gains[large], gains[small]),
     }
-    return {
-        "CA2": hypothesis(below(ca2["relative loss"], LOSS), ca2, "-1.8 % mean, most within 2.5 %", "a linear soup keeps what its experts know"),
-        "CA3": hypothesis(combine_verdicts(below(values, TIE) for values in ca3.values()), ca3, "no significant gain", "complex methods gain nothing"),
-        "CA4": hypothesis(above(ca4["share of domains"], 0.5), ca4, "many metrics at 100 % or more", "a few steps at a low rate bring back what was lost"),
-        "AE3": hypothesis(combine_verdicts(map(above, ae3.values())), ae3, "+5.1 points; three times at 32B", "clusters with shared languages merge well, the better the larger"),
-    }  # fmt: skip
+    return hypothesis(
+        combine_verdicts(map(above, ae3.values())),
+        ae3,
+        "+5.1 points; three times at 32B",
+        "clusters with shared languages merge well, the better the larger",
+    )
 
 
 @step(version="1", estimate=estimates.comparison)
@@ -98,11 +128,20 @@ def judge(
     sizes: tuple[str, ...],
     out: Path,
 ) -> None:
-    """Write results.json (every seed, one verdict a hypothesis) and the report. clusters: each its name, then its languages."""
+    """Write results.json (every seed, one verdict a hypothesis) and the report.
+
+    clusters: of each the name, then the languages.
+    """
     found = DomainRuns.read(evaluations, seeds)
     hypotheses = verdicts(found, domains, {name: members for name, *members in clusters}, shared, sizes)
     write_json(
         out / "results.json",
-        {"experiment": "merging", "scale": scale, "seeds": list(range(seeds)), "hypotheses": hypotheses, "runs": found.evaluations},
-    )  # fmt: skip
+        {
+            "experiment": "merging",
+            "scale": scale,
+            "seeds": list(range(seeds)),
+            "hypotheses": hypotheses,
+            "runs": found.evaluations,
+        },
+    )
     write_json(out / "report.json", {"title": "Merging: verdicts", "blocks": verdict_blocks(hypotheses)})

@@ -1,4 +1,7 @@
-"""CA2 to CA4 of arXiv 2504.00698 and AE3 of arXiv 2412.04261: `koine run experiments/merging/plan.py:merging --set pack=DATA`."""
+"""CA2 to CA4 of arXiv 2504.00698 and AE3 of arXiv 2412.04261.
+
+koine run experiments/merging/plan.py:merging --set pack=DATA
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ LANGUAGES = (*SHARED, *(code for members in CLUSTERS.values() for code in member
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(DomainScale):
-    """Sizes of this experiment. hidden: of the domains' models, then of the small and large language models."""
+    """Sizes of this experiment. hidden: of the domain models, then of the small and large language models."""
 
     hidden: tuple[int, int, int] = (96, 64, 128)
     seed_steps: int = 300
@@ -56,24 +59,60 @@ class Scale(DomainScale):
 
 SCALES = {
     "smoke": Scale(
-        hidden=(32, 16, 32), layers=2, heads=2, vocabulary=768, sequence_length=32, batch_size=2, micro_batch_size=2, seed_steps=2,
-        branch_steps=1, touch_up_steps=1, max_bytes=25_000, heldout_bytes=1_500, documents=1, seeds=1,
+        hidden=(32, 16, 32),
+        layers=2,
+        heads=2,
+        vocabulary=768,
+        sequence_length=32,
+        batch_size=2,
+        micro_batch_size=2,
+        seed_steps=2,
+        branch_steps=1,
+        touch_up_steps=1,
+        max_bytes=25_000,
+        heldout_bytes=1_500,
+        documents=1,
+        seeds=1,
     ),
     "laptop": Scale(),
     "gpu": Scale(
-        hidden=(512, 256, 768), layers=8, heads=8, vocabulary=16_384, sequence_length=1024, batch_size=64, micro_batch_size=32,
-        seed_steps=4_000, branch_steps=1_500, touch_up_steps=200, learning_rate=1e-3, max_bytes=20_000_000, threads=8, dtype="bfloat16",
+        hidden=(512, 256, 768),
+        layers=8,
+        heads=8,
+        vocabulary=16_384,
+        sequence_length=1024,
+        batch_size=64,
+        micro_batch_size=32,
+        seed_steps=4_000,
+        branch_steps=1_500,
+        touch_up_steps=200,
+        learning_rate=1e-3,
+        max_bytes=20_000_000,
+        threads=8,
+        dtype="bfloat16",
     ),
     # Aya Expanse's two sizes have hidden 4,096 and 8,192; planned, not run.
     "cluster": Scale(
-        hidden=(8192, 4096, 8192), layers=32, heads=32, vocabulary=256_000, sequence_length=8192, batch_size=512, micro_batch_size=4,
-        seed_steps=500_000, branch_steps=10_000, touch_up_steps=500, learning_rate=2.5e-4, max_bytes=1_000_000_000_000, threads=8, dtype="bfloat16",
+        hidden=(8192, 4096, 8192),
+        layers=32,
+        heads=32,
+        vocabulary=256_000,
+        sequence_length=8192,
+        batch_size=512,
+        micro_batch_size=4,
+        seed_steps=500_000,
+        branch_steps=10_000,
+        touch_up_steps=500,
+        learning_rate=2.5e-4,
+        max_bytes=1_000_000_000_000,
+        threads=8,
+        dtype="bfloat16",
     ),
-}  # fmt: skip
+}
 
 
 def merging(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Experts of domains merged by every method, then touched up; clusters of languages merged, at two sizes."""
+    """Domain experts merged by every method and trained on; clusters of languages merged, at two sizes."""
     size = choose_scale(scale, SCALES)
     # Several domains are parts of one file, which is one input.
     given = {

@@ -1,4 +1,7 @@
-"""The figure of a result file, and its tables: `python -m experiments.merging.plots experiments/merging/results/laptop.json`."""
+"""Figures and tables of a results file.
+
+python -m experiments.merging.plots experiments/merging/results/laptop.json
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ CLUSTERS = ("romance", "slavic", "others")
 SIZES = ("small", "large")
 
 
-def lost(results: dict[str, Any], arm: str, domain: str) -> list[float]:
-    """Of each seed, how far the arm is above the domain's own expert, relative."""
+def relative_loss(results: dict[str, Any], arm: str, domain: str) -> list[float]:
+    """Relative loss of an arm against the domain's own expert, one value a seed."""
     return [
         one / own - 1.0
         for one, own in zip(
@@ -40,12 +43,12 @@ def lost(results: dict[str, Any], arm: str, domain: str) -> list[float]:
 
 
 def collisions(results: dict[str, Any], out: Path) -> None:
-    """What each merge loses of each domain's own expert, every seed a dot."""
+    """Draw the loss of each merge against each domain's own expert; every seed is a dot."""
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     for number, domain in enumerate(DOMAINS):
         for row, (arm, (_, domains)) in enumerate(MERGES.items()):
             if domain in domains:
-                found = lost(results, arm, domain)
+                found = relative_loss(results, arm, domain)
                 axis.scatter(
                     [100 * value for value in found],
                     [row + 0.2 * (number - 1)] * len(found),
@@ -63,11 +66,14 @@ def collisions(results: dict[str, Any], out: Path) -> None:
 
 
 def domain_table(results: dict[str, Any]) -> str:
-    """What each merge loses of each domain's own expert, means over seeds, as a Markdown table; docs/combining.md holds it as it is."""
+    """Loss of each merge against each domain's own expert, means over seeds, as a Markdown table.
+
+    A test compares it with docs/combining.md.
+    """
     rows = []
     for arm, (name, domains) in MERGES.items():
         cells = [
-            f"{statistics.mean(lost(results, arm, domain)):+.1%}" if domain in domains else ""
+            f"{statistics.mean(relative_loss(results, arm, domain)):+.1%}" if domain in domains else ""
             for domain in DOMAINS
         ]
         rows.append([name, *cells])
@@ -75,7 +81,10 @@ def domain_table(results: dict[str, Any]) -> str:
 
 
 def language_table(results: dict[str, Any]) -> str:
-    """Bits per byte over all eleven languages, means over seeds, as a Markdown table; docs/combining.md holds it too."""
+    """Bits per byte over all eleven languages, means over seeds, as a Markdown table.
+
+    A test compares it with docs/combining.md.
+    """
     languages = list(results["runs"]["small-clusters/0"]["bits_per_byte"])
     rows = {
         "base": "-base",

@@ -1,4 +1,4 @@
-"""From the runs to one verdict a hypothesis, as EXPECTED.md said beforehand."""
+"""One verdict a hypothesis, by the rules that EXPECTED.md set before the first run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Values = list[float]
 
 
 def verdicts(found: DomainRuns, budgets: Sequence[int]) -> dict[str, Any]:
-    """NX1 to NX4."""
+    """Judge NX1 to NX4; budgets: steps of the extension."""
     known = {arm: found.bits(arm, without=(NEW,)) for arm in ("nexus", "linear", "nexus-low", "linear-low")}
     nx1 = {"linear less Nexus": differences(known["linear"], known["nexus"])}
     nx2 = {
@@ -34,11 +34,31 @@ def verdicts(found: DomainRuns, budgets: Sequence[int]) -> dict[str, Any]:
     }
     nx4 = {"average less seed": differences(found.bits("average"), found.bits("seed"))}
     return {
-        "NX1": hypothesis(above(nx1["linear less Nexus"]), nx1, "+3.2 %, +1.6 % relative", "Nexus better than a linear router"),
-        "NX2": hypothesis(combine_verdicts(map(above, nx2.values())), nx2, "+18.4 / 6.2 / 18.8 % relative", "a router that is not reset learns the new domain sooner"),
-        "NX3": hypothesis(combine_verdicts(map(above, nx3.values())), nx3, "about 2 % against about 0", "only the linear router needs the balance loss"),
-        "NX4": hypothesis(above(nx4["average less seed"]), nx4, "35.5 < 36.4; 43.3 < 47.1", "an average of experts is worse than their seed"),
-    }  # fmt: skip
+        "NX1": hypothesis(
+            above(nx1["linear less Nexus"]),
+            nx1,
+            "+3.2 %, +1.6 % relative",
+            "Nexus better than a linear router",
+        ),
+        "NX2": hypothesis(
+            combine_verdicts(map(above, nx2.values())),
+            nx2,
+            "+18.4 / 6.2 / 18.8 % relative",
+            "a router that is not reset learns the new domain sooner",
+        ),
+        "NX3": hypothesis(
+            combine_verdicts(map(above, nx3.values())),
+            nx3,
+            "about 2 % against about 0",
+            "only the linear router needs the balance loss",
+        ),
+        "NX4": hypothesis(
+            above(nx4["average less seed"]),
+            nx4,
+            "35.5 < 36.4; 43.3 < 47.1",
+            "an average of experts is worse than their seed",
+        ),
+    }
 
 
 @step(version="1", estimate=estimates.comparison)
@@ -55,9 +75,15 @@ def judge(
     }
     write_json(
         out / "results.json",
-        {"experiment": "nexus", "scale": scale, "seeds": list(range(seeds)), "hypotheses": hypotheses,
-         "share_of_new_tokens_to_the_new_expert": own, "runs": found.evaluations},
-    )  # fmt: skip
+        {
+            "experiment": "nexus",
+            "scale": scale,
+            "seeds": list(range(seeds)),
+            "hypotheses": hypotheses,
+            "share_of_new_tokens_to_the_new_expert": own,
+            "runs": found.evaluations,
+        },
+    )
     write_json(
         out / "report.json",
         {

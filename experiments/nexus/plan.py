@@ -1,4 +1,7 @@
-"""NX1 to NX4 of arXiv 2408.15901: `koine run experiments/nexus/plan.py:nexus --set pack=DATA`."""
+"""NX1 to NX4 of arXiv 2408.15901.
+
+koine run experiments/nexus/plan.py:nexus --set pack=DATA
+"""
 
 from __future__ import annotations
 
@@ -57,27 +60,72 @@ class Scale(DomainScale):
 
 SCALES = {
     "smoke": Scale(
-        hidden=32, layers=2, heads=2, kv_heads=1, intermediate=32, vocabulary=512, domain_size=4, sequence_length=32, batch_size=2,
-        micro_batch_size=2, seed_steps=2, branch_steps=2, mixture_steps=2, budgets=(1, 2), max_bytes=40_000, heldout_bytes=2_000,
-        documents=2, seeds=1,
+        hidden=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        intermediate=32,
+        vocabulary=512,
+        domain_size=4,
+        sequence_length=32,
+        batch_size=2,
+        micro_batch_size=2,
+        seed_steps=2,
+        branch_steps=2,
+        mixture_steps=2,
+        budgets=(1, 2),
+        max_bytes=40_000,
+        heldout_bytes=2_000,
+        documents=2,
+        seeds=1,
     ),
     "laptop": Scale(),
     "gpu": Scale(
-        hidden=512, layers=8, heads=8, kv_heads=8, intermediate=1024, vocabulary=16_384, domain_size=256, sequence_length=1024,
-        batch_size=64, micro_batch_size=32, seed_steps=4_000, branch_steps=1_500, mixture_steps=1_500, budgets=(100, 250, 500),
-        learning_rate=1e-3, max_bytes=20_000_000, threads=8, dtype="bfloat16",
+        hidden=512,
+        layers=8,
+        heads=8,
+        kv_heads=8,
+        intermediate=1024,
+        vocabulary=16_384,
+        domain_size=256,
+        sequence_length=1024,
+        batch_size=64,
+        micro_batch_size=32,
+        seed_steps=4_000,
+        branch_steps=1_500,
+        mixture_steps=1_500,
+        budgets=(100, 250, 500),
+        learning_rate=1e-3,
+        max_bytes=20_000_000,
+        threads=8,
+        dtype="bfloat16",
     ),
     # The paper's small model, as far as its sizes are known; planned, not run.
     "cluster": Scale(
-        hidden=1024, layers=12, heads=16, kv_heads=16, intermediate=4096, vocabulary=256_000, domain_size=1024, sequence_length=4096,
-        batch_size=256, micro_batch_size=8, seed_steps=700_000, branch_steps=24_000, mixture_steps=24_000, budgets=(190, 480, 950),
-        learning_rate=1e-3, max_bytes=1_000_000_000_000, threads=8, dtype="bfloat16",
+        hidden=1024,
+        layers=12,
+        heads=16,
+        kv_heads=16,
+        intermediate=4096,
+        vocabulary=256_000,
+        domain_size=1024,
+        sequence_length=4096,
+        batch_size=256,
+        micro_batch_size=8,
+        seed_steps=700_000,
+        branch_steps=24_000,
+        mixture_steps=24_000,
+        budgets=(190, 480, 950),
+        learning_rate=1e-3,
+        max_bytes=1_000_000_000_000,
+        threads=8,
+        dtype="bfloat16",
     ),
-}  # fmt: skip
+}
 
 
 def nexus(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Mixtures with a projecting and with a linear router; a fifth expert added, for three budgets of tuning."""
+    """Mixtures with a Nexus and a linear router; an expert is added, with three budgets of training."""
     size = choose_scale(scale, SCALES)
     domains = prepare_domains(plan, size, pack_inputs(plan, pack, FILES))
     evaluations: dict[str, Artifact] = {}

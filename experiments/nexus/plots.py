@@ -1,4 +1,7 @@
-"""The figure of a result file, and its tables: `python -m experiments.nexus.plots experiments/nexus/results/laptop.json`."""
+"""Figures and tables of a results file.
+
+python -m experiments.nexus.plots experiments/nexus/results/laptop.json
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ NAMES = {
     "nexus-low": "Nexus, balance 0.0005",
     "linear-low": "linear, balance 0.0005",
 }
-"""Arms before the extension, from the top of the table down."""
+"""Arms before the extension, from top to bottom of the table."""
 
 
 def budgets(results: dict[str, Any]) -> list[int]:
-    """Steps of the extension, none first."""
+    """Budgets of the extension in steps, ascending from 0."""
     return sorted(
         int(arm.removeprefix("nexus-").partition("/")[0])
         for arm in results["runs"]
@@ -37,7 +40,7 @@ def budgets(results: dict[str, Any]) -> list[int]:
 
 
 def extension(results: dict[str, Any], out: Path) -> None:
-    """The new domain and the old ones, and the share of the new domain's tokens that its expert gets, by the steps of the extension."""
+    """Draw bits per byte of new and old domains, and the new expert's share, by steps of extension."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     steps = budgets(results)
     old = [name for name in results["runs"]["seed/0"]["bits_per_byte"] if name != NEW]
@@ -73,7 +76,7 @@ def extension(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Each arm's bits per byte, means over seeds, as a Markdown table; docs/combining.md holds it as it is."""
+    """Bits per byte of each arm as a Markdown table; a test compares it with docs/combining.md."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
     rows = dict(NAMES)
     for router, name in ROUTERS.items():

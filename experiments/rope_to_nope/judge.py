@@ -1,4 +1,4 @@
-"""From the runs to one verdict a hypothesis, as EXPECTED.md said beforehand."""
+"""One verdict a hypothesis, by the rules that EXPECTED.md set before the first run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Values = list[float]
 
 
 class Runs:
-    """What was measured of each arm and seed."""
+    """Measures by `ARM/SEED`; every method returns one value a seed."""
 
     def __init__(self, folders: Mapping[str, Path], seeds: int) -> None:
         self.measures: dict[str, Any] = {
@@ -60,8 +60,8 @@ class Runs:
             for seed in self.seeds
         ]
 
-    def attention(self, arm: str, what: str, kind: str | None = None) -> Values:
-        """Mean over layers (of a kind) of a mass, or of the entropy of rows."""
+    def attention(self, arm: str, measure: str, kind: str | None = None) -> Values:
+        """Mean over layers (of a kind) of the attention mass on a segment, or of the `entropy`."""
         found = []
         for seed in self.seeds:
             layers = [
@@ -71,14 +71,15 @@ class Runs:
             ]
             found.append(
                 statistics.mean(
-                    layer["entropy_of_rows"] if what == "entropy" else layer["mass"][what] for layer in layers
+                    layer["entropy_of_rows"] if measure == "entropy" else layer["mass"][measure]
+                    for layer in layers
                 )
             )
         return found
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the line of least squares."""
+    """Return the slope of the line of least squares."""
     mean_x, mean_y = statistics.mean(x), statistics.mean(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
         (a - mean_x) ** 2 for a in x
@@ -130,15 +131,22 @@ def judge(
 
 
 def verdicts(found: Runs, long: int, speed: Mapping[str, Any], arms: Sequence[str]) -> dict[str, Any]:
-    """RN1 to RN9 and CA1 from the measures; of a scale that has RoPE and 3:1 alone, RN7, RN8 and CA1."""
-    hybrid = of_the_hybrid(found, long, speed)
-    return hybrid if "qk-norm" not in arms else of_positions(found, long) | hybrid | of_the_ratio(found, long)
+    """Judge RN1 to RN9 and CA1; of a scale with RoPE and 3:1 alone, RN7, RN8 and CA1."""
+    windowed = windowed_verdicts(found, long, speed)
+    if "qk-norm" not in arms:
+        return windowed
+    return {
+        **encoding_verdicts(found),
+        **hybrid_layer_verdicts(found),
+        **extrapolation_verdicts(found, long),
+        **windowed,
+        **ratio_verdicts(found, long),
+    }
 
 
-def of_positions(found: Runs, long: int) -> dict[str, Any]:
-    """RN1 to RN6: what each way to know positions does."""
-    beyond = (2 * long, 4 * long)
-    rope, qk, nope, rnope = "rope", "qk-norm", "nope", "rnope-10k"
+def encoding_verdicts(found: Runs) -> dict[str, Any]:
+    """Judge RN1 to RN3: RoPE, QK-Norm and NoPE after the second stage."""
+    rope, qk, nope = "rope", "qk-norm", "nope"
     rn1 = {
         "QK-Norm less RoPE, bits per byte": differences(found.bits(qk), found.bits(rope)),
         "NoPE less QK-Norm": differences(found.bits(nope), found.bits(qk)),
@@ -154,23 +162,62 @@ def of_positions(found: Runs, long: int) -> dict[str, Any]:
             found.attention(qk, "entropy"), found.attention(rope, "entropy")
         )
     }
-    full, turned = "full NoPE", "full RoPE"
+    first, second = rn1.values()
+    return {
+        "RN1": hypothesis(
+            combine_verdicts([above(first, -TIE), above(second)]),
+            rn1,
+            "1.52 / 1.53 / 1.58",
+            "RoPE at most QK-Norm (a tie counts), which is below NoPE",
+        ),
+        "RN2": hypothesis(
+            combine_verdicts(map(above, rn2.values())),
+            rn2,
+            ".0325 / .0201 / .0056",
+            "NoPE, then RoPE, then QK-Norm",
+        ),
+        "RN3": hypothesis(
+            combine_verdicts(map(above, rn3.values())),
+            rn3,
+            "12.46 against 6.95 bits",
+            "QK-Norm spreads attention",
+        ),
+    }
+
+
+def hybrid_layer_verdicts(found: Runs) -> dict[str, Any]:
+    """Judge RN4: attention of the layers with and without positions inside RNoPE."""
+    rnope, full, rotary = "rnope-10k", "full NoPE", "full RoPE"
     rn4 = {
         "log ratio of needle mass, NoPE over RoPE layers": [
             math.log(a / b)
             for a, b in zip(
-                found.attention(rnope, "needle", full), found.attention(rnope, "needle", turned), strict=True
+                found.attention(rnope, "needle", full), found.attention(rnope, "needle", rotary), strict=True
             )
         ],
         "log ratio of qc mass, RoPE over NoPE layers": [
             math.log(a / b)
             for a, b in zip(
-                found.attention(rnope, "question", turned),
+                found.attention(rnope, "question", rotary),
                 found.attention(rnope, "question", full),
                 strict=True,
             )
         ],
     }
+    return {
+        "RN4": hypothesis(
+            combine_verdicts(map(above, rn4.values())),
+            rn4,
+            "needle .0765 against .0004; qc .0287 against .3142",
+            "full layers hold the needle, RoPE layers what is near",
+        ),
+    }
+
+
+def extrapolation_verdicts(found: Runs, long: int) -> dict[str, Any]:
+    """Judge RN5 and RN6: scores beyond the length of training."""
+    beyond = (2 * long, 4 * long)
+    rope, rnope = "rope", "rnope-10k"
     by_theta = {arm: found.score(arm, beyond) for arm in THETAS}
     rn5 = {
         "nats lost for each factor of ten in theta": [
@@ -184,25 +231,24 @@ def of_positions(found: Runs, long: int) -> dict[str, Any]:
         ),
         "RNoPE less RoPE": differences(found.score(rnope, beyond), found.score(rope, beyond)),
     }
-    first, second = rn1.values()
     return {
-        "RN1": hypothesis(
-            combine_verdicts([above(first, -TIE), above(second)]), rn1, "1.52 / 1.53 / 1.58",
-            "RoPE at most QK-Norm (a tie counts), which is below NoPE",
+        "RN5": hypothesis(
+            combine_verdicts(map(above, rn5.values())),
+            rn5,
+            "8.036 / 7.461 / 7.022 / 6.203",
+            "a larger theta is worse",
         ),
-        "RN2": hypothesis(combine_verdicts(map(above, rn2.values())), rn2, ".0325 / .0201 / .0056", "NoPE, then RoPE, then QK-Norm"),
-        "RN3": hypothesis(combine_verdicts(map(above, rn3.values())), rn3, "12.46 against 6.95 bits", "QK-Norm spreads attention"),
-        "RN4": hypothesis(
-            combine_verdicts(map(above, rn4.values())), rn4, "needle .0765 against .0004; qc .0287 against .3142",
-            "full layers hold the needle, RoPE layers what is near",
+        "RN6": hypothesis(
+            combine_verdicts(map(above, rn6.values())),
+            rn6,
+            "9.562 / 8.036 / 7.395",
+            "windowed, then RNoPE, then RoPE",
         ),
-        "RN5": hypothesis(combine_verdicts(map(above, rn5.values())), rn5, "8.036 / 7.461 / 7.022 / 6.203", "a larger theta is worse"),
-        "RN6": hypothesis(combine_verdicts(map(above, rn6.values())), rn6, "9.562 / 8.036 / 7.395", "windowed, then RNoPE, then RoPE"),
-    }  # fmt: skip
+    }
 
 
-def of_the_ratio(found: Runs, long: int) -> dict[str, Any]:
-    """RN9: how many windowed layers for each full one."""
+def ratio_verdicts(found: Runs, long: int) -> dict[str, Any]:
+    """Judge RN9: the number of windowed layers for each full one."""
     beyond = (2 * long, 4 * long)
     rn9 = {
         "1:3 less 1:7, nats": differences(found.score("swa-3", beyond), found.score("swa-7", beyond)),
@@ -210,14 +256,16 @@ def of_the_ratio(found: Runs, long: int) -> dict[str, Any]:
     }
     return {
         "RN9": hypothesis(
-            above(rn9["1:3 less 1:7, nats"]), rn9, "1:3 chosen, no numbers",
+            above(rn9["1:3 less 1:7, nats"]),
+            rn9,
+            "1:3 chosen, no numbers",
             "1:7 has the smaller cache, so 1:3 must answer better; 1:1 has the larger one",
         )
-    }  # fmt: skip
+    }
 
 
-def of_the_hybrid(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]:
-    """RN7, RN8 and CA1: windowed layers and full ones, 3:1, beside RoPE."""
+def windowed_verdicts(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str, Any]:
+    """Judge RN7, RN8 and CA1: three windowed layers for each full one, beside RoPE."""
     rope, swa = "rope", "swa-3"
     better = differences(found.score(swa, (4 * long,)), found.score(rope, (4 * long,)))
     tie = differences(found.bits(swa), found.bits(rope))
@@ -227,25 +275,35 @@ def of_the_hybrid(found: Runs, long: int, speed: Mapping[str, Any]) -> dict[str,
     share = speed["command_a_share_128k"]
     return {
         "RN7": hypothesis(
-            combine_verdicts([above(better), within(tie, TIE)]), rn7, "RULER at 256k 74.8 against 57.1; short tasks equal",
+            combine_verdicts([above(better), within(tie, TIE)]),
+            rn7,
+            "RULER at 256k 74.8 against 57.1; short tasks equal",
             "long better, short equal",
         ),
         "RN8": hypothesis(
-            combine_verdicts([above(speed["ratios"], 1.0), "reproduced" if exact else "not reproduced"]), rn8,
+            combine_verdicts([above(speed["ratios"], 1.0), "reproduced" if exact else "not reproduced"]),
+            rn8,
             "training +50 % at 64k, twice at 128k; cache down by up to 75 %",
-            f"faster at {STEP_TOKENS} tokens, and bytes of cache {'equal to' if exact else 'off'} the formula",
+            f"faster at {STEP_TOKENS} tokens, "
+            f"and bytes of cache {'equal to' if exact else 'off'} the formula",
         ),
         "CA1": hypothesis(
-            combine_verdicts([above(better), within(tie, TIE), "reproduced" if abs(share - 0.27) < 0.01 else "not reproduced"]),
+            combine_verdicts(
+                [
+                    above(better),
+                    within(tie, TIE),
+                    "reproduced" if abs(share - 0.27) < 0.01 else "not reproduced",
+                ]
+            ),
             {"RNoPE-SWA less RoPE, nats": better, "short texts, bits per byte": tie},
             "equal short, better long, cache about 27 % at 128k",
             f"cache of Command A's layers at 128k: {share:.1%} of the all-full twin",
         ),
-    }  # fmt: skip
+    }
 
 
 def speed_and_cache(config: ModelConfig, *, seeds: int) -> dict[str, Any]:
-    """A training step of the hybrid beside its twin of full RoPE layers, alternating; bytes of cache held beside the formula."""
+    """Time a training step of the hybrid and of its all-full RoPE twin; count the bytes of the KV cache."""
     twin = replace(config, layers=(LayerSpec(),) * len(config.layers))
     ratios = []
     for seed in range(seeds):
@@ -257,7 +315,7 @@ def speed_and_cache(config: ModelConfig, *, seeds: int) -> dict[str, Any]:
     with torch.inference_mode():
         context = PrefillContext(cache, [cache.add()], [STEP_TOKENS])
         model(torch.zeros(1, STEP_TOKENS, dtype=torch.long), context=context)
-    # Command A's pattern and window (command-a.md): 64 layers, 3:1, window 4,096; the share does not depend on the widths.
+    # Command A's pattern (command-a.md): 64 layers, 3:1, window 4,096. Widths do not change the share.
     command_a = replace(preset("koine-8b"), layers=layers_of("swa-3", 64, 4096))
     return {
         "step_tokens": STEP_TOKENS,
@@ -270,7 +328,7 @@ def speed_and_cache(config: ModelConfig, *, seeds: int) -> dict[str, Any]:
 
 
 def _step_seconds(model: Decoder) -> float:
-    """Forward and backward over one long row, the better of two."""
+    """Time forward and backward over one long row, the better of two."""
     tokens = torch.randint(0, model.config.vocab_size, (1, STEP_TOKENS))
     best = math.inf
     for _ in range(2):

@@ -1,8 +1,9 @@
 """Texts of the experiment: real books with facts hidden in them, and questions about the facts.
 
-A fact is a remark such as `[ water street ]`, hidden between the sentences of a book: a key and its value, words that are one token each. A question is
-the same remark at the end of the text, of which `street` is the completion. Every text has several facts with different keys and values, so that a
-model must find the one that is asked for: choosing any value of the text at random is right once in as many as there are.
+A fact is a remark such as `[ water street ]` between the sentences of a book: a key and its value, words of
+one token each. A question is the same remark at the end of the text, and `street` is its completion. Every
+text has several facts with different keys and values, so a model must find the right one: with N facts, a
+value chosen at random is right once in N.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from koine.steps import estimates
 from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 HELD_OUT = 3
-"""Of the books, the last ones: haystacks that no model was trained on."""
+"""Number of books, from the last, that no model is trained on."""
 
 WORDS = 64
-"""Keys, and as many values."""
+"""Number of keys, and of values."""
 
 FACTS = {"short": 6, "long": 8}
 
@@ -37,8 +38,7 @@ FACTS = {"short": 6, "long": 8}
 class Prompt:
     """A text with facts and, at its end, questions with their completions.
 
-    questions: for each question, where its first token and its completion's tokens stand, and where the fact that answers it stands
-    (ranges of positions).
+    questions: for each, the positions of the question, of its completion, and of the fact that answers it.
     """
 
     tokens: list[int]
@@ -46,12 +46,12 @@ class Prompt:
 
 
 def books(path: Path) -> list[str]:
-    """The text of each book, in the file's order."""
+    """Return the text of each book, in the file's order."""
     return [record["text"] for record in read_records(path, split="all")]
 
 
 def words_in(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """Keys and values: the most frequent words of at least three small letters that are one token, dealt out in turn."""
+    """Return keys and values: the most frequent lower-case words that are one token, in turn."""
     counts = Counter(word for text in texts for word in re.findall(r"\b[a-z]{3,}\b", text))
     ordered = (word for word, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
     single = list(islice((word for word in ordered if len(tokenizer.encode(f" {word}")) == 1), 2 * WORDS))
@@ -59,13 +59,13 @@ def words_in(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[list[str], lis
 
 
 def pieces_of(text: str) -> list[str]:
-    """Sentences, without line breaks inside."""
+    """Split a text into sentences, without line breaks inside."""
     flat = " ".join(text.split())
     return [piece for piece in re.split(r"(?<=[.!?]) ", flat) if 20 <= len(piece) <= 300]
 
 
 def fact(key: str, value: str) -> str:
-    """What is hidden, and asked for. It is the same tokens wherever it stands."""
+    """Write a fact, which has the same tokens wherever it stands."""
     return f" [ {key} {value} ]"
 
 
@@ -80,10 +80,11 @@ def build(
     questions: int,
     depth: float | None = None,
 ) -> Prompt:
-    """A text of at most `length` tokens, less by at most one sentence.
+    """Build a text of at most `length` tokens, shorter by at most one sentence.
 
-    sentences: the haystack, from a random place on. depth: where the first question's fact stands, 0 at the beginning and 1 at the end of the haystack;
-    drawn where it is `None`, as that of all other facts is.
+    sentences: the haystack, read from a random place on.
+    depth: place of the first question's fact, from 0 (beginning of the haystack) to 1 (end). `None` draws it,
+        as for all other facts.
     """
     keys, values = (draw.sample(list(part), facts) for part in words)
     lines = [tokenizer.encode(fact(key, value)) for key, value in zip(keys, values, strict=True)]
@@ -130,7 +131,10 @@ def needle_corpus(
     seed: int,
     out: Path,
 ) -> None:
-    """A tokenizer of the books, and token shards: `books` and `short` for pretraining, `short` and `long` for fine-tuning."""
+    """Write a tokenizer of the books and token shards.
+
+    `books`, `pairs` and `short` are for the first stage, `short` and `long` for the second.
+    """
     all_books = books(texts)
     train = all_books[:-HELD_OUT]
     tokenizer = train_tokenizer(
@@ -142,7 +146,7 @@ def needle_corpus(
     sentences = [piece for text in train for piece in pieces_of(text)]
     draw = random.Random(seed)
     parts: dict[str, list[dict[str, Any]]] = {
-        # A character is less than a token never: these stretches fit into a short row whole.
+        # A token has at least one character, so each of these pieces fits into a short row.
         "books": [{"text": text, "id": f"book-{number}"} for number, text in enumerate(cut(train, short))]
     }
     parts["pairs"] = [
@@ -169,7 +173,7 @@ def needle_corpus(
 
 
 def pairs(draw: random.Random, words: tuple[Sequence[str], Sequence[str]]) -> str:
-    """Two to four facts and the questions about them, without a haystack: what finding is learnt from first."""
+    """Write two to four facts and the questions about them, without a haystack."""
     facts = draw.randint(2, 4)
     lines = [
         fact(key, value)
@@ -179,7 +183,7 @@ def pairs(draw: random.Random, words: tuple[Sequence[str], Sequence[str]]) -> st
 
 
 def cut(texts: Sequence[str], size: int) -> Iterable[str]:
-    """Stretches of `size` characters."""
+    """Cut texts into pieces of `size` characters."""
     return (text[start : start + size] for text in texts for start in range(0, len(text), size))
 
 
@@ -194,7 +198,7 @@ def prompts(
     seed: int,
     depth: float | None = None,
 ) -> list[Prompt]:
-    """Test prompts over the held-out books."""
+    """Build test prompts from the held-out books."""
     tokenizer = load_tokenizer(corpus / "tokenizer")
     keys, values = read_json(corpus / "words.json")
     sentences = [piece for text in books(texts)[-HELD_OUT:] for piece in pieces_of(text)]
@@ -215,5 +219,5 @@ def prompts(
 
 
 def held_out_text(texts: Path, limit: int) -> list[str]:
-    """Stretches of the held-out books, for bits per byte."""
+    """Return pieces of the held-out books, for bits per byte."""
     return list(islice(cut(books(texts)[-HELD_OUT:], 300), limit))

@@ -27,7 +27,7 @@ ARMS: dict[str, tuple[str, float]] = {
     "swa-3": ("swa-3", BASE_THETA),
     "swa-7": ("swa-7", BASE_THETA),
 }
-"""Each arm's layers (`stages.layers_of`) and RoPE's theta in the second stage; all have 10,000 in the first."""
+"""Layers of each arm (`stages.layers_of`) and RoPE's theta in the second stage; it is 10,000 in the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ SCALES = {
         attention_prompts=2,
     ),
     "laptop": LAPTOP,
-    # Twice the layers, for the hypotheses on 3:1 beside RoPE alone: its full layers are as many as those of 1:1 in eight.
+    # Twice the layers, so that 3:1 has as many full layers as 1:1 has in eight. Only RoPE stands beside it.
     "laptop-deep": replace(LAPTOP, layers=16, dtype="float32", arms=("rope", "swa-3")),
     "gpu": replace(
         LAPTOP,
@@ -149,7 +149,7 @@ SCALES = {
 
 
 def rope_to_nope(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Ten position encodings, trained on short texts, extended, and tested on books up to four times as long."""
+    """Ten position encodings, trained short, extended, and tested on books up to four times as long."""
     size = choose_scale(scale, SCALES)
     texts = plan.input(pack / "text" / "en_books.jsonl.xz", name="data/en_books")
     corpus = plan.step(

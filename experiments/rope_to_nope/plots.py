@@ -1,4 +1,7 @@
-"""The figures of a result file, and its tables: `python -m experiments.rope_to_nope.plots experiments/rope_to_nope/results/laptop.json`."""
+"""Figures and tables of a results file.
+
+python -m experiments.rope_to_nope.plots experiments/rope_to_nope/results/laptop.json
+"""
 
 from __future__ import annotations
 
@@ -26,28 +29,28 @@ NAMES = {
     "swa-7": "RNoPE-SWA 7:1",
 }
 DRAWN = ("rope", "qk-norm", "nope", "rnope-10k", "swa-1", "swa-3")
-"""Arms that the figure by length shows; the others are in the table."""
+"""Arms of the figures; the others are in the table only."""
 
 
 def drawn(results: dict[str, Any]) -> list[str]:
-    """Those of them that the scale has."""
+    """Return the arms of `DRAWN` that the results have."""
     return [arm for arm in DRAWN if arm in results["arms"]]
 
 
-def mean_of(results: dict[str, Any], arm: str, length: str, what: str) -> list[float]:
-    """A figure of each seed."""
-    return [results["runs"][f"{arm}/{seed}"]["answers"][length][what] for seed in results["seeds"]]
+def by_seed(results: dict[str, Any], arm: str, length: str, measure: str) -> list[float]:
+    """Return a measure of the answers, one value a seed."""
+    return [results["runs"][f"{arm}/{seed}"]["answers"][length][measure] for seed in results["seeds"]]
 
 
 def by_length(results: dict[str, Any], out: Path) -> None:
-    """Log-probability and accuracy of the right value, by the length of the text."""
+    """Draw log-probability and accuracy of the right value, by length of the text."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, what, label in zip(
         axes, ("log_probability", "accuracy"), ("log-probability of the value, nats", "accuracy"), strict=True
     ):
         for arm in drawn(results):
             lengths = list(results["runs"][f"{arm}/0"]["answers"])
-            seeds = [mean_of(results, arm, length, what) for length in lengths]
+            seeds = [by_seed(results, arm, length, what) for length in lengths]
             x = [int(length) for length in lengths]
             (line,) = axis.plot(
                 x, [statistics.mean(one) for one in seeds], marker="o", markersize=3, label=NAMES[arm]
@@ -71,7 +74,7 @@ def by_length(results: dict[str, Any], out: Path) -> None:
 
 
 def attention(results: dict[str, Any], out: Path) -> None:
-    """Mass on the fact that is asked for, layer by layer."""
+    """Draw the attention mass on the right fact, layer by layer."""
     figure, axis = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
     for arm in drawn(results):
         runs = [results["runs"][f"{arm}/{seed}"]["attention"] for seed in results["seeds"]]
@@ -96,7 +99,7 @@ SEGMENTS = {
 
 
 def segments(results: dict[str, Any], out: Path) -> None:
-    """Where each layer looks when it answers, and how widely: mass by segment of the text, and the entropy of the rows of attention. Means over seeds."""
+    """Draw attention mass by segment and attention entropy of each layer, means over seeds."""
     arms = drawn(results)
     width = max(2.1 * len(arms), 7.0)
     figure, axes = plt.subplots(
@@ -130,14 +133,15 @@ def segments(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Each arm's means over seeds as a Markdown table; the manual holds it too."""
+    """Means over seeds of each arm as a Markdown table; a test compares it with docs/rope-to-nope.md."""
     lengths = list(next(iter(results["runs"].values()))["answers"])
     header = [f"{int(length):,}" for length in lengths]
     rows = []
     for arm in results["arms"]:
         bits = statistics.mean(results["runs"][f"{arm}/{seed}"]["bits_per_byte"] for seed in results["seeds"])
         cells = [
-            f"{statistics.mean(mean_of(results, arm, length, 'log_probability')):.2f} ({statistics.mean(mean_of(results, arm, length, 'accuracy')):.0%})"
+            f"{statistics.mean(by_seed(results, arm, length, 'log_probability')):.2f} "
+            f"({statistics.mean(by_seed(results, arm, length, 'accuracy')):.0%})"
             for length in lengths
         ]
         rows.append([NAMES[arm], f"{bits:.3f}", *cells])

@@ -1,4 +1,7 @@
-"""The two stages of an arm: pretraining on short texts, then short and long ones together; and what is measured after each."""
+"""The two stages of an arm, and the measures after each.
+
+First pretraining on short texts, then on short and long texts together.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,14 @@ from koine.tokenizer import load_tokenizer
 from koine.train import TrainSettings, language_modelling, train
 
 BEGIN = 8
-"""Tokens at the beginning that count as the sink, in proportion to the paper's 10 of 65,536 rather many (papers' advice: 4 to 10)."""
+"""Tokens at the beginning that count as the sink (papers: 4 to 10; this paper: 10 of 65,536)."""
 
 INITIALIZER_RANGE = 0.08
-"""Of all matrices: a smaller one leaves a model of this width looking everywhere alike for long (pilots on the RoPE arm alone, EXPECTED.md)."""
+"""Standard deviation of all matrices. With a smaller one, attention of a model this narrow stays uniform for
+long (pilots on the RoPE arm alone, EXPECTED.md)."""
 
 PAIRS_SHARE = 0.4
-"""Of the first stage's steps, those on pairs alone: finding is learnt there first, and in a haystack after."""
+"""Share of the first stage's steps on pairs alone; retrieval is learnt there first, then in a haystack."""
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -36,7 +40,7 @@ SHORT_TO_LONG = 3
 
 
 def layers_of(variant: str, count: int, window: int) -> tuple[LayerSpec, ...]:
-    """The layers of an arm. `swa-N`: N windowed layers with RoPE before each full one without positions."""
+    """Return the layers of an arm; `swa-N` has N windowed RoPE layers before each full NoPE layer."""
     if variant.startswith("swa-"):
         every = int(variant.removeprefix("swa-")) + 1
         return variant_layers("rnope-swa", count, window=window, full_every=every)
@@ -68,7 +72,7 @@ def pretrain_short(
     dtype: Precision,
     out: Path,
 ) -> None:
-    """First stage: books as they are, pairs of fact and question, and short stretches of books with facts and questions."""
+    """Train the first stage: books, pairs of fact and question, and short texts with facts and questions."""
     tokenizer = load_tokenizer(corpus / "tokenizer")
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -116,7 +120,7 @@ def extend(
     dtype: Precision,
     out: Path,
 ) -> None:
-    """Second stage: three short texts for each long one, packed into rows of the long length, with RoPE's theta as given."""
+    """Train the second stage: three short texts for each long one, in long rows, with a new theta."""
     start = load_model(model, dtype=torch.float32)
     grown = Decoder(replace(start.config, rope_theta=theta))
     grown.load_state_dict(start.state_dict())
@@ -168,7 +172,7 @@ def _train(
         seed=seed,
         compile="off",
         weight_decay=0.1,
-        # An arm without positions may jump and come back; all arms go on.
+        # The loss of an arm without positions may jump and recover; no arm is stopped.
         spike_deviations=0.0,
     )
     train(
@@ -184,8 +188,11 @@ def _train(
 
 @torch.no_grad()
 def answer_scores(model: Decoder, tested: Sequence[Prompt]) -> dict[str, float]:
-    """Share of questions whose every completion token is the model's first choice (given the right ones before it), and the mean log-probability of a
-    completion's tokens in nats."""
+    """Score the completions of all questions, given the right tokens before each.
+
+    Returns `accuracy`, the share of questions whose every completion token is the argmax, and
+    `log_probability`, the mean over questions of that of a completion token, in nats.
+    """
     right: list[float] = []
     scores: list[float] = []
     device = model.output_weight.device
@@ -204,7 +211,7 @@ def answer_scores(model: Decoder, tested: Sequence[Prompt]) -> dict[str, float]:
 def _measure_short(
     model: Decoder, corpus: Path, texts: Path, lengths: Sequence[int], count: int, out: Path
 ) -> dict[str, Any]:
-    """Bits per byte of held-out books in short stretches, and answers at each length."""
+    """Measure bits per byte on held-out books in short pieces, and answers at each length; write both."""
     model.eval()
     tokenizer = load_tokenizer(corpus / "tokenizer")
     records = [
@@ -216,9 +223,9 @@ def _measure_short(
         "answers": {},
     }
     for length in lengths:
-        few = 6 if length == min(lengths) else 8
-        # The short texts hold six facts, the long ones eight.
-        tested = prompts(corpus, texts, length=length, count=count, questions=few, facts=few, seed=1)
+        # Short texts hold six facts, long ones eight.
+        facts = 6 if length == min(lengths) else 8
+        tested = prompts(corpus, texts, length=length, count=count, questions=facts, facts=facts, seed=1)
         found["answers"][str(length)] = answer_scores(model, tested)
     write_json(out / "measures.json", found)
     metrics = {"bits_per_byte": found["bits_per_byte"]}
@@ -228,7 +235,7 @@ def _measure_short(
 
 
 def _attention(model: Decoder, corpus: Path, texts: Path, length: int, count: int) -> list[dict[str, Any]]:
-    """Mass on the beginning, the fact, the question with its completion, and the rest, and entropy: means over prompts and heads, layer by layer."""
+    """Measure attention mass by segment, and entropy, of each layer: means over prompts and heads."""
     found = []
     for prompt in prompts(corpus, texts, length=length, count=count, questions=1, facts=8, seed=2, depth=0.5):
         [(question, _, fact)] = prompt.questions

@@ -1,4 +1,4 @@
-"""The experiment's text in the recipes' layout; unseen languages lie beside the others and belong to no role."""
+"""The experiment's corpus in the layout of the recipes; unseen languages belong to no role."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def experiment_corpus(
     max_bytes: int,
     out: Path,
 ) -> None:
-    """Documents and held-out documents of all languages, chats of the expanded ones and of `unseen_with_chats`.
+    """Write documents of all languages, and chats of the expanded ones and `unseen_with_chats`.
 
-    A chat of the pack asks for a command in words; here the command is the question and the words are the answer, so that what is learnt is the language.
+    A chat of the pack asks in words for a command. Here the command is the question and the words are the
+    answer, so that the model learns the language.
 
     Raises `UserError` where a language has no text or nothing held out.
     """

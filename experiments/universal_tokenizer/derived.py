@@ -1,6 +1,6 @@
-"""Values that docs/universal-tokenizer.md states beside the verdicts, from a result file and nothing else.
+"""Values that docs/universal-tokenizer.md states beside the verdicts; no verdict depends on them.
 
-`python -m experiments.universal_tokenizer.derived experiments/universal_tokenizer/results/laptop.json` prints them; no verdict depends on them.
+python -m experiments.universal_tokenizer.derived experiments/universal_tokenizer/results/laptop.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from experiments.common.hypotheses import interval
 from koine.files import read_json
 
 PRIMARY_SHARE = 0.2
-"""Of the tokens of continued pretraining, as plan.py says."""
+"""Share of primary languages in the tokens of continued pretraining, as in plan.py."""
 FORGETTING = (
     ("continued", "universal"),
     ("continued", "universal-5"),
@@ -25,14 +25,14 @@ FORGETTING = (
 
 
 def value(results: dict[str, Any], run: str, seed: int, codes: list[str], *, first: bool = False) -> float:
-    """Mean bits per byte over languages at the last evaluation of a run, or before its first step."""
+    """Return the mean bits per byte over languages at the last evaluation of a run, or at the first."""
     tracked = results["runs"][f"{run}/{seed}"]
     place = (min if first else max)(tracked, key=int)
     return float(statistics.mean(tracked[place][code] for code in codes))
 
 
 def chats_gap(results: dict[str, Any], *, first: bool) -> list[float]:
-    """UT3: Universal minus Cluster on the languages of the chats, by seed, before any step or after the last."""
+    """Return UT3's Universal minus Cluster by seed, before the first step or after the last."""
     codes = results["languages"]["chats"]
     return [
         value(results, "chats/universal", seed, codes, first=first)
@@ -42,7 +42,7 @@ def chats_gap(results: dict[str, Any], *, first: bool) -> list[float]:
 
 
 def five_percent_cost(results: dict[str, Any]) -> list[float]:
-    """UT2 of the 5 % arm: it minus Cluster on the primary languages after pretraining, by seed (three, not five)."""
+    """Return UT2 for the 5 % arm, by seed (three, not five): primary languages, minus Cluster."""
     codes = results["languages"]["primary"]
     return [
         value(results, "pretrained/universal-5", seed, codes)
@@ -52,7 +52,7 @@ def five_percent_cost(results: dict[str, Any]) -> list[float]:
 
 
 def text_of_a_step(results: dict[str, Any]) -> dict[str, float]:
-    """Text that a step of continued pretraining holds, Universal over Cluster: of the expanded languages, and with the primary ones.
+    """Return the text in a step of continued pretraining, Universal over Cluster: expanded, and all.
 
     The primary part is estimated from held-out bytes per token, in equal parts.
     """
@@ -70,7 +70,7 @@ def text_of_a_step(results: dict[str, Any]) -> dict[str, float]:
 
 
 def better_languages(results: dict[str, Any]) -> dict[str, int]:
-    """UT8: languages, of all, whose mean over seeds is lower with bucketed weights than with uniform ones, by reading of the mass."""
+    """Return the number of languages that bucketed weights improve (UT8), by reading of the bucket's mass."""
     codes = results["languages"]["primary"] + results["languages"]["expanded"]
 
     def mean(arm: str, code: str) -> float:
@@ -83,7 +83,10 @@ def better_languages(results: dict[str, Any]) -> dict[str, int]:
 
 
 def forgetting(results: dict[str, Any]) -> str:
-    """What the primary languages lose from before the first step to the last, as a Markdown table that the manual holds as it is."""
+    """Losses of the primary languages during adaptation as a Markdown table.
+
+    A test compares it with docs/universal-tokenizer.md.
+    """
     codes = results["languages"]["primary"]
     names = {"universal": "Universal, 0 %", "universal-5": "Universal, 5 %", "cluster": "Cluster"}
     kinds = {"continued": "continued pretraining, 20 % primary text", "chats": "fine-tuning on chats alone"}
@@ -106,7 +109,7 @@ def forgetting(results: dict[str, Any]) -> str:
 
 
 def statements(results: dict[str, Any]) -> dict[str, str]:
-    """The phrases of the manual that hold a derived number; a test looks for each of them there."""
+    """Return the phrases of docs/universal-tokenizer.md that hold a derived number; a test looks for each."""
 
     def spread(values: list[float]) -> str:
         low, high = interval(values)
@@ -115,11 +118,15 @@ def statements(results: dict[str, Any]) -> dict[str, str]:
     per_step = results["hypotheses"]["UT5"]["measured"]
     step, better = text_of_a_step(results), better_languages(results)
     return {
-        "gap before": f"before any step {spread(chats_gap(results, first=True))}, after the last {spread(chats_gap(results, first=False))}",
+        "gap before": f"before any step {spread(chats_gap(results, first=True))}, "
+        f"after the last {spread(chats_gap(results, first=False))}",
         "five": spread(five_percent_cost(results)),
-        "step": f"{step['expanded']:.2f} times as much expanded text and, with the primary fifth, {step['all']:.2f} times as much text in all",
-        "bytes": f"{1 / results['hypotheses']['UT5']['per_byte']['measured']:.2f} of the expanded bytes and {step['all'] / per_step:.2f} of all bytes",
-        "better": f"{better['uniform']} of 26 languages under one reading of the bucket's mass and {better['data']} of 26 under the other",
+        "step": f"{step['expanded']:.2f} times as much expanded text and, with the primary fifth, "
+        f"{step['all']:.2f} times as much text in all",
+        "bytes": f"{1 / results['hypotheses']['UT5']['per_byte']['measured']:.2f} of the expanded bytes "
+        f"and {step['all'] / per_step:.2f} of all bytes",
+        "better": f"{better['uniform']} of 26 languages under one reading of the bucket's mass "
+        f"and {better['data']} of 26 under the other",
     }
 
 

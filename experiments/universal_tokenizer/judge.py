@@ -1,4 +1,4 @@
-"""From the runs to one verdict a hypothesis, as EXPECTED.md said beforehand."""
+"""One verdict a hypothesis, by the rules that EXPECTED.md set before the first run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Values = list[float]
 
 
 class Runs:
-    """Bits per byte by run, seed, evaluation and language."""
+    """Bits per byte by run, seed, step and language."""
 
     def __init__(self, tracked: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
         """tracked: run with its seed, step, language -> bits per byte."""
@@ -38,7 +38,7 @@ class Runs:
         return cls({name: tracked_languages(path / TRACK) for name, path in folders.items()})
 
     def final(self, run: str, seed: int, codes: Sequence[str]) -> float:
-        """Mean over languages at the last evaluation."""
+        """Return the mean over languages at the last evaluation."""
         tracked = self.tracked[f"{run}/{seed}"]
         last = tracked[max(tracked)]
         return statistics.mean(last[code] for code in codes)
@@ -51,14 +51,14 @@ class Runs:
         ]
 
     def curve(self, run: str, seed: int, codes: Sequence[str]) -> tuple[list[int], list[float]]:
-        """Steps done, and the mean over languages after them."""
+        """Return the steps, and the mean over languages at each."""
         tracked = self.tracked[f"{run}/{seed}"]
         steps = sorted(tracked)
         return [max(one, 0) for one in steps], [statistics.mean(tracked[s][c] for c in codes) for s in steps]
 
 
 def at_bytes(curve: tuple[list[int], list[float]], budget: float, bytes_per_step: float) -> float:
-    """The value of a curve, interpolated, once `budget` bytes have been read."""
+    """Interpolate the value of a curve after `budget` bytes of training."""
     steps, values = curve
     wanted = budget / bytes_per_step
     for index in range(1, len(steps)):
@@ -137,7 +137,7 @@ def judge(
 
 
 def verdicts(found: Runs, settings: Settings, step_bytes: Mapping[str, float]) -> dict[str, Any]:
-    """UT1 to UT9. step_bytes: bytes of expanded text per training token, by tokenizer."""
+    """Judge UT1 to UT9; step_bytes: bytes of expanded text per training token, by tokenizer."""
     seeds, expanded = range(settings.seeds), settings.expanded
 
     def against_universal(run: str) -> Values:
@@ -185,7 +185,7 @@ def verdicts(found: Runs, settings: Settings, step_bytes: Mapping[str, float]) -
 def difference_at_equal_bytes(
     found: Runs, seeds: Iterable[int], codes: Sequence[str], step_bytes: Mapping[str, float]
 ) -> Values:
-    """Universal minus Cluster once Universal has read as many bytes as Cluster has in the end."""
+    """Return Universal minus Cluster after as many bytes of training as Cluster has in all."""
     values = []
     for seed in seeds:
         universal, cluster = (
@@ -197,7 +197,7 @@ def difference_at_equal_bytes(
 
 
 def unseen_entry(found: Runs, settings: Settings) -> dict[str, Any]:
-    """UT4, on chats of unseen languages; fine-tuning on text stands beside it."""
+    """Judge UT4, on chats of unseen languages; fine-tuning on text stands beside it."""
     seeds, chatting = range(settings.seeds), settings.unseen_with_chats
     text = {code: found.difference(f"unseen-{code}", (code,), seeds) for code in settings.unseen}
     on_text = [statistics.mean(text[code][seed] for code in settings.unseen) for seed in seeds]
@@ -228,7 +228,7 @@ def unseen_entry(found: Runs, settings: Settings) -> dict[str, Any]:
 
 
 def replacement_entry(replaced: Mapping[str, Values]) -> dict[str, Any]:
-    """UT7, from Universal minus Cluster with a replaced vocabulary, by method of initialisation."""
+    """Judge UT7, from Universal minus Cluster with a replaced vocabulary, by method of initialisation."""
     mean, pieces, random = replaced["mean"], replaced["subword-mean"], replaced["random"]
     better_mean = [max(a, b) - c for a, b, c in zip(mean, pieces, random, strict=True)]
     return entry(
@@ -240,7 +240,7 @@ def replacement_entry(replaced: Mapping[str, Values]) -> dict[str, Any]:
 
 
 def weights_entry(found: Runs, settings: Settings) -> dict[str, Any]:
-    """UT8: bucketed weights against uniform ones, under both readings of the bucket's mass."""
+    """Judge UT8: bucketed weights against uniform ones, under both readings of the bucket's mass."""
     codes = (*settings.primary, *settings.expanded)
     weights = {
         kind: [
@@ -264,13 +264,13 @@ def weights_entry(found: Runs, settings: Settings) -> dict[str, Any]:
 
 
 def bytes_of_a_token(tokens: Path, codes: Sequence[str]) -> float:
-    """Bytes that a training token of these languages, in equal parts, stands for."""
+    """Return the mean bytes per training token over languages."""
     totals: dict[str, dict[str, int]] = read_json(tokens / "tokens" / "manifest.json")["languages"]
     return statistics.mean(totals[code]["bytes"] / totals[code]["tokens"] for code in codes)
 
 
 def entry(verdict: str, values: Values, paper: str, **more: Any) -> dict[str, Any]:
-    """One hypothesis: the mean difference in bits per byte, its interval, and every seed."""
+    """Return the entry of a hypothesis: mean difference in bits per byte, interval, every seed."""
     return {
         "verdict": verdict,
         "measured": statistics.mean(values),
@@ -283,7 +283,10 @@ def entry(verdict: str, values: Values, paper: str, **more: Any) -> dict[str, An
 
 
 def speed_of(found: Runs, seed: int, codes: Sequence[str], step_bytes: Mapping[str, float]) -> dict[str, Any]:
-    """Steps of Cluster over steps of Universal to Cluster's last level; a lower bound where Universal was there before its first step."""
+    """Return steps of Cluster over steps of Universal to reach Cluster's final level.
+
+    It is a lower bound where Universal was there before its first step.
+    """
     ours, theirs = (found.curve(f"continued/{arm}", seed, codes) for arm in ("universal", "cluster"))
     reached = first_reach(*ours, theirs[1][-1])
     if reached is None:
@@ -297,7 +300,7 @@ def speed_of(found: Runs, seed: int, codes: Sequence[str], step_bytes: Mapping[s
 
 
 def speed_entry(speed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """UT5, on the logarithm of the ratios."""
+    """Judge UT5, on the logarithm of the ratios."""
     if any(one["per_step"] is None for one in speed):
         return {
             "verdict": "not reproduced",
@@ -325,7 +328,7 @@ def speed_entry(speed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sweep_entry(vocabularies: Mapping[int, Values]) -> dict[str, Any]:
-    """UT9: above 0 at the smallest size and below 0 at the largest."""
+    """Judge UT9: above 0 at the smallest vocabulary and below 0 at the largest."""
     sizes = sorted(vocabularies)
     small, large = vocabularies[sizes[0]], vocabularies[sizes[-1]]
     return {
@@ -346,7 +349,7 @@ def predictor(
     primary: Sequence[str],
     expanded: Sequence[str],
 ) -> dict[str, Any]:
-    """The ranking made before any training, and Spearman's correlation with what training then shows."""
+    """Return expected costs of languages, and their rank correlation with bits per byte after training."""
     from koine.tokenizer.loaders import open_tokenizer
     from koine.tokenizer.predict import predict_costs, spearman
 
@@ -383,7 +386,7 @@ def predictor(
 
 
 def before_any_step(found: Runs, run: str, code: str) -> float:
-    """Bits per byte of a language at the first evaluation of a run."""
+    """Return the bits per byte of a language at the first evaluation of a run."""
     tracked = found.tracked[run]
     return float(tracked[min(tracked)][code])
 
@@ -395,7 +398,7 @@ def report(
     expanded: Sequence[str],
     step_bytes: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The verdicts, the curves per step and per byte, and bytes per token."""
+    """Return the report: verdicts, curves by step and by byte, and bytes per token."""
     rows = [[name, one["verdict"], one["why"], one["paper"]] for name, one in results["hypotheses"].items()]
     good = [name for name, one in results["hypotheses"].items() if one["verdict"] == "reproduced"]
 

@@ -128,7 +128,7 @@ METHODS = ("random", "mean", "subword-mean", "focus", "distill")
 
 
 def universal_tokenizer(plan: Plan, *, pack: Path = Path("../shared/data"), scale: str = "laptop") -> None:
-    """Four tokenizers, two pretraining mixes, three adaptations, vocabulary replacement, a vocabulary sweep."""
+    """Four tokenizers, two pretraining mixes, three adaptations, vocabulary replacement, vocabulary sizes."""
     size = choose_scale(scale, SCALES)
     arms = Arms(plan, size, corpus_step(plan, pack, size))
     results: dict[str, Artifact] = {}

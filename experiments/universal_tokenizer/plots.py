@@ -1,4 +1,7 @@
-"""The figures of a result file, and its table of verdicts: `python -m experiments.universal_tokenizer.plots experiments/universal_tokenizer/results/laptop.json`."""
+"""Figures of a results file, and its table of verdicts.
+
+python -m experiments.universal_tokenizer.plots experiments/universal_tokenizer/results/laptop.json
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ ARMS = {
 
 
 def curves(results: dict[str, Any], arm: str) -> tuple[list[int], list[list[float]]]:
-    """Steps, and for each seed the mean over expanded languages."""
+    """Return the steps, and for each seed the mean over expanded languages."""
     expanded = results["languages"]["expanded"]
     found = []
     steps: list[int] = []
@@ -37,7 +40,10 @@ def curves(results: dict[str, Any], arm: str) -> tuple[list[int], list[list[floa
 
 
 def adaptation(results: dict[str, Any], out: Path) -> None:
-    """Bits per byte of the expanded languages while they are learnt, per step and per byte of *expanded* text (the primary fifth is not counted)."""
+    """Draw bits per byte of the expanded languages during adaptation, by steps and by *expanded* bytes.
+
+    The primary fifth of the text is not counted.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, label in zip(axes, ("steps", "steps × bytes per token of expanded text"), strict=True):
         for arm, name in ARMS.items():
@@ -59,7 +65,7 @@ def adaptation(results: dict[str, Any], out: Path) -> None:
 
 
 def sweep(results: dict[str, Any], out: Path) -> None:
-    """Universal minus Cluster on the primary languages after pretraining, by vocabulary size."""
+    """Draw Universal minus Cluster on the primary languages after pretraining, by vocabulary size."""
     entry = results["hypotheses"]["UT9"]
     sizes = sorted(map(int, entry["measured"]))
     middle = [entry["measured"][str(size)] for size in sizes]
@@ -76,7 +82,7 @@ def sweep(results: dict[str, Any], out: Path) -> None:
 
 
 def predicted(results: dict[str, Any], out: Path) -> None:
-    """Expected cost of each expanded language against the bits per byte that it then had."""
+    """Draw the expected cost of each expanded language against its bits per byte after adaptation."""
     after = results["predictor"]["bits_per_byte_after"]
     figure, axis = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for one in results["predictor"]["expected"]:
@@ -95,17 +101,19 @@ def predicted(results: dict[str, Any], out: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The verdicts as a Markdown table; docs/universal-tokenizer.md holds it as it is."""
+    """Verdicts as a Markdown table; a test compares it with docs/universal-tokenizer.md."""
     lines = ["| id | verdict | measured, bits per byte (95 % interval) | paper |", "|---|---|---|---|"]
     for name, one in results["hypotheses"].items():
         if name == "UT9":
             measured = "; ".join(
-                f"{value:+.3f} ({one['interval'][size][0]:+.3f} to {one['interval'][size][1]:+.3f}) at {int(size):,}"
+                f"{value:+.3f} ({one['interval'][size][0]:+.3f} to {one['interval'][size][1]:+.3f}) "
+                f"at {int(size):,}"
                 for size, value in one["measured"].items()
             )
         elif name == "UT5" and one["measured"] is not None:
             measured = ", ".join(
-                f"{part['measured']:.1f} ({part['interval'][0]:.1f} to {part['interval'][1]:.1f}) times per {unit}"
+                f"{part['measured']:.1f} ({part['interval'][0]:.1f} to {part['interval'][1]:.1f}) "
+                f"times per {unit}"
                 for unit, part in (("step", one), ("byte", one["per_byte"]))
             )
         else:
