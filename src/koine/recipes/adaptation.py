@@ -139,7 +139,7 @@ def adaptation(
         adaptation_sources(adapted_languages, primary_share if regime == "continued" else 0.0),
         steps=steps,
         learning_rate=learning_rate,
-        schedule="constant",
+        settings={"schedule": "constant", "evaluate_every": max(1, steps // evaluations)},
         packing="no_split" if chats else "concat",
         objective="fine-tuning" if chats else "language-modelling",
         corpus=corpus,
@@ -149,7 +149,6 @@ def adaptation(
             max_bytes=4_000,
             track_languages=True,
         ),
-        evaluate_every=max(1, steps // evaluations),
     )
     _evaluate(plan, corpus, {"given": given, "adapted": adapted}, evaluation_documents, seed)
     plan.closing(

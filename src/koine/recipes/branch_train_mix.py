@@ -176,7 +176,7 @@ def branch_train_mix(
             domain_sources({name: 0.5, **dict.fromkeys(known, 0.5 / len(known))}),
             steps=extension_steps,
             learning_rate=mixture_learning_rate * 0.1,
-            min_lr_ratio=1.0,
+            settings={"min_lr_ratio": 1.0},
         )
         models |= {f"expert-{name}": expert, "grown": grown, "extended": extended}
     add_comparison(plan, models, corpora, evaluation_documents)

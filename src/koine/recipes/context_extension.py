@@ -137,14 +137,16 @@ def extend(
             tokenizer=given,
             steps=count,
             learning_rate=rates[0],
-            min_lr_ratio=rates[1] / rates[0],
-            schedule="linear",
-            warmup_steps=0 if index else max(1, count // 20),
-            gradient_checkpointing=index > 0,
+            settings={
+                "schedule": "linear",
+                "min_lr_ratio": rates[1] / rates[0],
+                "warmup_steps": 0 if index else max(1, count // 20),
+                "gradient_checkpointing": index > 0,
+                # The documents come in another order in each stage.
+                "seed": seed + index,
+            },
             context_length=length,
             rope_theta=thetas[index] if thetas else 0.0,
-            # The documents come in another order in each stage.
-            seed=seed + index,
         )
         done += count
     evaluations = {

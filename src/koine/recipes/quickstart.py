@@ -250,7 +250,7 @@ class Study:
                 corpus=self.corpus,
                 config=self.config,
                 probe=HeldOutProbe(groups={"primary": ("primary",)}),
-                evaluate_every=max(1, steps // 5),
+                settings={"evaluate_every": max(1, steps // 5)},
             )
             for arm in ARMS
         }
@@ -267,7 +267,7 @@ class Study:
                 adaptation_sources((), primary_share),
                 steps=steps,
                 learning_rate=self.learning_rate / 2,
-                schedule="constant",
+                settings={"schedule": "constant", "evaluate_every": max(1, steps // 15)},
                 tokenizer=tokenizers[arm],
                 corpus=self.corpus,
                 config=self.config,
@@ -277,7 +277,6 @@ class Study:
                     max_bytes=3_000,
                     track_languages=True,
                 ),
-                evaluate_every=max(1, steps // 15),
             )
             for arm in ARMS
         }
@@ -293,7 +292,7 @@ class Study:
                 (TextSource(name="chats"),),
                 steps=steps,
                 learning_rate=self.learning_rate,
-                schedule="linear",
+                settings={"schedule": "linear"},
                 packing="no_split",
                 objective="fine-tuning",
                 tokenizer=tokenizers[arm],

@@ -78,6 +78,11 @@ class TextMixture:
         self.build({}, Roles(primary=("en",), expanded=("de",), chat=()))
 
     @property
+    def all_sources(self) -> tuple[TextSource, ...]:
+        """The sources of all rows, long or not."""
+        return self.sources if self.long is None else (*self.sources, self.long.source)
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest row."""
         return self.sequence_length if self.long is None else self.long.sequence_length

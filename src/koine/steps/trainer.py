@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from koine.data.mixture import Packing
-from koine.model.config import ModelConfig
 from koine.plan import Artifact, Plan
 from koine.steps.text_mixture import LongText, TextMixture, TextSource
-from koine.steps.training import HeldOutProbe, ObjectiveName, train_model, training_settings
+from koine.steps.training import train_model, training_settings
+from koine.train.settings import TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,20 @@ class Trainer:
     dtype: str
     seed: int
 
+    def mixture(self, sources: Sequence[TextSource], steps: int, **fields: Any) -> TextMixture:
+        """Return a mixture with this batch shape; fields: further fields of `TextMixture`."""
+        shared = {
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+        return TextMixture(sources=tuple(sources), steps=steps, **{**shared, **fields})
+
+    def settings(self, steps: int, learning_rate: float, **fields: Any) -> TrainSettings:
+        """Return settings with this precision and seed; fields: further fields of `TrainSettings`."""
+        shared = {"micro_batch_size": self.micro_batch_size, "dtype": self.dtype, "seed": self.seed}
+        return training_settings(steps=steps, learning_rate=learning_rate, **{**shared, **fields})
+
     def train(
         self,
         name: str,
@@ -38,60 +52,35 @@ class Trainer:
         learning_rate: float,
         packing: Packing = "concat",
         long: LongText | None = None,
-        tokenizer: Artifact | None = None,
-        corpus: Artifact | None = None,
-        objective: ObjectiveName = "language-modelling",
-        config: ModelConfig | None = None,
-        probe: HeldOutProbe | None = None,
-        context_length: int = 0,
-        rope_theta: float = 0.0,
-        seed: int | None = None,
-        **settings: Any,
+        settings: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Artifact:
         """Add a training step to the plan and return the trained model.
 
         Args:
             name: name of the artifact.
             model: the model to train further; None: a new one of `config`.
-            tokens: tokens of all sources, or of each by its name.
+            tokens: tokens of all sources, or of each source by its name.
             sources: the mixture's sources.
             steps: training steps.
             learning_rate: peak learning rate.
             packing: how documents fill rows (`koine.data.Mixture`).
             long: batches of long rows.
-            tokenizer, corpus, objective, config, probe, context_length, rope_theta: see `train_model`.
-            seed: random seed; the trainer's own by default.
             settings: further fields of `TrainSettings`.
+            more: further inputs and parameters of `train_model`.
         """
-        seed = self.seed if seed is None else seed
-        names = [source.name for source in [*sources, *([long.source] if long else [])]]
+        fields = settings or {}
+        seed = fields.get("seed", self.seed)
+        mixture = self.mixture(sources, steps, packing=packing, long=long, seed=seed)
         return self.plan.step(
             train_model,
             name=name,
             model=model,
-            tokens={one: tokens if isinstance(tokens, Artifact) else tokens[one] for one in names},
-            tokenizer=tokenizer,
-            corpus=corpus,
-            mixture=TextMixture(
-                sources=tuple(sources),
-                steps=steps,
-                sequence_length=self.sequence_length,
-                batch_size=self.batch_size,
-                seed=seed,
-                packing=packing,
-                long=long,
-            ),
-            settings=training_settings(
-                steps=steps,
-                learning_rate=learning_rate,
-                micro_batch_size=self.micro_batch_size,
-                dtype=self.dtype,
-                seed=seed,
-                **settings,
-            ),
-            objective=objective,
-            config=config,
-            probe=probe,
-            context_length=context_length,
-            rope_theta=rope_theta,
+            tokens={
+                source.name: tokens if isinstance(tokens, Artifact) else tokens[source.name]
+                for source in mixture.all_sources
+            },
+            mixture=mixture,
+            settings=self.settings(steps, learning_rate, **fields),
+            **more,
         )
