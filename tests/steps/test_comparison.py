@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from koine.steps.comparison import adaptation_speed, first_reach
@@ -30,26 +28,3 @@ def test_an_arm_that_never_gets_there_has_no_speed() -> None:
     speed = adaptation_speed(curves, {"universal": 1.0, "cluster": 1.0})
     assert speed["per_step"] is None
     assert "1.000 bits per byte above" in str(speed["note"])
-
-
-def test_text_that_is_all_for_training_still_has_something_held_out(tmp_path: Path) -> None:
-    from koine.steps.corpus_files import read_lines, write_own_corpus
-
-    records = [
-        {"text": f"Satz {number}", "language": "de", "id": str(number), "split": "train"}
-        for number in range(200)
-    ] + [
-        {"text": "one", "language": "en", "id": "a", "split": "train"},
-        {"text": "two", "language": "en", "id": "b"},
-    ]
-    shares = write_own_corpus(
-        records, tmp_path, max_bytes=10**6, heldout_bytes=10**6, heldout_share=0.05, min_bytes=1
-    )
-    kept, held = (
-        list(read_lines(tmp_path / part / "de.jsonl")) for part in ("documents", "documents-heldout")
-    )
-    assert {row["id"] for row in kept} | {row["id"] for row in held} == {str(number) for number in range(200)}
-    assert not {row["id"] for row in kept} & {row["id"] for row in held}
-    assert (len(kept), len(held)) == (shares["de"].documents, shares["de"].heldout_documents)
-    assert 2 <= len(held) <= 25
-    assert (shares["en"].documents, shares["en"].heldout_documents) == (1, 1)

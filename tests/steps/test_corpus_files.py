@@ -54,3 +54,26 @@ def test_the_report_says_whose_the_chats_are(chats: bool, says: str, tmp_path: P
         min_bytes_per_language=10, max_bad_share=0.0, questions_per_language=2, seed=0, out=out,
     )  # fmt: skip
     assert says in json.loads((out / "report.json").read_text())["blocks"][0]["text"]
+
+
+def test_text_that_is_all_for_training_still_has_something_held_out(tmp_path: Path) -> None:
+    from koine.steps.corpus_files import read_lines, write_own_corpus
+
+    records = [
+        {"text": f"Satz {number}", "language": "de", "id": str(number), "split": "train"}
+        for number in range(200)
+    ] + [
+        {"text": "one", "language": "en", "id": "a", "split": "train"},
+        {"text": "two", "language": "en", "id": "b"},
+    ]
+    shares = write_own_corpus(
+        records, tmp_path, max_bytes=10**6, heldout_bytes=10**6, heldout_share=0.05, min_bytes=1
+    )
+    kept, held = (
+        list(read_lines(tmp_path / part / "de.jsonl")) for part in ("documents", "documents-heldout")
+    )
+    assert {row["id"] for row in kept} | {row["id"] for row in held} == {str(number) for number in range(200)}
+    assert not {row["id"] for row in kept} & {row["id"] for row in held}
+    assert (len(kept), len(held)) == (shares["de"].documents, shares["de"].heldout_documents)
+    assert 2 <= len(held) <= 25
+    assert (shares["en"].documents, shares["en"].heldout_documents) == (1, 1)

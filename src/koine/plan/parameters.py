@@ -27,7 +27,7 @@ from koine.plan.step import matches
 REQUIRED = inspect.Parameter.empty
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "text"}
-MAX_CELL, MIN_DESCRIPTION, DEFAULT_WIDTH = 32, 40, 120
+MAX_CELL, MIN_DESCRIPTION, DEFAULT_WIDTH = 32, 36, 120
 """Characters of a cell of the table of parameters, of a description, and of a terminal of unknown width."""
 
 
