@@ -476,7 +476,7 @@ CASES = (
         mistake="a batch size of zero in evaluation",
         command=EVALUATE + " --batch-size 0",
         prepare=worlds.having("model", "text"),
-        says="the batch size is 0; give at least 1",
+        says="the batch size is 0; it must be at least 1",
     ),
     Case(
         mistake="an accelerator that is not there",

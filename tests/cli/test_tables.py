@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from koine.cli.data import data
-from koine.cli.evaluate.commands import _bits_table, _question_table
-from koine.cli.tables import print_table
+from koine.cli.evaluate.output import print_table_block
+from koine.evaluate.bits import bits_blocks
+from koine.evaluate.question_answering import question_blocks
 
 
 def measured(value: float, **more: Any) -> dict[str, Any]:
@@ -31,8 +32,8 @@ RESULT = {
     "languages": dict.fromkeys(("de", "zh-Hant"), BITS),
     "domains": {"encyclopedia": BITS},
 }
-ASKED = {name: measured(0.5, questions=1_000) for name in ("recall", "generalisation")}
-QUESTIONS = {"overall": ASKED, "languages": {"de": ASKED}}
+BY_KIND = {name: measured(0.5, questions=1_000) for name in ("recall", "generalisation")}
+QUESTIONS = {"questions": {"overall": BY_KIND, "languages": {"de": BY_KIND}}}
 
 
 def in_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> io.StringIO:
@@ -45,11 +46,13 @@ def in_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> io.StringIO:
 
 
 @pytest.mark.parametrize(
-    "table", [_bits_table(RESULT), _question_table(QUESTIONS)], ids=["bits", "questions"]
+    "block", [bits_blocks(RESULT)[0], question_blocks(QUESTIONS)[0]], ids=["bits", "questions"]
 )
-def test_the_tables_of_an_evaluation_fit_80_characters(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_of_an_evaluation_fit_80_characters(
+    block: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = in_a_terminal(monkeypatch, 80)
-    print_table(table)
+    print_table_block(block)
     assert "…" not in out.getvalue()
     assert "123,456,789" in out.getvalue() or "1,000" in out.getvalue()
 

@@ -43,7 +43,7 @@ def test_shares_are_those_of_the_routers(tmp_path: Path) -> None:
     assert only.tokens == 1
     assert only.chosen[1].tolist() == [0.0, 0.0, 1.0]
     assert float(only.probability[1, 2]) == pytest.approx(1.0)
-    for block in routing_blocks({"one": shares, "two": only}):
+    for block in routing_blocks({"routing": {"one": shares.to_json(), "two": only.to_json()}}):
         check_block(block, "here")
 
 

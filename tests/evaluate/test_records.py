@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from koine.cli.evaluate.commands import evaluate
 from koine.errors import KoineWarning, UserError
-from koine.evaluate.records import ReadOptions, Records
+from koine.evaluate.records import RecordOptions, Records
 from tests.bad_inputs import worlds
 
 
@@ -28,14 +28,14 @@ def splits(tmp_path: Path) -> Path:
 
 
 def texts(path: Path, **reading: Any) -> list[str]:
-    return [record["text"] for record in Records([path], ReadOptions(**reading))]
+    return [record["text"] for record in Records([path], RecordOptions(**reading))]
 
 
 def test_a_folder_of_several_splits_is_refused_until_one_is_chosen(splits: Path) -> None:
     with pytest.raises(
         UserError, match=r"several splits \(test, train\); say which is meant.*--split test, or all"
     ):
-        Records([splits], ReadOptions())
+        Records([splits], RecordOptions())
     assert texts(splits, split="test") == ["ein Hund"]
     assert texts(splits, split="train") == ["a cat"]
     assert texts(splits, split="all") == ["ein Hund", "a cat"]
@@ -50,18 +50,18 @@ def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
 
 def test_a_data_set_of_the_hub_is_read(splits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, repo_type: str(splits))
-    records = Records(["hub:someone/something"], ReadOptions(split="test"))
+    records = Records(["hub:someone/something"], RecordOptions(split="test"))
     assert [record["text"] for record in records] == ["ein Hund"]
 
 
 def test_bad_records_are_noted(tmp_path: Path) -> None:
     worlds.write_lines(tmp_path / "a.jsonl", [{"text": "good"}, {"text": ""}])
-    records = Records([tmp_path / "a.jsonl"], ReadOptions(max_bad_share=0.5))
+    records = Records([tmp_path / "a.jsonl"], RecordOptions(max_bad_share=0.5))
     assert len(list(records)) == 1
     with pytest.warns(
         KoineWarning, match="1 bad records were left out, the first: .*line 2: the text is empty"
     ):
-        records.note_bad()
+        records.warn_of_bad()
 
 
 def test_the_command_reads_as_the_other_readers_do(tmp_path: Path) -> None:

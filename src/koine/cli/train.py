@@ -384,16 +384,15 @@ def _probe(
     metric: str,
 ) -> BitsPerByteProbe:
     """What measures `data` on the way; raises `UserError` for a metric that it does not have."""
-    from koine.evaluate.records import ReadOptions, Records
-    from koine.evaluate.runner import first_of_each
+    from koine.evaluate.records import RecordOptions, Records
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.tokenizer import load_tokenizer
 
     if tokenizer is None:
         raise UserError("--evaluate-data without --tokenizer", hint="give the tokenizer of the token shards")
-    records = Records(data, ReadOptions(split=split), option="--evaluate-split")
-    probe = BitsPerByteProbe(load_tokenizer(tokenizer), first_of_each(records, limit))
-    records.note_bad()
+    records = Records(data, RecordOptions(split=split), limit=limit, split_option="--evaluate-split")
+    probe = BitsPerByteProbe(load_tokenizer(tokenizer), records)
+    records.warn_of_bad()
     probe.check_metric(metric)
     return probe
 

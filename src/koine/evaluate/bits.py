@@ -1,9 +1,9 @@
-"""Bits per byte: what a model needs to write down a text, comparable between tokenizers.
+"""Bits per byte of text, comparable between models with different tokenizers.
 
     BPB = sum over tokens of -ln p / (ln 2 * bytes)
 
-Every document is scored alone from its BOS; the end of the document is not scored, so that the sum is that of the
-text and nothing else; bytes are those of the text in UTF-8 after NFC, all of them.
+Each document is scored on its own from BOS. The end-of-document token is not scored, so the sum is that of
+the text alone. The bytes are all those of the text in UTF-8 after NFC.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 from koine.errors import KoineWarning, UserError
 from koine.evaluate.bootstrap import bootstrap_interval
+from koine.evaluate.evaluation import Block, EvaluationSetup, format_interval
+from koine.fields import check_whole
 
 if TYPE_CHECKING:
     from koine.evaluate.log_likelihood import ScoringModel
     from koine.tokenizer import Tokenizer
 
-# Documents are sorted by length within a stretch of this many batches: little padding, memory that does not grow.
-_STRETCH = 64
-_CHECKED = 64
+# Documents are sorted by length within a chunk of this many batches: little padding, bounded memory.
+_CHUNK_BATCHES = 64
+_ROUND_TRIPS = 64
 
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """One document: nats of its text, bytes of its text, and where it belongs."""
+    """Negative log-likelihood (nats) and size of one document, with its language and domain."""
 
     nats: float
     bytes: int
@@ -52,14 +54,27 @@ def bits_per_byte(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Bits per byte with a bootstrap interval over documents: overall, by language and by domain.
+    """Measure bits per byte with a bootstrap interval over documents: overall, by language, by domain.
 
-    records: with `text`, and `language` and `domain` where they are known ("und" and "none" where not).
-    max_length: tokens that the model sees at once; longer documents are scored whole, in windows that overlap by half
-        (see `scoring.windows`). None: as many as the model's configuration allows.
-    Returns `{"overall": {"bits_per_byte", "interval", "bytes", "documents", "tokens"}, "languages": {code: {...}}, "domains":
-    {name: {...}}}`; an interval is None for a single document.
-    Raises `UserError` for records without text, or no text at all.
+    Args:
+        model: a causal LM.
+        tokenizer: the model's.
+        records: with `text`, and `language` and `domain` where known (else "und" and "none").
+        batch_size: documents at a time.
+        max_length: tokens of a window. Longer documents are scored to their end in windows that overlap by
+            half
+            (see `log_likelihood.windows`). `None`: as many as the model's configuration allows.
+        device: where the model is.
+        confidence: of the interval.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        `{"overall": {"bits_per_byte", "interval", "bytes", "documents", "tokens"}, "languages": {code:
+        {...}}, "domains": {name: {...}}}`. The interval of a single document is `None`.
+
+    Raises:
+        UserError: for records without text, or no text at all.
     """
     scores = list(
         score_documents(
@@ -93,27 +108,25 @@ def score_documents(
     max_length: int | None,
     device: str,
 ) -> Iterator[DocumentScore]:
-    """The score of each document that has any text, in the order of `records`, read a stretch at a time."""
+    """Score each document that has text, in the order of `records`, reading a chunk at a time."""
     from koine.evaluate.log_likelihood import negative_log_likelihoods
 
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}", hint="give at least 1")
+    check_whole("the batch size", batch_size, low=1)
     longest = context_length(model) if max_length is None else max_length
-    if longest < 2:
-        raise UserError(f"the length is {longest}", hint="give at least 2 tokens")
+    check_whole("the length", longest, low=2)
     stream = iter(records)
     first = True
-    while stretch := list(islice(stream, batch_size * _STRETCH)):
-        texts = [_text(record) for record in stretch]
+    while chunk := list(islice(stream, batch_size * _CHUNK_BATCHES)):
+        texts = [_text(record) for record in chunk]
         encoded = tokenizer.encode_batch(texts)
         if first:
-            _check_round_trip(tokenizer, texts[:_CHECKED], encoded[:_CHECKED])
+            _check_round_trip(tokenizer, texts[:_ROUND_TRIPS], encoded[:_ROUND_TRIPS])
             first = False
         documents = [[tokenizer.bos_id, *ids] for ids in encoded]
         nats = negative_log_likelihoods(
             model, documents, batch_size=batch_size, max_length=longest, device=device
         )
-        for record, text, ids, value in zip(stretch, texts, encoded, nats, strict=True):
+        for record, text, ids, value in zip(chunk, texts, encoded, nats, strict=True):
             if text:
                 yield DocumentScore(
                     nats=value,
@@ -125,7 +138,7 @@ def score_documents(
 
 
 def context_length(model: Any) -> int:
-    """The longest sequence that the model's configuration names."""
+    """Return the context length in the model's configuration; a very large number where it has none."""
     length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return int(length) if length else 2**31 - 1
 
@@ -147,7 +160,8 @@ def _check_round_trip(tokenizer: Tokenizer, texts: list[str], encoded: list[list
     )
     if lost:
         warnings.warn(
-            f"the tokenizer loses part of the text ({lost} of the first {len(texts)} documents do not come back): "
+            "the tokenizer loses part of the text "
+            f"({lost} of the first {len(texts)} documents do not come back): "
             "its bits per byte are too low to compare with those of a lossless tokenizer",
             KoineWarning,
             stacklevel=2,
@@ -165,3 +179,40 @@ def _measure(scores: list[DocumentScore], *, confidence: float, resamples: int, 
         "documents": len(scores),
         "tokens": sum(score.tokens for score in scores),
     }
+
+
+def measure_bits(setup: EvaluationSetup, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Run `bits_per_byte` as an entry of the table of evaluations."""
+    return bits_per_byte(
+        setup.model,
+        setup.tokenizer,
+        records,
+        batch_size=setup.batch_size,
+        max_length=setup.max_length,
+        device=setup.device,
+        seed=setup.seed,
+    )
+
+
+def bits_blocks(result: Mapping[str, Any]) -> list[Block]:
+    """Return a table: all documents, then each language, then each domain."""
+    if "overall" not in result:
+        return []
+    entries = {
+        "all": result["overall"],
+        **result["languages"],
+        **{f"domain {name}": entry for name, entry in result["domains"].items()},
+    }
+    rows = [
+        [
+            name,
+            f"{entry['bits_per_byte']:.4f}",
+            format_interval(entry["interval"], 4),
+            f"{entry['bytes']:,}",
+            f"{entry['documents']:,}",
+            f"{entry['bytes'] / max(entry['tokens'], 1):.2f}",
+        ]
+        for name, entry in entries.items()
+    ]
+    columns = ["", "bits/byte", "95 % interval", "bytes", "documents", "bytes/token"]
+    return [{"kind": "table", "title": "Bits per byte (lower is better)", "columns": columns, "rows": rows}]

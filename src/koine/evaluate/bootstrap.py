@@ -1,4 +1,4 @@
-"""Bootstrap intervals of a ratio of sums: bits over bytes, right answers over questions."""
+"""Bootstrap intervals of a ratio of sums, such as bits over bytes or right answers over questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Indices are drawn in blocks of about this many, so that memory does not grow with the data.
+# Indices are drawn in blocks of about this size, so that memory does not grow with the data.
 _BLOCK = 4_000_000
 
 
@@ -19,11 +19,19 @@ def bootstrap_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """The percentile interval of `sum(numerators) / sum(denominators)` over resampled units.
+    """Return the percentile interval of `sum(numerators) / sum(denominators)` over resampled units.
 
-    numerators, denominators: [units]; a unit is a document or a question, drawn whole, with replacement. Without
-    denominators the ratio is the mean. None for fewer than two units: one unit says nothing about the spread.
     The same input and seed give the same interval.
+
+    Args:
+        numerators: `[units]`; a unit is a document or a question, resampled with replacement.
+        denominators: `[units]`; without them the ratio is the mean.
+        confidence: share of the resampled ratios inside the interval.
+        resamples: number of resamples.
+        seed: of the random generator.
+
+    Returns:
+        The lower and the upper end; `None` for fewer than two units, which have no spread.
     """
     top = np.asarray(numerators, dtype=np.float64)
     bottom = np.ones_like(top) if denominators is None else np.asarray(denominators, dtype=np.float64)

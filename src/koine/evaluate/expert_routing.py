@@ -1,4 +1,7 @@
-"""Where a mixture of experts sends the tokens of each domain."""
+"""Expert routing: the shares of a domain's tokens that a mixture of experts sends to each expert.
+
+Shape suffixes: l layers, e experts.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from koine.errors import UserError
+from koine.evaluate.evaluation import Block, EvaluationSetup
 from koine.model import Decoder
 from koine.model.moe.routers import Routing
 from koine.tokenizer import Tokenizer
@@ -17,12 +21,12 @@ from koine.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class RoutingShares:
-    """Means over the tokens of a domain, a row a layer and a column an expert.
+    """Means over the tokens of a domain, `[layers, experts]` each.
 
-    probability: `[layers, experts]`, the router's probability (arXiv 2408.15901, section 5.3).
-    chosen: `[layers, experts]`, the share of choices that fall on the expert; rows sum to 1.
-    attention: `[layers, experts]`, the soft gate of attention experts; `None` where the attention is averaged.
-    tokens: how many were counted.
+    probability: the router's probability (arXiv 2408.15901, section 5.3).
+    chosen: share of the expert assignments; rows sum to 1.
+    attention: soft gate of attention experts; `None` where the attention is averaged.
+    tokens: number of tokens.
     """
 
     experts: tuple[str, ...]
@@ -32,19 +36,15 @@ class RoutingShares:
     tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        """Lists, and the means over the layers by expert."""
+        """Return means over layers by expert, and the values of each layer."""
+        tensors = {"probability": self.probability, "chosen": self.chosen, "attention": self.attention}
         return {
             "tokens": self.tokens,
-            "probability": dict(zip(self.experts, self.probability.mean(0).tolist(), strict=True)),
-            "chosen": dict(zip(self.experts, self.chosen.mean(0).tolist(), strict=True)),
-            "attention": None
-            if self.attention is None
-            else dict(zip(self.experts, self.attention.mean(0).tolist(), strict=True)),
-            "layers": {
-                "probability": self.probability.tolist(),
-                "chosen": self.chosen.tolist(),
-                "attention": None if self.attention is None else self.attention.tolist(),
+            **{
+                name: None if value is None else dict(zip(self.experts, value.mean(0).tolist(), strict=True))
+                for name, value in tensors.items()
             },
+            "layers": {name: None if value is None else value.tolist() for name, value in tensors.items()},
         }
 
 
@@ -52,7 +52,7 @@ class RoutingShares:
 def routing_shares(
     model: Decoder, tokenizer: Tokenizer, texts: Iterable[str], *, max_tokens: int = 512
 ) -> RoutingShares:
-    """How the tokens of `texts`, each cut to `max_tokens`, are routed.
+    """Measure how the tokens of `texts`, each cut to `max_tokens`, are routed.
 
     Raises `UserError` for a dense model, and where there is no text.
     """
@@ -60,9 +60,9 @@ def routing_shares(
     if mixture is None:
         raise UserError("the model is dense: it routes nothing", hint="give a mixture: see `koine upcycle`")
     device = model.embedding.weight.device
-    count, layers = len(mixture.experts), len(model.config.layers)
-    probability = torch.zeros(layers, count, dtype=torch.float64)
-    chosen, attention = torch.zeros_like(probability), torch.zeros_like(probability)
+    experts, layers = len(mixture.experts), len(model.config.layers)
+    probability_le = torch.zeros(layers, experts, dtype=torch.float64)
+    chosen_le, attention_le = torch.zeros_like(probability_le), torch.zeros_like(probability_le)
     total = 0
     for text in texts:
         ids = [tokenizer.bos_id, *tokenizer.encode(text)][:max_tokens]
@@ -70,55 +70,84 @@ def routing_shares(
         model(torch.tensor([ids], device=device), routings=routings)
         total += len(ids)
         for layer, routing in enumerate(routings):
-            probability[layer] += routing.probabilities.sum(dim=(0, 1)).double().cpu()
-            picks = torch.bincount(routing.chosen.flatten(), minlength=count).double().cpu()
-            chosen[layer] += picks / mixture.top_k
+            probability_le[layer] += routing.probabilities.sum(dim=(0, 1)).double().cpu()
+            counts_e = torch.bincount(routing.chosen.flatten(), minlength=experts).double().cpu()
+            chosen_le[layer] += counts_e / mixture.top_k
             if routing.attention_logits is not None:
-                attention[layer] += routing.attention_logits.softmax(-1).sum(dim=(0, 1)).double().cpu()
+                attention_le[layer] += routing.attention_logits.softmax(-1).sum(dim=(0, 1)).double().cpu()
     if not total:
         raise UserError("there is no text to route", hint="give at least one document")
     return RoutingShares(
         mixture.experts,
-        probability / total,
-        chosen / total,
-        None if mixture.attention == "averaged" else attention / total,
+        probability_le / total,
+        chosen_le / total,
+        None if mixture.attention == "averaged" else attention_le / total,
         total,
     )
 
 
-def routing_blocks(shares: Mapping[str, RoutingShares]) -> list[dict[str, Any]]:
-    """Heat maps for a report: domains by experts for each kind of router, and layers by experts for each domain."""
-    first = next(iter(shares.values()))
-    experts = list(first.experts)
+def has_experts(model: Any) -> bool:
+    """Return whether a model is a mixture of experts."""
+    return isinstance(model, Decoder) and model.config.mixture is not None
 
-    def heat_map(title: str, rows: list[str], values: list[list[float]]) -> dict[str, Any]:
-        return {
-            "kind": "heatmap",
-            "title": title,
-            "label": "share",
-            "rows": rows,
-            "columns": experts,
-            "values": values,
+
+def measure_routing(setup: EvaluationSetup, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Run `routing_shares` as an entry of the table of evaluations: by domain, else by language."""
+    texts: dict[str, list[str]] = {}
+    for record in records:
+        if "text" in record:
+            texts.setdefault(str(record.get("domain") or record["language"]), []).append(record["text"])
+    return {
+        "routing": {
+            name: routing_shares(setup.model, setup.tokenizer, part).to_json() for name, part in texts.items()
         }
+    }
 
-    blocks = [
-        heat_map(
-            "Tokens by domain and feed-forward expert",
-            list(shares),
-            [one.chosen.mean(0).tolist() for one in shares.values()],
-        ),
-        heat_map(
-            "Router's probability by domain and feed-forward expert",
-            list(shares),
-            [one.probability.mean(0).tolist() for one in shares.values()],
-        ),
+
+def routing_blocks(result: Mapping[str, Any]) -> list[Block]:
+    """Return a table of shares, and heat maps: domains by experts for each router, layers by experts."""
+    routing = result.get("routing")
+    if not routing:
+        return []
+    first = next(iter(routing.values()))
+    experts = list(first["chosen"])
+
+    def by_domain(title: str, key: str) -> Block:
+        values = [[entry[key][expert] for expert in experts] for entry in routing.values()]
+        return _heat_map(title, list(routing), experts, values)
+
+    rows = [
+        [name, *(f"{entry['chosen'][one]:.1%} ({entry['probability'][one]:.2f})" for one in experts)]
+        for name, entry in routing.items()
     ]
-    if first.attention is not None:
-        found = [one.attention.mean(0).tolist() for one in shares.values() if one.attention is not None]
-        blocks.append(heat_map("Gate by domain and attention expert", list(shares), found))
-    layers = [f"layer {number}" for number in range(len(first.chosen))]
+    blocks: list[Block] = [
+        {
+            "kind": "table",
+            "title": "Share of tokens that goes to each expert (router's probability)",
+            "columns": ["", *experts],
+            "rows": rows,
+        },
+        by_domain("Tokens by domain and feed-forward expert", "chosen"),
+        by_domain("Router's probability by domain and feed-forward expert", "probability"),
+    ]
+    if first["attention"] is not None:
+        blocks.append(by_domain("Gate by domain and attention expert", "attention"))
+    layers = [f"layer {number}" for number in range(len(first["layers"]["chosen"]))]
     blocks += [
-        heat_map(f"Tokens of {name} by layer and feed-forward expert", layers, one.chosen.tolist())
-        for name, one in shares.items()
+        _heat_map(
+            f"Tokens of {name} by layer and feed-forward expert", layers, experts, entry["layers"]["chosen"]
+        )
+        for name, entry in routing.items()
     ]
     return blocks
+
+
+def _heat_map(title: str, rows: list[str], columns: list[str], values: list[list[float]]) -> Block:
+    return {
+        "kind": "heatmap",
+        "title": title,
+        "label": "share",
+        "rows": rows,
+        "columns": columns,
+        "values": values,
+    }

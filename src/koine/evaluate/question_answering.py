@@ -1,19 +1,22 @@
-"""Questions with one right answer each: how often does the model's greedy answer equal it?
+"""Question answering: the share of questions whose greedy answer equals the right one.
 
-Questions whose facts stood in the training text (`split` is `recall` or `train`) are counted apart from those whose
-facts were held out (`split` begins with `heldout`): remembering and generalising are different things.
+Questions about facts of the training text (`split` is `recall` or `train`) are counted apart from questions
+about held-out facts (`split` begins with `heldout`): the first measure recall, the second generalisation.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
 from koine.evaluate.bootstrap import bootstrap_interval
+from koine.evaluate.evaluation import Block, EvaluationSetup, format_interval
+from koine.fields import check_whole
 
 if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
@@ -21,19 +24,18 @@ if TYPE_CHECKING:
 RECALL = "recall"
 GENERALISATION = "generalisation"
 UNMARKED = "unmarked"
+# Questions are sorted by length within a chunk of this many batches.
+_CHUNK_BATCHES = 16
 
 
-def normalise(text: str) -> str:
-    """NFC, runs of white space as one space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+@dataclass(frozen=True)
+class Question:
+    """A question as the model sees it, and its right answer."""
 
-
-def kind(record: Mapping[str, Any]) -> str:
-    """`recall`, `generalisation`, or `unmarked` where the record names no split that we know."""
-    split = str(record.get("split") or "").lower()
-    if split.startswith(("heldout", "held-out", "held_out")):
-        return GENERALISATION
-    return RECALL if split in ("recall", "train") else UNMARKED
+    prompt: list[int]
+    answer: str
+    language: str
+    kind: str
 
 
 def question_accuracy(
@@ -48,34 +50,43 @@ def question_accuracy(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Share of exact answers, with a bootstrap interval over questions, by language and kind.
+    """Measure the share of exact answers, with a bootstrap interval over questions, by language and kind.
 
-    records: chats with `messages` and the right `answer` (or an assistant's last message instead of it), `language`,
-        `split`. A final message of the assistant is not shown to the model.
-    max_new_tokens: where an answer is cut; None: twice the tokens of the longest right answer of the batch, and 8.
-        An answer that has not ended by then is wrong.
-    Returns `{"overall": {kind: {"value", "interval", "questions", "correct"}}, "languages": {code: {kind: {...}}}}`
-    with the kinds `recall`, `generalisation` and, for records without a split, `unmarked`.
-    Raises `UserError` for records that are no questions, or none at all.
+    Args:
+        model: a causal LM.
+        tokenizer: the model's.
+        records: chats with `messages` and the right `answer`, and `language` and `split` where known. A final
+            message of the assistant is not in the prompt; it is the answer where there is no `answer`.
+        batch_size: questions at a time.
+        max_new_tokens: length at which generation stops, and the answer counts as wrong. `None`: twice the
+            tokens of the longest right answer of the batch, plus 8.
+        device: where the model is.
+        confidence: of the interval.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        `{"overall": {kind: {"value", "interval", "questions", "correct"}}, "languages": {code: {kind:
+        {...}}}}` with the kinds `recall`, `generalisation` and, for records without a split, `unmarked`.
+
+    Raises:
+        UserError: for records that are no questions, or none at all.
     """
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}", hint="give at least 1")
-    marks: dict[tuple[str, str], list[float]] = defaultdict(list)
+    check_whole("the batch size", batch_size, low=1)
+    correct: dict[tuple[str, str], list[float]] = defaultdict(list)
     stream = iter(records)
-    while stretch := list(islice(stream, batch_size * 16)):
-        asked = [_question(record, tokenizer) for record in stretch]
-        order = sorted(range(len(asked)), key=lambda index: len(asked[index][0]))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            limit = max_new_tokens or 2 * max(len(tokenizer.encode(asked[index][1])) for index in chosen) + 8
-            answers = greedy_answers(
-                model, tokenizer, [asked[index][0] for index in chosen], max_new_tokens=limit, device=device
+    while chunk := [question_of(record, tokenizer) for record in islice(stream, batch_size * _CHUNK_BATCHES)]:
+        chunk.sort(key=lambda question: len(question.prompt))
+        for start in range(0, len(chunk), batch_size):
+            batch = chunk[start : start + batch_size]
+            limit = max_new_tokens or 2 * max(len(tokenizer.encode(one.answer)) for one in batch) + 8
+            outputs = greedy_answers(
+                model, tokenizer, [one.prompt for one in batch], max_new_tokens=limit, device=device
             )
-            for index, answer in zip(chosen, answers, strict=True):
-                right = answer is not None and normalise(answer) == normalise(asked[index][1])
-                record = stretch[index]
-                marks[str(record.get("language") or "und"), kind(record)].append(float(right))
-    if not marks:
+            for question, output in zip(batch, outputs, strict=True):
+                right = output is not None and normalise(output) == normalise(question.answer)
+                correct[question.language, question.kind].append(float(right))
+    if not correct:
         raise UserError("no questions to ask", hint="give records with messages and an answer")
 
     def measure(values: Sequence[float]) -> dict[str, Any]:
@@ -89,19 +100,31 @@ def question_accuracy(
 
     overall: dict[str, list[float]] = defaultdict(list)
     languages: dict[str, dict[str, Any]] = defaultdict(dict)
-    for (code, name), values in sorted(marks.items()):
-        overall[name] += values
-        languages[code][name] = measure(values)
+    for (code, kind), values in sorted(correct.items()):
+        overall[kind] += values
+        languages[code][kind] = measure(values)
+    kinds = (RECALL, GENERALISATION, UNMARKED)
     return {
-        "overall": {
-            name: measure(overall[name]) for name in (RECALL, GENERALISATION, UNMARKED) if name in overall
-        },
+        "overall": {kind: measure(overall[kind]) for kind in kinds if kind in overall},
         "languages": dict(languages),
     }
 
 
-def _question(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """Ids of the prompt, and the right answer."""
+def normalise(text: str) -> str:
+    """Apply NFC, make each run of white space one space, and strip the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def question_kind(record: Mapping[str, Any]) -> str:
+    """Return `recall`, `generalisation`, or `unmarked` where the record has no known split."""
+    split = str(record.get("split") or "").lower()
+    if split.startswith(("heldout", "held-out", "held_out")):
+        return GENERALISATION
+    return RECALL if split in ("recall", "train") else UNMARKED
+
+
+def question_of(record: Mapping[str, Any], tokenizer: Tokenizer) -> Question:
+    """Read a question; raises `UserError` where the record has no messages, no question or no answer."""
     where = f"question '{record.get('id', '?')}'"
     messages = record.get("messages")
     if not messages:
@@ -116,19 +139,23 @@ def _question(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int
         raise UserError(f"{where} has no answer", hint='give each question an "answer"')
     if not messages:
         raise UserError(f"{where} asks nothing", hint="give it a message of the user")
-    return tokenizer.encode_messages(messages, generation_prompt=True)[0], answer
+    return Question(
+        prompt=tokenizer.encode_messages(messages, generation_prompt=True)[0],
+        answer=answer,
+        language=str(record.get("language") or "und"),
+        kind=question_kind(record),
+    )
 
 
 def greedy_answers(
     model: Any, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int, device: str = "cpu"
 ) -> list[str | None]:
-    """The model's greedy answer to each prompt (token ids); None where it had not ended after `max_new_tokens`.
+    """Return the greedy answer to each prompt (token ids); `None` where it did not end in `max_new_tokens`.
 
-    Our decoder answers with its cache. Any other causal LM runs the whole sequences at each step, padded on the right: answers
-    are short, every model can do it, and no row depends on its neighbours.
+    Our decoder decodes with a KV cache. Any other causal LM runs the whole sequences at each step, padded on
+    the
+    right: answers are short, every model supports it, and no row depends on its neighbours.
     """
-    import torch
-
     from koine.evaluate.log_likelihood import evaluating
     from koine.model import Decoder
 
@@ -140,24 +167,31 @@ def greedy_answers(
     running = list(range(len(rows)))
     with evaluating(model):
         for _ in range(max_new_tokens):
-            lengths = torch.tensor([len(rows[row]) for row in running], device=device)
-            tokens = torch.zeros(len(running), int(lengths.max()), dtype=torch.int64)
-            for place, row in enumerate(running):
-                tokens[place, : len(rows[row])] = torch.tensor(rows[row])
-            hidden = model(tokens.to(device))
-            last = hidden[torch.arange(len(running), device=device), lengths - 1]
-            chosen = model.logits(last).argmax(dim=-1).tolist()
-            going = []
-            for row, token in zip(running, chosen, strict=True):
+            if not running:
+                break
+            still_running = []
+            next_tokens = _next_tokens(model, [rows[row] for row in running], device)
+            for row, token in zip(running, next_tokens, strict=True):
                 if token in stops:
                     answers[row] = tokenizer.decode(rows[row][len(prompts[row]) :])
                 else:
                     rows[row].append(token)
-                    going.append(row)
-            running = going
-            if not running:
-                break
+                    still_running.append(row)
+            running = still_running
     return answers
+
+
+def _next_tokens(model: Any, rows: Sequence[Sequence[int]], device: str) -> Iterator[int]:
+    """Run whole sequences and yield the greedy next token of each."""
+    import torch
+
+    lengths_b = torch.tensor([len(row) for row in rows], device=device)
+    tokens_bt = torch.zeros(len(rows), int(lengths_b.max()), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tokens_bt[index, : len(row)] = torch.tensor(row)
+    hidden_bth = model(tokens_bt.to(device))
+    last_bh = hidden_bth[torch.arange(len(rows), device=device), lengths_b - 1]
+    yield from model.logits(last_bh).argmax(dim=-1).tolist()
 
 
 def _cached_answers(
@@ -170,3 +204,44 @@ def _cached_answers(
     with evaluating(model):
         answers = generate(model, prompts, Sampling(max_new_tokens=max_new_tokens), stop_ids=tuple(stops))
     return [tokenizer.decode(one.tokens[:-1]) if one.finish == "stop" else None for one in answers]
+
+
+def measure_questions(setup: EvaluationSetup, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Run `question_accuracy` as an entry of the table of evaluations."""
+    accuracy = question_accuracy(
+        setup.model,
+        setup.tokenizer,
+        records,
+        batch_size=setup.batch_size,
+        device=setup.device,
+        seed=setup.seed,
+    )
+    return {"questions": accuracy}
+
+
+def question_blocks(result: Mapping[str, Any]) -> list[Block]:
+    """Return a table: all questions, then each language; three columns for each kind of question."""
+    if "questions" not in result:
+        return []
+    questions = result["questions"]
+    kinds = list(questions["overall"])
+    columns = [""]
+    for kind in kinds:
+        columns += [kind, "95 % interval", "questions"]
+    rows = []
+    for name, entry in {"all": questions["overall"], **questions["languages"]}.items():
+        row = [name]
+        for kind in kinds:
+            row += _cells(entry.get(kind))
+        rows.append(row)
+    return [{"kind": "table", "title": "Exact answers (greedy)", "columns": columns, "rows": rows}]
+
+
+def _cells(measured: Mapping[str, Any] | None) -> list[str]:
+    if measured is None:
+        return ["", "", ""]
+    return [
+        f"{measured['value']:.1%}",
+        format_interval(measured["interval"], 3),
+        f"{measured['questions']:,}",
+    ]

@@ -1,4 +1,4 @@
-"""The records that an evaluation reads: all of a folder, or the split that was asked for, and never a part unasked."""
+"""Records to evaluate on: a whole source, or the split that was chosen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koine.errors import KoineWarning, UserError
+from koine.fields import check_whole
 
 if TYPE_CHECKING:
     from koine.data.readers import TextUnit
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """How records are read, as `koine.data.read_records` takes it; `split` None: all, where a folder has one split or none."""
+class RecordOptions:
+    """How to read records; see `koine.data.read_records`.
+
+    split: `None` reads all of a folder that has one split or none.
+    """
 
     split: str | None = None
     fields: Mapping[str, str] | None = None
@@ -28,28 +32,45 @@ class ReadOptions:
 
 
 class Records:
-    """The records of several sources, one after another, as often as they are iterated over.
+    """The records of several sources, one after another; can be iterated over again.
 
-    Raises `UserError` at once where a source is missing, or its files name several splits and none was asked for.
+    Raises `UserError` at once where a source is missing, or has several splits and none was chosen.
     """
 
     def __init__(
         self,
         paths: Sequence[str | Path],
-        reading: ReadOptions,
+        options: RecordOptions,
         *,
-        option: str = "--split",
+        limit: int | None = None,
+        split_option: str = "--split",
         questions: bool = False,
     ) -> None:
-        """option: what a user types to choose a split. questions: as `koine.data.read_records` takes it."""
-        self.readers = [_open(path, reading, option, questions) for path in paths]
+        """Open the sources.
+
+        Args:
+            paths: files, folders or `hub:OWNER/NAME`.
+            options: how to read them.
+            limit: at most this many records of each language, from the start.
+            split_option: the command's option that chooses a split, for error messages.
+            questions: as `koine.data.read_records` takes it.
+        """
+        if limit is not None:
+            check_whole("the limit", limit, low=1)
+        self.limit = limit
+        self.readers = [_open(path, options, split_option, questions) for path in paths]
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        counts: dict[Any, int] = {}
         for reader in self.readers:
-            yield from reader
+            for record in reader:
+                language = record.get("language")
+                counts[language] = counts.get(language, 0) + 1
+                if self.limit is None or counts[language] <= self.limit:
+                    yield record
 
-    def note_bad(self) -> None:
-        """A `KoineWarning` where records were left out."""
+    def warn_of_bad(self) -> None:
+        """Warn (`KoineWarning`) of bad records that were left out."""
         for reader in self.readers:
             if reader.bad:
                 warnings.warn(
@@ -59,11 +80,11 @@ class Records:
                 )
 
 
-def _open(path: str | Path, reading: ReadOptions, option: str, questions: bool) -> RecordReader:
+def _open(path: str | Path, options: RecordOptions, split_option: str, questions: bool) -> RecordReader:
     from koine.data.readers import data_files, split_of
     from koine.data.records import locate, read_records
 
-    split = reading.split
+    split = options.split
     if split is None:
         split, folder = "all", locate(path)
         named = {split_of(file, folder) for file in data_files(folder, split="all")} - {None}
@@ -71,15 +92,15 @@ def _open(path: str | Path, reading: ReadOptions, option: str, questions: bool) 
             raise UserError(
                 f"its files are of several splits ({', '.join(sorted(map(str, named)))})",
                 where=path,
-                hint=f"say which is meant, for example {option} test, or all",
+                hint=f"say which is meant, for example {split_option} test, or all",
             )
     return read_records(
         path,
-        fields=reading.fields,
-        language=reading.language,
-        domain=reading.domain,
-        max_bad_share=reading.max_bad_share,
-        unit=reading.unit,
+        fields=options.fields,
+        language=options.language,
+        domain=options.domain,
+        max_bad_share=options.max_bad_share,
+        unit=options.unit,
         split=split,
         carry=("answer",),
         questions=questions,

@@ -1,4 +1,4 @@
-"""What a training measures on the way: bits per byte of a few documents, as figures that can choose the best checkpoint."""
+"""Bits per byte on a few documents during training; its metrics can choose the best checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OF_DOMAINS = "bits_per_byte_domains"
 
 
 class BitsPerByteProbe:
-    """An `evaluate` for the training loop; see `figures_of` for what it returns. The documents are kept in memory."""
+    """An `evaluate` function for the training loop; returns `metrics_of`. Documents stay in memory."""
 
     def __init__(self, tokenizer: Tokenizer, records: Iterable[Mapping[str, Any]]) -> None:
         self.tokenizer = tokenizer
@@ -30,7 +30,7 @@ class BitsPerByteProbe:
 
     @property
     def names(self) -> list[str]:
-        """The figures that will be measured."""
+        """Names of the metrics that it measures."""
         codes = {str(record.get("language") or "und") for record in self.records}
         domains = {str(record.get("domain") or "none") for record in self.records}
         return [
@@ -40,7 +40,7 @@ class BitsPerByteProbe:
         ]  # fmt: skip
 
     def check_metric(self, name: str) -> None:
-        """Raise `UserError` for a metric ("": the first) that is not among the figures."""
+        """Raise `UserError` for a metric that it does not measure; "" is the first."""
         if name and name not in self.names:
             raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, self.names))
 
@@ -49,14 +49,15 @@ class BitsPerByteProbe:
         scored = bits_per_byte(
             cast("ScoringModel", model), self.tokenizer, self.records, device=device, resamples=1
         )
-        return figures_of(scored)
+        return metrics_of(scored)
 
 
-def figures_of(scored: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a result of `koine.evaluate.bits_per_byte`.
+def metrics_of(scored: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a result of `koine.evaluate.bits_per_byte`.
 
-    `bits_per_byte` is over all bytes; `bits_per_byte_languages` and `bits_per_byte_domains` are means in which each language or domain
-    counts the same; then those of each language (`bits_per_byte/de`) and domain (`bits_per_byte/domain/web`).
+    `bits_per_byte` is over all bytes. `bits_per_byte_languages` and `bits_per_byte_domains` are means in
+    which each language or domain has the same weight. Then follow each language (`bits_per_byte/de`) and each
+    domain (`bits_per_byte/domain/web`).
     """
 
     def value(entry: Mapping[str, Any]) -> float:

@@ -38,13 +38,14 @@ def evaluate_model(
     seed: int,
     out: Path,
 ) -> None:
-    """Compute bits per byte on held-out documents, and accuracy on the corpus's test questions if it has some.
+    """Run the evaluations of `koine.evaluate.table` on the corpus's held-out documents and test questions.
 
     Writes `evaluation.json`, `metrics.json`, and `samples.json` with one answered question of each language.
     """
     import torch
 
-    from koine.evaluate import bits_per_byte, question_accuracy
+    from koine.evaluate.evaluation import EvaluationSetup
+    from koine.evaluate.table import report_sections, run_evaluations
     from koine.model import load_model
     from koine.tokenizer import load_tokenizer
 
@@ -53,18 +54,17 @@ def evaluate_model(
     tokenizer = load_tokenizer(model)
     decoder = load_model(model, dtype=torch.float32)
     heldout = existing(corpus, "documents-heldout", roles.all)
-    results = bits_per_byte(
-        decoder, tokenizer, _first(heldout.values(), documents_per_language), batch_size=16, seed=seed
-    )
+    records = {"documents": list(_first(heldout.values(), documents_per_language))}
+    questions = existing(corpus, "questions/test", roles.chat)
+    if questions and questions_per_language:
+        records["questions"] = list(_first(questions.values(), questions_per_language))
+    setup = EvaluationSetup(model=decoder, tokenizer=tokenizer, seed=seed)
+    results = run_evaluations(setup, records)
     write_json(out / "samples.json", _samples(decoder, tokenizer, corpus, roles.chat))
-    asked = existing(corpus, "questions/test", roles.chat)
-    if asked and questions_per_language:
-        results["questions"] = question_accuracy(
-            decoder, tokenizer, _first(asked.values(), questions_per_language), batch_size=32, seed=seed
-        )
     write_json(out / "evaluation.json", results)
-    metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]}
-    write_json(out / "metrics.json", metrics)
+    write_json(out / "metrics.json", {"bits_per_byte": results["overall"]["bits_per_byte"]})
+    blocks = [block for _, section in report_sections(results) for block in section]
+    write_step_report(out, "Evaluation", blocks)
 
 
 def _samples(
@@ -218,7 +218,6 @@ def evaluate_domains(
     tokenizer = load_tokenizer(model)
     decoder = load_model(model, dtype=torch.float32)
     found: dict[str, Any] = {"bits_per_byte": {}, "routing": {}}
-    shares = {}
     for name, corpus in corpora.items():
         records = [
             {"id": str(number), "text": text[:characters], "language": "und", "domain": name}
@@ -227,14 +226,14 @@ def evaluate_domains(
         overall = bits_per_byte(decoder, tokenizer, records, batch_size=16)["overall"]
         found["bits_per_byte"][name] = overall["bits_per_byte"]
         if decoder.config.mixture is not None:
-            shares[name] = routing_shares(decoder, tokenizer, [record["text"] for record in records])
-            found["routing"][name] = shares[name].to_json()
+            shares = routing_shares(decoder, tokenizer, [record["text"] for record in records])
+            found["routing"][name] = shares.to_json()
     values = list(found["bits_per_byte"].values())
     found["mean"] = sum(values) / len(values)
     write_json(out / "evaluation.json", found)
     write_json(out / "metrics.json", {"bits_per_byte": found["mean"]})
-    if shares:
-        write_step_report(out, "Routing", routing_blocks(shares))
+    if found["routing"]:
+        write_step_report(out, "Expert routing", routing_blocks(found))
 
 
 @step(version="2", estimate=estimates.long_evaluation, threads=0)

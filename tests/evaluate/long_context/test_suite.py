@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from koine.cli.main import cli
 from koine.errors import KoineWarning, UserError
 from koine.evaluate.log_likelihood import ScoringModel
-from koine.evaluate.long_context import evaluate_long_context, needles, ruler
+from koine.evaluate.long_context import LongContextOptions, evaluate_long_context, needles, ruler
 from koine.evaluate.long_context.haystack import (
     LONGEST_PIECE,
     make_haystack,
@@ -30,7 +30,7 @@ from koine.evaluate.long_context.haystack import (
 )
 from koine.evaluate.long_context.phrases import lead_and_answer, phrase_languages, phrases_of
 from koine.evaluate.long_context.positions import bin_edges, long_documents, loss_by_position, token_losses
-from koine.evaluate.long_context.prompts import Material, Prompt, chat_frame, material_of
+from koine.evaluate.long_context.prompts import Material, Prompt, chat_frame, make_material
 from koine.evaluate.long_context.report import facts, sections, task_rows
 from koine.evaluate.long_context.scores import (
     SPARE_TOKENS,
@@ -59,7 +59,7 @@ def words() -> Tokenizer:
 @pytest.fixture(scope="module")
 def materials(words: Tokenizer) -> dict[str, Material]:
     return {
-        code: material_of(words, sample_haystack(words.encode, at_least=3 * LENGTH, language=code))
+        code: make_material(words, sample_haystack(words.encode, at_least=3 * LENGTH, language=code))
         for code in LANGUAGES
     }
 
@@ -146,7 +146,7 @@ def test_pieces_end_with_sentences() -> None:
 
 def test_a_short_haystack_begins_anew(words: Tokenizer) -> None:
     hay = make_haystack([("One two three. Four five six.", "en")], words.encode, at_least=10, source="here")
-    cut = hay.cut(5 * hay.tokens, random.Random(0), intact=lambda ids: True)
+    cut = hay.cut(5 * hay.tokens, random.Random(0), ends_on_character=lambda ids: True)
     assert sum(map(len, cut)) == 5 * hay.tokens
     assert words.decode([token for piece in cut for token in piece]).count("Four five six.") >= 4
 
@@ -300,7 +300,7 @@ def test_questions_are_answered_by_their_document(words: Tokenizer, materials: d
     assert text_of(words, prompt.tokens).count(document) == 1
     assert prompt.any_of
     # Facts about these territories are in no training document of the sample world.
-    asked = {one.document for one in ruler.sample_questions("de").asked}
+    asked = {one.document for one in ruler.sample_questions("de").questions}
     assert document in asked
     assert not asked & {line for text in sample_texts("de") for line in split_pieces(text)}
 
@@ -332,7 +332,7 @@ def test_prompts_in_the_chat_template(words: Tokenizer, materials: dict[str, Mat
     text = words.encode("Wie geht es?")
     asked, _ = words.encode_messages([{"role": "user", "content": "Wie geht es?"}], generation_prompt=True)
     assert [*head, *text, *tail] == asked
-    material = material_of(words, materials["de"].haystack, chat=True)
+    material = make_material(words, materials["de"].haystack, chat=True)
     prompt = needles.single(material, LENGTH, random.Random(0))
     assert len(prompt.tokens) + len(prompt.answer) == LENGTH
     assert prompt.tokens[: len(head)] == head
@@ -475,9 +475,10 @@ def test_long_documents() -> None:
 
 def test_the_suite_is_deterministic_and_its_prompts_are_independent(model_folder: Path) -> None:
     settings: dict[str, Any] = {"lengths": [256, 400], "depths": [0, 100], "samples": 2, "language": "de"}
-    result = evaluate_long_context(model_folder, **settings, documents=3)
+    options = LongContextOptions(**settings, documents=3)
+    result = evaluate_long_context(model_folder, options)
     again = evaluate_long_context(
-        model_folder, **settings, documents=3, tasks=["multi-key", "positions", "attention"]
+        model_folder, replace(options, tasks=["multi-key", "positions", "attention"])
     )
     json.dumps(result)
     assert again["tasks"]["multi-key"] == result["tasks"]["multi-key"]
@@ -506,7 +507,7 @@ def test_the_suite_is_deterministic_and_its_prompts_are_independent(model_folder
     assert [one["kind"] for one in result["attention"]["400"]["layers"]] == ["sliding RoPE"] * 3 + [
         "full NoPE"
     ]
-    other = evaluate_long_context(model_folder, **settings, tasks=["single"], seed=1)
+    other = evaluate_long_context(model_folder, replace(options, tasks=["single"], seed=1))
     assert other["tasks"]["single"] != result["tasks"]["single"]
 
 
@@ -525,10 +526,9 @@ def test_cells_without_room_are_left_out_unless_they_were_named(materials: dict[
 def test_a_named_task_is_left_out_where_a_length_has_no_room(model_folder: Path, tmp_path: Path) -> None:
     """It is said before anything is run and stands in the result; the other lengths are measured."""
     tasks = ["single", "multi-needle", "attention"]
+    options = LongContextOptions(lengths=[40, 256, 600], depths=[50], samples=1, language="de", tasks=tasks)
     with pytest.warns(KoineWarning, match="left out at") as warned:
-        result = evaluate_long_context(
-            model_folder, lengths=[40, 256, 600], depths=[50], samples=1, language="de", tasks=tasks
-        )
+        result = evaluate_long_context(model_folder, options)
     found = result["tasks"]["multi-needle"]
     assert list(found) == ["40", "256", "600"]
     for length in ("40", "256"):
@@ -581,6 +581,7 @@ def test_the_command_writes_json_and_a_page(model_folder: Path, tmp_path: Path) 
         ("--language xx", "unknown language 'xx'"),
         ("--language sw --tasks question-answering", "no questions in the language 'sw'"),
         ("--data here", "--data is not an option of the suite long"),
+        ("--max-bad 0.01", "--max-bad is not an option of the suite long"),
         ("--page nowhere/page.html", "no such folder"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`koine evaluate --suite long`: what it was asked, and what it says."""
+"""`koine evaluate --suite long`: its options, and the run of the long-context suite."""
 
 from __future__ import annotations
 
@@ -8,12 +8,79 @@ from typing import Any
 
 import click
 
+from koine.cli.evaluate.output import Outcome, print_table_block
 from koine.errors import UserError
 from koine.terminal import plain_console
 
+OPTIONS = (
+    click.option(
+        "--lengths",
+        help="Tokens of a prompt, with commas between.  [default: 512,2048 as far as MODEL allows]",
+    ),
+    click.option("--depths", help="Places of the needles, in per cent.  [default: 0,25,50,75,100]"),
+    click.option("--tasks", help="Only these, with commas between.  [default: all that fit]"),
+    click.option("--samples", type=int, help="Prompts of a task at each length and depth.  [default: 4]"),
+    click.option(
+        "--haystack",
+        multiple=True,
+        type=click.Path(),
+        help="Text to hide the needles in (file or folder); may be repeated.  [default: the sample world]",
+    ),
+    click.option(
+        "--qa",
+        type=click.Path(),
+        help="Records with context, question and answers.  [default: the sample world's questions]",
+    ),
+    click.option("--chat", is_flag=True, help="Put prompts into the chat template.  [default: plain text]"),
+)
+
+
+def evaluate_suite(
+    model: Path,
+    *,
+    language: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    lengths: str | None,
+    depths: str | None,
+    tasks: str | None,
+    samples: int | None,
+    haystack: tuple[str, ...],
+    qa: str | None,
+    chat: bool,
+) -> Outcome:
+    """Run the suite, with a progress bar."""
+    from koine.evaluate.long_context import LongContextOptions, evaluate_long_context
+    from koine.evaluate.long_context.report import facts, sections
+
+    given: dict[str, Any] = {
+        "lengths": None if lengths is None else numbers(lengths, "--lengths", int),
+        "depths": None if depths is None else numbers(depths, "--depths", float),
+        "tasks": None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()],
+        "samples": samples,
+        "language": language,
+        "questions": qa,
+    }
+    options = LongContextOptions(
+        haystack=haystack,
+        chat=chat,
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    result = _with_progress(
+        lambda progress: evaluate_long_context(model, options, device=device, dtype=dtype, progress=progress)
+    )
+    return Outcome(
+        title=f"Long context: {model.resolve().name}",
+        result=result,
+        sections=sections(result),
+        facts=facts(result),
+    )
+
 
 def numbers(text: str, option: str, convert: Callable[[str], Any]) -> list[Any]:
-    """The numbers of a list with commas; raises `UserError` naming the option."""
+    """Parse a list of numbers with commas between; raises `UserError` naming the option."""
     found = []
     for part in text.split(","):
         try:
@@ -25,27 +92,6 @@ def numbers(text: str, option: str, convert: Callable[[str], Any]) -> list[Any]:
     return found
 
 
-def run_long(model: Path, *, out: Path | None, page: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Run the suite with a bar of progress and write the files; returns the results."""
-    from koine.evaluate.long_context import evaluate_long_context
-    from koine.files import write_json
-
-    result = _with_progress(lambda say: evaluate_long_context(model, say=say, **options))
-    if out is not None:
-        write_json(out, result)
-    if page is not None:
-        from koine.evaluate.long_context.report import facts, sections
-        from koine.plan.report.page import write_page
-
-        write_page(
-            page,
-            name=f"Long context: {model.resolve().name}",
-            sections=sections(result),
-            facts=facts(result),
-        )
-    return result
-
-
 def _with_progress(run: Callable[[Callable[[int, int, str], None]], dict[str, Any]]) -> dict[str, Any]:
     from rich.progress import Progress
 
@@ -53,54 +99,43 @@ def _with_progress(run: Callable[[Callable[[int, int, str], None]], dict[str, An
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("")
 
-        def say(done: int, total: int, what: str) -> None:
-            bars.update(bar, completed=done, total=total, description=what)
+        def progress(done: int, total: int, current: str) -> None:
+            bars.update(bar, completed=done, total=total, description=current)
 
-        return run(say)
+        return run(progress)
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the results as tables."""
-    from koine.cli.tables import print_table
-    from koine.evaluate.long_context.report import TABLE, attention_rows, task_rows
+def print_tables(outcome: Outcome) -> None:
+    """Print tasks, grids, loss by length and attention as tables, and what was left out."""
+    from koine.evaluate.long_context.report import TASK_COLUMNS, attention_rows, task_rows
 
+    result = outcome.result
     if result["tasks"]:
-        print_table(_table("Long-context tasks", list(TABLE), task_rows(result), left=("task",)))
+        _print("Long-context tasks", list(TASK_COLUMNS), task_rows(result))
     for task, grid in result["grid"].items():
         rows = [
             [f"{depth:g} %", *("" if value is None else f"{value:.0%}" for value in values)]
             for depth, values in zip(grid["depths"], grid["score"], strict=True)
         ]
-        columns = ["depth", *(f"{length:,}" for length in grid["lengths"])]
-        print_table(_table(task, columns, rows))
+        _print(task, ["depth", *(f"{length:,}" for length in grid["lengths"])], rows)
     if "positions" in result:
-        lengths = result["positions"]["lengths"]
         rows = [
             [
                 f"{int(length):,}",
                 f"{one['nats_per_token']:.4f}",
                 "" if one["bits_per_byte"] is None else f"{one['bits_per_byte']:.4f}",
             ]
-            for length, one in lengths.items()
+            for length, one in result["positions"]["lengths"].items()
         ]
-        print_table(_table("Loss over the first tokens", ["tokens", "nats/token", "bits/byte"], rows))
+        _print("Loss over the first tokens", ["tokens", "nats/token", "bits/byte"], rows)
     if result.get("attention"):
         segments = next(iter(result["attention"].values()))["overall"]["mass"]
         columns = ["length", "layers", *segments, "bits, rows", "bits, mean row"]
-        print_table(
-            _table("Attention of question and answer", columns, attention_rows(result), left=("layers",))
-        )
+        _print("Attention of question and answer", columns, attention_rows(result))
     for left in result["left_out"]:
         length = "" if left["length"] is None else f" at {left['length']:,} tokens"
         click.echo(f"left out: {left['task']}{length} ({left['why']})")
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]], left: tuple[str, ...] = ()) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title)
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _print(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    print_table_block({"title": title, "columns": columns, "rows": rows}, left=("task", "layers"))

@@ -1,13 +1,17 @@
-"""Where a model looks when it answers: attention mass by segment, and attention entropy (arXiv 2501.18795).
+"""Attention of question and answer: mass by segment, and entropy (arXiv 2501.18795).
 
-Rows are the positions `i` of the question and the answer ("qc"); keys fall into four segments. Per layer `l` and head `h`
+Rows are the positions `i` of question and answer ("qc"); keys fall into four segments. Per layer `l` and head
+`h`
 
-    mass[l, h, segment] = mean over rows i of  sum over keys j in segment of  a[l, h, i, j]            (the four sum to 1)
-    entropy_of_rows     = mean over rows i of  H(a[l, h, i]),         H(p) = -sum p log2 p             (bits)
-    entropy_of_mean_row = H(mean over rows i of a[l, h, i])                                            (bits)
+    mass[l, h, segment] = mean over rows i of  sum over keys j in segment of  a[l, h, i, j]    (the four sum
+    to 1) entropy_of_rows     = mean over rows i of  H(a[l, h, i]),         H(p) = -sum p log2 p     (bits)
+    entropy_of_mean_row = H(mean over rows i of a[l, h, i])                                    (bits)
 
-The paper's "aggregated entropy" can be read as either, so both are given. Only the rows asked for are computed: memory grows
-with `heads * rows * time`, never with `time ** 2`.
+The paper's "aggregated entropy" can be read as either, so both are given. Only the wanted rows are computed:
+memory grows with `heads * rows * time`, never with `time ** 2`.
+
+Shape suffixes: n layers, h query heads, k KV heads, r rows (queries), t keys, d head size, s the four
+segments.
 """
 
 from __future__ import annotations
@@ -31,21 +35,23 @@ if TYPE_CHECKING:
     from koine.evaluate.long_context.prompts import Prompt
 
 SEGMENTS = ("begin", "needle", "context", "question")
-"""`begin`: the first tokens; `needle`: the inserted facts that the answer needs; `question`: question and answer; `context`: the rest."""
+"""`begin`: first tokens; `needle`: facts for the answer; `question`: it and its answer; `context`: rest."""
 BEGIN_TOKENS = 10
-"""What the paper calls the beginning (the sink)."""
-# Weights that are in memory at once: about this many float32 values (128 MiB).
+"""Number of tokens of the beginning (the sink) in the paper."""
+# Float32 values of the attention weights that are in memory at once (128 MiB).
 _WEIGHTS = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the rows of one prompt attend to; plain averages of several prompts make sense for every field.
+    """Masses and entropies (bits) of one prompt's rows; every field can be averaged over prompts.
 
-    mass: `[layers, heads, 4]`, segments in the order of `SEGMENTS`.
-    entropy_of_rows, entropy_of_mean_row: `[layers, heads]`, bits.
-    entropy_of_layer_mean_row: `[layers]`, bits of the row averaged over rows and heads.
-    entropy_of_total_mean_row: `[]`, bits of the row averaged over rows, heads and layers.
+    Attributes:
+        mass: `[layers, heads, 4]`, segments in the order of `SEGMENTS`.
+        entropy_of_rows: `[layers, heads]`.
+        entropy_of_mean_row: `[layers, heads]`.
+        entropy_of_layer_mean_row: `[layers]`, of the row averaged over rows and heads.
+        entropy_of_total_mean_row: `[]`, of the row averaged over rows, heads and layers.
     """
 
     mass: Tensor
@@ -56,12 +62,12 @@ class Attention:
 
 
 def layer_kind(spec: LayerSpec) -> str:
-    """`full NoPE`, `full RoPE`, `sliding RoPE` or `sliding NoPE`."""
+    """Return `full NoPE`, `full RoPE`, `sliding RoPE` or `sliding NoPE`."""
     return f"{'full' if spec.window is None else 'sliding'} {'RoPE' if spec.rope else 'NoPE'}"
 
 
 def layer_kinds(model: Decoder | CausalLM) -> list[str]:
-    """The kind of each layer; of another causal LM only what its configuration tells of windows."""
+    """Return the kind of each layer; for a model of `transformers` only whether it has a window."""
     if isinstance(model, Decoder):
         return [layer_kind(spec) for spec in model.config.layers]
     config = model.inner.config.get_text_config()
@@ -72,10 +78,10 @@ def layer_kinds(model: Decoder | CausalLM) -> list[str]:
 def segment_ids(
     time: int, *, needles: Sequence[tuple[int, int]], question_start: int, begin: int = BEGIN_TOKENS
 ) -> Tensor:
-    """The segment of each of `time` keys as an index into `SEGMENTS`, `[time]`.
+    """Return the segment of each of `time` keys as an index into `SEGMENTS`, `[time]`.
 
-    needles: half-open token spans. question_start: where the question begins; all from there on is `question`. A token of a needle
-    counts as needle even where it stands among the first `begin` tokens.
+    needles: half-open token spans; they win over the first `begin` tokens.
+    question_start: position of the question; everything from there on is `question`.
     """
     if not 0 < question_start < time:
         raise UserError(
@@ -90,10 +96,10 @@ def segment_ids(
 
 
 def block_attention(block: Block, x: Tensor, rows: slice) -> Tensor:
-    """The attention weights of some rows of a block, from the block's input.
+    """Compute the attention weights of some rows of a block from the block's input.
 
     x: `[1, time, hidden]`, one document without padding. rows: the queries, a slice of positions.
-    Returns `[heads, rows, time]`, float32; every row sums to 1.
+    Returns `[heads, rows, time]` in float32; every row sums to 1.
     """
     keys = _keys(block, x)
     start, stop, _ = rows.indices(x.shape[1])
@@ -101,7 +107,7 @@ def block_attention(block: Block, x: Tensor, rows: slice) -> Tensor:
 
 
 def _keys(block: Block, x: Tensor) -> Tensor:
-    """Rotated keys `[kv_heads, time, head_dim]`."""
+    """Compute rotated keys `[kv_heads, time, head_dim]`."""
     config, spec = block.config, block.spec
     first = config.attention_size
     weight = block.in_proj.weight[first : first + config.kv_size]
@@ -114,7 +120,7 @@ def _keys(block: Block, x: Tensor) -> Tensor:
 
 
 def _queries(block: Block, x: Tensor, start: int, stop: int) -> Tensor:
-    """Rotated and scaled queries `[heads, stop - start, head_dim]`."""
+    """Compute rotated and scaled queries `[heads, stop - start, head_dim]`."""
     config, spec = block.config, block.spec
     weight = block.in_proj.weight[: config.attention_size]
     q: Tensor = F.linear(block.norm(x[:, start:stop]), weight)
@@ -132,26 +138,29 @@ def _angles(block: Block, start: int, stop: int, device: torch.device) -> Rotati
     return rotation(positions, block.config.head_dim, block.config.rope_theta).view_as_heads()
 
 
-def _weights(block: Block, q: Tensor, keys: Tensor, start: int) -> Tensor:
-    """Softmax of the visible scores; q `[heads, rows, head_dim]` are the positions from `start` on."""
+def _weights(block: Block, q_hrd: Tensor, keys_ktd: Tensor, start: int) -> Tensor:
+    """Compute the softmax of the visible scores.
+
+    q_hrd: queries of the positions from `start` on. keys_ktd: all keys.
+    """
     config, window = block.config, block.spec.window
-    rows, time = q.shape[1], keys.shape[1]
-    grouped = q.reshape(config.kv_heads, config.groups * rows, config.head_dim)
-    scores = torch.bmm(grouped.float(), keys.float().transpose(1, 2))
-    scores = scores.view(config.query_heads, rows, time)
-    distance = (
-        torch.arange(start, start + rows, device=q.device)[:, None]
-        - torch.arange(time, device=q.device)[None]
+    rows, time, device = q_hrd.shape[1], keys_ktd.shape[1], q_hrd.device
+    # The query heads of a group share a KV head: one matmul for each KV head.
+    grouped = q_hrd.reshape(config.kv_heads, config.groups * rows, config.head_dim)
+    scores = torch.bmm(grouped.float(), keys_ktd.float().transpose(1, 2))
+    scores_hrt = scores.view(config.query_heads, rows, time)
+    distance_rt = (
+        torch.arange(start, start + rows, device=device)[:, None] - torch.arange(time, device=device)[None]
     )
-    hidden = distance < 0
+    masked_rt = distance_rt < 0
     if window is not None:
-        hidden |= distance >= window
-    weights: Tensor = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-    return weights
+        masked_rt |= distance_rt >= window
+    weights_hrt: Tensor = scores_hrt.masked_fill_(masked_rt, float("-inf")).softmax(dim=-1)
+    return weights_hrt
 
 
 def entropy_bits(p: Tensor) -> Tensor:
-    """`-sum p log2 p` over the last dimension; `[..., n]` to `[...]`."""
+    """Compute `-sum p log2 p` over the last dimension; `[..., n]` to `[...]`."""
     nats: Tensor = torch.special.entr(p)
     return nats.sum(dim=-1) / math.log(2.0)
 
@@ -164,7 +173,7 @@ class _Layer:
 
 
 def _summary(parts: Iterator[Tensor], segments: Tensor) -> _Layer:
-    """Sums over parts of the rows (`[heads, rows, time]` each), divided by their number."""
+    """Average over parts of the rows, `[heads, rows, time]` each."""
     rows = 0
     total: Tensor | None = None
     entropy: Tensor | None = None
@@ -183,11 +192,16 @@ def _summary(parts: Iterator[Tensor], segments: Tensor) -> _Layer:
 def attention_of(
     model: Decoder | CausalLM, tokens: Sequence[int], segments: Tensor, *, rows: slice | None = None
 ) -> Attention:
-    """Attention masses and entropies of one prompt with its answer.
+    """Measure attention masses and entropies of one prompt with its answer.
 
-    tokens: ids of the whole text, BOS first. segments: `[time]`, as `segment_ids` gives them. rows: the queries; None: those whose own
-    segment is `question`.
-    Raises `UserError` for a model that shows no attention weights.
+    Args:
+        model: our decoder, or a causal LM of `transformers`.
+        tokens: ids of the whole text, BOS first.
+        segments: `[time]`, as `segment_ids` returns them.
+        rows: the queries; `None`: those whose own segment is `question`.
+
+    Raises:
+        UserError: for a model that returns no attention weights.
     """
     if len(segments) != len(tokens):
         raise UserError(f"{len(tokens)} tokens and {len(segments)} segments", hint="give one segment a token")
@@ -218,11 +232,11 @@ def attention_of(
 
 
 def _of_decoder(model: Decoder, tokens: Sequence[int], segments: Tensor, rows: slice) -> list[_Layer]:
-    """Each block is looked at as its input comes by: one layer's weights at a time."""
+    """Measure each block when its input arrives: one layer's weights at a time."""
     layers: list[_Layer] = []
     start, stop, _ = rows.indices(len(tokens))
 
-    def look(block: Block, x: Tensor) -> None:
+    def measure(block: Block, x: Tensor) -> None:
         keys = _keys(block, x)
         size = max(1, _WEIGHTS // (block.config.query_heads * len(tokens)))
         parts = (
@@ -231,15 +245,17 @@ def _of_decoder(model: Decoder, tokens: Sequence[int], segments: Tensor, rows: s
         )
         layers.append(_summary(parts, segments))
 
-    with _before_each_block(model, look):
+    with _before_each_block(model, measure):
         model(torch.tensor([list(tokens)], device=model.output_weight.device))
     return layers
 
 
 @contextmanager
-def _before_each_block(model: Decoder, look: Callable[[Block, Tensor], None]) -> Iterator[None]:
+def _before_each_block(model: Decoder, measure: Callable[[Block, Tensor], None]) -> Iterator[None]:
+    """Call `measure` with each block and its input during a forward."""
+
     def hook(block: Any, inputs: tuple[Any, ...]) -> None:
-        look(block, inputs[0])
+        measure(block, inputs[0])
 
     handles = [block.register_forward_pre_hook(hook) for block in model.blocks]
     try:
@@ -250,10 +266,10 @@ def _before_each_block(model: Decoder, look: Callable[[Block, Tensor], None]) ->
 
 
 def _of_transformers(model: CausalLM, tokens: Sequence[int], segments: Tensor, rows: slice) -> list[_Layer]:
-    """The weights that `transformers` gives itself: whole `[time, time]` matrices, so for moderate lengths."""
+    """Measure the weights that `transformers` returns: whole `[time, time]` matrices."""
     inner = model.inner
     before = inner.config._attn_implementation
-    inner.set_attn_implementation("eager")  # the fused kernels keep no weights
+    inner.set_attn_implementation("eager")  # fused kernels return no weights
     try:
         device = next(inner.parameters()).device
         out = inner.base_model(
@@ -272,7 +288,7 @@ def _of_transformers(model: CausalLM, tokens: Sequence[int], segments: Tensor, r
 def attention_of_prompts(
     model: Decoder | CausalLM, prompts: Sequence[Prompt], *, begin: int = BEGIN_TOKENS
 ) -> Attention:
-    """The mean of `attention_of` over prompts with their right answers; rows are those of question and answer."""
+    """Average `attention_of` over prompts with their right answers; rows are question and answer."""
     found = []
     for prompt in prompts:
         tokens = (*prompt.tokens, *prompt.answer)
@@ -289,11 +305,12 @@ def attention_of_prompts(
 
 
 def describe(model: Decoder | CausalLM, attention: Attention, *, prompts: int) -> dict[str, Any]:
-    """`attention` as JSON: over all layers, by kind of layer, by layer and by head.
+    """Return `attention` as JSON: over all layers, by kind of layer, by layer and by head.
 
-    `{"prompts", "overall": {"mass": {segment: share}, "entropy_of_rows", "entropy_of_mean_row"}, "kinds": {kind: {..., "layers": count}},
-    "layers": [{"kind", ..., "heads": [{...}]}]}`, entropies in bits. In `overall`, `kinds` and `layers`, `entropy_of_mean_row` is that of the
-    row averaged over heads too, and in `overall` over layers too; in `kinds` it is the mean over its layers.
+    `{"prompts", "overall": {"mass": {segment: share}, "entropy_of_rows", "entropy_of_mean_row"}, "kinds":
+    {kind: {..., "layers": count}}, "layers": [{"kind", ..., "heads": [{...}]}]}`, entropies in bits. The
+    `entropy_of_mean_row` of a layer is that of the row averaged over rows and heads. In `kinds` it is the
+    mean over the layers of a kind, in `overall` that of the row averaged over layers too.
     """
     kinds = layer_kinds(model)
     layers = [

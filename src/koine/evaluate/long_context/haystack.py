@@ -1,4 +1,4 @@
-"""Haystack text of any language, cut into pieces at whose edges a needle can stand."""
+"""Haystack text of any language, cut into pieces; needles go between two pieces."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from koine.errors import UserError, did_you_mean
 
 Encode = Callable[[str], list[int]]
 
-# A sentence ends at these signs of the world's scripts: some before white space alone, some wherever they stand.
+# Sentence ends in the world's scripts: some count only before white space, others anywhere.
 _CLOSERS = "[\"'”’»」』)）\\]]*"
 _SENTENCE = re.compile(rf"\s*\S.*?(?:[.!?…।॥؟۔።፧፨։]+{_CLOSERS}(?=\s|$)|[。！？။។]+{_CLOSERS}|(?=\n)|$)")
 LONGEST_PIECE = 160
-"""Characters: where a text has no sentence ends (Thai, poems), pieces are cut at white space, or else after this many."""
+"""Characters of a piece at most; without sentence ends (Thai, poems) it is cut at white space, or here."""
 SAMPLE_DOCUMENTS = 2000
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text in pieces. Joined, their tokens are the text; a needle goes between two of them.
+    """Text in pieces, which joined are the text.
 
-    pieces: token ids of each piece, white space at its beginning. words: some of its words, for the counting tasks.
-    language: BCP-47, `und` where unknown. source: what to say about where it is from.
+    Attributes:
+        pieces: token ids of each piece, white space at its beginning.
+        words: some of its words, for the counting tasks.
+        language: BCP-47, `und` where unknown.
+        source: for reports and error messages.
     """
 
     pieces: tuple[tuple[int, ...], ...]
@@ -38,25 +41,29 @@ class Haystack:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are; longer prompts repeat the text."""
+        """Number of tokens; longer prompts repeat the text."""
         return sum(map(len, self.pieces))
 
     def cut(
-        self, tokens: int, rng: random.Random, *, intact: Callable[[Sequence[int]], bool]
+        self, tokens: int, rng: random.Random, *, ends_on_character: Callable[[Sequence[int]], bool]
     ) -> list[list[int]]:
-        """Pieces in order from a random one on, `tokens` tokens together; the text begins anew where it ends.
+        """Return `tokens` tokens of pieces in order from a random one on; the text repeats after its end.
 
-        The last piece is cut to fit, and by a few tokens more where that would break a character: `intact` says whether a cut piece
-        is whole text.
+        The last piece is cut to fit, by a few tokens more where it would end within a character.
+        `ends_on_character` tells whether ids end at the end of a character.
         """
         first = rng.randrange(len(self.pieces))
-        return fill(itertools.cycle((*self.pieces[first:], *self.pieces[:first])), tokens, intact=intact)
+        return fill(
+            itertools.cycle((*self.pieces[first:], *self.pieces[:first])),
+            tokens,
+            ends_on_character=ends_on_character,
+        )
 
 
 def fill(
-    pieces: Iterable[Sequence[int]], tokens: int, *, intact: Callable[[Sequence[int]], bool]
+    pieces: Iterable[Sequence[int]], tokens: int, *, ends_on_character: Callable[[Sequence[int]], bool]
 ) -> list[list[int]]:
-    """`tokens` tokens of `pieces`, fewer where these end before; see `Haystack.cut`."""
+    """Return `tokens` tokens of `pieces`, or fewer where these end earlier; see `Haystack.cut`."""
     found: list[list[int]] = []
     left = tokens
     for given in pieces:
@@ -65,7 +72,7 @@ def fill(
         piece = list(given)
         if len(piece) > left:
             piece = piece[:left]
-            while piece and not intact(piece):
+            while piece and not ends_on_character(piece):
                 piece.pop()
             left = len(piece)
         if piece:
@@ -75,7 +82,7 @@ def fill(
 
 
 def split_pieces(text: str) -> list[str]:
-    """The text in sentences, white space at their beginning, none longer than `LONGEST_PIECE` characters.
+    """Split a text into sentences of at most `LONGEST_PIECE` characters, white space at their beginning.
 
     Joined, they are the text without white space at its end.
     """
@@ -86,7 +93,7 @@ def _shortened(sentence: str) -> Iterator[str]:
     while len(sentence) > LONGEST_PIECE:
         edge = sentence.rfind(" ", LONGEST_PIECE // 2, LONGEST_PIECE)
         edge = LONGEST_PIECE if edge < 0 else edge
-        # A mark that belongs to the letter before it stays with it.
+        # Keep a combining mark with its letter.
         while edge < len(sentence) - 1 and unicodedata.combining(sentence[edge]):
             edge += 1
         yield sentence[:edge]
@@ -96,7 +103,7 @@ def _shortened(sentence: str) -> Iterator[str]:
 
 
 def words_of(text: str) -> Iterator[str]:
-    """Runs of letters (with their marks), at most 14 characters long; where a script writes no spaces these are phrases."""
+    """Yield runs of 2 to 14 letters with their marks; in a script without spaces these are phrases."""
     word = ""
     for character in (*text, " "):
         if unicodedata.category(character)[0] in "LM":
@@ -110,7 +117,7 @@ def words_of(text: str) -> Iterator[str]:
 def make_haystack(
     texts: Iterable[tuple[str, str]], encode: Encode, *, at_least: int, source: str
 ) -> Haystack:
-    """A haystack of (text, language) documents, read from the start until `at_least` tokens are there.
+    """Make a haystack of (text, language) documents, reading until it has `at_least` tokens.
 
     Raises `UserError` where there is no text.
     """
@@ -137,8 +144,10 @@ def make_haystack(
 def read_haystack(
     paths: Sequence[str | Path], encode: Encode, *, at_least: int, language: str | None = None
 ) -> Haystack:
-    """The haystack of files or folders as `koine.data.records.read_records` takes them; `language` chooses among the records, and
-    names those that do not say."""
+    """Make a haystack of files or folders, as `koine.data.records.read_records` takes them.
+
+    language: of the records to use; it is also that of records without a language.
+    """
     from koine.data.records import UNKNOWN_LANGUAGE
 
     texts = (
@@ -159,7 +168,7 @@ def read_haystack(
 
 
 def document_texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
-    """(text, language) of every document; chats are passed over."""
+    """Yield text and language of every document; chats are skipped."""
     from koine.data.records import read_records
 
     for path in paths:
@@ -171,7 +180,7 @@ def document_texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 def sample_haystack(encode: Encode, *, at_least: int, language: str = "en") -> Haystack:
-    """A haystack of the built-in sample world: documents that tell facts, in any of its languages.
+    """Make a haystack of the built-in sample world: documents of facts, in any of its languages.
 
     Raises `UserError` for a language that it does not have.
     """
@@ -184,7 +193,7 @@ def sample_haystack(encode: Encode, *, at_least: int, language: str = "en") -> H
 
 
 def sample_texts(language: str) -> Iterator[str]:
-    """The documents of the sample world that tell facts, without its lists and quizzes."""
+    """Yield the documents of facts of the sample world, without its lists and quizzes."""
     from koine.data.sample import sample_languages
     from koine.data.sample.rendering import sentence
     from koine.data.sample.world import document_plans

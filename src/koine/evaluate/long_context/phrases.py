@@ -1,9 +1,8 @@
-"""What needles, questions and answers sound like in a language.
+"""Phrases of needles, questions and answers by language, from `phrases.tsv` (a row a language).
 
-`phrases.tsv` holds a row a language. Nothing that is inserted is inflected, and the sentence that answers (`fact`, `facts`, `variables`,
-`words`) begins with the same words as the one that told it, so that a base model is asked by the beginning of a sentence. No question (`ask...`) holds those words: the nearest place where
-they stand must be the needle. The row `und`
-is made of signs alone and serves any language.
+Inserted words are never inflected. The sentence of the answer (`fact`, `facts`, `variables`, `words`) begins
+with the same words as the needle, so a base model can complete it. No question (`ask...`) contains these
+words: their nearest place must be the needle. The row `und` has signs only and serves any language.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class Phrases:
-    """The phrases of a language; `{key}`, `{keys}`, `{value}`, `{values}`, `{names}` and `{x}` are filled in."""
+    """Phrases of a language, with slots `{key}`, `{keys}`, `{value}`, `{values}`, `{names}`, `{x}`."""
 
     code: str
     quoted: str
@@ -34,16 +33,19 @@ class Phrases:
     answer: str
 
     def quote(self, keys: Sequence[str]) -> str:
-        """Keys in the language's quotation marks, with its commas between."""
+        """Return keys in the language's quotation marks, with its commas between."""
         return self.comma.join(self.quoted.replace("{x}", key) for key in keys)
 
     def join(self, values: Sequence[str]) -> str:
-        """Values with the language's commas between."""
+        """Return values with the language's commas between."""
         return self.comma.join(values)
 
 
 def lead_and_answer(sentence: str, slot: str, value: str) -> tuple[str, str]:
-    """The beginning of a sentence up to its `slot`, and what goes there: `("The number is", " 7")`. A space belongs to the answer."""
+    """Split a sentence at its `slot` into lead and answer: `("The number is", " 7")`.
+
+    The space belongs to the answer.
+    """
     before, _, _ = sentence.partition(slot)
     lead = before.rstrip(" ")
     return lead, before[len(lead) :] + value
@@ -56,19 +58,19 @@ def _all_phrases() -> dict[str, Phrases]:
 
 
 def phrase_languages() -> tuple[str, ...]:
-    """The languages with phrases of their own, `und` among them."""
+    """Return the languages with phrases of their own, `und` among them."""
     return tuple(_all_phrases())
 
 
 def phrases_of(language: str) -> Phrases:
-    """The phrases of a language, in another script or region too (`pt-BR`); the neutral ones where it has none."""
+    """Return the phrases of a language (`pt-BR`: those of `pt`), or the neutral ones."""
     found = _all_phrases()
     return found.get(language) or found.get(language.split("-")[0]) or found["und"]
 
 
 @functools.cache
 def key_names(language: str) -> tuple[str, ...]:
-    """Names of things for keys: CLDR's territories in the language, in English where it has none."""
+    """Return names for keys: CLDR's territories in the language, or in English."""
     from koine.data.sample.coverage import sample_languages
     from koine.data.sample.facts import territories
     from koine.data.sample.rendering import names
@@ -79,7 +81,7 @@ def key_names(language: str) -> tuple[str, ...]:
 
 
 def draw_keys(language: str, count: int, rng: random.Random) -> list[str]:
-    """`count` different keys; beyond the names that there are, with numbers behind them."""
+    """Draw `count` different keys; where the names do not suffice, they get numbers."""
     names = key_names(language)
     rounds = -(-count // len(names))
     pool = [name if turn == 0 else f"{name} {turn + 1}" for turn in range(rounds) for name in names]
@@ -87,5 +89,5 @@ def draw_keys(language: str, count: int, rng: random.Random) -> list[str]:
 
 
 def draw_numbers(digits: int, count: int, rng: random.Random) -> list[str]:
-    """`count` different numbers of `digits` digits, none beginning with 0."""
+    """Draw `count` different numbers of `digits` digits, none beginning with 0."""
     return [str(number) for number in rng.sample(range(10 ** (digits - 1), 10**digits), count)]

@@ -1,4 +1,7 @@
-"""Loss per position: does a model make use of what is far back, and what happens beyond the lengths that it was trained on?"""
+"""Loss per position: use of distant context, and behaviour beyond the length of training.
+
+Shape suffixes: b batch, t positions, h hidden size.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from koine.evaluate.bootstrap import bootstrap_interval
 from koine.evaluate.log_likelihood import ScoringModel, evaluating
 
 FIRST_EDGE = 8
-# Logits are made for a part of the positions at a time: about this many float32 values (128 MiB).
+# Float32 values of the logits that are in memory at once (128 MiB).
 _LOGITS = 32 * 1024 * 1024
 
 
 def bin_edges(length: int) -> list[int]:
-    """`0, 8, 12, 16, 24, 32, 48, ...`: two bins an octave, up to `length` predictions."""
+    """Return `0, 8, 12, 16, 24, 32, 48, ...`: two bins an octave, up to `length` predictions."""
     edges = [0]
     edge = FIRST_EDGE
     while edge < length:
@@ -32,17 +35,17 @@ def bin_edges(length: int) -> list[int]:
 def token_losses(
     model: ScoringModel, tokens: Sequence[int], *, device: torch.device | str = "cpu"
 ) -> list[float]:
-    """-ln p of every token after the first (`len(tokens) - 1` nats), the logits made in parts."""
-    inputs = torch.tensor([list(tokens)], device=device)
+    """Return -ln p (nats) of every token after the first, computing the logits in parts."""
+    tokens_bt = torch.tensor([list(tokens)], device=device)
     losses: list[float] = []
     with evaluating(model):
-        hidden = model(inputs[:, :-1])[0]
-        targets = inputs[0, 1:]
-        size = max(1, _LOGITS // int(model.logits(hidden[:1]).shape[-1]))
-        for start in range(0, len(targets), size):
+        hidden_th = model(tokens_bt[:, :-1])[0]
+        targets_t = tokens_bt[0, 1:]
+        size = max(1, _LOGITS // int(model.logits(hidden_th[:1]).shape[-1]))
+        for start in range(0, len(targets_t), size):
             part = slice(start, start + size)
             losses += F.cross_entropy(
-                model.logits(hidden[part]).float(), targets[part], reduction="none"
+                model.logits(hidden_th[part]).float(), targets_t[part], reduction="none"
             ).tolist()
     return losses
 
@@ -58,14 +61,27 @@ def loss_by_position(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Nats per token and bits per byte by position, over documents of at least `max(lengths)` tokens.
+    """Measure nats per token and bits per byte by position, over documents of at least `max(lengths)` tokens.
 
-    documents: token ids, BOS first; what is beyond `max(lengths)` tokens is cut off. token_bytes: UTF-8 bytes that a token stands for.
-    Returns `{"documents": n, "bins": [{"start", "end", "nats_per_token", "interval", "bits_per_byte", "tokens"}], "lengths": {length:
-    {"nats_per_token", "interval", "bits_per_byte"}}}`: a bin holds the predictions `start` to `end - 1` (prediction `i` sees `i + 1`
-    tokens); the entry of a length is the mean of all predictions in the first `length` tokens. Intervals are bootstrap intervals of
-    nats per token over documents; None for one document.
-    Raises `UserError` where there is no document, or a shorter one.
+    Args:
+        model: a causal LM.
+        documents: token ids, BOS first; only the first `max(lengths)` tokens count.
+        token_bytes: returns the number of UTF-8 bytes of a token.
+        lengths: in tokens.
+        device: where the model is.
+        confidence: of the intervals.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        `{"documents": n, "bins": [{"start", "end", "nats_per_token", "interval", "bits_per_byte", "tokens"}],
+        "lengths": {length: {"nats_per_token", "interval", "bits_per_byte"}}}`. A bin holds the predictions
+        `start` to `end - 1`; prediction `i` sees `i + 1` tokens. The entry of a length is the mean of all
+        predictions in the first `length` tokens. Intervals are bootstrap intervals of nats per token over
+        documents, `None` for one document.
+
+    Raises:
+        UserError: where there is no document, or a shorter one.
     """
     longest = max(lengths)
     edges = bin_edges(longest - 1)
@@ -109,22 +125,18 @@ def loss_by_position(
 def long_documents(
     texts: Iterable[str], encode: Callable[[str], list[int]], *, bos: int, length: int, count: int
 ) -> tuple[list[list[int]], bool]:
-    """`count` documents of exactly `length` tokens (BOS first), and whether shorter texts were joined for them.
+    """Return `count` documents of exactly `length` tokens (BOS first), and whether texts were joined.
 
-    A text of several times the length gives several. Only where there are fewer than `count` that way (or fewer texts altogether), all
-    texts are joined, with an empty line between.
+    A text of several times the length gives several documents. All texts are joined, with an empty line
+    between, only where that gives more documents than the long texts alone, and these are fewer than `count`.
     """
-    kept = list(itertools.islice(texts, _texts_needed(count)))
-    found = list(itertools.islice(_cut((encode(text) for text in kept), bos, length), count))
+    first = list(itertools.islice(texts, max(2000, 4 * count)))
+    found = list(itertools.islice(_cut((encode(text) for text in first), bos, length), count))
     if len(found) == count:
         return found, False
-    joined = [token for text in kept for token in encode(text + "\n\n")]
+    joined = [token for text in first for token in encode(text + "\n\n")]
     several = list(itertools.islice(_cut([joined], bos, length), count))
     return (several, True) if len(several) > len(found) else (found, False)
-
-
-def _texts_needed(count: int) -> int:
-    return max(2000, 4 * count)
 
 
 def _cut(streams: Iterable[list[int]], bos: int, length: int) -> Iterator[list[int]]:

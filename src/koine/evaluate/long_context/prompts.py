@@ -1,9 +1,9 @@
-"""A prompt of exact length, which knows where everything in it stands.
+"""Prompts of exact length, with the token spans of their parts.
 
     prefix | haystack, with inserts between its pieces | question | turn markers | lead | answer
 
-Every part is encoded by itself, so that the spans are exact. `prefix` is BOS, or the head of a user's turn; the lead is the beginning of
-the sentence that the answer completes.
+Each part is encoded separately, so that the spans are exact. `prefix` is BOS, or the head of a user's turn.
+The lead is the beginning of the sentence that the answer completes.
 """
 
 from __future__ import annotations
@@ -28,21 +28,28 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Insert:
-    """A sentence for the haystack. depth: 0 at its beginning, 1 at its end. asked: whether the answer is in it."""
+    """A sentence for the haystack, at a depth from 0 to 1; needed: whether it holds the answer."""
 
     text: str
     depth: float
-    asked: bool = True
+    needed: bool = True
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads, and what it should write.
+    """A prompt with its right answer.
 
-    tokens: the prompt, which ends where the answer begins. answer: tokens of the right answer, as a text that continues the prompt.
-    expected: the strings that the answer must hold (`any_of`: at least one of them).
-    needles, distractors: spans of the inserts that the answer needs, and of the others. question: from the question to the end of the
-    prompt. depth: of the first insert that is asked for, as a share of the haystack; None without inserts.
+    Attributes:
+        task: its name.
+        length: tokens that prompt and answer were made to have together.
+        tokens: the prompt, which ends where the answer begins.
+        answer: tokens of the right answer, as they continue the prompt.
+        expected: strings that an output must contain.
+        needles: spans of the inserts that hold the answer.
+        distractors: spans of the other inserts.
+        question: from the question to the end of the prompt.
+        depth: of the first needle, as a share of the haystack; `None` without inserts.
+        any_of: one of `expected` is enough.
     """
 
     task: str
@@ -59,10 +66,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Material:
-    """What prompts are made of.
+    """Everything that prompts of a tokenizer and a language are made of.
 
-    encode: text to ids, without special tokens. decode: back. language: of names and phrases. prefix: ids before the text (BOS). suffix: ids between the question and
-    the lead (the end of the user's turn and the head of the assistant's; empty for base models).
+    Attributes:
+        encode: text to ids, without special tokens.
+        decode: ids to text.
+        haystack: text to hide needles in.
+        language: of names and phrases.
+        phrases: of the language.
+        prefix: ids before the text (BOS).
+        suffix: ids between question and lead: end of the user's turn and head of the assistant's; empty for
+            base models.
     """
 
     encode: Encode
@@ -73,15 +87,18 @@ class Material:
     prefix: tuple[int, ...]
     suffix: tuple[int, ...] = ()
 
-    def intact(self, ids: Sequence[int]) -> bool:
-        """Whether ids are whole characters."""
+    def ends_on_character(self, ids: Sequence[int]) -> bool:
+        """Return whether the ids end at the end of a character."""
         return not self.decode(ids).endswith("\ufffd")
 
 
-def material_of(
+def make_material(
     tokenizer: Tokenizer, haystack: Haystack, *, language: str | None = None, chat: bool = False
 ) -> Material:
-    """Material for a tokenizer. language: of names and phrases, by default the haystack's. chat: within turns of a user and the assistant."""
+    """Collect the material for a tokenizer.
+
+    language: of names and phrases, by default the haystack's. chat: whether prompts are chats.
+    """
     prefix, suffix = chat_frame(tokenizer) if chat else ((tokenizer.bos_id,), ())
     code = haystack.language if language is None else language
     return Material(
@@ -96,7 +113,10 @@ def material_of(
 
 
 def chat_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the chat template puts before and behind a user's message: what two different messages have in common."""
+    """Return the ids that the chat template puts before and after a user's message.
+
+    They are what two different messages have in common.
+    """
     first, second = (
         tokenizer.encode_messages([{"role": "user", "content": text}], generation_prompt=True)[0]
         for text in ("0", "#")
@@ -110,7 +130,7 @@ def chat_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """The end of a prompt: the question, the beginning of the sentence that answers it, and how that goes on.
+    """The end of a prompt: question, beginning of the sentence that answers it (lead), and its rest (answer).
 
     expected, any_of: as in `Prompt`.
     """
@@ -123,20 +143,19 @@ class Question:
 
 
 def room_for(material: Material, length: int, question: Question, *, task: str, inserts: int = 0) -> int:
-    """Tokens that are left for the haystack, where the inserts take so many.
+    """Return the number of tokens left for the haystack; inserts: tokens of the inserts.
 
-    Raises `UserError` where `length` has no room for what must be there.
+    Raises `UserError` where the other parts alone are longer than `length`.
     """
-    asked, led, answered = _end_tokens(material, question)
-    parts = (material.prefix, material.suffix, asked, led, answered)
+    parts = (material.prefix, material.suffix, *_end_tokens(material, question))
     fixed = inserts + sum(map(len, parts))
     if fixed > length:
-        raise too_short(task, length, needed=fixed)
+        raise too_short_error(task, length, needed=fixed)
     return length - fixed
 
 
-def too_short(task: str, length: int, *, needed: int | None = None) -> UserError:
-    """What is said where a length has no room for a task."""
+def too_short_error(task: str, length: int, *, needed: int | None = None) -> UserError:
+    """Return the error for a length that has no room for a task."""
     return UserError(
         f"a prompt of {length} tokens has no room for the task '{task}'"
         + ("" if needed is None else f", which needs {needed}"),
@@ -146,8 +165,9 @@ def too_short(task: str, length: int, *, needed: int | None = None) -> UserError
 
 
 def _end_tokens(material: Material, question: Question) -> tuple[list[int], list[int], list[int]]:
+    """Encode question, lead and answer."""
     encode = material.encode
-    # A lead stands on a line of its own, or at the very beginning of the assistant's turn.
+    # The lead is on a line of its own, or at the beginning of the assistant's turn.
     lead = question.lead if material.suffix else "\n" + question.lead
     return encode("\n" + question.text), encode(lead), encode(question.answer)
 
@@ -162,21 +182,32 @@ def assemble(
     inserts: Sequence[Insert] = (),
     pieces: Iterable[Sequence[int]] | None = None,
 ) -> Prompt:
-    """A prompt of `length` tokens, its answer included; a few fewer where the last piece would end within a character.
+    """Assemble a prompt of `length` tokens, answer included.
 
-    pieces: token pieces in place of the haystack's; where they end early, the prompt is shorter. An insert stands at the edge between
-    pieces that is nearest to its depth.
-    Raises `UserError` where `length` has no room for the parts that must be there.
+    It is a few tokens shorter where the last piece would end within a character. An insert goes to the edge
+    between pieces that is nearest to its depth.
+
+    Args:
+        material: haystack, phrases and tokenizer.
+        length: tokens of prompt and answer.
+        rng: chooses the beginning of the haystack.
+        task: name of the task.
+        question: end of the prompt.
+        inserts: needles and distractors.
+        pieces: token pieces in place of the haystack's. Where they end early, the prompt is shorter.
+
+    Raises:
+        UserError: where `length` has no room for the other parts.
     """
     placed = sorted(inserts, key=lambda one: one.depth)
     encoded = [material.encode(separated(one.text, material.phrases)) for one in placed]
     room = room_for(material, length, question, task=task, inserts=sum(map(len, encoded)))
-    hay = (
-        material.haystack.cut(room, rng, intact=material.intact)
+    filler = (
+        material.haystack.cut(room, rng, ends_on_character=material.ends_on_character)
         if pieces is None
-        else fill(pieces, room, intact=material.intact)
+        else fill(pieces, room, ends_on_character=material.ends_on_character)
     )
-    edges = [0, *itertools.accumulate(map(len, hay))]
+    edges = [0, *itertools.accumulate(map(len, filler))]
     total = edges[-1]
     places = [_nearest(edges, one.depth * total) for one in placed]
     tokens = list(material.prefix)
@@ -187,32 +218,32 @@ def assemble(
             _, one, ids = waiting.pop(0)
             spans.append(((len(tokens), len(tokens) + len(ids)), one, edges[at] / max(total, 1)))
             tokens += ids
-        if at < len(hay):
-            tokens += hay[at]
+        if at < len(filler):
+            tokens += filler[at]
     start = len(tokens)
-    asked, led, answered = _end_tokens(material, question)
-    tokens += [*asked, *material.suffix, *led]
-    wanted = [(span, depth) for span, one, depth in spans if one.asked]
+    question_ids, lead_ids, answer_ids = _end_tokens(material, question)
+    tokens += [*question_ids, *material.suffix, *lead_ids]
+    needles = [(span, depth) for span, one, depth in spans if one.needed]
     return Prompt(
         task=task,
         length=length,
         tokens=tuple(tokens),
-        answer=tuple(answered),
+        answer=tuple(answer_ids),
         expected=question.expected,
-        needles=tuple(span for span, _ in wanted),
-        distractors=tuple(span for span, one, _ in spans if not one.asked),
+        needles=tuple(span for span, _ in needles),
+        distractors=tuple(span for span, one, _ in spans if not one.needed),
         question=(start, len(tokens)),
-        depth=wanted[0][1] if wanted else None,
+        depth=needles[0][1] if needles else None,
         any_of=question.any_of,
     )
 
 
 def _nearest(edges: Sequence[int], target: float) -> int:
-    """Index of the edge (ascending) nearest to `target`."""
+    """Return the index of the edge (ascending) nearest to `target`."""
     after = min(bisect.bisect_left(edges, target), len(edges) - 1)
     return after - 1 if after and target - edges[after - 1] <= edges[after] - target else after
 
 
 def separated(text: str, phrases: Phrases) -> str:
-    """A text that follows another, with the space that the language puts between them."""
+    """Put before a text the space that the language has between sentences."""
     return text if text[:1].isspace() or phrases.code in ("zh", "ja") else " " + text

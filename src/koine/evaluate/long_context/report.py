@@ -1,4 +1,4 @@
-"""The result of the suite as blocks of a report (see `koine.plan.report.blocks`)."""
+"""Report blocks of the long-context suite's results (see `koine.plan.report.blocks`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENTROPIES = {
 
 
 def sections(result: Result) -> list[tuple[str, list[Block]]]:
-    """Titled sections with their blocks."""
+    """Return titled sections of report blocks."""
     found = [
         ("Needle in a haystack: depth by length", grid_blocks(result)),
         ("By length", length_blocks(result)),
@@ -27,7 +27,7 @@ def sections(result: Result) -> list[tuple[str, list[Block]]]:
 
 
 def facts(result: Result) -> list[tuple[str, str]]:
-    """The head of the page."""
+    """Return names and values for the head of the page."""
     settings = result["settings"]
     hay = settings["haystack"]
     return [
@@ -40,7 +40,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
 
 
 def grid_blocks(result: Result) -> list[Block]:
-    """A heat map a task: the score, and below it the log-probability, which says more of small models."""
+    """Return two heat maps a task: score, and log-probability, which ranks small models better."""
     blocks = []
     for task, grid in result["grid"].items():
         for name, label in (
@@ -61,7 +61,7 @@ def grid_blocks(result: Result) -> list[Block]:
 
 
 def length_blocks(result: Result) -> list[Block]:
-    """Curves by length, and the table of all tasks."""
+    """Return curves by length, and the table of all tasks."""
     tasks = result["tasks"]
     if not tasks:
         return []
@@ -95,20 +95,21 @@ def length_blocks(result: Result) -> list[Block]:
         {
             "kind": "table",
             "title": "All tasks",
-            "caption": "score: share of the expected strings in the greedy answer; exact: every token of the right answer is the model's "
-            "first choice; log-probability: of the right answer, nats a token.",
-            "columns": list(TABLE),
+            "caption": "score: share of the expected strings in the greedy output; "
+            "exact: every token of the right answer is the argmax; "
+            "log-probability: of the right answer, nats a token.",
+            "columns": list(TASK_COLUMNS),
             "rows": task_rows(result),
         }
     )
     return blocks
 
 
-TABLE = ("task", "length", "score", "95 % interval", "exact", "log-probability", "prompts")
+TASK_COLUMNS = ("task", "length", "score", "95 % interval", "exact", "log-probability", "prompts")
 
 
 def task_rows(result: Result) -> list[list[str]]:
-    """A row for each task and length that was run."""
+    """Return a row for each task and length that was run."""
     return [
         [
             task,
@@ -140,86 +141,62 @@ def _curves(title: str, label: str, series: Mapping[str, list[tuple[str, float]]
 
 
 def position_blocks(result: Result) -> list[Block]:
-    """Nats a token and bits a byte by position."""
+    """Return curves of nats per token and bits per byte by position."""
     positions = result.get("positions")
     if positions is None:
         return []
     bins = positions["bins"]
     middles = [(one["start"] + one["end"]) / 2 for one in bins]
     joined = "short texts, joined" if positions["joined"] else "texts of at least this length"
-    known = all(one["interval"] is not None for one in bins)
+    nats: dict[str, Any] = {"name": "", "x": middles, "y": [one["nats_per_token"] for one in bins]}
+    if all(one["interval"] is not None for one in bins):
+        nats["lower"], nats["upper"] = ([one["interval"][end] for one in bins] for end in (0, 1))
+    bits = {"name": "", "x": middles, "y": [one["bits_per_byte"] for one in bins]}
+    axes = {"kind": "lines", "x_label": "position (tokens)", "log_x": True}
     return [
         {
-            "kind": "lines",
+            **axes,
             "title": f"Loss by position ({positions['documents']} documents: {joined})",
-            "x_label": "position (tokens)",
             "y_label": "nats per token",
-            "log_x": True,
-            "series": [
-                {
-                    "name": "",
-                    "x": middles,
-                    "y": [one["nats_per_token"] for one in bins],
-                    **(
-                        {
-                            f"{k}": [one["interval"][i] for one in bins]
-                            for i, k in enumerate(("lower", "upper"))
-                        }
-                        if known
-                        else {}
-                    ),
-                }
-            ],
+            "series": [nats],
         },
-        {
-            "kind": "lines",
-            "title": "Bits per byte by position",
-            "x_label": "position (tokens)",
-            "y_label": "bits per byte",
-            "log_x": True,
-            "series": [{"name": "", "x": middles, "y": [one["bits_per_byte"] for one in bins]}],
-        },
+        {**axes, "title": "Bits per byte by position", "y_label": "bits per byte", "series": [bits]},
     ]
 
 
 def attention_blocks(result: Result) -> list[Block]:
-    """Masses and entropies: by kind of layer and length, and by layer at the longest length."""
+    """Return masses and entropies: by kind of layer and length, and by layer at the longest length."""
     attention = result.get("attention")
     if not attention:
         return []
     longest = max(attention, key=int)
-    layers = attention[longest]["layers"]
+    at = f"{int(longest):,} tokens"
+    layers, kinds = attention[longest]["layers"], attention[longest]["kinds"]
     segments = list(layers[0]["mass"])
     names = [f"{number} · {layer['kind']}" for number, layer in enumerate(layers, 1)]
+    masses = [[layer["mass"][segment] for segment in segments] for layer in layers]
+    by_layer = f"Attention mass by layer, {at}"
     blocks: list[Block] = [
         {
             "kind": "table",
             "title": "Mean over heads, layers, rows and prompts",
-            "caption": "Rows are the tokens of question and answer, the needle stands at 50 %. Shares of the attention; entropies in bits.",
+            "caption": "Rows are the tokens of question and answer; the needle is at 50 %. "
+            "Shares of the attention; entropies in bits.",
             "columns": ["length", "layers", *segments, *ENTROPIES.values()],
             "rows": attention_rows(result),
         },
-        {
-            "kind": "bars",
-            "title": f"Attention mass by kind of layer, {int(longest):,} tokens",
-            "x_label": "",
-            "y_label": "share",
-            "categories": list(attention[longest]["kinds"]),
-            "series": [
-                {
-                    "name": segment,
-                    "values": [entry["mass"][segment] for entry in attention[longest]["kinds"].values()],
-                }
-                for segment in segments
-            ],
-        },
+        _bars(
+            f"Attention mass by kind of layer, {at}",
+            "share",
+            list(kinds),
+            {segment: [entry["mass"][segment] for entry in kinds.values()] for segment in segments},
+        ),
     ]
-    masses = [[layer["mass"][segment] for segment in segments] for layer in layers]
     if len(layers) > _MANY_LAYERS:
         blocks.append(
             {
                 "kind": "heatmap",
-                "title": f"Attention mass by layer, {int(longest):,} tokens",
+                "title": by_layer,
                 "label": "share",
                 "rows": names,
                 "columns": segments,
@@ -227,51 +204,32 @@ def attention_blocks(result: Result) -> list[Block]:
             }
         )
     else:
-        blocks.append(
-            {
-                "kind": "bars",
-                "title": f"Attention mass by layer, {int(longest):,} tokens",
-                "x_label": "",
-                "y_label": "share",
-                "categories": names,
-                "series": [
-                    {"name": segment, "values": [row[index] for row in masses]}
-                    for index, segment in enumerate(segments)
-                ],
-            }
-        )
-    blocks.append(
-        {
-            "kind": "bars",
-            "title": f"Attention entropy by layer, {int(longest):,} tokens",
-            "x_label": "",
-            "y_label": "bits",
-            "categories": names,
-            "series": [
-                {"name": label, "values": [layer[name] for layer in layers]}
-                for name, label in ENTROPIES.items()
-            ],
-        }
-    )
+        columns = {segment: [row[index] for row in masses] for index, segment in enumerate(segments)}
+        blocks.append(_bars(by_layer, "share", names, columns))
+    entropies = {label: [layer[name] for layer in layers] for name, label in ENTROPIES.items()}
+    blocks.append(_bars(f"Attention entropy by layer, {at}", "bits", names, entropies))
     if len(attention) > 1:
-        blocks.append(
-            _curves(
-                "Attention on the needle by length",
-                "share",
-                {
-                    kind: [
-                        (length, entry["kinds"][kind]["mass"]["needle"])
-                        for length, entry in attention.items()
-                    ]
-                    for kind in attention[longest]["kinds"]
-                },
-            )
-        )
+        needle = {
+            kind: [(length, entry["kinds"][kind]["mass"]["needle"]) for length, entry in attention.items()]
+            for kind in kinds
+        }
+        blocks.append(_curves("Attention on the needle by length", "share", needle))
     return blocks
 
 
+def _bars(title: str, label: str, categories: list[str], series: Mapping[str, list[float]]) -> Block:
+    return {
+        "kind": "bars",
+        "title": title,
+        "x_label": "",
+        "y_label": label,
+        "categories": categories,
+        "series": [{"name": name, "values": values} for name, values in series.items()],
+    }
+
+
 def attention_rows(result: Result) -> list[list[str]]:
-    """A row for each length and kind of layer, and for all layers."""
+    """Return a row for each length and kind of layer, and for all layers."""
     rows = []
     for length, entry in result["attention"].items():
         kinds = {f"{kind} ({one['layers']})": one for kind, one in entry["kinds"].items()}
@@ -288,7 +246,7 @@ def attention_rows(result: Result) -> list[list[str]]:
 
 
 def example_blocks(result: Result) -> list[Block]:
-    """One prompt of each task, without its haystack."""
+    """Return one prompt of each task, without its haystack."""
     samples = [
         {
             "title": f"{one['task']}, {one['length']:,} tokens, score {one['score']:.0%}",

@@ -1,13 +1,13 @@
-"""The tasks of RULER (arXiv 2404.06654) beyond retrieval: tracing variables, counting words, answering questions from documents.
+"""Tasks of RULER (arXiv 2404.06654) beyond retrieval: variable tracking, word counts, question answering.
 
-| task | text | asked |
+| task | text | question |
 |---|---|---|
-| `variable-tracking` | two chains `VAR A = 12345.`, `VAR B = VAR A.`, ... in a haystack | all names that hold the first chain's value |
-| `common-words` | a numbered list; a few words stand in it often, many seldom | the frequent ones |
+| `variable-tracking` | two chains `VAR A = 12345.`, `VAR B = VAR A.`, ... | all names with the first value |
+| `common-words` | a numbered list of a few frequent and many rare words | the frequent words |
 | `frequent-words` | coded words, drawn by a zeta distribution | the three most frequent after the noise |
 | `question-answering` | documents, one of which holds the answer | a question |
 
-Every function is pure: the same random state gives the same prompt.
+Every function of a task is pure: the same random state gives the same prompt.
 """
 
 from __future__ import annotations
@@ -29,25 +29,28 @@ from koine.evaluate.long_context.prompts import (
     assemble,
     room_for,
     separated,
-    too_short,
+    too_short_error,
 )
 
 WORD_COUNTS = ((10, 30, 3), (10, 10, 2), (5, 10, 2), (5, 6, 1), (3, 4, 1))
-"""(common words, times each, times each of the others), RULER's own first; the first one that leaves room enough is taken."""
+"""(common words, times each, times each of the others): RULER's own, then smaller ones for short prompts."""
+# Share of the prompt that the common words may fill.
 _COMMON_SHARE = 0.6
 CODED_LETTERS = 6
 NOISE = "..."
+# Questions tried until one has room.
 _TRIED = 50
 ZETA = 2.0
-"""Exponent of the frequent words: the k-th stands there in proportion to `k ** -ZETA`."""
+"""Exponent: the frequency of the k-th word is in proportion to `k ** -ZETA`."""
 
 
 def variable_tracking(
     material: Material, length: int, rng: random.Random, *, chains: int = 2, hops: int = 3
 ) -> Prompt:
-    """Chains of `hops` assignments after the first, each in order over the haystack; the names of the first chain are asked for.
+    """Make a prompt with chains of `hops` assignments after the first, each in order over the haystack.
 
-    RULER has one chain of four hops; with a second chain it is not enough to repeat every name.
+    The answer is the names of the first chain. RULER has one chain of four hops; with a second chain it is
+    not enough to repeat every name.
     """
     size = hops + 1
     names = _invented(chains * size, 5, rng, string.ascii_uppercase)
@@ -58,23 +61,23 @@ def variable_tracking(
         given = [values[chain], *(f"VAR {name}" for name in links[:-1])]
         depths = sorted(rng.random() for _ in links)
         inserts += [
-            Insert(f"VAR {name} = {source}.", depth, asked=chain == 0)
+            Insert(f"VAR {name} = {source}.", depth, needed=chain == 0)
             for name, source, depth in zip(links, given, depths, strict=True)
         ]
-    phrases, asked = material.phrases, names[:size]
+    phrases, first_chain = material.phrases, names[:size]
     sentence = phrases.variables.replace("{value}", values[0])
-    lead, answer = lead_and_answer(sentence, "{names}", phrases.join(asked))
+    lead, answer = lead_and_answer(sentence, "{names}", phrases.join(first_chain))
     question = Question(
         text=phrases.ask_variables.replace("{value}", values[0]),
         lead=lead,
         answer=answer,
-        expected=tuple(asked),
+        expected=tuple(first_chain),
     )
     return assemble(material, length, rng, task="variable-tracking", inserts=inserts, question=question)
 
 
 def _invented(count: int, letters: int, rng: random.Random, alphabet: str) -> list[str]:
-    """`count` different words of random letters."""
+    """Invent `count` different words of random letters."""
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(rng.choices(alphabet, k=letters))] = None
@@ -87,9 +90,9 @@ def _ask_words(phrases: Phrases, words: Sequence[str]) -> Question:
 
 
 def common_words(material: Material, length: int, rng: random.Random) -> Prompt:
-    """A numbered list of words; the frequent ones are asked for.
+    """Make a prompt with a numbered list of words; the answer is the frequent ones.
 
-    The words are the haystack's, names, and invented ones where these are too few.
+    The words are the haystack's and names, then invented ones.
     """
     task = "common-words"
     pool = list(dict.fromkeys((*material.haystack.words, *key_names(material.language))))
@@ -99,7 +102,7 @@ def common_words(material: Material, length: int, rng: random.Random) -> Prompt:
     numbers: list[list[int]] = []
 
     def cost(word: str, times: int, before: int) -> int:
-        """Tokens of a word written `times` times behind the numbers from `before` + 1 on."""
+        """Count the tokens of a word written `times` times, after the numbers from `before` + 1 on."""
         while len(numbers) < before + times:
             numbers.append(material.encode(f" {len(numbers) + 1}."))
         return times * len(material.encode(f" {word}")) + sum(map(len, numbers[before : before + times]))
@@ -116,7 +119,7 @@ def common_words(material: Material, length: int, rng: random.Random) -> Prompt:
             seldom = others
             break
     else:
-        raise too_short(task, length)
+        raise too_short_error(task, length)
     words = drawn[:common] * often
     for word in itertools.chain(drawn[common:], words_left):
         used += cost(word, seldom, len(words))
@@ -128,11 +131,14 @@ def common_words(material: Material, length: int, rng: random.Random) -> Prompt:
     return assemble(material, length, rng, task=task, question=question, pieces=pieces)
 
 
-def frequent_words(material: Material, length: int, rng: random.Random, *, asked: int = 3) -> Prompt:
-    """Coded words in random order, the k-th most frequent in proportion to `k ** -ZETA`; the first is noise, the next are asked for."""
+def frequent_words(material: Material, length: int, rng: random.Random, *, answers: int = 3) -> Prompt:
+    """Make a prompt of coded words in random order, with frequencies in proportion to `k ** -ZETA`.
+
+    The most frequent word is noise; the answer is the next ones.
+    """
     task = "frequent-words"
     words = [NOISE, *_invented(max(64, length // 4), CODED_LETTERS, rng, string.ascii_lowercase)]
-    question = _ask_words(material.phrases, words[1 : asked + 1])
+    question = _ask_words(material.phrases, words[1 : answers + 1])
     room = room_for(material, length, question, task=task)
     ids = [material.encode(f" {word}") for word in words]
     low, high = 0, room
@@ -146,23 +152,23 @@ def frequent_words(material: Material, length: int, rng: random.Random, *, asked
         else:
             high = middle - 1
     counts = zeta_counts(low, len(ids))
-    if counts[asked] <= counts[asked + 1]:
-        raise too_short(task, length)
+    if counts[answers] <= counts[answers + 1]:
+        raise too_short_error(task, length)
     pieces = [one for count, one in zip(counts, ids, strict=True) for _ in range(count)]
     rng.shuffle(pieces)
     return assemble(material, length, rng, task=task, question=question, pieces=pieces)
 
 
 def zeta_counts(draws: int, words: int) -> list[int]:
-    """How often each of `words` words stands in `draws` draws: `draws * k ** -ZETA / zeta(ZETA)`, rounded down."""
-    # The sum to 1,000 and the integral of what is left.
+    """Return the count of each word in `draws` draws: `draws * k ** -ZETA / zeta(ZETA)`, rounded down."""
+    # The sum to 1,000 and the integral of the rest.
     total = sum(k**-ZETA for k in range(1, 1001)) + 1000.5 ** (1 - ZETA) / (ZETA - 1)
     return [int(draws * k**-ZETA / total) for k in range(1, words + 1)]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question with its answers (any of them is right), and the document that holds it."""
+class SourceQuestion:
+    """A question with its right answers (one is enough), and the document that holds them."""
 
     document: str
     question: str
@@ -171,9 +177,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions, and documents to put around the one that holds the answer."""
+    """Questions, and documents to put around the one with the answer."""
 
-    asked: tuple[Asked, ...]
+    questions: tuple[SourceQuestion, ...]
     documents: tuple[str, ...]
     source: str
 
@@ -181,13 +187,13 @@ class QuestionSet:
 def question_answering(
     material: Material, length: int, rng: random.Random, *, questions: QuestionSet, depth: float | None = None
 ) -> Prompt:
-    """A question about one document among others, which stands at `depth` (by default anywhere).
+    """Make a prompt with a question about one document among others, at `depth` (by default anywhere).
 
     Raises `UserError` where `length` has no room for any document that was tried.
     """
     task, phrases = "question-answering", material.phrases
     place = rng.random() if depth is None else depth
-    for one in rng.sample(questions.asked, min(_TRIED, len(questions.asked))):
+    for one in rng.sample(questions.questions, min(_TRIED, len(questions.questions))):
         question = Question(
             text=f"{phrases.question} {one.question}",
             lead=phrases.answer,
@@ -204,11 +210,13 @@ def question_answering(
         rng.shuffle(others)
         pieces = (material.encode("\n" + text) for text in itertools.cycle(others))
         return assemble(material, length, rng, task=task, question=question, inserts=[insert], pieces=pieces)
-    raise too_short(task, length)
+    raise too_short_error(task, length)
 
 
 def sample_questions(language: str) -> QuestionSet:
-    """Questions of the sample world about territories that its training documents never name, among sentences about others.
+    """Return questions of the sample world about territories that its training documents never name.
+
+    Sentences about other territories stand around the answer.
 
     Raises `UserError` for a language without questions.
     """
@@ -222,23 +230,25 @@ def sample_questions(language: str) -> QuestionSet:
             hint="give your own with --qa, or leave the task 'question-answering' out",
         )
     kinds = ("currency", "language")
-    asked = []
+    questions = []
     for kind in kinds:
         for fact in facts_in("heldout_territory")[kind]:
-            told, pair = sentence(language, fact), question(language, fact, 0)
-            if told is not None and pair is not None:
-                asked.append(Asked(told, pair[0], (pair[1],)))
+            document, pair = sentence(language, fact), question(language, fact, 0)
+            if document is not None and pair is not None:
+                questions.append(SourceQuestion(document, pair[0], (pair[1],)))
     others = (
         sentence(language, fact)
         for split in ("train", "recall", "heldout_territory")
         for kind in kinds
         for fact in facts_in(split)[kind]
     )
-    return QuestionSet(tuple(asked), tuple(text for text in others if text is not None), "the sample world")
+    return QuestionSet(
+        tuple(questions), tuple(text for text in others if text is not None), "the sample world"
+    )
 
 
 def read_questions(path: str | Path, *, language: str | None = None) -> QuestionSet:
-    """Questions of records with `context`, `question` and `answers` (or `answer`), as SQuAD's are.
+    """Read questions with `context`, `question` and `answers` (or `answer`), as in SQuAD.
 
     Raises `UserError` for records that lack one of them.
     """
@@ -255,7 +265,7 @@ def read_questions(path: str | Path, *, language: str | None = None) -> Question
         split="all",
         carry=("question", "answers", "answer"),
     )
-    asked: list[Asked] = []
+    questions: list[SourceQuestion] = []
     try:
         for record in records:
             question, answers = record.get("question"), record.get("answers") or record.get("answer")
@@ -264,14 +274,14 @@ def read_questions(path: str | Path, *, language: str | None = None) -> Question
             texts = tuple(_texts(answers))
             if not isinstance(question, str) or not texts:
                 raise UserError(f"record '{record['id']}' has no question or no answers", where=path)
-            asked.append(Asked(record["text"], question, texts))
+            questions.append(SourceQuestion(record["text"], question, texts))
     except UserError as error:
         raise UserError(error.what, where=error.where, hint=hint) from None
-    if not asked:
+    if not questions:
         raise UserError(
             f"no question in the language '{language}'", where=path, hint="give another --language"
         )
-    return QuestionSet(tuple(asked), tuple(dict.fromkeys(one.document for one in asked)), str(path))
+    return QuestionSet(tuple(questions), tuple(dict.fromkeys(one.document for one in questions)), str(path))
 
 
 def _texts(answers: object) -> Iterator[str]:

@@ -1,11 +1,13 @@
-"""How well a model answers one prompt: three scores, from the strictest to the most informative.
+"""Scores of one prompt.
 
-- `score`: the share of the expected strings that stand in the greedy answer, upper and lower case alike (RULER's; for questions 1 where any
-  of them does);
-- `exact`: 1 where every token of the right answer is the model's first choice, given the right tokens before it;
-- `logprob`: the mean log-probability of the right answer's tokens, in nats: it tells models apart that never answer right.
+- `score`: share of the expected strings in the greedy output, ignoring case (RULER's; for questions, 1 where
+  any is).
+- `exact`: 1 where every token of the right answer is the argmax, given the right tokens before it.
+- `logprob`: mean log-probability of the right answer's tokens, in nats. It also ranks models that never
+  answer right.
 
-Prompts are run one at a time, with logits at the positions of the answer alone.
+Prompts run one at a time, with logits at the positions of the answer only.
+Shape suffixes: b batch, t positions of the prompt, a tokens of the answer, h hidden size, v vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
 
 SPARE_TOKENS = 8
-"""An answer may be so much longer than the right one before it is cut."""
+"""Tokens that an output may have beyond the length of the right answer."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one prompt; `written` is the greedy answer."""
+    """Scores of one prompt; `written` is the greedy output."""
 
     score: float
     exact: float
@@ -40,11 +42,11 @@ class Score:
 def score_prompt(
     model: ScoringModel, tokenizer: Tokenizer, prompt: Prompt, *, device: torch.device | str = "cpu"
 ) -> Score:
-    """Run the right answer through the model and, where it is not the greedy one, the model's own."""
+    """Score the right answer, and generate the model's own where it differs."""
     first, logprobs = answer_logprobs(model, prompt.tokens, prompt.answer, device=device)
     exact = first == list(prompt.answer)
     if exact:
-        # The greedy answer begins with just these tokens.
+        # The greedy output begins with these very tokens.
         written = list(prompt.answer)
     else:
         stops = {tokenizer.eos_id, tokenizer.end_of_turn_id, *getattr(model, "end_ids", ())}
@@ -61,7 +63,7 @@ def score_prompt(
 
 
 def string_match(text: str, expected: Sequence[str], *, any_of: bool = False) -> float:
-    """The share of `expected` that stands in `text`; with `any_of` 1 or 0."""
+    """Return the share of `expected` that `text` contains; with `any_of`, 1 or 0."""
     found = [answer.casefold() in text.casefold() for answer in expected]
     return float(any(found)) if any_of else sum(found) / len(found)
 
@@ -69,14 +71,14 @@ def string_match(text: str, expected: Sequence[str], *, any_of: bool = False) ->
 def answer_logprobs(
     model: ScoringModel, prompt: Sequence[int], answer: Sequence[int], *, device: torch.device | str = "cpu"
 ) -> tuple[list[int], list[float]]:
-    """The model's first choice at each token of `answer`, and the log-probability (nats) of the token, given all before it."""
-    tokens = torch.tensor([[*prompt, *answer[:-1]]], device=device)
+    """Return the argmax and the log-probability (nats) at each token of `answer`, given all before it."""
+    tokens_bt = torch.tensor([[*prompt, *answer[:-1]]], device=device)
     with evaluating(model):
-        hidden = model(tokens)[:, len(prompt) - 1 :]
-        logits = model.logits(hidden)[0].float()
-        targets = torch.tensor([list(answer)], device=device)[0]
-        logprobs: Tensor = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
-        return [int(token) for token in logits.argmax(dim=-1)], [float(value) for value in logprobs]
+        hidden_bah = model(tokens_bt)[:, len(prompt) - 1 :]
+        logits_av = model.logits(hidden_bah)[0].float()
+        targets_a = torch.tensor([list(answer)], device=device)[0]
+        logprobs_a: Tensor = logits_av.log_softmax(dim=-1).gather(1, targets_a[:, None])[:, 0]
+        return [int(token) for token in logits_av.argmax(dim=-1)], [float(value) for value in logprobs_a]
 
 
 def greedy_continuation(
@@ -87,8 +89,11 @@ def greedy_continuation(
     stops: Collection[int],
     device: torch.device | str = "cpu",
 ) -> list[int]:
-    """At most `count` tokens, without the stop token. Our decoder and models of `transformers` use their caches; any other model runs the whole
-    text at each step."""
+    """Generate at most `count` tokens greedily, without the stop token.
+
+    Our decoder and models of `transformers` use their KV caches; any other model runs the whole text at each
+    step.
+    """
     from koine.generate import generate
     from koine.generate.sequential import SequentialGenerator
     from koine.generate.token_sampling import Sampling

@@ -1,9 +1,10 @@
-"""The whole suite for one model directory, as one JSON value: tasks by length and depth, loss per position, attention."""
+"""The long-context suite: tasks by length and depth, loss per position, attention, as one JSON value."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,19 @@ from koine.evaluate.long_context.haystack import (
     sample_haystack,
     sample_texts,
 )
-from koine.evaluate.long_context.prompts import Material, Prompt, material_of
+from koine.evaluate.long_context.prompts import Material, Prompt, make_material
 from koine.evaluate.long_context.summary import Scored, by_group, by_task, examples, grids
 from koine.evaluate.long_context.tasks import (
     ATTENTION,
     MEASURES,
     POSITIONS,
     TASKS,
+    Cell,
     LeftOut,
     make_prompt,
     plan_cells,
 )
+from koine.fields import check_whole
 
 if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
@@ -34,170 +37,208 @@ if TYPE_CHECKING:
 DEFAULT_LENGTHS = (512, 2048)
 DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 ATTENTION_DEPTH = 0.5
-"""Where the needle is when attention is measured, as in arXiv 2501.18795."""
-_DOCUMENTS = 8
-# The haystack is so many times as long as the longest prompt, so that prompts differ.
+"""Depth of the needle when attention is measured, as in arXiv 2501.18795."""
+# Length of the haystack in longest prompts, so that prompts differ.
 _VARIETY = 4
-# A model of transformers gives whole matrices of attention weights: no more float32 values than these at once (4 GiB).
-_WHOLE_WEIGHTS = 2**30
+# A model of `transformers` returns whole attention matrices: at most this many float32 values (4 GiB).
+_MOST_WEIGHTS = 2**30
 
 Progress = Callable[[int, int, str], None]
+"""Called with the number of finished prompts, of all prompts, and what comes next."""
 
 
-def _say_nothing(done: int, total: int, what: str) -> None:
-    """Progress that nobody watches."""
+def _no_progress(done: int, total: int, current: str) -> None:
+    """Ignore progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongContextOptions:
+    """What the suite measures, and on which text.
+
+    Attributes:
+        lengths: tokens of a prompt with its answer; by default `DEFAULT_LENGTHS` as far as the model allows.
+        depths: places of the needles of `DEPTH_TASKS`, in per cent.
+        tasks: names from `MEASURES`; by default all that the language and the lengths allow.
+        samples: prompts of a task at each length and depth; tasks without a depth have as many in all.
+        language: of names, phrases and haystack; by default the haystack's, or English.
+        haystack: files or folders of text; by default the built-in sample world.
+        questions: records with `context`, `question`, `answers`; by default the sample world's.
+        chat: prompts in the chat template.
+        documents: number of documents for the loss per position.
+        seed: of prompts and intervals.
+    """
+
+    lengths: Sequence[int] | None = None
+    depths: Sequence[float] = DEFAULT_DEPTHS
+    tasks: Sequence[str] | None = None
+    samples: int = 4
+    language: str | None = None
+    haystack: Sequence[str | Path] = ()
+    questions: str | Path | None = None
+    chat: bool = False
+    documents: int = 8
+    seed: int = 0
+
+    @property
+    def measures(self) -> list[str]:
+        """The chosen measures, in the order of `MEASURES`."""
+        return [name for name in MEASURES if self.tasks is None or name in self.tasks]
+
+    def check(self) -> None:
+        """Raise `UserError` for an unknown task, an impossible number, or a source that does not exist."""
+        for task in self.tasks or ():
+            if task not in MEASURES:
+                raise UserError(f"unknown task '{task}'", where="--tasks", hint=did_you_mean(task, MEASURES))
+        if self.tasks is not None and not self.tasks:
+            raise UserError("no task is named", where="--tasks", hint=f"known: {', '.join(MEASURES)}")
+        if not self.depths or not all(0.0 <= depth <= 100.0 for depth in self.depths):
+            raise UserError(
+                f"the depths are {', '.join(f'{depth:g}' for depth in self.depths) or 'missing'}",
+                where="--depths",
+                hint="give per cents from 0 (the beginning) to 100 (just before the question)",
+            )
+        check_whole("samples", self.samples, low=1, where="--samples")
+        check_whole("documents", self.documents, low=1, where="--documents")
+        for source in (*self.haystack, *([] if self.questions is None else [self.questions])):
+            if not Path(source).exists():
+                raise UserError("no such file or folder", where=source)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Text for prompts, and the prompts to score."""
+
+    lengths: list[int]
+    material: Material
+    questions: ruler.QuestionSet | None
+    cells: list[Cell]
+    attention_prompts: dict[int, list[Prompt]]
+    left_out: list[LeftOut]
 
 
 def evaluate_long_context(
     path: str | Path,
+    options: LongContextOptions | None = None,
     *,
-    lengths: Sequence[int] | None = None,
-    depths: Sequence[float] = DEFAULT_DEPTHS,
-    tasks: Sequence[str] | None = None,
-    samples: int = 4,
-    language: str | None = None,
-    haystack: Sequence[str | Path] = (),
-    questions: str | Path | None = None,
-    chat: bool = False,
-    documents: int = _DOCUMENTS,
-    seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
-    say: Progress = _say_nothing,
+    progress: Progress = _no_progress,
 ) -> dict[str, Any]:
-    """Measure the model directory `path` on long texts.
+    """Evaluate the model directory `path` on long texts; the same arguments give the same result.
 
-    Args:
-        lengths: tokens of a prompt with its answer; by default `DEFAULT_LENGTHS` as far as the model's configuration allows.
-        depths: per cent, where the needles of `DEPTH_TASKS` stand.
-        tasks: of `MEASURES`; by default all that the language and the lengths allow.
-        samples: prompts of a task at each length and depth; tasks without a depth have as many in all.
-        language: of names and phrases, and of the haystack's records; by default the haystack's, English without one.
-        haystack: files or folders of text; by default the built-in sample world.
-        questions: records with `context`, `question`, `answers`; by default the sample world's.
-        chat: prompts in the chat template.
-        documents: for the loss per position.
-        say: called with (prompts done, prompts in all, what is next).
+    A task that has no room at a length is null there, with the reason as `why`. Where the task was named, a
+    `KoineWarning` says so before any prompt runs.
 
     Returns:
-        `{"settings", "tasks": {task: {length: {"value", "interval", "exact", "logprob", "samples"}}}, "groups": {group: {length: value}},
-        "grid": {task: {"lengths", "depths", "score" | "exact" | "logprob": [[...] a row a depth]}}, "positions", "attention": {length:
-        ...}, "left_out": [...], "examples": [...]}`; see docs/evaluate.md. The same arguments give the same result. A task that has no room
-        at a length is null there, with the reason as "why"; where it was named, a `KoineWarning` says so before anything is run.
+        `{"settings", "tasks": {task: {length: {"value", "interval", "exact", "logprob", "samples"}}},
+        "groups": {group: {length: value}}, "grid": {task: {"lengths", "depths", "score" | "exact" |
+        "logprob": [[...] a row a depth]}}, "positions", "attention": {length: ...}, "left_out": [...],
+        "examples": [...]}`; see docs/evaluate.md.
 
     Raises:
-        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, a task that was named and has room at no length.
+        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, a task that was named
+            and
+            has room at no length.
     """
-    import torch
-
-    from koine.allocator import keep_freed_memory
     from koine.evaluate.long_context.scores import score_prompt
-    from koine.evaluate.runner import check_vocabulary, open_model
-    from koine.hardware import check_device
+    from koine.evaluate.runner import load_for_evaluation
     from koine.languages import language as find_language
-    from koine.model.formats.weight_files import check_adapter
-    from koine.tokenizer import load_tokenizer
 
-    chosen = _checked_tasks(tasks)
-    _check_numbers(depths, samples, documents)
-    for source in (*haystack, *([] if questions is None else [questions])):
-        if not Path(source).exists():
-            raise UserError("no such file or folder", where=source)
+    options = options or LongContextOptions()
+    options.check()
+    language = options.language
     if language is not None and language != "und":
         language = find_language(language).code
-    check_device(device)
-    keep_freed_memory()
-    check_adapter(Path(path))
-    tokenizer = load_tokenizer(Path(path))
-    model = open_model(Path(path), dtype=getattr(torch, dtype), device=device)
-    check_vocabulary(model, tokenizer.vocab_size, path)
-    sizes = _checked_lengths(lengths, longest_context(model), path)
-    hay = _haystack(tokenizer, haystack, language, at_least=_VARIETY * max(sizes))
-    material = material_of(tokenizer, hay, language=language, chat=chat)
-    asked_questions = _question_set(questions, material, needed="question-answering" in (tasks or ()))
-    cells, left_out = plan_cells(
-        chosen,
-        sizes,
-        depths,
-        samples,
-        seed=seed,
-        material=material,
-        questions=asked_questions,
-        strict=tasks is not None,
-    )
-    looks: dict[int, list[Prompt]] = {}
-    if ATTENTION in chosen:
-        looks, without = _attention_prompts(material, sizes, samples, seed=seed, strict=tasks is not None)
-        left_out += without
-    if tasks is not None:
-        for one in left_out:
-            warnings.warn(
-                f"{one['task']} is left out at {one['length']} tokens: {one['why']}",
-                KoineWarning,
-                stacklevel=2,
-            )
+    model, tokenizer = load_for_evaluation(path, device=device, dtype=dtype)
+    lengths = _checked_lengths(options.lengths, longest_context(model), path)
+    inputs = _prepare(options, tokenizer, lengths, language)
+    _warn_of_named(inputs.left_out, options)
     scored: list[Scored] = []
-    for number, cell in enumerate(cells):
-        say(number, len(cells), f"{cell.task}, {cell.length:,} tokens")
-        prompt = make_prompt(cell, seed=seed, material=material, questions=asked_questions)
+    for number, cell in enumerate(inputs.cells):
+        progress(number, len(inputs.cells), f"{cell.task}, {cell.length:,} tokens")
+        prompt = make_prompt(cell, seed=options.seed, material=inputs.material, questions=inputs.questions)
         scored.append(Scored(cell, prompt, score_prompt(model, tokenizer, prompt, device=device)))
+    left_out_tasks = [one for one in inputs.left_out if one["task"] in TASKS]
     result: dict[str, Any] = {
-        "settings": {
-            "lengths": sizes,
-            "depths": list(depths),
-            "samples": samples,
-            "language": material.language,
-            "phrases": material.phrases.code,
-            "haystack": {"source": hay.source, "language": hay.language, "tokens": hay.tokens},
-            "questions": None if asked_questions is None else asked_questions.source,
-            "chat": chat,
-            "seed": seed,
-            "dtype": dtype,
-        },
-        "tasks": by_task(scored, [one for one in left_out if one["task"] in TASKS], seed=seed),
+        "settings": _settings(options, inputs, dtype),
+        "tasks": by_task(scored, left_out_tasks, seed=options.seed),
         "groups": by_group(scored),
-        "grid": grids(scored, sizes, depths),
-        "left_out": left_out,
+        "grid": grids(scored, lengths, options.depths),
+        "left_out": inputs.left_out,
         "examples": examples(scored, tokenizer),
     }
-    if POSITIONS in chosen:
-        say(len(cells), len(cells), "loss per position")
+    if POSITIONS in options.measures:
+        progress(len(scored), len(scored), "loss per position")
+        texts = _document_texts(options, language, inputs.material)
         result["positions"] = _positions(
-            model, tokenizer, path, haystack, language, material, sizes, documents, seed=seed, device=device
+            model, tokenizer, path, texts, lengths, options.documents, seed=options.seed, device=device
         )
-    if ATTENTION in chosen:
-        say(len(cells), len(cells), "attention")
-        result["attention"] = _attention(model, looks)
+    if ATTENTION in options.measures:
+        progress(len(scored), len(scored), "attention")
+        result["attention"] = _attention(model, inputs.attention_prompts)
     return result
 
 
+def _prepare(
+    options: LongContextOptions, tokenizer: Tokenizer, lengths: list[int], language: str | None
+) -> _Inputs:
+    """Read haystack and questions, and plan the prompts."""
+    haystack = _haystack(tokenizer, options.haystack, language, at_least=_VARIETY * max(lengths))
+    material = make_material(tokenizer, haystack, language=language, chat=options.chat)
+    strict = options.tasks is not None
+    needed = "question-answering" in (options.tasks or ())
+    questions = _question_set(options.questions, material, needed=needed)
+    cells, left_out = plan_cells(
+        options.measures,
+        lengths,
+        options.depths,
+        options.samples,
+        seed=options.seed,
+        material=material,
+        questions=questions,
+        strict=strict,
+    )
+    attention_prompts: dict[int, list[Prompt]] = {}
+    if ATTENTION in options.measures:
+        attention_prompts, without_room = _attention_prompts(
+            material, lengths, options.samples, seed=options.seed, strict=strict
+        )
+        left_out += without_room
+    return _Inputs(lengths, material, questions, cells, attention_prompts, left_out)
+
+
+def _warn_of_named(left_out: Sequence[LeftOut], options: LongContextOptions) -> None:
+    if options.tasks is None:
+        return
+    for one in left_out:
+        warnings.warn(
+            f"{one['task']} is left out at {one['length']} tokens: {one['why']}", KoineWarning, stacklevel=3
+        )
+
+
+def _settings(options: LongContextOptions, inputs: _Inputs, dtype: str) -> dict[str, Any]:
+    material = inputs.material
+    haystack = material.haystack
+    return {
+        "lengths": inputs.lengths,
+        "depths": list(options.depths),
+        "samples": options.samples,
+        "language": material.language,
+        "phrases": material.phrases.code,
+        "haystack": {"source": haystack.source, "language": haystack.language, "tokens": haystack.tokens},
+        "questions": None if inputs.questions is None else inputs.questions.source,
+        "chat": options.chat,
+        "seed": options.seed,
+        "dtype": dtype,
+    }
+
+
 def longest_context(model: Any) -> int | None:
-    """The most positions that the model's configuration names; None where it names none."""
+    """Return the context length in the model's configuration; `None` where it has none."""
     inner = getattr(model, "inner", None)
     config = model.config if inner is None else inner.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
-
-
-def _checked_tasks(tasks: Sequence[str] | None) -> list[str]:
-    for task in tasks or ():
-        if task not in MEASURES:
-            raise UserError(f"unknown task '{task}'", where="--tasks", hint=did_you_mean(task, MEASURES))
-    if tasks is not None and not tasks:
-        raise UserError("no task is named", where="--tasks", hint=f"known: {', '.join(MEASURES)}")
-    return [task for task in MEASURES if tasks is None or task in tasks]
-
-
-def _check_numbers(depths: Sequence[float], samples: int, documents: int) -> None:
-    if not depths or not all(0.0 <= depth <= 100.0 for depth in depths):
-        raise UserError(
-            f"the depths are {', '.join(f'{depth:g}' for depth in depths) or 'missing'}",
-            where="--depths",
-            hint="give per cents from 0 (the beginning) to 100 (just before the question)",
-        )
-    for name, number in (("samples", samples), ("documents", documents)):
-        if number < 1:
-            raise UserError(f"{name} is {number}", where=f"--{name}", hint="give at least 1")
 
 
 def _checked_lengths(lengths: Sequence[int] | None, longest: int | None, path: str | Path) -> list[int]:
@@ -214,7 +255,8 @@ def _checked_lengths(lengths: Sequence[int] | None, longest: int | None, path: s
         raise UserError(
             f"a length of {max(lengths)} is beyond the {longest} positions of the model",
             where=path,
-            hint=f"give --lengths up to {longest}, or raise max_position_embeddings in its config.json to measure beyond",
+            hint=f"give --lengths up to {longest}, "
+            "or raise max_position_embeddings in its config.json to measure beyond",
         )
     return sorted(set(lengths))
 
@@ -231,7 +273,7 @@ def _haystack(
 
 
 def _question_set(path: str | Path | None, material: Material, *, needed: bool) -> ruler.QuestionSet | None:
-    """The questions; None where the language has none and the task was not asked for by name."""
+    """Read the questions; `None` where the language has none and the task was not named (`needed`)."""
     if path is not None:
         return ruler.read_questions(path, language=material.language)
     try:
@@ -242,80 +284,87 @@ def _question_set(path: str | Path | None, material: Material, *, needed: bool) 
         return None
 
 
+def _document_texts(options: LongContextOptions, language: str | None, material: Material) -> Iterator[str]:
+    """Yield the documents for the loss per position, in the language of the prompts."""
+    if not options.haystack:
+        yield from sample_texts(material.haystack.language)
+        return
+    wanted = (None, "und", material.language)
+    for text, code in document_texts(options.haystack):
+        if language in (None, "und") or code in wanted:
+            yield text
+
+
 def _positions(
     model: Any,
     tokenizer: Tokenizer,
     path: str | Path,
-    haystack: Sequence[str | Path],
-    language: str | None,
-    material: Material,
+    texts: Iterator[str],
     lengths: Sequence[int],
-    documents: int,
+    count: int,
     *,
     seed: int,
     device: str,
 ) -> dict[str, Any]:
+    """Measure the loss per position on `count` documents of the greatest length."""
     from koine.evaluate.long_context.positions import long_documents, loss_by_position
     from koine.tokenizer.loaders import open_tokenizer
 
-    texts: Iterator[str]
-    if haystack:
-        wanted = (None, "und", material.language)
-        texts = (
-            text for text, code in document_texts(haystack) if language in (None, "und") or code in wanted
-        )
-    else:
-        texts = sample_texts(material.haystack.language)
-    found, joined = long_documents(
-        texts, tokenizer.encode, bos=tokenizer.bos_id, length=max(lengths), count=documents
+    documents, joined = long_documents(
+        texts, tokenizer.encode, bos=tokenizer.bos_id, length=max(lengths), count=count
     )
-    spelled = open_tokenizer(path)
-    return {
-        **loss_by_position(
-            model,
-            found,
-            token_bytes=lambda token: len(spelled.token_bytes(token)),
-            lengths=lengths,
-            device=device,
-            seed=seed,
-        ),
-        "joined": joined,
-    }
+    opened = open_tokenizer(path)
+    losses = loss_by_position(
+        model,
+        documents,
+        token_bytes=lambda token: len(opened.token_bytes(token)),
+        lengths=lengths,
+        device=device,
+        seed=seed,
+    )
+    return {**losses, "joined": joined}
 
 
 def _attention_prompts(
     material: Material, lengths: Sequence[int], samples: int, *, seed: int, strict: bool
 ) -> tuple[dict[int, list[Prompt]], list[LeftOut]]:
-    """The prompts whose attention is measured, by length, and the lengths that have no room; see `plan_cells`."""
+    """Make the prompts for the attention by length, and list lengths without room; see `plan_cells`."""
     cells, left_out = plan_cells(
-        ["single"], lengths, [100 * ATTENTION_DEPTH], samples, seed=seed, material=material, questions=None,
+        ["single"],
+        lengths,
+        [100 * ATTENTION_DEPTH],
+        samples,
+        seed=seed,
+        material=material,
+        questions=None,
         strict=strict,
-    )  # fmt: skip
+    )
     prompts: dict[int, list[Prompt]] = {}
     for cell in cells:
         prompts.setdefault(cell.length, []).append(make_prompt(cell, seed=seed, material=material))
-    without: list[LeftOut] = [{**one, "task": ATTENTION} for one in left_out]
-    return prompts, without
+    without_room: list[LeftOut] = [{**one, "task": ATTENTION} for one in left_out]
+    return prompts, without_room
 
 
 def _attention(model: Any, prompts: Mapping[int, list[Prompt]]) -> dict[str, Any]:
     from koine.evaluate.long_context.attention import attention_of_prompts, describe
 
     result: dict[str, Any] = {}
-    for length, some in prompts.items():
-        if _whole_weights(model, length) > _WHOLE_WEIGHTS:
+    for length, of_length in prompts.items():
+        if _attention_weights(model, length) > _MOST_WEIGHTS:
             warnings.warn(
                 f"attention is not measured at {length} tokens: this model's weights would not fit in memory",
                 KoineWarning,
                 stacklevel=2,
             )
             continue
-        result[str(length)] = describe(model, attention_of_prompts(model, some), prompts=len(some))
+        attention = attention_of_prompts(model, of_length)
+        result[str(length)] = describe(model, attention, prompts=len(of_length))
     return result
 
 
-def _whole_weights(model: Any, length: int) -> int:
-    """Attention weights that are in memory at once where a model of transformers gives them whole; 0 for our decoder."""
+def _attention_weights(model: Any, length: int) -> int:
+    """Count the attention weights in memory at once for a model of `transformers`; 0 for our decoder."""
     inner = getattr(model, "inner", None)
     if inner is None:
         return 0

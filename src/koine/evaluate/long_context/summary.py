@@ -1,4 +1,4 @@
-"""What was scored, summed up by task, group, length and depth."""
+"""Means of the scores by task, group, length and depth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 400
 
 @dataclass(frozen=True)
 class Scored:
-    """A prompt that was scored."""
+    """A prompt with its score."""
 
     cell: Cell
     prompt: Prompt
@@ -28,9 +28,10 @@ class Scored:
 
 
 def by_task(scored: Sequence[Scored], left_out: Sequence[LeftOut] = (), *, seed: int) -> dict[str, Any]:
-    """`{task: {length: {"value", "interval", "exact", "logprob", "samples"}}}`; the interval is that of the value, over prompts.
+    """Return `{task: {length: {"value", "interval", "exact", "logprob", "samples"}}}`.
 
-    What was left out at a length has an entry of the same form with nothing in it, and the reason as "why".
+    The interval is that of the value, over prompts. A task that was left out at a length has an entry of
+    nulls, with the reason as "why".
     """
     result: dict[str, Any] = {}
     for (task, length), scores in _grouped(scored).items():
@@ -60,7 +61,10 @@ def _grouped(scored: Sequence[Scored]) -> dict[tuple[str, int], list[Score]]:
 
 
 def by_group(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
-    """`{group: {length: value}}`: the mean over a group's tasks, each counting the same, at the lengths where all of them were run."""
+    """Return `{group: {length: value}}`, the mean over a group's tasks with equal weights.
+
+    A length is left out where one of the tasks has no score.
+    """
     grouped = _grouped(scored)
     result: dict[str, dict[str, float]] = {}
     for group, members in GROUPS.items():
@@ -74,8 +78,10 @@ def by_group(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
 
 
 def grids(scored: Sequence[Scored], lengths: Sequence[int], depths: Sequence[float]) -> dict[str, Any]:
-    """`{task: {"lengths", "depths", "score" | "exact" | "logprob": a row a depth, a column a length}}` for the tasks with depths (per
-    cent); None where there was no room."""
+    """Return `{task: {"lengths", "depths", "score" | "exact" | "logprob"}}` for tasks with depths (per cent).
+
+    A score has a row a depth and a column a length; `None` where there was no room.
+    """
     result: dict[str, Any] = {}
     for task in dict.fromkeys(one.cell.task for one in scored if one.cell.depth is not None):
         cells: dict[tuple[float | None, int], list[Score]] = {}
@@ -99,7 +105,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def examples(scored: Sequence[Scored], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The first prompt of each task: its needles and its end, what was expected and what was written."""
+    """Return the first prompt of each task: needles, question, expected and written answer."""
     first: dict[str, Scored] = {}
     for one in scored:
         first.setdefault(one.cell.task, one)

@@ -1,4 +1,4 @@
-"""The tasks by name, and the prompts of a run."""
+"""Tasks by name, and the prompts of a run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from koine.evaluate.long_context import needles, ruler
 from koine.evaluate.long_context.prompts import Material, Prompt
 
 DEPTH_TASKS = ("single", "multi-key", "multi-key-full", "multi-needle")
-"""Tasks with a needle at a given depth: they make the grids."""
+"""Tasks with a needle at a given depth; they have grids."""
 GROUPS = {
     "retrieval": (*DEPTH_TASKS, "multi-value", "multi-query"),
     "tracing": ("variable-tracking",),
     "counting": ("common-words", "frequent-words"),
     "questions": ("question-answering",),
 }
-"""Tasks that are averaged together in the curves by length, as RULER does."""
+"""Groups of tasks whose mean is drawn by length, as RULER does."""
 TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
 POSITIONS, ATTENTION = "positions", "attention"
 MEASURES = (*TASKS, POSITIONS, ATTENTION)
 
 
 class Cell(NamedTuple):
-    """Which prompt: the same cell, seed and material give the same one. depth: a share, None for tasks without one."""
+    """Names a prompt: the same cell, seed and material give the same prompt.
+
+    depth: a share; `None` for tasks without one.
+    """
 
     task: str
     length: int
@@ -34,7 +37,7 @@ class Cell(NamedTuple):
 
 
 class LeftOut(TypedDict):
-    """A task that was not run, at one length or (None) at all."""
+    """A task that was left out, at one length or (`None`) at all."""
 
     task: str
     length: int | None
@@ -44,7 +47,7 @@ class LeftOut(TypedDict):
 def make_prompt(
     cell: Cell, *, seed: int, material: Material, questions: ruler.QuestionSet | None = None
 ) -> Prompt:
-    """The prompt of a cell; it depends on nothing but the arguments. questions: for `question-answering`."""
+    """Make the prompt of a cell, from the arguments alone; questions: for `question-answering`."""
     length = cell.length
     rng = random.Random(f"{seed}:{cell.task}:{length}:{cell.depth}:{cell.number}")
     depth = 0.5 if cell.depth is None else cell.depth
@@ -83,12 +86,21 @@ def plan_cells(
     questions: ruler.QuestionSet | None,
     strict: bool,
 ) -> tuple[list[Cell], list[LeftOut]]:
-    """The cell of every prompt, and what is left out because there is no room for it.
+    """Return the cell of every prompt, and what is left out for lack of room.
 
-    depths: per cent. samples: prompts of each length and depth; a task without depths has as many prompts of a length in all.
-    strict: a task that has room at no length is a `UserError`. Every prompt is made once, so that nothing can go wrong hours later.
+    Every prompt is made once here, so that no error comes hours later.
+
+    Args:
+        tasks: names; other measures are ignored.
+        lengths: in tokens.
+        depths: in per cent.
+        samples: prompts of each length and depth; tasks without depths have as many of a length in all.
+        seed: of the prompts.
+        material: haystack, phrases and tokenizer.
+        questions: for `question-answering`, which is left out without them.
+        strict: raise `UserError` for a task that has room at no length.
     """
-    work: list[Cell] = []
+    planned: list[Cell] = []
     left_out: list[LeftOut] = []
     for task in (task for task in TASKS if task in tasks):
         if task == "question-answering" and questions is None:
@@ -111,5 +123,5 @@ def plan_cells(
                 left_out.append({"task": task, "length": length, "why": error.what})
             else:
                 found += cells
-        work += found
-    return work, left_out
+        planned += found
+    return planned, left_out
