@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from koine.errors import KoineWarning, UserError
 from koine.evaluate.bootstrap import bootstrap_interval
 from koine.evaluate.evaluation import Block, EvaluationSetup, format_interval
-from koine.fields import check_whole
+from koine.fields import check_integer
 
 if TYPE_CHECKING:
     from koine.evaluate.log_likelihood import ScoringModel
@@ -111,9 +111,9 @@ def score_documents(
     """Score each document that has text, in the order of `records`, reading a chunk at a time."""
     from koine.evaluate.log_likelihood import negative_log_likelihoods
 
-    check_whole("the batch size", batch_size, low=1)
+    check_integer("the batch size", batch_size, low=1)
     longest = context_length(model) if max_length is None else max_length
-    check_whole("the length", longest, low=2)
+    check_integer("the length", longest, low=2)
     stream = iter(records)
     first = True
     while chunk := list(islice(stream, batch_size * _CHUNK_BATCHES)):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from koine.errors import UserError
 from koine.evaluate.bootstrap import bootstrap_interval
 from koine.evaluate.evaluation import Block, EvaluationSetup, format_interval
-from koine.fields import check_whole
+from koine.fields import check_integer
 
 if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def question_accuracy(
     Raises:
         UserError: for records that are no questions, or none at all.
     """
-    check_whole("the batch size", batch_size, low=1)
+    check_integer("the batch size", batch_size, low=1)
     correct: dict[tuple[str, str], list[float]] = defaultdict(list)
     stream = iter(records)
     while chunk := [question_of(record, tokenizer) for record in islice(stream, batch_size * _CHUNK_BATCHES)]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koine.errors import KoineWarning, UserError
-from koine.fields import check_whole
+from koine.fields import check_integer
 
 if TYPE_CHECKING:
     from koine.data.readers import TextUnit
@@ -56,7 +56,7 @@ class Records:
             questions: as `koine.data.read_records` takes it.
         """
         if limit is not None:
-            check_whole("the limit", limit, low=1)
+            check_integer("the limit", limit, low=1)
         self.limit = limit
         self.readers = [_open(path, options, split_option, questions) for path in paths]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from koine.allocator import keep_freed_memory
 from koine.errors import UserError
 from koine.evaluate.records import RecordOptions, Records
-from koine.fields import check_whole
+from koine.fields import check_integer
 from koine.hardware import check_device
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def evaluate_model(
     """
     if not data and not questions:
         raise UserError("nothing to evaluate on", hint="give --data PATH, --questions PATH, or both")
-    check_whole("the seed", seed, low=0)
+    check_integer("the seed", seed, low=0)
     options = record_options or RecordOptions()
     records: dict[str, Records] = {}
     if data:

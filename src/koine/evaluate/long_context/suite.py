@@ -29,7 +29,7 @@ from koine.evaluate.long_context.tasks import (
     make_prompt,
     plan_cells,
 )
-from koine.fields import check_whole
+from koine.fields import check_integer
 
 if TYPE_CHECKING:
     from koine.tokenizer import Tokenizer
@@ -97,8 +97,8 @@ class LongContextOptions:
                 where="--depths",
                 hint="give per cents from 0 (the beginning) to 100 (just before the question)",
             )
-        check_whole("samples", self.samples, low=1, where="--samples")
-        check_whole("documents", self.documents, low=1, where="--documents")
+        check_integer("samples", self.samples, low=1, where="--samples")
+        check_integer("documents", self.documents, low=1, where="--documents")
         for source in (*self.haystack, *([] if self.questions is None else [self.questions])):
             if not Path(source).exists():
                 raise UserError("no such file or folder", where=source)
