@@ -1,6 +1,7 @@
 """Parameters of a plan function: description, unit, bounds and choices, declared beside each parameter.
 
-    def my_plan(plan: Plan, *, steps: Annotated[int, Parameter("Training steps", unit="steps", low=1)] = 100) -> None: ...
+    def my_plan(plan: Plan, *, steps: Annotated[int, Parameter("Training steps", unit="steps", low=1)] = 100)
+    -> None: ...
 
 A plan function without such annotations works too: only the types of its parameters are checked then.
 """
@@ -149,7 +150,8 @@ def check_parameters(function: Callable[..., None], given: Mapping[str, Any]) ->
     """Return the values of a plan's parameters, checked; text becomes a path and a list a tuple where they must.
 
     Raises:
-        UserError: an unknown name, a value of another type, one out of its bounds, or a required one that is missing.
+        UserError: an unknown name, a value of another type, one out of its bounds, or a required one that is
+            missing.
     """
     known = {parameter.name: parameter for parameter in parameters_of(function)}
     for name in given:
@@ -202,7 +204,8 @@ def parse_settings(function: Callable[..., None], settings: Iterable[str]) -> di
 
     Bounds and missing parameters are checked by `check_parameters`.
 
-    Raises `UserError` for an unknown key (with the nearest ones), a value of another type, one key given twice.
+    Raises `UserError` for an unknown key (with the nearest ones), a value of another type, one key given
+    twice.
     """
     known = {parameter.name: parameter for parameter in parameters_of(function)}
     values: dict[str, Any] = {}

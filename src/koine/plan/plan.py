@@ -112,7 +112,8 @@ def encode(value: Any) -> Any:
 class Plan:
     """A graph of steps; nothing runs until `koine.plan.run.scheduler.execute` gets the plan.
 
-    threads: CPU cores of each step that trains or evaluates (`@step(threads=0)`); None: the plan's own choice, or 1.
+    threads: CPU cores of each step that trains or evaluates (`@step(threads=0)`); None: the plan's own
+    choice, or 1.
     """
 
     name: str

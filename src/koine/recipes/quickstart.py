@@ -110,7 +110,8 @@ def quickstart(
 ) -> None:
     """Train a small chat model from multilingual text, once with a universal and once with a cluster tokenizer.
 
-    Both arms are pretrained on the primary languages alone, so that they differ in the tokenizer and not in the text.
+    Both arms are pretrained on the primary languages alone, so that they differ in the tokenizer and not in
+    the text.
     Then both are adapted to the other languages and taught to chat. The report compares them.
     """
     dtype = chosen_dtype(dtype)

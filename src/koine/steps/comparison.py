@@ -126,7 +126,8 @@ def adaptation_speed(
 ) -> dict[str, float | str | None]:
     """How much sooner the universal arm is where the cluster arm ends: steps(cluster's end) / steps(universal there).
 
-    `per_byte` compares the bytes of text read in place of the steps: a better tokenizer reads more bytes a step.
+    `per_byte` compares the bytes of text read in place of the steps: a better tokenizer reads more bytes a
+    step.
     """
     steps, values = curves["cluster"]
     reached = first_reach(*curves["universal"], values[-1])

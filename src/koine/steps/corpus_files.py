@@ -28,7 +28,8 @@ from koine.languages import language
 class Roles:
     """Which language plays which part, as in the universal-tokenizer study.
 
-    `primary` languages are pretrained on; `expanded` ones come in by adaptation; `chat` ones have chats to learn from.
+    `primary` languages are pretrained on; `expanded` ones come in by adaptation; `chat` ones have chats to
+    learn from.
     """
 
     primary: tuple[str, ...]
@@ -120,8 +121,10 @@ def write_own_corpus(
 ) -> dict[str, LanguageShare]:
     """Sort the user's records into the corpus layout, by language; returns the languages kept, with their sizes.
 
-    At most `max_bytes` of training text and `heldout_bytes` of held-out text are taken per language, in file order;
-    languages with less than `min_bytes` of training text are left out. Of a language whose records all say that they are for training,
+    At most `max_bytes` of training text and `heldout_bytes` of held-out text are taken per language, in file
+    order;
+    languages with less than `min_bytes` of training text are left out. Of a language whose records all say
+    that they are for training,
     some are held out all the same. Memory does not grow with the data.
     """
     shares: dict[str, LanguageShare] = defaultdict(LanguageShare)

@@ -34,7 +34,8 @@ def domain_text(
 ) -> None:
     """A domain's documents: `train.jsonl`, and `heldout.jsonl` that no step trains on.
 
-    languages: only these, in equal parts of the bytes. Every twentieth document is held out (drawn with `seed`) until there are `heldout_bytes`; long ones are cut to 20,000 characters apart.
+    languages: only these, in equal parts of the bytes. Every twentieth document is held out (drawn with
+    `seed`) until there are `heldout_bytes`; long ones are cut to 20,000 characters apart.
     """
     import random
 

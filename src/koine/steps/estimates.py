@@ -1,6 +1,7 @@
 """Estimates of the memory and time of steps, made before they run.
 
-Training follows from the model and the hardware (`koine.train.estimate_training`). The other steps follow from rates
+Training follows from the model and the hardware (`koine.train.estimate_training`). The other steps follow
+from rates
 measured on one core of a laptop-class machine; earlier builds in the same run folder then correct them.
 """
 

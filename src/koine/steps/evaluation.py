@@ -118,7 +118,8 @@ def bits_per_byte_probe(
         groups: language codes of each figure `bits_per_byte_NAME`.
         documents: documents of each language.
         max_bytes: length to which a document is cut; None: all of it.
-        tracked: JSON Lines file to which each evaluation adds `{"step": ..., "bits_per_byte": {language: ...}}`.
+        tracked: JSON Lines file to which each evaluation adds `{"step": ..., "bits_per_byte": {language:
+            ...}}`.
     """
     from koine.evaluate import bits_per_byte
     from koine.tokenizer import load_tokenizer

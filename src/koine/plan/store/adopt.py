@@ -18,10 +18,12 @@ from koine.plan.store.publish import lock_of, recover
 def adopt_folder(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Path:
     """Copy `source` to artifact `name` of a run and return its path; the plan then never runs the step of that name.
 
-    It is a copy, so that the artifact stays as recorded whatever happens to the original. Remove the folder to have
+    It is a copy, so that the artifact stays as recorded whatever happens to the original. Remove the folder
+    to have
     the step build it again. If `source` is itself an artifact, its record is kept in the new one as `origin`.
 
-    Raises `UserError` for a folder that is missing or empty, a name that is taken, and a run that is building it now.
+    Raises `UserError` for a folder that is missing or empty, a name that is taken, and a run that is building
+    it now.
     """
     plan = Plan(run, runs)
     final = plan.folder / name

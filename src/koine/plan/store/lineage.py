@@ -1,4 +1,4 @@
-"""What an artifact was made from, back to the inputs; and whether it is still what was recorded."""
+"""Trace what an artifact was made from, back to the inputs, and verify files against their records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from koine.plan.store.status import value_text
 
 @dataclass
 class Ancestor:
-    """A node of the tree: an artifact, or an input of the plan (`record` is then empty)."""
+    """A node of the tree: an artifact, or an input of the plan (with an empty `record`)."""
 
     name: str
     path: Path
@@ -28,7 +28,7 @@ class Ancestor:
     problems: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The tree below and with this node."""
+        """Return this node and its ancestors as JSON."""
         keys = (
             "step",
             "version",
@@ -51,7 +51,9 @@ class Ancestor:
 
 
 def trace_lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
-    """The tree of ancestors of an artifact's folder; `verify` reads every file again and notes what differs.
+    """Return the tree of ancestors of an artifact's folder.
+
+    verify: read every file again, and list in `problems` what differs from the record.
 
     Raises `UserError` where the folder has no record, or a record is damaged.
     """
@@ -63,7 +65,7 @@ def trace_lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
             where=artifact,
             hint="only what `koine run` built or `koine adopt` registered has a lineage",
         )
-    # Not resolved: an artifact that was moved and linked has its run where the link is.
+    # Not resolved: a moved artifact behind a link belongs to the run that holds the link.
     return _ancestor(artifact.absolute(), verify, {})
 
 
@@ -101,7 +103,7 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
 
 
 def run_of(path: Path, name: str) -> Path:
-    """The folder of the run that holds artifact `name` at `path`."""
+    """Return the folder of the run that holds artifact `name` at `path`."""
     if ".." in path.parts or not path.match(name):
         path = path.resolve()
     for _ in Path(name).parts:
@@ -110,7 +112,7 @@ def run_of(path: Path, name: str) -> Path:
 
 
 def find_damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
-    """What differs between an artifact's files and the hashes in its record."""
+    """Yield what differs between an artifact's files and the hashes in its record."""
     for name, expected in files.items():
         if not (folder / name).is_file():
             yield f"file '{name}' is missing"
@@ -122,7 +124,7 @@ def find_damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
 
 
 def find_change(node: Ancestor) -> Iterator[str]:
-    """Whether an input is still what the plan read."""
+    """Yield a problem if an input has changed since the plan read it."""
     if not node.path.exists():
         yield "input is gone"
     elif fingerprint_of_content(node.path) != node.fingerprint:
@@ -130,7 +132,7 @@ def find_change(node: Ancestor) -> Iterator[str]:
 
 
 def all_ancestors(node: Ancestor) -> Iterator[Ancestor]:
-    """The node and its ancestors, each once."""
+    """Yield the node and its ancestors, each once."""
     seen: set[Path] = set()
     waiting = [node]
     while waiting:
@@ -142,7 +144,7 @@ def all_ancestors(node: Ancestor) -> Iterator[Ancestor]:
 
 
 def tree_lines(node: Ancestor) -> list[str]:
-    """The tree as lines of text; an artifact that stands in it twice is unfolded once."""
+    """Return the tree as lines of text; the parents of a repeated artifact are shown once."""
     return list(_lines(node, "", "", set()))
 
 

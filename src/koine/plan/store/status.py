@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from koine.plan.plan import Node, Plan
-from koine.plan.store.publish import check_damage, record_of, standing
+from koine.plan.store.publish import check_damage, current_state, record_of
 
 State = Literal["build", "reused", "adopted", "not needed"]
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -40,7 +40,8 @@ def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
 def why(node: Node) -> list[str]:
     """Return the reasons to run a step: `["new"]`, or each field that changed; empty where up to date.
 
-    Of a step under another name only the names are compared: parameters of two functions have nothing in common.
+    Of a step under another name only the names are compared: parameters of two functions have nothing in
+    common.
 
     Raises `UserError` for an artifact that is up to date but damaged, by the sizes of its files.
     """
@@ -57,7 +58,7 @@ def why(node: Node) -> list[str]:
 
 
 def is_adopted(node: Node) -> bool:
-    """Whether the artifact was put in place by `koine adopt` rather than built."""
+    """Return whether the artifact was put in place by `koine adopt`."""
     record = record_of(node.artifact.path)
     if record is None or record["step"] != "adopted":
         return False
@@ -66,9 +67,9 @@ def is_adopted(node: Node) -> bool:
 
 
 def statuses(plan: Plan) -> dict[str, Status]:
-    """What a run will do about each artifact, in the plan's order.
+    """Return what a run will do about each artifact, in the plan's order.
 
-    An artifact that only adopted ones were made from is not needed: the adopted folder stands in for that work.
+    An artifact that only adopted artifacts are made from is not needed.
     """
     found: dict[str, Status] = {}
     consumers: dict[str, list[str]] = {name: [] for name in plan.nodes}
@@ -89,6 +90,6 @@ def statuses(plan: Plan) -> dict[str, Status]:
         ):
             found[name] = Status("not needed")
         else:
-            standing(plan.folder, name)
+            current_state(plan.folder, name)
             found[name] = Status("build", tuple(reasons))
     return {name: found[name] for name in plan.nodes}
