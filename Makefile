@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check faults install install-dev clean
+.PHONY: quickstart test check docs faults install install-dev clean
 
 quickstart: install
 	$(BIN)/koine run quickstart
@@ -29,10 +29,14 @@ check: install-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+# The documentation site: build/docs/index.html. A warning is an error.
+docs: install-dev
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
+test: check docs
 	$(BIN)/pytest -n auto --dist loadfile
 
-# The crash laboratory (docs/faults.md): at most 30 minutes on two cores, for the night.
+# The crash laboratory (docs/explanation/faults.md): at most 30 minutes on two cores, for the night.
 faults: install-dev
 	$(BIN)/python -m tests.faults --minutes 28 --report faults.json
 

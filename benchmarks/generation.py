@@ -1,11 +1,11 @@
-"""Reading prompts and writing answers: ours beside `transformers.generate` and, at batch 1, llama.cpp, with the same weights.
+"""Prefill and decode: ours beside `transformers.generate` and, at batch 1, llama.cpp, with the same weights.
 
     python benchmarks/peers/install.py transformers llama_cpp
     python benchmarks/generation.py --out benchmarks/results/generation.json
 
-For each batch and context every side reads the prompts, then the sides take turns of a few steps with a copy of memory timed beside
-them (decoding reads all weights for each token, so memory is its ceiling). Greedy tokens of the sides are compared. The last line
-printed is one line of JSON.
+For each batch and context every side prefills the prompts. Then the sides take turns of a few decode steps,
+and the rate of memory is measured beside each turn: decode reads all weights for each token, so memory bounds
+it. The greedy tokens of the sides are compared. The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -45,17 +45,18 @@ CASES: tuple[tuple[int, int], ...] = (
     (1, 32_768),
     (8, 32_768),
 )
-"""(batch, context). 32 prompts of 32,768 tokens take `transformers` about an hour to read on two cores; that case is for larger machines."""
+"""(batch, context). 32 prompts of 32,768 tokens are for larger machines: on two cores `transformers` needs
+about an hour to prefill them."""
 
 
-def process(side: str, options: list[str]) -> Side:
-    """A side, ready for orders."""
+def start_side(side: str, options: list[str]) -> Side:
+    """Start the process of a side."""
     python = sys.executable if side == "ours" else str(python_of(side))
     return Side([python, str(SIDE), side, *options])
 
 
 def memory_rate(size: int = 2**26) -> float:
-    """Bytes read a second by a matrix-vector product that is larger than any cache; the best of a few."""
+    """Measure bytes read a second by a matrix-vector product larger than any cache; the best of a few."""
     a, b = torch.randn(size // 4 // 4096, 4096), torch.randn(4096)
     best = float("inf")
     for _ in range(4):
@@ -65,25 +66,25 @@ def memory_rate(size: int = 2**26) -> float:
     return size / best
 
 
-def agreeing(first: list[int], second: list[int]) -> int:
-    """How many tokens both begin with."""
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def steps_for(seconds: float) -> int:
-    """Tokens a turn: about a second's worth, at least two."""
+    """Return the decode steps of a turn: about a second, at least two."""
     return int(min(64, max(2, 1.0 / seconds)))
 
 
 def compare(
     batch: int, context: int, names: list[str], common: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One case: every side prepared, then turns."""
-    sides = {name: process(name, common) for name in names}
+    """Measure one case: prefill on every side, then turns of decoding."""
+    sides = {name: start_side(name, common) for name in names}
     row: dict[str, Any] = {"batch": batch, "context": context}
     samples: dict[str, list[float]] = {name: [] for name in names}
-    probes: list[float] = []
+    memory_rates: list[float] = []
     try:
         for name, side in sides.items():
             read = side.ask("prepare", batch=batch, context=context)
@@ -93,7 +94,7 @@ def compare(
                 row[name]["prefill_tokens_per_second"] = batch * context / read["prefill_seconds"]
         for _ in range(options.rounds):
             for name, side in sides.items():
-                probes.append(memory_rate())
+                memory_rates.append(memory_rate())
                 steps = row[name]["steps"]
                 samples[name].append(side.ask("decode", steps=steps)["seconds"] / steps)
         for name, side in sides.items():
@@ -116,15 +117,17 @@ def compare(
         # Copies of one row are compared by that row.
         rows = 1 if row[name]["prefill_seconds"] is None else batch
         pairs = zip(row["ours"]["tokens"][:rows], row[name]["tokens"][:rows], strict=True)
-        # Where two logits are equal up to rounding, either token is greedy: how far the texts agree, of the shorter.
-        row[f"same_tokens_{name}"] = [[agreeing(a, b), min(len(a), len(b))] for a, b in pairs]
+        # Where two logits are equal up to rounding, either token is greedy: length of the common prefix, and
+        # of the shorter row.
+        row[f"same_tokens_{name}"] = [[common_prefix(a, b), min(len(a), len(b))] for a, b in pairs]
     for name in names:
         del row[name]["tokens"]
-    row["memory_rate_bytes_per_second"] = statistics.median(probes)
+    row["memory_rate_bytes_per_second"] = statistics.median(memory_rates)
     return row
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,10 +137,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # A wide initialisation keeps the two best logits apart, so that rounding does not decide which token is greedy.
+    # A wide initialisation keeps the two best logits apart, so that rounding does not choose the greedy
+    # token.
     config = replace(preset(options.preset), initializer_range=0.1)
     cases = CASES
     if options.cases:
@@ -159,7 +167,7 @@ def main() -> None:
         if before["machine"] == result["machine"] and before["torch"] == result["torch"]:
             result["results"] = before["results"]
     with tempfile.TemporaryDirectory() as folder:
-        # llama.cpp reads no model without a tokenizer; which one does not matter here.
+        # llama.cpp opens no model without a tokenizer; any tokenizer will do.
         tokenizer = Path(folder) / "tokenizer"
         train_tokenizer(
             {"en": lambda: ["some text"] * 99},

@@ -1,7 +1,8 @@
-"""One side of benchmarks/generation.py: a process that reads prompts and writes greedy tokens on command.
+"""One side of benchmarks/generation.py: a process that prefills prompts and decodes greedily on command.
 
-It reads one JSON object a line (`{"do": "prepare", "batch": 8, "context": 512}`, `{"do": "decode", "steps": 16}`, `{"do": "end"}`) and answers with
-one. It runs in the environment of the side that it measures: `ours` needs koine; `transformers` and `llama_cpp` need only themselves.
+It reads one JSON object a line (`{"do": "prepare", "batch": 8, "context": 512}`, `{"do": "decode", "steps":
+16}`, `{"do": "end"}`) and answers with one. It runs in the environment of its side: `ours` needs koine;
+`transformers` and `llama_cpp` need only themselves.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 2048
-"""Tokens of a prompt read at once, on both sides."""
+"""Tokens of a prefill chunk, on both sides."""
 
 
 def prompts(batch: int, context: int, vocabulary: int) -> list[list[int]]:
-    """The same random prompts for every side."""
+    """Draw the same random prompts for every side."""
     draw = random.Random(batch * 100_000 + context)
     return [[draw.randrange(10, vocabulary) for _ in range(context)] for _ in range(batch)]
 
 
 class Ours:
-    """koine's scheduler and packed weights, as `LocalEngine` has them."""
+    """Our scheduler with prepacked weights, as `LocalEngine` uses them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
@@ -68,7 +69,7 @@ class Ours:
 
 
 class Transformers:
-    """`generate` of Cohere2ForCausalLM, from a cache that holds the prompt; rows of a long prompt's batch are copies of one reading."""
+    """`generate` of Cohere2ForCausalLM from a prefilled KV cache; long rows of a batch are copies of one."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
@@ -131,7 +132,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp through its Python package, one sequence, greedy choice made outside as on the other sides."""
+    """llama.cpp through its Python package: one sequence, argmax outside as on the other sides."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from llama_cpp import Llama
@@ -177,7 +178,7 @@ class LlamaCpp:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held."""
+    """Return the peak resident memory of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024

@@ -1,13 +1,14 @@
-"""Our training step on long sequences beside transformers' Cohere2 (same weights) and beside our own twin of full layers only.
+"""Our training step on long sequences beside transformers' Cohere2 (same weights) and our all-full twin.
 
     python benchmarks/peers/install.py transformers
     python benchmarks/long_context_step.py --out benchmarks/results/long_context_step.json
 
-At each length every side is tried in each of its configurations (transformers: with each of its attention back ends that has a backward pass on this
-machine), and then the best ones take turns, each between two matmuls of the block's own shape. `time_over_flops` compares the growth of our
-time a token from the shortest length on with the growth of the counted operations: at most 1 where the kernels of attention are as good as
-the plain matmuls. A side whose step would take longer than `--most-seconds`, judged by its step at the length before, or that the
-system ends for want of memory, is left out, and the result says so. The last line printed is one line of JSON.
+At each length every side is tried in each of its configurations (transformers: each attention back end with a
+backward pass on this machine). Then the best ones take turns, each between two matmuls of the block's own
+shape. `time_over_flops` is the growth of our time per token from the shortest length over that of the counted
+operations: at most 1 where the attention kernels are as good as the plain matmuls. A side is left out, and
+the result says so, where its step would take longer than `--most-seconds` (estimated from the length before),
+or the system kills it for lack of memory. The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ LENGTHS = (2048, 8192, 32_768)
 
 
 def candidates(name: str) -> list[Configuration]:
-    """The configurations that a side is tried in."""
+    """Return the configurations in which a side is tried."""
     if name == "transformers":
         return [
             Configuration(name, dtype, compiled=False, keep_freed_memory=True, attention=attention)
@@ -47,7 +48,7 @@ def candidates(name: str) -> list[Configuration]:
 
 
 def seconds_of(configuration: Configuration, weights: Path, length: int, threads: int) -> dict[str, Any]:
-    """The second step's seconds in a process of its own, and its peak memory; why it failed, if it did."""
+    """Measure seconds and peak memory of the second step in its own process, or why it failed."""
     side = None
     try:
         side = Process(configuration, weights, length, threads)
@@ -65,43 +66,52 @@ def seconds_of(configuration: Configuration, weights: Path, length: int, threads
             side.close()
 
 
+@dataclass
+class Samples:
+    """Measures of each side: seconds of steps, matmul rates beside them, peak memory."""
+
+    shape: tuple[int, int, int]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    ceilings: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, name: str, process: Process) -> None:
+        """Time one step of a side between two matmuls."""
+        before = matmul_rate(self.shape, torch.bfloat16)
+        self.seconds.setdefault(name, []).append(process.ask("step")["seconds"])
+        after = matmul_rate(self.shape, torch.bfloat16)
+        self.ceilings.setdefault(name, []).append(max(before, after))
+        self.memory[name] = process.ask("memory")["value"]
+
+
 def turns(
     sides: dict[str, tuple[Configuration, Path]],
     length: int,
     config: ModelConfig,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Seconds of a step of each side, alternating.
+    """Measure the seconds of a step of each side, in turns.
 
-    At the longest length no two sides fit into memory together: each is then a process of its own whose first step counts, and a side that
-    the system ends for want of memory is left out.
+    At the longest length no two sides fit into memory together. Each then has its own process, whose first
+    step counts; a side that the system kills for lack of memory is left out.
     """
     batch, time_ = TOKENS[length]
-    shape = (min(batch * time_, 4096), config.hidden_size, sum(config.projection_sizes))
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    ceilings: dict[str, list[float]] = {name: [] for name in sides}
-    memory: dict[str, int] = {}
-    left_out: dict[str, str] = {}
-
-    def measure(name: str, process: Process) -> None:
-        before = matmul_rate(shape, torch.bfloat16)
-        samples[name].append(process.ask("step")["seconds"])
-        ceilings[name].append(max(before, matmul_rate(shape, torch.bfloat16)))
-        memory[name] = process.ask("memory")["value"]
-
+    samples = Samples((min(batch * time_, 4096), config.hidden_size, sum(config.projection_sizes)))
     if length == LENGTHS[-1]:
         for _ in range(options.long_rounds):
             for name, (configuration, weights) in sides.items():
-                if name in left_out:
+                if name in samples.left_out:
                     continue
                 process = Process(configuration, weights, length, options.threads)
                 try:
-                    measure(name, process)
+                    samples.measure(name, process)
                 except RuntimeError as error:
-                    left_out[name] = str(error)
+                    samples.left_out[name] = str(error)
                 finally:
                     process.close()
-                print(f"  {name} {length}: {samples[name]} {left_out.get(name, '')}", flush=True)
+                seconds, why = samples.seconds.get(name, []), samples.left_out.get(name, "")
+                print(f"  {name} {length}: {seconds} {why}", flush=True)
     else:
         processes = {
             name: Process(configuration, weights, length, options.threads)
@@ -112,38 +122,65 @@ def turns(
                 process.ask("step")
             for _ in range(options.rounds):
                 for name, process in processes.items():
-                    measure(name, process)
+                    samples.measure(name, process)
         finally:
             for process in processes.values():
                 process.close()
-    sides = {name: side for name, side in sides.items() if name not in left_out}
+    return summarise(sides, samples, length, config)
+
+
+def summarise(
+    sides: dict[str, tuple[Configuration, Path]], samples: Samples, length: int, config: ModelConfig
+) -> dict[str, Any]:
+    """Return the row of a length: rates, shares of the matmul rate, and ratios to ours."""
+    batch, time_ = TOKENS[length]
     tokens = batch * time_
-    row: dict[str, Any] = {"length": length, "tokens": tokens, "left_out": left_out}
-    flops = {
-        name: tokens * training_flops_per_token(all_full(config) if name == "all_full" else config, time_)
-        for name in sides
-    }
+    row: dict[str, Any] = {"length": length, "tokens": tokens, "left_out": samples.left_out}
     for name, (configuration, _) in sides.items():
-        seconds = statistics.median(samples[name])
+        if name in samples.left_out:
+            continue
+        twin = all_full(config) if name == "all_full" else config
+        flops = tokens * training_flops_per_token(twin, time_)
+        each = samples.seconds[name]
+        seconds = statistics.median(each)
         row[name] = {
             "configuration": str(configuration),
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "flops": flops[name],
+            "flops": flops,
             "share_of_bfloat16_ceiling": statistics.median(
-                flops[name] / one / ceiling
-                for one, ceiling in zip(samples[name], ceilings[name], strict=True)
+                flops / one / ceiling for one, ceiling in zip(each, samples.ceilings[name], strict=True)
             ),
-            "peak_memory_bytes": memory[name],
+            "peak_memory_bytes": samples.memory[name],
         }
         if name != "ours":
-            ratios = sorted(peer / own for own, peer in zip(samples["ours"], samples[name], strict=True))
+            ratios = sorted(peer / own for own, peer in zip(samples.seconds["ours"], each, strict=True))
             row[f"ratio_{name}"] = statistics.median(ratios)
             row[f"ratio_{name}_spread"] = [ratios[0], ratios[-1]]
     return row
 
 
-def main() -> None:
+def best_configuration(
+    name: str, shorter: dict[str, Any], weights: Path, length: int, options: argparse.Namespace
+) -> tuple[Configuration, list[dict[str, Any]]]:
+    """Return the fastest configuration of a side, and what was tried.
+
+    shorter: results at the length before; at the longest length only their best configuration runs again.
+    """
+    known = shorter.get(name, {}).get("configuration")
+    choices = [c for c in candidates(name) if length < LENGTHS[-1] or str(c) == known] or candidates(name)
+    if len(choices) == 1:
+        return choices[0], []
+    found = [(c, seconds_of(c, weights, length, options.threads)) for c in choices]
+    for _, one in found:
+        print(f"  {name} {length}: {one}", flush=True)
+    working = [(c, one) for c, one in found if "seconds" in one]
+    best = min(working, key=lambda pair: pair[1]["seconds"])[0] if working else choices[0]
+    return best, [one for _, one in found]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -155,7 +192,11 @@ def main() -> None:
     parser.add_argument("--most-seconds", type=float, default=240.0, help="longest step that is waited for")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config = preset(options.preset)
@@ -201,21 +242,7 @@ def main() -> None:
                         f"a step would take about {expected:.0f} s, judged by {length // 4} tokens"
                     )
                     continue
-                # At the longest length only what was best before is run again.
-                known = shorter.get(name, {}).get("configuration")
-                choices = [
-                    c for c in candidates(name) if length < LENGTHS[-1] or str(c) == known
-                ] or candidates(name)
-                found = (
-                    [(c, seconds_of(c, weights[name], length, options.threads)) for c in choices]
-                    if len(choices) > 1
-                    else []
-                )
-                for _, one in found:
-                    print(f"  {name} {length}: {one}", flush=True)
-                tried[name] = [one for _, one in found]
-                working = [(c, one) for c, one in found if "seconds" in one]
-                best = min(working, key=lambda pair: pair[1]["seconds"])[0] if working else choices[0]
+                best, tried[name] = best_configuration(name, shorter, weights[name], length, options)
                 sides[name] = (best, weights[name])
             row = turns(sides, length, config, options)
             row |= {"tried": tried, "left_out": left_out | row["left_out"]}

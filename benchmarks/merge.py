@@ -1,12 +1,14 @@
-"""Our merging beside mergekit: whole commands, start-up included, on four checkpoints of 135 to 200 million parameters in bfloat16.
+"""Our merging beside mergekit: whole commands on four bfloat16 checkpoints of 135 to 200 million parameters.
 
     python benchmarks/peers/install.py mergekit
     python benchmarks/merge.py --out benchmarks/results/merge.json
 
-Four random branches of one random base are written once (Cohere2, the only kind of ours that mergekit takes). For each method both commands run in turn, each in a fresh
-process into a fresh folder, and the largest resident memory of each is read from the system. Beside them stands the ceiling: the time to read the inputs and write
-as many bytes as the result has. Before the first round both results are compared, tensor by tensor. mergekit merges in the models' dtype, bfloat16, which is its fastest;
-ours works in float32. The last line printed is one line of JSON.
+Four random branches of one random base are written once (Cohere2, the only kind of ours that mergekit opens).
+For each method both commands run in turn, start-up included, each in a new process into a new folder, and the
+system reports the peak resident memory of each. Their ceiling is the time to read the inputs and to write as
+many bytes as the result has. Before the first round both results are compared, tensor by tensor. mergekit
+merges in the dtype of the models, bfloat16, which is its fastest; ours works in float32. The last line
+printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -36,25 +38,30 @@ from peers.install import python_of
 
 NAMES = ("a", "b", "c", "d")
 METHODS = ("linear", "slerp", "task-arithmetic", "ties", "dare-linear")
-"""Each is compared in value where it draws nothing at random."""
+"""Methods; the results of all but random ones are compared in value."""
 ROUNDING = 2**-6
-"""Largest difference that is rounding, of entries of size 1: mergekit's sums are rounded to bfloat16 at every step."""
+"""Largest difference from rounding, for entries of size 1: mergekit rounds each sum to bfloat16."""
 
 TIED = 0.05
-"""Share of TIES' entries that may differ by more than rounding: those at the threshold, whose sizes are equal in bfloat16."""
+"""Share of TIES' entries that may differ by more than rounding: those at the threshold, equal in bfloat16."""
 
 
 def config_of(millions: int) -> ModelConfig:
-    """A model of the size of SmolLM-135M, or of 200 million parameters."""
+    """Return a model of the size of SmolLM-135M, or of 200 million parameters."""
     hidden, layers = (576, 30) if millions <= 135 else (768, 26)
     return ModelConfig(
-        vocab_size=49_152, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 32 * 32, num_heads=hidden // 64,
-        num_kv_heads=hidden // 192, head_dim=64, layers=hybrid_layers(layers, window=4096),
-    )  # fmt: skip
+        vocab_size=49_152,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 32 * 32,
+        num_heads=hidden // 64,
+        num_kv_heads=hidden // 192,
+        head_dim=64,
+        layers=hybrid_layers(layers, window=4096),
+    )
 
 
 def write_models(folder: Path, config: ModelConfig) -> None:
-    """A base and four branches of it; the tokenizers that mergekit wants to copy are left out."""
+    """Write a base and four branches of it, without the tokenizers that mergekit would copy."""
     torch.manual_seed(0)
     base = Decoder(config)
     save_model(base, folder / "base", dtype=torch.bfloat16)
@@ -68,12 +75,12 @@ def write_models(folder: Path, config: ModelConfig) -> None:
 
 
 def models_of(method: str) -> tuple[str, ...]:
-    """Those that a method merges."""
+    """Return the models that a method merges."""
     return NAMES[:2] if method == "slerp" else NAMES
 
 
 def our_command(method: str, folder: Path, out: Path) -> list[str]:
-    """As a user types it."""
+    """Return our command, as a user types it."""
     command = [
         sys.executable,
         "-m",
@@ -94,7 +101,7 @@ def our_command(method: str, folder: Path, out: Path) -> list[str]:
 
 
 def their_command(method: str, folder: Path, out: Path) -> list[str]:
-    """mergekit on the same."""
+    """Return the command of mergekit for the same merge."""
     models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in models_of(method)]
     content: dict[str, Any] = {
         "merge_method": method.replace("-", "_"),
@@ -122,19 +129,23 @@ child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(child.pid, 0)
 print(json.dumps([time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
 """
-"""Starts a command and measures it. Linux lets the largest resident memory of a process survive exec, and with it the size of whatever process started
-it: this one has compared models, a small one has not."""
+"""Starts a command and measures it. In Linux the peak resident memory survives exec, so a command starts with
+that of its parent. This process has compared models; the launcher is small."""
 
 
 def run(command: list[str], out: Path) -> tuple[float, int]:
-    """Seconds and the largest resident bytes of a command."""
+    """Measure the seconds and the peak resident bytes of a command."""
     shutil.rmtree(out, ignore_errors=True)
-    # What the last command wrote is on the disk before this one starts.
+    # Wait until the output of the last command is on the disk.
     os.sync()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command], env=environment, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     seconds, largest, code = json.loads(done.stdout)
     if code:
         raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
@@ -142,8 +153,11 @@ def run(command: list[str], out: Path) -> tuple[float, int]:
 
 
 def differences(first: Path, second: Path) -> tuple[float, float]:
-    """Of two results, over all tensors: the largest difference relative to the tensor's largest entry, and the share of entries that differ by more than
-    rounding of an entry of their own size."""
+    """Compare two results over all tensors.
+
+    Returns the largest difference relative to the tensor's largest entry, and the share of entries that
+    differ by more than the rounding of an entry of their own size.
+    """
     from safetensors import safe_open
 
     worst, differ, count = 0.0, 0, 0
@@ -160,7 +174,7 @@ def differences(first: Path, second: Path) -> tuple[float, float]:
 
 
 def copy_seconds(folder: Path, method: str, out: Path) -> float:
-    """To read the inputs and to write as many bytes as one model has."""
+    """Measure the time to read the inputs and to write as many bytes as one model has."""
     names = models_of(method) + (() if method in ("linear", "slerp") else ("base",))
     start = time.perf_counter()
     data = b""
@@ -190,10 +204,14 @@ def main() -> None:
         "name": "merge",
         "parameters": count_parameters(config).total,
         "models": len(NAMES),
-        "machine": {"processor": processor_name(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "machine": {
+            "processor": processor_name(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
         "torch": torch.__version__,
         "results": {},
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_models(folder, config)
@@ -206,8 +224,8 @@ def main() -> None:
             outs = {"ours": folder / "ours", "mergekit": folder / "theirs"}
             for side, command in commands.items():
                 run(command, outs[side])
-            # TIES breaks ties by chance there: of entries of equal size in bfloat16 some are kept and some are not. So the share of entries that differ is
-            # bounded, and all values are compared in the tests, in float32.
+            # mergekit's TIES breaks ties by chance: of entries of equal size in bfloat16, some are kept. So
+            # only the share of different entries is bounded here; the tests compare all values in float32.
             difference = share = None
             if method != "dare-linear":
                 difference, share = differences(outs["ours"], outs["mergekit"])

@@ -1,16 +1,20 @@
-"""Our feed-forward experts beside a dense feed-forward half of equal operations, a loop over experts, and transformers' own experts.
+"""Our experts beside a dense feed-forward of equal operations, a loop, and transformers' experts.
 
     python benchmarks/moe.py --out benchmarks/results/moe.json
     python benchmarks/moe.py --models --out benchmarks/results/moe_models.json
 
-Eight experts, two a token, SwiGLU, each half as wide as twice the hidden size: forward, and forward with backward, in float32 and bfloat16. All sides run in
-one process on the same weights and the same choices and take turns, in another order each round; each round stands between two matmuls of the experts' shape, and rounds in which one of them is
-slow (the machine was busy) are dropped. `ratio` is the best peer's time over ours, `over_dense` ours over that of the dense half (the ideal). A side that
-would take longer than `--most-seconds` a call is left out, and the result says so. The last line printed is one line of JSON.
+Eight experts, two a token, SwiGLU, each half as wide as twice the hidden size: forward, and forward with
+backward, in float32 and bfloat16. All sides run in one process on the same weights and expert assignments.
+They take turns, in another order each round. Each round is between two matmuls of the experts' shape, and
+rounds with a slow one (the machine was busy) are dropped. `ratio` is the best peer's time over ours,
+`over_dense` ours over that of the dense feed-forward (the ideal). A side that would take longer than
+`--most-seconds` a call is left out, and the result says so. The last line printed is one line of JSON.
 
-transformers' further implementations (deepgemm, sonicmoe) need packages for accelerators of their own and are left out. --device cuda measures the same there.
+transformers' further implementations (deepgemm, sonicmoe) need packages for accelerators and are left out.
+--device cuda measures the same there.
 
---models measures whole models in place of this: tokens a second of BTX, BAM (both kinds) and Nexus beside the dense seed, reading, training and writing.
+--models measures whole models instead: tokens per second of BTX, BAM (both kinds) and Nexus beside the dense
+seed, in prefill, training and decode.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 def loop(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
-    """One expert after the other, with masks."""
+    """Run one expert after the other, with masks."""
     said = torch.zeros_like(x)
     for expert in range(into.shape[0]):
         rows, place = torch.where(chosen.experts == expert)
@@ -68,7 +72,7 @@ def loop(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
 def sides(
     hidden: int, tokens: int, dtype: torch.dtype, device: str
 ) -> dict[str, tuple[Function, list[Tensor]]]:
-    """Each side as a function of the tokens, and its weights."""
+    """Return each side as a function of the tokens, and its weights."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -108,13 +112,13 @@ def sides(
 
 
 def wait(x: Tensor) -> None:
-    """Until the accelerator has done what it was told."""
+    """Wait until the accelerator has finished."""
     if x.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(function: Function, x: Tensor, weights: list[Tensor], grad: Tensor | None, repeats: int) -> float:
-    """Of one call, forward or forward and backward, the mean of a few."""
+    """Measure one call, forward or forward and backward: the mean of a few."""
     start = time.perf_counter()
     for _ in range(repeats):
         if grad is None:
@@ -129,7 +133,7 @@ def seconds(function: Function, x: Tensor, weights: list[Tensor], grad: Tensor |
 def compare(
     hidden: int, tokens: int, name: str, training: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """All sides in turn."""
+    """Measure all sides in turns."""
     dtype = DTYPES[name]
     device = options.device
     x = torch.randn(tokens, hidden).to(device, dtype).requires_grad_()
@@ -138,14 +142,15 @@ def compare(
     with torch.no_grad():
         wanted = made["loop"][0](x).float()
         for side, (function, _) in made.items():
-            # transformers' batched products, which copy the weights for every choice, are compared at few tokens.
+            # transformers' batched matmul copies the weights for every assignment: compared at few tokens
+            # only.
             if side != "dense" and (side != "transformers batched_mm" or tokens <= 64):
                 worst = float((function(x).float() - wanted).abs().max() / wanted.abs().max())
                 assert worst < (1e-5 if dtype == torch.float32 else 3e-2), f"{side} differs by {worst}"
     left_out, repeats = {}, {}
     for side, (function, weights) in list(made.items()):
         if side == "transformers batched_mm":
-            # It copies the weights for every choice, and their gradients with them.
+            # It copies the weights for every assignment, and their gradients too.
             needed = tokens * CHOSEN * 3 * hidden * hidden * dtype.itemsize * (3 if training else 1)
             if needed > options.most_gigabytes * 1e9:
                 left_out[side] = f"a call takes {needed / 1e9:.0f} GB"
@@ -163,7 +168,7 @@ def compare(
     before = matmul_rate(shape, dtype, device=device)
     order = random.Random(0)
     for _ in range(options.rounds):
-        # In another order each time: whoever comes after another finds in the caches what that one left.
+        # A random order each time, because the caches hold the data of the side before.
         for side in order.sample([*made], len(made)):
             function, weights = made[side]
             samples[side].append(seconds(function, x, weights, grad, repeats[side]))
@@ -201,7 +206,7 @@ def compare(
 
 
 def models(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each kind of mixture beside its dense seed."""
+    """Measure tokens per second of each kind of mixture beside its dense seed."""
     base = preset("koine-4m")
     names = ("seed", "code", "law", "maths")
     kinds: dict[str, ModelConfig] = {
@@ -272,7 +277,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--most-seconds", type=float, default=1.0, help="longest call that is waited for")
+    parser.add_argument("--most-seconds", type=float, default=1.0, help="longest call to wait for")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--most-gigabytes", type=float, default=4.0, help="largest memory of a call that is tried"

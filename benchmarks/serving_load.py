@@ -1,10 +1,10 @@
-"""64 requests of mixed length against one engine: served together (continuous batching) and one by one, with the same weights.
+"""64 requests of mixed length against one engine: continuous batching, and one by one, with the same weights.
 
     python benchmarks/serving_load.py --out benchmarks/results/serving_load.json
 
-Requests arrive at random (exponential gaps, seeded) at a rate above what one-by-one serving can do; both ways get the same arrivals. A
-request's latency runs from its arrival to its last token. Every answer of the two ways must be equal, token for token, and none may be
-missing. The last line printed is one line of JSON.
+Requests arrive at random (exponential gaps, seeded), faster than one-by-one serving can finish them; both
+ways get the same arrivals. The latency of a request runs from its arrival to its last token. Both ways must
+finish all requests with the same tokens. The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from koine.model.counting import count_parameters
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request before it is sent: seconds after the start, prompt, longest answer."""
+    """A request before it is sent: seconds after the start, prompt, maximum new tokens."""
 
     at: float
     prompt: list[int]
@@ -40,7 +40,7 @@ class Arrival:
 
 
 def arrivals(count: int, rate: float, vocabulary: int, seed: int) -> list[Arrival]:
-    """Prompts of 16 to 1,024 tokens and answers of 16 to 256, both log-uniform, `rate` a second."""
+    """Draw prompts of 16 to 1,024 tokens and outputs of 16 to 256, both log-uniform, `rate` a second."""
     draw = random.Random(seed)
     at, found = 0.0, []
     for _ in range(count):
@@ -51,7 +51,7 @@ def arrivals(count: int, rate: float, vocabulary: int, seed: int) -> list[Arriva
 
 
 def serve(model: Decoder, wanted: list[Arrival], max_batch: int) -> dict[str, Any]:
-    """Serve all; seconds in all, latencies and answers."""
+    """Serve all requests; return total seconds, latencies and outputs."""
     scheduler = Scheduler(model, max_batch=max_batch, prefixes=0)
     start = time.perf_counter()
     waiting, running = list(wanted), {}
@@ -88,6 +88,7 @@ def serve(model: Decoder, wanted: list[Arrival], max_batch: int) -> dict[str, An
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
+    """Return the 50th, 90th and 99th percentile."""
     ordered = sorted(values)
     return {
         f"p{share}": ordered[min(len(ordered) - 1, int(share / 100 * len(ordered)))] for share in (50, 90, 99)
@@ -108,7 +109,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # A wide initialisation keeps the two best logits apart, so that rounding does not decide which token is greedy.
+    # A wide initialisation keeps the two best logits apart, so that rounding does not choose the greedy
+    # token.
     config = replace(preset(options.preset), initializer_range=0.1)
     model = pack(Decoder(config))
     wanted = arrivals(options.requests, options.rate, config.vocab_size, seed=1)

@@ -1,8 +1,9 @@
-"""How long `koine tokenizer measure` takes for 5 tokenizers on 40 languages of 1 MB each.
+"""Time of `koine tokenizer measure` for 5 tokenizers on 40 languages of 1 MB each.
 
     python benchmarks/tokenizer_measure.py --data PATH... --out benchmarks/results/tokenizer_measure.json
 
-The tokenizers are three of ours (8k, 32k, 128k), one in tiktoken's format and one of SentencePiece, so that every kind of reader is timed.
+The tokenizers are three of ours (8k, 32k, 128k), one in tiktoken's format and one of SentencePiece, so that
+every loader is timed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BYTES = 1_000_000
 
 
 def collect(paths: Iterable[Path], out: Path) -> dict[str, list[str]]:
-    """The 40 languages with most text, one megabyte of each, again and again where there is less; written to `out`."""
+    """Write one megabyte of each of the 40 languages with most text to `out`; shorter texts repeat."""
     from koine.data import read_records
 
     texts: dict[str, list[str]] = {}
@@ -46,7 +47,7 @@ def collect(paths: Iterable[Path], out: Path) -> dict[str, list[str]]:
 
 
 def build(texts: dict[str, list[str]], folder: Path) -> list[Path]:
-    """Five tokenizers of three kinds."""
+    """Build five tokenizers of three kinds."""
     import sentencepiece
 
     from koine.tokenizer import train_tokenizer
@@ -124,7 +125,7 @@ def main() -> None:
 
 
 def text_bytes(found: dict[str, Any]) -> int:
-    """Bytes of text that each tokenizer read."""
+    """Return the bytes of text that each tokenizer encoded."""
     return int(next(iter(found.values()))["overall"]["bytes"])
 
 

@@ -1,8 +1,8 @@
-"""The real case of docs/tokenizer.md: its commands on the development data pack, and its table from what they measured.
+"""Real case of docs/how-to/tokenizer.md: run its commands on the development data pack, and print its table.
 
-    python benchmarks/tokenizer_real_case.py --pack ../shared/data --out benchmarks/results/tokenizer_real_case.json
+    python benchmarks/tokenizer_real_case.py --pack PACK --out benchmarks/results/tokenizer_real_case.json
 
-`--table FILE` prints the table of a result file and runs nothing; the manual holds that table as it is.
+`--table FILE` only prints the table of a result file; the docs have the same table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GROUPS = {
 
 
 def koine(folder: Path, *words: str) -> list[str]:
-    """Run one command of the manual in `folder`; the notes that it made."""
+    """Run one command of the docs in `folder`; return its notes."""
     done = subprocess.run(
         [sys.executable, "-m", "koine", "tokenizer", *words],
         cwd=folder,
@@ -49,7 +49,7 @@ def koine(folder: Path, *words: str) -> list[str]:
 
 
 def run(pack: Path) -> dict[str, Any]:
-    """The manual's commands, and the numbers of its table."""
+    """Run the commands of the docs; return the numbers of its table."""
     data = [word for text in TEXTS for word in ("--data", str((pack / text).resolve()))]
     notes: dict[str, list[str]] = {}
     seconds: dict[str, float] = {}
@@ -93,7 +93,7 @@ def run(pack: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The manual's table."""
+    """Return the table of the docs."""
     first, *others = GROUPS.values()
     lines = [
         "| tokenizer | bytes per token | parity with English | Gini | partial characters "

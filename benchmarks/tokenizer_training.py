@@ -1,9 +1,10 @@
-"""Training a byte-level BPE with `koine.tokenizer` beside calling the `tokenizers` library directly, on the same text.
+"""Training a byte-level BPE with `koine.tokenizer` and with the `tokenizers` library, on the same text.
 
-    python benchmarks/tokenizer_training.py --data PATH --megabytes 64 256 --out benchmarks/results/tokenizer_training.json
+    python benchmarks/tokenizer_training.py --data PATH --out benchmarks/results/tokenizer_training.json
 
-Each run is a process of its own, so that its peak memory is its own; the sides alternate. Both read the text from one plain file, a line a
-document, weighted naturally. Up to the scale at which counts are scaled down, the merges must be the same.
+Each run has its own process, and so its own peak memory; the sides alternate. Both read the text from one
+plain file, a line a document, with natural weights. Below the size at which counts are scaled down, the
+merges must be the same.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def run(side: str, path: Path) -> dict[str, Any]:
 
 
 def write_text(paths: list[Path], size: int, out: Path) -> None:
-    """`size` bytes of documents, the data again and again; each document ends in a word of its own, so that new pre-tokens keep coming."""
+    """Write `size` bytes of documents, repeating the data.
+
+    Each document ends in a word of its own, so that there are always new pre-tokens.
+    """
     from koine.data import read_records
 
     written = 0
@@ -87,7 +91,8 @@ def write_text(paths: list[Path], size: int, out: Path) -> None:
                         return
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -100,7 +105,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--side", choices=["ours", "direct"], help=argparse.SUPPRESS)
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     if options.side:
         from koine.plan.run.peak_memory import own_peak
 

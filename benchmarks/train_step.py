@@ -1,11 +1,12 @@
-"""Our training step beside transformers' Cohere2ForCausalLM (same weights, AdamW, precision) and litgpt's Llama of equal size.
+"""Our training step beside transformers' Cohere2ForCausalLM (same weights) and litgpt's Llama of equal size.
 
     python benchmarks/peers/install.py transformers litgpt
     python benchmarks/train_step.py --out benchmarks/results/train_step.json
 
-Each side is first tried in each of its configurations (float32, bfloat16; eager, compiled), and its best one enters the comparison. Then the two
-sides take turns of a few steps. A matmul of the block's own shape is timed before and after each turn, and turns beside a slow one are
-dropped. The last line printed is one line of JSON.
+Both use AdamW and the same precision. Each side is first tried in each of its configurations (float32,
+bfloat16; eager, compiled), and its best one is compared. Then the two sides take turns of a few steps. A
+matmul of the block's own shape is timed before and after each turn, and turns beside a slow one are dropped.
+The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Configuration:
 
 
 class Quiet:
-    """Whether the machine is ours alone just now: a matmul near the fastest one of the run. Its rate starts every timing."""
+    """Detects a quiet machine: a matmul runs near the fastest rate of the run."""
 
     def __init__(self, shape: tuple[int, int, int], fastest: float = 0.0) -> None:
         self.shape, self.fastest = shape, fastest
@@ -77,7 +78,7 @@ class Quiet:
 
 
 class Process(Side):
-    """A side, ready to step."""
+    """Process of a side, ready to step."""
 
     def __init__(self, configuration: Configuration, weights: Path, length: int, threads: int) -> None:
         batch, time_ = TOKENS[length]
@@ -97,7 +98,7 @@ class Process(Side):
         command += ["--batch", str(batch), "--length", str(time_), "--threads", str(threads)]
         command += ["--attention", configuration.attention]
         command += ["--compile"] if configuration.compiled else []
-        # Our training loop makes this setting for itself; what is measured here is the step alone, so it is made from outside.
+        # Our training loop sets this itself; here the step alone is measured, so it is set from outside.
         if configuration.keep_freed_memory or configuration.side == "ours":
             command += ["--keep-freed-memory"]
         super().__init__(command)
@@ -106,7 +107,7 @@ class Process(Side):
 def matmul_rate(
     shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 6, device: str = "cpu"
 ) -> float:
-    """FLOP/s of `[m, k] @ [k, n]`, the best of a few."""
+    """Measure FLOP/s of `[m, k] @ [k, n]`, the best of a few."""
     m, k, n = shape
     a, b = torch.randn(m, k).to(device, dtype), torch.randn(k, n).to(device, dtype)
     out = torch.empty(m, n, dtype=dtype, device=device)
@@ -123,7 +124,7 @@ def matmul_rate(
 def configurations(side: str, quick: bool, dtypes: list[str]) -> list[Configuration]:
     found = [Configuration(side, dtype, compiled) for dtype in dtypes for compiled in (False, True)]
     if side != "ours":
-        # Ours runs with the allocator setting that training makes for itself; a peer is tried with and without it.
+        # Ours has the allocator setting of our training; a peer is tried with and without it.
         found += [Configuration(c.side, c.dtype, c.compiled, True) for c in found]
     return [c for c in found if not c.compiled] if quick else found
 
@@ -131,9 +132,9 @@ def configurations(side: str, quick: bool, dtypes: list[str]) -> list[Configurat
 def trial(
     configuration: Configuration, weights: Path, length: int, threads: int, quiet: Quiet, patience: float
 ) -> dict[str, Any]:
-    """Seconds of a step in this configuration, the best of a few, and the first loss.
+    """Measure seconds of a step in this configuration, the best of a few, and the first loss.
 
-    Without the wait for a quiet machine, a neighbour's load during one trial would choose the configuration.
+    It waits for a quiet machine: otherwise another process's load could choose the configuration.
     """
     try:
         side = Process(configuration, weights, length, threads)
@@ -183,7 +184,7 @@ def alternate(
     config: ModelConfig,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Turns of a few steps each, as a training makes them one after the other, with a probe before and after each turn."""
+    """Measure turns of a few consecutive steps, with a matmul timed before and after each turn."""
     batch, time_ = TOKENS[length]
     shape = (min(batch * time_, 4096), config.hidden_size, sum(config.projection_sizes))
     sides = {
@@ -198,7 +199,7 @@ def alternate(
         sample = {}
         for name, side in sides.items():
             before = matmul_rate(shape, torch.bfloat16)
-            # The first step of a turn finds the caches full of the other side's data, which no training does.
+            # Not timed: its caches are full of the other side's data, which never happens in training.
             side.ask("step")
             sample[name] = statistics.mean(side.ask("step")["seconds"] for _ in range(options.turn))
             after = matmul_rate(shape, torch.bfloat16)
@@ -210,13 +211,14 @@ def alternate(
     probes = [s[f"{name}_probe"] for s in samples for name in sides]
     probe = statistics.median(probes)
     good = [s for s in samples if all(s[f"{name}_probe"] >= SLOW_PROBE * probe for name in sides)]
-    # On a machine that is never quiet every step has a slow probe beside it somewhere: then all are kept, and `slow` is above zero.
+    # On a machine that is never quiet every turn has a slow probe; then all are kept, and `slow` is above
+    # zero.
     kept = good if len(good) >= 3 else samples
     ratios = sorted(s["peer"] / s["ours"] for s in kept)
     tokens = batch * time_
     flops = training_flops_per_token(config, time_) * tokens
-    # The machine's speed changes from minute to minute, so a turn's ceiling is the faster of the probes right before and after it;
-    # the fastest probe of the whole run stands beside it.
+    # The machine's speed changes from minute to minute: a turn's ceiling is the faster of the probes right
+    # before and after it. The fastest probe of the whole run is reported too.
     fastest = max(s[f"{name}_ceiling"] for s in samples for name in sides)
     share = {name: statistics.median(flops / s[name] / s[f"{name}_ceiling"] for s in kept) for name in sides}
     seconds = {name: statistics.median(s[name] for s in kept) for name in sides}
@@ -239,7 +241,8 @@ def alternate(
     }
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -256,7 +259,11 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="eager configurations only")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config = preset("koine-8m")
@@ -301,7 +308,8 @@ def main() -> None:
                     memory[str(ours)] if str(ours) != str(theirs) else tried, ours
                 )
                 row["peer_peak_memory_bytes"] = _memory(tried_theirs, theirs)
-                # A search that was disturbed may have missed a side's best configuration: then the ratio is no evidence.
+                # A disturbed search may have missed a side's best configuration; the ratio then proves
+                # nothing.
                 row["search_undisturbed"] = all(
                     r.get("undisturbed_steps", 0) > 0 for r in [*tried, *tried_theirs]
                 )
@@ -319,7 +327,7 @@ def _memory(tried: list[Any], configuration: Configuration) -> float:
 
 
 def check_same_loss(ours: list[Any], theirs: list[Any]) -> None:
-    """The same weights on the same tokens: float32 losses agree to 1e-4 (bfloat16 ones, where only those were run, to 2e-3)."""
+    """Check that both sides have the same loss: to 1e-4 in float32, else to 2e-3 in bfloat16."""
     for name, tolerance in (("float32 eager", 1e-4), ("bfloat16 eager", 2e-3)):
         losses = [r["first_loss"] for side in (ours, theirs) for r in side if r["configuration"] == name]
         if len(losses) == 2:

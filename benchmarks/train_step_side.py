@@ -1,7 +1,7 @@
 """One side of benchmarks/train_step.py: a process that makes training steps on command.
 
-It reads one JSON object a line (`{"do": "step"}`, `"loss"`, `"memory"`, `"quit"`) and answers with one. It runs in the environment of the side
-that it measures: `ours` needs koine, `transformers` and `litgpt` need only themselves.
+It reads one JSON object a line (`{"do": "step"}`, `"loss"`, `"memory"`, `"quit"`) and answers with one. It
+runs in the environment of its side: `ours` needs koine, `transformers` and `litgpt` need only themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def batch(options: argparse.Namespace, vocabulary: int) -> tuple[Tensor, Tensor]
 
 
 def ours(options: argparse.Namespace) -> tuple[Step, Step]:
-    """koine's own model, loss and optimiser, as its training loop calls them."""
+    """Make steps of our model, loss and optimiser, as our training loop calls them."""
     from koine.data.batch import Batch
     from koine.model import load_model
     from koine.train import TrainSettings, language_modelling
@@ -66,7 +66,7 @@ def ours(options: argparse.Namespace) -> tuple[Step, Step]:
 def peer_step(
     model: Any, logits_of: Callable[[Any, Tensor], Tensor], options: argparse.Namespace, vocabulary: int
 ) -> tuple[Step, Step]:
-    """A plain training step: autocast with float32 weights, torch's cross-entropy, fused AdamW, clipping."""
+    """Make a plain training step: autocast, float32 weights, torch's cross-entropy, fused AdamW, clipping."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     adamw = torch.optim.AdamW(
@@ -116,7 +116,10 @@ def transformers_side(options: argparse.Namespace) -> tuple[Step, Step]:
 
 
 def litgpt_side(options: argparse.Namespace) -> tuple[Step, Step]:
-    """A Llama of as many layers, heads and hidden units, its feed-forward widened to the same number of parameters."""
+    """Make steps of a Llama with the same layers, heads and hidden size.
+
+    Its feed-forward is widened to the same number of parameters.
+    """
     from litgpt import GPT, Config
 
     about = json.loads((Path(options.weights) / "config.json").read_text())
@@ -136,12 +139,13 @@ def litgpt_side(options: argparse.Namespace) -> tuple[Step, Step]:
         "mlp_class_name": "LLaMAMLP",
     }
     model = GPT(Config(**sizes)).train()
-    # Our embedding is tied, litgpt's Llama has a head of its own: its embedding lookup costs no matmul, so operations are equal.
+    # Our embedding is tied; litgpt's Llama has its own head. Its embedding lookup costs no matmul, so
+    # operations are equal.
     return peer_step(model, lambda m, tokens: m(tokens), options, about["vocab_size"])
 
 
 def keep_freed_memory() -> None:
-    """The allocator setting that our training makes for itself, for a peer too (see koine.allocator)."""
+    """Make the allocator setting of our training for a peer too (see koine.allocator)."""
     import ctypes
 
     libc = ctypes.CDLL(None)
@@ -150,7 +154,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,7 @@
-"""Register of all measured hypotheses; `python -m experiments.register` prints its part of docs/papers.md."""
+"""Register of all measured hypotheses, as in docs/explanation/papers.md.
+
+python -m experiments.register
+"""
 
 from __future__ import annotations
 

@@ -116,3 +116,33 @@ def test_a_sentence_encoder_with_code_is_refused(tmp_path: Path) -> None:
     ):
         SentenceEncoder(folder)
     assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "fancylm"])
+def test_code_of_a_model_is_never_run(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A class of `transformers` opens without the folder's code; for any other model, the code is named.
+
+    Nothing is asked on the terminal.
+    """
+    transformers = pytest.importorskip("transformers")
+    from koine.model import load_causal_lm
+
+    folder = tmp_path / "model"
+    config = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("configuration_fancy", "modeling_fancy"):
+        spy(folder, name)
+    code = {"AutoConfig": "configuration_fancy.C", "AutoModelForCausalLM": "modeling_fancy.C"}
+    value = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(value | {"model_type": kind, "auto_map": code}))
+    if kind == "llama":
+        assert load_causal_lm(folder).architecture == "LlamaForCausalLM"
+    else:
+        with pytest.raises(
+            UserError, match=r"needs Python code .* \(configuration_fancy\.C, modeling_fancy\.C\)"
+        ):
+            load_causal_lm(folder)
+    assert not (tmp_path / "it-ran").exists()
+    assert "[y/N]" not in "".join(capfd.readouterr())

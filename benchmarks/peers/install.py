@@ -1,4 +1,4 @@
-"""Create the environment of a peer: `python benchmarks/peers/install.py NAME` makes `.venv-peers/NAME` from `NAME.txt`."""
+"""Create the environment `.venv-peers/NAME` of a peer: `python benchmarks/peers/install.py NAME`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One side of a benchmark: a process in an environment of its own that takes orders and answers, one JSON object a line."""
+"""One side of a benchmark: a process in its own environment that answers commands, one JSON object a line."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def mixtures(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Means over seeds of each arm as a Markdown table; a test compares it with docs/combining.md."""
+    """Means over seeds of each arm as a Markdown table; also in docs/explanation/combining.md."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
     rows = []
     for arm, name in NAMES.items():

@@ -68,7 +68,7 @@ def collisions(results: dict[str, Any], out: Path) -> None:
 def domain_table(results: dict[str, Any]) -> str:
     """Loss of each merge against each domain's own expert, means over seeds, as a Markdown table.
 
-    A test compares it with docs/combining.md.
+    Also in docs/explanation/combining.md.
     """
     rows = []
     for arm, (name, domains) in MERGES.items():
@@ -83,7 +83,7 @@ def domain_table(results: dict[str, Any]) -> str:
 def language_table(results: dict[str, Any]) -> str:
     """Bits per byte over all eleven languages, means over seeds, as a Markdown table.
 
-    A test compares it with docs/combining.md.
+    Also in docs/explanation/combining.md.
     """
     languages = list(results["runs"]["small-clusters/0"]["bits_per_byte"])
     rows = {

@@ -76,7 +76,7 @@ def extension(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Bits per byte of each arm as a Markdown table; a test compares it with docs/combining.md."""
+    """Bits per byte of each arm as a Markdown table; also in docs/explanation/combining.md."""
     domains = list(results["runs"]["seed/0"]["bits_per_byte"])
     rows = dict(NAMES)
     for router, name in ROUTERS.items():

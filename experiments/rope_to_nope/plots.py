@@ -133,7 +133,7 @@ def segments(results: dict[str, Any], out: Path) -> None:
 
 
 def arm_table(results: dict[str, Any]) -> str:
-    """Means over seeds of each arm as a Markdown table; a test compares it with docs/rope-to-nope.md."""
+    """Means over seeds of each arm as a Markdown table; also in docs/explanation/rope-to-nope.md."""
     lengths = list(next(iter(results["runs"].values()))["answers"])
     header = [f"{int(length):,}" for length in lengths]
     rows = []

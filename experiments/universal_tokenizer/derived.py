@@ -1,4 +1,4 @@
-"""Values that docs/universal-tokenizer.md states beside the verdicts; no verdict depends on them.
+"""Values that docs/explanation/universal-tokenizer.md states beside the verdicts; no verdict depends on them.
 
 python -m experiments.universal_tokenizer.derived experiments/universal_tokenizer/results/laptop.json
 """
@@ -85,7 +85,7 @@ def better_languages(results: dict[str, Any]) -> dict[str, int]:
 def forgetting(results: dict[str, Any]) -> str:
     """Losses of the primary languages during adaptation as a Markdown table.
 
-    A test compares it with docs/universal-tokenizer.md.
+    Also in docs/explanation/universal-tokenizer.md.
     """
     codes = results["languages"]["primary"]
     names = {"universal": "Universal, 0 %", "universal-5": "Universal, 5 %", "cluster": "Cluster"}
@@ -109,7 +109,7 @@ def forgetting(results: dict[str, Any]) -> str:
 
 
 def statements(results: dict[str, Any]) -> dict[str, str]:
-    """Return the phrases of docs/universal-tokenizer.md that hold a derived number; a test looks for each."""
+    """Return the phrases of docs/explanation/universal-tokenizer.md that have a derived number."""
 
     def spread(values: list[float]) -> str:
         low, high = interval(values)

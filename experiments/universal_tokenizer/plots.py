@@ -101,7 +101,7 @@ def predicted(results: dict[str, Any], out: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Verdicts as a Markdown table; a test compares it with docs/universal-tokenizer.md."""
+    """Verdicts as a Markdown table; also in docs/explanation/universal-tokenizer.md."""
     lines = ["| id | verdict | measured, bits per byte (95 % interval) | paper |", "|---|---|---|---|"]
     for name, one in results["hypotheses"].items():
         if name == "UT9":

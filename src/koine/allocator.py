@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
 
     By default every tensor above some 128 KiB to 32 MiB is mapped anew and handed back when freed, so that each step of a training on
     CPU faults in its activations page by page again: the same step took 0.51 s with this and between 1.3 and 3.6 s without it
-    (docs/log.md). The process keeps the memory of its peak until it ends; the peak itself is the same.
+    (docs/explanation/log.md). The process keeps the memory of its peak until it ends; the peak itself is the same.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -84,13 +84,13 @@ def check_number(
     """`value` as a float where it is a finite number within its bounds, else a `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong(name, value, "a number", where)
+    if isinstance(value, float) and math.isnan(value):
+        raise _wrong(name, value, "a number", where)
     _check_bounds(name, value, low, high, above, where)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if math.isnan(number):
-        raise _wrong(name, value, "a number", where)
     if math.isinf(number):
         raise _wrong(name, value, "finite", where)
     return number

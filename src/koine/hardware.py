@@ -110,7 +110,7 @@ def chosen_dtype(wanted: str) -> str:
 def bfloat16_is_fast() -> bool:
     """Whether the processor is known to multiply in bfloat16 faster than in float32: with AMX, ARM's instructions or AMD's AVX-512 BF16.
 
-    Without instructions bfloat16 is emulated, and Intel's AVX-512 BF16 alone is slower than its float32 (docs/log.md).
+    Without instructions bfloat16 is emulated, and Intel's AVX-512 BF16 alone is slower than its float32 (docs/explanation/log.md).
     """
     flags = processor_flags()
     matrix = {"amx_bf16", "bf16"} & flags
@@ -124,7 +124,7 @@ def processor_name() -> str:
 
 @functools.cache
 def is_intel() -> bool:
-    """Whether the processor is Intel's: which kernels are fastest on CPU depends on it (docs/log.md)."""
+    """Whether the processor is Intel's: which kernels are fastest on CPU depends on it (docs/explanation/log.md)."""
     return "intel" in processor_name().lower()
 
 

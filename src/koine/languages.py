@@ -202,7 +202,7 @@ def _suggestion(code: str) -> str:
     shown = dict.fromkeys(f"'{entry.code}' ({entry.name})" for entry in found)
     if shown:
         return f"did you mean {' or '.join(list(shown)[:3])}?"
-    return "codes are BCP-47 (de), ISO 639-3 (deu) or with a script (deu_Latn); docs/languages.md lists them"
+    return "codes are BCP-47 (de), ISO 639-3 (deu) or with a script (deu_Latn); docs/reference/languages.md lists them"
 
 
 def parse_languages(text: str) -> tuple[str, ...]:

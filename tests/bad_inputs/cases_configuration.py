@@ -83,7 +83,7 @@ CASES = (
         prepare=worlds.having("model", then=file_is(CONFIG, '{"model_type": "\\ud800"}')),
         says=f"{CONFIG}: not valid JSON (a string holds half of a surrogate pair); the file is damaged or truncated; write it again",
     ),
-    training("a learning rate that is no number", "--learning-rate nan", "learning_rate is nan; it must be greater than 0"),
+    training("a learning rate that is no number", "--learning-rate nan", "learning_rate is nan; it must be a number"),
     training("a learning rate without end", "--learning-rate inf", "learning_rate is inf; it must be at most 1000"),
     training("an epsilon below what float32 holds", "--epsilon 1e-40", "epsilon is 1e-40; it must be at least 1e-30"),
     training("a seed of 40 digits", "--seed 1" + "0" * 40, "seed is 1" + "0" * 40 + "; it must be at most 9223372036854775807"),

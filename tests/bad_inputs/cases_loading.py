@@ -146,7 +146,7 @@ CASES = (
         mistake="an encoder to chat with",
         command=CHAT,
         prepare=saved("roberta", "AutoModelForMaskedLM"),
-        says="llama: RobertaForCausalLM is not causal (an encoder?): later tokens change what it says of earlier ones; give a causal language model",
+        says="llama: RobertaForCausalLM is not causal (an encoder?): its earlier logits change with later tokens; give a causal language model",
     ),
     Case(
         mistake="a model of encoder and decoder",

@@ -134,7 +134,7 @@ CASES = (
         mistake="a weight decay that is no number",
         command=TRAIN + " --weight-decay nan",
         prepare=worlds.having("tokens", "tokenizer"),
-        says="weight_decay is nan; it must be at least 0",
+        says="weight_decay is nan; it must be a number",
     ),
     Case(
         mistake="an encoder of domains of an unknown kind",
@@ -186,6 +186,6 @@ CASES = (
         mistake="a factor of the balance loss that is no number",
         command=BTX + " --load-balancing nan",
         prepare=worlds.having("model", "branch"),
-        says="load_balancing is nan; it must be at least 0",
+        says="load_balancing is nan; it must be a number",
     ),
 )

@@ -1,4 +1,4 @@
-"""The table of bad inputs. `python -m tests.bad_inputs.table --write` writes docs/bad-inputs.md from it."""
+"""The table of bad inputs. `python -m tests.bad_inputs.table --write` writes docs/reference/bad-inputs.md from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from . import (
 )
 from .case import Case
 
-PAGE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "bad-inputs.md"
 
 SECTIONS: dict[str, tuple[Case, ...]] = {
     "The command line and the installation": cases_command.CASES,
@@ -70,7 +70,7 @@ def page() -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write docs/bad-inputs.md")
+    parser.add_argument("--write", action="store_true", help="write docs/reference/bad-inputs.md")
     if parser.parse_args().write:
         PAGE.write_text(page(), encoding="utf-8")
     else:

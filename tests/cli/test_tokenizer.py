@@ -110,7 +110,7 @@ def test_extend_measures_on_text_that_nothing_was_learnt_from(folder: Path) -> N
         f"from scratch: {load_tokenizer(folder / 'longer').vocab_size:,} tokens learnt from ko, de"
         in done.output
     )
-    assert "measured on every 20th text, which nothing was learnt from" in done.output
+    assert "measured on every 20th text, left out of training" in done.output
     record = json.loads((folder / "longer" / "tokenizer_training.json").read_text(encoding="utf-8"))
     assert record["data"] == ["text.jsonl"]
     assert record["extends"]["path"] == "one"

@@ -1,4 +1,4 @@
-"""What the tests of merging share: a recipe with its usual numbers, and the tensors of a folder."""
+"""What the tests of merging share: a configuration with its usual numbers, and the tensors of a folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import METHODS
 
 
-def recipe_of(method: str, models: dict[str, Path], **more: Any) -> Recipe:
+def config_of(method: str, models: dict[str, Path], **more: Any) -> MergeConfig:
     info = METHODS[method]
     fields: dict[str, Any] = {"method": method, "models": (models["a"], models["b"])}
     if info.takes("weights"):
@@ -21,7 +21,7 @@ def recipe_of(method: str, models: dict[str, Path], **more: Any) -> Recipe:
         fields["base"] = models["base"]
     if "t" in info.parameters:
         fields["options"] = {"t": 0.3}
-    return Recipe(**(fields | more))
+    return MergeConfig(**(fields | more))
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

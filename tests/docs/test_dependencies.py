@@ -1,4 +1,4 @@
-"""No dependency without a reason: docs/dependencies.md lists exactly what pyproject.toml asks for."""
+"""No dependency without a reason: docs/reference/dependencies.md lists exactly what pyproject.toml asks for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def rows(heading: str, column: int) -> set[str]:
     """The names in one column of the table under `heading`."""
-    page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "dependencies.md").read_text(encoding="utf-8")
     section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     cells = [line.split("|")[column] for line in section.splitlines() if line.startswith("|")][2:]
     return {name.strip().lower() for cell in cells for name in cell.split(",")}

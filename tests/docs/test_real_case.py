@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "tokenizer_real_case.json"
-PAGE = ROOT / "docs" / "tokenizer.md"
+PAGE = ROOT / "docs" / "how-to" / "tokenizer.md"
 
 sys.path.append(str(ROOT / "benchmarks"))
 from tokenizer_real_case import ARMS, CLUSTER, CODES, GROUPS, table  # noqa: E402

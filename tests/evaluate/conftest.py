@@ -1,4 +1,4 @@
-"""A byte-level tokenizer, and small causal LMs with the interface that scoring asks for."""
+"""A byte-level tokenizer, and small causal LMs with the interface that scoring needs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Wrapped(nn.Module):
 
 
 class Scripted(nn.Module):
-    """Says a fixed continuation after the last prompt marker, whatever the prompt: `answers[length of the prompt]`."""
+    """Predicts `answer_of[ids so far]`, else token 0."""
 
     def __init__(self, vocab_size: int, answer_of: dict[tuple[int, ...], int]) -> None:
         super().__init__()

@@ -10,7 +10,6 @@ import torch
 
 from koine.errors import UserError
 from koine.evaluate import bits_per_byte
-from koine.evaluate.log_likelihood import windows
 from koine.tokenizer import Tokenizer
 
 from .conftest import Uniform, Wrapped
@@ -79,25 +78,6 @@ def test_long_documents_are_scored_to_the_end(tokenizer: Tokenizer) -> None:
         assert cut["bytes"] == whole["bytes"]
 
 
-@pytest.mark.parametrize("max_length", [2, 5, 8, 100])
-@pytest.mark.parametrize("size", [1, 5, 6, 9, 23, 100])
-def test_windows_predict_each_token_once_with_half_a_window_of_context(size: int, max_length: int) -> None:
-    tokens = list(range(1000, 1000 + size + 1))
-    predicted = []
-    for window in windows(0, tokens, max_length):
-        assert len(window.tokens) - 1 <= max_length
-        predicted += window.tokens[-window.scored :]
-        context = len(window.tokens) - window.scored
-        assert window.tokens[0] == 1000 or context >= max_length // 2
-    assert predicted == tokens[1:]
-
-
-def test_the_model_is_given_back_as_it_was(tokenizer: Tokenizer) -> None:
-    model = Uniform(400).train()
-    bits_per_byte(model, tokenizer, RECORDS)
-    assert model.training
-
-
 @pytest.mark.parametrize(
     ("records", "options", "words"),
     [
@@ -107,7 +87,7 @@ def test_the_model_is_given_back_as_it_was(tokenizer: Tokenizer) -> None:
         (RECORDS, {"max_length": 1}, "length is 1"),
     ],
 )
-def test_what_cannot_be_scored_is_the_users_error(
+def test_records_without_text_and_wrong_numbers_raise_a_user_error(
     tokenizer: Tokenizer, records: list, options: dict, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):

@@ -1,4 +1,4 @@
-"""Routing shares against routers that are known to send everything to one expert."""
+"""Routing shares of routers that send everything to one expert, or to all alike."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_shares_are_those_of_the_routers(tmp_path: Path) -> None:
     assert shares.attention is not None
     assert torch.allclose(shares.attention, torch.full((4, 3), 1 / 3, dtype=torch.float64))
     assert torch.allclose(shares.chosen.sum(-1), torch.ones(4, dtype=torch.float64))
-    # The mean of what the second layer's router reads, made long: its expert wins wherever the rest agrees with it.
+    # The router's weight for expert 2 is the input of the first token, scaled up: that token goes to it.
     seen: list[torch.Tensor] = []
     handle = model.blocks[1].norm.register_forward_hook(lambda _, __, out: seen.append(out))
     routing_shares(model, tokenizer, ["ein Text"])

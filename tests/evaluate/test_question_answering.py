@@ -1,4 +1,4 @@
-"""Exact answers: a model whose every word is laid down, against counts by hand."""
+"""Exact answers of a scripted model, against counts by hand."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def question(number: int, answer: str, split: str, language: str = "de") -> dict
     }
 
 
-def scripted(tokenizer: Tokenizer, said: list[tuple[dict, str, bool]]) -> Scripted:
-    """A model that answers each question with the given text, and ends or rambles on."""
+def scripted(tokenizer: Tokenizer, outputs: list[tuple[dict, str, bool]]) -> Scripted:
+    """A model that answers each question with the given text, and then ends or does not."""
     table: dict[tuple[int, ...], int] = {}
-    for record, answer, ends in said:
+    for record, answer, ends in outputs:
         ids = tokenizer.encode_messages(record["messages"], generation_prompt=True)[0]
         for token in tokenizer.encode(answer) + [tokenizer.end_of_turn_id] * ends:
             table[tuple(ids)] = token
@@ -33,7 +33,7 @@ def scripted(tokenizer: Tokenizer, said: list[tuple[dict, str, bool]]) -> Script
 
 
 def test_right_answers_are_counted_by_language_and_kind(tokenizer: Tokenizer) -> None:
-    said = [
+    outputs = [
         (question(1, "Berlin", "recall"), "Berlin", True),
         (question(2, "Bern", "recall"), "Berne", True),
         (question(3, "zwei  Euro", "heldout-fact"), " zwei Euro\n", True),  # white space does not matter
@@ -41,9 +41,9 @@ def test_right_answers_are_counted_by_language_and_kind(tokenizer: Tokenizer) ->
         (question(5, "Wien", "heldout"), "Wien", False),  # does not end: wrong
         (question(6, "東京", "recall", "ja"), "東京", True),
     ]
-    model = scripted(tokenizer, said)
+    model = scripted(tokenizer, outputs)
     results = [
-        question_accuracy(model, tokenizer, [record for record, _, _ in said], batch_size=size)
+        question_accuracy(model, tokenizer, [record for record, _, _ in outputs], batch_size=size)
         for size in (1, 4)
     ]
     assert results[0] == results[1]
@@ -92,7 +92,7 @@ def test_greedy_answers_are_those_of_transformers(tokenizer: Tokenizer, llama: W
         ({"id": "f", "messages": [{"role": "assistant", "content": "!"}]}, "asks nothing"),
     ],
 )
-def test_what_is_no_question_is_the_users_error(tokenizer: Tokenizer, record: dict, words: str) -> None:
+def test_invalid_questions_raise_a_user_error(tokenizer: Tokenizer, record: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         question_accuracy(None, tokenizer, [record])
     with pytest.raises(UserError, match="no questions"):

@@ -1,4 +1,4 @@
-"""What an evaluation reads: nothing of a folder is dropped unasked, and splits are told apart."""
+"""Records to evaluate on: whole folders, chosen splits, limits, bad records."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def splits(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def texts(path: Path, **reading: Any) -> list[str]:
-    return [record["text"] for record in Records([path], RecordOptions(**reading))]
+def texts(path: Path, **options: Any) -> list[str]:
+    return [record["text"] for record in Records([path], RecordOptions(**options))]
 
 
 def test_a_folder_of_several_splits_is_refused_until_one_is_chosen(splits: Path) -> None:
@@ -76,3 +76,12 @@ def test_the_command_reads_as_the_other_readers_do(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     languages = json.loads(out.read_text())["languages"]
     assert {code: entry["documents"] for code, entry in languages.items()} == {"en": 1}
+
+
+def test_a_limit_counts_the_records_of_each_language(splits: Path, tmp_path: Path) -> None:
+    write(tmp_path / "more.jsonl", "two", "three", language="en")
+    records = Records([splits, tmp_path / "more.jsonl"], RecordOptions(split="all"), limit=2)
+    for _ in range(2):  # they can be read again
+        assert [record["text"] for record in records] == ["ein Hund", "a cat", "two"]
+    with pytest.raises(UserError, match="the limit is 0"):
+        Records([splits], RecordOptions(split="all"), limit=0)

@@ -18,9 +18,18 @@ from koine.steps.training import training_settings
 from tests.combine.models import write_branches
 
 AS_IN_THE_PAPER = {
-    "btx": 10.72, "bam": 9.70, "bam-shared": 10.32, "bam-flops": 10.00, "bam-shared-flops": 10.46, "bam-seconds": 10.00,
-    "bam-shared-seconds": 10.46, "shared-top-2": 10.72, "shared-top-1": 10.81, "btx-6": 11.0, "btx-6-top-3": 9.9,
-}  # fmt: skip
+    "btx": 10.72,
+    "bam": 9.70,
+    "bam-shared": 10.32,
+    "bam-flops": 10.00,
+    "bam-shared-flops": 10.46,
+    "bam-seconds": 10.00,
+    "bam-shared-seconds": 10.46,
+    "shared-top-2": 10.72,
+    "shared-top-1": 10.81,
+    "btx-6": 11.0,
+    "btx-6-top-3": 9.9,
+}
 
 
 def runs(means: dict[str, float]) -> DomainRuns:
@@ -73,9 +82,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("corpus", "tokens"):
         (root / name).mkdir()
     domain_text(
-        root / "text.jsonl", domain="maths", fields=(), max_bytes=20_000, heldout_bytes=500, max_bad_share=0.0, seed=0,
+        root / "text.jsonl",
+        domain="maths",
+        fields=(),
+        max_bytes=20_000,
+        heldout_bytes=500,
+        max_bad_share=0.0,
+        seed=0,
         out=root / "corpus",
-    )  # fmt: skip
+    )
     tokenize_domain(root / "corpus", seed, domain="maths", out=root / "tokens")
     upcycle_btx(seed, branches, root / "btx")
     upcycle_bam(seed, branches, root / "bam")

@@ -1,4 +1,4 @@
-"""What is committed of the experiments of combining: the manual holds the tables of the results, and the verdicts follow from the runs."""
+"""Committed results of bam, nexus and merging: their tables are in the docs, their verdicts follow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def results_of(name: str) -> Any:
 
 @pytest.mark.parametrize("name", HAVE_RESULTS)
 def test_the_manual_has_their_tables(name: str) -> None:
-    page = (ROOT / "docs" / "combining.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "combining.md").read_text(encoding="utf-8")
     results, plots = results_of(name), import_module(f"experiments.{name}.plots")
     assert verdict_markdown(results["hypotheses"]) in page
     for table in TABLES[name]:
@@ -58,6 +58,6 @@ def test_the_verdicts_follow_from_the_runs(name: str) -> None:
 
 
 def test_the_register_is_in_the_manual() -> None:
-    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "papers.md").read_text(encoding="utf-8")
     assert register.table() in page
     assert register.reviews() in page

@@ -21,9 +21,13 @@ def test_verdicts() -> None:
     found = verdicts(made_up_runs(NEXUS), (20,))
     assert {one["verdict"] for one in found.values()} == {"reproduced"}
     reverse: Bits = NEXUS | {
-        "nexus": NEXUS["linear"], "linear": NEXUS["nexus"], "nexus-20": NEXUS["linear-20"], "linear-20": NEXUS["nexus-20"],
-        "linear-low": NEXUS["nexus-low"], "average": NEXUS["seed"] | {"general": 1.5},
-    }  # fmt: skip
+        "nexus": NEXUS["linear"],
+        "linear": NEXUS["nexus"],
+        "nexus-20": NEXUS["linear-20"],
+        "linear-20": NEXUS["nexus-20"],
+        "linear-low": NEXUS["nexus-low"],
+        "average": NEXUS["seed"] | {"general": 1.5},
+    }
     found = verdicts(made_up_runs(reverse), (20,))
     assert [found[name]["verdict"] for name in ("NX1", "NX2", "NX4")] == ["not reproduced"] * 3
     assert found["NX3"]["verdict"] != "reproduced"

@@ -1,4 +1,4 @@
-"""The experiment at its smallest, every arm, and its verdicts on made-up measures both ways."""
+"""RoPE to NoPE: the smallest scale, verdicts on made-up measures, and the committed results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ PACK = ROOT.parent / "shared" / "data"
 
 
 ARMS = {
-    "rope": 2e6, "qk-norm": 2e6, "nope": 1e4, "rnope-10k": 1e4, "rnope-100k": 1e5, "rnope-2m": 2e6, "rnope-4m": 4e6,
-    "swa-1": 1e4, "swa-3": 1e4, "swa-7": 1e4,
-}  # fmt: skip
+    "rope": 2e6,
+    "qk-norm": 2e6,
+    "nope": 1e4,
+    "rnope-10k": 1e4,
+    "rnope-100k": 1e5,
+    "rnope-2m": 2e6,
+    "rnope-4m": 4e6,
+    "swa-1": 1e4,
+    "swa-3": 1e4,
+    "swa-7": 1e4,
+}
 SCALES = [path.stem for path in (FOLDER / "results").glob("*.json")]
 SENTENCES = [
     f"The {colour} house stood near the {place}." for colour in ("red", "old") for place in ("sea", "mill")
@@ -138,8 +146,15 @@ def test_the_opposite_is_not(tmp_path: Path) -> None:
     )
     got = verdicts(tmp_path, found, SPEED | {"ratios": [0.8, 0.81, 0.79], "held_bytes": 8})
     assert {name for name, verdict in got.items() if verdict == "not reproduced"} == {
-        "RN1", "RN2", "RN5", "RN6", "RN7", "RN8", "RN9", "CA1"
-    }  # fmt: skip
+        "RN1",
+        "RN2",
+        "RN5",
+        "RN6",
+        "RN7",
+        "RN8",
+        "RN9",
+        "CA1",
+    }
 
 
 def test_a_scale_with_fewer_arms_judges_what_it_can(tmp_path: Path) -> None:
@@ -153,7 +168,7 @@ def test_a_scale_with_fewer_arms_judges_what_it_can(tmp_path: Path) -> None:
 @pytest.mark.shared
 @pytest.mark.skipif(not PACK.exists(), reason="the development data pack is not beside the checkout")
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every arm through both stages and the judge, with a handful of steps; without processes of their own."""
+    """Run every arm through both stages and the judge in this process, with a few steps."""
     monkeypatch.setattr(judging, "STEP_TOKENS", 256)
     texts = PACK / "text" / "en_books.jsonl.xz"
     corpus = tmp_path / "corpus"
@@ -162,9 +177,20 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         texts, vocabulary=700, short=128, long=256, documents=30, long_documents=12, seed=0, out=corpus
     )
     sizes = {
-        "num_layers": 8, "hidden": 32, "intermediate": 32, "heads": 1, "kv_heads": 1, "window": 64, "tokens_per_step": 256,
-        "threads": 1, "dtype": "bfloat16", "prompts": 1, "seed": 0, "steps": 2, "learning_rate": 1e-3,
-    }  # fmt: skip
+        "num_layers": 8,
+        "hidden": 32,
+        "intermediate": 32,
+        "heads": 1,
+        "kv_heads": 1,
+        "window": 64,
+        "tokens_per_step": 256,
+        "threads": 1,
+        "dtype": "bfloat16",
+        "prompts": 1,
+        "seed": 0,
+        "steps": 2,
+        "learning_rate": 1e-3,
+    }
     short: dict[str, Path] = {}
     runs: dict[str, Path] = {}
     for arm, theta in ARMS.items():
@@ -223,7 +249,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_manual_has_the_tables_of_the_committed_results(scale: str) -> None:
     results = json.loads((FOLDER / "results" / f"{scale}.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "rope-to-nope.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "rope-to-nope.md").read_text(encoding="utf-8")
     assert verdict_markdown(results["hypotheses"]) in page
     assert plots.arm_table(results) in page
 

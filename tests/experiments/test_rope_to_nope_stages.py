@@ -1,4 +1,4 @@
-"""The stages of the RoPE to NoPE experiment by hand-worked numbers: which theta each turns by, and how answers are scored."""
+"""Stages of RoPE to NoPE: the theta of each stage, and scores of answers by hand."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "rope_to_nope"
 
 # arXiv 2501.18795, table 5: the second stage's theta of each arm; all have 10,000 in the first.
 SECOND = {
-    "rope": 2e6, "qk-norm": 2e6, "nope": 1e4, "rnope-10k": 1e4, "rnope-100k": 1e5, "rnope-2m": 2e6, "rnope-4m": 4e6,
-    "swa-1": 1e4, "swa-3": 1e4, "swa-7": 1e4,
-}  # fmt: skip
+    "rope": 2e6,
+    "qk-norm": 2e6,
+    "nope": 1e4,
+    "rnope-10k": 1e4,
+    "rnope-100k": 1e5,
+    "rnope-2m": 2e6,
+    "rnope-4m": 4e6,
+    "swa-1": 1e4,
+    "swa-3": 1e4,
+    "swa-7": 1e4,
+}
 
 
 def test_the_plan_gives_each_stage_its_theta(tmp_path: Path) -> None:
@@ -40,12 +48,18 @@ def test_the_plan_gives_each_stage_its_theta(tmp_path: Path) -> None:
     assert thetas == {arm: {SECOND[arm]} for arm in module.SCALES["laptop"].arms}
 
 
-def test_the_second_stage_turns_by_its_own_theta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_stage_rotates_with_its_own_theta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model that is trained has the first stage's weights and the second stage's theta."""
     config = ModelConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_heads=1, num_kv_heads=1, head_dim=16,
-        layers=variant_layers("rope", 2), rope_theta=1e4,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        layers=variant_layers("rope", 2),
+        rope_theta=1e4,
+    )
     torch.manual_seed(0)
     first = Decoder(config)
     save_model(first, tmp_path / "short")
@@ -55,10 +69,28 @@ def test_the_second_stage_turns_by_its_own_theta(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(stages, "_attention", lambda *_: [])
     (tmp_path / "long").mkdir()
     stages.extend(
-        tmp_path, tmp_path, tmp_path / "short", theta=2e6, num_layers=2, hidden=16, intermediate=16, heads=1, kv_heads=1,
-        window=8, short=128, long=1024, steps=5, tokens_per_step=1024, learning_rate=1e-3, prompts=1,
-        attention_prompts=1, seed=0, threads=1, dtype="float32", out=tmp_path / "long",
-    )  # fmt: skip
+        tmp_path,
+        tmp_path,
+        tmp_path / "short",
+        theta=2e6,
+        num_layers=2,
+        hidden=16,
+        intermediate=16,
+        heads=1,
+        kv_heads=1,
+        window=8,
+        short=128,
+        long=1024,
+        steps=5,
+        tokens_per_step=1024,
+        learning_rate=1e-3,
+        prompts=1,
+        attention_prompts=1,
+        seed=0,
+        threads=1,
+        dtype="float32",
+        out=tmp_path / "long",
+    )
     [(model, _, phases, length, *_)] = trained
     assert model.config.rope_theta == 2e6
     assert all(block.config.rope_theta == 2e6 for block in model.blocks)
@@ -91,7 +123,7 @@ class _Table(nn.Module):
 
 
 def test_answers_are_scored_by_the_position_before_each_token() -> None:
-    """Two questions of two tokens: the first all right, the second half; the scores are means over tokens, then over questions."""
+    """Scores are means over tokens, then over questions: here one is right, one half right."""
     tokens = [5, 1, 2, 3, 6, 0, 4, 7]
     table = torch.zeros(8, 8)
     # Positions 1 and 2 predict the tokens at 2 and 3; 5 and 6 those at 6 and 7.

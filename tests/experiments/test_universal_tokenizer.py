@@ -34,7 +34,7 @@ def test_values_at_equal_bytes_and_ratios() -> None:
 
 
 def test_the_manual_has_the_table_of_the_committed_results() -> None:
-    page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "universal-tokenizer.md").read_text(encoding="utf-8")
     assert table(json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))) in page
 
 
@@ -77,7 +77,7 @@ def test_the_committed_verdicts_follow_from_the_committed_runs(path: Path) -> No
 
 def test_the_manual_states_what_follows_from_the_committed_results() -> None:
     results = json.loads((FOLDER / "results" / "laptop.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "universal-tokenizer.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "universal-tokenizer.md").read_text(encoding="utf-8")
     assert forgetting(results) in page
     for name, text in statements(results).items():
         assert text in page, name

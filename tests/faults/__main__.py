@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: the whole laboratory, some stages, or one case alone (docs/faults.md)."""
+"""`python -m tests.faults`: the whole laboratory, some stages, or one case alone (docs/explanation/faults.md)."""
 
 from __future__ import annotations
 

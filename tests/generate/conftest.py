@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.model.conftest import _seeded as _seeded
+from tests.model.conftest import tiny as tiny
+
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

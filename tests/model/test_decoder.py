@@ -105,5 +105,5 @@ def test_a_reading_knows_where_its_tokens_stand(tiny: ModelConfig, extra: str) -
     model = Decoder(tiny).eval()
     ids, cache = torch.randint(6, 98, (1, 4)), PagedCache.of_model(model)
     context = PrefillContext(cache, [cache.add()], [4])
-    with pytest.raises(ValueError, match="a reading knows"):
+    with pytest.raises(ValueError, match="a context has"):
         model(ids, context=context, **{extra: torch.zeros_like(ids)})

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
-from koine.tokenizer import Tokenizer, load_tokenizer
-from koine.tokenizer.extend import extend_tokenizer
+from koine.tokenizer import Tokenizer, extend_tokenizer, load_tokenizer
 from koine.tokenizer.predict import predict_costs, ranks, spearman
 
 from .test_control import byte_level, save
@@ -42,6 +41,14 @@ def test_old_ids_and_merges_stay_and_the_new_language_is_shorter(small: Tokenize
     assert new.decode(new.encode(text)) == text
     # text in which no new merge occurs is cut as before
     assert new.encode("NASA's map says 37") == small.encode("NASA's map says 37")
+
+
+def test_plain_texts_and_a_path_as_a_string_are_enough(base: Path, tmp_path: Path) -> None:
+    extended = extend_tokenizer(str(base), KOREAN, new_tokens=30)
+    extended.tokenizer.save(tmp_path / "longer")
+    assert load_tokenizer(tmp_path / "longer").vocab_size == load_tokenizer(base).vocab_size + 30
+    counted = extend_tokenizer(base, [(text, 1) for text in KOREAN], new_tokens=30)
+    assert extended.tokenizer.fingerprint == counted.tokenizer.fingerprint
 
 
 def test_it_is_as_the_old_merges_first_and_the_new_ones_on_what_they_leave(
@@ -186,7 +193,7 @@ def test_two_tokens_of_one_id_are_refused(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, warnings
 from pathlib import Path
-from koine.tokenizer.extend import extend_tokenizer
+from koine.tokenizer import extend_tokenizer
 warnings.simplefilter("ignore")
 words = ["ปลา", "แม่น้ำ", "ทะเล", "서울", "kala", "joki", "ab", "ba"]
 texts = [" ".join(words[(i * j) % 8] for j in range(1, 9)) for i in range(64)]

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from koine.errors import UserError
-from koine.tokenizer import Tokenizer, train_tokenizer
-from koine.tokenizer.extend import LONGEST_PRETOKEN, extend_tokenizer
+from koine.tokenizer import MeasuredText, Tokenizer, extend_tokenizer, measure, train_tokenizer
+from koine.tokenizer.extend import LONGEST_PRETOKEN
 from koine.tokenizer.loaders import LONG_SPACES, open_tokenizer, read_ranks
-from koine.tokenizer.measures import MeasuredText, measure
 from koine.tokenizer.pretoken_counts import count_pretokens
 from koine.tokenizer.pretokenize import LONGEST_RUN, pre_tokenizer, short_runs
 

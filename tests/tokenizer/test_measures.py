@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from koine.errors import KoineWarning, UserError
-from koine.tokenizer import Tokenizer
-from koine.tokenizer.loaders import open_tokenizer
-from koine.tokenizer.measures import MeasuredText, gini, measure, renyi_efficiency, script_of
+from koine.tokenizer import MeasuredText, Tokenizer, measure, open_tokenizer
+from koine.tokenizer.measures import gini, renyi_efficiency, script_of
 from koine.tokenizer.token_bytes import piece_bytes
 
 
@@ -40,6 +39,16 @@ UNITS = [
     MeasuredText("ja", "日本", "1"),
     MeasuredText("ja", "山", "2"),
 ]
+
+
+def test_folders_and_texts_by_language_are_enough(small: Tokenizer, tmp_path: Path) -> None:
+    small.save(tmp_path / "small")
+    texts = {"de": ["äb cd ef"], "en": ["ab cd", "ef"], "und": ["x"]}
+    found = measure({"folder": str(tmp_path / "small"), "open": small}, texts)
+    assert found["folder"]["de"] == found["open"]["de"]
+    assert found["open"]["en"]["bytes"] == 7
+    assert set(found["open"]) >= {"de", "en", "und", "overall"}
+    assert "parity" not in found["open"]["de"]
 
 
 def test_numbers_by_hand() -> None:
@@ -232,5 +241,5 @@ def test_the_command_writes_json_and_a_page(small: Tokenizer, tmp_path: Path) ->
     found = json.loads(out.read_text(encoding="utf-8"))[str(tmp_path / "one")]
     assert set(found) >= {"en", "de", "hi", "overall", "cluster:european"}
     assert found["hi"]["parallel_sentences"] == 1
-    assert "Tokenizers side by side" in page.read_text(encoding="utf-8")
+    assert "Comparison of tokenizers" in page.read_text(encoding="utf-8")
     assert "<svg" in page.read_text(encoding="utf-8")

@@ -129,9 +129,9 @@ def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
 
 def test_text_so_long_that_counts_are_scaled_is_said() -> None:
     from koine.tokenizer.pretoken_counts import PretokenCounts
-    from koine.tokenizer.training import _say_approximations
+    from koine.tokenizer.training import _warn_of_approximations
 
     with pytest.warns(
         KoineWarning, match=r"3 occurrences .* \(1.50% of all\); all counts were scaled by 0.25"
     ):
-        _say_approximations(PretokenCounts({"a": 197}, occurrences=200, dropped=3, dropped_below=1), 0.25)
+        _warn_of_approximations(PretokenCounts({"a": 197}, occurrences=200, dropped=3, dropped_below=1), 0.25)

@@ -138,7 +138,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, before:
 
 
 def test_the_command_line_of_the_manual(tmp_path: Path) -> None:
-    """`torchrun --nproc-per-node 2 -m koine train pretrain ...` as docs/training.md shows it, with an evaluation on the way."""
+    """`torchrun --nproc-per-node 2 -m koine train pretrain ...` as docs/how-to/training.md shows it, with an evaluation on the way."""
     from tests.train.tokens import write_tokens
 
     tokenizer, shards = write_tokens(tmp_path)

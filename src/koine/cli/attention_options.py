@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import click
 
-# `koine.model.layer_patterns.VARIANTS`, said again because `--help` must not wait for the model; a test compares the two.
+# `koine.model.layer_patterns.VARIANTS`, said again because `--help` must not wait for the model; a test
+# compares the two.
 NAMES = ("rope", "qk-norm", "nope", "rnope", "rnope-swa")
 
 

@@ -1,4 +1,4 @@
-"""`koine data`: the sample world, what a source holds, token shards, and what a training step saw."""
+"""`koine data`: the sample world, contents of a source, token shards, and documents of a training step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Write the sample world, tokenize text, ask what a step saw."""
+    """Write the sample world, tokenize text, look up a training step's documents."""
 
 
 def reading_options(command: Any) -> Any:
-    """The options of every command that reads records."""
+    """Add the options of every command that reads records."""
     for option in reversed(
         [
             click.option(
@@ -30,22 +30,22 @@ def reading_options(command: Any) -> Any:
                 "fields",
                 multiple=True,
                 metavar="NAME=COLUMN",
-                help="Our field's name in the data.",
+                help="Column of one of our fields; repeatable.",
             ),
-            click.option("--language", help="Language of records that do not say."),
-            click.option("--domain", help="Domain of records that do not say.  [default: text]"),
+            click.option("--language", help="Language of records without one."),
+            click.option("--domain", help="Domain of records without one.  [default: text]"),
             click.option(
                 "--max-bad",
                 type=float,
                 default=0.01,
                 show_default=True,
-                help="Share of bad records above which to stop.",
+                help="Stop if a larger share of the records is bad.",
             ),
             click.option(
                 "--split",
                 default="train",
                 show_default=True,
-                help="Which files of a folder to read, where their names say a split; all: every one.",
+                help="Files of a folder to read, if their names name a split; all: every file.",
             ),
             click.option(
                 "--txt",
@@ -53,7 +53,7 @@ def reading_options(command: Any) -> Any:
                 type=click.Choice(["paragraph", "line", "file"]),
                 default="paragraph",
                 show_default=True,
-                help="What a document is in a .txt file.",
+                help="Unit of a .txt file that becomes a document.",
             ),
         ]
     ):
@@ -62,7 +62,7 @@ def reading_options(command: Any) -> Any:
 
 
 def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
-    """`NAME=COLUMN` options as a mapping; raises `UserError` for one without `=`."""
+    """Parse `NAME=COLUMN` options. Raises `UserError` for one without `=`."""
     mapping = {}
     for field in fields:
         name, separator, column = field.partition("=")
@@ -76,12 +76,12 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 @click.option("--languages", help="Codes, separated by commas.  [default: the 24 with questions]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @OVERWRITE
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 @click.option(
-    "--documents", type=click.IntRange(min=1), default=600, show_default=True, help="Documents a language."
+    "--documents", type=click.IntRange(min=1), default=600, show_default=True, help="Documents per language."
 )
 @click.option(
-    "--questions", type=click.IntRange(min=1), default=600, show_default=True, help="Questions a language."
+    "--questions", type=click.IntRange(min=1), default=600, show_default=True, help="Questions per language."
 )
 @click.option(
     "--code-bytes", type=click.IntRange(min=0), default=300_000, show_default=True, help="Bytes of code."
@@ -97,8 +97,8 @@ def sample(
 ) -> None:
     """Write the sample world: documents, questions with exact answers, and code.
 
-    The table counts training texts, held-out ones, chats to learn from, and test questions on facts that stood in the training text (recall), on
-    facts that did not, and on territories that did not.
+    The table counts training texts, held-out texts, training chats, and test questions: on facts of the
+    training text (recall), on other facts, and on other territories.
     """
     from koine.data.sample import QUESTION_LANGUAGES, write_sample
     from koine.languages import parse_languages
@@ -113,7 +113,7 @@ def sample(
         code_bytes=code_bytes,
         overwrite=overwrite,
     )
-    # Shorter than the report's headings: ten columns must fit into 80 characters.
+    # Shorter headings than the report's, so that ten columns fit into 80 characters.
     short = [
         "language",
         "name",
@@ -137,7 +137,9 @@ def sample(
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @OVERWRITE
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes."
+)
 @reading_options
 def tokenize(
     source: str,
@@ -231,34 +233,35 @@ def inspect(
 @data.command("at-step")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("step", type=int)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a stretch of a document.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per slice of a document.")
 def at_step(model: Path, step: int, as_json: bool) -> None:
-    """Print the documents in the batch that MODEL was given at STEP (counted from 0)."""
+    """Print the documents in MODEL's training batch at STEP (counted from 0)."""
     from koine.data.inspect_step import documents_at_step
 
-    stretches = documents_at_step(model, step)
+    slices = documents_at_step(model, step)
     if as_json:
-        for stretch in stretches:
-            click.echo(json.dumps(stretch, ensure_ascii=False))
+        for one in slices:
+            click.echo(json.dumps(one, ensure_ascii=False))
         return
     _table(
         ["row", "source", "language", "domain", "record", "tokens", "text"],
         [
             [
-                stretch["row"],
-                stretch["source"],
-                stretch["language"],
-                stretch["domain"],
-                stretch["record_id"],
-                f"{stretch['start']}-{stretch['end']}",
-                " ".join(stretch["text"].split())[:60],
+                one["row"],
+                one["source"],
+                one["language"],
+                one["domain"],
+                one["record_id"],
+                f"{one['start']}-{one['end']}",
+                " ".join(one["text"].split())[:60],
             ]
-            for stretch in stretches
+            for one in slices
         ],
     )
 
 
 def _say_bad(reader: RecordReader) -> None:
+    """Print the number of bad records and the first of them."""
     if reader.bad:
         click.echo(f"{reader.bad} bad records were left out, among them:")
         for example in reader.examples:
@@ -266,6 +269,7 @@ def _say_bad(reader: RecordReader) -> None:
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:
+    """Print a table; columns of numbers are aligned right."""
     from rich.table import Table
 
     from koine.cli.tables import print_table

@@ -17,8 +17,8 @@ from koine.train.settings import TrainSettings
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
     from koine.evaluate.training_probe import BitsPerByteProbe
-    from koine.model.causal_lm import CausalLM
     from koine.model.decoder import Decoder
+    from koine.model.language_model import LanguageModel
 
 
 def setting_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -208,17 +208,17 @@ def pretrain(
     _run(fresh, language_modelling, seed=seed, tokenizer=tokenizer, **options)
 
 
-def _opened(path: Path, rope_theta: float | None = None) -> Decoder | CausalLM:
+def _opened(path: Path, rope_theta: float | None = None) -> LanguageModel:
     """A model to go on from, turning by `rope_theta` where it is given."""
-    from koine.model.causal_lm import CausalLM, load_as_stored
+    from koine.model.causal_lm import load_as_stored
     from koine.model.decoder import Decoder
     from koine.model.layer_patterns import set_rope_theta
 
     if not path.is_dir():
         raise UserError("no such model directory", where=path, hint="give a folder that holds config.json")
     model = load_as_stored(path)
-    assert isinstance(model, Decoder | CausalLM)
     if rope_theta is not None:
+        # Classes of transformers compute RoPE's frequencies once, when they are opened.
         if not isinstance(model, Decoder):
             raise UserError(
                 "--rope-theta is for Koine's own decoder",
@@ -246,7 +246,7 @@ def sft(model: Path, tokenizer: Path | None, **options: Any) -> None:
 
 
 def _run(
-    make_model: Callable[[int], Decoder | CausalLM],
+    make_model: Callable[[int], LanguageModel],
     objective: Any,
     *,
     data: tuple[str, ...],
@@ -397,7 +397,7 @@ def _probe(
     return probe
 
 
-def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: Mixture) -> None:
+def print_estimate(model: LanguageModel, settings: TrainSettings, mixture: Mixture) -> None:
     """What `--dry-run` prints; of another architecture than ours, memory and time are not known before."""
     from koine.model.counting import training_flops_per_token
     from koine.model.decoder import Decoder
@@ -411,6 +411,7 @@ def print_estimate(model: Decoder | CausalLM, settings: TrainSettings, mixture: 
     )
     click.echo(f"parameters   {parameters:,}")
     click.echo(f"tokens       {tokens:,} in {mixture.steps:,} steps ({lengths})")
+    # Memory and time are estimated from the fields of our own configuration.
     if not isinstance(model, Decoder):
         click.echo(f"operations   about {6.0 * parameters * tokens:.3g} (attention not counted)")
         return

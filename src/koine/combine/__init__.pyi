@@ -1,3 +1,9 @@
+from .merging.api import merge as merge
+from .merging.config import MergeConfig as MergeConfig
+from .merging.cross_modal import merge_cross_modal as merge_cross_modal
+from .merging.method_registry import merge_method as merge_method
+from .merging.runner import run_merge as run_merge
+from .merging.weight_search import search_weights as search_weights
 from .moe.add_expert import add_expert as add_expert
 from .moe.add_expert import remove_expert as remove_expert
 from .moe.domain_embeddings import domain_embedding as domain_embedding

@@ -1,4 +1,4 @@
-"""What the training loop is given at one step."""
+"""Batches: the tensors of one training step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 NO_TARGET = -100
-"""Marks a position that has no target (the value that torch's cross-entropy ignores)."""
+"""Marks a position without a target (torch's cross-entropy ignores this value)."""
 
 
 class Span(NamedTuple):
-    """A stretch of one document inside a row."""
+    """A slice of one document inside a row."""
 
     source: str
     language: str
@@ -27,7 +27,7 @@ class Span(NamedTuple):
     end: int
     """Tokens `[start, end)` of the document."""
     column: int
-    """Where in the row the stretch begins."""
+    """Column of the row where the slice begins."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Batch:
 
     Attributes:
         tokens: `[batch, time]` int64 ids.
-        targets: `[batch, time]` int64, the next token of the same document; -100 where there is none, on padding, and on the
-            prompt tokens of chats.
-        document_ids: `[batch, time]` int32, counting up inside a row, -1 for padding; `None` where attention may cross documents.
+        targets: `[batch, time]` int64, the next token of the same document; -100 where there is none, on
+            padding, and on the prompt tokens of chats.
+        document_ids: `[batch, time]` int32, counting up inside a row, -1 for padding; `None` if attention may
+            cross documents.
     """
 
     tokens: Tensor
@@ -48,11 +49,11 @@ class Batch:
 
     @property
     def documents(self) -> list[list[Span]]:
-        """Which stretches of which documents each row holds (looked up when asked for)."""
+        """The slices of documents in each row, looked up on demand."""
         return self._spans()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`."""
         ids = self.document_ids
         return replace(
             self,

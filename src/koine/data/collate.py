@@ -1,4 +1,4 @@
-"""One row of a batch: its tokens and targets from the stretches of documents that it holds."""
+"""Build the rows of a batch: tokens, targets and document ids from slices of documents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Component:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What makes two components of different phases the same documents."""
+        """Key that is equal for components of different phases with the same documents."""
         return str(self.source.path), self.language
 
 
@@ -39,11 +39,15 @@ def fill(
     *,
     cross: bool,
 ) -> None:
-    """Write one row; the position before a stretch's end has its target in the stretch or, for the last one, beyond the row."""
+    """Write one row in place: `tokens`, `targets` and `ids`, each `[time]`.
+
+    The last token of a row has its target one token further in the same slice. With `cross`, the last token
+    of a slice has the first token of the next slice as target.
+    """
     time = len(tokens)
     column = 0
     for number, (document, start, end) in enumerate(pieces):
-        # A stretch may reach one token beyond the row: the last position's target.
+        # A slice may hold one token beyond the row: the target of the last position.
         stretch = component.tokens.tokens(document, start, end)
         width = min(end - start, time - column)
         if width <= 0:
@@ -63,12 +67,14 @@ def fill(
 
 
 def _counts_as_target(component: Component, document: int, position: int) -> bool:
+    """Return whether a token is trained on: any token of a text, completions of a chat."""
     if not component.tokens.chat:
         return True
     return bool(component.tokens.mask(document, position, position + 1)[0])
 
 
 def spans_of(content: list[tuple[Component, list[DocumentSlice]]], time: int) -> list[list[Span]]:
+    """Return the spans of each row, without the one token beyond it."""
     rows = []
     for component, pieces in content:
         row, column = [], 0

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, as spreadsheets and databases write them."""
+"""Read rows of CSV and TSV files, as spreadsheets and databases write them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SEPARATORS = ",;\t|"
 
 
 class OpenQuoteError(Exception):
-    """A quote that is not closed takes in the records behind it."""
+    """A quote is not closed, so that its cell takes in the following records."""
 
 
 class _Texts:
-    """The lines as text; of one that is too long a stand-in, and the reason."""
+    """Iterates over the lines as text; a line that is too long is empty, and its reason in `wrong`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._lines = lines(in_utf8(file), ends=True)
@@ -33,14 +33,14 @@ class _Texts:
 
 
 def _separator(header: str, usual: str) -> str:
-    """The separator of a header's cells: the usual one, or another that it uses (Excel's `;`)."""
+    """Return the separator of a header's cells: the usual one, or another that it uses (Excel's `;`)."""
     candidates: tuple[str, ...] = (usual, *_SEPARATORS)
     cells = {separator: len(next(csv.reader([header], delimiter=separator), ())) for separator in candidates}
     return next((separator for separator in candidates if cells[separator] > 1), usual)
 
 
 def _names(header: list[str]) -> list[str]:
-    """The columns' names; repeated ones are numbered from the second (`text.1`), as in pandas."""
+    """Return the columns' names; repeated ones are numbered from the second (`text.1`), as in pandas."""
     names: list[str] = []
     for name in header:
         name, number = name.strip(), 0
@@ -52,9 +52,9 @@ def _names(header: list[str]) -> list[str]:
 
 
 def read_csv_rows(file: IO[bytes], separator: str) -> Iterator[Row]:
-    """The rows of a file with a header.
+    """Yield the rows of a file with a header.
 
-    Raises `OpenQuoteError` where a quote is not closed on the lines that it should be.
+    Raises `OpenQuoteError` if a quote is not closed on its own lines.
     """
     csv.field_size_limit(LONGEST_LINE)
     texts = _Texts(file)
@@ -69,7 +69,7 @@ def read_csv_rows(file: IO[bytes], separator: str) -> Iterator[Row]:
             break
     separator = _separator(header, separator)
     names: list[str] = []
-    # Strict: else a quote that is never closed takes the rest of the file into one cell.
+    # Strict: otherwise a quote that is never closed puts the rest of the file into one cell.
     reader = csv.reader(_chained(header, source), delimiter=separator, strict=True)
     while True:
         begin = reader.line_num + above
@@ -97,11 +97,13 @@ def read_csv_rows(file: IO[bytes], separator: str) -> Iterator[Row]:
 
 
 def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    """Yield the first line, then the rest."""
     yield first
     yield from rest
 
 
 def _row(names: list[str], cells: list[str]) -> dict[str, object] | str:
+    """Return the row of a line's cells, or the reason why it is bad."""
     if len(cells) > len(names) and not any(cells[len(names) :]):
         # Spreadsheets end a row with separators where another row is longer.
         cells = cells[: len(names)]

@@ -1,11 +1,12 @@
 """The data order: which documents a step sees, as a pure function of (mixture, seed, step).
 
-A *component* is one language of one source. Sequence `i` of a phase belongs to the component that a block of `BLOCK` sequences assigns
-it (every block holds each component in the same numbers, spread evenly, in an order drawn for the block), and its place inside
-the component is the number of that component's sequences before it. Nothing is remembered between steps.
+A *component* is one language of one source. Sequence `i` of a phase belongs to the component that its block
+of `BLOCK` sequences assigns to it. Every block holds each component equally often, evenly spread, in an order
+drawn for the block. A sequence's position inside the component is the number of that component's sequences
+before it. No state is kept between steps.
 
-The batches of long rows inside a phase (`Phase.long`) are numbered by themselves, and rows of another length than the mixture's have
-a shuffle and a place of their own in the same documents.
+The batches of long rows in a phase (`Phase.long`) are numbered separately. Rows of another length than the
+mixture's have their own shuffle of the same documents, and their own position in it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.files import sha256_file
 
 BLOCK = 4096
-"""Sequences in which proportions hold exactly, to 1 / BLOCK."""
+"""Sequences over which proportions hold exactly, to 1 / BLOCK."""
 
 PACKINGS: dict[Packing, type[ConcatPacking | NoSplitPacking]] = {
     "concat": ConcatPacking,
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Usage:
-    """How much of a component a phase draws, in rows of one length."""
+    """Tokens and epochs that a phase draws of a component, in rows of one length."""
 
     phase: str
     source: str
@@ -56,7 +57,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class _BatchGroup:
-    """The batches of one kind in a phase: its long rows, or its others."""
+    """The batches of one kind in a phase: its long rows, or its other rows."""
 
     phase: int
     long: bool
@@ -68,15 +69,15 @@ class _BatchGroup:
 
 
 DocumentPool = tuple[str, str, int, int]
-"""A folder, a language, tokens of a row, and tokens that a document has at least: what rows are drawn from in one order."""
+"""Folder, language, tokens of a row, fewest tokens of a document: rows with equal keys share one order."""
 Packings = dict[DocumentPool, ConcatPacking | NoSplitPacking]
 
 
 class DataOrder:
     """Batches of a mixture, by step.
 
-    Raises `UserError` where a source is missing or damaged, a named language is not in it, the sources were made with different
-    tokenizers, or chats and plain documents are mixed under one loss mask.
+    Raises `UserError` if a source is missing or damaged, a named language is not in it, the sources were made
+    with different tokenizers, or chats and plain documents are mixed under one loss mask.
     """
 
     def __init__(self, mixture: Mixture, *, verify: bool = True) -> None:
@@ -107,10 +108,11 @@ class DataOrder:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """sha256 of the tokenizer that made all sources."""
+        """sha256 of the tokenizer of all sources."""
         return next(iter(self.sources.values())).tokenizer_fingerprint
 
     def _group(self, index: int, long: bool, packings: Packings) -> _BatchGroup:
+        """Build the batch group of a phase's long rows, or of its other rows."""
         phase, shape = self.mixture.phases[index], self.mixture.phase_shape(index, long=long)
         sources = phase.long.sources if long and phase.long is not None else ()
         components = [
@@ -123,6 +125,7 @@ class DataOrder:
         return _BatchGroup(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
 
     def _components(self, source: Source, time: int, packings: Packings) -> Iterator[Component]:
+        """Yield the components of a source, with their weights in the phase."""
         tokens = self.sources[source.path]
         least = source.min_tokens or 0
         enough = tokens.lengths >= least
@@ -138,7 +141,7 @@ class DataOrder:
             )
         if source.languages is None:
             power = 1.0 / (source.temperature or 1.0)
-            # A power above 1 may leave the range of floats: then as shares of the largest.
+            # A power above 1 may overflow floats, so it is applied to shares of the largest.
             unit = max(totals.values()) if power > 1.0 else 1
             weights = {code: (total / unit) ** power for code, total in totals.items()}
         else:
@@ -156,16 +159,19 @@ class DataOrder:
             if key not in packings:
                 documents = np.flatnonzero(enough & (tokens.languages == code))
                 kind = PACKINGS[self.mixture.packing]
-                # Rows of each length pass over the documents on their own, with a shuffle of their own.
+                # Rows of each length have their own shuffle of the documents.
                 own = () if time == self.mixture.sequence_length and not least else (time, least)
                 seed = (self.mixture.seed, _stable_hash(code), *own)
                 packings[key] = kind(documents, tokens.lengths, time, seed)
             yield Component(source, tokens, code, weight * scale, packings[key])
 
-    # -- which component, and where in it ------------------------------------------------------------------------------
+    # --- component of a sequence, and position in it ---
 
     def _pattern(self, group: _BatchGroup, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """For each sequence of a block its component, and how many of that component came before it in the block."""
+        """Return component and rank of each sequence of a block.
+
+        The rank counts the sequences of the same component before it in the block.
+        """
 
         def draw() -> tuple[NDArray[Any], NDArray[Any]]:
             counts = group.counts
@@ -173,7 +179,7 @@ class DataOrder:
             generator = np.random.Generator(np.random.Philox([self.mixture.seed, group.phase, block, salt]))
             component = np.repeat(np.arange(len(counts)), counts)
             rank = np.concatenate([np.arange(count) for count in counts])
-            # Each component's sequences are spread evenly, from a start of its own.
+            # Each component's sequences are spread evenly, from its own random start.
             keys = (rank + generator.random(len(counts))[component]) / counts[component]
             order = np.argsort(keys, kind="stable")
             return component[order], rank[order]
@@ -181,7 +187,7 @@ class DataOrder:
         return self._patterns.get((group.phase, group.long, block), draw)
 
     def _first_sequences(self) -> dict[tuple[int, bool], list[int]]:
-        """Sequences and documents drawn in earlier phases and trainings, per lane and component.
+        """Return the sequences drawn in earlier phases and trainings, per batch group and component.
 
         Only sequences of the same length count.
         """
@@ -200,19 +206,19 @@ class DataOrder:
         return offsets
 
     def _distinct_components(self) -> list[Component]:
-        """One component for each order of documents."""
+        """Return one component for each distinct order of documents."""
         found = {id(one.packing): one for group in self._groups.values() for one in group.components}
         return list(found.values())
 
     def _key(self, component: Component) -> tuple[str, str, tuple[int, ...]]:
-        """See `Drawn.key`."""
+        """Return `Drawn.key` of a component."""
         path = component.source.path
         if path not in self._manifests:
             self._manifests[path] = sha256_file(path / "manifest.json")
         return self._manifests[path], component.language, component.packing.shuffle
 
     def drawn(self) -> tuple[Drawn, ...]:
-        """Documents that all steps draw of each source and language, with those drawn before."""
+        """Return the documents that all steps draw of each source and language, and those drawn before."""
         rows: dict[int, int] = {}
         for name, group in self._groups.items():
             counts = zip(group.components, self._offsets[name], self._drawn(group), strict=True)
@@ -226,7 +232,7 @@ class DataOrder:
         return merge_drawn([self.mixture.drawn, found])
 
     def _drawn(self, group: _BatchGroup) -> list[int]:
-        """Sequences of each component in all of a lane's steps."""
+        """Count the sequences of each component in all steps of a batch group."""
         blocks, rest = divmod(group.steps * group.shape.batch_size, BLOCK)
         counts = group.counts * blocks
         if rest:
@@ -234,6 +240,7 @@ class DataOrder:
         return [int(count) for count in counts]
 
     def _rows(self, step: int, rows: range) -> list[tuple[Component, list[DocumentSlice]]]:
+        """Return component and document slices of some rows of a step."""
         place = self.mixture.position(step)
         group, offsets = self._groups[place.phase, place.long], self._offsets[place.phase, place.long]
         out = []
@@ -246,12 +253,12 @@ class DataOrder:
             out.append((component, component.packing.row(before)))
         return out
 
-    # -- batches -------------------------------------------------------------------------------------------------------
+    # --- batches ---
 
     def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
     ) -> Batch:
-        """The rows of `rank` at `step`; `micro_batch` takes a slice of those.
+        """Return the rows of `rank` at `step`; `micro_batch` takes a slice of them.
 
         Ranks hold consecutive, equal parts of the global batch.
         """
@@ -279,10 +286,13 @@ class DataOrder:
             torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: spans_of(content, time)
         )
 
-    # -- what it comes to ----------------------------------------------------------------------------------------------
+    # --- totals ---
 
     def usage(self) -> list[Usage]:
-        """Tokens and passes over each component, phase by phase; rows of two lengths count apart."""
+        """Return tokens and epochs of each component, phase by phase.
+
+        Rows of two lengths count separately.
+        """
         return [
             Usage(
                 self.mixture.phases[group.phase].name,
@@ -297,6 +307,7 @@ class DataOrder:
         ]
 
     def _warn_of_repeats(self) -> None:
+        """Warn of documents that are repeated more often than `max_epochs`."""
         passes: dict[tuple[str, str], float] = {}
         limits: dict[tuple[str, str], tuple[float, str]] = {}
         for group in self._groups.values():
@@ -311,12 +322,14 @@ class DataOrder:
         ]
         if over:
             warnings.warn(
-                f"these documents are repeated: {', '.join(over)}; add text, lower their share, or raise max_epochs",
+                f"these documents are repeated: {', '.join(over)}; "
+                "add text, lower their share, or raise max_epochs",
                 KoineWarning,
                 stacklevel=3,
             )
 
     def _warn_of_cut_documents(self, packings: Packings) -> None:
+        """Warn of documents that are longer than a row and lose their end."""
         counts: dict[int, list[tuple[int, int]]] = {}
         for (_, _, time, _), packing in packings.items():
             if isinstance(packing, NoSplitPacking):
@@ -325,28 +338,29 @@ class DataOrder:
             cut, total = (sum(column) for column in zip(*found, strict=True))
             if cut:
                 warnings.warn(
-                    f"{cut} of {total} documents are longer than a sequence of {time} tokens and lose their end "
-                    "(a chat its answer); raise the sequence length, or leave them out",
+                    f"{cut} of {total} documents are longer than a sequence of {time} tokens and "
+                    "lose their end (a chat its answer); raise the sequence length, or leave them out",
                     KoineWarning,
                     stacklevel=3,
                 )
 
 
 def _check_no_overlap(phase: str, components: list[Component]) -> None:
-    """Two sources of a phase that read the same documents would draw the same rows."""
+    """Raise `UserError` if two sources of a phase draw the same rows."""
     seen: dict[tuple[str, str], str] = {}
     for component in components:
         other = seen.setdefault(component.key, component.source.name)
         if other != component.source.name:
             raise UserError(
-                f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' from {component.source.path}",
+                f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' "
+                f"from {component.source.path}",
                 where=f"phase '{phase}'",
                 hint="give each language of a folder to one of them",
             )
 
 
 def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
-    """Integers that sum to `total`, in proportion to `weights` (largest remainder), at least 1 each."""
+    """Return integers at least 1 that sum to `total`, in proportion to `weights` (largest remainder)."""
     if len(weights) > total:
         raise UserError(f"{len(weights)} languages in one mixture", hint=f"at most {total} are possible")
     exact = weights / weights.sum() * (total - len(weights))
@@ -358,12 +372,12 @@ def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
 
 
 def _stable_hash(text: str) -> int:
-    """A number that depends on the text alone (Python's own hash changes from process to process)."""
+    """Return a number that depends only on the text (Python's own hash changes between processes)."""
     return int.from_bytes(text.encode("utf-8")[:8].ljust(8, b"\0"), "big")
 
 
 class _RecentlyUsed(OrderedDict[Any, T]):
-    """The few values computed last."""
+    """A cache of the values that were used last."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

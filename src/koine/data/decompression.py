@@ -1,7 +1,7 @@
-"""Compressed files as streams of bytes: in time linear in what comes out, in bounded memory, and not without
-end.
+"""Read compressed files as byte streams, in linear time and bounded memory, with a limit on the output.
 
-The content decides how a file is unpacked, not its name: what a browser unpacked on the way keeps its `.gz`.
+The content decides how a file is decompressed, not its name: a browser may decompress a download and keep its
+`.gz`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from koine.errors import UserError, first_line
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _BLOCK = 2**16
 _ZSTD_FEED = 2**10
-"""Bytes given to zstandard at once: four can become 128 KiB, so that a feed becomes 32 MiB at most."""
+"""Bytes given to zstandard at once: four can become 128 KiB, so one feed gives at most 32 MiB."""
 MOST_WINDOW = 2**27
-"""Memory that a file may ask for to be unpacked.
+"""Memory that a file may need to be decompressed.
 
-As much as `zstd --long` and `xz -9e` need, and their readers allow unasked.
+As much as `zstd --long` and `xz -9e` need, and their readers allow by default.
 """
 SUSPECTS = ((2**26, 2000), (2**27, 200))
-"""A file is given up once both limits are passed: bytes unpacked, and times its packed size.
+"""A file is rejected once both limits are passed: bytes of output, and ratio to its compressed size.
 
-Text packs 3 to 20 times.
+Text compresses 3 to 20 times.
 """
 
 
 class DecompressionError(Exception):
-    """The compressed data cannot be unpacked from here on."""
+    """The compressed data cannot be decompressed further."""
 
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(what)
@@ -43,7 +43,7 @@ class DecompressionError(Exception):
 
 
 class _Stream(io.RawIOBase):
-    """The pieces that `pieces` yields as a file, read forwards; each is copied once."""
+    """The pieces of `pieces` as a forward-only file; each is copied once."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -65,14 +65,14 @@ class _Stream(io.RawIOBase):
 
 
 def stream_of(pieces: Iterator[bytes]) -> io.BufferedReader:
-    """Pieces of bytes as one file that is read forwards."""
+    """Return pieces of bytes as one forward-only file."""
     return io.BufferedReader(_Stream(pieces), _BLOCK)
 
 
 def _pieces_of_zstd(raw: IO[bytes]) -> Iterator[bytes]:
-    """Unpack zstd frames one after another.
+    """Decompress zstd frames one after another.
 
-    The library's own reader takes a file that ends in mid-frame for a whole one.
+    The library's own reader accepts a file that ends inside a frame.
     """
     import zstandard
 
@@ -94,9 +94,9 @@ def _pieces_of_zstd(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _pieces_of(raw: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator[bytes]:
-    """Unpack lzma or bz2 streams one after another, a bounded piece at a time.
+    """Decompress lzma or bz2 streams one after another, a bounded piece at a time.
 
-    Zeros between and behind them are padding.
+    Zeros between and after them are padding.
     """
     library, started, packed = new(), False, b""
     while True:
@@ -126,7 +126,7 @@ def _pieces_of(raw: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator
 
 
 def _watched(pieces: Iterator[bytes], raw: IO[bytes]) -> Iterator[bytes]:
-    """The pieces, until they are far more than any text could be packed into what was read of `raw`."""
+    """Yield the pieces, until they are far more than any text could compress to what was read of `raw`."""
     size = 0
     for piece in pieces:
         size += len(piece)
@@ -134,7 +134,8 @@ def _watched(pieces: Iterator[bytes], raw: IO[bytes]) -> Iterator[bytes]:
             size > most and size > ratio * raw.tell() for most, ratio in SUSPECTS
         ):
             raise DecompressionError(
-                f"more than {size // raw.tell()} times its size comes out of the compressed file, which is no text",
+                f"more than {size // raw.tell()} times its size comes out of the compressed file, "
+                "which is no text",
                 "unpack it yourself where it is meant",
             )
         yield piece
@@ -146,7 +147,7 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _kind(path: Path) -> str:
-    """Name of the compression, from the first bytes; empty for none."""
+    """Return the extension of the compression from the first bytes; empty for none."""
     with path.open("rb") as file:
         first = file.read(10)
     if first.startswith(b"\x1f\x8b"):
@@ -170,7 +171,7 @@ def _pieces(kind: str, raw: IO[bytes]) -> Iterator[bytes]:
     elif kind == ".bz2":
         yield from _pieces_of(raw, bz2.BZ2Decompressor, b"BZh")
     else:
-        # The old format has no magic number of its own, and one stream a file.
+        # The old format has no magic number, and one stream a file.
         magic = raw.read(6)
         raw.seek(0)
         yield from _pieces_of(
@@ -182,7 +183,7 @@ def _pieces(kind: str, raw: IO[bytes]) -> Iterator[bytes]:
 
 @contextmanager
 def decompressed(path: Path) -> Iterator[IO[bytes]]:
-    """A file's content, unpacked where it is compressed; errors of the libraries become one `UserError`."""
+    """Open a file, decompressed if it is compressed; errors of the libraries become one `UserError`."""
     import zstandard
 
     try:

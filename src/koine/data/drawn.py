@@ -1,9 +1,9 @@
 """Record the documents that trainings have drawn, so that the next one draws fresh ones.
 
-A place is a number of documents in a shuffle, and a shuffle follows from the mixture's seed and the language:
-a training with the same seed begins after the documents that the models it starts from have seen, whatever
-its rows and shares are; with another seed the documents come in another order. `training.json` says it of a
-trained model, and `drawn.json` of one that was made of others.
+A record is a number of documents in a shuffle, and a shuffle follows from the mixture's seed and the
+language. A training with the same seed begins after the documents that its initial models have seen, whatever
+its rows and proportions. With another seed the documents come in another order. The record is in
+`training.json` of a trained model, and in `drawn.json` of a model that was made of others.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Drawn:
         return self.source, self.language, self.shuffle
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` makes an equal one."""
+        """Return a JSON value from which `from_json` makes an equal record."""
         return {**dataclasses.asdict(self), "shuffle": list(self.shuffle)}
 
 
 def from_json(value: Any, *, where: Path) -> list[Drawn]:
-    """Places from their JSON values. Raises `UserError` where a value is none."""
+    """Read records from their JSON values. Raises `UserError` for any other value."""
     names = {field.name for field in dataclasses.fields(Drawn)}
     if not isinstance(value, list) or any(not isinstance(one, dict) or one.keys() != names for one in value):
         raise UserError("what was drawn is not a list of places", where=where, hint="train again")
@@ -61,9 +61,9 @@ def from_json(value: Any, *, where: Path) -> list[Drawn]:
 
 
 def merge_drawn(parts: Iterable[Iterable[Drawn]]) -> tuple[Drawn, ...]:
-    """Join the places of several models: of equal ones the furthest.
+    """Join the records of several models; of records with the same key, keep the furthest.
 
-    A document that one of them has seen is not fresh for their mix.
+    A document that one of the models has seen is not fresh for their mix.
     """
     found: dict[Any, Drawn] = {}
     for part in parts:
@@ -75,7 +75,7 @@ def merge_drawn(parts: Iterable[Iterable[Drawn]]) -> tuple[Drawn, ...]:
 
 
 def read_drawn(model: Path) -> tuple[Drawn, ...]:
-    """Read the places of a model and of those that it was made of; none where none are recorded."""
+    """Read the records of a model and of the models it was made of; empty if there are none."""
     found: list[list[Drawn]] = []
     for path in (model / "training.json", model / FILE):
         if path.is_file():
@@ -86,7 +86,7 @@ def read_drawn(model: Path) -> tuple[Drawn, ...]:
 
 
 def carry_drawn(models: Iterable[Path], out: Path) -> None:
-    """Write into `out`, which was made of `models`, what they have drawn; no file where nothing is known."""
+    """Write the joined records of `models` into `out`, which was made of them; no file if there are none."""
     drawn = merge_drawn(read_drawn(model) for model in models)
     if drawn:
         write_json(out / FILE, {"drawn": [one.to_json() for one in drawn]})

@@ -1,4 +1,4 @@
-"""What a training step saw, asked of the model that came out of it."""
+"""Look up the documents of a training step, from the trained model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from koine.tokenizer import load_tokenizer
 
 
 def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
-    """The stretches of documents in the batch of `step` (from 0), row by row, with their decoded text.
+    """Return the document slices in the batch of `step` (from 0), row by row, with their decoded text.
 
-    `model` is a model directory that was trained here. Raises `UserError` where its `training.json` or the token shards that it names
-    are missing, or the shards are no longer the ones that it was trained on.
+    `model` is a model directory that was trained here. Raises `UserError` if its `training.json` or the token
+    shards are missing, or the shards are not those of the training.
     """
     model = Path(model)
     record = model / "training.json"
@@ -58,10 +58,10 @@ def documents_at_step(model: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _check_not_edited(record: Path) -> None:
-    """Raise `UserError` where a training's record tells of another mixture than it was trained on.
+    """Raise `UserError` if `training.json` holds another mixture than the model was trained on.
 
-    The record holds the mixture twice, once without paths: where one was changed, a step of another mixture
-    would be told.
+    It holds the mixture twice, once without paths. If one was changed, the batch of another mixture would be
+    shown.
     """
     trained = read_json(record)
     if without_paths(trained["mixture"]) != trained["identity"]["mixture"]:
@@ -73,7 +73,7 @@ def _check_not_edited(record: Path) -> None:
 
 
 def without_paths(value: Any) -> Any:
-    """The same JSON without any `path`: data are known by their hashes, so that folders may be moved."""
+    """Return the JSON value without any `path`: data is identified by hashes, so folders may be moved."""
     if isinstance(value, dict):
         return {key: without_paths(entry) for key, entry in value.items() if key != "path"}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Rows of JSON files: an object a line, an array of objects, or objects over several lines."""
+"""Read rows of JSON files: an object a line, an array of objects, or objects over several lines."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from koine.data.decompression import stream_of
 from koine.data.lines import BOM, LONGEST_LINE, in_utf8, lines
 
 Row = tuple[str, dict[str, Any] | str]
-"""Place of a row (`line 12`), and the row or its fault."""
+"""Location of a row (`line 12`), and the row or the reason why it is bad."""
 
 _OUTSIDE = re.compile(rb'["{}\[\],]')
 _INSIDE = re.compile(rb'["\\]')
 _QUOTE, _BACKSLASH = b'"\\'
 _BLOCK = 2**16
 _AHEAD = 2**20
-"""Bytes of the first lines that are looked at, to tell objects over several lines from broken ones."""
+"""Bytes of the first lines that are read ahead, to tell objects over several lines from broken ones."""
 
 
 class UnendingError(Exception):
-    """A JSON array or object goes on to the end of the file."""
+    """A JSON array or object does not end before the file does."""
 
 
 def json_row(raw: bytes) -> dict[str, Any] | str:
-    """The object of a line, or what is wrong with it."""
+    """Return the object of a line, or the reason why it is bad."""
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -40,21 +40,21 @@ def json_row(raw: bytes) -> dict[str, Any] | str:
     except RecursionError:
         return "JSON nested too deeply"
     except ValueError:
-        # Python reads no integer of more than 4,300 digits: the time would grow with their square.
+        # Python parses no integer of more than 4,300 digits, since time grows with their square.
         return "JSON with an integer of thousands of digits"
     return value if isinstance(value, dict) else f"a JSON {type(value).__name__}, not an object"
 
 
 def read_json_rows(file: IO[bytes], _: object = None) -> Iterator[Row]:
-    """The objects of a JSON file of any of the three layouts.
+    """Yield the objects of a JSON file of any of the three layouts.
 
-    Raises `UnendingError` where the file ends inside an array or object.
+    Raises `UnendingError` if the file ends inside an array or object.
     """
     file = in_utf8(file)
     blocks = iter(partial(file.read, _BLOCK), b"")
     start = b""
     while not start and (block := next(blocks, b"")):
-        # Neither blank lines nor byte-order marks say anything of the layout.
+        # Blank lines and byte-order marks do not tell the layout.
         start = block.lstrip(BOM + b" \t\r\n")
     if start.startswith(b"["):
         yield from _values(chain((start,), blocks))
@@ -78,31 +78,32 @@ def read_json_rows(file: IO[bytes], _: object = None) -> Iterator[Row]:
 
 
 def _is_broken(ahead: list[tuple[int, bytes | str]]) -> bool:
-    """Return whether the first of some lines that is not blank is no JSON object."""
+    """Return whether the first non-blank line is no JSON object."""
     raw = next((raw for _, raw in ahead if isinstance(raw, str) or raw.strip()), "")
     return isinstance(raw, bytes) and isinstance(json_row(raw), str)
 
 
 def _spans_lines(first: list[bytes | str]) -> bool:
-    """Return whether the first line begins an object that ends on a later one, or several.
+    """Return whether the first line begins an object that ends on a later one, or several objects.
 
-    A line that was cut short is told from it: no line after it fixes that.
+    A line that was cut short is different: no later line completes it.
     """
     filled = [raw for raw in first if isinstance(raw, bytes) and raw.strip()]
     text = b"".join(filled).decode("utf-8", "replace")
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        # An object of very many lines: a bracket alone, and then a key.
+        # An object of very many lines begins with a bracket alone, then a key.
         return len(filled) > 1 and filled[0].strip() == b"{" and filled[1].lstrip().startswith(b'"')
     line = filled[0].decode("utf-8", "replace")
     return isinstance(value, dict) and (end > len(line) or line[end:].lstrip().startswith("{"))
 
 
 def _values(blocks: Iterator[bytes | str]) -> Iterator[Row]:
-    """The values of arrays or of a sequence of objects, each cut out by its brackets before it is read.
+    """Yield the elements of arrays, or of a sequence of objects.
 
-    One that cannot be read, or is longer than memory allows, is one bad record.
+    Each is cut out by its brackets before it is parsed. One that cannot be parsed, or is longer than memory
+    allows, is one bad record.
     """
     cut = _Cutter()
     number = 0
@@ -121,7 +122,7 @@ def _values(blocks: Iterator[bytes | str]) -> Iterator[Row]:
 
 
 class _Cutter:
-    """Cuts a stream of JSON into the elements of its arrays and the objects outside of them."""
+    """Cut a stream of JSON into the elements of its arrays and the objects outside of them."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -134,19 +135,19 @@ class _Cutter:
 
     @property
     def open(self) -> bool:
-        """Return whether an array, an object or a string has not ended."""
+        """Whether an array, an object or a string has not ended."""
         return self._in_array or self._in_string or self._depth > 0
 
     def rest(self) -> bytes:
-        """The text that is left outside of any element."""
+        """Return the text left outside of any element."""
         return b"".join(self._pieces).strip()
 
     def skip(self, reason: str) -> None:
-        """A part that could not be held: the element that it stands in is bad."""
+        """Mark the current element as bad, because a part of it could not be held."""
         self._wrong = reason
 
     def push(self, block: bytes) -> Iterator[bytes | str]:
-        """The elements that end in this block."""
+        """Yield the elements that end in this block."""
         start, position = 0, int(self._escaped)
         self._escaped = False
         while found := (_INSIDE if self._in_string else _OUTSIDE).search(block, position):
@@ -159,14 +160,14 @@ class _Cutter:
             else:
                 ended = self._bracket(byte)
                 if ended is not None:
-                    # What ends an element of an array is no part of it; what ends an object is.
+                    # The comma or bracket after an element is no part of it; the brace of an object is.
                     self._add(block[start : position if ended else position - 1])
                     start = position
                     yield from self._take()
         self._add(block[start:])
 
     def _bracket(self, byte: int) -> bool | None:
-        """None: the element goes on. False: it ended before this byte. True: it ended with it."""
+        """Return None: the element continues. False: it ended before this byte. True: it ended with it."""
         if byte == 0x2C:
             return False if self._depth == 0 else None
         if byte in b"[{":

@@ -12,7 +12,7 @@ from typing import IO
 from koine.data.decompression import stream_of
 
 LONGEST_LINE = 64 * 2**20
-"""Bytes of a line, and of a record; a longer one is a bad record."""
+"""Most bytes of a line, and of a record; a longer one is a bad record."""
 BOM = codecs.BOM_UTF8
 _BLOCK = 2**16
 _MARKS = (
@@ -24,11 +24,10 @@ _MARKS = (
 
 
 def in_utf8(file: IO[bytes]) -> IO[bytes]:
-    """The file itself, or its text in UTF-8 where it is UTF-16 or UTF-32 by its mark or by the zeros of its
-    first characters.
+    """Return the file itself, or its text recoded to UTF-8 if it is UTF-16 or UTF-32.
 
-    Halves of surrogate pairs stay what they are, and bytes that are none end in one that is no UTF-8: both
-    make a bad record.
+    The encoding is known by its byte-order mark, or by the zeros of the first characters. Lone surrogates are
+    kept, and undecodable bytes end in a byte that is no UTF-8: both make a bad record.
     """
     assert isinstance(file, io.BufferedReader)
     first = file.peek(4)[:4]
@@ -37,7 +36,7 @@ def in_utf8(file: IO[bytes]) -> IO[bytes]:
         file = stream_of(chain((first,), iter(partial(file.read, _BLOCK), b"")))
     encoding = next((name for mark, name in _MARKS if first.startswith(mark)), None)
     if encoding is None and len(first) == 4:
-        # No text in UTF-8 holds a zero; the first characters of data in UTF-16 are ASCII.
+        # Text in UTF-8 holds no zero byte; the first characters of data in UTF-16 are ASCII.
         zeros = [byte == 0 for byte in first]
         if zeros in ([False, True] * 2, [True, False] * 2):
             encoding = "utf-16-be" if zeros[0] else "utf-16-le"
@@ -55,8 +54,7 @@ def _recoded(file: IO[bytes], encoding: str) -> Iterator[bytes]:
 
 
 def lines(file: IO[bytes], *, ends: bool = False) -> Iterator[bytes | str]:
-    """Lines without byte-order marks at their start, ended by LF, CR or both; what is wrong with one in place
-    of one too long.
+    """Yield lines, ended by LF, CR or both, without byte-order marks; for one too long, the reason as str.
 
     ends: keep the line ends. Time is linear in the file, and memory is that of the longest line allowed.
     """

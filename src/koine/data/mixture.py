@@ -1,4 +1,4 @@
-"""What is trained on: named sources in proportions, phase after phase."""
+"""Data mixtures: named sources in proportions, phase after phase."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Packing = Literal["concat", "no_split", "one_per_row"]
 _PACKING_BEFORE = {"stream": "concat", "whole": "no_split", "alone": "one_per_row"}
 """Names of the packings before version 0.1.0; read, never written."""
 MOST_TOKENS = 2**28
-"""Tokens of a step at most: several times what the largest published trainings take."""
+"""Most tokens of a step: several times those of the largest published trainings."""
 MOST_STEPS = 2**36
 
 
@@ -33,15 +33,15 @@ class Source:
     name: str
     path: Path
     proportion: float
-    """Share of the phase's tokens; the shares of a phase must sum to 1."""
+    """Share of the phase's tokens; the proportions of a phase must sum to 1."""
     languages: Mapping[str, float] | None = None
-    """Weights of the languages to draw from; languages not named are left out. `None`: all, by `temperature`."""
+    """Weights of the languages to draw from; others are left out. `None`: all, by `temperature`."""
     temperature: float | None = None
-    """Languages are weighted by `tokens ** (1 / temperature)`; 1 is their natural share, infinity uniform."""
+    """Languages are weighted by `tokens ** (1 / temperature)`; 1 is natural, infinity uniform."""
     min_tokens: int | None = None
-    """Only documents of at least as many tokens are drawn; `None`: all."""
+    """Fewest tokens of a document that is drawn; `None`: all."""
     max_epochs: float = 4.0
-    """More passes than this over a language's documents raise a `KoineWarning`."""
+    """More epochs than this over a language's documents give a `KoineWarning`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -52,7 +52,7 @@ class Source:
             raise UserError(
                 "has both language weights and a temperature", where=where, hint="give one of them"
             )
-        # Infinity is a temperature, at which all languages weigh the same, and no bound of passes.
+        # Infinity is allowed: all languages weigh the same, or no limit of epochs.
         if self.temperature is not None and not self.temperature > 0.0:
             raise UserError(f"the temperature {self.temperature} is not above 0", where=where)
         if self.min_tokens is not None and not 1 <= self.min_tokens <= MAX_INTEGER:
@@ -74,7 +74,7 @@ class Source:
 
 
 class Shape(NamedTuple):
-    """Tokens of a row and rows of a step, over all ranks."""
+    """Tokens of a row, and rows of a step over all ranks."""
 
     sequence_length: int
     batch_size: int
@@ -86,26 +86,26 @@ class Shape(NamedTuple):
 
 
 class StepPosition(NamedTuple):
-    """Where a step of a mixture is."""
+    """Position of a step in a mixture."""
 
     phase: int
     inside: int
     """Number of the step inside its phase."""
     long: bool
-    """Whether it is one of the phase's batches of long rows."""
+    """Whether the step is a batch of long rows."""
     number: int
     """Steps of the same phase and kind (long or not) before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongRows:
-    """Batches of long rows among a phase's others: its steps `every - 1`, `2 * every - 1`, ... (counted from 0)."""
+    """Batches of long rows in a phase: its steps `every - 1`, `2 * every - 1`, ... (counted from 0)."""
 
     every: int
     sequence_length: int
     batch_size: int
     sources: tuple[Source, ...] = ()
-    """What they are drawn from, with proportions of their own; none: the phase's sources."""
+    """Sources of the long rows, with their own proportions; empty: the phase's sources."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
@@ -122,7 +122,7 @@ class LongRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training with one mixture; learning-rate schedules begin again with each."""
+    """A stretch of training with one mixture; learning-rate schedules start anew with each phase."""
 
     name: str
     steps: int
@@ -161,7 +161,7 @@ class Phase:
 
     @property
     def all_sources(self) -> tuple[Source, ...]:
-        """The sources of all rows, long or not; one that serves both may be there twice."""
+        """Sources of all rows, long or not; one that serves both is listed twice."""
         return self.sources + (self.long.sources if self.long is not None else ())
 
 
@@ -187,7 +187,7 @@ class Mixture:
     packing: Packing = "concat"
     cross_document_attention: bool = False
     drawn: tuple[Drawn, ...] = ()
-    """Documents drawn by earlier trainings (`koine.data.drawn`): the first phase goes on after them."""
+    """Documents drawn by earlier trainings (`koine.data.drawn`); the first phase continues after them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -223,7 +223,7 @@ class Mixture:
         return sum(phase.steps for phase in self.phases)
 
     def position(self, step: int) -> StepPosition:
-        """The phase of a step, and where in it the step is. Raises `UserError` outside the mixture."""
+        """Return phase and position of a step. Raises `UserError` outside the mixture."""
         if not 0 <= step < self.steps:
             raise UserError(
                 f"step {step} is outside the mixture", hint=f"it has the steps 0 to {self.steps - 1}"
@@ -239,12 +239,12 @@ class Mixture:
         return StepPosition(index, inside, False, inside - before)
 
     def long_every(self, phase: int) -> int:
-        """Every how many steps of a phase are of long rows; 0: none is."""
+        """Return `every` of a phase's long rows; 0 if it has none."""
         long = self.phases[phase].long
         return long.every if long is not None else 0
 
     def phase_shape(self, phase: int, *, long: bool) -> Shape:
-        """What a step of a phase holds, of long rows or of the others."""
+        """Return the shape of a phase's long rows, or of its other rows."""
         one = self.phases[phase]
         if long:
             assert one.long is not None
@@ -252,18 +252,18 @@ class Mixture:
         return Shape(one.sequence_length or self.sequence_length, one.batch_size or self.batch_size)
 
     def shape(self, step: int) -> Shape:
-        """What a step holds."""
+        """Return the shape of a step."""
         place = self.position(step)
         return self.phase_shape(place.phase, long=place.long)
 
     def phase_steps(self, phase: int, *, long: bool) -> int:
-        """Steps of long rows, or of the others, in a phase."""
+        """Count the steps of long rows, or of the others, in a phase."""
         every, steps = self.long_every(phase), self.phases[phase].steps
         of_long = steps // every if every else 0
         return of_long if long else steps - of_long
 
     def shapes(self) -> dict[Shape, int]:
-        """Every shape that a step has, and how many steps have it."""
+        """Return every shape, and the number of steps that have it."""
         found: dict[Shape, int] = {}
         for index, phase in enumerate(self.phases):
             for long in (False, True) if phase.long is not None else (False,):
@@ -272,11 +272,11 @@ class Mixture:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` makes an equal mixture."""
+        """Return a JSON value from which `from_json` makes an equal mixture."""
         value = dataclasses.asdict(self)
 
         def sources(items: Any) -> list[dict[str, Any]]:
-            # Absolute, so that a model's record of its data can be read from any folder.
+            # Absolute, so that a model's training.json can be read from any folder.
             return [
                 {
                     name: str(entry.resolve()) if name == "path" else entry
@@ -291,7 +291,7 @@ class Mixture:
             phase["sources"] = sources(phase["sources"])
             if phase["long"] is not None:
                 phase["long"]["sources"] = sources(phase["long"]["sources"])
-            # What a phase has not of its own is not said: a mixture without it reads as it always has.
+            # Unset fields are left out, so that the JSON of older mixtures stays the same.
             phases.append({name: entry for name, entry in phase.items() if entry is not None})
         drawn = [one.to_json() for one in self.drawn]
         del value["drawn"]
@@ -299,9 +299,10 @@ class Mixture:
 
     @staticmethod
     def from_json(value: Any, *, where: str | Path = "mixture", relative_to: Path | None = None) -> Mixture:
-        """A mixture from its JSON value; paths that are not absolute are taken from `relative_to`.
+        """Read a mixture from its JSON value; relative paths are taken from `relative_to`.
 
-        Raises `UserError` for unknown keys (with the nearest known one), missing ones, values of another type, and impossible ones.
+        Raises `UserError` for unknown keys (with the nearest known one), missing ones, and values of a wrong
+        type or out of bounds.
         """
 
         def source(item: Any) -> Source:

@@ -1,4 +1,4 @@
-"""How the documents of one language become rows: joined and cut, not split, or one a row.
+"""Pack the documents of one language into rows: concatenated, not split, or one a row.
 
 Row `n` depends on `n` only.
 """
@@ -22,7 +22,7 @@ class DocumentSlice(NamedTuple):
 
 
 class _Epochs:
-    """Shuffled documents, epoch by epoch; each epoch's shuffle depends on (seed, epoch) alone."""
+    """Shuffled documents, epoch by epoch; the shuffle of an epoch depends only on (seed, epoch)."""
 
     def __init__(
         self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, ...]
@@ -45,12 +45,12 @@ class _Epochs:
 
     @property
     def shuffle(self) -> tuple[int, ...]:
-        """The seed that the order of the documents follows from."""
+        """Seed of the documents' order."""
         return self._seed
 
 
 class ConcatPacking(_Epochs):
-    """All documents of an epoch joined, epoch after epoch, and cut every `time` tokens."""
+    """All documents of an epoch concatenated, epoch after epoch, and cut every `time` tokens."""
 
     def __init__(
         self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, ...]
@@ -59,24 +59,25 @@ class ConcatPacking(_Epochs):
         self._total = int(self._lengths.sum())
 
     def rows_in_epoch(self) -> float:
-        """Rows that one pass over the documents fills."""
+        """Return the rows that one epoch fills."""
         return self._total / self._time
 
     def documents_before(self, row: int) -> int:
-        """Documents that rows before `row` have begun, epoch after epoch."""
+        """Count the documents that begin in rows before `row`, over all epochs."""
         epoch, position = divmod(row * self._time, self._total)
         _, ends = self._epoch(epoch)
         begun = int(np.searchsorted(ends, position, side="left")) + 1 if position else 0
         return epoch * len(self._lengths) + begun
 
     def first_row_after(self, documents: int) -> int:
-        """The first row that holds nothing of the first `documents`, counted as by `documents_before`."""
+        """Return the first row without any of the first `documents`, counted as by `documents_before`."""
         epoch, index = divmod(documents, len(self._lengths))
         _, ends = self._epoch(epoch)
         tokens = epoch * self._total + (int(ends[index - 1]) if index else 0)
         return -(-tokens // self._time)
 
     def _epoch(self, epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the shuffled documents, and where each ends in the concatenated epoch."""
         if epoch in self._kept:
             value: tuple[NDArray[Any], NDArray[Any]] = self._kept[epoch]
             return value
@@ -86,7 +87,7 @@ class ConcatPacking(_Epochs):
         return kept
 
     def row(self, number: int) -> list[DocumentSlice]:
-        """The pieces of row `number`; together they hold one token more than the row, the last position's target."""
+        """Return the slices of row `number`; they hold one token more than the row, its last target."""
         epoch, position = divmod(number * self._time, self._total)
         wanted = self._time + 1
         pieces = []
@@ -108,7 +109,10 @@ class ConcatPacking(_Epochs):
 
 
 class NoSplitPacking(_Epochs):
-    """Rows of whole documents in shuffled order, a new row where the next one does not fit; longer ones are cut off."""
+    """Rows of whole documents in shuffled order; one that does not fit begins a new row.
+
+    Documents longer than a row are truncated.
+    """
 
     def __init__(
         self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, ...]
@@ -117,20 +121,20 @@ class NoSplitPacking(_Epochs):
         self._first_rows = [0]
 
     def cut_off(self) -> tuple[int, int]:
-        """Documents that are longer than a row and lose their end, and all documents."""
+        """Count the documents that are longer than a row, and all documents."""
         return int((self._lengths > self._time).sum()), len(self._lengths)
 
     def rows_in_epoch(self) -> float:
-        """Rows of the first pass over the documents."""
+        """Return the rows of the first epoch."""
         return float(len(self._epoch(0)[1]) - 1)
 
     def documents_before(self, row: int) -> int:
-        """Documents of the rows before `row`, epoch after epoch."""
+        """Count the documents of the rows before `row`, over all epochs."""
         epoch, inside = self._locate(row)
         return epoch * len(self._lengths) + int(self._epoch(epoch)[1][inside])
 
     def first_row_after(self, documents: int) -> int:
-        """The first row that holds nothing of the first `documents`, counted as by `documents_before`."""
+        """Return the first row without any of the first `documents`, counted as by `documents_before`."""
         epoch, index = divmod(documents, len(self._lengths))
         while len(self._first_rows) <= epoch:
             self._add_epoch()
@@ -142,14 +146,14 @@ class NoSplitPacking(_Epochs):
         self._first_rows.append(self._first_rows[-1] + len(self._epoch(epoch)[1]) - 1)
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """The epoch of a row, and its number inside."""
+        """Return the epoch of a row, and its number inside."""
         while self._first_rows[-1] <= row:
             self._add_epoch()
         epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return epoch, row - self._first_rows[epoch]
 
     def _epoch(self, epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The shuffled documents, and where in that order each row begins."""
+        """Return the shuffled documents, and where in that order each row begins."""
         if epoch in self._kept:
             value: tuple[NDArray[Any], NDArray[Any]] = self._kept[epoch]
             return value
@@ -158,6 +162,7 @@ class NoSplitPacking(_Epochs):
         return kept
 
     def _begins(self, order: NDArray[Any]) -> NDArray[Any]:
+        """Return where in the shuffled order each row begins."""
         ends = np.cumsum(np.minimum(self._lengths[order], self._time))
         begins, filled = [0], 0
         while begins[-1] < len(order):
@@ -166,7 +171,7 @@ class NoSplitPacking(_Epochs):
         return np.array(begins)
 
     def row(self, number: int) -> list[DocumentSlice]:
-        """The pieces of row `number`."""
+        """Return the slices of row `number`."""
         epoch, inside = self._locate(number)
         order, begins = self._epoch(epoch)
         return [
@@ -176,7 +181,7 @@ class NoSplitPacking(_Epochs):
 
 
 class OnePerRowPacking(NoSplitPacking):
-    """A document a row, in shuffled order; what is longer than the row is cut off."""
+    """One document a row, in shuffled order; documents longer than a row are truncated."""
 
     def _begins(self, order: NDArray[Any]) -> NDArray[Any]:
         return np.arange(len(order) + 1)

@@ -1,8 +1,8 @@
-"""Rows of data files of any of the supported kinds, streaming, each with the place it came from.
+"""Read rows of data files of any supported kind, streaming, each with its location.
 
 Kinds: `.txt`, `.jsonl` (`.ndjson`, `.json`), `.csv` (`.tsv`), `.parquet`, `.arrow` (`.feather`), `.orc`; each
-also with `.gz`, `.bz2`, `.xz` or `.zst` behind it. A line, a cell and a record have at most 64 MiB; a longer
-one is a bad record.
+also with `.gz`, `.bz2`, `.xz` or `.zst`. A line, a cell and a record have at most 64 MiB; a longer one is a
+bad record.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from koine.files import read_json, walk
 TextUnit = Literal["paragraph", "line", "file"]
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".lzo", ".z")
 _MAX_PARAGRAPH = 2**20
-"""Characters of a text without an empty line that are read as one document; memory must not grow with the file."""
+"""Most characters of a text without an empty line that become one document, to bound memory."""
 _MAX_FILE = 2**28
-"""Characters of a whole file that is read as one document."""
+"""Most characters of a whole file that is read as one document."""
 
 
 def _read_txt(file: IO[bytes], unit: TextUnit) -> Iterator[Row]:
-    """Documents of a plain text: paragraphs (between empty lines, cut at a line end where they are very long), lines, or the file."""
+    """Yield the documents of a plain text: paragraphs, lines, or the file.
+
+    Paragraphs are separated by empty lines; very long ones are cut at a line end.
+    """
     collected: list[str] = []
     first, size = 1, 0
     number = 0
@@ -79,7 +82,7 @@ _TABLES: dict[str, Callable[[IO[bytes], Columns], Iterator[Row]]] = {
 }
 KINDS = (*_TEXTS, *_TABLES)
 JSON = ".json"
-"""Read where it is named, or stands in a folder without other data: beside them it mostly describes them."""
+"""Read if it is named, or alone in a folder: beside other data, such files mostly describe it."""
 _DESCRIPTIONS = {
     "dataset_info.json",
     "dataset_infos.json",
@@ -99,7 +102,7 @@ _DESCRIPTIONS |= {
 
 
 def _kind_named(path: Path) -> str | None:
-    """The extension before that of a compression, in small letters."""
+    """Return the lower-case extension before that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes = suffixes[:-1]
@@ -107,7 +110,7 @@ def _kind_named(path: Path) -> str | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """The extension that decides how a file in a folder is read, or `None` for a file that is not data."""
+    """Return the extension that decides how a file in a folder is read; `None` if it is not data."""
     kind = _kind_named(path)
     return kind if kind in KINDS else None
 
@@ -126,10 +129,9 @@ def _unknown_kind(path: Path) -> UserError:
 
 
 def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = ALL) -> Iterator[Row]:
-    """The rows of one file in order; columns: what is needed of a table.
+    """Yield the rows of one file in order; `columns`: what is needed of a table.
 
-    Raises `UserError` where the file is of no known kind, unreadable, or damaged in a way that hides the
-    rest.
+    Raises `UserError` if the file is of no known kind, unreadable, or damaged so that the rest is lost.
     """
     kind = kind_of(path) or (".jsonl" if _kind_named(path) == JSON else None)
     if kind is None:
@@ -164,7 +166,7 @@ _SPLIT = re.compile(
 
 
 def split_of(path: Path, root: Path) -> str | None:
-    """The split that a file's name, or a folder's above it, says it belongs to; `None` where it says nothing."""
+    """Return the split in a file's name or in that of a folder above it; `None` if neither names one."""
     for part in reversed(path.relative_to(root).parts):
         found = _SPLIT.search(part)
         if found:
@@ -180,11 +182,11 @@ def split_of(path: Path, root: Path) -> str | None:
 
 
 def data_files(path: Path, *, split: str = "train") -> list[Path]:
-    """The data files below a path, in the order in which they are read (sorted by name).
+    """Return the data files below a path, in the order in which they are read (sorted by name).
 
-    Of a folder whose files name their split (`train-00000-of-00002.parquet`, `test/data.jsonl`), only those of `split` are taken, and
-    those that name none; `split="all"` takes everything. Folders written by `save_to_disk` are read by their `state.json`. Raises
-    `UserError` where there are none.
+    If files of a folder name their split (`train-00000-of-00002.parquet`, `test/data.jsonl`), only those of
+    `split` are taken, and those that name none; `split="all"` takes everything. Folders written by
+    `save_to_disk` are read by their `state.json`. Raises `UserError` if there are none.
     """
     if path.is_file():
         return [path]
@@ -215,7 +217,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
 
 
 def _check_is_file_or_folder(path: Path) -> None:
-    """Raise `UserError` where something stands under a name that is neither a file nor a folder: no name is wrong there."""
+    """Raise `UserError` for a dangling link, a pipe, a device or a socket."""
     if path.is_symlink() and not path.exists():
         target = Path(os.path.realpath(path))
         leads = "back to itself" if target.is_symlink() else f"to {target}, which is not there"
@@ -230,7 +232,7 @@ def _check_is_file_or_folder(path: Path) -> None:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    """The `.json` files of a folder that holds no other data, without those that describe it."""
+    """Return the `.json` files of a folder without other data, except those that describe it."""
     return [
         file
         for file in sorted(folder.iterdir())
@@ -242,7 +244,7 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The data files that `walk` finds.
+    """Return the data files that `walk` finds.
 
     Of a folder written by `save_to_disk`, those that its `state.json` lists.
     """
@@ -260,7 +262,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _of_state(state: Path) -> list[Path]:
-    """The files that `save_to_disk` of Hugging Face's `datasets` lists in a folder."""
+    """Return the files that `save_to_disk` of Hugging Face's `datasets` lists in a folder."""
     value = read_json(state)
     listed = value.get("_data_files") if isinstance(value, dict) else None
     items = listed if isinstance(listed, list) else [None]

@@ -1,4 +1,4 @@
-"""Records: one JSON object a document, checked as they are read."""
+"""Read records: one JSON object a document, checked as they are read."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from koine.fields import short_repr
 from koine.languages import language as find_language
 
 Record = dict[str, Any]
-"""`text` or `messages`, `language` (BCP-47), `domain`, `source`, `id`; other fields are carried along."""
+"""`text` or `messages`, `language` (BCP-47), `domain`, `source`, `id`; other fields are kept."""
 
 FIELDS = ("text", "messages", "language", "domain", "source", "id", "split")
 ROLES = ("system", "user", "assistant")
 HUB = "hub:"
 _FIRST_CHECK = 1000
 _SHOWN = 5
-# What other tools call these fields; used where the record has no field of our name.
+# Names of these fields in other tools, used if the record has no field of our name.
 _ALIASES = {"language": ("lang",), "id": ("_id",)}
 CHATS, TRANSLATIONS = "conversations", "translation"
-"""ShareGPT's name for messages, and the name of parallel texts in the data sets of translation; used where a
-record has neither text nor messages."""
+"""ShareGPT's name for messages, and the usual name of parallel texts in translation data.
+
+Used if a record has neither text nor messages.
+"""
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _LABELS = ("language", "domain", "source", "id")
 _LONGEST_REASON = 300
 _LONGEST_CODE = 100
 UNKNOWN_LANGUAGE = "und"
 TRANSLATED = "translated"
-"""A field of the records that came out of one row with its text in several languages: the same `id`, the same content."""
+"""Field of records that come from one row with its text in several languages; they share their `id`."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,17 @@ class BadRecord:
     reason: str
 
     def __str__(self) -> str:
-        # The reason may hold what stands in the data: shown in one line of bounded length that any terminal
-        # can print.
+        # The reason may quote the data: shown in one line of bounded length that any terminal can print.
         reason = printable(self.reason[:_LONGEST_REASON])
         return f"{self.file}, {self.place}: {reason}{'...' if len(self.reason) > _LONGEST_REASON else ''}"
 
 
 class RecordReader:
-    """Iterates over the good records of a path; `bad` counts the others and `examples` holds the first few.
+    """Iterates over the good records of a path; `bad` counts the others, `examples` holds the first few.
 
-    Iterating raises `UserError` once more than `max_bad_share` of the records are bad (looked at after the first 1,000 and at the
-    end), or where there is no record at all. `present` holds the languages of all records, those passed over included.
+    Iterating raises `UserError` once more than `max_bad_share` of the records are bad (checked after the
+    first 1,000 and at the end), or if there is no record at all. `present` holds the languages of all
+    records, also of skipped ones.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class RecordReader:
         self.present: set[str] = set()
 
     def _columns(self, carry: Collection[str] | None) -> Columns:
-        """The columns that are read of tables."""
+        """Return the columns to read of tables."""
         text, messages = (self.fields.get(name, name) for name in ("text", "messages"))
         aliases = [alias for several in _ALIASES.values() for alias in several]
         content = (text, messages, CHATS, TRANSLATIONS)
@@ -126,19 +128,19 @@ class RecordReader:
             raise UserError("holds no records", where=str(self.path), hint="the files are empty")
 
     def _check(self) -> None:
+        """Raise `UserError` if too many records are bad."""
         total = self.good + self.bad
         if self.bad > self.max_bad_share * total:
             raise UserError(
-                f"{self.bad} of {total} records are bad ({self.bad / total:.1%}, at most {self.max_bad_share:.1%} may be); "
-                f"the first is {self.examples[0]}",
+                f"{self.bad} of {total} records are bad "
+                f"({self.bad / total:.1%}, at most {self.max_bad_share:.1%} may be); the first is {self.examples[0]}",
                 hint="fix the data, map its fields (--field text=COLUMN), or allow more (--max-bad)",
             )
 
     def _translations(self, row: dict[str, Any]) -> Iterator[dict[str, Any] | str]:
-        """The row, or one for each language of a row whose text is `{code: text}`; these share their
-        identifier.
+        """Yield the row, or one per language of a row whose text is `{code: text}`; these share their `id`.
 
-        A language without a text in this row is no record: tables hold all languages in every row.
+        A language without a text in this row gives no record: tables hold all languages in every row.
         """
         column = self.fields.get("text", "text")
         texts = row.get(column)
@@ -160,6 +162,7 @@ class RecordReader:
             yield {**row, column: text, language: code, TRANSLATED: True}
 
     def _wanted(self, code: str) -> bool:
+        """Return whether a language is chosen, and add it to `present`."""
         try:
             found = find_language(code[:_LONGEST_CODE]).code
         except UserError:
@@ -168,7 +171,7 @@ class RecordReader:
         return self.languages is None or found in self.languages
 
     def _default(self, name: str, file: Path, place: str) -> str:
-        """The label of a record that does not say."""
+        """Return the default of a missing label."""
         if name == "language":
             return self.language or UNKNOWN_LANGUAGE
         if name == "domain":
@@ -176,7 +179,7 @@ class RecordReader:
         return file.name.split(".")[0] if name == "source" else f"{file.name}:{place.split()[-1]}"
 
     def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
-        """The record of a row, or what is wrong with it."""
+        """Return the record of a row, or the reason why it is bad."""
         record = dict(row)
         for name, column in self.fields.items():
             if column not in row:
@@ -193,7 +196,7 @@ class RecordReader:
         if isinstance(record.get("messages"), list):
             record["messages"] = [_message(message) for message in record["messages"]]
         if "split" in record and not isinstance(record["split"], str):
-            # No name of a split of ours: a number of a class, or empty.
+            # Not the name of a split, but the number of a class, or empty.
             record.pop("split")
         wrong = _wrong_content(record, questions=self.questions)
         if wrong is not None:
@@ -217,10 +220,9 @@ class RecordReader:
 
 
 def _label(value: Any, *, number: bool) -> str | None:
-    """The text of a label, empty where there is none (NaN is how pandas writes that), or None for what is no
-    label.
+    """Return the text of a label, empty if there is none, or None if it is no label.
 
-    number: whole and other numbers are labels too.
+    NaN counts as none: pandas writes missing values so. number: numbers are labels too.
     """
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -232,7 +234,7 @@ def _label(value: Any, *, number: bool) -> str | None:
 
 
 def _surrogate(text: str) -> int | None:
-    """Position of half a surrogate pair in a text, which no UTF-8 can hold."""
+    """Return the position of a lone surrogate in a text, which UTF-8 cannot hold."""
     if not text.isascii():
         try:
             text.encode("utf-8")
@@ -246,7 +248,7 @@ def _blank(text: Any) -> bool:
 
 
 def _message(message: Any) -> Any:
-    """A message with `role` and `content`.
+    """Return a message with `role` and `content`.
 
     Also from ShareGPT's `from` and `value`, and from content in parts of text.
     """
@@ -262,18 +264,19 @@ def _message(message: Any) -> Any:
         whole = [text for text in texts if isinstance(text, str)]
         if len(whole) == len(parts):
             message = {**message, "content": "".join(whole)}
-    # What else a message holds goes along where it can be written again.
+    # Other fields of a message are kept if they can be written as JSON.
     return {key: entry for key, entry in message.items() if key in ("role", "content") or _plain(entry)}
 
 
 def _plain(value: Any) -> bool:
-    """Return whether a value is one that JSON in UTF-8 holds."""
+    """Return whether JSON in UTF-8 can hold a value."""
     if isinstance(value, str):
         return _surrogate(value) is None
     return value is None or isinstance(value, bool | int | float)
 
 
 def _wrong_content(record: Record, *, questions: bool) -> str | None:
+    """Return the reason why a record's text or messages are bad, or None."""
     text, messages = record.get("text"), record.get("messages")
     if messages is None:
         if text is None:
@@ -302,7 +305,7 @@ def _wrong_content(record: Record, *, questions: bool) -> str | None:
 
 
 def _asks(record: Record) -> bool:
-    """Return whether a record is a question, with its right answer beside the messages.
+    """Return whether a record is a question with its answer beside the messages.
 
     The messages of a question end with the user's turn.
     """
@@ -311,6 +314,7 @@ def _asks(record: Record) -> bool:
 
 
 def _wrong_text(text: Any) -> str | None:
+    """Return the reason why a text is bad, or None."""
     if not isinstance(text, str):
         return f"the text is {type(text).__name__}, not a string"
     if not text.strip():
@@ -322,9 +326,9 @@ def _wrong_text(text: Any) -> str | None:
 
 
 def locate(path: str | Path) -> Path:
-    """The local path of a source: a path as it is, `hub:OWNER/NAME` as the folder of its snapshot.
+    """Return the local path of a source; of `hub:OWNER/NAME`, the folder of its snapshot.
 
-    Raises `UserError` where the hub cannot be reached or has no such data set.
+    Raises `UserError` if the hub cannot be reached or has no such data set.
     """
     text = str(path)
     if not text.startswith(HUB):
@@ -361,18 +365,19 @@ def read_records(
 ) -> RecordReader:
     """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
 
+    A row whose text (or `translation`) is an object `{code: text}` gives one record for each language that
+    has a text, all with the row's `id` and `"translated": true`.
+
     Args:
-        fields: our field name to the data's (`{"text": "content"}`).
-        language, domain: for records that do not say.
+        path: the source.
+        fields: our field name -> the data's (`{"text": "content"}`).
+        language, domain: for records without one.
         max_bad_share: a larger share of bad records raises `UserError` with the first one's file and line.
         unit: what a document is in a `.txt` file.
-        split: which files of a folder are read where their names say a split; "all" for all.
-        languages: pass over records in other languages.
-        carry: the fields besides ours that are needed, so that no other column of a table is read; None: all.
-        questions: messages may end with the user's turn where the record has an `answer`.
-
-    A row whose text (or `translation`) is an object `{code: text}` is one record for each language that has a
-    text, all with the row's `id` and `"translated": true`.
+        split: the files of a folder to read, if their names name a split; "all" for all.
+        languages: skip records in other languages.
+        carry: fields to keep besides ours, so that no other column of a table is read; `None`: all.
+        questions: messages may end with the user's turn if the record has an `answer`.
     """
     return RecordReader(
         path,

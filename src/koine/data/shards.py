@@ -1,10 +1,10 @@
-"""Token shards: memory-mapped ids, where each document begins, and what each document is.
+"""Token shards: memory-mapped ids, document offsets, and a description of each document.
 
 manifest.json                   format, tokenizer, dtype, counts, and sha256 and size of every file
-shard-00000.tokens              ids, uint16 (vocabularies up to 65,536) or uint32
-shard-00000.offsets             uint64 [documents + 1]: where each document begins
-shard-00000.mask                uint8 per token, 1 on completions (chats only)
-shard-00000.documents.parquet   id, language, domain, source, bytes (UTF-8, NFC) per document
+shard-00000.tokens              ids, uint16 (vocabularies up to 65,536) or uint32 shard-00000.offsets
+uint64 [documents + 1]: offset of each document shard-00000.mask                uint8 per token, 1 on
+completions (chats only) shard-00000.documents.parquet   id, language, domain, source, bytes (UTF-8, NFC) per
+document
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FORMAT = 1
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
-    """sha256 of a manifest's content, which is kept in it under `sha256`."""
+    """Compute the sha256 of a manifest's content; the manifest holds it as `sha256`."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
 class DocumentInfo:
-    """What is known of a document beside its tokens."""
+    """Description of a document."""
 
     record_id: str
     language: str
@@ -44,9 +44,9 @@ class DocumentInfo:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of a `manifest.json`.
+    """Read a `manifest.json`.
 
-    Raises `UserError` where it is damaged, of another format, or not what was written.
+    Raises `UserError` if it is damaged, changed, or of another format.
     """
     manifest = read_json_object(path, hint="it is damaged; tokenize again")
     if manifest.get("format") != FORMAT:
@@ -86,7 +86,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 class TokenSource:
     """A folder of token shards, opened for reading. Documents are numbered through all shards.
 
-    Raises `UserError` where a file is missing or its content is not what the manifest says (unless `verify` is false).
+    Raises `UserError` if a file is missing or differs from the manifest (its sha256 only with `verify`).
     """
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
@@ -114,6 +114,7 @@ class TokenSource:
         self._first = np.cumsum([0, *[len(o) - 1 for o in offsets]])
 
     def _check_files(self, verify: bool) -> None:
+        """Raise `UserError` for a file that differs from the manifest."""
         for name, about in self.manifest["files"].items():
             file = self.path / name
             if not file.exists():
@@ -150,20 +151,20 @@ class TokenSource:
         return len(self.lengths)
 
     def locate(self, document: int) -> tuple[int, int]:
-        """Shard and index inside the shard of a document."""
+        """Return the shard of a document, and its index inside."""
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         return shard, document - int(self._first[shard])
 
     def number(self, shard: int, index: int) -> int:
-        """The reverse of `locate`."""
+        """Return the document at an index of a shard; the inverse of `locate`."""
         return int(self._first[shard]) + index
 
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
-        """Ids `[start, end)` of a document, not copied."""
+        """Return ids `[start, end)` of a document, without a copy."""
         return self._slice(self._tokens, document, start, end)
 
     def mask(self, document: int, start: int = 0, end: int | None = None) -> NDArray[Any]:
-        """1 where a token of a chat is a completion."""
+        """Return the completion mask of tokens `[start, end)` of a chat: 1 on completions."""
         return self._slice(self._masks, document, start, end)
 
     def _slice(self, arrays: list[Any], document: int, start: int, end: int | None) -> NDArray[Any]:
@@ -189,11 +190,11 @@ class TokenSource:
         return np.asarray(self._documents.column("language").to_numpy(zero_copy_only=False), dtype=np.str_)
 
     def info(self, document: int) -> DocumentInfo:
-        """What the document is."""
+        """Return the description of a document."""
         row = self._documents.slice(document, 1).to_pylist()[0]
         return DocumentInfo(row["id"], row["language"], row["domain"], row["source"], row["bytes"])
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Documents, tokens and bytes by language."""
+        """Return documents, tokens and bytes by language."""
         value: dict[str, dict[str, int]] = self.manifest["languages"]
         return value

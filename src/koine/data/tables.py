@@ -1,4 +1,4 @@
-"""Read rows of Parquet, Arrow, Feather and ORC files, only the columns that are needed."""
+"""Read rows of Parquet, Arrow, Feather and ORC files; only the columns that are needed."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _ARROW_FILE = b"ARROW1"
 
 
 class TableError(Exception):
-    """The file cannot be read on from here."""
+    """The file cannot be read further."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that are read of a table.
+    """Columns to read of a table.
 
-    content: one of these must be there, else everything is read, so that a message can say what there is.
-    mapped: all of these must.
-    known: fields of records, in which bytes are text and a cell that cannot be read makes a bad record.
-    carried: other columns that are read; None: all.
+    Attributes:
+        content: at least one must be there, else all columns are read, so that an error can list them.
+        mapped: all of these must be there.
+        known: fields of records; bytes in them are text, and an unreadable cell makes a bad record.
+        carried: other columns to read; None: all.
     """
 
     content: Collection[str] = ()
@@ -41,7 +42,7 @@ class Columns:
     carried: Collection[str] | None = None
 
     def of(self, names: list[str]) -> list[str] | None:
-        """The columns to read; None: all."""
+        """Return the columns to read of those in a table; None: all."""
         if self.carried is None or not set(self.mapped) <= set(names) or not set(self.content) & set(names):
             return None
         wanted = {*self.content, *self.mapped, *self.known, *self.carried}
@@ -67,7 +68,10 @@ def _errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end; a compressed one is unpacked beside, into a temporary file."""
+    """Return a seekable file.
+
+    Parquet is read from its end, so a compressed file is decompressed to a temporary one.
+    """
     if file.seekable():
         yield file
         return
@@ -78,7 +82,7 @@ def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def read_parquet(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
-    """Rows of a Parquet file. Raises `TableError` where it is damaged."""
+    """Yield rows of a Parquet file. Raises `TableError` if it is damaged."""
     import pyarrow.parquet as pq
 
     with _errors("Parquet file"), _seekable(file) as seekable:
@@ -88,7 +92,7 @@ def read_parquet(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
 
 
 def read_arrow(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
-    """Read rows of Arrow data: a stream, a file (Feather version 2), or Feather version 1."""
+    """Yield rows of Arrow data: a stream, a file (Feather version 2), or Feather version 1."""
     import pyarrow as pa
     import pyarrow.feather as feather
 
@@ -110,20 +114,23 @@ def read_arrow(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, its offsets and lengths checked: the library would follow wrong ones out of its memory."""
+    """Return the batch with its offsets and lengths checked.
+
+    The library would follow wrong ones out of its memory.
+    """
     import pyarrow as pa
 
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid as error:
-        # Text that is no UTF-8 makes bad records, and no damaged file.
+        # Text that is no UTF-8 makes bad records, not a damaged file.
         if "UTF8" not in str(error):
             raise
     return batch
 
 
 def read_orc(file: IO[bytes], columns: Columns = ALL) -> Iterator[Row]:
-    """Rows of an ORC file. Raises `TableError` where it is damaged."""
+    """Yield rows of an ORC file. Raises `TableError` if it is damaged."""
     import pyarrow.orc as orc
 
     with _errors("ORC file"), _seekable(file) as seekable:
@@ -152,7 +159,7 @@ def _rows(batches: Iterator[pa.RecordBatch], columns: Columns) -> Iterator[Row]:
 
 
 def _unique(names: list[str]) -> list[str]:
-    """Each column under a name of its own: the first one of a name has it."""
+    """Make columns' names unique: the first one of a name keeps it."""
     found: list[str] = []
     for name in names:
         number = 0
@@ -165,7 +172,7 @@ def _unique(names: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """A cell that is no value of Python's."""
+    """A cell without a value in Python."""
 
     why: str
 
@@ -181,10 +188,10 @@ def _row(names: list[str], cells: tuple[Any, ...], columns: Columns) -> dict[str
 
 
 def _cells(column: pa.Array, *, text: bool) -> list[Any]:
-    """A column's values; one that Python has no value for (a date after 9999, text that is no UTF-8) stands
-    for itself alone.
+    """Return a column's values; `_Unreadable` for those without a value in Python.
 
-    text: bytes are UTF-8, as of writers that do not mark strings (Spark, Impala).
+    Such values are dates after 9999, or text that is no UTF-8. text: bytes are UTF-8, as from writers that do
+    not mark strings (Spark, Impala).
     """
     try:
         values = column.to_pylist()
@@ -194,7 +201,7 @@ def _cells(column: pa.Array, *, text: bool) -> list[Any]:
 
 
 def _text_of(value: Any) -> Any:
-    """A value with text in place of its bytes."""
+    """Return a value with text in place of its bytes."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -219,4 +226,7 @@ def _cell(cell: pa.Scalar) -> Any:
 
 
 _NO_VALUE = (ValueError, OverflowError, TypeError, NotImplementedError, KeyError)
-"""Exceptions of `as_py` and `to_pylist` for cells without a value in Python; ArrowInvalid is a ValueError."""
+"""Exceptions of `as_py` and `to_pylist` for cells without a value in Python.
+
+ArrowInvalid is a ValueError.
+"""

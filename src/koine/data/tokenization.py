@@ -1,4 +1,7 @@
-"""Text to token shards: parallel over processes, the same output for any number of them, and restartable."""
+"""Tokenize text into token shards, restartable and in parallel.
+
+The output is the same for any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +55,18 @@ def tokenize(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> RecordReader:
-    """Write the token shards of a source into `out` (see `koine.data.shards`) and return the reader with its
-    counts.
+    """Write the token shards of a source into `out` (see `koine.data.shards`).
 
-    A killed run leaves its finished shards beside `out`, and the same call again goes on after them; the
-    result is byte for byte the
-    same for any number of workers and interruptions. Memory: about `(2 + workers) * shard_bytes`.
+    A killed run leaves its finished shards beside `out`, and the same call continues after them. The result
+    is byte for byte the same for any number of workers and interruptions. Memory: about `(2 + workers) *
+    shard_bytes`.
 
-    Raises `UserError` for bad input, for an `out` that holds something (unless `overwrite`), and where chats
-    and plain texts are mixed in one source.
+    Returns:
+        The reader, with its counts of good and bad records.
+
+    Raises:
+        UserError: the input is bad, `out` is not empty (unless `overwrite`), or a source mixes chats and
+            texts.
     """
     out, tokenizer = Path(out), Path(tokenizer)
     if workers < 1:
@@ -95,14 +101,14 @@ def tokenize(
             clear_partials(work)
             claimed.publish(work)
         except (UserError, OSError):
-            # The input is wrong, or the disk full, and will be so again: nothing of it is kept.
+            # The input is wrong or the disk is full, which would happen again: nothing is kept.
             shutil.rmtree(work, ignore_errors=True)
             raise
     return reader
 
 
 def _prepare(work: Path, request: dict[str, Any]) -> None:
-    """An empty work folder, or the one that an interrupted run with the same request left."""
+    """Create the work folder, or keep that of an interrupted run with the same request."""
     if os.path.lexists(work):
         marker = work / "request.json"
         if not marker.exists() or read_json(marker) != request:
@@ -113,7 +119,7 @@ def _prepare(work: Path, request: dict[str, Any]) -> None:
 
 
 def _chunks(reader: RecordReader, shard_bytes: int) -> Iterator[tuple[list[Record], str]]:
-    """Records in groups of about `shard_bytes` of text, each with a digest of its content."""
+    """Yield records in groups of about `shard_bytes` of text, each with a digest of its content."""
     chunk: list[Record] = []
     size = 0
     digest = blake2b(digest_size=16)
@@ -135,8 +141,7 @@ def _chunks(reader: RecordReader, shard_bytes: int) -> Iterator[tuple[list[Recor
 
 
 def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: int, shard_bytes: int) -> int:
-    """Write what is missing of the shards; their number."""
-    # Processes are started anew: a fork would copy the threads of the tokenizers library in whatever state they are.
+    """Write the missing shards; return the number of all shards."""
     pool: ProcessPoolExecutor | None = None
     pending: list[Future[None]] = []
     count = 0
@@ -149,6 +154,7 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
                 _write_shard(work, number, chunk, digest, tokenizer)
                 continue
             if pool is None:
+                # A fork would copy the locks of the tokenizers library's threads in any state.
                 context = multiprocessing.get_context("spawn")
                 pool = ProcessPoolExecutor(
                     workers, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),)
@@ -185,7 +191,10 @@ def _is_written(work: Path, number: int, digest: str) -> bool:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A worker waits for work on a pipe that it holds open itself: without this it would outlive a killed parent."""
+    """End a worker when its parent ends.
+
+    A worker waits on a pipe that it holds open itself, so it would outlive a killed parent.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -199,7 +208,7 @@ _LOADED: dict[Path, Tokenizer] = {}
 
 
 def _write_shard(work: Path, number: int, records: list[Record], digest: str, path: Path) -> None:
-    """Tokenize one group of records; its `.json` is written last and says that the shard is whole."""
+    """Tokenize one group of records; the shard's `.json` is written last and marks it as complete."""
     if path not in _LOADED:
         _LOADED[path] = load_tokenizer(path)
     tokenizer = _LOADED[path]
@@ -235,7 +244,7 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
             totals[1] += length
             totals[2] += size
     endings = (".tokens", ".offsets", ".documents.parquet", *([".mask"] if chat else []))
-    # Its own files alone: other processes write and rename theirs in the same folder.
+    # Only its own files: other processes write and rename theirs in the same folder.
     for ending in endings:
         fsync_file(work / (name + ending))
     fsync_directory(work)
@@ -256,7 +265,7 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
 
 
 def _bytes(record: Record) -> int:
-    """UTF-8 bytes of a record's text after NFC, which is what the tokenizer reads."""
+    """Count the UTF-8 bytes of a record's text after NFC, which is what the tokenizer reads."""
     texts = (
         [message["content"] for message in record["messages"]] if "messages" in record else [record["text"]]
     )
@@ -276,15 +285,15 @@ def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> Non
             "bytes": pa.array(sizes, pa.int64()),
         }
     )
-    # An open file: pyarrow itself takes no path that is not UTF-8.
+    # An open file, because pyarrow takes no path that is not UTF-8.
     with path.open("wb") as file:
         pq.write_table(table, file, compression="zstd")
 
 
 def _write_manifest(work: Path, tokenizer: Tokenizer, count: int) -> None:
-    """Collect the shards' own records into manifest.json and remove what only a restart needs."""
+    """Collect the shards' records into manifest.json, and remove the files for a restart."""
     shards = [work / f"shard-{number:05d}.json" for number in range(count)]
-    # An interrupted run may have had more text: what it left beyond this one goes.
+    # An interrupted run may have had more text; its further shards are removed.
     kept = {path.stem for path in shards}
     for path in work.glob("shard-*"):
         if path.name.split(".")[0] not in kept:

@@ -62,8 +62,7 @@ def bits_per_byte(
         records: with `text`, and `language` and `domain` where known (else "und" and "none").
         batch_size: documents at a time.
         max_length: tokens of a window. Longer documents are scored to their end in windows that overlap by
-            half
-            (see `log_likelihood.windows`). `None`: as many as the model's configuration allows.
+            half (see `log_likelihood.windows`). `None`: as many as the model's configuration allows.
         device: where the model is.
         confidence: of the interval.
         resamples: of the bootstrap.
@@ -138,9 +137,8 @@ def score_documents(
 
 
 def context_length(model: Any) -> int:
-    """Return the context length in the model's configuration; a very large number where it has none."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return int(length) if length else 2**31 - 1
+    """Return the model's context length; a very large number where it has none."""
+    return getattr(model, "context_length", None) or 2**31 - 1
 
 
 def _text(record: Mapping[str, Any]) -> str:

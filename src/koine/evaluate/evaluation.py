@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from koine.model import LanguageModel
     from koine.tokenizer import Tokenizer
 
 Block = dict[str, Any]
@@ -23,7 +24,7 @@ class EvaluationSetup:
         seed: of the bootstrap intervals.
     """
 
-    model: Any
+    model: LanguageModel
     tokenizer: Tokenizer
     batch_size: int = 16
     max_length: int | None = None
@@ -47,7 +48,7 @@ class Evaluation:
     reads: Literal["documents", "questions"]
     measure: Callable[[EvaluationSetup, Iterable[Mapping[str, Any]]], dict[str, Any]]
     blocks: Callable[[Mapping[str, Any]], list[Block]]
-    applies: Callable[[Any], bool] = lambda _: True
+    applies: Callable[[LanguageModel], bool] = lambda _: True
 
 
 def format_interval(interval: list[float] | None, digits: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.evaluate.evaluation import Block, EvaluationSetup
-from koine.model import Decoder
+from koine.model import Decoder, LanguageModel
 from koine.model.moe.routers import Routing
 from koine.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ def routing_shares(
         total += len(ids)
         for layer, routing in enumerate(routings):
             probability_le[layer] += routing.probabilities.sum(dim=(0, 1)).double().cpu()
-            counts_e = torch.bincount(routing.chosen.flatten(), minlength=experts).double().cpu()
+            counts_e = torch.bincount(routing.experts.flatten(), minlength=experts).double().cpu()
             chosen_le[layer] += counts_e / mixture.top_k
             if routing.attention_logits is not None:
                 attention_le[layer] += routing.attention_logits.softmax(-1).sum(dim=(0, 1)).double().cpu()
@@ -86,20 +86,22 @@ def routing_shares(
     )
 
 
-def has_experts(model: Any) -> bool:
+def has_experts(model: LanguageModel) -> bool:
     """Return whether a model is a mixture of experts."""
     return isinstance(model, Decoder) and model.config.mixture is not None
 
 
 def measure_routing(setup: EvaluationSetup, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Run `routing_shares` as an entry of the table of evaluations: by domain, else by language."""
+    model = setup.model
+    assert isinstance(model, Decoder)
     texts: dict[str, list[str]] = {}
     for record in records:
         if "text" in record:
             texts.setdefault(str(record.get("domain") or record["language"]), []).append(record["text"])
     return {
         "routing": {
-            name: routing_shares(setup.model, setup.tokenizer, part).to_json() for name, part in texts.items()
+            name: routing_shares(model, setup.tokenizer, part).to_json() for name, part in texts.items()
         }
     }
 

@@ -153,13 +153,12 @@ def greedy_answers(
     """Return the greedy answer to each prompt (token ids); `None` where it did not end in `max_new_tokens`.
 
     Our decoder decodes with a KV cache. Any other causal LM runs the whole sequences at each step, padded on
-    the
-    right: answers are short, every model supports it, and no row depends on its neighbours.
+    the right. Answers are short, every model supports it, and no row depends on its neighbours.
     """
     from koine.evaluate.log_likelihood import evaluating
     from koine.model import Decoder
 
-    stops = {tokenizer.end_of_turn_id, tokenizer.eos_id, *getattr(model, "end_ids", ())}
+    stops = {tokenizer.end_of_turn_id, tokenizer.eos_id, *getattr(model, "eos_ids", ())}
     if isinstance(model, Decoder):
         return _cached_answers(model, tokenizer, prompts, stops, max_new_tokens)
     rows = [list(prompt) for prompt in prompts]

@@ -13,6 +13,7 @@ from koine.fields import check_integer
 from koine.hardware import check_device
 
 if TYPE_CHECKING:
+    from koine.model import LanguageModel
     from koine.tokenizer import Tokenizer
 
 
@@ -82,7 +83,7 @@ def evaluate_model(
     return result
 
 
-def load_for_evaluation(path: str | Path, *, device: str, dtype: str) -> tuple[Any, Tokenizer]:
+def load_for_evaluation(path: str | Path, *, device: str, dtype: str) -> tuple[LanguageModel, Tokenizer]:
     """Load a model directory and its tokenizer.
 
     The model is our decoder where the configuration allows it, else the causal LM of `transformers`.
@@ -103,14 +104,11 @@ def load_for_evaluation(path: str | Path, *, device: str, dtype: str) -> tuple[A
     return model, tokenizer
 
 
-def _check_vocabulary(model: Any, size: int, path: str | Path) -> None:
+def _check_vocabulary(model: LanguageModel, size: int, path: str | Path) -> None:
     """Raise `UserError` where a tokenizer of `size` ids has more than the model."""
-    rows = getattr(model, "rows", None)
-    if rows is None:
-        rows = getattr(getattr(model, "config", None), "vocab_size", None)
-    if rows is not None and size > rows:
+    if size > model.vocab_size:
         raise UserError(
-            f"the tokenizer has {size} ids and the model {rows}",
+            f"the tokenizer has {size} ids and the model {model.vocab_size}",
             where=path,
             hint="these are not a pair; put the tokenizer that the model was trained with into its folder",
         )

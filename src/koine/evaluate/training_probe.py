@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError, did_you_mean
 from koine.evaluate.bits import bits_per_byte
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from koine.evaluate.log_likelihood import ScoringModel
+    from koine.model.language_model import LanguageModel
     from koine.tokenizer import Tokenizer
 
 OVERALL = "bits_per_byte"
@@ -44,11 +42,9 @@ class BitsPerByteProbe:
         if name and name not in self.names:
             raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, self.names))
 
-    def __call__(self, model: nn.Module, done: int) -> dict[str, float]:
+    def __call__(self, model: LanguageModel, done: int) -> dict[str, float]:
         device = str(next(model.parameters()).device)
-        scored = bits_per_byte(
-            cast("ScoringModel", model), self.tokenizer, self.records, device=device, resamples=1
-        )
+        scored = bits_per_byte(model, self.tokenizer, self.records, device=device, resamples=1)
         return metrics_of(scored)
 
 

@@ -24,7 +24,7 @@ from koine.generate.sequential import SequentialGenerator
 from koine.generate.stop_strings import StopStrings
 from koine.generate.token_sampling import Sampling as TokenSampling
 from koine.hardware import check_device
-from koine.model import CausalLM, Decoder, load_causal_lm
+from koine.model import CausalLM, Decoder, LanguageModel, load_causal_lm
 from koine.model.counting import page_bytes
 from koine.tokenizer import Tokenizer, load_tokenizer
 
@@ -116,24 +116,22 @@ class LocalEngine:
         self.path = path
         weights = None if dtype is None else getattr(torch, dtype)
         opened = load_causal_lm(path, dtype=weights, device=device)
-        assert isinstance(opened, Decoder | CausalLM)
-        self.model = opened
+        self.model: LanguageModel = opened
         self.tokenizer = load_tokenizer(path)
-        rows = opened.config.vocab_size if isinstance(opened, Decoder) else opened.rows
-        if self.tokenizer.vocab_size > rows:
+        if self.tokenizer.vocab_size > opened.vocab_size:
             raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {rows}",
+                f"the tokenizer has {self.tokenizer.vocab_size} ids and the model {opened.vocab_size}",
                 where=path,
                 hint="these are not a pair; put the tokenizer that the model was trained with into its folder",
             )
         self._parameters = sum(parameter.numel() for parameter in opened.parameters())
         self._weight = next(opened.parameters())
+        self.stop_ids = opened.eos_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
+        self.context = opened.context_length or UNLIMITED
+        self.scheduler: Scheduler | SequentialGenerator
+        # The two kinds of model have KV caches of different classes: paged ones here, those of transformers there.
         if isinstance(opened, Decoder):
             pack(opened)
-        self.stop_ids = opened.end_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
-        self.context = _context(opened)
-        self.scheduler: Scheduler | SequentialGenerator
-        if isinstance(opened, Decoder):
             most = None
             if cache_bytes is not None:
                 most = cache_bytes // max(1, page_bytes(opened.config, PAGE, self._weight.element_size()))
@@ -141,6 +139,7 @@ class LocalEngine:
                 opened, max_batch=max_batch, max_pages=most, prefill_chunk=prefill_chunk
             )
         else:
+            assert isinstance(opened, CausalLM)
             self.scheduler = SequentialGenerator(opened, prefill_chunk=prefill_chunk)
         self._driving = threading.Lock()
         self._grammar = lru_cache(maxsize=32)(self._new_grammar)
@@ -283,11 +282,6 @@ class Answer:
             prompt_tokens=len(request.prompt),
             finish="length" if request.finish == "length" else "stop",
         )
-
-
-def _context(model: Decoder | CausalLM) -> int:
-    config = model.config if isinstance(model, Decoder) else model.inner.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
 
 
 def _token_sampling(sampling: Sampling) -> TokenSampling:

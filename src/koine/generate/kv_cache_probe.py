@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from koine.model.head import accepted, probe_tokens, read_logits
+from koine.model.lm_head import forward_arguments, forward_logits, probe_tokens
 
 Continuing = Literal["chunks", "tokens", "none"]
 """After a cache: any number of tokens, one token, or none (each token reads the whole text)."""
@@ -21,7 +21,7 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bf
 
 def cache_name(inner: Any) -> str | None:
     """The argument and the output by which a model's cache goes in and out; None where it has none."""
-    names = accepted(inner)
+    names = forward_arguments(inner)
     if "use_cache" not in names:
         return None
     return next((name for name in ("past_key_values", "cache_params") if name in names), None)
@@ -34,7 +34,7 @@ def continuing(inner: Any) -> Continuing:
         return "none"
     device = next(iter(inner.parameters())).device
     ids = probe_tokens(inner)[:1].to(device)
-    whole = read_logits(inner, {"input_ids": ids, "use_cache": False})[0]
+    whole = forward_logits(inner, {"input_ids": ids, "use_cache": False})[0]
     time = int(ids.shape[1])
     tried: list[tuple[Continuing, list[int]]] = [("chunks", [time // 2, time - 2]), ("tokens", [time - 2])]
     for kind, cuts in tried:

@@ -24,7 +24,7 @@ class SequentialGenerator:
 
     def __init__(self, model: CausalLM, *, prefill_chunk: int = 2048) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk
-        self.device, self.vocabulary = next(model.parameters()).device, model.rows
+        self.device, self.vocabulary = next(model.parameters()).device, model.vocab_size
         self.waiting: deque[Request] = deque()
         self._read: list[int] = []
         self._past: Any = None

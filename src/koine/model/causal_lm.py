@@ -1,9 +1,9 @@
-"""Any causal language model of `transformers` behind the decoder's interface, and our own types behind `AutoModel`."""
+"""Any causal language model of `transformers` as a `LanguageModel`, and our own types behind `AutoModel`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,69 +14,111 @@ from torch import Tensor, nn
 from koine.errors import KoineWarning, UserError
 from koine.extras import import_extra
 from koine.files import read_json
+from koine.model.formats.carried_files import copy_tokenizer
+from koine.model.formats.checksum import write_checksums
 from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
 from koine.model.formats.directory import load_model
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
-    check_description,
-    check_difference,
-    check_other_tokenizer,
-    check_sizes,
-    checked_weights,
-    read_description,
-    refusals,
+    check_described_size,
+    check_loaded_keys,
+    check_model_class,
+    check_tokenizer_hash,
+    checked_weight_files,
+    library_errors,
+    read_model_config,
     stored_dtype,
 )
 from koine.model.formats.weight_files import widest_dtype
-from koine.model.head import Head, accepted, hooked, inspect_head, output_head, read_logits
+from koine.model.language_model import LanguageModel, RemapIds, VocabularyTensors
+from koine.model.lm_head import (
+    LENGTH_FIELDS,
+    LMHead,
+    forward_arguments,
+    forward_logits,
+    head_hooks,
+    inspect_head,
+    linear_head,
+)
+
+NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
+"""Fields of a configuration that do not change the computation: versions, folders, the precision at opening."""
 
 
 def require_transformers() -> Any:
-    """The `transformers` module; raises `UserError` where the extra is not installed or only half installed."""
+    """Import `transformers`. Raises `UserError` where the extra is not, or only half, installed."""
     return import_extra("transformers", extra="hf", purpose="open this model")
 
 
 class CausalLM(nn.Module):
-    """A `transformers` causal LM with the decoder's `forward` (hidden states) and `logits`.
+    """A causal LM of `transformers` with the decoder's `forward` (hidden states) and `logits`.
 
-    `logits(forward(tokens))` are the logits of the class's own forward pass: `koine.model.head` finds out
-    once, by experiment, whether they follow from the output embedding's input. Where they do not, `forward`
-    gives the logits themselves, and `logits` returns them.
-    Documents cannot be kept apart inside a row: `document_ids` other than one document and right padding are
-    refused.
+    `logits(forward(tokens))` are the logits of the class's own forward pass. `koine.model.lm_head` finds out
+    once, by experiment, whether they follow from the input of the output embedding. Where they do not, `forward`
+    returns the logits themselves, and `logits` returns them unchanged.
+    `document_ids` may hold one document and padding in a row, not several documents.
+
+    inner: the model of `transformers`; the name is part of the tensors' names in training checkpoints.
     """
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
-        self.end_ids: frozenset[int] = frozenset()
-        """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
-        self._accepted = accepted(inner)
-        self._head: Head | None = None
+        self.eos_ids: frozenset[int] = frozenset()
+        """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
+        self._arguments = forward_arguments(inner)
+        self._head: LMHead | None = None
 
     @property
     def config(self) -> Any:
-        """The configuration of the text model, by the names of transformers: those for the vocabulary and the context
-        (`vocab_size`, `max_position_embeddings`) are also the decoder's."""
+        """The text model's configuration, with the field names of `transformers`.
+
+        `vocab_size` and `max_position_embeddings` are also names of our `ModelConfig`.
+        """
         return self.inner.config.get_text_config()
 
     @property
-    def head(self) -> Head:
-        """The output head, from the states of `forward` to logits; found at first use."""
+    def head(self) -> LMHead:
+        """The output head, from hidden states to logits; inspected at first use."""
         if self._head is None:
             self._head = inspect_head(self.inner)
         return self._head
 
     @property
-    def rows(self) -> int:
-        """Count of ids that the model both reads and scores."""
-        return min(self.head.rows, int(self.inner.get_input_embeddings().weight.shape[0]))
+    def architecture(self) -> str:
+        """Name of the class in `transformers`."""
+        return type(self.inner).__name__
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of one sequence; None where the configuration names no limit."""
+        found = [getattr(self.config, name, None) for name in LENGTH_FIELDS]
+        return next((one for one in found if isinstance(one, int) and one > 0), None)
+
+    @property
+    def isolates_documents(self) -> bool:
+        """False: classes of `transformers` let every token attend to all before it, across documents."""
+        return False
+
+    @property
+    def vocab_size(self) -> int:
+        """Count of ids that the model both embeds and scores."""
+        return min(self.head.vocab_size, int(self.inner.get_input_embeddings().weight.shape[0]))
+
+    @property
+    def input_embedding(self) -> nn.Module:
+        """The embedding of the tokens."""
+        module = self.inner.get_input_embeddings()
+        assert isinstance(module, nn.Module)
+        return module
 
     @property
     def output_weight(self) -> Tensor | None:
-        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, so that the loss can be computed in chunks;
-        `None` where the model does more (a bias, soft-capping)."""
-        module = output_head(self.inner)
+        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`; else None.
+
+        With it the loss can be computed in chunks. None where the model has a bias or a soft cap.
+        """
+        module = linear_head(self.inner)
         if not self.head.linear or self.head.cap is not None or type(module) is not nn.Linear:
             return None
         return None if module.bias is not None else module.weight
@@ -89,9 +131,10 @@ class CausalLM(nn.Module):
     def forward(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Compute what `logits` takes from `[batch, time]` ids.
+        """Compute the input of `logits` for `[batch, time]` ids.
 
-        The states that the head reads, `[batch, time, hidden]`, or all logits.
+        Returns hidden states `[batch, time, hidden]`, or the logits where the head is not linear.
+        Raises `UserError` for several documents in a row.
         """
         if document_ids is not None:
             if _several_documents(document_ids):
@@ -102,136 +145,227 @@ class CausalLM(nn.Module):
             seen = document_ids >= 0
             attention_mask = (seen if attention_mask is None else seen & (attention_mask != 0)).long()
         inputs: dict[str, Any] = {"input_ids": tokens}
-        if "use_cache" in self._accepted:
+        if "use_cache" in self._arguments:
             inputs["use_cache"] = False
-        if attention_mask is not None and "attention_mask" in self._accepted:
+        if attention_mask is not None and "attention_mask" in self._arguments:
             inputs["attention_mask"] = attention_mask
-            if "position_ids" in self._accepted:
+            if "position_ids" in self._arguments:
                 # transformers counts padding on the left as positions unless it is told not to.
                 inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        module = output_head(self.inner) if self.head.linear else None
+        module = linear_head(self.inner) if self.head.linear else None
         if module is None:
-            return read_logits(self.inner, inputs)
+            return forward_logits(self.inner, inputs)
         states: list[Tensor] = []
-        with hooked(module, states):
+        with head_hooks(module, states):
             self.inner(**inputs)
         return states[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the model's own logits `[..., vocab]` from the states of `forward`, `[..., hidden]`."""
-        module = output_head(self.inner) if self.head.linear else None
+        """Compute the model's own logits `[..., vocab]` from the output of `forward`, `[..., hidden]`."""
+        module = linear_head(self.inner) if self.head.linear else None
         if module is None:
             return hidden
         return self.head.apply(module(hidden))
 
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of the configuration that determine what is computed."""
+        fields = self.inner.config.to_dict()
+        return {name: value for name, value in fields.items() if name not in NOT_OF_THE_MODEL}
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, as the class does it, or keep them.
+
+        Raises `UserError` where the class cannot.
+        """
+        if enabled and not self.inner.supports_gradient_checkpointing:
+            raise UserError(
+                f"{self.architecture} has no gradient checkpointing in transformers",
+                hint="leave it off, and choose a smaller micro batch",
+            )
+        # The newer name, where there is one: the older then warns.
+        kind = "activation" if hasattr(self.inner, "activation_checkpointing_enable") else "gradient"
+        if enabled:
+            arguments = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(self.inner, f"{kind}_checkpointing_enable")(**arguments)
+        else:
+            getattr(self.inner, f"{kind}_checkpointing_disable")()
+
+    def save(
+        self, folder: Path, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a model directory as `transformers` does, with checksums."""
+        if weights is not None:
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    if name in weights:
+                        parameter.copy_(weights[name])
+        folder.mkdir(parents=True, exist_ok=True)
+        with quiet_transformers(require_transformers()):
+            self.inner.save_pretrained(folder)
+        write_checksums(folder)
+        copy_tokenizer(tokenizer, folder)
+
+    def save_config(self, folder: Path, *, tokenizer: Path | None = None) -> None:
+        """Write the configuration and the tokenizer's files."""
+        self.inner.config.save_pretrained(folder)
+        copy_tokenizer(tokenizer, folder)
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """Return nothing: `transformers` makes the buffers of its classes from the configuration."""
+        return {}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return the weights by their names in this module."""
+        return self.state_dict()
+
+    def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the weights by tensors named as in this module."""
+        self.load_state_dict(tensors)
+
+    def vocabulary_tensors(self) -> VocabularyTensors:
+        """Return the embedding, the head's matrix where it is not tied, and the head's bias."""
+        embedding, head = self.inner.get_input_embeddings().weight, self.inner.get_output_embeddings()
+        if head is None:
+            return VocabularyTensors(embedding)
+        tied = head.weight is embedding
+        return VocabularyTensors(embedding, None if tied else head.weight, getattr(head, "bias", None))
+
+    def set_vocabulary(
+        self, tensors: VocabularyTensors, special_ids: Mapping[str, int], remap: RemapIds
+    ) -> None:
+        """Resize and replace the tensors with one row a token, and the ids of the configurations."""
+        self.inner.resize_token_embeddings(len(tensors.embedding), mean_resizing=False)
+        with torch.no_grad():
+            self.inner.get_input_embeddings().weight.copy_(tensors.embedding)
+            head = self.inner.get_output_embeddings()
+            if tensors.head is not None:
+                head.weight.copy_(tensors.head)
+            if tensors.bias is not None:
+                head.bias.copy_(tensors.bias)
+        for holder in (self.inner.config, getattr(self.inner, "generation_config", None)):
+            if holder is not None:
+                for name, value in special_ids.items():
+                    setattr(holder, name, remap(getattr(holder, name, None), value))
+        self._head = None
+
 
 def _several_documents(document_ids: Tensor) -> bool:
-    """Whether some row `[batch, time]` holds two documents; -1 is padding."""
+    """Return whether some row `[batch, time]` holds two documents; -1 is padding."""
     highest = document_ids.amax(dim=1, keepdim=True)
     return bool(((document_ids >= 0) & (document_ids != highest)).any())
 
 
 def opens_as_decoder(path: Path) -> bool:
-    """Whether the `config.json` of a folder says a model that our decoder implements."""
+    """Return whether our decoder implements the model of the folder's `config.json`."""
     value = read_json(path / "config.json")
     if not isinstance(value, dict) or value.get("model_type") not in OWN_TYPES:
         return False
     try:
         read_config(path)
     except UnsupportedModelError:
-        # A Cohere with biases, say: transformers has the maths that ours lack.
+        # For example a Cohere with biases, which transformers implements and our decoder does not.
         return False
     return True
 
 
 def load_causal_lm(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> nn.Module:
-    """Our own decoder where it implements the model, else `AutoModelForCausalLM` behind the same interface.
+) -> LanguageModel:
+    """Open our own decoder where it implements the model, else `AutoModelForCausalLM`.
 
-    Raises `UserError` where the directory holds no causal LM that the installed transformers can open.
+    Args:
+        path: folder of the model.
+        dtype: of the weights; None: as stored.
+        device: where they are loaded.
+
+    Raises:
+        UserError: the folder holds no causal LM that the installed `transformers` opens, or its weights are
+            damaged, or the model is not causal.
     """
     path = Path(path)
-    read_description(path)
+    read_model_config(path)
     if opens_as_decoder(path):
         return load_model(path, dtype=dtype, device=device)
-    return _load_other(path, dtype, device)
+    return _load_with_transformers(path, dtype, device)
 
 
-def load_as_stored(path: Path) -> nn.Module:
-    """Load as `load_causal_lm`, in the dtype that holds every stored weight without rounding.
-
-    For what trains a model or writes it again.
-    """
-    description = read_description(path)
+def load_as_stored(path: Path) -> LanguageModel:
+    """Load in the dtype that holds every stored weight without rounding, to train or rewrite the model."""
+    description = read_model_config(path)
     if opens_as_decoder(path) or description.get("quantization_config") is not None:
         return load_causal_lm(path)
     return load_causal_lm(path, dtype=widest_dtype(path))
 
 
-def _load_other(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
+def _load_with_transformers(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
     transformers = require_transformers()
-    value = read_description(path)
-    check_description(value, path, transformers)
-    check_other_tokenizer(path)
-    files = checked_weights(path)
+    value = read_model_config(path)
+    check_model_class(value, path, transformers)
+    check_tokenizer_hash(path)
+    files = checked_weight_files(path)
     quantised = value.get("quantization_config") is not None
     if not quantised:
-        with quiet(transformers):
-            check_sizes(path, value, files)
+        with quiet_transformers(transformers):
+            check_described_size(path, value, files)
     wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
-    with (
-        refusals(
-            path,
-            "transformers cannot open it as a causal LM",
-            "check config.json and the weights, or upgrade transformers",
-        ),
-        quiet(transformers),
-    ):
+    inner, loaded = _open(path, wanted, transformers)
+    check_loaded_keys(path, loaded)
+    unused = sorted(loaded.get("unexpected_keys") or ())
+    if unused:
+        warnings.warn(
+            f"{path}: {len(unused)} tensors of the weights belong to no part of the model, "
+            f"the first is {unused[0]}",
+            KoineWarning,
+            stacklevel=3,
+        )
+    if dtype == torch.float32 and not quantised:
+        # Some classes load modules in another precision; they are computed in float32 too.
+        inner.float()
+    _check_finite(inner, path)
+    model = CausalLM(inner).to(device).eval()
+    model.eos_ids = eos_ids(path)
+    _check_head(model, path)
+    return model
+
+
+def _open(path: Path, dtype: torch.dtype | str, transformers: Any) -> tuple[Any, dict[str, Any]]:
+    """Open a folder as a causal LM; return the model and what `transformers` reports of its loading."""
+    what = "transformers cannot open it as a causal LM"
+    hint = "check config.json and the weights, or upgrade transformers"
+    with library_errors(path, what, hint), quiet_transformers(transformers):
         inner, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=wanted,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    check_difference(path, loaded)
-    unused = sorted(loaded.get("unexpected_keys") or ())
-    if unused:
-        warnings.warn(
-            f"{path}: {len(unused)} tensors of the weights belong to no part of the model, the first is {unused[0]}",
-            KoineWarning,
-            stacklevel=3,
-        )
-    if dtype == torch.float32 and not quantised:
-        # Modules that a class loads in another precision are computed in this one too.
-        inner.float()
-    _refuse_not_finite(inner, path)
-    model = CausalLM(inner).to(device).eval()
-    model.end_ids = end_ids(path)
-    with refusals(
-        path, f"{type(inner).__name__} cannot read a text", "check config.json, or give a model of text"
+    return inner, loaded
+
+
+def _check_head(model: CausalLM, path: Path) -> None:
+    """Raise `UserError` for a model that cannot read text alone, gives NaN, or is an encoder."""
+    with library_errors(
+        path, f"{model.architecture} cannot read a text", "check config.json, or give a model of text"
     ):
         head = model.head
     if not head.finite:
+        dtype = str(model.inner.dtype).removeprefix("torch.")
         raise UserError(
-            f"{type(inner).__name__} gives NaN or infinity for ordinary tokens in {inner.dtype}".replace(
-                "torch.", ""
-            ),
+            f"{model.architecture} gives NaN or infinity for ordinary tokens in {dtype}",
             where=path,
             hint="check the numbers of config.json, or compute in float32",
         )
     if not head.causal:
         raise UserError(
-            f"{type(inner).__name__} is not causal (an encoder?): later tokens change what it says of earlier ones",
+            f"{model.architecture} is not causal (an encoder?): its earlier logits change with later tokens",
             where=path,
             hint="give a causal language model",
         )
-    return model
 
 
-def _refuse_not_finite(inner: Any, path: Path) -> None:
+def _check_finite(inner: Any, path: Path) -> None:
     for name, parameter in inner.named_parameters():
         if (
             parameter.is_floating_point()
@@ -246,8 +380,8 @@ def _refuse_not_finite(inner: Any, path: Path) -> None:
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Without the bars and notes of `transformers` on standard error; what a user should know of, we say ourselves."""
+def quiet_transformers(transformers: Any) -> Iterator[None]:
+    """Silence the progress bars and notes of `transformers` on standard error."""
     logging = transformers.utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

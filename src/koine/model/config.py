@@ -1,4 +1,4 @@
-"""What a decoder is made of: its sizes, and one specification a layer."""
+"""The configuration of a decoder: its sizes, and one specification per layer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from koine.fields import check_boolean, check_choice, check_integer, check_numbe
 from koine.model.moe.loss_weights import BTX
 
 ATTENTIONS = ("averaged", "kv-experts", "shared-kv")
-"""What a mixture does with the attention of its dense models: one average (BTX, Nexus), one expert each with keys and values of its own, or
-with shared ones (BAM)."""
+"""The attention of a mixture: one average of the dense models' (BTX, Nexus), or one expert each (BAM).
+
+Attention experts have keys and values of their own (`kv-experts`) or shared ones (`shared-kv`).
+"""
 
 SIZES: Mapping[str, int] = {
     "vocab_size": 2**28,
@@ -29,12 +31,12 @@ Far above any model, and below what overflows an index.
 MOST_LAYERS = 1024
 LONGEST_WINDOW = 2**48
 TOKEN_ID = (-1, 2**31 - 1)
-"""Token ids of a configuration; -1 is how some models say that they have none."""
+"""Smallest and largest token id of a configuration; some models write -1 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: how far it looks back and how it knows positions."""
+    """One layer: its attention window and its position encoding."""
 
     window: int | None = None
     """A position sees itself and the `window - 1` before it; `None`: all before it."""
@@ -45,7 +47,7 @@ class LayerSpec:
 
 
 def hybrid_layers(count: int, *, window: int, full_every: int = 4) -> tuple[LayerSpec, ...]:
-    """The Cohere2 pattern: sliding-window layers with RoPE, every `full_every`-th layer full without positions."""
+    """Return Cohere2's pattern: sliding-window layers with RoPE, every `full_every`-th full without positions."""
     return tuple(
         LayerSpec(rope=False) if (index + 1) % full_every == 0 else LayerSpec(window=window)
         for index in range(count)
@@ -59,13 +61,13 @@ class MixtureConfig:
     experts: tuple[str, ...]
     """Names of the routed feed-forward experts, and of the attention experts where there are any."""
     top_k: int = 1
-    """Feed-forward experts a token goes to."""
+    """Feed-forward experts per token."""
     shared_expert: bool = False
-    """One more feed-forward expert that every token goes through with weight 1 (Nexus: the seed's)."""
+    """Whether there is one more feed-forward expert, for every token with weight 1 (Nexus: the seed's)."""
     attention: str = "averaged"
     """See `ATTENTIONS`."""
     attention_top_k: int | None = None
-    """Attention experts that keep their gate; `None`: all of them (soft routing)."""
+    """Attention experts per token; `None`: all of them (soft routing)."""
     domain_size: int | None = None
     """Width of the domain embeddings from which the router is projected (Nexus); `None`: a linear router."""
     load_balancing: float = BTX.load_balancing
@@ -156,24 +158,24 @@ class ModelConfig:
 
     @property
     def query_copies(self) -> int:
-        """How often the query heads are there: once, or once an attention expert."""
+        """Copies of the query heads: one, or one per attention expert."""
         mixture = self.mixture
         return 1 if mixture is None or mixture.attention == "averaged" else len(mixture.experts)
 
     @property
     def kv_copies(self) -> int:
-        """How often the key heads are there: attention experts may share them."""
+        """Copies of the key heads: one where attention experts share them."""
         shared = self.mixture is not None and self.mixture.attention == "shared-kv"
         return 1 if shared else self.query_copies
 
     @property
     def query_heads(self) -> int:
-        """Query heads of a layer, those of all attention experts together."""
+        """Query heads of a layer, of all attention experts together."""
         return self.num_heads * self.query_copies
 
     @property
     def kv_heads(self) -> int:
-        """Key heads of a layer, those of all attention experts together."""
+        """Key heads of a layer, of all attention experts together."""
         return self.num_kv_heads * self.kv_copies
 
     @property
@@ -188,7 +190,7 @@ class ModelConfig:
 
     @property
     def dense_size(self) -> int:
-        """Width of the feed-forward half that every token goes through; 0 where it has routed experts only."""
+        """Width of the feed-forward layer of every token; 0 with routed experts only."""
         return self.intermediate_size if self.mixture is None or self.mixture.shared_expert else 0
 
     @property

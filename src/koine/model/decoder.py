@@ -1,8 +1,15 @@
-"""The decoder: an embedding, the blocks of `koine.model.block` (or with experts, of `koine.model.moe.block`), a norm and a head."""
+"""The decoder: an embedding, blocks (`koine.model.block` or `koine.model.moe.block`), a norm and a head.
+
+Shape suffixes: b batch, t time, e hidden_size, v vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from koine.model.attention.context import AttentionContext
 from koine.model.attention.dispatch import document_starts_of
-from koine.model.block import Block, LayerNorm, angles_of
+from koine.model.block import Block, LayerNorm, rope_angles
 from koine.model.config import LayerSpec, ModelConfig
+from koine.model.language_model import RemapIds, VocabularyTensors
+from koine.model.layer_patterns import reconfigure
 from koine.model.moe.block import MixtureBlock
 from koine.model.moe.routers import DomainRouter, LinearRouter, Routing
 
@@ -22,9 +31,9 @@ def _block(config: ModelConfig, spec: LayerSpec) -> Block:
 
 
 class Decoder(nn.Module):
-    """A causal language model over `config.layers`; `forward` gives hidden states, `logits` scores the vocabulary.
+    """A causal language model over `config.layers`: `logits(model(tokens))`.
 
-    Set `gradient_checkpointing` to recompute each block in the backward pass in place of keeping its activations.
+    With `gradient_checkpointing`, the backward pass in training recomputes each block's activations.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -36,15 +45,17 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
-        self.end_ids: frozenset[int] = frozenset()
-        """Ids that end a text, as the model's folder says (`koine.model.formats.end_ids`)."""
-        self.scorer: nn.Module | None = None
-        """What scores the vocabulary in place of `output_weight` in a packed model (`koine.generate.cpu.prepacked_linear`)."""
+        self.eos_ids: frozenset[int] = frozenset()
+        """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
+        self.packed_head: nn.Module | None = None
+        """The output projection of a model packed by `koine.generate.cpu.prepacked_linear`."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with `initializer_range` for every matrix, the two that write to the residual stream divided by
-        `sqrt(2 * layers)` (GPT-2), ones for the norms."""
+        """Initialise matrices from a normal distribution with `initializer_range`, norms with ones.
+
+        The two matrices that write to the residual stream are divided by `sqrt(2 * layers)` (GPT-2).
+        """
         std = self.config.initializer_range
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -61,8 +72,33 @@ class Decoder(nn.Module):
                     module.reset_parameters()
 
     @property
+    def architecture(self) -> str:
+        """Name of the class."""
+        return type(self).__name__
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence."""
+        return self.config.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Count of ids that the model embeds and scores."""
+        return self.config.vocab_size
+
+    @property
+    def isolates_documents(self) -> bool:
+        """True: attention stays inside each document of `document_ids`."""
+        return True
+
+    @property
+    def input_embedding(self) -> nn.Embedding:
+        """The embedding of the tokens."""
+        return self.embedding
+
+    @property
     def output_weight(self) -> Tensor:
-        """The matrix that scores the vocabulary, `[vocab, hidden]`; the embedding itself where tied."""
+        """The output projection, `[vocab, hidden]`; the embedding itself where tied."""
         weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -83,29 +119,61 @@ class Decoder(nn.Module):
         block_outputs: list[Tensor] | None = None,
         routings: list[Routing] | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """Compute hidden states after the final norm.
 
         Args:
             tokens: `[batch, time]` ids.
-            document_ids: `[batch, time]`, equal within a document, -1 for padding: attention stays inside a document.
-            positions: `[batch, time]` or `[time]`, what RoPE turns by; default 0, 1, ... (padding not counted).
+            document_ids: `[batch, time]`, equal within a document, -1 for padding: attention stays inside a
+                document.
+            positions: `[batch, time]` or `[time]`, for RoPE; default 0, 1, ... (padding not counted).
             attention_mask: `[batch, time]`, 0 for padding on the left or on the right.
-            context: the KV cache of this pass; it brings positions and visibility itself.
-            block_outputs: a list that receives the input of the first block and each block's output.
-            routings: a list that receives how each layer's routers placed the tokens; nothing where there are no experts.
+            context: the KV cache of this pass, which has positions and visibility itself.
+            block_outputs: receives the input of the first block and each block's output.
+            routings: receives the routing of each layer's tokens; nothing without experts.
 
         Returns:
             `[batch, time, hidden]`.
 
         Raises:
-            ValueError: `document_ids`, `positions` or `attention_mask` beside a context.
+            ValueError: `document_ids`, `positions` or `attention_mask` together with a context.
         """
-        x = self.embedding(tokens)
+        positions, document_ids = self._placed(tokens, document_ids, positions, attention_mask, context)
+        document_starts = None if document_ids is None else document_starts_of(document_ids)
+        angles = rope_angles(positions, self.config)
+        x_bte = self.embedding(tokens)
+        if block_outputs is not None:
+            block_outputs.append(x_bte)
+        for index, block in enumerate(self.blocks):
+            if context is not None:
+                x_bte, routing = block(x_bte, angles, None, partial(context.attend, index))
+            elif self.gradient_checkpointing and self.training:
+                x_bte, routing = checkpoint(block, x_bte, angles, document_starts, use_reentrant=False)
+            else:
+                x_bte, routing = block(x_bte, angles, document_starts)
+            if routings is not None and routing is not None:
+                routings.append(routing)
+            if block_outputs is not None:
+                block_outputs.append(x_bte)
+        if context is not None:
+            context.finish()
+        out_bte = self.norm(x_bte)
+        assert isinstance(out_bte, Tensor)
+        return out_bte
+
+    def _placed(
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None,
+        positions: Tensor | None,
+        attention_mask: Tensor | None,
+        context: AttentionContext | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return positions `[batch or 1, time]`, and document ids with padding as -1."""
         if context is not None:
             if document_ids is not None or positions is not None or attention_mask is not None:
-                raise ValueError("a context knows positions, documents and padding itself")
-            positions = context.positions
-        elif positions is None:
+                raise ValueError("a context has positions, documents and padding itself")
+            return context.positions, None
+        if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if attention_mask is not None:
                 positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -114,30 +182,69 @@ class Decoder(nn.Module):
         if attention_mask is not None:
             documents = torch.zeros_like(tokens) if document_ids is None else document_ids
             document_ids = documents.masked_fill(attention_mask == 0, -1)
-        document_starts = None if document_ids is None else document_starts_of(document_ids)
-        angles = angles_of(positions, self.config)
-        if block_outputs is not None:
-            block_outputs.append(x)
-        for index, block in enumerate(self.blocks):
-            if context is not None:
-                x, routing = block(x, angles, None, partial(context.attend, index))
-            elif self.gradient_checkpointing and self.training:
-                x, routing = checkpoint(block, x, angles, document_starts, use_reentrant=False)
-            else:
-                x, routing = block(x, angles, document_starts)
-            if routings is not None and routing is not None:
-                routings.append(routing)
-            if block_outputs is not None:
-                block_outputs.append(x)
-        if context is not None:
-            context.finish()
-        out = self.norm(x)
-        assert isinstance(out, Tensor)
-        return out
+        return positions, document_ids
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the vocabulary: `[..., hidden]` to `[..., vocab]`, times `logit_scale`."""
-        if self.scorer is not None:
-            scores: Tensor = self.scorer(hidden)
-            return scores.mul_(self.config.logit_scale)
+        """Compute logits `[..., vocab]` from hidden states `[..., hidden]`, times `logit_scale`."""
+        if self.packed_head is not None:
+            logits: Tensor = self.packed_head(hidden)
+            return logits.mul_(self.config.logit_scale)
         return F.linear(hidden, self.output_weight) * self.config.logit_scale
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of the configuration."""
+        return asdict(self.config)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass, or keep its activations."""
+        self.gradient_checkpointing = enabled
+
+    def save(
+        self, folder: Path, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a model directory (see `koine.model.formats.directory.save_state`)."""
+        from koine.model.formats.directory import save_state
+
+        state = self.state_dict() if weights is None else {**weights, **self.fixed_tensors()}
+        save_state(state, self.config, folder, tokenizer=tokenizer, eos_ids=self.eos_ids)
+
+    def save_config(self, folder: Path, *, tokenizer: Path | None = None) -> None:
+        """Write the configurations, as of float32 weights, and the tokenizer's files."""
+        from koine.model.formats.directory import save_configs
+
+        save_configs(self.config, folder, dtype="float32", tokenizer=tokenizer, eos_ids=self.eos_ids)
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """Return the buffers: the domain embeddings of a mixture's router are fixed."""
+        return {name: buffer.detach() for name, buffer in self.named_buffers()}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return the weights under the names of `transformers`, fused projections split."""
+        from koine.model.formats.directory import to_transformers
+
+        return to_transformers(self.state_dict(), self.config)
+
+    def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the weights by tensors under the names of `transformers`."""
+        from koine.model.formats.directory import from_transformers
+
+        self.load_state_dict(from_transformers(tensors, self.config))
+
+    def vocabulary_tensors(self) -> VocabularyTensors:
+        """Return the embedding, and the head's matrix where it is not tied."""
+        head = None if self.config.tie_embeddings else self.head.weight
+        return VocabularyTensors(self.embedding.weight, head)
+
+    def set_vocabulary(
+        self, tensors: VocabularyTensors, special_ids: Mapping[str, int], remap: RemapIds
+    ) -> None:
+        """Replace embedding and head, and the ids of the configuration."""
+        rows = len(tensors.embedding)
+        ids: dict[str, Any] = dict(special_ids)
+        reconfigure(self, replace(self.config, vocab_size=rows, **ids))
+        self.embedding = nn.Embedding(rows, self.config.hidden_size, _weight=tensors.embedding.detach())
+        if tensors.head is not None:
+            self.head.weight = nn.Parameter(tensors.head.detach())
+            self.head.out_features = rows
+        ends = remap(sorted(self.eos_ids), special_ids["eos_token_id"])
+        self.eos_ids = frozenset(ends if isinstance(ends, list) else [ends])

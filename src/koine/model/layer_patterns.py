@@ -1,12 +1,12 @@
-"""The attention variants of arXiv 2501.18795 as lists of layers, and the name of the one that a list is.
+"""The attention variants of arXiv 2501.18795 as lists of layers, and the name of a list.
 
 | variant | layers |
 |---|---|
 | `rope` | all full, with RoPE |
 | `qk-norm` | the same, with a LayerNorm on q and k before the rotation |
 | `nope` | all full, no position encoding |
-| `rnope` | full with RoPE and full without positions, in turn |
-| `rnope-swa` | windowed with RoPE, every `full_every`-th full without positions: the one of the presets |
+| `rnope` | full with RoPE and full without positions, alternating |
+| `rnope-swa` | windowed with RoPE, every `full_every`-th full without positions: the variant of the presets |
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 def variant_layers(
     name: Variant, count: int, *, window: int | None = None, full_every: int | None = None
 ) -> tuple[LayerSpec, ...]:
-    """`count` layers of the variant `name`; `window` (tokens) and `full_every` (default 4) are for `rnope-swa` alone.
+    """Return `count` layers of the variant `name`.
 
-    Raises `UserError` for an unknown name, and for a window or a ratio that the variant has no use for or that leaves no full layer.
+    Args:
+        name: see the table of this module.
+        count: number of layers.
+        window: tokens; for `rnope-swa` alone.
+        full_every: for `rnope-swa` alone; default 4.
+
+    Raises:
+        UserError: the name is unknown, or the variant takes no window or ratio, or no full layer is left.
     """
     if name not in VARIANTS:
         raise UserError(f"unknown attention '{name}'", hint=did_you_mean(name, VARIANTS))
@@ -65,9 +72,11 @@ def with_attention(
     full_every: int | None = None,
     rope_theta: float | None = None,
 ) -> ModelConfig:
-    """The same sizes with other attention. What is not given stays; a window and a ratio alone keep the model's being RNoPE-SWA.
+    """Return a configuration of the same sizes with other attention; arguments that are None stay.
 
-    Raises `UserError` for a combination that says nothing, such as a window with `rope`, or a theta with `nope`.
+    A window or a ratio alone requires that the layers are RNoPE-SWA.
+
+    Raises `UserError` for a combination without effect, such as a window with `rope` or a theta with `nope`.
     """
     layers = config.layers
     if attention is not None or window is not None or full_every is not None:
@@ -87,7 +96,7 @@ def with_attention(
 
 
 def _full_every(layers: tuple[LayerSpec, ...]) -> int | None:
-    """The ratio of a list that is RNoPE-SWA, else `None`."""
+    """Return the ratio of full layers of RNoPE-SWA, None for other layers."""
     windows = {layer.window for layer in layers} - {None}
     if len(windows) != 1:
         return None
@@ -100,7 +109,7 @@ def _full_every(layers: tuple[LayerSpec, ...]) -> int | None:
 
 
 def variant_name(config: ModelConfig) -> str:
-    """What the layers are, in the paper's words: `RNoPE-SWA 3:1, window 256, θ 10,000`."""
+    """Return the paper's name of the layers, for example `RNoPE-SWA 3:1, window 256, θ 10,000`."""
     layers, theta = config.layers, f", θ {config.rope_theta:,.10g}"
     everywhere: dict[Variant, str] = {"rope": "RoPE", "qk-norm": "QK-Norm"}
     for name, words in everywhere.items():
@@ -126,12 +135,12 @@ def _layer_name(spec: LayerSpec) -> str:
 
 
 def set_rope_theta(model: Decoder, rope_theta: float) -> None:
-    """Let a model turn by another base from now on: its configuration changes and its weights do not. Raises as `with_attention`."""
+    """Change the base of RoPE; the weights stay. Raises as `with_attention`."""
     reconfigure(model, with_attention(model.config, rope_theta=rope_theta))
 
 
 def reconfigure(model: Decoder, config: ModelConfig) -> None:
-    """Give a model and its blocks another configuration of the same sizes and layers."""
+    """Replace the configuration of a model and its blocks by one of the same sizes and layers."""
     for module in model.modules():
         if isinstance(getattr(module, "config", None), ModelConfig):
             module.config = config  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Sizes that ship, from half a million to eight billion parameters."""
+"""Presets: sizes from half a million to eight billion parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from koine.model.layer_patterns import Variant, variant_layers, with_attention
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A named size: the configuration, but for the vocabulary, and the vocabulary that its name counts."""
+    """A named size. `vocab_size` is the one that the name's parameter count includes."""
 
     layers: int
     hidden: int
@@ -89,10 +89,16 @@ def preset(
     full_every: int | None = None,
     rope_theta: float | None = None,
 ) -> ModelConfig:
-    """The configuration of a preset with `vocab_size` tokens (default: the one its parameter count is named for).
+    """Return the configuration of a preset.
 
-    The attention is the preset's own, RNoPE-SWA, or what `koine.model.layer_patterns.with_attention` makes of it. Raises `UserError` for an
-    unknown name, and for attention that does not fit together.
+    Args:
+        name: of `PRESETS`.
+        vocab_size: number of tokens; None: that of the preset's parameter count.
+        attention, window, full_every, rope_theta: see `koine.model.layer_patterns.with_attention`; None: the
+            preset's own, RNoPE-SWA.
+
+    Raises:
+        UserError: the name is unknown, or the attention does not fit together.
     """
     if name not in PRESETS:
         raise UserError(f"unknown preset '{name}'", hint=did_you_mean(name, PRESETS))

@@ -1,4 +1,4 @@
-"""The numbers of a configuration in one dictionary."""
+"""A summary of a configuration as JSON: parameters, FLOPs, KV cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTHS = {"8k": 8 * 1024, "128k": 128 * 1024}
 
 
 def describe_config(config: ModelConfig, *, length: int = 4096) -> dict[str, Any]:
-    """Parameters, FLOPs per token at `length`, and bytes of a bfloat16 cache; nothing is allocated."""
+    """Count parameters, FLOPs per token at `length`, and bytes of a bfloat16 KV cache, without allocating."""
     parameters = count_parameters(config)
     cache: dict[str, int | float] = {"per_token": cache_bytes_per_token(config)}
     for name, time in LENGTHS.items():
@@ -66,4 +66,6 @@ def _experts(config: ModelConfig) -> str:
         "kv-experts": "attention experts",
         "shared-kv": "attention experts with shared keys and values",
     }
-    return f"{len(mixture.experts)}, top-{mixture.top_k}{shared}, {router}, {attention[mixture.attention]}: {', '.join(mixture.experts)}"
+    names = ", ".join(mixture.experts)
+    kinds = f"top-{mixture.top_k}{shared}, {router}, {attention[mixture.attention]}"
+    return f"{len(mixture.experts)}, {kinds}: {names}"

@@ -307,6 +307,9 @@ def parameter_table(function: Callable[..., None]) -> list[str]:
     widths.append(max(MIN_DESCRIPTION, terminal - sum(widths) - 2 * len(widths)))
     lines: list[tuple[str, ...]] = []
     for row in rows:
-        cells = [textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)]
+        cells = [
+            textwrap.wrap(cell, width, break_on_hyphens=False) or [""]
+            for cell, width in zip(row, widths, strict=True)
+        ]
         lines += itertools.zip_longest(*cells, fillvalue="")
     return table(lines)

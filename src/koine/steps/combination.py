@@ -102,15 +102,20 @@ def merge_models(
 
     options: the method's own numbers, for example `density=0.5`.
     """
-    from koine.combine.merging.config import Recipe
-    from koine.combine.merging.runner import merge
+    from koine.combine.merging.config import MergeConfig
+    from koine.combine.merging.methods import find_method
+    from koine.combine.merging.runner import run_merge
 
-    numbers = {name: float(value) for name, _, value in (one.partition("=") for one in options)}
-    recipe = Recipe(
-        method=method, models=tuple(models), base=base, weights=weights, options=numbers, seed=seed
+    config = MergeConfig(
+        method=method,
+        models=tuple(models),
+        base=base,
+        weights=weights,
+        options=find_method(method).parse_options(options),
+        seed=seed,
     )
     merged = out / ".merged"
-    merge(recipe, merged, threads=1)
+    run_merge(config, merged, threads=1)
     for path in merged.iterdir():
         path.replace(out / path.name)
     merged.rmdir()

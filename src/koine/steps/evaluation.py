@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from koine.allocator import keep_freed_memory
 from koine.errors import UserError
@@ -18,10 +18,8 @@ from koine.steps.corpus_files import existing, load_roles, read_lines, write_ste
 from koine.steps.domain_corpora import documents_of
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from koine.evaluate.log_likelihood import ScoringModel
     from koine.model import Decoder
+    from koine.model.language_model import LanguageModel
     from koine.tokenizer import Tokenizer
 
 LANGUAGE_TRACK = "languages.jsonl"
@@ -83,7 +81,7 @@ def _samples(
     prompts = [tokenizer.encode_messages(messages, generation_prompt=True)[0] for messages in asked]
     if not prompts:
         return []
-    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.end_ids)
+    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.eos_ids)
     answers = generate(model, prompts, Sampling(max_new_tokens=60), stop_ids=stops)
     return [
         {
@@ -109,7 +107,7 @@ def bits_per_byte_probe(
     documents: int = 3,
     max_bytes: int | None = None,
     tracked: Path | None = None,
-) -> Callable[[nn.Module, int], Mapping[str, float]]:
+) -> Callable[[LanguageModel, int], Mapping[str, float]]:
     """Return an `evaluate` for the training loop: bits per byte of a few held-out documents of each group of languages.
 
     Args:
@@ -131,8 +129,8 @@ def bits_per_byte_probe(
         for record in _first(existing(corpus, "documents-heldout", codes).values(), documents)
     ]
 
-    def probe(model: nn.Module, step: int) -> Mapping[str, float]:
-        scored = bits_per_byte(cast("ScoringModel", model), loaded, records, resamples=1)["languages"]
+    def probe(model: LanguageModel, step: int) -> Mapping[str, float]:
+        scored = bits_per_byte(model, loaded, records, resamples=1)["languages"]
         found = {code: scored[code] for code in codes if code in scored}
         if tracked is not None:
             line = {

@@ -22,9 +22,8 @@ from koine.steps.text_mixture import TextMixture, language_codes
 from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from koine.model import Decoder
+    from koine.model.language_model import LanguageModel
 
 ObjectiveName = Literal["language-modelling", "fine-tuning"]
 BEFORE_TRAINING = -1
@@ -176,7 +175,7 @@ def extend_context(model: Decoder, context_length: int, rope_theta: float) -> No
 
 def make_probe(
     probe: HeldOutProbe, corpus: Path | None, tokenizer: Path, roles: Roles | None, out: Path
-) -> Callable[[nn.Module, int], Mapping[str, float]]:
+) -> Callable[[LanguageModel, int], Mapping[str, float]]:
     """Return the evaluation that the training loop calls."""
     if corpus is None:
         raise UserError("a probe needs a corpus", where="train_model")

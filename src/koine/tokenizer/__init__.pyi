@@ -1,3 +1,8 @@
+from .extend import ExtendedTokenizer as ExtendedTokenizer
+from .extend import extend_tokenizer as extend_tokenizer
+from .loaders import open_tokenizer as open_tokenizer
+from .measures import MeasuredText as MeasuredText
+from .measures import measure as measure
 from .special import SPECIAL_TOKENS as SPECIAL_TOKENS
 from .streaming import StreamDecoder as StreamDecoder
 from .tokenizer import Tokenizer as Tokenizer

@@ -1,8 +1,9 @@
-"""Conversations as text and ids: the turn format, and the templates of other models.
+"""Render conversations as text: our turn format, and its Jinja template.
 
     <BOS_TOKEN> ( <|START_OF_TURN_TOKEN|> <|ROLE_TOKEN|> text <|END_OF_TURN_TOKEN|> )*
 
-without the spaces. Users' text that looks like a special token stays text: contents and markers are encoded apart.
+without the spaces. Message text that looks like a special token stays text: contents and markers are encoded
+separately.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from koine.tokenizer.special import CHATBOT, END_OF_TURN, START_OF_TURN, SYSTEM,
 Message = Mapping[str, Any]
 ROLE_TOKENS: Final[dict[str, str]] = {"system": SYSTEM, "user": USER, "assistant": CHATBOT}
 
-# The same format for everyone who renders with Jinja; `generation` marks the completion for those who train on it.
+# The same format in Jinja; `generation` marks the completion, for training.
 CHAT_TEMPLATE: Final = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -40,7 +41,7 @@ CHAT_TEMPLATE: Final = (
 
 
 def check_messages(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """(role, content) of each message; raises `UserError` for what is not a conversation."""
+    """Return (role, content) of each message. Raises `UserError` for anything but a conversation."""
     if isinstance(messages, str | bytes | Mapping):
         raise UserError(
             "messages are a list of {role, content}", hint='write [{"role": "user", "content": "..."}]'
@@ -65,7 +66,7 @@ def check_messages(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 
 def render_messages(messages: Sequence[Message], *, bos: str, generation_prompt: bool = False) -> str:
-    """The conversation as one string, equal to what `CHAT_TEMPLATE` renders."""
+    """Render a conversation as one string, equal to the output of `CHAT_TEMPLATE`."""
     parts = [bos]
     for role, content in check_messages(messages):
         parts += [START_OF_TURN, ROLE_TOKENS[role], content, END_OF_TURN]

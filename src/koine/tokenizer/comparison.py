@@ -1,4 +1,4 @@
-"""What `measure` found, as blocks of a report: a table of means and heat maps of language by tokenizer."""
+"""Turn the result of `measure` into report blocks: tables and heat maps of language by tokenizer."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ SHOWN = {
 
 
 def is_group(name: str) -> bool:
-    """Whether a row stands for several languages."""
+    """Return whether a row stands for several languages."""
     return name == OVERALL or name.startswith(GROUP)
 
 
 def table(
     result: Mapping[str, Mapping[str, Measures]], row: str = OVERALL
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows (one a tokenizer) of the measures of one group or language, where any tokenizer has them."""
+    """Return columns and rows (one per tokenizer) for one group or language.
+
+    A measure that no tokenizer has is left out.
+    """
     keys = [key for key in SHOWN if any(key in rows.get(row, {}) for rows in result.values())]
     rows = [
         [name, *(_text(rows.get(row, {}).get(key), SHOWN[key][1]) for key in keys)]
@@ -48,7 +51,7 @@ def _text(value: float | None, digits: int) -> str:
 
 
 def blocks(result: Mapping[str, Mapping[str, Measures]]) -> list[dict[str, Any]]:
-    """The blocks of a report (see `koine.plan.report.blocks`)."""
+    """Return the report blocks (see `koine.plan.report.blocks`)."""
     columns, rows = table(result)
     found: list[dict[str, Any]] = [
         {
@@ -87,7 +90,8 @@ def blocks(result: Mapping[str, Mapping[str, Measures]]) -> list[dict[str, Any]]
         {
             "kind": "table",
             "title": "The vocabulary by script",
-            "caption": "Tokens, and the share of them that this text uses. Zyyy: no letters; bytes: parts of characters.",
+            "caption": "Tokens, and the share that this text uses. "
+            "Zyyy: no letters; bytes: parts of characters.",
             "columns": ["script", *names],
             "rows": [
                 [script, *(_use(result[name][OVERALL]["scripts"].get(script)) for name in names)]

@@ -1,14 +1,14 @@
-"""Tell control tokens from others, and tokenize plain text without them.
+"""Distinguish control tokens from others, and tokenize plain text without control tokens.
 
 | an added token | in users' text |
 |---|---|
 | `special: true`, or named by the configuration (`eos_token`, ...) | text |
 | `special: false`, written like a marker: `<tool_call>`, `[INST]`, `<|fim_prefix|>` | text as well |
-| `special: false`, anything else: words, runs of spaces, tags of HTML | a token, as in `transformers` |
+| `special: false`, anything else: words, runs of spaces, HTML tags | a token, as in `transformers` |
 
 The library leaves the first kind alone when `encode_special_tokens` is set, but only in its list of added
-tokens: a Unigram, WordLevel or WordPiece model, or BPE with `ignore_merges`, still finds a marker that stands
-in the model's own vocabulary. Such text is cut and read again.
+tokens. A Unigram, WordLevel or WordPiece model, or BPE with `ignore_merges`, still finds a marker in the
+model's own vocabulary. Such text is split inside the marker and encoded again.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from koine.errors import UserError, first_line
 from koine.files import parse_json
 
 _MARKER = re.compile(r"[\s▁]*(?:<[^<>]*\w[^<>]*>|\[[^\[\]]*\w[^\[\]]*\]|\{[^{}]*\w[^{}]*\})[\s▁]*")
-# Tags of HTML, which some vocabularies (Gemma's) hold as words: text that people write.
+# HTML tags, which some vocabularies (Gemma's) hold as words: people write them in text.
 _HTML = re.compile(
-    r"</?(?:a|abbr|article|b|blockquote|body|br|caption|code|dd|div|dl|dt|em|footer|h[1-6]|head|header|hr|html|i|img|li|nav|ol|p|pre|"
-    r"section|small|span|strong|sub|sup|table|tbody|td|tfoot|th|thead|title|tr|u|ul)/?>"
+    r"</?(?:a|abbr|article|b|blockquote|body|br|caption|code|dd|div|dl|dt|em|footer|h[1-6]|head|header|"
+    r"hr|html|i|img|li|nav|ol|p|pre|section|small|span|strong|"
+    r"sub|sup|table|tbody|td|tfoot|th|thead|title|tr|u|ul)/?>"
 )
 _WHOLE_WORD_MODELS = ("Unigram", "WordLevel", "WordPiece")
 DAMAGED = "the file is damaged or of an unknown kind"
 LONG_TEXT = 10_000
-"""Characters from which the library's encoding without offsets, several times as fast, is used."""
+"""Characters from which the library's encoding without offsets is used; it is several times as fast."""
 
 
 def looks_like_marker(token: str) -> bool:
-    """Return whether a token is written like a marker, a name in brackets, and is no tag of HTML."""
+    """Return whether a token is written like a marker (a name in brackets) and is no HTML tag."""
     return _MARKER.fullmatch(token) is not None and _HTML.fullmatch(token) is None
 
 
 @contextmanager
 def library_errors(where: str | Path, *, doing: str, hint: str) -> Iterator[None]:
-    """Turn what the Rust libraries raise into a `UserError`.
+    """Turn exceptions of the Rust libraries into a `UserError`.
 
-    `tokenizers` raises bare `Exception`s; a panic of Rust is a `PanicException`, not an `Exception`.
+    `tokenizers` raises bare `Exception`s. A panic of Rust is a `PanicException`, which is no `Exception`.
     """
     try:
         yield
@@ -56,7 +57,7 @@ def library_errors(where: str | Path, *, doing: str, hint: str) -> Iterator[None
 
 
 def open_backend(text: str, where: str | Path) -> Any:
-    """Open a `tokenizer.json` without padding and truncation. Raises `UserError` where it is no tokenizer."""
+    """Open a `tokenizer.json` without padding and truncation. Raises `UserError` if it is no tokenizer."""
     from tokenizers import Tokenizer as Backend
 
     with library_errors(where, doing="not a tokenizer", hint=DAMAGED):
@@ -67,7 +68,7 @@ def open_backend(text: str, where: str | Path) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes. Raises `UserError` where it cannot be read."""
+    """Read a file's bytes. Raises `UserError` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -77,7 +78,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises `UserError` where it cannot be read or is not UTF-8."""
+    """Read a file's text. Raises `UserError` if it cannot be read or is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
@@ -85,7 +86,7 @@ def read_text(path: Path) -> str:
 
 
 def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
-    """Parse a JSON object. Raises `UserError`, which begins with `what`, for anything else."""
+    """Parse a JSON object. Raises `UserError`, beginning with `what`, for anything else."""
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -96,10 +97,11 @@ def parsed_object(text: str, what: str, where: str | Path) -> dict[str, Any]:
 
 
 class PlainText:
-    """Encode text in which no token steers the model.
+    """Encode text as plain text: no control token in it takes effect.
 
     Attributes:
-        backend: the library's tokenizer, which obeys words and runs of spaces among the added tokens alone.
+        backend: the library's tokenizer; of the added tokens, it recognises only those that are no control
+            tokens.
         hard: control tokens that are special or named by the configuration.
         soft: control tokens that only look like markers; the assistant may write them.
     """
@@ -133,7 +135,7 @@ class PlainText:
             backend = open_backend(text, where)
         self._text = text
         self.backend = backend
-        # This flag is not part of tokenizer.json: without it a user could write `<BOS_TOKEN>` and be obeyed.
+        # Not part of tokenizer.json. Without this flag, `<BOS_TOKEN>` in a user's text would take effect.
         self.backend.encode_special_tokens = True
         self._leaks = self._found_by_model()
         self.normalised = self.backend.normalizer is not None and any(
@@ -143,7 +145,7 @@ class PlainText:
         """Whether a marker is looked for in the text as normalised."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text."""
+        """Encode one text to ids."""
         if len(text) > LONG_TEXT:
             return self.encode_batch([text])[0]
         with self._errors():
@@ -153,7 +155,7 @@ class PlainText:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, in parallel over the cores."""
+        """Encode texts to ids, in parallel over the cores."""
         with self._errors():
             found = [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if self._leaks:
@@ -163,14 +165,14 @@ class PlainText:
         return found
 
     def normalises_to_control(self, text: str) -> bool:
-        """Return whether normalisation makes a marker of a text."""
+        """Return whether normalisation turns a part of the text into a control token."""
         if not self.normalised:
             return False
         normal = self.backend.normalizer.normalize_str(text)
         return any(token in normal for token in self.hard | self.soft)
 
     def copy(self) -> Any:
-        """Another library's tokenizer that reads as `backend` does."""
+        """Open another library tokenizer that encodes as `backend` does."""
         backend = open_backend(self._text, self._where)
         backend.encode_special_tokens = True
         return backend
@@ -181,7 +183,7 @@ class PlainText:
         )
 
     def _found_by_model(self) -> frozenset[int]:
-        """Ids of control tokens that the model itself could find in text, whatever the added tokens say."""
+        """Return ids of control tokens that the model itself can produce from text."""
         model = self.content.get("model") or {}
         ids = self.backend.get_vocab(with_added_tokens=False)
         inside = {token for token in self.hard | self.soft if token in ids}
@@ -193,7 +195,7 @@ class PlainText:
 
     @cached_property
     def _careful(self) -> Any:
-        """The same tokenizer, which also cuts every marker after its first character."""
+        """The same tokenizer, with a cut after the first character of every marker."""
         from tokenizers import Regex, pre_tokenizers
 
         backend = self.copy()
@@ -208,7 +210,7 @@ class PlainText:
 
 
 def _escaped(text: str) -> str:
-    """The text as a pattern of Oniguruma."""
+    """Escape a text for a regular expression of Oniguruma."""
     return "".join(
         character if character.isalnum() or ord(character) > 127 else f"\\x{ord(character):02X}"
         for character in text

@@ -1,4 +1,4 @@
-"""Draw text to the languages' weights: streaming, deterministic, and never repeating a language in silence."""
+"""Sample text by language weights: streaming, deterministic, with a warning for every repeated language."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from koine.errors import KoineWarning, UserError
 
 Texts = Callable[[], Iterable[str]]
-# Texts by language, or one stream of (language, text); each is called anew for every pass.
+# Texts by language, or one stream of (language, text); called anew for every pass.
 Corpus = Mapping[str, Texts] | Callable[[], Iterable[tuple[str, str]]]
 
 
 def stream(corpus: Corpus) -> Iterator[tuple[str, str]]:
-    """One pass over (language, text)."""
+    """Yield (language, text) of one pass over the corpus."""
     if isinstance(corpus, Mapping):
         for code, texts in corpus.items():
             for text in texts():
@@ -27,7 +27,7 @@ def stream(corpus: Corpus) -> Iterator[tuple[str, str]]:
 
 
 def count_bytes(corpus: Corpus) -> dict[str, int]:
-    """UTF-8 bytes of each language's text, in one pass of constant memory.
+    """Count the UTF-8 bytes of each language's text, in one pass of constant memory.
 
     Raises `UserError` for text that is not valid Unicode (a lone surrogate).
     """
@@ -38,11 +38,13 @@ def count_bytes(corpus: Corpus) -> dict[str, int]:
 
 
 def byte_length(text: str, language: str) -> int:
+    """Return the UTF-8 bytes of a text. Raises `UserError` for a lone surrogate."""
     try:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise UserError(
-            f"text of language '{language}' is not valid Unicode (a lone surrogate at character {error.start})",
+            f"text of language '{language}' is not valid Unicode "
+            f"(a lone surrogate at character {error.start})",
             hint="repair or remove the record",
         ) from None
 
@@ -50,10 +52,10 @@ def byte_length(text: str, language: str) -> int:
 def quotas(
     sizes: Mapping[str, int], weights: Mapping[str, float], *, sample_bytes: int | None, max_repeats: float
 ) -> dict[str, float]:
-    """Bytes to draw of each language: weight times `sample_bytes` (default: all bytes there are), at most
-    `max_repeats` times what the language has.
+    """Return the bytes to draw of each language: weight times `sample_bytes` (default: all bytes).
 
-    A language that must be repeated, or that even then falls short of its weight, is named in a `KoineWarning`.
+    At most `max_repeats` times a language's own bytes. A `KoineWarning` names languages that must be repeated
+    or that still fall short of their weight.
     """
     if sample_bytes is not None and sample_bytes <= 0:
         raise UserError(f"the sample is {sample_bytes} bytes", hint="give a number above 0")
@@ -86,11 +88,12 @@ def quotas(
 def draw(
     corpus: Corpus, *, sizes: Mapping[str, int], quota: Mapping[str, float], seed: int
 ) -> Iterator[tuple[str, int]]:
-    """Yield (text, times) worth `quota[language]` bytes out of `sizes[language]`, spread evenly over the data, in one pass.
+    """Yield (text, times) worth `quota[language]` of the `sizes[language]` bytes, evenly spread, in one pass.
 
-    Of a rate of 2.3, each text is taken twice, and the 0.3 by error diffusion: each text adds its part to its
-    language's credit and is taken once more when the credit passes a threshold drawn from the seed. The bytes drawn
-    differ from the quota by about one text. A language's choice does not depend on what stands between its texts.
+    At a rate of 2.3 each text is taken twice, and the remaining 0.3 follows by error diffusion: each text
+    adds its part to its language's credit and is taken once more when the credit passes a threshold drawn
+    from the seed. The bytes drawn differ from the quota by about one text. A language's draws do not depend
+    on the texts between its own.
     """
     state = {code: _Diffusion(quota[code] / sizes[code], seed, code) for code in sizes}
     for code, text in stream(corpus):
@@ -99,7 +102,7 @@ def draw(
 
 
 class _Diffusion:
-    """How often to take each text of one language in turn, so that `rate` of all bytes are taken."""
+    """Choose how often to take each text of one language, so that `rate` of all bytes are taken."""
 
     def __init__(self, rate: float, seed: int, language: str) -> None:
         self._whole, self._part = divmod(rate, 1.0)
@@ -109,6 +112,7 @@ class _Diffusion:
         self._credit = 0.0
 
     def times(self, length: int) -> int:
+        """Return how often to take the next text, of `length` bytes."""
         if self._part < 1e-9:
             return int(self._whole)
         if not self._thresholds:

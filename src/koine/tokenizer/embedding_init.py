@@ -1,13 +1,14 @@
-"""Rows of an embedding for tokens that a model has never seen, from the rows that it has.
+"""Initialise embeddings of tokens that a model has not seen, from the embeddings it has.
 
-| method | a new token's row | source |
+| method | a new token's embedding | source |
 |---|---|---|
-| `random` | normal, as wide as the old rows | the random baseline of arXiv 2506.10766 |
-| `mean` | the mean of all old rows | the mean baseline of arXiv 2506.10766, read as the global mean; Hewitt 2021 |
-| `subword-mean` | the mean of the rows of the old tokens that spell it | the same baseline, read as the mean of the pieces |
-| `focus` | a sparse convex combination of shared tokens' rows that are used alike in a text | Dobler and de Melo 2023 (FOCUS) |
+| `random` | normal, with the standard deviation of the old ones | the random baseline of arXiv 2506.10766 |
+| `mean` | the mean of all old ones | the mean baseline of arXiv 2506.10766, as a global mean; Hewitt 2021 |
+| `subword-mean` | the mean over the old tokens that spell it | the same baseline, as the mean of the pieces |
+| `focus` | a sparse convex combination of similar shared tokens | Dobler and de Melo 2023 (FOCUS) |
 
-`distill` (Dobler, Elliott and de Melo 2025, Token Distillation) needs the model and is in `koine.model.adapt.token_distillation`. Shared tokens keep their rows.
+`distill` (Dobler, Elliott and de Melo 2025, Token Distillation) needs the model; see
+`koine.model.adapt.token_distillation`. Shared tokens keep their embeddings.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Method = Literal["random", "mean", "subword-mean", "focus", "distill"]
 METHODS: tuple[str, ...] = get_args(Method)
 AUXILIARY_SIZE = 100
 CONTEXT = 3
-"""Tokens to each side that count as a token's context."""
+"""Tokens on each side that count as a token's context."""
 
 
 def initialise_rows(
@@ -35,12 +36,17 @@ def initialise_rows(
     generator: torch.Generator,
     auxiliary: Tensor | None = None,
 ) -> Tensor:
-    """Rows of the new vocabulary, `[new_size, hidden]`, from the old ones, `[old_rows, hidden]` (at least `old_size`).
+    """Return the embeddings of the new vocabulary, `[new_size, hidden]`.
 
-    auxiliary: for `focus`, vectors of the new tokens, `[new_size, any]`; a row of zeros says that nothing is known of a token.
+    Computed in float32, returned in the dtype of `old`. A token that the old vocabulary cannot spell gets the
+    mean (for `random`, a random row). `distill` starts from `subword-mean`.
 
-    A token that the old vocabulary does not spell gets the mean (or, for `random`, a random row). `distill` starts from `subword-mean`.
-    Computed in float32, returned in the dtype of `old`.
+    Args:
+        old: embeddings of the old vocabulary, `[old_rows, hidden]`, with `old_rows >= old_size`.
+        match: see `koine.tokenizer.vocabulary_match`.
+        method: one of the table above.
+        generator: for `random`.
+        auxiliary: for `focus`, vectors of the new tokens, `[new_size, any]`; a row of zeros means unknown.
     """
     known = old[: match.old_size].to(torch.float32)
     new = torch.empty(match.new_size, old.shape[1])
@@ -61,6 +67,7 @@ def initialise_rows(
 
 
 def _focus(new: Tensor, known: Tensor, match: VocabularyMatch, auxiliary: Tensor) -> None:
+    """Fill the rows of new tokens with sparse combinations of similar shared tokens."""
     vectors = torch.nn.functional.normalize(auxiliary.to(torch.float32), dim=1)
     has = vectors.abs().sum(dim=1) > 0
     shared = torch.tensor([index for index in sorted(match.shared) if bool(has[index])], dtype=torch.long)
@@ -75,7 +82,10 @@ def _focus(new: Tensor, known: Tensor, match: VocabularyMatch, auxiliary: Tensor
 
 
 def sparsemax(scores: Tensor) -> Tensor:
-    """The nearest point of the simplex to each row of `scores` `[rows, n]` (Martins and Astudillo 2016): few weights above 0."""
+    """Project each row of `scores`, `[rows, n]`, onto the simplex (Martins and Astudillo 2016).
+
+    Few of the resulting weights are above 0.
+    """
     ordered = scores.sort(dim=-1, descending=True).values
     total = ordered.cumsum(dim=-1) - 1.0
     rank = torch.arange(1, scores.shape[-1] + 1, dtype=scores.dtype, device=scores.device)
@@ -87,10 +97,11 @@ def sparsemax(scores: Tensor) -> Tensor:
 def auxiliary_vectors(
     documents: Iterable[Sequence[int]], vocab_size: int, *, size: int = AUXILIARY_SIZE, context: int = CONTEXT
 ) -> Tensor:
-    """Vectors of tokens that occur in alike contexts are alike: `[vocab_size, size]`, zeros for tokens that do not occur.
+    """Compute vectors that are similar for tokens in similar contexts, `[vocab_size, size]`.
 
-    FOCUS trains fastText on the tokenized text; here it is the factorisation that skip-gram converges to (Levy and Goldberg 2014):
-    positive pointwise mutual information of token and context, and its leading singular vectors times the root of their values.
+    FOCUS trains fastText on the tokenized text. This is the factorisation that skip-gram converges to (Levy
+    and Goldberg 2014): the leading singular vectors of the positive pointwise mutual information of token and
+    context, times the root of the singular values. Tokens that do not occur get zeros.
     """
     import numpy as np
 
@@ -134,5 +145,5 @@ def auxiliary_vectors(
     vectors = u * s.sqrt()
     known = torch.zeros(vocab_size, dtype=torch.bool)
     known[torch.from_numpy(rows[keep])] = True
-    # Of a token without any context the factorisation knows nothing but rounding errors.
+    # For a token without any context, the factorisation gives only rounding errors.
     return vectors * known[:, None]

@@ -1,8 +1,9 @@
-"""Add tokens to an existing BPE tokenizer: every old id and every old merge stays, new merges come after them.
+"""Add tokens to an existing BPE tokenizer; all old ids and old merges stay.
 
-BPE applies merges by rank, and no old merge reads a new token, so applying the old merges first and the new ones to what they leave
-gives the same tokens as one list. New merges are therefore learnt on text that the old tokenizer has cut already: each old token becomes one
-letter of a private alphabet, and the library's trainer learns merges of these letters.
+BPE applies merges by rank, and no old merge reads a new token. So applying the old merges first and the new
+ones to their result gives the same tokens as one list. New merges are therefore learnt on text that the old
+tokenizer has already cut: each old token becomes one letter of a private alphabet, and the library's trainer
+learns merges of these letters.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from koine.tokenizer.tokenizer import TOKENIZER, TRAINING, Tokenizer, load_token
 _FIRST_LETTER = 0x4E00
 _SURROGATES = (0xD800, 0xE000)
 
-
 SAMPLE_BYTES = 200_000
 """Text of the sample that must decode as before."""
 LONGEST_PRETOKEN = 4096
@@ -38,79 +38,58 @@ Longer ones are cut, since the trainer needs time in the square of their length.
 
 @dataclass(frozen=True)
 class ExtendedTokenizer:
-    """A tokenizer with tokens added to it, `added_characters` of them characters that it had only as bytes or not at all."""
+    """A tokenizer with added tokens, and their numbers."""
 
     tokenizer: Tokenizer
     added_tokens: int
     added_merges: int
     added_characters: int
+    """Those of the added tokens that are characters which the old vocabulary lacked or had only as bytes."""
 
 
 def extend_tokenizer(
-    base: Path,
-    texts: Iterable[tuple[str, int]],
+    base: str | Path,
+    texts: Iterable[str | tuple[str, int]],
     *,
     new_tokens: int,
     min_frequency: int = 5,
     training: Mapping[str, Any] | None = None,
 ) -> ExtendedTokenizer:
-    """The tokenizer of folder `base` with up to `new_tokens` more, learnt from (text, times).
+    """Add up to `new_tokens` tokens, learnt from `texts`, to the tokenizer in folder `base`.
 
-    A byte-fallback vocabulary decodes `<0xE0>` only where it stands alone, so its bytes cannot be merged: the characters that the text
-    has and the vocabulary lacks come first, the most frequent first (each saves two tokens or so, a merge one), then merges.
+    A byte-fallback vocabulary decodes `<0xE0>` only where it stands alone, so its bytes cannot be merged.
+    There, characters that the text has and the vocabulary lacks are added first, the most frequent first
+    (each saves about two tokens, a merge saves one). Merges follow.
 
-    training: what the record of the extension (`tokenizer_training.json`) says of the text, beside base, sizes and version.
+    Example:
+        >>> from koine.tokenizer import extend_tokenizer
+        >>> extended = extend_tokenizer("tokenizer", korean_texts, new_tokens=2000)
+        >>> extended.tokenizer.save("tokenizer-ko")
 
-    Fewer tokens than asked for are a `KoineWarning`. Raises `UserError` where `base` is no BPE tokenizer that cuts text before it merges,
-    the text has nothing to add, or the result would not decode its own sample as before.
+    Args:
+        base: folder with a `tokenizer.json`.
+        texts: texts, or (text, times to count it).
+        new_tokens: tokens to add; fewer, with a `KoineWarning`, where the text gives fewer.
+        min_frequency: a pair is merged, or a character added, only if it occurs this often.
+        training: fields about the text for the record `tokenizer_training.json`.
+
+    Raises:
+        UserError: `base` is no BPE tokenizer with a pre-tokenizer, the text has nothing to add, or the result
+            would not decode a sample of the text as before.
     """
     if new_tokens < 1:
         raise UserError(f"{new_tokens} new tokens", hint="ask for at least 1")
+    base = Path(base)
     files = read_files(base)
     if TOKENIZER in files:
         _check_kind(parsed_object(files[TOKENIZER], "not a tokenizer", base), base)
     old = load_tokenizer(base)
     content = json.loads(files[TOKENIZER])
-    model = content["model"]
-    vocabulary: dict[str, int] = model["vocab"]
-    # Merges are learnt on the one reading that is the same every time.
-    learner = open_backend(json.dumps({**content, "model": {**model, "dropout": None}}), base)
     sample: list[str] = []
-    with library_errors(base, doing="the tokenizer cannot read the text", hint="extend another tokenizer"):
-        table = count_pretokens(
-            _watched(texts, sample),
-            normalizer=learner.normalizer,
-            pre_tokenizer=_cuts(learner, vocabulary),
-            longest=LONGEST_PRETOKEN,
-        )
-    # The library's table is in the order of a hash map, another one in every process.
-    table.counts = dict(sorted(table.counts.items()))
-    next_id = old.vocab_size
-    characters = _missing_characters(table, vocabulary, most=new_tokens, min_frequency=min_frequency)
-    for character in characters:
-        vocabulary[character] = next_id
-        next_id += 1
-    added = len(characters)
-    if characters:
-        learner = open_backend(json.dumps({**content, "model": {**model, "dropout": None}}), base)
-    with library_errors(base, doing="the tokenizer cannot read the text", hint="extend another tokenizer"):
-        letters, spelled = _spell(learner, table, model.get("unk_token"))
-    merges: list[tuple[str, str]] = []
-    if added < new_tokens:
-        merges = _learn(
-            spelled, new_tokens=new_tokens - added, min_frequency=min_frequency, letters=len(letters)
-        )
-    token_of = {letter: token for token, letter in letters.items()}
-    listed = not model["merges"] or isinstance(model["merges"][0], list)
-    taken = {*vocabulary, *old.vocabulary()}
-    for left, right in merges:
-        first, second = (("".join(token_of[letter] for letter in part)) for part in (left, right))
-        model["merges"].append([first, second] if listed else f"{first} {second}")
-        if first + second not in taken:
-            taken.add(first + second)
-            vocabulary[first + second] = next_id
-            next_id += 1
-            added += 1
+    characters, merges = _learn_additions(
+        content, _watched(texts, sample), base, new_tokens=new_tokens, min_frequency=min_frequency
+    )
+    added = _add_to_model(content["model"], old, characters, merges)
     if not added:
         raise UserError(
             f"the text gives no pair of tokens that occurs {min_frequency} times",
@@ -142,11 +121,79 @@ def extend_tokenizer(
     return ExtendedTokenizer(extended, added, len(merges), len(characters))
 
 
+def _learn_additions(
+    content: Mapping[str, Any],
+    texts: Iterable[tuple[str, int]],
+    base: Path,
+    *,
+    new_tokens: int,
+    min_frequency: int,
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the characters and the merges (pairs of old or merged tokens) to add to a `tokenizer.json`."""
+    model = content["model"]
+    vocabulary = dict(model["vocab"])
+
+    def learner() -> Any:
+        # Without dropout, the tokenizer cuts a text the same way every time.
+        return open_backend(
+            json.dumps({**content, "model": {**model, "vocab": vocabulary, "dropout": None}}), base
+        )
+
+    cutting = learner()
+    with library_errors(base, doing="the tokenizer cannot read the text", hint="extend another tokenizer"):
+        table = count_pretokens(
+            texts,
+            normalizer=cutting.normalizer,
+            pre_tokenizer=_cuts(cutting, vocabulary),
+            longest=LONGEST_PRETOKEN,
+        )
+    # The library's table has the order of a hash map, which differs between processes.
+    table.counts = dict(sorted(table.counts.items()))
+    characters = _missing_characters(table, vocabulary, most=new_tokens, min_frequency=min_frequency)
+    if characters:
+        first = max(vocabulary.values(), default=-1) + 1
+        vocabulary |= {character: first + place for place, character in enumerate(characters)}
+        cutting = learner()
+    with library_errors(base, doing="the tokenizer cannot read the text", hint="extend another tokenizer"):
+        letters, spelled = _spell(cutting, table, model.get("unk_token"))
+    if len(characters) >= new_tokens:
+        return characters, []
+    pairs = _learn(
+        spelled,
+        new_tokens=new_tokens - len(characters),
+        min_frequency=min_frequency,
+        letters=len(letters),
+    )
+    token_of = {letter: token for token, letter in letters.items()}
+
+    def token(letters: str) -> str:
+        return "".join(token_of[letter] for letter in letters)
+
+    return characters, [(token(left), token(right)) for left, right in pairs]
+
+
+def _add_to_model(
+    model: dict[str, Any], old: Tokenizer, characters: Sequence[str], merges: Sequence[tuple[str, str]]
+) -> int:
+    """Add characters and merges to the `model` of a `tokenizer.json`; return the number of new tokens."""
+    vocabulary: dict[str, int] = model["vocab"]
+    listed = not model["merges"] or isinstance(model["merges"][0], list)
+    taken = {*vocabulary, *old.vocabulary()}
+    new = list(characters)
+    for first, second in merges:
+        model["merges"].append([first, second] if listed else f"{first} {second}")
+        if first + second not in taken:
+            taken.add(first + second)
+            new.append(first + second)
+    vocabulary.update({token: old.vocab_size + place for place, token in enumerate(new)})
+    return len(new)
+
+
 def _keep_added_ids(content: dict[str, Any], old: Tokenizer, base: Path) -> None:
     """Write the ids of the added tokens into the model's vocabulary.
 
-    The library numbers added tokens that the vocabulary lacks anew, after all tokens of the model, whatever
-    id the file gives them; those that stand in it keep the id that they have there.
+    The library gives added tokens that the vocabulary lacks new ids, after all tokens of the model, whatever
+    the file says. Added tokens in the vocabulary keep their ids.
     """
     vocabulary: dict[str, int] = content["model"]["vocab"]
     ids = old.vocabulary()
@@ -166,7 +213,10 @@ def _keep_added_ids(content: dict[str, Any], old: Tokenizer, base: Path) -> None
 
 
 def trained_languages(base: Path) -> set[str] | None:
-    """The languages that the record of folder `base` says it was trained on or extended by; None where there is no record."""
+    """Return the languages that folder `base` was trained on or extended by, from its record.
+
+    `None` where there is no record.
+    """
     path = base / TRAINING
     if not path.is_file():
         return None
@@ -178,6 +228,7 @@ def trained_languages(base: Path) -> set[str] | None:
 
 
 def _check_kind(content: Mapping[str, Any], base: Path) -> None:
+    """Raise `UserError` for a `tokenizer.json` that is no BPE with a pre-tokenizer."""
     model = content.get("model")
     if not isinstance(model, dict):
         raise UserError("not a tokenizer (it has no model)", where=base, hint=DAMAGED)
@@ -200,7 +251,10 @@ def _check_kind(content: Mapping[str, Any], base: Path) -> None:
 
 
 def _cuts(backend: Any, vocabulary: Mapping[str, int]) -> Any:
-    """The tokenizer's cuts; where it writes spaces as `▁`, also one before these, since Gemma's cuts only where a space is left."""
+    """Return the tokenizer's pre-tokenizer, with a cut before each `▁` where it writes spaces as `▁`.
+
+    Gemma's own pre-tokenizer cuts only at spaces, and its normalizer leaves none.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     if SPACE_MARK not in vocabulary:
@@ -209,10 +263,11 @@ def _cuts(backend: Any, vocabulary: Mapping[str, int]) -> Any:
     return pre_tokenizers.Sequence([backend.pre_tokenizer, words])
 
 
-def _watched(texts: Iterable[tuple[str, int]], sample: list[str]) -> Iterator[tuple[str, int]]:
-    """The texts as they are; the first `SAMPLE_BYTES` of them also go into `sample`."""
+def _watched(texts: Iterable[str | tuple[str, int]], sample: list[str]) -> Iterator[tuple[str, int]]:
+    """Yield (text, times); the first `SAMPLE_BYTES` of the texts also go into `sample`."""
     size = 0
-    for text, times in texts:
+    for one in texts:
+        text, times = (one, 1) if isinstance(one, str) else one
         if size < SAMPLE_BYTES:
             part = text[: SAMPLE_BYTES - size]
             size += len(part.encode("utf-8"))
@@ -223,7 +278,10 @@ def _watched(texts: Iterable[tuple[str, int]], sample: list[str]) -> Iterator[tu
 def _missing_characters(
     table: PretokenCounts, vocabulary: Mapping[str, int], *, most: int, min_frequency: int
 ) -> list[str]:
-    """Up to `most` characters of the pre-tokens that are no tokens, the most frequent first; none in a byte-level vocabulary."""
+    """Return up to `most` characters of the pre-tokens that are no tokens, the most frequent first.
+
+    A byte-level vocabulary lacks none.
+    """
     found: Counter[str] = Counter()
     for word, count in table.counts.items():
         for character in word:
@@ -234,9 +292,9 @@ def _missing_characters(
 
 
 def _spell(backend: Any, table: PretokenCounts, unknown: str | None) -> tuple[dict[str, str], PretokenCounts]:
-    """The private letter of each old token that occurs, and the table with its pre-tokens spelled in letters.
+    """Return the private letter of each old token that occurs, and the pre-tokens spelled in these letters.
 
-    A pre-token ends at a token that must not be merged: a byte that is written out, unknown text.
+    A pre-token is split at tokens that must not be merged: bytes written out as `<0xE0>`, and unknown text.
     """
     letters: dict[str, str] = {}
     spelled = PretokenCounts(occurrences=table.occurrences)
@@ -265,6 +323,7 @@ def _letter(index: int) -> str:
 def _learn(
     table: PretokenCounts, *, new_tokens: int, min_frequency: int, letters: int
 ) -> list[tuple[str, str]]:
+    """Learn merges of private letters from spelled pre-tokens."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -282,7 +341,7 @@ def _learn(
 
 
 def _check_kept(old: Tokenizer, new: Tokenizer) -> None:
-    """Every old token has its old id in the new vocabulary; anything else is a bug of ours."""
+    """Check that every old token kept its id; anything else is a bug of ours."""
     before, after = old.vocabulary(), new.vocabulary()
     moved = [token for token, token_id in before.items() if after.get(token) != token_id]
     if moved:
@@ -290,7 +349,10 @@ def _check_kept(old: Tokenizer, new: Tokenizer) -> None:
 
 
 def _check_decodes(old: Tokenizer, new: Tokenizer, sample: Sequence[str], base: Path) -> None:
-    """Text goes to ids and back as it did before; where the old tokenizer lost some of it, the new one may lose less."""
+    """Raise `UserError` where a sample does not decode as before.
+
+    Where the old tokenizer lost some of a text, the new one may lose less.
+    """
     for text in sample:
         decoded = new.decode(new.encode(text))
         before = old.decode(old.encode(text))

@@ -1,4 +1,4 @@
-"""A share of a text that nothing is learnt from, the same at every reading: every 20th text of each language, from its second."""
+"""Hold out a share of a text: every 20th text of each language, from its second, the same in every pass."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ EVERY = 20
 def split_texts(
     read: Callable[[], Iterable[tuple[str, str]]], *, heldout: bool, every: int | None = EVERY
 ) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that reads the held-out (language, text), or the others. `every` None holds nothing out.
+    """Return a function that yields the held-out (language, text), or the others.
 
-    A language's only text is not held out.
+    `every=None` holds nothing out. A language's only text is not held out.
     """
 
     def part() -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Any tokenizer behind one small interface, so that tokenizers of different kinds can be measured on the same text.
+"""Open tokenizers of any kind behind one interface, so that they can be measured on the same text.
 
 | given | opened with |
 |---|---|
@@ -22,7 +22,7 @@ from koine.files import read_json
 from koine.tokenizer.control import PlainText, library_errors, read_bytes, read_text
 from koine.tokenizer.token_bytes import SPACE_MARK, AnyTokenizer, TokenBytes, piece_bytes
 
-# How the published vocabularies cut text; a `.tiktoken` file holds the ranks alone.
+# Pre-tokenization of the published vocabularies; a `.tiktoken` file holds only the ranks.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TIKTOKEN_PATTERNS = {
@@ -52,18 +52,18 @@ TIKTOKEN_PATTERNS = {
 }
 
 
-# From so many spaces on, the texts are cut by another library.
+# Texts with a run of this many spaces are cut by another library.
 LONG_SPACES = re.compile(r"(?<!\s)\s{50000,}")
 LARGEST_RANK = 100_000_000
 _LONGEST_RANK = 20
 """Digits of a rank that are read."""
 
 
-class _Backend:
+class _FastTokenizer:
     """A tokenizer of the `tokenizers` library."""
 
     def __init__(self, text: str, where: Path) -> None:
-        """text: a `tokenizer.json`."""
+        """Open a `tokenizer.json`, given as `text`."""
         self._plain = PlainText(text, where=where)
         ids = self._plain.backend.get_vocab(with_added_tokens=True)
         if not ids:
@@ -110,7 +110,7 @@ class _Tiktoken:
             ]
 
     def _encode_long(self, text: str) -> list[int]:
-        """Encode to the same ids, with text cut by another library.
+        """Encode to the same ids, with the text cut by another library.
 
         tiktoken's regular expressions overflow their stack in a long run of spaces.
         """
@@ -158,7 +158,7 @@ class _SentencePiece:
     def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
         if self._byte_tokens:
             return [0] * len(texts)
-        # As strings, unknown pieces are the text that they stand for.
+        # As strings, unknown pieces are the text itself.
         return [
             sum(
                 len(piece.replace(SPACE_MARK, "").encode("utf-8"))
@@ -172,7 +172,7 @@ class _SentencePiece:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """The ranks of a `.tiktoken` file: a line is a token in base64 and its rank.
+    """Read the ranks of a `.tiktoken` file: each line is a token in base64 and its rank.
 
     Raises `UserError` with the line that is not.
     """
@@ -202,7 +202,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def tiktoken_pattern(path: Path, size: int) -> str:
-    """The pattern of a published vocabulary, by the file's name (o200k, cl100k, 50k), else by its size."""
+    """Return the pattern of a published vocabulary, by file name (o200k, cl100k, 50k), else by size."""
     for name, pattern in TIKTOKEN_PATTERNS.items():
         if name in path.name:
             return pattern
@@ -212,9 +212,9 @@ def tiktoken_pattern(path: Path, size: int) -> str:
 
 
 def open_tokenizer(path: str | Path) -> AnyTokenizer:
-    """Open a tokenizer of any kind that the table at the top of this file names.
+    """Open a tokenizer of any kind in the table at the top of this module.
 
-    Raises `UserError` where there is none, it is damaged, or the library that reads it is not installed.
+    Raises `UserError` if there is none, it is damaged, or the library that reads it is not installed.
     """
     path = Path(path)
     if not path.exists():
@@ -229,14 +229,14 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
         if path.suffix == ".model":
             return _SentencePiece(path)
         if path.suffix == ".json":
-            return _Backend(read_text(path), path)
+            return _FastTokenizer(read_text(path), path)
         raise UserError(
             "no known kind of tokenizer",
             where=path,
             hint="known: a folder with tokenizer.json, NAME.json, NAME.tiktoken, NAME.model",
         )
     if (path / "tokenizer.json").is_file():
-        return _Backend(read_text(path / "tokenizer.json"), path / "tokenizer.json")
+        return _FastTokenizer(read_text(path / "tokenizer.json"), path / "tokenizer.json")
     models = [*path.glob("*.tiktoken"), *path.glob("tokenizer.model"), *path.glob("*.model")]
     if len(set(models)) == 1 and not (path / "tokenizer_config.json").exists():
         return open_tokenizer(models[0])
@@ -267,11 +267,11 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
             where=path,
             hint="convert it to a tokenizer.json",
         )
-    return _Backend(backend.to_str(), path)
+    return _FastTokenizer(backend.to_str(), path)
 
 
 def _check_no_custom_code(path: Path) -> None:
-    """Raise `UserError` for a tokenizer of its own Python code, which is never run."""
+    """Raise `UserError` for a tokenizer with its own Python code, which is never run."""
     config = path / "tokenizer_config.json"
     about = read_json(config) if config.is_file() else {}
     own = about.get("auto_map") if isinstance(about, dict) else None

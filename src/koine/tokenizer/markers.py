@@ -1,9 +1,10 @@
-"""Conversations in which a template's markers are obeyed, and text of users that looks like a marker is not.
+"""Encode rendered conversations: markers of the template take effect, look-alikes in messages do not.
 
-A look-alike in a message is hidden from the library while the template is rendered: its first character
-becomes a private-use character that stands nowhere in the conversation. Afterwards the markers that are left,
-which the template wrote, become aliases of the same length, tokens of their own with the same habits, and the
-look-alikes get their first characters back. So the text around them is cut as without them.
+Before rendering, a look-alike in a message is hidden from the library: its first character becomes a
+private-use character that occurs nowhere in the conversation. After rendering, the remaining markers were
+written by the template. They become aliases of the same length: tokens of their own with the same settings.
+The look-alikes get their first characters back. So the text around both is tokenized as if neither had been
+changed.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from koine.tokenizer.template import free_characters, strings_of
 
 
 class Hidden:
-    """Messages without look-alikes.
+    """Messages with look-alikes hidden.
 
     Attributes:
-        messages: what the template gets.
-        shown: stand-in -> the character that it stands for; empty where nothing was hidden.
+        messages: the messages for the template.
+        shown: stand-in -> the character that it stands for; empty if nothing was hidden.
         found: whether any message holds a look-alike, also one that only the tokenizer's normalisation makes.
     """
 
     def __init__(
         self, messages: Sequence[Mapping[str, Any]], plain: PlainText, others: Sequence[str] = ()
     ) -> None:
-        """others: texts that the rendering may hold beside the messages, such as the template."""
+        """Hide look-alikes in `messages`; `others` are further texts of the rendering, as the template."""
         firsts = {token[0] for token in plain.hard | plain.soft}
         texts = list(strings_of(messages))
         self.shown: dict[str, str] = {}
@@ -40,7 +41,7 @@ class Hidden:
         free = free_characters([*texts, *others])
         stand_ins = {first: next(free) for first in sorted(firsts)}
         for message in self.messages:
-            # The assistant may write what only looks like a marker: its thinking, its calls of tools.
+            # The assistant may write soft markers: its thinking, its tool calls.
             tokens = plain.hard if message["role"] == "assistant" else plain.hard | plain.soft
             for key, value in message.items():
                 if key != "role":
@@ -51,6 +52,7 @@ class Hidden:
 
 
 def _replaced(value: Any, change: Any) -> Any:
+    """Apply `change` to every string in a nested value."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -61,7 +63,10 @@ def _replaced(value: Any, change: Any) -> Any:
 
 
 def hide(text: str, tokens: Iterable[str], stand_ins: Mapping[str, str]) -> str:
-    """Replace the first character of every token in the text, and of a token's beginning at its end."""
+    """Replace the first character of every token in the text.
+
+    Also of a token's beginning at the text's end, which the template could complete.
+    """
     present = [token for token in tokens if token in text]
     places = set()
     if present:
@@ -79,10 +84,10 @@ def hide(text: str, tokens: Iterable[str], stand_ins: Mapping[str, str]) -> str:
 
 
 class MarkerEncoder:
-    """Encode rendered conversations in which some text was hidden. Safe to share by threads."""
+    """Encode rendered conversations in which some text was hidden. Thread-safe."""
 
     def __init__(self, plain: PlainText, ids: Mapping[str, int]) -> None:
-        """ids: of the control tokens."""
+        """ids: ids of the control tokens."""
         self._plain = plain
         self._ids = ids
         self._lock = threading.Lock()
@@ -91,9 +96,10 @@ class MarkerEncoder:
         self._real: dict[int, int] = {}
 
     def encode(self, text: str, shown: Mapping[str, str]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the place of each token in the text: markers are obeyed, what `shown` gives back is not.
+        """Return ids and the offsets of each token in the text.
 
-        text: as the template rendered it, with stand-ins.
+        Markers take effect, what `shown` restores does not. `text` is as the template rendered it, with
+        stand-ins.
         """
         with self._lock:
             marked = self._with_aliases(text, shown)
@@ -103,6 +109,7 @@ class MarkerEncoder:
         return [self._real.get(token, token) for token in encoding.ids], encoding.offsets
 
     def _with_aliases(self, text: str, shown: Mapping[str, str]) -> str:
+        """Replace the markers in a text by their aliases; new markers get new aliases."""
         present = [token for token in self._ids if token in text]
         if self._backend is None or any(alias in text for alias in self._alias_of.values()):
             self._backend, self._alias_of, self._real = self._plain.copy(), {}, {}
@@ -117,6 +124,7 @@ class MarkerEncoder:
         return markers.sub(lambda match: self._alias_of[match[0]] * len(match[0]), text)
 
     def _add(self, aliases: Mapping[str, str]) -> None:
+        """Add aliases to the backend, with the settings of their markers."""
         from tokenizers import AddedToken
 
         habits = {one.content: one for one in self._backend.get_added_tokens_decoder().values()}

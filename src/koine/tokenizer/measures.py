@@ -1,23 +1,24 @@
-"""How well tokenizers serve languages: compression, fertility, parity, and how evenly their vocabulary is used.
+"""Measure tokenizers by language: compression, fertility, parity, and how evenly the vocabulary is used.
 
 | measure | definition |
 |---|---|
 | `bytes_per_token` | UTF-8 bytes of the text over its tokens |
 | `characters_per_token` | code points over tokens |
-| `tokens_per_word` | tokens over words, where words are runs of non-spaces; absent where the script writes none |
+| `tokens_per_word` | tokens over words (fertility), runs of non-spaces; absent for unspaced scripts |
 | `tokens_per_sentence` | tokens over records that have a translation into English, in parallel text |
-| `parity` | tokens of these records over those of their English translations (Petrov et al. 2023, "premium") |
+| `parity` | tokens of these records over those of their translations (Petrov et al. 2023, "premium") |
 | `renyi_efficiency` | H_2.5(p) / log V of the token frequencies p (Zouhar et al. 2023) |
-| `unknown_share` | share of the bytes that the tokenizer reads as unknown (`[UNK]`) or drops; **each such byte counts as one token** in all rows |
+| `unknown_share` | share of bytes read as unknown (`[UNK]`) or dropped; **each counts as one token** |
 | `partial_character_share` | share of tokens that are not whole characters: bytes, or pieces of characters |
 | `distinct_tokens` | different tokens that the text uses |
 | `cost_per_megabyte` | price of 10^6 bytes of text, at a given price of 10^6 tokens |
 
-Unknown text counts as its bytes because one `[UNK]` for a word would be the best compression of all: a tokenizer that does not know a script
-would win on it.
+Unknown text counts as its bytes because one `[UNK]` for a word would be the best compression of all. A
+tokenizer that does not know a script would win on it.
 
-Groups (all languages, and each cluster) hold the means over their languages, so that a large language does not hide a small one, and the
-Gini coefficient of what a text costs: of parity in parallel text, else of tokens per byte (0: all pay the same).
+Groups (all languages, and each cluster) hold the means over their languages, so that a large language does
+not hide a small one. They also hold the Gini coefficient of a text's cost (0: all languages pay the same):
+the cost is parity in parallel text, else tokens per byte.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from numpy.typing import NDArray
 
 from koine.errors import KoineWarning, UserError
 from koine.languages import CLUSTERS, language
+from koine.tokenizer.loaders import open_tokenizer
 from koine.tokenizer.token_bytes import AnyTokenizer, scored_lengths
 
 RENYI_ORDER = 2.5
@@ -48,12 +51,12 @@ REFERENCE = "en"
 BATCH_BYTES = 2_000_000
 
 Measures = dict[str, Any]
-"""Numbers by name; for all languages together also `scripts`: tokens of the vocabulary, and used ones, by script."""
+"""Numbers by name; `overall` also holds `scripts`: tokens of the vocabulary, and used ones, by script."""
 
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """A piece of text to measure. Units of one `parallel_id` are translations of each other."""
+    """A text to measure. Texts of the same `parallel_id` are translations of each other."""
 
     language: str
     text: str
@@ -62,83 +65,111 @@ class MeasuredText:
 
 @dataclass
 class _Text:
-    """What does not depend on the tokenizer, of one language."""
+    """Totals of one language's text that no tokenizer changes."""
 
     bytes: int = 0
     characters: int = 0
     words: int = 0
-    parallel: dict[str, int] = field(default_factory=dict)  # identifier -> place in the token counts
+    parallel: dict[str, int] = field(default_factory=dict)
+    """parallel_id -> index in `_Count.parallel`."""
 
 
 @dataclass
 class _Count:
-    """What one tokenizer made of one language."""
+    """Token counts of one tokenizer for one language."""
 
     tokens: int = 0
-    unknown: int = 0  # bytes, each counted as a token
+    unknown: int = 0
+    """Bytes that are read as unknown; each counts as a token."""
     frequencies: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Occurrences of each token, `[vocab_size]`."""
     parallel: list[int] = field(default_factory=list)
+    """Tokens of each parallel text."""
 
 
 def measure(
-    tokenizers: Mapping[str, AnyTokenizer],
-    units: Iterable[MeasuredText],
+    tokenizers: Mapping[str, AnyTokenizer | str | Path],
+    texts: Mapping[str, Iterable[str]] | Iterable[MeasuredText],
     *,
     languages: Collection[str] | None = None,
     price_per_million: float | None = None,
 ) -> dict[str, dict[str, Measures]]:
-    """tokenizer -> language -> measure, and tokenizer -> `overall` and `cluster:NAME` for the groups.
+    """Measure tokenizers on the same texts, by language and over groups of languages.
 
-    The text is read once, in batches; memory grows with vocabularies and languages, and with the number of parallel units, not with the
-    text. Special tokens in the text count as plain text.
+    The texts are read once, in batches. Memory grows with vocabularies, languages and the number of parallel
+    texts, not with their length. Special tokens in the texts count as plain text.
 
-    languages: the codes to report; English among `units` beside them serves as the reference of parity alone.
+    Example:
+        >>> from koine.tokenizer import measure
+        >>> found = measure({"ours": "tokenizer", "llama": "models/llama"}, {"de": german, "sw": swahili})
+        >>> found["ours"]["sw"]["bytes_per_token"]
 
-    A tokenizer that reads text as unknown or drops it is named in a `KoineWarning`.
+    Args:
+        tokenizers: by name, each an open tokenizer or the path of one that `open_tokenizer` opens.
+        texts: language code -> texts; or `MeasuredText`s, which can say that texts are translations.
+        languages: codes to report; `None`: all. Other English text is then only the reference of parity.
+        price_per_million: price of 10^6 tokens, for `cost_per_megabyte`.
 
-    Raises `UserError` where there is no text at all.
+    Returns:
+        tokenizer -> language -> measures, and tokenizer -> `overall` and `cluster:NAME` -> means.
+
+    Raises:
+        UserError: there is no tokenizer or no text, or a path holds no tokenizer.
+
+    A `KoineWarning` names each tokenizer that reads text as unknown or drops it.
     """
     if not tokenizers:
         raise UserError("no tokenizer to measure", hint="give at least one")
-    texts: dict[str, _Text] = {}
-    counts: dict[str, dict[str, _Count]] = {name: {} for name in tokenizers}
-    seconds = dict.fromkeys(tokenizers, 0.0)
-    for batch in _batches(units):
+    opened = {
+        name: open_tokenizer(one) if isinstance(one, str | Path) else one for name, one in tokenizers.items()
+    }
+    totals: dict[str, _Text] = {}
+    counts: dict[str, dict[str, _Count]] = {name: {} for name in opened}
+    seconds = dict.fromkeys(opened, 0.0)
+    for batch in _batches(_with_language(texts)):
         by_language: dict[str, list[MeasuredText]] = {}
-        for unit in batch:
-            by_language.setdefault(unit.language, []).append(unit)
+        for one in batch:
+            by_language.setdefault(one.language, []).append(one)
         for code, group in by_language.items():
-            places = _read(texts.setdefault(code, _Text()), group, code)
-            for name, tokenizer in tokenizers.items():
+            places = _add_texts(totals.setdefault(code, _Text()), group, code)
+            plain = [one.text for one in group]
+            for name, tokenizer in opened.items():
                 start = time.perf_counter()
-                encoded = tokenizer.encode_batch([unit.text for unit in group])
+                encoded = tokenizer.encode_batch(plain)
                 seconds[name] += time.perf_counter() - start
-                lengths, unknown = scored_lengths(tokenizer, [unit.text for unit in group], encoded)
+                lengths, unknown = scored_lengths(tokenizer, plain, encoded)
                 count = counts[name].setdefault(code, _Count())
                 count.unknown += sum(unknown)
-                _count(count, encoded, lengths, places, tokenizer.vocab_size)
-    shown = [code for code in sorted(texts) if languages is None or code in languages]
-    if not shown:
+                _add_tokens(count, encoded, lengths, places, tokenizer.vocab_size)
+    reported = [code for code in sorted(totals) if languages is None or code in languages]
+    if not reported:
         raise UserError("no text to measure", hint="give text in the languages asked for")
-    total = sum(text.bytes for text in texts.values())
-    _say_unknown(texts, counts, shown)
+    _warn_of_unknown(totals, counts, reported)
+    size = sum(text.bytes for text in totals.values())
     result = {}
-    for name, tokenizer in tokenizers.items():
-        partial = _partial(tokenizer)
-        rows = {
-            code: _measures(texts, counts[name], code, tokenizer.vocab_size, partial, price_per_million)
-            for code in shown
-        }
+    for name, tokenizer in opened.items():
+        rows = _rows(totals, counts[name], reported, tokenizer, price_per_million)
         groups = _groups(rows)
         groups["overall"]["vocabulary_size"] = tokenizer.vocab_size
-        groups["overall"]["megabytes_per_second"] = total / 1e6 / max(seconds[name], 1e-9)
-        used = np.sum([counts[name][code].frequencies for code in shown], axis=0) > 0
+        groups["overall"]["megabytes_per_second"] = size / 1e6 / max(seconds[name], 1e-9)
+        used = np.sum([counts[name][code].frequencies for code in reported], axis=0) > 0
         groups["overall"]["scripts"] = scripts_of_vocabulary(tokenizer, used)
         result[name] = {**rows, **groups}
     return result
 
 
-def _say_unknown(
+def _with_language(texts: Mapping[str, Iterable[str]] | Iterable[MeasuredText]) -> Iterator[MeasuredText]:
+    """Yield texts with their language, whichever way they were given."""
+    if not isinstance(texts, Mapping):
+        yield from texts
+        return
+    for given, several in texts.items():
+        code = given if given == "und" else language(given).code
+        for text in several:
+            yield MeasuredText(code, text)
+
+
+def _warn_of_unknown(
     texts: Mapping[str, _Text], counts: Mapping[str, Mapping[str, _Count]], codes: Sequence[str]
 ) -> None:
     for name, by_language in counts.items():
@@ -147,18 +178,19 @@ def _say_unknown(
         if worst:
             named = ", ".join(f"{shares[code]:.1%} of {code}" for code in worst[:5])
             warnings.warn(
-                f"{name} has no tokens for {named}{' and others' if len(worst) > 5 else ''}: unknown text counts as a token a byte",
+                f"{name} has no tokens for {named}{' and others' if len(worst) > 5 else ''}: "
+                "unknown text counts as a token a byte",
                 KoineWarning,
                 stacklevel=3,
             )
 
 
-def _batches(units: Iterable[MeasuredText]) -> Iterator[list[MeasuredText]]:
+def _batches(texts: Iterable[MeasuredText]) -> Iterator[list[MeasuredText]]:
     batch: list[MeasuredText] = []
     size = 0
-    for unit in units:
-        batch.append(unit)
-        size += len(unit.text)
+    for one in texts:
+        batch.append(one)
+        size += len(one.text)
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -166,27 +198,31 @@ def _batches(units: Iterable[MeasuredText]) -> Iterator[list[MeasuredText]]:
         yield batch
 
 
-def _read(text: _Text, units: Sequence[MeasuredText], code: str) -> list[int]:
-    """Add the units to the language's text; the places in the list of those that are the first with their parallel identifier."""
+def _add_texts(total: _Text, texts: Sequence[MeasuredText], code: str) -> list[int]:
+    """Add texts to a language's totals.
+
+    Returns the indices of the texts that are the first with their `parallel_id`.
+    """
     spaced = language(code).script not in UNSPACED_SCRIPTS if code != "und" else False
     places = []
-    for place, unit in enumerate(units):
-        text.bytes += len(unit.text.encode("utf-8"))
-        text.characters += len(unit.text)
-        text.words += len(unit.text.split()) if spaced else 0
-        if unit.parallel_id is not None and unit.parallel_id not in text.parallel:
-            text.parallel[unit.parallel_id] = len(text.parallel)
+    for place, one in enumerate(texts):
+        total.bytes += len(one.text.encode("utf-8"))
+        total.characters += len(one.text)
+        total.words += len(one.text.split()) if spaced else 0
+        if one.parallel_id is not None and one.parallel_id not in total.parallel:
+            total.parallel[one.parallel_id] = len(total.parallel)
             places.append(place)
     return places
 
 
-def _count(
+def _add_tokens(
     count: _Count,
     encoded: Sequence[Sequence[int]],
     lengths: Sequence[int],
     places: Sequence[int],
     vocab_size: int,
 ) -> None:
+    """Add the tokens of one batch to a tokenizer's counts for a language."""
     count.tokens += sum(lengths)
     count.parallel += [lengths[place] for place in places]
     flat = np.fromiter(
@@ -198,7 +234,7 @@ def _count(
 
 
 def _partial(tokenizer: AnyTokenizer) -> NDArray[np.bool_]:
-    """Which tokens do not stand for whole characters."""
+    """Return for each token whether it is less than whole characters, `[vocab_size]`."""
     return np.array([not _whole(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
 
 
@@ -210,6 +246,18 @@ def _whole(data: bytes) -> bool:
     return True
 
 
+def _rows(
+    texts: Mapping[str, _Text],
+    counts: Mapping[str, _Count],
+    codes: Sequence[str],
+    tokenizer: AnyTokenizer,
+    price: float | None,
+) -> dict[str, Measures]:
+    """Return one tokenizer's measures by language."""
+    partial = _partial(tokenizer)
+    return {code: _measures(texts, counts, code, tokenizer.vocab_size, partial, price) for code in codes}
+
+
 def _measures(
     texts: Mapping[str, _Text],
     counts: Mapping[str, _Count],
@@ -218,6 +266,7 @@ def _measures(
     partial: NDArray[np.bool_],
     price: float | None,
 ) -> Measures:
+    """Return one tokenizer's measures for the language `code`; parity is relative to English in `texts`."""
     text, count = texts[code], counts[code]
     tokens = max(count.tokens, 1)
     row: Measures = {
@@ -246,7 +295,10 @@ def _measures(
 
 
 def renyi_efficiency(frequencies: NDArray[np.int64], vocab_size: int, *, order: float = RENYI_ORDER) -> float:
-    """H_order(p) / log(vocab_size), with H_a(p) = log(sum p^a) / (1 - a): 1 where every token is as frequent as every other."""
+    """Return H_order(p) / log(vocab_size), where H_a(p) = log(sum p^a) / (1 - a).
+
+    It is 1 where all tokens are equally frequent.
+    """
     total = frequencies.sum()
     if not total or vocab_size < 2:
         return 0.0
@@ -255,7 +307,7 @@ def renyi_efficiency(frequencies: NDArray[np.int64], vocab_size: int, *, order: 
 
 
 def gini(values: Sequence[float]) -> float:
-    """Gini coefficient: half the mean absolute difference of all pairs, over the mean; 0 where all are equal."""
+    """Compute the Gini coefficient: half the mean absolute difference of all pairs, over the mean."""
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     size, total = len(ordered), ordered.sum()
     if size < 2 or total <= 0:
@@ -264,6 +316,7 @@ def gini(values: Sequence[float]) -> float:
 
 
 def _groups(rows: Mapping[str, Measures]) -> dict[str, Measures]:
+    """Return the measures of all languages together and of each cluster: means, sums of sizes, and Gini."""
     groups = {"overall": list(rows)}
     for cluster in CLUSTERS:
         members = [code for code in rows if code != "und" and language(code).cluster == cluster]
@@ -287,7 +340,10 @@ def _groups(rows: Mapping[str, Measures]) -> dict[str, Measures]:
 
 
 def scripts_of_vocabulary(tokenizer: AnyTokenizer, used: NDArray[np.bool_]) -> dict[str, dict[str, int]]:
-    """script -> `tokens` in the vocabulary, and those of them `used`. Tokens without letters are `Zyyy`, parts of characters `bytes`."""
+    """Count the tokens of a vocabulary, and the `used` ones, by script.
+
+    Tokens without letters count as `Zyyy`, parts of characters as `bytes`.
+    """
     found: dict[str, dict[str, int]] = {}
     for index in range(tokenizer.vocab_size):
         data = tokenizer.token_bytes(index)
@@ -300,7 +356,7 @@ def scripts_of_vocabulary(tokenizer: AnyTokenizer, used: NDArray[np.bool_]) -> d
 
 
 def script_of(data: bytes) -> str:
-    """ISO 15924 code of the script of most of a token's letters."""
+    """Return the ISO 15924 code of the script that most letters of a token have."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,11 +1,10 @@
-"""Which languages will be dear to adapt a model to: a ranking from its tokenizer and the scripts it has read, before any training.
+"""Predict the cost of adapting a model to languages, from its tokenizer and pretraining text alone.
 
-Two things that can be counted beforehand are ranked and the ranks averaged:
+Two figures are ranked, and the ranks averaged:
 
-- **compression**: tokens per byte under the model's tokenizer, relative to what its primary languages need. Longer sequences see fewer
-  bytes a step.
-- **script overlap**: the share of the language's letters that the primary languages' text has too. A letter never seen starts
-  from nothing.
+- **compression**: tokens per byte under the model's tokenizer. Longer sequences hold fewer bytes a step.
+- **script overlap**: the share of the language's letters that the primary languages' text has too. A letter
+  never seen has to be learnt from nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from koine.errors import UserError, did_you_mean
 from koine.tokenizer.token_bytes import AnyTokenizer, scored_lengths
 
 SEEN_SHARE = 1e-5
-"""A letter counts as seen where it is at least this share of the primary languages' letters."""
+"""A letter counts as seen if it is at least this share of the primary languages' letters."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected of one language; a higher `cost` is a dearer adaptation."""
+    """Expected adaptation cost of one language; a higher `cost` is a more expensive adaptation."""
 
     language: str
     tokens_per_byte: float
@@ -34,10 +33,10 @@ class Expected:
 def predict_costs(
     tokenizer: AnyTokenizer, texts: Mapping[str, Sequence[str]], *, primary: Iterable[str]
 ) -> list[Expected]:
-    """Expected adaptation cost of each language of `texts` that is not `primary`, the dearest first.
+    """Rank the languages of `texts` that are not `primary` by expected adaptation cost, highest first.
 
-    `cost` is the mean of the two ranks, from 0 (cheapest) to 1. Raises `UserError` where a primary language has no text, or no other
-    language is there.
+    `cost` is the mean of the two ranks, from 0 (cheapest) to 1. Raises `UserError` if a primary language has
+    no text, or there is no other language.
     """
     known = set(primary)
     for code in sorted(known - texts.keys()):
@@ -68,11 +67,12 @@ def predict_costs(
 
 
 def _letters(texts: Sequence[str]) -> Counter[str]:
+    """Count the letters of texts."""
     return Counter(character for text in texts for character in text if character.isalpha())
 
 
 def ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """From 0 for the smallest to 1 for the largest; equal values share their mean rank."""
+    """Return ranks from 0 (smallest) to 1 (largest); equal values share their mean rank."""
     ordered = sorted(values, key=lambda code: values[code])
     found: dict[str, float] = {}
     start = 0
@@ -87,7 +87,7 @@ def ranks(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def spearman(left: Mapping[str, float], right: Mapping[str, float]) -> float:
-    """Spearman's rank correlation over the keys of both: Pearson's correlation of the ranks; nan where one side is constant."""
+    """Compute Spearman's rank correlation over the keys of both; nan if one side is constant."""
     keys = [key for key in left if key in right]
     a, b = ranks({key: left[key] for key in keys}), ranks({key: right[key] for key in keys})
     mean_a, mean_b = (sum(side.values()) / max(len(keys), 1) for side in (a, b))

@@ -1,7 +1,8 @@
-"""The pre-tokens of a text and how often each occurs: all that BPE training needs, in bounded memory.
+"""Count pre-tokens in bounded memory: pre-tokens and their counts are all that BPE training needs.
 
-The library's trainer, given an iterator, keeps a table for every text at once; on tens of gigabytes that ends the process. Here it counts one
-chunk at a time (in Rust, on all cores), its tables are merged, and the rarest entries leave when the merged table grows past a limit.
+The library's trainer, given an iterator, keeps a table for every text at once; on tens of gigabytes that ends
+the process. Here it counts one chunk at a time (in Rust, on all cores). The tables are merged, and the rarest
+entries are dropped when the merged table grows past a limit.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ Watched = Callable[[Iterable[tuple[str, str]]], Iterator[tuple[str, str]]]
 
 CHUNK_BYTES = 32 * 2**20
 DIRECT_BYTES = 64 * 2**20
-"""A sample of up to this size goes to the library as it is: its table is small, and feeding it a table costs more than it saves."""
+"""Samples up to this size go to the library directly: their table is small, and feeding one costs more."""
 MOST_ENTRIES = 1_500_000
-"""Different pre-tokens kept. The trainer needs about a kilobyte for each while it merges."""
+"""Distinct pre-tokens kept. The trainer needs about a kilobyte for each while it merges."""
 MOST_OCCURRENCES = 10_000_000
-"""Pre-tokens fed to the trainer; a longer text is scaled down to it."""
+"""Pre-tokens fed to the trainer; the counts of a longer text are scaled down to it."""
 LARGEST_PAIR_COUNT = 2**31 - 1
-"""The library adds up the occurrences of a pair in 32 bits and does not notice when that overflows."""
+"""The library counts the occurrences of a pair in 32 bits and does not notice an overflow."""
 _PIECE = 4096
 
 
 @dataclass
 class PretokenCounts:
-    """pre-token (in the trainer's alphabet: one character a byte) -> occurrences.
+    """Pre-token (in the trainer's alphabet: one character a byte) -> occurrences.
 
-    `dropped` occurrences of pre-tokens that were rare at the time are not in `counts`; each of them occurred at most `dropped_below`
-    times before it was dropped.
+    `dropped` occurrences of rare pre-tokens are not in `counts`. Each of these pre-tokens had occurred at
+    most `dropped_below` times when it was dropped.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -45,7 +46,7 @@ class PretokenCounts:
     dropped_below: int = 0
 
     def add(self, chunk: dict[str, int], times: int, *, most: int = MOST_ENTRIES) -> None:
-        """Merge the table of one chunk, counted `times` times."""
+        """Add the table of one chunk, counted `times` times."""
         counts = self.counts
         get = counts.get
         for word, count in chunk.items():
@@ -67,8 +68,7 @@ def count_pretokens(
     most: int = MOST_ENTRIES,
     longest: int | None = None,
 ) -> PretokenCounts:
-    """Count the pre-tokens of (text, times), in chunks of about `chunk_bytes`; `times` counts a text as
-    often.
+    """Count the pre-tokens of (text, times), in chunks of about `chunk_bytes`; a text counts `times` times.
 
     longest: pre-tokens of more characters (of the trainer's alphabet) are cut into parts of this length.
     """
@@ -90,11 +90,14 @@ def count_pretokens(
 def _count(
     texts: list[str], normalizer: Any, pre_tokenizer: Any, longest: int | None = None
 ) -> dict[str, int]:
-    """The library's own count, read from the state of a trainer of whole words: one of BPE would also count pairs, a third of the time."""
+    """Count pre-tokens with the library, from the state of a trainer of whole words.
+
+    A BPE trainer would also count pairs, a third of the time.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     if longest is not None:
-        # A text may grow when it is normalised or spelled in bytes, by no more than this.
+        # Normalisation and spelling in bytes lengthen a text at most by this factor.
         long = [text for text in texts if 8 * len(text) > longest]
         texts = [text for text in texts if 8 * len(text) <= longest]
         cut = pre_tokenizers.Sequence([pre_tokenizer, pre_tokenizers.FixedLength(longest)])
@@ -112,18 +115,19 @@ def _count(
 
 
 def feeding_scale(table: PretokenCounts, *, most: int = MOST_OCCURRENCES) -> float:
-    """Factor on all counts, at most 1, so that no more than `most` pre-tokens are fed and no pair can overflow.
+    """Return the factor on all counts, at most 1, that feeds at most `most` pre-tokens.
 
-    A pair occurs at most once for each two neighbouring bytes of the text, whatever has been merged before.
+    It also keeps pair counts from overflowing. A pair occurs at most once per two neighbouring bytes of the
+    text, whatever has been merged before.
     """
     pairs = sum(count * (len(word) - 1) for word, count in table.counts.items())
     return min(1.0, most / max(1, table.occurrences), LARGEST_PAIR_COUNT / max(1, pairs))
 
 
 def repeated(table: PretokenCounts, scale: float) -> Iterator[str]:
-    """Strings of pre-tokens with one space between them, each as often as `scale` times its count says.
+    """Yield strings of space-separated pre-tokens, each `scale` times as often as its count.
 
-    A fraction is rounded up or down by a hash of the pre-token, in proportion: rare ones together keep their weight.
+    A fraction is rounded up or down by a hash of the pre-token, so that rare ones keep their weight together.
     """
     waiting: list[str] = []
     for word, count in table.counts.items():
@@ -140,9 +144,9 @@ def repeated(table: PretokenCounts, scale: float) -> Iterator[str]:
 
 @contextmanager
 def counting_progress(shown: bool, *, what: str, total: int | None = None) -> Iterator[Watched]:
-    """A function to pass (language, text) through, with a bar on standard error of the bytes so far where `shown` and a terminal is there.
+    """Yield a function to pass (language, text) through; it shows a progress bar of the bytes on stderr.
 
-    total: bytes, where it is known how many there will be.
+    The bar shows only if `shown` and on a terminal. total: bytes, if known.
     """
     if not shown or not on_terminal():
         yield iter
@@ -168,5 +172,8 @@ def counting_progress(shown: bool, *, what: str, total: int | None = None) -> It
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: elsewhere bars are noise, and the library's trainer prints empty lines to standard output."""
+    """Return whether output goes to a terminal.
+
+    Elsewhere bars are noise, and the library's trainer prints empty lines to standard output.
+    """
     return sys.stdout.isatty() and sys.stderr.isatty()

@@ -1,8 +1,9 @@
-"""How text is cut before BPE: words with one leading mark, punctuation runs, line ends; every digit stands alone.
+"""Pre-tokenization: words with one leading mark, runs of punctuation, line ends; every digit alone.
 
-The classes are those of GPT-4o's public `o200k_base` vocabulary: a word is cut where lower case turns to upper case,
-combining marks stay with their letters (so Indic and Arabic words are not broken), and one non-letter before a
-word, mostly the space, belongs to it. Unlike there, digits are never grouped: a number is spelled by its digits.
+The classes are those of GPT-4o's public `o200k_base` vocabulary. A word is cut where lower case turns to
+upper case. Combining marks stay with their letters, so Indic and Arabic words are not broken. One non-letter
+before a word, mostly the space, belongs to it. Unlike there, digits are never grouped: a number is spelled by
+its digits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PATTERN: Final = "|".join(PIECES)
 
 
 def pre_tokenizer() -> Any:
-    """The `tokenizers` pre-tokenizer: cut by `PATTERN`, then spell each piece in bytes."""
+    """Return the `tokenizers` pre-tokenizer: cut by `PATTERN`, then spell each piece in bytes."""
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Sequence(
@@ -45,16 +46,19 @@ def pre_tokenizer() -> Any:
 
 
 LONGEST_RUN: Final = 1000
-"""Characters. Of a longer run of letters, of spaces or of signs, training sees parts of this length: the
-library's trainer needs time in the square of a piece's length. Runs this long are Thai or Chinese without a
-space, rules of `=`, blank space, or no language at all."""
-# Only text in which this is found can hold such a run; it is looked for first, since it costs little.
+"""Longest run of letters, spaces or signs, in characters, that training sees; longer runs are cut.
+
+The library's trainer needs time in the square of a piece's length. Runs this long are Thai or Chinese without
+a space, rules of `=`, blank space, or no language at all.
+"""
+# Every text with such a run matches this pattern, which is cheap and therefore tried first.
 _MAYBE: Final = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN},}}|(?<!\s)\s{{{LONGEST_RUN},}}")
 _CLASSES: Final = (r"\p{L}\p{M}", r"\s", r"^\s\p{L}\p{N}")
 
 
 @cache
 def _long_runs() -> Any:
+    """Return a pre-tokenizer that isolates the runs that are too long."""
     from tokenizers import Regex, pre_tokenizers
 
     runs = (f"(?<![{one}])[{one}]{{{LONGEST_RUN + 1},}}" for one in _CLASSES)
@@ -62,13 +66,13 @@ def _long_runs() -> Any:
 
 
 def short_runs(text: str) -> Iterator[str]:
-    """The text; where a run is longer than `LONGEST_RUN`, its parts, cut inside that run."""
+    """Yield the text; if a run is longer than `LONGEST_RUN`, the parts of the text, cut inside that run."""
     if _MAYBE.search(text) is None:
         yield text
         return
     begun = 0
     for _, (start, end) in _long_runs().pre_tokenize_str(text):
-        # Only a run is longer without being cut by the pattern; a stretch without runs is left whole.
+        # Only a run is isolated; a long part without runs is left whole.
         if end - start > LONGEST_RUN and _is_run(text[start : start + LONGEST_RUN + 1]):
             for place in range(start + LONGEST_RUN, end, LONGEST_RUN):
                 yield text[begun:place]
@@ -78,6 +82,7 @@ def short_runs(text: str) -> Iterator[str]:
 
 @cache
 def _run() -> Any:
+    """Return a pre-tokenizer that removes a text that is one run."""
     from tokenizers import Regex, pre_tokenizers
 
     whole = "|".join(rf"\A[{one}]+\z" for one in _CLASSES)

@@ -1,4 +1,4 @@
-"""The special tokens: names as in Cohere's public tokenizers, ids from 0 in this order."""
+"""Special tokens: names as in Cohere's public tokenizers, ids from 0 in this order."""
 
 from __future__ import annotations
 

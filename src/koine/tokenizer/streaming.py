@@ -1,4 +1,4 @@
-"""Text from token ids as they come, never a broken character."""
+"""Decode token ids one at a time, without broken characters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 
 def byte_level_table() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
+    """Return the byte that each character of a byte-level vocabulary stands for.
 
-    Printable Latin-1 characters stand for themselves; the other 68 bytes are, in order, the characters from U+0100.
+    Printable Latin-1 characters stand for themselves; the characters from U+0100 stand for the other 68
+    bytes, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -19,23 +20,23 @@ def byte_level_table() -> dict[str, int]:
 
 
 class StreamDecoder:
-    """Decode ids one at a time: `push` returns the text that has become certain, which may be empty."""
+    """Decode ids one at a time: `push` returns the text that is final, which may be empty."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text completed by this token; bytes that can no longer become a character turn into U+FFFD."""
+        """Return the text completed by this token; bytes that cannot become a character turn into U+FFFD."""
         return self._decoder.decode(self._token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end: empty, or one U+FFFD for an unfinished character."""
+        """Return the rest at the end: empty, or one U+FFFD for an unfinished character."""
         return self._decoder.decode(b"", final=True)
 
 
 class WindowStreamDecoder:
-    """The same for vocabularies that are not byte-level: decode a window and give out what no longer changes."""
+    """A `StreamDecoder` for vocabularies that are not byte-level; decodes a window of ids at a time."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
@@ -44,6 +45,7 @@ class WindowStreamDecoder:
         self._context = 0
 
     def push(self, token: int) -> str:
+        """Return the text that this token completes; later tokens do not change it."""
         self._ids.append(token)
         before = self._decode(self._ids[self._context : self._given])
         now = self._decode(self._ids[self._context :])
@@ -54,6 +56,7 @@ class WindowStreamDecoder:
         return now[len(before) :]
 
     def flush(self) -> str:
+        """Return the rest at the end."""
         before = self._decode(self._ids[self._context : self._given])
         now = self._decode(self._ids[self._context :])
         self._given = len(self._ids)

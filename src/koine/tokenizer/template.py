@@ -1,6 +1,7 @@
-"""Chat templates of other models: Jinja in a sandbox with limits, with the spans that the model itself wrote.
+"""Render chat templates of other models in a Jinja sandbox, and find the spans that the assistant wrote.
 
-What a template sees and which filters and functions it has is as in `transformers`' `apply_chat_template`.
+Templates get the same variables, filters and functions as in `transformers`' `apply_chat_template`. The
+sandbox limits time and size (`template_limits`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from typing import Any, NoReturn
 from koine.errors import UserError, first_line
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# A name that no template can write: the two characters that mark a span of completion in the rendered text.
+# Variable with the two characters around a completion span; no template can write this name.
 _MARKS = "generation marks"
-# A template is a program of somebody else's: whatever it raises is the template's fault. Jinja's own errors
-# come beside these.
+# A template is foreign code: whatever it raises is the template's fault. Jinja's own errors are besides.
 _RAISED = (
     ArithmeticError,
     AssertionError,
@@ -35,6 +35,7 @@ _RAISED = (
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
+    """Compile a template in the sandbox, with the tags, filters and globals of `transformers`."""
     from jinja2 import TemplateError, nodes, pass_context
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension
@@ -104,26 +105,26 @@ def to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter `tojson` of chat templates."""
+    """Filter `tojson` of chat templates."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def strftime_now(format: str) -> str:
-    """The time now, for templates."""
+    """Format the current time, for templates."""
     return datetime.datetime.now().strftime(format)
 
 
 def free_characters(texts: Sequence[str]) -> Iterator[str]:
-    """Private-use characters that stand in none of the texts."""
+    """Yield private-use characters that occur in none of the texts."""
     used = {character for text in texts for character in text if character >= "\U000f0000"}
     planes = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
     return (chr(code) for plane in planes for code in plane if chr(code) not in used)
 
 
 def strings_of(value: Any) -> Iterator[str]:
-    """Every text in a nest of lists and mappings."""
+    """Yield every string in a nested value of lists and mappings."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
@@ -142,11 +143,19 @@ def render_template(
     tokens: Mapping[str, str],
     generation_prompt: bool,
 ) -> tuple[str, list[tuple[int, int]] | None]:
-    """The rendered text, and the character spans of `generation` blocks (None where the template has none).
+    """Render a template; return the text and the character spans of its `generation` blocks.
 
-    tokens: what the template may name, such as `bos_token` and `eos_token`.
-    Raises `UserError` where the template refuses the messages, fails, or takes more time or space than
-    `template_limits` allows.
+    The spans are `None` if the template has no such blocks.
+
+    Args:
+        template: Jinja text.
+        messages: the conversation.
+        tokens: variables of the template, such as `bos_token` and `eos_token`.
+        generation_prompt: whether the text ends with the marker after which the assistant answers.
+
+    Raises:
+        UserError: the template rejects the messages, fails, or takes more time or space than
+            `template_limits` allows.
     """
     from jinja2 import TemplateError
 
@@ -187,7 +196,7 @@ def render_template(
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message, with its reasoning under the names that templates read."""
+    """Return the message with its reasoning under the names that templates read."""
     found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
     if found is None:
         return dict(message)
@@ -195,7 +204,7 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take_out(marked: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without its marks, and what stood between them."""
+    """Return the text without its marks, and the spans between them."""
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     length = start = 0
@@ -219,9 +228,9 @@ def completion_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation; return it with the spans that the assistant wrote, end-of-turn marker included.
 
-    Where the template marks no generation, the span of an assistant's message is what it adds to the
-    rendering of the messages before it with the generation prompt. Where the template rewrites earlier turns,
-    no such span exists: raises `UserError`, or gives no spans for a prompt, which nobody learns from.
+    If the template marks no generation, the span of an assistant's message is what it adds to the rendering
+    of the messages before it with the generation prompt. If the template rewrites earlier turns, there is no
+    such span: raises `UserError`, or returns no spans for a prompt, which is not trained on.
     """
     text, spans = render_template(template, messages, tokens=tokens, generation_prompt=generation_prompt)
     if spans is not None:
@@ -249,7 +258,7 @@ def _added_spans(
         after, _ = render_template(template, messages[: index + 1], tokens=tokens, generation_prompt=False)
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(
-                "the chat template rewrites earlier turns, so the tokens that the assistant wrote cannot be told",
+                "the chat template rewrites earlier turns, so the assistant's tokens cannot be found",
                 hint="add {% generation %} marks to the template, or train on one answer per conversation",
             )
         spans.append((len(before), len(after)))

@@ -1,8 +1,8 @@
-"""A Jinja sandbox with limits on time, on output and on the size of values: templates come from strangers.
+"""A Jinja sandbox with limits on time, output and sizes of values, because templates come from strangers.
 
 Python cannot interrupt a call that computes `9**9**9` or pads a text to a gigabyte, so such calls are
-measured beforehand. Loops, macros, calls and filters look at the clock. A container counts with all that it
-holds, however often it holds it, so that one that doubles itself ends early too.
+measured before they run. Loops, macros, calls and filters check the clock. A container counts with all that
+it holds, as often as it holds it, so one that doubles itself ends early too.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from koine.errors import UserError
 
 SECONDS = 10.0
-"""Time to render one conversation."""
+"""Most seconds to render one conversation."""
 MOST_CHARACTERS = 16_000_000
-"""Characters of output, and of any text on the way, beside sixteen times what the messages hold."""
+"""Most characters of output, and of any intermediate text, plus sixteen times those of the messages."""
 MOST_ITEMS = 1_000_000
-"""Items of a list, with those of the lists inside it."""
+"""Most items of a list, including those of nested lists."""
 MOST_BITS = 100_000
 LARGEST_TEMPLATE = 1_000_000
 _LARGEST_OPTION = 1000
 
 
 class TooMuchError(Exception):
-    """The template goes over a limit, which the message names."""
+    """The template exceeds a limit, which the message names."""
 
 
 class Budget:
-    """Rest of the limits while one conversation is rendered."""
+    """What is left of the limits while one conversation is rendered."""
 
     def __init__(self, characters: int) -> None:
         """characters: of the messages that are rendered."""
@@ -46,7 +46,7 @@ class Budget:
         self._until = time.monotonic() + SECONDS
 
     def spend(self, characters: int = 0) -> None:
-        """Look at the clock, and count characters that were written."""
+        """Check the clock, and count characters that were written."""
         self._produced += characters
         if self._produced > 4 * self.most:
             raise TooMuchError(f"writes more than {self.most:,} characters")
@@ -54,12 +54,12 @@ class Budget:
             raise TooMuchError(f"takes more than {SECONDS:g} seconds")
 
     def allow(self, characters: int) -> None:
-        """Refuse a text of so many characters before it is made."""
+        """Raise `TooMuchError` for a text of so many characters, before it is made."""
         if characters > self.most:
             raise TooMuchError(f"makes a text of more than {self.most:,} characters")
 
     def bounded(self, value: Any) -> Any:
-        """The value itself, where it is not too large."""
+        """Return the value. Raises `TooMuchError` if it is too large."""
         if isinstance(value, str):
             self.allow(len(value))
             self._made += len(value)
@@ -73,7 +73,10 @@ class Budget:
         return value
 
     def size(self, value: Any) -> int:
-        """Characters that a value would take when written, at least; it is counted wherever it stands."""
+        """Return a lower bound of the characters that a value takes when written.
+
+        A value counts once for every place that holds it.
+        """
         if isinstance(value, str | bytes):
             return len(value)
         if not isinstance(value, list | tuple | dict):
@@ -100,7 +103,7 @@ _budget: ContextVar[Budget] = ContextVar("koine_template_budget")
 
 @contextmanager
 def limited(characters: int) -> Iterator[Budget]:
-    """The limits for all that is compiled and rendered inside."""
+    """Apply the limits to everything that is rendered inside."""
     budget = Budget(characters)
     token = _budget.set(budget)
     try:
@@ -110,14 +113,14 @@ def limited(characters: int) -> Iterator[Budget]:
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, where every loop, call, filter and operator that can grow a value asks the budget."""
+    """Jinja's sandbox, where every loop, call, filter and growing operator checks the budget."""
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self, **options: Any) -> None:
         super().__init__(finalize=_written, **options)
         self.filters = {name: _guarded(name, function) for name, function in self.filters.items()}
-        # It makes text by the sentence, for as many sentences as it is asked for, and nothing else needs it.
+        # It generates text of any length, and no template needs it.
         del self.globals["lipsum"]
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
@@ -125,12 +128,15 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters[name] = _guarded(name, function)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator whose result is measured beforehand."""
+        """Compute an operator; its result is measured before."""
         _check_operator(_budget.get(), operator, left, right)
         return _budget.get().bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Call a function of the template's; jinja2 names the first arguments so that keywords stay free."""
+        """Call a function of the template.
+
+        jinja2 names the first arguments so that keywords stay free.
+        """
         budget = _budget.get()
         budget.spend()
         owner = getattr(__obj, "__self__", getattr(getattr(__obj, "__wrapped__", None), "__self__", None))
@@ -144,12 +150,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return budget.bounded(super().call(__context, __obj, *args, **kwargs))
 
     def tick(self, characters: int) -> str:
-        """Count one turn of a loop or one call of a macro, whose own text has so many characters."""
+        """Count one pass of a loop or one call of a macro, whose own text has so many characters."""
         _budget.get().spend(characters)
         return ""
 
     def kept(self, value: Any) -> Any:
-        """A list, tuple or dictionary that the template writes out."""
+        """Check a list, tuple or dictionary that the template writes out."""
         return _budget.get().bounded(value)
 
     def joined(self, *values: Any) -> str:
@@ -171,7 +177,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Sized(jinja2.visitor.NodeTransformer):
-    """Let lists, dictionaries and joined texts be measured."""
+    """Wrap lists, dictionaries and joined texts so that they are measured."""
 
     def visit_List(self, node: nodes.Expr) -> nodes.Node:  # noqa: N802  (jinja2 names it so)
         return _call("kept", [self.generic_visit(node)], node.lineno)
@@ -197,7 +203,7 @@ def _statement(method: str, argument: nodes.Expr, line: int) -> nodes.ExprStmt:
 
 
 def _written(value: Any) -> Any:
-    """Count and return what `{{ value }}` writes."""
+    """Count and return the value that `{{ value }}` writes."""
     budget = _budget.get(None)
     if budget is not None:
         budget.spend(budget.size(value))
@@ -205,11 +211,13 @@ def _written(value: Any) -> Any:
 
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a filter so that its arguments and its result are measured."""
+
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         budget.spend()
-        # jinja2 passes its own objects first to some filters; the value is the first of the template's.
+        # jinja2 passes its own objects first to some filters; the value is the first argument after them.
         own = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
         if len(args) > own:
             value, rest = args[own], args[own + 1 :]
@@ -246,7 +254,7 @@ def _check_operator(budget: Budget, operator: str, left: Any, right: Any) -> Non
 
 
 def _widths(text: str) -> int:
-    """The sum of the numbers in the places of a format, each of which may be a width."""
+    """Sum the numbers in the placeholders of a format, each of which may be a width."""
     places = re.findall(r"%[^a-zA-Z%]*|\{[^}]*", text)
     return sum(int(number[:20]) for place in places for number in re.findall(r"[0-9]+", place))
 
@@ -254,10 +262,10 @@ def _widths(text: str) -> int:
 def _check_text(
     budget: Budget, method: str, owner: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Measure what a method of a text would make; return its arguments, iterators as lists."""
+    """Measure the result of a string method before it runs; return its arguments, iterators as lists."""
     values = [*args, *kwargs.values()]
     if method in ("format", "format_map"):
-        # Of a star or of braces inside braces, the width stands among the arguments.
+        # A star, or braces inside braces, take their width from the arguments.
         inner = owner.count("*") + len(re.findall(r"\{[^}]*\{", owner))
         widths = _widths(owner) + inner * sum(map(abs, _numbers(values)))
         largest = max(map(budget.size, values), default=0)
@@ -289,7 +297,7 @@ def _numbers(values: Sequence[Any]) -> Iterator[int]:
 def _check_filter(
     budget: Budget, name: str, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Measure what a filter would make of a value; the value, as a list where it can be read only once."""
+    """Measure the result of a filter before it runs; return the value, a one-pass iterator as a list."""
     options = [*rest, *kwargs.values()]
     if name in ("tojson", "round", "pprint"):
         _check_numbers(options, _LARGEST_OPTION)
@@ -315,7 +323,7 @@ def _check_filter(
 
 
 def check_long(template: str) -> None:
-    """Raise `UserError` for a template that is too long to be read."""
+    """Raise `UserError` for a template that is too long."""
     if len(template) > LARGEST_TEMPLATE:
         raise UserError(
             f"a chat template of {len(template):,} characters",

@@ -1,4 +1,4 @@
-"""What the tokens of a `tokenizer.json` stand for: the bytes of each, and what of a text none of them stands for.
+"""Bytes that the tokens of a `tokenizer.json` stand for, and the bytes of a text that no token stands for.
 
 | vocabulary | a token |
 |---|---|
@@ -21,34 +21,34 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class AnyTokenizer(Protocol):
-    """What a measure needs of a tokenizer."""
+    """Interface that measures need of a tokenizer."""
 
     vocab_size: int
 
     @property
     def unknown_id(self) -> int | None:
-        """The token that stands for text of which the vocabulary has nothing; None where there is none."""
+        """Token for text that the vocabulary lacks; `None` if there is none."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Encode each text to ids, without special tokens."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text that a token stands for; none for a special token."""
+        """Return the bytes of text that a token stands for; empty for a special token."""
         ...
 
     def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
-        """UTF-8 bytes of each text, without its spaces, that the tokenizer reads as unknown or drops."""
+        """Count the UTF-8 bytes of each text, without its spaces, that are read as unknown or dropped."""
         ...
 
 
 class TokenBytes:
-    """The bytes of the tokens of one `tokenizers.Tokenizer`.
+    """Bytes of the tokens of one `tokenizers.Tokenizer`.
 
     Attributes:
-        lossless: every text has tokens: the vocabulary holds all bytes.
-        unknown_id: the model's token for unknown text, where it has one.
+        lossless: whether every text has tokens, because the vocabulary holds all bytes.
+        unknown_id: the model's token for unknown text, if it has one.
     """
 
     def __init__(self, backend: Any, content: Mapping[str, Any]) -> None:
@@ -76,7 +76,10 @@ class TokenBytes:
             self.unknown_id = ids.get(unknown) if isinstance(unknown, str) else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text that a token stands for; none for a special or unknown token and for a hole in the vocabulary."""
+        """Return the bytes of text that a token stands for.
+
+        Empty for a special token, the unknown token, and an id without a token.
+        """
         token = self._tokens.get(token_id)
         if token is None or token_id == self.unknown_id:
             return b""
@@ -97,7 +100,7 @@ class TokenBytes:
         return piece_bytes(token, byte_tokens=self._byte_tokens)
 
     def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
-        """UTF-8 bytes of each text, without its spaces, that the tokenizer reads as unknown or drops."""
+        """Count the UTF-8 bytes of each text, without its spaces, that are read as unknown or dropped."""
         if self.lossless:
             return [0] * len(texts)
         if self.unknown_id is None:
@@ -118,7 +121,10 @@ class TokenBytes:
         return found
 
     def _dropped(self, text: str) -> int:
-        """Bytes of a text that leave no trace: the library drops what a vocabulary without an unknown token lacks, and shifts its offsets."""
+        """Count the bytes of a text that are dropped.
+
+        The library drops what a vocabulary without an unknown token lacks, and shifts its offsets.
+        """
         normalizer = self._backend.normalizer
         normal = text if normalizer is None else normalizer.normalize_str(text)
         visible = (character for character in normal if not character.isspace())
@@ -135,7 +141,10 @@ class TokenBytes:
 
 
 def piece_bytes(piece: str, *, byte_tokens: bool = True) -> bytes:
-    """The bytes of a SentencePiece-style token: `▁` is a space and, where there are `byte_tokens`, `<0xE2>` a byte."""
+    """Return the bytes of a SentencePiece-style token: `▁` is a space.
+
+    With `byte_tokens`, `<0xE2>` is a byte.
+    """
     match = BYTE_TOKEN.fullmatch(piece) if byte_tokens else None
     if match is not None:
         return bytes([int(match.group(1), 16)])
@@ -143,7 +152,7 @@ def piece_bytes(piece: str, *, byte_tokens: bool = True) -> bytes:
 
 
 def part_kinds(content: Mapping[str, Any]) -> set[str]:
-    """The kinds of the pre-tokenizers and decoders of a `tokenizer.json`."""
+    """Return the types of the pre-tokenizers and decoders of a `tokenizer.json`."""
     found = set()
     waiting = [content.get("pre_tokenizer"), content.get("decoder")]
     while waiting:
@@ -157,9 +166,10 @@ def part_kinds(content: Mapping[str, Any]) -> set[str]:
 def scored_lengths(
     tokenizer: AnyTokenizer, texts: Sequence[str], encoded: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[int]]:
-    """Tokens of each text, and the unknown bytes among them: unknown text counts as a token a byte.
+    """Return the tokens of each text, and the unknown bytes among them, which count as a token each.
 
-    As one token it would be the cheapest text of all, and the tokenizer that knows the least would win.
+    As one token, unknown text would be the cheapest text of all, and the tokenizer that knows the least would
+    win.
     """
     unknown = tokenizer.unknown_bytes(texts)
     lost = tokenizer.unknown_id
@@ -171,9 +181,10 @@ def scored_lengths(
 
 
 def exact_ids(tokenizer: AnyTokenizer, text: str, ids: Sequence[int] | None = None) -> list[int] | None:
-    """Ids that stand for exactly the bytes of `text`, also where the tokenizer begins every text with a space; None where none are found.
+    """Return ids that stand for exactly the bytes of `text`; `None` if none are found.
 
-    ids: what the tokenizer makes of the text, where that is known already.
+    Also for tokenizers that begin every text with a space. ids: the tokenizer's encoding of the text, if it
+    is known already.
     """
     data = text.encode("utf-8")
 

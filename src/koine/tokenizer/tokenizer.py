@@ -1,4 +1,4 @@
-"""A tokenizer directory, read and written: `tokenizer.json` and its companions, as `transformers` has them."""
+"""Read and write tokenizer folders: `tokenizer.json` and its companions, as `transformers` has them."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 TRAINING = "tokenizer_training.json"
-"""How it was trained: the weights, the sample, the seed."""
+"""Record of the training: weights, sample, seed."""
 
 
 class Tokenizer:
-    """Text to ids and back. Text given to `encode` is always plain text, also where it looks like a special token.
+    """Encode text and decode ids. `encode` reads any text as plain text.
 
     Attributes:
         vocab_size: number of ids, special tokens included (one more than the largest id).
-        bos_id, eos_id, pad_id: begin and end of a document, padding. Where a foreign tokenizer has no BOS or no
-            padding, its EOS stands in.
-        end_of_turn_id: what ends an answer in a chat.
+        bos_id, eos_id, pad_id: begin and end of a document, padding. A tokenizer without BOS or padding uses
+            its EOS.
+        end_of_turn_id: the token that ends an assistant's message.
         fingerprint: sha256 of `tokenizer.json`.
         chat_template: Jinja text, or None.
     """
 
     def __init__(self, files: Mapping[str, str], *, where: str | Path = "the tokenizer") -> None:
-        """files: the directory's texts by file name; `tokenizer.json` is needed, the others where there are any."""
+        """files: the folder's texts by file name; only `tokenizer.json` is required."""
         self._files = dict(files)
         self._where = str(where)
         named = self._named_tokens()
@@ -81,31 +81,34 @@ class Tokenizer:
     # --- text to ids ---
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: no special token is added or recognised (see `koine.tokenizer.control`)."""
+        """Encode plain text: no special token is added or recognised (see `koine.tokenizer.control`)."""
         try:
             return self._plain.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
             raise self._not_text([text], error) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel over the cores; the result does not depend on their number."""
+        """Encode each text, in parallel over the cores; the result does not depend on their number."""
         try:
             return self._plain.encode_batch(texts)
         except (TypeError, UnicodeEncodeError) as error:
             raise self._not_text(texts, error) from None
 
     def encode_document(self, text: str) -> list[int]:
-        """`[bos] + ids + [eos]`."""
+        """Return `[bos] + ids + [eos]`."""
         return [self.bos_id, *self.encode(text), self.eos_id]
 
     def encode_messages(
         self, messages: Sequence[Message], *, generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and True on the tokens that the assistant writes, its end-of-turn token included.
+        """Return ids of a conversation, and True for the assistant's tokens, its end-of-turn token included.
 
-        messages: `{"role": "system" | "user" | "assistant", "content": str}`.
-        generation_prompt: end with the marker after which the assistant answers.
-        Raises `UserError` for malformed messages, or where a foreign tokenizer has no chat template.
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": str}`.
+            generation_prompt: whether to end with the marker after which the assistant answers.
+
+        Raises:
+            UserError: the messages are malformed, or the tokenizer has no chat template.
         """
         turns = check_messages(messages)
         if self.chat_template is None:
@@ -125,45 +128,49 @@ class Tokenizer:
     # --- ids to text ---
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids; bytes that are no valid UTF-8 become U+FFFD."""
+        """Decode ids to text; bytes that are no valid UTF-8 become U+FFFD."""
         text: str = self._parsing_backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def stream_decoder(self) -> StreamDecoder | WindowStreamDecoder:
-        """An object whose `push(id)` gives the text that has become certain, and `flush()` the rest; special tokens are silent."""
+        """Return a decoder whose `push(id)` returns text that is final, and `flush()` the rest.
+
+        Special tokens give no text.
+        """
         if self._byte_level:
             return StreamDecoder(self.token_bytes)
         return WindowStreamDecoder(self.decode)
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token, as `tokenizer.json` writes it, and its id."""
+        """Return token -> id, tokens as `tokenizer.json` writes them."""
         return dict(self._ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text that a token stands for, whatever the kind of vocabulary; none for a special token.
+        """Return the bytes of text that a token stands for; empty for a special token.
 
-        Where a SentencePiece-style tokenizer begins every text with a space, the bytes of the text's tokens begin with it too.
+        A SentencePiece-style tokenizer that begins every text with a space has this space in its tokens'
+        bytes too.
         """
         return self._token_bytes.token_bytes(token_id)
 
     @property
     def lossless(self) -> bool:
-        """Whether every text has tokens: the vocabulary holds all bytes."""
+        """Whether every text has tokens, because the vocabulary holds all bytes."""
         return self._token_bytes.lossless
 
     @property
     def unknown_id(self) -> int | None:
-        """The token that stands for text of which the vocabulary has nothing; None where there is none, as in ours."""
+        """Token for text that the vocabulary lacks; `None` if there is none, as in ours."""
         return self._token_bytes.unknown_id
 
     def unknown_bytes(self, texts: Sequence[str]) -> list[int]:
-        """UTF-8 bytes of each text, without its spaces, that the tokenizer reads as unknown or drops."""
+        """Count the UTF-8 bytes of each text, without its spaces, that are read as unknown or dropped."""
         return self._token_bytes.unknown_bytes(texts)
 
     # --- files ---
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer's files into the folder `path` (made if needed); other files there are left alone."""
+        """Write the tokenizer's files into the folder `path` (made if needed); other files there are kept."""
         path = Path(path)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -187,9 +194,9 @@ class Tokenizer:
 
     @cached_property
     def _parsing_backend(self) -> Any:
-        """The same vocabulary, which obeys every added token as the file says.
+        """The same vocabulary, which recognises every added token as the file says.
 
-        For text that a template wrote, and to decode.
+        Used to decode, and for text that a template wrote.
         """
         return open_backend(self._files[TOKENIZER], self._where)
 
@@ -201,6 +208,7 @@ class Tokenizer:
     def _encode_template(
         self, messages: Sequence[Message], *, generation_prompt: bool
     ) -> tuple[list[int], list[bool]]:
+        """Render the chat template; return ids, and True for the tokens that the assistant writes."""
         assert self.chat_template is not None
         hidden = Hidden(messages, self._plain, [self.chat_template, *self._template_tokens.values()])
         text, spans = completion_spans(
@@ -225,6 +233,7 @@ class Tokenizer:
         return ids, completion
 
     def _find_end_of_turn(self) -> int:
+        """Return the special token that the template writes after the assistant's text, else EOS."""
         if END_OF_TURN in self._ids:
             return self._ids[END_OF_TURN]
         if self.chat_template is None:
@@ -249,7 +258,7 @@ class Tokenizer:
         return self._ids[token]
 
     def _named_tokens(self) -> dict[str, str]:
-        """`bos_token` and its like, from the configuration first, then from the map of special tokens."""
+        """Return `bos_token` and the like, from the configuration, else from the map of special tokens."""
         named: dict[str, str] = {}
         for name in (SPECIAL_MAP, CONFIG):
             for key, value in self._json(name).items():
@@ -277,7 +286,7 @@ class Tokenizer:
         return parsed_object(self._files[name], f"{name} is not valid JSON", self._where)
 
     def _not_text(self, texts: Sequence[Any], error: Exception) -> Exception:
-        """What the user did wrong in `texts`, or the library's own error where they are sound."""
+        """Return the user's error in `texts`, or the library's own error if they are sound."""
         for text in texts:
             if not isinstance(text, str):
                 return TypeError(f"expected text, got {type(text).__name__}")
@@ -292,9 +301,9 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a folder that holds a `tokenizer.json`: ours, a model's, or any fast tokenizer of `transformers`.
+    """Open a folder with a `tokenizer.json`: ours, a model's, or any fast tokenizer of `transformers`.
 
-    Raises `UserError` where the folder or the file is missing, damaged, or names no end-of-document token.
+    Raises `UserError` if the folder or the file is missing, damaged, or names no end-of-document token.
     """
     path = Path(path)
     if not path.exists():
@@ -309,7 +318,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_files(path: Path) -> dict[str, str]:
-    """The texts of a tokenizer's folder by file name."""
+    """Read the texts of a tokenizer's folder by file name."""
     files = {}
     for name in (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE, TRAINING):
         if (path / name).is_file():
@@ -318,7 +327,10 @@ def read_files(path: Path) -> dict[str, str]:
 
 
 def from_backend(backend: Any, *, training: Mapping[str, Any] | None = None) -> Tokenizer:
-    """Our tokenizer around a freshly trained `tokenizers.Tokenizer` that holds our special tokens; `training` says how."""
+    """Build our tokenizer from a trained `tokenizers.Tokenizer` with our special tokens.
+
+    training: record of the training.
+    """
     named = {
         "bos_token": BOS,
         "eos_token": END_OF_TURN,

@@ -1,4 +1,7 @@
-"""Train a byte-level BPE tokenizer on weighted languages (universal-tokenizer paper; the trainer is `tokenizers`')."""
+"""Train a byte-level BPE tokenizer on weighted languages (universal-tokenizer paper).
+
+The trainer is that of `tokenizers`.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +42,29 @@ def train_tokenizer(
     show_progress: bool = False,
     data: Sequence[str] = (),
 ) -> Tokenizer:
-    """A tokenizer of `vocab_size` ids: the special tokens, the 256 bytes, then merges, most frequent first.
+    """Train a tokenizer of `vocab_size` ids: special tokens, the 256 bytes, then merges by frequency.
 
-    texts_by_language: language code -> a function that gives an iterable of texts, or one function that gives
-        (language code, text) for all languages; each is called anew for both passes (counting and training), so
-        nothing needs to be held in memory. With the same texts and parameters the result is the same, byte by byte.
-    scheme, bucket_mass, english_share, temperature: see `language_weights`.
-    min_frequency: a pair is merged only if it occurs this often in the sample (5 in the paper).
-        Memory does not grow with the text: see `koine.tokenizer.pretoken_counts`.
-    sample_bytes: text to train on, all languages together; None takes as much as there is.
-    max_repeats: a language is read at most this many times to reach its weight; any repetition is a `KoineWarning`.
-    data: where the text lies, for the record in `tokenizer_training.json`.
+    The same texts and parameters give the same result, byte for byte.
 
-    A text so long that its counts are scaled down, or its rarest pre-tokens left out, is a `KoineWarning` too.
+    Args:
+        texts_by_language: language code -> a function that returns an iterable of texts, or one function that
+            returns (language code, text) of all languages. Each is called anew for both passes (counting and
+            training), so nothing needs to be held in memory.
+        vocab_size: number of ids.
+        scheme, bucket_mass, english_share, temperature: see `language_weights`.
+        min_frequency: a pair is merged only if it occurs this often in the sample (5 in the paper).
+        sample_bytes: text to train on, all languages together; `None`: all.
+        max_repeats: most passes over a language's text to reach its weight; repetition is a `KoineWarning`.
+        seed: of the choice of texts.
+        show_progress: show progress bars on a terminal.
+        data: where the text lies, for the record in `tokenizer_training.json`.
 
-    Raises `UserError` for a vocabulary smaller than special tokens and bytes, for languages without text, unknown codes.
+    Raises:
+        UserError: the vocabulary is smaller than special tokens and bytes, a language has no text, or a code
+            is unknown.
+
+    Memory does not grow with the text (`koine.tokenizer.pretoken_counts`). A `KoineWarning` says where counts
+    of a long text were scaled down, or rare pre-tokens left out.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
@@ -65,7 +76,7 @@ def train_tokenizer(
     with counting_progress(show_progress, what="reading") as watched:
         sizes = count_bytes(lambda: watched(stream(texts_by_language)))
     if isinstance(texts_by_language, Mapping):
-        # A language without any text passes no text by, and has no weight.
+        # A language without any text yields nothing to count.
         sizes = dict.fromkeys(texts_by_language, 0) | sizes
     weights = language_weights(
         sizes, scheme=scheme, bucket_mass=bucket_mass, english_share=english_share, temperature=temperature
@@ -88,7 +99,7 @@ def train_tokenizer(
         scale = learn_from_table(
             backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
         )
-        _say_approximations(table, scale)
+        _warn_of_approximations(table, scale)
         pretokens = {
             "occurrences": table.occurrences,
             "distinct": len(table.counts),
@@ -98,8 +109,8 @@ def train_tokenizer(
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         warnings.warn(
-            f"the text gives a vocabulary of {reached}, not {vocab_size}: no other pair occurs {min_frequency} times; "
-            "give more text, a lower min_frequency or a smaller vocabulary",
+            f"the text gives a vocabulary of {reached}, not {vocab_size}: no other pair occurs "
+            f"{min_frequency} times; give more text, a lower min_frequency or a smaller vocabulary",
             KoineWarning,
             stacklevel=2,
         )
@@ -127,25 +138,29 @@ def train_tokenizer(
 
 
 def _with_short_runs(sample: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """Cut texts inside runs that are too long for the trainer."""
     return ((part, times) for text, times in sample for part in short_runs(text))
 
 
-def _say_approximations(table: PretokenCounts, scale: float) -> None:
-    said = []
+def _warn_of_approximations(table: PretokenCounts, scale: float) -> None:
+    """Warn if counts were dropped or scaled."""
+    parts = []
     if table.dropped:
-        said.append(
-            f"{table.dropped:,} occurrences of rare pre-tokens were left out ({table.dropped / table.occurrences:.2%} of all)"
+        parts.append(
+            f"{table.dropped:,} occurrences of rare pre-tokens were left out "
+            f"({table.dropped / table.occurrences:.2%} of all)"
         )
     if scale < 1.0:
-        said.append(
-            f"all counts were scaled by {scale:.3g} to fit the library, so that pairs are merged by rounded frequencies"
+        parts.append(
+            f"all counts were scaled by {scale:.3g} to fit the library, so pairs are merged by rounded "
+            "frequencies"
         )
-    if said:
-        warnings.warn("the text is long: " + "; ".join(said), KoineWarning, stacklevel=3)
+    if parts:
+        warnings.warn("the text is long: " + "; ".join(parts), KoineWarning, stacklevel=3)
 
 
 def _empty_backend() -> Any:
-    """A `tokenizers.Tokenizer` with our normalisation and cuts and no vocabulary yet."""
+    """Return a `tokenizers.Tokenizer` with our normalizer and pre-tokenizer and no vocabulary yet."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -159,11 +174,11 @@ def _empty_backend() -> Any:
 def learn_from_table(
     backend: Any, table: PretokenCounts, *, vocab_size: int, min_frequency: int, show_progress: bool
 ) -> float:
-    """Learn the merges from a table of pre-tokens; the factor by which the counts were scaled to fit the library."""
+    """Learn merges from counts of pre-tokens; return the factor by which the counts were scaled."""
     from tokenizers import normalizers, pre_tokenizers
 
     scale = feeding_scale(table)
-    # The table's pre-tokens are cut and spelled in bytes already: all that is left is to take them apart at the spaces.
+    # The table's pre-tokens are already cut and spelled in bytes; they only need to be split at the spaces.
     real = backend.normalizer, backend.pre_tokenizer
     backend.normalizer = normalizers.Sequence([])
     backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
@@ -181,7 +196,7 @@ def learn_from_table(
 def _learn(
     backend: Any, texts: Iterator[str], *, vocab_size: int, min_frequency: int, show_progress: bool
 ) -> None:
-    """Learn the merges of `texts` with the library's trainer, as the backend cuts them."""
+    """Learn merges from `texts` with the library's trainer and the backend's pre-tokenizer."""
     from tokenizers import AddedToken, pre_tokenizers, processors, trainers
 
     trainer = trainers.BpeTrainer(
@@ -192,7 +207,7 @@ def _learn(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(texts, trainer)
-    # As in Cohere's tokenizers, whoever asks the backend for special tokens gets a leading BOS.
+    # As in Cohere's tokenizers, encoding with special tokens adds a leading BOS.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )

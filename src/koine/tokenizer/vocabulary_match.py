@@ -1,4 +1,4 @@
-"""Which tokens of a new vocabulary an old one has too, and how the old one spells the others."""
+"""Match two vocabularies: tokens that both have, and spellings of the others in old tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from koine.tokenizer.token_bytes import AnyTokenizer, exact_ids
 
 @dataclass(frozen=True)
 class VocabularyMatch:
-    """How a new vocabulary hangs together with an old one."""
+    """Relation of a new vocabulary to an old one."""
 
     shared: dict[int, int]
-    """new id -> old id of the same token: the same bytes, or the special token of the same name or part."""
+    """New id -> old id of the same token: equal bytes, or special tokens of the same name or role."""
     pieces: dict[int, tuple[int, ...]]
-    """new id -> the old tokens that spell it, for each new id that is not shared and can be spelled."""
+    """New id -> old tokens that spell it, for new ids that are not shared and can be spelled."""
     dropped: tuple[int, ...]
     """Old ids that the new vocabulary lacks."""
     new_size: int
@@ -23,7 +23,7 @@ class VocabularyMatch:
 
     @property
     def unspelled(self) -> tuple[int, ...]:
-        """New ids that the old vocabulary neither has nor spells (new special tokens)."""
+        """New ids that the old vocabulary neither has nor can spell (new special tokens)."""
         return tuple(i for i in range(self.new_size) if i not in self.shared and i not in self.pieces)
 
 
@@ -35,10 +35,13 @@ def match_vocabularies(
     new_special: dict[str, int],
     parts: Sequence[tuple[int, int]] = (),
 ) -> VocabularyMatch:
-    """Match by the bytes that a token stands for, so that byte-level and SentencePiece-style vocabularies meet.
+    """Match two vocabularies by the bytes of their tokens, across byte-level and SentencePiece-style kinds.
 
-    old_special, new_special: special token -> id.
-    parts: (new id, old id) of special tokens that play the same part under different names (begin of text, ...).
+    Args:
+        old, new: the tokenizers.
+        old_special, new_special: special token -> id.
+        parts: (new id, old id) of special tokens with the same role under different names (begin of text,
+            ...).
     """
     same: dict[bytes, list[int]] = {}
     for index in range(old.vocab_size):
@@ -54,7 +57,7 @@ def match_vocabularies(
         if not data:
             continue
         if data in same:
-            # Byte-fallback vocabularies hold some bytes twice (`A` and `<0x41>`), each with a row of its own.
+            # Byte-fallback vocabularies hold some bytes twice (`A` and `<0x41>`), each with its own row.
             place = met.get(data, 0)
             met[data] = place + 1
             shared[index] = same[data][min(place, len(same[data]) - 1)]
@@ -80,18 +83,19 @@ def match_vocabularies(
 def _spell(
     old: AnyTokenizer, missing: Sequence[tuple[int, bytes]], by_bytes: dict[bytes, int]
 ) -> dict[int, tuple[int, ...]]:
+    """Return the old tokens that spell each missing token, where there are any."""
     texts: list[tuple[int, str]] = []
     pieces: dict[int, tuple[int, ...]] = {}
     for index, data in missing:
         try:
             texts.append((index, data.decode("utf-8")))
         except UnicodeDecodeError:
-            # Part of a character: the old vocabulary spells it byte by byte, if it has bytes.
+            # A part of a character; the old vocabulary spells it byte by byte, if it has bytes.
             found = [by_bytes.get(bytes([byte])) for byte in data]
             if all(one is not None for one in found):
                 pieces[index] = tuple(one for one in found if one is not None)
     for (index, text), ids in zip(texts, old.encode_batch([text for _, text in texts]), strict=True):
-        # Where no exact spelling is found (the old tokenizer changes the text), its own is the best guess there is.
+        # If no exact spelling is found (the old tokenizer changes the text), its encoding is the best guess.
         spelled = exact_ids(old, text, ids) or [token for token in ids if token != old.unknown_id]
         if spelled:
             pieces[index] = tuple(spelled)

@@ -1,9 +1,9 @@
-"""How much of each language a tokenizer is trained on (universal-tokenizer paper, Eq. 1).
+"""Weights of languages in tokenizer training (universal-tokenizer paper, Eq. 1).
 
     w_i = (wd_i * wb_i) / sum_n (wd_n * wb_n)
 
-`wd_i` is the language's share of the data; `wb_i` depends on its bucket, the languages of the same family *and*
-script. The paper leaves two readings of the bucket's mass open; both are here, behind `bucket_mass`.
+`wd_i` is the language's share of the data. `wb_i` depends on its bucket: the languages of the same family
+*and* script. The paper allows two readings of the bucket's mass; both are here, as `bucket_mass`.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ def language_weights(
     english_share: float | None = 0.30,
     temperature: float = 3.0,
 ) -> dict[str, float]:
-    """Weights that sum to 1, by language, in the order given.
+    """Return weights that sum to 1, by language, in the order given.
 
-    scheme:
-        `bucketed`: Eq. 1 of the paper. `natural`: the share of the bytes. `uniform`: the same for every language.
-        `temperature`: proportional to share ** (1 / temperature); 1 is natural, large is uniform.
-    bucket_mass (only for `bucketed`), with B buckets, |b| languages and D_b bytes in bucket b:
-        `uniform`: wb_i = 1 / (B |b|). `data`: wb_i = D_b / |b|.
-    english_share:
-        English gets this share whatever the scheme and the others share the rest in their proportions; None leaves
-        English to the scheme. Without effect where English is absent or alone.
+    Args:
+        bytes_by_language: bytes of text by language code.
+        scheme: `bucketed`: Eq. 1 of the paper. `natural`: the share of the bytes. `uniform`: equal weights.
+            `temperature`: proportional to share ** (1 / temperature).
+        bucket_mass: for `bucketed`, with B buckets, |b| languages and D_b bytes in bucket b.
+            `uniform`: wb_i = 1 / (B |b|). `data`: wb_i = D_b / |b|.
+        english_share: weight of English under any scheme; the others share the rest in proportion. `None`
+            leaves English to the scheme. Without effect if English is absent or alone.
+        temperature: 1 is natural, large is uniform.
 
-    Raises `UserError` for an empty mapping, a language without bytes, an unknown code or scheme, or a share outside (0, 1).
+    Raises:
+        UserError: no language, a language without bytes, an unknown code or scheme, or a share outside (0,
+            1).
     """
     if not bytes_by_language:
         raise UserError("no language to weigh", hint="give text in at least one language")
@@ -70,6 +73,7 @@ def language_weights(
 
 
 def _bucketed(shares: Mapping[str, float], bucket_mass: str) -> dict[str, float]:
+    """Return unnormalised weights of Eq. 1."""
     from koine.languages import bucket
 
     if bucket_mass not in BUCKET_MASSES:
@@ -92,6 +96,7 @@ def _normalise(raw: Mapping[str, float]) -> dict[str, float]:
 
 
 def _pin_english(weights: dict[str, float], share: float | None) -> dict[str, float]:
+    """Give English the weight `share`, and scale the others."""
     if share is None or ENGLISH not in weights or len(weights) == 1:
         return weights
     rest = 1.0 - weights[ENGLISH]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from koine.model.language_model import LanguageModel
+
 _LINEAR_MAPS = (nn.Linear, nn.Bilinear, nn.Embedding, _ConvNd, nn.MultiheadAttention)
 # Names of parameters that scale or shift, in modules of any class. The first two are of state space models,
 # whose authors leave them undecayed (arXiv 2312.00752, reference implementation).
 _NOT_MATRICES = frozenset({"a_log", "d", "scale", "gain", "gamma", "beta"})
 
 
-def decayed_parameters(model: nn.Module) -> set[str]:
+def decayed_parameters(model: LanguageModel) -> set[str]:
     """Names of the parameters that weight decay acts on, as `model.named_parameters()` gives them.
 
     Decayed: weights of linear layers, embeddings, convolutions, routers and experts (stacked ones too).

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from koine.allocator import keep_freed_memory
 from koine.errors import KoineWarning
+from koine.model.language_model import LanguageModel
 from koine.train.matmul_rate import matmul_ceiling
 from koine.train.settings import TrainSettings
 
@@ -37,7 +37,7 @@ def numerics(settings: TrainSettings) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def compile_blocks(model: nn.Module, settings: TrainSettings) -> None:
+def compile_blocks(model: LanguageModel, settings: TrainSettings) -> None:
     """torch.compile on each block where it is wanted; without a C++ compiler a notice, and the training goes on without."""
     blocks = getattr(model, "blocks", None)
     if blocks is None or settings.compile != "on":
@@ -53,7 +53,7 @@ def compile_blocks(model: nn.Module, settings: TrainSettings) -> None:
         block.compile()
 
 
-def training_flops(model: nn.Module, sequence_length: int) -> float | None:
+def training_flops(model: LanguageModel, sequence_length: int) -> float | None:
     """Operations a token of one step; None for an architecture that is not ours."""
     from koine.model.config import ModelConfig
     from koine.model.counting import training_flops_per_token
@@ -62,7 +62,9 @@ def training_flops(model: nn.Module, sequence_length: int) -> float | None:
     return training_flops_per_token(config, sequence_length) if isinstance(config, ModelConfig) else None
 
 
-def measured_ceiling(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float | None:
+def measured_ceiling(
+    model: LanguageModel, tokens: int, dtype: torch.dtype, device: torch.device
+) -> float | None:
     """Operations a second of a matmul of the blocks' input projection; None for an architecture that is not ours."""
     from koine.model.config import ModelConfig
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from koine.errors import UserError, first_line
 from koine.hardware import check_device
+from koine.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _meet(backend: str) -> None:
         ) from error
 
 
-def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
+def shard(model: LanguageModel, ranks: Ranks, dtype: torch.dtype) -> None:
     """FSDP2: each block a unit of its own and the rest (embedding, norm, head) another; float32 shards, `dtype` for compute.
 
     Gradients are reduced in float32 and come out as the mean over ranks. The rest stays gathered between the forward pass and the
@@ -140,6 +141,7 @@ def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
     )
+    assert isinstance(model, nn.Module)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

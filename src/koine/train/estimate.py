@@ -73,7 +73,7 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
         )
         operations = training_flops_per_token(config, shape.sequence_length) * shape.tokens
         if config.mixture is not None and at_once[shape] < shape.tokens:
-            # The forward pass that counts the choices of the whole step (`koine.train.routing`).
+            # The forward pass that counts the choices of the whole step (`koine.model.moe.losses`).
             operations *= 4 / 3
         seconds += steps * operations / (rate * REACHED_SHARE)
     return Estimate(PROCESS_BYTES + peak, seconds)

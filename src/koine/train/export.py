@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from koine.errors import UserError
 from koine.files import atomic_directory
 from koine.model.causal_lm import CausalLM, opens_as_decoder, require_transformers
-from koine.model.decoder import Decoder
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import save_state
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
+from koine.model.language_model import LanguageModel
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
-from koine.train.finish import BESIDE, save_other
+from koine.train.finish import BESIDE
 
 if TYPE_CHECKING:
     from koine.train.checkpoint import Checkpoint
@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 WEIGHTS, BUFFERS = "weights.", "buffers."
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """What a model of ours holds besides its weights, for a checkpoint: the domain embeddings of a mixture are fixed."""
-    if not isinstance(model, Decoder):
-        return {}
-    return {BUFFERS + name: buffer.detach() for name, buffer in model.named_buffers()}
+    return {BUFFERS + name: tensor for name, tensor in model.fixed_tensors().items()}
 
 
 def export_checkpoint(
@@ -58,10 +56,9 @@ def export_checkpoint(
     state = _tensors(found)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
         if opens_as_decoder(path):
-            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype, ends=end_ids(path))
+            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
         else:
-            folder.rmdir()
-            save_other(_other_model(path, state, dtype), folder, path)
+            _other_model(path, state, dtype).save(folder, tokenizer=path)
         if (path / BESIDE).is_dir():
             carry_files(path / BESIDE, folder, keep=True)
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from koine.data.inspect_step import without_paths
 from koine.data.mixture import with_current_names
 from koine.errors import UserError
 from koine.files import sha256_file
-from koine.train.model_adapters import configuration
+from koine.model.language_model import LanguageModel
 from koine.train.settings import RESULT, TrainSettings
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 SAMPLED = 4096  # values of each tensor in the digest of the first weights
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: LanguageModel) -> str:
     """sha256 over names, shapes, sums and a sample of every tensor: cheap, and different for different weights."""
     digest = hashlib.sha256()
     with torch.no_grad():
@@ -37,14 +35,9 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def identity(
-    model: nn.Module, objective: Any, data: DataOrder, settings: TrainSettings, tokenizer: Path | None
+    model: LanguageModel, objective: Any, data: DataOrder, settings: TrainSettings, tokenizer: Path | None
 ) -> dict[str, Any]:
     """All that determines the result up to rounding, JSON-able, for a field-by-field comparison."""
-    config = configuration(model)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    elif config is not None and not isinstance(config, dict):
-        config = str(config)
     sources = {
         source.name: sha256_file(Path(source.path) / "manifest.json")
         for phase in data.mixture.phases
@@ -55,7 +48,7 @@ def identity(
         "settings": settings.that_change(RESULT),
         "mixture": without_paths(data.mixture.to_json()),
         "sources": sources,
-        "model": config,
+        "model": model.describe(),
         "first_weights": weights_digest(model),
         "tokenizer": None if tokenizer is None else sha256_file(Path(tokenizer) / "tokenizer.json"),
     }

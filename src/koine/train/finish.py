@@ -6,15 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from koine.errors import UserError
 from koine.files import fsync_tree, write_json
-from koine.model.causal_lm import CausalLM
-from koine.model.decoder import Decoder
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
-from koine.model.formats.directory import TOKENIZER_FILES, save_description, save_state
+from koine.model.language_model import LanguageModel
 from koine.train import checkpoint as checkpoints
 from koine.train.distributed import Ranks
 from koine.train.optimiser import Optimiser
@@ -27,9 +24,6 @@ MODEL_FILES = (
 
 BESIDE = "beside"
 """The folder of a checkpoint with what lay beside the weights of the model that the training began with."""
-
-OTHER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
-"""What a tokenizer of `transformers` may have besides ours."""
 
 
 def check_model(out: Path, init_from: Path | None) -> None:
@@ -50,7 +44,7 @@ def check_model(out: Path, init_from: Path | None) -> None:
 
 
 def finish(
-    model: nn.Module,
+    model: LanguageModel,
     optimiser: Optimiser,
     out: Path,
     tokenizer: Path | None,
@@ -70,13 +64,7 @@ def finish(
         partial = out / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            if isinstance(model, CausalLM):
-                save_other(model, partial, tokenizer)
-            else:
-                assert isinstance(model, Decoder)
-                # What is fixed is no master: the domain embeddings of a mixture.
-                full |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
-                save_state(full, model.config, partial, tokenizer=tokenizer, ends=model.end_ids)
+            model.save(partial, tokenizer=tokenizer, weights=full)
             fsync_tree(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -101,35 +89,11 @@ def drop_checkpoints(out: Path, best: dict[str, Any] | None) -> None:
         folder.rmdir()
 
 
-def save_other(model: CausalLM, folder: Path, tokenizer: Path | None) -> None:
-    """As `transformers` saves it, with the tokenizer's files."""
-    from transformers.utils import logging
-
-    folder.mkdir()
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.inner.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    seal_folder(folder)
-    _copy_tokenizer(tokenizer, folder)
-
-
-def describe(model: nn.Module, folder: Path, tokenizer: Path | None, init_from: Path | None = None) -> None:
+def describe(
+    model: LanguageModel, folder: Path, tokenizer: Path | None, init_from: Path | None = None
+) -> None:
     """Write what a model is besides its weights, so that a checkpoint can become a model without its training."""
     if init_from is not None:
         (folder / BESIDE).mkdir()
         carry_files(init_from, folder / BESIDE, warn=False)
-    if isinstance(model, Decoder):
-        save_description(model.config, folder, dtype="float32", tokenizer=tokenizer, ends=model.end_ids)
-    elif isinstance(model, CausalLM):
-        model.inner.config.save_pretrained(folder)
-        _copy_tokenizer(tokenizer, folder)
-
-
-def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
-    for name in (*TOKENIZER_FILES, *OTHER_TOKENIZER_FILES):
-        if tokenizer is not None and (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, folder / name)
+    model.save_config(folder, tokenizer=tokenizer)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json, write_json
+from koine.model.language_model import LanguageModel
+from koine.model.moe.losses import count_step, use_totals
 from koine.train import checkpoint as checkpoints
 from koine.train.determinism import compile_blocks, numerics
 from koine.train.distributed import Ranks, join, shard
@@ -27,7 +28,6 @@ from koine.train.model_adapters import check_packed_documents, prepare
 from koine.train.objectives import Objective
 from koine.train.optimiser import Optimiser
 from koine.train.progress import Reporter, truncate_metrics
-from koine.train.routing import part_of, whole_step
 from koine.train.schedule import multiplier
 from koine.train.settings import ROUNDING, TrainSettings
 from koine.train.signals import Interrupt, listen
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from koine.data.data_order import DataOrder
 
 NO_TARGET = "for chats, tokenize records with assistant messages, and choose a sequence length that holds their answers"
-Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
+Evaluate = Callable[[LanguageModel, int], Mapping[str, float]]
 
 
 class TrainingStopped(UserError):  # noqa: N818
@@ -46,7 +46,7 @@ class TrainingStopped(UserError):  # noqa: N818
 
 
 def train(
-    model: nn.Module,
+    model: LanguageModel,
     objective: Objective,
     data: DataOrder,
     settings: TrainSettings,
@@ -65,7 +65,7 @@ def train(
 
     Args:
         model: our decoder, or a `CausalLM` around any of `transformers`, which takes one document a row (see
-            `architecture.refuse_packed_documents`); its weights become float32.
+            `model_adapters.check_packed_documents`); its weights become float32.
         objective: see `Objective`.
         began_as: the folder that `model` was opened from: what belongs to a mixture beside its weights is carried along.
         evaluate: called every `evaluate_every` steps and after the last one with the model and the number of steps done; its
@@ -89,7 +89,7 @@ def train(
 
 
 def _train(
-    model: nn.Module,
+    model: LanguageModel,
     objective: Objective,
     data: DataOrder,
     settings: TrainSettings,
@@ -117,7 +117,8 @@ def _train(
     # The model: float32 masters, copies to compute with, and what was saved of an earlier run.
     mixture = data.mixture
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    prepare(model.to(ranks.device), gradient_checkpointing=settings.gradient_checkpointing)
+    model.to(ranks.device)
+    prepare(model, gradient_checkpointing=settings.gradient_checkpointing)
     if ranks.several:
         shard(model, ranks, dtype)
     optimiser = Optimiser(model, settings, dtype=torch.float32 if ranks.several else dtype)
@@ -175,9 +176,9 @@ def _train(
                 return batch.to(ranks.device)
 
             # The routers of a mixture are judged by the whole step.
-            whole = whole_step(model, objective, map(read, parts), len(parts), ranks)
+            totals = count_step(model, objective, map(read, parts), len(parts), ranks)
             for part in parts:
-                with part_of(whole):
+                with use_totals(totals):
                     loss, measured = objective(model, read(part))
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.collect()
@@ -277,7 +278,7 @@ def _warn_of_rounding(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _evaluate(evaluate: Evaluate, model: nn.Module, done: int) -> dict[str, float]:
+def _evaluate(evaluate: Evaluate, model: LanguageModel, done: int) -> dict[str, float]:
     model.eval()
     # What an evaluation draws must not move what dropout draws next: evaluating changes nothing of the
     # training.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from koine.errors import UserError
+from koine.model.moe.losses import current_totals, has_experts, router_loss_sum
 from koine.train.loss import IGNORE, chunked_cross_entropy
-from koine.train.routing import current_step, has_experts, router_loss_sum
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch
@@ -25,7 +25,7 @@ def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
     """Next-token cross-entropy; the units are the targets that are not -100. The loss is a sum in nats.
 
     Serves pretraining and supervised fine-tuning alike: what carries loss is said by `batch.targets`. A mixture of experts adds the losses
-    of its routers (`koine.train.routing`), which the metrics show apart.
+    of its routers (`koine.model.moe.losses`), which the metrics show apart.
     """
     units = int((batch.targets != IGNORE).sum())
     routings: list[Routing] | None = None
@@ -33,9 +33,9 @@ def language_modelling(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
     if has_experts(model):
         routings = []
         hidden = model(batch.tokens, document_ids=batch.document_ids, routings=routings)
-        step = current_step()
-        if step is not None and step.counting:
-            step.add(routings, counted, units)
+        totals = current_totals()
+        if totals is not None and totals.counting:
+            totals.add(routings, counted, units)
             return hidden.new_zeros(()), {"units": float(units)}
     else:
         hidden = model(batch.tokens, document_ids=batch.document_ids)
@@ -77,7 +77,7 @@ def supervised_fine_tuning(model: nn.Module, batch: Batch) -> tuple[Tensor, dict
 
     Raises `UserError` where a batch has none, unless it is a part of a step, whose other parts may have some.
     """
-    if current_step() is None and not bool((batch.targets != IGNORE).any()):
+    if current_totals() is None and not bool((batch.targets != IGNORE).any()):
         raise UserError(
             "a batch of chats has no completion token to learn from",
             hint="tokenize records with assistant messages, and choose a sequence length that holds their answers",

@@ -7,8 +7,9 @@ the optimiser's update, and gradients are summed in float32.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from koine.model.language_model import LanguageModel
 from koine.train.decay import decayed_parameters
 from koine.train.settings import TrainSettings
 
@@ -20,7 +21,7 @@ class Optimiser:
     they are the model's own parameters.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: LanguageModel, settings: TrainSettings, *, dtype: torch.dtype) -> None:
         self.working = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.working.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 
 from koine.errors import UserError
+from koine.model.language_model import LanguageModel
 from koine.train.determinism import measured_ceiling, training_flops
 from koine.train.distributed import Ranks
 from koine.train.settings import TrainSettings
@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
 
 def work_of_each_shape(
-    model: nn.Module, settings: TrainSettings, mixture: Mixture, ranks: Ranks, dtype: torch.dtype
+    model: LanguageModel, settings: TrainSettings, mixture: Mixture, ranks: Ranks, dtype: torch.dtype
 ) -> dict[Shape, Work]:
     """The share of every shape that a step of the mixture has. Raises `UserError` where a batch cannot be split over the ranks."""
     found = {}

@@ -13,8 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from koine.combine.merging.budget import LIBRARIES, RETAINED, ByteBudget, need, workers_of, working_bytes
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.budget import (
+    LIBRARY_BYTES,
+    RETAINED_BYTES,
+    ByteBudget,
+    estimate_merge,
+    worker_count,
+)
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import BLOCK
 from koine.combine.merging.plan import plan_merge
 from koine.combine.safetensors_stream import CheckpointWriter
@@ -30,11 +36,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             writer.write(f"layer.{number}", torch.full((1024, 1024), float(number)))
         writer.close()
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import merge\nfrom koine.combine.merging.config import Recipe\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\nfrom koine.combine.merging.config import MergeConfig\n"
         "folder = Path(sys.argv[1])\n"
-        "recipe = Recipe(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5))\n"
+        "config = MergeConfig(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "merge(recipe, folder / 'out', threads=2)\n"
+        "run_merge(config, folder / 'out', threads=2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     grown = int(
@@ -43,13 +49,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         ).stdout
     )
     assert grown * 1024 < 100 * 2**20
-    plan = plan_merge(Recipe(method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5)))
-    assert need(plan, 2).output_bytes == 50 * 4 * 2**20
+    plan = plan_merge(
+        MergeConfig(method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5))
+    )
+    assert estimate_merge(plan, 2).output_bytes == 50 * 4 * 2**20
     plan.close()
 
 
 def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
-    """Two embeddings of 100 MB whose rows lie in opposite order: the process grows by less than half of one, and no more than `need` says."""
+    """Two embeddings of 100 MB whose rows lie in opposite order: the process grows by less than half of one, and no more than `estimate_merge` says."""
     count = 25_600
     for index, name in enumerate(("a", "b")):
         (tmp_path / name).mkdir()
@@ -64,11 +72,11 @@ def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": count}))
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import merge\nfrom koine.combine.merging.config import Recipe\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\nfrom koine.combine.merging.config import MergeConfig\n"
         "folder = Path(sys.argv[1])\n"
-        "recipe = Recipe(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5), tokenizer='first', unrelated=True)\n"
+        "config = MergeConfig(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5), tokenizer='first', unrelated=True)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "merge(recipe, folder / 'out', threads=2)\n"
+        "run_merge(config, folder / 'out', threads=2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     grown = 1024 * int(
@@ -78,9 +86,9 @@ def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
     )
     models = (tmp_path / "a", tmp_path / "b")
     plan = plan_merge(
-        Recipe(method="linear", models=models, weights=(0.5, 0.5), tokenizer="first", unrelated=True)
+        MergeConfig(method="linear", models=models, weights=(0.5, 0.5), tokenizer="first", unrelated=True)
     )
-    assert grown < min(50 * 2**20, need(plan, 2).peak_memory_bytes)
+    assert grown < min(50 * 2**20, estimate_merge(plan, 2).peak_memory_bytes)
     plan.close()
     merged = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
     assert torch.equal(merged[:, 0], torch.arange(float(count)))
@@ -108,7 +116,7 @@ def test_a_budget_of_bytes_is_kept() -> None:
 
 
 def test_passes_over_large_tensors_hold_blocks(tmp_path: Path) -> None:
-    """TIES looks at a tensor several times: of three of 16 MB each worker holds the result and blocks, and `need` says how much."""
+    """TIES looks at a tensor several times: of three of 16 MB each worker holds the result and blocks, and `estimate_merge` says how much."""
     layout = {f"layer.{number}": (torch.float32, (2048, 2048)) for number in range(4)}
     for index, name in enumerate(("base", "a", "b")):
         (tmp_path / name).mkdir()
@@ -118,22 +126,25 @@ def test_passes_over_large_tensors_hold_blocks(tmp_path: Path) -> None:
             writer.write(f"layer.{number}", 1.0 + 0.1 * torch.randn(2048, 2048, generator=generator))
         writer.close()
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import merge\n"
-        "from koine.combine.merging.config import Recipe\nfolder = Path(sys.argv[1])\n"
-        "recipe = Recipe(method='ties', models=(folder / 'a', folder / 'b'), base=folder / 'base', weights=(0.5, 0.5))\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\n"
+        "from koine.combine.merging.config import MergeConfig\nfolder = Path(sys.argv[1])\n"
+        "config = MergeConfig(method='ties', models=(folder / 'a', folder / 'b'), base=folder / 'base', weights=(0.5, 0.5))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "merge(recipe, folder / f'out-{sys.argv[2]}', threads=int(sys.argv[2]))\n"
+        "run_merge(config, folder / f'out-{sys.argv[2]}', threads=int(sys.argv[2]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    recipe = Recipe(
+    config = MergeConfig(
         method="ties", models=(tmp_path / "a", tmp_path / "b"), base=tmp_path / "base", weights=(0.5, 0.5)
     )
-    plan = plan_merge(recipe)
-    each = working_bytes(plan, "layer.0")
+    plan = plan_merge(config)
+    each = plan.jobs["layer.0"].working_bytes
     assert each == 2048 * 2048 * 4 + BLOCK * 4 * (3 + 2 * 3 + 2)
-    assert workers_of(plan, 2) == 2
-    assert need(plan, 2).peak_memory_bytes - need(plan, 1).peak_memory_bytes == each + RETAINED
-    allowed = need(plan, 2).peak_memory_bytes - LIBRARIES
+    assert worker_count(plan, 2) == 2
+    assert (
+        estimate_merge(plan, 2).peak_memory_bytes - estimate_merge(plan, 1).peak_memory_bytes
+        == each + RETAINED_BYTES
+    )
+    allowed = estimate_merge(plan, 2).peak_memory_bytes - LIBRARY_BYTES
     plan.close()
     grown = 1024 * int(
         subprocess.run(

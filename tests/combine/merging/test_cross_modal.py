@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from koine.cli.merge.cross_modal import command
-from koine.combine.merging.cross_modal import merge_cross_modal, need_cross_modal, text_name
+from koine.combine.merging.cross_modal import estimate_cross_modal, merge_cross_modal, text_name
 from koine.errors import UserError
 from koine.model import Decoder, ModelConfig, hybrid_layers, save_model
 from tests.combine.merge_configs import tensors
@@ -122,7 +122,7 @@ def test_what_is_copied_is_looked_at_too(aya_vision: Path, tmp_path: Path) -> No
 
 def test_a_dry_run_says_what_it_would_take(aya_vision: Path, tmp_path: Path) -> None:
     save_model(Decoder(text_config()), tmp_path / "text")
-    found = need_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
+    found = estimate_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
     done = merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
     assert {"merged": found.merged, "copied": found.copied} == done
     written = sum(tensor.numel() * tensor.element_size() for tensor in tensors(tmp_path / "out").values())

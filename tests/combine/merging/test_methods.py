@@ -19,9 +19,9 @@ from koine.combine.merging.methods import (
     linear,
     model_stock,
     slerp,
-    smallest_kept,
     task_arithmetic,
     ties,
+    trim_threshold,
 )
 from tests.combine.merging.record_mergekit import CASES, NAMES
 
@@ -98,12 +98,12 @@ def test_the_threshold_is_the_kth_magnitude(count: int, density: float) -> None:
     tensor, base = torch.randn(count) ** 3, torch.randn(count)
     kept = max(1, int(density * count))
     wanted = (tensor - base).abs().sort(descending=True).values[kept - 1]
-    found = smallest_kept(tensor, base, density)
+    found = trim_threshold(tensor, base, density)
     assert found == (0.0 if density == 1.0 else float(wanted))
     # Many entries of one size, as bfloat16 has them.
     coarse = (tensor * 2).round()
     wanted = coarse.abs().sort(descending=True).values[kept - 1]
-    assert smallest_kept(coarse, torch.zeros(count), density) == (0.0 if density == 1.0 else float(wanted))
+    assert trim_threshold(coarse, torch.zeros(count), density) == (0.0 if density == 1.0 else float(wanted))
 
 
 def test_dare_keeps_its_share_and_its_expectation() -> None:
@@ -196,7 +196,7 @@ def test_ties_with_a_negative_weight() -> None:
     assert torch.equal(ties([two], (-1.0,), base, density=1.0, normalize=False), -two)
 
 
-def test_what_ties_keeps_is_as_large_as_the_smallest_kept() -> None:
+def test_what_ties_keeps_is_as_large_as_the_trim_threshold() -> None:
     """By magnitude, the smallest kept one too, and the scale is on the change."""
     base = torch.full((4,), 10.0)
     tensor = base + torch.tensor([-4.0, 2.0, -2.0, 1.0])
@@ -229,7 +229,7 @@ def test_the_threshold_where_the_sample_misleads() -> None:
     tensor[1::7] = torch.arange(1.0, len(tensor[1::7]) + 1)
     kept = int(0.1 * count)
     wanted = tensor.sort(descending=True).values[kept - 1]
-    assert smallest_kept(tensor, torch.zeros(count), 0.1) == float(wanted)
+    assert trim_threshold(tensor, torch.zeros(count), 0.1) == float(wanted)
 
 
 def test_model_stock_of_models_that_pull_apart() -> None:

@@ -1,4 +1,4 @@
-"""Models, tokenizers and recipes that do not fit together are refused; what differs and does not matter is not."""
+"""Models, tokenizers and configurations that do not fit together are refused; what differs and does not matter is not."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koine.combine.merging import tensor as one_tensor
-from koine.combine.merging.config import Recipe
+from koine.combine.merging import tensor as tensor_module
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.plan import plan_merge
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.combine.moe.upcycle import upcycle_btx
 from koine.errors import KoineWarning, UserError
 from koine.files import read_json
 from koine.model import Decoder, load_model, save_model
-from tests.combine.merge_configs import recipe_of, tensors
+from tests.combine.merge_configs import config_of, tensors
 from tests.combine.models import small_config, write_branches
 
 
@@ -49,10 +49,10 @@ def test_rows_of_other_vocabularies_meet_by_token(
 ) -> None:
     _grow_vocabulary(models["b"], ["neu", "wort"])
     with pytest.raises(UserError, match="its vocabulary is another than that of"):
-        plan_merge(recipe_of("linear", models))
+        plan_merge(config_of("linear", models))
     method = "task-arithmetic" if policy == "base" else "linear"
     tokenizer = str(models["b"]) if policy == "MODEL" else policy
-    merge(recipe_of(method, models, tokenizer=tokenizer), tmp_path / "out")
+    run_merge(config_of(method, models, tokenizer=tokenizer), tmp_path / "out")
     name = "model.embed_tokens.weight"
     a, b, base, got = (
         tensors(path)[name] for path in (models["a"], models["b"], models["base"], tmp_path / "out")
@@ -94,12 +94,12 @@ def test_the_order_of_the_rows_changes_nothing(
     whole: bool,
 ) -> None:
     """Rows that are gathered by their tokens, in blocks or as a whole, are merged as those that lie in order."""
-    monkeypatch.setattr(one_tensor, "BLOCK", 320)
+    monkeypatch.setattr(tensor_module, "BLOCK", 320)
     if not whole:
-        monkeypatch.setattr(one_tensor, "WHOLE_ENTRIES", 0)
-    merge(recipe_of(method, models), tmp_path / "in-order")
+        monkeypatch.setattr(tensor_module, "IN_MEMORY_ENTRIES", 0)
+    run_merge(config_of(method, models), tmp_path / "in-order")
     _permute_vocabulary(models["b"])
-    merge(recipe_of(method, models, tokenizer="first"), tmp_path / "permuted")
+    run_merge(config_of(method, models, tokenizer="first"), tmp_path / "permuted")
     in_order, permuted = tensors(tmp_path / "in-order"), tensors(tmp_path / "permuted")
     # A scalar product of Model Stock may be summed in another order, depending on where the tensors lie in memory.
     assert all(torch.allclose(in_order[name], permuted[name], rtol=0.0, atol=1e-7) for name in in_order)
@@ -174,7 +174,7 @@ def test_models_that_do_not_fit_are_refused(
     spoil(models["b"])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=says):
-        merge(recipe_of("linear", models), tmp_path / "out")
+        run_merge(config_of("linear", models), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -186,7 +186,7 @@ def test_models_that_do_not_fit_are_refused(
         ("linear", {"weights": (1.0, float("nan"))}, "the weights are 1.0, nan"),
         ("linear", {"base": Path("base")}, "linear uses no base"),
         ("ties", {"base": None}, "ties needs the common ancestor"),
-        ("ties", {"options": {"density": 0.0}}, "the density is 0.0"),
+        ("ties", {"options": {"density": 0.0}}, "density is 0.0; it must be greater than 0"),
         ("ties", {"options": {"densty": 0.5}}, "ties has no option 'densty'; did you mean 'density'"),
         ("slerp", {"options": {}}, "slerp needs --t"),
         ("slerp", {"weights": (0.5, 0.5)}, "slerp uses no weights"),
@@ -195,40 +195,40 @@ def test_models_that_do_not_fit_are_refused(
         ("linear", {"tokenizer": "second"}, "'second' is none of the models"),
         ("linear", {"tokenizer": "base"}, "there is no base"),
         ("slerp", {"options": {"t": float("nan")}}, "t is nan; it must be a number"),
-        ("slerp", {"options": {"t": 7.0}}, "t is 7.0; it must lie between 0 and 1"),
-        ("ties", {"options": {"scale": float("inf")}}, "scale is inf; it must be a number"),
+        ("slerp", {"options": {"t": 7.0}}, "t is 7.0; it must be at most 1"),
+        ("ties", {"options": {"scale": float("inf")}}, "scale is inf; it must be at most 1e"),
     ],
 )
-def test_recipes_that_make_no_sense_are_refused(
+def test_configurations_that_make_no_sense_are_refused(
     models: dict[str, Path], method: str, change: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
-        plan_merge(recipe_of(method, models, **change))
+        plan_merge(config_of(method, models, **change))
 
 
 def test_unrelated_models_are_merged_where_that_is_wanted(models: dict[str, Path], tmp_path: Path) -> None:
     _unrelated(models["b"])
-    merge(recipe_of("linear", models, unrelated=True), tmp_path / "out")
+    run_merge(config_of("linear", models, unrelated=True), tmp_path / "out")
     base = models["base"]
     _unrelated(base)
     with pytest.raises(UserError, match="has no common ancestor with"):
-        plan_merge(recipe_of("task-arithmetic", {**models, "b": models["a"]}))
+        plan_merge(config_of("task-arithmetic", {**models, "b": models["a"]}))
 
 
 def test_the_order_of_experts_must_be_one(tmp_path: Path) -> None:
     seed, branches = write_branches(tmp_path, ("code", "law"))
     upcycle_btx(seed, branches, tmp_path / "one")
     upcycle_btx(seed, dict(reversed(branches.items())), tmp_path / "two")
-    recipe = Recipe(method="linear", models=(tmp_path / "one", tmp_path / "two"), weights=(0.5, 0.5))
+    config = MergeConfig(method="linear", models=(tmp_path / "one", tmp_path / "two"), weights=(0.5, 0.5))
     with pytest.raises(UserError, match="mixture.experts is seed, law, code, and seed, code, law in"):
-        plan_merge(recipe)
+        plan_merge(config)
 
 
 def test_what_only_trains_or_is_left_out_is_no_difference(models: dict[str, Path]) -> None:
     _edit("config.json", initializer_range=0.5, max_position_embeddings=64, transformers_version="9")(
         models["b"]
     )
-    plan_merge(recipe_of("linear", models)).close()
+    plan_merge(config_of("linear", models)).close()
 
 
 def test_configurations_of_other_architectures(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_configurations_of_other_architectures(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_file({"w": torch.ones(2, 2)}, tmp_path / name / "model.safetensors")
     config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 8}
-    recipe = Recipe(method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5))
+    merge_config = MergeConfig(method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5))
     for more, says in (
         ({"num_attention_heads": 2}, "num_attention_heads is 2, and 4 in"),
         ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001, and 1e-06 in"),
@@ -247,10 +247,10 @@ def test_configurations_of_other_architectures(tmp_path: Path) -> None:
         (tmp_path / "a" / "config.json").write_text(json.dumps(config))
         (tmp_path / "b" / "config.json").write_text(json.dumps({**config, **more}))
         if says is None:
-            plan_merge(recipe).close()
+            plan_merge(merge_config).close()
         else:
             with pytest.raises(UserError, match=says):
-                plan_merge(recipe)
+                plan_merge(merge_config)
 
 
 def test_whose_tokenizer_and_template_the_result_has(models: dict[str, Path], tmp_path: Path) -> None:
@@ -259,14 +259,14 @@ def test_whose_tokenizer_and_template_the_result_has(models: dict[str, Path], tm
     with pytest.warns(
         KoineWarning, match="the chat template of .*b is another than that of .*a, which is kept"
     ):
-        merge(recipe_of("linear", models), tmp_path / "silent")
+        run_merge(config_of("linear", models), tmp_path / "silent")
     assert (tmp_path / "silent" / "chat_template.jinja").read_text() == first
     _edit("tokenizer.json", normalizer=None)(models["b"])
     _edit("config.json", eos_token_id=6)(models["b"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        merge(recipe_of("linear", models, tokenizer=str(models["b"])), tmp_path / "second")
-        merge(recipe_of("linear", models, tokenizer="first"), tmp_path / "first")
+        run_merge(config_of("linear", models, tokenizer=str(models["b"])), tmp_path / "second")
+        run_merge(config_of("linear", models, tokenizer="first"), tmp_path / "first")
     assert (tmp_path / "second" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert read_json(tmp_path / "second" / "tokenizer.json")["normalizer"] is None
     assert read_json(tmp_path / "second" / "config.json")["eos_token_id"] == 6
@@ -277,11 +277,11 @@ def test_rows_whose_models_cancel_out_are_their_mean(models: dict[str, Path], tm
     """A token that only a and b know, with weights 1 and -1: neither weight says anything about it."""
     for name in ("a", "b"):
         _grow_vocabulary(models[name], ["neu"])
-    recipe = Recipe(
+    config = MergeConfig(
         method="linear", models=(models["a"], models["b"], models["base"]), weights=(1.0, -1.0, 1.0),
         options={"normalize": False}, tokenizer="first",
     )  # fmt: skip
-    merge(recipe, tmp_path / "out")
+    run_merge(config, tmp_path / "out")
     got, a, b = (
         tensors(path)["model.embed_tokens.weight"][0] for path in (tmp_path / "out", models["a"], models["b"])
     )
@@ -304,7 +304,7 @@ def test_tokens_beyond_the_rows_of_a_model(models: dict[str, Path], tmp_path: Pa
         save_file(stored, models["a"] / "model.safetensors")
         _edit("config.json", vocab_size=len(rows) + 1)(models["a"])
     tokenizer = policy if policy == "first" else str(models["b"])
-    merge(recipe_of("linear", models, tokenizer=tokenizer), tmp_path / "out")
+    run_merge(config_of("linear", models, tokenizer=tokenizer), tmp_path / "out")
     got, a, b = (
         tensors(path)["model.embed_tokens.weight"] for path in (tmp_path / "out", models["a"], models["b"])
     )
@@ -316,5 +316,5 @@ def test_tokens_beyond_the_rows_of_a_model(models: dict[str, Path], tmp_path: Pa
 def test_out_inside_a_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     for folder in (models["a"], models["base"]):
         with pytest.raises(UserError, match="lies inside .*, which is read"):
-            merge(recipe_of("ties", models), folder / "deeper" / "out")
+            run_merge(config_of("ties", models), folder / "deeper" / "out")
     assert not (models["a"] / "deeper").exists()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from koine.combine.merging import runner as merging
-from koine.combine.merging.runner import merge
-from tests.combine.merge_configs import recipe_of, tensors
+from koine.combine.merging.runner import run_merge
+from tests.combine.merge_configs import config_of, tensors
 
 DONE = 17
 """Tensors, of 34, after which the merge is interrupted."""
@@ -83,19 +83,19 @@ def test_spoilt_work_is_done_again(
             raise KeyboardInterrupt
         return real(*given)
 
-    def counted(plan: Any, writer: Any, name: str) -> Any:
-        again.append(name)
-        return real(plan, writer, name)
+    def counted(job: Any, writer: Any) -> Any:
+        again.append(job.name)
+        return real(job, writer)
 
-    recipe = recipe_of("linear", models, max_shard_bytes=10_000)
+    config = config_of("linear", models, max_shard_bytes=10_000)
     monkeypatch.setattr(merging, "merge_tensor", some)
     with pytest.raises(KeyboardInterrupt):
-        merge(recipe, tmp_path / "out", threads=1)
+        run_merge(config, tmp_path / "out", threads=1)
     SPOILT[spoil](tmp_path / ".out.merge")
     monkeypatch.setattr(merging, "merge_tensor", counted)
-    merge(recipe, tmp_path / "out", threads=1)
+    run_merge(config, tmp_path / "out", threads=1)
     count = len(again)
-    merge(recipe, tmp_path / "fresh", threads=1)
+    run_merge(config, tmp_path / "fresh", threads=1)
     kept = {path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == kept
     total = len(tensors(tmp_path / "fresh"))
@@ -128,18 +128,18 @@ def test_a_merge_by_token_goes_on_too(
             raise KeyboardInterrupt
         return real(*given)
 
-    recipe = recipe_of("linear", models, tokenizer=str(models["b"]))
+    config = config_of("linear", models, tokenizer=str(models["b"]))
     monkeypatch.setattr(merging, "merge_tensor", some)
     with pytest.raises(KeyboardInterrupt):
-        merge(recipe, tmp_path / "out", threads=1)
+        run_merge(config, tmp_path / "out", threads=1)
     touched: list[str] = []
     monkeypatch.setattr(
         merging,
         "merge_tensor",
-        lambda plan, writer, name: (touched.append(name), real(plan, writer, name))[1],
+        lambda job, writer: (touched.append(job.name), real(job, writer))[1],
     )
-    merge(recipe, tmp_path / "out", threads=1)
+    run_merge(config, tmp_path / "out", threads=1)
     assert len(touched) == len(tensors(tmp_path / "out")) - DONE
-    merge(recipe, tmp_path / "fresh")
+    run_merge(config, tmp_path / "fresh")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))
     assert first == second

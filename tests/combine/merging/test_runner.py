@@ -17,24 +17,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from koine.combine.merging import runner as merging
-from koine.combine.merging import tensor as one_tensor
-from koine.combine.merging.config import Recipe
+from koine.combine.merging import tensor as tensor_module
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import METHODS
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model import load_model
-from tests.combine.merge_configs import recipe_of, tensors
+from tests.combine.merge_configs import config_of, tensors
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pieces_threads_and_shards_change_nothing(
     method: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge(recipe_of(method, models), tmp_path / "whole", threads=1)
+    run_merge(config_of(method, models), tmp_path / "whole", threads=1)
     monkeypatch.setattr(merging, "SYNC_BYTES", 1000)
-    merge(recipe_of(method, models, max_shard_bytes=20_000), tmp_path / "shards", threads=3)
+    run_merge(config_of(method, models, max_shard_bytes=20_000), tmp_path / "shards", threads=3)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
     whole, shards = tensors(tmp_path / "whole"), tensors(tmp_path / "shards")
     assert whole.keys() == shards.keys() == tensors(models["a"]).keys()
@@ -43,7 +43,7 @@ def test_pieces_threads_and_shards_change_nothing(
     # Sharded models are read as well.
     again = {"a": tmp_path / "shards", "b": tmp_path / "shards", "base": models["base"]}
     if method == "linear":
-        merge(recipe_of(method, again), tmp_path / "again")
+        run_merge(config_of(method, again), tmp_path / "again")
         for name, tensor in tensors(tmp_path / "again").items():
             assert torch.allclose(tensor, whole[name], atol=1e-7)
     load_model(tmp_path / "shards")
@@ -52,7 +52,7 @@ def test_pieces_threads_and_shards_change_nothing(
 
 def test_values_by_hand_and_weights_by_pattern(models: dict[str, Path], tmp_path: Path) -> None:
     patterns = (("model.layers.[01].*", (1.0, 0.0)), ("*mlp*", (0.0, 1.0)))
-    report = merge(recipe_of("linear", models, weights_for=patterns), tmp_path / "out")
+    report = run_merge(config_of("linear", models, weights_for=patterns), tmp_path / "out")
     a, b, got = (tensors(path) for path in (models["a"], models["b"], tmp_path / "out"))
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(got[name], a[name])
@@ -60,7 +60,7 @@ def test_values_by_hand_and_weights_by_pattern(models: dict[str, Path], tmp_path
     assert torch.equal(got[name], b[name])
     name = "model.layers.2.self_attn.q_proj.weight"
     assert torch.allclose(got[name], 0.25 * a[name] + 0.75 * b[name], atol=1e-7)
-    assert report["recipe"]["weights"] == (0.25, 0.75)
+    assert report["config"]["weights"] == (0.25, 0.75)
     figures = read_json(tmp_path / "out" / "merge_report.json")["tensors"][name]
     middle = (a[name] + b[name]) / 2
     assert figures["distance"][0] == pytest.approx(float((a[name] - middle).norm() / middle.norm()), rel=0.05)
@@ -69,15 +69,15 @@ def test_values_by_hand_and_weights_by_pattern(models: dict[str, Path], tmp_path
 def test_blocks_of_rows_are_put_together(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge(recipe_of("task-arithmetic", models), tmp_path / "whole")
-    monkeypatch.setattr(one_tensor, "BLOCK", 100)
-    merge(recipe_of("task-arithmetic", models), tmp_path / "blocks")
+    run_merge(config_of("task-arithmetic", models), tmp_path / "whole")
+    monkeypatch.setattr(tensor_module, "BLOCK", 100)
+    run_merge(config_of("task-arithmetic", models), tmp_path / "blocks")
     whole, blocks = tensors(tmp_path / "whole"), tensors(tmp_path / "blocks")
     assert all(torch.equal(whole[name], blocks[name]) for name in whole)
 
 
 def test_sign_conflicts_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
-    report = merge(recipe_of("ties", models), tmp_path / "out")
+    report = run_merge(config_of("ties", models), tmp_path / "out")
     name = "model.layers.0.mlp.up_proj.weight"
     base, a, b = (tensors(models[one])[name] for one in ("base", "a", "b"))
     share = float((((a - base) > 0) != ((b - base) > 0)).float().mean())
@@ -92,11 +92,11 @@ def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(
     """The child merges slowly, syncs after every tensor, and is killed when its journal has some lines."""
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from tests.combine.merge_configs import recipe_of\nfrom koine.combine.merging import runner as merging\n"
+        "from tests.combine.merge_configs import config_of\nfrom koine.combine.merging import runner as merging\n"
         "merging.SYNC_BYTES = 1\nslow = merging.merge_tensor\n"
         "merging.merge_tensor = lambda *given: (time.sleep(0.1), slow(*given))[1]\n"
         "folder = Path(sys.argv[1])\n"
-        "merging.merge(recipe_of('dare-ties', {n: folder / p for n, p in (('base', 'seed'), ('a', 'a'), ('b', 'b'))}), folder / 'out', threads=1)\n"
+        "merging.run_merge(config_of('dare-ties', {n: folder / p for n, p in (('base', 'seed'), ('a', 'a'), ('b', 'b'))}), folder / 'out', threads=1)\n"
     )
     root = Path(__file__).resolve().parents[3]
     child = subprocess.Popen(
@@ -120,11 +120,11 @@ def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(
         patch.setattr(
             merging,
             "merge_tensor",
-            lambda plan, writer, name: (touched.append(name), real(plan, writer, name))[1],
+            lambda job, writer: (touched.append(job.name), real(job, writer))[1],
         )
-        merge(recipe_of("dare-ties", named), tmp_path / "out")
+        run_merge(config_of("dare-ties", named), tmp_path / "out")
     assert len(touched) == len(tensors(tmp_path / "out")) - done
-    merge(recipe_of("dare-ties", named), tmp_path / "fresh")
+    run_merge(config_of("dare-ties", named), tmp_path / "fresh")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))
     assert first == second
     assert not journal.parent.exists()
@@ -135,8 +135,8 @@ def test_other_work_beside_the_result_is_begun_anew(models: dict[str, Path], tmp
     (tmp_path / ".out.merge" / "journal.jsonl").write_text(
         '{"fingerprint": "another"}\n{"model.norm.weight": {}}\n'
     )
-    merge(recipe_of("linear", models), tmp_path / "out")
-    merge(recipe_of("linear", models), tmp_path / "fresh")
+    run_merge(config_of("linear", models), tmp_path / "out")
+    run_merge(config_of("linear", models), tmp_path / "fresh")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "fresh" / "model.safetensors"
     ).read_bytes()
@@ -152,18 +152,18 @@ def test_mixed_dtypes_whole_numbers_and_scalars(tmp_path: Path) -> None:
             "empty": torch.empty(0, 4, dtype=dtype),
         }
         save_file(content, tmp_path / name / "model.safetensors")
-    recipe = Recipe(
+    config = MergeConfig(
         method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=(0.5, 0.5), dtype="float32"
     )
-    merge(recipe, tmp_path / "out")
+    run_merge(config, tmp_path / "out")
     got = tensors(tmp_path / "out")
     assert got["w"].dtype == torch.float32
     assert torch.equal(got["w"], torch.full((3, 4), 1.5))
     assert float(got["scale"]) == 3.0
     assert torch.equal(got["steps"], torch.tensor([1, 2]))
     save_file({**got, "steps": torch.tensor([1, 3])}, tmp_path / "b" / "model.safetensors")
-    with pytest.raises(UserError, match="steps is of integers and differs"):
-        merge(recipe, tmp_path / "other")
+    with pytest.raises(UserError, match="steps holds integers and differs"):
+        run_merge(config, tmp_path / "other")
     assert not list(tmp_path.glob(".other*"))
 
 
@@ -198,7 +198,7 @@ def test_what_is_too_large_for_the_result_is_refused(models: dict[str, Path], tm
         {"weights": (1e8, 1e8), "dtype": "float16"},
     ):
         with pytest.raises(UserError, match="the merged model.* holds NaN or infinity as float"):
-            merge(recipe_of("task-arithmetic", models, **more), tmp_path / "out")
+            run_merge(config_of("task-arithmetic", models, **more), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -221,7 +221,7 @@ def test_a_cut_line_of_the_journal_is_dropped(
 
         monkeypatch.setattr(merging, "merge_tensor", some)
         with pytest.raises(KeyboardInterrupt):
-            merge(recipe_of("linear", models), tmp_path / "out", threads=1)
+            run_merge(config_of("linear", models), tmp_path / "out", threads=1)
         with journal.open("a") as file:
             file.write(tail)
 
@@ -230,8 +230,8 @@ def test_a_cut_line_of_the_journal_is_dropped(
     lines = journal.read_text().splitlines()
     assert sum(len(json.loads(line)) for line in lines[1:-1]) == 6
     monkeypatch.setattr(merging, "merge_tensor", real)
-    merge(recipe_of("linear", models), tmp_path / "out")
-    merge(recipe_of("linear", models), tmp_path / "fresh")
+    run_merge(config_of("linear", models), tmp_path / "out")
+    run_merge(config_of("linear", models), tmp_path / "fresh")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "fresh"))
     assert first == second
 
@@ -251,8 +251,8 @@ def test_a_wider_result_is_worked_out_in_it(
         shutil.copytree(path, wide[name])
         save_file({key: tensor.float() for key, tensor in narrow.items()}, wide[name] / "model.safetensors")
         save_file(narrow, path / "model.safetensors")
-    merge(recipe_of(method, models, dtype=dtype), tmp_path / "narrow")
-    merge(recipe_of(method, wide), tmp_path / "wide")
+    run_merge(config_of(method, models, dtype=dtype), tmp_path / "narrow")
+    run_merge(config_of(method, wide), tmp_path / "wide")
     got, wanted = tensors(tmp_path / "narrow"), tensors(tmp_path / "wide")
     kind = getattr(torch, dtype)
     assert all(tensor.dtype == kind for tensor in got.values())

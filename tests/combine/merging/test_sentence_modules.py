@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koine.combine.merging.budget import need
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.budget import estimate_merge
+from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.cross_modal import merge_cross_modal
 from koine.combine.merging.plan import plan_merge
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.combine.moe.add_expert import add_expert, remove_expert
 from koine.combine.moe.upcycle import average, upcycle_btx
 from koine.errors import KoineWarning, UserError
 from koine.files import read_json
-from koine.model.adapt.vocabulary_transfer import move_model
+from koine.model.adapt import move_model
 from koine.model.formats.carried_files import carry_files
-from tests.combine.merge_configs import recipe_of
+from tests.combine.merge_configs import config_of
 from tests.combine.models import write_branches
 
 BESIDE = {
@@ -57,7 +57,7 @@ def branches_of(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 def _merge(folder: Path) -> None:
     seed, branches = branches_of(folder)
-    merge(recipe_of("linear", {"base": seed, **branches}), folder / "out")
+    run_merge(config_of("linear", {"base": seed, **branches}), folder / "out")
 
 
 def _average(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_across_modalities_they_are_the_multimodal_models(tmp_path: Path) -> Non
 def test_weights_of_the_old_model_stay_behind_with_a_word(models: dict[str, Path], tmp_path: Path) -> None:
     write_beside(models["a"], *STALE)
     with pytest.warns(KoineWarning, match=r"model-q4.gguf, pytorch_model.bin, tf_model.h5 and 1 more"):
-        report = merge(recipe_of("linear", models), tmp_path / "out")
+        report = run_merge(config_of("linear", models), tmp_path / "out")
     assert report["left_behind"] == ["model-q4.gguf", "pytorch_model.bin", "tf_model.h5", "onnx/"]
     assert not any((tmp_path / "out" / name).exists() for name in STALE)
 
@@ -164,9 +164,9 @@ def sentence_models(tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def sentence_recipe(models: dict[str, Path], **more: Any) -> Recipe:
+def sentence_config(models: dict[str, Path], **more: Any) -> MergeConfig:
     fields: dict[str, Any] = {"method": "linear", "weights": (0.25, 0.75), "unrelated": True, **more}
-    return Recipe(models=(models["a"], models["b"]), **fields)
+    return MergeConfig(models=(models["a"], models["b"]), **fields)
 
 
 def test_a_sentence_model_opens_and_computes_the_average(
@@ -174,8 +174,8 @@ def test_a_sentence_model_opens_and_computes_the_average(
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
-    recipe = sentence_recipe(sentence_models)
-    merge(recipe, tmp_path / "out")
+    config = sentence_config(sentence_models)
+    run_merge(config, tmp_path / "out")
     opened = {name: SentenceTransformer(str(path), device="cpu") for name, path in sentence_models.items()}
     merged = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert [type(one).__name__ for one in merged] == ["Transformer", "Pooling", "Dense", "Normalize"]
@@ -190,13 +190,13 @@ def test_a_sentence_model_opens_and_computes_the_average(
     assert (
         "linear.weight" in read_json(tmp_path / "out" / "merge_report.json")["modules"]["2_Dense"]["tensors"]
     )
-    plan = plan_merge(recipe)
+    plan = plan_merge(config)
     written = sum(
         tensor.numel() * tensor.element_size()
         for file in (tmp_path / "out").rglob("*.safetensors")
         for tensor in load_file(file).values()
     )
-    assert need(plan, 1).output_bytes == written
+    assert estimate_merge(plan, 1).output_bytes == written
     plan.close()
     assert not list((tmp_path / "out").glob(".*"))
 
@@ -206,11 +206,11 @@ def test_a_module_that_only_the_first_has_is_its_own(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(sentence_models["a"], base, ignore=shutil.ignore_patterns("modules.json", "*_*"))
-    recipe = sentence_recipe(sentence_models, method="task-arithmetic", base=base)
+    config = sentence_config(sentence_models, method="task-arithmetic", base=base)
     with pytest.warns(
         KoineWarning, match=r"the weights of 2_Dense are those of .*a: .*base/2_Dense has none"
     ):
-        merge(recipe, tmp_path / "out")
+        run_merge(config, tmp_path / "out")
     first, second = (
         path / "2_Dense" / "model.safetensors" for path in (sentence_models["a"], tmp_path / "out")
     )
@@ -241,5 +241,5 @@ def test_modules_that_do_not_fit(
 ) -> None:
     spoil(sentence_models["b"])
     with pytest.raises((UserError, KoineWarning), match=says):
-        merge(sentence_recipe(sentence_models), tmp_path / "out")
+        run_merge(sentence_config(sentence_models), tmp_path / "out")
     assert not (tmp_path / "out").exists()

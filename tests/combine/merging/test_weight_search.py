@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from koine.cli.merge.search import command, wrong_share
-from koine.combine.merging.runner import merge
+from koine.combine.merging.runner import run_merge
 from koine.combine.merging.weight_search import (
     InMemoryMerge,
     Trial,
@@ -24,7 +24,7 @@ from koine.errors import UserError
 from koine.evaluate import question_accuracy
 from koine.model import load_model
 from koine.tokenizer import load_tokenizer
-from tests.combine.merge_configs import recipe_of
+from tests.combine.merge_configs import config_of
 from tests.combine.models import write_branches
 
 
@@ -123,7 +123,7 @@ def test_in_memory_is_what_would_be_written(tmp_path: Path, method: str) -> None
     got = merged.set((0.25, 0.75))(tokens)
     assert not torch.equal(first, got)
     written = {"t": 0.75} if method == "slerp" else options
-    merge(recipe_of(method, {"base": base, **branches}, options=written), tmp_path / "out")
+    run_merge(config_of(method, {"base": base, **branches}, options=written), tmp_path / "out")
     assert torch.allclose(got, load_model(tmp_path / "out")(tokens), atol=1e-5)
 
 

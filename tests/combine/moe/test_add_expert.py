@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from koine.combine import add_expert, fit_encoder, remove_expert, upcycle_bam, upcycle_nexus
-from koine.combine.merging.config import Recipe
-from koine.combine.merging.runner import merge
+from koine.combine.merging.config import MergeConfig
+from koine.combine.merging.runner import run_merge
 from koine.combine.moe.domain_embeddings import domain_embedding, load_encoder
 from koine.combine.moe.upcycle import new_routers
 from koine.errors import UserError
 from koine.model import load_model
-from koine.model.adapt.vocabulary_transfer import move_model
+from koine.model.adapt import move_model
 from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
 from koine.train import TrainSettings, language_modelling, train
 from tests.combine.models import write_branches
@@ -118,8 +118,8 @@ def test_linear_routers_are_reset(tmp_path: Path) -> None:
     after, dense = tensors(tmp_path / "out"), tensors(paths["maths"])
     assert after["model.layers.0.mlp.router.weight"].shape[0] == 4
     assert torch.equal(after["model.layers.0.self_attn.experts.3.k_proj.weight"], dense["model.layers.0.self_attn.k_proj.weight"])  # fmt: skip
-    everyone = torch.stack([tensors(path)["model.norm.weight"] for path in (seed, *paths.values())])
-    assert torch.allclose(after["model.norm.weight"], everyone.mean(0), atol=1e-6)
+    inputs = torch.stack([tensors(path)["model.norm.weight"] for path in (seed, *paths.values())])
+    assert torch.allclose(after["model.norm.weight"], inputs.mean(0), atol=1e-6)
     tokens = torch.randint(0, 200, (1, 9))
     assert torch.isfinite(load_model(tmp_path / "out")(tokens)).all()
 
@@ -153,8 +153,9 @@ def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Pa
     order = fake_order(tmp_path / "data", steps=(1,))
     train(model, language_modelling, order, settings, out=tmp_path / "trained", tokenizer=nexus, init_from=nexus,
           progress=False, device="cpu")  # fmt: skip
-    merge(
-        Recipe(method="linear", models=(nexus, tmp_path / "trained"), weights=(0.5, 0.5)), tmp_path / "merged"
+    run_merge(
+        MergeConfig(method="linear", models=(nexus, tmp_path / "trained"), weights=(0.5, 0.5)),
+        tmp_path / "merged",
     )
     move_model(tmp_path / "merged", tmp_path / "tokenizer", tmp_path / "moved")
     for name in ("trained", "merged", "moved"):

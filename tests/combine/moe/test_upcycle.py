@@ -171,8 +171,8 @@ def test_domain_embeddings_are_one_an_expert(branches: tuple[Path, dict[str, Pat
 
 def test_a_mixture_is_a_model_as_any_other(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     """It answers through the engine as through the whole text at once, and merges with another of its kind."""
-    from koine.combine.merging.config import Recipe
-    from koine.combine.merging.runner import merge
+    from koine.combine.merging.config import MergeConfig
+    from koine.combine.merging.runner import run_merge
     from koine.generate import LocalEngine, Sampling
 
     for name, random_seed in (("one", 1), ("two", 2)):
@@ -186,8 +186,8 @@ def test_a_mixture_is_a_model_as_any_other(branches: tuple[Path, dict[str, Path]
         with torch.no_grad():
             assert int(model.logits(model(torch.tensor([text])))[0, -1].argmax()) == token
         text = [*text, token]
-    merge(
-        Recipe(method="linear", models=(tmp_path / "one", tmp_path / "two"), weights=(0.5, 0.5)),
+    run_merge(
+        MergeConfig(method="linear", models=(tmp_path / "one", tmp_path / "two"), weights=(0.5, 0.5)),
         tmp_path / "merged",
     )
     got, one, two = (tensors(tmp_path / name) for name in ("merged", "one", "two"))

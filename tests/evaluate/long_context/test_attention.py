@@ -1,4 +1,4 @@
-"""Attention masses and entropies: against the weights of transformers, and where the answer is known in closed form."""
+"""Attention masses and entropies, against the weights of transformers and closed forms."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_weights_are_those_of_transformers(
 def test_masses_and_entropies_from_their_definition(
     config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the whole matrices of transformers, by numpy; through our decoder, in one part and row by row, and through transformers."""
+    """Masses and entropies of our decoder, in one part and row by row, and of transformers, equal numpy's."""
     np = pytest.importorskip("numpy")
     model = Decoder(config)
     theirs = eager(model, tmp_path)

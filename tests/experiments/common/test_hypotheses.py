@@ -19,9 +19,26 @@ from experiments.common.hypotheses import (
 
 # Two-sided 95 % quantiles as any statistics book prints them (three decimals).
 PUBLISHED = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
-    11: 2.201, 14: 2.145, 15: 2.131, 19: 2.093, 24: 2.064, 29: 2.045, 39: 2.023, 60: 2.000, 120: 1.980,
-}  # fmt: skip
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    11: 2.201,
+    14: 2.145,
+    15: 2.131,
+    19: 2.093,
+    24: 2.064,
+    29: 2.045,
+    39: 2.023,
+    60: 2.000,
+    120: 1.980,
+}
 
 
 @pytest.mark.parametrize(("degrees", "published"), PUBLISHED.items())
@@ -62,10 +79,15 @@ def around(mean: float) -> list[float]:
 @pytest.mark.parametrize(
     ("mean", "least", "verdict"),
     [
-        (0.3, 0.0, "reproduced"), (-0.3, 0.0, "not reproduced"), (0.2, 0.0, "inconclusive"), (-0.2, 0.0, "inconclusive"),
-        (0.8, 0.5, "reproduced"), (0.7, 0.5, "inconclusive"), (0.2, 0.5, "not reproduced"),
+        (0.3, 0.0, "reproduced"),
+        (-0.3, 0.0, "not reproduced"),
+        (0.2, 0.0, "inconclusive"),
+        (-0.2, 0.0, "inconclusive"),
+        (0.8, 0.5, "reproduced"),
+        (0.7, 0.5, "inconclusive"),
+        (0.2, 0.5, "not reproduced"),
     ],
-)  # fmt: skip
+)
 def test_above_and_below_are_mirrors(mean: float, least: float, verdict: str) -> None:
     assert above(around(mean), least) == verdict
     assert below(around(-mean), -least) == verdict
@@ -74,10 +96,15 @@ def test_above_and_below_are_mirrors(mean: float, least: float, verdict: str) ->
 @pytest.mark.parametrize(
     ("mean", "verdict"),
     [
-        (0.0, "reproduced"), (0.2, "reproduced"), (-0.2, "reproduced"), (0.4, "inconclusive"), (-0.4, "inconclusive"),
-        (0.8, "not reproduced"), (-0.8, "not reproduced"),
+        (0.0, "reproduced"),
+        (0.2, "reproduced"),
+        (-0.2, "reproduced"),
+        (0.4, "inconclusive"),
+        (-0.4, "inconclusive"),
+        (0.8, "not reproduced"),
+        (-0.8, "not reproduced"),
     ],
-)  # fmt: skip
+)
 def test_within_a_margin_on_both_sides(mean: float, verdict: str) -> None:
     assert within(around(mean), 0.5) == verdict
 

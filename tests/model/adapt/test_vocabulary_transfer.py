@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from koine.errors import UserError
 from koine.model import Decoder, ModelConfig, load_model, save_model
-from koine.model.adapt.vocabulary_transfer import RECORD, match_tokenizers, move_model
+from koine.model.adapt import move_model
+from koine.model.adapt.vocabulary_transfer import RECORD, match_tokenizers
 from koine.model.causal_lm import CausalLM, load_causal_lm
 from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from koine.tokenizer.embedding_init import auxiliary_vectors, initialise_rows, sparsemax
@@ -173,17 +174,17 @@ def test_distillation_brings_the_hidden_states_closer(folders: tuple[Path, Path]
     places = list(snippets(before, after, match, KOREAN[:20]))
     assert places
     place = places[3]
-    assert b"".join(map(before.token_bytes, place.spelled)) == after.token_bytes(place.token)
+    assert b"".join(map(before.token_bytes, place.old_tokens)) == after.token_bytes(place.token)
     distance = {}
     for method in ("subword-mean", "distill"):
         move_model(model, tokenizer, tmp_path / method, method=method, texts=KOREAN)
         teacher, student = load_model(model), load_model(tmp_path / method)
         moved = {old: new for new, old in match.shared.items()}
         with torch.no_grad():
-            wanted = teacher(torch.tensor([[*place.before, *place.spelled, *place.behind]]))
-            ids = [*(moved[i] for i in place.before), place.token, *(moved[i] for i in place.behind)]
+            wanted = teacher(torch.tensor([[*place.preceding, *place.old_tokens, *place.following]]))
+            ids = [*(moved[i] for i in place.preceding), place.token, *(moved[i] for i in place.following)]
             got = student(torch.tensor([ids]))
-        count = 1 + len(place.behind)
+        count = 1 + len(place.following)
         distance[method] = float((got[0, -count:] - wanted[0, -count:]).square().mean())
     assert distance["distill"] < distance["subword-mean"]
 
@@ -214,7 +215,7 @@ def test_distillation_on_a_llama_style_vocabulary(tiny: ModelConfig, tmp_path: P
     places = list(snippets(before, after, match, KOREAN[:20]))
     assert places
     for place in places:
-        assert b"".join(map(before.token_bytes, place.spelled)) == after.token_bytes(place.token)
+        assert b"".join(map(before.token_bytes, place.old_tokens)) == after.token_bytes(place.token)
     move_model(model, tmp_path / "new", tmp_path / "out", method="distill", texts=KOREAN)
     assert load_model(tmp_path / "out").embedding.weight.shape[0] == after.vocab_size
 

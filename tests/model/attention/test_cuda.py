@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from koine.model.attention.dispatch import _window_mask, attend, attend_after, document_starts_of
+from koine.model.attention.dispatch import attend, attend_cached, document_starts_of
+from koine.model.attention.flex import _window_mask
 from tests.model.attention.test_dispatch import dense
 
 pytestmark = [
@@ -91,15 +92,15 @@ def test_a_window_first_met_in_inference_mode_can_be_trained_with() -> None:
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("window", [None, 1, 2, 33, 128, 400, 1000])
-@pytest.mark.parametrize(("before", "time"), [(0, 7), (1, 1), (131, 5), (257, 301), (500, 1)])
-def test_attention_after_earlier_positions(before: int, time: int, window: int | None, groups: int) -> None:
+@pytest.mark.parametrize(("past", "time"), [(0, 7), (1, 1), (131, 5), (257, 301), (500, 1)])
+def test_attention_after_earlier_positions(past: int, time: int, window: int | None, groups: int) -> None:
     """The earlier positions of a windowed layer begin with the oldest that the first query sees."""
-    positions = before + time
-    first = 0 if window is None else max(0, before - window + 1)
+    positions = past + time
+    first = 0 if window is None else max(0, past - window + 1)
     q, k, v = inputs(2, positions, 2, groups)
-    expected = dense(q.double(), k.double(), v.double(), window, None)[:, before:]
-    got = attend_after(
-        q[:, before:].cuda(),
+    expected = dense(q.double(), k.double(), v.double(), window, None)[:, past:]
+    got = attend_cached(
+        q[:, past:].cuda(),
         k[:, first:].transpose(1, 2).cuda(),
         v[:, first:].transpose(1, 2).cuda(),
         window=window,

@@ -15,16 +15,12 @@ from koine.model import Decoder, ModelConfig
 from koine.model.attention.cpu_blocked import blocked_attention
 from koine.model.attention.cpu_windowed import _document_masks, windowed_attention
 from koine.model.attention.dispatch import (
-    _in_blocks,
-    _window_mask,
+    _attend_in_blocks,
     attend,
-    attend_after,
-    block_mask,
+    attend_cached,
     document_starts_of,
-    flex_attend,
     masked_attend,
 )
-from koine.model.attention.dispatch import visible as mask_function
 
 
 def visible(time: int, window: int | None, documents: Tensor | None) -> Tensor:
@@ -77,30 +73,30 @@ def test_blocks_equal_the_dense_softmax_with_gradients(
 @settings(max_examples=60, deadline=None)
 @given(
     time=st.integers(1, 70),
-    before=st.integers(0, 80),
+    past=st.integers(0, 80),
     window=st.integers(1, 90) | st.none(),
     seed=st.integers(0, 99),
 )
 def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_softmax(
-    time: int, before: int, window: int | None, seed: int
+    time: int, past: int, window: int | None, seed: int
 ) -> None:
     """The earlier positions of a windowed layer begin with the oldest that the first query sees."""
     torch.manual_seed(seed)
-    positions = before + time
-    first = 0 if window is None else max(0, before - window + 1)
+    positions = past + time
+    first = 0 if window is None else max(0, past - window + 1)
     q, k, v = (x.detach() for x in inputs(3, positions, 2, 3, torch.float64))
-    expected = dense(q, k, v, window, None)[:, before:]
+    expected = dense(q, k, v, window, None)[:, past:]
     keys, values = k[:, first:].transpose(1, 2), v[:, first:].transpose(1, 2)
-    ours = attend_after(q[:, before:], keys, values, window=window)
+    ours = attend_cached(q[:, past:], keys, values, window=window)
     # float64: only the order of the sums differs.
     assert torch.allclose(ours, expected, atol=1e-12)
     # Without gradients layers that see all take the fused kernel.
     with torch.inference_mode():
-        read = attend_after(q[:, before:], keys, values, window=window)
+        read = attend_cached(q[:, past:], keys, values, window=window)
     assert torch.allclose(read, expected, atol=1e-12)
     # What runs where there are no blocks, on the same inputs.
     masked = masked_attend(
-        q.flatten(2, 3).transpose(1, 2)[:, :, before:],
+        q.flatten(2, 3).transpose(1, 2)[:, :, past:],
         k.transpose(1, 2),
         v.transpose(1, 2),
         window=window,
@@ -123,17 +119,17 @@ def test_windows_through_the_fused_kernel_equal_the_dense_softmax_with_gradients
     """Whichever kernel `attend` would take: texts shorter than a block, windows wider than the text, rows of a batch, positions read earlier."""
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     batch = data.draw(st.integers(1, 3))
-    documents, before = None, 0
+    documents, past = None, 0
     if packed:
         documents = torch.randint(0, 4, (batch, time)).sort(dim=1).values
         documents[0, time - time // 4 :] = -1
     elif batch == 1:
-        before = data.draw(st.integers(0, 200))
-    q, k, v = inputs(batch, before + time, 2, groups, torch.float64)
+        past = data.draw(st.integers(0, 200))
+    q, k, v = inputs(batch, past + time, 2, groups, torch.float64)
     starts = None if documents is None else document_starts_of(documents)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    ours = windowed_attention(q[:, before:], keys, values, window=window, document_starts=starts).flatten(2)
-    theirs = dense(q, k, v, window, documents)[:, before:]
+    ours = windowed_attention(q[:, past:], keys, values, window=window, document_starts=starts).flatten(2)
+    theirs = dense(q, k, v, window, documents)[:, past:]
     # float64: only the order of the sums differs.
     assert torch.allclose(ours, theirs, atol=1e-12)
     grad = torch.randn_like(ours)
@@ -144,13 +140,11 @@ def test_windows_through_the_fused_kernel_equal_the_dense_softmax_with_gradients
 
 
 @pytest.mark.parametrize(
-    ("batch", "time", "before", "window", "packed"), [(1, 70, 3, 5, False), (2, 66, 0, 3, True)]
+    ("batch", "time", "past", "window", "packed"), [(1, 70, 3, 5, False), (2, 66, 0, 3, True)]
 )
-def test_gradcheck_of_windows(batch: int, time: int, before: int, window: int, packed: bool) -> None:
+def test_gradcheck_of_windows(batch: int, time: int, past: int, window: int, packed: bool) -> None:
     q = torch.randn(batch, time, 1, 2, 2, dtype=torch.float64, requires_grad=True)
-    k, v = (
-        torch.randn(batch, 1, before + time, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
+    k, v = (torch.randn(batch, 1, past + time, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     starts = document_starts_of((torch.arange(time) // 9).expand(batch, -1)) if packed else None
     assert torch.autograd.gradcheck(
         lambda q, k, v: windowed_attention(q, k, v, window=window, document_starts=starts), (q, k, v)
@@ -183,7 +177,7 @@ def test_gradcheck(window: int | None) -> None:
     late = q.detach()[:, 12:].requires_grad_()
     assert torch.autograd.gradcheck(
         lambda q, k, v: blocked_attention(
-            q, k, v, before=6, window=window, document_starts=starts[:, 6:], block=2
+            q, k, v, past=6, window=window, document_starts=starts[:, 6:], block=2
         ),
         (late, k, v),
     )
@@ -195,57 +189,10 @@ def test_bfloat16_is_as_close_as_its_rounding() -> None:
     q, k, v = inputs(2, 200, 2, 2, torch.float32)
     exact = dense(q, k, v, 33, None)
     heads = k.transpose(1, 2), v.transpose(1, 2)
-    for kernel in (_in_blocks, windowed_attention):
+    for kernel in (_attend_in_blocks, windowed_attention):
         rounded = kernel(*(x.bfloat16() for x in (q, *heads)), window=33, document_starts=None)
         assert rounded.dtype == torch.bfloat16
         assert (rounded.flatten(2).float() - exact).abs().max() < 0.05
-
-
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("packed", [False, True])
-def test_flex_attention_masks_the_same(window: int | None, packed: bool) -> None:
-    if window is None and not packed:
-        pytest.skip("plain causal attention never goes through FlexAttention")
-    documents = torch.tensor([[0] * 20 + [1] * 30 + [-1] * 14]) if packed else None
-    starts = None if documents is None else document_starts_of(documents)
-    q, k, v = (x.detach() for x in inputs(1, 64, 2, 2, torch.float32))
-    heads = q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = flex_attend(*heads, window=window, document_starts=starts).transpose(1, 2).flatten(2)
-    # float32, sums over at most 64 keys.
-    assert torch.allclose(out, dense(q, k, v, window, documents), atol=1e-5)
-
-
-@pytest.mark.parametrize("time", [1, 128, 300, 384, 513])
-@pytest.mark.parametrize("window", [None, 1, 128, 130, 200])
-@pytest.mark.parametrize("packed", [False, True])
-def test_block_masks_are_those_that_torch_finds_by_trying_every_pair(
-    time: int, window: int | None, packed: bool
-) -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    starts = None
-    if packed:
-        documents = torch.randint(0, 6, (2, time)).sort(dim=1).values
-        documents[0, time - time // 3 :] = -1
-        starts = document_starts_of(documents)
-    ours = block_mask(time, window, starts, torch.device("cpu"))
-    batch = 2 if packed else None
-    theirs = create_block_mask(mask_function(window, starts), batch, None, time, time, device="cpu")
-    assert torch.equal(ours.to_dense(), theirs.to_dense())
-    if time % 128 == 0:
-        # Of a tile that reaches past the end torch says "in part"; for us it is whole if every position that exists is seen.
-        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
-
-
-def test_a_kept_block_mask_can_be_trained_with_wherever_it_was_made() -> None:
-    """Tensors that are made in inference mode cannot be saved for a backward pass, and the mask is kept from one call to the next."""
-    _window_mask.cache_clear()
-    with torch.inference_mode():
-        mask = _window_mask(300, 5, torch.device("cpu"))
-    tensors = [value for value in vars(mask).values() if isinstance(value, Tensor)]
-    assert len(tensors) >= 8
-    assert not any(tensor.is_inference() for tensor in tensors)
-    _window_mask.cache_clear()
 
 
 class Scores(TorchDispatchMode):
@@ -263,7 +210,7 @@ class Scores(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kernel", [_in_blocks, windowed_attention])
+@pytest.mark.parametrize("kernel", [_attend_in_blocks, windowed_attention])
 def test_windowed_layers_touch_only_their_window(kernel: Any) -> None:
     """The scores computed grow with time * window, not with time squared."""
     totals = []

@@ -18,7 +18,7 @@ from koine.model import CausalLM, Decoder, ModelConfig, load_causal_lm, load_mod
 from koine.model.causal_lm import load_as_stored
 from koine.model.formats import checksum
 from koine.model.formats.directory import StoredWeights
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.weight_files import weight_files, widest_dtype
 
 transformers = pytest.importorskip("transformers", reason="the classes need the extra [hf]")
@@ -233,11 +233,11 @@ def test_every_odd_configuration_is_one_line_or_a_model(change: dict[str, Any], 
         ({"eos_token_id": None}, {"eos_token_id": -1}, set()),
     ],
 )
-def test_end_ids(generation: Any, config: Any, expected: set[int], tmp_path: Path) -> None:
+def test_eos_ids(generation: Any, config: Any, expected: set[int], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert end_ids(tmp_path) == expected
+    assert eos_ids(tmp_path) == expected
 
 
 def test_ends_of_our_decoder_are_opened_and_saved(tiny: ModelConfig, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_ends_of_our_decoder_are_opened_and_saved(tiny: ModelConfig, tmp_path: P
     path = tmp_path / "m/generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [98, 7]}))
     opened = load_model(tmp_path / "m")
-    assert opened.end_ids == {98, 7}
+    assert opened.eos_ids == {98, 7}
     save_model(opened, tmp_path / "again")
     assert json.loads((tmp_path / "again/generation_config.json").read_text())["eos_token_id"] == [98, 7]
 
@@ -259,7 +259,7 @@ def test_every_flipped_byte_is_found(tiny: ModelConfig, tmp_path: Path) -> None:
     whole = path.read_bytes()
     with safe_open(path, framework="pt") as file:
         assert set(file.metadata()) == {"format", "sha256"}
-    checksum.verify([path])
+    checksum.verify_checksums([path])
     # In the key itself the weights are whole, and carry no checksum.
     said = whole.index(b'"sha256":"') + 10
     places = [
@@ -325,15 +325,15 @@ def test_memory_of_checked_files_does_not_grow_for_ever(
 def test_sealing_a_file_of_another_library_keeps_its_tensors_and_metadata(tmp_path: Path) -> None:
     folder = llama(tmp_path / "m")
     before = load_file(folder / "model.safetensors")
-    checksum.seal_folder(folder)
-    checksum.verify([folder / "model.safetensors"])
+    checksum.write_checksums(folder)
+    checksum.verify_checksums([folder / "model.safetensors"])
     after = load_file(folder / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     once = (folder / "model.safetensors").read_bytes()
-    checksum.seal_folder(folder)
+    checksum.write_checksums(folder)
     assert (folder / "model.safetensors").read_bytes() == once
     assert transformers.AutoModelForCausalLM.from_pretrained(folder) is not None
 
@@ -341,7 +341,7 @@ def test_sealing_a_file_of_another_library_keeps_its_tensors_and_metadata(tmp_pa
 def test_weights_without_a_checksum_are_as_good(tmp_path: Path) -> None:
     folder = llama(tmp_path / "m")
     load_causal_lm(folder)
-    checksum.seal_folder(folder)
+    checksum.write_checksums(folder)
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (folder / "model.safetensors").write_bytes(content)

@@ -149,14 +149,15 @@ def test_parameters_and_operations_are_counted(tiny: ModelConfig, fields: dict[s
     assert counts.total == sum(parameter.numel() for parameter in model.parameters())
     mixture = config.mixture
     assert mixture is not None
-    assert counts.idle == 4 * (3 - mixture.top_k) * 3 * 32 * 48
+    assert counts.inactive == 4 * (3 - mixture.top_k) * 3 * 32 * 48
     if mixture.domain_size is None:
         matrices = sum(
             parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() > 1
         )
         pairs = sum(7 * 8 // 2 + 13 * 7 if spec.window else 20 * 21 // 2 for spec in config.layers)
         assert (
-            forward_flops(config, 20) == 2 * 20 * (matrices - counts.idle) + 4 * config.attention_size * pairs
+            forward_flops(config, 20)
+            == 2 * 20 * (matrices - counts.inactive) + 4 * config.attention_size * pairs
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from koine.model.moe import cpu_grouped as sorted_experts
 from koine.model.moe import cpu_kernels as compiled_experts
-from koine.model.moe.experts import Chosen, choose, feed_forward_experts, load_balancing_loss, router_z_loss
+from koine.model.moe.experts import Chosen, choose, feed_forward_experts
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -323,23 +323,3 @@ def test_gates_may_be_wider_than_the_tokens() -> None:
     y.float().sum().backward()  # type: ignore[no-untyped-call]
     assert wide.gates.grad is not None
     assert wide.gates.grad.dtype == torch.float32
-
-
-def test_losses_in_closed_form_and_beside_transformers() -> None:
-    """transformers divides the choices by the tokens, so that its loss is `k` times ours."""
-    even = torch.full((12, 4), 0.25)
-    experts = torch.arange(12)[:, None] % 4
-    assert float(load_balancing_loss(even, experts)) == pytest.approx(1.0)
-    sure = F.one_hot(torch.zeros(12, dtype=torch.long), 4).float()
-    assert float(load_balancing_loss(sure, torch.zeros(12, 1, dtype=torch.long))) == pytest.approx(4.0)
-    assert float(router_z_loss(torch.zeros(5, 4))) == pytest.approx(float(torch.tensor(4.0).log() ** 2))
-    counted = torch.tensor([True] * 6 + [False] * 6)
-    mixed = torch.cat((even[:6], sure[:6]))
-    assert float(load_balancing_loss(mixed, experts, counted)) == pytest.approx(1.0)
-    assert float(router_z_loss(torch.zeros(2, 4), torch.tensor([False, False]))) == 0.0
-    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    logits = torch.randn(40, 4)
-    probabilities = logits.softmax(-1)
-    theirs = modeling.load_balancing_loss_func((logits,), num_experts=4, top_k=2)
-    ours = load_balancing_loss(probabilities, choose(probabilities, 2).experts)
-    assert float(theirs) == pytest.approx(2 * float(ours), rel=1e-5)

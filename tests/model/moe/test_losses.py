@@ -8,14 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from koine.model import Decoder, load_model
 from koine.model.config import MixtureConfig
+from koine.model.moe.experts import choose
+from koine.model.moe.losses import (
+    count_step,
+    load_balancing_loss,
+    router_loss,
+    router_z_loss,
+    use_totals,
+)
 from koine.model.moe.routers import Routing
 from koine.train import TrainSettings, language_modelling, supervised_fine_tuning, train
 from koine.train.distributed import Ranks
 from koine.train.optimiser import Optimiser
-from koine.train.routing import part_of, router_loss, whole_step
 from tests.train.fakes import FakeBatch, FakeOrder, fake_order
 from tests.train.models import small_config, small_model
 
@@ -27,6 +35,26 @@ MIXTURE = MixtureConfig(
 def mixture_model(seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
     return Decoder(replace(small_config(), mixture=MIXTURE))
+
+
+def test_losses_in_closed_form_and_beside_transformers() -> None:
+    """transformers divides the assignments by the tokens, so its loss is `k` times ours."""
+    even = torch.full((12, 4), 0.25)
+    experts = torch.arange(12)[:, None] % 4
+    assert float(load_balancing_loss(even, experts)) == pytest.approx(1.0)
+    sure = F.one_hot(torch.zeros(12, dtype=torch.long), 4).float()
+    assert float(load_balancing_loss(sure, torch.zeros(12, 1, dtype=torch.long))) == pytest.approx(4.0)
+    assert float(router_z_loss(torch.zeros(5, 4))) == pytest.approx(float(torch.tensor(4.0).log() ** 2))
+    counted = torch.tensor([True] * 6 + [False] * 6)
+    mixed = torch.cat((even[:6], sure[:6]))
+    assert float(load_balancing_loss(mixed, experts, counted)) == pytest.approx(1.0)
+    assert float(router_z_loss(torch.zeros(2, 4), torch.tensor([False, False]))) == 0.0
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = torch.randn(40, 4)
+    probabilities = logits.softmax(-1)
+    theirs = modeling.load_balancing_loss_func((logits,), num_experts=4, top_k=2)
+    ours = load_balancing_loss(probabilities, choose(probabilities, 2).experts)
+    assert float(theirs) == pytest.approx(2 * float(ours), rel=1e-5)
 
 
 def test_the_papers_formulas_by_hand() -> None:
@@ -165,21 +193,21 @@ def test_the_step_loss_is_the_papers_of_all_its_tokens(tmp_path: Path) -> None:
     assert batch.document_ids is not None
     expected, _ = router_loss(routings, MIXTURE, batch.document_ids >= 0)
     parts = [order.batch(0, micro_batch=slice(row, row + 1)) for row in range(8)]
-    step = whole_step(model, language_modelling, parts, len(parts), Ranks(0, 1, torch.device("cpu")))
-    assert step is not None
-    assert (step.tokens, step.units) == (
+    totals = count_step(model, language_modelling, parts, len(parts), Ranks(0, 1, torch.device("cpu")))
+    assert totals is not None
+    assert (totals.tokens, totals.units) == (
         16 + 14 + 12 + 10 + 8 + 6 + 4 + 2,
         float((batch.targets != -100).sum()),
     )
     total = 0.0
-    with part_of(step):
+    with use_totals(totals):
         for part in parts:
             with_losses, _ = language_modelling(model, part)  # type: ignore[arg-type]
             model.config = replace(model.config, mixture=replace(MIXTURE, load_balancing=0.0, z_loss=0.0))
             without, _ = language_modelling(model, part)  # type: ignore[arg-type]
             model.config = replace(model.config, mixture=MIXTURE)
             total += float((with_losses - without).detach())
-    assert total / step.units == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert total / totals.units == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
 def test_a_dense_model_has_nothing_to_count(tmp_path: Path) -> None:
@@ -189,10 +217,10 @@ def test_a_dense_model_has_nothing_to_count(tmp_path: Path) -> None:
         raise AssertionError
 
     alone = Ranks(0, 1, torch.device("cpu"))
-    assert whole_step(mixture_model(), refused, [1], 1, alone) is None  # type: ignore[arg-type]
-    step = whole_step(small_model(), refused, [1, 2], 2, alone)  # type: ignore[arg-type]
-    assert step is not None
-    assert step.choices is None
+    assert count_step(mixture_model(), refused, [1], 1, alone) is None  # type: ignore[arg-type]
+    totals = count_step(small_model(), refused, [1, 2], 2, alone)  # type: ignore[arg-type]
+    assert totals is not None
+    assert totals.assignments is None
 
 
 def test_a_row_of_chats_without_completion_is_no_error_in_a_step_that_has_some(tmp_path: Path) -> None:

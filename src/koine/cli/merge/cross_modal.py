@@ -9,7 +9,7 @@ import click
 from koine.cli.outputs import OVERWRITE
 
 
-@click.command("cross-modal")
+@click.command("cross-modal", short_help="Merge a multimodal model with its text model (Aya Vision).")
 @click.argument("multimodal", type=click.Path(path_type=Path))
 @click.argument("text", type=click.Path(path_type=Path))
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
@@ -17,22 +17,25 @@ from koine.cli.outputs import OVERWRITE
 @OVERWRITE
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file of weights.")
 @click.option(
-    "--dry-run", is_flag=True, help="Say what would be merged, peak memory and size; write nothing."
+    "--dry-run", is_flag=True, help="Print what would be merged, peak memory and size; write nothing."
 )
 def command(
     multimodal: Path, text: Path, alpha: float, out: Path, overwrite: bool, max_shard_size: str, dry_run: bool
 ) -> None:
-    """Merge the language model inside MULTIMODAL with the model TEXT, which it began as; vision and connector stay (Aya Vision)."""
-    from koine.cli.merge.methods import bytes_of
-    from koine.combine.merging.cross_modal import merge_cross_modal, need_cross_modal
+    """Merge the language model inside MULTIMODAL with TEXT, the model that it was initialised from.
+
+    Vision encoder and connector stay those of MULTIMODAL (Aya Vision).
+    """
+    from koine.cli.merge.options import parse_shard_size
+    from koine.combine.merging.cross_modal import estimate_cross_modal, merge_cross_modal
     from koine.plan.formatting import size
 
-    largest = bytes_of(max_shard_size)
+    largest = parse_shard_size(max_shard_size)
     if dry_run:
-        found = need_cross_modal(multimodal, text, out, alpha=alpha)
+        found = estimate_cross_modal(multimodal, text, out, alpha=alpha)
         click.echo(
-            f"{found.merged:,} tensors to merge, {found.copied:,} to copy, {size(found.output_bytes)} to write; "
-            f"about {size(found.peak_memory_bytes)} of memory"
+            f"{found.merged:,} tensors to merge, {found.copied:,} to copy, "
+            f"{size(found.output_bytes)} to write; about {size(found.peak_memory_bytes)} of memory"
         )
         return
     done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=largest, overwrite=overwrite)

@@ -1,52 +1,66 @@
-"""`koine merge search`."""
+"""`koine merge search`: find the weights of a merge."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from koine.cli.arguments import named_paths
+from koine.cli.merge.options import own_option
 from koine.cli.outputs import OVERWRITE, output_files
+from koine.combine.merging.methods import METHODS, find_method
+from koine.errors import UserError
 from koine.terminal import plain_console
 
+if TYPE_CHECKING:
+    from koine.combine.merging.weight_search import InMemoryMerge, Trial
+    from koine.tokenizer import Tokenizer
 
-@click.command("search")
+Command = TypeVar("Command", bound=click.Command)
+
+
+def with_method_options(command: Command) -> Command:
+    """Add the options of all merge methods, but the one that is searched."""
+    known = {name: method for method in METHODS.values() for name in method.options if name != "t"}
+    command.params += [own_option(method, name, with_default=False) for name, method in known.items()]
+    return command
+
+
+@with_method_options
+@click.command("search", short_help="Search the weights of a merge.")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
 @click.option(
     "--data",
     multiple=True,
     metavar="[NAME=]PATH",
-    help="Text to measure bits per byte on; a figure for each.",
+    help="Text on which to measure bits per byte; one score per PATH.",
 )
 @click.option(
     "--questions",
     multiple=True,
     metavar="[NAME=]PATH",
-    help="Questions with exact answers; the share that is answered wrong, a figure for each.",
+    help="Questions with exact answers, for the share of wrong answers; one score per PATH.",
 )
 @click.option("--method", default="linear", show_default=True, help="A method that takes weights, or slerp.")
 @click.option(
     "--base", type=click.Path(path_type=Path), help="The common ancestor, for methods that need it."
 )
-@click.option("--density", type=float, help="Of a method that has one.")
-@click.option("--scale", type=float, help="Of a method that has one.")
-@click.option("--normalize/--no-normalize", default=None, help="Of a method that has it.")
 @click.option(
     "--tokenizer",
     default="",
     metavar="first|base|MODEL",
-    help="Whose tokenizer the texts are cut by, where equal vocabularies are cut otherwise.",
+    help="Whose tokenizer to measure with, where tokenizers of one vocabulary differ.",
 )
-@click.option("--unrelated", is_flag=True, help="Models without a common ancestor too.")
+@click.option("--unrelated", is_flag=True, help="Also merge models without a common ancestor.")
 @click.option(
     "--parts",
     type=click.IntRange(1),
     default=4,
     show_default=True,
-    help="Parts into which the grid cuts the whole.",
+    help="The grid's step is 1/PARTS of the total weight.",
 )
 @click.option(
     "--rounds",
@@ -58,74 +72,62 @@ from koine.terminal import plain_console
 @click.option(
     "--budget", type=click.IntRange(1), default=200, show_default=True, help="Merges to evaluate at most."
 )
-@click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Records of each PATH.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=64, show_default=True, help="Records to read of each PATH."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write all trials as JSON to this file.")
 @OVERWRITE
 def command(
-    models: tuple[Path, ...], data: tuple[str, ...], questions: tuple[str, ...], method: str, base: Path | None, density: float | None, scale: float | None,
-    normalize: bool | None, tokenizer: str, unrelated: bool, parts: int, rounds: int, budget: int, limit: int, out: Path | None,
+    models: tuple[Path, ...],
+    data: tuple[str, ...],
+    questions: tuple[str, ...],
+    method: str,
+    base: Path | None,
+    tokenizer: str,
+    unrelated: bool,
+    parts: int,
+    rounds: int,
+    budget: int,
+    limit: int,
+    out: Path | None,
     overwrite: bool,
-) -> None:  # fmt: skip
-    """Search the weights of a merge by bits per byte or wrong answers, without writing any merge; and tell which models collide.
+    **options: float | bool | None,
+) -> None:
+    """Search the weights of a merge by bits per byte or wrong answers, without writing any merge.
 
-    The mean of the figures decides. Shown are the best, the Pareto front, and how each figure changes when a model is left out of the best.
+    The merge with the lowest mean score is the best. Printed are the best, the Pareto front, and how each
+    score changes when one model is left out of the best: below 0, that model collides with the others.
     """
-    from koine.combine.merging.methods import METHODS
-    from koine.combine.merging.vocabularies import chosen_model
+    from koine.combine.merging.tokenizers import tokenizer_source
     from koine.combine.merging.weight_search import InMemoryMerge, leave_one_out, pareto_front, search_weights
-    from koine.errors import UserError, did_you_mean
-    from koine.evaluate import bits_per_byte, question_accuracy
     from koine.files import write_json
     from koine.tokenizer import load_tokenizer
 
-    if method not in METHODS:
-        raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
-    if len(models) < 2:
-        raise UserError("one model is given", hint="give at least two: there is nothing to weigh")
-    if not data and not questions:
-        raise UserError("nothing to measure by is given", hint="give --data, --questions or both")
+    _check_arguments(models, method, data, questions)
     reads = [*models, base, *(one.rpartition("=")[2] for one in (*data, *questions))]
     with output_files({"--out": out}, overwrite=overwrite, reads=reads) as targets:
         texts, asked = named_records(data, limit), named_records(questions, limit)
         if twice := sorted(texts.keys() & asked.keys()):
-            raise UserError(f"two figures are named '{twice[0]}'", hint="name them: --questions NAME=PATH")
-        given = {"density": density, "scale": scale, "normalize": normalize}
+            raise UserError(f"two scores are named '{twice[0]}'", hint="name them: --questions NAME=PATH")
         merged = InMemoryMerge(
-            models, method=method, base=base, tokenizer=tokenizer, unrelated=unrelated,
-            options={name: value for name, value in given.items() if value is not None},
-        )  # fmt: skip
-        everyone = [*models, *([] if base is None else [base])]
-        cutter = load_tokenizer(
-            everyone[chosen_model(everyone, with_base=base is not None, policy=tokenizer)]
+            models,
+            method=method,
+            base=base,
+            tokenizer=tokenizer,
+            unrelated=unrelated,
+            options={name: value for name, value in options.items() if value is not None},
         )
-
-        def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
-            model: Any = merged.set(weights)
-            return {
-                name: bits_per_byte(model, cutter, records, resamples=1)["overall"]["bits_per_byte"]
-                for name, records in texts.items()
-            } | {
-                name: wrong_share(question_accuracy(model, cutter, records, resamples=1))
-                for name, records in asked.items()
-            }
-
+        everyone = [*models, *([] if base is None else [base])]
+        source = tokenizer_source(everyone, with_base=base is not None, policy=tokenizer)
+        evaluate = evaluation_of(merged, load_tokenizer(everyone[source]), texts, asked)
         trials = search_weights(evaluate, len(models), parts=parts, rounds=rounds, budget=budget)
         best = min(trials, key=lambda trial: trial.mean)
         front = pareto_front(trials)
         left_out = leave_one_out(evaluate, best.weights)
         if (target := targets["--out"]) is not None:
-            write_json(
-                target,
-                {
-                    "models": [str(path) for path in models],
-                    "method": method,
-                    "best": {"weights": best.weights, "scores": best.scores},
-                    "front": [{"weights": trial.weights, "scores": trial.scores} for trial in front],
-                    "trials": [{"weights": trial.weights, "scores": trial.scores} for trial in trials],
-                    "left_out": dict(zip(map(str, models), left_out, strict=True)),
-                },
-            )
-    show(models, [*texts, *asked], trials, best, front, left_out)
+            write_json(target, search_report(models, method, trials, best, front, left_out))
+    print_trials(models, [*texts, *asked], trials, best, front)
+    print_left_out(models, [*texts, *asked], left_out)
     if out is not None:
         click.echo(f"written to {out}")
     if METHODS[method].takes("weights"):
@@ -134,14 +136,64 @@ def command(
         click.echo(f"--t {best.weights[1]:g}")
 
 
+def _check_arguments(
+    models: tuple[Path, ...], method: str, data: tuple[str, ...], questions: tuple[str, ...]
+) -> None:
+    find_method(method)
+    if len(models) < 2:
+        raise UserError("one model is given", hint="give at least two: there is nothing to weigh")
+    if not data and not questions:
+        raise UserError("nothing to measure by is given", hint="give --data, --questions or both")
+
+
+def evaluation_of(
+    merged: InMemoryMerge,
+    tokenizer: Tokenizer,
+    texts: Mapping[str, list[Mapping[str, Any]]],
+    questions: Mapping[str, list[Mapping[str, Any]]],
+) -> Callable[[tuple[float, ...]], dict[str, float]]:
+    """Return a function from weights to the scores of their merge, lower is better."""
+    from koine.evaluate import bits_per_byte, question_accuracy
+
+    def evaluate(weights: tuple[float, ...]) -> dict[str, float]:
+        model: Any = merged.set(weights)
+        return {
+            name: bits_per_byte(model, tokenizer, records, resamples=1)["overall"]["bits_per_byte"]
+            for name, records in texts.items()
+        } | {
+            name: wrong_share(question_accuracy(model, tokenizer, records, resamples=1))
+            for name, records in questions.items()
+        }
+
+    return evaluate
+
+
+def search_report(
+    models: tuple[Path, ...],
+    method: str,
+    trials: Sequence[Trial],
+    best: Trial,
+    front: Sequence[Trial],
+    left_out: list[dict[str, float | None]],
+) -> dict[str, Any]:
+    """Return the search as JSON values."""
+    return {
+        "models": [str(path) for path in models],
+        "method": method,
+        "best": {"weights": best.weights, "scores": best.scores},
+        "front": [{"weights": trial.weights, "scores": trial.scores} for trial in front],
+        "trials": [{"weights": trial.weights, "scores": trial.scores} for trial in trials],
+        "left_out": dict(zip(map(str, models), left_out, strict=True)),
+    }
+
+
 def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[str, Any]]]:
     """The records of each `[NAME=]PATH`, at most `limit`."""
     from itertools import islice
 
     from koine.data import read_records
-    from koine.errors import UserError
 
-    named = named_paths(given, what="figures", hint="name them: NAME=PATH", name_of=lambda path: path.stem)
+    named = named_paths(given, what="scores", hint="name them: NAME=PATH", name_of=lambda path: path.stem)
     for path in named.values():
         if not path.exists():
             raise UserError("no such file or folder", where=path)
@@ -158,18 +210,12 @@ def wrong_share(accuracy: Mapping[str, Any]) -> float:
     return 1.0 - right / asked
 
 
-def show(
-    models: tuple[Path, ...],
-    names: list[str],
-    trials: Any,
-    best: Any,
-    front: Any,
-    left_out: list[dict[str, float | None]],
+def print_trials(
+    models: tuple[Path, ...], names: list[str], trials: Sequence[Trial], best: Trial, front: Sequence[Trial]
 ) -> None:
-    """The best and the front, and what leaving a model out does."""
+    """Print the best merge and the Pareto front."""
     from rich.table import Table
 
-    console = plain_console()
     table = Table(title=f"{len(trials)} merges, lower is better: the best, and the Pareto front")
     for path in models:
         table.add_column(path.resolve().name, justify="right")
@@ -183,7 +229,15 @@ def show(
             f"{trial.mean:.4f}",
             end_section=number == 0,
         )
-    console.print(table)
+    plain_console().print(table)
+
+
+def print_left_out(
+    models: tuple[Path, ...], names: list[str], left_out: list[dict[str, float | None]]
+) -> None:
+    """Print how each score changes when a model is left out."""
+    from rich.table import Table
+
     table = Table(
         title="Change when a model is left out of the best (below 0: it collides with the others there)"
     )
@@ -193,4 +247,4 @@ def show(
     for path, changes in zip(models, left_out, strict=True):
         cells = ("–" if changes[name] is None else f"{changes[name]:+.4f}" for name in names)
         table.add_row(path.resolve().name, *cells)
-    console.print(table)
+    plain_console().print(table)

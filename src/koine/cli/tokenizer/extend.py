@@ -1,25 +1,32 @@
-"""`koine tokenizer extend`: more languages for a tokenizer, and what that gives beside one from scratch."""
+"""`koine tokenizer extend`: add tokens for more languages, and compare with a tokenizer from scratch."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from koine.cli.outputs import OVERWRITE
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import texts_of
+from koine.errors import KoineWarning
+
+if TYPE_CHECKING:
+    from koine.tokenizer.token_bytes import AnyTokenizer
+
+Texts = Callable[[], Iterator[tuple[str, str]]]
 
 
 @click.command()
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
-@click.option("--languages", help="Only these codes, with commas between.  [default: all in the data]")
-@click.option("--tokens", type=int, required=True, help="How many tokens to add.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the tokenizer to."
-)
+@click.option("--languages", help="Comma-separated codes to add.  [default: all in the data]")
+@click.option("--tokens", type=int, required=True, help="Number of tokens to add.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
 @click.option(
@@ -29,7 +36,7 @@ from koine.cli.tokenizer.texts import texts_of
     "--heldout",
     multiple=True,
     type=click.Path(),
-    help="Text to measure on.  [default: every 20th text of --data, which is not learnt from]",
+    help="Text to measure on.  [default: every 20th text of --data, which is left out of training]",
 )
 def extend(
     base: Path,
@@ -42,46 +49,28 @@ def extend(
     compare: bool,
     heldout: tuple[str, ...],
 ) -> None:
-    """Add tokens to the BPE tokenizer BASE for more languages, keeping every old id and every old merge.
+    """Add tokens for more languages to the BPE tokenizer BASE, keeping every old id and every old merge.
 
-    Other languages of the data that BASE was trained on are measured too, and the tokenizer of --compare learns them with the new ones.
+    Languages of the data that BASE was trained on are measured too, and the tokenizer of --compare is trained
+    on both.
     """
-    from koine.errors import KoineWarning
     from koine.files import atomic_directory
-    from koine.tokenizer import load_tokenizer, train_tokenizer
-    from koine.tokenizer.corpus_sampling import count_bytes
-    from koine.tokenizer.extend import extend_tokenizer, trained_languages
-    from koine.tokenizer.holdout import EVERY, split_texts
-    from koine.tokenizer.loaders import open_tokenizer
-    from koine.tokenizer.measures import MeasuredText
-    from koine.tokenizer.measures import measure as measure_tokenizers
-    from koine.tokenizer.token_bytes import AnyTokenizer
+    from koine.tokenizer import extend_tokenizer, load_tokenizer, open_tokenizer, train_tokenizer
+    from koine.tokenizer.holdout import EVERY
 
     load_tokenizer(base)
-    known = trained_languages(base)
-    new_text = split_texts(texts_of(data, languages), heldout=False, every=None if heldout else EVERY)
-    sizes = count_bytes(new_text)
-    everything = texts_of(data, None)
-    present = count_bytes(everything)
-    old = sorted(code for code in present if code not in sizes and (known is None or code in known))
-    chosen = ",".join([*sizes, *old])
-    if heldout:
-        measured = texts_of(heldout, None)
-        scratch_text = texts_of(data, chosen)
-    else:
-        measured = split_texts(texts_of(data, chosen), heldout=True)
-        scratch_text = split_texts(texts_of(data, chosen), heldout=False)
+    text = _split_text(base, data, languages, heldout)
     reads = [base, *map(Path, data)]
     with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
         extended = extend_tokenizer(
             base,
-            ((text, 1) for _, text in new_text()),
+            (one for _, one in text.added()),
             new_tokens=tokens,
             min_frequency=min_frequency,
             training={
                 "data": list(data),
-                "languages": {code: {"bytes": size} for code, size in sizes.items()},
-                "base_languages": sorted(known or ()),
+                "languages": {code: {"bytes": size} for code, size in text.sizes.items()},
+                "base_languages": text.base_languages,
                 "sample": "all texts" if heldout else f"all but every {EVERY}th text of each language",
                 "seed": None,
             },
@@ -89,35 +78,83 @@ def extend(
         extended.tokenizer.save(folder)
         opened: dict[str, AnyTokenizer] = {"before": open_tokenizer(base), "extended": extended.tokenizer}
         if compare:
-            if not old:
+            if not text.old:
                 warnings.warn(
-                    "the data has no text of the base's languages, so that the tokenizer from scratch learns the added ones alone; "
-                    "give it with --data, and name the added languages with --languages",
+                    "the data has no text of the base's languages, so the tokenizer from scratch learns only "
+                    "the added ones; give it with --data, and name the added languages with --languages",
                     KoineWarning,
                     stacklevel=2,
                 )
             opened["from scratch"] = train_tokenizer(
-                scratch_text,
+                text.all,
                 vocab_size=extended.tokenizer.vocab_size,
                 min_frequency=min_frequency,
                 scheme="natural",
                 english_share=None,
             )
     click.echo(
-        f"{extended.added_tokens:,} tokens ({extended.added_characters:,} of them characters) and {extended.added_merges:,} merges added; "
-        f"written to {out}"
+        f"{extended.added_tokens:,} tokens ({extended.added_characters:,} of them characters) and "
+        f"{extended.added_merges:,} merges added; written to {out}"
     )
-    added_codes = ", ".join(sizes)
-    click.echo(f"added languages: {added_codes}; the base's: {', '.join(old) or 'none in the data'}")
+    added_codes = ", ".join(text.sizes)
+    click.echo(f"added languages: {added_codes}; the base's: {', '.join(text.old) or 'none in the data'}")
     if compare:
         click.echo(
-            f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from {', '.join([*sizes, *old])}, weighted as they are"
+            f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from "
+            f"{', '.join([*text.sizes, *text.old])}, weighted by size"
         )
-    units = [MeasuredText(code, text) for code, text in measured()]
-    if not units:
+    _measure(opened, text.measured, heldout)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text of one extension; each reader gives (language, text) anew at each call."""
+
+    added: Texts
+    """Text of the languages to add, without what is held out."""
+    all: Texts
+    """The same with text of the base's own languages."""
+    measured: Texts
+    """Text that nothing is learnt from."""
+    sizes: dict[str, int]
+    """Bytes of each language in `added`."""
+    old: list[str]
+    """Languages of the data that the base knows and that are not added."""
+    base_languages: list[str]
+    """Languages of the base's own record."""
+
+
+def _split_text(base: Path, data: tuple[str, ...], languages: str | None, heldout: tuple[str, ...]) -> _Text:
+    """Divide the data into text to learn from and text to measure on."""
+    from koine.tokenizer.corpus_sampling import count_bytes
+    from koine.tokenizer.extend import trained_languages
+    from koine.tokenizer.holdout import EVERY, split_texts
+
+    known = trained_languages(base)
+    added = split_texts(texts_of(data, languages), heldout=False, every=None if heldout else EVERY)
+    sizes = count_bytes(added)
+    present = count_bytes(texts_of(data, None))
+    old = sorted(code for code in present if code not in sizes and (known is None or code in known))
+    everything = texts_of(data, ",".join([*sizes, *old]))
+    if heldout:
+        learnt, measured = everything, texts_of(heldout, None)
+    else:
+        learnt = split_texts(everything, heldout=False)
+        measured = split_texts(everything, heldout=True)
+    return _Text(added, learnt, measured, sizes, old, sorted(known or ()))
+
+
+def _measure(tokenizers: dict[str, AnyTokenizer], measured: Texts, heldout: tuple[str, ...]) -> None:
+    """Print the measures of the tokenizers on held-out text, or a warning where there is none."""
+    from koine.tokenizer import MeasuredText, measure
+    from koine.tokenizer.holdout import EVERY
+
+    texts = [MeasuredText(code, text) for code, text in measured()]
+    if not texts:
         warnings.warn(
-            "too little text to hold any out; nothing is measured; give --heldout", KoineWarning, stacklevel=2
+            "too little text to hold any out; nothing is measured; give --heldout", KoineWarning, stacklevel=3
         )
         return
-    click.echo(f"measured on {', '.join(heldout) or f'every {EVERY}th text, which nothing was learnt from'}:")
-    show_measures(measure_tokenizers(opened, units))
+    source = ", ".join(heldout) or f"every {EVERY}th text, left out of training"
+    click.echo(f"measured on {source}:")
+    show_measures(measure(tokenizers, texts))

@@ -1,4 +1,4 @@
-"""Measures of tokenizers as tables for the terminal."""
+"""Print measures of tokenizers as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from koine.terminal import plain_console
 
 
 def show_measures(result: dict[str, dict[str, Any]]) -> None:
-    """The means over languages and bytes per token of each language, a tokenizer a column, in as many tables as the terminal is wide for."""
+    """Print the means over languages, then bytes per token of each language; a column per tokenizer.
+
+    Tokenizers that do not fit the terminal's width go into further tables.
+    """
     from rich.table import Table
 
     from koine.tokenizer.comparison import is_group, table
@@ -49,7 +52,7 @@ def show_measures(result: dict[str, dict[str, Any]]) -> None:
 
 
 def short_names(paths: list[str]) -> dict[str, str]:
-    """The last parts of paths, as many as tell them apart."""
+    """Return the shortest endings of paths that are all different."""
     longest = max(len(Path(path).parts) for path in paths)
     for count in range(1, longest + 1):
         names = {path: str(Path(*Path(path).parts[-count:])) for path in paths}

@@ -1,4 +1,4 @@
-"""The texts that the verbs of `koine tokenizer` read, by language."""
+"""Read the texts of the verbs of `koine tokenizer`, by language."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from koine.tokenizer.measures import MeasuredText
 
 
-def units_of(
+def read_measured_texts(
     paths: tuple[str, ...],
     languages: str | None,
     *,
@@ -18,7 +18,10 @@ def units_of(
     max_bytes: int | None,
     max_bad_share: float,
 ) -> Iterator[MeasuredText]:
-    """The text of records, in the chosen languages, at most `max_bytes` of each; records without a language are `und`."""
+    """Yield the texts of records in the chosen languages, at most `max_bytes` of each.
+
+    Records without a language are `und`. Raises `UserError` for a language or a split without text.
+    """
     from koine.data.records import TRANSLATED, read_records
     from koine.errors import UserError, did_you_mean
     from koine.tokenizer.measures import REFERENCE, MeasuredText
@@ -57,7 +60,7 @@ def units_of(
 
 
 def codes_of(languages: str | None) -> set[str] | None:
-    """The canonical codes of a list with commas; None for no list."""
+    """Return the canonical codes of a comma-separated list; `None` for no list."""
     from koine.languages import language
 
     if languages is None:
@@ -66,7 +69,10 @@ def codes_of(languages: str | None) -> set[str] | None:
 
 
 def texts_of(paths: tuple[str, ...], languages: str | None) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that reads (language, text) of the chosen languages anew at each call."""
+    """Return a function that yields (language, text) of the chosen languages, anew at each call.
+
+    Its first complete pass raises `UserError` for a chosen language without text.
+    """
     from koine.errors import UserError, did_you_mean
 
     where = ", ".join(paths)

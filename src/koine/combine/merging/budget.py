@@ -1,4 +1,7 @@
-"""What a merge needs, and a budget of bytes that its workers share: many cores must not hold many large tensors at once."""
+"""Memory of a merge: an estimate before it runs, and a limit that its workers share.
+
+Without the limit, many cores would hold many large tensors at once.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
-from koine.combine.merging.methods import BLOCK
 from koine.combine.merging.plan import MergePlan
-from koine.combine.safetensors_stream import NEAR_ROWS
 from koine.hardware import available_memory
 
-WHOLE_ENTRIES = 2**21
-"""A tensor of at most so many entries is read whole where a method makes several passes over it; a larger one is read again in each."""
-
-LIBRARIES = 300 * 2**20
+LIBRARY_BYTES = 300 * 2**20
 """Bytes of the process without any tensor."""
 
-RETAINED = 64 * 2**20
+RETAINED_BYTES = 64 * 2**20
 """Bytes that glibc keeps of what a thread has freed: its threshold for trimming, at its largest."""
 
 RATES = {
@@ -31,12 +27,15 @@ RATES = {
     "dare-linear": 8e7,
     "dare-ties": 6e7,
 }
-"""Entries of inputs a second, as seen on two cores."""
+"""Entries of inputs merged per second, measured on two cores."""
+
+DEFAULT_RATE = 1e8
+"""The rate of methods that were not measured."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a merge will take."""
+class MergeEstimate:
+    """What a merge will need."""
 
     peak_memory_bytes: int
     seconds: float
@@ -45,7 +44,10 @@ class Need:
 
 
 class ByteBudget:
-    """Bytes that may be held at once. A holder of more than all of them waits until it is alone."""
+    """A limit on the bytes that all workers hold together.
+
+    Who needs more than the whole limit waits until no one else holds any.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -54,7 +56,7 @@ class ByteBudget:
 
     @contextmanager
     def hold(self, count: int) -> Iterator[None]:
-        """Wait until `count` bytes are free, and hold them."""
+        """Wait until `count` bytes are free, and hold them while the context lasts."""
         with self._changed:
             self._changed.wait_for(lambda: not self._held or self._held + count <= self.limit)
             self._held += count
@@ -66,54 +68,37 @@ class ByteBudget:
                 self._changed.notify_all()
 
 
-def working_bytes(plan: MergePlan, name: str) -> int:
-    """Bytes that merging the tensor `name` holds at once."""
-    entries = [one[name] for one in plan.everyone()]
-    dtype, shape = plan.layout[name]
-    numel = torch.Size(shape).numel()
-    copies = len(entries)
-    given = [plan.dtype_read(name, entry.dtype) for entry in entries]
-    out = given[0].itemsize + (dtype.itemsize if dtype != given[0] else 0)
-    # A method works in float32 (float64 stays): the differences of all models, masks of them, and their sum.
-    wide = (2 * copies + 2) * max(4, given[0].itemsize)
-    read = sum(
-        entry.dtype.itemsize + (one.itemsize if one != entry.dtype else 0)
-        for entry, one in zip(entries, given, strict=True)
-    )
-    if name in plan.vocabularies:
-        # Rows are gathered from what was read, which may hold some that are not wanted.
-        read *= 2 + NEAR_ROWS
-    if plan.info.elementwise:
-        return min(numel, max(BLOCK, entries[0].row)) * (read + out + wide)
-    block, held = min(numel, BLOCK), numel if numel <= WHOLE_ENTRIES else min(numel, BLOCK)
-    return numel * out + held * read + block * wide
+def memory_budget(plan: MergePlan, threads: int) -> int:
+    """Return the bytes that the workers of a merge may hold together.
+
+    Enough for the `threads` largest tensors, or what the machine has free where that is less. Never less than
+    the largest tensor alone.
+    """
+    largest_first = sorted((job.working_bytes for job in plan.jobs.values()), reverse=True)
+    return max(largest_first[0], min(sum(largest_first[:threads]), available_memory()))
 
 
-def budget_of(plan: MergePlan, threads: int) -> int:
-    """Bytes that the workers of a merge may hold together: those of `threads` of the largest tensors, or what the machine has free where that is less; never
-    less than the largest alone."""
-    most = sorted((working_bytes(plan, name) for name in plan.layout), reverse=True)
-    return max(most[0], min(sum(most[:threads]), available_memory()))
+def worker_count(plan: MergePlan, threads: int) -> int:
+    """Return how many threads to start: those that find room in the budget with tensors of usual size.
 
-
-def workers_of(plan: MergePlan, threads: int) -> int:
-    """How many of the threads have something to do: more than fit into the budget with a tensor of usual size each would only wait, and the C library keeps
-    `RETAINED` of freed memory for each thread."""
-    needs = [working_bytes(plan, name) for name in plan.layout]
-    # Weighted by themselves: a norm is soon done, most of the time goes into the large ones.
+    More would only wait, and the C library keeps `RETAINED_BYTES` of freed memory for each thread.
+    """
+    needs = [job.working_bytes for job in plan.jobs.values()]
+    # Weighted by size: most of the time goes into large tensors, and a norm is soon done.
     usual = sum(one * one for one in needs) / max(1, sum(needs))
-    return max(1, min(threads, int(budget_of(plan, threads) // max(1.0, usual))))
+    return max(1, min(threads, int(memory_budget(plan, threads) // max(1.0, usual))))
 
 
-def need(plan: MergePlan, threads: int) -> Need:
-    """What the merge will take, from the sizes of its tensors and rates seen on two cores."""
-    sizes = {name: torch.Size(shape).numel() for name, (_, shape) in plan.layout.items()}
-    entries = sum(sizes.values()) * len(plan.models)
-    modules = [need(one, 1) for one in plan.modules.values()]
-    return Need(
-        LIBRARIES + budget_of(plan, threads) + RETAINED * workers_of(plan, threads),
-        2.0 + entries / RATES.get(plan.recipe.method, 1e8),
-        sum(sizes[name] * dtype.itemsize for name, (dtype, _) in plan.layout.items())
-        + sum(one.output_bytes for one in modules),
-        len(plan.layout) + sum(one.tensors for one in modules),
+def estimate_merge(plan: MergePlan, threads: int) -> MergeEstimate:
+    """Estimate memory, time and output of a merge from its tensors and the measured rates."""
+    jobs = list(plan.jobs.values())
+    entries = sum(job.numel for job in jobs) * len(plan.models)
+    modules = [estimate_merge(one, 1) for one in plan.modules.values()]
+    return MergeEstimate(
+        peak_memory_bytes=LIBRARY_BYTES
+        + memory_budget(plan, threads)
+        + RETAINED_BYTES * worker_count(plan, threads),
+        seconds=2.0 + entries / RATES.get(plan.config.method, DEFAULT_RATE),
+        output_bytes=sum(job.nbytes for job in jobs) + sum(one.output_bytes for one in modules),
+        tensors=len(jobs) + sum(one.tensors for one in modules),
     )

@@ -1,4 +1,4 @@
-"""Merging across modalities, as Aya Vision does (arXiv 2505.08751): language-model tensors only.
+"""Merge a multimodal model with a text model, as Aya Vision does (arXiv 2505.08751): its language model only.
 
     W = alpha W_multimodal + (1 - alpha) W_text
 
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koine.combine.compatibility import tokenizer_differences
-from koine.combine.merging.budget import LIBRARIES
+from koine.combine.merging.budget import LIBRARY_BYTES
 from koine.combine.merging.methods import BLOCK, linear
-from koine.combine.merging.vocabularies import tokens_of
+from koine.combine.merging.tensor_names import drop_tied_head, is_saved_buffer
+from koine.combine.merging.tokenizers import read_token_ids
 from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
-from koine.combine.tensor_names import is_saved_buffer, leave_tied_head
 from koine.errors import UserError
 from koine.files import atomic_directory, check_inside, write_json
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
+from koine.model.formats.checksum import write_checksums
 
 ANCESTOR = "give the text model that the other began as"
 
 
 def text_name(name: str) -> str | None:
-    """The text model's name of a multimodal checkpoint's tensor; None for what is not the language model's."""
+    """Return the text model's name of a multimodal checkpoint's tensor; None outside the language model."""
     for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
@@ -36,8 +36,8 @@ def text_name(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class CrossModalNeed:
-    """What a merge across modalities will take."""
+class CrossModalEstimate:
+    """What a cross-modal merge will need, and how many tensors it merges and copies."""
 
     merged: int
     copied: int
@@ -54,89 +54,113 @@ def merge_cross_modal(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Write the multimodal model with its language model merged with `text`'s to `out`; how many tensors were merged and copied.
+    """Merge the language model inside a multimodal model with a text model; count merged and copied tensors.
 
-    alpha: the weight of the MULTIMODAL model.
+    Args:
+        multimodal: The folder of the multimodal model. Vision encoder and connector are copied from it.
+        text: The folder of the text model that its language model was initialised from.
+        out: The folder to write.
+        alpha: The weight of the multimodal model.
+        max_shard_bytes: Largest file of weights.
+        overwrite: Replace what stands at `out`.
 
-    Raises `UserError` where the first model has no language model inside, the second is another than that (in its tensors, their shapes or its tokenizer), a
-    tensor holds NaN or infinity, or `alpha` is not from 0 to 1.
+    Raises:
+        UserError: The first model has no language model inside; the second differs from it in tensors, shapes
+            or tokenizer; a tensor holds NaN or infinity; or `alpha` is not from 0 to 1.
     """
     check_inside(out, (multimodal, text))
-    with _opened(multimodal, text, alpha) as (whole, plain, names):
+    with _opened(multimodal, text, alpha) as pair:
         with atomic_directory(out, overwrite=overwrite, reads=[multimodal, text]) as folder:
-            _write(whole, plain, names, folder, alpha, max_shard_bytes)
-        merged = sum(theirs is not None for theirs in names.values())
-        return {"merged": merged, "copied": len(names) - merged}
+            _write(pair, folder, alpha, max_shard_bytes)
+        return {"merged": pair.merged, "copied": len(pair.names) - pair.merged}
 
 
-def need_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -> CrossModalNeed:
-    """What `merge_cross_modal` will take; raises as it does, but for what only reading the weights shows."""
+def estimate_cross_modal(multimodal: Path, text: Path, out: Path, *, alpha: float) -> CrossModalEstimate:
+    """Estimate `merge_cross_modal`; raise as it does, except for what only the weights show."""
     check_inside(out, (multimodal, text))
-    with _opened(multimodal, text, alpha) as (whole, _, names):
-        merged = sum(theirs is not None for theirs in names.values())
+    with _opened(multimodal, text, alpha) as pair:
+        entries = pair.multimodal.values()
         block = max(
-            min(entry.numel, max(BLOCK, entry.row)) * (3 * entry.dtype.itemsize + 4)
-            for entry in whole.values()
+            min(entry.numel, max(BLOCK, entry.row)) * (3 * entry.dtype.itemsize + 4) for entry in entries
         )
-        size = sum(entry.nbytes for entry in whole.values())
-        return CrossModalNeed(merged, len(names) - merged, size, LIBRARIES + block)
+        size = sum(entry.nbytes for entry in entries)
+        return CrossModalEstimate(pair.merged, len(pair.names) - pair.merged, size, LIBRARY_BYTES + block)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Both opened models; `names` maps each multimodal tensor to the text model's, or None: it is copied."""
+
+    multimodal: Checkpoint
+    text: Checkpoint
+    names: dict[str, str | None]
+
+    @property
+    def merged(self) -> int:
+        """Return how many tensors are merged."""
+        return sum(name is not None for name in self.names.values())
 
 
 @contextmanager
-def _opened(
-    multimodal: Path, text: Path, alpha: float
-) -> Iterator[tuple[Checkpoint, Checkpoint, dict[str, str | None]]]:
-    """Both models, checked to fit, and for each tensor of the first the name that the second has it by, if any."""
+def _opened(multimodal: Path, text: Path, alpha: float) -> Iterator[_Pair]:
+    """Open both models and check that they fit."""
     if not 0.0 <= alpha <= 1.0:
         raise UserError(
             f"alpha is {alpha}", hint="it must lie between 0 and 1; it is the multimodal model's weight"
         )
-    whole, plain = Checkpoint(multimodal), Checkpoint(text)
+    first, second = Checkpoint(multimodal), Checkpoint(text)
     try:
-        names = _names(whole, plain)
-        _refuse_other_tokenizer(multimodal, text)
-        yield whole, plain, names
+        names = _match_names(first, second)
+        _check_same_tokenizer(multimodal, text)
+        yield _Pair(first, second, names)
     finally:
-        whole.close()
-        plain.close()
+        first.close()
+        second.close()
 
 
-def _names(whole: Checkpoint, plain: Checkpoint) -> dict[str, str | None]:
-    for one in (whole, plain):
-        one.entries = {name: entry for name, entry in one.items() if not is_saved_buffer(name, entry)}
-        leave_tied_head(one)
-    names = {name: text_name(name) for name in whole}
+def _match_names(multimodal: Checkpoint, text: Checkpoint) -> dict[str, str | None]:
+    """Return the text model's name of each multimodal tensor; raise `UserError` where they do not fit."""
+    for checkpoint in (multimodal, text):
+        checkpoint.entries = {
+            name: entry for name, entry in checkpoint.items() if not is_saved_buffer(name, entry)
+        }
+        drop_tied_head(checkpoint)
+    names = {name: text_name(name) for name in multimodal}
     if not any(names.values()):
         raise UserError(
             "holds no tensor of a language model inside",
-            where=whole.path,
+            where=multimodal.path,
             hint="give the multimodal model first",
         )
-    for name, theirs in names.items():
-        if theirs is None:
+    for name, inner in names.items():
+        if inner is None:
             continue
-        if theirs not in plain:
-            raise UserError(f"lacks {theirs}", where=plain.path, hint=ANCESTOR)
-        if plain[theirs].shape != whole[name].shape:
+        if inner not in text:
+            raise UserError(f"lacks {inner}", where=text.path, hint=ANCESTOR)
+        shapes = text[inner].shape, multimodal[name].shape
+        if shapes[0] != shapes[1]:
             raise UserError(
-                f"{theirs} has shape {list(plain[theirs].shape)}, and {list(whole[name].shape)} in {whole.path}",
-                where=plain.path,
+                f"{inner} has shape {list(shapes[0])}, and {list(shapes[1])} in {multimodal.path}",
+                where=text.path,
                 hint=ANCESTOR,
             )
-    taken = set(names.values())
-    for theirs in plain:
-        if theirs not in taken:
+    inner_names = set(names.values())
+    for inner in text:
+        if inner not in inner_names:
             raise UserError(
-                f"has {theirs}, which the language model inside {whole.path} lacks",
-                where=plain.path,
+                f"has {inner}, which the language model inside {multimodal.path} lacks",
+                where=text.path,
                 hint=ANCESTOR,
             )
     return names
 
 
-def _refuse_other_tokenizer(multimodal: Path, text: Path) -> None:
-    """A multimodal model has tokens of its own for images; those that both know must have one id, and text must be cut alike."""
-    known = [tokens_of(path) for path in (multimodal, text)]
+def _check_same_tokenizer(multimodal: Path, text: Path) -> None:
+    """Raise `UserError` where the tokenizers encode text differently.
+
+    The multimodal model may have tokens of its own for images. Tokens that both have must have one id.
+    """
+    known = [read_token_ids(path) for path in (multimodal, text)]
     if known[0] is None or known[1] is None:
         return
     differing = [part for part in tokenizer_differences(multimodal, text) if part != "added_tokens"]
@@ -150,48 +174,50 @@ def _refuse_other_tokenizer(multimodal: Path, text: Path) -> None:
         )
 
 
-def _write(
-    whole: Checkpoint,
-    plain: Checkpoint,
-    names: dict[str, str | None],
-    folder: Path,
-    alpha: float,
-    max_shard_bytes: int,
-) -> None:
-    carry_files(whole.path, folder)
-    if (whole.path / "config.json").exists():
-        shutil.copyfile(whole.path / "config.json", folder / "config.json")
-    layout = {name: (entry.dtype, entry.shape) for name, entry in whole.items()}
+def _write(pair: _Pair, folder: Path, alpha: float, max_shard_bytes: int) -> None:
+    source = pair.multimodal
+    carry_files(source.path, folder)
+    if (source.path / "config.json").exists():
+        shutil.copyfile(source.path / "config.json", folder / "config.json")
+    layout = {name: (entry.dtype, entry.shape) for name, entry in source.items()}
     writer = CheckpointWriter(folder, layout, max_shard_bytes=max_shard_bytes)
     try:
-        for name, entry in whole.items():
-            theirs = names[name]
-            rows = max(1, BLOCK // max(1, entry.row))
-            for start in range(0, entry.rows, rows):
-                stop = min(entry.rows, start + rows)
-                block = whole.read(name, start, stop)
-                if theirs is not None:
-                    block = linear((block, plain.read(theirs, start, stop)), (alpha, 1.0 - alpha))
-                if not block.isfinite().all():
-                    raise UserError(
-                        f"{name} holds NaN or infinity",
-                        where=whole.path,
-                        hint="one of the models is broken"
-                        if theirs is not None
-                        else "this checkpoint is broken",
-                    )
-                writer.write(name, block, start)
+        for name in source:
+            _write_tensor(pair, name, writer, alpha)
     finally:
         writer.close()
-    seal_folder(folder)
-    write_json(
-        folder / "merge_report.json",
-        {"method": "cross-modal", "alpha": alpha, "multimodal": str(whole.path), "text": str(plain.path),
-         "merged": sorted(name for name, theirs in names.items() if theirs is not None)},
-    )  # fmt: skip
+    write_checksums(folder)
+    report = {
+        "method": "cross-modal",
+        "alpha": alpha,
+        "multimodal": str(source.path),
+        "text": str(pair.text.path),
+        "merged": sorted(name for name, inner in pair.names.items() if inner is not None),
+    }
+    write_json(folder / "merge_report.json", report)
+    title = f"{source.path.resolve().name}, merged with the text model {pair.text.path.resolve().name}"
     (folder / "README.md").write_text(
-        f"# {whole.path.resolve().name}, merged with the text model {plain.path.resolve().name}\n\n"
-        f"The language model's tensors are {alpha:g} of the multimodal model's and {1 - alpha:g} of the text model's; everything else is the multimodal "
-        "model's (Dash et al., Aya Vision, 2025, arXiv 2505.08751).\n",
+        f"# {title}\n\n"
+        f"The language model's tensors are {alpha:g} of the multimodal model's and {1 - alpha:g} of the text "
+        "model's; everything else is the multimodal model's "
+        "(Dash et al., Aya Vision, 2025, arXiv 2505.08751).\n",
         encoding="utf-8",
     )
+
+
+def _write_tensor(pair: _Pair, name: str, writer: CheckpointWriter, alpha: float) -> None:
+    """Merge or copy one tensor, some rows at a time."""
+    entry, inner = pair.multimodal[name], pair.names[name]
+    rows = max(1, BLOCK // max(1, entry.row))
+    for start in range(0, entry.rows, rows):
+        stop = min(entry.rows, start + rows)
+        block = pair.multimodal.read(name, start, stop)
+        if inner is not None:
+            block = linear((block, pair.text.read(inner, start, stop)), (alpha, 1.0 - alpha))
+        if not block.isfinite().all():
+            raise UserError(
+                f"{name} holds NaN or infinity",
+                where=pair.multimodal.path,
+                hint="this checkpoint is broken" if inner is None else "one of the models is broken",
+            )
+        writer.write(name, block, start)

@@ -1,41 +1,69 @@
-"""Ways to merge checkpoints, each one a function of the tensors that have one name in all models.
+"""Merge methods: functions of the tensors that have one name in all models.
 
-A method takes `tensors` (one a model, of equal shape), and of these parameters those that it has: `weights` (one a model), `base` (the common ancestor's tensor) and numbers of its own,
-which become options of `koine merge`. A method that is not elementwise walks through its tensors by `_blocks` and `_by_blocks`, or slices them as one line of numbers
-(`reshape(-1)`): what it is given may be on the disk (`koine.combine.safetensors_stream.StoredTensor`). The maths are float32 (float64 stays) whatever the models' dtype; the result has the dtype of the first. To add a method, write a
-function and name it in `METHODS`.
+To add one, write a function here with the decorator `merge_method`; what it may take is described in
+`koine.combine.merging.method_registry`. The command line, `koine.combine.merge` and the model card follow
+from its signature.
+
+Rules for a method:
+
+- Maths are float32 (float64 stays), whatever the models' dtype. The result has the dtype of the first tensor.
+- A method that is not elementwise may be given tensors that lie on the disk
+  (`koine.combine.merging.stored_tensor.StoredTensor`). It walks through them with `_blocks` and `_by_blocks`,
+  or slices them flattened (`reshape(-1)`).
+
+In formulas, `W_0` is the base, `W_k` model k and `c_k` its weight.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from koine.combine.merging.method_registry import METHODS as METHODS
+from koine.combine.merging.method_registry import MergeMethod as MergeMethod
+from koine.combine.merging.method_registry import Option, merge_method
+from koine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    # The command reads its options off these functions: its help must not wait for torch.
+    # The command line reads its options from these functions: its help must not wait for torch.
     import torch
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 COLLINEAR = 0.9995
-"""Cosine from which on SLERP interpolates on a line: the sine that it would divide by is nearly 0."""
+"""SLERP interpolates linearly from this cosine on: the sine that it would divide by is nearly 0."""
 
 BLOCK = 2**19
-"""Entries that are worked on at once: few enough to stay in a core's caches (docs/log.md)."""
+"""Entries that are worked on at once: few enough to stay in a core's caches (docs/explanation/log.md)."""
+
+Share = Annotated[float, Option("Share of the way from the first model to the second.", low=0.0, high=1.0)]
+Density = Annotated[float, Option("Share of each difference's entries that is kept.", above=0.0, high=1.0)]
+Scale = Annotated[float, Option("Factor on the merged difference (lambda).")]
+Normalize = Annotated[
+    bool, Option("Divide by the sum of the weights (of the models that take part in an entry).")
+]
 
 
-def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
-    """`sum_k c_k W_k / sum_k c_k`: the weighted average, model soups (arXiv 2203.05482); with `normalize` off, not divided."""
+@merge_method(source="Wortsman et al., Model soups, 2022 (arXiv 2203.05482)", elementwise=True)
+def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: Normalize = True) -> Tensor:
+    """Average the models by their weights (model soups): `sum_k c_k W_k / sum_k c_k`.
+
+    Without `normalize` the sum is not divided.
+    """
     total = sum(weights) if normalize else 1.0
-    return _narrow(_sum(tensors, [weight / total for weight in weights]), tensors)
+    return _downcast(_sum(tensors, [weight / total for weight in weights]), tensors)
 
 
-def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
-    """Of two models, the point at share `t` of the arc between them (spherical linear interpolation); on a line where they are nearly collinear.
+@merge_method(
+    source="Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985",
+    elementwise=False,
+    models=(2, 2),
+)
+def slerp(tensors: Sequence[Tensor], *, t: Share) -> Tensor:
+    """Interpolate two models along the arc between them (spherical linear interpolation).
 
-    The angle is that of the whole tensor as one vector, norms are not kept apart: `sin((1 - t) a) / sin(a) W_0 + sin(t a) / sin(a) W_1`.
+    `sin((1 - t) a) / sin(a) W_1 + sin(t a) / sin(a) W_2`, where `a` is the angle between the tensors, each
+    taken as one vector. Norms are not interpolated apart. Nearly collinear tensors are interpolated linearly.
     """
     first, second = tensors
     product, one, two = _products(first, second)
@@ -45,132 +73,128 @@ def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
     else:
         angle = math.acos(dot)
         parts = (math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
-    return _by_blocks(lambda a, b: _narrow(_sum((a, b), parts), (a,)), first, second)
+    return _by_blocks(lambda a, b: _downcast(_sum((a, b), parts), (a,)), first, second)
 
 
+@merge_method(
+    source="Ilharco et al., Editing models with task arithmetic, 2022 (arXiv 2212.04089)", elementwise=True
+)
 def task_arithmetic(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     base: Tensor,
     *,
-    scale: float = 1.0,
-    normalize: bool = False,
+    scale: Scale = 1.0,
+    normalize: Normalize = False,
 ) -> Tensor:
-    """`W_0 + scale sum_k c_k (W_k - W_0)` (arXiv 2212.04089)."""
+    """Add the models' differences to the base, by their weights: `W_0 + scale sum_k c_k (W_k - W_0)`."""
     return _add(base, _sum(_deltas(tensors, base), weights), scale / sum(weights) if normalize else scale)
 
 
+@merge_method(source="Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)", elementwise=False)
 def ties(
-    tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, *, density: float = 0.2, scale: float = 1.0,
-    normalize: bool = True,
-) -> Tensor:  # fmt: skip
-    """Trim, elect sign, merge (arXiv 2306.01708): of each difference to the base keep the `density` largest entries, and of those the ones whose sign
-    is that of their weighted sum.
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    base: Tensor,
+    *,
+    density: Density = 0.2,
+    scale: Scale = 1.0,
+    normalize: Normalize = True,
+) -> Tensor:
+    """Trim the differences, elect a sign for each entry, and add up what agrees with it (TIES).
 
-    normalize: divide by the weights of the models that take part in an entry.
+    Each model's difference to the base keeps its `density` largest entries. Of these take part the ones that
+    have the sign of their weighted sum. With `normalize` an entry is divided by the weights of the models
+    that take part in it.
     """
-    least = [smallest_kept(tensor, base, density) for tensor in tensors]
+    thresholds = [trim_threshold(tensor, base, density) for tensor in tensors]
 
-    def merged(block_of_base: Tensor, *blocks: Tensor) -> Tensor:
+    def merged(base_block: Tensor, *blocks: Tensor) -> Tensor:
         kept = [
-            delta.mul_(delta.abs() >= limit)
-            for delta, limit in zip(_deltas(blocks, block_of_base), least, strict=True)
+            delta.mul_(delta.abs() >= threshold)
+            for delta, threshold in zip(_deltas(blocks, base_block), thresholds, strict=True)
         ]
-        return _add(block_of_base, _agreeing(kept, weights, normalize=normalize), scale)
+        return _add(base_block, _agreeing(kept, weights, normalize=normalize), scale)
 
     return _by_blocks(merged, base, *tensors)
 
 
+@merge_method(source="Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099)", elementwise=True)
 def dare_linear(
-    tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, *, density: float = 0.2, scale: float = 1.0,
-    normalize: bool = False, generator: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """Drop and rescale (arXiv 2311.03099): entries of each difference are kept with probability `density`, divided by it, and added up."""
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    base: Tensor,
+    *,
+    density: Density = 0.2,
+    scale: Scale = 1.0,
+    normalize: Normalize = False,
+    generator: Generator,
+) -> Tensor:
+    """Drop entries of the differences at random, rescale the others, and add them up (DARE).
+
+    An entry is kept with probability `density`, and then divided by it.
+    """
     kept = _dropped(_deltas(tensors, base), density, generator)
     return _add(base, _sum(kept, weights), scale / sum(weights) if normalize else scale)
 
 
+@merge_method(
+    source="Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099); "
+    "Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)",
+    elementwise=True,
+)
 def dare_ties(
-    tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, *, density: float = 0.2, scale: float = 1.0,
-    normalize: bool = False, generator: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """As `dare_linear`, and of what is left only the entries that agree in sign with their weighted sum take part."""
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    base: Tensor,
+    *,
+    density: Density = 0.2,
+    scale: Scale = 1.0,
+    normalize: Normalize = False,
+    generator: Generator,
+) -> Tensor:
+    """Drop and rescale as `dare-linear`; only entries with the sign of their weighted sum take part."""
     kept = _dropped(_deltas(tensors, base), density, generator)
     return _add(base, _agreeing(kept, weights, normalize=normalize), scale)
 
 
+@merge_method(source="Jang et al., Model Stock, 2024 (arXiv 2403.19522)", elementwise=False, models=(2, None))
 def model_stock(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
-    """`t mean_k(W_k) + (1 - t) W_0` with `t = N cos a / (1 + (N - 1) cos a)`, where `a` is the mean angle between the differences to the base (arXiv
-    2403.19522, equation 3)."""
+    """Move the average of the models towards the base, by the angle between their differences.
+
+    `t mean_k(W_k) + (1 - t) W_0` with `t = N cos a / (1 + (N - 1) cos a)` for N models, where `a` is the mean
+    angle between their differences to the base (arXiv 2403.19522, equation 3).
+    """
     count = len(tensors)
     cosines = [
         _cosine_of_deltas(tensors[one], tensors[other], base) for one in range(count) for other in range(one)
     ]
     cosine = sum(cosines) / len(cosines)
     below = 1.0 + (count - 1) * cosine
-    # Differences that cancel out have no estimate: the base stays.
+    # Differences that cancel out give no estimate: the base stays.
     share = count * cosine / below if abs(below) > 1e-6 else 0.0
 
-    def merged(block_of_base: Tensor, *blocks: Tensor) -> Tensor:
+    def merged(base_block: Tensor, *blocks: Tensor) -> Tensor:
         average = _sum(blocks, [share / count] * count)
-        return _narrow(average.add_(_wide(block_of_base), alpha=1.0 - share), blocks)
+        return _downcast(average.add_(_upcast(base_block), alpha=1.0 - share), blocks)
 
     return _by_blocks(merged, base, *tensors)
 
 
-Method = Callable[..., "Tensor"]
+def find_method(name: str) -> MergeMethod:
+    """Return a merge method; raise `UserError` with the nearest names for one that does not exist."""
+    if name not in METHODS:
+        raise UserError(f"unknown method '{name}'", hint=did_you_mean(name, METHODS))
+    return METHODS[name]
 
 
-@dataclass(frozen=True)
-class MethodInfo:
-    """A method as `koine merge` offers it.
+def trim_threshold(tensor: Tensor, base: Tensor, density: float) -> float:
+    """Return the magnitude of the k-th largest entry of `tensor - base`, k = `density` of all (at least 1).
 
-    elementwise: an entry of the result depends on the same entry of the inputs alone, so that a tensor may be worked on in pieces.
-    models: the least and the most that it takes. source: for the model card.
-    """
+    Entries as large as it are all kept; a sort would keep some of them by chance.
 
-    function: Method
-    elementwise: bool
-    models: tuple[int, int | None]
-    source: str
-
-    @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """The method's own numbers and switches, by name."""
-        known = {"tensors", "weights", "base", "generator"}
-        signature = inspect.signature(self.function).parameters
-        return {name: parameter for name, parameter in signature.items() if name not in known}
-
-    def takes(self, name: str) -> bool:
-        """Whether the function has a parameter `name`."""
-        return name in inspect.signature(self.function).parameters
-
-
-METHODS: dict[str, MethodInfo] = {
-    "linear": MethodInfo(
-        linear, True, (1, None), "Wortsman et al., Model soups, 2022 (arXiv 2203.05482)"
-    ),
-    "slerp": MethodInfo(slerp, False, (2, 2), "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"),
-    "task-arithmetic": MethodInfo(
-        task_arithmetic, True, (1, None), "Ilharco et al., Editing models with task arithmetic, 2022 (arXiv 2212.04089)"
-    ),
-    "ties": MethodInfo(ties, False, (1, None), "Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)"),
-    "dare-linear": MethodInfo(
-        dare_linear, True, (1, None), "Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099)"
-    ),
-    "dare-ties": MethodInfo(
-        dare_ties, True, (1, None),
-        "Yu et al., Language models are super Mario, 2023 (arXiv 2311.03099); Yadav et al., TIES-Merging, 2023 (arXiv 2306.01708)",
-    ),
-    "model-stock": MethodInfo(model_stock, False, (2, None), "Jang et al., Model Stock, 2024 (arXiv 2403.19522)"),
-}  # fmt: skip
-
-
-def smallest_kept(tensor: Tensor, base: Tensor, density: float) -> float:
-    """The magnitude of the `k`-th largest entry of `tensor - base`, `k` the `density`'s share of all, at least one. Entries as large as it are kept
-    too, where sorting would keep some of them by chance.
-
-    Selected, not sorted, a block at a time: a sample brackets it, the entries above the bracket are counted, and only those inside are put in order.
+    It is selected a block at a time, without a sort: a sample brackets it, entries above the bracket are
+    counted, and only those inside are ordered.
     """
     total = tensor.numel()
     if density >= 1.0:
@@ -190,7 +214,7 @@ def smallest_kept(tensor: Tensor, base: Tensor, density: float) -> float:
 
 
 def _bracketed(tensor: Tensor, base: Tensor, low: float, high: float) -> tuple[int, Tensor]:
-    """How many entries of `|tensor - base|` are above `high`, and those from `low` to `high`."""
+    """Count the entries of `|tensor - base|` above `high`; return that and those from `low` to `high`."""
     import torch
 
     above, inside = 0, []
@@ -203,38 +227,41 @@ def _bracketed(tensor: Tensor, base: Tensor, low: float, high: float) -> tuple[i
     return above, torch.cat(inside)
 
 
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
+def _upcast_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which maths on a tensor are done: float32, or a wider one of its own."""
     import torch
 
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide_dtype(tensor))
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(_upcast_dtype(tensor))
 
 
-def _narrow(result: Tensor, like: Sequence[Tensor]) -> Tensor:
+def _downcast(result: Tensor, like: Sequence[Tensor]) -> Tensor:
     return result.to(like[0].dtype)
 
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum, wide."""
-    total = tensors[0].to(_wide_dtype(tensors[0]), copy=True).mul_(weights[0])
+    """Return the weighted sum, in at least float32."""
+    total = tensors[0].to(_upcast_dtype(tensors[0]), copy=True).mul_(weights[0])
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total.add_(tensor, alpha=weight)
     return total
 
 
 def _deltas(tensors: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    wide = _wide(base)
-    return [_wide(tensor) - wide for tensor in tensors]
+    """Return the differences to the base, in at least float32."""
+    origin = _upcast(base)
+    return [_upcast(tensor) - origin for tensor in tensors]
 
 
 def _add(base: Tensor, change: Tensor, scale: float) -> Tensor:
-    return _narrow(change.mul_(scale).add_(_wide(base)), (base,))
+    return _downcast(change.mul_(scale).add_(_upcast(base)), (base,))
 
 
 def _dropped(deltas: list[Tensor], density: float, generator: torch.Generator) -> list[Tensor]:
+    """Set entries to 0 with probability `1 - density` and rescale the others, in place."""
     for delta in deltas:
         keep = delta.new_empty(delta.shape).uniform_(generator=generator) < density
         delta.mul_(keep).div_(density)
@@ -242,7 +269,10 @@ def _dropped(deltas: list[Tensor], density: float, generator: torch.Generator) -
 
 
 def _agreeing(deltas: list[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
-    """The weighted sum of the entries whose sign is that of the weighted sum of all; a sum of 0 counts as positive."""
+    """Return the weighted sum of the entries that have the sign of the weighted sum of all.
+
+    A sum of 0 counts as positive.
+    """
     majority = _sum(deltas, weights) >= 0
     shape = deltas[0].shape
     total, taken = deltas[0].new_zeros(shape), deltas[0].new_zeros(shape)
@@ -257,14 +287,15 @@ def _agreeing(deltas: list[Tensor], weights: Sequence[float], *, normalize: bool
     return total
 
 
-def _blocks(*tensors: Tensor) -> Any:
+def _blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Yield the same `BLOCK` entries of every tensor, flattened, until the end."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     for start in range(0, flat[0].numel(), BLOCK):
         yield [part[start : start + BLOCK] for part in flat]
 
 
 def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """An elementwise `function` over tensors of one shape, a block at a time, so that little is wide at once."""
+    """Apply an elementwise `function` to tensors of one shape, block by block, so that little is float32."""
     out = tensors[0].new_empty(tensors[0].shape)
     flat, start = out.view(-1), 0
     for blocks in _blocks(*tensors):
@@ -274,10 +305,10 @@ def _by_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def _products(first: Tensor, second: Tensor) -> tuple[float, float, float]:
-    """The dot products of two tensors as vectors: of one with the other, and of each with itself."""
+    """Return the dot products of two tensors as vectors: with each other, and of each with itself."""
     dot = one = two = 0.0
     for blocks in _blocks(first, second):
-        a, b = (_wide(block) for block in blocks)
+        a, b = (_upcast(block) for block in blocks)
         dot += float(a.dot(b))
         one += float(a.dot(a))
         two += float(b.dot(b))
@@ -285,6 +316,7 @@ def _products(first: Tensor, second: Tensor) -> tuple[float, float, float]:
 
 
 def _cosine_of_deltas(first: Tensor, second: Tensor, base: Tensor) -> float:
+    """Return the cosine of two models' differences to the base."""
     dot = squares = other = 0.0
     for a, b, origin in _blocks(first, second, base):
         one, two = _deltas((a, b), origin)

@@ -6,18 +6,18 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from koine.combine.merging.config import Recipe
+    from koine.combine.merging.config import MergeConfig
 
 
-def model_card(recipe: Recipe, source: str) -> str:
-    """Markdown, with the recipe as JSON that `koine.combine.merging.config.Recipe` reads back."""
-    names = [path.resolve().name for path in recipe.models]
-    weights = recipe.weights or (None,) * len(names)
+def model_card(config: MergeConfig, source: str) -> str:
+    """Return the card as Markdown, with the configuration as JSON."""
+    names = [path.resolve().name for path in config.models]
+    weights = config.weights or (None,) * len(names)
     rows = "\n".join(
         f"| {name} | {'' if weight is None else f'{weight:g}'} |"
         for name, weight in zip(names, weights, strict=True)
     )
-    base = "" if recipe.base is None else f"\nTheir common ancestor: {recipe.base.resolve().name}.\n"
+    base = "" if config.base is None else f"\nTheir common ancestor: {config.base.resolve().name}.\n"
     return f"""---
 tags:
 - merge
@@ -26,15 +26,15 @@ tags:
 
 # Merge of {", ".join(names)}
 
-Merged with Koine by the method `{recipe.method}`: {source}.
+Merged with Koine by the method `{config.method}`: {source}.
 
 | model | weight |
 |---|---|
 {rows}
 {base}
-## Recipe
+## Configuration
 
 ```json
-{json.dumps(recipe.to_json(), indent=2, ensure_ascii=False)}
+{json.dumps(config.to_json(), indent=2, ensure_ascii=False)}
 ```
 """

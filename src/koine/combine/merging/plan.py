@@ -1,4 +1,4 @@
-"""The models of a merge, opened and checked to fit together, and the layout of the result."""
+"""The plan of a merge: the models, checked to fit together, and a job for each tensor of the result."""
 
 from __future__ import annotations
 
@@ -8,257 +8,181 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from koine.combine.compatibility import ALIKE, check_other_function, likeness, model_configuration
-from koine.combine.merging.config import Recipe, check_recipe
-from koine.combine.merging.methods import MethodInfo
-from koine.combine.merging.sentence_modules import module_recipes
-from koine.combine.merging.vocabularies import (
-    Vocabularies,
-    align,
-    check_other_tokenizers,
-    chosen_model,
-    tokens_of,
-    warn_of_other_templates,
+from koine.combine.compatibility import check_same_function
+from koine.combine.merging.checks import (
+    check_common_ancestor,
+    check_same_encoder,
+    check_same_kind,
+    check_same_shape,
 )
-from koine.combine.merging.vocabulary_tensors import rows_first, vocabulary_sizes, vocabulary_tensors
+from koine.combine.merging.config import MergeConfig, check_config
+from koine.combine.merging.methods import MergeMethod
+from koine.combine.merging.sentence_modules import module_configs
+from koine.combine.merging.tensor_job import TensorJob
+from koine.combine.merging.tensor_names import match_names
+from koine.combine.merging.tokenizers import tokenizer_source, warn_if_templates_differ
+from koine.combine.merging.vocabulary_alignment import VocabularyAlignment, align_embeddings
 from koine.combine.safetensors_stream import Checkpoint
-from koine.combine.tensor_names import match_names
 from koine.errors import UserError
-from koine.model.formats.mixture_files import DOMAIN_ENCODER
-
-PROBED = 7
-"""Tensors by which a common ancestor is looked for."""
-
-PROBED_ENTRIES = 262_144
-"""Entries of each that are read."""
-
-LEAST_PROBED = 1_024
-"""Entries in all below which chance alone makes models look alike or not: nothing is concluded then."""
 
 
 @dataclass
 class MergePlan:
-    """The opened models, and the layout of the result.
+    """The opened models, and a job for each tensor of the result.
 
-    vocabularies: for each tensor whose rows meet by their tokens, how; empty where all models have one
-    vocabulary.
-    tokenizer: the folder that the result's tokenizer and chat template come from.
-    modules: plans of the sub-folders of a sentence model that hold weights of their own.
+    Attributes:
+        config: What was asked for.
+        models, base: The opened checkpoints.
+        jobs: The merge of each tensor, by its name, in the order of the first model.
+        tokenizer: The folder from which the result gets its tokenizer and chat template.
+        modules: Plans of the sub-folders of a sentence model that hold weights of their own.
     """
 
-    recipe: Recipe
-    info: MethodInfo
+    config: MergeConfig
     models: list[Checkpoint]
     base: Checkpoint | None
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    vocabularies: dict[str, Vocabularies]
+    jobs: dict[str, TensorJob]
     tokenizer: Path
     modules: dict[str, MergePlan]
 
-    def everyone(self) -> list[Checkpoint]:
-        """The models, and the base last where there is one."""
+    @property
+    def method(self) -> MergeMethod:
+        """Return the merge method."""
+        return self.config.merge_method()
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return the models, and the base last where there is one."""
         return self.models if self.base is None else [*self.models, self.base]
 
-    def weights_of(self, name: str) -> tuple[float, ...]:
-        """The models' weights for a tensor."""
-        for pattern, weights in self.recipe.weights_for:
-            if fnmatch.fnmatchcase(name, pattern):
-                return weights
-        return self.recipe.weights
+    @property
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of each tensor of the result."""
+        return {name: (job.dtype, job.shape) for name, job in self.jobs.items()}
 
-    def dtype_read(self, name: str, stored: torch.dtype) -> torch.dtype:
-        """The dtype that a method is given a tensor in.
-
-        A result of a wider or another dtype must not be rounded to the models' first.
-        """
-        return stored if self.recipe.dtype is None else torch.promote_types(stored, self.layout[name][0])
+    @property
+    def vocabularies_differ(self) -> bool:
+        """Return whether rows are matched by their tokens in some tensor."""
+        return any(job.alignment is not None for job in self.jobs.values())
 
     def close(self) -> None:
         """Close the files."""
-        for checkpoint in self.everyone():
+        for checkpoint in self.checkpoints:
             checkpoint.close()
         for plan in self.modules.values():
             plan.close()
 
 
-def plan_merge(recipe: Recipe) -> MergePlan:
-    """Open and check everything. Raises `UserError` where the models do not fit together or the recipe does not fit the method.
+def plan_merge(config: MergeConfig) -> MergePlan:
+    """Open the models, check that they fit together, and plan the merge of each tensor.
 
-    Warns (`KoineWarning`) where the models' chat templates differ and the recipe does not say whose is kept.
+    Warns (`KoineWarning`) where the models' chat templates differ and `config.tokenizer` is not given.
+
+    Raises:
+        UserError: The models do not fit together, or the configuration does not fit the method.
     """
-    check_recipe(recipe)
-    models = [Checkpoint(path) for path in recipe.models]
-    base = None if recipe.base is None else Checkpoint(recipe.base)
-    everyone = models if base is None else [*models, base]
+    check_config(config)
+    models = [Checkpoint(path) for path in config.models]
+    base = None if config.base is None else Checkpoint(config.base)
+    checkpoints = models if base is None else [*models, base]
     try:
-        return _checked(recipe, models, base, everyone)
+        return _checked_plan(config, models, base, checkpoints)
     except UserError:
-        for one in everyone:
-            one.close()
+        for checkpoint in checkpoints:
+            checkpoint.close()
         raise
 
 
-def _checked(
-    recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None, everyone: list[Checkpoint]
+def _checked_plan(
+    config: MergeConfig, models: list[Checkpoint], base: Checkpoint | None, checkpoints: list[Checkpoint]
 ) -> MergePlan:
-    first, paths = models[0], [one.path for one in everyone]
-    for one in everyone[1:]:
-        check_other_function(first.path, one.path)
-        _refuse_other_encoder(first.path, one.path)
-    names = match_names(everyone)
+    first, paths = models[0], [one.path for one in checkpoints]
+    for path in paths[1:]:
+        check_same_function(first.path, path)
+        check_same_encoder(first.path, path)
+    names = match_names(checkpoints)
     for name in names:
-        _same_kind(name, everyone)
-    chosen = chosen_model(paths, with_base=base is not None, policy=recipe.tokenizer)
-    vocabularies, leading = _meet(recipe, everyone, names, chosen)
-    if not recipe.tokenizer:
-        warn_of_other_templates([one.path for one in models])
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        check_same_kind(name, checkpoints)
+    source = tokenizer_source(paths, with_base=base is not None, policy=config.tokenizer)
+    alignments, leading = align_embeddings(config, checkpoints, names, source)
+    if not config.tokenizer:
+        warn_if_templates_differ([one.path for one in models])
     for name in names:
-        shape, dtype = first[name].shape, first[name].dtype
-        if name in vocabularies:
-            shape = ((1,) * leading[name]) + (vocabularies[name].rows, *shape[1:])
-        else:
-            _same_shape(name, everyone)
-        if recipe.dtype is not None and dtype.is_floating_point:
-            dtype = getattr(torch, recipe.dtype)
-        layout[name] = (dtype, shape)
-    for pattern, _ in recipe.weights_for:
+        if name not in alignments:
+            check_same_shape(name, checkpoints)
+    _check_patterns(config, names)
+    if not config.unrelated:
+        # Each model is compared with the base, where it is given.
+        root = base or first
+        for checkpoint in checkpoints:
+            if checkpoint is not root:
+                check_common_ancestor(root, checkpoint, names)
+    jobs = {
+        name: _tensor_job(config, checkpoints, name, alignments.get(name), leading.get(name, 0))
+        for name in names
+    }
+    return MergePlan(config, models, base, jobs, paths[source], _plan_modules(config))
+
+
+def _tensor_job(
+    config: MergeConfig,
+    checkpoints: Sequence[Checkpoint],
+    name: str,
+    alignment: VocabularyAlignment | None,
+    leading: int,
+) -> TensorJob:
+    """Return the job of one tensor.
+
+    Args:
+        config: The merge.
+        checkpoints: The models, the base last.
+        name: The tensor.
+        alignment: How its rows are matched by token; None where they match by position.
+        leading: How many dimensions of length 1 stand before the rows.
+    """
+    entries = tuple(one[name] for one in checkpoints)
+    shape, dtype = entries[0].shape, entries[0].dtype
+    if alignment is not None:
+        shape = ((1,) * leading) + (alignment.rows, *shape[1:])
+    if config.dtype is not None and dtype.is_floating_point:
+        dtype = getattr(torch, config.dtype)
+    stored = [entry.dtype for entry in entries]
+    return TensorJob(
+        name=name,
+        checkpoints=tuple(checkpoints),
+        entries=entries,
+        has_base=config.base is not None,
+        method=config.merge_method(),
+        options=config.options,
+        weights=config.weights_of(name),
+        seed=config.seed,
+        read_dtypes=tuple(one if config.dtype is None else torch.promote_types(one, dtype) for one in stored),
+        dtype=dtype,
+        shape=shape,
+        alignment=alignment,
+    )
+
+
+def _plan_modules(config: MergeConfig) -> dict[str, MergePlan]:
+    """Plan the merges of a sentence model's sub-folders."""
+    modules: dict[str, MergePlan] = {}
+    try:
+        for folder, inner in module_configs(config).items():
+            modules[folder] = plan_merge(inner)
+    except UserError:
+        for plan in modules.values():
+            plan.close()
+        raise
+    return modules
+
+
+def _check_patterns(config: MergeConfig, names: Sequence[str]) -> None:
+    """Raise `UserError` where a pattern of `weights_for` names no tensor."""
+    for pattern, _ in config.weights_for:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise UserError(
                 f"no tensor is named '{pattern}'",
                 where="--weights-for",
                 hint=f"names are like {names[len(names) // 2]}",
             )
-    if not recipe.unrelated:
-        # Each is compared with the ancestor, where it is given.
-        root = base or first
-        for one in everyone:
-            if one is not root:
-                _refuse_other_ancestor(root, one, names)
-    modules: dict[str, MergePlan] = {}
-    try:
-        for folder, inner in module_recipes(recipe).items():
-            modules[folder] = plan_merge(inner)
-    except UserError:
-        for plan in modules.values():
-            plan.close()
-        raise
-    return MergePlan(
-        recipe, recipe.method_info(), models, base, layout, vocabularies, paths[chosen], modules
-    )  # fmt: skip
-
-
-def _meet(
-    recipe: Recipe, everyone: Sequence[Checkpoint], names: Sequence[str], chosen: int
-) -> tuple[dict[str, Vocabularies], dict[str, int]]:
-    """Align the rows of each tensor that has one row per token; empty for one vocabulary.
-
-    Also gives how many dimensions of length 1 stand before the rows.
-
-    Raises `UserError` where the vocabularies or the tokenizers differ and the recipe does not say whose the
-    result has.
-    """
-    paths, tokens = [one.path for one in everyone], [tokens_of(one.path) for one in everyone]
-    differing = [name for name in names if len({one[name].shape for one in everyone}) > 1]
-    if all(one == tokens[0] for one in tokens) and not differing:
-        if not recipe.tokenizer:
-            check_other_tokenizers(paths)
-        return {}, {}
-    found = vocabulary_tensors(everyone[0])
-    for name in differing:
-        if name not in found:
-            _same_shape(name, everyone)
-    if not recipe.tokenizer:
-        other = next(
-            index
-            for index, one in enumerate(everyone)
-            if tokens[index] != tokens[0] or any(one[name].shape != everyone[0][name].shape for name in found)
-        )
-        raise UserError(
-            f"its vocabulary is another than that of {paths[0]}",
-            where=paths[other],
-            hint="say whose the result has: --tokenizer first, base, or a model's folder; rows are then merged token by token",
-        )
-    leading: dict[str, int] = {}
-    by_rows: dict[tuple[int, ...], Vocabularies] = {}
-    vocabularies: dict[str, Vocabularies] = {}
-    for name, axis in found.items():
-        for one in everyone:
-            leading[name] = rows_first(one, name, axis)
-        if len({one[name].shape[1:] for one in everyone}) > 1:
-            _same_shape(name, everyone)
-        # Several tables may have lengths of their own: of tokens in each layer, or for text and more.
-        lengths = tuple(one[name].rows for one in everyone)
-        if lengths not in by_rows:
-            by_rows[lengths] = align(paths, tokens, lengths, chosen=chosen, with_base=recipe.base is not None)
-        vocabularies[name] = by_rows[lengths]
-    return vocabularies, leading
-
-
-def _same_shape(name: str, everyone: Sequence[Checkpoint]) -> None:
-    for one in everyone[1:]:
-        if one[name].shape != everyone[0][name].shape:
-            raise UserError(
-                f"{name} has shape {list(one[name].shape)}, and {list(everyone[0][name].shape)} in {everyone[0].path}",
-                where=one.path,
-                hint="models of one size can be merged",
-            )
-
-
-def _same_kind(name: str, everyone: Sequence[Checkpoint]) -> None:
-    for one in everyone[1:]:
-        dtypes = (everyone[0][name].dtype, one[name].dtype)
-        if dtypes[0] != dtypes[1] and not all(dtype.is_floating_point for dtype in dtypes):
-            raise UserError(
-                f"{name} is {dtypes[1]}, and {dtypes[0]} in {everyone[0].path}".replace("torch.", ""),
-                where=one.path,
-                hint="integers are copied where they are equal, and not merged",
-            )
-
-
-def _refuse_other_encoder(wanted: Path, found: Path) -> None:
-    """Domain embeddings of two encoders are points of two spaces: an average of them means nothing."""
-    contents = [
-        {file.name: file.read_bytes() for file in sorted((path / DOMAIN_ENCODER).glob("*"))}
-        for path in (wanted, found)
-    ]
-    if all(contents) and contents[0] != contents[1]:
-        raise UserError(
-            f"its domains were embedded by another encoder than those of {wanted}",
-            where=found / DOMAIN_ENCODER,
-            hint="mixtures of one upcycling can be merged",
-        )
-
-
-def _refuse_other_ancestor(root: Checkpoint, other: Checkpoint, names: Sequence[str]) -> None:
-    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.ALIKE`)."""
-    # Tables of tokens are left out: they may be of other vocabularies.
-    tables = vocabulary_sizes(model_configuration(root.path))
-    matrices = [
-        name
-        for name in names
-        if root[name].dtype.is_floating_point
-        and len(root[name].shape) > 1
-        and root[name].shape == other[name].shape
-        and root[name].rows not in tables
-    ]
-    step = max(1, len(matrices) // PROBED)
-    # Not the first and not the last: from the middle of each stretch.
-    probed = matrices[step // 2 :: step][:PROBED]
-    pairs = [(_beginning(root, name), _beginning(other, name)) for name in probed]
-    if sum(first.numel() for first, _ in pairs) < LEAST_PROBED:
-        return
-    found = likeness(pairs)
-    if found is not None and found < ALIKE:
-        raise UserError(
-            f"has no common ancestor with {root.path} (the cosine of their matrices is {found:.2f})",
-            where=other.path,
-            hint="weights of independent models have no common order; to merge them all the same, add --unrelated",
-        )
-
-
-def _beginning(checkpoint: Checkpoint, name: str) -> Tensor:
-    entry = checkpoint[name]
-    return checkpoint.read(name, 0, min(entry.rows, max(1, PROBED_ENTRIES // max(1, entry.row))))

@@ -1,7 +1,7 @@
-"""Merging of whole checkpoints: tensor by tensor, a piece at a time, on several threads, resumable.
+"""Run a merge: tensor by tensor, a block at a time, on several threads, resumable.
 
-Work is done beside `out`, in `.NAME.merge`, whose journal says what is finished; the same command goes on there after an interruption. One tensor is
-`koine.combine.merging.tensor`'s.
+Work is done beside `out`, in `.NAME.merge`. Its journal says what is finished, and the same command goes on
+there after an interruption.
 """
 
 from __future__ import annotations
@@ -11,67 +11,76 @@ import json
 import os
 import shutil
 import threading
-import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from koine.combine.compatibility import model_configuration
-from koine.combine.merging.budget import (
-    ByteBudget,
-    budget_of,
-    workers_of,
-    working_bytes,
-)
-from koine.combine.merging.config import Recipe
-from koine.combine.merging.journal import read_journal
+from koine.combine.merging.budget import ByteBudget, memory_budget, worker_count
+from koine.combine.merging.config import MergeConfig
+from koine.combine.merging.journal import Journal, is_written, read_entries
 from koine.combine.merging.plan import MergePlan, plan_merge
 from koine.combine.merging.tensor import SAMPLED, merge_tensor
-from koine.combine.merging.vocabularies import write_tokenizer
+from koine.combine.merging.tensor_job import TensorJob
+from koine.combine.merging.tokenizers import write_tokenizer
 from koine.combine.safetensors_stream import CheckpointWriter
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.files import check_inside, claim, clear_partials, remove, write_atomically, write_json
 from koine.hardware import usable_cores
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.checksum import seal_folder
+from koine.model.formats.checksum import write_checksums
 from koine.model.formats.weight_files import weight_files
 
-JOURNAL = 2
-"""Version of the journal's entries."""
+JOURNAL_VERSION = 2
+"""Version of the journal's entries, a part of the fingerprint."""
 
 SYNC_BYTES = 64 * 2**20
-"""So many bytes are written, at least, between two entries of the journal."""
+"""Bytes of weights, at least, between two entries of the journal."""
 
 MODULES = ".modules"
 """The folder inside the work's in which weights of sub-folders are merged."""
 
+OnProgress = Callable[[int, int], None]
+"""Called with the number of tensors that are done, and of all."""
 
-def merge(
-    recipe: Recipe, out: Path, *, threads: int | None = None, say: Any = None, overwrite: bool = False
+
+def run_merge(
+    config: MergeConfig,
+    out: Path,
+    *,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Merge into the new folder `out`, and return the report (also written there as `merge_report.json`).
+    """Merge into the new folder `out`; return the report, which is also `merge_report.json` there.
 
-    threads: tensors at a time; default: the cores. say: called with tensors done and in all.
+    Args:
+        config: What is merged, and how.
+        out: The folder to write.
+        threads: Tensors merged at a time; default: the cores.
+        on_progress: Called with the number of tensors that are done, and of all.
+        overwrite: Replace what stands at `out`.
 
-    Raises `UserError` where the models do not fit, a tensor holds NaN or infinity, `out` holds something
-    (unless `overwrite`), a model changes meanwhile, or the disk is full; nothing half-written is then left.
-    An interruption leaves the work beside `out`, and the same recipe goes on there.
+    Raises:
+        UserError: The models do not fit together, a tensor holds NaN or infinity, `out` holds something
+            (without `overwrite`), a model changes meanwhile, or the disk is full. Nothing half-written is
+            then left. An interruption leaves the work beside `out`, and the same call goes on there.
     """
     out = Path(out)
-    reads = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
+    reads = [*config.models, *([] if config.base is None else [config.base])]
     check_inside(out, reads)
-    plan = plan_merge(recipe)
-    workers = threads or usable_cores()
+    plan = plan_merge(config)
     try:
         with claim(out, overwrite=overwrite, reads=reads) as claimed:
             work = claimed.beside("merge")
             try:
                 before = _fingerprint(plan)
-                report = _run(plan, work, workers, say)
-                _finish(plan, work, report)
+                tensors = _merge_weights(plan, work, threads or usable_cores(), on_progress)
+                report = _write_other_files(plan, work, tensors)
                 if _fingerprint(plan) != before:
                     raise UserError(
                         "a model changed while it was merged", where=out, hint="run the same command again"
@@ -79,7 +88,7 @@ def merge(
                 clear_partials(work)
                 claimed.publish(work)
             except (UserError, OSError):
-                # What was wrong will be wrong again; an interruption is no error and keeps the work.
+                # What was wrong will be wrong again. An interruption is no error and keeps the work.
                 shutil.rmtree(work, ignore_errors=True)
                 raise
         return report
@@ -88,121 +97,94 @@ def merge(
 
 
 def _fingerprint(plan: MergePlan) -> str:
-    """Of the recipe and of the models' files as they are."""
-    files = sorted({entry.file for one in plan.everyone() for entry in one.values()})
+    """Return a hash of the configuration and of the state of the models' files."""
+    files = sorted({entry.file for one in plan.checkpoints for entry in one.values()})
     state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    content = [JOURNAL, plan.recipe.to_json(), state]
+    content = [JOURNAL_VERSION, plan.config.to_json(), state]
     return hashlib.sha256(json.dumps(content).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _run(plan: MergePlan, work: Path, threads: int, say: Any) -> dict[str, Any]:
-    journal = work / "journal.jsonl"
-    fingerprint = _fingerprint(plan)
-    lines = read_journal(journal)
-    if lines and lines[0].get("fingerprint") == fingerprint:
-        entered = {name: entry for line in lines[1:] for name, entry in line.items()}
-    else:
+def _merge_weights(
+    plan: MergePlan, work: Path, threads: int, on_progress: OnProgress | None
+) -> dict[str, dict[str, Any]]:
+    """Merge all tensors into files in `work`; return their figures.
+
+    Tensors that an interrupted merge left there are kept where journal and files agree.
+    """
+    path, fingerprint = work / "journal.jsonl", _fingerprint(plan)
+    entries = read_entries(path, fingerprint)
+    if entries is None:
         if os.path.lexists(work):
             remove(work)
-        entered = {}
+        entries = {}
     work.mkdir(exist_ok=True)
-    budget = ByteBudget(budget_of(plan, threads))
     writer = CheckpointWriter(
-        work, plan.layout, max_shard_bytes=plan.recipe.max_shard_bytes, resume=bool(entered)
-    )
-    done = {name: entered[name]["figures"] for name in plan.layout if _holds(writer, name, entered.get(name))}
-    lock, pending, written = threading.Lock(), dict[str, Any](), 0
-    entering: Future[None] | None = None
-    before = torch.get_num_threads()
-    # The largest first: at the end all threads have something to do.
-    todo = sorted(
-        (name for name in plan.layout if name not in done),
-        key=lambda name: -torch.Size(plan.layout[name][1]).numel(),
+        work, plan.layout, max_shard_bytes=plan.config.max_shard_bytes, resume=bool(entries)
     )
     try:
-        with journal.open("a") as log:
-            if not journal.stat().st_size:
-                log.write(json.dumps({"fingerprint": fingerprint}) + "\n")
-                log.flush()
+        done = {
+            name: entries[name]["figures"]
+            for name in plan.jobs
+            if is_written(writer, name, entries.get(name))
+        }
+        with Journal(path, fingerprint, writer, sync_bytes=SYNC_BYTES) as journal:
+            _run_jobs(plan, writer, journal, done, threads, on_progress)
+    finally:
+        writer.close()
+    return {name: done[name] for name in plan.jobs}
 
-            def enter(figures: dict[str, Any]) -> None:
-                writer.sync()
-                log.write(json.dumps(figures) + "\n")
-                log.flush()
-                os.fsync(log.fileno())
 
-            def one(name: str) -> None:
-                nonlocal written, entering
-                with budget.hold(working_bytes(plan, name)):
-                    figures = merge_tensor(plan, writer, name)
-                    seal = _seal(figures, writer.checksum(name))
-                with lock:
-                    done[name] = figures
-                    pending[name] = {"figures": figures, "seal": seal}
-                    written += writer.entries[name].nbytes
-                    if written >= SYNC_BYTES and (entering is None or entering.done()):
-                        if entering is not None:
-                            entering.result()
-                        # The disk works while the next tensors are merged.
-                        entering = syncing.submit(enter, dict(pending))
-                        pending.clear()
-                        written = 0
-                    if say is not None:
-                        say(len(done), len(plan.layout))
+def _run_jobs(
+    plan: MergePlan,
+    writer: CheckpointWriter,
+    journal: Journal,
+    done: dict[str, dict[str, Any]],
+    threads: int,
+    on_progress: OnProgress | None,
+) -> None:
+    """Merge the tensors that are not `done` yet, and add their figures to it."""
+    budget, lock = ByteBudget(memory_budget(plan, threads)), threading.Lock()
 
-            # One thread of torch in each worker: they would wait for each other.
-            torch.set_num_threads(1)
-            with ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(workers_of(plan, threads)) as pool:
-                futures = [pool.submit(one, name) for name in todo]
-                try:
-                    for future in futures:
-                        future.result()
-                finally:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    if entering is not None:
-                        entering.result()
-                    if pending:
-                        enter(pending)
+    def run(job: TensorJob) -> None:
+        with budget.hold(job.working_bytes):
+            figures = merge_tensor(job, writer)
+            journal.add(job.name, figures)
+        with lock:
+            done[job.name] = figures
+            if on_progress is not None:
+                on_progress(len(done), len(plan.jobs))
+
+    # The largest first: at the end all threads have something to do.
+    todo = sorted((job for job in plan.jobs.values() if job.name not in done), key=lambda job: -job.numel)
+    before = torch.get_num_threads()
+    # One thread of torch in each worker: they would wait for each other.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(worker_count(plan, threads)) as pool:
+            futures = [pool.submit(run, job) for job in todo]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
     finally:
         torch.set_num_threads(before)
-        writer.close()
-    return {"tensors": {name: done[name] for name in plan.layout}}
-
-
-def _holds(writer: CheckpointWriter, name: str, entry: Any) -> bool:
-    """Return whether the file holds the bytes of the tensor in a journal's entry.
-
-    Files may be lost, cut or changed while nobody merges.
-    """
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("figures"), dict)
-        and entry.get("seal") == _seal(entry["figures"], writer.checksum(name))
-    )
-
-
-def _seal(figures: dict[str, Any], checksum: int) -> int:
-    """A checksum over a tensor's bytes and what the report says of it."""
-    return zlib.crc32(json.dumps(figures, sort_keys=True).encode(), checksum)
 
 
 def _merge_module(plan: MergePlan, work: Path, name: str) -> dict[str, Any]:
-    """Merge the weights of a sub-folder; return the figures of its tensors.
-
-    They are written to a folder of their own, which then replaces the weights that were carried.
-    """
+    """Merge the weights of a sub-folder, in place of those that were copied; return their figures."""
     place = work / MODULES / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    report = _run(plan, place, 1, None)
+    tensors = _merge_weights(plan, place, 1, None)
     for file in weight_files(work / name):
         file.unlink()
     for file in sorted(place.glob("*.safetensors*")):
         file.replace(work / name / file.name)
-    return report
+    return {"tensors": tensors}
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Say the weights' dtype, on top and in the configurations inside that say one."""
+    """Set the weights' dtype in a `config.json`, and in the configurations inside that name one."""
     config["dtype"] = dtype
     config.pop("torch_dtype", None)
     for value in config.values():
@@ -210,32 +192,34 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
             _set_dtype(value, dtype)
 
 
-def _finish(plan: MergePlan, work: Path, report: dict[str, Any]) -> None:
-    """The files beside the weights."""
+def _write_other_files(plan: MergePlan, work: Path, tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write the files beside the weights; return the report."""
     from koine.combine.merging.model_card import model_card
 
     source = plan.models[0].path
-    report["left_behind"] = carry_files(source, work)
-    carry_drawn((one.path for one in plan.everyone()), work)
+    left_behind = carry_files(source, work)
+    carry_drawn((one.path for one in plan.checkpoints), work)
     config = model_configuration(source)
-    if plan.recipe.dtype is not None:
-        _set_dtype(config, plan.recipe.dtype)
-    if plan.vocabularies or plan.tokenizer != source:
+    if plan.config.dtype is not None:
+        _set_dtype(config, plan.config.dtype)
+    if plan.vocabularies_differ or plan.tokenizer != source:
         write_tokenizer(plan.tokenizer, work, config)
     if config:
         write_json(work / "config.json", config)
+    report: dict[str, Any] = {"tensors": tensors, "left_behind": left_behind}
     if plan.modules:
         report["modules"] = {name: _merge_module(one, work, name) for name, one in plan.modules.items()}
         shutil.rmtree(work / MODULES)
     report |= {
-        "recipe": plan.recipe.to_json(),
+        "config": plan.config.to_json(),
         "models": [
             {"path": str(one.path), "bytes": sum(entry.nbytes for entry in one.values())}
-            for one in plan.everyone()
+            for one in plan.checkpoints
         ],
         "estimated_from": f"at most {SAMPLED} entries of each tensor",
     }
     write_json(work / "merge_report.json", report)
-    write_atomically(work / "README.md", model_card(plan.recipe, plan.info.source))
-    seal_folder(work)
+    write_atomically(work / "README.md", model_card(plan.config, plan.method.source))
+    write_checksums(work)
     (work / "journal.jsonl").unlink()
+    return report

@@ -1,5 +1,4 @@
-"""The folders of a sentence model's modules (`1_Pooling`, `2_Dense`): those with weights of their own are
-merged as the model is."""
+"""Sub-folders of a sentence model (`1_Pooling`, `2_Dense`): those with weights are merged as the model is."""
 
 from __future__ import annotations
 
@@ -10,28 +9,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from koine.combine.compatibility import model_configuration
-from koine.combine.merging.config import Recipe
+from koine.combine.merging.config import MergeConfig
 from koine.combine.safetensors_stream import Checkpoint
 from koine.errors import KoineWarning, UserError
 from koine.model.formats.carried_files import module_folders, module_weights
 
 
-def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """For each folder of a module whose weights differ between the models, the recipe that merges it; empty
-    for other models.
+def module_configs(config: MergeConfig) -> dict[str, MergeConfig]:
+    """Return the configuration that merges each module folder whose weights differ; empty for other models.
 
-    Where a model (a base without a head, say) has no such folder, the first model's stays, and a
+    Where a model has no such folder (a base without a head, for example), the first model's stays, and a
     `KoineWarning` says so if it holds weights.
 
-    Raises `UserError` where the models' modules differ, or weights that differ are not safetensors.
+    Raises:
+        UserError: The models' modules differ, or weights that differ are not safetensors.
     """
-    first, *others = recipe.models
-    everyone = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
+    first, *others = config.models
+    inputs = [*config.models, *([] if config.base is None else [config.base])]
     for other in others:
-        _refuse_other_modules(first, other)
-    found: dict[str, Recipe] = {}
+        _check_same_modules(first, other)
+    found: dict[str, MergeConfig] = {}
     for name, files in module_weights(first).items():
-        folders = [path / name for path in everyone]
+        folders = [path / name for path in inputs]
         lacking = [folder for folder in folders if not any((folder / file).is_file() for file in files)]
         if lacking:
             warnings.warn(
@@ -46,21 +45,22 @@ def module_recipes(recipe: Recipe) -> dict[str, Recipe]:
                     where=folders[1] / files[0],
                     hint="save the models again with a newer version of sentence-transformers",
                 )
-            found[name] = _recipe_of(recipe, name)
+            found[name] = _module_config(config, name)
     return found
 
 
-def _recipe_of(recipe: Recipe, name: str) -> Recipe:
-    models = tuple(path / name for path in recipe.models)
+def _module_config(config: MergeConfig, name: str) -> MergeConfig:
+    """Return the configuration that merges one module folder; patterns that name none of its tensors go."""
+    models = tuple(path / name for path in config.models)
     checkpoint = Checkpoint(models[0])
     names = list(checkpoint)
     checkpoint.close()
     return replace(
-        recipe,
+        config,
         models=models,
-        base=None if recipe.base is None else recipe.base / name,
+        base=None if config.base is None else config.base / name,
         weights_for=tuple(
-            pair for pair in recipe.weights_for if any(fnmatch.fnmatchcase(one, pair[0]) for one in names)
+            pair for pair in config.weights_for if any(fnmatch.fnmatchcase(one, pair[0]) for one in names)
         ),
         tokenizer="",
         unrelated=True,
@@ -75,9 +75,8 @@ def _all_equal(folders: Sequence[Path], files: Sequence[str]) -> bool:
     )
 
 
-def _refuse_other_modules(first: Path, other: Path) -> None:
-    """Raise `UserError` where two sentence models compute otherwise after their networks; one that is none is
-    no obstacle."""
+def _check_same_modules(first: Path, other: Path) -> None:
+    """Raise `UserError` where two sentence models' modules differ. Other models pass."""
     ours, theirs = module_folders(first), module_folders(other)
     if not ours or not theirs:
         return

@@ -1,8 +1,9 @@
-"""Find the stored tensors that have one row per token.
+"""Find the tensors that have one row per token.
 
 Where `transformers` knows the architecture, its class is built without weights, and again with one token
-more: the tensors that grow are those. Where it does not, a tensor counts by its size and place: as many rows
-as the vocabulary has ids, and no other dimension of the model is as long."""
+more: the tensors that grow have a row per token. For other architectures size and place decide: as many rows
+as the vocabulary has ids, and no other dimension of the model of that length.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +20,17 @@ from koine.model.formats.config_json import OWN_TYPES
 from koine.model.formats.library_config import VOCABULARY_FIELD, Skeleton, skeleton
 
 OWN_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
-"""The vocabulary's tensors in directories of our own decoder."""
+"""These tensors in directories of our own decoder."""
 
 MODULES = frozenset({
-    "embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "tok_embeddings", "embed_tokens_per_layer", "shared",
+    "embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "tok_embeddings",
+    "embed_tokens_per_layer", "shared",
 })  # fmt: skip
-"""Modules with a row a token, where a size that stands for several things leaves open what a tensor is."""
+"""Modules with a row per token. They decide where a length stands for several things."""
 
 
 def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
-    """The tensors with an entry or a row a token, each with the dimension that counts tokens."""
+    """Return the tensors with one entry or row per token, each with the dimension that counts tokens."""
     content = model_configuration(checkpoint.path)
     kind = content.get("model_type")
     if kind in OWN_TYPES:
@@ -38,9 +40,11 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
         by_size, unclear = _by_size(checkpoint, content)
         if unclear:
             raise UserError(
-                f"{unclear[0]} is as long as the vocabulary and as other parts of the model: whether it has an entry a token is not known",
+                f"{unclear[0]} is as long as the vocabulary and as other parts of the model: "
+                "whether it has an entry a token is not known",
                 where=checkpoint.path,
-                hint="transformers would know (pip install 'koine[hf]'), if it has a class for this model_type",
+                hint="transformers would know (pip install 'koine[hf]'), "
+                "if it has a class for this model_type",
             )
         return dict.fromkeys(by_size, 0)
     found, unresolved = {}, []
@@ -50,7 +54,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
             unresolved.append(name)
         elif built in known.vocabulary and len(known.shapes[built]) == len(entry.shape):
             found[name] = known.vocabulary[built]
-    # What the library stores otherwise than it computes, or does not read: a head of several tokens ahead.
+    # Tensors that the library renames when it loads, or does not read, such as multi-token prediction heads.
     places = {_place(name): axis for name, axis in known.vocabulary.items()}
     sizes = set(_by_size(checkpoint, content)[0]) if unresolved else set()
     for name in unresolved:
@@ -62,8 +66,10 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _name_in(known: Skeleton, name: str) -> str | None:
-    """The library's name of a stored tensor: the same, or with the prefix of the part below the head added or
-    taken off."""
+    """Return the library's name of a stored tensor; None where it has none.
+
+    It is the same, or has the prefix of the part below the head added or removed.
+    """
     prefix = f"{known.prefix}."
     for candidate in (name, prefix + name, name.removeprefix(prefix)):
         if candidate in known.shapes:
@@ -72,12 +78,12 @@ def _name_in(known: Skeleton, name: str) -> str | None:
 
 
 def _place(name: str) -> str:
-    """A tensor's own module and its part there: `embed_tokens.weight`."""
+    """Return the last two parts of a name, such as `embed_tokens.weight`."""
     return ".".join(name.split(".")[-2:])
 
 
 def vocabulary_sizes(content: Mapping[str, Any]) -> set[int]:
-    """Vocabulary sizes in a `config.json`, at the top or in its text model."""
+    """Return the vocabulary sizes in a `config.json`, at the top or in its text model."""
     nested = content.get("text_config")
     holders = [content, nested if isinstance(nested, Mapping) else {}]
     return {
@@ -89,14 +95,17 @@ def vocabulary_sizes(content: Mapping[str, Any]) -> set[int]:
 
 
 def _by_size(checkpoint: Checkpoint, content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The tensors that have a row a token by their size and place, and those outside the layers of which
-    neither says so or not."""
+    """Find the tensors with a row per token by size and place.
+
+    Returns:
+        These tensors, and those outside the layers for which neither size nor place decides.
+    """
     named = [name for name in checkpoint if name.split(".")[-2:-1] and name.split(".")[-2] in MODULES]
     sizes = vocabulary_sizes(content) or {
         checkpoint[name].rows for name in named if len(checkpoint[name].shape) == 2
     }
-    # Lengths that other dimensions have too: later ones, those of what stands in several layers, and
-    # what the configuration counts besides.
+    # Lengths of other dimensions: later ones of a tensor, those of tensors that several layers have, and
+    # other numbers of the configuration.
     others = {length for entry in checkpoint.values() for length in entry.shape[1:]} | _other_sizes(content)
     layers = Counter(
         (_without_numbers(name), entry.rows) for name, entry in checkpoint.items() if entry.shape
@@ -114,8 +123,7 @@ def _by_size(checkpoint: Checkpoint, content: Mapping[str, Any]) -> tuple[list[s
 
 
 def _other_sizes(content: Mapping[str, Any]) -> set[int]:
-    """Integers of a configuration and those inside it that are no vocabulary's size: positions, kinds of
-    segments, experts."""
+    """Return the integers of a configuration that are no vocabulary sizes: positions, segments, experts."""
     found: set[int] = set()
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -126,15 +134,18 @@ def _other_sizes(content: Mapping[str, Any]) -> set[int]:
 
 
 def _without_numbers(name: str) -> str:
+    """Return a name with `N` for each number, so that all layers have one name."""
     return ".".join("N" if part.isdigit() else part for part in name.split("."))
 
 
 def rows_first(checkpoint: Checkpoint, name: str, axis: int) -> int:
-    """Make the dimension that counts tokens the first of an entry, whose bytes stay as they are; how many
-    dimensions of length 1 went.
+    """Drop the dimensions of length 1 before the one that counts tokens; return how many there were.
 
-    Raises `UserError` where a longer dimension stands before it: the numbers of a token do not lie together
-    then."""
+    Only the entry changes, its bytes stay.
+
+    Raises:
+        UserError: A longer dimension stands before it, so that a token's numbers do not lie together.
+    """
     entry: Entry = checkpoint[name]
     if math.prod(entry.shape[:axis]) != 1:
         raise UserError(

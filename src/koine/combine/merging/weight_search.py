@@ -1,6 +1,7 @@
-"""Weights of a merge, searched: a coarse grid over the simplex, then steps around the best; and what each model costs the others.
+"""Search the weights of a merge: a coarse grid over the simplex, then finer steps around the best.
 
-The evaluation is any function from weights to figures of which lower is better, so that nothing need be written: see `InMemoryMerge`.
+The evaluation is any function from weights to scores of which lower is better. No merge needs to be written:
+see `InMemoryMerge`.
 """
 
 from __future__ import annotations
@@ -11,34 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from koine.combine.merging.config import Recipe
-from koine.combine.merging.methods import METHODS
+from koine.combine.merging.config import MergeConfig
+from koine.combine.merging.methods import find_method
 from koine.combine.merging.plan import plan_merge
 from koine.errors import UserError
-from koine.model import Decoder, load_causal_lm
+from koine.model import LanguageModel, load_causal_lm
 from koine.model.causal_lm import load_as_stored
-from koine.model.formats.directory import from_transformers, to_transformers
 
 Evaluate = Callable[[tuple[float, ...]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Weights, what they scored (lower is better), and the mean of the scores."""
+    """Weights and their scores; lower is better."""
 
     weights: tuple[float, ...]
     scores: Mapping[str, float]
 
     @property
     def mean(self) -> float:
-        """Of all figures."""
+        """Return the mean of all scores."""
         return sum(self.scores.values()) / len(self.scores)
 
 
 def simplex_grid(count: int, parts: int) -> Iterator[tuple[float, ...]]:
-    """All weights of `count` models that are whole multiples of `1 / parts` and sum to 1."""
+    """Yield all weights of `count` models that are multiples of `1 / parts` and sum to 1."""
 
     def split(left: int, places: int) -> Iterator[tuple[int, ...]]:
         if places == 1:
@@ -53,12 +53,27 @@ def simplex_grid(count: int, parts: int) -> Iterator[tuple[float, ...]]:
 
 
 def search_weights(
-    evaluate: Evaluate, count: int, *, parts: int = 4, rounds: int = 2, budget: int = 200,
+    evaluate: Evaluate,
+    count: int,
+    *,
+    parts: int = 4,
+    rounds: int = 2,
+    budget: int = 200,
     score: Callable[[Trial], float] = lambda trial: trial.mean,
-) -> list[Trial]:  # fmt: skip
-    """Every trial in the order in which it was made: the grid of `parts`, then `rounds` of moving weight between two models, by half the grid's step, a quarter, ...
+) -> list[Trial]:
+    """Search the weights of a merge; return every trial in the order in which it was made.
 
-    Raises `UserError` where the grid alone has more points than `budget`.
+    Args:
+        evaluate: From weights to scores, lower is better.
+        count: The number of models.
+        parts: The grid's step is `1 / parts`.
+        rounds: After the grid, rounds of moving weight between two models around the best: by half the grid's
+            step, a quarter, and so on.
+        budget: Evaluations at most.
+        score: What decides; default: the mean of the scores.
+
+    Raises:
+        UserError: The grid alone has more points than `budget`.
     """
     grid = list(simplex_grid(count, parts))
     if len(grid) > budget:
@@ -90,7 +105,7 @@ def search_weights(
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other beats in one figure without losing in another."""
+    """Return the Pareto front: trials that no other equals in all scores and beats in one."""
 
     def beaten(one: Trial) -> bool:
         return any(
@@ -103,29 +118,38 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def leave_one_out(evaluate: Evaluate, weights: tuple[float, ...]) -> list[dict[str, float | None]]:
-    """For each model, how much each figure rises when it is left out and the others keep their proportions (Command A, arXiv
-    2504.00698): below 0, the model collides with the others there. None where it has all the weight: nothing is left then."""
-    whole = evaluate(weights)
+    """Compute for each model how much each score rises when it is left out (Command A, arXiv 2504.00698).
+
+    The other models keep their proportions. Below 0, the model collides with the others. None where the model
+    has all the weight, so that nothing is left.
+    """
+    with_all = evaluate(weights)
     found: list[dict[str, float | None]] = []
     for gone, weight in enumerate(weights):
         rest = 1.0 - weight / sum(weights)
         if rest < 1e-9:
-            found.append(dict.fromkeys(whole))
+            found.append(dict.fromkeys(with_all))
             continue
         others = tuple(
             0.0 if index == gone else one / (rest * sum(weights)) for index, one in enumerate(weights)
         )
         scores = evaluate(others)
-        found.append({name: scores[name] - whole[name] for name in whole})
+        found.append({name: scores[name] - with_all[name] for name in with_all})
     return found
 
 
 class InMemoryMerge:
     """A model that is set to one merge after another. All models' weights stay in memory, in their own dtype.
 
-    What two models are merged by along a way, SLERP's `t`, is the second's weight.
+    SLERP's `t` is searched as the second model's weight.
 
-    Raises `UserError` where a method has nothing to search, a tensor holds NaN or infinity, or the models do not fit together (see `plan_merge`).
+    Args:
+        paths: The models' folders.
+        method, base, options, tokenizer, unrelated: As in `MergeConfig`.
+
+    Raises:
+        UserError: The method has nothing to search, a tensor holds NaN or infinity, or the models do not fit
+            together (see `plan_merge`).
     """
 
     def __init__(
@@ -138,8 +162,8 @@ class InMemoryMerge:
         tokenizer: str = "",
         unrelated: bool = False,
     ) -> None:
-        self.info = METHODS[method]
-        if not self.info.takes("weights") and "t" not in self.info.parameters:
+        self.method = find_method(method)
+        if not self.method.takes("weights") and "t" not in self.method.parameters:
             raise UserError(
                 f"{method} has no weights to search",
                 hint="take linear, slerp, task-arithmetic, ties or a dare method",
@@ -147,25 +171,26 @@ class InMemoryMerge:
         self.options = dict(options or {})
         equal = (1.0 / len(paths),) * len(paths)
         plan = plan_merge(
-            Recipe(
+            MergeConfig(
                 method=method,
                 models=tuple(paths),
                 base=base,
-                weights=equal if self.info.takes("weights") else (),
-                options=self.options if self.info.takes("weights") else {**self.options, "t": 0.5},
+                weights=equal if self.method.takes("weights") else (),
+                options=self.options if self.method.takes("weights") else {**self.options, "t": 0.5},
                 tokenizer=tokenizer,
                 unrelated=unrelated,
             )
         )
         plan.close()
-        if plan.vocabularies:
+        if plan.vocabularies_differ:
             raise UserError(
                 "the models' vocabularies differ",
                 hint="a search needs one: move the models to one tokenizer with `koine tokenizer adapt`",
             )
-        everyone = [*paths, *([] if base is None else [base])]
-        self.states = [_stored(load_as_stored(path)) for path in everyone]
-        for path, state in zip(everyone, self.states, strict=True):
+        inputs = [*paths, *([] if base is None else [base])]
+        # As they are saved: a method that works on a whole tensor must not see several fused into one.
+        self.states = [load_as_stored(path).stored_tensors() for path in inputs]
+        for path, state in zip(inputs, self.states, strict=True):
             for name, tensor in state.items():
                 if not torch.isfinite(tensor).all():
                     raise UserError(
@@ -174,13 +199,13 @@ class InMemoryMerge:
                         hint="this checkpoint is broken; use an earlier one",
                     )
         self.with_base = base is not None
-        self.model: nn.Module = load_causal_lm(paths[0], dtype=torch.float32)
+        self.model: LanguageModel = load_causal_lm(paths[0], dtype=torch.float32)
 
     @torch.no_grad()
-    def set(self, weights: tuple[float, ...]) -> nn.Module:
-        """The model, with the merge of these weights in float32."""
-        # The seed of what a DARE method drops is the same for all weights, so that they are compared on the same mask.
-        searched: dict[str, Any] = {"weights": weights} if self.info.takes("weights") else {"t": weights[1]}
+    def set(self, weights: tuple[float, ...]) -> LanguageModel:
+        """Set the model to the merge of these weights, in float32, and return it."""
+        # All weights have one seed, so that DARE methods are compared on the same mask.
+        searched: dict[str, Any] = {"weights": weights} if self.method.takes("weights") else {"t": weights[1]}
         arguments = self.options | searched
         merged: dict[str, Tensor] = {}
         for name, first in self.states[0].items():
@@ -190,16 +215,8 @@ class InMemoryMerge:
             tensors = [state[name].float() for state in self.states]
             if self.with_base:
                 arguments["base"] = tensors.pop()
-            if self.info.takes("generator"):
+            if self.method.takes("generator"):
                 arguments["generator"] = torch.Generator().manual_seed(0)
-            merged[name] = self.info.function(tensors, **arguments)
-        self.model.load_state_dict(
-            from_transformers(merged, self.model.config) if isinstance(self.model, Decoder) else merged
-        )
+            merged[name] = self.method.function(tensors, **arguments)
+        self.model.load_stored_tensors(merged)
         return self.model
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors as they are saved: a method that looks at a tensor whole must not see several fused into one."""
-    state = model.state_dict()
-    return to_transformers(state, model.config) if isinstance(model, Decoder) else state

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.combine.compatibility import ALIKE
+from koine.combine.compatibility import MIN_RELATED_COSINE
 from koine.combine.moe.branches import (
     Branch,
     check_other_shapes,
@@ -40,7 +40,7 @@ from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import StoredWeights, open_weights, save_stored
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
@@ -244,7 +244,7 @@ def _refuse_other_ancestor(
         float(torch.cosine_similarity(new, weights[f"{place}down_proj.weight"].flatten().double(), dim=0))
         for place in places
     )
-    if likeness < ALIKE:
+    if likeness < MIN_RELATED_COSINE:
         raise UserError(
             f"has no common ancestor with {model} (the cosine of their matrices is {likeness:.2f})",
             where=branch.path,
@@ -258,7 +258,7 @@ def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Pat
         config,
         out,
         tokenizer=model,
-        ends=end_ids(model),
+        eos_ids=eos_ids(model),
     )
     carry_files(model, out)
     record = read_record(model)

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-from koine.combine.compatibility import ALIKE, field_difference, likeness, tokenizer_differences
+from koine.combine.compatibility import (
+    MIN_RELATED_COSINE,
+    field_difference,
+    median_cosine,
+    tokenizer_differences,
+)
 from koine.errors import UserError
 from koine.model.config import ModelConfig
 from koine.model.formats.config_json import read_config
@@ -59,7 +64,7 @@ def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list
 
 def check_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
     """Raise `UserError` with the first field in which two configurations differ; experts are not compared."""
-    difference = field_difference(wanted, found, but=("mixture", "initializer_range"))
+    difference = field_difference(wanted, found, ignoring=("mixture", "initializer_range"))
     if difference is not None:
         name, ours, theirs = difference
         raise UserError(
@@ -86,11 +91,11 @@ def check_other_tokenizer(wanted: Path, found: Path) -> None:
 
 
 def check_other_ancestor(seed: Branch, branch: Branch) -> None:
-    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.ALIKE`)."""
+    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.MIN_RELATED_COSINE`)."""
     middle = f"model.layers.{len(seed.config.layers) // 2}."
     names = [f"{middle}{part}.weight" for part in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")]
-    found = likeness([(seed.tensor(name), branch.tensor(name)) for name in names])
-    if found is not None and found < ALIKE:
+    found = median_cosine([(seed.tensor(name), branch.tensor(name)) for name in names])
+    if found is not None and found < MIN_RELATED_COSINE:
         raise UserError(
             f"has no common ancestor with {seed.path} (the cosine of their matrices is {found:.2f})",
             where=branch.path,

@@ -29,7 +29,7 @@ from koine.files import read_json_object, sha256_file, write_json
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.directory import save_stored
-from koine.model.formats.end_ids import end_ids
+from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
 from koine.model.formats.tensor_names import split_stored
 from koine.model.formats.weight_files import weight_files
@@ -111,7 +111,7 @@ def _upcycle(
         for name in [name for name in tensors if name.endswith(DOMAINS)]:
             # A copy a layer: tensors of a file share no memory.
             tensors[name] = domains.to(tensors[name].dtype, copy=True)
-    save_stored(tensors, config, out, tokenizer=root.path, ends=end_ids(root.path))
+    save_stored(tensors, config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     write_record(
@@ -130,7 +130,7 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
         for name in sorted(root.weights)
         if not _left_out(name, root.config)
     }
-    save_stored(tensors, root.config, out, tokenizer=root.path, ends=end_ids(root.path))
+    save_stored(tensors, root.config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     return root.config

@@ -1,4 +1,4 @@
-"""The sample world: facts from CLDR, told and asked in many languages, with no download."""
+"""The sample world: facts from CLDR as sentences and questions in many languages, without a download."""
 
 from koine.data.sample.coverage import sample_languages
 from koine.data.sample.phrases import QUESTION_LANGUAGES

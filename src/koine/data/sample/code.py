@@ -9,78 +9,23 @@ from pathlib import Path
 from typing import Any
 
 MODULES = (
-    *(
-        "abc",
-        "argparse",
-        "base64",
-        "bisect",
-        "calendar",
-        "cmd",
-        "codecs",
-        "colorsys",
-        "configparser",
-        "contextlib",
-        "copy",
-        "csv",
-    ),
-    *(
-        "dataclasses",
-        "datetime",
-        "difflib",
-        "enum",
-        "fileinput",
-        "fnmatch",
-        "fractions",
-        "functools",
-        "getopt",
-        "glob",
-        "gzip",
-    ),
-    *(
-        "heapq",
-        "hmac",
-        "html/parser",
-        "inspect",
-        "io",
-        "json/decoder",
-        "json/encoder",
-        "keyword",
-        "linecache",
-        "locale",
-        "lzma",
-    ),
-    *(
-        "mimetypes",
-        "numbers",
-        "operator",
-        "pathlib",
-        "pprint",
-        "queue",
-        "random",
-        "reprlib",
-        "sched",
-        "secrets",
-        "selectors",
-    ),
-    *(
-        "shlex",
-        "shutil",
-        "statistics",
-        "string",
-        "stringprep",
-        "tempfile",
-        "textwrap",
-        "threading",
-        "timeit",
-        "tokenize",
-    ),
-    *("traceback", "types", "typing", "urllib/parse", "uuid", "warnings", "weakref", "zipfile"),
-)
+    "abc", "argparse", "base64", "bisect", "calendar", "cmd", "codecs", "colorsys", "configparser",
+    "contextlib", "copy", "csv", "dataclasses", "datetime", "difflib", "enum", "fileinput", "fnmatch",
+    "fractions", "functools", "getopt", "glob", "gzip", "heapq", "hmac", "html/parser", "inspect", "io",
+    "json/decoder", "json/encoder", "keyword", "linecache", "locale", "lzma", "mimetypes", "numbers",
+    "operator", "pathlib", "pprint", "queue", "random", "reprlib", "sched", "secrets", "selectors",
+    "shlex", "shutil", "statistics", "string", "stringprep", "tempfile", "textwrap", "threading",
+    "timeit", "tokenize", "traceback", "types", "typing", "urllib/parse", "uuid", "warnings", "weakref",
+    "zipfile",
+)  # fmt: skip
 LONGEST = 4_000
 
 
 def code_records(max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Top-level functions and classes of `MODULES` in order, until `max_bytes`; deterministic for a Python version."""
+    """Yield functions and classes of `MODULES` in order, until `max_bytes`.
+
+    Deterministic for a Python version.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     left = max_bytes
     for module in MODULES:

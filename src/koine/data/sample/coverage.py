@@ -1,4 +1,4 @@
-"""Which languages CLDR knows well enough to tell the sample world in."""
+"""Find the languages that CLDR covers well enough for the sample world."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from koine.data.sample.locales import IsolatedLocale, isolated
 from koine.languages import LANGUAGES
 
 NAMED = 0.9
-"""Share of the sample world's names that a language must have of its own."""
+"""Share of the sample world's names that CLDR must have in a language."""
 
 
 @functools.cache
 def locale_of(code: str) -> IsolatedLocale:
-    """Babel's data of one of our languages."""
+    """Return Babel's data of one of our languages."""
     return isolated(code.replace("-", "_"))
 
 
 def covers(code: str) -> bool:
-    """Whether CLDR's data of a language are near complete for our purpose.
+    """Return whether CLDR's data of a language is nearly complete for the sample world.
 
-    It must have 90 % of the names of the sample world's territories, of their currencies and of its languages, all months and
-    days, and a pattern to count each unit.
+    It must have 90 % of the names of territories, currencies and languages, all months and days, and a
+    pattern for each unit.
     """
     try:
         locale = locale_of(code)
@@ -51,5 +51,5 @@ def covers(code: str) -> bool:
 
 @functools.cache
 def sample_languages() -> tuple[str, ...]:
-    """Codes of all languages in which the sample world can be written."""
+    """Return the codes of all languages in which the sample world can be written."""
     return tuple(code for code in LANGUAGES if covers(code))

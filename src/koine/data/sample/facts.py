@@ -1,11 +1,13 @@
-"""The facts of the sample world, without any language: what is true, and which split it belongs to.
+"""Facts of the sample world, independent of language, and their splits.
 
-A fact has an identifier such as `currency:JP` or `sum:7+12`, the same in every language, and so has its split:
+A fact has an identifier such as `currency:JP` or `sum:7+12`, and a split; both are the same in every
+language:
 
 - `train`: in documents and in training questions;
-- `recall`: in documents, but no training question asks for it: its question measures what pretraining put in;
-- `heldout_fact`: computable (sums, quantities, amounts, dates), in no document and no training question: measures generalisation;
-- `heldout_territory`: about a territory that no document and no training question mentions.
+- `recall`: in documents, but in no training question: its question measures what pretraining learnt;
+- `heldout_fact`: computable (sums, quantities, amounts, dates), in no document and no training question:
+  measures generalisation;
+- `heldout_territory`: about a territory that is in no document and no training question.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ HELD_OUT_TERRITORIES = 0.12
 RECALL = 0.2
 HELD_OUT_FACTS = 0.25
 NAMESAKES = frozenset({"WS"})
-"""Never held out: another territory's name (American Samoa) contains theirs."""
+"""Never held out: another territory's name contains theirs (American Samoa)."""
 
 UNITS = (
     "duration-day",
@@ -39,130 +41,29 @@ UNITS = (
 CURRENCIES = ("EUR", "USD", "JPY", "INR", "CNY", "BRL", "TRY", "PLN")
 """Currencies of the amounts."""
 SCRIPTED = {
-    "en": "Latn",
-    "de": "Latn",
-    "fr": "Latn",
-    "es": "Latn",
-    "it": "Latn",
-    "pt": "Latn",
-    "nl": "Latn",
-    "pl": "Latn",
-    "tr": "Latn",
-    "vi": "Latn",
-    "sw": "Latn",
-    "id": "Latn",
-    "fi": "Latn",
-    "hu": "Latn",
-    "ru": "Cyrl",
-    "uk": "Cyrl",
-    "bg": "Cyrl",
-    "kk": "Cyrl",
-    "mk": "Cyrl",
-    "be": "Cyrl",
-    "ar": "Arab",
-    "fa": "Arab",
-    "ur": "Arab",
-    "ps": "Arab",
-    "hi": "Deva",
-    "ne": "Deva",
-    "mr": "Deva",
-    "bn": "Beng",
-    "el": "Grek",
-    "he": "Hebr",
-    "hy": "Armn",
-    "ka": "Geor",
-    "ta": "Taml",
-    "te": "Telu",
-    "kn": "Knda",
-    "ml": "Mlym",
-    "gu": "Gujr",
-    "pa": "Guru",
-    "th": "Thai",
-    "lo": "Laoo",
-    "km": "Khmr",
-    "my": "Mymr",
-    "am": "Ethi",
-    "si": "Sinh",
-    "ja": "Jpan",
-    "ko": "Kore",
-}
+    "en": "Latn", "de": "Latn", "fr": "Latn", "es": "Latn", "it": "Latn", "pt": "Latn", "nl": "Latn",
+    "pl": "Latn", "tr": "Latn", "vi": "Latn", "sw": "Latn", "id": "Latn", "fi": "Latn", "hu": "Latn",
+    "ru": "Cyrl", "uk": "Cyrl", "bg": "Cyrl", "kk": "Cyrl", "mk": "Cyrl", "be": "Cyrl", "ar": "Arab",
+    "fa": "Arab", "ur": "Arab", "ps": "Arab", "hi": "Deva", "ne": "Deva", "mr": "Deva", "bn": "Beng",
+    "el": "Grek", "he": "Hebr", "hy": "Armn", "ka": "Geor", "ta": "Taml", "te": "Telu", "kn": "Knda",
+    "ml": "Mlym", "gu": "Gujr", "pa": "Guru", "th": "Thai", "lo": "Laoo", "km": "Khmr", "my": "Mymr",
+    "am": "Ethi", "si": "Sinh", "ja": "Jpan", "ko": "Kore",
+}  # fmt: skip
 """Languages whose script is a fact, and that script."""
 
 
 PROMINENT = (
-    *(
-        "US",
-        "IN",
-        "CN",
-        "BR",
-        "RU",
-        "JP",
-        "DE",
-        "FR",
-        "GB",
-        "MX",
-        "ID",
-        "TR",
-        "EG",
-        "IT",
-        "ES",
-        "KR",
-        "IR",
-        "VN",
-        "TH",
-        "PL",
-    ),
-    *(
-        "AR",
-        "SA",
-        "PK",
-        "BD",
-        "PH",
-        "NG",
-        "UA",
-        "CA",
-        "AU",
-        "GR",
-        "FI",
-        "IL",
-        "MM",
-        "PT",
-        "NL",
-        "SE",
-        "CH",
-        "AT",
-        "IQ",
-        "MA",
-    ),
-    *(
-        "CO",
-        "PE",
-        "CL",
-        "KE",
-        "ET",
-        "ZA",
-        "NO",
-        "DK",
-        "CZ",
-        "HU",
-        "RO",
-        "BG",
-        "MY",
-        "SG",
-        "NZ",
-        "IE",
-        "BE",
-        "LK",
-        "NP",
-        "KZ",
-    ),
-)
-"""Territories that come up most, in this order (ours)."""
+    "US", "IN", "CN", "BR", "RU", "JP", "DE", "FR", "GB", "MX", "ID", "TR", "EG", "IT", "ES", "KR", "IR",
+    "VN", "TH", "PL", "AR", "SA", "PK", "BD", "PH", "NG", "UA", "CA", "AU", "GR", "FI", "IL", "MM", "PT",
+    "NL", "SE", "CH", "AT", "IQ", "MA", "CO", "PE", "CL", "KE", "ET", "ZA", "NO", "DK", "CZ", "HU", "RO",
+    "BG", "MY", "SG", "NZ", "IE", "BE", "LK", "NP", "KZ",
+)  # fmt: skip
+"""Territories that are mentioned most, in this order (ours)."""
 
 
 @dataclass(frozen=True)
 class Territory:
-    """A territory with one currency of today and its official languages."""
+    """A territory with one current currency and its official languages."""
 
     code: str
     currency: str
@@ -170,14 +71,14 @@ class Territory:
 
 
 def _share(identifier: str) -> float:
-    """A number in [0, 1) that depends on the identifier alone."""
+    """Return a number in [0, 1) that depends only on the identifier."""
     digest = hashlib.blake2b(identifier.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 @functools.cache
 def territories() -> tuple[Territory, ...]:
-    """Territories that have a currency today and an official language whose name CLDR has, by code."""
+    """Return territories with a current currency and an official language that CLDR names, by code."""
     found = []
     known = set(get_global("likely_subtags"))
     today = datetime.date(2025, 1, 1)
@@ -187,15 +88,15 @@ def territories() -> tuple[Territory, ...]:
         currencies = get_territory_currencies(code, start_date=today)
         spoken = tuple(name for name in get_official_languages(code) if "_" not in name and name in known)
         if len(currencies) >= 1 and spoken:
-            # Where another country's money is legal tender too (Bhutan, Lesotho, Namibia), the country's own goes first: ISO 4217 codes begin with
-            # the code of who issues them.
+            # If another country's money is legal tender too (Bhutan, Lesotho, Namibia), take the country's own:
+            # ISO 4217 codes begin with the code of the issuing country.
             own = next((currency for currency in currencies if currency.startswith(code)), currencies[0])
             found.append(Territory(code, own, spoken))
     return tuple(found)
 
 
 def split_of(identifier: str) -> str:
-    """The split of a fact."""
+    """Return the split of a fact."""
     kind, _, rest = identifier.partition(":")
     if kind in ("currency", "language"):
         if rest not in NAMESAKES and _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
@@ -208,7 +109,10 @@ def split_of(identifier: str) -> str:
 
 @functools.cache
 def prominence(identifier: str) -> float:
-    """How often a fact is told and asked, relative to others of its kind: as in real text, a few territories come up all the time."""
+    """Return the relative frequency of a fact among others of its kind.
+
+    As in real text, a few territories are mentioned all the time.
+    """
     kind, _, rest = identifier.partition(":")
     if kind not in ("currency", "language"):
         return 1.0
@@ -218,7 +122,7 @@ def prominence(identifier: str) -> float:
 
 @functools.cache
 def facts() -> dict[str, tuple[str, ...]]:
-    """Identifiers by kind, in a fixed order."""
+    """Return identifiers by kind, in a fixed order."""
     numbers = range(1, 13)
     return {
         "currency": tuple(f"currency:{t.code}" for t in territories()),
@@ -247,5 +151,5 @@ def facts() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def facts_in(split: str) -> dict[str, tuple[str, ...]]:
-    """The identifiers of one split, by kind."""
+    """Return the identifiers of one split, by kind."""
     return {kind: tuple(name for name in names if split_of(name) == split) for kind, names in facts().items()}

@@ -1,7 +1,8 @@
-"""CLDR data of one language, in a tree of its own.
+"""CLDR data of one language, isolated from that of others.
 
-Babel writes resolved aliases into dictionaries that its locales share, so that what a language calls its months, and how it counts, can depend on
-which language was asked first. Each of ours is read from Babel's files afresh.
+Babel writes resolved aliases into dictionaries that its locales share. So a language's names of months and
+its counting could depend on the language that was used first. Each locale here is read from Babel's files
+anew.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PLURALS = ("zero", "one", "two", "few", "many", "other")
 
 
 class IsolatedLocale(Locale):  # type: ignore[misc]
-    """A Babel locale whose data nobody else writes into."""
+    """A Babel locale whose data is not shared."""
 
     @functools.cached_property
     def _own(self) -> localedata.LocaleDataDict:
@@ -31,8 +32,10 @@ class IsolatedLocale(Locale):  # type: ignore[misc]
         return self._own
 
     def unit_pattern(self, unit: str, number: int) -> str | None:
-        """The pattern that counts a unit: the plural form that the number asks for or the general one, long, else short; CLDR leaves out
-        a long form that equals the short one. The root's symbols (km, kg) are those of every language; its durations ("{0} d") are of none.
+        """Return the pattern that counts a unit, in the number's plural form, else the general form.
+
+        The long pattern, else the short one: CLDR leaves out a long form that equals the short one. The
+        root's symbols (km, kg) hold for every language, its durations ("{0} d") for none.
         """
         for length in ("long", "short", "narrow"):
             patterns: dict[str, str] = {}
@@ -50,19 +53,19 @@ class IsolatedLocale(Locale):  # type: ignore[misc]
 
 @functools.cache
 def isolated(identifier: str) -> IsolatedLocale:
-    """The locale of an identifier such as `sr_Latn`; raises what `Locale.parse` raises."""
+    """Return the locale of an identifier such as `sr_Latn`. Raises what `Locale.parse` raises."""
     parsed = Locale.parse(identifier)
     return IsolatedLocale(parsed.language, territory=parsed.territory, script=parsed.script)
 
 
 def _file(name: str) -> dict[str, Any]:
-    """The content of one of Babel's data files, a new copy each time."""
+    """Return the content of one of Babel's data files, a new copy each time."""
     return pickle.loads(_bytes(name))  # type: ignore[no-any-return]
 
 
 @functools.cache
 def _units(name: str) -> dict[str, Any]:
-    """How a data file itself counts units; nobody writes into it."""
+    """Return the unit patterns of a data file; read-only."""
     return _plain(_file(name).get("unit_patterns"))
 
 
@@ -73,7 +76,7 @@ def _bytes(name: str) -> bytes:
 
 
 def _ancestors(identifier: str) -> list[str]:
-    """The locale's data files from the most general to itself, without the root (CLDR's inheritance)."""
+    """Return the locale's data files from general to specific, without the root (CLDR's inheritance)."""
     found = [identifier]
     while True:
         parent = get_global("parent_exceptions").get(found[0])
@@ -86,7 +89,7 @@ def _ancestors(identifier: str) -> list[str]:
 
 
 def _plain(value: Any) -> dict[Any, Any]:
-    """A branch of raw locale data without its alias (what the locale itself says)."""
+    """Return a branch of raw locale data without its alias."""
     if isinstance(value, tuple):
         value = value[1]
     return value if isinstance(value, dict) else {}

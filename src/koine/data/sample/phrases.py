@@ -1,7 +1,7 @@
-"""Sentences of the sample world in the languages that have questions of their own.
+"""Sentence and question templates of the sample world, in the languages with questions.
 
-`phrases.tsv` holds a row a language. A question never inflects what is inserted (`{x}`): where the language would, the question names the
-thing first and asks then ("Country: {x}. What is its currency?").
+`phrases.tsv` holds a row per language. A question never inflects the inserted name (`{x}`). Where the
+language would, the question first names the thing, then asks ("Country: {x}. What is its currency?").
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import resources
 
 @functools.cache
 def phrases() -> dict[str, dict[str, str]]:
-    """Language code to phrase name to phrase."""
+    """Return language code -> phrase name -> phrase."""
     text = resources.files("koine.data.sample").joinpath("phrases.tsv").read_text(encoding="utf-8")
     header, *rows = (line.split("\t") for line in text.splitlines())
     return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}

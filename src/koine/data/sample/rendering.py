@@ -1,4 +1,4 @@
-"""A fact in a language: as a sentence, and as a question with its exact answer."""
+"""Render a fact in a language: as a sentence, and as a question with its exact answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from koine.data.sample.coverage import locale_of
 from koine.data.sample.facts import SCRIPTED, territories
 from koine.data.sample.phrases import phrases
 
-# For languages without phrases of ours: what CLDR gives, joined by signs that every script uses.
+# For languages without phrases: CLDR's names, joined by signs that every script uses.
 _PLAIN = {
     "currency": "{x}: {y}",
     "language": "{x}: {y}",
@@ -37,14 +37,14 @@ def _territories() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 @functools.cache
 def calendar_names(code: str, kind: str) -> dict[int, str]:
-    """Names of `months` (1 to 12) or `days` (Monday is 0), in the form that stands alone where the language has one."""
+    """Return names of `months` (1 to 12) or `days` (Monday is 0), in stand-alone form if there is one."""
     names = getattr(locale_of(code), kind)["stand-alone"]["wide"]
     return {number: str(name) for number, name in names.items()}
 
 
 @functools.cache
 def sides(code: str, fact: str) -> tuple[str, str] | None:
-    """What is asked about and the exact answer, in the language `code`; `None` where CLDR lacks a name."""
+    """Return subject and exact answer of a fact in a language; `None` if CLDR lacks a name."""
     locale = locale_of(code)
     kind, _, rest = fact.partition(":")
     if kind in ("currency", "language"):
@@ -105,7 +105,7 @@ def _date(day: datetime.date, code: str) -> str:
 
 
 def sentence(code: str, fact: str) -> str | None:
-    """The fact as a sentence, or `None` where CLDR lacks a name."""
+    """Return the fact as a sentence; `None` if CLDR lacks a name."""
     found = sides(code, fact)
     if found is None:
         return None
@@ -119,12 +119,12 @@ def _template(code: str, kind: str) -> str:
 
 
 def enumeration(code: str, items: Sequence[str]) -> str:
-    """Items joined as the language joins a list, as a sentence."""
+    """Join items as the language joins a list, as a sentence."""
     return _template(code, "list").replace("{x}", format_list(list(items), locale=locale_of(code)))
 
 
 def question(code: str, fact: str, wording: int) -> tuple[str, str] | None:
-    """Question and exact answer, in the first or second of the language's wordings."""
+    """Return question and exact answer, in the first or second wording of the language."""
     found = sides(code, fact)
     if found is None:
         return None
@@ -136,11 +136,11 @@ def question(code: str, fact: str, wording: int) -> tuple[str, str] | None:
 
 
 def quantities(code: str, unit: str, numbers: Sequence[int]) -> list[str]:
-    """A unit counted, with the plural form that each number takes."""
+    """Count a unit, with the plural form of each number."""
     return [_quantity(number, unit, code) for number in numbers]
 
 
 def names(code: str, kind: str, keys: Sequence[str]) -> list[str]:
-    """Names of languages, scripts, currencies or territories; those that CLDR lacks are left out."""
+    """Return names of languages, scripts, currencies or territories, without those that CLDR lacks."""
     known = getattr(locale_of(code), kind)
     return [str(known[key]) for key in keys if key in known]

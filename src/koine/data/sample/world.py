@@ -1,4 +1,4 @@
-"""Write the sample world: documents, questions and code, the same facts and splits in every language."""
+"""Write the sample world: documents, questions and code, with the same facts and splits in every language."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from koine.files import atomic_directory, write_json
 from koine.languages import language
 
 HELD_OUT_DOCUMENTS = 0.1
-"""Held-out documents, as a share of the training ones."""
+"""Held-out documents, as a share of the training documents."""
 TEST_QUESTIONS = 0.5
-"""Test questions, as a share of the training ones."""
-# What a document is about: kinds of facts told in it, drawn in these proportions.
+"""Test questions, as a share of the training questions."""
+# Kinds of facts in a document; a document has one of these, drawn uniformly.
 TOPICS = (
     ("currency", "language"),
     ("currency", "language", "script"),
@@ -39,7 +39,7 @@ TOPICS = (
     ("sum", "quantity"),
     ("quantity", "amount", "sum"),
 )
-# How often each kind is asked. Small kinds would be asked to death, so each fact is asked a few times at most.
+# Weight of each kind among questions. Kinds with few facts get less, so that no fact is asked very often.
 ASKED = {
     "currency": 3,
     "language": 3,
@@ -53,22 +53,25 @@ ASKED = {
 }
 
 QUIZZES = 0.35
-"""Share of the training documents that ask and answer in place of telling: from those a model learns what a question wants, before
-it is taught the form of a chat. Facts of the split `recall` are never in them."""
+"""Share of the training documents that hold questions and answers in place of sentences.
+
+A model learns from them what a question asks for, before it is taught the chat format. Facts of the split
+`recall` are never in them.
+"""
 
 
-class Plan(NamedTuple):
+class DocumentPlan(NamedTuple):
     """A document before it has a language."""
 
     facts: tuple[str, ...]
     number: int
-    """Chooses its list, its wordings and whether its lines are broken."""
+    """Seed of its list, its wordings and its line breaks."""
     quiz: bool
 
 
 @dataclass(frozen=True)
 class SampleSummary:
-    """What was written, by language."""
+    """Counts of what was written, by language."""
 
     languages: dict[str, dict[str, int]]
     code: dict[str, int]
@@ -90,7 +93,7 @@ class SampleSummary:
         )
 
     def rows(self) -> list[tuple[str | int, ...]]:
-        """One row a language, and one for the code."""
+        """Return one row per language, and one for the code."""
         keys = ("documents", "bytes", "heldout_documents", "heldout_bytes", "questions", *SPLITS[1:])
         rows: list[tuple[str | int, ...]] = [
             (code, language(code).name, *(counts[key] for key in keys))
@@ -101,10 +104,10 @@ class SampleSummary:
         return rows
 
 
-def document_plans(count: int, *, seed: int, heldout: bool) -> list[Plan]:
-    """Which facts each document tells; the same for every language.
+def document_plans(count: int, *, seed: int, heldout: bool) -> list[DocumentPlan]:
+    """Choose the facts of each document; the same for every language.
 
-    Held-out documents tell held-out facts alone; training ones none of them.
+    Held-out documents hold only held-out facts; training documents hold none.
     """
     everything = _pool(("heldout_fact", "heldout_territory") if heldout else ("train", "recall"))
     asked = everything if heldout else _pool(("train",))
@@ -120,26 +123,28 @@ def document_plans(count: int, *, seed: int, heldout: bool) -> list[Plan]:
             drawn = pool[generator.choice(kinds)]
             chosen += generator.choices(drawn, [prominence(fact) for fact in drawn])
         if set(kinds) >= {"currency", "language"}:
-            # A territory's facts are told together.
+            # A document holds all facts of a territory together.
             chosen = [fact for name in chosen for fact in _beside(name, pool)]
-        plans.append(Plan(tuple(dict.fromkeys(chosen)), generator.randrange(2**30), quiz))
+        plans.append(DocumentPlan(tuple(dict.fromkeys(chosen)), generator.randrange(2**30), quiz))
     return plans
 
 
 def _pool(splits: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The facts of some splits together, by kind."""
+    """Return the facts of some splits, by kind."""
     parts = [facts_in(split) for split in splits]
     return {kind: tuple(fact for part in parts for fact in part[kind]) for kind in parts[0]}
 
 
 def _beside(fact: str, pool: dict[str, tuple[str, ...]]) -> list[str]:
+    """Return the facts in `pool` about the same territory."""
     kind, _, code = fact.partition(":")
     if kind not in ("currency", "language"):
         return [fact]
     return [f"{other}:{code}" for other in ("currency", "language") if f"{other}:{code}" in pool[other]]
 
 
-def _document(code: str, plan: Plan, *, heldout: bool) -> str:
+def _document(code: str, plan: DocumentPlan, *, heldout: bool) -> str:
+    """Render the text of a document."""
     generator = random.Random(plan.number)
     if plan.quiz and code in QUESTION_LANGUAGES:
         asked = [question(code, fact, generator.randrange(2)) for fact in plan.facts]
@@ -151,7 +156,7 @@ def _document(code: str, plan: Plan, *, heldout: bool) -> str:
 
 
 def _list(code: str, generator: random.Random) -> str:
-    """A sentence that lists names, or a unit with the plural forms of several numbers."""
+    """Return a sentence that lists names, or a unit with the plural forms of several numbers."""
     kind = generator.choice(("languages", "scripts", "currencies", "units"))
     if kind == "units":
         numbers = sorted(generator.sample(range(1, 32), 4))
@@ -159,7 +164,7 @@ def _list(code: str, generator: random.Random) -> str:
     keys = {
         "languages": sorted(SCRIPTED),
         "scripts": sorted(set(SCRIPTED.values())),
-        # ISO 4217 codes begin with the code of who issues them: "Kenyan Shilling" names a territory.
+        # A currency's name may name a territory ("Kenyan Shilling"); its code begins with the territory's.
         "currencies": sorted(
             currency
             for currency in {*CURRENCIES, *(territory.currency for territory in territories())}
@@ -169,7 +174,7 @@ def _list(code: str, generator: random.Random) -> str:
     return enumeration(code, names(code, kind, generator.sample(keys, 4)) or ["1", "2", "3"])
 
 
-def _records(code: str, plans: Sequence[Plan], *, heldout: bool) -> Iterator[dict[str, Any]]:
+def _records(code: str, plans: Sequence[DocumentPlan], *, heldout: bool) -> Iterator[dict[str, Any]]:
     part = "heldout" if heldout else "train"
     for number, plan in enumerate(plans):
         yield {
@@ -184,9 +189,9 @@ def _records(code: str, plans: Sequence[Plan], *, heldout: bool) -> Iterator[dic
 
 
 def broad_texts(count: int) -> list[str]:
-    """`count` short documents in each language of the sample world.
+    """Return `count` short documents in each language of the sample world.
 
-    General text for what must know many languages.
+    General text for measures that need many languages.
     """
     from koine.data.sample.coverage import sample_languages
 
@@ -195,7 +200,10 @@ def broad_texts(count: int) -> list[str]:
 
 
 def question_plans(count: int, splits: Sequence[str], *, seed: int) -> list[tuple[str, str, int]]:
-    """Fact, split and wording of each question; the same for every language, each (fact, wording) at most once."""
+    """Choose fact, split and wording of each question; the same for every language.
+
+    Each (fact, wording) is chosen at most once.
+    """
     generator = random.Random(f"{seed}:questions:{','.join(splits)}")
     per_split = max(1, count // len(splits))
     chosen: list[tuple[str, str, int]] = []
@@ -244,15 +252,14 @@ def write_sample(
     code_bytes: int = 300_000,
     overwrite: bool = False,
 ) -> SampleSummary:
-    """Write the sample world in `languages` into the new folder `out`; the same arguments give the same
-    bytes.
+    """Write the sample world in `languages` into the new folder `out`; equal arguments give equal bytes.
 
-    `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file a
-    language (questions for those of `QUESTION_LANGUAGES`), `code.jsonl` the code domain, `summary.json` the
-    counts.
+    `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file per
+    language (questions for those of `QUESTION_LANGUAGES`). `code.jsonl` is the code domain, `summary.json`
+    the counts.
 
-    Raises `UserError` for a language that CLDR does not cover well enough, and where `out` holds something
-    (unless `overwrite`).
+    Raises `UserError` for a language that CLDR does not cover well enough, and if `out` is not empty (unless
+    `overwrite`).
     """
     codes = [language(code).code for code in languages]
     for code in codes:
@@ -276,21 +283,9 @@ def write_sample(
     summary = SampleSummary({}, {"documents": 0, "bytes": 0})
     with atomic_directory(out, overwrite=overwrite) as folder:
         for code in codes:
-            counts = dict.fromkeys(("heldout_documents", "heldout_bytes", "questions", *SPLITS[1:]), 0)
-            counts["documents"], counts["bytes"] = _write(
-                folder / "documents" / f"{code}.jsonl", _records(code, plans, heldout=False)
-            )
-            counts["heldout_documents"], counts["heldout_bytes"] = _write(
-                folder / "documents-heldout" / f"{code}.jsonl", _records(code, heldout, heldout=True)
-            )
+            counts = _write_documents(folder, code, plans, heldout)
             if code in QUESTION_LANGUAGES:
-                counts["questions"], _ = _write(
-                    folder / "questions" / "train" / f"{code}.jsonl", _questions(code, asked)
-                )
-                test = list(_questions(code, tested))
-                _write(folder / "questions" / "test" / f"{code}.jsonl", iter(test))
-                for record in test:
-                    counts[record["split"]] += 1
+                counts |= _write_questions(folder, code, asked, tested)
             summary.languages[code] = counts
         if code_bytes:
             summary.code["documents"], summary.code["bytes"] = _write(
@@ -302,8 +297,38 @@ def write_sample(
     return summary
 
 
+def _write_documents(
+    folder: Path, code: str, plans: Sequence[DocumentPlan], heldout: Sequence[DocumentPlan]
+) -> dict[str, int]:
+    """Write the documents of a language; return its counts, those of questions being 0."""
+    counts = dict.fromkeys(("heldout_documents", "heldout_bytes", "questions", *SPLITS[1:]), 0)
+    counts["documents"], counts["bytes"] = _write(
+        folder / "documents" / f"{code}.jsonl", _records(code, plans, heldout=False)
+    )
+    counts["heldout_documents"], counts["heldout_bytes"] = _write(
+        folder / "documents-heldout" / f"{code}.jsonl", _records(code, heldout, heldout=True)
+    )
+    return counts
+
+
+def _write_questions(
+    folder: Path,
+    code: str,
+    asked: Sequence[tuple[str, str, int]],
+    tested: Sequence[tuple[str, str, int]],
+) -> dict[str, int]:
+    """Write the training and test questions of a language; return their counts."""
+    counts = dict.fromkeys(SPLITS[1:], 0)
+    counts["questions"], _ = _write(folder / "questions" / "train" / f"{code}.jsonl", _questions(code, asked))
+    test = list(_questions(code, tested))
+    _write(folder / "questions" / "test" / f"{code}.jsonl", iter(test))
+    for record in test:
+        counts[record["split"]] += 1
+    return counts
+
+
 def _write(path: Path, records: Iterator[dict[str, Any]]) -> tuple[int, int]:
-    """Write JSON Lines; the number of records and the bytes of their text."""
+    """Write JSON Lines; return the number of records and the bytes of their text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = size = 0
     with path.open("w", encoding="utf-8") as file:

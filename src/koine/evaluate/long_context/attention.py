@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from koine.errors import UserError
-from koine.model import CausalLM, Decoder, LayerSpec
+from koine.model import CausalLM, Decoder, LanguageModel, LayerSpec
 from koine.model.attention.rope import Rotation, apply_rotary, rotation
 from koine.model.block import Block
 
@@ -66,12 +66,12 @@ def layer_kind(spec: LayerSpec) -> str:
     return f"{'full' if spec.window is None else 'sliding'} {'RoPE' if spec.rope else 'NoPE'}"
 
 
-def layer_kinds(model: Decoder | CausalLM) -> list[str]:
+def layer_kinds(model: LanguageModel) -> list[str]:
     """Return the kind of each layer; for a model of `transformers` only whether it has a window."""
     if isinstance(model, Decoder):
         return [layer_kind(spec) for spec in model.config.layers]
-    config = model.inner.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    assert isinstance(model, CausalLM)
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
     return [str(kind).removesuffix("_attention") for kind in kinds]
 
 
@@ -190,7 +190,7 @@ def _summary(parts: Iterator[Tensor], segments: Tensor) -> _Layer:
 
 
 def attention_of(
-    model: Decoder | CausalLM, tokens: Sequence[int], segments: Tensor, *, rows: slice | None = None
+    model: LanguageModel, tokens: Sequence[int], segments: Tensor, *, rows: slice | None = None
 ) -> Attention:
     """Measure attention masses and entropies of one prompt with its answer.
 
@@ -265,8 +265,11 @@ def _before_each_block(model: Decoder, measure: Callable[[Block, Tensor], None])
             handle.remove()
 
 
-def _of_transformers(model: CausalLM, tokens: Sequence[int], segments: Tensor, rows: slice) -> list[_Layer]:
+def _of_transformers(
+    model: LanguageModel, tokens: Sequence[int], segments: Tensor, rows: slice
+) -> list[_Layer]:
     """Measure the weights that `transformers` returns: whole `[time, time]` matrices."""
+    assert isinstance(model, CausalLM)
     inner = model.inner
     before = inner.config._attn_implementation
     inner.set_attn_implementation("eager")  # fused kernels return no weights
@@ -286,7 +289,7 @@ def _of_transformers(model: CausalLM, tokens: Sequence[int], segments: Tensor, r
 
 
 def attention_of_prompts(
-    model: Decoder | CausalLM, prompts: Sequence[Prompt], *, begin: int = BEGIN_TOKENS
+    model: LanguageModel, prompts: Sequence[Prompt], *, begin: int = BEGIN_TOKENS
 ) -> Attention:
     """Average `attention_of` over prompts with their right answers; rows are question and answer."""
     found = []
@@ -304,7 +307,7 @@ def attention_of_prompts(
     )
 
 
-def describe(model: Decoder | CausalLM, attention: Attention, *, prompts: int) -> dict[str, Any]:
+def describe(model: LanguageModel, attention: Attention, *, prompts: int) -> dict[str, Any]:
     """Return `attention` as JSON: over all layers, by kind of layer, by layer and by head.
 
     `{"prompts", "overall": {"mass": {segment: share}, "entropy_of_rows", "entropy_of_mean_row"}, "kinds":

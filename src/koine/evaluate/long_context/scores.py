@@ -49,7 +49,7 @@ def score_prompt(
         # The greedy output begins with these very tokens.
         written = list(prompt.answer)
     else:
-        stops = {tokenizer.eos_id, tokenizer.end_of_turn_id, *getattr(model, "end_ids", ())}
+        stops = {tokenizer.eos_id, tokenizer.end_of_turn_id, *getattr(model, "eos_ids", ())}
         written = greedy_continuation(
             model, prompt.tokens, len(prompt.answer) + SPARE_TOKENS, stops=stops, device=device
         )

@@ -133,12 +133,11 @@ def evaluate_long_context(
         `{"settings", "tasks": {task: {length: {"value", "interval", "exact", "logprob", "samples"}}},
         "groups": {group: {length: value}}, "grid": {task: {"lengths", "depths", "score" | "exact" |
         "logprob": [[...] a row a depth]}}, "positions", "attention": {length: ...}, "left_out": [...],
-        "examples": [...]}`; see docs/evaluate.md.
+        "examples": [...]}`; see docs/how-to/evaluate.md.
 
     Raises:
-        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, a task that was named
-            and
-            has room at no length.
+        UserError: for lengths beyond the model's, unknown tasks, a missing haystack, a task that was
+            named and has room at no length.
     """
     from koine.evaluate.long_context.scores import score_prompt
     from koine.evaluate.runner import load_for_evaluation
@@ -150,7 +149,7 @@ def evaluate_long_context(
     if language is not None and language != "und":
         language = find_language(language).code
     model, tokenizer = load_for_evaluation(path, device=device, dtype=dtype)
-    lengths = _checked_lengths(options.lengths, longest_context(model), path)
+    lengths = _checked_lengths(options.lengths, model.context_length, path)
     inputs = _prepare(options, tokenizer, lengths, language)
     _warn_of_named(inputs.left_out, options)
     scored: list[Scored] = []
@@ -231,14 +230,6 @@ def _settings(options: LongContextOptions, inputs: _Inputs, dtype: str) -> dict[
         "seed": options.seed,
         "dtype": dtype,
     }
-
-
-def longest_context(model: Any) -> int | None:
-    """Return the context length in the model's configuration; `None` where it has none."""
-    inner = getattr(model, "inner", None)
-    config = model.config if inner is None else inner.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def _checked_lengths(lengths: Sequence[int] | None, longest: int | None, path: str | Path) -> list[int]:

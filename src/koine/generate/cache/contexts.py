@@ -16,7 +16,7 @@ from torch import Tensor
 from koine.generate.cache.page_runs import Run, attend_held, attend_runs, run_of, runs_worth_reading
 from koine.generate.cache.paged_cache import SPARSE, CachedSequence, PagedCache
 from koine.generate.cache.split_attention import mask_bias, merge_attention_states, partial_attention
-from koine.model.attention.dispatch import attend, attend_after
+from koine.model.attention.dispatch import attend, attend_cached
 
 NOWHERE = 2**40
 """The first position of a page that is nobody's: later than any query."""
@@ -34,7 +34,7 @@ class PrefillContext:
         self._positions = torch.cat(spans)[None].to(cache.device)
         self._new = not any(before)
         self._starts: Tensor | None = None
-        # On CPU each text is attended on its own: short ones are twice as fast without a mask (docs/log.md).
+        # On CPU each text is attended on its own: short ones are twice as fast without a mask (docs/explanation/log.md).
         self._together = self._new and (len(sequences) == 1 or cache.device.type != "cpu")
         if self._together and len(sequences) > 1:
             begins = torch.tensor([0, *counts[:-1]]).cumsum(0)
@@ -60,7 +60,7 @@ class PrefillContext:
         self.keep(layer, k, v)
         return mixed
 
-    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """See `Reading.mix`."""
         k, v = new.unsqueeze(1)
         return self.attend(layer, q[None], k, v).view(q.shape)
@@ -91,7 +91,7 @@ class PrefillContext:
         )
         keys = torch.cat((held_k, k[0].transpose(0, 1)), dim=1)[None]
         values = torch.cat((held_v, v[0].transpose(0, 1)), dim=1)[None]
-        return attend_after(q, keys, values, window=window)
+        return attend_cached(q, keys, values, window=window)
 
     def finish(self) -> None:
         """See `Reading.finish`."""
@@ -231,9 +231,9 @@ class DecodeContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Reading.attend`; `time` is 1."""
-        return self.mix(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
+        return self.attend_packed(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
 
-    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """See `Reading.mix`."""
         stretch = self._stretches.get(layer)
         if stretch is not None:

@@ -16,7 +16,7 @@ from koine.generate.cache.split_attention import merge_attention_states, partial
 
 FEWEST_PAGES = 8
 """Pages that a run must have in the mean, where there are many: each is a call of the kernel of some 14 µs, and many short ones are faster a slab at a
-time (docs/log.md)."""
+time (docs/explanation/log.md)."""
 FEW_RUNS = 4
 """Up to so many runs in all, their length does not matter."""
 

@@ -25,7 +25,7 @@ def partial_attention(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | N
     """
     if q.device.type != "cpu":
         return by_products(q, keys, values, added)
-    # The fused kernel reads keys where they lie, whatever the strides: 256 of them in 15 µs, where products and a softmax take 19, in bfloat16 60 (docs/log.md).
+    # The fused kernel reads keys where they lie, whatever the strides: 256 of them in 15 µs, where products and a softmax take 19, in bfloat16 60 (docs/explanation/log.md).
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mixed, log_sum = fused(q, keys, values, 0.0, False, attn_mask=added, scale=1.0)
     return mixed, log_sum

@@ -1,7 +1,7 @@
 """Reading tokens into a cache through a packed model, in buffers that stay from one forward pass to the next.
 
 A token of a small model is a few hundred operations of a few microseconds, and most of those of `Decoder.forward` make views. Here every view is made
-once, a product writes where the next operation reads, and the residual stream is added to in place (docs/log.md has the times).
+once, a product writes where the next operation reads, and the residual stream is added to in place (docs/explanation/log.md has the times).
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class _Buffers:
         self.mixed = self.written[:, :queries].view(rows, kv_heads, config.groups, width)
         self.gated = self.written[:, queries:]
 
-    def rotate(self, turns: Tensor) -> None:
+    def rotate(self, cis: Tensor) -> None:
         """Turn queries and keys by complex numbers `[rows, heads + kv_heads, head_dim / 2]`."""
         if self.pairs is not None:
-            self.pairs.mul_(turns)
+            self.pairs.mul_(cis)
         else:
-            self.turned.copy_(torch.view_as_real(torch.view_as_complex(self.turned.float()).mul_(turns)))
+            self.turned.copy_(torch.view_as_real(torch.view_as_complex(self.turned.float()).mul_(cis)))
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class PackedForward:
             self._buffers = _Buffers(config, rows, self._embedding.dtype)
         buffers = self._buffers
         x = F.embedding(tokens, self._embedding)
-        turns = rotation(context.positions.view(-1, 1), config.head_dim, config.rope_theta).turns
-        assert turns is not None
-        turns = turns * self._scales
+        cis = rotation(context.positions.view(-1, 1), config.head_dim, config.rope_theta).cis
+        assert cis is not None
+        cis = cis * self._scales
         shape = (config.hidden_size,)
         for index, layer in enumerate(self._layers):
             normed = torch.layer_norm(x, shape, layer.norm, None, config.norm_eps)
@@ -110,10 +110,10 @@ class PackedForward:
                 for heads, norm in zip(buffers.heads, layer.head_norms, strict=True):
                     heads.copy_(norm(heads))
             if layer.rope:
-                buffers.rotate(turns)
+                buffers.rotate(cis)
             else:
                 buffers.q.mul_(config.head_dim**-0.5)
-            buffers.mixed.copy_(context.mix(index, buffers.q, buffers.new))
+            buffers.mixed.copy_(context.attend_packed(index, buffers.q, buffers.new))
             torch.mul(F.silu(buffers.gate, inplace=True), buffers.up, out=buffers.gated)
             layer.out_proj.add_to(buffers.written, x)
         context.finish()

@@ -1,4 +1,4 @@
-"""Weights in the layout that the processor's library multiplies fastest, for a model that only reads (docs/log.md has the times).
+"""Weights in the layout that the processor's library multiplies fastest, for a model that only reads (docs/explanation/log.md has the times).
 
 | processor and precision | layout |
 |---|---|
@@ -96,7 +96,7 @@ def pack(model: Decoder) -> Decoder:
             assert isinstance(block, Block)
             for name in ("in_proj", "out_proj"):
                 setattr(block, name, layout(getattr(block, name).weight))
-        model.scorer = layout(model.output_weight)
+        model.packed_head = layout(model.output_weight)
         if not model.config.tie_embeddings:
             del model.head
     return model.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""The protocol between the decoder and a KV cache (`koine.generate.cache`)."""
+"""The interface between the decoder and a KV cache (`koine.generate.cache`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class AttentionContext(Protocol):
-    """A KV cache as one forward pass sees it: positions, and attention over cached and new tokens."""
+    """A KV cache as one forward pass uses it: positions, and attention over cached and new tokens."""
 
     @property
     def positions(self) -> Tensor:
@@ -28,8 +28,8 @@ class AttentionContext(Protocol):
         """
         ...
 
-    def mix(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Store and attend for tokens in one row.
+    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """Store keys and values, then attend, for the tokens of all sequences packed into one row.
 
         Args:
             layer: index of the layer.

@@ -43,6 +43,16 @@ ITS_OWN = ("config.json",)
 """Files that every writer of a model writes itself."""
 
 
+def copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
+    """Copy the files of a tokenizer's folder, if one is given, into a model's folder (which may be the same)."""
+    if tokenizer is None:
+        return
+    for name in TOKENIZER_FILES:
+        source, target = Path(tokenizer) / name, folder / name
+        if source.is_file() and not (target.exists() and source.samefile(target)):
+            shutil.copyfile(source, target)
+
+
 def carry_files(
     model: Path, out: Path, *, but: Collection[str] = (), keep: bool = False, warn: bool = True
 ) -> list[str]:

@@ -21,13 +21,13 @@ from koine.errors import UserError
 from koine.model.formats.safetensors_header import MalformedHeaderError, raw_header
 
 KEY = "sha256"
-UNSEALED = "0" * 64
+NO_CHECKSUM = "0" * 64
 """Checksum in the header until the file is complete.
 
 `CheckpointWriter` and `save_file` write it as metadata.
 """
 BLOCK = 8 * 2**20
-REMEMBERED = 4096
+MOST_REMEMBERED = 4096
 """Checked files that are remembered at most."""
 
 
@@ -63,13 +63,13 @@ def _digest(path: Path, place: int) -> str:
     with path.open("rb") as file:
         digest.update(file.read(place))
         file.seek(64, os.SEEK_CUR)
-        digest.update(UNSEALED.encode())
+        digest.update(NO_CHECKSUM.encode())
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
-def seal(path: Path) -> None:
+def write_checksum(path: Path) -> None:
     """Write the checksum of a finished safetensors file into its header; a file without room for it is
     written anew.
 
@@ -107,15 +107,15 @@ def _order(path: Path, header: bytes) -> None:
             file.write(ordered)
 
 
-def seal_folder(folder: Path) -> None:
-    """`seal` for every safetensors file of a model folder that is about to be published."""
+def write_checksums(folder: Path) -> None:
+    """`write_checksum` for every safetensors file of a model folder that is about to be published."""
     for path in sorted(folder.glob("*.safetensors")):
-        seal(path)
+        write_checksum(path)
 
 
 def _make_room(path: Path, header: bytes) -> None:
     content = json.loads(header[8:])
-    content["__metadata__"] = {**content.get("__metadata__", {}), KEY: UNSEALED}
+    content["__metadata__"] = {**content.get("__metadata__", {}), KEY: NO_CHECKSUM}
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -130,7 +130,7 @@ def _make_room(path: Path, header: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def verify(files: Iterable[Path]) -> None:
+def verify_checksums(files: Iterable[Path]) -> None:
     """Compare weight files with the checksums that they carry; what was found whole is remembered and not
     read again.
 
@@ -140,7 +140,7 @@ def verify(files: Iterable[Path]) -> None:
         if path.suffix != ".safetensors":
             continue
         place = _place(_header(path))
-        if place is None or place[1] == UNSEALED:
+        if place is None or place[1] == NO_CHECKSUM:
             continue
         name = _name(path)
         if _is_remembered(name):
@@ -188,7 +188,7 @@ def _remember(name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
         entries = list(folder.iterdir())
-        if len(entries) > REMEMBERED:
+        if len(entries) > MOST_REMEMBERED:
             entries.sort(key=lambda entry: entry.stat().st_mtime_ns)
-            for entry in entries[: REMEMBERED // 4]:
+            for entry in entries[: MOST_REMEMBERED // 4]:
                 entry.unlink(missing_ok=True)

@@ -27,7 +27,8 @@ _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM",
 def model_type(config: ModelConfig) -> str:
     """The `transformers` class that is exactly this model, or `koine` where there is none.
 
-    Experts: `koine`. Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones without, no QK-norm.
+    Experts: `koine`. Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with
+        RoPE, full ones without, no QK-norm.
     """
     layers = config.layers
     if config.mixture is not None:
@@ -93,8 +94,8 @@ class UnsupportedModelError(UserError):
 def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
     """A `ModelConfig` from the content of a Cohere, Cohere2 or Koine `config.json`; what is left out has `transformers`' default.
 
-    Raises `UserError` for another `model_type`, a missing field or one of the wrong kind, `UnsupportedModelError` for a feature that
-    these maths do not have.
+    Raises `UserError` for another `model_type`, a missing field or one of the wrong kind,
+    `UnsupportedModelError` for a feature that these maths do not have.
     """
     kind = value.get("model_type")
     if not isinstance(kind, str) or kind not in OWN_TYPES:

@@ -1,6 +1,7 @@
 """Model directories in both directions: `config.json` and `model.safetensors` that `transformers` opens, and the reverse.
 
-A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when read (`block_tensors`).
+A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when
+read (`block_tensors`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from koine.errors import UserError
 from koine.files import disk_errors, write_json
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
-from koine.model.formats.checksum import KEY, UNSEALED, seal, verify
+from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, write_checksum
 from koine.model.formats.config_json import read_config, to_json
-from koine.model.formats.end_ids import end_ids
-from koine.model.formats.opening import check_other_tokenizer
+from koine.model.formats.eos_ids import eos_ids
+from koine.model.formats.opening import check_tokenizer_hash
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
 
@@ -79,7 +80,7 @@ class StoredWeights(Mapping[str, Tensor]):
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 self._files[key] = file
                 self._shapes[key] = tuple(file.get_slice(key).get_shape())
-        verify(self.files)
+        verify_checksums(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header alone."""
@@ -100,9 +101,10 @@ class StoredWeights(Mapping[str, Tensor]):
 def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
     """The tensors of a model directory under their stored names, none of them read yet.
 
-    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another shape than `config` says.
+    Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another
+    shape than `config` says.
     """
-    check_other_tokenizer(path)
+    check_tokenizer_hash(path)
     weights = StoredWeights(path)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
@@ -149,7 +151,7 @@ def load_model(
         model = Decoder(config)
     # The dtype first: on the meta device the change costs nothing.
     model.to(dtype=dtype or widest(stored_bytes(weights.files)))
-    model.end_ids = end_ids(path)
+    model.eos_ids = eos_ids(path)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.state_dict(keep_vars=True).items():
@@ -178,8 +180,8 @@ def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", KEY: UNSEALED})
-        seal(temporary)
+        save_file(tensors, temporary, metadata={"format": "pt", KEY: NO_CHECKSUM})
+        write_checksum(temporary)
         temporary.replace(path)
     except SafetensorError as error:
         # The library wraps what the system said into text of its own.
@@ -198,7 +200,7 @@ def save_state(
     *,
     tokenizer: Path | None = None,
     dtype: torch.dtype | None = None,
-    ends: Collection[int] = (),
+    eos_ids: Collection[int] = (),
 ) -> None:
     """Write a model directory from a state dict of ours (see `save_model`).
 
@@ -207,7 +209,7 @@ def save_state(
     tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    save_stored(tensors, config, path, tokenizer=tokenizer, ends=ends)
+    save_stored(tensors, config, path, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
 def save_stored(
@@ -216,7 +218,7 @@ def save_stored(
     path: Path,
     *,
     tokenizer: Path | None = None,
-    ends: Collection[int] = (),
+    eos_ids: Collection[int] = (),
 ) -> None:
     """Write a model directory from tensors under the names that they are saved by (see `save_model`)."""
     path = Path(path)
@@ -225,22 +227,22 @@ def save_stored(
         kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
-        save_description(config, path, dtype=kind, tokenizer=tokenizer, ends=ends)
+        save_configs(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
-def save_description(
+def save_configs(
     config: ModelConfig,
     path: Path,
     *,
     dtype: str,
     tokenizer: Path | None = None,
-    ends: Collection[int] = (),
+    eos_ids: Collection[int] = (),
 ) -> None:
     """Write what a model directory holds besides the weights: the configurations and the tokenizer's files.
 
     ends: ids that end a text, besides the configuration's own.
     """
-    others = sorted(set(ends) - {config.eos_token_id})
+    others = sorted(set(eos_ids) - {config.eos_token_id})
     write_json(path / "config.json", to_json(config, dtype=dtype))
     write_json(
         path / "generation_config.json",
@@ -263,7 +265,10 @@ def save_model(
 ) -> None:
     """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path` (which may be that directory).
 
-    Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`. Raises `UserError` for a
-    full disk or a folder that cannot be written. What `transformers` has a class for (see `config_json.model_type`) opens there without any code of ours.
+    Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`.
+    Raises `UserError` for a full disk or a folder that cannot be written. What `transformers` has a class for
+    (see `config_json.model_type`) opens there without any code of ours.
     """
-    save_state(model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, ends=model.end_ids)
+    save_state(
+        model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, eos_ids=model.eos_ids
+    )

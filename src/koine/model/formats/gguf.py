@@ -1,8 +1,9 @@
 """A model directory as one GGUF file for llama.cpp: `cohere2` for the dense hybrid, `command-r` for Cohere's full layers with RoPE.
 
-llama.cpp computes what its code for an architecture says, whatever a model was meant to be: what it would run differently is refused
-here. Both architectures rotate interleaved pairs as we do (`LLAMA_ROPE_TYPE_NORM`), so no weights are permuted. Keys and tensor
-names are those of llama.cpp's converter (its `conversion/command_r.py`).
+llama.cpp computes what its code for an architecture says, whatever a model was meant to be: what it would run
+differently is refused here. Both architectures rotate interleaved pairs as we do (`LLAMA_ROPE_TYPE_NORM`), so
+no weights are permuted. Keys and tensor names are those of llama.cpp's converter (its
+`conversion/command_r.py`).
 """
 
 from __future__ import annotations
@@ -231,7 +232,8 @@ def _write_tensors(
         except OSError as error:
             if error.errno is not None:
                 raise
-            # numpy counts what the system took and says no more: it takes less than asked where the disk is full.
+            # numpy counts what the system took and says no more: it takes less than asked where the disk is
+            # full.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 

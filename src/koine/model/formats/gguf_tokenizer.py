@@ -1,6 +1,7 @@
 """A tokenizer directory as the `tokenizer.ggml.*` keys of a GGUF file, which llama.cpp reads text with.
 
-llama.cpp cuts text by regular expressions that are built in and chosen by name (`tokenizer.ggml.pre`), and it normalises nothing.
+llama.cpp cuts text by regular expressions that are built in and chosen by name (`tokenizer.ggml.pre`), and it
+normalises nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 GPT2_PATTERN: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Ours has no name of its own there. This one's expression is ours but for digits, which it takes by threes; where no merge reaches
-# over the border of two digits (`digits_cut_otherwise`), the ids are the same. (The expression under `gpt-4o` forgets combining marks
-# and breaks Indic and Thai words.)
+# Ours has no name of its own there. This one's expression is ours but for digits, which it takes by threes;
+# where no merge reaches over the border of two digits (`digits_cut_otherwise`), the ids are the same. (The
+# expression under `gpt-4o` forgets combining marks and breaks Indic and Thai words.)
 OWN_PRE: Final = "tiny_aya"
 
 
@@ -50,8 +51,8 @@ class GgufTokenizer:
 def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
     """The tokenizer of the model directory `path`, filled up with unused tokens to the `rows` of the embedding.
 
-    Raises `UserError` where there is none, it has more ids than the model, or llama.cpp has no equal of it: another model than
-    byte-level BPE, a normaliser other than NFC, an unknown expression.
+    Raises `UserError` where there is none, it has more ids than the model, or llama.cpp has no equal of it:
+    another model than byte-level BPE, a normaliser other than NFC, an unknown expression.
     """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > rows:
@@ -170,8 +171,9 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
 def digits_cut_otherwise(content: dict[str, Any]) -> tuple[str, ...]:
     """Scripts whose digits the merges of this `tokenizer.json` join, if two of them stand in one piece.
 
-    Ours cuts between digits, `OWN_PRE` only after three. A digit beyond ASCII is several bytes, and a merge learned inside words (the
-    last byte of one letter with the first of the next) then fits between two digits too, where it comes before those inside each.
+    Ours cuts between digits, `OWN_PRE` only after three. A digit beyond ASCII is several bytes, and a merge
+    learned inside words (the last byte of one letter with the first of the next) then fits between two digits
+    too, where it comes before those inside each.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import pre_tokenizers

@@ -12,7 +12,7 @@ import torch
 
 from koine.errors import UserError
 from koine.files import read_json
-from koine.model.formats.checksum import verify
+from koine.model.formats.checksum import verify_checksums
 from koine.model.formats.library_config import parameters_described
 from koine.model.formats.weight_files import check_adapter, open_safetensors, stored_bytes, weight_files
 
@@ -32,7 +32,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refusals(path: Path, what: str, hint: str) -> Iterator[None]:
+def library_errors(path: Path, what: str, hint: str) -> Iterator[None]:
     """Turn a foreign library's exceptions about a folder into one line.
 
     Memory that runs out stays what it is.
@@ -45,7 +45,7 @@ def refusals(path: Path, what: str, hint: str) -> Iterator[None]:
         raise UserError(f"{what} ({one_line(error)})", where=path, hint=hint) from error
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_model_config(path: Path) -> dict[str, Any]:
     """The content of a model folder's config.json.
 
     Raises `UserError` for a folder that is no model: an adapter, a checkpoint of a training, no or no whole
@@ -68,7 +68,7 @@ def read_description(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_other_tokenizer(path: Path) -> None:
+def check_tokenizer_hash(path: Path) -> None:
     """Raise `UserError` where a trained model's tokenizer is not the one in `training.json`."""
     record, tokenizer = path / "training.json", path / "tokenizer.json"
     if not (record.is_file() and tokenizer.is_file()):
@@ -84,13 +84,13 @@ def check_other_tokenizer(path: Path) -> None:
         )
 
 
-def checked_weights(path: Path) -> list[Path]:
+def checked_weight_files(path: Path) -> list[Path]:
     """The weight files that `transformers` chooses, each whole and as its checksum says."""
     files = weight_files(path, pickled=True)
     for file in files:
         if file.suffix == ".safetensors":
             open_safetensors(file)
-    verify(files)
+    verify_checksums(files)
     return files
 
 
@@ -102,7 +102,7 @@ def stored_dtype(files: list[Path]) -> torch.dtype | None:
     return max(found, key=lambda dtype: found[dtype]) if found else None
 
 
-def check_description(value: dict[str, Any], path: Path, transformers: Any) -> None:
+def check_model_class(value: dict[str, Any], path: Path, transformers: Any) -> None:
     """Raise `UserError` for a configuration that is no causal language model of the installed `transformers`.
 
     Custom code (`auto_map`, kernels from a hub) is named and never run.
@@ -166,9 +166,9 @@ def check_description(value: dict[str, Any], path: Path, transformers: Any) -> N
             )
 
 
-def check_sizes(path: Path, value: dict[str, Any], files: list[Path]) -> None:
+def check_described_size(path: Path, value: dict[str, Any], files: list[Path]) -> None:
     """Raise `UserError` where config.json describes a far larger model than the weight files hold, before memory is taken for it."""
-    with refusals(path, "is no configuration of a model", "check config.json"):
+    with library_errors(path, "is no configuration of a model", "check config.json"):
         described = parameters_described(value, where=path / "config.json")
     # A stored number takes a byte at least; what is missing of a small model is named after opening.
     stored = sum(file.stat().st_size for file in files)
@@ -180,7 +180,7 @@ def check_sizes(path: Path, value: dict[str, Any], files: list[Path]) -> None:
         )
 
 
-def check_difference(path: Path, loaded: dict[str, Any]) -> None:
+def check_loaded_keys(path: Path, loaded: dict[str, Any]) -> None:
     """Raise `UserError` where weights and config.json do not belong together.
 
     So nothing random is scored or trained.

@@ -23,7 +23,8 @@ SAME_NAMES = {
 def join_stored(name: str, stored: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
     """One of our tensors of a block (`name` without the block's prefix) from those of a saved model.
 
-    stored: gives a saved tensor by its name without the layer's prefix; raises `KeyError` where there is none.
+    stored: gives a saved tensor by its name without the layer's prefix; raises `KeyError` where there is
+        none.
     """
     if name in SAME_NAMES:
         return stored(SAME_NAMES[name])

@@ -1,4 +1,7 @@
-"""`transformers` classes for what it has no class for: models saved with `model_type` `koine`. Needs the extra `[hf]`."""
+"""`transformers` classes for what it has no class for: models saved with `model_type` `koine`.
+
+Needs the extra `[hf]`.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from koine.model.block import Angles, Block, Mix
+from koine.model.block import Angles, AttentionFn, Block
 from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
 from koine.model.moe.experts import choose, feed_forward_experts
 from koine.model.moe.routers import DomainRouter, LinearRouter, Routing, soft_gates
@@ -39,11 +39,15 @@ class MixtureBlock(Block):
             self.attention_router = LinearRouter(hidden, count)
 
     def forward(
-        self, x: Tensor, angles: Angles, document_starts: Tensor | None = None, mix: Mix | None = None
+        self,
+        x: Tensor,
+        angles: Angles,
+        document_starts: Tensor | None = None,
+        attention: AttentionFn | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """See `Block`; and how the tokens of `x` were routed."""
         normed = self.norm(x)
-        mixed, gated = self.halves(normed, angles, document_starts, mix)
+        mixed, gated = self.branches(normed, angles, document_starts, attention)
         attention_logits = None
         if self.mixture.attention != "averaged":
             attention_logits = _wide(self.attention_router(normed))

@@ -84,7 +84,7 @@ def _times_transposed(rows: Tensor, matrices: Tensor, part: Part, out: Tensor) -
     for expert, start, end in part.ends:
         for piece, matrix in _pieces(matrices[expert], rows.dtype):
             if end - start <= FEW and rows.dtype == torch.float32:
-                # Up to twice as fast on CPU as rows times columns (docs/log.md).
+                # Up to twice as fast on CPU as rows times columns (docs/explanation/log.md).
                 out[start:end, piece] = torch.mm(matrix, rows[start:end].t()).t()
             else:
                 torch.mm(rows[start:end], matrix.t(), out=out[start:end, piece])

@@ -13,12 +13,12 @@ from koine.model.moe import cpu_kernels as compiled_experts
 
 PADDED: tuple[tuple[int, float], ...] = ((48, 1.5), (256, 1.2))
 """Up to so many tokens an expert, groups are filled up to the longest where that makes at most so many times as many rows: one batched matmul of many small
-matrices is up to twice as fast as one each (docs/log.md). Beyond, it is worth 1.03."""
+matrices is up to twice as fast as one each (docs/explanation/log.md). Beyond, it is worth 1.03."""
 
 PADDED_BEYOND = 1.03
 
 LARGE = 2**20
-"""Entries of a matrix from which on its product is no longer held up by the call itself: groups are then not filled up (docs/log.md)."""
+"""Entries of a matrix from which on its product is no longer held up by the call itself: groups are then not filled up (docs/explanation/log.md)."""
 
 FEW = 32
 """Up to so many tokens an expert are few also for torch's products."""

@@ -1,4 +1,4 @@
-"""Feed-forward experts: which tokens go to which, what the chosen ones say, and the losses of their routers."""
+"""Feed-forward experts: which tokens go to which, and what the chosen ones say."""
 
 from __future__ import annotations
 
@@ -77,28 +77,3 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return found
     parts = torch.tensor_split(x, ends[:-1].cpu().long())
     return torch.cat([part @ one for part, one in zip(parts, weight, strict=True)])
-
-
-def load_balancing_loss(probabilities: Tensor, experts: Tensor, counted: Tensor | None = None) -> Tensor:
-    """`N sum_i f_i P_i`, a scalar: 1 where the load is even, `N` where one expert has all (arXiv 2408.08274, equation 6).
-
-    Args:
-        probabilities: `[tokens, experts]`, whose mean is `P`.
-        experts: `[tokens, k]`, the chosen ones; `f` is the share of the `tokens * k` choices.
-        counted: `[tokens]` bool, False for padding.
-    """
-    if counted is not None:
-        probabilities, experts = probabilities[counted], experts[counted]
-    count = probabilities.shape[-1]
-    share = torch.bincount(experts.flatten(), minlength=count).to(probabilities.dtype) / max(
-        1, experts.numel()
-    )
-    mean = probabilities.sum(dim=0) / max(1, len(probabilities))
-    return count * (share * mean).sum()
-
-
-def router_z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The mean over tokens of `logsumexp(logits)^2`, a scalar (arXiv 2202.08906, equation 5). logits: `[tokens, experts]`; counted as above."""
-    if counted is not None:
-        logits = logits[counted]
-    return logits.logsumexp(dim=-1).square().sum() / max(1, len(logits))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 class Routing(NamedTuple):
     """What the routers of one layer said about each token.
 
-    logits: `[batch, time, experts]`, float32, of the feed-forward router; probabilities: their softmax; chosen: `[batch, time, top_k]`.
+    logits: `[batch, time, experts]`, float32, of the feed-forward router; probabilities: their softmax; experts: `[batch, time, top_k]`, the assigned ones.
     attention_logits: those of the attention router; None where the attention is averaged.
     """
 
     logits: Tensor
     probabilities: Tensor
-    chosen: Tensor
+    experts: Tensor
     attention_logits: Tensor | None
 
 

@@ -251,7 +251,9 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
     step = (width - 60) / len(categories)
     horizontal = longest * FONT * 0.6 > step
     rows = legend_rows(names, width)
-    height = 70 + 14 * rows + len(categories) * max(14.0, 8.0 * len(series) + 4) if horizontal else 200 + 14 * rows
+    height = (
+        70 + 14 * rows + len(categories) * max(14.0, 8.0 * len(series) + 4) if horizontal else 200 + 14 * rows
+    )
     if horizontal:
         wide, width = longest > 24, FULL if longest > 24 else HALF
     canvas, axes = new_axes(width, height)

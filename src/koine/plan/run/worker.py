@@ -25,12 +25,12 @@ from koine.plan.store.provenance import environment, files_of, hashes, manifest_
 from koine.plan.store.publish import (
     REMOVE,
     check_damage,
+    current_state,
     lock_of,
     prepare_work,
     publish,
     record_of,
     recover,
-    current_state,
 )
 
 
