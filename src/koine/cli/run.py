@@ -1,4 +1,4 @@
-"""`koine run`, `koine adopt`, `koine lineage`: run plans, register existing artifacts, show where artifacts come from."""
+"""`koine run`, `koine adopt`, `koine lineage`: run plans, register artifacts, trace their origin."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from koine.plan.plan import PLAN_FILE, Plan
 
 
 def load_plan_file(path: Path) -> ModuleType:
-    """Import a file of plans under a name that clashes with no installed module; it can import its neighbours.
+    """Import a file of plans under a name of its own; it can import its neighbours.
 
     Raises `UserError` where the file is missing, is not Python, or fails while it is imported.
     """
@@ -56,7 +56,7 @@ def load_plan_file(path: Path) -> ModuleType:
 
 
 def _package_root(folder: Path) -> Path:
-    """Return the folder from which the package that holds `folder` is imported; `folder` itself outside of packages."""
+    """Return the folder from which `folder`'s package is imported; `folder` itself outside of packages."""
     while (folder / "__init__.py").is_file():
         folder = folder.parent
     return folder

@@ -147,7 +147,7 @@ def parameters_of(function: Callable[..., None]) -> list[DeclaredParameter]:
 
 
 def check_parameters(function: Callable[..., None], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a plan's parameters, checked; text becomes a path and a list a tuple where they must.
+    """Return the checked values of a plan's parameters; text becomes a path, a list a tuple, by type.
 
     Raises:
         UserError: an unknown name, a value of another type, one out of its bounds, or a required one that is
@@ -222,7 +222,7 @@ def parse_settings(function: Callable[..., None], settings: Iterable[str]) -> di
 
 
 def parse_setting(key: str, text: str, hint: Any) -> Any:
-    """Return the value of `--set key=text` for a parameter of type `hint`; commas separate the items of a tuple.
+    """Return the value of `--set key=text` for a parameter of type `hint`; commas separate items.
 
     Raises `UserError` where the text does not fit the type.
     """

@@ -205,7 +205,7 @@ class Plan:
         return artifact
 
     def threads_of(self, name: str) -> int:
-        """Return the CPU cores of a step: its own parameter `threads`, else those of `@step`, else the run's."""
+        """Return the CPU cores of a step: by its parameter `threads`, else by `@step`, else by the run."""
         node = self.nodes[name]
         own = node.parameters.get("threads", node.info.threads)
         return own if isinstance(own, int) and own > 0 else self.threads or 1
@@ -216,7 +216,7 @@ class Plan:
         return known if known and known.fingerprint == handle.fingerprint else None
 
     def export(self, artifact: Artifact, to: str) -> None:
-        """Copy an artifact, or a file or folder inside one, to `to` in the run's folder when the run has succeeded."""
+        """Copy an artifact, or a file or folder in it, to `to` in the run's folder after a successful run."""
         parts = Path(to).parts
         if not parts or Path(to).is_absolute() or any(part.startswith(".") for part in parts):
             raise UserError(f"'{to}' is not a name inside the run's folder", where="plan.export")
@@ -235,7 +235,7 @@ class Plan:
 
 
 def recorded_fingerprint(path: Path, identity: dict[str, Any], formerly: tuple[str, ...]) -> str | None:
-    """Return the fingerprint on record for an artifact that need not be built again under its step's present name.
+    """Return the recorded fingerprint of an artifact that need not be built again.
 
     These are adopted artifacts, and those that the same step built under a former name. None for any other.
     """

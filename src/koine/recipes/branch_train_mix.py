@@ -84,7 +84,7 @@ def branch_train_mix(
     max_bad_share: MaxBadShare = 0.01,
     seed: Seed = 0,
 ) -> None:
-    """Train an expert per domain from a seed model, side by side; combine them and train the mixture on all domains.
+    """Train an expert per domain from a seed model, combine them, and train the mixture on all domains.
 
     With `new_domain`, an expert of one more domain is then added to the mixture, without starting again.
     """

@@ -1,4 +1,4 @@
-"""Give a model a longer context as in Command A's cooldown: stages of growing length, long batches among short ones."""
+"""Give a model a longer context in stages, as in Command A's cooldown: long batches among short ones."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ EXAMPLE = "for example --set domains=code=code.jsonl,law=law.jsonl"
 
 
 def named_paths(texts: Sequence[str]) -> dict[str, Path]:
-    """Return `NAME=PATH` entries as a dict; raises `UserError` for another form, and for a name given twice."""
+    """Return `NAME=PATH` entries as a dict; raises `UserError` for another form or a repeated name."""
     found: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")

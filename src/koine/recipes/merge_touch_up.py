@@ -62,7 +62,7 @@ def merge_touch_up(
     max_bad_share: MaxBadShare = 0.01,
     seed: Seed = 0,
 ) -> None:
-    """Merge models and touch the result up on text of each domain; measured before and after, beside the models."""
+    """Merge models, then train the result a little on text of each domain; evaluate it before and after."""
     # One step follows another, so that each may use more cores.
     plan.threads = plan.threads or 2
     if len(models) < 2:

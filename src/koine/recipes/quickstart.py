@@ -1,4 +1,4 @@
-"""From multilingual text to a small chat model, with a universal and a cluster tokenizer compared (arXiv 2506.10766)."""
+"""Train a small chat model with a universal and with a cluster tokenizer, and compare (arXiv 2506.10766)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from koine.recipes.parameters import (
     Seed,
     SequenceLength,
 )
-from koine.steps.comparison import ARMS, compare_arms
 from koine.steps.corpora import own_corpus, sample_corpus
 from koine.steps.evaluation import evaluate_model
 from koine.steps.text_mixture import TextSource, adaptation_sources, pretraining_sources
+from koine.steps.tokenizer_comparison import ARMS, compare_arms
 from koine.steps.tokenizers import build_tokenizer, tokenize_part
 from koine.steps.trainer import Trainer
 from koine.steps.training import HeldOutProbe
@@ -108,7 +108,7 @@ def quickstart(
     ] = 40,
     seed: Seed = 0,
 ) -> None:
-    """Train a small chat model from multilingual text, once with a universal and once with a cluster tokenizer.
+    """Train a small chat model from multilingual text, with a universal and with a cluster tokenizer.
 
     Both arms are pretrained on the primary languages alone, so that they differ in the tokenizer and not in
     the text.
@@ -193,7 +193,8 @@ def quickstart(
     )
     plan.export(comparison / "results.json", "results.json")
     plan.closing(
-        f"The answer is in {plan.folder / 'report.html'}. Talk to the model: koine chat {plan.folder / 'model'}"
+        f"The answer is in {plan.folder / 'report.html'}. "
+        f"Talk to the model: koine chat {plan.folder / 'model'}"
     )
 
 

@@ -61,7 +61,7 @@ def training(
     threads: int,
     **_: Any,
 ) -> Estimate:
-    """Return the estimate of `koine.train` where the model's sizes are known, else that of ten million parameters."""
+    """Return the estimate of `koine.train`; of a model of unknown sizes that of ten million parameters."""
     if config is None and model is not None and (model / "config.json").exists():
         from koine.model import read_config
 

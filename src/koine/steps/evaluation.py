@@ -108,7 +108,7 @@ def bits_per_byte_probe(
     max_bytes: int | None = None,
     tracked: Path | None = None,
 ) -> Callable[[LanguageModel, int], Mapping[str, float]]:
-    """Return an `evaluate` for the training loop: bits per byte of a few held-out documents of each group of languages.
+    """Return an `evaluate` for the training loop: bits per byte of held-out documents by group of languages.
 
     Args:
         corpus: folder of the corpus.
@@ -116,8 +116,7 @@ def bits_per_byte_probe(
         groups: language codes of each figure `bits_per_byte_NAME`.
         documents: documents of each language.
         max_bytes: length to which a document is cut; None: all of it.
-        tracked: JSON Lines file to which each evaluation adds `{"step": ..., "bits_per_byte": {language:
-            ...}}`.
+        tracked: JSON Lines file; each evaluation adds `{"step": ..., "bits_per_byte": {language: ...}}`.
     """
     from koine.evaluate import bits_per_byte
     from koine.tokenizer import load_tokenizer
@@ -156,12 +155,12 @@ def truncate_text(text: str, max_bytes: int) -> str:
 
 
 def tracked_languages(path: Path) -> dict[int, dict[str, float]]:
-    """Return step -> language -> bits per byte of a `tracked` file; the last line of a repeated step counts."""
+    """Return step -> language -> bits per byte of a `tracked` file; a repeated step's last line counts."""
     return {line["step"]: line["bits_per_byte"] for line in read_lines(path)}
 
 
 def forgetting_blocks(model: Path, primary: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return report blocks of a tracked training: a heat map by language and step, and each language's change.
+    """Return report blocks of a tracked training: a heat map by language and step, and the changes.
 
     Writes `forgetting.json` too.
     """

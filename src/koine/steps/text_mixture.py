@@ -28,7 +28,7 @@ class TextSource:
     """Key of the training step's input `tokens`."""
     proportion: float = 1.0
     languages: tuple[str, ...] = ()
-    """Codes, or roles of the corpus; drawn in equal parts. None given: all languages, in their natural shares."""
+    """Codes, or roles of the corpus; drawn in equal parts. Empty: all languages, in their natural shares."""
     english_share: float | None = None
     """Share of English among `languages`, where it is one of several."""
     min_tokens: int | None = None
@@ -149,7 +149,7 @@ def language_weights(codes: tuple[str, ...], english_share: float | None) -> dic
 def pretraining_sources(
     *, english_share: float, expanded_share: float = 0.0, code_share: float = 0.0
 ) -> tuple[TextSource, ...]:
-    """Return the sources `documents`, `expanded` and `code`: text of the primary languages, of the expanded ones, code.
+    """Return the sources `documents` (primary languages), `expanded` (expanded languages) and `code`.
 
     `expanded_share` of the text comes out of English's share, as in the 5 % arm of arXiv 2506.10766.
     A source without a share is left out.

@@ -36,7 +36,7 @@ def build_tokenizer(
     bucket_mass: str = "uniform",
     out: Path,
 ) -> None:
-    """Train a byte-level BPE on the languages of `scope`: `universal` (all) or `cluster` (the primary ones)."""
+    """Train a byte-level BPE on the languages of `scope`: `universal` (all) or `cluster` (primary ones)."""
     from koine.tokenizer import train_tokenizer
 
     roles = load_roles(corpus)
@@ -66,7 +66,8 @@ def build_tokenizer(
         [
             {
                 "kind": "text",
-                "text": f"{tokenizer.vocab_size} tokens from {len(texts)} languages. More bytes in a token means shorter sequences.",
+                "text": f"{tokenizer.vocab_size} tokens from {len(texts)} languages. "
+                "More bytes per token mean shorter sequences.",
             },
             {
                 "kind": "bars",

@@ -139,7 +139,7 @@ def new_model(config: ModelConfig | None, tokenizer: Path, seed: int) -> Decoder
 
 
 def open_model(path: Path, config: ModelConfig | None) -> Decoder:
-    """Return the model of a folder; raises `UserError` where it has other sizes than `config`, attention aside."""
+    """Return the model of a folder; raises `UserError` if its sizes, attention aside, are not those of `config`."""
     from koine.model import load_model
 
     model = load_model(path)
@@ -206,7 +206,7 @@ def final_metrics(path: Path) -> dict[str, float]:
 
 
 def training_settings(*, steps: int, **fields: Any) -> TrainSettings:
-    """Return settings for a training of `steps` steps: a short warm-up, ten checkpoints, no stop at loss spikes.
+    """Return settings for `steps` steps: a short warm-up, ten checkpoints, no stop at loss spikes.
 
     fields: fields of `TrainSettings`, which come first.
     """

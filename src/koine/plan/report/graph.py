@@ -21,7 +21,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Box:
-    """An artifact in the graph; `text` is shown below its name, `colour` is a CSS variable, `link` an anchor."""
+    """An artifact in the graph: `text` is shown below its name, `colour` is a CSS variable, `link` an id."""
 
     name: str
     parents: tuple[str, ...]
@@ -189,7 +189,8 @@ def draw_graph(boxes: Sequence[Box]) -> str:
     width = max([width, *(x + MARGIN for points in bends.values() for x, _ in points)])
     height = max((y for _, y in at.values()), default=0.0) + HEIGHT / 2 + MARGIN
     parts = [
-        f'<svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" style="--width: {width:.0f}" role="group" '
+        f'<svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" style="--width: {width:.0f}" '
+        f'role="group" '
         f'aria-label="Lineage: {len(boxes)} artifacts, each below its parents">'
     ]
     for (parent, child), points in bends.items():
@@ -204,7 +205,7 @@ def draw_graph(boxes: Sequence[Box]) -> str:
 
 
 def draw_box(box: Box, x: float, y: float) -> str:
-    """Return a box with its upper left corner at (x, y): the folder of the name, its last part, and the text."""
+    """Return a box with its upper left corner at (x, y): folder, last part of the name, text."""
     folder, _, last = box.name.rpartition("/")
     top = y + (16 if folder else 9)
     lines = [("small", f"{folder}/", 23, 0.0)] if folder else []
@@ -213,10 +214,12 @@ def draw_box(box: Box, x: float, y: float) -> str:
         f"<title>{escape(box.title)}</title>"
         f'<rect class="{"box" if box.link else "box outside"}" x="{x:.1f}" y="{y:.1f}" width="{BOX:g}" '
         f'height="{HEIGHT:g}" rx="6"/>'
-        f'<rect x="{x + 6:.1f}" y="{y + 9:.1f}" width="4" height="{HEIGHT - 18:g}" rx="2" style="fill:var({box.colour})"/>'
+        f'<rect x="{x + 6:.1f}" y="{y + 9:.1f}" width="4" height="{HEIGHT - 18:g}" rx="2" '
+        f'style="fill:var({box.colour})"/>'
     )
     for kind, text, limit, down in lines:
-        inner += f'<text class="{kind}" x="{x + 18:.1f}" y="{top + down:.1f}">{escape(shorten(text, limit))}</text>'
+        place = f'x="{x + 18:.1f}" y="{top + down:.1f}"'
+        inner += f'<text class="{kind}" {place}>{escape(shorten(text, limit))}</text>'
     return f'<a href="#{escape(box.link)}">{inner}</a>' if box.link else f"<g>{inner}</g>"
 
 

@@ -143,7 +143,7 @@ def has_verdict(member: Member) -> bool:
 
 
 def anchor(name: str) -> str:
-    """Return the id of an artifact's section; names hold no other character than `/` that ids must not have."""
+    """Return the id of an artifact's section: its name, with `.` for `/`."""
     return "artifact-" + name.replace("/", ".")
 
 

@@ -48,8 +48,9 @@ def draw(block: Mapping[str, Any], label: str, colours: Sequence[int] = range(le
 
     settings = {
         "svg.fonttype": "none", "svg.hashsalt": label, "font.size": FONT, "axes.edgecolor": MUTED,
-        "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": False, "axes.axisbelow": True,
+        "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED,
+        "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.6,
+        "axes.grid": False, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
         "ytick.major.width": 0.6, "lines.linewidth": 1.5, "legend.frameon": False, "axes.unicode_minus": True,
         "axes.formatter.useoffset": False, "text.parse_math": False, "path.simplify": True,
@@ -174,7 +175,7 @@ def legend_rows(names: Sequence[str], width: float) -> int:
 def thin(
     x: Sequence[float], y: Sequence[float | None]
 ) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Return at most `MAX_POINTS` points: means over runs of equal length, with each run's minimum and maximum."""
+    """Return at most `MAX_POINTS` points: means over equal runs, with each run's minimum and maximum."""
     points = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
     size = math.ceil(len(points) / MAX_POINTS) or 1
     runs = [points[start : start + size] for start in range(0, len(points), size)]
@@ -296,7 +297,7 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
 
 
 def draw_heatmap(block: Mapping[str, Any], label: str) -> Figure:
-    """Draw cells from dark (minimum) to bright (maximum), with numbers if there is room; null cells stay empty."""
+    """Draw cells from dark (minimum) to bright (maximum), with numbers if they fit; null cells are empty."""
     import matplotlib as mpl
     import numpy as np
 

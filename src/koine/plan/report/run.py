@@ -204,7 +204,7 @@ def recorded_parents(record: dict[str, Any]) -> tuple[Parent, ...]:
 
 
 def parents_in(*values: Any) -> Iterator[Parent]:
-    """Yield every recorded handle (`{"artifact" or "name": ..., "fingerprint": ...}`) in nested lists and dicts."""
+    """Yield every recorded handle (`{"artifact": ..., "fingerprint": ...}`) in nested lists and dicts."""
     for value in values:
         if isinstance(value, dict):
             name = value.get("artifact", value.get("name"))
@@ -217,7 +217,7 @@ def parents_in(*values: Any) -> Iterator[Parent]:
 
 
 def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Return steps and values of each metric in a `metrics.jsonl`; values that are not finite are left out."""
+    """Return steps and values of each metric in a `metrics.jsonl`, without values that are not finite."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):

@@ -21,7 +21,7 @@ LABELS = {
 
 
 def table(block: Block) -> dict[str, Any]:
-    """Return the columns with their alignment, and the cells as text; a column's numbers get equally many decimals."""
+    """Return columns with alignment, and cells as text; a column's numbers have equally many decimals."""
     columns = list(zip(*block["rows"], strict=True)) or [() for _ in block["columns"]]
     cells = [column_cells(column) for column in columns]
     return {

@@ -12,7 +12,7 @@ from koine.plan.store.status import statuses
 
 
 def dry_run_lines(plan: Plan) -> list[str]:
-    """Return a table of artifacts with state, reasons, memory and time; then the totals and the critical path."""
+    """Return a table of artifacts with state, reasons, memory and time; then totals and critical path."""
     found = statuses(plan)
     build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
     expectation = expect(plan, build)
@@ -37,8 +37,8 @@ def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
             plan, {name: estimate.seconds for name, estimate in expectation.steps.items()}
         )
         lines += [
-            f"Time: {duration(expectation.seconds)} one after another; at least {duration(seconds)} side by side: "
-            + " → ".join(path),
+            f"Time: {duration(expectation.seconds)} one after another; "
+            f"at least {duration(seconds)} side by side: " + " → ".join(path),
             f"Peak memory: {size(expectation.memory_bytes)} in the largest step.",
         ]
     if expectation.unknown:

@@ -16,7 +16,7 @@ from koine.plan.store.publish import record_of
 
 @dataclass(frozen=True)
 class Expectation:
-    """Estimates of the steps that will run; `unknown` names those with neither a formula nor an earlier build."""
+    """Estimates of the steps that will run; `unknown` names those without formula and earlier build."""
 
     steps: dict[str, Estimate]
     unknown: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def formula(plan: Plan, node: Node) -> Estimate | None:
 
 
 def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) -> Estimate | None:
-    """Return the formula's estimate, its time scaled by the median of actual over estimated time of earlier builds.
+    """Return the formula's estimate, its time scaled by the median of actual over estimated time.
 
     Without a formula: the figures of an earlier build of this artifact, or else the mean over the same step's
     others.

@@ -90,7 +90,7 @@ class Task:
 
 
 def check_address(address: str) -> None:
-    """Raise `UserError` where nothing answers at `[ray://]host:port`; Ray itself would try for a minute and more."""
+    """Raise `UserError` where nothing answers at `[ray://]host:port`; Ray itself tries for over a minute."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         if address == "auto":
@@ -107,7 +107,7 @@ def check_address(address: str) -> None:
 
 
 class RayExecutor:
-    """Runs steps as Ray tasks, as many at once as the cluster has cores; `address` None starts a cluster here."""
+    """Runs steps as Ray tasks, as many at once as there are cores; `address` None starts a cluster here."""
 
     def __init__(self, address: str | None = None) -> None:
         # Ray would send usage statistics, and the user was not asked.

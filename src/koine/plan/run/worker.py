@@ -155,7 +155,7 @@ def check_changes(job: Job, before: InputState) -> None:
 
 
 def build(job: Job, *, guardian: int | None = None) -> str:
-    """Build one artifact under its lock; return `reused` if another process has built it meanwhile, else `built`."""
+    """Build one artifact under its lock; return `built`, or `reused` if another process has built it."""
 
     def waiting() -> None:
         write_progress(

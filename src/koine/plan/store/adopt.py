@@ -16,7 +16,7 @@ from koine.plan.store.publish import lock_of, recover
 
 
 def adopt_folder(source: Path, *, name: str, run: str, runs: Path = Path("runs")) -> Path:
-    """Copy `source` to artifact `name` of a run and return its path; the plan then never runs the step of that name.
+    """Copy `source` to artifact `name` of a run and return its path; its step is then never run.
 
     It is a copy, so that the artifact stays as recorded whatever happens to the original. Remove the folder
     to have

@@ -91,8 +91,8 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
                 found = _ancestor(place, verify, seen)
                 if found.fingerprint != parent["fingerprint"] or found.sha256 != parent["sha256"]:
                     node.problems.append(
-                        f"was built from another '{parent['name']}' ({value_text(parent['sha256'])}) than the one that is "
-                        f"there now ({value_text(found.sha256)})"
+                        f"was built from another '{parent['name']}' ({value_text(parent['sha256'])}) "
+                        f"than the one that is there now ({value_text(found.sha256)})"
                     )
             else:
                 found = Ancestor(

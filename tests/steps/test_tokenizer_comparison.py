@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from koine.steps.comparison import adaptation_speed, first_reach
+from koine.steps.tokenizer_comparison import adaptation_speed, first_reach
 
 
 def test_first_reach_interpolates() -> None:
