@@ -94,7 +94,7 @@ def documents_of_training(model: Path) -> set[tuple[str, str]]:
     }
 
 
-def test_a_method_without_experts_passes_on_what_was_drawn(world: Path, tmp_path: Path) -> None:
+def test_an_average_passes_on_the_documents_already_drawn(world: Path, tmp_path: Path) -> None:
     """An average has no record of its own, and its training goes on after those of its branches too."""
     plan = make_plan(branch_train_mix, settings(world, method="average"), name="average", runs=tmp_path)
     execute(plan)
@@ -130,7 +130,7 @@ def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"method": "bams"}, "method is 'bams'; did you mean 'bam'"),
         ({"domains": ("code=x",)}, "1 domains are given"),
@@ -140,6 +140,8 @@ def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
         ({"method": "average", "new_domain": "maths=x"}, "an average has no experts to add to"),
     ],
 )
-def test_wrong_parameters_are_refused(world: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_wrong_parameters_are_refused(
+    world: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         make_plan(branch_train_mix, {**settings(world), **change}, runs=tmp_path)

@@ -1,4 +1,4 @@
-"""The figures of the comparison, by hand."""
+"""Adaptation speed, computed by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_speed_per_step_and_per_byte() -> None:
     assert speed["per_byte"] == pytest.approx(4.0 / 3.0)
 
 
-def test_an_arm_that_never_gets_there_has_no_speed() -> None:
+def test_an_arm_that_never_reaches_the_level_has_no_speed() -> None:
     curves = {"universal": ([10, 20], [4.0, 3.0]), "cluster": ([10, 20], [3.0, 2.0])}
     speed = adaptation_speed(curves, {"universal": 1.0, "cluster": 1.0})
     assert speed["per_step"] is None

@@ -84,7 +84,7 @@ def test_fine_tuning_on_chats(world: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_training_that_does_not_fit_is_refused(world: Path, tmp_path: Path) -> None:
+def test_a_training_with_mismatched_inputs_is_refused(world: Path, tmp_path: Path) -> None:
     sources = adaptation_sources((), 0.0)
     fields: dict[str, Any] = {"mixture": mixture(sources, 1), "settings": settings(1), "out": tmp_path}
     tokens = {"adapted": world / "documents"}

@@ -170,7 +170,8 @@ def verdict(results: dict[str, Any]) -> str:
         )
     return (
         f"{answer} After equal steps of adaptation it has "
-        f"{bits['adapted']['universal']['expanded']:.3f} bits per byte there, the cluster arm {bits['adapted']['cluster']['expanded']:.3f} "
+        f"{bits['adapted']['universal']['expanded']:.3f} bits per byte there, "
+        f"the cluster arm {bits['adapted']['cluster']['expanded']:.3f} "
         f"({'better' if gain > 0 else 'worse'} by {abs(gain):.3f}). "
         f"Its cost on the pretraining languages: {cost:+.3f} bits per byte after pretraining "
         f"({bits['pretrained']['universal']['primary']:.3f} against "
@@ -299,7 +300,8 @@ def _question_table(chat: dict[str, Any]) -> dict[str, Any] | None:
         "columns": ["code", "language", *[f"{kind}, {arm}" for arm in ARMS for kind in kinds]],
         "rows": rows,
         "caption": "Recall: the fact was in the pretraining text, its question in no chat. "
-        "Generalisation: facts and territories that were in no text. In brackets the 95 % bootstrap interval over questions.",
+        "Generalisation: facts and territories that were in no text. "
+        "In brackets the 95 % bootstrap interval over questions.",
     }
 
 

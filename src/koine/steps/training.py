@@ -139,7 +139,7 @@ def new_model(config: ModelConfig | None, tokenizer: Path, seed: int) -> Decoder
 
 
 def open_model(path: Path, config: ModelConfig | None) -> Decoder:
-    """Return the model of a folder; raises `UserError` if its sizes, attention aside, are not those of `config`."""
+    """Return the model of a folder; raises `UserError` if its sizes are not those of `config`, attention aside."""
     from koine.model import load_model
 
     model = load_model(path)

@@ -106,7 +106,7 @@ def test_the_tree_and_what_verification_finds(runs: Path) -> None:
     assert trace_lineage(second.path).parents[0].problems == ["is gone"]
 
 
-def test_an_ancestor_that_was_rebuilt_is_told(runs: Path) -> None:
+def test_a_rebuilt_ancestor_is_reported(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
     other = Plan("demo", runs)
@@ -115,11 +115,11 @@ def test_an_ancestor_that_was_rebuilt_is_told(runs: Path) -> None:
     assert "was built from another 'words/first'" in trace_lineage(second.path).problems[0]
 
 
-@pytest.mark.parametrize(("make", "said"), [(False, "no such artifact"), (True, "holds no artifact.json")])
-def test_what_has_no_lineage(runs: Path, make: bool, said: str) -> None:
+@pytest.mark.parametrize(("make", "message"), [(False, "no such artifact"), (True, "holds no artifact.json")])
+def test_folders_without_a_lineage_are_refused(runs: Path, make: bool, message: str) -> None:
     if make:
         (runs / "folder").mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         trace_lineage(runs / "folder")
 
 
@@ -136,7 +136,7 @@ def test_an_adopted_folder_stands_in_for_the_step_and_what_led_to_it(runs: Path)
     assert trace_lineage(second.path, verify=True).problems == []
 
 
-def test_what_follows_an_adopted_artifact_is_built_from_it_and_again_when_it_changes(runs: Path) -> None:
+def test_steps_after_an_adopted_artifact_are_built_from_it_and_again_when_it_changes(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
     mine = runs / "mine"
@@ -162,11 +162,11 @@ def test_an_adopted_artifact_keeps_its_own_record(runs: Path) -> None:
     assert list(record["files"]) == ["text"]
 
 
-def test_what_cannot_be_adopted(runs: Path) -> None:
+def test_folders_that_cannot_be_adopted_are_refused(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
     (runs / "empty").mkdir()
-    for source, name, said in [
+    for source, name, message in [
         (runs / "missing", "x", "no such folder"),
         (runs / "data.txt", "x", "is a file"),
         (runs / "empty", "x", "holds no files"),
@@ -176,7 +176,7 @@ def test_what_cannot_be_adopted(runs: Path) -> None:
         (second.path, "../x", "cannot name an artifact"),
         (second.path, "logs", "cannot name an artifact"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             adopt_folder(source, name=name, run="demo", runs=runs)
     with pytest.raises(UserError, match="cannot name a run"):
         adopt_folder(second.path, name="x", run="../demo", runs=runs)
