@@ -7,10 +7,11 @@ refused.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from koine.errors import UserError, did_you_mean
 
@@ -224,3 +225,50 @@ class Fields:
     @staticmethod
     def _name(name: str) -> str:
         return f"the field '{name}'"
+
+
+def checked_field(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    **metadata: Any,
+) -> Any:
+    """Return a dataclass field with its help text and its bounds, which `check_dataclass` reads.
+
+    Args:
+        default: its default.
+        help: what it means, for the command line.
+        low: smallest value.
+        high: largest value.
+        above: bound that the value must be greater than.
+        metadata: more of the field's metadata.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "low": low, "high": high, "above": above, **metadata}
+    )
+
+
+def check_dataclass(value: Any) -> None:
+    """Check every field of a dataclass by its type and its bounds; integers become floats where they must.
+
+    Types are `int`, `float`, `bool`, `str` and `Literal` of strings. Raises `UserError` for the first field that
+    does not fit. Call it in `__post_init__`.
+    """
+    types = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        name, given, expected = field.name, getattr(value, field.name), types[field.name]
+        low, high, above = (field.metadata.get(bound) for bound in ("low", "high", "above"))
+        if get_args(expected):
+            check_choice(name, given, get_args(expected))
+        elif expected is int:
+            check_integer(name, given, low=low, high=MAX_INTEGER if high is None else high)
+        elif expected is float:
+            number = check_number(name, given, low=low, high=high, above=above)
+            object.__setattr__(value, name, number)
+        elif expected is bool:
+            check_boolean(name, given)
+        else:
+            check_text(name, given)

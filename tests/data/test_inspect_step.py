@@ -13,7 +13,7 @@ from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.model import Decoder, preset
 from koine.tokenizer import load_tokenizer
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from tests.data.conftest import document, write_records
 
 
@@ -27,7 +27,7 @@ def test_at_step(tokenizer: Path, tmp_path: Path) -> None:
     settings = TrainSettings(dtype="float32", threads=1)
     train(
         model,
-        language_modelling,
+        LanguageModelling(),
         order,
         settings,
         out=tmp_path / "model",

@@ -251,7 +251,7 @@ def _base_of_settings() -> Any:
 def try_settings(_: str, value: Any, work: Path) -> None:
     """Train two steps; the weights that are saved must be finite."""
     from koine.train import train
-    from koine.train.objectives import language_modelling
+    from koine.train.objectives import LanguageModelling
     from koine.train.settings import TrainSettings
 
     settings = TrainSettings(**value)
@@ -260,7 +260,7 @@ def try_settings(_: str, value: Any, work: Path) -> None:
         torch.manual_seed(0)
         model = Decoder(dataclasses.replace(CONFIGURATIONS["cohere2 config.json"], vocab_size=_vocabulary()))
         data = DataOrder(Mixture.from_json(_base_of_mixture()), verify=False)
-        train(model, language_modelling, data, settings, out=work / "out", tokenizer=None, progress=False)
+        train(model, LanguageModelling(), data, settings, out=work / "out", tokenizer=None, progress=False)
     finally:
         torch.set_num_threads(threads)
     trained = load_model(work / "out")

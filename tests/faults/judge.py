@@ -18,7 +18,7 @@ Listing = dict[str, str]
 
 # What two undisturbed runs differ in, on purpose: when, how long, where, by which process.
 VOLATILE = {
-    "seconds", "started", "finished", "tokens_per_second", "ceiling_share", "megabytes_per_second", "peak_memory_bytes", "attempts",
+    "seconds", "started", "finished", "tokens_per_second", "matmul_rate_share", "ceiling_share", "megabytes_per_second", "peak_memory_bytes", "attempts",
     "environment", "argv", "code", "log", "nodes", "status", "reasons",
 }  # fmt: skip
 TIMES = re.compile(rb"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?Z?")

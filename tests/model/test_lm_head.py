@@ -19,7 +19,7 @@ from koine.generate.sequential import SequentialGenerator
 from koine.generate.token_sampling import Sampling
 from koine.model import CausalLM, load_causal_lm
 from koine.model.lm_head import LMHead, probe_tokens, shared_columns
-from koine.train.objectives import language_modelling
+from koine.train.objectives import LanguageModelling
 
 transformers = pytest.importorskip("transformers", reason="the classes need the extra [hf]")
 
@@ -142,7 +142,7 @@ def test_training_minimises_the_loss_of_the_class(model: tuple[str, Path]) -> No
     targets = torch.full_like(tokens, -100)
     targets[:, :-1] = tokens[:, 1:]
     targets[0, :5] = -100
-    loss, metrics = language_modelling(ours, Batch(tokens, targets, None, list))
+    loss, metrics = LanguageModelling()(ours, Batch(tokens, targets, None, list))
     loss.backward()  # type: ignore[no-untyped-call]
     expected = torch.nn.functional.cross_entropy(
         inner(input_ids=tokens, use_cache=False).logits.flatten(0, 1), targets.flatten(), reduction="sum"
@@ -207,7 +207,7 @@ def test_a_head_without_a_formula_makes_its_own_logits(tmp_path: Path) -> None:
             model.logits(model(tokens)), inner(input_ids=tokens, use_cache=False).logits
         )
     targets = tokens.roll(-1, dims=1)
-    loss, _ = language_modelling(model, Batch(tokens, targets, None, list))
+    loss, _ = LanguageModelling()(model, Batch(tokens, targets, None, list))
     expected = torch.nn.functional.cross_entropy(
         inner(input_ids=tokens, use_cache=False).logits.flatten(0, 1), targets.flatten(), reduction="sum"
     )

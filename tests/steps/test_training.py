@@ -79,9 +79,7 @@ def test_fine_tuning_on_chats(world: Path, tmp_path: Path) -> None:
         out=tmp_path,
     )
     training = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
-    assert "supervised_fine_tuning" in str(training["identity"]["objective"]).lower() or "FineTuning" in str(
-        training["identity"]["objective"]
-    )
+    assert "SupervisedFineTuning" in str(training["identity"]["objective"])
 
 
 def test_a_training_with_mismatched_inputs_is_refused(world: Path, tmp_path: Path) -> None:

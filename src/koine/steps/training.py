@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from koine.model.language_model import LanguageModel
 
 ObjectiveName = Literal["language-modelling", "fine-tuning"]
+"""Names of `koine.train.LanguageModelling` and `SupervisedFineTuning`, whose import would load torch in every plan."""
 BEFORE_TRAINING = -1
 """Step number of the evaluation before the first step; the others have the number of steps done."""
 
@@ -85,7 +86,7 @@ def train_model(
 
     from koine.data import DataOrder
     from koine.data.drawn import read_drawn
-    from koine.train import language_modelling, supervised_fine_tuning, train
+    from koine.train import LanguageModelling, SupervisedFineTuning, train
 
     tokenizer = tokenizer or model
     if tokenizer is None:
@@ -103,7 +104,7 @@ def train_model(
         evaluate(start.to(torch.float32), BEFORE_TRAINING)
     train(
         start.to(torch.float32),
-        supervised_fine_tuning if objective == "fine-tuning" else language_modelling,
+        SupervisedFineTuning() if objective == "fine-tuning" else LanguageModelling(),
         DataOrder(data),
         settings,
         out=out,

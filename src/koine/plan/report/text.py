@@ -15,6 +15,7 @@ LABELS = {
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens/s",
     "gradient_norm": "gradient norm",
+    "matmul_rate_share": "share of the matmul rate",
     "ceiling_share": "share of the matmul rate",
     "units": "tokens with a loss in a batch",
 }
