@@ -58,9 +58,12 @@ def test_artifacts_of_a_former_name_are_reused(tmp_path: Path) -> None:
     plan = make(tmp_path)
     assert plan.nodes["words"].artifact.fingerprint == record["fingerprint"]
     assert statuses(plan)["words"].state == "reused"
-    # The parameters count as ever, and the reason is a change of the name first of all.
     changed = statuses(make(tmp_path, words=3))["words"]
-    assert changed.reasons == (f"was built by another step: {OLD}, now {NEW}",)
+    assert changed.reasons == ("parameters.words: 2 → 3",)
+    # Of another step the parameters are not compared.
+    record["step"] = "other:step"
+    write_json(path, record)
+    assert statuses(make(tmp_path))["words"].reasons == (f"was built by another step: other:step, now {NEW}",)
 
 
 @pytest.mark.parametrize(("threads", "cores"), [(None, (1, 3, 2)), (4, (4, 3, 2))])

@@ -26,7 +26,12 @@ LANGUAGE_TRACK = "languages.jsonl"
 """File of a trained model with every language's bits per byte at each evaluation."""
 
 
-@step(version="2", estimate=estimates.evaluation, threads=0)
+@step(
+    version="2",
+    estimate=estimates.evaluation,
+    threads=0,
+    formerly=("koine.recipes.evaluation:evaluate_model",),
+)
 def evaluate_model(
     corpus: Path,
     model: Path,
@@ -198,7 +203,9 @@ def forgetting_blocks(model: Path, primary: tuple[str, ...]) -> list[dict[str, A
     ]
 
 
-@step(version="1", estimate=estimates.domains, threads=0)
+@step(
+    version="1", estimate=estimates.domains, threads=0, formerly=("koine.recipes.domains:evaluate_domains",)
+)
 def evaluate_domains(
     model: Path, corpora: dict[str, Path], *, documents: int, characters: int, out: Path
 ) -> None:
@@ -234,7 +241,12 @@ def evaluate_domains(
         write_step_report(out, "Expert routing", routing_blocks(found))
 
 
-@step(version="2", estimate=estimates.long_evaluation, threads=0)
+@step(
+    version="2",
+    estimate=estimates.long_evaluation,
+    threads=0,
+    formerly=("koine.recipes.lengths:evaluate_lengths",),
+)
 def evaluate_lengths(
     corpus: Path,
     model: Path,

@@ -52,6 +52,8 @@ def why(node: Node) -> list[str]:
         check_damage(node.artifact.path, old)
         return []
     before = {key: old.get(key) for key in node.identity}
+    if before["step"] in node.info.formerly:
+        before["step"] = node.identity["step"]
     if before["step"] != node.identity["step"]:
         return [f"was built by another step: {before['step']}, now {node.identity['step']}"]
     return differences(before, node.identity) or ["fingerprint changed"]
