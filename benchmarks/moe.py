@@ -1,20 +1,22 @@
-"""Our experts beside a dense feed-forward of equal operations, a loop, and transformers' experts.
+"""Compare our feed-forward experts with transformers' experts, a loop over experts, and a dense layer.
 
     python benchmarks/moe.py --out benchmarks/results/moe.json
+    python benchmarks/moe.py --threads 1 --cpu-time --tokens 64 4096
     python benchmarks/moe.py --models --out benchmarks/results/moe_models.json
 
-Eight experts, two a token, SwiGLU, each half as wide as twice the hidden size: forward, and forward with
-backward, in float32 and bfloat16. All sides run in one process on the same weights and expert assignments.
-They take turns, in another order each round. Each round is between two matmuls of the experts' shape, and
-rounds with a slow one (the machine was busy) are dropped. `ratio` is the best peer's time over ours,
-`over_dense` ours over that of the dense feed-forward (the ideal). A side that would take longer than
-`--most-seconds` a call is left out, and the result says so. The last line printed is one line of JSON.
+Eight experts, two for each token, SwiGLU, each as wide as the hidden size: forward, and forward with
+backward, in float32 and bfloat16. All sides run in one process on the same weights and the same assignments,
+in a random order each round. Each round stands between two matmuls of the experts' shape. Rounds in which one
+of them is slow are dropped, because the machine was busy. The last line printed is one line of JSON.
 
-transformers' further implementations (deepgemm, sonicmoe) need packages for accelerators and are left out.
---device cuda measures the same there.
+`ratio`: time of the best of transformers' implementations over ours. `over_dense`: our time over that of a
+dense layer with as many operations (the ideal). A side that takes longer than --most-seconds a call is left
+out, and the result says so. transformers' further implementations (deepgemm, sonicmoe) need packages for
+accelerators.
 
---models measures whole models instead: tokens per second of BTX, BAM (both kinds) and Nexus beside the dense
-seed, in prefill, training and decode.
+--device cuda measures the same there. --cpu-time counts the CPU time of one thread: use it on a machine that
+is shared with others. --models measures whole models instead: tokens per second of BTX, BAM (both kinds) and
+Nexus beside the dense seed, in training, prefill and generation.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,164 +45,188 @@ from koine.hardware import processor_name
 from koine.model import Decoder, ModelConfig, preset
 from koine.model.config import MixtureConfig
 from koine.model.counting import count_parameters
-from koine.model.moe.experts import Chosen, choose, feed_forward_experts
+from koine.model.moe.experts import Assignments, assign_top_k, feed_forward_experts
 from koine.train.loss import chunked_cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from train_step import matmul_rate
 
-EXPERTS, CHOSEN = 8, 2
+EXPERTS, TOP_K = 8, 2
 HIDDEN = (256, 1024)
 TOKENS = (64, 512, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-THEIRS = ("eager", "grouped_mm", "batched_mm")
+TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 
 Function = Callable[[Tensor], Tensor]
 
 
-def loop(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
-    """Run one expert after the other, with masks."""
-    said = torch.zeros_like(x)
-    for expert in range(into.shape[0]):
-        rows, place = torch.where(chosen.experts == expert)
-        gate, up = F.linear(x[rows], into[expert]).chunk(2, dim=-1)
-        part = F.linear(F.silu(gate) * up, out[expert]) * chosen.gates[rows, place, None]
-        said = said.index_add(0, rows, part)
-    return said
+class Side(NamedTuple):
+    """A side of the comparison: a function of the tokens, and its weights."""
+
+    function: Function
+    weights: list[Tensor]
 
 
-def sides(
-    hidden: int, tokens: int, dtype: torch.dtype, device: str
-) -> dict[str, tuple[Function, list[Tensor]]]:
-    """Return each side as a function of the tokens, and its weights."""
+def loop(x: Tensor, w_in: Tensor, w_out: Tensor, assigned: Assignments) -> Tensor:
+    """Compute one expert after the other, with masks."""
+    output = torch.zeros_like(x)
+    for expert in range(len(w_in)):
+        rows, place = torch.where(assigned.experts == expert)
+        gate, up = F.linear(x[rows], w_in[expert]).chunk(2, dim=-1)
+        expert_out = F.linear(F.silu(gate) * up, w_out[expert]) * assigned.gates[rows, place, None]
+        output = output.index_add(0, rows, expert_out)
+    return output
+
+
+def make_sides(hidden: int, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Side]:
+    """Build all sides with equal weights; the dense layer has weights of its own."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     width = hidden
-    into = (torch.randn(EXPERTS, 2 * width, hidden) / hidden**0.5).to(device, dtype)
-    out = (torch.randn(EXPERTS, hidden, width) / width**0.5).to(device, dtype)
-    found = choose(torch.randn(tokens, EXPERTS).softmax(-1).to(device), CHOSEN)
-    chosen = Chosen(found.experts, found.gates.to(dtype))
-    wide_in = (torch.randn(2 * CHOSEN * width, hidden) / hidden**0.5).to(device, dtype).requires_grad_()
-    wide_out = (torch.randn(hidden, CHOSEN * width) / width**0.5).to(device, dtype).requires_grad_()
-    ours = [into.clone().requires_grad_(), out.clone().requires_grad_()]
-    looped = [into.clone().requires_grad_(), out.clone().requires_grad_()]
+    w_in = (torch.randn(EXPERTS, 2 * width, hidden) / hidden**0.5).to(device, dtype)
+    w_out = (torch.randn(EXPERTS, hidden, width) / width**0.5).to(device, dtype)
+    experts, gates = assign_top_k(torch.randn(tokens, EXPERTS).softmax(-1).to(device), TOP_K)
+    assigned = Assignments(experts, gates.to(dtype))
+    dense_in = (torch.randn(2 * TOP_K * width, hidden) / hidden**0.5).to(device, dtype).requires_grad_()
+    dense_out = (torch.randn(hidden, TOP_K * width) / width**0.5).to(device, dtype).requires_grad_()
+    ours = [w_in.clone().requires_grad_(), w_out.clone().requires_grad_()]
+    looped = [w_in.clone().requires_grad_(), w_out.clone().requires_grad_()]
 
     def dense(x: Tensor) -> Tensor:
-        gate, up = F.linear(x, wide_in).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, wide_out)
+        gate, up = F.linear(x, dense_in).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, dense_out)
 
-    made: dict[str, tuple[Function, list[Tensor]]] = {
-        "ours": (lambda x: feed_forward_experts(x, ours[0], ours[1], chosen), ours),
-        "dense": (dense, [wide_in, wide_out]),
-        "loop": (lambda x: loop(x, looped[0], looped[1], chosen), looped),
+    sides = {
+        "ours": Side(lambda x: feed_forward_experts(x, ours[0], ours[1], assigned), ours),
+        "dense": Side(dense, [dense_in, dense_out]),
+        "loop": Side(lambda x: loop(x, looped[0], looped[1], assigned), looped),
     }
-    for implementation in THEIRS:
+    for implementation in TRANSFORMERS:
         config = MixtralConfig(
-            hidden_size=hidden, intermediate_size=width, num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN
+            hidden_size=hidden, intermediate_size=width, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K
         )
         config._experts_implementation = implementation
         module = MixtralExperts(config).to(device, dtype)
         with torch.no_grad():
-            module.gate_up_proj.copy_(into)
-            module.down_proj.copy_(out)
-        made[f"transformers {implementation}"] = (
-            lambda x, module=module: module(x, chosen.experts, chosen.gates),  # type: ignore[misc]
+            module.gate_up_proj.copy_(w_in)
+            module.down_proj.copy_(w_out)
+        sides[f"transformers {implementation}"] = Side(
+            lambda x, module=module: module(x, assigned.experts, assigned.gates),  # type: ignore[misc]
             list(module.parameters()),
         )
-    return made
+    return sides
 
 
-def wait(x: Tensor) -> None:
-    """Wait until the accelerator has finished."""
+def synchronize(x: Tensor) -> None:
+    """Wait for the accelerator."""
     if x.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def seconds(function: Function, x: Tensor, weights: list[Tensor], grad: Tensor | None, repeats: int) -> float:
-    """Measure one call, forward or forward and backward: the mean of a few."""
-    start = time.perf_counter()
+def seconds(side: Side, x: Tensor, grad: Tensor | None, repeats: int, *, cpu_time: bool) -> float:
+    """Return the mean time of a call, forward or (with `grad`) forward and backward."""
+    clock = time.thread_time if cpu_time else time.perf_counter
+    start = clock()
     for _ in range(repeats):
         if grad is None:
             with torch.no_grad():
-                function(x)
+                side.function(x)
         else:
-            torch.autograd.grad(function(x), [x, *weights], grad)
-    wait(x)
-    return (time.perf_counter() - start) / repeats
+            torch.autograd.grad(side.function(x), [x, *side.weights], grad)
+    synchronize(x)
+    return (clock() - start) / repeats
+
+
+def check_agreement(sides: dict[str, Side], x: Tensor) -> None:
+    """Assert that all sides but the dense layer compute the same."""
+    with torch.no_grad():
+        wanted = sides["loop"].function(x).float()
+        for name, side in sides.items():
+            # batched_mm copies the weights for each assignment; it is compared at few tokens.
+            if name != "dense" and (name != "transformers batched_mm" or len(x) <= 64):
+                worst = float((side.function(x).float() - wanted).abs().max() / wanted.abs().max())
+                assert worst < (1e-5 if x.dtype == torch.float32 else 3e-2), f"{name} differs by {worst}"
+
+
+def drop_slow_sides(
+    sides: dict[str, Side], x: Tensor, grad: Tensor | None, options: argparse.Namespace
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Remove sides that need too much time or memory.
+
+    Returns:
+        The reason for each side removed, and for the others the calls of a round.
+    """
+    left_out, repeats = {}, {}
+    for name, side in list(sides.items()):
+        if name == "transformers batched_mm":
+            # It copies the weights for each assignment, and their gradients with them.
+            copies = x.shape[0] * TOP_K * 3 * x.shape[1] ** 2 * x.dtype.itemsize
+            needed = copies * (1 if grad is None else 3)
+            if needed > options.most_gigabytes * 1e9:
+                left_out[name] = f"a call takes {needed / 1e9:.0f} GB"
+                del sides[name]
+                continue
+        seconds(side, x, grad, 1, cpu_time=options.cpu_time)
+        one = seconds(side, x, grad, 1, cpu_time=options.cpu_time)
+        if one > options.most_seconds and name not in ("ours", "dense"):
+            left_out[name] = f"a call takes {one:.1f} s"
+            del sides[name]
+        repeats[name] = max(1, min(200, round(0.02 / one)))
+    return left_out, repeats
 
 
 def compare(
-    hidden: int, tokens: int, name: str, training: bool, options: argparse.Namespace
+    hidden: int, tokens: int, dtype_name: str, training: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measure all sides in turns."""
-    dtype = DTYPES[name]
-    device = options.device
+    """Measure all sides in turn, for one row of the table."""
+    dtype, device = DTYPES[dtype_name], options.device
     x = torch.randn(tokens, hidden).to(device, dtype).requires_grad_()
     grad = torch.randn(tokens, hidden).to(device, dtype) if training else None
-    made = sides(hidden, tokens, dtype, device)
-    with torch.no_grad():
-        wanted = made["loop"][0](x).float()
-        for side, (function, _) in made.items():
-            # transformers' batched matmul copies the weights for every assignment: compared at few tokens
-            # only.
-            if side != "dense" and (side != "transformers batched_mm" or tokens <= 64):
-                worst = float((function(x).float() - wanted).abs().max() / wanted.abs().max())
-                assert worst < (1e-5 if dtype == torch.float32 else 3e-2), f"{side} differs by {worst}"
-    left_out, repeats = {}, {}
-    for side, (function, weights) in list(made.items()):
-        if side == "transformers batched_mm":
-            # It copies the weights for every assignment, and their gradients too.
-            needed = tokens * CHOSEN * 3 * hidden * hidden * dtype.itemsize * (3 if training else 1)
-            if needed > options.most_gigabytes * 1e9:
-                left_out[side] = f"a call takes {needed / 1e9:.0f} GB"
-                del made[side]
-                continue
-        seconds(function, x, weights, grad, 1)
-        one = seconds(function, x, weights, grad, 1)
-        if one > options.most_seconds and side not in ("ours", "dense"):
-            left_out[side] = f"a call takes {one:.1f} s"
-            del made[side]
-        repeats[side] = max(1, min(200, round(0.02 / one)))
-    shape = (CHOSEN * tokens // EXPERTS, hidden, 2 * hidden)
-    samples: dict[str, list[float]] = {side: [] for side in made}
-    ceilings: list[float] = []
+    sides = make_sides(hidden, tokens, dtype, device)
+    check_agreement(sides, x)
+    left_out, repeats = drop_slow_sides(sides, x, grad, options)
+    shape = (TOP_K * tokens // EXPERTS, hidden, 2 * hidden)
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    rates: list[float] = []
     before = matmul_rate(shape, dtype, device=device)
     order = random.Random(0)
     for _ in range(options.rounds):
-        # A random order each time, because the caches hold the data of the side before.
-        for side in order.sample([*made], len(made)):
-            function, weights = made[side]
-            samples[side].append(seconds(function, x, weights, grad, repeats[side]))
+        # In a random order: a side finds in the caches what the one before it left there.
+        for name in order.sample([*sides], len(sides)):
+            samples[name].append(seconds(sides[name], x, grad, repeats[name], cpu_time=options.cpu_time))
         after = matmul_rate(shape, dtype, device=device)
-        ceilings.append(min(before, after))
+        rates.append(min(before, after))
         before = after
-    best = statistics.median(ceilings)
-    kept = [index for index, rate in enumerate(ceilings) if rate >= 0.8 * best]
-    medians = {side: statistics.median(samples[side][index] for index in kept) for side in made}
-    theirs = {side: value for side, value in medians.items() if side.startswith("transformers")}
-    if not theirs:
+    kept = [
+        index
+        for index, rate in enumerate(rates)
+        if options.cpu_time or rate >= 0.8 * statistics.median(rates)
+    ]
+    medians = {name: statistics.median(samples[name][index] for index in kept) for name in sides}
+    peers = {name: value for name, value in medians.items() if name.startswith("transformers")}
+    if not peers:
         sys.exit(
             f"every implementation of transformers was left out ({left_out}); give a larger --most-seconds"
         )
-    peer = min(theirs, key=lambda side: theirs[side])
+    peer = min(peers, key=lambda name: peers[name])
 
     def ratio(over: str, under: str) -> dict[str, Any]:
         found = sorted(samples[over][index] / samples[under][index] for index in kept)
         return {"median": statistics.median(found), "spread": [found[0], found[-1]]}
 
-    operations = 2 * tokens * CHOSEN * 3 * hidden * hidden * (3 if training else 1)
+    operations = 2 * tokens * TOP_K * 3 * hidden * hidden * (3 if training else 1)
     return {
         "hidden": hidden,
         "tokens": tokens,
-        "dtype": name,
+        "dtype": dtype_name,
         "training": training,
         "seconds": medians,
         "rounds": len(kept),
         "best_of_transformers": peer,
         "ratio": ratio(peer, "ours"),
         "over_dense": ratio("ours", "dense"),
-        "share_of_ceiling": operations / medians["ours"] / max(ceilings),
+        "share_of_ceiling": operations / medians["ours"] / max(rates),
         "left_out": left_out,
     }
 
@@ -223,11 +249,12 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
     def training(model: Decoder) -> int:
         model.train()
         hidden = model(tokens)
-        chunked_cross_entropy(hidden, model.output_weight, tokens, scale=model.logit_scale).backward()  # type: ignore[no-untyped-call]
+        loss = chunked_cross_entropy(hidden, model.output_weight, tokens, scale=model.logit_scale)
+        loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
         return tokens.numel()
 
-    def context(model: Decoder) -> int:
+    def prefill(model: Decoder) -> int:
         with torch.inference_mode():
             model.eval()(tokens)
         return tokens.numel()
@@ -243,7 +270,7 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
             for name, config in kinds.items()
         }
     }
-    for kind, function in (("training", training), ("reading", context), ("latency", latency)):
+    for kind, function in (("training", training), ("prefill", prefill), ("latency", latency)):
         for model in made.values():
             function(model)
         rounds: dict[str, list[float]] = {name: [] for name in made}
@@ -251,7 +278,7 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
             for name, model in made.items():
                 start = time.perf_counter()
                 count = function(model)
-                wait(tokens)
+                synchronize(tokens)
                 rounds[name].append((time.perf_counter() - start) / count)
         result[kind] = {
             name: {
@@ -277,25 +304,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--most-seconds", type=float, default=1.0, help="longest call to wait for")
+    parser.add_argument("--most-seconds", type=float, default=1.0, help="longest call that is waited for")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--most-gigabytes", type=float, default=4.0, help="largest memory of a call that is tried"
     )
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, with --threads 1")
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.cpu_time and (options.threads != 1 or options.device != "cpu"):
+        parser.error("--cpu-time needs --threads 1 and --device cpu")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     keep_freed_memory()
     result: dict[str, Any] = {
         "name": "moe_models" if options.models else "moe",
         "experts": EXPERTS,
-        "chosen": CHOSEN,
+        "top_k": TOP_K,
         "machine": {
             "processor": processor_name() if options.device == "cpu" else torch.cuda.get_device_name(),
             "threads": options.threads,
+            "clock": "CPU time of the thread" if options.cpu_time else "wall",
             "python": platform.python_version(),
         },
         "torch": torch.__version__,

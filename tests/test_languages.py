@@ -49,7 +49,7 @@ def test_another_script_is_another_bucket() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typo", "fix"), [("germn", "'de'"), ("enn", "'en'"), ("klingon", "'"), ("de-", "'de'")]
+    ("typo", "hint"), [("germn", "'de'"), ("enn", "'en'"), ("klingon", "'"), ("de-", "'de'")]
 )
 def test_a_typo_gets_the_nearest(typo: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -32,13 +32,13 @@ def saved(kind: str, head: str = "AutoModelForCausalLM", **fields: Any) -> Calla
         import torch
         import transformers
 
-        from koine.model.causal_lm import quiet
+        from koine.model.causal_lm import quiet_transformers
         from koine.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(worlds.built("tokenizer"))
         config = transformers.CONFIG_MAPPING[kind](vocab_size=tokenizer.vocab_size, **SIZES, **fields)
         torch.manual_seed(0)
-        with quiet(transformers):
+        with quiet_transformers(transformers):
             getattr(transformers, head).from_config(config).save_pretrained(folder / "llama")
         tokenizer.save(folder / "llama")
         worlds.good_text(folder)

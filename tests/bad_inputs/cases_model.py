@@ -124,7 +124,7 @@ CASES = (
         mistake="a rotary base where nothing is rotated",
         command=PRETRAIN + " --attention nope --rope-theta 50000",
         prepare=worlds.having("tokens", "tokenizer"),
-        says="no layer turns by position, so rope_theta says nothing; leave it out with nope",
+        says="no layer has RoPE, so rope_theta has no effect; leave it out with nope",
     ),
     Case(
         mistake="long sequences that are half described",

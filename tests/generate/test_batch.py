@@ -123,3 +123,28 @@ def test_scores_that_are_no_numbers_are_told(
     monkeypatch.setattr(model, "logits", lambda hidden: torch.full((len(hidden), 99), torch.nan))
     with pytest.raises(UserError, match="no next token can be chosen"):
         generate(model, [[5, 7]], Sampling(temperature=temperature))
+
+
+def test_draws_depend_on_their_own_seed_alone(tiny: ModelConfig) -> None:
+    """A row's draw follows from its own seed alone; limits on the candidates hold; bad values are refused."""
+    model = Decoder(tiny).eval()
+    prompts = [[5, 9, 12], [5, 44]]
+    free = Sampling(max_new_tokens=12, temperature=2.0, seed=4)
+
+    def drawn(sampling: Sampling, which: list[list[int]]) -> list[list[int]]:
+        return [one.tokens for one in generate(model, which, sampling)]
+
+    both, again = drawn(free, prompts), drawn(free, prompts)
+    assert both == again
+    assert both[0] == drawn(free, prompts[:1])[0]
+    greedy = drawn(Sampling(max_new_tokens=12), prompts)
+    for limit in (
+        Sampling(max_new_tokens=12, temperature=2.0, top_k=1),
+        Sampling(max_new_tokens=12, temperature=2.0, top_p=1e-6),
+        Sampling(max_new_tokens=12, temperature=2.0, min_p=1.0),
+    ):
+        assert drawn(limit, prompts) == greedy
+    with pytest.raises(UserError, match="top_p is 1.5"):
+        Sampling(top_p=1.5)
+    with pytest.raises(UserError, match="a prompt is empty"):
+        drawn(free, [[]])

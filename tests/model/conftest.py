@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from koine.model import ModelConfig, hybrid_layers
-from koine.model.moe import cpu_kernels as compiled_experts
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +19,7 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture
 def tiny() -> ModelConfig:
-    """Four layers, window 7, GQA; wide initialisation, so that attention is far from uniform and mistakes show."""
+    """Return four layers, window 7, GQA; large initial weights, so that attention is far from uniform."""
     return ModelConfig(
         vocab_size=99,
         hidden_size=32,
@@ -32,10 +31,3 @@ def tiny() -> ModelConfig:
         initializer_range=0.15,
         eos_token_id=98,
     )
-
-
-@pytest.fixture
-def compiled_here() -> None:
-    """Only where C++ of ours can be compiled."""
-    if compiled_experts.library(compiled_experts.SOURCE) is None:
-        pytest.skip("needs Linux, AVX-512 and g++")

@@ -12,7 +12,7 @@ from koine.model import Decoder
 
 
 def hidden_states(model: Any, tokens: Tensor, **inputs: Any) -> list[Tensor]:
-    """The input of the first block and each block's output; of the reference, with hooks."""
+    """Return the input of the first block and each block's output; of the reference, by hooks."""
     if isinstance(model, Decoder):
         outputs: list[Tensor] = []
         model(tokens, block_outputs=outputs, **inputs)

@@ -73,10 +73,13 @@ def test_saved_model_opens_in_transformers(
     assert_equal(model, theirs, tokens(), FLOAT32)
 
 
-def test_bfloat16(tiny: ModelConfig, tmp_path: Path) -> None:
-    """bfloat16 keeps 8 bits, and the two round at other places (two matrices in place of seven, scores rounded before the softmax), so
-    equality is not to be had: what must hold is that ours is as near to the float32 truth as theirs. Bound: twice their
-    root-mean-square error, block by block and in the logits, at once, past the window, with padding and with a cache."""
+def test_bfloat16_is_as_close_to_float32_as_transformers(tiny: ModelConfig, tmp_path: Path) -> None:
+    """Our error against float32 is at most twice that of transformers (root mean square).
+
+    The two round at other places (two matrices in place of seven, scores rounded before the softmax), so they
+    are not equal in bfloat16. Checked block by block and in the logits: at once, past the window, with
+    padding and with a KV cache.
+    """
     truth = Decoder(tiny).eval()
     save_model(truth, tmp_path, dtype=torch.bfloat16)
     truth = load_model(tmp_path, dtype=torch.float32)
@@ -159,7 +162,8 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
         assert first_drifting_block(ours_whole, blocks, tolerance=FLOAT32, where=counts) is None
         whole = model.logits(model(ids, attention_mask=mask))
         assert (whole - expected)[counts].abs().max() <= FLOAT32
-        # Prefill shorter than the window, a chunk that crosses it, then one by one; ours has no padding to step over.
+        # Prefill shorter than the window, a chunk that crosses it, then one by one; ours has no padding to
+        # step over.
         ours, theirs_cached, past = torch.zeros_like(expected), [], None
         cached = [torch.zeros_like(state) for state in blocks]
         cache = PagedCache.of_model(model, page=4)
@@ -196,7 +200,7 @@ def test_with_cache_past_the_window_and_left_padding(tiny: ModelConfig, tmp_path
     assert (ours - torch.cat(theirs_cached, 1))[counts].abs().max() <= FLOAT32
 
 
-def test_greedy_text_is_that_of_transformers(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_greedy_generation_equals_transformers(tiny: ModelConfig, tmp_path: Path) -> None:
     model = Decoder(tiny).eval()
     save_model(model, tmp_path)
     theirs = opened(tmp_path)
@@ -207,7 +211,7 @@ def test_greedy_text_is_that_of_transformers(tiny: ModelConfig, tmp_path: Path) 
         assert out[0, len(prompt) :].tolist() == answer.tokens
 
 
-def test_a_planted_drift_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_the_first_drifting_block_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
     model = Decoder(tiny).eval()
     save_model(model, tmp_path)
     theirs = opened(tmp_path)
@@ -219,7 +223,7 @@ def test_a_planted_drift_is_named(tiny: ModelConfig, tmp_path: Path) -> None:
     assert drift.startswith("block 2 ")
 
 
-def test_what_transformers_has_no_class_for_is_ours(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_models_without_a_transformers_class_are_saved_as_koine(tiny: ModelConfig, tmp_path: Path) -> None:
     layers = (LayerSpec(window=5, rope=False), LayerSpec(qk_norm=True), LayerSpec(window=3))
     model = Decoder(replace(tiny, layers=layers)).eval()
     save_model(model, tmp_path)
@@ -246,7 +250,7 @@ def test_our_own_type_generates_through_transformers(tiny: ModelConfig, tmp_path
 
 
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
-    """A config.json that leaves out what has a default: the theta of Cohere (500,000) is not that of Cohere2 (10,000)."""
+    """Missing fields of config.json: the default theta of Cohere is 500,000, of Cohere2 10,000."""
     for kind, config_class in (
         ("cohere", transformers.CohereConfig),
         ("cohere2", transformers.Cohere2Config),
@@ -264,7 +268,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
             assert [layer.window for layer in config.layers] == [4096, 4096, 4096, None, 4096]
 
 
-def test_a_cohere_that_ours_is_not_opens_through_transformers(tmp_path: Path) -> None:
+def test_an_unsupported_cohere_opens_through_transformers(tmp_path: Path) -> None:
     config = transformers.CohereConfig(
         vocab_size=99,
         hidden_size=32,
@@ -293,7 +297,7 @@ def test_a_cohere_that_ours_is_not_opens_through_transformers(tmp_path: Path) ->
 
 
 def test_padding_of_another_causal_lm_is_not_counted_as_positions(tmp_path: Path) -> None:
-    """GPT-2 learns a vector for each position, so a row that is padded on the left shows a wrong count at once."""
+    """GPT-2 has learned positions, so left padding that is counted changes the output."""
     config = transformers.GPT2Config(
         vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )

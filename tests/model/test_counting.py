@@ -42,9 +42,10 @@ def test_parameters_by_hand_and_by_torch() -> None:
 
 
 def test_command_r7b_sizes() -> None:
-    # Command R7B (formats.md, section 2): 4096 hidden, 32 layers, FFN 14336, 32/8 heads of 128, vocabulary 256,000. A block holds
-    # q, o 4096^2 each = 33,554,432; k, v 1024 * 4096 each = 8,388,608; three FFN matrices 3 * 4096 * 14336 = 176,160,768;
-    # norm 4,096: 218,107,904. 32 of them 6,979,452,928; embedding 1,048,576,000; final norm 4,096.
+    # Command R7B: 4096 hidden, 32 layers, FFN 14336, 32/8 heads of 128, vocabulary
+    # 256,000. A block holds q, o 4096^2 each = 33,554,432; k, v 1024 * 4096 each = 8,388,608; three FFN
+    # matrices 3 * 4096 * 14336 = 176,160,768; norm 4,096: 218,107,904. 32 of them 6,979,452,928; embedding
+    # 1,048,576,000; final norm 4,096.
     assert count_parameters(preset("koine-8b")).total == 6_979_452_928 + 1_048_576_000 + 4_096
 
 
@@ -55,14 +56,18 @@ def test_visible_pairs() -> None:
 
 
 def test_flops_by_hand() -> None:
-    # Five tokens: matrices 2 * 5 * (2 * 672 + 100 * 8) = 21,440; pairs 12 + 15 = 27, each 4 * 8 (two heads of four) = 864.
+    # Five tokens: matrices 2 * 5 * (2 * 672 + 100 * 8) = 21,440; pairs 12 + 15 = 27, each 4 * 8 (two heads of
+    # four) = 864.
     assert forward_flops(SMALL, 5) == 21_440 + 864
     assert round(training_flops_per_token(SMALL, 5) * 5) == 3 * 22_304
 
 
 def test_flops_against_the_operations_that_torch_counts() -> None:
-    """torch's counter sees the matrix products as they are dispatched: blocks compute hidden pairs too, so it may only be larger,
-    and with one layer, no window and one block the two differ by the masked half of the square alone."""
+    """torch counts the dispatched matrix products, in which blocks also compute masked pairs.
+
+    So its count may only be larger. With one layer, no window and one block the difference is the masked half
+    of the square.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     model = Decoder(SMALL)
@@ -73,7 +78,7 @@ def test_flops_against_the_operations_that_torch_counts() -> None:
     assert counter.get_total_flops() == 21_440 + 50 * 32
 
 
-def test_cache_bytes_by_hand_and_as_held() -> None:
+def test_cache_bytes_by_hand_and_in_the_cache() -> None:
     # One token: k and v of one head of four, two bytes, two layers = 2 * 4 * 2 * 2 = 32.
     assert cache_bytes_per_token(SMALL) == 32
     # Ten tokens: the window holds 3, the full layer 10: 2 * 4 * 2 * 13 = 208.
@@ -91,7 +96,7 @@ def test_cache_bytes_by_hand_and_as_held() -> None:
     assert cache.pages_in_use == 6
 
 
-def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
+def test_a_windowed_layer_allocates_one_window() -> None:
     config = ModelConfig(
         vocab_size=10,
         hidden_size=8,
@@ -110,7 +115,8 @@ def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
     assert [cache.ring(layer)[0].shape for layer in (0, 1, 2)] == [(1, 1, 16, 8)] * 3
     assert cache.pages_in_use == 25
     assert cache.bytes_held() == cache_bytes(config, 200, element_bytes=4)
-    # As in Command A (command-a.md): at 128k a quarter of the layers is full, and the windows are small beside it.
+    # As in Command A (command-a.md): at 128k a quarter of the layers is full, and the windows are small
+    # beside it.
     big = preset("koine-8b")
     share = cache_bytes(big, 131_072) / (cache_bytes_per_token(big) * 131_072)
     # (24 * 4096 + 8 * 131072) / (32 * 131072)
@@ -118,7 +124,7 @@ def test_a_window_of_storage_is_all_that_a_windowed_layer_allocates() -> None:
 
 
 def held_after(config: ModelConfig, lengths: Sequence[int], page: int) -> PagedCache:
-    """A cache that has read texts of these lengths, all at once."""
+    """Return a KV cache after the prefill of sequences of these lengths."""
     model = Decoder(config).eval()
     cache = PagedCache.of_model(model, page=page)
     sequences = [cache.add() for _ in lengths]
@@ -129,7 +135,7 @@ def held_after(config: ModelConfig, lengths: Sequence[int], page: int) -> PagedC
 
 
 def written_bytes(cache: PagedCache) -> int:
-    """Bytes of the places that are not zero any more, in everything that is allocated."""
+    """Return the bytes that are not zero any more, in all allocated tensors."""
     slabs = [cache.slab(layer, number) for layer in cache.full for number in range(cache.slabs)]
     rings = [cache.ring(layer) for layer in cache.windowed]
     return sum(int(part.count_nonzero()) * part.element_size() for pair in (*slabs, *rings) for part in pair)
@@ -137,7 +143,7 @@ def written_bytes(cache: PagedCache) -> int:
 
 @pytest.mark.parametrize("lengths", [(1,), (16, 3, 40), (9,) * 11])
 def test_bytes_in_use_are_counted_in_the_tensors(lengths: tuple[int, ...]) -> None:
-    """What is written is the formula; what is in use is the formula with whole pages; what is reserved is bounded."""
+    """Written bytes follow the formula, used ones the formula with full pages; reserved ones are bounded."""
     config, page = replace(SMALL, layers=hybrid_layers(4, window=6)), 8
     cache = held_after(config, lengths, page)
     # Keys and values of random weights are never exactly 0.
@@ -154,8 +160,8 @@ def test_bytes_in_use_are_counted_in_the_tensors(lengths: tuple[int, ...]) -> No
     assert cache.bytes_held() < whole * position
 
 
-def test_a_hybrid_holds_a_quarter_of_its_full_twin_at_128k() -> None:
-    """131,072 tokens of keys and values in real tensors, written by the reading itself: a layer at a time, no forward pass."""
+def test_a_hybrid_holds_a_quarter_of_the_full_cache_at_128k() -> None:
+    """131,072 tokens of keys and values in real tensors, a layer at a time, without a forward pass."""
     hybrid = ModelConfig(
         vocab_size=10,
         hidden_size=4,

@@ -1,4 +1,4 @@
-"""The maths of the decoder, by the checks of formats.md, section 9, and what its arguments promise."""
+"""The decoder: window, NoPE, norm, logit scale, gradient checkpointing, padding, context."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_edge_of_the_window(tiny: ModelConfig, rope: bool) -> None:
     assert (last(model, ids) - last(model, inside)).abs().max() > 1e-3
 
 
-def test_a_layer_without_positions_does_not_know_the_order_of_the_past(tiny: ModelConfig) -> None:
+def test_a_nope_layer_ignores_the_order_of_earlier_tokens(tiny: ModelConfig) -> None:
     ids = torch.randint(6, 98, (1, 12))
     shuffled = ids.clone()
     shuffled[0, :-1] = ids[0, torch.randperm(11)]
@@ -51,13 +51,14 @@ def test_the_norm_is_centred_and_computed_in_float32() -> None:
     norm.double()
     # Root-mean-square norms would see the shift.
     assert torch.allclose(norm(x), norm(x + 5.0), atol=1e-12)
-    # 1,000 + noise of size 1: bfloat16 keeps the noise in steps of 4, but its mean must not lose bits on top of that.
+    # 1,000 + noise of size 1: bfloat16 keeps the noise in steps of 4, but its mean must not lose bits on top
+    # of that.
     coarse = (1000 + 30 * x).bfloat16()
     exact = norm(coarse.double())
     assert (norm.bfloat16()(coarse).double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
-def test_the_logit_scale_changes_probabilities_and_not_the_best(tiny: ModelConfig) -> None:
+def test_the_logit_scale_changes_probabilities_and_not_the_argmax(tiny: ModelConfig) -> None:
     model = Decoder(tiny).eval()
     hidden = model(torch.randint(6, 98, (2, 9)))
     before = model.logits(hidden)
@@ -101,7 +102,7 @@ def test_padding_changes_nothing(tiny: ModelConfig, side: str) -> None:
 
 
 @pytest.mark.parametrize("extra", ["document_ids", "attention_mask", "positions"])
-def test_a_reading_knows_where_its_tokens_stand(tiny: ModelConfig, extra: str) -> None:
+def test_a_context_excludes_positions_documents_and_masks(tiny: ModelConfig, extra: str) -> None:
     model = Decoder(tiny).eval()
     ids, cache = torch.randint(6, 98, (1, 4)), PagedCache.of_model(model)
     context = PrefillContext(cache, [cache.add()], [4])

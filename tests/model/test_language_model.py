@@ -23,12 +23,15 @@ def make(kind: str) -> Any:
     torch.manual_seed(0)
     if kind == "decoder":
         config = ModelConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8,
-            layers=hybrid_layers(2, window=4, full_every=2), max_position_embeddings=CONTEXT, initializer_range=0.2,
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2,
+            head_dim=8,
+            layers=hybrid_layers(2, window=4, full_every=2), max_position_embeddings=CONTEXT,
+            initializer_range=0.2,
         )  # fmt: skip
         return Decoder(config).eval()
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
         max_position_embeddings=CONTEXT, tie_word_embeddings=True, initializer_range=0.2,
     )  # fmt: skip
     return CausalLM(transformers.LlamaForCausalLM(config)).eval()
@@ -41,7 +44,7 @@ def logits_of(model: LanguageModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_member_is_there(kind: str) -> None:
-    """Python does not check a protocol at run time, so this test compares names, and parameters of methods."""
+    """Python does not check a protocol at run time: compare names, and parameters of methods."""
     model = make(kind)
     for name, member in inspect.getmembers(LanguageModel):
         if name.startswith("_"):

@@ -1,4 +1,4 @@
-"""Every attention variant is made, named, trained, saved as the class that it is, and opened again."""
+"""Every attention variant is built, named, trained, saved with its model type, and opened again."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ def test_theta_changes_and_the_weights_do_not(tiny: ModelConfig, tmp_path: Path)
     assert read_config(tmp_path) == replace(tiny, rope_theta=200.0)
 
 
-def test_what_says_nothing_is_refused(tiny: ModelConfig) -> None:
+def test_options_without_effect_are_refused(tiny: ModelConfig) -> None:
     for fields, line in (
         ({"attention": "rop"}, "unknown attention 'rop'; did you mean 'rope'"),
         ({"attention": "rope", "window": 5}, "rope has no use for a window"),
         ({"attention": "rnope", "full_every": 2}, "rnope has no use for a ratio of full layers"),
-        ({"attention": "nope", "rope_theta": 5.0}, "no layer turns by position"),
+        ({"attention": "nope", "rope_theta": 5.0}, "no layer has RoPE"),
         ({"full_every": 8}, "full_every is 8 of 4 layers; choose from 2 to 4"),
         ({"window": 0}, "the window is 0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be at least 1"),

@@ -1,4 +1,4 @@
-"""A causal LM's own head decides: scores, losses and gradients are those of its class, whatever it does after its last matrix."""
+"""Log-likelihoods, losses and gradients equal those of the class, whatever its head computes."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ GPT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# What stands between the last matrix and the logits: scale, cap, and whether the loss may be computed in chunks.
+# What stands between the last matrix and the logits: scale, cap, and whether the loss may be computed in
+# chunks.
 HEADS: dict[str, tuple[dict[str, Any], float, float | None, bool]] = {
     "llama": (LLAMA, 1.0, None, True),
     "granite": ({**LLAMA, "logits_scaling": 8.0}, 0.125, None, True),
     "hyperclovax": ({**LLAMA, "logits_scaling": 0.125}, 0.125, None, True),
     "falcon_h1": (
         {
-            **LLAMA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+            **LLAMA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+            "mamba_d_state": 8,
             "mamba_n_groups": 1, "lm_head_multiplier": 0.02,
         },
         0.02, None, True,
@@ -57,12 +59,14 @@ HEADS: dict[str, tuple[dict[str, Any], float, float | None, bool]] = {
     "gemma2": ({**LLAMA, "head_dim": 8, "final_logit_softcapping": 3.0}, 1.0, 3.0, False),
     "nanochat": (LLAMA, 1.0, 15.0, False),
     "recurrent_gemma": (
-        {**LLAMA, "num_hidden_layers": 3, "lru_width": 32, "head_dim": 8, "attention_window_size": 16, "logits_soft_cap": 5.0},
+        {**LLAMA, "num_hidden_layers": 3, "lru_width": 32, "head_dim": 8,
+         "attention_window_size": 16, "logits_soft_cap": 5.0},
         1.0, 5.0, False,
     ),
     "llama4_text": (
         {
-            **LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1,
+            **LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2,
+            "num_experts_per_tok": 1,
         },
         1.0, None, True,
     ),
@@ -110,7 +114,7 @@ def ids(rows: int = 2, time: int = 24) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, time), generator=torch.Generator().manual_seed(2))
 
 
-def test_what_the_head_does_is_found(model: tuple[str, Path]) -> None:
+def test_scale_and_soft_cap_are_found(model: tuple[str, Path]) -> None:
     name, folder = model
     _, scale, cap, chunks = HEADS[name]
     ours = opened(folder)
@@ -122,7 +126,7 @@ def test_what_the_head_does_is_found(model: tuple[str, Path]) -> None:
     assert (ours.output_weight is not None) == chunks
 
 
-def test_logits_and_scores(model: tuple[str, Path]) -> None:
+def test_logits_and_log_likelihoods_equal_transformers(model: tuple[str, Path]) -> None:
     _, folder = model
     ours, inner, tokens = opened(folder), theirs(folder), ids()
     with torch.no_grad():
@@ -160,8 +164,8 @@ def test_training_minimises_the_loss_of_the_class(model: tuple[str, Path]) -> No
         assert (mine - their).abs().max() <= 1e-4 * max(0.1, float(their.abs().max())), name
 
 
-def test_answers_with_the_cache_are_those_of_the_whole_text(model: tuple[str, Path]) -> None:
-    """Two prompts, the second going on from the first: greedy tokens and log-probabilities of the class's own logits."""
+def test_generation_with_the_kv_cache_equals_the_whole_forward_pass(model: tuple[str, Path]) -> None:
+    """Greedy tokens and log-probabilities for a prompt and one that continues it."""
     _, folder = model
     ours, inner = opened(folder), theirs(folder)
     queue = SequentialGenerator(ours)
@@ -179,8 +183,8 @@ def test_answers_with_the_cache_are_those_of_the_whole_text(model: tuple[str, Pa
         assert request.log_probabilities == pytest.approx(chosen.tolist(), abs=1e-4)
 
 
-def test_recurrent_states_take_no_second_stretch(tmp_path: Path) -> None:
-    """Mamba in transformers forgets its state where several tokens follow it; the probe sees that."""
+def test_recurrent_states_continue_by_single_tokens(tmp_path: Path) -> None:
+    """Mamba in transformers drops its state before several tokens; the probe finds that."""
     with torch.inference_mode():
         assert continuing(opened(saved(tmp_path / "m", "mamba", HEADS["mamba"][0])).inner) == "tokens"
         assert continuing(opened(saved(tmp_path / "l", "llama", LLAMA)).inner) == "chunks"
@@ -195,7 +199,7 @@ class Strange(transformers.LlamaForCausalLM):  # type: ignore[misc]
         return out
 
 
-def test_a_head_without_a_formula_makes_its_own_logits(tmp_path: Path) -> None:
+def test_an_unknown_head_uses_the_whole_forward_pass(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inner = Strange(transformers.LlamaConfig(**LLAMA)).eval()
     model = CausalLM(inner)
@@ -300,10 +304,10 @@ def test_the_rows_of_the_probe_differ_in_all_later_columns(length: int, vocab_si
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_encoders_are_refused_and_their_decoders_are_not(
+def test_encoders_are_refused_and_decoders_of_the_class_open(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Fresh weights of the class's own small size: attention hardly matters in them, and yet is seen to look ahead."""
+    """Random small weights, in which attention has little effect, and looking ahead is still found."""
     fields = {**COMMON, "intermediate_size": 48}
     for decoder in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The options that choose a preset's attention."""
+"""Command-line options for a preset's attention."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Callable
 
 import click
 
-# `koine.model.layer_patterns.VARIANTS`, said again because `--help` must not wait for the model; a test
-# compares the two.
+# A copy of `koine.model.layer_patterns.VARIANTS`, because `--help` must not import the model. A test compares
+# the two.
 NAMES = ("rope", "qk-norm", "nope", "rnope", "rnope-swa")
 
 
 def attention_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`--attention`, `--window`, `--full-every` and `--rope-theta`, each `None` where it is not given."""
+    """Add `--attention`, `--window`, `--full-every` and `--rope-theta`, each None by default."""
     options = (
         click.option(
             "--attention",
             type=click.Choice(NAMES),
-            help="Attention of the layers, in place of the preset's rnope-swa.",
+            help="Attention variant of the layers.  [default: the preset's, rnope-swa]",
         ),
-        click.option("--window", type=int, help="Tokens that a windowed layer of rnope-swa sees."),
+        click.option("--window", type=int, help="Window of rnope-swa, in tokens."),
         click.option(
-            "--full-every", type=int, help="rnope-swa: every n-th layer is full, without positions."
+            "--full-every", type=int, help="rnope-swa: every n-th layer has full attention without positions."
         ),
-        click.option("--rope-theta", type=float, help="Base of the rotary embedding."),
+        click.option("--rope-theta", type=float, help="Base of the rotary embedding (RoPE)."),
     )
     for option in reversed(options):
         command = option(command)

@@ -1,4 +1,4 @@
-"""`koine model`: what a preset or a model directory comes to, and a model for other engines."""
+"""`koine model`: describe presets and models, export a model for other engines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def model() -> None:
 
 @model.command()
 @click.argument("which", metavar="PRESET|DIRECTORY", required=False)
-@click.option("--vocab-size", type=click.IntRange(min=1), help="Vocabulary in place of the preset's own.")
+@click.option(
+    "--vocab-size", type=click.IntRange(min=1), help="Vocabulary size in place of the preset's own."
+)
 @click.option(
     "--length",
     type=click.IntRange(min=1),
@@ -31,7 +33,7 @@ def model() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @attention_options
 def describe(which: str | None, vocab_size: int | None, length: int, as_json: bool, **attention: Any) -> None:
-    """Print parameters, FLOPs per token and bytes of cache; without an argument, the list of presets."""
+    """Print parameters, FLOPs per token and bytes of KV cache; without an argument, the presets."""
     from rich.table import Table
 
     from koine.cli.tables import print_table
@@ -81,7 +83,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
 
 
 def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
-    """The printed lines: label and value."""
+    """Return the printed lines: label and value."""
     parameters, flops, cache = (
         description["parameters"],
         description["flops_per_token"],
@@ -94,14 +96,14 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{parameters['total']:,}"),
         ("  of these in the embedding", f"{parameters['embedding'] + parameters['head']:,}"),
         ("  of these elsewhere", f"{parameters['non_embedding']:,}"),
-        (f"FLOPs a token, forward, at {description['length']:,}", f"{flops['forward']:,.0f}"),
-        (f"FLOPs a token, training, at {description['length']:,}", f"{flops['training']:,.0f}"),
-        ("bytes of cache a token (bfloat16, before a window is full)", f"{cache['per_token']:,}"),
+        (f"FLOPs per token, forward, at {description['length']:,}", f"{flops['forward']:,.0f}"),
+        (f"FLOPs per token, training, at {description['length']:,}", f"{flops['training']:,.0f}"),
+        ("bytes of KV cache per token (bfloat16, before a window is full)", f"{cache['per_token']:,}"),
     ]
     for name in ("8k", "128k"):
         lines.append(
             (
-                f"bytes of cache at {name}",
+                f"bytes of KV cache at {name}",
                 f"{cache[name]:,} ({cache[name + '_share_of_all_full']:.3f} of all full layers)",
             )
         )
@@ -115,22 +117,22 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     "kind",
     type=click.Choice(("gguf", "safetensors")),
     required=True,
-    help="gguf: a model for llama.cpp; safetensors: a model directory of a training's checkpoint.",
+    help="gguf: a file for llama.cpp; safetensors: a model directory from a training checkpoint.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
-    help="The file to write; safetensors: the folder.",
+    help="File to write; for safetensors, the folder.",
 )
 @OVERWRITE
 @click.option(
     "--dtype",
     type=click.Choice(("float32", "float16", "bfloat16", "q8_0")),
-    help="Of the matrices (norms of a gguf stay float32).  [default: as stored]",
+    help="Data type of the matrices (norms in GGUF stay float32).  [default: as stored]",
 )
 def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -> None:
-    """Write MODEL as one file that another engine runs, or OUT/checkpoints/step-N of a training as a model directory."""
+    """Export MODEL to GGUF, or a training checkpoint (OUT/checkpoints/step-N) to a model directory."""
     if kind == "safetensors":
         if dtype == "q8_0":
             raise UserError("safetensors hold no q8_0", hint="choose float32, float16 or bfloat16")

@@ -1,4 +1,4 @@
-"""`koine upcycle` and `koine extend`: mixtures of experts from dense branches, and one expert more or less."""
+"""`koine upcycle` and `koine extend`: make a mixture of experts, add an expert, remove one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from koine.model.config import ModelConfig
 
 SEED = click.option(
-    "--seed", type=click.Path(path_type=Path), required=True, help="The dense model that they branched from."
+    "--seed",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The dense model that the experts branched from.",
 )
 EXPERTS = click.option(
     "--experts",
     multiple=True,
     required=True,
     metavar="[NAME=]MODEL...",
-    help="Its branches, one after another.",
+    help="Branches of the seed, separated by spaces.",
 )
 MORE = click.argument("more", nargs=-1, metavar="")
 
@@ -39,20 +42,28 @@ TOP_K = click.option(
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Feed-forward experts a token goes to.",
+    help="Feed-forward experts of each token.",
 )
 
 
 def losses(method: RouterLosses) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a method's router losses."""
+    """Add the options of a method's router losses."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         balance = click.option(
-            "--load-balancing", type=float, default=method.load_balancing, show_default=True, help="Factor of the balance loss."
-        )  # fmt: skip
+            "--load-balancing",
+            type=float,
+            default=method.load_balancing,
+            show_default=True,
+            help="Factor of the load-balancing loss.",
+        )
         z_loss = click.option(
-            "--z-loss", type=float, default=method.z_loss, show_default=True, help="Factor of the router's z-loss."
-        )  # fmt: skip
+            "--z-loss",
+            type=float,
+            default=method.z_loss,
+            show_default=True,
+            help="Factor of the router z-loss.",
+        )
         return balance(z_loss(function))
 
     return add
@@ -63,15 +74,15 @@ RANDOM = click.option(
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Seed of the routers' weights.",
+    help="Random seed for the routers' weights.",
 )
 
 
 @click.group()
 def upcycle() -> None:
-    """Make one mixture of experts of a seed and its branches, each a folder of an equal dense model.
+    """Make a mixture of experts from a seed and its branches, dense models of equal shape.
 
-    Experts are named after their folders, or by NAME=MODEL.
+    Experts have the names of their folders, or those given as NAME=MODEL.
     """
 
 
@@ -87,7 +98,7 @@ def btx(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, load_balancing: float,
     z_loss: float, random_seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Branch-train-mix: an expert of each feed-forward half, the seed's too; the rest is averaged."""
+    """Branch-train-mix: a feed-forward expert from each model, the seed too; the rest is averaged."""
     from koine.combine import upcycle_btx
     from koine.files import atomic_directory
 
@@ -97,7 +108,7 @@ def btx(
             seed, named, folder, top_k=top_k, random_seed=random_seed,
             load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
-    _say(config, out)
+    _report(config, out)
 
 
 @upcycle.command()
@@ -108,12 +119,12 @@ def btx(
 @TOP_K
 @click.option(
     "--attention", type=click.Choice(["kv-experts", "shared-kv"]), default="kv-experts", show_default=True,
-    help="Keys and values of each attention expert's own, or one average.",
+    help="Keys and values: one set for each attention expert, or one average.",
 )  # fmt: skip
 @click.option(
     "--attention-top-k",
     type=click.IntRange(1),
-    help="Attention experts that keep their gate.  [default: all]",
+    help="Attention experts of each token; other gates are 0.  [default: all]",
 )
 @losses(BAM)
 @RANDOM
@@ -121,7 +132,7 @@ def bam(
     seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, attention: str,
     attention_top_k: int | None, load_balancing: float, z_loss: float, random_seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    """BAM: experts of each feed-forward half and a soft mixture of the attentions, the seed's too."""
+    """BAM: a feed-forward expert and an attention expert from each model, the seed too."""
     from koine.combine import upcycle_bam
     from koine.files import atomic_directory
 
@@ -131,7 +142,7 @@ def bam(
             seed, named, folder, attention=attention, attention_top_k=attention_top_k,
             top_k=top_k, random_seed=random_seed, load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
-    _say(config, out)
+    _report(config, out)
 
 
 @upcycle.command()
@@ -144,37 +155,37 @@ def bam(
     "domains",
     multiple=True,
     metavar="NAME=DATA",
-    help="Text of an expert's domain; one for each expert.",
+    help="Text of an expert's domain, for each expert.",
 )
 @click.option("--router", type=click.Choice(["domains", "linear"]), default="domains", show_default=True,
-              help="Linear: the paper's baseline.")  # fmt: skip
+              help="Router by domain embeddings, or linear: the paper's baseline.")  # fmt: skip
 @click.option(
     "--encoder", default="tfidf", show_default=True,
-    help="What embeds the domains: tfidf, svd, hidden (of the seed), or a sentence-transformers folder.",
+    help="Encoder of the domains: tfidf, svd, hidden (the seed's states), or a sentence-transformers folder.",
 )  # fmt: skip
 @click.option(
     "--domain-size",
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Dimensions of tfidf and svd.",
+    help="Dimensions of tfidf and svd embeddings.",
 )
 @click.option(
     "--documents",
     type=click.IntRange(1),
     default=512,
     show_default=True,
-    help="Of each domain, how many are read.",
+    help="Documents read of each domain.",
 )
 @TOP_K
 @losses(NEXUS)
 @RANDOM
 def nexus(
-    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...], router: str,
-    encoder: str, domain_size: int, documents: int, top_k: int, load_balancing: float, z_loss: float, random_seed: int,
-    overwrite: bool,
+    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...],
+    router: str, encoder: str, domain_size: int, documents: int, top_k: int, load_balancing: float,
+    z_loss: float, random_seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Nexus: the seed's feed-forward half shared, the branches' routed by embeddings of their domains."""
+    """Nexus: the seed's feed-forward is shared, the branches' are routed by domain embeddings."""
     from koine.combine import fit_encoder, upcycle_nexus
     from koine.combine.moe.domain_embeddings import domain_embedding
     from koine.errors import UserError
@@ -202,32 +213,38 @@ def nexus(
         if fitted is not None:
             (folder / DOMAIN_ENCODER).mkdir()
             fitted.save(folder / DOMAIN_ENCODER)
-    _say(config, out)
+    _report(config, out)
 
 
 @click.command()
 @click.argument("mixture", type=click.Path(path_type=Path))
 @click.option(
-    "--expert", metavar="[NAME=]MODEL", help="A dense branch to add, or the one that --remove came from."
+    "--expert",
+    metavar="[NAME=]MODEL",
+    help="Branch to add; with --remove, the branch that the expert came from.",
 )
-@click.option("--domain", type=click.Path(path_type=Path), help="Text of its domain, for a Nexus router.")
-@click.option("--remove", metavar="NAME", help="Leave this expert out.")
+@click.option(
+    "--domain", type=click.Path(path_type=Path), help="Text of the new expert's domain, for a Nexus router."
+)
+@click.option("--remove", metavar="NAME", help="Expert to remove.")
 @OUT
-@click.option("--share", type=float, help="Its part in what is averaged.  [default: 1 / (experts + 1)]")
-@click.option("--reset-router", is_flag=True, help="Draw the routers anew, as linear ones need.")
+@click.option(
+    "--share", type=float, help="Weight of the new model in the averages.  [default: 1 / (experts + 1)]"
+)
+@click.option("--reset-router", is_flag=True, help="Initialise the routers again, as linear ones need.")
 @click.option(
     "--documents",
     type=click.IntRange(1),
     default=512,
     show_default=True,
-    help="Of the domain, how many are read.",
+    help="Documents read of the domain.",
 )
 @RANDOM
 def extend(
-    mixture: Path, expert: str | None, domain: Path | None, remove: str | None, out: Path, share: float | None,
-    reset_router: bool, documents: int, random_seed: int, overwrite: bool,
+    mixture: Path, expert: str | None, domain: Path | None, remove: str | None, out: Path,
+    share: float | None, reset_router: bool, documents: int, random_seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Add a dense branch to MIXTURE as one more expert, or remove one; its router is not trained again."""
+    """Add a dense branch to MIXTURE as an expert, or remove an expert. The router is not trained."""
     from koine.combine import add_expert, remove_expert
     from koine.errors import UserError
     from koine.files import atomic_directory
@@ -255,14 +272,17 @@ def extend(
                 mixture, path, folder, name=name, texts=texts, share=share, reset_router=reset_router,
                 random_seed=random_seed,
             )  # fmt: skip
-    _say(config, out)
+    _report(config, out)
 
 
 def _named(given: tuple[str, ...]) -> dict[str, Path]:
-    """Models by name: what stands before `=`, or the folder's own name."""
+    """Return the models by name: the part before `=`, or the name of the folder."""
     return named_paths(
-        given, what="experts", hint="name them: --experts code=A --experts law=B", name_of=lambda path: path.resolve().name
-    )  # fmt: skip
+        given,
+        what="experts",
+        hint="name them: --experts code=A --experts law=B",
+        name_of=lambda path: path.resolve().name,
+    )
 
 
 def _domain_texts(given: tuple[str, ...], experts: list[str], documents: int) -> dict[str, list[str]]:
@@ -300,12 +320,13 @@ def _texts(path: Path, documents: int) -> list[str]:
     return [text(record) for record in islice(read_records(path, split="all", carry=()), documents)]
 
 
-def _say(config: ModelConfig, out: Path) -> None:
+def _report(config: ModelConfig, out: Path) -> None:
+    """Print experts and parameters."""
     from koine.model.counting import count_parameters
 
     assert config.mixture is not None
     parameters = count_parameters(config)
     click.echo(
-        f"{len(config.mixture.experts)} experts ({', '.join(config.mixture.experts)}): {parameters.total:,} parameters, "
-        f"{parameters.active:,} of them active for a token; written to {out}"
+        f"{len(config.mixture.experts)} experts ({', '.join(config.mixture.experts)}): "
+        f"{parameters.total:,} parameters, {parameters.active:,} of them active for a token; written to {out}"
     )

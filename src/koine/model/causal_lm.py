@@ -42,7 +42,7 @@ from koine.model.lm_head import (
 )
 
 NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
-"""Fields of a configuration that do not change the computation: versions, folders, the precision at opening."""
+"""Fields of a configuration that do not change the computation: versions, folders, precision."""
 
 
 def require_transformers() -> Any:
@@ -54,9 +54,9 @@ class CausalLM(nn.Module):
     """A causal LM of `transformers` with the decoder's `forward` (hidden states) and `logits`.
 
     `logits(forward(tokens))` are the logits of the class's own forward pass. `koine.model.lm_head` finds out
-    once, by experiment, whether they follow from the input of the output embedding. Where they do not, `forward`
-    returns the logits themselves, and `logits` returns them unchanged.
-    `document_ids` may hold one document and padding in a row, not several documents.
+    once, by experiment, whether they follow from the input of the output embedding. Where they do not,
+    `forward` returns the logits themselves, and `logits` returns them unchanged. `document_ids` may hold one
+    document and padding in a row, not several documents.
 
     inner: the model of `transformers`; the name is part of the tensors' names in training checkpoints.
     """
@@ -65,7 +65,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.inner = inner
         self.eos_ids: frozenset[int] = frozenset()
-        """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
+        """EOS ids of the model's folder (`koine.model.formats.eos_ids`)."""
         self._arguments = forward_arguments(inner)
         self._head: LMHead | None = None
 
@@ -150,7 +150,7 @@ class CausalLM(nn.Module):
         if attention_mask is not None and "attention_mask" in self._arguments:
             inputs["attention_mask"] = attention_mask
             if "position_ids" in self._arguments:
-                # transformers counts padding on the left as positions unless it is told not to.
+                # By default transformers counts padding on the left as positions.
                 inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         module = linear_head(self.inner) if self.head.linear else None
         if module is None:
@@ -168,7 +168,7 @@ class CausalLM(nn.Module):
         return self.head.apply(module(hidden))
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the configuration that determine what is computed."""
+        """Return the fields of the configuration that determine the computation."""
         fields = self.inner.config.to_dict()
         return {name: value for name, value in fields.items() if name not in NOT_OF_THE_MODEL}
 
@@ -233,7 +233,7 @@ class CausalLM(nn.Module):
     def set_vocabulary(
         self, tensors: VocabularyTensors, special_ids: Mapping[str, int], remap: RemapIds
     ) -> None:
-        """Resize and replace the tensors with one row a token, and the ids of the configurations."""
+        """Resize and replace the tensors with one row per token, and the ids of the configurations."""
         self.inner.resize_token_embeddings(len(tensors.embedding), mean_resizing=False)
         with torch.no_grad():
             self.inner.get_input_embeddings().weight.copy_(tensors.embedding)

@@ -47,7 +47,7 @@ class LayerSpec:
 
 
 def hybrid_layers(count: int, *, window: int, full_every: int = 4) -> tuple[LayerSpec, ...]:
-    """Return Cohere2's pattern: sliding-window layers with RoPE, every `full_every`-th full without positions."""
+    """Return Cohere2's pattern: windowed layers with RoPE, every `full_every`-th full without positions."""
     return tuple(
         LayerSpec(rope=False) if (index + 1) % full_every == 0 else LayerSpec(window=window)
         for index in range(count)
@@ -130,7 +130,7 @@ class ModelConfig:
                 hint="each key head serves the same number of query heads",
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd", hint="the rotary embedding turns pairs")
+            raise UserError(f"head_dim {self.head_dim} is odd", hint="RoPE rotates pairs")
         if not self.layers:
             raise UserError("the model has no layers", hint="give at least one layer specification")
         if len(self.layers) > MOST_LAYERS:

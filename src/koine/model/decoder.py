@@ -46,7 +46,7 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.eos_ids: frozenset[int] = frozenset()
-        """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
+        """EOS ids of the model's folder (`koine.model.formats.eos_ids`)."""
         self.packed_head: nn.Module | None = None
         """The output projection of a model packed by `koine.generate.cpu.prepacked_linear`."""
         self.reset_parameters()

@@ -15,7 +15,7 @@ RemapIds = Callable[[int | Sequence[int] | None, int], int | list[int]]
 
 @dataclass(frozen=True)
 class VocabularyTensors:
-    """The tensors with one row a token.
+    """The tensors with one row per token.
 
     embedding: `[vocab, hidden]`.
     head: `[vocab, hidden]`; None where it is tied to the embedding.
@@ -37,9 +37,9 @@ class LanguageModel(Protocol):
 
     training: bool
     eos_ids: frozenset[int]
-    """Ids that end a text, as the model's folder says (`koine.model.formats.eos_ids`)."""
+    """EOS ids of the model's folder (`koine.model.formats.eos_ids`)."""
 
-    # --- what it is ---
+    # --- description ---
 
     @property
     def architecture(self) -> str:
@@ -62,10 +62,10 @@ class LanguageModel(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the configuration that determine the computation, for a training's identity."""
+        """Return the fields of the configuration that determine the computation."""
         ...
 
-    # --- what it computes ---
+    # --- computation ---
 
     def __call__(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -108,7 +108,7 @@ class LanguageModel(Protocol):
         """
         ...
 
-    # --- how it is stored ---
+    # --- storage ---
 
     def save(
         self, folder: Path, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
@@ -139,13 +139,13 @@ class LanguageModel(Protocol):
         ...
 
     def vocabulary_tensors(self) -> VocabularyTensors:
-        """Return the tensors with one row a token."""
+        """Return the tensors with one row per token."""
         ...
 
     def set_vocabulary(
         self, tensors: VocabularyTensors, special_ids: Mapping[str, int], remap: RemapIds
     ) -> None:
-        """Replace the tensors with one row a token, in place, and the ids of the configuration.
+        """Replace the tensors with one row per token, in place, and the ids of the configuration.
 
         Args:
             tensors: of any number of rows.

@@ -53,7 +53,9 @@ def variant_layers(
 
 def _windowed(count: int, window: int | None, full_every: int) -> tuple[LayerSpec, ...]:
     if window is None:
-        raise UserError("rnope-swa needs a window", hint="say how many tokens a windowed layer sees")
+        raise UserError(
+            "rnope-swa needs a window", hint="give the number of tokens that a windowed layer sees"
+        )
     if window < 1:
         raise UserError(f"the window is {window}", hint="it must be at least 1")
     if not 2 <= full_every <= count:
@@ -89,9 +91,7 @@ def with_attention(
             full_every = ratio if full_every is None else full_every
         layers = variant_layers(chosen, len(layers), window=window, full_every=full_every)
     if rope_theta is not None and not any(layer.rope for layer in layers):
-        raise UserError(
-            "no layer turns by position, so rope_theta says nothing", hint="leave it out with nope"
-        )
+        raise UserError("no layer has RoPE, so rope_theta has no effect", hint="leave it out with nope")
     return replace(config, layers=layers, rope_theta=config.rope_theta if rope_theta is None else rope_theta)
 
 

@@ -1,9 +1,9 @@
 """Find out by experiment how a causal LM of `transformers` computes its logits, and whether it is causal.
 
-| head | logits | computed |
+| head | logits | computed for |
 |---|---|---|
-| linear | `scale * head(hidden)`, or `cap * tanh(scale * head(hidden) / cap)` (soft cap) | for chunks of positions |
-| own | anything else | by the model's whole forward pass |
+| linear | `scale * head(hidden)`, or `cap * tanh(scale * head(hidden) / cap)` (soft cap) | some positions |
+| own | anything else, by the whole forward pass | all positions |
 
 Fields of the configuration decide nothing. Numbers are put in place of the head's output, and the logits that
 the class makes of them are compared with the two formulas. Then the logits of a few ids by the formula are
@@ -268,7 +268,7 @@ def _is_causal(inner: Any, states_btd: Tensor) -> bool:
     early, late = float(difference[:shared].max()), float(difference[shared:].max())
     if early == 0.0:
         return True
-    # Classes that are encoders unless they are told otherwise get little allowance for rounding.
+    # Classes that are encoders by default get a small tolerance for rounding.
     encoder = getattr(inner.config.get_text_config(), "is_decoder", None) is False
     leak = LEAK[torch.float32] if encoder else LEAK.get(states_btd.dtype, 3e-2)
     rounding = 0.0 if encoder and states_btd.dtype.itemsize < 4 else 8 * torch.finfo(states_btd.dtype).eps

@@ -234,7 +234,7 @@ def _table_blocks(
             "columns": [
                 "code",
                 "language",
-                "part",
+                "role",
                 "pretrained, universal",
                 "pretrained, cluster",
                 "adapted, universal",

@@ -1,4 +1,4 @@
-"""One expert more: what is averaged, appended and kept; and one less again."""
+"""Adding an expert: which weights are averaged, appended and left unchanged; and removing one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ATTENTION = "model.layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
-    """A Nexus of two experts in `tmp_path/nexus`, and the third branch."""
+    """Write a Nexus mixture of two experts to `tmp_path/nexus`; returns all branches."""
     seed, paths = write_branches(tmp_path, ("code", "law", "maths"))
     experts = {name: paths[name] for name in ("code", "law")}
     encoder = fit_encoder("tfidf", TEXTS, seed_model=seed, width=4)
@@ -62,7 +62,7 @@ def test_a_nexus_router_needs_no_training(world: tuple[Path, dict[str, Path]], t
     assert (router.expert_embeddings()[2] != 0).any()
 
 
-def test_added_and_taken_away_it_is_the_same_again(
+def test_removing_an_added_expert_restores_the_mixture(
     world: tuple[Path, dict[str, Path]], tmp_path: Path
 ) -> None:
     nexus, paths = world
@@ -79,14 +79,16 @@ def test_added_and_taken_away_it_is_the_same_again(
     for number in (0, 1):
         name = "model.layers.0.mlp.experts.{}.down_proj.weight"
         assert torch.equal(fewer[name.format(number)], more[name.format(number + 1)])
-    assert load_model(tmp_path / "fewer").config.mixture.experts == ("law", "maths")  # type: ignore[union-attr]
+    fewer = load_model(tmp_path / "fewer").config.mixture
+    assert fewer is not None
+    assert fewer.experts == ("law", "maths")
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
-def test_taken_away_is_what_was_added_whatever_its_share(
+def test_removing_takes_out_the_share_that_was_added(
     world: tuple[Path, dict[str, Path]], tmp_path: Path, share: float
 ) -> None:
-    """Also when another was added and removed in between, and after one was removed whose part stayed."""
+    """Also if another expert was added and removed in between, or removed without its dense model."""
     nexus, paths = world
     remove_expert(nexus, "code", tmp_path / "one")
     add_expert(tmp_path / "one", paths["maths"], tmp_path / "two", name="maths", texts=NEW, share=share)
@@ -98,7 +100,7 @@ def test_taken_away_is_what_was_added_whatever_its_share(
         assert torch.allclose(before[name], after[name], atol=1e-5), name
 
 
-def test_the_wrong_dense_model_is_not_taken_out(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+def test_another_dense_model_is_refused(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     nexus, paths = world
     with pytest.raises(UserError, match="is not the model that expert 'code' of .* was made of"):
         remove_expert(nexus, "code", tmp_path / "out", dense=paths["law"])
@@ -117,14 +119,17 @@ def test_linear_routers_are_reset(tmp_path: Path) -> None:
     )
     after, dense = tensors(tmp_path / "out"), tensors(paths["maths"])
     assert after["model.layers.0.mlp.router.weight"].shape[0] == 4
-    assert torch.equal(after["model.layers.0.self_attn.experts.3.k_proj.weight"], dense["model.layers.0.self_attn.k_proj.weight"])  # fmt: skip
+    layer = "model.layers.0.self_attn."
+    assert torch.equal(after[f"{layer}experts.3.k_proj.weight"], dense[f"{layer}k_proj.weight"])
     inputs = torch.stack([tensors(path)["model.norm.weight"] for path in (seed, *paths.values())])
     assert torch.allclose(after["model.norm.weight"], inputs.mean(0), atol=1e-6)
     tokens = torch.randint(0, 200, (1, 9))
     assert torch.isfinite(load_model(tmp_path / "out")(tokens)).all()
 
 
-def test_what_cannot_be_added_or_removed(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+def test_experts_that_cannot_be_added_or_removed_are_refused(
+    world: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
     nexus, paths = world
     out = tmp_path / "out"
     with pytest.raises(UserError, match="has an expert 'law' already"):
@@ -145,8 +150,8 @@ def test_what_cannot_be_added_or_removed(world: tuple[Path, dict[str, Path]], tm
         add_expert(nexus, paths["maths"], tmp_path / "x", name="maths", texts=NEW)
 
 
-def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
-    """Trained, merged or moved to another tokenizer, a Nexus can be extended as before."""
+def test_a_mixture_keeps_its_files(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    """A Nexus can be extended after training, merging or a change of tokenizer."""
     nexus, paths = world
     model = load_model(nexus)
     settings = TrainSettings(dtype="float32", threads=1)
@@ -165,8 +170,8 @@ def test_what_belongs_to_a_mixture_stays_with_it(world: tuple[Path, dict[str, Pa
 
 
 @pytest.mark.parametrize("random_seed", [0, 7])
-def test_reset_routers_are_those_of_the_seed_of_their_randomness(tmp_path: Path, random_seed: int) -> None:
-    """Every router of every layer is drawn anew, for all experts: none keeps a row of the old ones. Nothing else changes."""
+def test_reset_routers_follow_the_random_seed(tmp_path: Path, random_seed: int) -> None:
+    """Every router of every layer is initialised again for all experts, and nothing else changes."""
     seed, paths = write_branches(tmp_path, ("code", "law", "maths"))
     upcycle_bam(seed, {name: paths[name] for name in ("code", "law")}, tmp_path / "bam", random_seed=3)
     config = add_expert(
@@ -192,7 +197,7 @@ def test_reset_routers_are_those_of_the_seed_of_their_randomness(tmp_path: Path,
 def test_a_nexus_router_that_is_reset_keeps_its_domains(
     world: tuple[Path, dict[str, Path]], tmp_path: Path
 ) -> None:
-    """Its projection begins anew; what domains are is no weight of its. Without a reset the projection stays."""
+    """The projection is initialised again, the domain embeddings stay. Without a reset both stay."""
     nexus, paths = world
     for reset in (False, True):
         out = tmp_path / f"reset-{reset}"

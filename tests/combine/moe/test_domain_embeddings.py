@@ -1,4 +1,4 @@
-"""Domain embeddings: alike where texts are alike, the same after saving, of unit variance."""
+"""Domain embeddings are similar for similar texts, survive saving, and have unit variance."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ MORE_CODE = [f"class Thing{n}: def method(self): return {n}" for n in range(20)]
 LAW = [f"The court held that section {n} of the act applies to the defendant" for n in range(20)]
 
 
-def test_alike_domains_have_alike_embeddings() -> None:
+def test_similar_domains_have_similar_embeddings() -> None:
     encoder = TfidfEncoder.fit(CODE + LAW, 8)
     code, more, law = (domain_embedding(encoder, texts) for texts in (CODE, MORE_CODE, LAW))
     assert torch.cosine_similarity(code, more, dim=0) > torch.cosine_similarity(code, law, dim=0) + 0.2
     assert float(code.square().mean()) == pytest.approx(1.0, rel=1e-4)
 
 
-def test_tfidf_is_what_it_says() -> None:
-    """The components are the right singular vectors of the matrix of documents, whose rows `encode` projects on them."""
+def test_svd_projects_on_singular_vectors() -> None:
+    """`encode` projects documents on the right singular vectors of the matrix of documents."""
     encoder = TfidfEncoder.fit(CODE + LAW, 4)
     identity = encoder.components.T @ encoder.components
     assert torch.allclose(identity, torch.eye(4), atol=1e-4)
@@ -43,7 +43,7 @@ def test_tfidf_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "svd", "hidden"])
-def test_saved_and_loaded_it_says_the_same(tmp_path: Path, kind: str) -> None:
+def test_a_saved_encoder_gives_the_same_embeddings(tmp_path: Path, kind: str) -> None:
     seed, _ = write_branches(tmp_path, ())
     encoder = fit_encoder(kind, {"code": CODE, "law": LAW}, seed_model=seed, width=8)
     folder = tmp_path / "mixture" / DOMAIN_ENCODER
@@ -52,7 +52,7 @@ def test_saved_and_loaded_it_says_the_same(tmp_path: Path, kind: str) -> None:
     assert torch.equal(load_encoder(tmp_path / "mixture").encode(MORE_CODE), encoder.encode(MORE_CODE))
 
 
-def test_what_has_no_embedding() -> None:
+def test_domains_without_an_embedding_are_refused() -> None:
     with pytest.raises(UserError, match="20 documents for domain embeddings of 64 dimensions"):
         TfidfEncoder.fit(CODE, 64)
     encoder = TfidfEncoder.fit(CODE + LAW, 4)
@@ -66,7 +66,8 @@ def test_a_sentence_transformers_folder(tmp_path: Path) -> None:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]  # fmt: skip
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(tmp_path / "bert" / "vocab.txt")).save_pretrained(tmp_path / "bert")
@@ -103,7 +104,7 @@ OTHER = {
 
 
 def documents(words: str, count: int = 60) -> list[str]:
-    """Texts of a domain: its words in an order of their own, with the words that all English has."""
+    """Return texts of a domain: its words in random order, mixed with common English words."""
     import random
 
     draw, common = random.Random(words), ["the", "and", "of", "was", "that", "with"]
@@ -113,8 +114,8 @@ def documents(words: str, count: int = 60) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [32, 64])
-def test_a_new_domain_is_not_pressed_into_the_known_ones(width: int) -> None:
-    """Unlike domains: small cosines (chance alone gives `1 / sqrt(width)`), and most of the energy outside the known ones' span."""
+def test_a_new_domain_is_far_from_the_known_ones(width: int) -> None:
+    """Its cosines are small (chance gives `1 / sqrt(width)`), and most of it lies outside their span."""
     known = {name: documents(words) for name, words in WORDS.items()}
 
     encoder = fit_encoder("tfidf", known, seed_model=Path(), width=width)
@@ -130,7 +131,7 @@ def test_a_new_domain_is_not_pressed_into_the_known_ones(width: int) -> None:
 
 
 def test_a_random_projection_keeps_angles() -> None:
-    """The cosine of two documents is that of their weighed n-grams, less the centre, up to `1 / sqrt(width)`."""
+    """The cosine of two documents is that of their n-grams less the centre, up to `1 / sqrt(width)`."""
     encoder = RandomProjectionEncoder.fit(CODE + LAW, 40)
     wide = RandomProjectionEncoder(
         encoder.weights, torch.eye(BUCKETS), torch.zeros(BUCKETS)
@@ -148,7 +149,7 @@ def test_a_random_projection_keeps_angles() -> None:
 
 
 def test_encoders_of_earlier_versions_open(tmp_path: Path) -> None:
-    """A folder as version 0.1 wrote it: `tfidf` is the SVD's, `hidden` has no centre."""
+    """In a folder of version 0.1 `tfidf` is the SVD encoder, and `hidden` has no centre."""
     from safetensors.torch import save_file
 
     seed, _ = write_branches(tmp_path, ())
@@ -172,7 +173,7 @@ def test_encoders_of_earlier_versions_open(tmp_path: Path) -> None:
         ('{"kind": "random-projection"}', "is not the file of this encoder"),
     ],
 )
-def test_an_encoder_that_is_none(content: str, says: str, tmp_path: Path) -> None:
+def test_damaged_encoder_files_are_refused(content: str, says: str, tmp_path: Path) -> None:
     folder = tmp_path / DOMAIN_ENCODER
     folder.mkdir()
     (folder / "encoder.json").write_text(content)

@@ -1,4 +1,4 @@
-"""What each method copies, averages and draws anew; and what it refuses."""
+"""Which weights each method copies, averages and initialises; and what it refuses."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_the_same_random_seed_gives_the_same_bytes(
     assert first != third
 
 
-def test_averages_are_worked_out_wide(tmp_path: Path) -> None:
+def test_averages_are_computed_in_float32(tmp_path: Path) -> None:
     seed, experts = write_branches(tmp_path, ("code", "law"), dtype=torch.bfloat16)
     upcycle_btx(seed, experts, tmp_path / "out")
     name = "model.embed_tokens.weight"
@@ -154,7 +154,7 @@ def _mixture(path: Path) -> None:
         (lambda path: (path / "model.safetensors").unlink(), "holds no model.safetensors"),
     ],
 )
-def test_what_is_no_branch_of_the_seed_is_refused(
+def test_models_that_are_no_branch_of_the_seed_are_refused(
     branches: tuple[Path, dict[str, Path]], tmp_path: Path, spoil: Callable[[Path], None], says: str
 ) -> None:
     seed, experts = branches
@@ -164,13 +164,15 @@ def test_what_is_no_branch_of_the_seed_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_domain_embeddings_are_one_an_expert(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+def test_each_expert_needs_a_domain_embedding(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 domain embeddings for 2 experts"):
         upcycle_nexus(*branches, tmp_path / "out", domains=torch.randn(3, 6))
 
 
-def test_a_mixture_is_a_model_as_any_other(branches: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
-    """It answers through the engine as through the whole text at once, and merges with another of its kind."""
+def test_a_mixture_generates_and_merges_like_a_dense_model(
+    branches: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    """Generation with the KV cache agrees with full forward passes; two mixtures merge."""
     from koine.combine.merging.config import MergeConfig
     from koine.combine.merging.runner import run_merge
     from koine.generate import LocalEngine, Sampling

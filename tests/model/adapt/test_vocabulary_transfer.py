@@ -1,12 +1,10 @@
-"""A model moved to another tokenizer: shared rows, first guesses, tied and untied heads, and the way back."""
+"""A model moved to another tokenizer: shared rows, new rows, tied and untied heads, and moving back."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,35 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from koine.errors import UserError
-from koine.model import Decoder, ModelConfig, load_model, save_model
+from koine.model import load_model
 from koine.model.adapt import move_model
 from koine.model.adapt.vocabulary_transfer import RECORD, match_tokenizers
 from koine.model.causal_lm import CausalLM, load_causal_lm
-from koine.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.embedding_init import auxiliary_vectors, initialise_rows, sparsemax
 from koine.tokenizer.extend import extend_tokenizer
-
-GERMAN = [f"Der Fluss {i} fließt zum weiten Meer." for i in range(60)]
-KOREAN = [f"서울은 대한민국의 수도이다. {i}" for i in range(60)]
+from tests.model.adapt.conftest import KOREAN, trained
 
 
-def trained(texts: list[str], size: int) -> Tokenizer:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return train_tokenizer({"de": lambda: texts}, vocab_size=size, english_share=None)
-
-
-@pytest.fixture
-def folders(tmp_path: Path, tiny: ModelConfig) -> tuple[Path, Path]:
-    """A model whose tokenizer knows German, and a tokenizer that knows both languages."""
-    old = trained(GERMAN, 340)
-    save_model(Decoder(replace(tiny, vocab_size=old.vocab_size)), tmp_path / "model")
-    old.save(tmp_path / "model")
-    trained(GERMAN + KOREAN, 380).save(tmp_path / "new")
-    return tmp_path / "model", tmp_path / "new"
-
-
-def test_shared_tokens_keep_their_rows_and_new_ones_get_the_named_guess(
+def test_shared_tokens_keep_their_rows_and_new_ones_are_initialised_by_the_method(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     model, tokenizer = folders
@@ -84,7 +64,7 @@ def test_the_moved_model_scores_shared_tokens_as_before(folders: tuple[Path, Pat
     torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
 
 
-def test_there_and_back_is_the_same_model_where_nothing_was_dropped(
+def test_moving_back_restores_the_model_where_no_token_was_dropped(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     model, _ = folders
@@ -144,14 +124,14 @@ def test_sparsemax_is_the_projection_on_the_simplex() -> None:
     assert bool(((found - scores).norm(dim=1) <= (other - scores).norm(dim=1)).all())
 
 
-def test_tokens_of_alike_contexts_have_alike_vectors() -> None:
+def test_tokens_of_similar_contexts_have_similar_vectors() -> None:
     documents = [[1, 10, 2], [1, 11, 2], [3, 20, 4], [3, 21, 4]] * 20
     vectors = torch.nn.functional.normalize(auxiliary_vectors(documents, 30, size=8), dim=1)
     assert float(vectors[10] @ vectors[11]) > 0.9 > 0.5 > float(vectors[10] @ vectors[20])
     assert float(vectors[5].norm()) == 0.0
 
 
-def test_focus_takes_rows_of_tokens_that_are_used_alike() -> None:
+def test_focus_mixes_rows_of_tokens_of_similar_use() -> None:
     from koine.tokenizer.vocabulary_match import VocabularyMatch
 
     old = torch.eye(4)
@@ -165,31 +145,7 @@ def test_focus_takes_rows_of_tokens_that_are_used_alike() -> None:
     assert torch.equal(rows[:3], old[:3])
 
 
-def test_distillation_brings_the_hidden_states_closer(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    from koine.model.adapt.token_distillation import snippets
-
-    model, tokenizer = folders
-    before, after = load_tokenizer(model), load_tokenizer(tokenizer)
-    match = match_tokenizers(model, tokenizer)
-    places = list(snippets(before, after, match, KOREAN[:20]))
-    assert places
-    place = places[3]
-    assert b"".join(map(before.token_bytes, place.old_tokens)) == after.token_bytes(place.token)
-    distance = {}
-    for method in ("subword-mean", "distill"):
-        move_model(model, tokenizer, tmp_path / method, method=method, texts=KOREAN)
-        teacher, student = load_model(model), load_model(tmp_path / method)
-        moved = {old: new for new, old in match.shared.items()}
-        with torch.no_grad():
-            wanted = teacher(torch.tensor([[*place.preceding, *place.old_tokens, *place.following]]))
-            ids = [*(moved[i] for i in place.preceding), place.token, *(moved[i] for i in place.following)]
-            got = student(torch.tensor([ids]))
-        count = 1 + len(place.following)
-        distance[method] = float((got[0, -count:] - wanted[0, -count:]).square().mean())
-    assert distance["distill"] < distance["subword-mean"]
-
-
-def test_what_cannot_be_moved(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_invalid_moves_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, tokenizer = folders
     with pytest.raises(UserError, match="learns from text"):
         move_model(model, tokenizer, tmp_path / "out", method="focus")
@@ -200,24 +156,6 @@ def test_what_cannot_be_moved(folders: tuple[Path, Path], tmp_path: Path) -> Non
     (model / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="holds no tokenizer"):
         move_model(model, tokenizer, tmp_path / "out")
-
-
-def test_distillation_on_a_llama_style_vocabulary(tiny: ModelConfig, tmp_path: Path) -> None:
-    from koine.model.adapt.token_distillation import snippets
-    from tests.tokenizer.conftest import save_metaspace
-
-    model = save_metaspace(tmp_path / "model", leading_space=True)
-    before = load_tokenizer(model)
-    save_model(Decoder(replace(tiny, vocab_size=before.vocab_size)), model)
-    trained(GERMAN + KOREAN, 380).save(tmp_path / "new")
-    after = load_tokenizer(tmp_path / "new")
-    match = match_tokenizers(model, tmp_path / "new")
-    places = list(snippets(before, after, match, KOREAN[:20]))
-    assert places
-    for place in places:
-        assert b"".join(map(before.token_bytes, place.old_tokens)) == after.token_bytes(place.token)
-    move_model(model, tmp_path / "new", tmp_path / "out", method="distill", texts=KOREAN)
-    assert load_model(tmp_path / "out").embedding.weight.shape[0] == after.vocab_size
 
 
 def llama_of(tokenizer: Tokenizer, folder: Path, *, padding: int = 0, **named: object) -> Path:
@@ -239,7 +177,7 @@ def llama_of(tokenizer: Tokenizer, folder: Path, *, padding: int = 0, **named: o
     return folder
 
 
-def test_there_and_back_keeps_the_padding(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_moving_back_keeps_the_padding(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = folders
     padded = llama_of(load_tokenizer(model), tmp_path / "padded", padding=12)
     extend_tokenizer(model, ((text, 1) for text in KOREAN), new_tokens=30).tokenizer.save(tmp_path / "longer")
@@ -252,7 +190,7 @@ def test_there_and_back_keeps_the_padding(folders: tuple[Path, Path], tmp_path: 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_several_ids_that_end_an_answer_are_all_moved(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_all_eos_ids_are_mapped(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, tokenizer = folders[0], tmp_path / "korean"
     trained(KOREAN, 330).save(tokenizer)
     before, after = load_tokenizer(model), load_tokenizer(tokenizer)
@@ -269,7 +207,7 @@ def test_several_ids_that_end_an_answer_are_all_moved(folders: tuple[Path, Path]
 
 
 @pytest.mark.parametrize("has_markers", [True, False])
-def test_the_model_s_chat_template_is_kept_where_its_markers_are_there(
+def test_the_chat_template_is_kept_where_its_special_tokens_exist(
     has_markers: bool, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     from koine.errors import KoineWarning
@@ -292,7 +230,7 @@ def test_the_model_s_chat_template_is_kept_where_its_markers_are_there(
         assert load_tokenizer(tmp_path / "out").chat_template is None
 
 
-def test_nothing_of_transformers_reaches_standard_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_transformers_prints_nothing_to_standard_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, tokenizer = folders
     llama = llama_of(load_tokenizer(model), tmp_path / "llama")
     done = subprocess.run(

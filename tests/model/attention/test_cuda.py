@@ -1,4 +1,4 @@
-"""What attends on CUDA (compiled FlexAttention, fused SDPA, SDPA under a mask) against the dense masked softmax in float64 on the CPU."""
+"""Attention on CUDA (FlexAttention, fused and masked SDPA) against a dense softmax in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Sums over at most 1,023 keys; the gradients of keys and values add up as many queries of each of three heads.
+# Sums over at most 1,023 keys; the gradients of keys and values add up as many queries of each of three
+# heads.
 FLOAT32, GRADIENT = 1e-4, 1e-3
 HEAD = 32
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
-    """Each window is a compilation of its own, and the compiler gives up after a few of one function."""
+    """Reset the compiler: each window is compiled on its own, and it gives up after a few of one function."""
     torch._dynamo.reset()
     _window_mask.cache_clear()
     yield
@@ -32,7 +33,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def inputs(batch: int, time: int, kv_heads: int, groups: int) -> list[Tensor]:
-    """q (scaled), k and v on the CPU."""
+    """Return q (scaled), k and v on the CPU."""
     generator = torch.Generator().manual_seed(time)
     shapes = [(batch, time, kv_heads, groups, HEAD), *[(batch, time, kv_heads, HEAD)] * 2]
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -44,7 +45,7 @@ def moved(tensors: list[Tensor], device: str, dtype: torch.dtype) -> list[Tensor
 
 
 def packed(time: int) -> Tensor:
-    """Document ids of two rows: some documents, a document a token, padding at the end of the first row."""
+    """Return document ids of two rows: some documents, one of a single token, padding after the first row."""
     cuts = torch.tensor([[time // 5, time // 5 + 1, time // 2], [1, time // 3, time - 1]])
     documents = (torch.arange(time)[None, :, None] >= cuts[:, None]).sum(-1)
     documents[0, time - time // 7 :] = -1
@@ -52,7 +53,7 @@ def packed(time: int) -> Tensor:
 
 
 def cases() -> list[tuple[int, int | None]]:
-    """Odd lengths below and above where FlexAttention begins, with windows from 1 to the whole."""
+    """Return odd lengths below and above FlexAttention's smallest, with windows from 1 to all."""
     lengths = (5, 129, 257, 513, 1023)
     windows = (1, 2, 127, 128, 129, 250)
     return [
@@ -65,7 +66,7 @@ def cases() -> list[tuple[int, int | None]]:
 @pytest.mark.parametrize("with_documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("time", "window"), cases())
-def test_forward_and_backward_are_those_of_the_dense_softmax(
+def test_forward_and_backward_equal_the_dense_softmax(
     time: int, window: int | None, groups: int, with_documents: bool
 ) -> None:
     documents = packed(time) if with_documents else None
@@ -82,7 +83,7 @@ def test_forward_and_backward_are_those_of_the_dense_softmax(
         torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=GRADIENT)
 
 
-def test_a_window_first_met_in_inference_mode_can_be_trained_with() -> None:
+def test_a_window_first_used_in_inference_mode_can_be_trained_with() -> None:
     tensors = moved(inputs(1, 300, 2, 2), "cuda", torch.float32)
     with torch.inference_mode():
         attend(*(tensor.detach() for tensor in tensors), window=9, document_starts=None)
@@ -93,8 +94,8 @@ def test_a_window_first_met_in_inference_mode_can_be_trained_with() -> None:
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("window", [None, 1, 2, 33, 128, 400, 1000])
 @pytest.mark.parametrize(("past", "time"), [(0, 7), (1, 1), (131, 5), (257, 301), (500, 1)])
-def test_attention_after_earlier_positions(past: int, time: int, window: int | None, groups: int) -> None:
-    """The earlier positions of a windowed layer begin with the oldest that the first query sees."""
+def test_cached_attention_equals_the_softmax(past: int, time: int, window: int | None, groups: int) -> None:
+    """The cached keys of a windowed layer begin with the oldest that the first query sees."""
     positions = past + time
     first = 0 if window is None else max(0, past - window + 1)
     q, k, v = inputs(2, positions, 2, groups)

@@ -1,4 +1,4 @@
-"""Blocked, windowed, cached and FlexAttention against a dense masked softmax written with einsum."""
+"""Blocked, windowed and cached attention against a dense masked softmax written with einsum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from koine.model.attention.dispatch import (
 
 
 def visible(time: int, window: int | None, documents: Tensor | None) -> Tensor:
-    """`[batch or 1, time, time]`: which key a query may see."""
+    """Return which key a query may see, `[batch or 1, time, time]`."""
     query, key = torch.arange(time)[:, None], torch.arange(time)[None, :]
     seen = (key <= query) & (key > query - (window or time))
     if documents is None:
@@ -34,7 +34,7 @@ def visible(time: int, window: int | None, documents: Tensor | None) -> Tensor:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> Tensor:
-    """q `[batch, time, kv_heads, groups, head_dim]` (scaled), k and v `[batch, time, kv_heads, head_dim]`."""
+    """Compute attention of q `[batch, time, kv_heads, groups, head_dim]` (scaled) by one softmax."""
     scores = torch.einsum("btkgd,bskd->bkgts", q, k)
     hidden = ~visible(q.shape[1], window, documents)[:, None, None]
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -77,10 +77,10 @@ def test_blocks_equal_the_dense_softmax_with_gradients(
     window=st.integers(1, 90) | st.none(),
     seed=st.integers(0, 99),
 )
-def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_softmax(
+def test_cached_attention_equals_the_last_rows_of_the_dense_softmax(
     time: int, past: int, window: int | None, seed: int
 ) -> None:
-    """The earlier positions of a windowed layer begin with the oldest that the first query sees."""
+    """The cached keys of a windowed layer begin with the oldest that the first query sees."""
     torch.manual_seed(seed)
     positions = past + time
     first = 0 if window is None else max(0, past - window + 1)
@@ -90,11 +90,11 @@ def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_sof
     ours = attend_cached(q[:, past:], keys, values, window=window)
     # float64: only the order of the sums differs.
     assert torch.allclose(ours, expected, atol=1e-12)
-    # Without gradients layers that see all take the fused kernel.
+    # Without gradients, full layers use the fused kernel.
     with torch.inference_mode():
         read = attend_cached(q[:, past:], keys, values, window=window)
     assert torch.allclose(read, expected, atol=1e-12)
-    # What runs where there are no blocks, on the same inputs.
+    # The path of other devices, on the same inputs.
     masked = masked_attend(
         q.flatten(2, 3).transpose(1, 2)[:, :, past:],
         k.transpose(1, 2),
@@ -116,7 +116,7 @@ def test_attention_after_earlier_positions_equals_the_last_rows_of_the_dense_sof
 def test_windows_through_the_fused_kernel_equal_the_dense_softmax_with_gradients(
     data: st.DataObject, time: int, window: int, groups: int, packed: bool
 ) -> None:
-    """Whichever kernel `attend` would take: texts shorter than a block, windows wider than the text, rows of a batch, positions read earlier."""
+    """Sequences shorter than a block, windows wider than the sequence, several rows, cached positions."""
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     batch = data.draw(st.integers(1, 3))
     documents, past = None, 0
@@ -151,7 +151,7 @@ def test_gradcheck_of_windows(batch: int, time: int, past: int, window: int, pac
     )
 
 
-def test_the_masks_of_documents_are_made_once_and_go_with_them() -> None:
+def test_document_masks_are_cached_as_long_as_the_documents() -> None:
     starts = document_starts_of(torch.arange(200)[None] // 50)
     q, k, v = inputs(1, 200, 1, 2, torch.float32)
     with torch.inference_mode():
@@ -184,8 +184,11 @@ def test_gradcheck(window: int | None) -> None:
 
 
 def test_bfloat16_is_as_close_as_its_rounding() -> None:
-    """Weights sum to one, so an output is off by at most the rounding of scores (here below 10: 2^-8 * 10 = 4 % of a weight) and of
-    values; 0.05 against outputs of size about 1."""
+    """Outputs of size about 1 differ by at most 0.05.
+
+    Weights sum to one, so the error is at most the rounding of scores (below 10: 2^-8 * 10 = 4 % of a weight)
+    and of values.
+    """
     q, k, v = inputs(2, 200, 2, 2, torch.float32)
     exact = dense(q, k, v, 33, None)
     heads = k.transpose(1, 2), v.transpose(1, 2)
@@ -211,7 +214,7 @@ class Scores(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kernel", [_attend_in_blocks, windowed_attention])
-def test_windowed_layers_touch_only_their_window(kernel: Any) -> None:
+def test_windowed_layers_compute_only_their_window(kernel: Any) -> None:
     """The scores computed grow with time * window, not with time squared."""
     totals = []
     for time in (512, 1024, 2048):
@@ -224,7 +227,7 @@ def test_windowed_layers_touch_only_their_window(kernel: Any) -> None:
     assert totals[2] < 2.1 * totals[1]
 
 
-def test_documents_in_a_row_are_as_if_alone(tiny: ModelConfig) -> None:
+def test_packed_documents_equal_separate_ones(tiny: ModelConfig) -> None:
     model = Decoder(tiny).eval()
     parts = [torch.randint(6, 98, (1, length)) for length in (9, 17, 4)]
     ids = torch.cat([torch.full((1, part.shape[1]), i) for i, part in enumerate(parts)], dim=1)

@@ -13,7 +13,7 @@ from tests.model.attention.test_dispatch import dense, inputs
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("packed", [False, True])
-def test_flex_attention_masks_the_same(window: int | None, packed: bool) -> None:
+def test_flex_attention_equals_the_dense_softmax(window: int | None, packed: bool) -> None:
     if window is None and not packed:
         pytest.skip("plain causal attention never goes through FlexAttention")
     documents = torch.tensor([[0] * 20 + [1] * 30 + [-1] * 14]) if packed else None
@@ -28,9 +28,7 @@ def test_flex_attention_masks_the_same(window: int | None, packed: bool) -> None
 @pytest.mark.parametrize("time", [1, 128, 300, 384, 513])
 @pytest.mark.parametrize("window", [None, 1, 128, 130, 200])
 @pytest.mark.parametrize("packed", [False, True])
-def test_block_masks_are_those_that_torch_finds_by_trying_every_pair(
-    time: int, window: int | None, packed: bool
-) -> None:
+def test_block_masks_equal_those_of_torch(time: int, window: int | None, packed: bool) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
     starts = None
@@ -43,12 +41,13 @@ def test_block_masks_are_those_that_torch_finds_by_trying_every_pair(
     theirs = create_block_mask(visible(window, starts), batch, None, time, time, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     if time % 128 == 0:
-        # Of a tile that reaches past the end torch says "in part"; for us it is whole if every position that exists is seen.
+        # Of a tile that reaches past the end torch says "in part"; for us it is whole if every position that
+        # exists is seen.
         assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
 
 
-def test_a_kept_block_mask_can_be_trained_with_wherever_it_was_made() -> None:
-    """Tensors that are made in inference mode cannot be saved for a backward pass, and the mask is kept from one call to the next."""
+def test_a_cached_block_mask_from_inference_mode_can_be_trained_with() -> None:
+    """The mask is cached, and tensors of inference mode cannot be saved for a backward pass."""
     _window_mask.cache_clear()
     with torch.inference_mode():
         mask = _window_mask(300, 5, torch.device("cpu"))

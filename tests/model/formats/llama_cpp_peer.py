@@ -1,4 +1,6 @@
-"""Run by the Python of the peer `llama_cpp`: what llama.cpp makes of a GGUF file. Request: JSON on standard input; logits: an .npz file.
+"""Run by the Python of the peer `llama_cpp`: what llama.cpp makes of a GGUF file.
+
+Request: JSON on standard input; logits: an .npz file.
 
 Knows nothing of koine, which that environment does not have.
 """

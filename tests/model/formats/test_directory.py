@@ -13,8 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from koine.errors import UserError
-from koine.generate import generate
-from koine.generate.token_sampling import Sampling
 from koine.model import Decoder, LayerSpec, ModelConfig, load_model, preset, read_config, save_model
 
 
@@ -31,7 +29,7 @@ def test_the_same_weights_give_the_same_bytes(tiny: ModelConfig, tmp_path: Path)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-def test_a_model_is_saved_where_its_tokenizer_is(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_a_model_is_saved_into_its_tokenizers_folder(tiny: ModelConfig, tmp_path: Path) -> None:
     """In the folder itself, and through a link to it."""
     folder, link = tmp_path / "model", tmp_path / "link"
     folder.mkdir()
@@ -43,14 +41,14 @@ def test_a_model_is_saved_where_its_tokenizer_is(tiny: ModelConfig, tmp_path: Pa
     assert load_model(folder).config == tiny
 
 
-def test_truncated_weights(saved: Path) -> None:
+def test_truncated_weights_are_refused(saved: Path) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_model(saved)
 
 
-def test_nan(saved: Path) -> None:
+def test_nan_is_refused(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, saved / "model.safetensors")
@@ -58,7 +56,7 @@ def test_nan(saved: Path) -> None:
         load_model(saved)
 
 
-def test_missing_tensor(saved: Path) -> None:
+def test_a_missing_tensor_is_named(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, saved / "model.safetensors")
@@ -66,7 +64,7 @@ def test_missing_tensor(saved: Path) -> None:
         load_model(saved)
 
 
-def test_other_shapes_than_the_configuration(saved: Path) -> None:
+def test_shapes_that_differ_from_the_configuration_are_refused(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     config["intermediate_size"] = 47
     (saved / "config.json").write_text(json.dumps(config))
@@ -74,7 +72,7 @@ def test_other_shapes_than_the_configuration(saved: Path) -> None:
         load_model(saved)
 
 
-def test_impossible_sizes_and_unknown_presets() -> None:
+def test_impossible_sizes_and_unknown_presets_are_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'koine-8m'"):
         preset("koine-8mm")
     with pytest.raises(UserError, match="not a multiple of num_kv_heads"):
@@ -87,31 +85,6 @@ def test_impossible_sizes_and_unknown_presets() -> None:
             head_dim=4,
             layers=(),
         )
-
-
-def test_sampling(tiny: ModelConfig) -> None:
-    """A row's draw follows from its own seed alone; limits on the candidates hold; bad values are refused."""
-    model = Decoder(tiny).eval()
-    prompts = [[5, 9, 12], [5, 44]]
-    free = Sampling(max_new_tokens=12, temperature=2.0, seed=4)
-
-    def drawn(sampling: Sampling, which: list[list[int]]) -> list[list[int]]:
-        return [one.tokens for one in generate(model, which, sampling)]
-
-    both, again = drawn(free, prompts), drawn(free, prompts)
-    assert both == again
-    assert both[0] == drawn(free, prompts[:1])[0]
-    greedy = drawn(Sampling(max_new_tokens=12), prompts)
-    for limit in (
-        Sampling(max_new_tokens=12, temperature=2.0, top_k=1),
-        Sampling(max_new_tokens=12, temperature=2.0, top_p=1e-6),
-        Sampling(max_new_tokens=12, temperature=2.0, min_p=1.0),
-    ):
-        assert drawn(limit, prompts) == greedy
-    with pytest.raises(UserError, match="top_p is 1.5"):
-        Sampling(top_p=1.5)
-    with pytest.raises(UserError, match="a prompt is empty"):
-        drawn(free, [[]])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +107,7 @@ def test_sampling(tiny: ModelConfig) -> None:
         ({"vocab_size": None}, "the field 'vocab_size' is missing"),
     ],
 )
-def test_what_a_configuration_asks_and_the_decoder_lacks(
+def test_unsupported_fields_of_a_configuration_are_refused(
     saved: Path, change: dict[str, Any], line: str
 ) -> None:
     config = json.loads((saved / "config.json").read_text())
@@ -145,7 +118,7 @@ def test_what_a_configuration_asks_and_the_decoder_lacks(
     assert str(saved / "config.json") in str(error.value)
 
 
-def test_files_that_hold_something_else(saved: Path) -> None:
+def test_files_with_other_content_are_refused(saved: Path) -> None:
     # A whole file beside an index would be read in its place.
     (saved / "model.safetensors").rename(saved / "model-1.safetensors")
     (saved / "model.safetensors.index.json").write_text('{"metadata": {}}')
@@ -173,7 +146,7 @@ def test_a_full_disk_leaves_no_part_of_the_weights(
     assert list((tmp_path / "model").iterdir()) == []
 
 
-def test_weights_are_replaced_whole(saved: Path, tiny: ModelConfig) -> None:
+def test_a_model_can_be_saved_into_its_own_folder(saved: Path, tiny: ModelConfig) -> None:
     """A model that was opened from a folder can be saved into it: its tensors are not the file's pages."""
     model = load_model(saved)
     save_model(model, saved)
@@ -182,7 +155,7 @@ def test_weights_are_replaced_whole(saved: Path, tiny: ModelConfig) -> None:
         assert torch.equal(a, b)
 
 
-def test_the_order_of_layers_survives(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_layer_lists_are_saved_and_loaded(tiny: ModelConfig, tmp_path: Path) -> None:
     """Every kind of layer list comes back as it was, under whichever type it is saved."""
     kinds = {
         "cohere": (LayerSpec(),) * 2,

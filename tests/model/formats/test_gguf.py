@@ -1,4 +1,4 @@
-"""A model as a GGUF file: read back by the `gguf` package, run by llama.cpp where the peer `llama_cpp` is installed."""
+"""GGUF files, read back by the `gguf` package and run by llama.cpp where `llama_cpp` is installed."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ needs_llama_cpp = pytest.mark.skipif(
     not PEER.exists(), reason="the peer is not installed: python benchmarks/peers/install.py llama_cpp"
 )
 
-# float32 on both sides with float32 caches: sums in another order, and llama.cpp's own vectorised exp in softmax and SiLU. Seen are
-# 2e-6 to 5e-6 in logits of up to 3; this leaves ten times as much. A window wrong by one position gives 2 (tested below).
+# float32 on both sides with float32 caches: sums in another order, and llama.cpp's own vectorised exp in
+# softmax and SiLU. Seen are 2e-6 to 5e-6 in logits of up to 3; this leaves ten times as much. A window wrong
+# by one position gives 2 (tested below).
 LLAMA_CPP = 5e-5
 
 TEXTS = {
@@ -230,7 +231,7 @@ def test_the_default_dtype_is_the_stored_one(tokenizer: Tokenizer, tmp_path: Pat
         (HYBRID, {"head_dim": 32}, "4 heads of 32 are not the hidden size 64"),
     ],
 )
-def test_what_llama_cpp_would_run_differently_is_refused(
+def test_models_that_llama_cpp_computes_differently_are_refused(
     tokenizer: Tokenizer, layers: tuple[LayerSpec, ...], changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -332,7 +333,7 @@ def test_a_full_disk_leaves_nothing(
     assert leftovers(tmp_path) == []
 
 
-def test_without_the_package_one_line_says_so(
+def test_a_missing_package_is_named(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved(tokenizer, tmp_path, COHERE)
@@ -358,7 +359,7 @@ def test_without_the_package_one_line_says_so(
         (BYTE_LEVEL, "gpt-2"),
     ],
 )
-def test_other_tokenizers_of_byte_level(
+def test_other_byte_level_tokenizers(
     tokenizer: Tokenizer, pre_tokenizer: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     model, out = saved(tokenizer, tmp_path, COHERE), tmp_path / "model.gguf"
@@ -425,7 +426,7 @@ def random_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     ],
     ids=["cohere2", "command-r", "every-third-full", "all-windowed", "full-first"],
 )
-def test_llama_cpp_computes_the_same(
+def test_llama_cpp_computes_the_same_logits(
     tokenizer: Tokenizer, layers: tuple[LayerSpec, ...], tmp_path: Path
 ) -> None:
     model, out = saved(tokenizer, tmp_path, layers), tmp_path / "model.gguf"
@@ -444,8 +445,8 @@ def test_llama_cpp_computes_the_same(
     assert (answer["with_bos"], answer["eos"]) == ([tokenizer.bos_id], tokenizer.eos_id)
 
 
-def test_digits_that_llama_cpp_cuts_otherwise_are_warned_of(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """A vocabulary that saw much Bengali and no Bengali number: its merges fit between two of its digits, each three bytes long."""
+def test_a_warning_names_scripts_with_other_digits(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A vocabulary of Bengali without numbers has merges that fit between two digits of three bytes each."""
     text = "ঢাকা বাংলাদেশের রাজধানী এবং বৃহত্তম শহর "
     bengali = train_tokenizer(
         {"bn": lambda: [text] * 8}, vocab_size=340, scheme="natural", english_share=None, min_frequency=1
@@ -464,7 +465,7 @@ def test_digits_that_llama_cpp_cuts_otherwise_are_warned_of(tokenizer: Tokenizer
 
 
 @needs_llama_cpp
-def test_a_window_taken_wrong_by_one_would_show(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_window_off_by_one_is_detected(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The comparison above can fail: the same weights with a window of 23 are far outside its tolerance."""
     model, out = saved(tokenizer, tmp_path, HYBRID), tmp_path / "model.gguf"
     config = json.loads((model / "config.json").read_text())

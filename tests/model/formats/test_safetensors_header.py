@@ -47,7 +47,8 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 def odd_texts() -> Iterator[str]:
     yield from (
-        SOUND, f" {SOUND}", f"{SOUND} ", f"{SOUND}\0", f"\ufeff{SOUND}", f"\n{SOUND}", SOUND[:-1], "", "[]", "null", "1", '""', "{}",
+        SOUND, f" {SOUND}", f"{SOUND} ", f"{SOUND}\0", f"\ufeff{SOUND}", f"\n{SOUND}", SOUND[:-1], "", "[]",
+        "null", "1", '""', "{}",
         f"// a\n{SOUND}", SOUND[:-1] + ",}", f"{SOUND[:-1]},{SOUND[1:]}", "{'a':1}",
     )  # fmt: skip
     for metadata in ("null", "{}", '{"a":1}', "[]", '{"a":"b"}', '{"a":"b","a":"c"}', '"b"', '{"a":null}'):
@@ -55,9 +56,12 @@ def odd_texts() -> Iterator[str]:
     yield f'{{"__metadata__":{{}},"__metadata__":{{}},{SOUND[1:]}'
     for value in (
         "null", "{}", '"F32"', "1", '["F32",[2],[0,8]]', '["F32",[2]]', '["F32",[2],[0,8],1]',
-        '{"dtype":{"F32":null},"shape":[2],"data_offsets":[0,8]}', '{"dtype":{"F32":1},"shape":[2],"data_offsets":[0,8]}',
-        '{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}', '{"dtype":"F32","shape":[02],"data_offsets":[0,8]}',
-        '{"dtype":"F32","shape":null,"data_offsets":[0,8]}', '{"dtype":"F32","shape":{},"data_offsets":[0,8]}',
+        '{"dtype":{"F32":null},"shape":[2],"data_offsets":[0,8]}',
+        '{"dtype":{"F32":1},"shape":[2],"data_offsets":[0,8]}',
+        '{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}',
+        '{"dtype":"F32","shape":[02],"data_offsets":[0,8]}',
+        '{"dtype":"F32","shape":null,"data_offsets":[0,8]}',
+        '{"dtype":"F32","shape":{},"data_offsets":[0,8]}',
         '{"dtype":null,"shape":[2],"data_offsets":[0,8]}', '{"dtype":"F32","shape":"2","data_offsets":[0,8]}',
         '{"shape":[2],"data_offsets":[0,8]}', '{"dtype":"F32","shape":[2]}',
     ):  # fmt: skip
@@ -79,13 +83,16 @@ def odd_texts() -> Iterator[str]:
         yield WITH % ("[" * depth + "]" * depth)
         yield WITH % ('{"x":' * min(depth, 200) + "1" + "}" * min(depth, 200))
     for shape in (
-        "2.0", "-2", "2e0", "true", "null", "-0", "18446744073709551616", "18446744073709551615", '"2"', "[2]", "1,2", "2,1", "2,-0", "0",
-        "", "2,0", "4294967296,4294967296", "4294967296,4294967296,0", "0,18446744073709551615,3", "4611686018427387904",
+        "2.0", "-2", "2e0", "true", "null", "-0", "18446744073709551616", "18446744073709551615", '"2"',
+        "[2]", "1,2", "2,1", "2,-0", "0",
+        "", "2,0", "4294967296,4294967296", "4294967296,4294967296,0", "0,18446744073709551615,3",
+        "4611686018427387904",
     ):  # fmt: skip
         for end in (8, 0, 4):
             yield f'{{"a":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,{end}]}}}}'
     for offsets in (
-        "8,0", "0,9", "-8,0", "-1,7", "0,8,9", "0", "", "0.0,8", "0,8.0", "1,9", "0,true", "0,18446744073709551624", "8,16", "0,null",
+        "8,0", "0,9", "-8,0", "-1,7", "0,8,9", "0", "", "0.0,8", "0,8.0", "1,9", "0,true",
+        "0,18446744073709551624", "8,16", "0,null",
         "4,12", "18446744073709551608,0", "18446744073709551608,18446744073709551616",
     ):  # fmt: skip
         yield f'{{"a":{{"dtype":"F32","shape":[2],"data_offsets":[{offsets}]}}}}'
@@ -146,7 +153,7 @@ def random_files(seed: int) -> Iterator[bytes]:
         yield with_header(bytes(text))
 
 
-def test_the_librarys_verdict_on_every_header(tmp_path: Path) -> None:
+def test_every_header_gets_the_verdict_of_the_library(tmp_path: Path) -> None:
     files = [*odd_files(), *random_files(0)]
     file, counts = tmp_path / "model.safetensors", [0, 0]
     for content in files:
@@ -159,7 +166,7 @@ def test_the_librarys_verdict_on_every_header(tmp_path: Path) -> None:
     assert min(counts) > 200
 
 
-def test_what_is_read_is_what_the_library_wrote(tmp_path: Path) -> None:
+def test_headers_of_the_library_are_read(tmp_path: Path) -> None:
     tensors = {
         "x": torch.randn(5, 3),
         "y": torch.zeros(0, 2, dtype=torch.int64),
@@ -175,7 +182,7 @@ def test_what_is_read_is_what_the_library_wrote(tmp_path: Path) -> None:
     assert read_header(file).keys() == tensors.keys()
 
 
-def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
+def test_the_library_reads_our_headers(tmp_path: Path) -> None:
     layout = {"x": ("F32", (5, 3)), "y": ("I64", (0, 2)), "z": ("BF16", ())}
     file = tmp_path / "model.safetensors"
     file.write_bytes(header_bytes(layout, metadata={"format": "pt"}) + bytes(62))
@@ -186,7 +193,7 @@ def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "missing"])
-def test_what_is_no_file_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(kind: str, tmp_path: Path) -> None:
     if kind == "folder":
         (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(UserError, match="model.safetensors: cannot be read"):

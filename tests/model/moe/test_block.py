@@ -1,8 +1,7 @@
-"""Mixtures of experts beside the dense model that they must equal, and beside the counts of the papers."""
+"""Blocks of a mixture agree with the dense model that they are made of, and with the papers' counts."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from koine.model import Decoder, ModelConfig, hybrid_layers, load_model, save_mo
 from koine.model.config import LayerSpec, MixtureConfig
 from koine.model.counting import cache_bytes, count_parameters, forward_flops
 from koine.model.formats.directory import from_transformers, to_transformers
-from koine.model.moe.routers import DomainRouter, Routing, soft_gates
+from koine.model.moe.routers import Routing
 
 KINDS = [
     {"attention": "averaged"},
@@ -37,18 +36,18 @@ def mixed(config: ModelConfig, **fields: Any) -> ModelConfig:
 
 
 def copies(dense: Decoder, config: ModelConfig) -> Decoder:
-    """A mixture whose experts all are the dense model, with routers at random."""
+    """Return a mixture whose experts are all the dense model, with random routers."""
     model = Decoder(config).to(dense.embedding.weight.dtype)
     state = model.state_dict()
-    stored, kept = to_transformers(dense.state_dict(), dense.config), to_transformers(state, config)
-    for name in kept:
+    stored, renamed = to_transformers(dense.state_dict(), dense.config), to_transformers(state, config)
+    for name in renamed:
         if ".router." in name:
             continue
         plain = name.replace("shared_expert.", "")
         parts = plain.split(".experts.")
         source = parts[0] + "." + parts[1].split(".", 1)[1] if len(parts) == 2 else plain
-        kept[name] = stored[source]
-    model.load_state_dict(from_transformers(kept, config))
+        renamed[name] = stored[source]
+    model.load_state_dict(from_transformers(renamed, config))
     return model.eval()
 
 
@@ -67,7 +66,7 @@ def with_feed_forward_times(dense: Decoder, factor: float) -> Decoder:
 def test_identical_experts_are_the_dense_model(
     tiny: ModelConfig, attention: str, shared: bool, top_k: int
 ) -> None:
-    """Soft attention gates sum to 1; a raw gate of 1/3 (routers of zeros) leaves a third of the feed-forward half."""
+    """Soft attention gates sum to 1; a gate of 1/3 (routers of zeros) scales the feed-forward by a third."""
     dense = Decoder(replace(tiny, layers=(*tiny.layers, LayerSpec(qk_norm=True)))).double().eval()
     config = mixed(dense.config, attention=attention, shared_expert=shared, top_k=top_k)
     model = copies(dense, config)
@@ -81,7 +80,7 @@ def test_identical_experts_are_the_dense_model(
 
 @pytest.mark.parametrize("fields", KINDS)
 @torch.no_grad()
-def test_the_order_of_experts_changes_nothing(tiny: ModelConfig, fields: dict[str, Any]) -> None:
+def test_the_order_of_experts_does_not_matter(tiny: ModelConfig, fields: dict[str, Any]) -> None:
     config = mixed(tiny, **fields)
     model = Decoder(config).double().eval()
     stored = to_transformers(model.state_dict(), config)
@@ -103,7 +102,7 @@ def test_the_order_of_experts_changes_nothing(tiny: ModelConfig, fields: dict[st
 
 
 @pytest.mark.parametrize("fields", KINDS)
-def test_saved_and_opened_it_is_the_same_here_and_in_transformers(
+def test_a_saved_mixture_is_the_same_here_and_in_transformers(
     tiny: ModelConfig, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -123,7 +122,7 @@ def test_saved_and_opened_it_is_the_same_here_and_in_transformers(
 
 @pytest.mark.parametrize("fields", KINDS)
 @torch.no_grad()
-def test_reading_through_the_cache_changes_nothing(tiny: ModelConfig, fields: dict[str, Any]) -> None:
+def test_the_kv_cache_changes_nothing(tiny: ModelConfig, fields: dict[str, Any]) -> None:
     model = Decoder(mixed(tiny, **fields)).eval()
     tokens = torch.randint(0, 99, (1, 40))
     cache = PagedCache.of_model(model, page=8)
@@ -162,9 +161,14 @@ def test_parameters_and_operations_are_counted(tiny: ModelConfig, fields: dict[s
 
 
 def test_counts_of_the_paper() -> None:
-    """The small model of arXiv 2408.08274; it counts one of BAM's two routers among the active parameters, and leaves the shared keys and values out."""
+    """The small model of arXiv 2408.08274.
+
+    The paper counts one of BAM's two routers among the active parameters, and leaves the shared keys and
+    values out.
+    """
     dense = ModelConfig(
-        vocab_size=256_000, hidden_size=1024, intermediate_size=2048, num_heads=8, num_kv_heads=8, head_dim=128,
+        vocab_size=256_000, hidden_size=1024, intermediate_size=2048, num_heads=8, num_kv_heads=8,
+        head_dim=128,
         layers=(LayerSpec(),) * 6, tie_embeddings=False,
     )  # fmt: skip
     names = ("seed", "code", "law", "math")
@@ -176,14 +180,6 @@ def test_counts_of_the_paper() -> None:
     assert btx.total == 700_480_512
     shared = count_parameters(mixed(dense, experts=names, attention="shared-kv"))
     assert shared.active == 624_983_040 + router
-
-
-def test_soft_gates_keep_what_they_are_told() -> None:
-    logits = torch.tensor([[2.0, -1.0, 1.0]], dtype=torch.float64)
-    whole = torch.softmax(logits, dim=-1)
-    assert torch.equal(soft_gates(logits, None), whole)
-    assert torch.equal(soft_gates(logits, 3), whole)
-    assert torch.equal(soft_gates(logits, 2), whole * torch.tensor([[1.0, 0.0, 1.0]]))
 
 
 def test_checkpointed_blocks_give_the_same_gradients(tiny: ModelConfig) -> None:
@@ -207,21 +203,8 @@ def test_checkpointed_blocks_give_the_same_gradients(tiny: ModelConfig) -> None:
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
-def test_kept_expert_embeddings_follow_the_weights() -> None:
-    router = DomainRouter(8, 3, 4)
-    router.reset_parameters()
-    x = torch.randn(5, 8)
-    with torch.no_grad():
-        before = router(x)
-        assert torch.equal(router(x), before)
-        router.out.mul_(2.0)
-        assert torch.allclose(router(x), 2.0 * before)
-        router.domains.zero_()
-        assert not router(x).any()
-
-
 def test_windows_hold_for_attention_experts(tiny: ModelConfig) -> None:
-    """A token before the window of the only layer changes nothing after it."""
+    """A token before the window of the only layer changes nothing in later positions."""
     config = mixed(replace(tiny, layers=hybrid_layers(1, window=7)), attention="kv-experts")
     model = Decoder(config).eval()
     tokens = torch.randint(0, 99, (1, 20))
@@ -245,7 +228,7 @@ def test_windows_hold_for_attention_experts(tiny: ModelConfig) -> None:
         ({"z_loss": -1.0}, "z_loss is -1.0"),
     ],
 )
-def test_what_does_not_fit_is_refused(tiny: ModelConfig, fields: dict[str, Any], says: str) -> None:
+def test_invalid_mixtures_are_refused(tiny: ModelConfig, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says.replace("(", r"\(")):
         mixed(tiny, **fields)
 
@@ -258,14 +241,17 @@ def test_what_does_not_fit_is_refused(tiny: ModelConfig, fields: dict[str, Any],
     ],
 )
 def test_counts_of_nexus(
-    hidden: int, intermediate: int, layers: int, experts: int, feed_forward: str, dense: str, active: str, total: str
+    hidden: int, intermediate: int, layers: int, experts: int,
+    feed_forward: str, dense: str, active: str, total: str,
 ) -> None:  # fmt: skip
-    """The sizes in billions that arXiv 2408.15901 names, rounded as there; a token meets the shared expert and one of the routed ones.
+    """The sizes in billions that arXiv 2408.15901 names, rounded as there.
 
-    The paper names no widths: these are of our choice, with a feed-forward half of the size that follows from its numbers, (1.3 - 0.605) / 5 and (9.1 - 4.3) / 3.
+    Each token has the shared expert and one routed expert. The paper names no widths. Ours give a
+    feed-forward of the size that follows from its numbers, (1.3 - 0.605) / 5 and (9.1 - 4.3) / 3.
     """
     config = ModelConfig(
-        vocab_size=256_000, hidden_size=hidden, intermediate_size=intermediate, num_heads=8, num_kv_heads=8, head_dim=hidden // 8,
+        vocab_size=256_000, hidden_size=hidden, intermediate_size=intermediate, num_heads=8, num_kv_heads=8,
+        head_dim=hidden // 8,
         layers=(LayerSpec(),) * layers,
     )  # fmt: skip
     names = tuple(f"expert-{number}" for number in range(experts))
@@ -274,28 +260,14 @@ def test_counts_of_nexus(
     def rounded(count: int, like: str) -> str:
         return f"{count / 1e9:.{len(like.partition('.')[2])}f}"
 
-    half = 3 * hidden * intermediate * layers
-    assert rounded(half, feed_forward) == feed_forward
+    feed_forward_size = 3 * hidden * intermediate * layers
+    assert rounded(feed_forward_size, feed_forward) == feed_forward
     assert rounded(count_parameters(config).total, dense) == dense
     assert (rounded(linear.active, active), rounded(linear.total, total)) == (active, total)
     routers = layers * hidden * experts
-    assert linear.active == count_parameters(config).total + half + routers
-    assert linear.total == linear.active + (experts - 1) * half
-    # A Nexus router has two projections in place of a row an expert: so many that the named sizes are those of the experts alone.
+    assert linear.active == count_parameters(config).total + feed_forward_size + routers
+    assert linear.total == linear.active + (experts - 1) * feed_forward_size
+    # A Nexus router has two projections in place of a row for each expert. They are so large that the named
+    # sizes can only be those of the experts.
     nexus = count_parameters(mixed(config, experts=names, shared_expert=True, domain_size=64))
     assert nexus.total - linear.total == layers * (2 * hidden * 64 + hidden**2) - routers
-
-
-def test_a_domain_router_by_hand() -> None:
-    """`x . W2 (silu(gate) * up)`: the first half of W1's rows is the gate, the second is up (arXiv 2408.15901, section 3)."""
-    router = DomainRouter(2, 1, 1)
-    with torch.no_grad():
-        router.domains.copy_(torch.tensor([[2.0]]))
-        # Gates 2 and -2, ups 6 and 8.
-        router.into.copy_(torch.tensor([[1.0], [-1.0], [3.0], [4.0]]))
-        router.out.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
-    silu = {value: value / (1 + math.exp(-value)) for value in (2.0, -2.0)}
-    expected = [silu[2.0] * 6.0, 0.5 * silu[-2.0] * 8.0]
-    assert router.expert_embeddings()[0].tolist() == pytest.approx(expected, rel=1e-6)
-    found = router(torch.tensor([[1.0, 10.0]]))
-    assert found.tolist() == [[pytest.approx(expected[0] + 10.0 * expected[1], rel=1e-6)]]

@@ -1,4 +1,4 @@
-"""A mixture's router losses: their formulas, their place in the loss, and what they do in a training."""
+"""Router losses: their formulas, their weight in the objective, and the totals of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from koine.model import Decoder, load_model
 from koine.model.config import MixtureConfig
-from koine.model.moe.experts import choose
+from koine.model.moe.experts import assign_top_k
 from koine.model.moe.losses import (
     count_step,
     load_balancing_loss,
@@ -53,20 +53,20 @@ def test_losses_in_closed_form_and_beside_transformers() -> None:
     logits = torch.randn(40, 4)
     probabilities = logits.softmax(-1)
     theirs = modeling.load_balancing_loss_func((logits,), num_experts=4, top_k=2)
-    ours = load_balancing_loss(probabilities, choose(probabilities, 2).experts)
+    ours = load_balancing_loss(probabilities, assign_top_k(probabilities, 2).experts)
     assert float(theirs) == pytest.approx(2 * float(ours), rel=1e-5)
 
 
-def test_the_papers_formulas_by_hand() -> None:
-    """L_LB = N sum f_i P_i over the choices that count, L_z the mean square of the logarithm of the sum, both summed over layers and routers."""
+def test_router_loss_by_hand() -> None:
+    """`L_LB = N sum f_i P_i` and `L_z = mean(logsumexp^2)`, summed over layers, without padding."""
     logits = torch.randn(1, 4, 3)
     probabilities = logits.softmax(-1)
-    chosen = probabilities.topk(2, dim=-1).indices
+    experts = probabilities.topk(2, dim=-1).indices
     attention = torch.randn(1, 4, 3)
     counted = torch.tensor([[True, True, True, False]])
-    routing = Routing(logits, probabilities, chosen, attention)
+    routing = Routing(logits, probabilities, experts, attention)
     loss, metrics = router_loss([routing, routing], MIXTURE, counted)
-    share = torch.tensor([float((chosen[0, :3] == expert).sum()) / 6 for expert in range(3)])
+    share = torch.tensor([float((experts[0, :3] == expert).sum()) / 6 for expert in range(3)])
     balance = 3 * float((share * probabilities[0, :3].mean(0)).sum())
     z = sum(float(one[0, :3].exp().sum(-1).log().square().mean()) for one in (logits, attention))
     assert metrics["load_balancing_loss"] == pytest.approx(balance, rel=1e-5)
@@ -74,7 +74,7 @@ def test_the_papers_formulas_by_hand() -> None:
     assert float(loss) == pytest.approx(2 * (0.02 * balance + 0.003 * z), rel=1e-5)
 
 
-def test_the_objective_adds_them_once_a_unit(tmp_path: Path) -> None:
+def test_the_objective_adds_the_losses_to_the_mean_of_units(tmp_path: Path) -> None:
     model = mixture_model()
     batch = fake_order(tmp_path, steps=(1,)).batch(0)
     with_losses, metrics = LanguageModelling()(model, batch)
@@ -85,7 +85,7 @@ def test_the_objective_adds_them_once_a_unit(tmp_path: Path) -> None:
     assert float(with_losses - without) / units == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_training_shows_them_and_learns(tmp_path: Path) -> None:
+def test_training_reports_the_losses_and_learns(tmp_path: Path) -> None:
     settings = TrainSettings(dtype="bfloat16", threads=1, learning_rate=1e-2, schedule="constant")
     train(
         mixture_model(),
@@ -105,11 +105,11 @@ def test_a_training_shows_them_and_learns(tmp_path: Path) -> None:
         assert not torch.equal(parameter, before.get_parameter(name)), name
 
 
-# -- the whole step ------------------------------------------------------------------------------------------------------
+# -- totals of a step --------------------------------------------------------------------------------------
 
 
 def padded(folder: Path, **sizes: int) -> PaddedOrder:
-    """Rows of which some are mostly padding and some have few targets, so that tokens and units differ from row to row."""
+    """Return rows with different numbers of tokens and of targets."""
     return PaddedOrder(fake_order(folder, steps=(2,), batch_size=8, **sizes).mixture)
 
 
@@ -132,10 +132,10 @@ class PaddedOrder(FakeOrder):
 def gradients_of_a_step(
     folder: Path, micro: int, mixture: MixtureConfig
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The gradients that the optimiser gets in the first step, and what the metrics say of it."""
+    """Return the gradients that the optimiser gets in the first step, and its metrics."""
     seen: list[dict[str, torch.Tensor]] = []
 
-    class Kept(Optimiser):
+    class RecordingOptimiser(Optimiser):
         def step(self, learning_rate: float) -> None:
             seen.append(
                 {name: one.grad.clone() for name, one in self.masters.items() if one.grad is not None}
@@ -144,14 +144,14 @@ def gradients_of_a_step(
 
     torch.manual_seed(0)
     model = Decoder(replace(small_config(), mixture=mixture))
-    # Sharp routers: the load is far from even, and another one in every row.
+    # Sharp routers: the load is uneven, and different in every row.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "router" in name:
                 parameter.mul_(100.0 if name.endswith("router.weight") else 2.0)
     settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=micro, clip_norm=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("koine.train.loop.Optimiser", Kept)
+        patch.setattr("koine.train.loop.Optimiser", RecordingOptimiser)
         out = folder / f"out-{micro}"
         train(
             model, LanguageModelling(), padded(folder / "s"), settings, out=out, progress=False, device="cpu"
@@ -159,7 +159,7 @@ def gradients_of_a_step(
     return seen[0], json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
 
 
-ROUTED = {
+MIXTURES = {
     "btx": MixtureConfig(experts=("a", "b", "c"), load_balancing=0.5, z_loss=0.05, top_k=2),
     "bam": replace(MIXTURE, load_balancing=0.5, z_loss=0.05),
     "nexus": MixtureConfig(
@@ -168,23 +168,26 @@ ROUTED = {
 }
 
 
-@pytest.mark.parametrize("method", ROUTED)
+@pytest.mark.parametrize("method", MIXTURES)
 def test_micro_batches_change_rounding_only(tmp_path: Path, method: str) -> None:
-    """float32: the same sums in another order, 1e-5 of the largest entry of each gradient; before, routers were off by 30 %."""
-    whole, said = gradients_of_a_step(tmp_path, 0, ROUTED[method])
-    assert said["load_balancing_loss"] > 1.03  # away from 1, where shares make no difference
+    """float32: the same sums in another order, 1e-5 of the largest entry of each gradient.
+
+    When each micro batch balanced its own load, router gradients were off by 30 %.
+    """
+    whole, expected_metrics = gradients_of_a_step(tmp_path, 0, MIXTURES[method])
+    assert expected_metrics["load_balancing_loss"] > 1.03  # away from 1, where the shares do not matter
     for micro in (1, 2, 3, 4, 8):
-        found, metrics = gradients_of_a_step(tmp_path, micro, ROUTED[method])
+        found, metrics = gradients_of_a_step(tmp_path, micro, MIXTURES[method])
         assert found.keys() == whole.keys()
         for name, gradient in found.items():
             bound = 1e-5 * float(whole[name].abs().max())
             assert torch.allclose(gradient, whole[name], rtol=0, atol=bound), (micro, name)
         for name in ("loss", "load_balancing_loss", "router_z_loss", "gradient_norm"):
-            assert metrics[name] == pytest.approx(said[name], rel=1e-5), (micro, name)
+            assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-5), (micro, name)
 
 
-def test_the_step_loss_is_the_papers_of_all_its_tokens(tmp_path: Path) -> None:
-    """The parts of a step add up to the cross-entropy a unit and the router losses of all tokens, worked out at once."""
+def test_micro_batches_sum_to_the_router_loss_of_the_step(tmp_path: Path) -> None:
+    """Divided by the units, it is the router loss of all tokens at once."""
     order = padded(tmp_path)
     model = mixture_model()
     routings: list[Routing] = []
@@ -210,8 +213,8 @@ def test_the_step_loss_is_the_papers_of_all_its_tokens(tmp_path: Path) -> None:
     assert total / totals.units == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
-def test_a_dense_model_has_nothing_to_count(tmp_path: Path) -> None:
-    """No second forward pass where there are no experts, or where one micro batch is all."""
+def test_a_dense_model_needs_no_totals(tmp_path: Path) -> None:
+    """No second forward pass without experts, or with one micro batch."""
 
     def refused(*_: object) -> None:
         raise AssertionError
@@ -223,12 +226,13 @@ def test_a_dense_model_has_nothing_to_count(tmp_path: Path) -> None:
     assert totals.assignments is None
 
 
-def test_a_row_of_chats_without_completion_is_no_error_in_a_step_that_has_some(tmp_path: Path) -> None:
-    """A step is refused by what it holds in all: the size of micro batches does not decide it."""
+def test_a_micro_batch_without_completion_is_no_error(tmp_path: Path) -> None:
+    """Only a step without any completion is refused, whatever the size of its micro batches."""
     settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=1)
     for model in (small_model(), mixture_model()):
         out = tmp_path / type(model.blocks[0]).__name__
         train(
-            model, SupervisedFineTuning(), padded(tmp_path / "s"), settings, out=out, progress=False, device="cpu"
+            model, SupervisedFineTuning(), padded(tmp_path / "s"), settings, out=out, progress=False,
+            device="cpu",
         )  # fmt: skip
         assert (out / "training.json").exists()

@@ -1,8 +1,9 @@
-"""One more expert in a mixture, or one less, without starting again (arXiv 2408.15901, section 3).
+"""Add an expert to a mixture, or remove one, without starting again (arXiv 2408.15901, section 3).
 
     phi = (1 - lambda) phi_mixture + lambda phi_new,   lambda = 1 / (n + 1)
 
-for what is no expert's own. A Nexus router scores the new expert from its domain's embedding; a linear one cannot, and is reset.
+for all weights that belong to no expert. A Nexus router scores the new expert by its domain's embedding. A
+linear router cannot, and is reset.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(
 
 
 def open_mixture(path: Path) -> tuple[ModelConfig, MixtureConfig, StoredWeights]:
-    """A mixture's configuration and stored tensors. Raises `UserError` where the model is dense."""
+    """Return a mixture's configuration and stored tensors. Raises `UserError` if the model is dense."""
     config = read_config(path)
     if config.mixture is None:
         raise UserError("is a dense model", where=path, hint="give a mixture: see `koine upcycle`")
@@ -64,13 +65,20 @@ def add_expert(
     reset_router: bool = False,
     random_seed: int = 0,
 ) -> ModelConfig:
-    """Write `model` with the dense `expert` as one more to `out`.
+    """Write `model` with the dense model `expert` as one more expert to `out`.
 
-    texts: documents of its domain, for a router that knows domains.
-    share: lambda, the new model's part in what is averaged; by default `1 / (n + 1)`.
-    reset_router: draw all routers anew, which is what linear ones need; a Nexus router does without.
+    Args:
+        model: the mixture.
+        expert: a branch of the seed that the mixture was made from.
+        out: the folder to write to.
+        name: of the new expert.
+        texts: documents of its domain, for a Nexus router.
+        share: lambda, the weight of the new model in the averages; by default `1 / (n + 1)`.
+        reset_router: initialise all routers again, as linear ones need; a Nexus router does not.
+        random_seed: of those routers.
 
-    Raises `UserError` where shapes, tokenizer or ancestor differ, the name is taken, or texts are missing.
+    Raises:
+        UserError: shapes, tokenizer or ancestor differ, the name is taken, or texts are missing.
     """
     config, mixture, weights = open_mixture(model)
     if name in mixture.experts:
@@ -78,59 +86,77 @@ def add_expert(
     branch = open_branch(expert, name)
     check_other_shapes(config, branch.config, expert, than=model)
     check_other_tokenizer(model, expert)
-    _refuse_other_ancestor(model, weights, mixture, branch)
-    knows_domains = mixture.domain_size is not None
-    if knows_domains and not texts:
+    _check_other_ancestor(model, weights, mixture, branch)
+    _check_router(model, mixture, texts, reset_router=reset_router)
+    part = 1.0 / (len(mixture.experts) + 1) if share is None else share
+    if not 0.0 <= part <= 1.0:
+        raise UserError(f"the new model's share is {part}", hint="it must lie between 0 and 1")
+    tensors = _tensors_with(weights, mixture, branch, part)
+    if mixture.domain_size is not None:
+        row = domain_embedding(load_encoder(model), texts or [])
+        for stored in [stored for stored in weights if stored.endswith(DOMAINS)]:
+            domains = weights[stored]
+            tensors[stored] = torch.cat((domains, row.to(domains.dtype)[None]))
+    grown = replace(config, mixture=replace(mixture, experts=(*mixture.experts, name)))
+    if reset_router:
+        routers = new_routers(grown, random_seed, dtype=weights["model.norm.weight"].dtype)
+        tensors |= {stored: router for stored, router in routers.items() if not stored.endswith(DOMAINS)}
+    _save(tensors, grown, model, out, added={name: source_of(expert)}, share=part)
+    carry_drawn([model, expert], out)
+    return grown
+
+
+def _check_router(
+    model: Path, mixture: MixtureConfig, texts: list[str] | None, *, reset_router: bool
+) -> None:
+    """Raise `UserError` if the router of `model` cannot score a new expert."""
+    if mixture.domain_size is not None and not texts:
         raise UserError(
             "its router knows experts by their domains, and no text is given",
             where=model,
             hint="give text of the new expert's domain",
         )
-    if not knows_domains and not reset_router:
+    if mixture.domain_size is None and not reset_router:
         raise UserError(
             "its router is linear and cannot score an expert that it has not seen",
             where=model,
             hint="add --reset-router and fine-tune the mixture, or upcycle by nexus",
         )
-    count = len(mixture.experts)
-    part = 1.0 / (count + 1) if share is None else share
-    if not 0.0 <= part <= 1.0:
-        raise UserError(f"the new model's share is {part}", hint="it must lie between 0 and 1")
-    grown = replace(config, mixture=replace(mixture, experts=(*mixture.experts, name)))
-    out_tensors: dict[str, Tensor] = {}
+
+
+def _tensors_with(
+    weights: StoredWeights, mixture: MixtureConfig, branch: Branch, part: float
+) -> dict[str, Tensor]:
+    """Return the stored tensors with `branch` as the last expert, and in the averages by `part`."""
+    tensors: dict[str, Tensor] = {}
     for stored in weights:
-        prefix, rest = layer_of(stored)
+        _, rest = layer_of(stored)
         if _EXPERT.match(stored) or "shared_expert" in rest or _is_router(rest):
-            out_tensors[stored] = weights[stored]
+            tensors[stored] = weights[stored]
         elif stored in branch.weights:
-            out_tensors[stored] = interpolate(weights[stored], branch.tensor(stored), part)
+            tensors[stored] = interpolate(weights[stored], branch.tensor(stored), part)
+    dtype = weights["model.norm.weight"].dtype
     for stored in branch.weights:
         prefix, rest = layer_of(stored)
         if prefix and is_expert_tensor(rest, mixture):
-            out_tensors[expert_name(prefix, rest, count)] = branch.tensor(stored).to(
-                weights["model.norm.weight"].dtype
-            )
-    if knows_domains:
-        row = domain_embedding(load_encoder(model), texts or [])
-        for stored in [stored for stored in weights if stored.endswith(DOMAINS)]:
-            known = weights[stored]
-            out_tensors[stored] = torch.cat((known, row.to(known.dtype)[None]))
-    if reset_router:
-        routers = new_routers(grown, random_seed, dtype=weights["model.norm.weight"].dtype)
-        out_tensors |= {stored: router for stored, router in routers.items() if not stored.endswith(DOMAINS)}
-    _save(out_tensors, grown, model, out, added={name: source_of(expert)}, share=part)
-    carry_drawn([model, expert], out)
-    return grown
+            tensors[expert_name(prefix, rest, len(mixture.experts))] = branch.tensor(stored).to(dtype)
+    return tensors
 
 
 def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = None) -> ModelConfig:
     """Write `model` without expert `name` to `out`.
 
-    dense: the model that the expert came from: its part in the averages, which follows from `mixture.json`, is taken out again. That is exact for a mixture that
-    was not trained since; without it the averages stay.
+    Args:
+        model: the mixture.
+        name: of the expert.
+        out: the folder to write to.
+        dense: the model that the expert came from. Its weight in the averages, which follows from
+            `mixture.json`, is taken out again. That is exact for a mixture that was not trained since.
+            Without it the averages stay.
 
-    Raises `UserError` for an unknown name, the last expert, a `top_k` that would be larger than the rest, or a dense model whose weights are not those that
-    `mixture.json` tells of.
+    Raises:
+        UserError: an unknown name, the last expert, a `top_k` larger than the remaining experts, or a dense
+            model with other weights than `mixture.json` records.
     """
     config, mixture, weights = open_mixture(model)
     if name not in mixture.experts:
@@ -142,7 +168,6 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
             where=model,
             hint="keep this expert",
         )
-    gone = mixture.experts.index(name)
     limit = mixture.attention_top_k
     shrunk = replace(
         config,
@@ -152,43 +177,61 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
             attention_top_k=None if limit is None else min(limit, count - 1),
         ),
     )
-    branch = None if dense is None else open_branch(dense, name)
-    part: float | None = None
-    if branch is not None:
+    branch, part = None, None
+    if dense is not None:
+        branch = open_branch(dense, name)
         check_other_shapes(config, branch.config, branch.path, than=model)
-        record = read_record(model)
-        _refuse_other_source(record, name, branch.path, model)
-        part = averaged_parts(record).get(name, 1.0 / count)
-        if part >= 1.0:
-            raise UserError(
-                f"expert '{name}' is all that its averages hold",
-                where=model,
-                hint="without its part nothing would be left: leave --expert out, the averages then stay",
-            )
-    out_tensors: dict[str, Tensor] = {}
+        part = _recorded_part(model, name, branch, count)
+    tensors = _tensors_without(weights, mixture.experts.index(name), branch, part)
+    _save(tensors, shrunk, model, out, removed=name, **({} if part is None else {"share": part}))
+    carry_drawn([model], out)
+    return shrunk
+
+
+def _recorded_part(model: Path, name: str, branch: Branch, count: int) -> float:
+    """Return the weight of expert `name` in the averages of `model`, by its record.
+
+    Raises `UserError` if `branch` is not the model that it was made of, or is all that the averages hold.
+    """
+    record = read_record(model)
+    _check_other_source(record, name, branch.path, model)
+    part = averaged_parts(record).get(name, 1.0 / count)
+    if part >= 1.0:
+        raise UserError(
+            f"expert '{name}' is all that its averages hold",
+            where=model,
+            hint="without its part nothing would be left: leave --expert out, the averages then stay",
+        )
+    return part
+
+
+def _tensors_without(
+    weights: StoredWeights, removed: int, branch: Branch | None, part: float | None
+) -> dict[str, Tensor]:
+    """Return the stored tensors without expert number `removed`, and its model's part of the averages."""
+    tensors: dict[str, Tensor] = {}
     for stored in weights:
         _, rest = layer_of(stored)
         found = _EXPERT.match(stored)
         if found:
             number = int(found[2])
-            if number != gone:
-                out_tensors[f"{found[1]}{number - (number > gone)}{found[3]}"] = weights[stored]
+            if number != removed:
+                tensors[f"{found[1]}{number - (number > removed)}{found[3]}"] = weights[stored]
         elif rest in (DOMAINS, "mlp.router.weight", "self_attn.router.weight"):
-            out_tensors[stored] = torch.cat((weights[stored][:gone], weights[stored][gone + 1 :]))
+            tensors[stored] = torch.cat((weights[stored][:removed], weights[stored][removed + 1 :]))
         elif branch is not None and part is not None and stored in branch.weights and not _is_router(rest):
-            # The reverse of `interpolate` with this part.
-            out_tensors[stored] = interpolate(weights[stored], branch.tensor(stored), -part / (1.0 - part))
+            # The inverse of `interpolate` with this part.
+            tensors[stored] = interpolate(weights[stored], branch.tensor(stored), -part / (1.0 - part))
         else:
-            out_tensors[stored] = weights[stored]
-    _save(out_tensors, shrunk, model, out, removed=name, **({} if part is None else {"share": part}))
-    carry_drawn([model], out)
-    return shrunk
+            tensors[stored] = weights[stored]
+    return tensors
 
 
 def averaged_parts(record: Mapping[str, Any]) -> dict[str, float]:
-    """The part of each model in a mixture's averages, by the content of `mixture.json`; they sum to 1, with what was removed and left in the averages.
+    """Return the weight of each model in a mixture's averages, by the content of `mixture.json`.
 
-    Equal at first; one that is added with a share leaves the others the rest of it, and one whose part is taken out gives it back to them.
+    Weights are equal at first. A model that is added with a share scales the others down, and one that is
+    taken out scales them up again. They sum to 1, with those that were removed and left in the averages.
     """
     names = list(record.get("experts", {}))
     parts = {name: 1.0 / len(names) for name in names}
@@ -202,51 +245,58 @@ def averaged_parts(record: Mapping[str, Any]) -> dict[str, float]:
             if share is not None:
                 parts = {name: one / (1.0 - share) for name, one in parts.items()}
             else:
-                # Its expert is gone, and its part in the averages stays, under a name that no expert has.
+                # The expert is removed and its weight in the averages stays, under a name that no expert has.
                 parts[""] = parts.get("", 0.0) + part
     return parts
 
 
-def _refuse_other_source(record: Mapping[str, Any], name: str, dense: Path, model: Path) -> None:
-    """Raise `UserError` where the weights of `dense` are not those that expert `name` was made of; nothing is known of mixtures without a record."""
+def _check_other_source(record: Mapping[str, Any], name: str, dense: Path, model: Path) -> None:
+    """Raise `UserError` if `dense` has other weights than expert `name` was made of.
+
+    A mixture without a record is not checked.
+    """
     sources = dict(record.get("experts", {}))
     for change in record.get("changes", []):
         sources |= change.get("added", {})
     source = sources.get(name)
     if source is not None and source["sha256"] != source_of(dense)["sha256"]:
         raise UserError(
-            f"is not the model that expert '{name}' of {model} was made of (the sha256 of its weights is another)",
+            f"is not the model that expert '{name}' of {model} was made of "
+            "(the sha256 of its weights is another)",
             where=dense,
             hint=f"give that one: it was {source['path']}",
         )
 
 
 def interpolate(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """`(1 - share) * old + share * new` in float32 (float64 stays), in the dtype of `old`."""
-    wide = torch.promote_types(old.dtype, torch.float32)
-    return torch.lerp(old.to(wide), new.to(wide), share).to(old.dtype)
+    """Return `(1 - share) * old + share * new` in the dtype of `old`, computed in float32 or float64."""
+    upcast = torch.promote_types(old.dtype, torch.float32)
+    return torch.lerp(old.to(upcast), new.to(upcast), share).to(old.dtype)
 
 
 def _is_router(rest: str) -> bool:
     return ".router." in rest
 
 
-def _refuse_other_ancestor(
+def _check_other_ancestor(
     model: Path, weights: StoredWeights, mixture: MixtureConfig, branch: Branch
 ) -> None:
-    """As `branches.refuse_other_ancestor`, by the feed-forward expert that is most like the new one."""
+    """Raise `UserError` if the new expert is unrelated to every feed-forward expert of the mixture.
+
+    See `koine.combine.moe.branches.check_other_ancestor`.
+    """
     layer = f"model.layers.{len(branch.config.layers) // 2}."
     new = branch.tensor(f"{layer}mlp.down_proj.weight").flatten().double()
     places = [f"{layer}mlp.experts.{index}." for index in range(len(mixture.experts))]
     if mixture.shared_expert:
         places.append(f"{layer}mlp.shared_expert.")
-    likeness = max(
+    cosine = max(
         float(torch.cosine_similarity(new, weights[f"{place}down_proj.weight"].flatten().double(), dim=0))
         for place in places
     )
-    if likeness < MIN_RELATED_COSINE:
+    if cosine < MIN_RELATED_COSINE:
         raise UserError(
-            f"has no common ancestor with {model} (the cosine of their matrices is {likeness:.2f})",
+            f"has no common ancestor with {model} (the cosine of their matrices is {cosine:.2f})",
             where=branch.path,
             hint="give a branch of the seed that the mixture was made from",
         )

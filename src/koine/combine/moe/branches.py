@@ -1,4 +1,4 @@
-"""Dense models that were branched from one seed, opened and checked to be so."""
+"""Open dense branches of one seed, and check that they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from koine.model.formats.directory import StoredWeights, open_weights
 
 @dataclass(frozen=True)
 class Branch:
-    """A dense model: its name, its folder, and its tensors, read when asked for."""
+    """A dense model: its name, its folder, and its tensors, which are read on access."""
 
     name: str
     path: Path
@@ -30,7 +30,7 @@ class Branch:
     weights: StoredWeights
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A stored tensor. Raises `UserError` where it holds NaN or infinity."""
+        """Return a stored tensor. Raises `UserError` if it holds NaN or infinity."""
         tensor = self.weights[name]
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -40,7 +40,7 @@ class Branch:
 
 
 def open_branch(path: Path, name: str) -> Branch:
-    """A dense model of our own decoder. Raises `UserError` where it is none, or is a mixture already."""
+    """Open a dense model of our decoder. Raises `UserError` if it is none, or is a mixture."""
     path = Path(path)
     config = read_config(path)
     if config.mixture is not None:
@@ -49,9 +49,9 @@ def open_branch(path: Path, name: str) -> Branch:
 
 
 def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list[Branch]]:
-    """The seed and its branches, by name.
+    """Open the seed and its branches, given by name.
 
-    Raises `UserError` where one has other shapes, another tokenizer or another ancestor than the seed.
+    Raises `UserError` if a branch has other shapes, another tokenizer or another ancestor than the seed.
     """
     root = open_branch(seed, "seed")
     opened = [open_branch(path, name) for name, path in experts.items()]
@@ -63,7 +63,7 @@ def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list
 
 
 def check_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
-    """Raise `UserError` with the first field in which two configurations differ; experts are not compared."""
+    """Raise `UserError` with the first field in which two configurations differ, experts left out."""
     difference = field_difference(wanted, found, ignoring=("mixture", "initializer_range"))
     if difference is not None:
         name, ours, theirs = difference
@@ -75,7 +75,7 @@ def check_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, t
 
 
 def check_other_tokenizer(wanted: Path, found: Path) -> None:
-    """Raise `UserError` where two model folders hold tokenizers that cut text otherwise or number it otherwise."""
+    """Raise `UserError` if the tokenizers of two models split text or number tokens differently."""
     for path in (wanted, found):
         if not (path / "tokenizer.json").exists():
             raise UserError(
@@ -91,7 +91,10 @@ def check_other_tokenizer(wanted: Path, found: Path) -> None:
 
 
 def check_other_ancestor(seed: Branch, branch: Branch) -> None:
-    """Raise `UserError` where the matrices of two models have nothing in common (see `koine.combine.compatibility.MIN_RELATED_COSINE`)."""
+    """Raise `UserError` if the matrices of two models are unrelated.
+
+    See `koine.combine.compatibility.MIN_RELATED_COSINE`.
+    """
     middle = f"model.layers.{len(seed.config.layers) // 2}."
     names = [f"{middle}{part}.weight" for part in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")]
     found = median_cosine([(seed.tensor(name), branch.tensor(name)) for name in names])

@@ -1,13 +1,14 @@
-"""Embeddings of domains: the mean of the embeddings of their documents, by an encoder that is named and kept
-with the mixture.
+"""Domain embeddings: the mean embedding of a domain's documents.
 
-The encoder is independent of the router and fixed (arXiv 2408.15901, section 3). A domain that is added later
-must not be pressed into the span of the ones that the encoder was fitted on, and what all text has in common
-must not make all domains alike. So the default, `tfidf`, projects hashed character n-grams at random, which
-keeps angles whatever the text is, weighs them by their rarity in broad text (the sample world's languages)
-and the domains', and subtracts the mean of both. `hidden` (mean hidden states of the seed) is centred
-likewise. `svd` projects on the leading directions of the domains' own documents and knows nothing else; the
-folder of a sentence-transformers model is taken as it is.
+The encoder is independent of the router, fixed, and saved with the mixture (arXiv 2408.15901, section 3).
+
+- `tfidf`, the default: hashed character n-grams, weighted by rarity and projected at random, less the mean.
+  A random projection keeps angles for any text, so a domain that is added later is not pressed into the span
+  of the first ones. Rarity and mean are those of broad text (the sample world's languages) and the domains,
+  so that what all text has in common does not make all domains alike.
+- `hidden`: mean hidden states of the seed, less the mean likewise.
+- `svd`: TF-IDF projected on the leading directions of the domains' own documents only.
+- the folder of a sentence-transformers model, used as it is.
 """
 
 from __future__ import annotations
@@ -31,23 +32,27 @@ NGRAMS = (3, 4)
 BROAD = 6
 """Documents of broad text in each language of the sample world."""
 CHARACTERS = 4_000
-"""Of each document, how many are looked at."""
+"""Characters read of each document."""
 
 
 class Encoder(Protocol):
-    """Texts to vectors of one width."""
+    """Maps texts to vectors of one width."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """`[texts, width]`, float32."""
+        """Return the embeddings of texts, `[texts, width]` float32."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write what `load_encoder` needs."""
+        """Write the files that `load_encoder` reads."""
         ...
 
 
 def domain_embedding(encoder: Encoder, texts: Sequence[str]) -> Tensor:
-    """`[width]`: the mean of the documents' unit vectors, scaled so that its entries have unit variance (`DomainRouter` expects that)."""
+    """Return the mean of the documents' unit vectors, `[width]`.
+
+    It is scaled so that its entries have unit variance, which `DomainRouter` expects. Raises `UserError` if
+    there are no documents, or none has an embedding.
+    """
     if not texts:
         raise UserError("a domain has no documents", hint="give text of each expert's domain")
     vectors = torch.nn.functional.normalize(encoder.encode(texts), dim=-1)
@@ -62,12 +67,13 @@ def domain_embedding(encoder: Encoder, texts: Sequence[str]) -> Tensor:
 
 
 class RandomProjectionEncoder:
-    """Hashed character n-grams weighed by rarity, each document of length 1, projected at random, less the
-    mean of broad text.
+    """Hashed character n-grams weighted by rarity, projected at random, less the mean of broad text.
 
-    weights: `[BUCKETS]`, the squares of the idf, so that what is common in a language counts little.
-    components: `[BUCKETS, width]`, normal with variance `1 / width`: angles are kept up to about `1 /
-    sqrt(width)`. centre: `[width]`.
+    Each document has length 1 before the projection.
+
+    weights: `[BUCKETS]`, the squares of the idf, so that n-grams common in a language count little.
+    components: `[BUCKETS, width]`, normal with variance `1 / width`, which keeps angles up to about
+    `1 / sqrt(width)`. centre: `[width]`.
     """
 
     def __init__(self, weights: Tensor, components: Tensor, centre: Tensor) -> None:
@@ -75,11 +81,11 @@ class RandomProjectionEncoder:
 
     @classmethod
     def fit(cls, texts: Sequence[str], width: int, *, seed: int = 0) -> RandomProjectionEncoder:
-        """Rarity and centre are those of broad text and of `texts`.
+        """Fit rarity and centre to broad text and `texts`.
 
-        Raises `UserError` for fewer documents than dimensions.
+        Raises `UserError` if there are fewer documents than dimensions.
         """
-        _refuse_few(texts, width)
+        _check_enough(texts, width)
         counts = _counts([*_broad(), *texts])
         weights = _idf(counts).square()
         generator = torch.Generator().manual_seed(seed)
@@ -88,7 +94,7 @@ class RandomProjectionEncoder:
         return cls(weights, components, centre)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """See `Encoder`; zeros for a text without an n-gram."""
+        """See `Encoder`. A text without an n-gram gets zeros."""
         weighted = _weighted(_counts(texts), self.weights)
         found = torch.zeros(len(texts), dtype=torch.bool)
         found[weighted.indices()[0]] = True
@@ -109,7 +115,7 @@ def _broad(count: int = BROAD) -> list[str]:
     return broad_texts(count)
 
 
-def _refuse_few(texts: Sequence[str], width: int) -> None:
+def _check_enough(texts: Sequence[str], width: int) -> None:
     if len(texts) < width:
         raise UserError(
             f"{len(texts)} documents for domain embeddings of {width} dimensions",
@@ -118,23 +124,23 @@ def _refuse_few(texts: Sequence[str], width: int) -> None:
 
 
 def _idf(counts: Tensor) -> Tensor:
-    """`[BUCKETS]`: the logarithm of the documents over those that hold an n-gram, smoothed, plus 1."""
+    """Return the smoothed inverse document frequency plus 1, `[BUCKETS]`."""
     frequency = torch.bincount(counts.indices()[1], minlength=BUCKETS).float()
     return torch.log((1.0 + counts.shape[0]) / (1.0 + frequency)) + 1.0
 
 
 def _unit_rows_times(rows: Tensor, components: Tensor) -> Tensor:
-    """Sparse `rows` scaled to length 1, times `components`; a row of zeros stays one."""
+    """Multiply sparse `rows`, scaled to length 1, by `components`. A row of zeros stays one."""
     squares = torch.zeros(rows.shape[0]).index_add_(0, rows.indices()[0], rows.values().square())
     found: Tensor = torch.sparse.mm(rows, components) / squares.sqrt().clamp(min=1e-12)[:, None]
     return found
 
 
 class TfidfEncoder:
-    """TF-IDF of hashed character n-grams, projected on the leading right singular vectors of the documents it
-    was fitted on.
+    """TF-IDF of hashed character n-grams, projected on leading right singular vectors.
 
-    Of other text it keeps what lies in their span. Mixtures of earlier versions have this one.
+    They are those of the documents that it was fitted on, so of other text only the part in their span
+    counts. Mixtures of earlier versions have this encoder.
 
     idf: `[BUCKETS]`; components: `[BUCKETS, width]`.
     """
@@ -144,8 +150,8 @@ class TfidfEncoder:
 
     @classmethod
     def fit(cls, texts: Sequence[str], width: int, *, seed: int = 0) -> TfidfEncoder:
-        """Raises `UserError` for fewer documents than dimensions."""
-        _refuse_few(texts, width)
+        """Fit to `texts`. Raises `UserError` if there are fewer documents than dimensions."""
+        _check_enough(texts, width)
         counts = _counts(texts)
         idf = _idf(counts)
         weighted = _weighted(counts, idf)
@@ -171,7 +177,7 @@ class TfidfEncoder:
 
 
 def _counts(texts: Sequence[str]) -> Tensor:
-    """Sublinear counts of hashed n-grams, sparse `[texts, BUCKETS]`."""
+    """Return `1 + log(count)` of hashed n-grams, sparse `[texts, BUCKETS]`."""
     rows, columns = [], []
     for row, text in enumerate(texts):
         flat = re.sub(r"\s+", " ", text[:CHARACTERS].casefold())
@@ -196,9 +202,9 @@ def _weighted(counts: Tensor, idf: Tensor) -> Tensor:
 
 
 class HiddenStateEncoder:
-    """The mean over positions of a language model's last hidden states, scaled to length 1, less a centre.
+    """Mean of a language model's last hidden states over positions, scaled to length 1, less a centre.
 
-    centre: `[hidden]`; None, as in mixtures of earlier versions: the mean states as they are.
+    centre: `[hidden]`. With None, as in mixtures of earlier versions, the means are returned as they are.
     """
 
     def __init__(self, model: Path, centre: Tensor | None = None) -> None:
@@ -207,14 +213,14 @@ class HiddenStateEncoder:
 
     @classmethod
     def fit(cls, model: Path, texts: Sequence[str]) -> HiddenStateEncoder:
-        """Its centre is the mean of a document of broad text in each language, and of `texts`."""
+        """Fit the centre: the mean of one broad document in each language and of `texts`."""
         encoder = cls(model)
         means = encoder.encode([*_broad(1), *texts])
         encoder.centre = torch.nn.functional.normalize(means, dim=-1).mean(dim=0)
         return encoder
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """See `Encoder`; at most 512 tokens of each text are read."""
+        """See `Encoder`. At most 512 tokens of each text are read."""
         from koine.model.formats.directory import load_model
         from koine.tokenizer import load_tokenizer
 
@@ -230,7 +236,7 @@ class HiddenStateEncoder:
         return found if self.centre is None else torch.nn.functional.normalize(found, dim=-1) - self.centre
 
     def save(self, folder: Path) -> None:
-        """See `Encoder`: the model is named, not copied."""
+        """See `Encoder`. The path of the model is written, not a copy."""
         from safetensors.torch import save_file
 
         if self.centre is not None:
@@ -238,8 +244,8 @@ class HiddenStateEncoder:
         write_json(folder / "encoder.json", {"kind": "hidden", "model": str(self.path.resolve())})
 
 
-def _refuse_custom_modules(folder: Path) -> None:
-    """Raise `UserError` for a sentence encoder with modules of its own code.
+def _check_custom_modules(folder: Path) -> None:
+    """Raise `UserError` if a sentence encoder brings its own code.
 
     Some versions of the library run such code unasked.
     """
@@ -268,7 +274,7 @@ class SentenceEncoder:
             "sentence_transformers", extra="sentences", purpose="domain embeddings by a sentence encoder"
         )
         self.path = folder
-        _refuse_custom_modules(folder)
+        _check_custom_modules(folder)
         self._model = library.SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -278,7 +284,7 @@ class SentenceEncoder:
         return found.float().clone()
 
     def save(self, folder: Path) -> None:
-        """See `Encoder`: the model is named, not copied."""
+        """See `Encoder`. The path of the model is written, not a copy."""
         write_json(folder / "encoder.json", {"kind": "sentences", "model": str(self.path.resolve())})
 
 
@@ -300,9 +306,9 @@ def fit_encoder(
 
 
 def load_encoder(model: Path) -> Encoder:
-    """The encoder that a mixture's domain embeddings were made by.
+    """Load the encoder of a mixture's domain embeddings.
 
-    Raises `UserError` where its files are not those of one.
+    Raises `UserError` if its files are not those of one.
     """
     folder = model / DOMAIN_ENCODER
     where = folder / "encoder.json"
@@ -332,7 +338,7 @@ def load_encoder(model: Path) -> Encoder:
 
 
 def _tensors(path: Path, *names: str) -> list[Tensor]:
-    """The tensors of an encoder's file. Raises `UserError` where it is damaged, or another's."""
+    """Return the tensors of an encoder's file. Raises `UserError` if it is damaged, or another's."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,14 +1,15 @@
-"""Dense branches of one seed made one mixture of experts: BTX, BAM and Nexus.
+"""Upcycle dense branches of one seed to a mixture of experts: BTX, BAM and Nexus.
 
 | | BTX | BAM | Nexus |
 |---|---|---|---|
 | routed feed-forward experts | seed and branches | seed and branches | branches |
 | shared feed-forward expert | none | none | the seed's, weight 1 |
 | attention | average | an expert of each, soft | average |
-| what is averaged | seed and branches | seed and branches | branches |
+| averaged models | seed and branches | seed and branches | branches |
 | router | linear | linear, one for each kind of expert | a projection of domain embeddings |
 
-(arXiv 2403.07816; arXiv 2408.08274, section 3; arXiv 2408.15901, section 3.) Routers begin at random.
+(arXiv 2403.07816; arXiv 2408.08274, section 3; arXiv 2408.15901, section 3.) Routers are
+initialised at random.
 """
 
 from __future__ import annotations
@@ -43,12 +44,32 @@ KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def upcycle_btx(seed: Path, experts: Mapping[str, Path], out: Path, *, top_k: int = 1, seed_copies: int = 0, random_seed: int = 0,
-                load_balancing: float = BTX.load_balancing, z_loss: float = BTX.z_loss) -> ModelConfig:  # fmt: skip
-    """Branch-train-mix: feed-forward experts and averaged attention. See `koine.combine.moe.branches.open_branches` for what is refused.
+def upcycle_btx(
+    seed: Path,
+    experts: Mapping[str, Path],
+    out: Path,
+    *,
+    top_k: int = 1,
+    seed_copies: int = 0,
+    random_seed: int = 0,
+    load_balancing: float = BTX.load_balancing,
+    z_loss: float = BTX.z_loss,
+) -> ModelConfig:
+    """Write a branch-train-mix mixture: feed-forward experts and averaged attention.
 
-    seed_copies: more experts that begin as the seed's feed-forward half, as in the parameter-matched baseline of arXiv 2408.08274; they do not count in
-    the average.
+    Args:
+        seed: the dense model that `experts` branched from.
+        experts: a model folder for each name.
+        out: the folder to write to.
+        top_k: feed-forward experts of each token.
+        seed_copies: further experts initialised from the seed's feed-forward, as in the parameter-matched
+            baseline of arXiv 2408.08274. They do not count in the average.
+        random_seed: of the routers' weights.
+        load_balancing: factor of the load-balancing loss.
+        z_loss: factor of the router z-loss.
+
+    Raises:
+        UserError: models that do not fit, see `koine.combine.moe.branches.open_branches`.
     """
     copies = tuple(f"seed-{number}" for number in range(2, seed_copies + 2))
     mixture = MixtureConfig(
@@ -59,10 +80,25 @@ def upcycle_btx(seed: Path, experts: Mapping[str, Path], out: Path, *, top_k: in
     )
 
 
-def upcycle_bam(seed: Path, experts: Mapping[str, Path], out: Path, *, attention: str = "kv-experts",
-                attention_top_k: int | None = None, top_k: int = 1, random_seed: int = 0,
-                load_balancing: float = BAM.load_balancing, z_loss: float = BAM.z_loss) -> ModelConfig:  # fmt: skip
-    """BAM: feed-forward experts, and a mixture of attention experts with their own keys and values or with shared ones."""
+def upcycle_bam(
+    seed: Path,
+    experts: Mapping[str, Path],
+    out: Path,
+    *,
+    attention: str = "kv-experts",
+    attention_top_k: int | None = None,
+    top_k: int = 1,
+    random_seed: int = 0,
+    load_balancing: float = BAM.load_balancing,
+    z_loss: float = BAM.z_loss,
+) -> ModelConfig:
+    """Write a BAM mixture: feed-forward experts and attention experts.
+
+    Args:
+        seed: see `upcycle_btx`, as for the arguments not named here.
+        attention: `kv-experts`, each with its own keys and values, or `shared-kv`.
+        attention_top_k: attention experts whose gate is kept; None for all.
+    """
     if attention == "averaged":
         raise UserError("BAM does not average the attention", hint="give kv-experts or shared-kv, or use btx")
     mixture = MixtureConfig(
@@ -72,11 +108,23 @@ def upcycle_bam(seed: Path, experts: Mapping[str, Path], out: Path, *, attention
     return _upcycle("bam", seed, experts, mixture, out, random_seed=random_seed, domains=None)
 
 
-def upcycle_nexus(seed: Path, experts: Mapping[str, Path], out: Path, *, domains: Tensor | None, top_k: int = 1,
-                  random_seed: int = 0, load_balancing: float = NEXUS.load_balancing, z_loss: float = NEXUS.z_loss) -> ModelConfig:  # fmt: skip
-    """Nexus: the seed's feed-forward half shared, the branches' routed by their domains' embeddings.
+def upcycle_nexus(
+    seed: Path,
+    experts: Mapping[str, Path],
+    out: Path,
+    *,
+    domains: Tensor | None,
+    top_k: int = 1,
+    random_seed: int = 0,
+    load_balancing: float = NEXUS.load_balancing,
+    z_loss: float = NEXUS.z_loss,
+) -> ModelConfig:
+    """Write a Nexus mixture: the seed's feed-forward is shared, the branches' are routed by domain.
 
-    domains: `[experts, domain_size]`, in the order of `experts`; `None` for the paper's baseline, a linear router on the same experts.
+    Args:
+        seed: see `upcycle_btx`, as for the arguments not named here.
+        domains: embeddings `[experts, domain_size]`, in the order of `experts`; None for the paper's
+            baseline, a linear router on the same experts.
     """
     if domains is not None and domains.shape[0] != len(experts):
         raise UserError(
@@ -103,30 +151,33 @@ def _upcycle(
     if not experts:
         raise UserError("no experts are given", hint="give the folder of at least one branch of the seed")
     root, branches = open_branches(seed, experts)
-    everyone = branches if mixture.shared_expert else [root, *branches]
+    members = branches if mixture.shared_expert else [root, *branches]
     config = replace(root.config, mixture=mixture)
-    tensors = dict(_tensors(root, everyone, config, seed_copies))
+    tensors = dict(_tensors(root, members, config, seed_copies))
     tensors |= new_routers(config, random_seed, dtype=tensors["model.norm.weight"].dtype)
     if domains is not None:
         for name in [name for name in tensors if name.endswith(DOMAINS)]:
-            # A copy a layer: tensors of a file share no memory.
+            # A copy for each layer: tensors of a file share no memory.
             tensors[name] = domains.to(tensors[name].dtype, copy=True)
     save_stored(tensors, config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     write_record(
-        out, method=method, seed=source_of(root.path), experts={b.name: source_of(b.path) for b in everyone},
+        out, method=method, seed=source_of(root.path), experts={b.name: source_of(b.path) for b in members},
         random_seed=random_seed,
     )  # fmt: skip
     return config
 
 
 def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bool = True) -> ModelConfig:
-    """The dense average of the branches, and of the seed unless told otherwise: the baseline of arXiv 2408.15901."""
+    """Write the dense average of the branches, and with `with_seed` of the seed too.
+
+    It is the baseline of arXiv 2408.15901.
+    """
     root, branches = open_branches(seed, experts)
-    everyone = [root, *branches] if with_seed else branches
+    members = [root, *branches] if with_seed else branches
     tensors = {
-        name: mean([branch.tensor(name) for branch in everyone])
+        name: mean([branch.tensor(name) for branch in members])
         for name in sorted(root.weights)
         if not _left_out(name, root.config)
     }
@@ -137,21 +188,24 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
 
 
 def _left_out(name: str, config: ModelConfig) -> bool:
-    """A tied head's copy, and the rotary tables of old checkpoints."""
+    """Whether a tensor is a tied head's copy, or a RoPE table of an old checkpoint."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
 
 
 def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """The average, worked out in float32 (float64 stays), in the dtype of the first."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    total = tensors[0].to(wide, copy=True)
+    """Return the average in the dtype of the first tensor, computed in float32 or float64."""
+    upcast = torch.promote_types(tensors[0].dtype, torch.float32)
+    total = tensors[0].to(upcast, copy=True)
     for tensor in tensors[1:]:
-        total += tensor.to(wide)
+        total += tensor.to(upcast)
     return (total / len(tensors)).to(tensors[0].dtype)
 
 
 def is_expert_tensor(name: str, mixture: MixtureConfig) -> str | None:
-    """For a dense model's stored tensor (its name after `model.layers.N.`), `attention` or `feed-forward` where each expert keeps its own."""
+    """Return `attention` or `feed-forward` if each expert has its own copy of a tensor, else None.
+
+    name: of a dense model's stored tensor, without `model.layers.N.`.
+    """
     part = name.removesuffix(".weight")
     if part in FEED_FORWARD:
         return "feed-forward"
@@ -160,19 +214,25 @@ def is_expert_tensor(name: str, mixture: MixtureConfig) -> str | None:
 
 
 def expert_name(layer_prefix: str, name: str, number: int) -> str:
-    """Where expert `number` keeps a dense model's tensor `name`: `self_attn.q_proj.weight` becomes `self_attn.experts.2.q_proj.weight`."""
-    half, rest = name.split(".", 1)
-    return f"{layer_prefix}{half}.experts.{number}.{rest}"
+    """Return the name of a dense model's tensor in expert `number`.
+
+    `self_attn.q_proj.weight` becomes `self_attn.experts.2.q_proj.weight`.
+    """
+    module, rest = name.split(".", 1)
+    return f"{layer_prefix}{module}.experts.{number}.{rest}"
 
 
 def layer_of(name: str) -> tuple[str, str]:
-    """`model.layers.3.mlp.up_proj.weight` as `model.layers.3.` and `mlp.up_proj.weight`; an empty prefix outside the layers."""
+    """Split `model.layers.3.mlp.up_proj.weight` into `model.layers.3.` and `mlp.up_proj.weight`.
+
+    The prefix is empty outside the layers.
+    """
     parts = name.split(".", 3)
     return (".".join(parts[:3]) + ".", parts[3]) if name.startswith("model.layers.") else ("", name)
 
 
 def _tensors(
-    root: Branch, everyone: Sequence[Branch], config: ModelConfig, seed_copies: int
+    root: Branch, members: Sequence[Branch], config: ModelConfig, seed_copies: int
 ) -> Iterator[tuple[str, Tensor]]:
     assert config.mixture is not None
     for name in sorted(root.weights):
@@ -181,11 +241,11 @@ def _tensors(
         prefix, rest = layer_of(name)
         kind = is_expert_tensor(rest, config.mixture) if prefix else None
         if kind is None:
-            yield name, mean([branch.tensor(name) for branch in everyone])
+            yield name, mean([branch.tensor(name) for branch in members])
             continue
-        for number, branch in enumerate(everyone):
+        for number, branch in enumerate(members):
             yield expert_name(prefix, rest, number), branch.tensor(name)
-        for number in range(len(everyone), len(everyone) + seed_copies):
+        for number in range(len(members), len(members) + seed_copies):
             # Copies: tensors of a file share no memory.
             yield expert_name(prefix, rest, number), root.tensor(name).clone()
         if kind == "feed-forward" and config.mixture.shared_expert:
@@ -193,7 +253,7 @@ def _tensors(
 
 
 def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The routers of every layer, at random, under their stored names."""
+    """Initialise the routers of every layer; returns their tensors under their stored names."""
     mixture = config.mixture
     assert mixture is not None
     generator_state = torch.get_rng_state()
@@ -222,7 +282,7 @@ def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) ->
 
 
 def source_of(path: Path) -> dict[str, str]:
-    """Where a model lies, and what its weights hash to."""
+    """Return a model's path and the sha256 of its weights."""
     return {
         "path": str(path),
         "sha256": ",".join(sha256_file(file) for file in weight_files(path)),
@@ -235,9 +295,9 @@ def write_record(out: Path, **content: object) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of `mixture.json`; empty where there is none.
+    """Read `mixture.json`; the result is empty if there is none.
 
-    Raises `UserError` where it is none that was written here.
+    Raises `UserError` if its fields are not those of `write_record`.
     """
     where, hint = path / RECORD, "remove it, or upcycle again"
     if not where.exists():
@@ -249,10 +309,10 @@ def read_record(path: Path) -> dict[str, Any]:
         one = Fields(change, where, hint_if_broken=hint)
         _check_sources(one.inner("added", {}))
         one.text("removed", None)
-        # All may be added; what is left when all is taken out cannot be scaled up again.
+        # A share of 1 can be added, not taken out: nothing would be left to scale up.
         most = {"high": 1.0} if "added" in change else {"high": 1 - 1e-9}
         one.number("share", 0.5 if "added" in change else None, low=0, **most)
-    # What is null is not there, for those that read it too.
+    # A null field counts as absent.
     content = {name: entry for name, entry in content.items() if entry is not None}
     if "changes" in content:
         content["changes"] = [
@@ -263,7 +323,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _check_sources(models: Fields) -> None:
-    """Names of models, each with its path and the sha256 of its weights."""
+    """Check that each model has its path and the sha256 of its weights."""
     for name in models.value:
         source = models.inner(name)
         source.text("path")

@@ -1,7 +1,7 @@
 """Token Distillation (Dobler, Elliott and de Melo 2025, arXiv 2505.20133): train the rows of new tokens.
 
-The model (teacher) reads a text with the old tokens of a new token. The same model (student) reads it with the
-one new token in their place, and should have the same hidden states from there on. Only the new rows are
+The model (teacher) reads a text with the old tokens of a new token. The same model (student) reads it with
+the one new token in their place, and should have the same hidden states from there on. Only the new rows are
 trained, by the squared difference of the last hidden states at the token's end and at the positions after it.
 """
 
@@ -38,7 +38,10 @@ class Snippet:
 def snippets(
     before: Tokenizer, after: Tokenizer, match: VocabularyMatch, texts: Sequence[str]
 ) -> Iterator[Snippet]:
-    """Yield places where a new token begins and ends at borders of old ones, at most `MAX_SNIPPETS` per token."""
+    """Yield places where a new token begins and ends at borders of old ones.
+
+    At most `MAX_SNIPPETS` per token.
+    """
     seen: dict[int, int] = {}
     for text in texts:
         old, new = before.encode(text), after.encode(text)
@@ -123,7 +126,7 @@ def distill_rows(
 
 
 def _distillation_loss(model: LanguageModel, rows: Tensor, batch: Sequence[Snippet]) -> Tensor:
-    """Compute the mean squared difference of hidden states between teacher and student over a batch of snippets.
+    """Compute the mean squared difference between hidden states of teacher and student.
 
     rows: `[new_size, hidden]`; the student's embedding of each new token.
     """

@@ -1,4 +1,4 @@
-"""Move a causal language model to another tokenizer: shared tokens keep their rows, new ones are initialised."""
+"""Move a causal language model to another tokenizer: shared tokens keep their rows, others get new ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from koine.model.causal_lm import CausalLM, load_as_stored
 from koine.model.formats.carried_files import TOKENIZER_FILES, carry_files
 from koine.model.formats.library_config import skeleton
 from koine.model.formats.weight_files import check_adapter
-from koine.model.language_model import VocabularyTensors
+from koine.model.language_model import LanguageModel, VocabularyTensors
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.embedding_init import METHODS, Method, auxiliary_vectors, initialise_rows
 from koine.tokenizer.loaders import open_tokenizer
@@ -45,7 +45,7 @@ class Moved:
     dropped: int
     rows: int
     padding: int
-    """Rows beyond the old tokenizer's ids; they stand beyond the new one's ids too."""
+    """Rows beyond the old tokenizer's ids, kept beyond the new one's."""
 
     @property
     def reversible(self) -> bool:
@@ -69,20 +69,22 @@ def move_model(
         >>> moved = move_model("models/llama", "tokenizer", out="models/moved")
         >>> moved.shared, moved.reversible
 
-    Tied embeddings stay tied. An untied head is initialised like the embedding, from its own rows. Rows beyond the
-    tokenizer's ids (padding to a round number) stay beyond them, as many as before.
+    Tied embeddings stay tied. An untied head is initialised like the embedding, from its own rows. Rows
+    beyond the tokenizer's ids (padding to a round number) stay beyond them, as many as before.
 
     Args:
         model: folder of the model with its tokenizer.
-        tokenizer: folder of the new tokenizer. Where it has no chat template, the model keeps its own if the new
-            vocabulary has the template's special tokens; otherwise a `KoineWarning` reports that it is dropped.
+        tokenizer: folder of the new tokenizer. Where it has no chat template, the model keeps its own if the
+            new vocabulary has the template's special tokens; otherwise a `KoineWarning` reports that it is
+            dropped.
         out: folder to write.
         method: how new rows are initialised, see `koine.tokenizer.embedding_init`.
         texts: `focus` and `distill` learn from them, in the languages of the new tokens.
         seed: of random rows and of the order of training.
 
     Raises:
-        UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, or the method lacks texts.
+        UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, or the method lacks
+            texts.
     """
     model, tokenizer, out = Path(model), Path(tokenizer), Path(out)
     if method not in METHODS:
@@ -95,34 +97,18 @@ def move_model(
     match = match_tokenizers(model, tokenizer)
     loaded = load_as_stored(model)
     if isinstance(loaded, CausalLM):
-        # Our decoder has no other tables of tokens; a class of transformers may have one a layer.
+        # Our decoder has no other tables of tokens; a class of transformers may have one per layer.
         _check_other_tables(loaded, model)
-    auxiliary = None
-    if method == "focus":
-        auxiliary = auxiliary_vectors((after.encode(text) for text in sample), match.new_size)
-    generator = torch.Generator().manual_seed(seed)
-
-    def rows(matrix: Tensor) -> Tensor:
-        new = initialise_rows(matrix.detach(), match, method=method, generator=generator, auxiliary=auxiliary)
-        return torch.cat((new, matrix.detach()[match.old_size :].cpu()))
-
-    old = loaded.vocabulary_tensors()
-    padding = len(old.embedding) - match.old_size
+    padding = len(loaded.vocabulary_tensors().embedding) - match.old_size
     if padding < 0:
         raise UserError(
-            f"the model has {len(old.embedding)} rows and its tokenizer {match.old_size} ids",
+            f"the model has {match.old_size + padding} rows and its tokenizer {match.old_size} ids",
             where=model,
             hint="give the model its own tokenizer",
         )
-    new_embedding = rows(old.embedding)
-    new_head = None if old.head is None else rows(old.head)
-    if method == "distill":
-        from koine.model.adapt.token_distillation import distill_rows
-
-        new_embedding = distill_rows(loaded, before, after, match, new_embedding, sample, seed=seed)
-    new_bias = None if old.bias is None else _bias_rows(old.bias, match)
+    tensors = _initialised_tensors(loaded, before, after, match, method, sample, seed)
     loaded.set_vocabulary(
-        VocabularyTensors(new_embedding, new_head, new_bias),
+        tensors,
         {"bos_token_id": after.bos_id, "eos_token_id": after.eos_id, "pad_token_id": after.pad_id},
         partial(_moved_ids, match=match),
     )
@@ -151,6 +137,35 @@ def move_model(
         rows=match.new_size,
         padding=padding,
     )
+
+
+def _initialised_tensors(
+    loaded: LanguageModel,
+    before: Tokenizer,
+    after: Tokenizer,
+    match: VocabularyMatch,
+    method: Method,
+    texts: Sequence[str],
+    seed: int,
+) -> VocabularyTensors:
+    """Return embedding, head and bias in the new vocabulary; rows beyond the old tokenizer's ids follow."""
+    auxiliary = None
+    if method == "focus":
+        auxiliary = auxiliary_vectors((after.encode(text) for text in texts), match.new_size)
+    generator = torch.Generator().manual_seed(seed)
+
+    def initialised(matrix: Tensor) -> Tensor:
+        new = initialise_rows(matrix.detach(), match, method=method, generator=generator, auxiliary=auxiliary)
+        return torch.cat((new, matrix.detach()[match.old_size :].cpu()))
+
+    old = loaded.vocabulary_tensors()
+    embedding = initialised(old.embedding)
+    head = None if old.head is None else initialised(old.head)
+    if method == "distill":
+        from koine.model.adapt.token_distillation import distill_rows
+
+        embedding = distill_rows(loaded, before, after, match, embedding, texts, seed=seed)
+    return VocabularyTensors(embedding, head, None if old.bias is None else _bias_rows(old.bias, match))
 
 
 def _check_other_tables(loaded: CausalLM, model: Path) -> None:

@@ -1,7 +1,8 @@
-"""Find and carry the files beside a model's weights, without which a folder made from it is not whole.
+"""Copy the files beside a model's weights that a folder made from it needs.
 
 Sentence models have folders of modules (`1_Pooling`, `2_Dense`), chat models templates and processors, and
-any model files that only its own tools know."""
+some models files that only their own tools know.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +20,35 @@ from koine.model.formats.mixture_files import DOMAIN_ENCODER
 from koine.model.formats.weight_files import INDEX, SINGLE
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "sentencepiece.model", "source.spm", "target.spm", "tiktoken.model",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
+    "source.spm", "target.spm", "tiktoken.model",
 )  # fmt: skip
 """Files and folders of a tokenizer, in the formats that `transformers` knows."""
 
 WEIGHTS = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5",
-    "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.mlpackage", "*.npz", "*.pkl", "*.pickle", "*.engine",
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt",
+    "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel",
+    "*.mlpackage", "*.npz", "*.pkl", "*.pickle", "*.engine",
 )  # fmt: skip
-"""Files of weights: in a folder that is made from a model's they would be those of the old model."""
+"""Files of weights. In a folder that is made from a model they would be the old weights."""
 
 OF_THE_RUN = (
-    "README.md", "artifact.json", "training.json", DRAWN, "metrics*", "report.json", "tensorboard", "runs", "wandb", "checkpoints", "checkpoint-*",
-    "global_step*", "merge*.json", "trainer_state.json", "training_args.bin", "optimizer*", "scheduler*", "rng_state*",
-    "scaler*", "all_results.json", "train_results.json", "eval_results.json", "zero_to_fp32.py", "latest", "*.lock", "*.partial", "*.log",
+    "README.md", "artifact.json", "training.json", DRAWN, "metrics*", "report.json", "tensorboard", "runs",
+    "wandb", "checkpoints", "checkpoint-*", "global_step*", "merge*.json", "trainer_state.json",
+    "training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*", "all_results.json",
+    "train_results.json", "eval_results.json", "zero_to_fp32.py", "latest", "*.lock", "*.partial", "*.log",
     "__pycache__", ".*",
 )  # fmt: skip
-"""Files about how one model was made, or for training it further."""
+"""Files about how a model was made, or for training it further."""
 
-ITS_OWN = ("config.json",)
+REWRITTEN = ("config.json",)
 """Files that every writer of a model writes itself."""
 
 
 def copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
-    """Copy the files of a tokenizer's folder, if one is given, into a model's folder (which may be the same)."""
+    """Copy a tokenizer's files, if one is given, into a model's folder (which may be the same)."""
     if tokenizer is None:
         return
     for name in TOKENIZER_FILES:
@@ -56,15 +60,27 @@ def copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
 def carry_files(
     model: Path, out: Path, *, but: Collection[str] = (), keep: bool = False, warn: bool = True
 ) -> list[str]:
-    """Copy what lies beside the weights of `model` into `out`, sub-folders too; what holds weights and is
-    left behind.
+    """Copy the files beside the weights of `model` into `out`, sub-folders too.
 
-    but: names on top that are not copied. keep: leave what `out` has already. Weights in sub-folders are
-    copied where they are those of a module of a sentence model, or of a mixture's encoder of domains. All
-    others are left behind with their folder and named in a `KoineWarning` (unless `warn` is off): they hold
-    the old model. Raises `OSError` where a file cannot be read or written."""
+    Weights in sub-folders are copied where they belong to a module of a sentence model, or to a mixture's
+    domain encoder. All other weights are the old model's: they are left out with their folder, and a
+    `KoineWarning` names them.
+
+    Args:
+        model: folder to copy from.
+        out: folder to copy to.
+        but: names of the top level that are not copied.
+        keep: keep files that `out` has already.
+        warn: whether to warn.
+
+    Returns:
+        Names of the files and folders with weights that were left out.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     modules = module_folders(model)
-    paths = [path for path in carried_paths(model) if path.parts[0] not in (*but, *ITS_OWN)]
+    paths = [path for path in carried_paths(model) if path.parts[0] not in (*but, *REWRITTEN)]
     stale = {path for path in paths if _is_weights(path.name) and not _belongs(path, modules)}
     folders = {path.parts[0] for path in stale if len(path.parts) > 1}
     for path in paths:
@@ -90,8 +106,10 @@ def carry_files(
 
 
 def carried_paths(model: Path) -> list[PurePosixPath]:
-    """The files of a model directory without those that tell of its training, relative to it. Links are
-    followed, each folder once."""
+    """Return the files of a model directory, without those of its training, as relative paths.
+
+    Links are followed, each folder once.
+    """
     found: list[PurePosixPath] = []
     seen = {model.resolve()}
     for folder, folders, files in os.walk(model, followlinks=True):
@@ -113,7 +131,7 @@ def carried_paths(model: Path) -> list[PurePosixPath]:
 
 
 def module_folders(model: Path) -> list[str]:
-    """The sub-folders of a sentence model's modules, as its `modules.json` names them; none for other models.
+    """Return the sub-folders of a sentence model's modules, from its `modules.json`; empty for other models.
 
     Raises `UserError` where that file is damaged or names a folder outside.
     """
@@ -136,7 +154,7 @@ def module_folders(model: Path) -> list[str]:
 
 
 def module_weights(model: Path) -> dict[str, list[str]]:
-    """The sub-folders of modules that hold weights, and the names of those files."""
+    """Return the module folders that hold weights, with the names of those files."""
     found: dict[str, list[str]] = {}
     for name in module_folders(model):
         folder = model / name
@@ -163,7 +181,7 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
 
 
 def _weights_read(model: Path) -> set[str]:
-    """Names on top of the files whose weights are read; they need no word."""
+    """Return the names of the weight files that are loaded; no warning names them."""
     if (model / SINGLE).is_file():
         return {SINGLE}
     if (model / INDEX).is_file():

@@ -1,9 +1,8 @@
-"""A checksum inside a safetensors file, and the check of it when a model is opened: a flipped byte is named,
-not computed with.
+"""Checksums inside safetensors files, verified when a model is opened, so that damage is found.
 
-The header's `__metadata__` carries `sha256`: that of the whole file with these 64 characters written as
-zeros. It travels with the file, and a library that writes the weights anew drops it, so that it is never
-stale. Files of others have none and are not checked.
+The header's `__metadata__` has `sha256`: of the whole file, with these 64 characters as zeros. It is copied
+with the file. A library that rewrites the weights drops it, so it is never stale. Files without one are not
+checked.
 """
 
 from __future__ import annotations
@@ -22,43 +21,40 @@ from koine.model.formats.safetensors_header import MalformedHeaderError, raw_hea
 
 KEY = "sha256"
 NO_CHECKSUM = "0" * 64
-"""Checksum in the header until the file is complete.
-
-`CheckpointWriter` and `save_file` write it as metadata.
-"""
+"""Placeholder until the file is complete; `CheckpointWriter` and `save_file` write it as metadata."""
 BLOCK = 8 * 2**20
 MOST_REMEMBERED = 4096
-"""Checked files that are remembered at most."""
+"""Most verified files that are remembered."""
 
 
 def _header(path: Path) -> bytes:
-    """The bytes of length and header; `b""` where there is no whole header."""
+    """Return the bytes of length and header; `b""` for a malformed header."""
     try:
         return raw_header(path)
     except MalformedHeaderError:
-        # Whoever opens the file says what is wrong with it.
+        # Opening the file reports the fault.
         return b""
 
 
 def _place(header: bytes) -> tuple[int, str] | None:
-    """Offset of the checksum in the file (-1 for a malformed one), and its text; None without one."""
+    """Return the checksum's offset in the file (-1 for a malformed one) and its text; None without one."""
     try:
         content = json.loads(header[8:])
     except (ValueError, RecursionError):
         return None
     metadata = content.get("__metadata__") if isinstance(content, dict) else None
-    said = metadata.get(KEY) if isinstance(metadata, dict) else None
-    if not isinstance(said, str):
+    digest = metadata.get(KEY) if isinstance(metadata, dict) else None
+    if not isinstance(digest, str):
         return None
-    if not re.fullmatch("[0-9a-f]{64}", said):
-        return -1, said
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        return -1, digest
     # The quoted pair, so that a tensor with such a name is not taken for it.
-    found = re.search(rb'"sha256"\s*:\s*"' + said.encode() + b'"', header)
-    return None if found is None else (found.end() - 65, said)
+    found = re.search(rb'"sha256"\s*:\s*"' + digest.encode() + b'"', header)
+    return None if found is None else (found.end() - 65, digest)
 
 
 def _digest(path: Path, place: int) -> str:
-    """sha256 of a file with the 64 characters at `place` as zeros, read in constant memory."""
+    """Compute the sha256 of a file with the 64 characters at `place` as zeros, in constant memory."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(place))
@@ -70,16 +66,15 @@ def _digest(path: Path, place: int) -> str:
 
 
 def write_checksum(path: Path) -> None:
-    """Write the checksum of a finished safetensors file into its header; a file without room for it is
-    written anew.
+    """Write the checksum of a complete safetensors file into its header.
 
-    Raises `OSError` where the system refuses.
+    A file without space for it is rewritten. Raises `OSError` where the system refuses.
     """
     header = _header(path)
     if _place(header) is None:
         _make_room(path, header)
         header = _header(path)
-    _order(path, header)
+    _sort_metadata(path, header)
     place = _place(_header(path))
     assert place is not None
     digest = _digest(path, place[0])
@@ -90,7 +85,7 @@ def write_checksum(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _order(path: Path, header: bytes) -> None:
+def _sort_metadata(path: Path, header: bytes) -> None:
     """Sort the keys of the metadata, so that the same weights give the same bytes.
 
     The library writes them in another order at every run.
@@ -108,7 +103,7 @@ def _order(path: Path, header: bytes) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """`write_checksum` for every safetensors file of a model folder that is about to be published."""
+    """Write the checksum of every safetensors file of a model folder, before it is published."""
     for path in sorted(folder.glob("*.safetensors")):
         write_checksum(path)
 
@@ -131,10 +126,9 @@ def _make_room(path: Path, header: bytes) -> None:
 
 
 def verify_checksums(files: Iterable[Path]) -> None:
-    """Compare weight files with the checksums that they carry; what was found whole is remembered and not
-    read again.
+    """Compare weight files with the checksums in their headers.
 
-    Raises `UserError` that names the file whose bytes have changed.
+    Verified files are remembered and not read again. Raises `UserError` with the name of a damaged file.
     """
     for path in files:
         if path.suffix != ".safetensors":
@@ -142,8 +136,8 @@ def verify_checksums(files: Iterable[Path]) -> None:
         place = _place(_header(path))
         if place is None or place[1] == NO_CHECKSUM:
             continue
-        name = _name(path)
-        if _is_remembered(name):
+        state = _state(path)
+        if _is_remembered(state):
             continue
         if place[0] < 0 or _digest(path, place[0]) != place[1]:
             raise UserError(
@@ -151,13 +145,13 @@ def verify_checksums(files: Iterable[Path]) -> None:
                 where=path,
                 hint="copy it again, or build it again",
             )
-        # Changed while it was read: then nothing is known of it.
-        if _name(path) == name:
-            _remember(name)
+        # A file that changed while it was read is not remembered.
+        if _state(path) == state:
+            _remember(state)
 
 
-def _name(path: Path) -> str:
-    """A file as it is now: path, size, times and inode."""
+def _state(path: Path) -> str:
+    """Return a hash of a file's path, size, times and inode."""
     about = path.stat()
     state = (
         str(path.resolve()),
@@ -174,19 +168,19 @@ def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "koine" / "whole-weights"
 
 
-def _is_remembered(name: str) -> bool:
+def _is_remembered(state: str) -> bool:
     try:
-        return (_folder() / name).is_file()
+        return (_folder() / state).is_file()
     except (OSError, RuntimeError):
         return False
 
 
-def _remember(name: str) -> None:
-    # Where nothing can be kept (no home, a read-only or full disk) the file is read again next time.
+def _remember(state: str) -> None:
+    # Without a writable folder (no home, a read-only or full disk) the file is read again next time.
     with contextlib.suppress(OSError, RuntimeError):
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / state).touch()
         entries = list(folder.iterdir())
         if len(entries) > MOST_REMEMBERED:
             entries.sort(key=lambda entry: entry.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""`config.json` in both directions: Cohere and Cohere2 where the model is one of them, our own `koine` where it is not."""
+"""Read and write `config.json`: as Cohere or Cohere2 where the model is one of them, else as `koine`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM",
 
 
 def model_type(config: ModelConfig) -> str:
-    """The `transformers` class that is exactly this model, or `koine` where there is none.
+    """Return the `transformers` class that is exactly this model, `koine` without one.
 
-    Experts: `koine`. Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with
-        RoPE, full ones without, no QK-norm.
+    Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones
+        without, no QK-norm. Experts: `koine`.
     """
     layers = config.layers
     if config.mixture is not None:
         return "koine"
     if all(layer.window is None and layer.rope and layer.qk_norm == layers[0].qk_norm for layer in layers):
-        # transformers' Cohere takes head_dim from its config where given, and derives it otherwise.
+        # Cohere in transformers takes head_dim from the configuration, or derives it.
         return "cohere"
     windows = {layer.window for layer in layers if layer.window is not None}
     hybrid = all((layer.window is not None) == layer.rope and not layer.qk_norm for layer in layers)
@@ -42,7 +42,7 @@ def model_type(config: ModelConfig) -> str:
 
 
 def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
-    """The content of `config.json`."""
+    """Return the content of `config.json`."""
     kind = model_type(config)
     value: dict[str, Any] = {
         "architectures": [_ARCHITECTURE[kind]],
@@ -72,7 +72,7 @@ def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     if kind == "cohere":
         value["use_qk_norm"] = config.layers[0].qk_norm
     elif kind == "cohere2":
-        # A model of full layers alone has no window; Cohere2's configuration wants one all the same.
+        # A model of full layers alone has no window, but Cohere2's configuration requires one.
         windows = [layer.window for layer in config.layers if layer.window is not None]
         value["sliding_window"] = windows[0] if windows else config.max_position_embeddings
         value["layer_types"] = [
@@ -88,25 +88,29 @@ def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
 
 
 class UnsupportedModelError(UserError):
-    """A Cohere or Cohere2 with a feature that these maths do not have; `transformers` can open it all the same."""
+    """A Cohere or Cohere2 with a feature that our decoder lacks and `transformers` has."""
 
 
 def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
-    """A `ModelConfig` from the content of a Cohere, Cohere2 or Koine `config.json`; what is left out has `transformers`' default.
+    """Build a `ModelConfig` from the content of a Cohere, Cohere2 or Koine `config.json`.
 
-    Raises `UserError` for another `model_type`, a missing field or one of the wrong kind,
-    `UnsupportedModelError` for a feature that these maths do not have.
+    Missing optional fields have the default of `transformers`.
+
+    Raises:
+        UserError: another `model_type`, a missing field or one of the wrong type.
+        UnsupportedModelError: a feature that our decoder lacks.
     """
     kind = value.get("model_type")
     if not isinstance(kind, str) or kind not in OWN_TYPES:
         raise UserError(
-            f"model_type {short_repr(kind)} is not one that Koine's own decoder implements ({', '.join(OWN_TYPES)})",
+            f"model_type {short_repr(kind)} is not one that Koine's own decoder implements "
+            f"({', '.join(OWN_TYPES)})",
             where=where,
             hint="steps that take any causal LM open it through transformers (pip install 'koine[hf]')",
         )
     fields = Fields(value, where, hint_if_broken="the file is not a whole config.json")
     rope = fields.inner("rope_parameters", None) or fields.inner("rope_scaling", None) or Fields({}, where)
-    _refuse_unsupported(fields, rope)
+    _check_supported(fields, rope)
     heads, hidden = _size(fields, "num_attention_heads", "num_heads"), _size(fields, "hidden_size")
     theta = rope.number("rope_theta", None)
     if theta is None:
@@ -135,7 +139,7 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
         raise type(error)(error.what, where=error.where or where, hint=error.hint) from None
 
 
-def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
+def _check_supported(fields: Fields, rope: Fields) -> None:
     rope_type = rope.text("rope_type", None) or rope.text("type", "default")
     partial = rope.number("partial_rotary_factor", None)
     if partial is None:
@@ -156,13 +160,13 @@ def _refuse_unsupported(fields: Fields, rope: Fields) -> None:
 
 
 def _size(fields: Fields, name: str, ours: str | None = None, *default: int) -> int:
-    """A size, by its name in the file and ours."""
+    """Read a size, by its name in the file and our name."""
     got: int = fields.integer(name, *default, low=1, high=SIZES[ours or name])
     return got
 
 
 def _token_id(fields: Fields, name: str, default: int) -> int:
-    """A token id, or the first of several."""
+    """Read a token id, or the first of several."""
     got = fields.get(name, default)
     if isinstance(got, list) and got:
         got = got[0]
@@ -177,7 +181,7 @@ def _one_a_layer(fields: Fields, name: str, count: int) -> list[Any]:
         raise UserError(
             f"'{name}' has {len(got)} entries and num_hidden_layers is {count}",
             where=fields.where,
-            hint="give one entry a layer",
+            hint="give one entry per layer",
         )
     return got
 
@@ -229,14 +233,13 @@ def _mixture(fields: Fields) -> MixtureConfig | None:
         or not (isinstance(names, list) and all(isinstance(name, str) for name in names))
     ):
         raise fields.wrong("mixture", f"an object with the keys {', '.join(sorted(known))}")
-    # What is null has its default, as everywhere in the file; what is not is checked when the configuration
-    # is built.
+    # Null means the default, as everywhere in the file. Other values are checked by MixtureConfig.
     given = {name: entry for name, entry in value.items() if entry is not None}
     return MixtureConfig(**{**given, "experts": tuple(names)})
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration of a model directory."""
+    """Read the configuration of a model directory."""
     path = Path(path)
     if not path.is_dir():
         raise UserError("no such model directory", where=path, hint="give a folder that holds config.json")

@@ -1,7 +1,6 @@
-"""Model directories in both directions: `config.json` and `model.safetensors` that `transformers` opens, and the reverse.
+"""Load and save model directories: `config.json` and `model.safetensors`, as `transformers` opens them.
 
-A block's fused projections are split into the layout of formats.md (section 1) when saved and joined when
-read (`block_tensors`).
+A block's fused projections are split when saved and joined when loaded (`tensor_names`).
 """
 
 from __future__ import annotations
@@ -38,11 +37,14 @@ _TOP = {
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
-"""Tensors outside the blocks, ours and as they are saved."""
+"""Names of the tensors outside the blocks: ours, and as saved."""
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict under the names and shapes of `transformers`' Cohere and Cohere2, experts under names of our own."""
+    """Convert our state dict to the names and shapes of `transformers`' Cohere and Cohere2.
+
+    Experts have names of our own.
+    """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
@@ -55,21 +57,21 @@ def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[st
 
 
 def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The reverse of `to_transformers`; a missing tensor raises `KeyError` with its name."""
+    """Build our state dict from the saved tensors. Raises `KeyError` with the name of a missing one."""
     with torch.device("meta"):
         names = Decoder(config).state_dict().keys()
     return {name: _one(state, name, config) for name in names}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a saved model, without allocating it."""
+    """Return name and shape of every tensor of a saved model, without allocating it."""
     with torch.device("meta"):
         state = Decoder(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """The tensors of one or several safetensors files, read one by one when asked for."""
+    """The tensors of one or several safetensors files, each loaded on access."""
 
     def __init__(self, path: Path) -> None:
         self.files = weight_files(path)
@@ -83,7 +85,7 @@ class StoredWeights(Mapping[str, Tensor]):
         verify_checksums(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header alone."""
+        """Return the shape of a tensor, from the file's header."""
         return self._shapes[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -99,16 +101,16 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
-    """The tensors of a model directory under their stored names, none of them read yet.
+    """Open the tensors of a model directory under their saved names; none is loaded yet.
 
     Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another
-    shape than `config` says.
+    shape than `config` describes.
     """
     check_tokenizer_hash(path)
     weights = StoredWeights(path)
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
-    # A tied checkpoint may carry the head a second time, and old ones their rotary tables.
+    # A tied checkpoint may hold the head a second time, and old ones their rotary tables.
     extra = sorted(
         name
         for name in weights.keys() - expected.keys()
@@ -137,19 +139,23 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Open a Cohere, Cohere2 or Koine model directory; `dtype` defaults to what is stored (the widest, where
-    that differs).
+    """Load a Cohere, Cohere2 or Koine model directory.
 
-    Raises `UserError` where a file is missing, damaged or not what its checksum says, a tensor is missing,
-    left over or of another shape, or holds NaN, and where the folder's tokenizer is not the one that the
-    model was trained with.
+    Args:
+        path: the directory.
+        dtype: of the weights; None: the widest stored one.
+        device: where they are loaded.
+
+    Raises:
+        UserError: a file is missing, damaged or does not match its checksum; a tensor is missing, left over,
+            of another shape or holds NaN; the tokenizer is not the one that the model was trained with.
     """
     path = Path(path)
     config = read_config(path)
     weights = open_weights(path, config)
     with torch.device("meta"):
         model = Decoder(config)
-    # The dtype first: on the meta device the change costs nothing.
+    # The dtype first: on the meta device the change is free.
     model.to(dtype=dtype or widest(stored_bytes(weights.files)))
     model.eos_ids = eos_ids(path)
     model.to_empty(device=device)
@@ -166,7 +172,7 @@ def load_model(
 
 
 def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tensor:
-    """One of our tensors from the stored ones, so that loading needs room for the model and one tensor."""
+    """Build one of our tensors from the saved ones; loading then needs memory for one more tensor only."""
     if not name.startswith("blocks."):
         return weights[_TOP[name]]
     _, index, rest = name.split(".", 2)
@@ -174,7 +180,7 @@ def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tenso
 
 
 def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """A whole safetensors file under its name, or none; raises `OSError` where the system refuses."""
+    """Write a complete safetensors file, or none. Raises `OSError` where the system refuses."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -184,7 +190,7 @@ def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
         write_checksum(temporary)
         temporary.replace(path)
     except SafetensorError as error:
-        # The library wraps what the system said into text of its own.
+        # The library wraps the system's error into text of its own.
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
@@ -204,7 +210,7 @@ def save_state(
 ) -> None:
     """Write a model directory from a state dict of ours (see `save_model`).
 
-    ends: ids that end a text, besides the configuration's.
+    eos_ids: besides the configuration's.
     """
     tensors = to_transformers({name: tensor.detach().cpu() for name, tensor in state.items()}, config)
     if dtype is not None:
@@ -220,7 +226,7 @@ def save_stored(
     tokenizer: Path | None = None,
     eos_ids: Collection[int] = (),
 ) -> None:
-    """Write a model directory from tensors under the names that they are saved by (see `save_model`)."""
+    """Write a model directory from tensors under their saved names (see `save_model`)."""
     path = Path(path)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -238,9 +244,9 @@ def save_configs(
     tokenizer: Path | None = None,
     eos_ids: Collection[int] = (),
 ) -> None:
-    """Write what a model directory holds besides the weights: the configurations and the tokenizer's files.
+    """Write a model directory without its weights: the configurations and the tokenizer's files.
 
-    ends: ids that end a text, besides the configuration's own.
+    eos_ids: besides the configuration's own.
     """
     others = sorted(set(eos_ids) - {config.eos_token_id})
     write_json(path / "config.json", to_json(config, dtype=dtype))
@@ -255,7 +261,7 @@ def save_configs(
     if tokenizer is not None:
         for name in TOKENIZER_FILES:
             source, target = Path(tokenizer) / name, path / name
-            # A model may be saved where its tokenizer is: the file is there already.
+            # A model may be saved into its tokenizer's folder.
             if source.exists() and not (target.exists() and source.samefile(target)):
                 shutil.copyfile(source, target)
 
@@ -263,11 +269,12 @@ def save_configs(
 def save_model(
     model: Decoder, path: Path, *, tokenizer: Path | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path` (which may be that directory).
+    """Write `config.json`, `model.safetensors` and the files of a tokenizer directory into `path`.
 
-    Each file is whole or absent; for a whole folder or none, write into `koine.files.atomic_directory`.
-    Raises `UserError` for a full disk or a folder that cannot be written. What `transformers` has a class for
-    (see `config_json.model_type`) opens there without any code of ours.
+    `path` may be the tokenizer's directory. Each file is complete or absent; for a complete folder or none,
+    write into `koine.files.atomic_directory`. The classes that `transformers` has (see
+    `config_json.model_type`) open without our code. Raises `UserError` for a full disk or a folder that
+    cannot be written.
     """
     save_state(
         model.state_dict(), model.config, path, tokenizer=tokenizer, dtype=dtype, eos_ids=model.eos_ids

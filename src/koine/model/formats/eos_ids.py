@@ -1,4 +1,4 @@
-"""The ids that end a text, as a model's folder says."""
+"""The EOS ids of a model folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ FILES = ("generation_config.json", "config.json")
 
 
 def eos_ids(folder: Path) -> frozenset[int]:
-    """Every id that `eos_token_id` of `generation_config.json` or `config.json` names, a single one or a
-    list.
+    """Return every id of `eos_token_id` in `generation_config.json` and `config.json`.
 
-    A chat model's turns may end at ids that its tokenizer does not call an end: the marker of the next
-    speaker, for example.
-    Raises `UserError` for an entry that is no id.
+    A chat model's turns may end at ids that its tokenizer does not call EOS: for example, the marker of the
+    next speaker. Raises `UserError` for an entry that is no id.
     """
     found: set[int] = set()
     for name in FILES:
@@ -41,5 +39,5 @@ def _ids(value: Any, where: Path) -> list[int]:
                 where=where,
                 hint="it must be an id or a list of ids",
             )
-    # Some write -1 where nothing ends a text.
+    # Some models write -1 for none.
     return [one for one in ids if one >= 0]

@@ -1,9 +1,9 @@
-"""A model directory as one GGUF file for llama.cpp: `cohere2` for the dense hybrid, `command-r` for Cohere's full layers with RoPE.
+"""Export a model directory as one GGUF file for llama.cpp.
 
-llama.cpp computes what its code for an architecture says, whatever a model was meant to be: what it would run
-differently is refused here. Both architectures rotate interleaved pairs as we do (`LLAMA_ROPE_TYPE_NORM`), so
-no weights are permuted. Keys and tensor names are those of llama.cpp's converter (its
-`conversion/command_r.py`).
+Dense hybrids are `cohere2`; models of full layers with RoPE are `command-r`. llama.cpp runs its own code for
+an architecture, so what it would compute differently is rejected here. Both architectures rotate interleaved
+pairs as we do (`LLAMA_ROPE_TYPE_NORM`), so no weights are permuted. Keys and tensor names are those of
+llama.cpp's converter (its `conversion/command_r.py`).
 """
 
 from __future__ import annotations
@@ -29,25 +29,32 @@ from koine.model.formats.gguf_tokenizer import GgufTokenizer, read_gguf_tokenize
 
 Dtype = Literal["float32", "float16", "bfloat16", "q8_0"]
 DTYPES: Final[tuple[Dtype, ...]] = ("float32", "float16", "bfloat16", "q8_0")
-# Of ggml: the names of tensor types, and the value of `general.file_type` that says most tensors have it.
+# Names of ggml's tensor types, and the value of `general.file_type` where most tensors have it.
 _TENSOR_TYPE: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPE: Final = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}
 _Q8_BLOCK: Final = 32
 _FLOAT16_MAX: Final = 65_504.0
-# llama.cpp's command-r wants QK-norm from this number of layers on (Command R+), and knows none below.
+# llama.cpp's command-r has QK-norm from this number of layers on (Command R+), and none below.
 _COMMAND_R_QK_NORM_LAYERS: Final = 64
 
 
 def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None, overwrite: bool = False) -> None:
-    """Write the model directory `model` to the file `out`, tensor by tensor; `out` is whole or absent.
+    """Write a model directory as a GGUF file, tensor by tensor; the file is complete or absent.
 
-    dtype: of the matrices, `None` for what is stored; norms are float32 always. Rows that do not divide into
-    blocks of 32 are float16 under `q8_0`.
+    Args:
+        model: the directory.
+        out: the file.
+        dtype: of the matrices; None: as stored. Norms are always float32. Under `q8_0`, rows that do not
+            divide into blocks of 32 are float16.
+        overwrite: whether `out` may exist.
 
-    Warns (`KoineWarning`) where only newer versions of llama.cpp read the file rightly, or where it cuts some
-    text otherwise. Raises `UserError`, before anything is written, where llama.cpp has no equal of the model
-    or of its tokenizer, `out` exists (unless `overwrite`), or the extra
-    `gguf` is missing; and where a tensor holds NaN, infinity or what float16 cannot hold.
+    Warns (`KoineWarning`) where only newer versions of llama.cpp read the file correctly, or where it
+    tokenizes some text differently.
+
+    Raises:
+        UserError: before anything is written, where llama.cpp has no equal of the model or its tokenizer,
+            `out` exists, or the extra `gguf` is missing; and where a tensor holds NaN, infinity or values
+            beyond float16.
     """
     model, out = Path(model), Path(out)
     if dtype is not None and dtype not in DTYPES:
@@ -93,22 +100,23 @@ def _stored_dtype(weights: Mapping[str, Tensor]) -> Dtype:
 
 
 def _warnings(config: ModelConfig, tokenizer: GgufTokenizer) -> Iterator[str]:
-    """What works in llama.cpp, but not everywhere or not for every text."""
+    """Yield what does not work in every version of llama.cpp or for every text."""
     if any(layer.window for layer in config.layers) and config.layers != standard_hybrid(config):
         yield (
-            "not exactly every fourth layer is full. llama.cpp reads such a pattern from the file in recent versions (as of "
-            "llama-cpp-python 0.3.36); older ones assume every fourth, and answer nonsense without a word"
+            "not exactly every fourth layer is full. Recent versions of llama.cpp read such a pattern from "
+            "the file (as of llama-cpp-python 0.3.36); older ones assume every fourth, and give wrong answers "
+            "without a warning"
         )
-    if tokenizer.digits_cut_otherwise:
-        scripts = ", ".join(name.capitalize() for name in tokenizer.digits_cut_otherwise)
+    if tokenizer.scripts_with_other_digits:
+        scripts = ", ".join(name.capitalize() for name in tokenizer.scripts_with_other_digits)
         yield (
-            "llama.cpp takes digits by threes, and in this vocabulary that changes the tokens of numbers in the digits of these "
-            f"scripts: {scripts}. The text that is read stays the same"
+            "llama.cpp splits digits by threes, and in this vocabulary that changes the tokens of numbers in "
+            f"the digits of these scripts: {scripts}. The text itself stays the same"
         )
 
 
 def architecture_of(config: ModelConfig, *, where: Path) -> Literal["cohere2", "command-r"]:
-    """The architecture of llama.cpp that is exactly this model; raises `UserError` where there is none."""
+    """Return the architecture of llama.cpp that is exactly this model. Raises `UserError` without one."""
 
     def refuse(what: str, hint: str) -> UserError:
         return UserError(f"llama.cpp has no architecture for this model: {what}", where=where, hint=hint)
@@ -118,8 +126,9 @@ def architecture_of(config: ModelConfig, *, where: Path) -> Literal["cohere2", "
     kind = model_type(config)
     if kind == "koine":
         raise refuse(
-            _what_is_koine(config.layers),
-            "its cohere2 has windowed layers with RoPE (one window for all), full ones without positions, and no QK-norm",
+            _why_not_cohere2(config.layers),
+            "its cohere2 has windowed layers with RoPE (one window for all), full ones without positions, "
+            "and no QK-norm",
         )
     if not config.tie_embeddings:
         raise refuse("its output matrix is not the embedding", "it reads tied models of this kind only")
@@ -142,13 +151,16 @@ def architecture_of(config: ModelConfig, *, where: Path) -> Literal["cohere2", "
 
 
 def standard_hybrid(config: ModelConfig) -> tuple[LayerSpec, ...]:
-    """Layers of the count and window of `config`, every fourth one full: what llama.cpp's cohere2 takes where no pattern is written."""
+    """Return layers of the count and window of `config`, every fourth one full.
+
+    llama.cpp's cohere2 assumes them where the file has no pattern.
+    """
     window = max(layer.window or 0 for layer in config.layers)
     return hybrid_layers(len(config.layers), window=window)
 
 
-def _what_is_koine(layers: tuple[LayerSpec, ...]) -> str:
-    """What keeps a list of layers from being a Cohere2."""
+def _why_not_cohere2(layers: tuple[LayerSpec, ...]) -> str:
+    """Return what distinguishes a list of layers from Cohere2."""
     windows = sorted({layer.window for layer in layers if layer.window is not None})
     if len(windows) > 1:
         return f"its windows differ ({', '.join(map(str, windows))})"
@@ -232,19 +244,18 @@ def _write_tensors(
         except OSError as error:
             if error.errno is not None:
                 raise
-            # numpy counts what the system took and says no more: it takes less than asked where the disk is
-            # full.
+            # On a full disk numpy reports the bytes written, and no error number.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _check_range(values: Any, kind: str, name: str, where: Path) -> None:
-    """Refuse what is no number and what float16, the scale of a q8_0 block included, cannot hold."""
+    """Raise `UserError` for NaN, infinity, and values beyond float16 or the scale of a q8_0 block."""
     largest = max(-float(values.min()), float(values.max()))
     if not np.isfinite(largest):
         raise UserError(
             f"{name} holds NaN or infinity", where=where, hint="this checkpoint is broken; use an earlier one"
         )
-    # A block of q8_0 is 127ths of its scale.
+    # A block of q8_0 holds multiples of its scale, up to 127.
     limit = {"F16": _FLOAT16_MAX, "Q8_0": 127 * _FLOAT16_MAX}.get(kind)
     if limit is not None and largest > limit:
         raise UserError(
@@ -255,7 +266,7 @@ def _check_range(values: Any, kind: str, name: str, where: Path) -> None:
 
 
 def _tensor_type(name: str, shape: tuple[int, ...], dtype: Dtype) -> str:
-    """Norms keep float32: they are small, and llama.cpp multiplies by them in float32."""
+    """Return ggml's type of a tensor. Norms stay float32: llama.cpp multiplies by them in float32."""
     if len(shape) == 1 or name.endswith("_norm.weight"):
         return "F32"
     if dtype == "q8_0" and shape[-1] % _Q8_BLOCK:

@@ -1,7 +1,7 @@
-"""A tokenizer directory as the `tokenizer.ggml.*` keys of a GGUF file, which llama.cpp reads text with.
+"""Convert a tokenizer directory to the `tokenizer.ggml.*` keys of a GGUF file.
 
-llama.cpp cuts text by regular expressions that are built in and chosen by name (`tokenizer.ggml.pre`), and it
-normalises nothing.
+llama.cpp splits text by built-in regular expressions, chosen by name (`tokenizer.ggml.pre`), and does not
+normalise it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 GPT2_PATTERN: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Ours has no name of its own there. This one's expression is ours but for digits, which it takes by threes;
-# where no merge reaches over the border of two digits (`digits_cut_otherwise`), the ids are the same. (The
-# expression under `gpt-4o` forgets combining marks and breaks Indic and Thai words.)
+# Our expression has no name in llama.cpp. This one's is ours, except that it takes digits by threes. Where no
+# merge crosses the border of two digits (`scripts_with_other_digits`), the ids are the same. (The expression
+# of `gpt-4o` leaves out combining marks and splits Indic and Thai words.)
 OWN_PRE: Final = "tiny_aya"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTokenizer:
-    """What llama.cpp needs of a tokenizer; `tokens[i]` and `types[i]` belong to id i, `pre` names the cutting of text."""
+    """A tokenizer as llama.cpp needs it.
+
+    tokens, types: of each id.
+    pre: name of the expression that splits text.
+    """
 
     tokens: tuple[str, ...]
     types: tuple[int, ...]
@@ -44,15 +48,15 @@ class GgufTokenizer:
     end_of_turn_id: int
     add_bos: bool
     chat_template: str | None
-    digits_cut_otherwise: tuple[str, ...]
-    """Scripts in which llama.cpp may give other ids to runs of digits: "BENGALI", ... as Unicode names them."""
+    scripts_with_other_digits: tuple[str, ...]
+    """Unicode names of scripts ("BENGALI", ...) whose digits may get other ids in llama.cpp."""
 
 
 def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
-    """The tokenizer of the model directory `path`, filled up with unused tokens to the `rows` of the embedding.
+    """Read the tokenizer of a model directory, padded with unused tokens to the `rows` of the embedding.
 
-    Raises `UserError` where there is none, it has more ids than the model, or llama.cpp has no equal of it:
-    another model than byte-level BPE, a normaliser other than NFC, an unknown expression.
+    Raises `UserError` without a tokenizer, with more ids than rows, or where llama.cpp has no equal: another
+    model than byte-level BPE, a normaliser other than NFC, an unknown expression.
     """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > rows:
@@ -85,21 +89,23 @@ def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         end_of_turn_id=tokenizer.end_of_turn_id,
-        # Where a tokenizer names no begin of document, its end stands in (koine.tokenizer).
+        # Without a BOS token, EOS takes its place (koine.tokenizer).
         add_bos=tokenizer.bos_id != tokenizer.eos_id,
         chat_template=_chat_template(tokenizer),
-        digits_cut_otherwise=digits_cut_otherwise(content) if pre == OWN_PRE else (),
+        scripts_with_other_digits=scripts_with_other_digits(content) if pre == OWN_PRE else (),
     )
 
 
 def _merge(merge: str | list[str]) -> str:
-    """Old files write a merge as one string, new ones as a pair."""
+    """Return a merge as one string; old files store a string, new ones a pair."""
     return merge if isinstance(merge, str) else " ".join(merge)
 
 
 def _chat_template(tokenizer: Tokenizer) -> str | None:
-    """The template with its marks of what the model writes as plain blocks: they are for training, and llama.cpp's readers of
-    Jinja refuse them."""
+    """Replace the template's `generation` blocks by plain ones.
+
+    They mark the model's answers for training, and llama.cpp's readers of Jinja reject them.
+    """
     template = tokenizer.chat_template
     if template is None:
         return None
@@ -108,7 +114,7 @@ def _chat_template(tokenizer: Tokenizer) -> str | None:
 
 
 def _pre_tokenizer(content: dict[str, Any], where: Path) -> str:
-    """The name under which llama.cpp cuts text as this `tokenizer.json` does."""
+    """Return llama.cpp's name of the expression by which this `tokenizer.json` splits text."""
     kind = content["model"].get("type")
     if kind != "BPE" or content["model"].get("byte_fallback"):
         raise UserError(
@@ -123,7 +129,7 @@ def _pre_tokenizer(content: dict[str, Any], where: Path) -> str:
             where=where,
             hint="llama.cpp normalises nothing; only NFC, in which most text is written, is exported",
         )
-    name = _name_of(_steps(content.get("pre_tokenizer")))
+    name = _pre_name(_steps(content.get("pre_tokenizer")))
     if name is None:
         raise UserError(
             "llama.cpp has no name for the expression that cuts this tokenizer's text",
@@ -133,7 +139,7 @@ def _pre_tokenizer(content: dict[str, Any], where: Path) -> str:
     return name
 
 
-def _name_of(steps: list[tuple[str, Any]]) -> str | None:
+def _pre_name(steps: list[tuple[str, Any]]) -> str | None:
     own = [("Split", (PATTERN, "Isolated", False)), ("ByteLevel", False)]
     gpt2 = [("ByteLevel", True)]
     names = [
@@ -146,7 +152,7 @@ def _name_of(steps: list[tuple[str, Any]]) -> str | None:
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
-    """The pre-tokenizers in order, each as its kind and what it depends on."""
+    """Return the pre-tokenizers in order, each as its type and its settings."""
     if pre_tokenizer is None:
         return []
     kind = pre_tokenizer["type"]
@@ -161,19 +167,19 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
             )
         ]
     if kind == "ByteLevel":
-        # A space put before the text is not what llama.cpp does under these names.
+        # llama.cpp adds no space before the text under these names.
         return [(kind, None if pre_tokenizer["add_prefix_space"] else pre_tokenizer.get("use_regex", True))]
     if kind == "Digits":
         return [(kind, pre_tokenizer["individual_digits"])]
     return [(kind, None)]
 
 
-def digits_cut_otherwise(content: dict[str, Any]) -> tuple[str, ...]:
-    """Scripts whose digits the merges of this `tokenizer.json` join, if two of them stand in one piece.
+def scripts_with_other_digits(content: dict[str, Any]) -> tuple[str, ...]:
+    """Return scripts whose digits the merges of this `tokenizer.json` join where two are in one piece.
 
-    Ours cuts between digits, `OWN_PRE` only after three. A digit beyond ASCII is several bytes, and a merge
-    learned inside words (the last byte of one letter with the first of the next) then fits between two digits
-    too, where it comes before those inside each.
+    Our expression splits between all digits, `OWN_PRE` only after three. A digit beyond ASCII has several
+    bytes. A merge learned inside words (the last byte of one letter with the first of the next) then fits
+    between two digits too, where it comes before those inside each.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import pre_tokenizers

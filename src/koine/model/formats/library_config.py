@@ -1,7 +1,8 @@
 """Ask the installed `transformers` for the class of a `config.json`, its fields, and the model's tensors.
 
-The tensors come without their bytes. No weights are read and no code of a model's folder runs: only classes
-of the library itself are used. Without the extra `[hf]` nothing is known."""
+The model is built on the meta device: no weights are loaded and no code of a model's folder runs. Without the
+extra `[hf]` the answers are None.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ import torch
 from koine.errors import UserError, first_line
 
 VOCABULARY_FIELD = "vocab_size"
-"""Fields of a configuration whose names begin so say how many rows embeddings have."""
+"""Fields of a configuration with names that begin so are numbers of embedding rows."""
 
 
 def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
-    """The configuration of `transformers` with this content; None where the library is not installed or does
-    not know the `model_type`.
+    """Build the configuration of `transformers` with this content.
 
-    Raises `UserError` where the class refuses a field.
+    None where the library is not installed or does not know the `model_type`. Raises `UserError` where the
+    class rejects a field.
     """
     kind = value.get("model_type")
     if not isinstance(kind, str):
@@ -40,14 +41,14 @@ def library_config(value: Mapping[str, Any], *, where: Path) -> Any | None:
     try:
         return CONFIG_MAPPING[kind].from_dict(_with_numbers(dict(value)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        said = " ".join(str(error).split()) or first_line(error)
+        text = " ".join(str(error).split()) or first_line(error)
         raise UserError(
-            f"is no configuration of a {kind} ({said[:200]})", where=where, hint="correct this field"
+            f"is no configuration of a {kind} ({text[:200]})", where=where, hint="correct this field"
         ) from None
 
 
 def _with_numbers(value: Any) -> Any:
-    """A copy in which infinity and NaN are numbers; the library's files spell them `{"__float__": "Infinity"}`."""
+    """Convert the library's spelling of infinity and NaN, `{"__float__": "Infinity"}`, in a copy."""
     if isinstance(value, list):
         return [_with_numbers(one) for one in value]
     if not isinstance(value, dict):
@@ -58,13 +59,12 @@ def _with_numbers(value: Any) -> Any:
 
 
 def declared_fields(config: Any) -> dict[str, Any]:
-    """The fields that a configuration's class declares, and their values; those of configurations inside as a
-    dictionary."""
+    """Return the fields that a configuration's class declares; nested configurations as dictionaries."""
     names = [field.name for field in dataclasses.fields(config)]
     names += [
         name for name in inspect.signature(type(config).__init__).parameters if name not in ("self", "kwargs")
     ]
-    # Read by the library of every model, whether its class declares it or not.
+    # The library reads it for every model, declared by its class or not.
     names.append("tie_word_embeddings")
     found: dict[str, Any] = {}
     for name in names:
@@ -81,9 +81,11 @@ def _is_config(value: Any) -> bool:
 class Skeleton:
     """The tensors of a model of `transformers`, without their bytes.
 
-    shapes: of each by its name. vocabulary: of each that grows with the vocabulary, the dimension that grows.
-    ignored: patterns of names that the class expects in old files and does not read. prefix: of the tensors
-    of the part below the head."""
+    shapes: of each tensor by name.
+    vocabulary: of each tensor that grows with the vocabulary, the dimension that grows.
+    ignored: patterns of names that the class expects in old files and does not load.
+    prefix: of the tensors of the base model below the head.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     vocabulary: Mapping[str, int]
@@ -92,10 +94,10 @@ class Skeleton:
 
 
 def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
-    """Build the model of a `config.json` on the meta device, and again with one token more; None where the
-    library cannot.
+    """Build the model of a `config.json` on the meta device, and again with one token more.
 
-    Which tensors have a row a token follows from which change their shape, not from their names.
+    The tensors that change their shape have a row per token; their names do not matter. None where the
+    library cannot build it.
     """
     config = library_config(value, where=where)
     if config is None:
@@ -115,7 +117,10 @@ def skeleton(value: Mapping[str, Any], *, where: Path) -> Skeleton | None:
 
 
 def parameters_described(value: Mapping[str, Any], *, where: Path) -> int | None:
-    """How many numbers the causal LM of a `config.json` has, shared ones once; None where the library cannot build it."""
+    """Count the parameters of the causal LM of a `config.json`, shared ones once.
+
+    None where the library cannot build it.
+    """
     import transformers
 
     config = library_config(value, where=where)
@@ -126,8 +131,7 @@ def parameters_described(value: Mapping[str, Any], *, where: Path) -> int | None
 
 
 def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:
-    """Configurations and what makes a model of each: the class that the file names, then the library's usual
-    ones."""
+    """Yield configurations, each with a class to build: the class of the file first, then the usual ones."""
     import transformers
 
     for name in getattr(config, "architectures", None) or []:
@@ -139,7 +143,7 @@ def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:
         *((pairs, causal) if getattr(config, "is_encoder_decoder", False) else (causal, pairs)),
         transformers.AutoModelForMaskedLM, transformers.AutoModelForImageTextToText, transformers.AutoModel,
     )  # fmt: skip
-    # The text model alone, where a part of another modality needs a package that is not there.
+    # The text model alone, where another modality needs a package that is missing.
     text = config.get_text_config()
     for one in (config,) if text is config else (config, text):
         for known in automatic:
@@ -148,13 +152,13 @@ def _ways_to_build(config: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _built(build: Any, config: Any) -> Any | None:
-    """A model on the meta device; None where it cannot be built from this configuration or without packages
-    that are missing."""
+    """Build a model on the meta device; None where the configuration or a missing package prevents it."""
     try:
         with torch.device("meta"):
             return build(copy.deepcopy(config))
     except (
-        ImportError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+        ImportError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError,
+        ArithmeticError, AssertionError,
     ):  # fmt: skip
         return None
 
@@ -164,8 +168,10 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _vocabulary_fields(config: Any) -> list[tuple[str, str]]:
-    """The fields that say how many tokens there are: `("", name)` on top, `("text", name)` in the
-    configuration of the text model."""
+    """Return the fields with numbers of tokens.
+
+    `("", name)` at the top, `("text", name)` in the text model's configuration.
+    """
     found = []
     for holder in ("", "text"):
         one = _held(config, holder)
@@ -184,8 +190,10 @@ def _held(config: Any, holder: str) -> Any:
 def _growing(
     build: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], holder: str, name: str
 ) -> dict[str, int]:
-    """The tensors that grow with a field, and the dimension that does. Where tokens are rounded up, one more
-    may change nothing, and 1,024 more do."""
+    """Return the tensors that grow with a field, and the dimension that does.
+
+    Where token counts are rounded up, one more may change nothing, and 1,024 more do.
+    """
     for more in (1, 1024):
         larger = copy.deepcopy(config)
         setattr(_held(larger, holder), name, getattr(_held(larger, holder), name) + more)
@@ -194,9 +202,8 @@ def _growing(
             continue
         found = {}
         for tensor, shape in _shapes(model).items():
-            changed = [
-                axis for axis, pair in enumerate(zip(shape, shapes.get(tensor, shape), strict=True)) if pair[0] != pair[1]
-            ]  # fmt: skip
+            sizes = zip(shape, shapes.get(tensor, shape), strict=True)
+            changed = [axis for axis, (larger_size, size) in enumerate(sizes) if larger_size != size]
             if changed:
                 found[tensor] = changed[0]
         if found:

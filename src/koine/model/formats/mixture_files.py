@@ -1,9 +1,9 @@
-"""What lies beside the weights of a mixture and belongs to it: a folder that is made from a mixture's is not whole without."""
+"""Names of the files beside a mixture's weights that belong to it."""
 
 from __future__ import annotations
 
 RECORD = "mixture.json"
-"""What a mixture was made of, and how it was changed since."""
+"""Record of the models that a mixture was made of, and of its changes."""
 
 DOMAIN_ENCODER = "domain_encoder"
-"""The folder of the encoder by which a Nexus router knows domains."""
+"""Folder of the sentence encoder for the domain embeddings of a Nexus router."""

@@ -1,4 +1,4 @@
-"""Check a model's folder before and after `transformers` opens it: every fault is one line."""
+"""Check a model folder before and after `transformers` opens it; every fault is an error of one line."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from koine.model.formats.checksum import verify_checksums
 from koine.model.formats.library_config import parameters_described
 from koine.model.formats.weight_files import check_adapter, open_safetensors, stored_bytes, weight_files
 
-LONGEST = 240
-"""Characters of a library's message that are shown."""
+MESSAGE_LENGTH = 240
+"""Most characters of a library's message that are shown."""
 
-HARMLESS = 2**24
-"""So many numbers more than a model has can be made and thrown away."""
+ALLOWED_EXTRA_PARAMETERS = 2**24
+"""More parameters than the weight files can hold are allowed up to this number: they cost little memory."""
 
 
 def one_line(error: BaseException) -> str:
-    """A library's exception on one line, cut where it is long; its type where it says nothing."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    """Return a library's exception on one line, shortened where it is long; its type where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | ZeroDivisionError | AssertionError):
-        said = f"{type(error).__name__}: {said}" if str(error).strip() else said
-    return said if len(said) <= LONGEST else said[: LONGEST - 1] + "…"
+        text = f"{type(error).__name__}: {text}" if str(error).strip() else text
+    return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 1] + "…"
 
 
 @contextmanager
 def library_errors(path: Path, what: str, hint: str) -> Iterator[None]:
-    """Turn a foreign library's exceptions about a folder into one line.
+    """Turn a library's exceptions about a folder into a `UserError` of one line.
 
-    Memory that runs out stays what it is.
+    Errors of memory pass unchanged.
     """
     try:
         yield
@@ -46,10 +46,9 @@ def library_errors(path: Path, what: str, hint: str) -> Iterator[None]:
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """The content of a model folder's config.json.
+    """Read a model folder's config.json.
 
-    Raises `UserError` for a folder that is no model: an adapter, a checkpoint of a training, no or no whole
-    config.json.
+    Raises `UserError` for a folder that is no model: an adapter, a training checkpoint, no valid config.json.
     """
     check_adapter(path)
     if not (path / "config.json").exists():
@@ -69,7 +68,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def check_tokenizer_hash(path: Path) -> None:
-    """Raise `UserError` where a trained model's tokenizer is not the one in `training.json`."""
+    """Raise `UserError` where a trained model's tokenizer is not the one that `training.json` records."""
     record, tokenizer = path / "training.json", path / "tokenizer.json"
     if not (record.is_file() and tokenizer.is_file()):
         return
@@ -85,7 +84,7 @@ def check_tokenizer_hash(path: Path) -> None:
 
 
 def checked_weight_files(path: Path) -> list[Path]:
-    """The weight files that `transformers` chooses, each whole and as its checksum says."""
+    """Return the weight files that `transformers` chooses, after checking that they are whole."""
     files = weight_files(path, pickled=True)
     for file in files:
         if file.suffix == ".safetensors":
@@ -95,7 +94,7 @@ def checked_weight_files(path: Path) -> list[Path]:
 
 
 def stored_dtype(files: list[Path]) -> torch.dtype | None:
-    """The dtype of most stored bytes; None for pickled or quantised weights."""
+    """Return the dtype of most stored bytes; None for pickled or quantised weights."""
     if not files or files[0].suffix != ".safetensors":
         return None
     found = stored_bytes(files)
@@ -103,9 +102,12 @@ def stored_dtype(files: list[Path]) -> torch.dtype | None:
 
 
 def check_model_class(value: dict[str, Any], path: Path, transformers: Any) -> None:
-    """Raise `UserError` for a configuration that is no causal language model of the installed `transformers`.
+    """Check that a configuration is a causal language model of the installed `transformers`.
 
     Custom code (`auto_map`, kernels from a hub) is named and never run.
+
+    Raises:
+        UserError: the class is unknown or no causal LM, or a field names code or an unknown dtype.
     """
     where = path / "config.json"
     kind = value.get("model_type")
@@ -116,11 +118,10 @@ def check_model_class(value: dict[str, Any], path: Path, transformers: Any) -> N
             where=where,
             hint="it must be a name that transformers knows",
         )
+    causal_classes = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = kind in known and known[kind] in causal_classes
     own = value.get("auto_map")
     code = own if isinstance(own, dict) else {}
-    causal = (
-        kind in known and known[kind] in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    )
     if code and not causal:
         names = [str(name[0] if isinstance(name, list) else name) for name in code.values() if name]
         raise UserError(
@@ -146,6 +147,11 @@ def check_model_class(value: dict[str, Any], path: Path, transformers: Any) -> N
             where=where,
             hint="give a decoder-only model",
         )
+    _check_fields(value, where)
+
+
+def _check_fields(value: dict[str, Any], where: Path) -> None:
+    """Raise `UserError` for fields that name code to fetch, or an unknown dtype."""
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(value.get(name) or ""):
             raise UserError(
@@ -154,25 +160,30 @@ def check_model_class(value: dict[str, Any], path: Path, transformers: Any) -> N
                 hint="remove the field",
             )
     for name in ("dtype", "torch_dtype"):
-        said = value.get(name)
-        if isinstance(said, dict) or said is None:
+        given = value.get(name)
+        if isinstance(given, dict) or given is None:
             continue
-        known_dtype = isinstance(said, str) and isinstance(
-            getattr(torch, said.removeprefix("torch."), None), torch.dtype
+        known_dtype = isinstance(given, str) and isinstance(
+            getattr(torch, given.removeprefix("torch."), None), torch.dtype
         )
-        if not known_dtype and said != "auto":
+        if not known_dtype and given != "auto":
             raise UserError(
-                f"the field '{name}' is {said!r}", where=where, hint="it must be float32, bfloat16 or float16"
+                f"the field '{name}' is {given!r}",
+                where=where,
+                hint="it must be float32, bfloat16 or float16",
             )
 
 
 def check_described_size(path: Path, value: dict[str, Any], files: list[Path]) -> None:
-    """Raise `UserError` where config.json describes a far larger model than the weight files hold, before memory is taken for it."""
+    """Raise `UserError` where config.json describes a far larger model than the weight files hold.
+
+    Checked before memory is allocated for the model.
+    """
     with library_errors(path, "is no configuration of a model", "check config.json"):
         described = parameters_described(value, where=path / "config.json")
-    # A stored number takes a byte at least; what is missing of a small model is named after opening.
+    # A stored number has a byte at least. In a small model, missing tensors are reported after opening.
     stored = sum(file.stat().st_size for file in files)
-    if described is not None and described > max(stored, HARMLESS):
+    if described is not None and described > max(stored, ALLOWED_EXTRA_PARAMETERS):
         raise UserError(
             f"describes {described:,} numbers, and the weight files have {stored:,} bytes",
             where=path / "config.json",
@@ -181,10 +192,7 @@ def check_described_size(path: Path, value: dict[str, Any], files: list[Path]) -
 
 
 def check_loaded_keys(path: Path, loaded: dict[str, Any]) -> None:
-    """Raise `UserError` where weights and config.json do not belong together.
-
-    So nothing random is scored or trained.
-    """
+    """Raise `UserError` where tensors are missing or mismatched, which would be random."""
     hint = "config.json and the weights do not belong together"
     if loaded.get("mismatched_keys"):
         name, *shapes = min(loaded["mismatched_keys"])

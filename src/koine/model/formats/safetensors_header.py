@@ -1,8 +1,9 @@
 """Read and write the header of a safetensors file, as strictly as the `safetensors` library does.
 
-A file is eight bytes of length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes,
-one after another without a hole. The library maps a file whole; this module reads the header alone, so that
-pieces of tensors can be read at their offsets."""
+A file has eight bytes of length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes
+without gaps. The library maps a whole file; this module reads only the header, so that pieces of tensors can
+be read at their offsets.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +18,24 @@ from typing import Any
 from koine.errors import UserError
 
 LARGEST_HEADER = 100_000_000
-"""Bytes of a header that the library reads at most."""
+"""Most bytes of a header that the library reads."""
 
 DEEPEST = 127
-"""Lists and objects inside one another that the library's JSON reader takes at most."""
+"""Deepest nesting of lists and objects that the library's JSON reader takes."""
 
 BITS: dict[str, int] = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64,
-    "U64": 64,
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
+    "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-"""Bits of an entry, of every dtype that the format knows."""
+"""Bits of an entry, of every dtype of the format."""
 
 _WORD = 2**64
 
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """A tensor as a header describes it. begin, end: its bytes in the file."""
+    """A tensor as a header describes it. begin, end: offsets of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,22 +44,23 @@ class HeaderEntry:
 
 
 class MalformedHeaderError(Exception):
-    """The reason why a header is refused."""
+    """The reason why a header is rejected."""
 
 
 def read_header(file: Path) -> dict[str, HeaderEntry]:
-    """Name -> entry of every tensor of a safetensors file, from its header alone, in the order of the header.
+    """Read the entries of all tensors of a safetensors file, in the order of the header.
 
-    Raises `UserError` for whatever the library refuses: a header that is cut, too long or no JSON of the
-    format; offsets that are negative, overlap, leave a hole or do not fit the shape; bytes that are missing
-    at the end or left over."""
+    Raises `UserError` where the library would: a header that is truncated, too long or malformed; offsets
+    that are negative, overlap, leave a gap or do not fit the shape; bytes that are missing at the end or left
+    over.
+    """
     try:
         size = file.stat().st_size
         header = raw_header(file)
         return _entries(_parsed(header[8:]), len(header), size)
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror})", where=file, hint="a safetensors file must stand here"
+            f"cannot be read ({error.strerror})", where=file, hint="there must be a safetensors file here"
         ) from None
     except MalformedHeaderError as error:
         raise UserError(
@@ -69,9 +71,9 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
 
 
 def raw_header(file: Path) -> bytes:
-    """The bytes of a file's length and header, not yet parsed.
+    """Read the bytes of a file's length and header, without parsing.
 
-    Raises `MalformedHeaderError` where they are cut or too long, and `OSError` where the system refuses.
+    Raises `MalformedHeaderError` where they are truncated or too long, `OSError` where the system refuses.
     """
     with file.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size
@@ -85,7 +87,7 @@ def raw_header(file: Path) -> bytes:
 
 
 def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]], *, metadata: Mapping[str, str]) -> bytes:
-    """Length and header of a file that holds tensors of these names, dtypes and shapes."""
+    """Build length and header of a file with tensors of these names, dtypes and shapes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, (dtype, shape) in layout.items():
@@ -98,21 +100,23 @@ def header_bytes(layout: Mapping[str, tuple[str, Sequence[int]]], *, metadata: M
 
 
 def _parsed(text: bytes) -> list[tuple[str, Any]]:
-    """The header's pairs of names and values, objects as lists of pairs (`_Object`): a field that stands
-    twice must be seen."""
+    """Parse the header into pairs of names and values; objects are lists of pairs (`_Object`).
+
+    With pairs, duplicate fields are found.
+    """
     try:
         content = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_Object,
-            parse_int=_whole,
+            parse_int=_integer,
             parse_float=_finite,
-            parse_constant=_refuse_constant,
+            parse_constant=_reject_constant,
         )
     except (ValueError, RecursionError) as error:
         raise MalformedHeaderError(f"its header is no JSON: {error}") from None
     if not isinstance(content, _Object):
         raise MalformedHeaderError("its header is no JSON object")
-    _refuse_odd_text(content)
+    _check_text(content)
     return content
 
 
@@ -120,8 +124,8 @@ class _Object(list[tuple[str, Any]]):
     """A JSON object as its pairs, in order."""
 
 
-def _whole(text: str) -> int | float:
-    # The library reads what is longer than 64 bits, and -0, as a floating-point number.
+def _integer(text: str) -> int | float:
+    # The library reads integers of more than 64 bits, and -0, as floating-point numbers.
     if len(text) > 20 or text == "-0":
         return _finite(text)
     return int(text)
@@ -134,25 +138,27 @@ def _finite(text: str) -> float:
     return value
 
 
-def _refuse_constant(text: str) -> float:
+def _reject_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _refuse_odd_text(content: _Object) -> None:
-    """Refuse what Python's reader takes and the library's does not: halves of surrogate pairs, and deep
-    nesting."""
+def _check_text(content: _Object) -> None:
+    """Reject what Python's JSON reader takes and the library's does not.
+
+    These are half surrogate pairs and deep nesting.
+    """
     layer: list[Any] = [content]
     for _ in range(DEEPEST):
         inner: list[Any] = []
         for value in layer:
             if isinstance(value, _Object):
                 for name, one in value:
-                    _refuse_surrogates(name)
+                    _check_surrogates(name)
                     inner.append(one)
             elif isinstance(value, list):
                 inner += value
             elif isinstance(value, str):
-                _refuse_surrogates(value)
+                _check_surrogates(value)
         layer = inner
         if not layer:
             return
@@ -160,7 +166,7 @@ def _refuse_odd_text(content: _Object) -> None:
         raise MalformedHeaderError("its header is nested too deeply")
 
 
-def _refuse_surrogates(text: str) -> None:
+def _check_surrogates(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -171,7 +177,7 @@ def _entries(content: list[tuple[str, Any]], data: int, size: int) -> dict[str, 
     found: dict[str, HeaderEntry] = {}
     metadata = [value for name, value in content if name == "__metadata__"]
     if len(metadata) > 1:
-        raise MalformedHeaderError("__metadata__ stands twice")
+        raise MalformedHeaderError("__metadata__ appears twice")
     for value in metadata:
         texts = isinstance(value, _Object) and all(isinstance(one, str) for _, one in value)
         if value is not None and not texts:
@@ -197,7 +203,7 @@ def _entry(name: str, value: Any, data: int) -> HeaderEntry:
         if len(about) != 3 or len(pairs) != 3:
             raise MalformedHeaderError(f"{_shown(name)} has no dtype, shape and data_offsets, once each")
     elif isinstance(value, list) and len(value) == 3:
-        # The library takes a list of the three as well.
+        # The library also takes a list of the three.
         about = dict(zip(fields, value, strict=True))
     else:
         raise MalformedHeaderError(f"{_shown(name)} is no description of a tensor")

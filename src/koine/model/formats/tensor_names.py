@@ -1,4 +1,7 @@
-"""A block's tensors in both layouts: ours, which are fused, and those of a saved model (formats.md, section 1), one a projection and expert."""
+"""A block's tensors in our layout, which is fused, and as saved, one per projection and expert.
+
+The saved names are those of Cohere in `transformers`.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,16 @@ SAME_NAMES = {
     "router.domains": "mlp.router.domains",
     "attention_router.weight": "self_attn.router.weight",
 }
-"""Tensors that are saved as they are."""
+"""Tensors that are saved without change."""
 
 
 def join_stored(name: str, stored: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
-    """One of our tensors of a block (`name` without the block's prefix) from those of a saved model.
+    """Build one of our tensors of a block from those of a saved model.
 
-    stored: gives a saved tensor by its name without the layer's prefix; raises `KeyError` where there is
-        none.
+    Args:
+        name: our tensor's, without the block's prefix.
+        stored: returns a saved tensor by its name without the layer's prefix; raises `KeyError` without one.
+        config: of the model.
     """
     if name in SAME_NAMES:
         return stored(SAME_NAMES[name])
@@ -61,7 +66,10 @@ def join_stored(name: str, stored: Callable[[str], Tensor], config: ModelConfig)
 
 
 def split_stored(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """The reverse of `join_stored`: the saved tensors, by their names without the layer's prefix, that hold our `tensor`."""
+    """Split one of our tensors into the saved ones; the reverse of `join_stored`.
+
+    Returns them by name without the layer's prefix.
+    """
     if name in SAME_NAMES:
         return {SAME_NAMES[name]: tensor}
     if name in ("q_norm.weight", "k_norm.weight"):
@@ -96,7 +104,10 @@ def split_stored(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
 
 
 def _places(part: str, config: ModelConfig) -> list[str]:
-    """Where the projections of queries (and of the output), keys or values are saved: once, or once an attention expert."""
+    """Return the prefixes of the saved projections of q (and output), k or v.
+
+    One, or one per attention expert.
+    """
     copies = config.query_copies if part == "q" else config.kv_copies
     if config.mixture is None or config.mixture.attention == "averaged" or (part != "q" and copies == 1):
         return ["self_attn."]
@@ -113,12 +124,12 @@ def _feed_forward_places(config: ModelConfig) -> list[str]:
 
 
 def _interleaved(part: str, config: ModelConfig) -> bool:
-    """Whether the experts' heads lie side by side under each key head that they share."""
+    """Return whether the experts' heads are adjacent under each key head that they share."""
     return part == "q" and config.query_copies > config.kv_copies
 
 
 def _gather(parts: list[Tensor], part: str, config: ModelConfig, *, dim: int) -> Tensor:
-    """The heads of all experts along `dim` of one tensor."""
+    """Concatenate the heads of all experts along `dim`."""
     if not _interleaved(part, config):
         return torch.cat(parts, dim=dim)
     by_key_head = [torch.unflatten(one, dim, (config.kv_heads, -1)) for one in parts]
@@ -126,7 +137,7 @@ def _gather(parts: list[Tensor], part: str, config: ModelConfig, *, dim: int) ->
 
 
 def _scatter(tensor: Tensor, part: str, config: ModelConfig, *, dim: int) -> list[Tensor]:
-    """The reverse of `_gather`."""
+    """Split the heads of all experts; the reverse of `_gather`."""
     copies = config.query_copies if part == "q" else config.kv_copies
     if not _interleaved(part, config):
         return list(tensor.chunk(copies, dim=dim))

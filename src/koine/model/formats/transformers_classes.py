@@ -1,4 +1,4 @@
-"""`transformers` classes for what it has no class for: models saved with `model_type` `koine`.
+"""`transformers` classes for models saved with `model_type` `koine`, for which the library has none.
 
 Needs the extra `[hf]`.
 """
@@ -18,13 +18,13 @@ from koine.model.formats.config_json import from_json
 
 
 class KoineConfig(PretrainedConfig):  # type: ignore[misc]
-    """`config.json` of `model_type` `koine`; the fields are those of `koine.model.formats.config_json.to_json`."""
+    """`config.json` with `model_type` `koine`; its fields are those of `config_json.to_json`."""
 
     model_type = "koine"
 
 
 class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Our decoder as a `transformers` model: logits and loss; generation without a cache."""
+    """Our decoder as a `transformers` model: logits and loss; generation without a KV cache."""
 
     config_class = KoineConfig
     base_model_prefix = "decoder"
@@ -35,7 +35,7 @@ class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights are initialised by the decoder itself."""
+        """Do nothing: the decoder initialises its weights."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> KoineForCausalLM:
@@ -58,7 +58,7 @@ class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         save_model(self.decoder, Path(save_directory))
 
     def get_output_embeddings(self) -> nn.Module:
-        """The module whose weight scores the vocabulary."""
+        """Return the module whose weight scores the vocabulary."""
         decoder = self.decoder
         module = decoder.embedding if decoder.config.tie_embeddings else decoder.head
         assert isinstance(module, nn.Module)
@@ -71,7 +71,10 @@ class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """`[batch, time]` ids to logits `[batch, time, vocab]`; with `labels` also the shifted cross-entropy."""
+        """Compute logits `[batch, time, vocab]` for `[batch, time]` ids.
+
+        With `labels` also the shifted cross-entropy.
+        """
         logits = self.decoder.logits(self.decoder(input_ids, attention_mask=attention_mask))
         loss = None
         if labels is not None:
@@ -81,5 +84,5 @@ class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
-        """The whole text at every step: the decoder's own cache is not `transformers`'."""
+        """Return the whole text at every step: `transformers` cannot use the decoder's own KV cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}

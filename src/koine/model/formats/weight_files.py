@@ -1,4 +1,4 @@
-"""Find the weight files of a model folder, as `transformers` chooses them where several lie side by side."""
+"""Find the weight files of a model folder, as `transformers` chooses them where there are several."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
-    """The files that hold a folder's weights, in the order of their names.
+    """Return the files that hold a folder's weights, sorted by name.
 
-    The order of choice is that of `transformers`: what `transformers_weights` of config.json names, then
-    `model.safetensors`, then the index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
+    The first that exists is chosen, as in `transformers`: the file that `transformers_weights` of config.json
+    names, `model.safetensors`, the index of shards, then (with `pickled`) `pytorch_model.bin` and its index.
 
     Raises `UserError` for an adapter, a folder without weights, a damaged index, a shard that is missing or
-    lies outside the folder.
+    outside the folder.
     """
     check_adapter(folder)
     named = _named_by_config(folder)
@@ -47,7 +47,7 @@ def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
 
 
 def _named_by_config(folder: Path) -> str | None:
-    """The file that `transformers_weights` of config.json names, if any."""
+    """Return the file that `transformers_weights` of config.json names, if any."""
     if not (folder / "config.json").is_file():
         return None
     value = read_json(folder / "config.json")
@@ -64,10 +64,10 @@ def _named_by_config(folder: Path) -> str | None:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, each once, sorted. Raises `UserError` where it is damaged or names a
-    file outside its folder.
+    """Return the files that an index names, sorted and without repetition.
 
-    A file of the folder may be a link: whoever made the link had the right to.
+    A file of the folder may be a link: who made the link had the right to.
+    Raises `UserError` where the index is damaged or names a file outside its folder.
     """
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
@@ -88,7 +88,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _leaves(name: str) -> bool:
-    """Return whether a name in an index is no plain name of a file in its folder or below, on any system."""
+    """Return whether a name in an index leaves its folder, or is no file name, on any system."""
     if not name or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
         return True
     return any(
@@ -98,7 +98,7 @@ def _leaves(name: str) -> bool:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise `UserError` for a folder of PEFT (a LoRA adapter): what it changes is not in its own weights."""
+    """Raise `UserError` for a PEFT adapter (LoRA), whose changes are not in its weights."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     about = read_json(folder / ADAPTER_CONFIG)
@@ -122,7 +122,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def open_safetensors(file: Path) -> Any:
-    """The handle of one safetensors file; raises `UserError` where it is cut short or damaged."""
+    """Open one safetensors file. Raises `UserError` where it is truncated or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -136,10 +136,9 @@ def open_safetensors(file: Path) -> Any:
 
 
 def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
-    """Bytes stored in each floating-point dtype; empty where a tensor is of a dtype that only a quantiser
-    reads.
+    """Return the bytes stored in each floating-point dtype, from the headers.
 
-    Reads headers alone. Raises `UserError` for a damaged file.
+    Empty where a tensor has a dtype of a quantiser. Raises `UserError` for a damaged file.
     """
     import torch
 
@@ -155,7 +154,7 @@ def stored_bytes(files: list[Path]) -> dict[torch.dtype, int]:
 
 
 def widest(dtypes: dict[torch.dtype, int]) -> torch.dtype:
-    """The dtype that holds all of these without rounding; float32 where there are none."""
+    """Return the dtype that holds all of these without rounding; float32 for none."""
     import torch
 
     result: torch.dtype | None = None
@@ -165,7 +164,7 @@ def widest(dtypes: dict[torch.dtype, int]) -> torch.dtype:
 
 
 def widest_dtype(folder: Path) -> torch.dtype:
-    """The dtype that holds every stored weight of a folder exactly; float32 for pickled weights."""
+    """Return the dtype that holds every stored weight of a folder exactly; float32 for pickled weights."""
     import torch
 
     files = weight_files(folder, pickled=True)

@@ -1,79 +1,305 @@
-"""Feed-forward experts: which tokens go to which, and what the chosen ones say."""
+"""SwiGLU experts: tokens are sorted by expert and multiplied by grouped matmuls.
+
+Shape suffixes:
+    t: tokens; k: experts of each token; n: rows sorted by expert, `t * k` in all; e: experts;
+    d: hidden size of the model; f: intermediate size of an expert; g: `2 * f`, the gate, then up.
+
+CUDA uses torch's grouped matmul, with counts that stay on the device. CPU uses one autograd function: the
+backward passes of indexing and chunking would take as long there as the products of a small model.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from koine.model.moe.cpu_grouped import sorted_by_expert
+from koine.hardware import bfloat16_is_fast, processor_flags
+
+GROUPED_ROWS = 128
+"""Rows of each expert, on average, up to which CPU multiplies all experts in one grouped matmul.
+
+With more, one expert at a time goes through all operations, while its rows are in the caches
+(docs/explanation/log.md).
+"""
+
+BFLOAT16_ROWS = 48
+"""Rows of each expert, on average, up to which slow bfloat16 instructions are used all the same.
+
+Converting the weights to float32 takes longer than its products save (docs/explanation/log.md).
+"""
 
 
-class Chosen(NamedTuple):
-    """Which experts each token goes to, and with what weight.
+class Assignments(NamedTuple):
+    """The experts of each token, and their weights.
 
-    experts: `[tokens, k]` int64. gates: `[tokens, k]`.
+    Attributes:
+        experts: `[tokens, k]` int64.
+        gates: `[tokens, k]`.
     """
 
     experts: Tensor
     gates: Tensor
 
 
-def choose(probabilities: Tensor, k: int) -> Chosen:
-    """The `k` most probable experts of each token, with their probabilities as they are: gates are not renormalised (arXiv 2408.08274
-    and 2408.15901).
+def assign_top_k(probabilities: Tensor, k: int) -> Assignments:
+    """Assign each token to its `k` most probable experts.
 
-    probabilities: `[tokens, experts]`.
-    """
-    gates, experts = probabilities.topk(k, dim=-1)
-    return Chosen(experts, gates)
-
-
-def feed_forward_experts(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
-    """The sum over the chosen experts of `gate * out_e (silu(gate_e x) * (up_e x))`: SwiGLU experts.
+    The gates are their probabilities, not renormalised (arXiv 2408.08274 and 2408.15901).
 
     Args:
-        x: `[tokens, hidden]`.
-        into: `[experts, 2 * intermediate, hidden]`, the gate's rows, then up's.
-        out: `[experts, hidden, intermediate]`.
-        chosen: see `choose`; the products are in the dtype of `x`.
+        probabilities: `[tokens, experts]`.
+        k: experts of each token.
+    """
+    gates, experts = probabilities.topk(k, dim=-1)
+    return Assignments(experts, gates)
+
+
+def feed_forward_experts(x: Tensor, w_in: Tensor, w_out: Tensor, assignments: Assignments) -> Tensor:
+    """Compute `sum_e gate_e * w_out_e (silu(w_gate_e x) * (w_up_e x))` over each token's experts.
+
+    Args:
+        x: `[tokens, hidden]`. Products are in its dtype; on CPU in float32 where bfloat16 is slower.
+        w_in: `[experts, 2 * intermediate, hidden]`, the rows of `w_gate`, then those of `w_up`.
+        w_out: `[experts, hidden, intermediate]`.
+        assignments: see `assign_top_k`.
 
     Returns:
-        `[tokens, hidden]`, differentiable once in `x`, `into`, `out` and the gates.
+        `[tokens, hidden]` in the dtype of `x`. It is differentiable in `x`, `w_in`, `w_out` and the gates, on
+        CPU once.
 
     Raises:
-        ValueError: shapes that do not fit.
-        IndexError: an expert that there is not.
+        ValueError: shapes do not fit.
+        IndexError: a token is assigned to an expert that does not exist (on CPU).
     """
-    gates = chosen.gates.to(x.dtype)
+    count, hidden, width = w_out.shape
+    if x.shape[1] != hidden or w_in.shape != (count, 2 * width, hidden):
+        raise ValueError(
+            f"tokens {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} do not fit"
+        )
+    w_in, w_out = w_in.to(x.dtype).contiguous(), w_out.to(x.dtype).contiguous()
+    experts, gates = assignments.experts, assignments.gates.to(x.dtype)
     if x.device.type == "cuda":
-        return _on_accelerator(x, into, out, Chosen(chosen.experts, gates))
-    found: Tensor = sorted_by_expert(x, into, out, chosen.experts, gates)
-    return found
+        return _cuda_experts(x, w_in, w_out, experts, gates)
+    out: Tensor = _cpu_experts(x, w_in, w_out, experts, gates)
+    return out
 
 
-def _on_accelerator(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
-    """The same with torch's grouped matmul: the counts stay on the device, and nothing waits for them."""
-    tokens, k = chosen.experts.shape
-    flat = chosen.experts.reshape(-1)
-    order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=into.shape[0]).cumsum(0).to(torch.int32)
-    picked = x.index_select(0, order // k)
-    both = _grouped_mm(picked, into.to(x.dtype).transpose(1, 2), ends)
-    gate, up = both.chunk(2, dim=-1)
-    said = _grouped_mm(F.silu(gate) * up, out.to(x.dtype).transpose(1, 2), ends)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    by_token = said.index_select(0, place).view(tokens, k, x.shape[1])
-    return (by_token * chosen.gates[..., None]).sum(dim=1)
+def _has_grouped_mm(dtype: torch.dtype, w_out_edf: Tensor) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` takes these experts.
+
+    It needs matrix rows of a multiple of 16 bytes.
+    """
+    on_device = (torch.float32, torch.bfloat16) if w_out_edf.device.type == "cpu" else (torch.bfloat16,)
+    return dtype in on_device and all(size % 8 == 0 for size in w_out_edf.shape[1:])
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`x` `[rows, in]` sorted by expert times `weight` `[experts, in, out]`; `ends` `[experts]` int32, where each expert's rows end."""
-    if x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        found: Tensor = F.grouped_mm(x, weight, offs=ends)
-        return found
-    parts = torch.tensor_split(x, ends[:-1].cpu().long())
-    return torch.cat([part @ one for part, one in zip(parts, weight, strict=True)])
+# -- CUDA ----------------------------------------------------------------------------------------------------
+
+
+def _cuda_experts(
+    x_td: Tensor, w_in_egd: Tensor, w_out_edf: Tensor, experts_tk: Tensor, gates_tk: Tensor
+) -> Tensor:
+    order_n = experts_tk.flatten().argsort(stable=True)
+    ends_e = torch.bincount(experts_tk.flatten(), minlength=len(w_in_egd)).cumsum(0).to(torch.int32)
+    times = F.grouped_mm if _has_grouped_mm(x_td.dtype, w_out_edf) else _matmul_each
+    x_nd = x_td.index_select(0, order_n // experts_tk.shape[1])
+    gate_nf, up_nf = times(x_nd, w_in_egd.transpose(1, 2), offs=ends_e).chunk(2, dim=-1)
+    expert_out_nd = times(F.silu(gate_nf) * up_nf, w_out_edf.transpose(1, 2), offs=ends_e)
+    row_n = torch.empty_like(order_n)
+    row_n[order_n] = torch.arange(len(order_n), device=order_n.device)
+    expert_out_tkd = expert_out_nd.index_select(0, row_n).view(*experts_tk.shape, -1)
+    return (expert_out_tkd * gates_tk[..., None]).sum(dim=1)
+
+
+def _matmul_each(x_nx: Tensor, w_exy: Tensor, *, offs: Tensor) -> Tensor:
+    """Do the work of `grouped_mm` with a matmul for each expert; the CPU waits for the counts."""
+    x_parts = torch.tensor_split(x_nx, offs[:-1].cpu().long())
+    return torch.cat([x_part @ w_xy for x_part, w_xy in zip(x_parts, w_exy, strict=True)])
+
+
+# -- CPU -----------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+def _cpu_experts(
+    x_td: Tensor, w_in_egd: Tensor, w_out_edf: Tensor, experts_tk: Tensor, gates_tk: Tensor
+) -> Tensor:
+    rows_each = experts_tk.numel() / len(w_in_egd)
+    dtype = _compute_dtype(x_td, rows_each)
+    grouped = dtype == x_td.dtype and rows_each <= GROUPED_ROWS and _has_grouped_mm(dtype, w_out_edf)
+    rows = _sort_by_expert(experts_tk, len(w_in_egd), grouped=grouped)
+    inputs = x_td.to(dtype), w_in_egd, w_out_edf, gates_tk.to(dtype)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    out_td = _CpuExperts.apply(*inputs, rows, keep)  # type: ignore[no-untyped-call]
+    assert isinstance(out_td, Tensor)
+    return out_td.to(x_td.dtype)
+
+
+def _compute_dtype(x_td: Tensor, rows_each: float) -> torch.dtype:
+    """Return the dtype of the products: float32 for bfloat16 where that is faster.
+
+    Without bfloat16 instructions it is, but for a single token. rows_each: rows of each expert, on average.
+    """
+    if x_td.dtype != torch.bfloat16 or bfloat16_is_fast():
+        return x_td.dtype
+    slow_instructions = "avx512_bf16" in processor_flags()
+    few = rows_each <= BFLOAT16_ROWS if slow_instructions else len(x_td) == 1
+    return x_td.dtype if few else torch.float32
+
+
+class _Group(NamedTuple):
+    """Rows that go through all operations together.
+
+    rows: a slice of `_Rows`. expert: the one that they belong to, or -1 for all experts. ends_e: int32, the
+    end of each expert's rows.
+    """
+
+    rows: slice
+    expert: int
+    ends_e: Tensor
+
+
+class _Rows(NamedTuple):
+    """Expert assignments sorted by expert.
+
+    token_n: the token of each row. row_tk: the row of each assignment. unused: experts that are in no group.
+    """
+
+    token_n: Tensor
+    row_tk: Tensor
+    groups: list[_Group]
+    unused: list[int]
+
+
+def _sort_by_expert(experts_tk: Tensor, count: int, *, grouped: bool) -> _Rows:
+    """Sort assignments to `count` experts; grouped: in one group.
+
+    numpy sorts 16-bit integers by counting: 24 us for 8,192 assignments, torch takes 240.
+    """
+    experts_n = experts_tk.flatten().numpy()
+    order_n = (experts_n.astype(np.uint16) if count <= 2**16 else experts_n).argsort(kind="stable")
+    counts_e = np.bincount(experts_n, minlength=count)
+    if len(counts_e) > count:
+        raise IndexError(f"expert {len(counts_e) - 1} was assigned, and there are {count}")
+    row_n = np.empty_like(order_n)
+    row_n[order_n] = np.arange(len(order_n))
+    ends_e = torch.from_numpy(counts_e.cumsum(dtype=np.int32))
+    ends = [0, *ends_e.tolist()]
+    groups = [_Group(slice(*ends[e : e + 2]), e, ends_e) for e in counts_e.nonzero()[0].tolist()]
+    return _Rows(
+        torch.from_numpy(order_n // experts_tk.shape[1]),
+        torch.from_numpy(row_n).view(experts_tk.shape),
+        [_Group(slice(0, ends[-1]), -1, ends_e)] if grouped else groups,
+        [] if grouped else (counts_e == 0).nonzero()[0].tolist(),
+    )
+
+
+class _CpuExperts(torch.autograd.Function):
+    """`feed_forward_experts` on CPU.
+
+    Weights are in the dtype of `x_td` or in a narrower one, and are then converted one expert at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_td: Tensor,
+        w_in_egd: Tensor,
+        w_out_edf: Tensor,
+        gates_tk: Tensor,
+        rows: _Rows,
+        keep: bool,
+    ) -> Tensor:
+        expert_out_nd = x_td.new_empty(len(rows.token_n), x_td.shape[1])
+        saved: list[Tensor] = []
+        for group in rows.groups:
+            x_nd = x_td.index_select(0, rows.token_n[group.rows])
+            gate_up_ng = _times(x_nd, w_in_egd.transpose(1, 2), group)
+            gate_nf, up_nf = gate_up_ng.chunk(2, dim=1)
+            silu_nf = F.silu(gate_nf)
+            if keep:
+                saved += x_nd, gate_up_ng, silu_nf
+            hidden_nf = silu_nf * up_nf if keep else silu_nf.mul_(up_nf)
+            _times(hidden_nf, w_out_edf.transpose(1, 2), group, out=expert_out_nd[group.rows])
+        ctx.rows = rows
+        ctx.save_for_backward(w_in_egd, w_out_edf, gates_tk, *saved)
+        # One pass over memory for the weighted sum.
+        return F.embedding_bag(rows.row_tk, expert_out_nd, mode="sum", per_sample_weights=gates_tk)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_td: Tensor) -> tuple[Tensor | None, ...]:
+        w_in_egd, w_out_edf, gates_tk, *saved = ctx.saved_tensors
+        rows: _Rows = ctx.rows
+        needs_x, needs_w_in, needs_w_out, needs_gates, *_ = ctx.needs_input_grad
+        gates_n1 = gates_tk.new_empty(gates_tk.numel(), 1)
+        gates_n1[rows.row_tk.flatten(), 0] = gates_tk.flatten()
+        grad_gates_n = torch.empty_like(gates_n1[:, 0]) if needs_gates else None
+        grad_x_nd = grad_td.new_empty(len(gates_n1), grad_td.shape[1]) if needs_x else None
+        grad_w_in = _empty_gradient(w_in_egd, rows) if needs_w_in else None
+        grad_w_out = _empty_gradient(w_out_edf, rows) if needs_w_out else None
+
+        for group, (x_nd, gate_up_ng, silu_nf) in zip(rows.groups, _triples(saved), strict=True):
+            gate_nf, up_nf = gate_up_ng.chunk(2, dim=1)
+            grad_nd = grad_td.index_select(0, rows.token_n[group.rows])
+            # Gradients without the gate, because the gate's own gradient needs them so.
+            grad_hidden_nf = _times(grad_nd, w_out_edf, group)
+            grad_silu_nf = grad_hidden_nf * up_nf
+            if grad_gates_n is not None:
+                torch.sum(grad_silu_nf * silu_nf, dim=1, out=grad_gates_n[group.rows])
+            # From here on with the gate.
+            grad_silu_nf.mul_(gates_n1[group.rows])
+            silu_nf = silu_nf * gates_n1[group.rows]
+            if grad_w_out is not None:
+                grad_w_out = _weight_gradient(grad_nd, silu_nf * up_nf, group, grad_w_out)
+            if grad_x_nd is None and grad_w_in is None:
+                continue
+            grad_gate_up_ng = torch.empty_like(gate_up_ng)
+            grad_gate_nf, grad_up_nf = grad_gate_up_ng.chunk(2, dim=1)
+            torch.ops.aten.silu_backward.grad_input(grad_silu_nf, gate_nf, grad_input=grad_gate_nf)
+            torch.mul(grad_hidden_nf, silu_nf, out=grad_up_nf)
+            if grad_w_in is not None:
+                grad_w_in = _weight_gradient(grad_gate_up_ng, x_nd, group, grad_w_in)
+            if grad_x_nd is not None:
+                _times(grad_gate_up_ng, w_in_egd, group, out=grad_x_nd[group.rows])
+
+        grad_x_td = None if grad_x_nd is None else F.embedding_bag(rows.row_tk, grad_x_nd, mode="sum")
+        grad_gates_tk = None if grad_gates_n is None else grad_gates_n[rows.row_tk]
+        return grad_x_td, grad_w_in, grad_w_out, grad_gates_tk, None, None
+
+
+def _triples(saved: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(saved[::3], saved[1::3], saved[2::3], strict=True)
+
+
+def _times(x_nx: Tensor, w_exy: Tensor, group: _Group, *, out: Tensor | None = None) -> Tensor:
+    """Multiply a group's rows by the matrices of their experts; `[n, y]`."""
+    if group.expert >= 0:
+        return torch.mm(x_nx, w_exy[group.expert].to(x_nx.dtype), out=out)
+    result_ny = F.grouped_mm(x_nx, w_exy, offs=group.ends_e)
+    return result_ny if out is None else out.copy_(result_ny)
+
+
+def _empty_gradient(w: Tensor, rows: _Rows) -> Tensor:
+    """Allocate the gradient of `w`; experts without rows get 0, the others are written later."""
+    grad_w = torch.empty_like(w)
+    for expert in rows.unused:
+        grad_w[expert].zero_()
+    return grad_w
+
+
+def _weight_gradient(grad_ny: Tensor, x_nx: Tensor, group: _Group, grad_w_eyx: Tensor) -> Tensor:
+    """Return the weights' gradient with a group's part: output gradients, transposed, times inputs."""
+    if group.expert < 0:
+        return F.grouped_mm(grad_ny.t(), x_nx, offs=group.ends_e)
+    if grad_w_eyx.dtype == grad_ny.dtype:
+        torch.mm(grad_ny.t(), x_nx, out=grad_w_eyx[group.expert])
+    else:
+        grad_w_eyx[group.expert] = grad_ny.t() @ x_nx
+    return grad_w_eyx

@@ -8,7 +8,7 @@ assignments before the first gradient:
 |---|---|
 | one, one rank | nothing |
 | one, several ranks | one all-reduce of `layers * experts` numbers inside the forward pass |
-| several | a forward pass of every micro batch without its head and without a backward pass: about a third of a step |
+| several | a forward pass of every micro batch without head and backward pass: about a third of a step |
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load_balancing_loss(probabilities: Tensor, experts: Tensor, counted: Tensor 
 
     Args:
         probabilities: `[tokens, experts]`; their mean over tokens is `P`.
-        experts: `[tokens, k]`, the assigned experts; `f` is each expert's share of the `tokens * k` assignments.
+        experts: `[tokens, k]`, the assigned experts; `f` are their shares of the `tokens * k` assignments.
         counted: `[tokens]` bool, False for padding.
     """
     if counted is not None:
@@ -59,10 +59,10 @@ def router_z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
 def router_loss(
     routings: Sequence[Routing], mixture: MixtureConfig, counted: Tensor | None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Compute `load_balancing * L_LB + z_loss * L_z`, summed over layers (arXiv 2408.08274, equations 5 to 7).
+    """Compute `load_balancing * L_LB + z_loss * L_z`, summed over layers.
 
-    The load is balanced over the feed-forward experts only. The z-loss includes the attention router's logits,
-    where there is one.
+    arXiv 2408.08274, equations 5 to 7. The load is balanced over the feed-forward experts only. The z-loss
+    includes the attention router's logits, where there is one.
 
     Args:
         routings: one for each layer.
