@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,69 +16,58 @@ import torch
 from koine.files import write_json
 from koine.generate import generate
 from koine.generate.sampling import Sampling
-from koine.model import load_model
+from koine.model import ModelConfig, load_model
 from koine.model.counting import training_flops_per_token
 from koine.plan import step
 from koine.steps import estimates
-from koine.steps.mixtures import train_on
+from koine.steps.text_mixture import TextMixture
+from koine.steps.training import train_model, training_settings
+from koine.train.settings import TrainSettings
 
 ROUNDS = 5
 TIMED_STEPS = 8
 FIRST_STEPS = 2
 
 
-@step(version="2", estimate=estimates.branch)
+@step(version="3", estimate=estimates.training, threads=0)
 def train_matched(
     model: Path,
     reference: Path,
     tokens: dict[str, Path],
     *,
     match: str,
-    shares: tuple[float, ...],
-    steps: int,
-    sequence_length: int,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: float,
-    min_rate_share: float,
-    dtype: str,
-    seed: int,
-    threads: int,
+    mixture: TextMixture,
+    settings: TrainSettings,
+    config: ModelConfig | None = None,
     out: Path,
 ) -> None:
-    """Train as `train_on` does, for as many steps as cost the compute of `steps` of the mixture `reference`.
+    """Train as `train_model` does, for as many steps as cost the compute of `mixture.steps` of the model `reference`.
 
     match: compute is counted operations (`flops`) or measured time (`seconds`).
     """
-    torch.set_num_threads(threads)
 
     def train(from_model: Path, steps: int, out: Path) -> None:
-        train_on(
+        own = training_settings(steps=steps)
+        train_model(
             from_model,
             tokens,
-            shares=shares,
-            steps=steps,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate,
-            min_rate_share=min_rate_share,
-            dtype=dtype,
-            seed=seed,
-            threads=threads,
+            mixture=replace(mixture, steps=steps),
+            settings=replace(settings, warmup_steps=own.warmup_steps, checkpoint_every=own.checkpoint_every),
+            config=config,
             out=out,
         )
 
     if match == "flops":
         theirs, ours = (
-            training_flops_per_token(load_model(path).config, sequence_length) for path in (reference, model)
+            training_flops_per_token(load_model(path).config, mixture.sequence_length)
+            for path in (reference, model)
         )
         ratio = theirs / ours
     else:
         ratio = statistics.median(
             _step_seconds(reference, train) / _step_seconds(model, train) for _ in range(ROUNDS)
         )
-    count = max(1, round(steps * ratio))
+    count = max(1, round(mixture.steps * ratio))
     train(model, count, out)
     write_json(out / "matched.json", {"match": match, "ratio": ratio, "steps": count})
 

@@ -25,7 +25,8 @@ from experiments.common.domains import (
 )
 from experiments.common.plans import choose_scale, export_verdicts
 from koine.plan import Artifact, Plan
-from koine.steps.mixtures import mix
+from koine.steps.combination import combine_branches
+from koine.steps.text_mixture import domain_sources
 
 FILES: dict[str, PackFile | None] = {"general": GENERAL, "code": None, "reviews": REVIEWS, "maths": MATHS}
 EXPERTS = ("code", "reviews", "maths")
@@ -158,7 +159,7 @@ def models_of_seed(plan: Plan, size: Scale, seed: int, domains: Domains) -> dict
     }
     mixed = {
         arm: plan.step(
-            mix,
+            combine_branches,
             name=f"mixed/{arm}/{seed}",
             seed_model=root,
             experts=experts,
@@ -186,10 +187,7 @@ def models_of_seed(plan: Plan, size: Scale, seed: int, domains: Domains) -> dict
                 reference=mixed["btx"],
                 tokens=domains.tokens,
                 match=match,
-                shares=tuple(shares.values()),
-                steps=size.mixture_steps,
-                learning_rate=size.learning_rate,
-                min_rate_share=0.1,
-                **trainer.settings,
+                mixture=trainer.steps.mixture(domain_sources(shares), size.mixture_steps),
+                settings=trainer.steps.settings(size.mixture_steps, size.learning_rate),
             )
     return found

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from koine.files import read_json
+from koine.model import LayerSpec, ModelConfig
 from koine.plan import Artifact, Plan
 from koine.steps.domain_corpora import code_domain, domain_text, shared_tokenizer, tokenize_domain
-from koine.steps.mixtures import evaluate_domains, new_seed, train_on
+from koine.steps.evaluation import evaluate_domains
+from koine.steps.text_mixture import domain_sources
+from koine.steps.trainer import Trainer as StepTrainer
 
 MOST_CODE_BYTES = 3_000_000
 """The standard library has little more text than this."""
@@ -132,33 +135,42 @@ class Trainer:
 
     def __init__(self, plan: Plan, size: DomainScale, seed: int, domains: Domains) -> None:
         self.plan, self.size, self.seed, self.domains = plan, size, seed, domains
-        self.settings: dict[str, Any] = {
-            "sequence_length": size.sequence_length,
-            "batch_size": size.batch_size,
-            "micro_batch_size": size.micro_batch_size,
-            "dtype": size.dtype,
-            "seed": seed,
-            "threads": size.threads,
-        }
+        plan.threads = plan.threads or size.threads
+        self.steps = StepTrainer(
+            plan=plan,
+            sequence_length=size.sequence_length,
+            batch_size=size.batch_size,
+            micro_batch_size=size.micro_batch_size,
+            dtype=size.dtype,
+            seed=seed,
+        )
 
     def pretrain(
         self, name: str, shares: Mapping[str, float], *, hidden: int, kv_heads: int, intermediate: int
     ) -> Artifact:
-        """Train a dense model from random weights on domains in the given shares."""
-        return self.plan.step(
-            new_seed,
-            name=f"{name}/{self.seed}",
-            tokenizer=self.domains.tokenizer,
-            tokens=self.tokens(shares),
-            shares=tuple(shares.values()),
-            hidden=hidden,
-            layers=self.size.layers,
-            heads=self.size.heads,
-            kv_heads=kv_heads,
-            intermediate=intermediate,
+        """Train a dense model from random weights on domains in the given shares.
+
+        Every layer has full attention with RoPE, as in arXiv 2408.08274.
+        """
+        config = ModelConfig(
+            vocab_size=self.size.vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_heads=self.size.heads,
+            num_kv_heads=kv_heads,
+            head_dim=hidden // self.size.heads,
+            layers=(LayerSpec(),) * self.size.layers,
+            logit_scale=1.0,
+        )
+        return self.steps.train(
+            f"{name}/{self.seed}",
+            None,
+            self.domains.tokens,
+            domain_sources(shares),
             steps=self.size.seed_steps,
             learning_rate=self.size.learning_rate,
-            **self.settings,
+            tokenizer=self.domains.tokenizer,
+            config=config,
         )
 
     def train(
@@ -169,24 +181,18 @@ class Trainer:
         *,
         steps: int,
         rate: float,
-        min_rate_share: float = 0.1,
+        min_lr_ratio: float = 0.1,
     ) -> Artifact:
         """Train a model further; rate: of the scale's learning rate."""
-        return self.plan.step(
-            train_on,
-            name=f"{name}/{self.seed}",
-            model=model,
-            tokens=self.tokens(shares),
-            shares=tuple(shares.values()),
+        return self.steps.train(
+            f"{name}/{self.seed}",
+            model,
+            self.domains.tokens,
+            domain_sources(shares),
             steps=steps,
             learning_rate=self.size.learning_rate * rate,
-            min_rate_share=min_rate_share,
-            **self.settings,
+            settings={"min_lr_ratio": min_lr_ratio},
         )
-
-    def tokens(self, names: Mapping[str, float]) -> dict[str, Artifact]:
-        """Tokens of the named domains, in that order."""
-        return {name: self.domains.tokens[name] for name in names}
 
 
 def evaluate_arms(
@@ -205,7 +211,6 @@ def evaluate_arms(
             corpora=dict(corpora),
             documents=size.documents,
             characters=CHARACTERS,
-            threads=size.threads,
         )
         for arm, model in models.items()
     }

@@ -26,7 +26,8 @@ from experiments.common.domains import (
 from experiments.common.plans import choose_scale, export_verdicts
 from experiments.merging.judge import judge
 from koine.plan import Artifact, Plan
-from koine.steps.mixtures import equal_shares, merge_models
+from koine.steps.combination import merge_models
+from koine.steps.text_mixture import equal_shares
 
 DOMAINS = ("code", "reviews", "maths")
 FILES: dict[str, PackFile] = {
@@ -151,11 +152,6 @@ def pretrain(trainer: Trainer, size: Scale, name: str, shares: dict[str, float],
     return trainer.pretrain(name, shares, hidden=hidden, kv_heads=size.heads // 2, intermediate=2 * hidden)
 
 
-def equal(names: Sequence[str]) -> dict[str, float]:
-    """Equal shares of some domains."""
-    return dict(zip(names, equal_shares(len(names)), strict=True))
-
-
 def domain_models(trainer: Trainer, size: Scale) -> dict[str, Artifact]:
     """Experts of domains, their merges, and the touched-up merge, by arm."""
     shares = {"general": 0.7, **dict.fromkeys(DOMAINS, 0.1)}
@@ -193,17 +189,17 @@ def domain_models(trainer: Trainer, size: Scale) -> dict[str, Artifact]:
         "slerp-pair": merged("slerp-pair", "slerp", ("code", "maths"), base=False, options=("t=0.5",)),
     }
     found["touched-up"] = trainer.train(
-        "touched-up", found["linear"], equal(DOMAINS), steps=size.touch_up_steps, rate=0.5 / 15
+        "touched-up", found["linear"], equal_shares(DOMAINS), steps=size.touch_up_steps, rate=0.5 / 15
     )
     return found
 
 
 def language_models(trainer: Trainer, size: Scale, name: str, hidden: int) -> dict[str, Artifact]:
     """Models of clusters and of single languages, and their merges, at one size; arms `NAME-...`."""
-    root = pretrain(trainer, size, f"{name}/base", equal(LANGUAGES), hidden=hidden)
+    root = pretrain(trainer, size, f"{name}/base", equal_shares(LANGUAGES), hidden=hidden)
 
     def branch(label: str, codes: Sequence[str], steps: int = size.branch_steps) -> Artifact:
-        return trainer.train(f"{name}/{label}", root, equal(codes), steps=steps, rate=0.5)
+        return trainer.train(f"{name}/{label}", root, equal_shares(codes), steps=steps, rate=0.5)
 
     def merged(label: str, models: list[Artifact]) -> Artifact:
         return trainer.plan.step(

@@ -25,7 +25,7 @@ from experiments.common.domains import (
 from experiments.common.plans import choose_scale, export_verdicts
 from experiments.nexus.judge import NEW, judge
 from koine.plan import Artifact, Plan
-from koine.steps.mixtures import grow, mix
+from koine.steps.combination import add_domain_expert, combine_branches
 
 EXPERTS = ("reviews", "speeches", "maths", "spoken")
 KNOWN = ("general", *EXPERTS)
@@ -158,7 +158,7 @@ def models_of_seed(plan: Plan, size: Scale, seed: int, domains: Domains) -> dict
 
     def mixed(arm: str, method: str, load_balancing: float) -> Artifact:
         return plan.step(
-            mix,
+            combine_branches,
             name=f"mixed/{arm}/{seed}",
             seed_model=root,
             experts=experts,
@@ -181,7 +181,7 @@ def models_of_seed(plan: Plan, size: Scale, seed: int, domains: Domains) -> dict
             dict.fromkeys(KNOWN, 0.2),
             steps=size.mixture_steps,
             rate=1.0,
-            min_rate_share=0.3,
+            min_lr_ratio=0.3,
         )
     for arm in ("nexus", "linear"):
         found |= extended(trainer, size, domains, arm, model=found[arm], expert=new)
@@ -193,7 +193,7 @@ def extended(
 ) -> dict[str, Artifact]:
     """Add the new domain's expert to a mixture, then train it for each budget; arms `ARM-STEPS`."""
     grown = trainer.plan.step(
-        grow,
+        add_domain_expert,
         name=f"grown/{arm}/{trainer.seed}",
         model=model,
         expert=expert,
@@ -209,7 +209,7 @@ def extended(
             {NEW: 0.5, **dict.fromkeys(KNOWN, 0.1)},
             steps=steps,
             rate=0.3,
-            min_rate_share=1.0,
+            min_lr_ratio=1.0,
         )
         for steps in size.budgets
     }

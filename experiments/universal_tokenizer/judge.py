@@ -13,10 +13,9 @@ from experiments.common.hypotheses import below, combine_verdicts, interval, wit
 from koine.files import read_json, write_json
 from koine.plan import step
 from koine.steps import estimates
-from koine.steps.adaptation import TRACK
-from koine.steps.comparison import first_reach
 from koine.steps.corpus_files import existing, read_lines
-from koine.steps.evaluation import tracked_languages
+from koine.steps.evaluation import LANGUAGE_TRACK, tracked_languages
+from koine.steps.tokenizer_comparison import first_reach
 
 PRIMARY_MARGIN = 0.05
 """Bits per byte within which the primary languages count as equal."""
@@ -35,7 +34,7 @@ class Runs:
     @classmethod
     def read(cls, folders: Mapping[str, Path]) -> Runs:
         """Read what the trainings tracked."""
-        return cls({name: tracked_languages(path / TRACK) for name, path in folders.items()})
+        return cls({name: tracked_languages(path / LANGUAGE_TRACK) for name, path in folders.items()})
 
     def final(self, run: str, seed: int, codes: Sequence[str]) -> float:
         """Return the mean over languages at the last evaluation."""

@@ -12,10 +12,12 @@ from pathlib import Path
 from experiments.common.plans import choose_scale, export_verdicts
 from experiments.universal_tokenizer.corpus import experiment_corpus
 from experiments.universal_tokenizer.judge import judge
+from koine.model import preset
 from koine.plan import Artifact, Plan
-from koine.steps.adaptation import adapt_to, move_to_tokenizer
-from koine.steps.tokenizers import build_tokenizer, tokenize_part
-from koine.steps.training import pretrain
+from koine.steps.text_mixture import adaptation_sources, pretraining_sources
+from koine.steps.tokenizers import build_tokenizer, move_to_tokenizer, tokenize_part
+from koine.steps.trainer import Trainer
+from koine.steps.training import HeldOutProbe
 
 PRIMARY = ("en", "de", "fr", "it", "es", "pl", "pt", "ru", "bg", "uk", "hu", "nl")
 EXPANDED = ("zh", "ja", "th", "vi", "id", "mn", "ky", "ar", "fa", "hi", "tr", "ta", "pa", "ur")
@@ -187,6 +189,7 @@ class Arms:
 
     def __init__(self, plan: Plan, size: Scale, corpus: Artifact) -> None:
         self.plan, self.size, self.corpus = plan, size, corpus
+        plan.threads = plan.threads or size.threads
         self._tokenizers: dict[tuple[str, int], Artifact] = {}
         self._documents: dict[tuple[str, int], Artifact] = {}
         self._chats: dict[str, Artifact] = {}
@@ -236,35 +239,31 @@ class Arms:
             )
         return self._chats[kind]
 
-    def common(self, seed: int, vocabulary: int) -> dict[str, object]:
-        """Parameters of every training."""
-        return {
-            "preset": self.size.preset,
-            "vocabulary_size": vocabulary,
-            "sequence_length": self.size.sequence_length,
-            "batch_size": self.size.batch_size,
-            "micro_batch_size": self.size.batch_size,
-            "dtype": "float32",
-            "seed": seed,
-            "threads": self.size.threads,
-        }
+    def trainer(self, seed: int) -> Trainer:
+        """What all trainings of one random seed share."""
+        return Trainer(
+            plan=self.plan,
+            sequence_length=self.size.sequence_length,
+            batch_size=self.size.batch_size,
+            micro_batch_size=self.size.batch_size,
+            dtype="float32",
+            seed=seed,
+        )
 
     def pretrained(self, name: str, kind: str, vocabulary: int, seed: int, expanded_share: float) -> Artifact:
         """Pretrain on the primary languages, with a share of the expanded ones."""
-        return self.plan.step(
-            pretrain,
-            name=f"pretrained/{name}/{seed}",
-            corpus=self.corpus,
-            tokenizer=self.tokenizer(kind, vocabulary),
-            documents=self.documents(kind, vocabulary),
+        return self.trainer(seed).train(
+            f"pretrained/{name}/{seed}",
+            None,
+            self.documents(kind, vocabulary),
+            pretraining_sources(english_share=0.3, expanded_share=expanded_share),
             steps=self.size.pretrain_steps,
             learning_rate=self.size.learning_rate,
-            code_share=0.0,
-            english_share=0.3,
-            expanded_share=expanded_share,
-            evaluate_every=self.size.pretrain_steps,
-            track_languages=True,
-            **self.common(seed, vocabulary),
+            settings={"evaluate_every": self.size.pretrain_steps},
+            tokenizer=self.tokenizer(kind, vocabulary),
+            corpus=self.corpus,
+            config=preset(self.size.preset, vocabulary),
+            probe=HeldOutProbe(groups={"primary": ("primary",)}, max_bytes=3_000, track_languages=True),
         )
 
     def adapted(
@@ -280,23 +279,26 @@ class Arms:
         data: str = "text",
     ) -> Artifact:
         """Train a model further on some languages; data: `text` or `chats`."""
-        vocabulary = self.size.vocabulary
-        return self.plan.step(
-            adapt_to,
-            name=f"adapted/{name}/{seed}",
-            corpus=self.corpus,
-            tokenizer=self.tokenizer(kind, vocabulary),
-            model=model,
-            tokens=self.chats(kind) if data == "chats" else self.documents(kind, vocabulary),
-            kind=data,
-            languages=languages,
-            primary_share=primary_share,
+        vocabulary, chats = self.size.vocabulary, data == "chats"
+        return self.trainer(seed).train(
+            f"adapted/{name}/{seed}",
+            model,
+            self.chats(kind) if chats else self.documents(kind, vocabulary),
+            adaptation_sources(languages, primary_share),
             steps=steps,
             learning_rate=self.size.learning_rate / 2,
-            evaluate_every=max(1, steps // self.size.evaluations),
-            evaluation_documents=2,
-            evaluation_bytes=2_000,
-            **self.common(seed, vocabulary),
+            packing="no_split" if chats else "concat",
+            settings={"schedule": "constant", "evaluate_every": max(1, steps // self.size.evaluations)},
+            tokenizer=self.tokenizer(kind, vocabulary),
+            corpus=self.corpus,
+            objective="fine-tuning" if chats else "language-modelling",
+            config=preset(self.size.preset, vocabulary),
+            probe=HeldOutProbe(
+                groups={"primary": ("primary",), "adapted": languages},
+                documents=2,
+                max_bytes=2_000,
+                track_languages=True,
+            ),
         )
 
 

@@ -55,7 +55,12 @@ CASES = (
     Case(
         mistake="a cluster of languages with a typo",
         command="run quickstart --set primary_cluster=europan",
-        says="unknown cluster 'europan'; did you mean 'european'?",
+        says="primary_cluster is 'europan'; did you mean 'european'?",
+    ),
+    Case(
+        mistake="a setting of a recipe out of its bounds",
+        command="run quickstart --set pretrain_steps=0",
+        says="pretrain_steps is 0; it must be at least 1",
     ),
     Case(
         mistake="a setting without a value",
@@ -67,7 +72,7 @@ CASES = (
         mistake="a setting of the wrong kind",
         command="run plans.py:small --set words=many",
         prepare=WITH_PLAN,
-        says="--set words: 'many' does not fit <class 'int'>",
+        says="--set words: 'many' does not fit; expected: integer",
     ),
     Case(
         mistake="an executor that does not exist",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,8 @@ from experiments.common.domains import DomainRuns
 from koine.files import read_json
 from koine.model.counting import training_flops_per_token
 from koine.model.formats.config_json import read_config
+from koine.steps.text_mixture import TextMixture, domain_sources
+from koine.steps.training import training_settings
 from tests.combine.models import write_branches
 
 AS_IN_THE_PAPER = {
@@ -99,20 +100,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("match", ["flops", "seconds"])
 def test_training_takes_as_much_compute(world: dict[str, Path], tmp_path: Path, match: str) -> None:
     (tmp_path / "out").mkdir()
-    settings: dict[str, Any] = {
-        "shares": (1.0,),
-        "steps": 20,
-        "sequence_length": 32,
-        "batch_size": 2,
-        "micro_batch_size": 2,
-        "learning_rate": 1e-3,
-        "min_rate_share": 0.1,
-        "dtype": "bfloat16",
-        "seed": 0,
-        "threads": 1,
-    }
+    mixture = TextMixture(sources=domain_sources({"maths": 1.0}), steps=20, sequence_length=32, batch_size=2)
     matched.train_matched(
-        world["bam"], world["btx"], {"maths": world["tokens"]}, match=match, out=tmp_path / "out", **settings
+        world["bam"],
+        world["btx"],
+        {"maths": world["tokens"]},
+        match=match,
+        mixture=mixture,
+        settings=training_settings(steps=20, learning_rate=1e-3, micro_batch_size=2, dtype="bfloat16"),
+        out=tmp_path / "out",
     )
     about = read_json(tmp_path / "out" / "matched.json")
     steps = sum(

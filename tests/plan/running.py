@@ -1,4 +1,4 @@
-"""Starting `koine run` as a user does, in a folder with a file of plans."""
+"""Start `koine` as a user does, in a folder with a file of plans."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def koine(place: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for something that must come."""
+    """Wait until a condition holds; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "the condition never held"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Inputs behind links and inputs that change are noticed; artifacts may lie on another disk; progress may go missing."""
+"""Changes of inputs are noticed, also behind links; artifacts may lie on another disk; progress may be missing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from koine.errors import UserError
 from koine.files import exclusive, walk
 from koine.plan import Plan, step
 from koine.plan.run.job import make_job
-from koine.plan.run.progress import read, report, write
-from koine.plan.run.scheduler import sweep
+from koine.plan.run.progress import read_progress, report, write_progress
+from koine.plan.run.scheduler import remove_dead_progress
 from koine.plan.run.worker import build
 from koine.plan.store.fingerprints import ContentCache, fingerprint_of_content
 from koine.plan.store.publish import lock_of
@@ -62,7 +62,7 @@ def plan_of(place: Path, words: int = 0) -> Plan:
 
 
 def run(plan: Plan) -> list[str]:
-    """Build what is to be built, in this process; the names of what was."""
+    """Build what must be built, in this process; return the names of the built artifacts."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.cache.save()
     built = []
@@ -78,7 +78,7 @@ def result(place: Path) -> int:
     return int((place / "runs/small/double/n").read_text())
 
 
-def test_a_cut_behind_a_link_is_a_change(tmp_path: Path) -> None:
+def test_a_truncated_file_behind_a_link_changes_the_fingerprint(tmp_path: Path) -> None:
     text(tmp_path / "far/a.jsonl", 120)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/link").symlink_to(tmp_path / "far")
@@ -128,7 +128,7 @@ def test_a_change_that_keeps_size_and_time_is_seen(tmp_path: Path) -> None:
     assert cache.sha256(path) != first
 
 
-def test_a_file_from_the_future_is_remembered(tmp_path: Path) -> None:
+def test_a_file_with_a_time_in_the_future_is_cached(tmp_path: Path) -> None:
     path, cache = tmp_path / "x", ContentCache(tmp_path / "cache.json")
     path.write_text("text")
     future = time.time() + 10_000
@@ -172,7 +172,7 @@ def test_an_artifact_that_changes_while_it_is_read_fails_the_step(tmp_path: Path
         run(plan_of(tmp_path))
 
 
-def test_a_reused_artifact_is_whole_by_size(tmp_path: Path) -> None:
+def test_a_reused_artifact_is_checked_by_file_sizes(tmp_path: Path) -> None:
     text(tmp_path / "data/a.jsonl", 10)
     run(plan_of(tmp_path))
     path = tmp_path / "runs/small/count/n"
@@ -187,7 +187,7 @@ def test_a_reused_artifact_is_whole_by_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moved", ["runs/small/count", "runs/small", "runs"])
-def test_what_was_moved_and_linked_is_rebuilt_where_it_lies(moved: str, tmp_path: Path) -> None:
+def test_a_moved_and_linked_artifact_is_rebuilt_at_its_target(moved: str, tmp_path: Path) -> None:
     text(tmp_path / "data/a.jsonl", 10)
     run(plan_of(tmp_path))
     (tmp_path / "disk").mkdir()
@@ -235,11 +235,13 @@ def test_locks_of_artifacts_leave_no_files(tmp_path: Path) -> None:
         assert lock_of(tmp_path / "runs/small", "count").exists()
 
 
-def test_progress_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_where_progress_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for place in (tmp_path / "gone/told", tmp_path):
         monkeypatch.setenv("KOINE_PROGRESS", str(place))
         report(1.0, "done")
-        assert read(place) == {}
+        assert read_progress(place) == {}
     told = tmp_path / "told"
     for content in (
         "{",
@@ -251,19 +253,19 @@ def test_progress_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch:
         "",
     ):
         told.write_text(content)
-        assert read(told) == {}
+        assert read_progress(told) == {}
     told.write_bytes(b"\xff\xfe")
-    assert read(told) == {}
-    write(told, fraction=0.5, text="half", waiting=True)
-    assert read(told) == {"fraction": 0.5, "text": "half", "waiting": True}
+    assert read_progress(told) == {}
+    write_progress(told, fraction=0.5, text="half", waiting=True)
+    assert read_progress(told) == {"fraction": 0.5, "text": "half", "waiting": True}
 
 
-def test_a_strangers_file_among_the_progress_is_left_alone(tmp_path: Path) -> None:
+def test_other_files_in_the_progress_folder_are_kept(tmp_path: Path) -> None:
     import platform
 
     names = [f"{platform.node()}-notes", f"{platform.node()}-", "other-12"]
     for name in names:
         (tmp_path / name).write_text("mine")
     (tmp_path / f"{platform.node()}-4000000").mkdir()
-    sweep(tmp_path)
+    remove_dead_progress(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)

@@ -1,4 +1,4 @@
-"""A record of a run is shown and shared: it keeps no password."""
+"""The command line in a run's record has no passwords."""
 
 from __future__ import annotations
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import koine.recipes
 from koine.errors import UserError
-from koine.plan.loading import find_plan
+from koine.recipes import find_plan
 from tests.plan.running import koine as command
 
 GOOD = """\
@@ -26,7 +25,7 @@ def demo(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "asked", "said"),
+    ("content", "asked", "message"),
     [
         (None, "plans.py:demo", "plans.py: no such plan file"),
         ("def demo(plan:\n", "plans.py:demo", "plans.py:1: not valid Python"),
@@ -42,15 +41,15 @@ def demo(plan: Plan) -> None:
         (None, "quickstrat", "unknown recipe 'quickstrat'; did you mean 'quickstart'?"),
     ],
 )
-def test_each_mistake_has_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, asked: str, said: str
+def test_each_mistake_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, asked: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if content is not None:
         Path("plans.py").write_text(content)
     with pytest.raises(UserError) as error:
-        find_plan(asked, koine.recipes)
-    assert said in str(error.value)
+        find_plan(asked)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["random.py", "folder/torch.py", "koine.py"])

@@ -81,26 +81,26 @@ def test_a_second_run_waits_says_so_and_reuses(place: Path) -> None:
     first = start(place, "run", "plans.py:demo", "--set", "n=20")
     until((place / "times-built").exists)
     second = start(place, "run", "plans.py:demo", "--set", "n=20")
-    said, _ = second.communicate(timeout=60)
+    message, _ = second.communicate(timeout=60)
     first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0)
-    assert "waiting: another run is building it" in said
-    assert "slow: reused (another run built it)" in said
+    assert "waiting: another run is building it" in message
+    assert "slow: reused (another run built it)" in message
     assert (place / "times-built").read_text() == "x"
     log = (place / "runs/demo/logs/slow.log").read_text()
     assert log.count("attempt") == 1
 
 
-def test_a_run_with_other_settings_beside_one_never_mixes_with_it(place: Path) -> None:
+def test_two_runs_with_different_settings_in_one_folder_never_mix(place: Path) -> None:
     first = start(place, "run", "plans.py:demo", "--set", "n=2")
     until((place / "runs/demo/.work/last").exists)
     second = start(place, "run", "plans.py:demo", "--set", "n=1")
-    _, said = first.communicate(timeout=60)
+    _, message = first.communicate(timeout=60)
     second.communicate(timeout=60)
     assert second.returncode == 0
     assert (place / "runs/demo/last/text").read_text() == "1"
     # The first either was done before the second replaced its input, or was refused.
-    assert first.returncode == 0 or "was changed by another run" in said
+    assert first.returncode == 0 or "was changed by another run" in message
 
 
 def test_every_failed_step_is_named_with_its_log(place: Path) -> None:
@@ -117,7 +117,7 @@ def test_every_failed_step_is_named_with_its_log(place: Path) -> None:
     assert "  | Traceback (most recent call last):" in err
 
 
-def test_exports_the_record_and_the_last_words(place: Path) -> None:
+def test_exports_the_record_and_the_closing_lines(place: Path) -> None:
     code, out, _ = koine(place, "run", "plans.py:demo", "--set", "n=1")
     assert code == 0
     assert out.splitlines()[-1] == "that was it"
@@ -160,7 +160,7 @@ def test_a_run_with_nothing_to_do_loads_no_torch_and_reads_no_input(place: Path)
     assert "inputs.data.fingerprint" in koine(place, *command, "--dry-run")[1]
 
 
-def test_a_shipped_recipe_is_planned_without_torch() -> None:
+def test_a_recipe_is_planned_without_torch() -> None:
     program = (
         "import sys\n"
         "from koine.plan import Plan\n"
@@ -185,7 +185,7 @@ def test_live_bars_on_a_terminal(place: Path) -> None:
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
     )
     os.close(slave)
-    said = b""
+    message = b""
     while True:
         try:
             part = os.read(master, 65536)
@@ -193,10 +193,10 @@ def test_live_bars_on_a_terminal(place: Path) -> None:
             break
         if not part:
             break
-        said += part
+        message += part
     os.close(master)
     assert process.wait() == 0
-    text = said.decode()
+    text = message.decode()
     assert re.search(r"item \d+", text)
     assert "━" in text
     assert "that was it" in text
@@ -228,7 +228,7 @@ def test_progress_goes_to_the_file_of_the_run_and_nowhere_outside_one(
     progress.report(0.5, "x")
     monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "told"))
     progress.report(1.0, "all")
-    assert progress.read(tmp_path / "told") == {"fraction": 1.0, "text": "all"}
+    assert progress.read_progress(tmp_path / "told") == {"fraction": 1.0, "text": "all"}
     with pytest.raises(ValueError, match="between 0 and 1"):
         progress.report(1.5)
 
@@ -237,7 +237,7 @@ def test_progress_goes_to_the_file_of_the_run_and_nowhere_outside_one(
 def plain(data: Path, *, n: int = 1, out: Path) -> None: ...
 
 
-def test_what_a_plan_refuses(tmp_path: Path) -> None:
+def test_wrong_names_and_inputs_of_a_plan_are_refused(tmp_path: Path) -> None:
     from koine.errors import UserError
     from koine.plan import Artifact
 
@@ -245,7 +245,7 @@ def test_what_a_plan_refuses(tmp_path: Path) -> None:
     plan = Plan("demo", tmp_path)
     data = plan.input(tmp_path / "data", name="data")
     first = plan.step(plain, name="a/b", data=data)
-    for given, said in [
+    for given, message in [
         ({"function": len, "name": "x"}, "is not a step"),
         ({"function": plain, "name": "../x", "data": data}, "cannot name an artifact"),
         ({"function": plain, "name": "logs", "data": data}, "cannot name an artifact"),
@@ -261,10 +261,15 @@ def test_what_a_plan_refuses(tmp_path: Path) -> None:
         ({"function": plain, "name": "x", "data": data, "m": 1}, "no parameter 'm'"),
         ({"function": plain, "name": "x"}, "'data' is missing"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             plan.step(**given)  # type: ignore[arg-type]
-    for to, said in [("../x", "inside the run"), ("plan.json", "taken"), ("a", "collides"), ("/x", "inside")]:
-        with pytest.raises(UserError, match=said):
+    for to, message in [
+        ("../x", "inside the run"),
+        ("plan.json", "taken"),
+        ("a", "collides"),
+        ("/x", "inside"),
+    ]:
+        with pytest.raises(UserError, match=message):
             plan.export(first, to)
     with pytest.raises(UserError, match="leads out"):
         first / ".." / "x"
@@ -276,12 +281,12 @@ def test_what_a_plan_refuses(tmp_path: Path) -> None:
         plan.input(tmp_path / "none", name="none")
 
 
-@pytest.mark.parametrize(("content", "said"), [("{", "not valid JSON"), ("{}", "has no 'artifact'")])
-def test_a_damaged_record_is_named_with_its_mend(place: Path, content: str, said: str) -> None:
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("{}", "has no 'artifact'")])
+def test_a_damaged_record_is_named_with_a_hint(place: Path, content: str, message: str) -> None:
     assert koine(place, "run", "plans.py:demo", "--set", "n=0")[0] == 0
     (place / "runs/demo/slow/artifact.json").write_text(content)
     for command in (["run", "plans.py:demo"], ["lineage", "runs/demo/last"]):
         code, _, err = koine(place, *command)
         assert code == 2
-        assert said in err
+        assert message in err
         assert "remove the artifact's folder" in err

@@ -1,4 +1,4 @@
-"""The whole recipe on three tiny domains, with each method; and what it refuses."""
+"""The recipe on three tiny domains, with each method, and the parameters that it refuses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model import read_config
-from koine.plan import Plan
+from koine.plan.loading import make_plan
 from koine.plan.run.scheduler import execute
 from koine.recipes.branch_train_mix import branch_train_mix
-from koine.steps.mixtures import METHODS, mix
+from koine.steps.combination import METHODS, combine_branches
 from tests.combine.models import write_branches
 
 SENTENCES = {
@@ -55,11 +55,8 @@ def settings(world: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_from_a_seed_and_folders_to_a_model_with_one_domain_more(world: Path, tmp_path: Path) -> None:
-
-    plan = Plan("btm", tmp_path)
-    branch_train_mix(
-        plan, **settings(world, new_domain=f"maths={world / 'maths.jsonl'}", general=world / "law.jsonl")
-    )
+    given = settings(world, new_domain=f"maths={world / 'maths.jsonl'}", general=world / "law.jsonl")
+    plan = make_plan(branch_train_mix, given, name="btm", runs=tmp_path)
     assert plan.nodes["mixed"].parents[0] == "seed-given"
     execute(plan)
     results = read_json(tmp_path / "btm" / "results.json")
@@ -97,10 +94,9 @@ def documents_of_training(model: Path) -> set[tuple[str, str]]:
     }
 
 
-def test_a_method_without_experts_passes_on_what_was_drawn(world: Path, tmp_path: Path) -> None:
+def test_an_average_passes_on_the_documents_already_drawn(world: Path, tmp_path: Path) -> None:
     """An average has no record of its own, and its training goes on after those of its branches too."""
-    plan = Plan("average", tmp_path)
-    branch_train_mix(plan, **settings(world, method="average"))
+    plan = make_plan(branch_train_mix, settings(world, method="average"), name="average", runs=tmp_path)
     execute(plan)
     for name in ("code", "law"):
         branch = documents_of_training(tmp_path / "average" / f"expert/{name}")
@@ -115,7 +111,7 @@ def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
         folder.mkdir()
         (folder / "train.jsonl").write_text((world / f"{name}.jsonl").read_text())
     (tmp_path / "out").mkdir()
-    mix(
+    combine_branches(
         world / "seed",
         {name: world / name for name in ("code", "law")},
         {name: tmp_path / name for name in ("code", "law")},
@@ -134,16 +130,18 @@ def test_every_method_mixes(world: Path, tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        ({"method": "bams"}, "unknown method 'bams'; did you mean 'bam'"),
+        ({"method": "bams"}, "method is 'bams'; did you mean 'bam'"),
         ({"domains": ("code=x",)}, "1 domains are given"),
         ({"domains": ("code", "law=x")}, "'code' is not NAME=PATH"),
-        ({"domains": ("code=x", "code=y")}, "two domains have one name"),
+        ({"domains": ("code=x", "code=y")}, "two domains have the name 'code'"),
         ({"general_share": 1.0}, "general_share is 1.0"),
         ({"method": "average", "new_domain": "maths=x"}, "an average has no experts to add to"),
     ],
 )
-def test_what_is_refused(world: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        branch_train_mix(Plan("btm", tmp_path), **{**settings(world), **change})
+def test_wrong_parameters_are_refused(
+    world: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(branch_train_mix, {**settings(world), **change}, runs=tmp_path)

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from koine.data.mixture import Shape
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model import Decoder, load_model, preset, save_model
-from koine.plan import Plan
+from koine.plan.loading import make_plan
 from koine.recipes.context_extension import extend
-from koine.steps.context_extension import compare_lengths, evaluate_lengths, extend_stage, stage_mixture
+from koine.steps.comparison import compare_lengths
 from koine.steps.corpora import text_corpus
+from koine.steps.evaluation import evaluate_lengths
+from koine.steps.text_mixture import LongText, TextMixture, TextSource
 from koine.steps.tokenizers import tokenize_part
+from koine.steps.training import train_model, training_settings
 from koine.tokenizer import train_tokenizer
 
 WORDS = ["river", "sea", "stone", "wind", "hill", "road", "lake", "wood", "field", "bridge", "tower", "gate"]
@@ -62,49 +64,64 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def stage(world: Path, model: Path, out: Path, **fields: Any) -> None:
+def stage(
+    model: Path,
+    world: Path,
+    out: Path,
+    *,
+    steps: int,
+    long: LongText | None = None,
+    learning_rate: float = 5e-3,
+    seed: int = 0,
+    **more: Any,
+) -> None:
+    """One stage of training, in a folder of its own."""
     out.mkdir()
+    mixture = TextMixture(
+        sources=(TextSource(name="text"),),
+        steps=steps,
+        sequence_length=16,
+        batch_size=16,
+        seed=seed,
+        long=long,
+    )
+    settings = training_settings(
+        steps=steps,
+        learning_rate=learning_rate,
+        schedule="linear",
+        min_lr_ratio=0.4,
+        warmup_steps=4,
+        dtype="float32",
+        gradient_checkpointing=long is not None,
+        seed=seed,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        extend_stage(
+        train_model(
             model,
+            {"text": world / "tokens", "long": world / "tokens"},
             world / "given",
-            world / "tokens",
-            world / "tokens",
-            **{
-                "base_length": 16,
-                "length": 16,
-                "long_every": 2,
-                "long_min_tokens": 0,
-                "rope_theta": 0.0,
-                "steps": 60,
-                "batch_size": 16,
-                "micro_batch_size": 16,
-                "learning_rate": 5e-3,
-                "final_learning_rate": 2e-3,
-                "warmup_steps": 4,
-                "dtype": "float32",
-                "seed": 0,
-                "threads": 1,
-                **fields,
-            },
+            mixture=mixture,
+            settings=settings,
+            context_length=mixture.max_length,
             out=out,
+            **more,
         )
 
 
-def test_two_stages_and_what_they_gain(world: Path, tmp_path: Path) -> None:
-    """A row of 16 tokens is too short for the order to come again; only the stage with rows of 128 can learn to look back."""
-    stage(world, world / "given", tmp_path / "short")
+def test_a_stage_with_long_rows_gains_at_long_context(world: Path, tmp_path: Path) -> None:
+    """A row of 16 tokens is too short for the order to come again; only rows of 128 teach to look back."""
+    stage(world / "given", world, tmp_path / "short", steps=60)
+    long = LongText(every=2, sequence_length=128, source=TextSource(name="long", min_tokens=64))
     stage(
-        world,
         tmp_path / "short",
+        world,
         tmp_path / "long",
-        length=128,
-        long_min_tokens=64,
-        rope_theta=50_000.0,
         steps=130,
+        long=long,
         learning_rate=8e-3,
         seed=1,
+        rope_theta=50_000.0,
     )
     for name in ("short", "long"):
         (tmp_path / f"evaluation-{name}").mkdir()
@@ -114,7 +131,6 @@ def test_two_stages_and_what_they_gain(world: Path, tmp_path: Path) -> None:
             lengths=(16, 128),
             documents=4,
             seed=0,
-            threads=1,
             out=tmp_path / f"evaluation-{name}",
         )
     compare_lengths(
@@ -137,44 +153,45 @@ def test_two_stages_and_what_they_gain(world: Path, tmp_path: Path) -> None:
     assert [line["sequence_length"] for line in lines[:4]] == [16, 128, 16, 128]
 
 
-def test_the_mixture_of_a_stage(tmp_path: Path) -> None:
-    def shapes(length: int, every: int, batch: int = 16) -> dict[Shape, int]:
-        mixture = stage_mixture(
-            tmp_path, tmp_path, base_length=512, length=length, long_every=every, long_min_tokens=0, steps=20,
-            batch_size=batch, seed=0,
-        )  # fmt: skip
-        return mixture.shapes()
-
-    assert shapes(512, 4) == {Shape(512, 16): 20}
-    assert shapes(2048, 4) == {Shape(512, 16): 15, Shape(2048, 4): 5}
-    assert shapes(8192, 4, batch=8) == {Shape(512, 8): 15, Shape(8192, 1): 5}
-    assert shapes(2048, 1) == {Shape(2048, 4): 20}
-
-
-def test_the_plan(world: Path, tmp_path: Path) -> None:
-    plan = Plan("extend", tmp_path)
-    extend(
-        plan,
-        model=world / "given",
-        data=world / "text.jsonl",
-        lengths=(16, 64, 128),
-        steps=(60, 30, 10),
-        thetas=(1e4, 1e5, 1e6),
-        learning_rate=1.0,
-        final_rate_share=0.1,
+def test_the_plan_has_a_stage_for_each_length(world: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": world / "given", "data": world / "text.jsonl"}
+    plan = make_plan(
+        extend,
+        {
+            **given,
+            "lengths": (16, 64, 128),
+            "steps": (60, 30, 10),
+            "thetas": (1e4, 1e5, 1e6),
+            "learning_rate": 1.0,
+            "final_rate_share": 0.1,
+        },
+        runs=tmp_path,
     )
     stages = [plan.nodes[name].parameters for name in ("stage/16", "stage/64", "model")]
-    rates = [(one["learning_rate"], one["final_learning_rate"]) for one in stages]
+    settings = [one["settings"] for one in stages]
+    rates = [(one.learning_rate, one.learning_rate * one.min_lr_ratio) for one in settings]
     assert rates == [pytest.approx(pair) for pair in ((1.0, 0.46), (0.46, 0.19), (0.19, 0.1))]
     assert [one["rope_theta"] for one in stages] == [1e4, 1e5, 1e6]
-    assert [one["long_min_tokens"] for one in stages] == [0, 32, 64]
+    assert [one["context_length"] for one in stages] == [16, 64, 128]
+    long = [one["mixture"].long for one in stages]
+    assert [one and one.source.min_tokens for one in long] == [None, 32, 64]
     assert {f"evaluation/{name}" for name in ("given", "16", "64", "128")} <= plan.nodes.keys()
-    for wrong, line in (
+    assert plan.threads_of("model") == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
         ({"lengths": (64, 64, 128)}, "each must be longer"),
         ({"steps": (1, 2)}, "2 numbers of steps for 3 lengths"),
         ({"thetas": (1.0,)}, "1 thetas for 3 lengths"),
         ({"long_every": 0}, "long_every is 0"),
-    ):
-        fields: dict[str, Any] = {"lengths": (16, 64, 128), **wrong}
-        with pytest.raises(UserError, match=line):
-            extend(Plan("x", tmp_path), model=world / "given", data=world / "text.jsonl", **fields)
+        ({"long_share_of_length": 1.5}, "long_share_of_length is 1.5"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(
+    world: Path, tmp_path: Path, wrong: dict[str, Any], line: str
+) -> None:
+    fields = {"model": world / "given", "data": world / "text.jsonl", "lengths": (16, 64, 128), **wrong}
+    with pytest.raises(UserError, match=line):
+        make_plan(extend, fields, runs=tmp_path)

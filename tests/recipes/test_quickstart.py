@@ -1,4 +1,4 @@
-"""The shipped recipe at a tiny size: whole, killed and continued, a third time, and on the user's own text."""
+"""The recipe at a tiny size: complete, killed and continued, repeated, and on the user's own text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> None:
-    folder, said = whole
+    folder, message = whole
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["languages"]["primary"] == ["en", "de"]
     assert results["languages"]["expanded"] == ["zh", "hi"]
@@ -60,10 +60,10 @@ def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> No
             assert results["bits_per_byte"][stage][arm]["expanded"] > 0.0
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "did the universal tokenizer adapt faster" in page
-    assert f"koine chat {folder / 'model'}" in said
+    assert f"koine chat {folder / 'model'}" in message
 
 
-def test_one_can_talk_to_the_model(whole: tuple[Path, str]) -> None:
+def test_the_model_answers_in_koine_chat(whole: tuple[Path, str]) -> None:
     folder, _ = whole
     arguments = [
         sys.executable,
@@ -111,7 +111,7 @@ def test_killed_and_run_again_it_ends_in_the_same_model(whole: tuple[Path, str],
         assert sha256_file(ours) == sha256_file(theirs), name
 
 
-def test_on_text_of_ones_own(tmp_path: Path) -> None:
+def test_on_the_users_own_text(tmp_path: Path) -> None:
     lines = []
     for code, sentence in (
         ("eng_Latn", "The river runs down to the sea"),

@@ -1,6 +1,7 @@
 """Steps, plans and their execution."""
 
+from koine.plan.parameters import Parameter
 from koine.plan.plan import Artifact, Plan
 from koine.plan.step import Estimate, step
 
-__all__ = ["Artifact", "Estimate", "Plan", "step"]
+__all__ = ["Artifact", "Estimate", "Parameter", "Plan", "step"]

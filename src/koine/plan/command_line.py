@@ -1,4 +1,4 @@
-"""The command that a run was started with, as its records keep it."""
+"""The command line of a run as it is recorded: without passwords and keys."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _QUERY = re.compile(r"(?i)((?:^|[?&;\s])[a-z_-]*(?:key|token|secret|password)=)[
 
 
 def recorded_command(words: Sequence[str] | None = None) -> list[str]:
-    """The words of a command, with `***` for passwords and keys in addresses.
+    """Return the words of a command, with `***` for passwords and keys in addresses.
 
-    By default, the command of this process.
+    The default is the command of this process.
     """
     return [
         _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", word)) if "://" in word else word

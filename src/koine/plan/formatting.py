@@ -1,4 +1,4 @@
-"""Times and sizes as people read them."""
+"""Format times, sizes and tables for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `2 min 05 s`, `1 h 02 min`."""
+    """Return seconds as text: `0.4 s`, `2 min 05 s`, `1 h 02 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """`512 KiB`, `312 MiB`, `1.2 GiB`."""
+    """Return bytes as text: `512 KiB`, `312 MiB`, `1.2 GiB`."""
     for unit in ("KiB", "MiB"):
         count /= 1024
         if count < 1000:
@@ -25,7 +25,7 @@ def size(count: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of left-aligned columns, two blanks apart; the first row is the heading."""
+    """Return the lines of a table with left-aligned columns; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

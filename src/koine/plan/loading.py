@@ -1,22 +1,23 @@
-"""Finding a plan function: a recipe that ships, or a function in a file of the user's."""
+"""Load plan functions from a file, and make plans of them."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from koine.errors import UserError, did_you_mean
-from koine.plan.plan import PLAN_FILE
+from koine.plan.parameters import check_parameters
+from koine.plan.plan import PLAN_FILE, Plan
 
 
 def load_plan_file(path: Path) -> ModuleType:
-    """Import a file of plans under a name that clashes with no installed module; it can import its neighbours.
+    """Import a file of plans under a name of its own; it can import its neighbours.
 
     Raises `UserError` where the file is missing, is not Python, or fails while it is imported.
     """
@@ -55,14 +56,14 @@ def load_plan_file(path: Path) -> ModuleType:
 
 
 def _package_root(folder: Path) -> Path:
-    """The folder from which a package that holds `folder` is imported; `folder` itself outside of packages."""
+    """Return the folder from which `folder`'s package is imported; `folder` itself outside of packages."""
     while (folder / "__init__.py").is_file():
         folder = folder.parent
     return folder
 
 
 def functions_of(module: ModuleType) -> list[str]:
-    """Names of the functions that a module itself defines and that take a plan."""
+    """Return the names of the functions that a module defines itself and that take a plan."""
     found = []
     for key, value in vars(module).items():
         if inspect.isfunction(value) and value.__module__ == module.__name__:
@@ -72,27 +73,17 @@ def functions_of(module: ModuleType) -> list[str]:
     return found
 
 
-def find_plan(text: str, recipes: ModuleType) -> Callable[..., None]:
-    """The plan function of a recipe's name or of `path/to/file.py:function`; `recipes` is the package of the former."""
-    if ":" in text:
-        place, _, name = text.rpartition(":")
-        module = load_plan_file(Path(place))
-    elif text.endswith(".py"):
+def load_plan_function(text: str) -> Callable[..., None]:
+    """Return the plan function of `path/to/file.py:function`.
+
+    Raises `UserError` where the file cannot be imported or has no such function.
+    """
+    place, colon, name = text.rpartition(":")
+    if not colon:
         known = functions_of(load_plan_file(Path(text)))
         choice = " or ".join(f"{text}:{item}" for item in known) or "add a function `def name(plan): ...`"
         raise UserError("which plan of this file?", where=text, hint=f"say {choice}" if known else choice)
-    else:
-        # A recipe is a module with a function of the same name; the others of the package are their parts.
-        names = [
-            path.stem
-            for folder in recipes.__path__
-            for path in sorted(Path(folder).glob("*.py"))
-            if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8")
-        ]
-        if text not in names:
-            raise UserError(f"unknown recipe '{text}'", hint=did_you_mean(text, names))
-        name = text
-        module = importlib.import_module(f"{recipes.__name__}.{text}")
+    module = load_plan_file(Path(place))
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
         known = functions_of(module) or [
@@ -100,3 +91,29 @@ def find_plan(text: str, recipes: ModuleType) -> Callable[..., None]:
         ]
         raise UserError(f"no plan function '{name}'", where=text, hint=did_you_mean(name, known))
     return function
+
+
+def make_plan(
+    function: Callable[..., None],
+    parameters: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    runs: Path = Path("runs"),
+    threads: int | None = None,
+) -> Plan:
+    """Return the plan of a plan function: its parameters checked, its steps added, nothing run.
+
+    Args:
+        function: adds the steps to its first argument, a `Plan`.
+        parameters: values of its keyword parameters.
+        name: name of the run; the function's name by default.
+        runs: folder of all runs.
+        threads: CPU cores of each step that trains or evaluates; the plan's own choice by default.
+
+    Raises:
+        UserError: a parameter is unknown, missing, of another type, or out of its bounds.
+    """
+    values = check_parameters(function, parameters)
+    plan = Plan(function.__name__ if name is None else name, runs, threads)
+    function(plan, **values)
+    return plan

@@ -1,4 +1,4 @@
-"""A plan: inert handles to artifacts, the fingerprint of each, what is copied out and said at the end."""
+"""Plans: a graph of steps, with a handle and a fingerprint for each artifact."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
-from koine.plan.step import StepInfo, split
+from koine.fields import check_integer
+from koine.plan.step import StepInfo, split_arguments
 from koine.plan.store.fingerprints import ContentCache, digest, fingerprint_of_content
 from koine.plan.store.publish import record_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9][A-Za-z0-9_-]*)*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What the run itself writes into its folder
+# Names that the run itself uses in its folder
 RESERVED = ("logs", "plan.json", "report.html")
 # Module names of plan files start with this, so that `plans.py` never clashes with an installed `plans`
 PLAN_FILE = "koine_plan_file_"
+MAX_THREADS = 4096
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A handle to something that a plan has or will have; `artifact / "x"` is a file inside it."""
+    """A handle to the output of a step or to an input; `artifact / "x"` is a file inside it."""
 
     name: str
     path: Path
@@ -39,7 +41,7 @@ class Artifact:
 
     @property
     def place(self) -> Path:
-        """The path of the artifact or of what is meant inside it."""
+        """The path of the artifact, or of the file inside it."""
         return self.path / self.inside if self.inside else self.path
 
 
@@ -52,18 +54,12 @@ class Node:
     info: StepInfo
     inputs: dict[str, Any]
     parameters: dict[str, Any]
-    recipe: dict[str, Any]  # what the fingerprint is made of, in JSON
+    identity: dict[str, Any]  # what the fingerprint is made of, in JSON
     parents: tuple[str, ...]
-
-    @property
-    def threads(self) -> int:
-        """The cores that the step asks for: its parameter `threads` where it has one, else what `@step` says."""
-        own = self.parameters.get("threads")
-        return max(1, own if isinstance(own, int) else self.info.threads)
 
 
 def handles(value: Any) -> Iterator[Artifact]:
-    """Every handle in an input: one, or a list or dict of them."""
+    """Yield every handle in an input: one, or a list or dict of them."""
     if isinstance(value, Artifact):
         yield value
     elif isinstance(value, dict):
@@ -79,7 +75,7 @@ def handles(value: Any) -> Iterator[Artifact]:
 
 
 def places(value: Any) -> Any:
-    """An input with every handle replaced by its path."""
+    """Return an input with every handle replaced by its path."""
     if isinstance(value, Artifact):
         return value.place
     if isinstance(value, dict):
@@ -90,7 +86,10 @@ def places(value: Any) -> Any:
 
 
 def encode(value: Any) -> Any:
-    """JSON of a parameter or an input, handles by fingerprint."""
+    """Return a parameter or an input as JSON: handles by fingerprint, dataclasses field by field.
+
+    Raises `UserError` for a value that JSON has no type for.
+    """
     if isinstance(value, Artifact):
         return {"artifact": value.name, "inside": value.inside, "fingerprint": value.fingerprint}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -111,14 +110,19 @@ def encode(value: Any) -> Any:
 
 @dataclass
 class Plan:
-    """Collects steps; nothing runs until an executor is given the plan."""
+    """A graph of steps; nothing runs until `koine.plan.run.scheduler.execute` gets the plan.
+
+    threads: CPU cores of each step that trains or evaluates (`@step(threads=0)`); None: the plan's own
+    choice, or 1.
+    """
 
     name: str
     runs: Path = Path("runs")
+    threads: int | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
     inputs: dict[str, Artifact] = field(default_factory=dict)
     exports: dict[str, Artifact] = field(default_factory=dict)
-    last_words: list[str] = field(default_factory=list)
+    closing_lines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not RUN_NAME.fullmatch(self.name):
@@ -126,19 +130,24 @@ class Plan:
                 f"'{self.name}' cannot name a run",
                 hint="begin with a letter or digit, go on with those, '-', '_' and '.'",
             )
+        if self.threads is not None:
+            check_integer("threads", self.threads, low=1, high=MAX_THREADS)
 
     @property
     def folder(self) -> Path:
-        """Where the run's artifacts, logs and records lie."""
+        """The folder of the run's artifacts, logs and records."""
         return self.runs / self.name
 
     @cached_property
     def cache(self) -> ContentCache:
-        """Hashes of the plan's inputs, remembered from run to run."""
+        """Hashes of the plan's inputs, kept from run to run."""
         return ContentCache(self.folder / ".cache" / "inputs.json")
 
     def input(self, path: str | Path, *, name: str) -> Artifact:
-        """A handle to an existing file or folder, fingerprinted by content."""
+        """Return a handle to an existing file or folder, fingerprinted by content.
+
+        Raises `UserError` where it does not exist, holds the run's own folder, or its name is taken.
+        """
         place = Path(path).resolve()
         if self.folder.resolve().is_relative_to(place):
             raise UserError(
@@ -153,7 +162,16 @@ class Plan:
         return artifact
 
     def step(self, function: Callable[..., None], *, name: str, **given: Any) -> Artifact:
-        """Add a step; returns the handle to what it will write."""
+        """Add a step and return the handle to the artifact that it will write.
+
+        Args:
+            function: a function decorated with `@step`.
+            name: name of the artifact, and its path in the run's folder.
+            given: the step's inputs (handles) and parameters, by name.
+
+        Raises:
+            UserError: not a step, a name that is taken, or an argument that the step does not take.
+        """
         info = getattr(function, "__koine_step__", None)
         if not isinstance(info, StepInfo):
             shown = getattr(function, "__qualname__", repr(function))
@@ -163,7 +181,7 @@ class Plan:
         for other in [*self.nodes, *self.inputs]:
             if other == name or other.startswith(name + "/") or name.startswith(other + "/"):
                 raise UserError(f"artifact '{name}' collides with '{other}'", hint="choose another name")
-        inputs, parameters = split(function, given)
+        inputs, parameters = split_arguments(function, given)
         parents: dict[str, None] = {}
         for key, value in inputs.items():
             for handle in handles(value):
@@ -173,16 +191,24 @@ class Plan:
                         hint="use what plan.step or plan.input returned",
                     )
                 parents[handle.name] = None
-        recipe = {
+        identity = {
             "step": f"{function.__module__.removeprefix(PLAN_FILE)}:{function.__qualname__}",
             "version": info.version,
             "parameters": encode(parameters),
             "inputs": encode(inputs),
         }
         path = (self.folder / name).resolve()
-        artifact = Artifact(name, path, adopted_fingerprint(path) or digest(recipe))
-        self.nodes[name] = Node(artifact, function, info, inputs, parameters, recipe, tuple(parents))
+        artifact = Artifact(
+            name, path, recorded_fingerprint(path, identity, info.formerly) or digest(identity)
+        )
+        self.nodes[name] = Node(artifact, function, info, inputs, parameters, identity, tuple(parents))
         return artifact
+
+    def threads_of(self, name: str) -> int:
+        """Return the CPU cores of a step: by its parameter `threads`, else by `@step`, else by the run."""
+        node = self.nodes[name]
+        own = node.parameters.get("threads", node.info.threads)
+        return own if isinstance(own, int) and own > 0 else self.threads or 1
 
     def _known(self, handle: Artifact) -> Artifact | None:
         node = self.nodes.get(handle.name)
@@ -190,7 +216,7 @@ class Plan:
         return known if known and known.fingerprint == handle.fingerprint else None
 
     def export(self, artifact: Artifact, to: str) -> None:
-        """Copy an artifact, or a file or folder inside one, to `to` in the run's folder when the run has succeeded."""
+        """Copy an artifact, or a file or folder in it, to `to` in the run's folder after a successful run."""
         parts = Path(to).parts
         if not parts or Path(to).is_absolute() or any(part.startswith(".") for part in parts):
             raise UserError(f"'{to}' is not a name inside the run's folder", where="plan.export")
@@ -204,11 +230,18 @@ class Plan:
         self.exports[to] = artifact
 
     def closing(self, text: str) -> None:
-        """Say `text` when the run has succeeded."""
-        self.last_words.append(text)
+        """Print `text` when the run has succeeded."""
+        self.closing_lines.append(text)
 
 
-def adopted_fingerprint(path: Path) -> str | None:
-    """The fingerprint of an artifact that was put in place by `koine adopt`; None for any other."""
+def recorded_fingerprint(path: Path, identity: dict[str, Any], formerly: tuple[str, ...]) -> str | None:
+    """Return the recorded fingerprint of an artifact that need not be built again.
+
+    These are adopted artifacts, and those that the same step built under a former name. None for any other.
+    """
     known = record_of(path)
-    return str(known["fingerprint"]) if known and known["step"] == "adopted" else None
+    if known is None:
+        return None
+    recorded = str(known["fingerprint"])
+    renamed = known["step"] in formerly and digest({**identity, "step": known["step"]}) == recorded
+    return recorded if renamed or known["step"] == "adopted" else None

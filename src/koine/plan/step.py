@@ -1,4 +1,4 @@
-"""The mark that makes a plain function a step of a plan, and the reading of its signature."""
+"""The `@step` decorator, and the checks of a step's arguments against its signature."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step is expected to need: peak memory in bytes and time in seconds."""
+    """Expected peak memory in bytes and time in seconds of a step."""
 
     memory_bytes: int
     seconds: float
@@ -24,32 +24,48 @@ class Estimate:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What `@step` records on a function."""
+    """The arguments of `@step`, kept on the function."""
 
     version: str
     estimate: Callable[..., Estimate] | None
     threads: int
+    formerly: tuple[str, ...]
 
 
 def step(
-    version: str = "1", estimate: Callable[..., Estimate] | None = None, threads: int = 1
+    version: str = "1",
+    estimate: Callable[..., Estimate] | None = None,
+    threads: int = 1,
+    formerly: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
-    """Mark a function as a step; it stays a plain function.
+    """Mark a function as a step of plans; it stays a plain function.
 
-    `version` goes into the fingerprint: raise it when the same inputs and parameters are to give another result.
-    `estimate` is called with the step's own arguments but `out` (paths may not exist yet) and says what it will need.
-    `threads` is the step's budget of cores in a plan, unless it has a parameter of that name.
+    Args:
+        version: part of the fingerprint. Raise it when the same inputs and parameters shall give another
+            result.
+        estimate: function that returns the step's `Estimate`. It gets the step's arguments but `out`, and
+            `threads`
+            where it has a parameter of that name. Paths may not exist yet.
+        threads: CPU cores that the step uses; 0: as many as the run gives to each step (`koine run
+            --threads`).
+            A parameter `threads` of the step itself comes first.
+        formerly: earlier names (`module:function`) of the same step. Artifacts built under them are reused.
     """
 
     def mark(function: Function) -> Function:
-        function.__koine_step__ = StepInfo(version, estimate, threads)  # type: ignore[attr-defined]
+        function.__koine_step__ = StepInfo(version, estimate, threads, formerly)  # type: ignore[attr-defined]
         return function
 
     return mark
 
 
-def split(function: Callable[..., None], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs and parameters (defaults filled in) of a call; a wrong name or type is a `UserError`."""
+def split_arguments(
+    function: Callable[..., None], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a step's inputs (positional) and parameters (keyword-only, defaults filled in).
+
+    Raises `UserError` for an unknown or missing name, and for a value of another type.
+    """
     name = function.__qualname__
     hints = typing.get_type_hints(function)
     signature = inspect.signature(function).parameters
@@ -78,7 +94,7 @@ def split(function: Callable[..., None], given: Mapping[str, Any]) -> tuple[dict
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type; an int passes for a float, a bool not for an int."""
+    """Return whether `value` is of the annotated type; an int counts as a float, a bool not as an int."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True

@@ -1,17 +1,37 @@
-"""Adapt a model that you have to languages that it does not serve: with its tokenizer or another, in one of the study's regimes."""
+"""Adapt your model to languages that it does not know yet, with its own tokenizer or another."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.languages import language
-from koine.plan import Plan
-from koine.steps.adaptation import adapt_to, move_to_tokenizer
+from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.parameters import (
+    BatchSize,
+    DataPath,
+    DType,
+    EvaluationDocuments,
+    FieldNames,
+    Languages,
+    LearningRate,
+    MaxBadShare,
+    MaxBytesPerLanguage,
+    MicroBatchSize,
+    MinBytesPerLanguage,
+    ModelFolder,
+    Seed,
+    SequenceLength,
+)
 from koine.steps.corpora import own_corpus
 from koine.steps.evaluation import evaluate_model
-from koine.steps.tokenizers import tokenize_part
+from koine.steps.text_mixture import adaptation_sources
+from koine.steps.tokenizers import move_to_tokenizer, tokenize_part
+from koine.steps.trainer import Trainer
+from koine.steps.training import HeldOutProbe
+from koine.tokenizer.embedding_init import METHODS
 
 REGIMES = ("continued", "targeted")
 
@@ -19,41 +39,49 @@ REGIMES = ("continued", "targeted")
 def adaptation(
     plan: Plan,
     *,
-    model: Path,
-    data: Path,
-    primary_languages: tuple[str, ...],
-    languages: tuple[str, ...] = (),
-    fields: tuple[str, ...] = (),
-    regime: str = "continued",
-    learn_from: str = "text",
-    targets: tuple[str, ...] = (),
-    primary_share: float = 0.2,
-    tokenizer: Path | None = None,
-    init: str = "subword-mean",
-    steps: int = 500,
-    sequence_length: int = 512,
-    batch_size: int = 8,
-    micro_batch_size: int = 4,
-    learning_rate: float = 5e-4,
-    dtype: str = "auto",
-    evaluations: int = 10,
-    evaluation_documents: int = 8,
-    max_bytes_per_language: int = 2_000_000,
-    min_bytes_per_language: int = 20_000,
-    max_bad_share: float = 0.01,
-    threads: int = 2,
-    seed: int = 0,
+    model: ModelFolder,
+    data: DataPath,
+    primary_languages: Annotated[tuple[str, ...], Parameter("Languages that the model knows already.")],
+    languages: Languages = (),
+    fields: FieldNames = (),
+    regime: Annotated[
+        str,
+        Parameter(
+            "continued: the other languages with a share of the primary ones; targeted: `targets` alone.",
+            choices=REGIMES,
+        ),
+    ] = "continued",
+    learn_from: Annotated[
+        str, Parameter("Documents, or chats (records with messages).", choices=("text", "chats"))
+    ] = "text",
+    targets: Annotated[
+        tuple[str, ...], Parameter("Languages to adapt to; empty: all that are not primary.")
+    ] = (),
+    primary_share: Annotated[
+        float, Parameter("Share of the primary languages in `continued`.", low=0, below=1)
+    ] = 0.2,
+    tokenizer: Annotated[
+        Path | None, Parameter("Folder of a tokenizer to move the model to first; none: keep its own.")
+    ] = None,
+    init: Annotated[
+        str, Parameter("Initialisation of the new tokenizer's embeddings.", choices=METHODS)
+    ] = "subword-mean",
+    steps: Annotated[int, Parameter("Training steps.", unit="steps", low=1)] = 500,
+    sequence_length: SequenceLength = 512,
+    batch_size: BatchSize = 8,
+    micro_batch_size: MicroBatchSize = 4,
+    learning_rate: LearningRate = 5e-4,
+    dtype: DType = "auto",
+    evaluations: Annotated[int, Parameter("Evaluations during the training.", low=1)] = 10,
+    evaluation_documents: EvaluationDocuments = 8,
+    max_bytes_per_language: MaxBytesPerLanguage = 2_000_000,
+    min_bytes_per_language: MinBytesPerLanguage = 20_000,
+    max_bad_share: MaxBadShare = 0.01,
+    seed: Seed = 0,
 ) -> None:
-    """A directory of our model, text with language codes, and the languages that the model serves already (`primary_languages`).
-
-    regime: `continued` learns the other languages with `primary_share` of the primary ones re-injected; `targeted` learns `targets`
-    (one language, or several; default: all others) and nothing else. learn_from: `text`, or `chats` (records with messages).
-    tokenizer: move the model to this one first, the new rows guessed by `init`. What every language gains and loses is measured
-    `evaluations` times on the way, and before the first step.
-    """
-    dtype = chosen_dtype(dtype)
-    if regime not in REGIMES:
-        raise UserError(f"unknown regime '{regime}'", hint=did_you_mean(regime, REGIMES))
+    """Adapt a model to new languages, and measure what each language gains and loses on the way."""
+    # One step follows another, so that each may use more cores.
+    plan.threads = plan.threads or 2
     if not primary_languages:
         raise UserError(
             "which languages does the model serve already?", hint="--set primary_languages=CODE,CODE"
@@ -83,53 +111,61 @@ def adaptation(
             tokenizer=plan.input(tokenizer, name="tokenizer-given"),
             corpus=corpus,
             method=init,
-            # Empty: the text of all languages that the corpus has.
             languages=tuple(language(code).code for code in languages),
             seed=seed,
         )
+    chats = learn_from == "chats"
     tokens = plan.step(
         tokenize_part,
         name="tokens",
         corpus=corpus,
         tokenizer=start,
-        part="questions/train" if learn_from == "chats" else "documents",
-        domain="chats" if learn_from == "chats" else "documents",
+        part="questions/train" if chats else "documents",
+        domain="chats" if chats else "documents",
     )
-    adapted = plan.step(
-        adapt_to,
-        name="model",
-        corpus=corpus,
-        tokenizer=start,
-        model=start,
-        tokens=tokens,
-        kind=learn_from,
-        languages=tuple(language(code).code for code in targets),
-        primary_share=primary_share if regime == "continued" else 0.0,
-        preset="",
-        vocabulary_size=0,
-        steps=steps,
+    adapted_languages = tuple(language(code).code for code in targets)
+    trainer = Trainer(
+        plan=plan,
         sequence_length=sequence_length,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
-        learning_rate=learning_rate,
-        dtype=dtype,
-        evaluate_every=max(1, steps // evaluations),
-        evaluation_documents=evaluation_documents,
-        evaluation_bytes=4_000,
+        dtype=chosen_dtype(dtype),
         seed=seed,
-        threads=threads,
     )
-    for name, evaluated in (("given", given), ("adapted", adapted)):
+    adapted = trainer.train(
+        "model",
+        start,
+        tokens,
+        adaptation_sources(adapted_languages, primary_share if regime == "continued" else 0.0),
+        steps=steps,
+        learning_rate=learning_rate,
+        settings={"schedule": "constant", "evaluate_every": max(1, steps // evaluations)},
+        packing="no_split" if chats else "concat",
+        objective="fine-tuning" if chats else "language-modelling",
+        corpus=corpus,
+        probe=HeldOutProbe(
+            groups={"primary": ("primary",), "adapted": adapted_languages or ("expanded",)},
+            documents=evaluation_documents,
+            max_bytes=4_000,
+            track_languages=True,
+        ),
+    )
+    _evaluate(plan, corpus, {"given": given, "adapted": adapted}, evaluation_documents, seed)
+    plan.closing(
+        f"What each language gained and lost is in {plan.folder / 'report.html'}. "
+        f"The model: {plan.folder / 'model'}"
+    )
+
+
+def _evaluate(plan: Plan, corpus: Artifact, models: dict[str, Artifact], documents: int, seed: int) -> None:
+    """Add the evaluation of each model."""
+    for name, model in models.items():
         plan.step(
             evaluate_model,
             name=f"evaluation/{name}",
             corpus=corpus,
-            model=evaluated,
-            documents_per_language=evaluation_documents,
+            model=model,
+            documents_per_language=documents,
             questions_per_language=0,
-            threads=threads,
             seed=seed,
         )
-    plan.closing(
-        f"What each language gained and lost is in {plan.folder / 'report.html'}. The model: {plan.folder / 'model'}"
-    )

@@ -1,103 +1,153 @@
-"""Give a model a longer context, as Command A's cooldown does: stages of growing length, long batches among short ones."""
+"""Give a model a longer context in stages, as in Command A's cooldown: long batches among short ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
-from koine.plan import Artifact, Plan
-from koine.steps.context_extension import compare_lengths, evaluate_lengths, extend_stage
+from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.parameters import (
+    DataPath,
+    DType,
+    EvaluationDocuments,
+    FieldNames,
+    Languages,
+    LearningRate,
+    MaxBadShare,
+    MaxBytesPerLanguage,
+    MicroBatchSize,
+    MinBytesPerLanguage,
+    ModelFolder,
+    Seed,
+)
+from koine.steps.comparison import compare_lengths
 from koine.steps.corpora import text_corpus
+from koine.steps.evaluation import evaluate_lengths
+from koine.steps.text_mixture import LongText, TextSource
 from koine.steps.tokenizers import tokenize_part
+from koine.steps.trainer import Trainer
 
 
 def extend(
     plan: Plan,
     *,
-    model: Path,
-    data: Path,
-    long_data: Path | None = None,
-    fields: tuple[str, ...] = (),
-    languages: tuple[str, ...] = (),
-    lengths: tuple[int, ...] = (512, 2048, 8192),
-    steps: tuple[int, ...] = (300, 100, 50),
-    thetas: tuple[float, ...] = (),
-    long_every: int = 4,
-    long_share_of_length: float = 0.5,
-    batch_size: int = 8,
-    micro_batch_size: int = 4,
-    learning_rate: float = 5e-4,
-    final_rate_share: float = 0.1,
-    dtype: str = "auto",
-    evaluation_documents: int = 8,
-    max_bytes_per_language: int = 20_000_000,
-    min_bytes_per_language: int = 20_000,
-    max_bad_share: float = 0.01,
-    threads: int = 2,
-    seed: int = 0,
+    model: ModelFolder,
+    data: DataPath,
+    long_data: Annotated[
+        Path | None, Parameter("Text for the long rows, where `data` has too few long documents.")
+    ] = None,
+    fields: FieldNames = (),
+    languages: Languages = (),
+    lengths: Annotated[
+        tuple[int, ...], Parameter("Row length of each stage, growing.", unit="tokens", low=2)
+    ] = (512, 2048, 8192),
+    steps: Annotated[
+        tuple[int, ...],
+        Parameter("Training steps of each stage, one number per length.", unit="steps", low=1),
+    ] = (300, 100, 50),
+    thetas: Annotated[
+        tuple[float, ...],
+        Parameter("Base of the rotary embedding in each stage; empty: the model's own.", above=0),
+    ] = (),
+    long_every: Annotated[
+        int,
+        Parameter("Every how many steps one has rows of the stage's length; 1: all.", unit="steps", low=1),
+    ] = 4,
+    long_share_of_length: Annotated[
+        float,
+        Parameter("A long row's documents fill at least this share of the stage's length.", low=0, high=1),
+    ] = 0.5,
+    batch_size: Annotated[
+        int,
+        Parameter(
+            "Rows of the first length in a step; a step of long rows has as many tokens.", unit="rows", low=1
+        ),
+    ] = 8,
+    micro_batch_size: MicroBatchSize = 4,
+    learning_rate: LearningRate = 5e-4,
+    final_rate_share: Annotated[
+        float,
+        Parameter("Learning rate at the end, as a share of the peak; linear over all stages.", low=0, high=1),
+    ] = 0.1,
+    dtype: DType = "auto",
+    evaluation_documents: EvaluationDocuments = 8,
+    max_bytes_per_language: MaxBytesPerLanguage = 20_000_000,
+    min_bytes_per_language: MinBytesPerLanguage = 20_000,
+    max_bad_share: MaxBadShare = 0.01,
+    seed: Seed = 0,
 ) -> None:
-    """A directory of our model, text with language codes, and the lengths to grow to; bits per byte at each length after each stage.
+    """Train a model further in stages of growing length; bits per byte at each length after each stage.
 
-    The first stage has rows of the first length alone; in each later one every `long_every`-th step (1: all) is of rows of its length, of
-    documents that fill at least `long_share_of_length` of one, and the others are of the first length. `long_data`: text for the long rows, where the
-    rest has too few long documents. thetas: base of the rotary embedding in each stage (default: the model's own throughout). The
-    learning rate falls on one line over all stages, to `final_rate_share` of itself. batch_size counts rows of the first length;
-    a step of long rows has as many tokens, and micro batches likewise.
+    The first stage has rows of the first length alone. In each later one every `long_every`-th step has rows
+    of the
+    stage's length, and the others of the first length.
     """
-    dtype = chosen_dtype(dtype)
-    _check(lengths, steps, thetas, long_every=long_every, long_share=long_share_of_length)
+    # One step follows another, so that each may use more cores.
+    plan.threads = plan.threads or 2
+    _check_stages(lengths, steps, thetas)
+    given = plan.input(model, name="model-given")
 
-    def corpus_of(path: Path, name: str) -> Artifact:
-        return plan.step(
+    def corpus_of(path: Path, suffix: str) -> tuple[Artifact, Artifact]:
+        corpus = plan.step(
             text_corpus,
-            name=name,
-            data=plan.input(path, name=f"{name}-given"),
+            name=f"corpus{suffix}",
+            data=plan.input(path, name=f"corpus{suffix}-given"),
             fields=fields,
             languages=languages,
             max_bytes_per_language=max_bytes_per_language,
             min_bytes_per_language=min_bytes_per_language,
             max_bad_share=max_bad_share,
         )
-
-    given = plan.input(model, name="model-given")
-
-    def tokens_of(corpus: Artifact, name: str) -> Artifact:
-        return plan.step(
-            tokenize_part, name=name, corpus=corpus, tokenizer=given, part="documents", domain="documents"
+        tokens = plan.step(
+            tokenize_part,
+            name=f"tokens{suffix}",
+            corpus=corpus,
+            tokenizer=given,
+            part="documents",
+            domain="documents",
         )
+        return corpus, tokens
 
-    corpus = corpus_of(data, "corpus")
-    tokens = tokens_of(corpus, "tokens")
-    long_corpus = corpus if long_data is None else corpus_of(long_data, "corpus-long")
-    long_tokens = tokens if long_data is None else tokens_of(long_corpus, "tokens-long")
+    corpus, tokens = corpus_of(data, "")
+    long_corpus, long_tokens = (corpus, tokens) if long_data is None else corpus_of(long_data, "-long")
+    trainer = Trainer(
+        plan=plan,
+        sequence_length=lengths[0],
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        dtype=chosen_dtype(dtype),
+        seed=seed,
+    )
     stages: dict[str, Artifact] = {"given": given}
     total, done = sum(steps), 0
     for index, (length, count) in enumerate(zip(lengths, steps, strict=True)):
-        last = index == len(lengths) - 1
-        before = list(stages.values())[-1]
-        stages[str(length)] = plan.step(
-            extend_stage,
-            name="model" if last else f"stage/{length}",
-            model=before,
+        rates = [learning_rate * _rate_factor(at / total, final_rate_share) for at in (done, done + count)]
+        shortest = max(1, int(length * long_share_of_length))
+        stages[str(length)] = trainer.train(
+            "model" if index == len(lengths) - 1 else f"stage/{length}",
+            list(stages.values())[-1],
+            {"text": tokens, "long": long_tokens},
+            (TextSource(name="text"),),
+            long=LongText(
+                every=long_every, sequence_length=length, source=TextSource(name="long", min_tokens=shortest)
+            )
+            if index
+            else None,
             tokenizer=given,
-            tokens=tokens,
-            long_tokens=long_tokens,
-            base_length=lengths[0],
-            length=length,
-            long_every=long_every,
-            long_min_tokens=max(1, int(length * long_share_of_length)) if index else 0,
-            rope_theta=thetas[index] if thetas else 0.0,
             steps=count,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate * _fall(done / total, final_rate_share),
-            final_learning_rate=learning_rate * _fall((done + count) / total, final_rate_share),
-            warmup_steps=0 if index else max(1, count // 20),
-            dtype=dtype,
-            # The documents come in another order in each stage.
-            seed=seed + index,
-            threads=threads,
+            learning_rate=rates[0],
+            settings={
+                "schedule": "linear",
+                "min_lr_ratio": rates[1] / rates[0],
+                "warmup_steps": 0 if index else max(1, count // 20),
+                "gradient_checkpointing": index > 0,
+                # The documents come in another order in each stage.
+                "seed": seed + index,
+            },
+            context_length=length,
+            rope_theta=thetas[index] if thetas else 0.0,
         )
         done += count
     evaluations = {
@@ -108,7 +158,6 @@ def extend(
             model=stage,
             lengths=lengths,
             documents=evaluation_documents,
-            threads=threads,
             seed=seed,
         )
         for name, stage in stages.items()
@@ -116,24 +165,19 @@ def extend(
     comparison = plan.step(compare_lengths, name="comparison", evaluations=evaluations, lengths=lengths)
     plan.export(comparison / "results.json", "results.json")
     plan.closing(
-        f"Bits per byte at each length, stage by stage: {plan.folder / 'report.html'}. The model: {plan.folder / 'model'}"
+        f"Bits per byte at each length, stage by stage: {plan.folder / 'report.html'}. "
+        f"The model: {plan.folder / 'model'}"
     )
 
 
-def _fall(progress: float, final_share: float) -> float:
-    """The learning rate's factor on its way from 1 to `final_share`."""
+def _rate_factor(progress: float, final_share: float) -> float:
+    """Return the learning rate's factor, linear from 1 to `final_share`."""
     return 1.0 - (1.0 - final_share) * progress
 
 
-def _check(
-    lengths: tuple[int, ...],
-    steps: tuple[int, ...],
-    thetas: tuple[float, ...],
-    *,
-    long_every: int,
-    long_share: float,
-) -> None:
-    if not lengths or any(b <= a for a, b in zip(lengths, lengths[1:], strict=False)) or lengths[0] < 2:
+def _check_stages(lengths: tuple[int, ...], steps: tuple[int, ...], thetas: tuple[float, ...]) -> None:
+    """Raise `UserError` unless the lengths grow, and each has its number of steps (and its theta)."""
+    if not lengths or any(b <= a for a, b in zip(lengths, lengths[1:], strict=False)):
         raise UserError(f"the lengths are {lengths}", hint="each must be longer than the one before it")
     if len(steps) != len(lengths):
         raise UserError(
@@ -142,7 +186,3 @@ def _check(
         )
     if thetas and len(thetas) != len(lengths):
         raise UserError(f"{len(thetas)} thetas for {len(lengths)} lengths", hint="give one a length, or none")
-    if long_every < 1:
-        raise UserError(f"long_every is {long_every}", hint="it must be at least 1")
-    if not 0.0 <= long_share <= 1.0:
-        raise UserError(f"long_share_of_length is {long_share}", hint="it must be from 0 to 1")

@@ -1,116 +1,117 @@
-"""Merge models, then train the merge a little at a low learning rate; measured before and after, beside the models (arXiv 2504.00698)."""
+"""Merge models, then train the merged model a little at a low learning rate (arXiv 2504.00698)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
-from koine.plan import Artifact, Plan
-from koine.recipes.branch_train_mix import named_path
-from koine.steps.domain_corpora import domain_text, tokenize_domain
-from koine.steps.mixtures import (
-    compare_domains,
-    equal_shares,
-    evaluate_domains,
-    merge_models,
-    train_on,
+from koine.plan import Parameter, Plan
+from koine.recipes.domains import add_comparison, add_domains, named_paths
+from koine.recipes.parameters import (
+    BatchSize,
+    DomainPaths,
+    DType,
+    EvaluationDocuments,
+    FieldNames,
+    HeldoutBytes,
+    MaxBadShare,
+    MaxBytes,
+    MicroBatchSize,
+    Seed,
+    SequenceLength,
 )
+from koine.steps.combination import merge_models
+from koine.steps.text_mixture import domain_sources, equal_shares
+from koine.steps.trainer import Trainer
+
+METHODS = ("linear", "task-arithmetic", "ties", "dare-linear", "dare-ties")
+"""The merge methods that take one weight per model."""
 
 
 def merge_touch_up(
     plan: Plan,
     *,
-    models: tuple[Path, ...],
-    domains: tuple[str, ...],
-    weights: tuple[float, ...] = (),
-    method: str = "linear",
-    base: Path | None = None,
-    fields: tuple[str, ...] = (),
-    steps: int = 100,
-    learning_rate: float = 3e-5,
-    sequence_length: int = 256,
-    batch_size: int = 16,
-    micro_batch_size: int = 8,
-    dtype: str = "auto",
-    max_bytes: int = 20_000_000,
-    heldout_bytes: int = 200_000,
-    evaluation_documents: int = 40,
-    max_bad_share: float = 0.01,
-    threads: int = 2,
-    seed: int = 0,
+    models: Annotated[tuple[Path, ...], Parameter("Folders of the models to merge.")],
+    domains: DomainPaths,
+    weights: Annotated[
+        tuple[float, ...], Parameter("Weight of each model; empty: equal weights.", unit="one per model")
+    ] = (),
+    method: Annotated[str, Parameter("Merge method.", choices=METHODS)] = "linear",
+    base: Annotated[
+        Path | None, Parameter("Folder of the models' common ancestor, where the method needs it.")
+    ] = None,
+    fields: FieldNames = (),
+    steps: Annotated[int, Parameter("Training steps after the merge.", unit="steps", low=1)] = 100,
+    learning_rate: Annotated[
+        float,
+        Parameter(
+            "Peak learning rate, ten to twenty times lower than in the models' own training.",
+            above=0,
+            high=1e3,
+        ),
+    ] = 3e-5,
+    sequence_length: SequenceLength = 256,
+    batch_size: BatchSize = 16,
+    micro_batch_size: MicroBatchSize = 8,
+    dtype: DType = "auto",
+    max_bytes: MaxBytes = 20_000_000,
+    heldout_bytes: HeldoutBytes = 200_000,
+    evaluation_documents: EvaluationDocuments = 40,
+    max_bad_share: MaxBadShare = 0.01,
+    seed: Seed = 0,
 ) -> None:
-    """Directories of our models, and text of each domain as NAME=PATH. `weights`: one a model (default: equal); `method`: one that takes weights; `base`: the
-    common ancestor, where the method needs it. The learning rate should be ten to twenty times lower than the models' own."""
-    dtype = chosen_dtype(dtype)
+    """Merge models, then train the result a little on text of each domain; evaluate it before and after."""
+    # One step follows another, so that each may use more cores.
+    plan.threads = plan.threads or 2
     if len(models) < 2:
         raise UserError(f"{len(models)} models are given", hint="give at least two: --set models=A,B")
-    named = dict(named_path(one) for one in domains)
-    if not named or len(named) < len(domains):
-        raise UserError("the domains need different names", hint="for example --set domains=code=A,law=B")
-    given = {f"given/{index}": plan.input(path, name=f"given/{index}") for index, path in enumerate(models)}
-    first = given["given/0"]
-    corpora: dict[str, Artifact] = {}
-    tokens: dict[str, Artifact] = {}
-    for name, path in named.items():
-        corpora[name] = plan.step(
-            domain_text,
-            name=f"text/{name}",
-            data=plan.input(path, name=f"data/{name}"),
-            domain=name,
-            fields=fields,
-            max_bytes=max_bytes,
-            heldout_bytes=heldout_bytes,
-            max_bad_share=max_bad_share,
-            seed=seed,
-        )
-        tokens[name] = plan.step(
-            tokenize_domain, name=f"tokens/{name}", corpus=corpora[name], tokenizer=first, domain=name
-        )
+    named = named_paths(domains)
+    if not named:
+        raise UserError("no domain is given", hint="for example --set domains=code=A,law=B")
+    given = [plan.input(path, name=f"given/{index}") for index, path in enumerate(models)]
+    corpora, tokens = add_domains(
+        plan,
+        named,
+        given[0],
+        fields=fields,
+        max_bytes=max_bytes,
+        heldout_bytes=heldout_bytes,
+        max_bad_share=max_bad_share,
+        seed=seed,
+    )
     merged = plan.step(
         merge_models,
         name="merged",
-        models=list(given.values()),
+        models=given,
         base=None if base is None else plan.input(base, name="base"),
         method=method,
         weights=weights or (1.0 / len(models),) * len(models),
         seed=seed,
     )
-    model = plan.step(
-        train_on,
-        name="model",
-        model=merged,
-        tokens=tokens,
-        shares=tuple(equal_shares(len(named))),
-        steps=steps,
+    trainer = Trainer(
+        plan=plan,
         sequence_length=sequence_length,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
-        learning_rate=learning_rate,
-        min_rate_share=0.1,
-        dtype=dtype,
+        dtype=chosen_dtype(dtype),
         seed=seed,
-        threads=threads,
     )
-    evaluated = {
-        **{f"model-{index}": one for index, one in enumerate(given.values())},
+    model = trainer.train(
+        "model",
+        merged,
+        tokens,
+        domain_sources(equal_shares(list(named))),
+        steps=steps,
+        learning_rate=learning_rate,
+    )
+    compared = {
+        **{f"model-{index}": one for index, one in enumerate(given)},
         "merged": merged,
         "touched-up": model,
     }
-    evaluations = {
-        name: plan.step(
-            evaluate_domains,
-            name=f"evaluation/{name}",
-            model=one,
-            corpora=corpora,
-            documents=evaluation_documents,
-            characters=4_000,
-            threads=threads,
-        )
-        for name, one in evaluated.items()
-    }
-    comparison = plan.step(compare_domains, name="comparison", evaluations=evaluations)
-    plan.export(comparison / "results.json", "results.json")
+    add_comparison(plan, compared, corpora, evaluation_documents)
     plan.closing(
         f"Bits per byte before and after: {plan.folder / 'report.html'}. The model: {plan.folder / 'model'}"
     )

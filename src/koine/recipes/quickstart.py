@@ -1,82 +1,134 @@
-"""From raw text in many languages to a model that you can talk to, and what the tokenizer had to do with it."""
+"""Train a small chat model with a universal and with a cluster tokenizer, and compare (arXiv 2506.10766)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any, cast
 
 from koine.hardware import chosen_dtype
-from koine.languages import check_cluster
-from koine.plan import Artifact, Plan
-from koine.steps.adaptation import adapt_to
-from koine.steps.comparison import ARMS, compare_arms
+from koine.languages import CLUSTERS
+from koine.model import PRESETS, VARIANTS, ModelConfig
+from koine.model import preset as preset_config
+from koine.model.layer_patterns import Variant
+from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.parameters import (
+    BatchSize,
+    DType,
+    EvaluationDocuments,
+    FieldNames,
+    Languages,
+    LearningRate,
+    MaxBadShare,
+    MaxBytesPerLanguage,
+    MicroBatchSize,
+    MinBytesPerLanguage,
+    Seed,
+    SequenceLength,
+)
 from koine.steps.corpora import own_corpus, sample_corpus
 from koine.steps.evaluation import evaluate_model
+from koine.steps.text_mixture import TextSource, adaptation_sources, pretraining_sources
+from koine.steps.tokenizer_comparison import ARMS, compare_arms
 from koine.steps.tokenizers import build_tokenizer, tokenize_part
-from koine.steps.training import pretrain, teach_chat
+from koine.steps.trainer import Trainer
+from koine.steps.training import HeldOutProbe
 
-LANGUAGES = (
+SAMPLE_LANGUAGES = (
     *("en", "de", "fr", "es", "pl", "ru", "el", "fi"),
     *("zh", "ja", "ko", "vi", "th", "id", "fil", "my"),
     *("ar", "fa", "tr", "he", "hi", "bn", "ta", "ur"),
 )
+CHAT_MODELS = {"universal": "model", "cluster": "model-cluster"}
+"""Artifact of each arm's chat model; the universal arm's is the one to talk to."""
+
+Arms = Mapping[str, Artifact]
 
 
 def quickstart(
     plan: Plan,
     *,
-    data: Path | None = None,
-    fields: tuple[str, ...] = (),
-    languages: tuple[str, ...] = (),
-    primary_cluster: str = "european",
-    primary_languages: tuple[str, ...] = (),
-    preset: str = "koine-2m",
-    attention: str = "",
-    window: int = 0,
-    full_every: int = 0,
-    rope_theta: float = 0.0,
-    vocabulary_size: int = 8192,
-    pretrain_steps: int = 650,
-    adapt_steps: int = 350,
-    chat_steps: int = 850,
-    sequence_length: int = 256,
-    batch_size: int = 4,
-    micro_batch_size: int = 4,
-    learning_rate: float = 4e-3,
-    code_share: float = 0.1,
-    english_share: float = 0.3,
-    primary_share: float = 0.2,
-    dtype: str = "auto",
-    documents_per_language: int = 600,
-    questions_per_language: int = 600,
-    max_bytes_per_language: int = 400_000,
-    min_bytes_per_language: int = 20_000,
-    max_bad_share: float = 0.01,
-    evaluation_documents: int = 12,
-    evaluation_questions: int = 40,
-    threads: int = 1,
-    seed: int = 0,
+    data: Annotated[
+        Path | None, Parameter("Your text in place of the sample world: a file or folder.")
+    ] = None,
+    fields: FieldNames = (),
+    languages: Languages = (),
+    primary_cluster: Annotated[
+        str, Parameter("Languages to pretrain on: those of this cluster.", choices=CLUSTERS)
+    ] = "european",
+    primary_languages: Annotated[
+        tuple[str, ...], Parameter("Languages to pretrain on, by code, in place of a cluster.")
+    ] = (),
+    preset: Annotated[str, Parameter("Sizes of the model.", choices=tuple(PRESETS))] = "koine-2m",
+    attention: Annotated[
+        str, Parameter("Attention layers; empty: the preset's.", choices=("", *VARIANTS))
+    ] = "",
+    window: Annotated[
+        int, Parameter("Window of the sliding-window layers; 0: the preset's.", unit="tokens", low=0)
+    ] = 0,
+    full_every: Annotated[
+        int,
+        Parameter("Every how many layers one attends to everything; 0: the preset's.", unit="layers", low=0),
+    ] = 0,
+    rope_theta: Annotated[float, Parameter("Base of the rotary embedding; 0: the preset's.", low=0)] = 0.0,
+    vocabulary_size: Annotated[int, Parameter("Size of each tokenizer.", unit="tokens", low=264)] = 8192,
+    pretrain_steps: Annotated[
+        int, Parameter("Steps of pretraining on the primary languages.", unit="steps", low=1)
+    ] = 650,
+    adapt_steps: Annotated[
+        int, Parameter("Steps of adaptation to the other languages.", unit="steps", low=1)
+    ] = 350,
+    chat_steps: Annotated[int, Parameter("Steps of fine-tuning on chats.", unit="steps", low=1)] = 850,
+    sequence_length: SequenceLength = 256,
+    batch_size: BatchSize = 4,
+    micro_batch_size: MicroBatchSize = 4,
+    learning_rate: LearningRate = 4e-3,
+    code_share: Annotated[
+        float, Parameter("Share of code in pretraining (sample world only).", low=0, below=1)
+    ] = 0.1,
+    english_share: Annotated[
+        float, Parameter("Share of English in the tokenizers' text and in pretraining.", above=0, below=1)
+    ] = 0.3,
+    primary_share: Annotated[
+        float, Parameter("Share of the primary languages during adaptation.", low=0, below=1)
+    ] = 0.2,
+    dtype: DType = "auto",
+    documents_per_language: Annotated[
+        int, Parameter("Documents of each language in the sample world.", unit="documents", low=1)
+    ] = 600,
+    questions_per_language: Annotated[
+        int, Parameter("Chats of each language in the sample world.", unit="chats", low=1)
+    ] = 600,
+    max_bytes_per_language: MaxBytesPerLanguage = 400_000,
+    min_bytes_per_language: MinBytesPerLanguage = 20_000,
+    max_bad_share: MaxBadShare = 0.01,
+    evaluation_documents: EvaluationDocuments = 12,
+    evaluation_questions: Annotated[
+        int, Parameter("Questions of each language in the evaluation.", unit="questions", low=0)
+    ] = 40,
+    seed: Seed = 0,
 ) -> None:
-    """Universal against cluster tokenizer on a small hybrid model: pretrain, adapt, chat, evaluate, report.
+    """Train a small chat model from multilingual text, with a universal and with a cluster tokenizer.
 
-    The sample world in 24 languages, or with `data` your own records (`fields` maps their names: fields=text=content,language=lang).
-    Both arms are pretrained on the languages of `primary_cluster` (or `primary_languages`) alone, so that what differs afterwards is
-    the tokenizer and not the text; both are then adapted to the others. `attention`, `window`, `full_every` and `rope_theta` make another
-    variant of the preset (`koine.model.with_attention`); empty or 0: its own. Each arm trains on `threads` cores, side by side.
+    Both arms are pretrained on the primary languages alone, so that they differ in the tokenizer and not in
+    the text.
+    Then both are adapted to the other languages and taught to chat. The report compares them.
     """
     dtype = chosen_dtype(dtype)
-    if not primary_languages:
-        check_cluster(primary_cluster)
+    roles: dict[str, Any] = {
+        "primary_cluster": primary_cluster,
+        "primary_languages": primary_languages,
+        "questions_per_language": questions_per_language,
+        "seed": seed,
+    }
     if data is None:
         corpus = plan.step(
             sample_corpus,
             name="corpus",
-            languages=languages or LANGUAGES,
-            primary_cluster=primary_cluster,
-            primary_languages=primary_languages,
+            languages=languages or SAMPLE_LANGUAGES,
             documents_per_language=documents_per_language,
-            questions_per_language=questions_per_language,
             code_bytes=300_000,
-            seed=seed,
+            **roles,
         )
     else:
         corpus = plan.step(
@@ -85,141 +137,48 @@ def quickstart(
             data=plan.input(data, name="data"),
             fields=fields,
             languages=languages,
-            primary_cluster=primary_cluster,
-            primary_languages=primary_languages,
             max_bytes_per_language=max_bytes_per_language,
             heldout_bytes_per_language=max(10_000, max_bytes_per_language // 10),
             heldout_share=0.05,
             min_bytes_per_language=min_bytes_per_language,
             max_bad_share=max_bad_share,
-            questions_per_language=questions_per_language,
+            **roles,
+        )
+    config = preset_config(
+        preset,
+        vocabulary_size,
+        attention=cast("Variant | None", attention or None),
+        window=window or None,
+        full_every=full_every or None,
+        rope_theta=rope_theta or None,
+    )
+    study = Study(
+        corpus,
+        Trainer(
+            plan=plan,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            dtype=dtype,
             seed=seed,
-        )
-    tokenizers: dict[str, Artifact] = {}
-    documents: dict[str, Artifact] = {}
-    pretrained: dict[str, Artifact] = {}
-    adapted: dict[str, Artifact] = {}
-    models: dict[str, Artifact] = {}
-    before: dict[str, Artifact] = {}
-    after: dict[str, Artifact] = {}
-    final: dict[str, Artifact] = {}
-
-    def tokens(arm: str, part: str, domain: str) -> Artifact:
-        return plan.step(
-            tokenize_part,
-            name=f"tokens/{arm}/{domain}",
-            corpus=corpus,
-            tokenizer=tokenizers[arm],
-            part=part,
-            domain=domain,
-        )
-
-    def evaluated(arm: str, model: Artifact, name: str, *, questions: int = 0) -> Artifact:
-        return plan.step(
-            evaluate_model,
-            name=f"evaluation/{arm}/{name}",
-            corpus=corpus,
-            model=model,
-            documents_per_language=evaluation_documents,
-            questions_per_language=questions,
-            threads=threads,
-            seed=seed,
-        )
-
+        ),
+        config,
+        learning_rate,
+    )
     # Stage by stage, so that the two arms run side by side.
-    for arm in ARMS:
-        tokenizers[arm] = plan.step(
-            build_tokenizer,
-            name=f"tokenizer/{arm}",
-            corpus=corpus,
-            scope=arm,
-            vocabulary_size=vocabulary_size,
-            scheme="bucketed",
-            english_share=english_share,
-            sample_bytes=4_000_000,
-            seed=seed,
-        )
-    for arm in ARMS:
-        documents[arm] = tokens(arm, "documents", "documents")
-    code = {
-        arm: tokens(arm, "code.jsonl", "code") if data is None and code_share > 0.0 else None for arm in ARMS
+    tokenizers = study.tokenizers(english_share)
+    documents = study.tokens(tokenizers, "documents", "documents")
+    has_code = data is None and code_share > 0.0
+    code = study.tokens(tokenizers, "code.jsonl", "code") if has_code else {}
+    sources = pretraining_sources(english_share=english_share, code_share=code_share if has_code else 0.0)
+    pretrained = study.pretrained(tokenizers, documents, code, sources, pretrain_steps)
+    adapted = study.adapted(tokenizers, documents, pretrained, adapt_steps, primary_share)
+    models = study.chat_models(tokenizers, adapted, chat_steps)
+    evaluations = {
+        "before": study.evaluated("pretrained", pretrained, evaluation_documents),
+        "after": study.evaluated("adapted", adapted, evaluation_documents),
+        "final": study.evaluated("chat", models, evaluation_documents, evaluation_questions),
     }
-    for arm in ARMS:
-        pretrained[arm] = plan.step(
-            pretrain,
-            name=f"pretrained/{arm}",
-            corpus=corpus,
-            tokenizer=tokenizers[arm],
-            documents=documents[arm],
-            code=code[arm],
-            preset=preset,
-            vocabulary_size=vocabulary_size,
-            steps=pretrain_steps,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate,
-            dtype=dtype,
-            code_share=code_share,
-            english_share=english_share,
-            attention=attention,
-            window=window,
-            full_every=full_every,
-            rope_theta=rope_theta,
-            evaluate_every=max(1, pretrain_steps // 5),
-            seed=seed,
-            threads=threads,
-        )
-    for arm in ARMS:
-        adapted[arm] = plan.step(
-            adapt_to,
-            name=f"adapted/{arm}",
-            corpus=corpus,
-            tokenizer=tokenizers[arm],
-            model=pretrained[arm],
-            tokens=documents[arm],
-            kind="text",
-            languages=(),
-            primary_share=primary_share,
-            preset=preset,
-            vocabulary_size=vocabulary_size,
-            steps=adapt_steps,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate / 2,
-            dtype=dtype,
-            evaluate_every=max(1, adapt_steps // 15),
-            evaluation_documents=2,
-            evaluation_bytes=3_000,
-            seed=seed,
-            threads=threads,
-        )
-    chats = {arm: tokens(arm, "questions/train", "chats") for arm in ARMS}
-    # The universal arm's model is the one to talk to.
-    names = {"universal": "model", "cluster": "model-cluster"}
-    for arm in ARMS:
-        models[arm] = plan.step(
-            teach_chat,
-            name=names[arm],
-            tokenizer=tokenizers[arm],
-            model=adapted[arm],
-            chats=chats[arm],
-            preset=preset,
-            vocabulary_size=vocabulary_size,
-            steps=chat_steps,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate,
-            dtype=dtype,
-            seed=seed,
-            threads=threads,
-        )
-    for arm in ARMS:
-        before[arm] = evaluated(arm, pretrained[arm], "pretrained")
-        after[arm] = evaluated(arm, adapted[arm], "adapted")
-        final[arm] = evaluated(arm, models[arm], "chat", questions=evaluation_questions)
     comparison = plan.step(
         compare_arms,
         name="comparison",
@@ -227,14 +186,134 @@ def quickstart(
         tokenizers=tokenizers,
         tokens=documents,
         adapted=adapted,
-        before=before,
-        after=after,
-        final=final,
+        **evaluations,
         primary_share=primary_share,
         batch_tokens=batch_size * sequence_length,
         seed=seed,
     )
     plan.export(comparison / "results.json", "results.json")
     plan.closing(
-        f"The answer is in {plan.folder / 'report.html'}. Talk to the model: koine chat {plan.folder / 'model'}"
+        f"The answer is in {plan.folder / 'report.html'}. "
+        f"Talk to the model: koine chat {plan.folder / 'model'}"
     )
+
+
+class Study:
+    """Adds the stages of the comparison to a plan, each for both arms."""
+
+    def __init__(self, corpus: Artifact, trainer: Trainer, config: ModelConfig, learning_rate: float) -> None:
+        self.corpus, self.trainer, self.config, self.learning_rate = corpus, trainer, config, learning_rate
+        self.plan = trainer.plan
+
+    def tokenizers(self, english_share: float) -> dict[str, Artifact]:
+        """Train a tokenizer on all languages, and one on the primary ones."""
+        return {
+            arm: self.plan.step(
+                build_tokenizer,
+                name=f"tokenizer/{arm}",
+                corpus=self.corpus,
+                scope=arm,
+                vocabulary_size=self.config.vocab_size,
+                scheme="bucketed",
+                english_share=english_share,
+                sample_bytes=4_000_000,
+                seed=self.trainer.seed,
+            )
+            for arm in ARMS
+        }
+
+    def tokens(self, tokenizers: Arms, part: str, domain: str) -> dict[str, Artifact]:
+        """Tokenize a part of the corpus."""
+        return {
+            arm: self.plan.step(
+                tokenize_part,
+                name=f"tokens/{arm}/{domain}",
+                corpus=self.corpus,
+                tokenizer=tokenizers[arm],
+                part=part,
+                domain=domain,
+            )
+            for arm in ARMS
+        }
+
+    def pretrained(
+        self, tokenizers: Arms, documents: Arms, code: Arms, sources: tuple[TextSource, ...], steps: int
+    ) -> dict[str, Artifact]:
+        """Pretrain new models on the primary languages, and on code."""
+        return {
+            arm: self.trainer.train(
+                f"pretrained/{arm}",
+                None,
+                {"documents": documents[arm], **({"code": code[arm]} if code else {})},
+                sources,
+                steps=steps,
+                learning_rate=self.learning_rate,
+                tokenizer=tokenizers[arm],
+                corpus=self.corpus,
+                config=self.config,
+                probe=HeldOutProbe(groups={"primary": ("primary",)}),
+                settings={"evaluate_every": max(1, steps // 5)},
+            )
+            for arm in ARMS
+        }
+
+    def adapted(
+        self, tokenizers: Arms, documents: Arms, models: Arms, steps: int, primary_share: float
+    ) -> dict[str, Artifact]:
+        """Adapt the models to the other languages."""
+        return {
+            arm: self.trainer.train(
+                f"adapted/{arm}",
+                models[arm],
+                documents[arm],
+                adaptation_sources((), primary_share),
+                steps=steps,
+                learning_rate=self.learning_rate / 2,
+                settings={"schedule": "constant", "evaluate_every": max(1, steps // 15)},
+                tokenizer=tokenizers[arm],
+                corpus=self.corpus,
+                config=self.config,
+                probe=HeldOutProbe(
+                    groups={"primary": ("primary",), "adapted": ("expanded",)},
+                    documents=2,
+                    max_bytes=3_000,
+                    track_languages=True,
+                ),
+            )
+            for arm in ARMS
+        }
+
+    def chat_models(self, tokenizers: Arms, models: Arms, steps: int) -> dict[str, Artifact]:
+        """Fine-tune the models on chats."""
+        chats = self.tokens(tokenizers, "questions/train", "chats")
+        return {
+            arm: self.trainer.train(
+                CHAT_MODELS[arm],
+                models[arm],
+                chats[arm],
+                (TextSource(name="chats"),),
+                steps=steps,
+                learning_rate=self.learning_rate,
+                settings={"schedule": "linear"},
+                packing="no_split",
+                objective="fine-tuning",
+                tokenizer=tokenizers[arm],
+                config=self.config,
+            )
+            for arm in ARMS
+        }
+
+    def evaluated(self, stage: str, models: Arms, documents: int, questions: int = 0) -> dict[str, Artifact]:
+        """Evaluate the models of a stage on held-out documents, and on questions."""
+        return {
+            arm: self.plan.step(
+                evaluate_model,
+                name=f"evaluation/{arm}/{stage}",
+                corpus=self.corpus,
+                model=models[arm],
+                documents_per_language=documents,
+                questions_per_language=questions,
+                seed=self.trainer.seed,
+            )
+            for arm in ARMS
+        }

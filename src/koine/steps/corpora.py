@@ -6,18 +6,18 @@ Heavy imports are inside the functions, so that a run in which everything is up 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
 from koine.plan import step
 from koine.steps import estimates
+from koine.steps.corpus_files import LanguageShare, split_roles, write_own_corpus, write_step_report
 from koine.steps.corpus_files import Roles as CorpusRoles
-from koine.steps.corpus_files import split_roles, write_own_corpus, write_step_report
 
 
-@step(version="1", estimate=estimates.sample)
+@step(version="1", estimate=estimates.sample, formerly=("koine.recipes.corpora:sample_corpus",))
 def sample_corpus(
     *,
     languages: tuple[str, ...],
@@ -29,7 +29,7 @@ def sample_corpus(
     seed: int,
     out: Path,
 ) -> None:
-    """Write the sample world in `languages`, and who is primary and who expanded."""
+    """Write the sample world in `languages`, with the primary and expanded languages."""
     from koine.data.sample import QUESTION_LANGUAGES, write_sample
 
     primary, expanded = split_roles(
@@ -61,14 +61,14 @@ def sample_corpus(
             {
                 "kind": "text",
                 "text": f"Facts and phrases from CLDR in {len(languages)} languages, the same facts in each. "
-                f"Pretraining languages: {', '.join(primary)}. Languages that come in later: {', '.join(expanded)}.",
+                f"Pretraining: {', '.join(primary)}. Adaptation: {', '.join(expanded)}.",
             },
             {"kind": "table", "columns": list(summary.columns), "rows": rows},
         ],
     )
 
 
-@step(version="1", estimate=estimates.own)
+@step(version="1", estimate=estimates.own, formerly=("koine.recipes.corpora:own_corpus",))
 def own_corpus(
     data: Path,
     *,
@@ -85,14 +85,19 @@ def own_corpus(
     seed: int,
     out: Path,
 ) -> None:
-    """Sort the user's own records into a corpus; where they hold no chats, the sample world's questions stand in."""
+    """Sort the user's own records into a corpus.
+
+    Without chats among the records, the sample world's questions take their place.
+
+    Raises:
+        UserError: no language has enough text, or too many records cannot be read.
+    """
     from koine.data import read_records
-    from koine.data.sample import QUESTION_LANGUAGES, write_sample
     from koine.languages import language
 
     for folder in ("documents", "documents-heldout", "questions"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    # Every split: records that say they are of another than train become the held-out text.
+    # All splits: records whose split is not train become the held-out text.
     reader = read_records(
         data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all", carry=()
     )
@@ -126,75 +131,71 @@ def own_corpus(
     primary, expanded = split_roles(
         tuple(shares), primary_cluster=primary_cluster, primary_languages=primary_languages
     )
-    chat = tuple(code for code in shares if shares[code].chats)
-    own_chats = bool(chat)
-    if not own_chats:
-        chat = tuple(code for code in shares if code in QUESTION_LANGUAGES) or ("en",)
-        world = out / "world"
-        shutil.rmtree(world, ignore_errors=True)
-        write_sample(
-            chat,
-            world,
-            seed=seed,
-            documents_per_language=1,
-            questions_per_language=questions_per_language,
-            code_bytes=0,
-        )
-        shutil.rmtree(out / "questions")
-        (world / "questions").replace(out / "questions")
-        shutil.rmtree(world)
+    own_chats = tuple(code for code in shares if shares[code].chats)
+    chat = own_chats or sample_chats(tuple(shares), out, questions_per_language, seed)
     CorpusRoles(primary=primary, expanded=expanded, chat=chat).save(out)
-    name = {code: language(code).name for code in shares}
+    notes = [
+        f"{len(shares)} languages. Pretraining: {', '.join(primary)}. Adaptation: {', '.join(expanded)}."
+    ]
+    if own_chats:
+        notes.append("Chats are yours.")
+    else:
+        notes.append(
+            f"The text holds no chats, so the sample world's questions stand in for: {', '.join(chat)}."
+        )
+    if unknown:
+        notes.append(f"{unknown} records name no language and were left out.")
+    if reader.bad:
+        notes.append(f"{reader.bad} bad records were left out, the first: {reader.examples[0]}.")
     write_step_report(
-        out,
-        "Your text",
-        [
-            {
-                "kind": "text",
-                "text": f"{len(shares)} languages; pretrained on: {', '.join(primary)}. Coming in later: {', '.join(expanded)}. "
-                + (
-                    "Chats are yours."
-                    if own_chats
-                    else f"The text holds no chats, so the sample world's questions stand in for: {', '.join(chat)}."
-                )
-                + (f" {unknown} records name no language and were left out." if unknown else "")
-                + (
-                    f" {reader.bad} bad records were left out, the first: {reader.examples[0]}."
-                    if reader.bad
-                    else ""
-                ),
-            },
-            {
-                "kind": "table",
-                "columns": [
-                    "language",
-                    "name",
-                    "part",
-                    "documents",
-                    "bytes",
-                    "held-out documents",
-                    "held-out bytes",
-                    "chats",
-                ],
-                "rows": [
-                    [
-                        code,
-                        name[code],
-                        "primary" if code in primary else "expanded",
-                        share.documents,
-                        share.bytes,
-                        share.heldout_documents,
-                        share.heldout_bytes,
-                        share.chats,
-                    ]
-                    for code, share in shares.items()
-                ],
-            },
-        ],
+        out, "Your text", [{"kind": "text", "text": " ".join(notes)}, share_table(shares, primary)]
     )
 
 
-@step(version="1", estimate=estimates.own)
+def sample_chats(codes: tuple[str, ...], out: Path, questions: int, seed: int) -> tuple[str, ...]:
+    """Write the sample world's questions to a corpus and return their languages.
+
+    They are those of `codes` that the sample world has questions in, or English.
+    """
+    from koine.data.sample import QUESTION_LANGUAGES, write_sample
+
+    chat = tuple(code for code in codes if code in QUESTION_LANGUAGES) or ("en",)
+    world = out / "world"
+    shutil.rmtree(world, ignore_errors=True)
+    write_sample(
+        chat, world, seed=seed, documents_per_language=1, questions_per_language=questions, code_bytes=0
+    )
+    shutil.rmtree(out / "questions")
+    (world / "questions").replace(out / "questions")
+    shutil.rmtree(world)
+    return chat
+
+
+def share_table(shares: Mapping[str, LanguageShare], primary: tuple[str, ...]) -> dict[str, Any]:
+    """Return the report's table of documents, bytes and chats by language."""
+    from koine.languages import language
+
+    heads = ("documents", "bytes", "held-out documents", "held-out bytes", "chats")
+    return {
+        "kind": "table",
+        "columns": ["language", "name", "role", *heads],
+        "rows": [
+            [
+                code,
+                language(code).name,
+                "primary" if code in primary else "expanded",
+                share.documents,
+                share.bytes,
+                share.heldout_documents,
+                share.heldout_bytes,
+                share.chats,
+            ]
+            for code, share in shares.items()
+        ],
+    }
+
+
+@step(version="1", estimate=estimates.own, formerly=("koine.recipes.corpora:text_corpus",))
 def text_corpus(
     data: Path,
     *,
@@ -205,7 +206,7 @@ def text_corpus(
     max_bad_share: float,
     out: Path,
 ) -> None:
-    """Sort the user's own documents into a corpus in which every language plays the same part."""
+    """Sort the user's own documents into a corpus where all languages have the same role."""
     from koine.data import read_records
     from koine.languages import language
 
@@ -247,7 +248,7 @@ def text_corpus(
 
 
 def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
-    """`("text=content", "language=lang")` as a mapping; raises `UserError` on an entry without `=`."""
+    """Return `("text=content", "language=lang")` as a dict; raises `UserError` for an entry without `=`."""
     mapping = {}
     for entry in fields:
         name, separator, column = entry.partition("=")

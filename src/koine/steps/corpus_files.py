@@ -1,4 +1,4 @@
-"""A corpus folder: the one layout that the recipe's steps read, made from the sample world or from the user's own text.
+"""The layout of a corpus folder, written from the sample world or from the user's own text.
 
 documents/CODE.jsonl            training documents, one file a language
 documents-heldout/CODE.jsonl    documents that no step trains on, for bits per byte
@@ -26,9 +26,9 @@ from koine.languages import language
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """Which language plays which part, as in the universal-tokenizer study.
+    """Roles of the languages, as in the universal-tokenizer study.
 
-    `primary` languages are pretrained on; `expanded` ones come in by adaptation; `chat` ones have chats to learn from.
+    `primary` languages are for pretraining, `expanded` ones for adaptation; `chat` ones have chats.
     """
 
     primary: tuple[str, ...]
@@ -47,7 +47,7 @@ class Roles:
 
 
 def load_roles(corpus: Path) -> Roles:
-    """The roles that the corpus was made with."""
+    """Return the roles of a corpus."""
     roles = read_json(corpus / "roles.json")
     return Roles(
         primary=tuple(roles["primary"]), expanded=tuple(roles["expanded"]), chat=tuple(roles["chat"])
@@ -57,7 +57,7 @@ def load_roles(corpus: Path) -> Roles:
 def split_roles(
     codes: Sequence[str], *, primary_cluster: str, primary_languages: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Primary and expanded languages: an explicit list, or the cluster's members against all others.
+    """Return primary and expanded languages: an explicit list or a cluster, and all others.
 
     Raises `UserError` where either side would be empty: the comparison needs both.
     """
@@ -68,19 +68,19 @@ def split_roles(
     expanded = tuple(code for code in codes if code not in primary)
     if not primary:
         raise UserError(
-            f"no language of the primary side ({', '.join(sorted(wanted)) or primary_cluster}) is in the data",
+            f"no primary language ({', '.join(sorted(wanted)) or primary_cluster}) is in the data",
             hint="name the pretraining languages with --set primary_languages=CODE,CODE",
         )
     if not expanded:
         raise UserError(
-            "every language of the data is on the primary side, so there is nothing to adapt to",
+            "every language of the data is a primary one, so there is nothing to adapt to",
             hint="name fewer with --set primary_languages=CODE,CODE or add text in other languages",
         )
     return primary, expanded
 
 
 def held_out(record: dict[str, Any], *, share: float) -> bool:
-    """Whether a record is kept from training: its own `split` where it has one, else a hash of its identifier."""
+    """Return whether a record is held out: by its own `split` if it has one, else by a hash of its id."""
     split = record.get("split")
     if isinstance(split, str) and split:
         return split.lower() not in ("train", "training")
@@ -94,7 +94,7 @@ def _hash_holds_out(record: dict[str, Any], *, share: float) -> bool:
 
 @dataclass
 class LanguageShare:
-    """What one language of the user's text came to."""
+    """Counts of one language of the user's text."""
 
     documents: int = 0
     bytes: int = 0
@@ -106,7 +106,7 @@ class LanguageShare:
 
 
 KEPT_FIELDS = ("id", "text", "messages", "language", "domain", "source", "split", TRANSLATED)
-"""The fields of the user's records that a corpus keeps."""
+"""Fields of the user's records that are written to a corpus."""
 
 
 def write_own_corpus(
@@ -118,11 +118,13 @@ def write_own_corpus(
     heldout_share: float,
     min_bytes: int,
 ) -> dict[str, LanguageShare]:
-    """Sort the user's records into the corpus layout, by language; returns the languages kept, with their sizes.
+    """Sort records into the corpus layout by language; return the languages kept, with their counts.
 
-    At most `max_bytes` of training text and `heldout_bytes` of held-out text are taken per language, in file order;
-    languages with less than `min_bytes` of training text are left out. Of a language whose records all say that they are for training,
-    some are held out all the same. Memory does not grow with the data.
+    At most `max_bytes` of training text and `heldout_bytes` of held-out text are taken of each language, in
+    file
+    order. Languages with less than `min_bytes` of training text are left out. If all records of a language
+    are marked
+    for training, some are held out all the same. Memory does not grow with the data.
     """
     shares: dict[str, LanguageShare] = defaultdict(LanguageShare)
     for folder in ("documents", "documents-heldout", "questions/train", "questions/test"):
@@ -138,7 +140,7 @@ def write_own_corpus(
             if file is None:
                 path = out / kind / f"{record['language']}.jsonl"
                 file = share._files[kind] = path.open("w", encoding="utf-8")
-            # What else a record holds may be nothing that JSON can: a date, an image, half a surrogate pair.
+            # Other fields may hold values that JSON has no type for: dates, images, half a surrogate pair.
             kept = {name: entry for name, entry in record.items() if name in KEPT_FIELDS}
             file.write(json.dumps(kept, ensure_ascii=False) + "\n")
     finally:
@@ -161,9 +163,9 @@ def write_own_corpus(
 
 
 def _hold_back(out: Path, code: str, share: LanguageShare, heldout_share: float, heldout_bytes: int) -> None:
-    """Move some training documents of a language to its held-out ones: those that their identifiers' hashes choose, else the last one."""
+    """Move training documents of a language to its held-out ones: by a hash of the id, else the last."""
     path = out / "documents" / f"{code}.jsonl"
-    # Cut at line feeds alone: text may hold what str.splitlines takes for a line's end (U+0085, U+2028).
+    # Split at line feeds only: str.splitlines also splits at U+0085 and U+2028, which text may hold.
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     records = [json.loads(line) for line in lines]
     chosen = [index for index, record in enumerate(records) if _hash_holds_out(record, share=heldout_share)]
@@ -207,18 +209,18 @@ def _place(
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON Lines file that a step of ours wrote."""
+    """Yield the records of a JSON Lines file that a step wrote."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
 def existing(corpus: Path, folder: str, codes: Iterable[str]) -> dict[str, Path]:
-    """The files of `folder` for those of `codes` that have one."""
+    """Return the files of `folder` for those of `codes` that have one."""
     paths = {code: corpus / folder / f"{code}.jsonl" for code in codes}
     return {code: path for code, path in paths.items() if path.exists()}
 
 
 def write_step_report(out: Path, title: str, blocks: list[dict[str, Any]]) -> None:
-    """What a step says of itself in the run's report."""
+    """Write a step's part of the run's report."""
     write_json(out / "report.json", {"title": title, "blocks": blocks})

@@ -1,4 +1,4 @@
-"""The steps that make a domain's text, its tokens, and a tokenizer of several domains.
+"""The steps that write a domain's text and tokens, and train a tokenizer for several domains.
 
 Heavy imports are inside the functions, so that a run in which everything is up to date never loads torch.
 """
@@ -19,7 +19,7 @@ from koine.steps.corpora import field_mapping
 from koine.steps.corpus_files import read_lines
 
 
-@step(version="1", estimate=estimates.own_text)
+@step(version="1", estimate=estimates.own_text, formerly=("koine.recipes.domain_corpora:domain_text",))
 def domain_text(
     data: Path,
     *,
@@ -32,9 +32,13 @@ def domain_text(
     languages: tuple[str, ...] = (),
     out: Path,
 ) -> None:
-    """A domain's documents: `train.jsonl`, and `heldout.jsonl` that no step trains on.
+    """Write a domain's documents: `train.jsonl`, and `heldout.jsonl` that no step trains on.
 
-    languages: only these, in equal parts of the bytes. Every twentieth document is held out (drawn with `seed`) until there are `heldout_bytes`; long ones are cut to 20,000 characters apart.
+    Every twentieth document, drawn with `seed`, is held out until there are `heldout_bytes`. Long documents
+    are cut
+    to pieces of 20,000 characters.
+
+    languages: only these, in equal parts of the bytes.
     """
     import random
 
@@ -82,7 +86,8 @@ def domain_text(
                 break
     if not all(counts.values()):
         raise UserError(
-            f"the domain '{domain}' has {counts['train']} documents to train on and {counts['heldout']} held out",
+            f"the domain '{domain}' has {counts['train']} documents to train on "
+            f"and {counts['heldout']} held out",
             where=data,
             hint="give more documents: one in twenty is held out",
         )
@@ -99,9 +104,9 @@ def _pieces(record: Mapping[str, Any], size: int = 20_000) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)] or [text]
 
 
-@step(version="1", estimate=estimates.tokens)
+@step(version="1", estimate=estimates.tokens, formerly=("koine.recipes.domain_corpora:tokenize_domain",))
 def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) -> None:
-    """A domain's training documents as token shards, by the seed's tokenizer."""
+    """Tokenize a domain's training documents into token shards."""
     from koine.data import tokenize
 
     shutil.rmtree(out / "tokens", ignore_errors=True)
@@ -110,11 +115,16 @@ def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) ->
     )
 
 
-@step(version="1", estimate=estimates.tokenizer, threads=2)
+@step(
+    version="1",
+    estimate=estimates.tokenizer,
+    threads=2,
+    formerly=("koine.recipes.domain_corpora:shared_tokenizer",),
+)
 def shared_tokenizer(
     corpora: dict[str, Path], *, vocabulary_size: int, sample_bytes: int, seed: int, out: Path
 ) -> None:
-    """A tokenizer of all domains in equal parts, for a seed that is trained here."""
+    """Train a tokenizer on all domains in equal parts, for a new seed model."""
     from functools import partial
 
     from koine.tokenizer import train_tokenizer
@@ -125,14 +135,18 @@ def shared_tokenizer(
 
     found = train_tokenizer(
         {f"x-{number}": partial(texts, corpus) for number, corpus in enumerate(corpora.values())},
-        vocab_size=vocabulary_size, scheme="uniform", english_share=None, sample_bytes=sample_bytes, seed=seed,
-    )  # fmt: skip
+        vocab_size=vocabulary_size,
+        scheme="uniform",
+        english_share=None,
+        sample_bytes=sample_bytes,
+        seed=seed,
+    )
     found.save(out)
 
 
-@step(version="1", estimate=estimates.sample_code)
+@step(version="1", estimate=estimates.sample_code, formerly=("koine.recipes.domain_corpora:code_domain",))
 def code_domain(*, max_bytes: int, heldout_bytes: int, out: Path) -> None:
-    """The installed Python's standard library as a domain: functions and classes, every twentieth held out."""
+    """Write the installed Python's standard library as a domain; every twentieth record is held out."""
     from koine.data.sample.code import code_records
 
     written = {"train": 0, "heldout": 0}
@@ -149,7 +163,10 @@ def code_domain(*, max_bytes: int, heldout_bytes: int, out: Path) -> None:
 
 
 def documents_of(corpus: Path, part: str, limit: int) -> list[str]:
-    """At most `limit` documents of a domain's part, evenly from its beginning to its end: a corpus may hold one language after the other."""
+    """Return at most `limit` documents of a domain's part, evenly spaced over the file.
+
+    A file may hold one language after the other.
+    """
     file = corpus / f"{part}.jsonl"
     count = sum(1 for _ in read_lines(file))
     wanted = {number * count // limit for number in range(limit)} if count > limit else range(count)

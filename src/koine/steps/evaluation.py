@@ -1,26 +1,37 @@
-"""The step that evaluates a model, and the probe that a training calls on the way."""
+"""The steps that evaluate a model, and the evaluation that a training calls on the way."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koine.allocator import keep_freed_memory
+from koine.errors import UserError
 from koine.files import write_json
+from koine.languages import language
 from koine.plan import step
 from koine.steps import estimates
-from koine.steps.corpus_files import existing, load_roles, read_lines
+from koine.steps.corpus_files import existing, load_roles, read_lines, write_step_report
+from koine.steps.domain_corpora import documents_of
 
 if TYPE_CHECKING:
     from koine.model import Decoder
     from koine.model.language_model import LanguageModel
     from koine.tokenizer import Tokenizer
 
+LANGUAGE_TRACK = "languages.jsonl"
+"""File of a trained model with every language's bits per byte at each evaluation."""
 
-@step(version="2", estimate=estimates.evaluation)
+
+@step(
+    version="2",
+    estimate=estimates.evaluation,
+    threads=0,
+    formerly=("koine.recipes.evaluation:evaluate_model",),
+)
 def evaluate_model(
     corpus: Path,
     model: Path,
@@ -28,19 +39,20 @@ def evaluate_model(
     documents_per_language: int,
     questions_per_language: int,
     seed: int,
-    threads: int,
     out: Path,
 ) -> None:
-    """Bits per byte on held-out documents, and accuracy on the test questions where the corpus has some."""
+    """Run the evaluations of `koine.evaluate.table` on the corpus's held-out documents and test questions.
+
+    Writes `evaluation.json`, `metrics.json`, and `samples.json` with one answered question of each language.
+    """
     import torch
 
     from koine.evaluate.evaluation import EvaluationSetup
-    from koine.evaluate.table import run_evaluations
+    from koine.evaluate.table import report_sections, run_evaluations
     from koine.model import load_model
     from koine.tokenizer import load_tokenizer
 
     keep_freed_memory()
-    torch.set_num_threads(threads)
     roles = load_roles(corpus)
     tokenizer = load_tokenizer(model)
     decoder = load_model(model, dtype=torch.float32)
@@ -53,14 +65,15 @@ def evaluate_model(
     results = run_evaluations(setup, records)
     write_json(out / "samples.json", _samples(decoder, tokenizer, corpus, roles.chat))
     write_json(out / "evaluation.json", results)
-    metrics = {"bits_per_byte": results["overall"]["bits_per_byte"]}
-    write_json(out / "metrics.json", metrics)
+    write_json(out / "metrics.json", {"bits_per_byte": results["overall"]["bits_per_byte"]})
+    blocks = [block for _, section in report_sections(results) for block in section]
+    write_step_report(out, "Evaluation", blocks)
 
 
 def _samples(
     model: Decoder, tokenizer: Tokenizer, corpus: Path, codes: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """One question a language with the model's own answer, for the report."""
+    """Return one question of each language with the model's answer, for the report."""
     from koine.generate import generate
     from koine.generate.sampling import Sampling
 
@@ -86,7 +99,7 @@ def _samples(
 
 
 def _first(paths: Iterable[Path], limit: int) -> Iterator[dict[str, Any]]:
-    """The first `limit` records of each file."""
+    """Yield the first `limit` records of each file."""
     for path in paths:
         yield from islice(read_lines(path), limit)
 
@@ -97,13 +110,18 @@ def bits_per_byte_probe(
     groups: Mapping[str, tuple[str, ...]],
     *,
     documents: int = 3,
-    most_bytes: int | None = None,
+    max_bytes: int | None = None,
     tracked: Path | None = None,
 ) -> Callable[[LanguageModel, int], Mapping[str, float]]:
-    """An `evaluate` for the training loop: bits per byte of a few held-out documents of each group of languages.
+    """Return an `evaluate` for the training loop: bits per byte of held-out documents by group of languages.
 
-    most_bytes: of each document, its beginning.
-    tracked: a JSON Lines file that receives a line `{"step": ..., "bits_per_byte": {language: ...}}` each time: what is forgotten, and when.
+    Args:
+        corpus: folder of the corpus.
+        tokenizer: folder of the tokenizer.
+        groups: language codes of each figure `bits_per_byte_NAME`.
+        documents: documents of each language.
+        max_bytes: length to which a document is cut; None: all of it.
+        tracked: JSON Lines file; each evaluation adds `{"step": ..., "bits_per_byte": {language: ...}}`.
     """
     from koine.evaluate import bits_per_byte
     from koine.tokenizer import load_tokenizer
@@ -111,7 +129,7 @@ def bits_per_byte_probe(
     loaded = load_tokenizer(tokenizer)
     codes = tuple(dict.fromkeys(code for members in groups.values() for code in members))
     records = [
-        record if most_bytes is None else {**record, "text": beginning(record["text"], most_bytes)}
+        record if max_bytes is None else {**record, "text": truncate_text(record["text"], max_bytes)}
         for record in _first(existing(corpus, "documents-heldout", codes).values(), documents)
     ]
 
@@ -136,11 +154,139 @@ def bits_per_byte_probe(
     return probe
 
 
-def beginning(text: str, most_bytes: int) -> str:
-    """The first characters of a text that fit into `most_bytes` of UTF-8."""
-    return text.encode("utf-8")[:most_bytes].decode("utf-8", errors="ignore")
+def truncate_text(text: str, max_bytes: int) -> str:
+    """Return the first characters of a text that fit into `max_bytes` of UTF-8."""
+    return text.encode("utf-8")[:max_bytes].decode("utf-8", errors="ignore")
 
 
 def tracked_languages(path: Path) -> dict[int, dict[str, float]]:
-    """Step -> language -> bits per byte of a `tracked` file; a step that was done again after a kill counts once."""
+    """Return step -> language -> bits per byte of a `tracked` file; a repeated step's last line counts."""
     return {line["step"]: line["bits_per_byte"] for line in read_lines(path)}
+
+
+def forgetting_blocks(model: Path, primary: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return report blocks of a tracked training: a heat map by language and step, and the changes.
+
+    Writes `forgetting.json` too.
+    """
+    tracked = tracked_languages(model / LANGUAGE_TRACK)
+    if not tracked:
+        return []
+    steps = sorted(tracked)
+    codes = list(tracked[steps[-1]])
+    change = {code: tracked[steps[-1]][code] - tracked[steps[0]][code] for code in codes}
+    write_json(model / "forgetting.json", {"steps": steps, "bits_per_byte": tracked, "change": change})
+    return [
+        {
+            "kind": "heatmap",
+            "title": "Bits per byte during training",
+            "label": "bits per byte",
+            "rows": codes,
+            "columns": [str(max(step, 0)) for step in steps],
+            "values": [[tracked[step][code] for step in steps] for code in codes],
+        },
+        {
+            "kind": "table",
+            "title": "From the first evaluation to the last",
+            "caption": "Below 0: better than before. Above 0: forgotten.",
+            "columns": ["language", "name", "role", "change in bits per byte"],
+            "rows": [
+                [
+                    code,
+                    language(code).name,
+                    "primary" if code in primary else "adapted",
+                    round(change[code], 4),
+                ]
+                for code in sorted(codes, key=lambda code: change[code])
+            ],
+        },
+    ]
+
+
+@step(
+    version="1", estimate=estimates.domains, threads=0, formerly=("koine.recipes.domains:evaluate_domains",)
+)
+def evaluate_domains(
+    model: Path, corpora: dict[str, Path], *, documents: int, characters: int, out: Path
+) -> None:
+    """Compute bits per byte on each domain's held-out documents, and a mixture's expert assignments.
+
+    documents: documents of each domain. characters: length to which a document is cut.
+    """
+    import torch
+
+    from koine.evaluate import bits_per_byte
+    from koine.evaluate.expert_routing import routing_blocks, routing_shares
+    from koine.model import load_model
+    from koine.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    decoder = load_model(model, dtype=torch.float32)
+    found: dict[str, Any] = {"bits_per_byte": {}, "routing": {}}
+    for name, corpus in corpora.items():
+        records = [
+            {"id": str(number), "text": text[:characters], "language": "und", "domain": name}
+            for number, text in enumerate(documents_of(corpus, "heldout", documents))
+        ]
+        overall = bits_per_byte(decoder, tokenizer, records, batch_size=16)["overall"]
+        found["bits_per_byte"][name] = overall["bits_per_byte"]
+        if decoder.config.mixture is not None:
+            shares = routing_shares(decoder, tokenizer, [record["text"] for record in records])
+            found["routing"][name] = shares.to_json()
+    values = list(found["bits_per_byte"].values())
+    found["mean"] = sum(values) / len(values)
+    write_json(out / "evaluation.json", found)
+    write_json(out / "metrics.json", {"bits_per_byte": found["mean"]})
+    if found["routing"]:
+        write_step_report(out, "Expert routing", routing_blocks(found))
+
+
+@step(
+    version="2",
+    estimate=estimates.long_evaluation,
+    threads=0,
+    formerly=("koine.recipes.lengths:evaluate_lengths",),
+)
+def evaluate_lengths(
+    corpus: Path,
+    model: Path,
+    *,
+    lengths: tuple[int, ...],
+    documents: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Compute bits per byte of the longest held-out documents at each context length.
+
+    A model that uses distant context needs fewer bits at longer lengths; one that fails there needs more.
+
+    lengths: tokens of context. documents: documents in all.
+    """
+    import torch
+
+    from koine.evaluate import bits_per_byte
+    from koine.model import load_model
+    from koine.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    decoder = load_model(model, dtype=torch.float32)
+    paths = existing(corpus, "documents-heldout", load_roles(corpus).all).values()
+    every = chain.from_iterable(read_lines(path) for path in paths)
+    chosen = sorted(every, key=lambda record: (-len(record["text"].encode()), str(record["id"])))[:documents]
+    if not chosen:
+        raise UserError("holds no held-out document", where=corpus, hint="give more text")
+    tokens = [len(tokenizer.encode(record["text"])) for record in chosen]
+    found = {
+        str(length): bits_per_byte(decoder, tokenizer, chosen, batch_size=4, max_length=length, seed=seed)[
+            "overall"
+        ]
+        for length in lengths
+    }
+    write_json(
+        out / "evaluation.json",
+        {"lengths": found, "documents": len(chosen), "shortest": min(tokens), "longest": max(tokens)},
+    )
+    write_json(
+        out / "metrics.json",
+        {f"bits_per_byte_{length}": row["bits_per_byte"] for length, row in found.items()},
+    )

@@ -1,4 +1,4 @@
-"""The steps that train a tokenizer and tokenize a corpus with it."""
+"""The steps around tokenizers: train one, tokenize a corpus with it, move a model to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from koine.tokenizer.weights import BucketMass, Scheme
 
 
-@step(version="1", estimate=estimates.tokenizer, threads=2)
+TRANSFER_DOCUMENTS = 60
+"""Documents of each language from which a vocabulary transfer learns."""
+
+
+@step(
+    version="1", estimate=estimates.tokenizer, threads=2, formerly=("koine.recipes.tokens:build_tokenizer",)
+)
 def build_tokenizer(
     corpus: Path,
     *,
@@ -30,7 +36,7 @@ def build_tokenizer(
     bucket_mass: str = "uniform",
     out: Path,
 ) -> None:
-    """Train a byte-level BPE on the languages of `scope`: `universal` (all) or `cluster` (the primary ones)."""
+    """Train a byte-level BPE on the languages of `scope`: `universal` (all) or `cluster` (primary ones)."""
     from koine.tokenizer import train_tokenizer
 
     roles = load_roles(corpus)
@@ -60,7 +66,8 @@ def build_tokenizer(
         [
             {
                 "kind": "text",
-                "text": f"{tokenizer.vocab_size} tokens from {len(texts)} languages. More bytes in a token means shorter sequences.",
+                "text": f"{tokenizer.vocab_size} tokens from {len(texts)} languages. "
+                "More bytes per token mean shorter sequences.",
             },
             {
                 "kind": "bars",
@@ -78,10 +85,47 @@ def _texts(path: Path) -> Iterator[str]:
         yield record["text"]
 
 
-@step(version="1", estimate=estimates.tokens)
+@step(version="1", estimate=estimates.tokens, formerly=("koine.recipes.tokens:tokenize_part",))
 def tokenize_part(corpus: Path, tokenizer: Path, *, part: str, domain: str, out: Path) -> None:
     """Tokenize one part of a corpus (`documents`, `questions/train`, `code.jsonl`) into token shards."""
     from koine.data import tokenize
 
     shutil.rmtree(out / "tokens", ignore_errors=True)
     tokenize(corpus / part, tokenizer, out=out / "tokens", workers=1, domain=domain, max_bad_share=0.0)
+
+
+@step(version="2", estimate=estimates.tokens, formerly=("koine.recipes.regimes:move_to_tokenizer",))
+def move_to_tokenizer(
+    model: Path,
+    tokenizer: Path,
+    corpus: Path,
+    *,
+    method: str,
+    languages: tuple[str, ...],
+    seed: int,
+    out: Path,
+) -> None:
+    """Give a model another tokenizer: the baselines of arXiv 2506.10766 and later methods.
+
+    Args:
+        model: folder of the model.
+        tokenizer: folder of the new tokenizer.
+        corpus: folder of the corpus from whose text `focus` and `distill` learn.
+        method: how the rows of new tokens are initialised (`koine.model.adapt.vocabulary_transfer`).
+        languages: languages whose text is used; empty: all of the corpus.
+        seed: random seed of the method.
+    """
+    from koine.model.adapt.vocabulary_transfer import TEXT_METHODS, move_model
+
+    texts = None
+    if method in TEXT_METHODS:
+        paths = existing(corpus, "documents", languages or load_roles(corpus).all).values()
+        texts = [
+            record["text"]
+            for path in paths
+            for record, _ in zip(read_lines(path), range(TRANSFER_DOCUMENTS), strict=False)
+        ]
+    moved = move_model(model, tokenizer, out, method=method, texts=texts, seed=seed)  # type: ignore[arg-type]
+    write_json(
+        out / "metrics.json", {"shared": moved.shared, "spelled": moved.spelled, "dropped": moved.dropped}
+    )

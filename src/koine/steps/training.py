@@ -1,4 +1,4 @@
-"""The steps that train: pretraining and chat; adaptation is in `regimes`.
+"""The training step: one for pretraining, adaptation, fine-tuning, experts and context extension.
 
 Heavy imports are inside the functions, so that a run in which everything is up to date never loads torch.
 """
@@ -7,259 +7,80 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from koine.errors import UserError
 from koine.files import write_json
+from koine.model.config import ModelConfig
 from koine.plan import step
 from koine.steps import estimates
-from koine.steps.corpus_files import load_roles
-from koine.steps.evaluation import bits_per_byte_probe
+from koine.steps.corpus_files import Roles, load_roles, write_step_report
+from koine.steps.evaluation import LANGUAGE_TRACK, bits_per_byte_probe, forgetting_blocks
+from koine.steps.text_mixture import TextMixture, language_codes
+from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from koine.data.mixture import Mixture, Packing, Source
     from koine.model import Decoder
     from koine.model.language_model import LanguageModel
-    from koine.model.layer_patterns import Variant
-    from koine.train import TrainSettings
+
+ObjectiveName = Literal["language-modelling", "fine-tuning"]
+"""Names of `koine.train.LanguageModelling` and `SupervisedFineTuning`, whose import would load torch in every plan."""
+BEFORE_TRAINING = -1
+"""Step number of the evaluation before the first step; the others have the number of steps done."""
 
 
-@step(version="1", estimate=estimates.training)
-def pretrain(
-    corpus: Path,
-    tokenizer: Path,
-    documents: Path,
-    code: Path | None = None,
+@dataclass(frozen=True, kw_only=True)
+class HeldOutProbe:
+    """What a training evaluates on the way: bits per byte of a few held-out documents of the corpus.
+
+    How often is `TrainSettings.evaluate_every`.
+    """
+
+    groups: dict[str, tuple[str, ...]]
+    """Languages (codes or roles) of each figure `bits_per_byte_NAME`."""
+    documents: int = 3
+    """Documents of each language."""
+    max_bytes: int | None = None
+    """Length to which a document is cut."""
+    track_languages: bool = False
+    """Write every language's figure to `languages.jsonl`; of a given model also before the first step."""
+
+
+@step(version="1", estimate=estimates.training, threads=0)
+def train_model(
+    model: Path | None,
+    tokens: dict[str, Path],
+    tokenizer: Path | None = None,
+    corpus: Path | None = None,
     *,
-    preset: str,
-    vocabulary_size: int,
-    steps: int,
-    sequence_length: int,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: float,
-    dtype: str,
-    code_share: float,
-    english_share: float,
-    evaluate_every: int,
-    seed: int,
-    threads: int,
-    expanded_share: float = 0.0,
-    track_languages: bool = False,
-    attention: str = "",
-    window: int = 0,
-    full_every: int = 0,
+    mixture: TextMixture,
+    settings: TrainSettings,
+    objective: ObjectiveName = "language-modelling",
+    config: ModelConfig | None = None,
+    probe: HeldOutProbe | None = None,
+    context_length: int = 0,
     rope_theta: float = 0.0,
     out: Path,
 ) -> None:
-    """Pretrain a new model of `preset` on the primary languages (and code), from random weights.
+    """Train a model on a mixture of texts.
 
-    `attention`, `window`, `full_every` and `rope_theta` are those of `koine.model.with_attention`; empty or 0: the preset's own.
+    Args:
+        model: folder of the model to train further; None: a new model of `config`, from random weights.
+        tokens: folder of the token shards of each source of the mixture, written by a step that tokenizes.
+        tokenizer: folder of the tokenizer; the model's own by default.
+        corpus: folder of the corpus, for roles of languages and for the probe.
+        mixture: what to train on.
+        settings: how to train.
+        objective: `fine-tuning` has loss on the completions of chats only.
+        config: sizes of a new model; those that a given model must have, its attention aside.
+        probe: what to evaluate on the way; None: nothing.
+        context_length: positions that the model is made for, where that is more than it had; 0: unchanged.
+        rope_theta: base of the rotary embedding; 0: unchanged.
 
-    `expanded_share` of the text is of the expanded languages, in equal parts, and comes out of English's share, as in the
-    5 % arm of arXiv 2506.10766. With `track_languages`, each evaluation also writes every language's bits per byte to `languages.jsonl`.
-    """
-    import torch
-
-    from koine.data import Source
-    from koine.model import Decoder
-    from koine.model import preset as model_preset
-    from koine.tokenizer import load_tokenizer
-
-    roles = load_roles(corpus)
-    torch.manual_seed(seed)
-    found = load_tokenizer(tokenizer).vocab_size
-    if found != vocabulary_size:
-        raise UserError(
-            f"the text gave {found} of the {vocabulary_size} tokens asked for",
-            where=tokenizer,
-            hint=f"set vocabulary_size={found} or add text",
-        )
-    config = model_preset(
-        preset,
-        vocabulary_size,
-        attention=cast("Variant | None", attention or None),
-        window=window or None,
-        full_every=full_every or None,
-        rope_theta=rope_theta or None,
-    )
-    model = Decoder(config)
-    if not 0.0 <= expanded_share < english_share:
-        raise UserError(
-            f"the share of expanded languages is {expanded_share}, that of English {english_share}",
-            hint="the first comes out of the second, so it must be smaller",
-        )
-    primary_english = (english_share - expanded_share) / (1.0 - expanded_share)
-    text_share = 1.0 - (code_share if code is not None else 0.0)
-    sources = [
-        Source(
-            name="documents",
-            path=documents / "tokens",
-            proportion=text_share * (1.0 - expanded_share),
-            languages=with_english_share(roles.primary, primary_english),
-        )
-    ]
-    if expanded_share > 0.0:
-        sources.append(
-            Source(
-                name="expanded",
-                path=documents / "tokens",
-                proportion=text_share * expanded_share,
-                languages=dict.fromkeys(roles.expanded, 1.0),
-            )
-        )
-    if code is not None:
-        sources.append(Source(name="code", path=code / "tokens", proportion=code_share))
-    train_step(
-        model,
-        phase_of("pretrain", sources, steps, sequence_length, batch_size, seed, packing="concat"),
-        training_settings(
-            learning_rate=learning_rate,
-            schedule="cosine",
-            steps=steps,
-            micro_batch_size=micro_batch_size,
-            dtype=dtype,
-            evaluate_every=evaluate_every,
-            seed=seed,
-            threads=threads,
-        ),
-        out=out,
-        tokenizer=tokenizer,
-        evaluate=bits_per_byte_probe(
-            corpus,
-            tokenizer,
-            {"primary": roles.primary},
-            most_bytes=3_000 if track_languages else None,
-            tracked=out / "languages.jsonl" if track_languages else None,
-        ),
-    )
-
-
-@step(version="1", estimate=estimates.training)
-def teach_chat(
-    tokenizer: Path,
-    model: Path,
-    chats: Path,
-    *,
-    preset: str,
-    vocabulary_size: int,
-    steps: int,
-    sequence_length: int,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: float,
-    dtype: str,
-    seed: int,
-    threads: int,
-    out: Path,
-) -> None:
-    """Supervised fine-tuning on chats: whole conversations packed, loss on the completions only."""
-    from koine.data import Source
-
-    train_step(
-        load_of_preset(model, preset, vocabulary_size),
-        phase_of(
-            "sft",
-            [Source(name="chats", path=chats / "tokens", proportion=1.0)],
-            steps,
-            sequence_length,
-            batch_size,
-            seed,
-            packing="no_split",
-        ),
-        training_settings(
-            learning_rate=learning_rate,
-            schedule="linear",
-            steps=steps,
-            micro_batch_size=micro_batch_size,
-            dtype=dtype,
-            evaluate_every=0,
-            seed=seed,
-            threads=threads,
-        ),
-        out=out,
-        tokenizer=tokenizer,
-        evaluate=None,
-        init_from=model,
-    )
-
-
-def load_of_preset(path: Path, preset: str, vocabulary_size: int) -> Decoder:
-    """A model that must be of a preset's sizes ("": any), whatever its attention; raises `UserError` where it is of others."""
-    from koine.model import load_model
-    from koine.model import preset as model_preset
-
-    model = load_model(path)
-    if not preset:
-        return model
-    expected, found = model_preset(preset, vocab_size=vocabulary_size), model.config
-    same_attention = replace(expected, layers=found.layers, rope_theta=found.rope_theta)
-    if found != same_attention or len(found.layers) != len(expected.layers):
-        raise UserError(
-            f"is not a {preset} with {vocabulary_size} tokens",
-            where=path,
-            hint="set preset and vocabulary_size",
-        )
-    return model
-
-
-def with_english_share(codes: tuple[str, ...], share: float) -> dict[str, float]:
-    """Weights over `codes`: English pinned to `share` where it is one of several, the others equal."""
-    if "en" not in codes or len(codes) == 1:
-        return dict.fromkeys(codes, 1.0)
-    other = (1.0 - share) / (len(codes) - 1)
-    return {code: share if code == "en" else other for code in codes}
-
-
-def phase_of(
-    name: str,
-    sources: list[Source],
-    steps: int,
-    sequence_length: int,
-    batch_size: int,
-    seed: int,
-    *,
-    packing: Packing,
-) -> Mixture:
-    from koine.data import Mixture, Phase
-
-    return Mixture(
-        phases=(Phase(name=name, steps=steps, sources=tuple(sources)),),
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-        packing=packing,
-    )
-
-
-def training_settings(*, steps: int, **fields: Any) -> TrainSettings:
-    from koine.train import TrainSettings
-
-    return TrainSettings(
-        warmup_steps=max(1, steps // 20),
-        checkpoint_every=max(10, steps // 10),
-        keep_last=1,
-        # A recipe's first steps are short and its phases change the data at once: a rise is no accident here.
-        spike_deviations=0.0,
-        **fields,
-    )
-
-
-def train_step(
-    model: Decoder,
-    mixture: Mixture,
-    settings: TrainSettings,
-    *,
-    out: Path,
-    tokenizer: Path,
-    evaluate: Callable[[LanguageModel, int], Mapping[str, float]] | None,
-    init_from: Path | None = None,
-) -> None:
-    """Train over a mixture.
-
-    began_as: the folder that `model` was opened from, after whose text the sources go on.
+    Raises:
+        UserError: no model and no config, a model of other sizes, a tokenizer of another size.
     """
     import torch
 
@@ -267,20 +88,111 @@ def train_step(
     from koine.data.drawn import read_drawn
     from koine.train import LanguageModelling, SupervisedFineTuning, train
 
-    chats = mixture.phases[0].name == "sft"
-    if init_from is not None:
-        mixture = replace(mixture, drawn=read_drawn(init_from))
+    tokenizer = tokenizer or model
+    if tokenizer is None:
+        raise UserError("a new model needs a tokenizer", where="train_model")
+    roles = None if corpus is None else load_roles(corpus)
+    start = new_model(config, tokenizer, settings.seed) if model is None else open_model(model, config)
+    extend_context(start, context_length, rope_theta)
+    data = mixture.build({name: path / "tokens" for name, path in tokens.items()}, roles)
+    if model is not None:
+        # Sources go on after the text that the model has seen.
+        data = replace(data, drawn=read_drawn(model))
+    evaluate = None if probe is None else make_probe(probe, corpus, tokenizer, roles, out)
+    tracked = probe is not None and probe.track_languages and model is not None
+    if evaluate is not None and tracked and not (out / LANGUAGE_TRACK).exists():
+        evaluate(start.to(torch.float32), BEFORE_TRAINING)
     train(
-        model.to(torch.float32),
-        SupervisedFineTuning() if chats else LanguageModelling(),
-        DataOrder(mixture),
+        start.to(torch.float32),
+        SupervisedFineTuning() if objective == "fine-tuning" else LanguageModelling(),
+        DataOrder(data),
         settings,
         out=out,
         tokenizer=tokenizer,
-        init_from=init_from,
+        init_from=model,
         evaluate=evaluate,
     )
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_json(out / "metrics.json", final_metrics(out / "metrics.jsonl"))
+    if probe is not None and tracked:
+        groups = {name: language_codes(members, roles) for name, members in probe.groups.items()}
+        title = f"Adapted to {', '.join(groups.get('adapted', ()))}".removesuffix("to ")
+        write_step_report(out, title, forgetting_blocks(out, groups.get("primary", ())))
+
+
+def new_model(config: ModelConfig | None, tokenizer: Path, seed: int) -> Decoder:
+    """Return a new model with random weights; raises `UserError` where the tokenizer has another size."""
+    import torch
+
+    from koine.model import Decoder
+    from koine.tokenizer import load_tokenizer
+
+    if config is None:
+        raise UserError("a new model needs a config", where="train_model")
+    found = load_tokenizer(tokenizer).vocab_size
+    if found != config.vocab_size:
+        raise UserError(
+            f"the text gave {found} of the {config.vocab_size} tokens asked for",
+            where=tokenizer,
+            hint=f"set vocabulary_size={found} or add text",
+        )
+    torch.manual_seed(seed)
+    return Decoder(config)
+
+
+def open_model(path: Path, config: ModelConfig | None) -> Decoder:
+    """Return the model of a folder; raises `UserError` if its sizes are not those of `config`, attention aside."""
+    from koine.model import load_model
+
+    model = load_model(path)
+    if config is None:
+        return model
+    found = model.config
+    expected = replace(config, layers=found.layers, rope_theta=found.rope_theta)
+    if found != expected or len(found.layers) != len(config.layers):
+        have, want = ({**asdict(one), "layers": len(one.layers)} for one in (found, config))
+        other = [
+            f"{key} is {have[key]}, not {want[key]}"
+            for key in have
+            if key != "rope_theta" and have[key] != want[key]
+        ]
+        raise UserError(
+            f"is another model than expected: {', '.join(other)}",
+            where=path,
+            hint="set preset and vocabulary_size",
+        )
+    return model
+
+
+def extend_context(model: Decoder, context_length: int, rope_theta: float) -> None:
+    """Change the base of the rotary embedding and the number of positions in place; 0: unchanged."""
+    from koine.model import set_rope_theta
+    from koine.model.layer_patterns import reconfigure
+
+    if rope_theta:
+        set_rope_theta(model, rope_theta)
+    if context_length > model.config.max_position_embeddings:
+        reconfigure(model, replace(model.config, max_position_embeddings=context_length))
+
+
+def make_probe(
+    probe: HeldOutProbe, corpus: Path | None, tokenizer: Path, roles: Roles | None, out: Path
+) -> Callable[[LanguageModel, int], Mapping[str, float]]:
+    """Return the evaluation that the training loop calls."""
+    if corpus is None:
+        raise UserError("a probe needs a corpus", where="train_model")
+    return bits_per_byte_probe(
+        corpus,
+        tokenizer,
+        {name: language_codes(members, roles) for name, members in probe.groups.items()},
+        documents=probe.documents,
+        max_bytes=probe.max_bytes,
+        tracked=out / LANGUAGE_TRACK if probe.track_languages else None,
+    )
+
+
+def final_metrics(path: Path) -> dict[str, float]:
+    """Return the mean loss of the last ten steps and the last evaluation, from a `metrics.jsonl`."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
     for line in reversed(lines):
@@ -290,6 +202,20 @@ def train_step(
             if key.startswith("evaluation/")
         }
         if found:
-            metrics |= found
-            break
-    write_json(out / "metrics.json", metrics)
+            return metrics | found
+    return metrics
+
+
+def training_settings(*, steps: int, **fields: Any) -> TrainSettings:
+    """Return settings for `steps` steps: a short warm-up, ten checkpoints, no stop at loss spikes.
+
+    fields: fields of `TrainSettings`, which come first.
+    """
+    # The first steps of a short training, and a change of its data, make the loss jump: that is no accident.
+    defaults = {
+        "warmup_steps": max(1, steps // 20),
+        "checkpoint_every": max(10, steps // 10),
+        "keep_last": 1,
+        "spike_deviations": 0.0,
+    }
+    return TrainSettings(**{**defaults, **fields})

@@ -1,4 +1,4 @@
-"""The report of a run: whole in itself, true to the files, sure in what it refuses."""
+"""The report of a run: self-contained, equal to the files, with clear errors."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_link_has_its_target_and_every_id_is_one(page: Page) -> None:
     assert {value[1:] for value in page.values("href") if value.startswith("#")} <= ids.keys()
 
 
-def test_the_answer_comes_first_and_everything_is_there(html: str, page: Page) -> None:
+def test_the_page_has_the_answer_first_and_every_artifact(html: str, page: Page) -> None:
     places = [
         html.index(text) for text in ("2.31 times as fast", 'id="training"', 'id="lineage"', 'id="artifacts"')
     ]
@@ -114,7 +114,7 @@ def test_the_answer_comes_first_and_everything_is_there(html: str, page: Page) -
     )
 
 
-def test_the_page_can_be_read_without_seeing_it(page: Page) -> None:
+def test_the_page_is_readable_by_a_screen_reader(page: Page) -> None:
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -158,7 +158,7 @@ def test_fields_that_are_absent_are_left_out(tmp_path: Path) -> None:
         assert absent not in text
 
 
-def test_text_of_the_user_is_text(tmp_path: Path) -> None:
+def test_text_of_the_user_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("x")</script>&<b>'
     folder = artifact(tmp_path / "run", "a", step=f"m:{evil}", parameters={evil: evil}, metrics={evil: 1})
     blocks = [
@@ -174,7 +174,7 @@ def test_text_of_the_user_is_text(tmp_path: Path) -> None:
     assert "".join(page.text).count(evil) >= 10
 
 
-def test_what_is_unfinished_or_out_of_date_is_said(tmp_path: Path) -> None:
+def test_unfinished_and_outdated_artifacts_are_reported(tmp_path: Path) -> None:
     run = tmp_path / "run"
     artifact(run, "data", step="m:data", fingerprint="new")
     artifact(
@@ -283,7 +283,7 @@ def test_a_damaged_curve_is_named_by_line(tmp_path: Path) -> None:
         write_report(tmp_path / "run")
 
 
-def test_the_command_writes_where_it_is_told(run: Path, tmp_path: Path) -> None:
+def test_the_command_writes_to_the_given_file(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     result = CliRunner().invoke(report, [str(run), "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -364,7 +364,7 @@ def test_thinning_keeps_means_and_extremes() -> None:
     )  # the last run is one short
 
 
-def test_plots_keep_their_words_and_name_no_colour() -> None:
+def test_plots_keep_their_text_and_use_no_fixed_colour() -> None:
     words = ["żółw", "中文", "<&>", "3.14159"]
     series = [
         {"name": "s", "values": [1.0, None, 2.0, -1.0], "intervals": [[0.5, 1.5], None, None, None]},
@@ -382,7 +382,7 @@ def test_plots_keep_their_words_and_name_no_colour() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bars", "lines", "heatmap"])
-def test_a_plot_takes_no_word_for_a_command(kind: str) -> None:
+def test_plot_labels_are_never_parsed_as_markup(kind: str) -> None:
     r"""A backslash is no group of a regular expression (`\g<1>`), dollars are no formula, an underscore hides no name."""
     odd = [r"\q \1 \g<x>", r"$\frac{a}$ $", "_hidden", "a\nb", "^{x}"]
     if kind == "bars":
@@ -426,7 +426,7 @@ def test_a_missing_value_is_not_a_bar_of_zero() -> None:
         ),
     ],
 )
-def test_plots_at_the_edge_are_drawn(given_block: dict[str, Any]) -> None:
+def test_plots_of_extreme_values_are_drawn(given_block: dict[str, Any]) -> None:
     check_block(given_block, "here")
     svg = draw(given_block, "label").svg
     Page(svg)
@@ -435,7 +435,7 @@ def test_plots_at_the_edge_are_drawn(given_block: dict[str, Any]) -> None:
         assert "_hidden" in svg
 
 
-def test_numbers_read_well() -> None:
+def test_numbers_are_formatted_for_people() -> None:
     assert [decade_text(value) for value in (0.05, 200.0, 1e6, 2e-7)] == ["0.05", "200", "10⁶", "2·10⁻⁷"]
     assert [duration(seconds) for seconds in (0.04, 0.06, 9.96, 59.6, 185, 8040)] == [
         "< 0.1 s",

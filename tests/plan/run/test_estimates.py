@@ -1,4 +1,4 @@
-"""Estimates: formulas, their refinement, the critical path by hand, and a real run beside what was estimated."""
+"""Estimates: formulas, their correction, the critical path by hand, and a real run against its estimate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from koine.errors import UserError
 from koine.plan import Artifact, Estimate, Plan, step
 from koine.plan.formatting import duration, size
-from koine.plan.run.dry_run import dry_run
+from koine.plan.run.dry_run import dry_run_lines
 from koine.plan.run.estimates import critical_path, expect, remaining
 from koine.plan.run.scheduler import execute
 
@@ -61,7 +61,7 @@ def test_the_critical_path_is_the_longest_chain(tmp_path: Path) -> None:
     seconds = {name: estimate.seconds for name, estimate in expectation.steps.items()}
     assert critical_path(plan, seconds) == (["a", "after-a"], 6.0)
     assert expectation.seconds == 10.0
-    assert "Time: 10.0 s one after another; at least 6.0 s side by side: a → after-a" in dry_run(plan)
+    assert "Time: 10.0 s one after another; at least 6.0 s side by side: a → after-a" in dry_run_lines(plan)
 
 
 def test_the_step_with_the_longest_chain_behind_it_goes_first(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def recorded(artifact: Artifact) -> dict[str, object]:
     return dict(json.loads((artifact.path / "artifact.json").read_text()))
 
 
-def test_a_real_run_needs_what_was_estimated_and_refines_the_time(tmp_path: Path) -> None:
+def test_a_real_run_stays_within_its_estimate_and_refines_the_time(tmp_path: Path) -> None:
     plan = Plan("demo", tmp_path)
     own = plan.step(fill, name="own", megabytes=150, seconds=0.6)
     child = plan.step(fill_in_child, name="child", megabytes=150, seconds=0.6)
@@ -143,13 +143,13 @@ def wrong(*, n: int) -> Estimate:
 def misjudged(*, n: int, out: Path) -> None: ...
 
 
-def test_an_estimate_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_an_estimate_of_another_type_is_refused(tmp_path: Path) -> None:
     plan = Plan("demo", tmp_path)
     plan.step(misjudged, name="a", n=1)
     with pytest.raises(UserError, match="must return an Estimate"):
-        dry_run(plan)
+        dry_run_lines(plan)
 
 
-def test_units() -> None:
+def test_times_and_sizes_are_formatted() -> None:
     assert [duration(0.44), duration(125), duration(3720)] == ["0.4 s", "2 min 05 s", "1 h 02 min"]
     assert [size(512 * 1024), size(312 * 1024**2), size(1.25 * 1024**3)] == ["512 KiB", "312 MiB", "1.2 GiB"]

@@ -1,4 +1,4 @@
-"""Signals and kills: a training-like step saves and goes on later, and nothing outlives the run."""
+"""Signals and kills: a step saves its state and resumes, and no process outlives the run."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_killed_run_takes_the_step_and_its_children_along(place: Path) -> None:
+def test_a_killed_run_kills_the_step_and_its_children(place: Path) -> None:
     process = start(place, "run", "plans.py:parent")
     pids = place / "runs/parent/.work/children/pids"
     until(pids.exists)
@@ -116,7 +116,7 @@ def test_a_second_signal_stops_at_once(place: Path) -> None:
     until(lambda: not alive(worker) and not alive(child))
 
 
-def test_a_child_that_a_step_forgot_ends_with_it(place: Path) -> None:
+def test_a_child_process_left_by_a_step_is_killed(place: Path) -> None:
     assert koine(place, "run", "plans.py:forgetful")[0] == 0
     child = int((place / "runs/forgetful/forgetful/pid").read_text())
     until(lambda: not alive(child))

@@ -94,7 +94,7 @@ def test_other_branches_end_when_a_step_crashes(place: Path) -> None:
     assert not (place / "runs/broken/after").exists()
 
 
-def test_killed_parent_takes_its_worker_along_and_the_rerun_resumes(place: Path) -> None:
+def test_a_killed_run_kills_its_workers_and_the_next_run_resumes(place: Path) -> None:
     process = start(place, "plans.py:demo", "--set", "n=15")
     work = place / "runs/demo/.work/slow"
     while not (work / "3").exists():

@@ -120,7 +120,7 @@ def test_a_lost_process_is_started_again_and_ends_in_the_same_bits(cluster: str,
         assert (tmp_path / "ray/walks" / name).read_bytes() == (tmp_path / "local/walks" / name).read_bytes()
 
 
-def test_a_step_that_crashes_is_told_and_not_repeated(cluster: str, tmp_path: Path) -> None:
+def test_a_step_that_crashes_is_reported_and_not_repeated(cluster: str, tmp_path: Path) -> None:
     plan = Plan("bad", tmp_path)
     plan.step(crash, name="crash")
     with pytest.raises(PlanFailedError, match="broken on purpose") as error:
@@ -144,7 +144,7 @@ def test_a_step_that_is_asked_to_stop_can_save(cluster: str, tmp_path: Path) -> 
     assert not (tmp_path / "asked/saves").exists()
 
 
-def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

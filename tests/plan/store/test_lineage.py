@@ -12,8 +12,8 @@ import pytest
 from koine.errors import UserError
 from koine.plan import Artifact, Plan, step
 from koine.plan.run.scheduler import execute
-from koine.plan.store.adopt import adopt
-from koine.plan.store.lineage import draw, every, lineage
+from koine.plan.store.adopt import adopt_folder
+from koine.plan.store.lineage import all_ancestors, trace_lineage, tree_lines
 from koine.plan.store.status import statuses
 
 
@@ -82,7 +82,7 @@ def test_the_record_is_complete_and_its_hashes_are_those_of_the_files(runs: Path
 def test_the_tree_and_what_verification_finds(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
-    lines = draw(lineage(second.path, verify=True))
+    lines = tree_lines(trace_lineage(second.path, verify=True))
     assert [line.replace("   └", "└").split("  ")[0] for line in lines] == [
         "second",
         "└─ words/first",
@@ -93,7 +93,7 @@ def test_the_tree_and_what_verification_finds(runs: Path) -> None:
     (runs / "demo/words/first/more").write_text("")
     (runs / "demo/second/text").unlink()
     (runs / "data.txt").write_text("other")
-    problems = {node.name: node.problems for node in every(lineage(second.path, verify=True))}
+    problems = {node.name: node.problems for node in all_ancestors(trace_lineage(second.path, verify=True))}
     assert problems == {
         "second": ["file 'text' is missing"],
         "words/first": [
@@ -103,47 +103,47 @@ def test_the_tree_and_what_verification_finds(runs: Path) -> None:
         "data": ["input has changed since"],
     }
     shutil.rmtree(runs / "demo/words")
-    assert lineage(second.path).parents[0].problems == ["is gone"]
+    assert trace_lineage(second.path).parents[0].problems == ["is gone"]
 
 
-def test_an_ancestor_that_was_rebuilt_is_told(runs: Path) -> None:
+def test_a_rebuilt_ancestor_is_reported(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
     other = Plan("demo", runs)
     other.step(write, name="words/first", data=other.input(runs / "data.txt", name="data"), word="b")
     execute(other)
-    assert "was built from another 'words/first'" in lineage(second.path).problems[0]
+    assert "was built from another 'words/first'" in trace_lineage(second.path).problems[0]
 
 
-@pytest.mark.parametrize(("make", "said"), [(False, "no such artifact"), (True, "holds no artifact.json")])
-def test_what_has_no_lineage(runs: Path, make: bool, said: str) -> None:
+@pytest.mark.parametrize(("make", "message"), [(False, "no such artifact"), (True, "holds no artifact.json")])
+def test_folders_without_a_lineage_are_refused(runs: Path, make: bool, message: str) -> None:
     if make:
         (runs / "folder").mkdir()
-    with pytest.raises(UserError, match=said):
-        lineage(runs / "folder")
+    with pytest.raises(UserError, match=message):
+        trace_lineage(runs / "folder")
 
 
 def test_an_adopted_folder_stands_in_for_the_step_and_what_led_to_it(runs: Path) -> None:
     mine = runs / "mine"
     mine.mkdir()
     (mine / "text").write_text("my own")
-    adopt(mine, name="second", run="demo", runs=runs)
+    adopt_folder(mine, name="second", run="demo", runs=runs)
     plan, second = demo(runs)
     assert states(plan) == {"words/first": "not needed", "second": "adopted"}
     execute(plan)
     assert not (runs / "demo/words").exists()
     assert (second.path / "text").read_text() == "my own"
-    assert lineage(second.path, verify=True).problems == []
+    assert trace_lineage(second.path, verify=True).problems == []
 
 
-def test_what_follows_an_adopted_artifact_is_built_from_it_and_again_when_it_changes(runs: Path) -> None:
+def test_steps_after_an_adopted_artifact_are_built_from_it_and_again_when_it_changes(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
     mine = runs / "mine"
     mine.mkdir()
     (mine / "text").write_text("my own")
     shutil.rmtree(runs / "demo/words/first")
-    adopt(mine, name="words/first", run="demo", runs=runs)
+    adopt_folder(mine, name="words/first", run="demo", runs=runs)
     plan, second = demo(runs)
     assert states(plan) == {"words/first": "adopted", "second": "build"}
     execute(plan)
@@ -156,17 +156,17 @@ def test_what_follows_an_adopted_artifact_is_built_from_it_and_again_when_it_cha
 def test_an_adopted_artifact_keeps_its_own_record(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
-    place = adopt(second.path, name="copy", run="other", runs=runs)
+    place = adopt_folder(second.path, name="copy", run="other", runs=runs)
     record = json.loads((place / "artifact.json").read_text())
     assert record["origin"]["step"] == "tests.plan.store.test_lineage:copy"
     assert list(record["files"]) == ["text"]
 
 
-def test_what_cannot_be_adopted(runs: Path) -> None:
+def test_folders_that_cannot_be_adopted_are_refused(runs: Path) -> None:
     plan, second = demo(runs)
     execute(plan)
     (runs / "empty").mkdir()
-    for source, name, said in [
+    for source, name, message in [
         (runs / "missing", "x", "no such folder"),
         (runs / "data.txt", "x", "is a file"),
         (runs / "empty", "x", "holds no files"),
@@ -176,7 +176,7 @@ def test_what_cannot_be_adopted(runs: Path) -> None:
         (second.path, "../x", "cannot name an artifact"),
         (second.path, "logs", "cannot name an artifact"),
     ]:
-        with pytest.raises(UserError, match=said):
-            adopt(source, name=name, run="demo", runs=runs)
+        with pytest.raises(UserError, match=message):
+            adopt_folder(source, name=name, run="demo", runs=runs)
     with pytest.raises(UserError, match="cannot name a run"):
-        adopt(second.path, name="x", run="../demo", runs=runs)
+        adopt_folder(second.path, name="x", run="../demo", runs=runs)

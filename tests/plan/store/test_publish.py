@@ -1,4 +1,4 @@
-"""A kill between the two renames of a publication loses nothing."""
+"""A kill between the two renames of a publication loses no artifact."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 
 from koine.errors import UserError
-from koine.plan.store.publish import leftovers, mark_of, prepare_work, publish, recover, standing, work_folder
+from koine.plan.store.publish import (
+    current_state,
+    leftovers,
+    mark_of,
+    prepare_work,
+    publish,
+    recover,
+    work_folder,
+)
 
 
 def built(run: Path, text: str) -> None:
     work, _ = prepare_work(run, "a/b", text)
     (work / "content").write_text(text)
-    publish(run, "a/b", {"fingerprint": text}, standing(run, "a/b"))
+    publish(run, "a/b", {"fingerprint": text}, current_state(run, "a/b"))
 
 
 def test_the_earlier_artifact_comes_back_when_the_new_one_did_not_get_its_name(

@@ -1,4 +1,4 @@
-"""The blocks of a `report.json`, checked: what a step may say about itself, and in which shape."""
+"""Check the blocks of a `report.json`, the part of the report that a step writes itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Block = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step's own title and blocks."""
+    """Title and blocks of a step's report."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -50,7 +50,7 @@ def read_step_report(path: Path) -> StepReport:
 
 
 def check_block(block: Any, where: str) -> None:
-    """Raise `UserError` where `block` has an unknown kind or key, lacks one, or holds another type than it must."""
+    """Raise `UserError` for an unknown kind or key, a missing key, or a value of another type."""
     if not isinstance(block, dict) or not isinstance(block.get("kind"), str):
         raise UserError(
             "a block must be an object with a 'kind'", where=where, hint=f"kinds: {', '.join(KEYS)}"
@@ -85,7 +85,7 @@ def expect(holds: bool, where: str, what: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number: a plot cannot show anything else."""
+    """Return whether a value is a finite number; plots show nothing else."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

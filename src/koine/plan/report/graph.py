@@ -1,7 +1,8 @@
-"""The lineage of a run as a drawing: a layered graph, laid out here and written as inline SVG.
+"""Draw the lineage of a run as a layered graph in inline SVG.
 
-Layers by the longest path from the sources, orders by barycentres of the neighbours (Sugiyama, Tagawa and Toda 1981), places by
-least squares under a least distance, which is isotonic regression.
+Layers follow the longest path from the sources, the order in a layer the barycentres of the neighbours
+(Sugiyama,
+Tagawa and Toda 1981), and positions least squares under a minimum distance, which is isotonic regression.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Box:
-    """One artifact in the graph; `text` stands below its name, `colour` is a CSS variable, `link` an anchor of the page."""
+    """An artifact in the graph: `text` is shown below its name, `colour` is a CSS variable, `link` an id."""
 
     name: str
     parents: tuple[str, ...]
@@ -31,7 +32,7 @@ class Box:
 
 
 def needed_edges(parents: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Parents without those that are an ancestor of another parent already (the transitive reduction).
+    """Return the parents without those that are ancestors of another parent (transitive reduction).
 
     `parents` lists every node, parents before children.
     """
@@ -49,7 +50,7 @@ def needed_edges(parents: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 
 def layers_of(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """The longest path from a source to each node; sources stand right above their first child."""
+    """Return each node's layer: the longest path from a source; sources are right above their first child."""
     depth: dict[str, int] = {}
     for name, above in parents.items():
         depth[name] = max((depth[parent] + 1 for parent in above), default=0)
@@ -61,7 +62,7 @@ def layers_of(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:
 
 
 def isotonic(wanted: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `wanted` in least squares (pool adjacent violators)."""
+    """Return the non-decreasing sequence nearest to `wanted` in least squares (pool adjacent violators)."""
     pools: list[tuple[float, int]] = []
     for value in wanted:
         total, count = value, 1
@@ -75,7 +76,7 @@ def isotonic(wanted: Sequence[float]) -> list[float]:
 def layout(
     parents: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, Point], dict[tuple[str, str], list[Point]]]:
-    """Centres of the nodes, and for each edge (parent, child) the points it passes between the two.
+    """Return the centres of the nodes, and for each edge (parent, child) the points between the two.
 
     `parents` lists every node, parents before children.
     """
@@ -118,7 +119,7 @@ def layout(
 
 
 def crossings(rows: Sequence[Sequence[str]], above: Mapping[str, Sequence[str]]) -> int:
-    """How many pairs of edges between neighbouring layers cross."""
+    """Count the crossing pairs of edges between neighbouring layers."""
     total = 0
     for upper, lower in pairwise(rows):
         rank = {name: index for index, name in enumerate(upper)}
@@ -132,7 +133,10 @@ def crossings(rows: Sequence[Sequence[str]], above: Mapping[str, Sequence[str]])
 def least_crossings(
     rows: list[list[str]], above: Mapping[str, Sequence[str]], below: Mapping[str, Sequence[str]]
 ) -> list[list[str]]:
-    """The best orders seen while each layer is sorted by the mean rank of its neighbours, downwards and upwards in turn."""
+    """Return the order with the fewest crossings, sorting layers by the mean rank of their neighbours.
+
+    Sweeps go downwards and upwards in turn.
+    """
     best, fewest = [list(row) for row in rows], crossings(rows, above)
     for sweep in range(SWEEPS):
         down = sweep % 2 == 0
@@ -154,7 +158,7 @@ def least_crossings(
 
 
 def spread(row: Sequence[str], width: Mapping[str, float]) -> list[float]:
-    """The nearest places that the nodes of a layer may have, the first at 0."""
+    """Return the smallest distances of a layer's nodes from the first one."""
     offsets = [0.0] if row else []
     for left, right in pairwise(row):
         offsets.append(offsets[-1] + (width[left] + width[right]) / 2 + GAP)
@@ -167,7 +171,7 @@ def place(
     width: Mapping[str, float],
     neighbours: Callable[[str], Sequence[str]],
 ) -> None:
-    """Move the nodes of a layer to the mean of their neighbours as nearly as order and distances allow."""
+    """Move the nodes of a layer towards the mean of their neighbours, keeping order and distances."""
     offsets = spread(row, width)
     wanted = []
     for name, offset in zip(row, offsets, strict=True):
@@ -178,19 +182,20 @@ def place(
 
 
 def draw_graph(boxes: Sequence[Box]) -> str:
-    """The graph as inline SVG; `boxes` come parents before children, and name only parents among them."""
+    """Return the graph as inline SVG; `boxes` has parents before children, and only parents among them."""
     parents = needed_edges({box.name: box.parents for box in boxes})
     at, bends = layout(parents)
     width = max((x for x, _ in at.values()), default=0.0) + BOX / 2 + MARGIN
     width = max([width, *(x + MARGIN for points in bends.values() for x, _ in points)])
     height = max((y for _, y in at.values()), default=0.0) + HEIGHT / 2 + MARGIN
     parts = [
-        f'<svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" style="--width: {width:.0f}" role="group" '
-        f'aria-label="Lineage: {len(boxes)} artifacts, each below what it was made from">'
+        f'<svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" style="--width: {width:.0f}" '
+        f'role="group" '
+        f'aria-label="Lineage: {len(boxes)} artifacts, each below its parents">'
     ]
     for (parent, child), points in bends.items():
         (x0, y0), (x1, y1) = at[parent], at[child]
-        # Upright through the layers between, so that no edge slips behind a box.
+        # Vertical through the layers between, so that no edge runs behind a box.
         between = [(x, y + side * HEIGHT / 2) for x, y in points for side in (-1, 1)]
         path = [(x0, y0 + HEIGHT / 2), *between, (x1, y1 - HEIGHT / 2 - 1)]
         parts.append(f'<path class="edge" d="{curve(path)}"/>')
@@ -200,7 +205,7 @@ def draw_graph(boxes: Sequence[Box]) -> str:
 
 
 def draw_box(box: Box, x: float, y: float) -> str:
-    """A box with its upper left corner at (x, y): the folder of the name, if any, its last part, and the text."""
+    """Return a box with its upper left corner at (x, y): folder, last part of the name, text."""
     folder, _, last = box.name.rpartition("/")
     top = y + (16 if folder else 9)
     lines = [("small", f"{folder}/", 23, 0.0)] if folder else []
@@ -209,22 +214,24 @@ def draw_box(box: Box, x: float, y: float) -> str:
         f"<title>{escape(box.title)}</title>"
         f'<rect class="{"box" if box.link else "box outside"}" x="{x:.1f}" y="{y:.1f}" width="{BOX:g}" '
         f'height="{HEIGHT:g}" rx="6"/>'
-        f'<rect x="{x + 6:.1f}" y="{y + 9:.1f}" width="4" height="{HEIGHT - 18:g}" rx="2" style="fill:var({box.colour})"/>'
+        f'<rect x="{x + 6:.1f}" y="{y + 9:.1f}" width="4" height="{HEIGHT - 18:g}" rx="2" '
+        f'style="fill:var({box.colour})"/>'
     )
     for kind, text, limit, down in lines:
-        inner += f'<text class="{kind}" x="{x + 18:.1f}" y="{top + down:.1f}">{escape(shorten(text, limit))}</text>'
+        place = f'x="{x + 18:.1f}" y="{top + down:.1f}"'
+        inner += f'<text class="{kind}" {place}>{escape(shorten(text, limit))}</text>'
     return f'<a href="#{escape(box.link)}">{inner}</a>' if box.link else f"<g>{inner}</g>"
 
 
 def shorten(text: str, limit: int) -> str:
-    """A long text without its middle."""
+    """Return a long text with its middle cut out."""
     if len(text) <= limit:
         return text
     return f"{text[: limit // 2 - 1]}…{text[-(limit - limit // 2) :]}"
 
 
 def curve(path: Sequence[Point]) -> str:
-    """A path that leaves and enters every point vertically."""
+    """Return an SVG path that passes every point vertically."""
     text = f"M{path[0][0]:.1f} {path[0][1]:.1f}"
     for (x0, y0), (x1, y1) in pairwise(path):
         middle = (y0 + y1) / 2

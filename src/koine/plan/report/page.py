@@ -1,4 +1,4 @@
-"""One self-contained HTML file about a run: the answer, curves, tables, samples, and where everything came from."""
+"""Write one self-contained HTML file about a run: results, training curves, samples, lineage, artifacts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ PLOTS = ("lines", "bars", "heatmap")
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of the run folder `run` to `out` (by default `run/report.html`) and return its path.
 
-    The page depends on the run's files alone: written twice, it is the same. Raises `UserError` where `run` is no run folder, or
-    where a record or a report in it is broken, and where `out` cannot be a file.
+    The page depends on the run's files only: written twice, it has the same bytes.
+
+    Raises `UserError` where `run` is no run folder, a record or a report in it is damaged, or `out` cannot be
+    a file.
     """
     run = Path(run)
     content = read_run(run)
@@ -40,12 +42,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 @dataclass
 class Palette:
-    """A series of one name has one colour on the whole page, as far as the colours go."""
+    """Colours by name of a series: one name has one colour on the whole page, as far as possible."""
 
     places: dict[str, int] = field(default_factory=dict)
 
     def of(self, names: Sequence[str]) -> list[int]:
-        """The places in the palette of the series of one figure, no two alike where there are enough."""
+        """Return palette indices for the series of one figure, different ones if there are enough."""
         if len(names) == 1 and names[0] not in self.places:
             return [0]  # nothing to tell apart
         chosen: list[int] = []
@@ -58,7 +60,7 @@ class Palette:
 
 
 def render(name: str, run: Run) -> str:
-    """The page of a run."""
+    """Return the page of a run."""
     members = run.members
     palette = Palette()
     answering = [member for member in members if has_verdict(member)]
@@ -88,7 +90,7 @@ def render(name: str, run: Run) -> str:
 
 
 def page(**content: Any) -> str:
-    """The template, filled in."""
+    """Return the filled-in template."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -103,9 +105,9 @@ def page(**content: Any) -> str:
 def write_page(
     out: Path, *, name: str, sections: Sequence[tuple[str, Sequence[Block]]], facts: Sequence[tuple[str, str]]
 ) -> None:
-    """Write a page of its own that belongs to no run: titled `sections` of blocks, under a head of `facts`.
+    """Write a page without a run: titled `sections` of blocks, below a header of `facts`.
 
-    Raises `UserError` where a block is not as `check_block` wants it, or `out` cannot be a file.
+    Raises `UserError` where a block is invalid (`check_block`), or `out` cannot be a file.
     """
     if out.is_dir():
         raise UserError("a folder", where=out, hint="give the file to write, such as report.html")
@@ -141,7 +143,7 @@ def has_verdict(member: Member) -> bool:
 
 
 def anchor(name: str) -> str:
-    """The id of an artifact's section; `/` is the only sign in a name that an id does without."""
+    """Return the id of an artifact's section: its name, with `.` for `/`."""
     return "artifact-" + name.replace("/", ".")
 
 
@@ -149,7 +151,7 @@ def anchor(name: str) -> str:
 
 
 def facts(members: Sequence[Member]) -> list[tuple[str, str]]:
-    """What the head of the page says of the run; what no artifact recorded is left out."""
+    """Return the facts in the page's header; facts that no artifact recorded are left out."""
     spans = [
         (start, end)
         for member in members
@@ -169,7 +171,7 @@ def facts(members: Sequence[Member]) -> list[tuple[str, str]]:
         found.append(("Sum of all steps", duration(sum(seconds))))
     found.append(("Artifacts", str(len(members))))
     if memory:
-        found.append(("Most memory of a step", size(max(memory))))
+        found.append(("Peak memory of a step", size(max(memory))))
     if machines := list(dict.fromkeys(text for member in members if (text := machine(member)))):
         found.append(("Machine", "; ".join(machines)))
     versions = {
@@ -183,7 +185,7 @@ def facts(members: Sequence[Member]) -> list[tuple[str, str]]:
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """The time in which at least one of the spans ran: steps side by side count once, pauses not at all."""
+    """Return the time covered by at least one span: parallel steps count once, pauses not at all."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -192,14 +194,14 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def warnings(run: Run) -> list[str]:
-    """What a reader must know before believing the page."""
+    """Return the warnings at the top of the page: unfinished, outdated and removed artifacts."""
     found = []
     have = {member.name for member in run.members}
     for node in run.unfinished:
         text = f"{node.name}: {node.status}" + (
             f", see {node.log}" if node.log and node.status == "failed" else ""
         )
-        found.append(text + (" (what this page shows of it is from before)" if node.name in have else ""))
+        found.append(text + (" (this page shows its earlier result)" if node.name in have else ""))
     current = {member.name: member.fingerprint for member in run.members}
     for member in run.members:
         stale = [parent.name for parent in member.parents if is_stale(parent, current)]
@@ -211,12 +213,12 @@ def warnings(run: Run) -> list[str]:
 
 
 def is_stale(parent: Parent, current: Mapping[str, str]) -> bool:
-    """Whether the artifact of that name is another one by now."""
+    """Return whether the parent has been rebuilt since."""
     return parent.name in current and current[parent.name] not in ("", parent.fingerprint)
 
 
 def machine(member: Member) -> str:
-    """The machine of an artifact in a few words."""
+    """Return the machine of an artifact in a few words."""
     environment = member.record.get("environment")
     if not isinstance(environment, dict):
         return ""
@@ -234,7 +236,7 @@ def machine(member: Member) -> str:
 
 
 def views(member: Member, palette: Palette) -> list[dict[str, Any]]:
-    """The blocks of an artifact as the template wants them."""
+    """Return the blocks of an artifact in the form of the template."""
     if member.report is None:
         return []
     return [
@@ -261,7 +263,7 @@ def view(block: Block, place: str, palette: Palette) -> dict[str, Any]:
 
 
 def curve_groups(members: Sequence[Member], palette: Palette) -> list[dict[str, Any]]:
-    """The curves of the trainings, those of one step and one folder overlaid: loss and evaluations first, then the rest."""
+    """Return the training curves, overlaid by step and folder: loss and evaluations first, then the rest."""
     groups: dict[tuple[str, str], list[Member]] = {}
     for member in members:
         if member.curves:
@@ -309,7 +311,7 @@ def curve_groups(members: Sequence[Member], palette: Palette) -> list[dict[str, 
 
 
 def boxes(run: Run, colours: Mapping[str, str]) -> list[Box]:
-    """The nodes of the graph; inputs from outside of the run come first."""
+    """Return the nodes of the graph; inputs from outside the run come first."""
     order = run.order
     outside = {
         parent.name: parent for member in run.members for parent in member.parents if parent.name not in order
@@ -319,7 +321,7 @@ def boxes(run: Run, colours: Mapping[str, str]) -> list[Box]:
             name,
             (),
             "input",
-            f"{name}\nfrom outside of the run\nfingerprint {parent.fingerprint[:12]}",
+            f"{name}\nfrom outside the run\nfingerprint {parent.fingerprint[:12]}",
             "--muted",
         )
         for name, parent in outside.items()
@@ -346,7 +348,7 @@ def boxes(run: Run, colours: Mapping[str, str]) -> list[Box]:
 
 
 def section(member: Member, run: Run, palette: Palette, above: bool) -> dict[str, Any]:
-    """What the page says of one artifact; `above`: its blocks stand at the top of the page already."""
+    """Return the section of one artifact; above: its blocks are at the top of the page already."""
     record = member.record
     current = {other.name: other.fingerprint for other in run.members}
     seconds, memory = member.number("seconds"), member.number("peak_memory_bytes")
@@ -366,7 +368,7 @@ def section(member: Member, run: Run, palette: Palette, above: bool) -> dict[str
     if (attempts := member.number("attempts")) is not None and attempts > 1:
         provenance.append(("attempts", f"{attempts:.0f}"))
     if expected := expectation(record.get("estimate")):
-        provenance.append(("expected beforehand", expected))
+        provenance.append(("estimate", expected))
     for key in ("code", "environment"):
         provenance += [
             ("uncommitted changes" if name == "dirty" else name, number_text(value))
@@ -401,7 +403,7 @@ def section(member: Member, run: Run, palette: Palette, above: bool) -> dict[str
 
 
 def expectation(estimate: Any) -> str:
-    """What the step was estimated to need, in words; empty where nothing was."""
+    """Return the step's estimate in words; empty where there was none."""
     words = []
     if isinstance(estimate, dict) and is_number(estimate.get("seconds")):
         words.append(duration(estimate["seconds"]))
@@ -411,5 +413,5 @@ def expectation(estimate: Any) -> str:
 
 
 def file_hash(value: Any) -> str:
-    """The first digits of a file's sha256, which may stand alone or in an object."""
+    """Return the first digits of a file's sha256, which may be text or an object."""
     return str(value.get("sha256", "") if isinstance(value, dict) else value)[:12]

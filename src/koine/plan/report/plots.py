@@ -1,7 +1,8 @@
-"""Plots of a report: matplotlib draws, the page's style sheet colours.
+"""Draw the plots of a report with matplotlib, as SVG whose colours are variables of the page.
 
-Text stays text and every colour is a variable of the page, so that one small SVG is sharp at any size, in light and dark,
-in any script that the reader's system has letters for. The same input gives the same bytes.
+Text stays text, so that a plot is sharp at any size, in light and dark mode, and in any script that the
+reader's
+system has fonts for. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MAX_POINTS = 400  # of a line; more are averaged in equal spans
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn plot: inline SVG, whether it wants the page's whole width, and what to say below it."""
+    """A drawn plot: inline SVG, whether it takes the page's whole width, and a note below it."""
 
     svg: str
     wide: bool
@@ -41,14 +42,15 @@ class Figure:
 def draw(block: Mapping[str, Any], label: str, colours: Sequence[int] = range(len(SERIES))) -> Figure:
     """Draw a checked block of kind `lines`, `bars` or `heatmap`.
 
-    `label` is what a screen reader says; `colours` are the places in the palette of the block's series.
+    label: text for screen readers. colours: indices in the palette, one for each series.
     """
     import matplotlib as mpl
 
     settings = {
         "svg.fonttype": "none", "svg.hashsalt": label, "font.size": FONT, "axes.edgecolor": MUTED,
-        "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": False, "axes.axisbelow": True,
+        "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED,
+        "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID, "grid.linewidth": 0.6,
+        "axes.grid": False, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
         "ytick.major.width": 0.6, "lines.linewidth": 1.5, "legend.frameon": False, "axes.unicode_minus": True,
         "axes.formatter.useoffset": False, "text.parse_math": False, "path.simplify": True,
@@ -77,13 +79,13 @@ def finish(canvas: Any, label: str, *, wide: bool, note: str = "") -> Figure:
 
 
 def inline(svg: str, label: str) -> str:
-    """An SVG document as part of a page: no prologue, no names that could collide, variables for colours, short numbers."""
+    """Return an SVG document as part of a page: no prologue, no ids, variables for colours, short numbers."""
     from html import escape
 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    # A style sheet inside would hold for the whole page; the page's own says the same for plots.
+    # A style sheet inside would hold for the whole page, whose own styles cover plots.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
@@ -106,7 +108,7 @@ def inline(svg: str, label: str) -> str:
 
 
 def slim(tag: str) -> str:
-    """A tag with the page's colours and font, and with coordinates to a hundredth of a point."""
+    """Return a tag with the page's colours and font, coordinates rounded to a hundredth of a point."""
     tag = tag.replace("xlink:href", "href")
     tag = re.sub(r"font: ?([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
     tag = re.sub(r"font-family:[^;\"]*;? ?| transform=\"rotate\(-0 [^\"]*\"", "", tag)
@@ -125,7 +127,7 @@ def label_axes(axes: Any, block: Mapping[str, Any]) -> None:
 
 
 def label_decades(axis: Any, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis: decades, or steps within one where it spans few."""
+    """Set the ticks of a logarithmic axis: decades, or steps within a decade if it spans few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     decades = math.log10(high / low)
@@ -136,7 +138,7 @@ def label_decades(axis: Any, low: float, high: float) -> None:
 
 
 def decade_text(value: float) -> str:
-    """`0.05`, `200`, `10⁶`, `2·10⁶`."""
+    """Return a tick label: `0.05`, `200`, `10⁶`, `2·10⁶`."""
     if 1e-3 <= value < 1e4:
         return f"{value:g}"
     exponent = math.floor(math.log10(value) + 1e-9)
@@ -146,7 +148,7 @@ def decade_text(value: float) -> str:
 
 
 def legend(axes: Any, marks: Sequence[Any], names: Sequence[str], width: float) -> None:
-    """A legend above the plot, in as many columns as the width takes; a single unnamed series needs none."""
+    """Add a legend above the plot, in as many columns as fit; a single unnamed series gets none."""
     if len(names) == 1 and not names[0]:
         return
     axes.legend(
@@ -173,7 +175,7 @@ def legend_rows(names: Sequence[str], width: float) -> int:
 def thin(
     x: Sequence[float], y: Sequence[float | None]
 ) -> tuple[list[float], list[float], list[float], list[float]]:
-    """At most `MAX_POINTS` points: means over equal runs of points, with the least and the greatest value of each run."""
+    """Return at most `MAX_POINTS` points: means over equal runs, with each run's minimum and maximum."""
     points = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
     size = math.ceil(len(points) / MAX_POINTS) or 1
     runs = [points[start : start + size] for start in range(0, len(points), size)]
@@ -197,7 +199,7 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
     marks: list[Any] = []
     for index, item in enumerate(series):
         colour = SERIES[colours[index % len(colours)] % len(SERIES)]
-        # A curve that lies on an earlier one is dashed, so that both are seen.
+        # A curve equal to an earlier one is dashed, so that both are visible.
         same = any((item["x"], item["y"]) == (other["x"], other["y"]) for other in series[:index])
         dash = DASHES[1] if same else DASHES[index // len(SERIES) % len(DASHES)]
         x, y, low, high = thin(item["x"], item["y"])
@@ -229,7 +231,7 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
     label_axes(axes, block)
     legend(axes, marks, names, HALF)
     note = (
-        f"Each point is the mean of up to {thinned} measurements; the band runs from the least to the greatest."
+        f"Each point is the mean of up to {thinned} measurements; the band shows their minimum and maximum."
         if thinned
         else ""
     )
@@ -237,7 +239,7 @@ def draw_lines(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> 
 
 
 def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> Figure:
-    """Standing bars; lying ones where the names of the categories are long or many."""
+    """Draw vertical bars; horizontal ones if the categories' names are long or many."""
     from matplotlib.patches import Patch
 
     categories, series = block["categories"], block["series"]
@@ -248,10 +250,12 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
     wide = bars > 16
     width = FULL if wide else HALF
     step = (width - 60) / len(categories)
-    lying = longest * FONT * 0.6 > step
+    horizontal = longest * FONT * 0.6 > step
     rows = legend_rows(names, width)
-    height = 70 + 14 * rows + len(categories) * max(14.0, 8.0 * len(series) + 4) if lying else 200 + 14 * rows
-    if lying:
+    height = (
+        70 + 14 * rows + len(categories) * max(14.0, 8.0 * len(series) + 4) if horizontal else 200 + 14 * rows
+    )
+    if horizontal:
         wide, width = longest > 24, FULL if longest > 24 else HALF
     canvas, axes = new_axes(width, height)
     thickness = 0.8 / len(series)
@@ -260,7 +264,7 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
         shown = [
             (place, value) for place, value in zip(places, item["values"], strict=True) if value is not None
         ]
-        draw_one = axes.barh if lying else axes.bar
+        draw_one = axes.barh if horizontal else axes.bar
         colour = SERIES[colours[index % len(colours)] % len(SERIES)]
         draw_one([place for place, _ in shown], [value for _, value in shown], thickness * 0.92, color=colour)
         marks.append(Patch(color=colour))
@@ -268,13 +272,13 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
             places, item["values"], item.get("intervals") or [None] * len(categories), strict=True
         ):
             if value is not None and interval is not None:
-                (axes.hlines if lying else axes.vlines)(place, *interval, color=INK, linewidth=0.9)
+                (axes.hlines if horizontal else axes.vlines)(place, *interval, color=INK, linewidth=0.9)
             if value is None:
-                x, y = (0.0, place) if lying else (place, 0.0)
-                side = "left" if lying else "center"
-                axes.text(x, y, "–", color=MUTED, ha=side, va="center" if lying else "bottom")
+                x, y = (0.0, place) if horizontal else (place, 0.0)
+                side = "left" if horizontal else "center"
+                axes.text(x, y, "–", color=MUTED, ha=side, va="center" if horizontal else "bottom")
     ticks = range(len(categories))
-    if lying:
+    if horizontal:
         axes.set_yticks(ticks, categories)
         axes.invert_yaxis()
         axes.grid(visible=True, axis="x")
@@ -286,14 +290,14 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
         axes.grid(visible=True, axis="y")
         axes.margins(x=0.01)
         label_axes(axes, block)
-    (axes.tick_params)(axis="y" if lying else "x", length=0)
+    (axes.tick_params)(axis="y" if horizontal else "x", length=0)
     legend(axes, marks, names, width)
     has_intervals = any(any(item.get("intervals") or []) for item in series)
     return finish(canvas, label, wide=wide, note="Thin lines: intervals." if has_intervals else "")
 
 
 def draw_heatmap(block: Mapping[str, Any], label: str) -> Figure:
-    """Cells from dark (least) to bright (greatest), with their numbers where there is room; empty where null."""
+    """Draw cells from dark (minimum) to bright (maximum), with numbers if they fit; null cells are empty."""
     import matplotlib as mpl
     import numpy as np
 

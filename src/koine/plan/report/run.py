@@ -1,4 +1,4 @@
-"""A run folder, read for its report: the artifacts, how they hang together, the curves of the trainings."""
+"""Read a run folder for its report: artifacts, their parents, training curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DONE = ("built", "reused", "adopted", "not needed")
 
 @dataclass(frozen=True)
 class Parent:
-    """What an artifact was made from, as it was recorded when the artifact was made."""
+    """A parent of an artifact, as recorded when the artifact was built."""
 
     name: str
     inside: str
@@ -48,14 +48,14 @@ class Member:
         return metrics if isinstance(metrics, dict) else {}
 
     def number(self, key: str) -> float | None:
-        """A number of the record, `None` where there is none."""
+        """Return a number of the record; `None` where there is none."""
         value = self.record.get(key)
         return float(value) if value is not None and is_number(value) else None
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A step of the plan that did not end well, or has not ended yet."""
+    """A step of the plan that has failed, or has not ended yet."""
 
     name: str
     step: str
@@ -66,7 +66,7 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Run:
-    """The artifacts of a run, parents before children, and what its `plan.json` says beyond them."""
+    """The artifacts of a run, parents before children, and the unfinished steps of its `plan.json`."""
 
     members: tuple[Member, ...]
     unfinished: tuple[Unfinished, ...]
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def order(self) -> list[str]:
-        """Every name, finished or not, parents before children."""
+        """All names, finished or not, parents before children."""
         parents = {node.name: node.parents for node in self.unfinished}
         parents |= {member.name: tuple(parent.name for parent in member.parents) for member in self.members}
         return in_order(parents)
@@ -113,7 +113,7 @@ def read_run(run: Path) -> Run:
 
 
 def nearest_run(run: Path) -> str:
-    """What a folder that is not there was probably meant to be: a run beside it, or one in `runs/`."""
+    """Return a hint for a missing folder: the closest names of runs beside it or in `runs/`."""
     known = {
         str(folder): folder.name
         for place in (run.parent, run.parent / "runs")
@@ -127,7 +127,7 @@ def nearest_run(run: Path) -> str:
 
 
 def read_plan(path: Path) -> dict[str, Unfinished]:
-    """The nodes of a `plan.json`, in the plan's order; none where there is no such file."""
+    """Return the nodes of a `plan.json` in the plan's order; empty where there is no such file."""
     if not path.exists():
         return {}
     content = read_json(path)
@@ -149,14 +149,14 @@ def read_plan(path: Path) -> dict[str, Unfinished]:
 
 
 def function_name(step: Any) -> str:
-    """`module:function` without its module; `adopted` where no step is named."""
+    """Return the function of `module:function`; `adopted` where no step is named."""
     return step.rpartition(":")[2].rpartition(".")[2] if isinstance(step, str) and step else "adopted"
 
 
 def artifact_folders(folder: Path) -> Iterator[Path]:
-    """Every folder below `folder` with an artifact.json, by name, also behind links.
+    """Yield every folder below `folder` with an artifact.json, by name, also behind links.
 
-    Hidden folders are left alone.
+    Hidden folders are skipped.
     """
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
@@ -174,7 +174,7 @@ def artifact_folders(folder: Path) -> Iterator[Path]:
 
 
 def read_member(run: Path, folder: Path) -> Member | None:
-    """One artifact; `None` for a copy of another one, which a plan exported under a second name."""
+    """Return one artifact; `None` for an exported copy of another one."""
     record = read_json(folder / "artifact.json")
     if not isinstance(record, dict):
         raise UserError(
@@ -197,14 +197,14 @@ def read_member(run: Path, folder: Path) -> Member | None:
 
 
 def recorded_parents(record: dict[str, Any]) -> tuple[Parent, ...]:
-    """The parents of an artifact, from its inputs and, should those not say it, from its list of parents."""
+    """Return the parents of an artifact, from its inputs and from its list of parents."""
     inputs = list(dict.fromkeys(parents_in(record.get("inputs"))))
     named = {parent.name for parent in inputs}
     return (*inputs, *(parent for parent in parents_in(record.get("parents")) if parent.name not in named))
 
 
 def parents_in(*values: Any) -> Iterator[Parent]:
-    """Every recorded handle (`{"artifact" or "name": ..., "fingerprint": ...}`) in nested lists and dicts."""
+    """Yield every recorded handle (`{"artifact": ..., "fingerprint": ...}`) in nested lists and dicts."""
     for value in values:
         if isinstance(value, dict):
             name = value.get("artifact", value.get("name"))
@@ -217,7 +217,7 @@ def parents_in(*values: Any) -> Iterator[Parent]:
 
 
 def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of each metric in a `metrics.jsonl`; values that are no finite number are gaps."""
+    """Return steps and values of each metric in a `metrics.jsonl`, without values that are not finite."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -239,12 +239,12 @@ def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def in_order(parents: Mapping[str, Sequence[str]]) -> list[str]:
-    """The names of `parents`, parents before children, otherwise in the order given."""
+    """Return the names of `parents`, parents before children, otherwise in the given order."""
     done: dict[str, None] = {}
     waiting = dict(parents)
     while waiting:
         free = [name for name, above in waiting.items() if not any(parent in waiting for parent in above)]
-        # A circle cannot come from a plan; should a record be edited by hand, the rest follows as it stands.
+        # A plan has no cycles. If a record edited by hand has one, the rest follows in the given order.
         for name in free or list(waiting):
             done[name] = None
             del waiting[name]

@@ -1,4 +1,4 @@
-"""Numbers, times and names of a report as people read them."""
+"""Format the numbers, times and names of a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LABELS = {
     "loss": "loss, nats per token",
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens/s",
-    "gradient_norm": "norm of the gradient",
+    "gradient_norm": "gradient norm",
     "matmul_rate_share": "share of the matmul rate",
     "ceiling_share": "share of the matmul rate",
     "units": "tokens with a loss in a batch",
@@ -22,7 +22,7 @@ LABELS = {
 
 
 def table(block: Block) -> dict[str, Any]:
-    """Columns with their alignment, and cells as text: the numbers of a column with equally many decimals."""
+    """Return columns with alignment, and cells as text; a column's numbers have equally many decimals."""
     columns = list(zip(*block["rows"], strict=True)) or [() for _ in block["columns"]]
     cells = [column_cells(column) for column in columns]
     return {
@@ -35,7 +35,7 @@ def table(block: Block) -> dict[str, Any]:
 
 
 def is_numeric(cell: Any) -> bool:
-    """Whether a cell stands on the right: a number, text that is one (`12 % (10–14)`), or nothing."""
+    """Return whether a cell is right-aligned: a number, text such as `12 % (10–14)`, or an empty cell."""
     if isinstance(cell, str):
         return cell in ("", "–") or NUMERIC_TEXT.fullmatch(cell) is not None
     return not isinstance(cell, bool)
@@ -54,13 +54,13 @@ def column_cells(column: Sequence[Any]) -> list[str]:
 
 
 def decimals_of(value: float) -> int:
-    """The decimals that four significant digits of a number need; more than 4 asks for exponents."""
+    """Return the decimals that four significant digits need; more than 4 means an exponent."""
     text = f"{value:.4g}"
     return 9 if "e" in text else len(text.partition(".")[2])
 
 
 def number_text(value: Any) -> str:
-    """A number for reading."""
+    """Return a number as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -71,7 +71,7 @@ def number_text(value: Any) -> str:
 
 
 def metric_label(metric: str) -> str:
-    """A metric's name for an axis."""
+    """Return a metric's name for an axis."""
     if metric in LABELS:
         return LABELS[metric]
     words = metric.removeprefix("evaluation/")
@@ -83,7 +83,7 @@ def metric_label(metric: str) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested objects under dotted names; lists as one leaf."""
+    """Return the leaves of nested objects under dotted names; a list is one leaf."""
     if isinstance(value, dict):
         return [
             leaf
@@ -101,7 +101,7 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for reading: `< 0.1 s`, `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
+    """Return seconds as text: `< 0.1 s`, `0.4 s`, `12 s`, `3 min 05 s`, `2 h 14 min`."""
     if seconds < 0.05:
         return "< 0.1 s"
     if seconds < 9.95:
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for reading, in binary units."""
+    """Return bytes as text, in binary units."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

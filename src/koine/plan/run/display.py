@@ -1,4 +1,4 @@
-"""What the user sees of a run: live bars on a terminal, plain lines every few seconds elsewhere."""
+"""Show the progress of a run: live bars on a terminal, plain lines every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PLAIN_EVERY_SECONDS = 5.0
 
 
 class Display:
-    """Says on standard output what is going on. Enter it while steps run."""
+    """Prints the state of the steps on standard output; a context manager, entered while steps run."""
 
     def __init__(self) -> None:
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.began: dict[str, float] = {}
-        self.said: dict[str, tuple[float, Any]] = {}
+        self.shown: dict[str, tuple[float, Any]] = {}
 
     def __enter__(self) -> Display:
         if sys.stdout.isatty():
@@ -55,38 +55,38 @@ class Display:
             self.bars = None
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays above the bars."""
         if self.bars is not None:
             self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
     def started(self, name: str, why: str) -> None:
-        """A step has begun."""
+        """Show that a step has started."""
         self.began[name] = time.monotonic()
-        self.said[name] = (time.monotonic(), None)
+        self.shown[name] = (time.monotonic(), None)
         if self.bars is not None:
             self.tasks[name] = self.bars.add_task(name, total=1.0, text="")
         else:
             self.line(f"{name}: started ({why})")
 
     def progress(self, name: str, fraction: float, text: str) -> None:
-        """How far a running step is."""
+        """Show the progress of a running step."""
         if self.bars is not None:
             self.bars.update(self.tasks[name], completed=fraction, text=text)
             return
         now = time.monotonic()
-        last, before = self.said[name]
+        last, before = self.shown[name]
         if (fraction, text) != before and (before is None or now - last >= PLAIN_EVERY_SECONDS):
             if before is None and not text.startswith("waiting") and now - last < PLAIN_EVERY_SECONDS:
                 return
-            self.said[name] = (now, (fraction, text))
+            self.shown[name] = (now, (fraction, text))
             self.line(
                 f"{name}: {100 * fraction:3.0f} % after {duration(now - self.began[name])}  {text}".rstrip()
             )
 
     def finished(self, name: str, what: str) -> None:
-        """A step has ended, well or badly."""
+        """Show that a step has ended."""
         took = duration(time.monotonic() - self.began.pop(name))
         if self.bars is not None:
             self.bars.remove_task(self.tasks.pop(name))

@@ -1,4 +1,4 @@
-"""What a run would do, said before it does anything."""
+"""Text of `koine run --dry-run`, and of the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from koine.plan.run.estimates import Expectation, critical_path, expect
 from koine.plan.store.status import statuses
 
 
-def dry_run(plan: Plan) -> list[str]:
-    """Lines for the user: each artifact with what would be done and why, memory and time; totals; the critical path."""
+def dry_run_lines(plan: Plan) -> list[str]:
+    """Return a table of artifacts with state, reasons, memory and time; then totals and critical path."""
     found = statuses(plan)
     build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
     expectation = expect(plan, build)
@@ -28,17 +28,17 @@ def dry_run(plan: Plan) -> list[str]:
 
 
 def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
-    """The sums over the steps that would run."""
+    """Return the sums over the steps that would run, and their critical path."""
     if not count:
-        return ["Nothing to do: everything is there."]
+        return ["Nothing to do: all artifacts are up to date."]
     lines = [f"{count} of {len(plan.nodes)} steps would run."]
     if expectation.steps:
         path, seconds = critical_path(
             plan, {name: estimate.seconds for name, estimate in expectation.steps.items()}
         )
         lines += [
-            f"Time: {duration(expectation.seconds)} one after another; at least {duration(seconds)} side by side: "
-            + " → ".join(path),
+            f"Time: {duration(expectation.seconds)} one after another; "
+            f"at least {duration(seconds)} side by side: " + " → ".join(path),
             f"Peak memory: {size(expectation.memory_bytes)} in the largest step.",
         ]
     if expectation.unknown:
@@ -46,8 +46,8 @@ def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
     return lines
 
 
-def summary(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The table at the end of a run, from the nodes of its record."""
+def run_summary(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the table at the end of a run, from the nodes of its record."""
     rows = [("artifact", "", "seconds", "peak memory")]
     for name, node in nodes.items():
         seconds, memory = node["seconds"], node["peak_memory_bytes"]

@@ -1,7 +1,8 @@
-"""What a plan is expected to need: per step from its own formula and from what earlier builds took."""
+"""Estimates of a plan: of each step by its own formula, corrected by earlier builds."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -15,7 +16,7 @@ from koine.plan.store.publish import record_of
 
 @dataclass(frozen=True)
 class Expectation:
-    """What running the missing steps will need; `unknown` names those with neither a formula nor a history."""
+    """Estimates of the steps that will run; `unknown` names those without formula and earlier build."""
 
     steps: dict[str, Estimate]
     unknown: tuple[str, ...] = ()
@@ -23,11 +24,11 @@ class Expectation:
 
     @property
     def seconds(self) -> float:
-        """Of all steps together, one after another."""
+        """Seconds of all steps, one after another."""
         return sum(estimate.seconds for estimate in self.steps.values())
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """A step's estimate as it is recorded beside its artifact; None where there is none."""
+        """Return a step's estimate for the record of its artifact; None where there is none."""
         if name not in self.steps:
             return None
         formula = self.formulas.get(name)
@@ -39,41 +40,43 @@ class Expectation:
 
     @property
     def memory_bytes(self) -> int:
-        """The largest peak of any one step."""
+        """Peak memory of the largest step, in bytes."""
         return max((estimate.memory_bytes for estimate in self.steps.values()), default=0)
 
 
 def history(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """Records of the artifacts already in the run's folder, by the step that built them."""
+    """Return the records of the artifacts in the run's folder, by the step that built them."""
     found: dict[str, list[dict[str, Any]]] = {}
     for node in plan.nodes.values():
         known = record_of(node.artifact.path)
-        # A resumed build's seconds are those of its last attempt, which say nothing about a whole one.
-        # A clock that was set back once left negative ones.
+        # The seconds of a resumed build are those of its last attempt only.
+        # Records written while the clock was set back have negative ones.
         if known is not None and known.get("attempts") == 1 and known["seconds"] >= 0:
             found.setdefault(known["step"], []).append(known)
     return found
 
 
-def formula(node: Node) -> Estimate | None:
-    """What the step's own `estimate` says for these parameters; None where it has none."""
+def formula(plan: Plan, node: Node) -> Estimate | None:
+    """Return the result of the step's own `estimate` for its arguments; None where it has none."""
     if node.info.estimate is None:
         return None
-    given = node.info.estimate(
-        **{key: places(value) for key, value in node.inputs.items()}, **node.parameters
-    )
+    arguments = {key: places(value) for key, value in node.inputs.items()} | node.parameters
+    if "threads" in inspect.signature(node.info.estimate).parameters:
+        arguments.setdefault("threads", plan.threads_of(node.artifact.name))
+    given = node.info.estimate(**arguments)
     if not isinstance(given, Estimate) or given.memory_bytes < 0 or given.seconds < 0:
         raise UserError(
             f"its estimate must return an Estimate of memory and time, got {given!r}",
-            where=node.recipe["step"],
+            where=node.identity["step"],
         )
     return given
 
 
 def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) -> Estimate | None:
-    """The formula, its time scaled by the median of actual over estimated time in earlier builds of the same step.
+    """Return the formula's estimate, its time scaled by the median of actual over estimated time.
 
-    Without a formula: what an earlier build of this artifact took, or else the mean of the same step's others.
+    Without a formula: the figures of an earlier build of this artifact, or else the mean over the same step's
+    others.
     """
     if given is None:
         same = [known for known in records if known.get("artifact") == node.artifact.name] or records
@@ -91,11 +94,12 @@ def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) ->
 
 
 def expect(plan: Plan, build: Mapping[str, Node]) -> Expectation:
-    """Estimates for the steps that will run."""
+    """Return estimates for the steps that will run."""
     past = history(plan)
-    formulas = {name: formula(node) for name, node in build.items()}
+    formulas = {name: formula(plan, node) for name, node in build.items()}
     found = {
-        name: scaled(node, formulas[name], past.get(node.recipe["step"], [])) for name, node in build.items()
+        name: scaled(node, formulas[name], past.get(node.identity["step"], []))
+        for name, node in build.items()
     }
     return Expectation(
         {name: estimate for name, estimate in found.items() if estimate is not None},
@@ -105,7 +109,7 @@ def expect(plan: Plan, build: Mapping[str, Node]) -> Expectation:
 
 
 def remaining(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:
-    """For each artifact, the time of the longest chain that starts with it: what to begin first."""
+    """Return for each artifact the time of the longest chain of steps that starts with it."""
     found = {name: seconds.get(name, 0.0) for name in plan.nodes}
     for name, node in reversed(plan.nodes.items()):
         for parent in node.parents:
@@ -115,9 +119,9 @@ def remaining(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def critical_path(plan: Plan, seconds: Mapping[str, float]) -> tuple[list[str], float]:
-    """The chain of steps that takes longest, and its time: no number of machines ends the plan sooner.
+    """Return the chain of steps that takes longest, and its time: a bound for any number of machines.
 
-    `seconds` holds the steps that will run; the others cost nothing.
+    `seconds` holds the steps that will run; the others take no time.
     """
     ends: dict[str, tuple[float, list[str]]] = {}
     for name, node in plan.nodes.items():

@@ -1,4 +1,4 @@
-"""One step as it is handed to the process that runs it, and the starting of that process."""
+"""The description of one step for the process that runs it, and the start of that process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADER = "=== "  # begins the line of each attempt in a log
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a worker needs, on this machine or on another with the same files."""
+    """Everything that a worker process needs, on this machine or on another with the same files."""
 
     folder: str  # of the run
     name: str
@@ -32,7 +32,7 @@ class Job:
     module: str
     file: str | None  # of the plan, where the module is one
     call: bytes  # pickled (function's name, inputs, parameters): read after the module is loaded
-    recipe: dict[str, Any]
+    identity: dict[str, Any]
     parents: tuple[dict[str, Any], ...]
     threads: int
     argv: tuple[str, ...]
@@ -56,7 +56,7 @@ def check_importable(function: Callable[..., None]) -> None:
 def make_job(
     plan: Plan, node: Node, *, code: dict[str, Any], estimate: dict[str, Any] | None, progress: Path
 ) -> Job:
-    """The job of one node."""
+    """Return the job of one node."""
     check_importable(node.function)
     module = node.function.__module__
     file = sys.modules[module].__file__ if module.startswith(PLAN_FILE) else None
@@ -70,7 +70,7 @@ def make_job(
         call=pickle.dumps(
             (node.function.__qualname__, {k: places(v) for k, v in node.inputs.items()}, node.parameters)
         ),
-        recipe=node.recipe,
+        identity=node.identity,
         parents=tuple(
             {
                 "name": name,
@@ -80,7 +80,7 @@ def make_job(
             }
             for name, parent in parents.items()
         ),
-        threads=node.threads,
+        threads=plan.threads_of(node.artifact.name),
         argv=tuple(recorded_command()),
         code=code,
         estimate=estimate,
@@ -91,12 +91,16 @@ def make_job(
 
 
 def log_of(plan: Plan, name: str) -> Path:
-    """The log of one artifact."""
+    """Return the log file of one artifact."""
     return plan.folder / "logs" / f"{name}.log"
 
 
 class Process:
-    """A running worker. Its standard input stays open as a sign of life: when it closes, the worker's group is killed."""
+    """A running worker process.
+
+    Its standard input stays open while this process lives: when it closes, the worker's process group is
+    killed.
+    """
 
     def __init__(self, job: Job) -> None:
         log = Path(job.log)
@@ -123,31 +127,31 @@ class Process:
         assert self.process.stdin is not None
         with contextlib.suppress(
             BrokenPipeError
-        ):  # it died at once: poll() gives its code, its log the reason
+        ):  # it ended at once: poll() gives its code, its log the reason
             self.process.stdin.write(struct.pack("<Q", len(content)) + content)
             self.process.stdin.flush()
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
         code = self.process.poll()
         if code is not None:
-            self._let_go()
+            self._close_input()
         return code
 
     def stop(self, number: int) -> None:
-        """Pass a signal on, so that a training saves and ends."""
+        """Pass a signal on, so that a training saves a checkpoint and ends."""
         if self.process.poll() is None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End the worker and everything it has started, now."""
+        """Kill the worker and all processes that it has started."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        self._let_go()
+        self._close_input()
 
-    def _let_go(self) -> None:
+    def _close_input(self) -> None:
         assert self.process.stdin is not None
         if not self.process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):  # nobody is left to read: just what closing is for
+            with contextlib.suppress(BrokenPipeError):  # the worker has ended already
                 self.process.stdin.close()

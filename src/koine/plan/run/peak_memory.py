@@ -1,4 +1,4 @@
-"""Peak memory of a process and its children."""
+"""Measure the peak memory of a process and its children."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EVERY_SECONDS = 0.2
 
 
 def own_peak() -> int:
-    """Peak resident bytes of this process since it was started."""
+    """Return the peak resident bytes of this process since it was started."""
     if sys.platform == "linux":
         # ru_maxrss of Linux survives exec, and with it the size of whatever process started this one.
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -23,18 +23,20 @@ def own_peak() -> int:
 
 
 class PeakMemory:
-    """While entered, samples the resident bytes of this process and its descendants; `.bytes` is the peak.
+    """Samples the resident bytes of this process and its descendants while entered; `.bytes` is the peak.
 
-    Memory that processes share is counted in each of them, so that with forked children the figure is an upper bound.
+    Shared memory counts in each process, so the figure is an upper bound with forked children.
+
+    without: id of a process that does not count.
     """
 
     def __init__(self, *, without: int | None = None) -> None:
         self.without = without
         self.sampled = 0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         import psutil
 
         this = psutil.Process()

@@ -1,9 +1,12 @@
-"""Runs steps as tasks of a Ray cluster whose machines share the run's folder.
+"""Run steps as tasks of a Ray cluster whose machines share the run's folder.
 
-Each task starts the same worker process as the local executor, on whichever machine Ray chooses. The run's folder, the
-inputs, the plan's file and the Python environment must be under the same paths on every machine, and the file system
-must support locks. A task that is lost with its machine or its process is started again by Ray, up to `RETRIES` times,
-and goes on in the step's work folder.
+Each task starts the same worker process as the local executor, on the machine that Ray chooses. The run's
+folder, the
+inputs, the plan's file and the Python environment must have the same paths on every machine, and the file
+system
+must support locks. A task that is lost with its machine or its process is started again by Ray, up to
+`RETRIES` times,
+and continues in the step's work folder.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from koine.extras import import_extra
 from koine.plan.run.job import Job, Process
 
 RETRIES = 3
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 CONNECT_SECONDS = 5.0
 OBJECT_STORE_BYTES = 100 * 1024**2  # jobs are small: what steps exchange goes through files
 
@@ -31,19 +34,19 @@ class WorkerLostError(Exception):
 
 
 def run_job(content: bytes) -> int:
-    """The task: run a pickled job to its end on this machine; returns the worker's exit code.
+    """Run a pickled job to its end on this machine (the Ray task); return the worker's exit code.
 
-    Raises `WorkerLostError` where the worker was killed, so that the task is retried.
+    Raises `WorkerLostError` where the worker was killed, so that Ray starts the task again.
     """
     job: Job = pickle.loads(content)
     process = Process(job)
     try:
         while (code := process.poll()) is None:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:  # what Ray raises in a task that is cancelled
         process.stop(signal.SIGTERM)
         while process.poll() is None:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         raise
     finally:
         process.kill()
@@ -61,7 +64,7 @@ class Task:
         self.stopped = False
 
     def poll(self) -> int | None:
-        """The worker's exit code; 1 where Ray has given up, with its reason in the step's log."""
+        """Return the worker's exit code; 1 where Ray has given up, with its reason in the step's log."""
         if self.code is None and self.ray.wait([self.reference], timeout=0)[0]:
             try:
                 self.code = int(self.ray.get(self.reference))
@@ -79,15 +82,15 @@ class Task:
             self.ray.cancel(self.reference, force=False)
 
     def kill(self) -> None:
-        """End the task now: its process goes with it."""
+        """Kill the task and its process."""
         self.stopped = True
         self.ray.cancel(self.reference, force=True)
         while self.poll() is None:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
 def check_address(address: str) -> None:
-    """Raise `UserError` where nobody answers at `[ray://]host:port`: Ray itself would try for a minute and more."""
+    """Raise `UserError` where nothing answers at `[ray://]host:port`; Ray itself tries for over a minute."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         if address == "auto":
@@ -104,10 +107,10 @@ def check_address(address: str) -> None:
 
 
 class RayExecutor:
-    """Steps as Ray tasks, as many at once as the cluster has cores; `address` None starts a cluster on this machine."""
+    """Runs steps as Ray tasks, as many at once as there are cores; `address` None starts a cluster here."""
 
     def __init__(self, address: str | None = None) -> None:
-        # Ray would tell its makers about the cluster: nobody has asked the user.
+        # Ray would send usage statistics, and the user was not asked.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray: Any = import_extra("ray", extra="cluster", purpose="run a plan on a Ray cluster")
         import_extra("ray.exceptions", extra="cluster", purpose="run a plan on a Ray cluster")
@@ -134,7 +137,7 @@ class RayExecutor:
         self.task = ray.remote(run_job)
 
     def start(self, job: Job) -> Task:
-        """Submit a step."""
+        """Submit a step to the cluster."""
         options = self.task.options(
             name=job.name,
             num_cpus=job.threads,

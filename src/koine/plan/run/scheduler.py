@@ -1,4 +1,4 @@
-"""Runs a plan: what is missing is built, independent steps side by side, and what succeeds stays."""
+"""Run a plan: build what is missing or changed, independent steps side by side."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from koine.plan.plan import Node, Plan
 from koine.plan.run.display import Display
 from koine.plan.run.estimates import Expectation, expect, remaining
 from koine.plan.run.job import HEADER, Job, check_importable, log_of, make_job
-from koine.plan.run.progress import read as told
+from koine.plan.run.progress import read_progress
 from koine.plan.store.export import write_exports
 from koine.plan.store.provenance import code_version
 from koine.plan.store.publish import leftovers, lock_of, recover
 from koine.plan.store.run_record import RunRecord
 from koine.plan.store.status import Status, statuses
 
-LOOK_SECONDS = 0.05
-# A training that is asked to stop writes a checkpoint first; after this long it is killed.
+POLL_SECONDS = 0.05
+# A training that is asked to stop writes a checkpoint first; after this time it is killed.
 GRACE_SECONDS = 120.0
 
 
@@ -43,7 +43,7 @@ class Running(Protocol):
 
 
 class Executor(Protocol):
-    """Where steps run. `free_memory` in bytes, or None where the executor sees to it itself."""
+    """Where steps run. `free_memory` is in bytes; None where the executor manages memory itself."""
 
     cores: int
     free_memory: int | None
@@ -53,7 +53,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """A step that failed: its exit code, its log, the log's last lines, and the error where the worker could still tell it."""
+    """A failed step: exit code, log, the log's last lines, and the error if the worker could report it."""
 
     name: str
     code: int
@@ -63,29 +63,29 @@ class Failure:
 
     @property
     def message(self) -> str:
-        """One line: the step, the log, what it said last."""
+        """One line: the step, its log, and the error."""
         if self.error is not None:
-            said = self.error
+            reason = self.error
         elif self.code < 0:
-            said = f"killed by {signal.Signals(-self.code).name}" + (
-                ", perhaps for want of memory" if self.code == -signal.SIGKILL else ""
+            reason = f"killed by {signal.Signals(-self.code).name}" + (
+                ", perhaps out of memory" if self.code == -signal.SIGKILL else ""
             )
         else:
-            said = self.lines[-1].removeprefix("koine: ") if self.lines else f"exit code {self.code}"
-        return f"step '{self.name}' failed (log: {self.log}): {said}"
+            reason = self.lines[-1].removeprefix("koine: ") if self.lines else f"exit code {self.code}"
+        return f"step '{self.name}' failed (log: {self.log}): {reason}"
 
 
 def last_lines(log: Path, count: int = 12) -> tuple[str, ...]:
-    """The last lines that the latest attempt wrote."""
-    said = "\n" + log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    _, header, latest = said.rpartition("\n" + HEADER)
+    """Return the last lines of the latest attempt in a log."""
+    text = "\n" + log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    _, header, latest = text.rpartition("\n" + HEADER)
     if header:
         latest = latest.partition("\n")[2]
     return tuple(latest.strip().splitlines()[-count:])
 
 
 class PlanFailedError(Exception):
-    """Steps failed; `exit_code` is 2 where each of them was a mistake of the user, else 1."""
+    """Steps failed; `exit_code` is 2 if every failure is a mistake of the user, else 1."""
 
     def __init__(self, failures: list[Failure]) -> None:
         self.failures = failures
@@ -94,7 +94,7 @@ class PlanFailedError(Exception):
 
 
 class RunInterruptedError(Exception):
-    """The run was asked to stop by a signal; running it again goes on from there."""
+    """A signal stopped the run; running it again continues from there."""
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
@@ -103,14 +103,14 @@ class RunInterruptedError(Exception):
 
 @dataclass
 class Interrupt:
-    """Signals that asked the run to stop, the first of them, and when it came."""
+    """Signals that asked the run to stop: the first one, their count, and the time of the first."""
 
     number: int | None = None
     count: int = 0
     since: float = field(default=0.0)
 
     def __call__(self, number: int, frame: Any) -> None:
-        """The handler."""
+        """Handle a signal."""
         self.count += 1
         if self.number is None:
             self.number, self.since = number, time.monotonic()
@@ -118,21 +118,21 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Note SIGINT and SIGTERM in place of dying of them; outside the main thread nothing is changed."""
-    noted = Interrupt()
+    """Record SIGINT and SIGTERM instead of ending the process; does nothing outside the main thread."""
+    interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
-        yield noted
+        yield interrupt
         return
-    before = {number: signal.signal(number, noted) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield noted
+        yield interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the progress of runs of this machine that were killed."""
+def remove_dead_progress(folder: Path) -> None:
+    """Remove the progress files of killed runs of this machine."""
     import psutil
 
     for left in folder.glob(f"{platform.node()}-*"):
@@ -141,10 +141,10 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def make_place(own: Path) -> None:
-    """The folder where running steps tell their progress.
+def make_progress_folder(own: Path) -> None:
+    """Make the folder where running steps write their progress.
 
-    Where something else stands in its way, none is shown.
+    If a file is in its way, no progress is shown.
     """
     shutil.rmtree(own, ignore_errors=True)
     with contextlib.suppress(FileExistsError, NotADirectoryError):
@@ -152,10 +152,10 @@ def make_place(own: Path) -> None:
 
 
 def recover_all(plan: Plan) -> None:
-    """Fix what a kill during publication left, where nobody is building that artifact now."""
+    """Repair artifacts whose publication was killed, unless another run is building them now."""
     for name in plan.nodes:
-        # A lock that nobody holds was left by a kill; who holds one is waited for where its artifact is
-        # needed.
+        # A lock file that nobody holds was left by a kill. A lock that is held is waited for later, where the
+        # artifact is needed.
         if leftovers(plan.folder, name) or lock_of(plan.folder, name).exists():
             with (
                 contextlib.suppress(UserError),
@@ -171,20 +171,20 @@ class _Run:
     display: Display
     record: RunRecord
     expectation: Expectation
-    told: Path  # where running steps tell their progress
+    progress_folder: Path  # where running steps write their progress
     waiting: dict[str, Node]
     running: dict[str, Running] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)  # failed, or not run because an input failed
 
     def needs(self, name: str) -> tuple[int, int]:
-        """Cores and bytes of a step; no more cores than there are."""
+        """Return the cores and bytes that a step needs; at most the executor's cores."""
         estimate = self.expectation.steps.get(name)
-        cores = min(self.plan.nodes[name].threads, self.executor.cores)
+        cores = min(self.plan.threads_of(name), self.executor.cores)
         return cores, 0 if estimate is None else estimate.memory_bytes
 
     def fits(self, name: str) -> bool:
-        """Whether a step can start beside those that run; one alone always can."""
+        """Return whether a step can start beside the running ones; a single step always can."""
         if not self.running:
             return True
         needs = [self.needs(other) for other in [*self.running, name]]
@@ -209,17 +209,21 @@ class _Run:
                     self.display.line(f"{name}: may need {size(memory)}, and {size(free)} are free")
                 estimate = self.expectation.record(name)
                 job = make_job(
-                    self.plan, node, code=code, estimate=estimate, progress=self.told / name.replace("/", "+")
+                    self.plan,
+                    node,
+                    code=code,
+                    estimate=estimate,
+                    progress=self.progress_folder / name.replace("/", "+"),
                 )
                 self.running[name] = self.executor.start(job)
                 self.record.set(name, "running")
                 self.display.started(name, "; ".join(statuses[name].reasons))
 
-    def look(self, interrupted: bool) -> None:
-        """Show progress, and take note of what has ended."""
+    def poll(self, interrupted: bool) -> None:
+        """Show progress, and record the steps that have ended."""
         for name, process in list(self.running.items()):
             code = process.poll()
-            progress = told(self.told / name.replace("/", "+"))
+            progress = read_progress(self.progress_folder / name.replace("/", "+"))
             if code is None:
                 if "fraction" in progress and "result" not in progress:
                     self.display.progress(name, progress["fraction"], progress["text"])
@@ -241,7 +245,7 @@ class _Run:
                 self.display.finished(name, "failed")
 
     def drive(self, statuses: dict[str, Status]) -> None:
-        """Until everything has ended, or a signal has and those that ran have stopped."""
+        """Run until every step has ended, or until a signal came and the running steps have stopped."""
         code = code_version() if self.waiting else {}
         forwarded = 0
         with self.display, interrupts() as interrupt:
@@ -249,7 +253,7 @@ class _Run:
                 while self.running or (self.waiting and interrupt.number is None):
                     if interrupt.number is None:
                         self.start_ready(statuses, code)
-                    self.look(interrupt.number is not None)
+                    self.poll(interrupt.number is not None)
                     if interrupt.number is not None:
                         if forwarded == 0 and self.running:
                             self.display.line("stopping; once more to stop at once")
@@ -260,7 +264,7 @@ class _Run:
                             for process in self.running.values():
                                 process.kill()
                     if self.running:
-                        time.sleep(LOOK_SECONDS)
+                        time.sleep(POLL_SECONDS)
             finally:
                 for process in self.running.values():
                     process.kill()
@@ -272,11 +276,13 @@ class _Run:
 def execute(
     plan: Plan, *, executor: Executor | None = None, display: Display | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Build what is missing or changed; returns the nodes of `plan.json`. Branches beside a failed step go on to their end.
+    """Build what is missing or changed, and return the nodes of `plan.json`.
+
+    Steps that do not depend on a failed one still run.
 
     Raises:
         PlanFailedError: steps failed; everything that succeeded stays.
-        RunInterruptedError: SIGINT or SIGTERM; running steps were told, and had time to save.
+        RunInterruptedError: SIGINT or SIGTERM; running steps got the signal, and had time to save.
         UserError: the run's folder cannot be written.
     """
     from koine.plan.run.local import LocalExecutor
@@ -292,14 +298,14 @@ def execute(
     with disk_errors(plan.folder):
         folder.mkdir(parents=True, exist_ok=True)
         clear_abandoned(folder, folder / ".cache", folder / ".work")
-        sweep(own.parent)
-        make_place(own)
+        remove_dead_progress(own.parent)
+        make_progress_folder(own)
         try:
             record = RunRecord(plan, found, expectation)
             record.write()
             plan.cache.save()
             after = remaining(plan, {name: estimate.seconds for name, estimate in expectation.steps.items()})
-            # Of the steps that could start, the one with the longest chain behind it goes first.
+            # Of the steps that could start, the one with the longest remaining chain goes first.
             build = dict(sorted(build.items(), key=lambda item: -after[item[0]]))
             run = _Run(
                 plan, executor or LocalExecutor(), display or Display(), record, expectation, own, dict(build)

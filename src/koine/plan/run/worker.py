@@ -1,4 +1,4 @@
-"""The process in which one step runs: lock, work folder, provenance, publication."""
+"""The process that runs one step: lock, work folder, provenance, publication."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from koine.files import clear_partials, disk_errors, exclusive, explain, read_js
 from koine.plan.loading import load_plan_file
 from koine.plan.run.job import HEADER, Job
 from koine.plan.run.peak_memory import PeakMemory
-from koine.plan.run.progress import write as tell
+from koine.plan.run.progress import write_progress
 from koine.plan.store.fingerprints import ContentCache, fingerprint_of_content, stamp
 from koine.plan.store.provenance import environment, files_of, hashes, manifest_hash, sizes
 from koine.plan.store.publish import (
     REMOVE,
     check_damage,
+    current_state,
     lock_of,
     prepare_work,
     publish,
     record_of,
     recover,
-    standing,
 )
 
 
@@ -43,10 +43,11 @@ def die_with_parent(parent: int) -> None:
 
 
 def start_guardian() -> int:
-    """Fork a process that kills the whole group of this worker when standard input closes; returns its id.
+    """Fork a process that kills this worker's process group when standard input closes; return its id.
 
-    The parent holds the other end: it closes it when the step has ended, and the system does so when the parent is
-    killed, on every Unix. So neither the worker nor anything that it has started outlives the run.
+    The parent holds the other end and closes it when the step has ended; if the parent is killed, the system
+    closes
+    it. So neither the worker nor any process that it has started outlives the run.
     """
     guardian = os.fork()
     if guardian:
@@ -63,17 +64,17 @@ def start_guardian() -> int:
 
 
 @dataclass(frozen=True)
-class Before:
-    """Inputs of a step before it runs: its recorded parents and the stamps of their files."""
+class InputState:
+    """The state of a step's inputs before it runs: its parents' records and the stamps of their files."""
 
     recorded: list[dict[str, Any]]
     stamps: dict[str, list[int]]
 
 
 def parents_of(job: Job) -> list[dict[str, Any]]:
-    """Name, fingerprint and content hash of each parent, as they are now.
+    """Return name, fingerprint and content hash of each parent, as they are now.
 
-    Raises `UserError` where a parent is no longer what the plan was made with, or is not whole.
+    Raises `UserError` where a parent has changed since the plan was made, or is damaged.
     """
     found = []
     for parent in job.parents:
@@ -94,14 +95,14 @@ def parents_of(job: Job) -> list[dict[str, Any]]:
     return found
 
 
-def look_at_inputs(job: Job) -> Before:
-    """The inputs of a step before it begins.
+def read_input_state(job: Job) -> InputState:
+    """Return the state of a step's inputs before it begins.
 
-    Raises `UserError` where one is no longer what the plan was made with.
+    Raises `UserError` where one has changed since the plan was made.
     """
-    # First the stamps: a change while the content is read is then seen at the end.
+    # Stamps come first: a change while the content is read is then found at the end.
     stamps = stamps_of(job)
-    before = Before(parents_of(job), stamps)
+    before = InputState(parents_of(job), stamps)
     for parent in job.parents:
         if parent["input"]:
             check_other_content(job, parent, "has changed since this run began")
@@ -109,7 +110,7 @@ def look_at_inputs(job: Job) -> Before:
 
 
 def stamps_of(job: Job) -> dict[str, list[int]]:
-    """The stamp of every file that the parents consist of."""
+    """Return the stamp of every file of the parents."""
     files: list[Path] = []
     for parent in job.parents:
         path = Path(parent["path"])
@@ -121,9 +122,9 @@ def stamps_of(job: Job) -> dict[str, list[int]]:
 
 
 def check_other_content(job: Job, parent: dict[str, Any], what: str) -> None:
-    """Raise `UserError` where an input is not what the plan read.
+    """Raise `UserError` where an input differs from the content that the plan was made with.
 
-    What has its old stamp is not read again.
+    Files with their old stamp are not read again.
     """
     path = Path(parent["path"])
     cache = ContentCache(Path(job.folder) / ".cache" / "inputs.json")
@@ -131,8 +132,8 @@ def check_other_content(job: Job, parent: dict[str, Any], what: str) -> None:
         raise UserError(f"input '{parent['name']}' {what}", where=path, hint="run the same command again")
 
 
-def check_changes(job: Job, before: Before) -> None:
-    """Raise `UserError` where anything that a step has read is not what it was when the step began."""
+def check_changes(job: Job, before: InputState) -> None:
+    """Raise `UserError` where an input has changed since the step began."""
     if parents_of(job) != before.recorded:
         raise UserError("an input changed while the step ran", where=job.name, hint="run it again")
     now = stamps_of(job)
@@ -154,10 +155,12 @@ def check_changes(job: Job, before: Before) -> None:
 
 
 def build(job: Job, *, guardian: int | None = None) -> str:
-    """Build one artifact under its lock; `reused` where another process has built it meanwhile, else `built`."""
+    """Build one artifact under its lock; return `built`, or `reused` if another process has built it."""
 
     def waiting() -> None:
-        tell(Path(job.progress), fraction=0.0, text="waiting: another run is building it", waiting=True)
+        write_progress(
+            Path(job.progress), fraction=0.0, text="waiting: another run is building it", waiting=True
+        )
 
     run = Path(job.folder)
     with exclusive(lock_of(run, job.name), doing=f"building {job.name}", wait=-1, waiting=waiting):
@@ -170,27 +173,27 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
     if known is not None and (known["fingerprint"] == job.fingerprint or known["step"] == "adopted"):
         check_damage(run / job.name, known)
         return "reused"
-    found = standing(run, job.name)
-    before = look_at_inputs(job)
-    kept = "run the same command again to go on"
+    found = current_state(run, job.name)
+    before = read_input_state(job)
+    kept = "run the same command again to continue"
     with disk_errors(run / job.name, kept=kept):
         work, attempt = prepare_work(run, job.name, job.fingerprint)
         clear_partials(work)
         begun = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{HEADER}{begun}: {job.name}, attempt {attempt}, process {os.getpid()}", flush=True)
         function, inputs, parameters = function_of(job)
-        # A clock may be set back meanwhile: what lasts is measured by another one.
+        # The wall clock may be set back meanwhile: durations need the monotonic one.
         started, clock = time.time(), time.monotonic()
         with PeakMemory(without=guardian) as peak:
             function(**inputs, **parameters, out=work)
         seconds = time.monotonic() - clock
         check_changes(job, before)
         metrics = work / "metrics.json"
-        # Of an attempt that was killed, or of a process that the step has started.
+        # Partial files of a killed attempt, or of a process that the step has started.
         clear_partials(work)
         record = {
             "artifact": job.name,
-            **job.recipe,
+            **job.identity,
             "parents": before.recorded,
             "fingerprint": job.fingerprint,
             "code": job.code,
@@ -211,7 +214,7 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
 
 
 def function_of(job: Job) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The step's function, its inputs and its parameters."""
+    """Return the step's function, its inputs and its parameters."""
     if job.file is not None:
         load_plan_file(Path(job.file))
     else:
@@ -224,19 +227,19 @@ def function_of(job: Job) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 def fail(job: Job, error: UserError) -> NoReturn:
-    """Say what the user can fix, in the log and to the parent.
+    """Write the error to the log and to the parent, then exit with code 2.
 
-    Another run may have written to the log meanwhile.
+    The parent cannot rely on the log's last line: another run may have written to it meanwhile.
     """
     print(f"koine: {error}", file=sys.stderr, flush=True)
-    tell(Path(job.progress), error=str(error))
+    write_progress(Path(job.progress), error=str(error))
     sys.exit(2)
 
 
 def main() -> None:
-    """Read a job from standard input and do it; the exit code is 0, 2 for a user's mistake, 1 for a crash."""
+    """Read a job from standard input and run it; exit code 0, 2 for a user's mistake, 1 for a crash."""
     die_with_parent(int(sys.argv[1]))
-    # Unbuffered: what the guardian waits for on the same descriptor must not lie in a buffer here.
+    # Unbuffered: the guardian waits for the end of the same descriptor, so nothing may stay in a buffer here.
     content = b""
     while len(content) < 8 or len(content) < 8 + struct.unpack("<Q", content[:8])[0]:
         part = os.read(0, 1 << 20)
@@ -247,24 +250,24 @@ def main() -> None:
     job: Job = pickle.loads(content[8:])
     try:
         result = build(job, guardian=guardian)
-        tell(Path(job.progress), fraction=1.0, text="", result=result)
+        write_progress(Path(job.progress), fraction=1.0, text="", result=result)
     except UserError as error:
         fail(job, error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except SystemExit as error:
-        # A step that leaves by sys.exit(0) has not returned: nothing was published, so it must not look like success.
+        # A step that calls sys.exit(0) has not returned and nothing was published: it is no success.
         if error.code in (0, None):
             print("the step ended the process instead of returning", file=sys.stderr, flush=True)
             sys.exit(1)
         raise
     except OSError as error:
-        # A disk or a file server, not a mistake of the step: one line as everywhere.
+        # An error of the disk or the file server, not of the step: one line as everywhere.
         fail(job, explain(error) or UserError(str(error)))
-    except Exception as error:  # noqa: BLE001 - the traceback is the log's last word, and the exit code tells the parent
+    except Exception as error:  # noqa: BLE001 - the traceback goes to the log, the exit code to the parent
         traceback.print_exc()
-        tell(Path(job.progress), error=" ".join(f"{type(error).__name__}: {error}".split()))
+        write_progress(Path(job.progress), error=" ".join(f"{type(error).__name__}: {error}".split()))
         sys.exit(1)
 
 

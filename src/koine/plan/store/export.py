@@ -1,4 +1,4 @@
-"""Copies of what a run is for, under the names that the plan gives them."""
+"""Copy exported artifacts to the names that the plan gives them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from koine.plan.plan import Plan
 
 
 def same(source: Path, target: Path) -> bool:
-    """Whether two files or folders have the same content."""
+    """Return whether two files or folders have the same content."""
     if source.is_file():
         return target.is_file() and filecmp.cmp(source, target, shallow=False)
     if not target.is_dir():
@@ -23,9 +23,9 @@ def same(source: Path, target: Path) -> bool:
 
 
 def write_exports(plan: Plan) -> None:
-    """Copy what the plan exports, each whole or not at all; what is there already is left alone.
+    """Copy each export of the plan, completely or not at all; equal copies are left alone.
 
-    Raises `UserError` where a step did not write what is to be copied.
+    Raises `UserError` where a step did not write the exported file.
     """
     for to, artifact in plan.exports.items():
         source, target = artifact.place, plan.folder / to

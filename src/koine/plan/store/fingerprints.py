@@ -1,4 +1,4 @@
-"""Fingerprints of files and folders by content, remembered so that nothing unchanged is read twice."""
+"""Fingerprints of files and folders by content, cached so that unchanged files are not read twice."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 from koine.errors import UserError
 from koine.files import explain, parse_json, sha256_file, walk, write_json
 
-# A file touched this recently could change again without a new time stamp, so its hash is not remembered.
+# A file changed this recently could change again within the same time stamp, so its hash is not cached.
 SETTLED_SECONDS = 2.0
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`; names of files that are no UTF-8 count too."""
+    """Return the sha256 of the canonical JSON of `value`; file names that are not UTF-8 are allowed."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def stamp(about: os.stat_result) -> list[int]:
-    """Stamp of a file's state: size, times of its content and of its entry, inode.
+    """Return the stamp of a file's state: size, mtime, ctime, inode.
 
-    The time of the entry cannot be set back, as `cp -p` and archives do with that of the content.
+    `cp -p` and archives set mtime back; ctime cannot be set.
     """
     return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
 
 class ContentCache:
-    """sha256 of files, remembered by path and `stamp` in one JSON file."""
+    """A cache of the sha256 of files, by path and `stamp`, in one JSON file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,27 +40,27 @@ class ContentCache:
         try:
             loaded = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            # The cache only saves time: one that is missing or damaged is made anew.
+            # The cache only saves time: a missing or damaged one starts empty.
             loaded = {}
         if isinstance(loaded, dict):
             self.entries = loaded
 
     def sha256(self, path: Path) -> str:
-        """sha256 of the file's content, from memory where its stamp is as it was."""
+        """Return the sha256 of a file's content, from the cache if its stamp is unchanged."""
         about = path.stat()
         before = stamp(about)
         known = self.entries.get(str(path))
         if isinstance(known, list) and known[:-1] == before:
             return str(known[-1])
         value = sha256_file(path)
-        # A clock that was set back makes files of the future: they have settled as well.
+        # After the clock was set back, a file may have a time in the future: it has settled as well.
         if abs(time.time() - about.st_mtime) > SETTLED_SECONDS and stamp(path.stat()) == before:
             self.entries[str(path)] = [*before, value]
             self.changed = True
         return value
 
     def save(self) -> None:
-        """Write what was learnt, where anything was."""
+        """Write the cache if it has changed."""
         if self.changed:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.entries)
@@ -68,11 +68,11 @@ class ContentCache:
 
 
 def fingerprint_of_content(path: Path, cache: ContentCache | None = None) -> str:
-    """sha256 over the relative names and contents of a file, or of the files that `koine.files.walk` finds in
-    a folder.
+    """Return the sha256 of a file, or over the relative names and contents of a folder's files.
 
-    These are the files that readers of data see too: through links, without hidden ones. A link to nothing
-    counts by its name.
+    The files are those that readers of data see (`koine.files.walk`): through links, without hidden ones. A
+    broken
+    link counts by its name.
 
     Raises `UserError` where it does not exist or cannot be read.
     """

@@ -1,4 +1,4 @@
-"""What an artifact was made from, back to the inputs; and whether it is still what was recorded."""
+"""Trace what an artifact was made from, back to the inputs, and verify files against their records."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from koine.files import sha256_file
 from koine.plan.store.fingerprints import fingerprint_of_content
 from koine.plan.store.provenance import files_of, manifest_hash
 from koine.plan.store.publish import record_of
-from koine.plan.store.status import shown
+from koine.plan.store.status import value_text
 
 
 @dataclass
 class Ancestor:
-    """A node of the tree: an artifact, or an input of the plan (`record` is then empty)."""
+    """A node of the tree: an artifact, or an input of the plan (with an empty `record`)."""
 
     name: str
     path: Path
@@ -28,7 +28,7 @@ class Ancestor:
     problems: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The tree below and with this node."""
+        """Return this node and its ancestors as JSON."""
         keys = (
             "step",
             "version",
@@ -50,8 +50,10 @@ class Ancestor:
         }
 
 
-def lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
-    """The tree of ancestors of an artifact's folder; `verify` reads every file again and notes what differs.
+def trace_lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
+    """Return the tree of ancestors of an artifact's folder.
+
+    verify: read every file again, and list in `problems` what differs from the record.
 
     Raises `UserError` where the folder has no record, or a record is damaged.
     """
@@ -63,7 +65,7 @@ def lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
             where=artifact,
             hint="only what `koine run` built or `koine adopt` registered has a lineage",
         )
-    # Not resolved: an artifact that was moved and linked has its run where the link is.
+    # Not resolved: a moved artifact behind a link belongs to the run that holds the link.
     return _ancestor(artifact.absolute(), verify, {})
 
 
@@ -74,7 +76,7 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
     node = Ancestor(record["artifact"], path, record["fingerprint"], manifest_hash(record["files"]), record)
     seen[path] = node
     if verify:
-        node.problems += list(damage(path, record["files"]))
+        node.problems += list(find_damage(path, record["files"]))
     run = run_of(path, record["artifact"])
     for parent in record["parents"]:
         if "input" in parent:
@@ -82,15 +84,15 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
                 parent["name"], Path(parent["input"]), parent["fingerprint"], parent["sha256"], {}
             )
             if verify:
-                found.problems += list(changed(found))
+                found.problems += list(find_change(found))
         else:
             place = run / parent["name"]
             if (place / "artifact.json").exists():
                 found = _ancestor(place, verify, seen)
                 if found.fingerprint != parent["fingerprint"] or found.sha256 != parent["sha256"]:
                     node.problems.append(
-                        f"was built from another '{parent['name']}' ({shown(parent['sha256'])}) than the one that is "
-                        f"there now ({shown(found.sha256)})"
+                        f"was built from another '{parent['name']}' ({value_text(parent['sha256'])}) "
+                        f"than the one that is there now ({value_text(found.sha256)})"
                     )
             else:
                 found = Ancestor(
@@ -101,7 +103,7 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
 
 
 def run_of(path: Path, name: str) -> Path:
-    """The folder of the run that holds artifact `name` at `path`."""
+    """Return the folder of the run that holds artifact `name` at `path`."""
     if ".." in path.parts or not path.match(name):
         path = path.resolve()
     for _ in Path(name).parts:
@@ -109,8 +111,8 @@ def run_of(path: Path, name: str) -> Path:
     return path
 
 
-def damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
-    """What differs between an artifact's files and the hashes in its record."""
+def find_damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
+    """Yield what differs between an artifact's files and the hashes in its record."""
     for name, expected in files.items():
         if not (folder / name).is_file():
             yield f"file '{name}' is missing"
@@ -121,16 +123,16 @@ def damage(folder: Path, files: dict[str, str]) -> Iterator[str]:
             yield f"file '{name}' was added later"
 
 
-def changed(node: Ancestor) -> Iterator[str]:
-    """Whether an input is still what the plan read."""
+def find_change(node: Ancestor) -> Iterator[str]:
+    """Yield a problem if an input has changed since the plan read it."""
     if not node.path.exists():
         yield "input is gone"
     elif fingerprint_of_content(node.path) != node.fingerprint:
         yield "input has changed since"
 
 
-def every(node: Ancestor) -> Iterator[Ancestor]:
-    """The node and its ancestors, each once."""
+def all_ancestors(node: Ancestor) -> Iterator[Ancestor]:
+    """Yield the node and its ancestors, each once."""
     seen: set[Path] = set()
     waiting = [node]
     while waiting:
@@ -141,12 +143,12 @@ def every(node: Ancestor) -> Iterator[Ancestor]:
             waiting += current.parents
 
 
-def draw(node: Ancestor) -> list[str]:
-    """The tree as lines of text; an artifact that stands in it twice is unfolded once."""
-    return list(_draw(node, "", "", set()))
+def tree_lines(node: Ancestor) -> list[str]:
+    """Return the tree as lines of text; the parents of a repeated artifact are shown once."""
+    return list(_lines(node, "", "", set()))
 
 
-def _draw(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[str]:
+def _lines(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[str]:
     again = node.path in seen and bool(node.parents)
     seen.add(node.path)
     step = f"{node.record['step']} v{node.record.get('version')}" if node.record else f"input {node.path}"
@@ -161,6 +163,6 @@ def _draw(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[st
     if not again:
         for index, parent in enumerate(node.parents):
             last = index == len(node.parents) - 1
-            yield from _draw(
+            yield from _lines(
                 parent, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "), seen
             )

@@ -1,4 +1,4 @@
-"""What is recorded beside an artifact about the code and the machine that made it."""
+"""Provenance of an artifact: versions of the code, the machine, hashes of its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from koine.plan.store.fingerprints import digest
 
 
 def code_version() -> dict[str, Any]:
-    """Koine's version and, where it runs from its own checkout, the commit and whether files differ from it."""
+    """Return Koine's version and, in its own checkout, the commit and whether files differ from it."""
     package = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -28,7 +28,7 @@ def code_version() -> dict[str, Any]:
         return process.stdout.strip() if process.returncode == 0 else None
 
     found: dict[str, Any] = {"koine": __version__}
-    # A package installed below somebody else's checkout is not tracked there: that commit says nothing about us.
+    # An installed package may lie in another project's checkout: its commit says nothing about Koine.
     if git("ls-files", "--error-unmatch", "errors.py") is not None:
         found["commit"] = git("rev-parse", "HEAD")
         found["dirty"] = bool(git("status", "--porcelain", "--", str(package)))
@@ -36,7 +36,7 @@ def code_version() -> dict[str, Any]:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """The versions and the machine that a result can depend on. Importing torch only for its version is not worth it."""
+    """Return the versions and the machine that a result can depend on, without importing torch."""
 
     def version(name: str) -> str | None:
         try:
@@ -54,24 +54,24 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The files of an artifact but its artifact.json, by relative name.
+    """Return the files of an artifact by relative name, without its artifact.json.
 
-    Hidden ones too, and what links lead to.
+    Hidden files and the targets of links are included.
     """
     found = {file.relative_to(folder).as_posix(): file for file in walk(folder, hidden=True)}
     return {name: file for name, file in found.items() if name != "artifact.json" and file.exists()}
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file of an artifact, by relative name."""
+    """Return the sha256 of each file of an artifact, by relative name."""
     return {name: sha256_file(file) for name, file in files_of(folder).items()}
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file of an artifact, by relative name."""
+    """Return the bytes of each file of an artifact, by relative name."""
     return {name: file.stat().st_size for name, file in files_of(folder).items()}
 
 
 def manifest_hash(files: dict[str, str]) -> str:
-    """One sha256 for all files of an artifact: over the names and hashes in its record."""
+    """Return one sha256 for all files of an artifact, over the names and hashes in its record."""
     return digest(files)

@@ -1,4 +1,4 @@
-"""An artifact's way from its work folder to its name, and the fixing of what a kill left on that way."""
+"""Publish artifacts: from the work folder to the final name, with repair after a kill."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ REMOVE = "remove the artifact's folder to have it built again"
 
 
 def record_of(artifact: Path) -> dict[str, Any] | None:
-    """The record beside an artifact; None where there is no such artifact.
+    """Return the record of an artifact; None where there is no such artifact.
 
-    Raises `UserError` where it is damaged.
+    Raises `UserError` where the record is damaged.
     """
     path = artifact / "artifact.json"
     if not path.exists():
@@ -44,7 +44,7 @@ def record_of(artifact: Path) -> dict[str, Any] | None:
 
 
 def _check(record: Fields) -> None:
-    """Raise `UserError` for a field of an artifact's record that is of a wrong type."""
+    """Raise `UserError` for a field of an artifact's record that has a wrong type."""
     name = record.text("artifact")
     if not name or "\0" in name or name.startswith("/") or ".." in Path(name).parts:
         raise record.wrong("artifact", "the name of an artifact")
@@ -62,25 +62,25 @@ def _check(record: Fields) -> None:
 
 
 def work_folder(run: Path, name: str) -> Path:
-    """Where an artifact is while it is being built."""
+    """Return the folder of an artifact while it is being built."""
     return run / ".work" / name
 
 
 def mark_of(run: Path, name: str) -> Path:
-    """The file that says for which fingerprint the work folder is, and how often it was attempted."""
+    """Return the file with the fingerprint and the number of attempts of a work folder."""
     return run / ".work" / f"{name}.json"
 
 
 def lock_of(run: Path, name: str) -> Path:
-    """The lock that whoever builds or adopts the artifact holds."""
+    """Return the lock file that is held while the artifact is built or adopted."""
     return run / ".locks" / f"{name}.lock"
 
 
 def real_place(run: Path, name: str) -> Path:
-    """Resolve an artifact's place: its path in the run, or the target of the user's link there.
+    """Return an artifact's path in the run, or the target if the user has put a link there.
 
-    Raises `UserError` where that is not there: what lies on a disk that is away must not be built a second
-    time.
+    Raises `UserError` where the target is missing: an artifact on an unmounted disk must not be built a
+    second time.
     """
     final = run / name
     if not final.is_symlink():
@@ -96,19 +96,22 @@ def real_place(run: Path, name: str) -> Path:
 
 
 def leftovers(run: Path, name: str) -> list[Path]:
-    """Find what a killed publication left beside an artifact."""
+    """Return the files that a killed publication left beside an artifact."""
     return leftovers_of(real_place(run, name))
 
 
 def recover(run: Path, name: str) -> None:
-    """After a kill between the two renames, put the earlier artifact back; after the second, remove it. Needs the lock."""
+    """Undo or complete a killed publication; the caller holds the lock.
+
+    Between the two renames the earlier artifact is put back; after the second it is removed.
+    """
     recover_output(real_place(run, name))
 
 
-def standing(run: Path, name: str) -> State | None:
-    """Read what stands in an artifact's place before it is built.
+def current_state(run: Path, name: str) -> State | None:
+    """Return the state of an artifact's path before it is built.
 
-    Raises `UserError` where that is something else than an artifact of ours.
+    Raises `UserError` where something other than an artifact is there.
     """
     place = real_place(run, name)
     found = state_of(place)
@@ -121,7 +124,7 @@ def standing(run: Path, name: str) -> State | None:
 
 
 def damage_by_size(place: Path, record: dict[str, Any]) -> Iterator[str]:
-    """The files of an artifact that are gone, or of another size than was recorded."""
+    """Yield a line for each file of an artifact that is missing or has another size than recorded."""
     sizes = record.get("bytes", {})
     for name in record["files"]:
         try:
@@ -134,20 +137,23 @@ def damage_by_size(place: Path, record: dict[str, Any]) -> Iterator[str]:
 
 
 def check_damage(place: Path, record: dict[str, Any]) -> None:
-    """Raise `UserError` where an artifact that is about to be used is not whole by the sizes of its files."""
+    """Raise `UserError` where a file of an artifact is missing or has another size than recorded."""
     for problem in damage_by_size(place, record):
         raise UserError(problem, where=place, hint=REMOVE)
 
 
 def prepare_work(run: Path, name: str, fingerprint: str) -> tuple[Path, int]:
-    """The work folder, with what an earlier attempt at the same fingerprint left in it, and the number of this attempt."""
+    """Return the work folder and the number of this attempt.
+
+    Files of an earlier attempt with the same fingerprint stay in the folder.
+    """
     work, mark = work_folder(run, name), mark_of(run, name)
     known: dict[str, Any] = read_json(mark) if mark.exists() else {}
     attempt = 1
     if work.exists() and known.get("fingerprint") == fingerprint:
         attempt = int(known["attempts"]) + 1
     else:
-        # The mark goes first: a work folder that was being removed must never pass for one to continue from.
+        # The mark is removed first: a half-removed work folder must not be continued from.
         mark.unlink(missing_ok=True)
         if os.path.lexists(work):
             remove(work)
@@ -157,9 +163,9 @@ def prepare_work(run: Path, name: str, fingerprint: str) -> tuple[Path, int]:
 
 
 def publish(run: Path, name: str, record: dict[str, Any], found: State | None) -> None:
-    """Write the record, make everything safe on the disk, and give the work folder its name.
+    """Write the record, flush all files to disk, and rename the work folder to its final name.
 
-    found: what stood there before, see `standing`; nothing else is replaced.
+    found: the state from `current_state`; nothing else is replaced.
     """
     work, final = work_folder(run, name), run / name
     write_json(work / "artifact.json", record)

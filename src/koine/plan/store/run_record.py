@@ -1,4 +1,4 @@
-"""`plan.json` in a run's folder: the graph, what became of each step, and how the run was started."""
+"""Write `plan.json` in a run's folder: the graph, the state of each step, the command."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from koine.plan.store.status import Status
 
 
 class RunRecord:
-    """The record of a run, written anew whenever a step changes its state.
+    """The record of a run, written again whenever a step changes its state.
 
-    Each of `nodes` has `name`, `step`, `version`, `parents`, `fingerprint`, `status` (`waiting`, `running`, `built`, `reused`,
-    `adopted`, `not needed`, `failed`, `not run` where an input failed, `interrupted`), `reasons`, `seconds`,
-    `peak_memory_bytes`, `estimate`, `parameters`, `log` (relative to the run's folder).
+    Each of `nodes` has `name`, `step`, `version`, `parents`, `fingerprint`, `status`, `reasons`, `seconds`,
+    `peak_memory_bytes`, `estimate`, `parameters`, `log` (relative to the run's folder). `status` is
+    `waiting`,
+    `running`, `built`, `reused`, `adopted`, `not needed`, `failed`, `not run` (an input failed) or
+    `interrupted`.
     """
 
     def __init__(self, plan: Plan, statuses: dict[str, Status], expectation: Expectation) -> None:
@@ -30,8 +32,8 @@ class RunRecord:
             log = Path("logs") / f"{name}.log"
             self.nodes[name] = {
                 "name": name,
-                "step": node.recipe["step"],
-                "version": node.recipe["version"],
+                "step": node.identity["step"],
+                "version": node.identity["version"],
                 "parents": list(node.parents),
                 "fingerprint": node.artifact.fingerprint,
                 "status": "waiting" if status.state == "build" else status.state,
@@ -39,10 +41,10 @@ class RunRecord:
                 "seconds": None,
                 "peak_memory_bytes": None,
                 "estimate": expectation.record(name),
-                "parameters": node.recipe["parameters"],
+                "parameters": node.identity["parameters"],
                 "log": log.as_posix() if (plan.folder / log).exists() or status.state == "build" else None,
             }
-            self.measured(name)
+            self.copy_measures(name)
         self.content: dict[str, Any] = {
             "run": plan.name,
             "argv": recorded_command(),
@@ -59,22 +61,22 @@ class RunRecord:
             "nodes": list(self.nodes.values()),
         }
 
-    def measured(self, name: str) -> None:
-        """Take over what the artifact's own record says."""
+    def copy_measures(self, name: str) -> None:
+        """Copy time and memory from the artifact's own record."""
         known = record_of(self.folder / name)
         if known is not None:
             for key in ("seconds", "peak_memory_bytes"):
                 self.nodes[name][key] = known.get(key)
 
     def set(self, name: str, status: str) -> None:
-        """A step has changed its state."""
+        """Set the state of a step."""
         self.nodes[name]["status"] = status
         if status in ("built", "reused"):
-            self.measured(name)
+            self.copy_measures(name)
         self.write()
 
     def end(self, status: str) -> None:
-        """The run has ended: `succeeded`, `failed` or `interrupted`."""
+        """Set the state of the whole run: `succeeded`, `failed` or `interrupted`."""
         for node in self.nodes.values():
             if node["status"] in ("waiting", "running"):
                 node["status"] = "interrupted" if node["status"] == "running" else "not run"
@@ -82,6 +84,6 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Write the record, whole."""
+        """Write the record."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "plan.json", self.content)

@@ -1,4 +1,4 @@
-"""Which artifacts of a plan must be built, and why, field by field."""
+"""Decide which artifacts of a plan must be built, with the reasons field by field."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from koine.plan.plan import Node, Plan
-from koine.plan.store.publish import check_damage, record_of, standing
+from koine.plan.store.publish import check_damage, current_state, record_of
 
 State = Literal["build", "reused", "adopted", "not needed"]
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -15,32 +15,35 @@ HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Status:
-    """What a run will do about one artifact; `reasons` are those for building it."""
+    """What a run will do about one artifact; `reasons` say why it must be built."""
 
     state: State
     reasons: tuple[str, ...] = ()
 
 
-def shown(value: Any) -> str:
-    """A value as it stands in a difference; hashes by their first twelve digits."""
+def value_text(value: Any) -> str:
+    """Return a value as text for a difference; hashes by their first twelve digits."""
     return value[:12] if isinstance(value, str) and HASH.fullmatch(value) else repr(value)
 
 
 def differences(old: Any, new: Any, field_name: str = "") -> list[str]:
-    """`field: old → new` for every leaf that differs."""
+    """Return `field: old → new` for every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines: list[str] = []
         for key in dict.fromkeys([*old, *new]):
             inner = f"{field_name}.{key}" if field_name else str(key)
             lines += differences(old.get(key), new.get(key), inner)
         return lines
-    return [] if old == new else [f"{field_name}: {shown(old)} → {shown(new)}"]
+    return [] if old == new else [f"{field_name}: {value_text(old)} → {value_text(new)}"]
 
 
 def why(node: Node) -> list[str]:
-    """The reasons to run a step: `["new"]`, or each field that changed; empty where up to date.
+    """Return the reasons to run a step: `["new"]`, or each field that changed; empty where up to date.
 
-    Raises `UserError` for one that is up to date and not whole, by the sizes of its files.
+    Of a step under another name only the names are compared: parameters of two functions have nothing in
+    common.
+
+    Raises `UserError` for an artifact that is up to date but damaged, by the sizes of its files.
     """
     old = record_of(node.artifact.path)
     if old is None:
@@ -48,11 +51,16 @@ def why(node: Node) -> list[str]:
     if old["fingerprint"] == node.artifact.fingerprint:
         check_damage(node.artifact.path, old)
         return []
-    return differences({key: old.get(key) for key in node.recipe}, node.recipe) or ["fingerprint changed"]
+    before = {key: old.get(key) for key in node.identity}
+    if before["step"] in node.info.formerly:
+        before["step"] = node.identity["step"]
+    if before["step"] != node.identity["step"]:
+        return [f"was built by another step: {before['step']}, now {node.identity['step']}"]
+    return differences(before, node.identity) or ["fingerprint changed"]
 
 
 def is_adopted(node: Node) -> bool:
-    """Whether the artifact was put in place by `koine adopt` rather than built."""
+    """Return whether the artifact was put in place by `koine adopt`."""
     record = record_of(node.artifact.path)
     if record is None or record["step"] != "adopted":
         return False
@@ -61,9 +69,9 @@ def is_adopted(node: Node) -> bool:
 
 
 def statuses(plan: Plan) -> dict[str, Status]:
-    """What a run will do about each artifact, in the plan's order.
+    """Return what a run will do about each artifact, in the plan's order.
 
-    An artifact that only adopted ones were made from is not needed: the adopted folder stands in for that work.
+    An artifact that only adopted artifacts are made from is not needed.
     """
     found: dict[str, Status] = {}
     consumers: dict[str, list[str]] = {name: [] for name in plan.nodes}
@@ -84,6 +92,6 @@ def statuses(plan: Plan) -> dict[str, Status]:
         ):
             found[name] = Status("not needed")
         else:
-            standing(plan.folder, name)
+            current_state(plan.folder, name)
             found[name] = Status("build", tuple(reasons))
     return {name: found[name] for name in plan.nodes}
