@@ -31,20 +31,20 @@ class Ours:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from koine.generate.cpu.prepacked_linear import pack
+        from koine.generate.cpu.prepacked_linear import prepack
         from koine.model import Decoder, load_causal_lm
 
         model = load_causal_lm(Path(options.weights), dtype=getattr(torch, options.dtype))
         assert isinstance(model, Decoder)
-        self.model = pack(model)
+        self.model = prepack(model)
 
     def prepare(self, batch: int, context: int) -> dict[str, Any]:
         from koine.generate import Scheduler
-        from koine.generate.token_sampling import Sampling
+        from koine.generate.sampling import Sampling
 
         self.scheduler = Scheduler(self.model, max_batch=batch, prefill_chunk=CHUNK, prefixes=0)
         self.requests = [
-            self.scheduler.submit(prompt, Sampling(max_new_tokens=100_000))
+            self.scheduler.submit(prompt, Sampling(max_new_tokens=100_000, temperature=0))
             for prompt in prompts(batch, context, self.model.config.vocab_size)
         ]
         start = time.perf_counter()

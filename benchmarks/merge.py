@@ -1,14 +1,15 @@
-"""Our merging beside mergekit: whole commands on four bfloat16 checkpoints of 135 to 200 million parameters.
+"""Our merge against mergekit: whole commands, start-up included.
 
     python benchmarks/peers/install.py mergekit
     python benchmarks/merge.py --out benchmarks/results/merge.json
 
-Four random branches of one random base are written once (Cohere2, the only kind of ours that mergekit opens).
-For each method both commands run in turn, start-up included, each in a new process into a new folder, and the
-system reports the peak resident memory of each. Their ceiling is the time to read the inputs and to write as
-many bytes as the result has. Before the first round both results are compared, tensor by tensor. mergekit
-merges in the dtype of the models, bfloat16, which is its fastest; ours works in float32. The last line
-printed is one line of JSON.
+Inputs are four checkpoints of 135 to 200 million parameters in bfloat16: random branches of one random base,
+of Cohere2, the only architecture of ours that mergekit supports. They are written once. For each method both
+commands run in turn, each in a fresh process into a fresh folder. The peak resident memory of each is read
+from the system. The upper bound of speed is the time to read the inputs and write as many bytes as the result
+has.
+Before the first round both results are compared, tensor by tensor. mergekit merges in the models' dtype,
+bfloat16, which is its fastest; ours in float32. The last line printed is one line of JSON.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ from peers.install import python_of
 
 NAMES = ("a", "b", "c", "d")
 METHODS = ("linear", "slerp", "task-arithmetic", "ties", "dare-linear")
-"""Methods; the results of all but random ones are compared in value."""
+"""Each is compared in value where it draws nothing at random."""
 ROUNDING = 2**-6
-"""Largest difference from rounding, for entries of size 1: mergekit rounds each sum to bfloat16."""
+"""Largest difference by rounding, for entries of size 1: mergekit rounds to bfloat16 at every step."""
 
 TIED = 0.05
-"""Share of TIES' entries that may differ by more than rounding: those at the threshold, equal in bfloat16."""
+"""Share of TIES' entries that may differ by more: those at the threshold, equal in size in bfloat16."""
 
 
 def config_of(millions: int) -> ModelConfig:
-    """Return a model of the size of SmolLM-135M, or of 200 million parameters."""
+    """Return a model configuration of the size of SmolLM-135M, or of 200 million parameters."""
     hidden, layers = (576, 30) if millions <= 135 else (768, 26)
     return ModelConfig(
         vocab_size=49_152,
@@ -101,7 +102,7 @@ def our_command(method: str, folder: Path, out: Path) -> list[str]:
 
 
 def their_command(method: str, folder: Path, out: Path) -> list[str]:
-    """Return the command of mergekit for the same merge."""
+    """Return mergekit's command for the same merge."""
     models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in models_of(method)]
     content: dict[str, Any] = {
         "merge_method": method.replace("-", "_"),
@@ -129,14 +130,17 @@ child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(child.pid, 0)
 print(json.dumps([time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
 """
-"""Starts a command and measures it. In Linux the peak resident memory survives exec, so a command starts with
-that of its parent. This process has compared models; the launcher is small."""
+"""A small program that starts a command and measures it.
+
+On Linux the peak resident memory of a process survives exec, and with it the size of the process that started
+it. This benchmark has compared models, so it must not start the command itself.
+"""
 
 
 def run(command: list[str], out: Path) -> tuple[float, int]:
-    """Measure the seconds and the peak resident bytes of a command."""
+    """Run a command; return its seconds and peak resident bytes."""
     shutil.rmtree(out, ignore_errors=True)
-    # Wait until the output of the last command is on the disk.
+    # Flush what the last command wrote before this one starts.
     os.sync()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -155,8 +159,9 @@ def run(command: list[str], out: Path) -> tuple[float, int]:
 def differences(first: Path, second: Path) -> tuple[float, float]:
     """Compare two results over all tensors.
 
-    Returns the largest difference relative to the tensor's largest entry, and the share of entries that
-    differ by more than the rounding of an entry of their own size.
+    Returns:
+        The largest difference relative to a tensor's largest entry, and the share of entries that differ by
+        more than the rounding of an entry of their own size.
     """
     from safetensors import safe_open
 
@@ -174,7 +179,7 @@ def differences(first: Path, second: Path) -> tuple[float, float]:
 
 
 def copy_seconds(folder: Path, method: str, out: Path) -> float:
-    """Measure the time to read the inputs and to write as many bytes as one model has."""
+    """Measure the seconds to read the inputs and write as many bytes as one model has."""
     names = models_of(method) + (() if method in ("linear", "slerp") else ("base",))
     start = time.perf_counter()
     data = b""
@@ -188,6 +193,62 @@ def copy_seconds(folder: Path, method: str, out: Path) -> float:
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
     return seconds
+
+
+def compare(method: str, ours: Path, theirs: Path) -> tuple[float | None, float | None]:
+    """Check that both results are equal but for rounding; return both figures of `differences`."""
+    if method == "dare-linear":
+        return None, None
+    difference, share = differences(ours, theirs)
+    # mergekit's TIES breaks ties at random: of entries of equal size in bfloat16 it keeps some. So only the
+    # share of entries that differ is bounded. The tests compare all values, in float32.
+    if method == "ties":
+        assert share <= TIED, f"{share:.1%} of the entries of ties differ"
+    else:
+        assert difference <= ROUNDING, f"{method} differs by {difference}"
+    return difference, share
+
+
+def measure(method: str, folder: Path, rounds: int, *, allowed: int) -> dict[str, Any]:
+    """Run both sides in turn; return times, ratio, memory and differences.
+
+    Args:
+        method: The merge method.
+        folder: Of the models.
+        rounds: Runs of each side.
+        allowed: Bytes of memory that ours may take, where mergekit takes more.
+    """
+    outs = {"ours": folder / "ours", "mergekit": folder / "theirs"}
+    commands = {
+        "ours": our_command(method, folder, outs["ours"]),
+        "mergekit": their_command(method, folder, outs["mergekit"]),
+    }
+    for side, command in commands.items():
+        run(command, outs[side])
+    difference, share = compare(method, outs["ours"], outs["mergekit"])
+    seconds: dict[str, list[float]] = {side: [] for side in commands}
+    memory: dict[str, int] = dict.fromkeys(commands, 0)
+    ceilings = []
+    for _ in range(rounds):
+        for side, command in commands.items():
+            one, peak = run(command, outs[side])
+            seconds[side].append(one)
+            memory[side] = max(memory[side], peak)
+        ceilings.append(copy_seconds(folder, method, folder / "copied"))
+    ratios = sorted(a / b for a, b in zip(seconds["mergekit"], seconds["ours"], strict=True))
+    limit = min(memory["mergekit"], allowed)
+    return {
+        "seconds": {side: statistics.median(values) for side, values in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_spread": [ratios[0], ratios[-1]],
+        "peak_memory_bytes": memory,
+        "copy_seconds": statistics.median(ceilings),
+        "share_of_ceiling": statistics.median(ceilings) / statistics.median(seconds["ours"]),
+        "memory_allowed_bytes": limit,
+        "memory_within": memory["ours"] <= limit,
+        "largest_difference": difference,
+        "share_of_entries_that_differ": share,
+    }
 
 
 def main() -> None:
@@ -217,44 +278,7 @@ def main() -> None:
         write_models(folder, config)
         result["checkpoint_bytes"] = (folder / "a" / "model.safetensors").stat().st_size
         for method in options.methods:
-            commands = {
-                "ours": our_command(method, folder, folder / "ours"),
-                "mergekit": their_command(method, folder, folder / "theirs"),
-            }
-            outs = {"ours": folder / "ours", "mergekit": folder / "theirs"}
-            for side, command in commands.items():
-                run(command, outs[side])
-            # mergekit's TIES breaks ties by chance: of entries of equal size in bfloat16, some are kept. So
-            # only the share of different entries is bounded here; the tests compare all values in float32.
-            difference = share = None
-            if method != "dare-linear":
-                difference, share = differences(outs["ours"], outs["mergekit"])
-                if method == "ties":
-                    assert share <= TIED, f"{share:.1%} of the entries of ties differ"
-                else:
-                    assert difference <= ROUNDING, f"{method} differs by {difference}"
-            seconds: dict[str, list[float]] = {side: [] for side in commands}
-            memory: dict[str, int] = dict.fromkeys(commands, 0)
-            ceilings = []
-            for _ in range(options.rounds):
-                for side, command in commands.items():
-                    one, peak = run(command, outs[side])
-                    seconds[side].append(one)
-                    memory[side] = max(memory[side], peak)
-                ceilings.append(copy_seconds(folder, method, folder / "copied"))
-            ratios = sorted(a / b for a, b in zip(seconds["mergekit"], seconds["ours"], strict=True))
-            row = {
-                "seconds": {side: statistics.median(values) for side, values in seconds.items()},
-                "ratio": statistics.median(ratios),
-                "ratio_spread": [ratios[0], ratios[-1]],
-                "peak_memory_bytes": memory,
-                "copy_seconds": statistics.median(ceilings),
-                "share_of_ceiling": statistics.median(ceilings) / statistics.median(seconds["ours"]),
-                "memory_allowed_bytes": min(memory["mergekit"], 2 * result["checkpoint_bytes"]),
-                "memory_within": memory["ours"] <= min(memory["mergekit"], 2 * result["checkpoint_bytes"]),
-                "largest_difference": difference,
-                "share_of_entries_that_differ": share,
-            }
+            row = measure(method, folder, options.rounds, allowed=2 * result["checkpoint_bytes"])
             result["results"][method] = row
             print(method, json.dumps(row), flush=True)
     if options.out:

@@ -1,27 +1,9 @@
-<<<<<<< HEAD
-"""Our experts beside a dense feed-forward of equal operations, a loop, and transformers' experts.
-=======
 """Compare our feed-forward experts with transformers' experts, a loop over experts, and a dense layer.
->>>>>>> h-moe
 
     python benchmarks/moe.py --out benchmarks/results/moe.json
     python benchmarks/moe.py --threads 1 --cpu-time --tokens 64 4096
     python benchmarks/moe.py --models --out benchmarks/results/moe_models.json
 
-<<<<<<< HEAD
-Eight experts, two a token, SwiGLU, each half as wide as twice the hidden size: forward, and forward with
-backward, in float32 and bfloat16. All sides run in one process on the same weights and expert assignments.
-They take turns, in another order each round. Each round is between two matmuls of the experts' shape, and
-rounds with a slow one (the machine was busy) are dropped. `ratio` is the best peer's time over ours,
-`over_dense` ours over that of the dense feed-forward (the ideal). A side that would take longer than
-`--most-seconds` a call is left out, and the result says so. The last line printed is one line of JSON.
-
-transformers' further implementations (deepgemm, sonicmoe) need packages for accelerators and are left out.
---device cuda measures the same there.
-
---models measures whole models instead: tokens per second of BTX, BAM (both kinds) and Nexus beside the dense
-seed, in prefill, training and decode.
-=======
 Eight experts, two for each token, SwiGLU, each as wide as the hidden size: forward, and forward with
 backward, in float32 and bfloat16. All sides run in one process on the same weights and the same assignments,
 in a random order each round. Each round stands between two matmuls of the experts' shape. Rounds in which one
@@ -35,7 +17,6 @@ accelerators.
 --device cuda measures the same there. --cpu-time counts the CPU time of one thread: use it on a machine that
 is shared with others. --models measures whole models instead: tokens per second of BTX, BAM (both kinds) and
 Nexus beside the dense seed, in training, prefill and generation.
->>>>>>> h-moe
 """
 
 from __future__ import annotations
@@ -59,7 +40,7 @@ from torch import Tensor
 from koine.allocator import keep_freed_memory
 from koine.files import write_json
 from koine.generate import generate
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.hardware import processor_name
 from koine.model import Decoder, ModelConfig, preset
 from koine.model.config import MixtureConfig
@@ -79,23 +60,6 @@ TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 Function = Callable[[Tensor], Tensor]
 
 
-<<<<<<< HEAD
-def loop(x: Tensor, into: Tensor, out: Tensor, chosen: Chosen) -> Tensor:
-    """Run one expert after the other, with masks."""
-    said = torch.zeros_like(x)
-    for expert in range(into.shape[0]):
-        rows, place = torch.where(chosen.experts == expert)
-        gate, up = F.linear(x[rows], into[expert]).chunk(2, dim=-1)
-        part = F.linear(F.silu(gate) * up, out[expert]) * chosen.gates[rows, place, None]
-        said = said.index_add(0, rows, part)
-    return said
-
-
-def sides(
-    hidden: int, tokens: int, dtype: torch.dtype, device: str
-) -> dict[str, tuple[Function, list[Tensor]]]:
-    """Return each side as a function of the tokens, and its weights."""
-=======
 class Side(NamedTuple):
     """A side of the comparison: a function of the tokens, and its weights."""
 
@@ -116,7 +80,6 @@ def loop(x: Tensor, w_in: Tensor, w_out: Tensor, assigned: Assignments) -> Tenso
 
 def make_sides(hidden: int, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Side]:
     """Build all sides with equal weights; the dense layer has weights of its own."""
->>>>>>> h-moe
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -155,27 +118,16 @@ def make_sides(hidden: int, tokens: int, dtype: torch.dtype, device: str) -> dic
     return sides
 
 
-<<<<<<< HEAD
-def wait(x: Tensor) -> None:
-    """Wait until the accelerator has finished."""
-=======
 def synchronize(x: Tensor) -> None:
     """Wait for the accelerator."""
->>>>>>> h-moe
     if x.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-<<<<<<< HEAD
-def seconds(function: Function, x: Tensor, weights: list[Tensor], grad: Tensor | None, repeats: int) -> float:
-    """Measure one call, forward or forward and backward: the mean of a few."""
-    start = time.perf_counter()
-=======
 def seconds(side: Side, x: Tensor, grad: Tensor | None, repeats: int, *, cpu_time: bool) -> float:
     """Return the mean time of a call, forward or (with `grad`) forward and backward."""
     clock = time.thread_time if cpu_time else time.perf_counter
     start = clock()
->>>>>>> h-moe
     for _ in range(repeats):
         if grad is None:
             with torch.no_grad():
@@ -227,47 +179,6 @@ def drop_slow_sides(
 def compare(
     hidden: int, tokens: int, dtype_name: str, training: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-<<<<<<< HEAD
-    """Measure all sides in turns."""
-    dtype = DTYPES[name]
-    device = options.device
-    x = torch.randn(tokens, hidden).to(device, dtype).requires_grad_()
-    grad = torch.randn(tokens, hidden).to(device, dtype) if training else None
-    made = sides(hidden, tokens, dtype, device)
-    with torch.no_grad():
-        wanted = made["loop"][0](x).float()
-        for side, (function, _) in made.items():
-            # transformers' batched matmul copies the weights for every assignment: compared at few tokens
-            # only.
-            if side != "dense" and (side != "transformers batched_mm" or tokens <= 64):
-                worst = float((function(x).float() - wanted).abs().max() / wanted.abs().max())
-                assert worst < (1e-5 if dtype == torch.float32 else 3e-2), f"{side} differs by {worst}"
-    left_out, repeats = {}, {}
-    for side, (function, weights) in list(made.items()):
-        if side == "transformers batched_mm":
-            # It copies the weights for every assignment, and their gradients too.
-            needed = tokens * CHOSEN * 3 * hidden * hidden * dtype.itemsize * (3 if training else 1)
-            if needed > options.most_gigabytes * 1e9:
-                left_out[side] = f"a call takes {needed / 1e9:.0f} GB"
-                del made[side]
-                continue
-        seconds(function, x, weights, grad, 1)
-        one = seconds(function, x, weights, grad, 1)
-        if one > options.most_seconds and side not in ("ours", "dense"):
-            left_out[side] = f"a call takes {one:.1f} s"
-            del made[side]
-        repeats[side] = max(1, min(200, round(0.02 / one)))
-    shape = (CHOSEN * tokens // EXPERTS, hidden, 2 * hidden)
-    samples: dict[str, list[float]] = {side: [] for side in made}
-    ceilings: list[float] = []
-    before = matmul_rate(shape, dtype, device=device)
-    order = random.Random(0)
-    for _ in range(options.rounds):
-        # A random order each time, because the caches hold the data of the side before.
-        for side in order.sample([*made], len(made)):
-            function, weights = made[side]
-            samples[side].append(seconds(function, x, weights, grad, repeats[side]))
-=======
     """Measure all sides in turn, for one row of the table."""
     dtype, device = DTYPES[dtype_name], options.device
     x = torch.randn(tokens, hidden).to(device, dtype).requires_grad_()
@@ -284,7 +195,6 @@ def compare(
         # In a random order: a side finds in the caches what the one before it left there.
         for name in order.sample([*sides], len(sides)):
             samples[name].append(seconds(sides[name], x, grad, repeats[name], cpu_time=options.cpu_time))
->>>>>>> h-moe
         after = matmul_rate(shape, dtype, device=device)
         rates.append(min(before, after))
         before = after
@@ -394,7 +304,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--most-seconds", type=float, default=1.0, help="longest call to wait for")
+    parser.add_argument("--most-seconds", type=float, default=1.0, help="longest call that is waited for")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--most-gigabytes", type=float, default=4.0, help="largest memory of a call that is tried"

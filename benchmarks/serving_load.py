@@ -23,8 +23,8 @@ import torch
 
 from koine.files import write_json
 from koine.generate import Request, Scheduler
-from koine.generate.cpu.prepacked_linear import pack
-from koine.generate.token_sampling import Sampling
+from koine.generate.cpu.prepacked_linear import prepack
+from koine.generate.sampling import Sampling
 from koine.hardware import processor_name
 from koine.model import Decoder, preset
 from koine.model.counting import count_parameters
@@ -62,7 +62,7 @@ def serve(model: Decoder, wanted: list[Arrival], max_batch: int) -> dict[str, An
         now = time.perf_counter() - start
         while waiting and waiting[0].at <= now:
             arrival = waiting.pop(0)
-            request = scheduler.submit(arrival.prompt, Sampling(max_new_tokens=arrival.answer))
+            request = scheduler.submit(arrival.prompt, Sampling(max_new_tokens=arrival.answer, temperature=0))
             running[id(request)] = arrival
             requests.append(request)
         if not scheduler.busy:
@@ -112,7 +112,7 @@ def main() -> None:
     # A wide initialisation keeps the two best logits apart, so that rounding does not choose the greedy
     # token.
     config = replace(preset(options.preset), initializer_range=0.1)
-    model = pack(Decoder(config))
+    model = prepack(Decoder(config))
     wanted = arrivals(options.requests, options.rate, config.vocab_size, seed=1)
     serve(model, wanted[:4], options.max_batch)
     rounds: list[dict[str, dict[str, Any]]] = []

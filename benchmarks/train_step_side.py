@@ -31,8 +31,8 @@ def ours(options: argparse.Namespace) -> tuple[Step, Step]:
     """Make steps of our model, loss and optimiser, as our training loop calls them."""
     from koine.data.batch import Batch
     from koine.model import load_model
-    from koine.train import TrainSettings, language_modelling
-    from koine.train.determinism import compile_blocks
+    from koine.train import LanguageModelling, TrainSettings
+    from koine.train.model_adapters import compile_blocks
     from koine.train.optimiser import Optimiser
 
     model = load_model(Path(options.weights), dtype=torch.float32).train()
@@ -50,12 +50,12 @@ def ours(options: argparse.Namespace) -> tuple[Step, Step]:
 
     def loss() -> float:
         with torch.no_grad():
-            return float(language_modelling(model, data)[0]) / targets.numel()
+            return float(LanguageModelling()(model, data)[0]) / targets.numel()
 
     def step() -> float:
-        total, measured = language_modelling(model, data)
+        total, measured = LanguageModelling()(model, data)
         total.backward()  # type: ignore[no-untyped-call]
-        optimiser.collect()
+        optimiser.accumulate_gradients()
         optimiser.scale_and_clip(1.0 / measured["units"], CLIP)
         optimiser.step(LEARNING_RATE)
         return float(total.detach()) / measured["units"]

@@ -1,4 +1,4 @@
-"""Code that comes with a model is never run: every opening of something foreign says so itself, and folders with code are refused."""
+"""Code that comes with a model is never run, and folders with code are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs are whole or absent, one writer at a time, and nothing is replaced that was not there at the start."""
+"""Outputs are complete or absent, one writer at a time; nothing new is replaced."""
 
 from __future__ import annotations
 
@@ -541,7 +541,7 @@ def test_what_could_not_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_a_kill_after_the_last_rename_left_goes_with_the_next_refusal(tmp_path: Path) -> None:
-    """The result is there, so the next command refuses; the lock and the temporary names of the killed one go all the same."""
+    """The next command refuses to replace the result, and removes lock and leftovers of the killed one."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model").write_text("whole")
     (tmp_path / "out.json").write_text("{}")

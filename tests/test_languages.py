@@ -123,7 +123,7 @@ def test_the_split_of_the_study() -> None:
     roles = Counter(entry.role for entry in LANGUAGES.values())
     assert (roles["seen"], roles["unseen"]) == (62, 7)
     assert all((entry.role == "seen") == (entry.cluster != "none") for entry in LANGUAGES.values())
-    # What the paper's results imply (universal-tokenizer.md): Persian and Hindi are of the Middle East and India, Vietnamese of Asia.
+    # As the paper's results imply: Persian and Hindi are middle-eastern-indic, Vietnamese is asian.
     assert [language(code).cluster for code in ("fa", "hi", "vi")] == ["middle-eastern-indic"] * 2 + ["asian"]
     unseen = {code for code, entry in LANGUAGES.items() if entry.role == "unseen"}
     assert unseen == {"af", "kk", "be", "yue", "ne", "hy", "si"}

@@ -1,4 +1,4 @@
-"""Users' text on a terminal: markup, emoji names and escape sequences are shown and not obeyed, in every table and bar."""
+"""Users' text on a terminal: markup, emoji names and escape sequences are shown and not interpreted."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 
 from koine.files import write_json
 from koine.generate import generate
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import load_model
 from koine.model.counting import training_flops_per_token
 from koine.plan import step

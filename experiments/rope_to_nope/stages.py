@@ -21,7 +21,7 @@ from koine.model import VARIANTS, Decoder, LayerSpec, ModelConfig, load_model, v
 from koine.plan import step
 from koine.steps import estimates
 from koine.tokenizer import load_tokenizer
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 
 BEGIN = 8
 """Tokens at the beginning that count as the sink (papers: 4 to 10; this paper: 10 of 65,536)."""
@@ -177,7 +177,7 @@ def _train(
     )
     train(
         model,
-        language_modelling,
+        LanguageModelling(),
         DataOrder(mixture),
         settings,
         out=out,

@@ -1,4 +1,4 @@
-"""How the C library handles the memory of large temporaries."""
+"""Memory allocation of the C library."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep the memory of freed tensors for the next ones; returns whether it could be told.
+    """Make glibc keep the memory of freed tensors for the next ones; return whether it does.
 
-    By default every tensor above some 128 KiB to 32 MiB is mapped anew and handed back when freed, so that each step of a training on
-    CPU faults in its activations page by page again: the same step took 0.51 s with this and between 1.3 and 3.6 s without it
-    (docs/explanation/log.md). The process keeps the memory of its peak until it ends; the peak itself is the same.
+    By default glibc maps every tensor above some 128 KiB to 32 MiB anew and returns it when freed. Each
+    training step on CPU then page-faults its activations in again: the same step took 0.51 s with this and
+    between 1.3 and 3.6 s without it (docs/explanation/log.md). The process keeps its peak memory until it
+    ends; the peak is the same.
     """
     if not sys.platform.startswith("linux"):
         return False

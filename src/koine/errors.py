@@ -1,7 +1,7 @@
-"""What a user did wrong, said so that they can fix it.
+"""Errors of the user, reported so that they can fix them.
 
-A `UserError` ends the program with one line and exit code 2; anything else that escapes is a bug of ours and
-keeps its traceback.
+A `UserError` ends the program with one line and exit code 2. Any other exception is a bug of ours and keeps
+its traceback.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-_LONGEST = 1500
-"""Characters that a message shows of what is wrong: it may hold what stood in a file."""
+_MAX_CHARACTERS = 1500
+"""Characters of `what` that a message shows: it may quote a file."""
 
 
 class KoineWarning(UserWarning):
-    """Something that works but that the user should know of (a source repeated too often, for example)."""
+    """Something that works but that the user should know (for example: a source is repeated too often)."""
 
 
 class UserError(Exception):
-    """A mistake in the input, told in one line: what is wrong, where, and how to fix it."""
+    """A mistake in the input, reported in one line: what is wrong, where, and how to fix it."""
 
     def __init__(self, what: str, *, where: str | Path | None = None, hint: str | None = None) -> None:
         self.what = what
         self.where = None if where is None else str(where)
         self.hint = hint
-        shown = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}..."
+        shown = what if len(what) <= _MAX_CHARACTERS else f"{what[:_MAX_CHARACTERS]}..."
         line = shown if self.where is None else f"{self.where}: {shown}"
         if hint:
             line = f"{line}; {hint}"
@@ -33,10 +33,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Escape what no terminal prints, or takes for a command.
-
-    These are control characters and halves of surrogate pairs.
-    """
+    """Escape control characters and lone surrogates, which a terminal does not print or takes as commands."""
     if text.isprintable():
         return text
     return "".join(
@@ -46,12 +43,12 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library's exception says; its name where it says nothing."""
+    """Return the first line of an exception's message; its class name where that is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` candidates that look most like `word`, best first; empty where none is close."""
+    """Return the `count` candidates most similar to `word`, best first; empty where none is close."""
     by_lower: dict[str, str] = {}
     for candidate in candidates:
         by_lower.setdefault(candidate.lower(), candidate)
@@ -60,7 +57,7 @@ def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """A fix such as `did you mean 'de' or 'da'?`; where nothing is close, the list of what is known."""
+    """Return a hint such as `did you mean 'de' or 'da'?`; where nothing is close, the known words."""
     known = list(candidates)
     matches = nearest(word, known)
     if matches:

@@ -1,7 +1,7 @@
-"""The optional extras of the package: what each adds, whether it is installed, and importing from one.
+"""Optional extras of the package: what each adds, whether it is installed, how to import from it.
 
-An installation that was interrupted leaves a package whose metadata are there and whose files are not (or the
-reverse); that is told apart from "not installed", because the fix differs.
+An interrupted installation leaves metadata without files, or files without metadata. Such a package is
+"broken" and not "not installed", because the fix differs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Extra:
 
     @property
     def state(self) -> State:
-        """`broken` where any package is broken, `installed` where all are there, else `not installed`."""
+        """Return `broken` if any package is, `installed` if all are, else `not installed`."""
         states = {package.state for package in self.packages}
         if "broken" in states:
             return "broken"
@@ -74,19 +74,19 @@ class Extra:
 
 
 def install_line(extra: str) -> str:
-    """The pip command that adds `extra`."""
+    """Return the pip command that adds `extra`."""
     return f"{sys.executable} -m pip install 'koine[{extra}]'"
 
 
 def repair_line(package: str) -> str:
-    """The pip command that repairs a half-installed package."""
+    """Return the pip command that repairs a broken package."""
     return f"{sys.executable} -m pip install --force-reinstall --no-deps {package}"
 
 
 def requirements(extra: str | None = None) -> list[str]:
-    """Names of the distributions that `koine` asks for: those of `extra`, or the core's for None.
+    """Return the names of the distributions that `extra` requires; None: those of the core.
 
-    An extra that names other extras of koine (`dev`) is resolved to their packages too.
+    Extras of koine inside an extra (`dev`) are resolved to their packages.
     """
     names: list[str] = []
     for line in importlib.metadata.requires("koine") or []:
@@ -106,7 +106,7 @@ def requirements(extra: str | None = None) -> list[str]:
 
 
 def import_problem(module: str) -> str | None:
-    """Import `module` in a process of its own; the last line of the error, or None where it works."""
+    """Import `module` in a process of its own; return the last line of the error, or None."""
     try:
         process = subprocess.run(
             [sys.executable, "-c", f"import {module}"],
@@ -124,7 +124,7 @@ def import_problem(module: str) -> str | None:
 
 
 def inspect_package(name: str) -> Package:
-    """Find out whether the distribution `name` is installed whole: metadata, files, and a working import."""
+    """Find out whether a distribution is installed: metadata, files, and a working import."""
     module = MODULES.get(name.lower(), name.lower().replace("-", "_"))
     importable = not name.startswith(NOT_IMPORTABLE)
     try:
@@ -142,14 +142,14 @@ def inspect_package(name: str) -> Package:
 
 
 def inspect_packages(names: Iterable[str]) -> dict[str, Package]:
-    """`inspect_package` for many distributions at once."""
+    """Inspect several distributions at once."""
     distinct = sorted(set(names))
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(distinct, pool.map(inspect_package, distinct), strict=True))
 
 
 def inspect_installation() -> tuple[list[Package], list[Extra]]:
-    """The core's packages, and every extra that the package declares, as they are in this environment."""
+    """Return the state of the core's packages and of every extra, in this environment."""
     declared = importlib.metadata.metadata("koine").get_all("Provides-Extra") or []
     core = requirements()
     wanted = {extra: requirements(extra) for extra in sorted(declared, key=list(PURPOSES).index)}
@@ -161,9 +161,12 @@ def inspect_installation() -> tuple[list[Package], list[Extra]]:
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import `module`, which the extra `extra` brings, for `purpose` ("open a Llama checkpoint").
+    """Import a module of an extra; raise `UserError` with the fix where it is missing or broken.
 
-    Raises `UserError` with the command that fixes it where it is missing or only half installed.
+    Args:
+        module: The module.
+        extra: The extra that brings it.
+        purpose: What it is needed for, such as "open a Llama checkpoint".
     """
     try:
         return importlib.import_module(module)

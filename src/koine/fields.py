@@ -1,27 +1,27 @@
-"""Fields of configurations, each read with its type and its bounds: one line for every value that does not
-fit.
+"""Typed fields of configurations: numbers with bounds, choices, JSON objects.
 
-A bool is no number, a string is no bool, and NaN is never a number: what a file says is taken as it stands or
-refused.
+A value that does not fit is a `UserError` of one line. Nothing is converted: a bool is no number, a string is
+no bool, and NaN is no number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from koine.errors import UserError, did_you_mean
 
 MAX_INTEGER = 2**53
-"""Largest integer where no other bound is given; float64 holds all up to it exactly."""
+"""Largest integer where no other bound is given: float64 holds all integers up to it."""
 _SHOWN = 60
 _REQUIRED: Any = object()
 
 
 def short_repr(value: Any) -> str:
-    """A value as a message shows it: of bounded length, whatever it is."""
+    """Return a value as a message shows it: at most 60 characters, whatever it is."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
         return f"an integer of {int(value.bit_length() * math.log10(2)) + 1} digits"
     if isinstance(value, str):
@@ -65,7 +65,7 @@ def check_integer(
     high: int = MAX_INTEGER,
     where: str | Path | None = None,
 ) -> int:
-    """`value` where it is an integer within its bounds, else a `UserError`."""
+    """Return an integer within its bounds; raise `UserError` for anything else."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong(name, value, "an integer", where)
     _check_bounds(name, value, low, high, None, where)
@@ -81,7 +81,7 @@ def check_number(
     above: float | None = None,
     where: str | Path | None = None,
 ) -> float:
-    """`value` as a float where it is a finite number within its bounds, else a `UserError`."""
+    """Return a finite number within its bounds as a float; raise `UserError` for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong(name, value, "a number", where)
     if isinstance(value, float) and math.isnan(value):
@@ -97,21 +97,21 @@ def check_number(
 
 
 def check_boolean(name: str, value: Any, *, where: str | Path | None = None) -> bool:
-    """`value` where it is true or false, else a `UserError`."""
+    """Return a bool; raise `UserError` for anything else."""
     if not isinstance(value, bool):
         raise _wrong(name, value, "true or false", where)
     return value
 
 
 def check_text(name: str, value: Any, *, where: str | Path | None = None) -> str:
-    """`value` where it is a string, else a `UserError`."""
+    """Return a string; raise `UserError` for anything else."""
     if not isinstance(value, str):
         raise _wrong(name, value, "a string", where)
     return value
 
 
 def check_choice(name: str, value: Any, choices: Collection[str], *, where: str | Path | None = None) -> str:
-    """`value` where it is one of some strings, else a `UserError` with the nearest of them."""
+    """Return one of `choices`; raise `UserError` with the nearest of them for anything else."""
     if not isinstance(value, str):
         raise _wrong(name, value, f"one of {', '.join(choices)}", where)
     if value not in choices:
@@ -122,7 +122,7 @@ def check_choice(name: str, value: Any, choices: Collection[str], *, where: str 
 
 
 def check_file_name(name: str, value: Any, *, where: str | Path | None = None) -> str:
-    """Return `value` where it names a file beside the one that names it, else raise `UserError`."""
+    """Return the name of a file in the same folder; raise `UserError` for a path or anything else."""
     if (
         not isinstance(value, str)
         or value in ("", ".", "..")
@@ -136,14 +136,18 @@ def check_file_name(name: str, value: Any, *, where: str | Path | None = None) -
 class Fields:
     """The fields of a JSON object. `null` is the same as left out, as in `transformers`.
 
-    Each method returns the field, or its default where it is left out; raises `UserError` where the field is
-    of another type or out of its bounds, and where it has neither value nor default.
+    Each method returns the field, or its default where it is left out. It raises `UserError` where the field
+    has another type or is out of its bounds, and where it has neither value nor default.
+
+    Args:
+        value: The object.
+        where: The file, for error messages.
+        hint_if_broken: How to fix a file that lacks a field or is no object.
     """
 
     def __init__(
         self, value: Any, where: str | Path, *, hint_if_broken: str = "the file is damaged; write it again"
     ) -> None:
-        """whole_file: how to fix a file that lacks a field or is no object at all."""
         if not isinstance(value, dict):
             raise UserError("is not a JSON object", where=where, hint=hint_if_broken)
         self.value: dict[str, Any] = value
@@ -151,15 +155,23 @@ class Fields:
         self.hint_if_broken = hint_if_broken
 
     def wrong(self, name: str, must: str) -> UserError:
-        """The error for a field that is not what it must be."""
+        """Return the error for a field that is not what it must be."""
         return UserError(
             f"the field '{name}' is {short_repr(self.value.get(name))}",
             where=self.where,
             hint=f"it must be {must}",
         )
 
+    def check_known(self, names: Collection[str]) -> None:
+        """Raise `UserError` for a key that is none of `names`, with the nearest of them."""
+        for key in self.value:
+            if key not in names:
+                raise UserError(
+                    f"unknown key '{key}'", where=self.where, hint=did_you_mean(key[:_SHOWN], names)
+                )
+
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The field as it stands."""
+        """Return the field, of whatever type."""
         got = self.value.get(name)
         if got is not None:
             return got
@@ -170,7 +182,7 @@ class Fields:
     def integer(
         self, name: str, default: Any = _REQUIRED, *, low: int | None = None, high: int = MAX_INTEGER
     ) -> Any:
-        """An integer."""
+        """Return an integer."""
         got = self.get(name, default)
         return (
             got if got is None else check_integer(self._name(name), got, low=low, high=high, where=self.where)
@@ -185,19 +197,19 @@ class Fields:
         high: float | None = None,
         above: float | None = None,
     ) -> Any:
-        """A number, as a float."""
+        """Return a number, as a float."""
         got = self.get(name, default)
         if got is None:
             return None
         return check_number(self._name(name), got, low=low, high=high, above=above, where=self.where)
 
     def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
-        """True or false."""
+        """Return a bool."""
         got = self.get(name, default)
         return got if got is None else check_boolean(self._name(name), got, where=self.where)
 
     def text(self, name: str, default: Any = _REQUIRED, *, choices: Collection[str] | None = None) -> Any:
-        """A string, or one of some."""
+        """Return a string; one of `choices` where they are given."""
         got = self.get(name, default)
         if got is None:
             return None
@@ -206,14 +218,14 @@ class Fields:
         return check_text(self._name(name), got, where=self.where)
 
     def entries(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A list."""
+        """Return a list."""
         got = self.get(name, default)
         if got is not None and not isinstance(got, list):
             raise self.wrong(name, "a list")
         return got
 
     def inner(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The fields of an object inside this one."""
+        """Return the fields of an object inside this one."""
         got = self.get(name, default)
         if got is None:
             return None
@@ -224,3 +236,50 @@ class Fields:
     @staticmethod
     def _name(name: str) -> str:
         return f"the field '{name}'"
+
+
+def checked_field(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    **metadata: Any,
+) -> Any:
+    """Return a dataclass field with its help text and its bounds, which `check_dataclass` reads.
+
+    Args:
+        default: its default.
+        help: what it means, for the command line.
+        low: smallest value.
+        high: largest value.
+        above: bound that the value must be greater than.
+        metadata: more of the field's metadata.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "low": low, "high": high, "above": above, **metadata}
+    )
+
+
+def check_dataclass(value: Any) -> None:
+    """Check every field of a dataclass by its type and its bounds; integers become floats where they must.
+
+    Types are `int`, `float`, `bool`, `str` and `Literal` of strings. Raises `UserError` for the first field that
+    does not fit. Call it in `__post_init__`.
+    """
+    types = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        name, given, expected = field.name, getattr(value, field.name), types[field.name]
+        low, high, above = (field.metadata.get(bound) for bound in ("low", "high", "above"))
+        if get_args(expected):
+            check_choice(name, given, get_args(expected))
+        elif expected is int:
+            check_integer(name, given, low=low, high=MAX_INTEGER if high is None else high)
+        elif expected is float:
+            number = check_number(name, given, low=low, high=high, above=above)
+            object.__setattr__(value, name, number)
+        elif expected is bool:
+            check_boolean(name, given)
+        else:
+            check_text(name, given)

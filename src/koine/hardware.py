@@ -1,4 +1,4 @@
-"""What this machine offers: versions, cores, memory, accelerators, instructions, disk, compiler, matmul rate."""
+"""This machine: versions, cores, memory, accelerators, instructions, disk, compiler, matmul rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU_FLAGS_WITH_BFLOAT16 = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """One device that torch can compute on, besides the CPU."""
+    """A device that torch can compute on, besides the CPU."""
 
     device: str
     name: str
@@ -29,7 +29,7 @@ class Accelerator:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What was found; bytes are bytes, `usable_cores` is what this process may use."""
+    """The CPU and its memory; `usable_cores` are those that this process may use."""
 
     system: str
     processor: str
@@ -43,7 +43,7 @@ class Machine:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, Koine and the packages that decide about numbers; no import is needed."""
+    """Return the versions of Python, Koine and the packages that compute, without importing them."""
     found = {"python": platform.python_version()}
     for name in ("koine", "torch", "tokenizers", "numpy", "safetensors", "pyarrow", "babel"):
         try:
@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: the affinity mask and the control group's quota, whichever is less."""
+    """Return the cores that this process may use: affinity mask or cgroup quota, whichever is less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_value("cpu.max", "cpu/cpu.cfs_quota_us")
     if quota:
@@ -65,7 +65,7 @@ def usable_cores() -> int:
 
 
 def cgroup_value(version_2: str, version_1: str) -> str | None:
-    """The content of a control group's file, of either version; None where there is none."""
+    """Return the content of a cgroup file, of version 2 or 1; None if neither exists."""
     for name in (version_2, version_1):
         path = Path("/sys/fs/cgroup") / name
         if path.is_file():
@@ -74,13 +74,13 @@ def cgroup_value(version_2: str, version_1: str) -> str | None:
 
 
 def memory_limit() -> int | None:
-    """Bytes that the control group allows, None where it sets no limit."""
+    """Return the bytes that the cgroup allows; None if it sets no limit."""
     value = cgroup_value("memory.max", "memory/memory.limit_in_bytes")
     return int(value) if value and value.isdigit() else None
 
 
 def available_memory() -> int:
-    """Bytes that this process may take without swapping: what the system has free, and no more than the control group allows in all."""
+    """Return the bytes that are free without swapping, at most the limit of the cgroup."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -89,15 +89,15 @@ def available_memory() -> int:
 
 
 def processor_flags() -> set[str]:
-    """Instruction-set flags of the processor; empty where the system does not tell."""
+    """Return the instruction-set flags of the processor; empty if the system does not report them."""
     return set((_cpuinfo("flags", "Features") or "").split())
 
 
 def chosen_dtype(wanted: str) -> str:
-    """The precision that training computes in: `wanted`, or where that is "auto" the one in which this machine is known to multiply faster.
+    """Return the dtype to compute in: `wanted`, or for "auto" the faster one on this machine.
 
-    bfloat16 on an accelerator and where `bfloat16_is_fast`, else float32. Reads files of the system only, so that it is the same at every start on one machine;
-    `koine doctor` measures both.
+    That is bfloat16 on an accelerator and where `bfloat16_is_fast`, else float32. It reads only files of the
+    system, so it is the same at every start on one machine; `koine doctor` measures both.
     """
     if wanted != "auto":
         return wanted
@@ -108,28 +108,29 @@ def chosen_dtype(wanted: str) -> str:
 
 @functools.cache
 def bfloat16_is_fast() -> bool:
-    """Whether the processor is known to multiply in bfloat16 faster than in float32: with AMX, ARM's instructions or AMD's AVX-512 BF16.
+    """Return whether the processor multiplies faster in bfloat16 than in float32.
 
-    Without instructions bfloat16 is emulated, and Intel's AVX-512 BF16 alone is slower than its float32 (docs/explanation/log.md).
+    It does with AMX, with ARM's instructions and with AMD's AVX-512 BF16. Without instructions bfloat16 is
+    emulated, and Intel's AVX-512 BF16 alone is slower than its float32 (docs/explanation/log.md).
     """
     flags = processor_flags()
-    matrix = {"amx_bf16", "bf16"} & flags
-    return bool(matrix) or ("avx512_bf16" in flags and _cpuinfo("vendor_id") == "AuthenticAMD")
+    has_matrix_instructions = bool({"amx_bf16", "bf16"} & flags)
+    return has_matrix_instructions or ("avx512_bf16" in flags and _cpuinfo("vendor_id") == "AuthenticAMD")
 
 
 def processor_name() -> str:
-    """The processor's name as the system tells it."""
+    """Return the processor's name."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 @functools.cache
 def is_intel() -> bool:
-    """Whether the processor is Intel's: which kernels are fastest on CPU depends on it (docs/explanation/log.md)."""
+    """Return whether the processor is Intel's, which decides on kernels (docs/explanation/log.md)."""
     return "intel" in processor_name().lower()
 
 
 def _cpuinfo(*keys: str) -> str | None:
-    """The first value in /proc/cpuinfo under one of these keys."""
+    """Return the first value in /proc/cpuinfo under one of these keys."""
     path = Path("/proc/cpuinfo")
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         key, _, value = line.partition(":")
@@ -139,7 +140,7 @@ def _cpuinfo(*keys: str) -> str | None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch.compile would call: $CXX, else the first of g++, clang++, c++."""
+    """Return the C++ compiler that torch.compile calls: $CXX, else the first of g++, clang++, c++."""
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else ("g++", "clang++", "c++"):
         if path := shutil.which(name):
@@ -148,7 +149,7 @@ def compiler() -> str | None:
 
 
 def machine() -> Machine:
-    """Look at this machine."""
+    """Return what this machine has."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -169,7 +170,7 @@ def machine() -> Machine:
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write below `path` or its nearest existing parent."""
+    """Return the bytes that an ordinary user can still write below `path` or its nearest existing parent."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -177,7 +178,7 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def accelerators() -> list[Accelerator]:
-    """The devices that torch sees: CUDA (or ROCm) cards, Intel cards, Apple's."""
+    """Return the devices that torch sees: CUDA or ROCm, Intel, Apple."""
     import torch
 
     found = []
@@ -206,9 +207,9 @@ def accelerators() -> list[Accelerator]:
 
 
 def matmul_rate(dtype: str, *, device: str = "cpu", size: int = 1024, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of a `size`³ matrix product (2·size³ operations each), best of several.
+    """Return FLOP/s of a `size`³ matmul (2·size³ FLOPs), the best of several.
 
-    The first product is not counted: it pays for threads and kernels.
+    The first matmul is not counted: it starts threads and loads kernels.
     """
     import torch
 
@@ -216,27 +217,27 @@ def matmul_rate(dtype: str, *, device: str = "cpu", size: int = 1024, seconds: f
     left = torch.randn(size, size, device=device).to(kind)
     right = torch.randn(size, size, device=device).to(kind)
 
-    def one() -> float:
+    def time_matmul() -> float:
         start = time.perf_counter()
         product = left @ right
-        # A device computes behind our back; reading one number waits for it.
+        # Devices compute asynchronously; reading one number waits for the result.
         product[0, 0].item()
         return time.perf_counter() - start
 
-    one()
-    best, end = one(), time.perf_counter() + seconds
+    time_matmul()
+    best, end = time_matmul(), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        best = min(best, one())
+        best = min(best, time_matmul())
     return 2 * size**3 / best
 
 
 def environment() -> str:
-    """Where this Python lives: the virtual environment's folder, or the system's."""
+    """Return the folder of this Python: that of the virtual environment, or the system's."""
     return sys.prefix if sys.prefix != sys.base_prefix else f"{sys.prefix} (no virtual environment)"
 
 
 def check_device(device: str) -> None:
-    """Raises `UserError` where `device` ("cpu", "cuda:1", ...) is no device of torch or is not in this machine."""
+    """Raise `UserError` for a device ("cpu", "cuda:1", ...) that torch or this machine does not have."""
     import torch
 
     try:

@@ -1,8 +1,9 @@
-"""Languages: their codes, names, scripts and families, and the part that they play in the universal-tokenizer study.
+"""Languages: codes, names, scripts, families, and their roles in the universal-tokenizer study.
 
-Names, own names and scripts are CLDR's; `family` is the branch at which a bucket of the study makes sense (Germanic, not Indo-European),
-and is ours. The study (arXiv 2506.10766) tells how many languages its clusters have (27 European, 20 Asian, 15 Middle-Eastern and
-Indic) and names its seven unseen ones, but not the members: which 62 languages are marked `seen` here is our choice.
+Names, own names and scripts are CLDR's. `family` is ours: the branch at which a bucket of the study makes
+sense (Germanic, not Indo-European). The study (arXiv 2506.10766) gives the sizes of its clusters (27
+European, 20 Asian, 15 Middle-Eastern and Indic) and the names of its seven unseen languages, but not the
+members. Which 62 languages are marked `seen` here is our choice.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Language:
     cluster: str
     """`european`, `asian`, `middle-eastern-indic` or `none`."""
     role: str
-    """Part in the universal-tokenizer study: `seen` (62, our choice), `unseen` (7, the paper's) or `none`."""
+    """Role in the universal-tokenizer study: `seen` (62, our choice), `unseen` (7, the paper's) or `none`."""
 
     def __str__(self) -> str:
         return self.code
@@ -48,7 +49,7 @@ def _read() -> dict[str, Language]:
 LANGUAGES: Mapping[str, Language] = MappingProxyType(_read())
 """All languages by BCP-47 code."""
 
-# Codes of members of macro-languages, and old codes, as FLORES-200 and other collections write them.
+# Members of macrolanguages, and old codes, as FLORES-200 and other collections write them.
 _ALIASES = {
     "arb": "ar",
     "cmn": "zh",
@@ -117,7 +118,7 @@ _WELL_FORMED = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})*(-[a-z0-9](-[a-z0-9]{1,8}
 
 @functools.cache
 def _index() -> dict[str, str]:
-    """Lower-case code of any kind to our code."""
+    """Return our code for every lower-case code of any kind."""
     index = {}
     for code, entry in LANGUAGES.items():
         if "-" not in code:
@@ -128,10 +129,14 @@ def _index() -> dict[str, str]:
 
 @functools.cache
 def language(code: str) -> Language:
-    """The language of a code: BCP-47 (`de`, `pt-BR`, `zh-Hant`), ISO 639-3 (`deu`) or with a script (`deu_Latn`, `kas_Deva`).
+    """Return the language of a code.
 
-    A region, a variant and private subtags are dropped; a script other than the language's usual one gives a language of its own
-    (`uz-Cyrl`). Raises `UserError` for what is no code or not in the table, and for subtags that CLDR does not know, with the nearest ones.
+    A code is BCP-47 (`de`, `pt-BR`, `zh-Hant`), ISO 639-3 (`deu`), or one with a script (`deu_Latn`,
+    `kas_Deva`). Regions, variants and private subtags are dropped. A script other than the language's usual
+    one gives a language of its own (`uz-Cyrl`).
+
+    Raises:
+        UserError: The code is not in the table, or CLDR does not know a subtag; names the nearest ones.
     """
     index = _index()
     given = code.strip().replace("_", "-").lower()
@@ -160,7 +165,7 @@ def language(code: str) -> Language:
 
 @functools.cache
 def _subtags() -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Scripts (ISO 15924), regions (ISO 3166, UN M.49) and variants of CLDR, in the case of BCP-47."""
+    """Return CLDR's scripts (ISO 15924), regions (ISO 3166, UN M.49) and variants, in the case of BCP-47."""
     from babel import Locale
 
     english = Locale("en")
@@ -172,12 +177,12 @@ def _subtags() -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
 
 
 def _script_and_region(code: str, subtags: list[str]) -> tuple[str | None, str | None]:
-    """The script and the region (in lower case) among the subtags behind a language; raises `UserError` for one that does not exist."""
+    """Return script and region (lower case) among subtags; raise `UserError` for unknown ones."""
     scripts, regions, variants = _subtags()
     script = region = None
     for part in subtags:
         if len(part) == 1:
-            # Extensions and private use: what follows is free.
+            # Extensions and private use: any subtags may follow.
             break
         if script is None and part.title() in scripts:
             script = part.title()
@@ -197,16 +202,19 @@ def _suggestion(code: str) -> str:
     by_name |= {entry.own_name.lower(): entry for entry in LANGUAGES.values()}
     found = [by_name[name] for name in nearest(code, by_name, count=2)]
     found += [LANGUAGES[_index()[near]] for near in nearest(code, _index(), count=8)]
-    # Close codes that are short are close to everything: those that begin alike go first.
+    # Short codes are near to everything: those that begin alike go first.
     found.sort(key=lambda entry: not code.lower().startswith(entry.code[:2]))
     shown = dict.fromkeys(f"'{entry.code}' ({entry.name})" for entry in found)
     if shown:
         return f"did you mean {' or '.join(list(shown)[:3])}?"
-    return "codes are BCP-47 (de), ISO 639-3 (deu) or with a script (deu_Latn); docs/reference/languages.md lists them"
+    return (
+        "codes are BCP-47 (de), ISO 639-3 (deu) or with a script (deu_Latn); "
+        "docs/reference/languages.md lists them"
+    )
 
 
 def parse_languages(text: str) -> tuple[str, ...]:
-    """`"de,hi,ja"` as our codes, in order; raises `UserError` for an unknown one, one named twice, or none at all."""
+    """Parse `de,hi,ja` into our codes; raise `UserError` for unknown codes, repeated ones, or none."""
     codes = tuple(language(part).code for part in text.split(",") if part.strip())
     if not codes:
         raise UserError("no language is named", hint="give codes separated by commas, for example de,hi,ja")
@@ -223,13 +231,13 @@ def check_cluster(cluster: str) -> None:
 
 
 def cluster_languages(cluster: str) -> tuple[str, ...]:
-    """Codes of a cluster's languages; raises `UserError` for an unknown cluster."""
+    """Return the codes of a cluster's languages; raise `UserError` for an unknown cluster."""
     check_cluster(cluster)
     return tuple(entry.code for entry in LANGUAGES.values() if entry.cluster == cluster)
 
 
 def bucket(code: str) -> tuple[str, str]:
-    """Family and script, which together make a bucket of the study; `und` (unknown) is a bucket of its own."""
+    """Return the bucket of the study: family and script. `und` (unknown) is a bucket of its own."""
     if code == "und":
         return ("unknown", "unknown")
     found = language(code)

@@ -1,7 +1,7 @@
-"""Text of users on a terminal: shown as it is, never obeyed.
+"""Print users' text on a terminal as it is, never as markup or escape sequences.
 
-A record may hold `[red]`, which `rich` takes for markup, or an escape sequence, which the terminal obeys.
-Whatever prints text that is not ours prints it through here.
+A record may hold `[red]`, which `rich` takes for markup, or an escape sequence, which the terminal executes.
+All code that prints text of users prints it through this module.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_TURNS_TEXT = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that make a terminal show the text around them in another order."""
+_BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the order in which a terminal shows the text around them."""
 
 
 def printable(text: str) -> str:
-    """Write control characters but newline and tab, and those that turn the order of text, as escapes."""
+    """Escape control characters (not newline and tab) and those that change the order of text."""
     if text.isprintable():
         return text
-    return "".join(map(_shown, text))
+    return "".join(map(_escaped, text))
 
 
-def _shown(character: str) -> str:
+def _escaped(character: str) -> str:
     if character in "\n\t":
         return character
     if unicodedata.category(character) == "Cc":
         return f"\\x{ord(character):02x}"
-    if character in _TURNS_TEXT or unicodedata.category(character) == "Cs":
+    if character in _BIDI_CONTROLS or unicodedata.category(character) == "Cs":
         return f"\\u{ord(character):04x}"
     return character
 
 
 def plain_console(**options: Any) -> Console:
-    """A console of `rich` that takes no text for markup, for an emoji's name, or for an escape sequence."""
+    """Return a console of `rich` that interprets no markup, emoji names or escape sequences in text."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False, **options)

@@ -1,4 +1,4 @@
-"""What a bad input is: the files it needs, the command, the line that the user gets."""
+"""Definition of a bad input: the files it needs, the command, the error line."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ ANYTHING = "…"
 class Case:
     """One bad input.
 
-    mistake: what the user did, for the manual's page.
-    command: the words after `koine`, as in a shell, run in a folder that `prepare` has filled.
-    says: the one line on standard error, without the leading `koine: `.
-    prepare: fills the folder; gets its path.
-    simulated: how an outer circumstance is brought about, where it is not real (shown on the page).
-    leaves: a folder that keeps what was done so far, on purpose.
-    during: replaces things while the command runs; gets pytest's monkeypatch.
+    mistake: what the user did, for the page. command: the words after `koine`, as in a shell, run in a folder
+    that `prepare` has filled. says: the line on standard error, without the leading `koine: `. prepare: fills
+    the folder; gets its path. simulated: how an external condition is simulated, if it is not real (shown on
+    the page). leaves: a folder that keeps finished work on purpose. during: replaces things while the command
+    runs; gets pytest's monkeypatch.
     """
 
     mistake: str
@@ -34,9 +32,9 @@ class Case:
 
 
 def listing(folder: Path) -> dict[str, str]:
-    """Every file and folder below `folder` with a hash of its content, to see that nothing was left or changed.
+    """Return every file and folder below `folder` with a hash of its content, to find changes.
 
-    Empty lock files are passed over: to remove one would take it from under another process that waits for it.
+    Empty lock files are skipped: removing one would take it from another process that waits for it.
     """
     found = {}
     for path in sorted(folder.rglob("*")):

@@ -34,12 +34,12 @@ CASES = (
     Case(
         mistake="a sampling setting out of range",
         command="chat model --top-p 1.5",
-        says="top-p is 1.5; give above 0 and at most 1",
+        says="top-p is 1.5; it must be at most 1",
     ),
     Case(
         mistake="a sampling setting that is no number",
         command="chat model --temperature nan",
-        says="temperature is nan; give 0 (greedy) or more",
+        says="temperature is nan; it must be a number",
     ),
     Case(
         mistake="a negative number of tokens",

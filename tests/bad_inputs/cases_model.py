@@ -149,13 +149,13 @@ CASES = (
         mistake="proportions that do not sum to one",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(source={"proportion": 0.7})),
-        says="phase 'pretrain': the proportions sum to 0.7, not 1; they are tales 0.7",
+        says="mixture.json: phase 'pretrain': the proportions sum to 0.7, not 1; they are tales 0.7",
     ),
     Case(
         mistake="a negative proportion",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(source={"proportion": -1})),
-        says="source 'tales': the proportion -1 is not above 0 and at most 1",
+        says="mixture.json: source 'tales': proportion is -1; it must be greater than 0",
     ),
     Case(
         mistake="a proportion that is no number",
@@ -169,7 +169,7 @@ CASES = (
         prepare=worlds.having(
             "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": {"dee": 1}})
         ),
-        says="unknown language 'dee'; did you mean 'de' (German) or 'ee' (Ewe) or 'gez' (Geez)?",
+        says="mixture.json: unknown language 'dee'; did you mean 'de' (German) or 'ee' (Ewe) or 'gez' (Geez)?",
     ),
     Case(
         mistake="weights for a language that the source does not have",
@@ -183,7 +183,7 @@ CASES = (
         mistake="a mixture with a misspelt key",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(sequnce_length=32)),
-        says="mixture.json: unknown key 'sequnce_length' of a mixture; did you mean 'sequence_length'?",
+        says="mixture.json: unknown key 'sequnce_length'; did you mean 'sequence_length'?",
     ),
     Case(
         mistake="languages of a mixture without their weights",
@@ -191,13 +191,13 @@ CASES = (
         prepare=worlds.having(
             "tokens", "tokenizer", then=worlds.write_mixture(source={"languages": ["de", "en"]})
         ),
-        says='mixture.json: languages of the source \'tales\' is ["de", "en"]; it must be an object with numbers or null',
+        says="mixture.json: source 'tales': languages is ['de', 'en']; it must be an object of weights by language code",
     ),
     Case(
         mistake="a number of a mixture that is not whole",
         command=MIXTURE,
         prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(batch_size=2.5)),
-        says="mixture.json: batch_size of a mixture is 2.5; it must be an integer",
+        says="mixture.json: batch_size is 2.5; it must be an integer",
     ),
     Case(
         mistake="a word where a mixture has true or false",
@@ -205,7 +205,7 @@ CASES = (
         prepare=worlds.having(
             "tokens", "tokenizer", then=worlds.write_mixture(cross_document_attention="no")
         ),
-        says='mixture.json: cross_document_attention of a mixture is "no"; it must be true or false',
+        says="mixture.json: cross_document_attention is 'no'; it must be true or false",
     ),
     Case(
         mistake="a dry run of what would be refused",

@@ -288,7 +288,7 @@ CASES = (
         command=PRETRAIN + "new",
         prepare=worlds.having("tokens", "tokenizer"),
         during=environment(WORLD_SIZE="two", RANK="0"),
-        says="the environment variable WORLD_SIZE: 'two' is no number of 1 or more; "
+        says="the environment variable WORLD_SIZE: 'two' is no integer of 1 or more; "
         "unset it to train in one process, or start with torchrun",
     ),
     Case(

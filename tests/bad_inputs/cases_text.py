@@ -187,7 +187,7 @@ CASES = (
         mistake="an impossible share of bad records",
         command=TOKENIZE + " --max-bad 2",
         prepare=worlds.having("text", "tokenizer"),
-        says="max_bad_share is 2.0; it is a share between 0 and 1",
+        says="max_bad_share is 2.0; it must be at most 1",
     ),
     Case(
         mistake="a message with an unknown role",

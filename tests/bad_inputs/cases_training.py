@@ -98,7 +98,7 @@ CASES = (
         mistake="a branch whose record says nonsense of what it has read",
         command=BTX,
         prepare=worlds.having("model", "branch", then=worlds.written("branch/training.json", '{"drawn": 5}')),
-        says="branch/training.json: what was drawn is not a list of places; train again",
+        says="branch/training.json: the field 'drawn' is 5; it must be a list",
     ),
     Case(
         mistake="a branch with a cut record of what it has read",
@@ -110,7 +110,7 @@ CASES = (
         mistake="a mixture whose places in its sources are no places",
         command="train pretrain --preset koine-0.5m --mixture mixture.json --tokenizer tokenizer --out out",
         prepare=worlds.having("tokens", "tokenizer", then=worlds.write_mixture(drawn=[1])),
-        says="mixture.json: what was drawn is not a list of places; train again",
+        says="mixture.json: drawn: is not a JSON object; train again",
     ),
     Case(
         mistake="fresh data for a model that has read nothing",

@@ -1,4 +1,7 @@
-"""The table of bad inputs. `python -m tests.bad_inputs.table --write` writes docs/reference/bad-inputs.md from it."""
+"""Write the table of bad inputs.
+
+`python -m tests.bad_inputs.table --write` writes docs/reference/bad-inputs.md.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ as it was before (an empty lock file may stay).
 
 
 def page() -> str:
-    """The manual's page."""
+    """Return the page of the manual."""
     parts = [HEAD]
     for title, cases in SECTIONS.items():
         parts.append(f"## {title}\n")

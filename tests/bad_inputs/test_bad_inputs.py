@@ -52,7 +52,7 @@ def test_a_bad_input_gets_its_line(
     assert after == before
 
 
-def test_no_case_stands_twice_and_there_are_enough() -> None:
+def test_cases_are_unique_and_many() -> None:
     assert len({name_of(case) for case in CASES}) == len(CASES) >= 30
 
 

@@ -1,4 +1,4 @@
-"""A disk that is really full: a file system of some hundred kilobytes, where the system lets us mount one."""
+"""A full disk: a file system of a few hundred kilobytes, where the system lets us mount one."""
 
 from __future__ import annotations
 

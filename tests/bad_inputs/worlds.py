@@ -1,4 +1,4 @@
-"""The folders that bad inputs start from: small and sound, then spoilt by each case."""
+"""Folders that bad inputs start from: small and sound, then damaged by each case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = {
 
 
 def records(count: int = 20) -> list[dict[str, Any]]:
-    """Sound documents in two languages."""
+    """Return sound documents in two languages."""
     return [
         {"id": f"{code}-{number}", "text": TEXTS[code] * 4 + str(number), "language": code, "domain": "tale"}
         for number in range(count)
@@ -29,7 +29,7 @@ def records(count: int = 20) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: list[Any]) -> None:
-    """JSON Lines; what is a string already goes in as it is."""
+    """Write JSON Lines; strings are written unchanged."""
     texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
@@ -39,7 +39,7 @@ def good_text(folder: Path) -> None:
 
 
 def text_with(*lines: Any) -> Callable[[Path], None]:
-    """A text.jsonl of exactly these lines."""
+    """Write a text.jsonl of exactly these lines."""
     return lambda folder: write_lines(folder / "text.jsonl", list(lines))
 
 
@@ -64,7 +64,7 @@ def latin_1_text(folder: Path) -> None:
 
 @cache
 def built(name: str) -> Path:
-    """A sound folder `name`, built once in a place that the cases copy from."""
+    """Return a sound folder `name`, built once; cases copy it."""
     folder = Path(tempfile.mkdtemp(prefix=f"koine-{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     BUILDERS[name](folder / name)
@@ -72,7 +72,7 @@ def built(name: str) -> Path:
 
 
 def having(*names: str, then: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
-    """Prepare a case: copies of sound folders (`tokenizer`, `tokens`, `model`, ...), spoilt by `then`."""
+    """Prepare a case: copies of sound folders (`tokenizer`, `tokens`, `model`, ...), damaged by `then`."""
 
     def prepare(folder: Path) -> None:
         for name in names:
@@ -115,7 +115,7 @@ def build_tokens(out: Path) -> None:
 
 
 def build_model(out: Path) -> None:
-    """Random weights: what is wrong with a model directory does not depend on what it learnt."""
+    """Build a model with random weights: errors of a model directory do not depend on what was learnt."""
     import torch
 
     from koine.model import Decoder, preset, save_model
@@ -127,7 +127,7 @@ def build_model(out: Path) -> None:
 
 
 def build_exportable(out: Path) -> None:
-    """As `build_model`, with a tokenizer of two merges: llama.cpp reads no model without any."""
+    """Build a model as `build_model`, with a tokenizer of two merges: llama.cpp needs some."""
     from koine.model import Decoder, preset, save_model
     from koine.tokenizer import load_tokenizer
 
@@ -138,7 +138,7 @@ def build_exportable(out: Path) -> None:
 
 
 def build_branch(out: Path) -> None:
-    """The model with a little added to every weight: a branch of it."""
+    """Build a branch: the model with a little added to every weight."""
     import torch
 
     from koine.model import load_model, save_model
@@ -152,7 +152,7 @@ def build_branch(out: Path) -> None:
 
 
 def build_unrelated(out: Path) -> None:
-    """A model of the same shape from other random weights."""
+    """Build a model of the same shape from other random weights."""
     import torch
 
     from koine.model import Decoder, save_model
@@ -182,7 +182,7 @@ def build_trained(out: Path) -> None:
 
 
 def build_halfway(out: Path) -> None:
-    """A training that was asked to end after its first step, and left a checkpoint."""
+    """Build a training that was stopped after its first step, with a checkpoint."""
     import pytest
 
     from koine.train.signals import Interrupt
@@ -273,7 +273,10 @@ def with_nan(path: str) -> Callable[[Path], None]:
 
 
 def inside_another(folder: Path) -> None:
-    """`multimodal`: the model under the names that a multimodal checkpoint gives its language model, a norm of each layer left out."""
+    """Build `multimodal`: the model under the names of a multimodal checkpoint's language model.
+
+    A norm of each layer is left out.
+    """
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder / "model", folder / "multimodal")
@@ -308,7 +311,7 @@ def edited_json(path: str, **changes: Any) -> Callable[[Path], None]:
 
 
 def marked_inside(path: str, prefix: str) -> Callable[[Path], None]:
-    """A BPE tokenizer that marks what does not begin a word."""
+    """A BPE tokenizer that marks tokens inside a word."""
 
     def edit(folder: Path) -> None:
         value = json.loads((folder / path).read_text())
@@ -327,7 +330,7 @@ def both(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def full_disk(patch: Any) -> None:
-    """fsync tells that no block is left, as a full disk does at the latest then."""
+    """Let fsync report that no block is left, as a full disk does."""
 
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -336,7 +339,7 @@ def full_disk(patch: Any) -> None:
 
 
 def unreadable(name: str) -> Callable[[Any], None]:
-    """Opening a file called `name` is refused; the tests may run as a user whom no permission stops."""
+    """Refuse to open a file called `name`; the tests may run as a user with all permissions."""
 
     def during(patch: Any) -> None:
         import builtins
@@ -356,7 +359,7 @@ def unreadable(name: str) -> Callable[[Any], None]:
 
 
 def add_tokens(path: str) -> Callable[[Path], None]:
-    """Add ids to a tokenizer beyond what a model was made for."""
+    """Add ids to a tokenizer beyond its model's embeddings."""
 
     def add(folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -376,7 +379,7 @@ def _forget(patch: Any, name: str) -> None:
 
 
 class _Refuse:
-    """An import hook that fails for one package as an installation without its files does."""
+    """Import hook that fails for one package, as an installation without its files does."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -387,7 +390,7 @@ class _Refuse:
 
 
 def half_installed(name: str) -> Callable[[Any], None]:
-    """The metadata of a package are there, its files are not."""
+    """Simulate a package with metadata but without files."""
 
     def during(patch: Any) -> None:
         import sys
@@ -399,7 +402,7 @@ def half_installed(name: str) -> Callable[[Any], None]:
 
 
 def without_package(name: str) -> Callable[[Any], None]:
-    """Neither metadata nor files of a package are there."""
+    """Simulate a package that is not installed."""
 
     def during(patch: Any) -> None:
         import importlib.metadata
@@ -423,7 +426,10 @@ def without_package(name: str) -> Callable[[Any], None]:
 
 
 def write_mixture(**changes: Any) -> Callable[[Path], None]:
-    """A sound mixture.json of one phase and one source, with these changes (of the source's fields: `source`)."""
+    """Write a sound mixture.json of one phase and one source, with these changes.
+
+    source: changes of the source's fields.
+    """
 
     def write(folder: Path) -> None:
         source = {"name": "tales", "path": "tokens", "proportion": 1.0, **changes.get("source", {})}
@@ -439,7 +445,7 @@ _held: Any = None
 
 
 def locked(path: str) -> Callable[[Any], None]:
-    """Another process holds this lock file."""
+    """Hold a lock file in another process."""
 
     def during(patch: Any) -> None:
         import sys
@@ -464,7 +470,7 @@ def spoil_checkpoint(folder: Path) -> None:
 
 
 def shrink_vocabulary(folder: Path) -> None:
-    """A model that knows fewer ids than the tokens have."""
+    """Give a model fewer ids than the tokens have."""
     import torch
 
     from koine.model import Decoder, preset, save_model
@@ -475,7 +481,7 @@ def shrink_vocabulary(folder: Path) -> None:
 
 
 def standard_input(content: bytes) -> Callable[[Any], None]:
-    """What comes through a pipe."""
+    """Give a command this standard input."""
 
     def during(patch: Any) -> None:
         import io

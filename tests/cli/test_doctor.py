@@ -1,4 +1,4 @@
-"""`koine doctor` tells whole, missing and half-installed packages apart, and its numbers are what the system says."""
+"""`koine doctor` separates installed, missing and broken packages; its numbers are the system's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run that goes wrong ends: one line for the user's mistake, a traceback for ours, a note for what works."""
+"""Messages of the command line: one line for a user's mistake, a traceback for ours, a note for warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command with an `--out`: what appears meanwhile stays, two of them do not lose one result, nothing is left over."""
+"""Commands with `--out`: what appears meanwhile stays, no result is lost, and nothing is left over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from koine.cli.main import cli, expanded, main
+from koine.cli.main import cli, expand_home, main
 from koine.errors import UserError
 from koine.files import atomic_file, claim, outputs
 from tests.bad_inputs import worlds
@@ -187,7 +187,7 @@ def test_a_training_over_a_model_is_refused(command: str, place: Path) -> None:
     assert {path: path.read_bytes() for path in (place / "model").iterdir()} == before
 
 
-def test_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expand_home_where_the_shell_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for word, meant in (
         ("~/m", "/home/me/m"),
@@ -197,7 +197,7 @@ def test_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPat
         ("a~/b", "a~/b"),
         ("what is ~/m?", "what is ~/m?"),
     ):
-        assert expanded(word) == meant
+        assert expand_home(word) == meant
 
 
 def test_a_path_that_is_no_utf_8_is_printed(

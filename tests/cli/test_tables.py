@@ -1,4 +1,4 @@
-"""Tables through a pipe are whole whatever the width; in a terminal of 80 characters no heading and no cell is cut off."""
+"""Tables are complete through a pipe, and no cell is cut off in a terminal of 80 characters."""
 
 from __future__ import annotations
 

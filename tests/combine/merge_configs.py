@@ -1,4 +1,4 @@
-"""What the tests of merging share: a configuration with its usual numbers, and the tensors of a folder."""
+"""Helpers of the merging tests: a usual configuration, and the tensors of a folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from koine.combine.merging.methods import METHODS
 
 
 def config_of(method: str, models: dict[str, Path], **more: Any) -> MergeConfig:
-    info = METHODS[method]
+    """Return a usual configuration of a method, for the models `a`, `b` and `base`."""
+    found = METHODS[method]
     fields: dict[str, Any] = {"method": method, "models": (models["a"], models["b"])}
-    if info.takes("weights"):
+    if found.takes("weights"):
         fields["weights"] = (0.25, 0.75)
-    if info.takes("base"):
+    if found.takes("base"):
         fields["base"] = models["base"]
-    if "t" in info.parameters:
-        fields["options"] = {"t": 0.3}
+    fields["options"] = required_options(method)
     return MergeConfig(**(fields | more))
 
 
+def required_options(method: str) -> dict[str, Any]:
+    """Return a usual value for each option without a default."""
+    parameters = METHODS[method].parameters
+    return {name: 0.3 for name, parameter in parameters.items() if parameter.default is parameter.empty}
+
+
 def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a folder."""
     found: dict[str, torch.Tensor] = {}
     for file in path.glob("*.safetensors"):
         found |= load_file(file)

@@ -13,9 +13,13 @@ from koine.tokenizer.special import SMALLEST_VOCABULARY
 
 def small_config(**fields: int) -> ModelConfig:
     sizes = {
-        "vocab_size": SMALLEST_VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2,
+        "vocab_size": SMALLEST_VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "num_kv_heads": 2,
         "head_dim": 16,
-    }  # fmt: skip
+    }
     return ModelConfig(**(sizes | fields), layers=hybrid_layers(4, window=7), initializer_range=0.15)
 
 

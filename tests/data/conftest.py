@@ -34,7 +34,7 @@ WORDS = [
 
 
 def document(number: int, length: int = 12) -> str:
-    """A text that is another for every number."""
+    """Return a text that differs for every number."""
     return (
         " ".join(WORDS[(number * 7 + index * index) % len(WORDS)] for index in range(length)) + f" {number}"
     )

@@ -1,4 +1,4 @@
-"""The data order: a pure function of the step, the same however it is split, in the proportions asked for, and told afterwards."""
+"""The data order: a pure function of the step, in given proportions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koine.data import DataOrder, Mixture, Phase, Source, TokenSource, tokenize
-from koine.data.data_order import _apportion
+from koine.data.components import apportion
 from koine.data.packing import ConcatPacking, NoSplitPacking
 from koine.errors import KoineWarning, UserError
 from tests.data.conftest import document, write_records
@@ -89,7 +89,7 @@ def test_the_same_for_any_ranks_and_micro_batches(
     time=st.integers(2, 40),
     seed=st.integers(0, 99),
 )
-def test_a_stream_holds_every_token_once_an_epoch(lengths: list[int], time: int, seed: int) -> None:
+def test_concat_holds_every_token_once_an_epoch(lengths: list[int], time: int, seed: int) -> None:
     packing = ConcatPacking(np.arange(len(lengths)), np.array(lengths), time, (seed, 1))
     total = sum(lengths)
     seen: list[tuple[int, int]] = []
@@ -110,7 +110,7 @@ def test_a_stream_holds_every_token_once_an_epoch(lengths: list[int], time: int,
     time=st.integers(2, 40),
     seed=st.integers(0, 99),
 )
-def test_whole_documents_are_each_once_an_epoch(lengths: list[int], time: int, seed: int) -> None:
+def test_no_split_holds_every_document_once_an_epoch(lengths: list[int], time: int, seed: int) -> None:
     packing = NoSplitPacking(np.arange(len(lengths)), np.array(lengths), time, (seed, 1))
     rows, seen = 0, 0
     while seen < len(lengths):
@@ -169,14 +169,14 @@ def test_targets_are_the_next_tokens_of_the_same_document(sources: dict[str, Pat
             assert (batch.document_ids[row, filled:] == -1).all()
 
 
-def test_across_documents_where_the_mixture_says_so(sources: dict[str, Path]) -> None:
+def test_cross_document_attention(sources: dict[str, Path]) -> None:
     batch = DataOrder(mixture(sources, cross_document_attention=True), verify=False).batch(1)
     assert batch.document_ids is None
     assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
     assert (batch.targets != -100).all()
 
 
-def test_a_later_phase_goes_on_where_the_earlier_stopped(sources: dict[str, Path]) -> None:
+def test_a_later_phase_continues_the_earlier(sources: dict[str, Path]) -> None:
     order = DataOrder(mixture(sources), verify=False)
     first = {
         (s.record_id, s.start)
@@ -194,7 +194,7 @@ def test_a_later_phase_goes_on_where_the_earlier_stopped(sources: dict[str, Path
         assert not first & later
 
 
-def test_repeats_are_said(sources: dict[str, Path]) -> None:
+def test_repeats_give_a_warning(sources: dict[str, Path]) -> None:
     once = Source(name="b", path=sources["b"], proportion=1.0, max_epochs=1.0)
     with pytest.warns(KoineWarning, match=r"b/en \d+\.\d times \(limit 1\)"):
         DataOrder(
@@ -202,7 +202,7 @@ def test_repeats_are_said(sources: dict[str, Path]) -> None:
         )
 
 
-def test_sources_that_would_draw_the_same_are_refused(sources: dict[str, Path]) -> None:
+def test_overlapping_sources_are_refused(sources: dict[str, Path]) -> None:
     twice = tuple(Source(name=name, path=sources["b"], proportion=0.5) for name in "xy")
     with pytest.raises(UserError, match="'x' and 'y' both draw 'en'"):
         DataOrder(
@@ -210,7 +210,7 @@ def test_sources_that_would_draw_the_same_are_refused(sources: dict[str, Path]) 
         )
 
 
-def test_json_and_its_mistakes(sources: dict[str, Path]) -> None:
+def test_json_round_trip_and_errors(sources: dict[str, Path]) -> None:
     value = mixture(sources).to_json()
     assert Mixture.from_json(value).to_json() == value
     for change, line in (
@@ -241,13 +241,16 @@ def test_json_and_its_mistakes(sources: dict[str, Path]) -> None:
         )
 
 
-def test_documents_that_lose_their_end_are_said(sources: dict[str, Path]) -> None:
+def test_truncated_documents_give_a_warning(sources: dict[str, Path]) -> None:
     with pytest.warns(KoineWarning, match=r"324 of 480 documents are longer than a sequence of 32 tokens"):
         DataOrder(mixture(sources, packing="no_split"))
 
 
-def test_blocks_are_apportioned_by_hand() -> None:
-    """One each, the rest by largest remainder: of 10 with equal weights 4, 3, 3; of 10 by 7 to 2 to 1, 1 + 4.9, 1.4, 0.7."""
-    assert _apportion(np.array([1.0, 1.0, 1.0]), 10).tolist() == [4, 3, 3]
-    assert _apportion(np.array([7.0, 2.0, 1.0]), 10).tolist() == [6, 2, 2]
-    assert _apportion(np.array([1.0, 1e-9]), 4).tolist() == [3, 1]
+def test_apportion_by_hand() -> None:
+    """One each, the rest by largest remainder.
+
+    Of 10 with equal weights: 4, 3, 3. Of 10 by 7 to 2 to 1: 1 + 4.9, 1.4, 0.7.
+    """
+    assert apportion(np.array([1.0, 1.0, 1.0]), 10).tolist() == [4, 3, 3]
+    assert apportion(np.array([7.0, 2.0, 1.0]), 10).tolist() == [6, 2, 2]
+    assert apportion(np.array([1.0, 1e-9]), 4).tolist() == [3, 1]

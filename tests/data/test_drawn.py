@@ -1,4 +1,4 @@
-"""A training that goes on from another draws fresh text: no document twice before the source is exhausted."""
+"""A training after another draws fresh text: no document twice before the source is exhausted."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def mixture(shards: Path, steps: int = 3, **fields: Any) -> Mixture:
 
 
 def ids(order: DataOrder, steps: Iterable[int] | None = None) -> list[str]:
-    """Record ids in the rows of these steps, or of all."""
+    """Return record ids in the rows of these steps, or of all."""
     numbers = range(order.mixture.steps) if steps is None else steps
     return [span.record_id for step in numbers for row in order.batch(step).documents for span in row]
 
 
 @pytest.mark.parametrize("packing", ["concat", "no_split", "one_per_row"])
 @pytest.mark.parametrize("length", [32, 48, 20])
-def test_the_second_training_sees_nothing_of_the_first(shards: Path, packing: str, length: int) -> None:
-    """Whatever the length of its rows; the mixture alone decides, so that it can be asked later what a step saw."""
+def test_a_second_training_draws_other_documents(shards: Path, packing: str, length: int) -> None:
+    """For any row length. The mixture alone decides, so a step's documents can be looked up later."""
     first = DataOrder(mixture(shards, packing=packing))
     again = DataOrder(mixture(shards, packing=packing, sequence_length=length))
     assert set(ids(first)) & set(ids(again)), "without it, the same documents come again"
@@ -61,8 +61,8 @@ def test_the_second_training_sees_nothing_of_the_first(shards: Path, packing: st
     assert ids(DataOrder(copied), [1]) == ids(second, [1])
 
 
-def test_a_chain_of_trainings_sees_every_document_once_before_any_twice(shards: Path) -> None:
-    """In one pass; the documents that lie across the end of a training are begun by it and left to it."""
+def test_a_chain_of_trainings_draws_every_document_once(shards: Path) -> None:
+    """In one epoch. A document across the end of a training belongs to that training."""
     seen: list[set[str]] = []
     drawn: tuple[Drawn, ...] = ()
     for _ in range(4):
@@ -74,8 +74,8 @@ def test_a_chain_of_trainings_sees_every_document_once_before_any_twice(shards: 
     assert all(part for part in german)
 
 
-def test_a_run_without_earlier_ones_is_what_it_was(shards: Path) -> None:
-    """Nothing is drawn: the first row is the first, and the record of the mixture has no field more."""
+def test_a_run_without_earlier_ones_is_unchanged(shards: Path) -> None:
+    """Nothing is drawn before: rows start at the first, and the mixture's JSON has no new field."""
     plain = mixture(shards)
     assert "drawn" not in plain.to_json()
     other = replace(plain, drawn=(Drawn(source="0" * 64, language="de", shuffle=(0, 1), documents=9),))
@@ -84,7 +84,7 @@ def test_a_run_without_earlier_ones_is_what_it_was(shards: Path) -> None:
     assert ids(DataOrder(replace(plain, drawn=seeded.drawn()))) == ids(DataOrder(plain)), "another shuffle"
 
 
-def test_ranks_and_phases_and_long_rows_go_on_too(shards: Path) -> None:
+def test_ranks_phases_and_long_rows_continue_too(shards: Path) -> None:
     from koine.data.mixture import LongRows
 
     source = Source(name="text", path=shards, proportion=1.0, max_epochs=99.0)
@@ -104,8 +104,8 @@ def test_ranks_and_phases_and_long_rows_go_on_too(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [ConcatPacking, NoSplitPacking, OnePerRowPacking])
-def test_places_by_brute_force(kind: type[ConcatPacking | NoSplitPacking]) -> None:
-    """`documents_before` counts what the rows hold, and `first_row_after` is the first row without any of them."""
+def test_counts_of_documents_by_brute_force(kind: type[ConcatPacking | NoSplitPacking]) -> None:
+    """Compare `documents_before` and `first_row_after` with the contents of the rows."""
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -144,8 +144,8 @@ def test_places_by_brute_force(kind: type[ConcatPacking | NoSplitPacking]) -> No
         assert after == 0 or firsts[after - 1] < documents
 
 
-def test_the_furthest_of_several_models(tmp_path: Path) -> None:
-    """Branches read the same general text side by side: a mixture of them goes on after the one that came furthest."""
+def test_records_of_several_models_are_merged(tmp_path: Path) -> None:
+    """Branches may read the same text: a model made of them continues after the furthest one."""
 
     def one(source: str, documents: int) -> Drawn:
         return Drawn(source=source, language="de", shuffle=(0, 1), documents=documents)
@@ -169,7 +169,7 @@ def test_the_furthest_of_several_models(tmp_path: Path) -> None:
         [{"source": "a", "language": "de", "shuffle": [0], "documents": 1.5}],
     ],
 )  # fmt: skip
-def test_places_that_are_none_are_refused(value: Any, tmp_path: Path) -> None:
+def test_damaged_records_are_refused(value: Any, tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps({"drawn": value}))
     with pytest.raises(UserError):
         read_drawn(tmp_path)

@@ -1,4 +1,4 @@
-"""What a model says it saw at a step is what the order gives, and other shards are refused."""
+"""Documents of a step are those of the data order; other shards raise an error."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.model import Decoder, preset
 from koine.tokenizer import load_tokenizer
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from tests.data.conftest import document, write_records
 
 
-def test_at_step(tokenizer: Path, tmp_path: Path) -> None:
+def test_documents_at_step(tokenizer: Path, tmp_path: Path) -> None:
     records = [{"id": f"r{number}", "text": document(number), "language": "en"} for number in range(60)]
     tokenize(write_records(tmp_path / "a.jsonl", records), tokenizer, out=tmp_path / "tokens")
     source = Source(name="a", path=tmp_path / "tokens", proportion=1.0)
@@ -27,7 +27,7 @@ def test_at_step(tokenizer: Path, tmp_path: Path) -> None:
     settings = TrainSettings(dtype="float32", threads=1)
     train(
         model,
-        language_modelling,
+        LanguageModelling(),
         order,
         settings,
         out=tmp_path / "model",

@@ -1,4 +1,4 @@
-"""Batches of long rows among a phase's others: still a pure function of the step, and told truly."""
+"""Batches of long rows in a phase: still a pure function of the step."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_same_for_any_ranks_and_micro_batches(
     assert whole.documents == [row for part in parts for row in part.documents]
 
 
-def test_long_rows_do_not_move_the_others(folders: dict[str, Path]) -> None:
+def test_long_rows_do_not_change_the_others(folders: dict[str, Path]) -> None:
     with_long, without = (DataOrder(mixture(folders, long=long), verify=False) for long in (True, False))
     steps = [step for step in range(10) if (step + 1) % 4]
     for plain, step in enumerate(steps):
@@ -104,7 +104,7 @@ def test_long_rows_do_not_move_the_others(folders: dict[str, Path]) -> None:
     assert drawn == {"books"}
 
 
-def test_use_counts_every_row(folders: dict[str, Path]) -> None:
+def test_usage_counts_every_row(folders: dict[str, Path]) -> None:
     order = DataOrder(mixture(folders), verify=False)
     counted: Counter[tuple[str, str, str, int]] = Counter()
     for step in range(16):
@@ -123,7 +123,7 @@ def test_use_counts_every_row(folders: dict[str, Path]) -> None:
 
 
 def test_repeats_of_both_lengths_count_together(folders: dict[str, Path]) -> None:
-    """Half a pass in short rows and most of one in long rows is more than one."""
+    """Half an epoch in short rows and most of one in long rows is more than one."""
     tokens = int(TokenSource(folders["short"]).lengths.sum())
     steps = -(-tokens // (32 * 6)) * 2 // 3
     once = source(folders, "short", max_epochs=1.0)
@@ -136,8 +136,8 @@ def test_repeats_of_both_lengths_count_together(folders: dict[str, Path]) -> Non
         )
 
 
-def test_long_rows_of_long_documents_alone(folders: dict[str, Path]) -> None:
-    """Short documents in a long row would teach nothing of distance: `min_tokens` leaves them out."""
+def test_long_rows_of_long_documents_only(folders: dict[str, Path]) -> None:
+    """Short documents in a long row teach no long distances; `min_tokens` leaves them out."""
     lengths = TokenSource(folders["books"]).lengths
     least = int(np.quantile(lengths, 0.6))
 
@@ -162,7 +162,7 @@ def test_long_rows_of_long_documents_alone(folders: dict[str, Path]) -> None:
         order(100_000)
 
 
-def test_a_document_a_row() -> None:
+def test_one_document_per_row() -> None:
     lengths = np.array([3, 9, 1, 5])
     packing = OnePerRowPacking(np.arange(4), lengths, 6, (0, 1))
     rows = [packing.row(number) for number in range(8)]
@@ -171,8 +171,8 @@ def test_a_document_a_row() -> None:
         assert sorted(row[0] for row in epoch) == [(0, 0, 3), (1, 0, 6), (2, 0, 1), (3, 0, 5)]
 
 
-def test_the_order_of_older_mixtures_stays() -> None:
-    """What models that were trained before say they saw: these are the rows that this packing has always given."""
+def test_the_order_of_older_mixtures_is_unchanged() -> None:
+    """Rows of this packing have not changed, so the records of older models stay true."""
     packing = ConcatPacking(np.arange(5), np.array([3, 5, 2, 7, 4]), 6, (3, 1))
     assert [packing.row(number) for number in range(2)] == [
         [(2, 0, 2), (0, 0, 3), (3, 0, 2)],
@@ -192,12 +192,12 @@ def test_mistakes(folders: dict[str, Path]) -> None:
     value = mixture(folders).to_json()
     first = value["phases"][0]
     for change, line in (
-        ({"every": 1}, "every 1 steps a batch of long rows; it must be at least 2"),
+        ({"every": 1}, "phase 'one': long rows: every is 1; it must be at least 2"),
         ({"every": 11}, "phase 'one': has 10 steps, and every 11th is one of long rows"),
         ({"sequence_length": 32}, "its long rows have 32 tokens, the others 32; long rows must be longer"),
         ({"batch_size": 0}, "long rows: batch_size is 0"),
         ({"sources": [{"name": "a", "path": "a", "proportion": 1.0, "min_tokens": 0}]}, "min_tokens is 0"),
-        ({"evry": 4}, "unknown key 'evry' of a long rows; did you mean 'every'"),
+        ({"evry": 4}, "phase 'one': long rows: unknown key 'evry'; did you mean 'every'"),
         ({"sources": [{"name": "a", "path": "a", "proportion": 0.5}]}, "the proportions sum to 0.5, not 1"),
         (
             {"sources": [{"name": "short", "path": "a", "proportion": 1.0}]},

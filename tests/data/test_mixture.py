@@ -1,4 +1,4 @@
-"""Mixtures from JSON: every field is of its type, or refused by name."""
+"""Mixtures from JSON: a field of a wrong type is named in the error."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ SOUND: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        ("source.languages", ["de"], r'languages of the source \'tales\' is \["de"\]; .*an object with numbers or null'),
-        ("source.languages", {"de": "1"}, "languages of the source 'tales'"),
-        ("source.languages", {"de": True}, "languages of the source 'tales'"),
-        ("source.temperature", "3", 'temperature of the source \'tales\' is "3"; it must be a number or null'),
-        ("source.proportion", True, "proportion of the source 'tales' is true; it must be a number"),
-        ("source.min_tokens", 2.5, "min_tokens of the source 'tales' is 2.5; it must be an integer or null"),
-        ("source.path", 3, "path of the source 'tales' is 3; it must be a string"),
-        ("phase.steps", 4.0, "steps of the phase 'pretrain' is 4.0; it must be an integer"),
-        ("phase.steps", True, "steps of the phase 'pretrain' is true; it must be an integer"),
-        ("phase.name", None, "name of a phase is null; it must be a string"),
-        ("phase.sources", {}, "sources of the phase 'pretrain' is {}; it must be a list"),
-        ("phase.long", [2], r"long of the phase 'pretrain' is \[2\]; it must be an object or null"),
-        ("long.every", 2.0, "every of a long rows is 2.0; it must be an integer"),
-        ("batch_size", 2.0, "batch_size of a mixture is 2.0; it must be an integer"),
-        ("seed", 1.5, "seed of a mixture is 1.5; it must be an integer"),
-        ("packing", ["concat"], r'packing of a mixture is \["concat"\]; it must be "concat" or "no_split" or "one_per_row"'),
-        ("cross_document_attention", "no", 'cross_document_attention of a mixture is "no"; it must be true or false'),
+        ("source.languages", ["de"], "source 'tales': languages is .'de'.; it must be an object of weights"),
+        ("source.languages", {"de": "1"}, "source 'tales': the weight of 'de' is '1'; it must be a number"),
+        ("source.languages", {"de": True}, "source 'tales': the weight of 'de' is True; it must be a number"),
+        ("source.temperature", "3", "source 'tales': temperature is '3'; it must be a number"),
+        ("source.proportion", True, "source 'tales': proportion is True; it must be a number"),
+        ("source.min_tokens", 2.5, "source 'tales': min_tokens is 2.5; it must be an integer"),
+        ("source.path", 3, "source 'tales': path is 3; it must be a string"),
+        ("phase.steps", 4.0, "phase 'pretrain': steps is 4.0; it must be an integer"),
+        ("phase.steps", True, "phase 'pretrain': steps is True; it must be an integer"),
+        ("phase.name", None, "a phase: the field 'name' is missing; it needs name, steps, sources"),
+        ("phase.sources", {}, "phase 'pretrain': the field 'sources' is {}; it must be a list"),
+        ("phase.long", [2], r"phase 'pretrain': the field 'long' is \[2\]; it must be an object"),
+        ("long.every", 2.0, "phase 'pretrain': long rows: every is 2.0; it must be an integer"),
+        ("batch_size", 2.0, "mixture.json: batch_size is 2.0; it must be an integer"),
+        ("seed", 1.5, "mixture.json: seed is 1.5; it must be an integer"),
+        ("packing", ["concat"], r"packing is \['concat'\]; it must be one of concat, no_split, one_per_row"),
+        ("cross_document_attention", "no", "cross_document_attention is 'no'; it must be true or false"),
     ],
 )  # fmt: skip
-def test_a_field_of_another_type_is_refused_by_name(place: str, value: Any, says: str) -> None:
+def test_a_field_of_a_wrong_type_is_named(place: str, value: Any, says: str) -> None:
     given = copy.deepcopy(SOUND)
     phase = given["phases"][0]
     where, _, name = place.rpartition(".")
@@ -60,7 +60,7 @@ def test_a_field_of_another_type_is_refused_by_name(place: str, value: Any, says
         Mixture.from_json(given, where="mixture.json")
 
 
-def test_numbers_may_be_whole_and_a_mixture_comes_back_from_its_own_json() -> None:
+def test_integers_are_numbers_and_json_round_trips() -> None:
     mixture = Mixture.from_json(SOUND)
     assert Mixture.from_json(mixture.to_json(), relative_to=Path("/")).to_json() == mixture.to_json()
 

@@ -1,4 +1,4 @@
-"""Packings keep their names of before 0.1.0 as input: runs, files and commands of then still work."""
+"""Packing names of before 0.1.0 are still read: older runs, files and commands work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from koine.data import DataOrder, Mixture, Phase, Source, tokenize
 from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.model import Decoder
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from tests.train.models import small_config
 
 from .conftest import document, write_records
@@ -50,7 +50,7 @@ def run(tokens: Path, tokenizer: Path, out: Path, *, stop_at: int | None = None,
     model = Decoder(small_config(350))
     order = DataOrder(mixture(tokens, **fields))
     train(
-        model, language_modelling, order, SETTINGS,
+        model, LanguageModelling(), order, SETTINGS,
         out=out, tokenizer=tokenizer, evaluate=evaluate, progress=False, device="cpu",
     )  # fmt: skip
     return model

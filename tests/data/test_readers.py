@@ -1,4 +1,4 @@
-"""Data files as people have them: whatever the layout, the same texts; one odd record is one bad record; time and memory have bounds."""
+"""Data files in every layout give the same texts; bad records are counted; time and memory are bounded."""
 
 from __future__ import annotations
 
@@ -150,14 +150,14 @@ def text_of(record: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("carry", [None, ()])
-def test_the_same_texts_whatever_the_layout(name: str, carry: Any, tmp_path: Path) -> None:
+def test_every_layout_gives_the_same_texts(name: str, carry: Any, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FILES[name])
     reader = read_records(tmp_path / name, language="en", max_bad_share=0.0, carry=carry)
     assert [text_of(record) for record in reader] == TEXTS
     assert reader.bad == 0
 
 
-def test_line_ends_inside_of_text_are_text(tmp_path: Path) -> None:
+def test_line_ends_inside_text_are_kept(tmp_path: Path) -> None:
     odd = "one\u2028two\u0085three\x0bfour"
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": odd}, ensure_ascii=False) + "\n", encoding="utf-8")
     (tmp_path / "b.txt").write_text(odd, encoding="utf-8")
@@ -166,7 +166,7 @@ def test_line_ends_inside_of_text_are_text(tmp_path: Path) -> None:
 
 
 def test_a_line_end_on_the_edge_of_a_block_is_one_line_end(tmp_path: Path) -> None:
-    """Blocks are of 64 KiB: each of four places of the carriage return around the edge."""
+    """Blocks have 64 KiB; the carriage return is at each of four positions around the edge."""
     for size in range(65_530, 65_540):
         (tmp_path / "a.csv").write_bytes(b'text\r\n"' + b"x" * size + b'\r\ny"\r\n"z"\r\n')
         assert [record["text"] for record in read_records(tmp_path / "a.csv")] == ["x" * size + "\r\ny", "z"]
@@ -228,7 +228,7 @@ ODD = [
 
 @pytest.mark.parametrize("place", ["line", "array"])
 @pytest.mark.parametrize(("odd", "why"), ODD)
-def test_one_odd_record_is_bad_and_ends_nothing(
+def test_one_odd_record_is_one_bad_record(
     odd: str, why: str, place: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "longer" in why:
@@ -277,7 +277,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("carry", [None, ()])
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_a_column_that_nobody_asked_for_ends_nothing(name: str, carry: Any, tmp_path: Path) -> None:
+def test_an_unreadable_column_that_is_not_needed_is_ignored(name: str, carry: Any, tmp_path: Path) -> None:
     table = pa.table({"odd": UNREADABLE[name], "text": TEXTS})
     (tmp_path / "a.parquet").write_bytes(parquet({"odd": UNREADABLE[name], "text": TEXTS}))
     (tmp_path / "b.arrow").write_bytes(ipc(table, stream=True))
@@ -289,7 +289,7 @@ def test_a_column_that_nobody_asked_for_ends_nothing(name: str, carry: Any, tmp_
 
 
 def test_only_the_columns_that_are_needed_are_read(tmp_path: Path) -> None:
-    """The pages of the other column are destroyed: who reads them fails."""
+    """The pages of the other column are destroyed, so reading them would fail."""
     sink = io.BytesIO()
     marks = [f"{n:08d}" * 500 for n in range(60)]
     table = pa.table({"text": TEXTS, "answer": TEXTS, "image": marks})
@@ -314,8 +314,8 @@ def test_text_of_a_table_that_is_no_utf8_is_one_bad_record(tmp_path: Path) -> No
         assert "the field 'text' cannot be read" in reader.examples[0].reason
 
 
-def test_arrow_offsets_that_point_outside_are_damage(tmp_path: Path) -> None:
-    """Followed, they lead out of the process's memory."""
+def test_arrow_offsets_that_point_outside_are_an_error(tmp_path: Path) -> None:
+    """Followed, they would lead out of the process's memory."""
     offsets = pa.py_buffer(memoryview(bytearray(b"\0\0\0\0\xff\xff\xff\x7f\x05\0\0\0")).toreadonly())
     wild = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"abcde"))
     (tmp_path / "a.arrow").write_bytes(ipc(pa.table({"text": wild}), stream=True))
@@ -347,7 +347,7 @@ def test_arrow_offsets_that_point_outside_are_damage(tmp_path: Path) -> None:
         ("a.jsonl", LINES.encode("latin-1", "replace").replace(b"?", b"\xe4"), "not UTF-8"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+def test_unreadable_files_give_one_line(name: str, content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         list(read_records(tmp_path / name))
@@ -356,7 +356,7 @@ def test_what_cannot_be_read_is_one_line(name: str, content: bytes, says: str, t
 
 
 def packed_lines(compress: Any, line: bytes, size: int) -> bytes:
-    """`size` bytes of one line again and again, packed without holding them."""
+    """Compress `size` bytes of one repeated line without holding them."""
     block = line * (2**20 // len(line))
     packed = [compress.compress(block) for _ in range(size // len(block))]
     return b"".join([*packed, compress.flush()])
@@ -370,7 +370,7 @@ BOMBS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("packed", BOMBS)
-def test_a_small_file_does_not_unpack_without_end(
+def test_decompression_bombs_are_refused(
     packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decompression, "SUSPECTS", ((2**23, 200),))
@@ -381,10 +381,13 @@ def test_a_small_file_does_not_unpack_without_end(
         list(read_records(path))
 
 
-def test_zstandard_is_unpacked_in_linear_time_and_bounded_memory(
+def test_zstandard_takes_linear_time_and_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line of 300 MB out of 20 KB: what was quadratic took minutes here; the memory is that of the longest line, and a feed."""
+    """One line of 300 MB out of 20 KB; quadratic code would take minutes.
+
+    Memory is that of the longest line and one feed.
+    """
     monkeypatch.setattr(decompression, "SUSPECTS", ((2**40, 1),))
     monkeypatch.setattr(line_reading, "LONGEST_LINE", 2**22)
     path = tmp_path / "a.jsonl.zst"
@@ -412,7 +415,7 @@ def test_a_window_that_needs_too_much_memory_is_refused(tmp_path: Path) -> None:
             list(read_records(tmp_path / name))
 
 
-def test_what_lies_beside_data_is_passed_over(tmp_path: Path) -> None:
+def test_other_files_in_a_folder_are_ignored(tmp_path: Path) -> None:
     for name in ("README.md", ".DS_Store", "_SUCCESS", ".a.jsonl.crc", "dataset_info.json", "a.jsonl.crc"):
         (tmp_path / name).write_bytes(b"{")
     (tmp_path / "a.jsonl").write_bytes(JSONL)

@@ -1,4 +1,4 @@
-"""Readers and records: every kind of file, bad records told with file and line, constant memory."""
+"""Records: every kind of file, bad records reported with file and line, constant memory."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_compressed_plain_text(packed: str, tmp_path: Path) -> None:
     assert [r["text"] for r in read_records(path)] == [r["text"] for r in RECORDS]
 
 
-def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+def test_extensions_may_be_upper_case(tmp_path: Path) -> None:
     for packed, compress in COMPRESS.items():
         (tmp_path / f"A{len(packed)}{packed}.JSONL{packed.upper()}").write_bytes(compress(jsonl(RECORDS[:1])))
     assert len(list(read_records(tmp_path))) == len(COMPRESS)
@@ -130,13 +130,13 @@ def test_a_quote_inside_one_line_is_one_bad_record(tmp_path: Path) -> None:
         ('{"_data_files": [{"filename": "data-0.arrow"}]}', "data-0.arrow: is missing; state.json lists it"),
     ],
 )
-def test_a_damaged_state_of_a_data_set_is_said(content: str, says: str, tmp_path: Path) -> None:
+def test_a_damaged_state_json_is_an_error(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(UserError, match=says):
         read_records(tmp_path)
 
 
-def test_a_hub_that_says_nothing_is_told_by_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_error_without_a_message_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> str:
         raise ConnectionError
 
@@ -155,7 +155,7 @@ def test_plain_text(unit: Any, texts: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [".gz", ".xz", ".zst"])
-def test_a_file_that_was_cut_off_is_said(packed: str, tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error(packed: str, tmp_path: Path) -> None:
     whole = COMPRESS[packed](jsonl(RECORDS * 200))
     (tmp_path / f"cut.jsonl{packed}").write_bytes(whole[: -len(whole) // 4])
     with pytest.raises(UserError, match="damaged or cut off"):
@@ -195,7 +195,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD)
-def test_bad_records_are_told_with_file_and_line(line: str, reason: str, tmp_path: Path) -> None:
+def test_bad_records_are_reported_with_file_and_line(line: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(RECORDS) + line.encode() + b"\n")
     reader = read_records(path, max_bad_share=0.05)
@@ -273,7 +273,7 @@ def test_a_text_without_empty_lines_is_cut_at_line_ends(tmp_path: Path) -> None:
     assert "\n".join(texts) == "\n".join([line] * 25_000)
 
 
-def test_a_row_with_a_text_in_each_language_is_a_record_in_each(tmp_path: Path) -> None:
+def test_a_row_of_translations_is_one_record_per_language(tmp_path: Path) -> None:
     path = tmp_path / "parallel.jsonl"
     rows = [
         {"id": "1", "text": {"eng_Latn": "a map", "deu_Latn": "eine Karte", "xxx_Latn": "?"}, "split": "dev"},

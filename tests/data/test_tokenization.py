@@ -1,4 +1,4 @@
-"""Token shards: whole, the same for any number of workers and interruptions, and protected by their hashes."""
+"""Token shards: the same for any number of workers and interruptions, and protected by hashes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def source(tmp_path: Path) -> Path:
     return write_records(tmp_path / "some.jsonl", records())
 
 
-def test_what_is_read_is_what_was_written(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_round_trip(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     tokenize(source, tokenizer, out=tmp_path / "out", shard_bytes=4000)
     opened, loaded = TokenSource(tmp_path / "out"), load_tokenizer(tokenizer)
     assert len(opened.manifest["shards"]) > 5
@@ -59,7 +59,7 @@ def test_what_is_read_is_what_was_written(source: Path, tokenizer: Path, tmp_pat
     assert sum(entry["tokens"] for entry in totals.values()) == int(opened.lengths.sum())
 
 
-def test_chats_keep_what_is_a_completion(tokenizer: Path, tmp_path: Path) -> None:
+def test_chats_have_a_completion_mask(tokenizer: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "the river?"}, {"role": "assistant", "content": "to the sea"}]
     path = write_records(tmp_path / "chats.jsonl", [{"messages": messages, "language": "en"}] * 3)
     tokenize(path, tokenizer, out=tmp_path / "out")
@@ -105,7 +105,7 @@ def killed_midway(source: Path, tokenizer: Path, out: Path) -> None:
     assert work.exists()
 
 
-def test_killed_it_goes_on_to_the_same_bytes(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     tokenize(source, tokenizer, out=tmp_path / "whole", shard_bytes=2000)
     killed_midway(source, tokenizer, tmp_path / "killed")
     tokenize(source, tokenizer, out=tmp_path / "killed", shard_bytes=2000)
@@ -124,7 +124,7 @@ def cut(path: Path) -> None:
 
 
 def one_token_more(path: Path) -> None:
-    """A damaged record that is still sound JSON."""
+    """A damaged record that is still valid JSON."""
     about = json.loads(path.read_text())
     about["languages"]["de"][1] += 1
     path.write_text(json.dumps(about))
@@ -140,10 +140,10 @@ def one_token_more(path: Path) -> None:
         ("shard-00001.json", one_token_more),
     ],
 )
-def test_a_shard_is_believed_only_where_its_bytes_are_there(
+def test_a_damaged_shard_is_written_again(
     name: str, damage: Callable[[Path], None], source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """What a crash of the machine or a full disk spoils in the work of an interrupted run is written again."""
+    """After a crash of the machine or a full disk, damaged shards are written again."""
     tokenize(source, tokenizer, out=tmp_path / "whole", shard_bytes=2000)
     killed_midway(source, tokenizer, tmp_path / "killed")
     damage(tmp_path / ".killed.work" / name)
@@ -151,7 +151,7 @@ def test_a_shard_is_believed_only_where_its_bytes_are_there(
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def test_shards_of_an_interrupted_run_with_more_text_do_not_stay(
+def test_extra_shards_of_an_interrupted_run_are_removed(
     source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     killed_midway(source, tokenizer, tmp_path / "out")
@@ -192,10 +192,10 @@ def test_the_manifest_is_protected_too(source: Path, tokenizer: Path, tmp_path: 
         TokenSource(tmp_path / "out")
 
 
-def test_a_shard_is_written_beside_other_processes_files(
+def test_other_processes_may_rename_files_in_the_folder(
     source: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """Another worker renames its partial file at any moment: one that is seen and then gone must not end this worker."""
+    """Another worker may rename its partial file at any moment; its absence must not stop this worker."""
     from koine.data import tokenization as tokenizing
 
     # A link to nothing is seen in the folder, and cannot be opened: as a file that has gone.

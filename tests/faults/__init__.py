@@ -1,1 +1,4 @@
-"""The crash laboratory: kills, failing calls, links, two writers, a hostile server and damaged files (docs/explanation/faults.md)."""
+"""Fault injection: kills, failing calls, links, two writers, a hostile server, damaged files.
+
+See docs/explanation/faults.md.
+"""

@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: the whole laboratory, some stages, or one case alone (docs/explanation/faults.md)."""
+"""`python -m tests.faults`: run all faults, some stages, or one case (docs/explanation/faults.md)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def one_case(given: argparse.Namespace) -> Order | None:
-    """The single case that was asked for, if one was."""
+    """Return the single case of the command line, if there is one."""
     stage = given.stages[0] if given.stages else ""
     if given.repeat:
         return {"case": "repeat", "stage": stage}
@@ -70,7 +70,7 @@ def one_case(given: argparse.Namespace) -> Order | None:
 
 
 def cases_of(laboratory: Laboratory, given: argparse.Namespace) -> list[Order]:
-    """All cases of what was asked for, in order."""
+    """Return all requested cases, in order."""
     asked = set(given.stages)
     found = []
     for name, known in laboratory.known.items():
@@ -94,7 +94,7 @@ def cases_of(laboratory: Laboratory, given: argparse.Namespace) -> list[Order]:
 
 
 def main() -> int:
-    """Exit code 0 where no case ended in a traceback or in silence."""
+    """Run the command line. The exit code is 0 if no case ended in a traceback or in silence."""
     given, begin = arguments(), time.monotonic()
     if given.list:
         print("\n".join(f"{stage.name:24} koine {stage.command}" for stage in STAGES))
@@ -133,7 +133,7 @@ def main() -> int:
 
 
 def names_for(given: argparse.Namespace, alone: Order | None) -> list[str]:
-    """The stages whose undisturbed runs must be known."""
+    """Return the stages whose undisturbed runs must be known."""
     if not given.stages:
         return [stage.name for stage in STAGES]
     names = [name for name in given.stages if name in BY_NAME]

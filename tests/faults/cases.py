@@ -1,4 +1,4 @@
-"""Cases that disturb one call: a kill, a failing call, a stranger's folder, a second writer at that moment."""
+"""Cases that disturb one call: a kill, a failing call, a folder of another program, a second writer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Call:
 
 
 class Bench:
-    """A place for cases, with what the undisturbed runs of all stages are known to leave."""
+    """Folders for cases, with the results of all stages' undisturbed runs."""
 
     def __init__(self, base: Path, *, worker: int) -> None:
         self.world, self.worker = base / "world", worker
@@ -76,7 +76,7 @@ class Bench:
 
 
 def again(bench: Bench, stage: Stage, work: Path, place: Path, first: str | None) -> Life:
-    """Run the same command again and check that it leaves what the undisturbed run leaves."""
+    """Run the same command again and check that its result is that of the undisturbed run."""
     life = live(stage.words(bench.world), work, place / "again", seconds=SECONDS)
     found, wanted = listing(work), bench.wanted[stage.name]
     try:
@@ -96,7 +96,7 @@ def again(bench: Bench, stage: Stage, work: Path, place: Path, first: str | None
 
 
 def kill(bench: Bench, stage: Stage, number: int, *, torn: bool = False) -> Result:
-    """Kill everything at a call; what is visible is whole, and the same command ends as if nothing had been."""
+    """Kill everything at a call. Visible outputs must be complete, and the same command must then succeed."""
     work, place = bench.start(stage)
     life = live(
         stage.words(bench.world), work, place / "first", seconds=SECONDS, kill_at=number, torn=int(torn)
@@ -109,7 +109,7 @@ def kill(bench: Bench, stage: Stage, number: int, *, torn: bool = False) -> Resu
 
 
 def fail(bench: Bench, stage: Stage, number: int, name: str) -> Result:
-    """Let a call fail: the command says so in a line and leaves nothing half-written, or does without the call."""
+    """Let a call fail. The command must report one line and leave nothing partial, or succeed without it."""
     work, place = bench.start(stage)
     before, wanted = listing(work), bench.wanted[stage.name]
     life = live(
@@ -143,7 +143,7 @@ PRECIOUS = b"a stranger's work\n"
 
 
 def appear(bench: Bench, stage: Stage, number: int) -> Result:
-    """While the command waits at a call, somebody else makes what stands under `--out`: it must survive."""
+    """While the command waits at a call, create something under `--out`; it must survive."""
     work, place = bench.start(stage)
     out = work / stage.outs[0]
     (place / "first").mkdir()
@@ -171,7 +171,10 @@ def appear(bench: Bench, stage: Stage, number: int) -> Result:
 
 
 def two(bench: Bench, stage: Stage, other: Stage, number: int) -> Result:
-    """While the command waits at a call, another one with the same `--out` runs; one result must be there, whole."""
+    """While the command waits at a call, run another with the same `--out`.
+
+    One complete result must be there afterwards.
+    """
     work, place = bench.start(stage)
     lives, controls = [], []
     for name, numbers in (("first", {"stop_at": number}), ("second", {})):
@@ -205,7 +208,7 @@ def two(bench: Bench, stage: Stage, other: Stage, number: int) -> Result:
 
 
 def calls_of(log: Path) -> list[Call]:
-    """The calls that an undisturbed run has logged."""
+    """Return the calls that an undisturbed run logged."""
     found = []
     for line in log.read_text().splitlines():
         number, kind, path = line.split(" ", 2)
@@ -216,7 +219,7 @@ def calls_of(log: Path) -> list[Call]:
 def spread(
     calls: list[Call], most: int, *, always: tuple[str, ...] = ("rename", "unlink", "mkdir", "link")
 ) -> list[Call]:
-    """At most about `most` of the calls: all of the kinds `always`, and every k-th of the others."""
+    """Return about `most` of the calls: all of the kinds `always`, and every k-th of the others."""
     first = [call for call in calls if call.kind in always]
     rest = [call for call in calls if call.kind not in always]
     if len(first) > most:
@@ -226,7 +229,7 @@ def spread(
 
 
 def failures(calls: list[Call]) -> Iterator[tuple[Call, str]]:
-    """Every way in which each call can fail."""
+    """Return every way in which each call can fail."""
     for call in calls:
         for name, kinds in FAILS.items():
             if call.kind in kinds:

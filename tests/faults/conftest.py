@@ -1,4 +1,4 @@
-"""The whole laboratory runs only where it is asked for."""
+"""The complete fault injection runs only on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Flipped bits and cut ends in every kind of file that a command reads: refused in a line, or shown to change nothing."""
+"""Flipped bits and truncation in every kind of file that commands read.
+
+Each must give an error line, or change nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ Spoil = Callable[[Path], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A command that reads files, and where its numbers show.
+    """A command that reads files, and where its results are.
 
-    command: as a stage's. reads: folders or files of the world that are copied, so that they can be spoilt.
+    command: as a stage's. reads: folders or files of the world that are copied, so that they can be damaged.
     files: patterns of the files below them. begins: a folder of the world that the command starts in.
-    results: patterns of what it leaves that must be as without damage; `stdout` is what it prints.
+    results: patterns of outputs that must equal those without damage; `stdout` is the printed output.
     """
 
     name: str
@@ -114,7 +117,7 @@ BY_NAME = {reader.name: reader for reader in READERS}
 
 
 def spoils(size: int, seed: str, count: int) -> Iterator[tuple[str, Spoil]]:
-    """About `count` ways to spoil a file of so many bytes, by name; the same for the same file."""
+    """Return about `count` ways to damage a file of this size, by name; deterministic."""
     draw = random.Random(seed)
     places = {0, 3, 8, min(20, size - 1), size // 2, size - 1}
     while len(places) < min(size, 6 + count // 2):
@@ -129,7 +132,7 @@ def spoils(size: int, seed: str, count: int) -> Iterator[tuple[str, Spoil]]:
 
 
 def spoiling(name: str) -> Spoil:
-    """What a name of `spoils` does."""
+    """Return the damage that a name of `spoils` stands for."""
     kind, *numbers = name.split("-")
     values = [int(number) for number in numbers]
     return lambda path: {"flip": _flipped, "cut": _cut, "more": _more, "zeroed": _zeroed}[kind](path, *values)
@@ -162,7 +165,7 @@ def _zeroed(path: Path, start: int) -> bool:
 
 
 def targets(bench: Bench, reader: Reader) -> list[tuple[str, int]]:
-    """The files that a reader reads, with their sizes."""
+    """Return the files that a reader reads, with their sizes."""
     source = bench.world / (reader.begins or reader.reads or "")
     found = {path for pattern in reader.files for path in source.glob(pattern) if path.is_file()}
     return [
@@ -171,7 +174,7 @@ def targets(bench: Bench, reader: Reader) -> list[tuple[str, int]]:
 
 
 def results(reader: Reader, work: Path, out: str) -> Listing:
-    """What must be as without damage."""
+    """Return the outputs that must equal those without damage."""
     found: Listing = {}
     for name, what in listing(work).items():
         if any(Path(name).match(pattern) for pattern in reader.results):
@@ -182,7 +185,7 @@ def results(reader: Reader, work: Path, out: str) -> Listing:
 
 
 def start(bench: Bench, reader: Reader) -> tuple[Path, Path, Path, list[str]]:
-    """A case's folders, where its copy of the files is, and its command."""
+    """Return a case's folders, its copy of the files, and its command."""
     work, place = bench.fresh()
     words = [word.replace("@", f"{bench.world}/") for word in reader.command.split()]
     if reader.begins is not None:
@@ -199,7 +202,7 @@ _sound: dict[str, Listing] = {}
 
 
 def sound_results(bench: Bench, reader: Reader) -> Listing:
-    """What the command leaves where nothing is damaged."""
+    """Return the outputs of the command without damage."""
     if reader.name not in _sound:
         work, place, copy, words = start(bench, reader)
         life = live(words, work, place / "first", seconds=SECONDS)
@@ -210,7 +213,7 @@ def sound_results(bench: Bench, reader: Reader) -> Listing:
 
 
 def spoilt(bench: Bench, reader: Reader, file: str, name: str) -> Result:
-    """Spoil one file and run the command that reads it."""
+    """Damage one file and run the command that reads it."""
     wanted = sound_results(bench, reader)
     work, place, copy, words = start(bench, reader)
     before = listing(work)

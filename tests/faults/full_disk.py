@@ -1,4 +1,4 @@
-"""A disk that is really full, and files that may not grow."""
+"""A disk that is full, and files that may not grow."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tests.faults.stages import Stage
 
 
 class SkippedError(Exception):
-    """A case cannot be tried here, and why."""
+    """A case cannot be run here; holds the reason."""
 
 
 def size_of(stage: Stage, bench: Bench) -> int:
-    """Bytes that the stage leaves in the end."""
+    """Return the bytes of a stage's outputs."""
     work, place = bench.start(stage)
     live(stage.words(bench.world), work, place / "first", seconds=SECONDS)
     return sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
 
 
 def mounted(bench: Bench, stage: Stage, pages: int) -> Result:
-    """Run on a file system of so many pages of 4 KiB; afterwards in a place with room."""
+    """Run on a file system of this many pages of 4 KiB; then again where there is room."""
     work, place = bench.fresh()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={pages * 4}k", "tmpfs", str(work)],
@@ -54,7 +54,7 @@ def mounted(bench: Bench, stage: Stage, pages: int) -> Result:
 
 
 def limited(bench: Bench, stage: Stage, most: int) -> Result:
-    """No file may grow beyond so many bytes (RLIMIT_FSIZE)."""
+    """Run with a limit on the size of files (RLIMIT_FSIZE)."""
     work, place = bench.start(stage)
     life = live(
         stage.words(bench.world), work, place / "first", seconds=SECONDS, limits={resource.RLIMIT_FSIZE: most}

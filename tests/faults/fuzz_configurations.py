@@ -1,7 +1,8 @@
 """Fuzz every configuration: each field of each kind, each with every odd value.
 
-A case ends well where the configuration opens and what it computes is finite (and equal to what `transformers` computes, where it opens the
-same folder), or in one `UserError` line. A traceback, or numbers that are not finite, is a bug of ours.
+A case passes if the configuration opens and its results are finite (and equal to those of `transformers`, if
+that opens the folder), or if it ends in one `UserError` line. A traceback, or results that are not finite, is
+a bug of ours.
 
     python -m tests.faults.fuzz_configurations --most 300 --seed 1
 """
@@ -117,7 +118,7 @@ class Case:
 
 @dataclass
 class Verdict:
-    """whole, line, traceback, or silent; and why."""
+    """whole, line, traceback, or silent; with the reason."""
 
     case: Case
     what: str
@@ -125,11 +126,14 @@ class Verdict:
 
 
 class SilentError(Exception):
-    """A case went through and must not have."""
+    """A case succeeded and must not have."""
 
 
 def places(value: Any, above: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every field of a JSON value, those inside of others too; of a list its first entry, of what is as long as a vocabulary two."""
+    """Return every field of a JSON value, nested ones too.
+
+    Of a list its first entry, of lists as long as a vocabulary two.
+    """
     entries: Any = list(value.items()) if isinstance(value, dict) else enumerate(value[:1])
     if isinstance(value, dict) and len(value) > LONGEST:
         entries = entries[:2]
@@ -140,7 +144,7 @@ def places(value: Any, above: tuple[str | int, ...] = ()) -> Iterator[tuple[str 
 
 
 def changed(value: Any, place: tuple[str | int, ...], odd: Any) -> Any:
-    """The value with one field replaced, or left out."""
+    """Return the value with one field replaced, or left out."""
     value = copy.deepcopy(value)
     inner = value
     for key in place[:-1]:
@@ -182,7 +186,7 @@ def kept_folder() -> Path:
 
 @cache
 def model_folder(kind: str) -> Path:
-    """A tiny model of a kind, saved once."""
+    """Return a tiny model of a kind, saved once."""
     folder = kept_folder()
     torch.manual_seed(0)
     model = Decoder(CONFIGURATIONS[kind])
@@ -200,7 +204,7 @@ def _base_of_model(kind: str) -> Any:
 
 
 def try_model(kind: str, value: Any, work: Path) -> None:
-    """Open the model with this config.json, and compare its logits with those of `transformers` where that opens it."""
+    """Open the model with this config.json; compare its logits with those of `transformers`, if possible."""
     for file in model_folder(kind).iterdir():
         if file.name != "config.json":
             (work / file.name).symlink_to(file)
@@ -221,7 +225,7 @@ def try_model(kind: str, value: Any, work: Path) -> None:
 
 
 def _logits_of_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor | None:
-    """None where it does not open the folder, or does not compute with it."""
+    """Return the logits of `transformers`; None if it cannot open or run the folder."""
     import logging
 
     from transformers import AutoModelForCausalLM
@@ -249,9 +253,9 @@ def _base_of_settings() -> Any:
 
 
 def try_settings(_: str, value: Any, work: Path) -> None:
-    """Train two steps; the weights that are saved must be finite."""
+    """Train two steps; the saved weights must be finite."""
     from koine.train import train
-    from koine.train.objectives import language_modelling
+    from koine.train.objectives import LanguageModelling
     from koine.train.settings import TrainSettings
 
     settings = TrainSettings(**value)
@@ -260,7 +264,7 @@ def try_settings(_: str, value: Any, work: Path) -> None:
         torch.manual_seed(0)
         model = Decoder(dataclasses.replace(CONFIGURATIONS["cohere2 config.json"], vocab_size=_vocabulary()))
         data = DataOrder(Mixture.from_json(_base_of_mixture()), verify=False)
-        train(model, language_modelling, data, settings, out=work / "out", tokenizer=None, progress=False)
+        train(model, LanguageModelling(), data, settings, out=work / "out", tokenizer=None, progress=False)
     finally:
         torch.set_num_threads(threads)
     trained = load_model(work / "out")
@@ -310,25 +314,19 @@ def try_mixture(_: str, value: Any, work: Path) -> None:
 
 
 def _base_of_sampling(kind: str) -> Any:
-    if kind.startswith("engine"):
-        from koine.generate.sampling import Sampling as EngineSampling
+    from koine.generate.sampling import Sampling
 
-        return {
-            **dataclasses.asdict(EngineSampling(max_new_tokens=3, seed=1)), "stop": ("x",), "json_schema": {"type": "object"},
-        }  # fmt: skip
-    from koine.generate.token_sampling import Sampling
-
-    return dataclasses.asdict(Sampling(max_new_tokens=3))
+    return {
+        **dataclasses.asdict(Sampling(max_new_tokens=3, seed=1)), "stop": ("x",), "json_schema": {"type": "object"},
+    }  # fmt: skip
 
 
 def try_sampling(kind: str, value: Any, work: Path) -> None:
     """Generate a few tokens."""
     from koine.generate.batch import generate
-    from koine.generate.engine import _token_sampling
-    from koine.generate.sampling import Sampling as EngineSampling
-    from koine.generate.token_sampling import Sampling
+    from koine.generate.sampling import Sampling
 
-    sampling = _token_sampling(EngineSampling(**value)) if kind.startswith("engine") else Sampling(**value)
+    sampling = dataclasses.replace(Sampling(**value), stop=(), json_schema=None)
     few = dataclasses.replace(sampling, max_new_tokens=min(3, sampling.max_new_tokens))
     (request,) = generate(load_model(model_folder("cohere config.json")), [[5, 8]], few)
     if not all(0 <= token < 64 for token in request.tokens):
@@ -342,7 +340,7 @@ def _base_of_recipe(kind: str) -> Any:
 
 
 def try_recipe(kind: str, value: Any, work: Path) -> None:
-    """Merge two tiny models by the command's options, and look at the tensors."""
+    """Merge two tiny models with the command's options, and check the tensors."""
     from safetensors.torch import load_file
 
     from koine.cli.main import cli
@@ -462,7 +460,7 @@ NEW_FILES = {
 
 @cache
 def run_folder() -> Path:
-    """A finished run with two artifacts, the figures made up."""
+    """Return a finished run with two artifacts; the figures are made up."""
     from tests.plan.sample_run import write_sample_run
 
     return write_sample_run(kept_folder() / "run")
@@ -498,7 +496,7 @@ def _base_of_file(kind: str) -> Any:
 
 
 def try_file(kind: str, value: Any, work: Path) -> None:
-    """Run what reads the file."""
+    """Run the command that reads the file."""
     if kind == "manifest.json" and isinstance(value, dict):
         # Changed by hand it is found by its own hash: here whoever wrote it meant it so.
         with suppress(UnicodeEncodeError):
@@ -510,7 +508,7 @@ def try_file(kind: str, value: Any, work: Path) -> None:
 # -- all -----------------------------------------------------------------------------------------------------------------
 
 MERGES = ("merge linear", "merge slerp", "merge ties")
-SAMPLINGS = ("model sampling", "engine sampling")
+SAMPLINGS = ("sampling",)
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[str, Any, Path], None]]] = {
     **{kind: (lambda kind=kind: _base_of_model(kind), try_model) for kind in CONFIGURATIONS},  # type: ignore[misc]
     "training settings": (_base_of_settings, try_settings),
@@ -522,7 +520,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[str, Any, Path], None]]] = {
 
 
 def cases(only: str = "") -> list[Case]:
-    """Every case, in order."""
+    """Return every case, in order."""
     found = []
     for kind, (base, _) in KINDS.items():
         if only and only not in kind:
@@ -543,7 +541,7 @@ def _late(*_: object) -> None:
 
 
 def judge(case: Case) -> Verdict:
-    """Try one case in a folder of its own."""
+    """Run one case in its own folder."""
     base, attempt = KINDS[case.kind]
     value = changed(base(), case.place, ODD[case.value]) if case.place else FILES[case.value]
     before = signal.signal(signal.SIGALRM, _late)
@@ -588,7 +586,10 @@ SLOW = " (report)"
 
 
 def chosen(most: int | None, seed: int, only: str = "", *, slow: bool = True) -> list[Case]:
-    """All cases, or some that a seed draws: of each kind its part, one at least. slow: those that take seconds too."""
+    """Return all cases, or a random part of each kind, at least one.
+
+    slow: also those that take seconds.
+    """
     everything = [case for case in cases(only) if slow or SLOW not in case.kind]
     if most is None or most >= len(everything):
         return everything
@@ -605,7 +606,7 @@ def chosen(most: int | None, seed: int, only: str = "", *, slow: bool = True) ->
 def run(
     selection: list[Case], *, until: float = math.inf, say: bool = False
 ) -> tuple[Counter[str], list[Verdict]]:
-    """Try cases one after another: the counts of verdicts, and those that are bugs."""
+    """Run cases in order; return counts of verdicts, and the cases that are bugs."""
     counts: Counter[str] = Counter()
     wrong = []
     for case in selection:
@@ -621,7 +622,7 @@ def run(
 
 
 def summary(counts: Counter[str]) -> str:
-    """The line of the laboratory."""
+    """Return the summary line."""
     return (
         f"cases {sum(counts.values())}, whole {counts['whole']}, one clear line {counts['line']}, "
         f"traceback {counts['traceback']}, silent {counts['silent']}"
@@ -629,7 +630,7 @@ def summary(counts: Counter[str]) -> str:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit code 0 where there is neither a traceback nor silence."""
+    """Run the command line. The exit code is 0 if there is neither a traceback nor silence."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.fuzz_configurations", description=__doc__)
     parser.add_argument("--most", type=int, help="so many cases, drawn by the seed [all]")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,8 @@
-"""A server that sends everything but a proper answer: `python -m tests.faults.hostile` prints its port.
+"""A server that sends anything but a proper response: `python -m tests.faults.hostile` prints its port.
 
-The first part of the address's path names the behaviour: `http://127.0.0.1:PORT/cut-headers/v1`. Every behaviour ends in one clear
-line or in an answer, within bounds of time and memory, and the key never shows.
+The first part of the URL's path names the behaviour: `http://127.0.0.1:PORT/cut-headers/v1`. For every
+behaviour the client must end with one clear line or with a response, within bounds of time and memory, and
+never show the key.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def nested(depth: int) -> str:
 
 @cache
 def bomb(size: int) -> bytes:
-    """So many spaces, compressed."""
+    """Return this many spaces, compressed."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
     parts = [compressor.compress(b" " * 2**20) for _ in range(size >> 20)]
     return b"".join([*parts, compressor.flush()])
@@ -117,7 +118,7 @@ WHOLE = json.dumps(body_of()).encode()
 
 @dataclass(frozen=True)
 class Trick:
-    """A behaviour. answers: the answer must be used (True), must not (False), or either will do (None)."""
+    """A behaviour. answers: the response must be used (True), must not be (False), or may be (None)."""
 
     behave: Behaviour
     answers: bool | None = False
@@ -312,7 +313,7 @@ def serve_one(connection: Connection) -> None:
 
 
 def ask(address: str) -> Callable[[], None]:
-    """What the client's process does: one question, the answer printed."""
+    """Run a client process: one request, the response printed."""
 
     def act() -> None:
         import os
@@ -340,7 +341,7 @@ def ask(address: str) -> Callable[[], None]:
 
 
 def shown(text: str) -> Iterator[str]:
-    """Forms in which the key, or most of it, stands in a text."""
+    """Yield forms of the key, or of most of it, that a text contains."""
     plain = re.sub(r"\s+", "", text)
     for form in (text, plain, text.replace("\\", ""), plain.lower()):
         for size in (len(KEY), 16):

@@ -1,4 +1,4 @@
-"""The library that stands between a command and the system: how it is compiled, and what it is told."""
+"""The library between a command and the system: compile and control it."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ LONGEST = 4096  # PATH_MAX
 
 
 class NoCompilerError(Exception):
-    """There is nothing to compile the library with, so the laboratory cannot work."""
+    """There is no compiler for the library, so faults cannot be injected."""
 
 
 def library() -> Path:
-    """Compile the library once into a cache folder of this user's own."""
+    """Compile the library once, into a cache folder of this user."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or os.uname().sysname != "Linux":
         raise NoCompilerError("a C compiler and Linux are needed to stand between a command and the system")
@@ -65,7 +65,7 @@ def library() -> Path:
 
 
 class Control:
-    """The mapped file that the library reads: what happens at which call, and how many there were."""
+    """The mapped file that the library reads: what happens at which call, and the count of calls."""
 
     def __init__(self, path: Path, *, root: Path, log: Path | None = None, **numbers: int) -> None:
         self.path = path
@@ -94,7 +94,7 @@ class Control:
 
 
 def attach(path: Path) -> None:
-    """Begin to count in this process; its children do so by the environment variable."""
+    """Count calls in this process; its children do so through the environment variable."""
     os.environ[VARIABLE] = str(path)
     failed = ctypes.CDLL(None).faults_attach(os.fsencode(path))
     if failed:

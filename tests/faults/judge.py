@@ -1,4 +1,4 @@
-"""What a case has come to: whole, one clear line, a traceback, or silent."""
+"""Judge the end of a case: whole, one clear line, a traceback, or silent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Listing = dict[str, str]
 
 # What two undisturbed runs differ in, on purpose: when, how long, where, by which process.
 VOLATILE = {
-    "seconds", "started", "finished", "tokens_per_second", "ceiling_share", "megabytes_per_second", "peak_memory_bytes", "attempts",
+    "seconds", "started", "finished", "tokens_per_second", "matmul_rate_share", "ceiling_share", "megabytes_per_second", "peak_memory_bytes", "attempts",
     "environment", "argv", "code", "log", "nodes", "status", "reasons",
 }  # fmt: skip
 TIMES = re.compile(rb"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?Z?")
@@ -34,7 +34,7 @@ TRACES = (
 
 @dataclass
 class Result:
-    """What became of one case, and how to see it alone."""
+    """The end of one case, and how to run it alone."""
 
     verdict: Verdict
     why: str = ""
@@ -46,7 +46,7 @@ class Result:
 
 
 class WrongError(Exception):
-    """A case came out as it must not."""
+    """A case ended in a way that it must not."""
 
     def __init__(self, verdict: Verdict, why: str) -> None:
         super().__init__(why)
@@ -55,7 +55,7 @@ class WrongError(Exception):
 
 
 def listing(folder: Path, *, place: Path | None = None) -> Listing:
-    """Every file, folder and link below `folder`, with a hash of what must be the same in every run."""
+    """Return everything below `folder`, with a hash of the reproducible content."""
     found: Listing = {}
     for parent, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
@@ -74,7 +74,7 @@ def listing(folder: Path, *, place: Path | None = None) -> Listing:
 
 
 def digest(path: Path, place: Path) -> str:
-    """Hash of a file's content without times, durations and the case's own place."""
+    """Hash a file's content without times, durations and the case's own path."""
     if path.name.startswith("events.out.tfevents"):
         return "events"
     content = path.read_bytes().replace(os.fsencode(place), b"PLACE")
@@ -92,7 +92,7 @@ def digest(path: Path, place: Path) -> str:
 
 
 def steady(value: Any) -> Any:
-    """Without the fields that differ between two undisturbed runs on purpose."""
+    """Remove the fields that differ between two undisturbed runs on purpose."""
     if isinstance(value, dict):
         return {key: steady(entry) for key, entry in value.items() if key not in VOLATILE}
     if isinstance(value, list):
@@ -101,7 +101,7 @@ def steady(value: Any) -> Any:
 
 
 def difference(wanted: Listing, found: Listing) -> str:
-    """The first differences of two listings, in words."""
+    """Describe the first differences of two listings."""
     lines = [f"missing {name}" for name in wanted if name not in found]
     lines += [f"left over {name}" for name in found if name not in wanted]
     lines += [f"other content in {name}" for name in wanted if name in found and wanted[name] != found[name]]
@@ -109,18 +109,18 @@ def difference(wanted: Listing, found: Listing) -> str:
 
 
 def temporary(found: Listing) -> list[str]:
-    """Names that only our own work makes."""
+    """Return names that only our own temporary files have."""
     return [name for name in found if TEMPORARY.search(name)]
 
 
 def said(life: Life) -> list[str]:
-    """The lines that the command ends in, without notes and progress."""
+    """Return the last lines of the command, without notes and progress."""
     lines = [line for line in life.err.splitlines() if line.strip()]
     return [line for line in lines if line.startswith("koine: ") and not line.startswith("koine: note: ")]
 
 
 def check_end(life: Life) -> str | None:
-    """None for success; the line where a mistake ended in one; raises `WrongError` for anything else."""
+    """Return None for success, or the error line. Raises `WrongError` for anything else."""
     if life.late:
         raise WrongError("silent", f"did not end within {life.seconds:.0f} s")
     trace = next((trace for trace in TRACES if trace in life.err), None)
@@ -137,7 +137,7 @@ def check_end(life: Life) -> str | None:
 
 
 def last_words(life: Life) -> str:
-    """Where a traceback ends: our innermost line of code, and the error."""
+    """Return the end of a traceback: our innermost line of code, and the error."""
     places = re.findall(r'File "[^"]*/src/(koine/[^"]+)", line (\d+)', life.err)
     place = ":".join(places[-1]) if places else ""
     lines = [line for line in life.err.splitlines() if line.strip()]
@@ -145,10 +145,10 @@ def last_words(life: Life) -> str:
 
 
 def visible(stage: Stage, found: Listing, wanted: Listing, before: Listing) -> None:
-    """Raise `WrongError` where something half-written stands under a name that users see.
+    """Raise `WrongError` if something partial is under a name that users see.
 
-    A folder or file is whole or absent. Of a training's folder what stands under its final name is whole, file by file; of a
-    run each artifact is whole or absent.
+    A folder or file is complete or absent. In a training's folder, each file under its final name is
+    complete; in a run's folder, each artifact is complete or absent.
     """
     for out in stage.outs:
         if stage.shape == "training":

@@ -1,4 +1,4 @@
-"""The laboratory: builds the world, starts the processes that try cases, hands out cases, adds up."""
+"""Build the world, start worker processes, hand out cases, and add up results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VERDICTS = ("whole", "line", "traceback", "silent")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of the processes that run our code: these sources, one thread, no network."""
+    """Return the environment of the workers: these sources, one thread, no network."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -40,11 +40,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class DiedError(Exception):
-    """A process that tries cases has ended."""
+    """A worker process has ended."""
 
 
 class Hand:
-    """One process of `worker.py`."""
+    """One worker process (`worker.py`)."""
 
     def __init__(self, base: Path, number: int) -> None:
         self.base, self.number = base, number
@@ -81,7 +81,7 @@ class Hand:
 
 @dataclass
 class Tally:
-    """What the cases have come to."""
+    """Counts of the cases' results."""
 
     rows: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -139,7 +139,7 @@ class Tally:
 
 
 def row_of(order: Order) -> tuple[str, str]:
-    """The row of the table in which a case counts."""
+    """Return the row of the table in which a case counts."""
     place = (
         order.get("stage")
         or order.get("reader")
@@ -150,7 +150,7 @@ def row_of(order: Order) -> tuple[str, str]:
 
 
 def kind_of(why: str) -> str:
-    """A reason without what differs between cases of one kind: names, numbers, lists."""
+    """Return a reason without names, numbers and lists, to group cases of one kind."""
     short = re.sub(
         r"'[^']*'|\"[^\"]*\"|[\w.-]*/[\w./-]*(?<!\.py)|\.\w[\w.]*|\d+|\bn{20,}",
         "…",
@@ -160,7 +160,7 @@ def kind_of(why: str) -> str:
 
 
 class Laboratory:
-    """Processes that know all stages that were asked for, and a world for them."""
+    """Worker processes that know all requested stages, and a world for them."""
 
     def __init__(self, base: Path, hands: int) -> None:
         self.base = base

@@ -1,4 +1,4 @@
-"""One life of a command: forked from a process that has imported everything, so that it costs little."""
+"""Run a command in a fork of a process that has imported everything, which is fast."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Action = Sequence[str] | Callable[[], None]
 
 @dataclass
 class Life:
-    """How a command ended. code: of its exit, negative for a signal. late: it had to be ended."""
+    """The end of a command. code: its exit code, negative for a signal. late: it had to be ended."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ class Life:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of what a killed command leaves behind, so that its end can be waited for."""
+    """Become the parent of a killed command's children, to wait for their end."""
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
@@ -121,7 +121,7 @@ def live(
     action: Action, work: Path, aside: Path, *, seconds: float, log: Path | None = None,
     limits: dict[int, int] | None = None, **numbers: int,
 ) -> Life:  # fmt: skip
-    """Run a command in `work` to its end. aside: where its standard output, error and temporary files go."""
+    """Run a command in `work` to its end. aside: folder for its output, errors and temporary files."""
     aside.mkdir(parents=True, exist_ok=True)
     control = Control(aside / "control", root=work, log=log, **numbers)
     try:
@@ -131,7 +131,7 @@ def live(
 
 
 def _live(action: Action, work: Path, aside: Path, control: Control, limits: dict[int, int]) -> None:
-    """The forked child. It never returns."""
+    """Run the forked child. Never returns."""
     code = 70
     try:
         os.setsid()
@@ -169,7 +169,7 @@ def _live(action: Action, work: Path, aside: Path, control: Control, limits: dic
 
 
 def _act(action: Action) -> int:
-    """Do it as a process of its own would, and say with which code that would end."""
+    """Run the command as its own process would; return its exit code."""
     try:
         if callable(action):
             action()

@@ -1,4 +1,4 @@
-"""Outputs that are links, devices and pipes; inputs behind links; folders that lead into themselves."""
+"""Outputs that are links, devices and pipes; inputs behind links; folders that contain themselves."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ MUST_WORK = ("link-to-empty-folder", "link-to-link", "parent-is-link", "through-
 
 
 def kinds(work: Path) -> Listing:
-    """What is no ordinary file, and what was there before a command: it must stay as it is."""
+    """Return everything that is no ordinary file and existed before; it must stay unchanged."""
     found: Listing = {}
     for path in sorted(work.rglob("*")):
         mode = path.lstat().st_mode
@@ -125,7 +125,7 @@ def kinds(work: Path) -> Listing:
 
 
 def output(bench: Bench, stage: Stage, name: str) -> Result:
-    """Something odd stands where the output goes."""
+    """Run a stage with something odd in place of its output."""
     work, _ = bench.fresh()
     out = stage.outs[0]
     given = OUTPUTS[name](work, out)
@@ -181,7 +181,7 @@ def _of_links(source: Path, into: Path) -> None:
 
 
 def _blobs(source: Path, into: Path) -> None:
-    """As a cache of downloads does: names are links to files named by their hash."""
+    """Arrange files as a download cache does: names are links to files named by their hash."""
     blobs = into.with_name(into.name + "-blobs")
     blobs.mkdir()
     if source.is_file():
@@ -195,7 +195,7 @@ def _blobs(source: Path, into: Path) -> None:
 
 
 def _dangling(source: Path, into: Path) -> None:
-    """The largest file is a link that leads nowhere."""
+    """Make the largest file a dangling link."""
     if source.is_file():
         into.symlink_to("nowhere")
         return
@@ -210,7 +210,7 @@ def _looped(source: Path, into: Path) -> None:
 
 
 def _piped(source: Path, into: Path) -> None:
-    """The largest file is a pipe into which nobody writes."""
+    """Make the largest file a pipe that nobody writes to."""
     if source.is_file():
         os.mkfifo(into)
         return
@@ -233,7 +233,7 @@ SOUND = ("linked", "linked-twice", "of-links", "blobs")
 
 
 def inputs_of(stage: Stage) -> list[str]:
-    """The inputs that a stage names."""
+    """Return the inputs that a stage names."""
     return list(
         dict.fromkeys(
             word.partition("@")[2].partition(":")[0] for word in stage.command.split() if "@" in word
@@ -242,7 +242,7 @@ def inputs_of(stage: Stage) -> list[str]:
 
 
 def read(bench: Bench, stage: Stage, name: str, which: str) -> Result:
-    """An input lies behind links, or is no file at all."""
+    """Run a stage with an input behind links, or one that is no file."""
     work, place = bench.fresh()
     inputs = place / "inputs"
     inputs.mkdir()
@@ -335,7 +335,7 @@ FOLDER_COMMANDS = {
 
 
 def data_folder(bench: Bench, name: str, command: str) -> Result:
-    """A folder of text with something odd in it: read once, or refused; never for ever, never twice."""
+    """Read a folder of text with something odd in it: once or with an error, never endlessly or twice."""
     ends = []
     for odd in (False, True):
         work, place = bench.fresh()
@@ -364,7 +364,7 @@ def data_folder(bench: Bench, name: str, command: str) -> Result:
 
 
 def _move(work: Path, names: list[str], *, whole: bool = False) -> None:
-    """Move artifacts to another place and leave links."""
+    """Move artifacts elsewhere and leave links."""
     elsewhere = work / "elsewhere"
     elsewhere.mkdir()
     for name in names:
@@ -386,7 +386,7 @@ MOVES: dict[str, tuple[list[str], bool, str]] = {
 
 
 def moved(bench: Bench, name: str) -> Result:
-    """Artifacts that the user moved to another disk and linked: a run goes on with them and ends."""
+    """Move artifacts to another disk behind links: a run must continue and finish."""
     work, place = bench.fresh()
     shutil.copytree(bench.world / "finished", work, dirs_exist_ok=True)
     names, whole, setting = MOVES[name]

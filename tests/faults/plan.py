@@ -1,4 +1,4 @@
-"""Which cases there are, and in which order: every group is gone through evenly, so that whatever time there is covers all."""
+"""Select and order the cases: every group is covered evenly in any given time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a stage's undisturbed run."""
+    """Figures of a stage's undisturbed run."""
 
     calls: list[Call]
     seconds: float
@@ -36,9 +36,10 @@ class Known:
 
 
 def group(kind: str, cases: list[Order], *, first: int = 0) -> list[tuple[float, Order]]:
-    """A group's cases with their places in the whole order: the first ones at once, the others spread over the time.
+    """Return a group's cases with their places in the whole order.
 
-    Where time ends before the group does, what was tried is spread over all of it.
+    The first ones come at once, the others are spread over the time. If time ends early, the tried ones are
+    spread over the whole group.
     """
     spread = sorted(
         range(len(cases)), key=lambda index: (_reversed(index, max(1, len(cases)).bit_length()), index)
@@ -55,7 +56,7 @@ def _reversed(index: int, bits: int) -> int:
 
 
 def of_stage(stage: Stage, known: Known) -> list[tuple[float, Order]]:
-    """Kills, failing calls, strangers and second writers at the calls of one stage."""
+    """Yield kills, failing calls, foreign folders and second writers at the calls of one stage."""
     name, calls = stage.name, known.calls
     always = [call for call in calls if call.kind in ALWAYS]
     others = [call for call in calls if call.kind not in ALWAYS]
@@ -105,7 +106,7 @@ def of_stage(stage: Stage, known: Known) -> list[tuple[float, Order]]:
 
 
 def of_pairs(known: dict[str, Known]) -> list[tuple[float, Order]]:
-    """Two different commands with one `--out`."""
+    """Yield pairs of different commands with one `--out`."""
     found = []
     for first, second in PAIRS:
         if first in known and second in known:
@@ -116,7 +117,7 @@ def of_pairs(known: dict[str, Known]) -> list[tuple[float, Order]]:
 
 
 def of_folders() -> list[tuple[float, Order]]:
-    """Folders of data that hold odd things, and artifacts that were moved."""
+    """Yield folders of data with odd contents, and moved artifacts."""
     orders = [
         {"case": "data", "what": what, "command": command}
         for what in links.DATA_FOLDERS
@@ -128,7 +129,7 @@ def of_folders() -> list[tuple[float, Order]]:
 
 
 def of_server(port: int) -> list[tuple[float, Order]]:
-    """Every behaviour of the hostile server."""
+    """Yield every behaviour of the hostile server."""
     return group(
         "hostile server",
         [{"case": "hostile", "what": trick, "port": port} for trick in hostile.TRICKS],
@@ -137,7 +138,7 @@ def of_server(port: int) -> list[tuple[float, Order]]:
 
 
 def of_damage(files: dict[str, list[tuple[str, int]]], count: int) -> list[tuple[float, Order]]:
-    """Flipped bits and cut ends in all files that all readers read; `count` for each file."""
+    """Yield flipped bits and truncation in all files that readers read; `count` per file."""
     found = []
     for reader in corruption.READERS:
         for file, size in files.get(reader.name, []):
@@ -151,7 +152,7 @@ def of_damage(files: dict[str, list[tuple[str, int]]], count: int) -> list[tuple
 
 
 def in_order(found: list[tuple[float, Order]]) -> list[Order]:
-    """All cases, the first ones of each group first; in a fixed order that mixes slow and fast ones."""
+    """Return all cases in a fixed order: the first ones of each group, then slow and fast ones mixed."""
 
     def key(entry: tuple[float, Order]) -> tuple[float, int]:
         return entry[0], zlib.crc32(repr(sorted(entry[1].items(), key=str)).encode())
@@ -160,7 +161,7 @@ def in_order(found: list[tuple[float, Order]]) -> list[Order]:
 
 
 def again(order: Order) -> str:
-    """The command that tries one case alone."""
+    """Return the command that runs one case alone."""
     place = order.get("stage") or order.get("reader") or ""
     words = {
         "repeat": f"{place} --repeat",
@@ -181,7 +182,7 @@ def again(order: Order) -> str:
 
 
 def needed(names: list[str]) -> list[Stage]:
-    """The stages that must be learnt for these, in an order in which each finds what it begins with."""
+    """Return the stages that these need, in an order in which each finds its initial files."""
     wanted = [stage for stage in STAGES if stage.name in names]
     for stage in list(wanted):
         if stage.begins_as is not None and BY_NAME[stage.begins_as] not in wanted:

@@ -1,4 +1,4 @@
-"""Every command that writes, with inputs so small that it can be run thousands of times."""
+"""Every command that writes, with inputs so small that it can run thousands of times."""
 
 from __future__ import annotations
 

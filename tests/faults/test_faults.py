@@ -1,4 +1,4 @@
-"""The part of the crash laboratory that every test run has; `make faults` runs all of it."""
+"""The part of the fault injection in every test run; `make faults` runs all of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]
 
 
 def tried(laboratory: Laboratory, orders: list[Order]) -> None:
-    """Try cases; none may end in a traceback or in silence."""
+    """Run cases; none may end in a traceback or in silence."""
     before = len(laboratory.tally.failures)
     laboratory.try_all(orders, until=time.monotonic() + 600, say=False)
     wrong = [
@@ -103,7 +103,7 @@ def test_damaged_files_are_refused(laboratory: Laboratory) -> None:
 
 
 def test_the_library_sees_what_the_system_sees(laboratory: Laboratory, tmp_path: Path) -> None:
-    """Renames and new folders as strace counts them: a call that the library does not see would never be disturbed."""
+    """Renames and new folders, as strace counts them: the library must see every call."""
     traced = tmp_path / "trace"
     stage = next(stage for stage in STAGES if stage.name == "merge-linear")
     command = [sys.executable, "-m", "koine", *stage.words(laboratory.base / "world")]
@@ -126,7 +126,7 @@ def test_the_library_sees_what_the_system_sees(laboratory: Laboratory, tmp_path:
 
 
 def test_every_case_can_be_tried_alone() -> None:
-    """The line that a failure is told with holds all that its case is made of."""
+    """The line of a failure holds everything to run its case."""
     for order in (
         {"case": "kill", "stage": "run", "at": 3},
         {"case": "kill", "stage": "run", "at": 3, "torn": True},
@@ -143,7 +143,7 @@ def test_every_case_can_be_tried_alone() -> None:
 
 @pytest.mark.faults
 def test_the_whole_laboratory() -> None:
-    """What `make faults` runs, as a test."""
+    """All of `make faults`, as a test."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults"], cwd=ROOT, env=environment(), capture_output=True, text=True
     )

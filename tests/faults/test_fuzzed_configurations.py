@@ -1,4 +1,4 @@
-"""Odd values in every configuration: what opens computes finite numbers, and everything else is one line."""
+"""Odd values in every configuration: finite results, or one error line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from tests.faults.fuzz_configurations import KINDS, SLOW, chosen, run, summary
 
 
 def test_no_odd_value_ends_in_a_traceback_or_in_silence() -> None:
-    """A few hundred of all cases, the same ones at every run, of every kind; `python -m tests.faults.fuzz_configurations` tries more."""
+    """A few hundred cases of every kind, the same in every run.
+
+    `python -m tests.faults.fuzz_configurations` runs more.
+    """
     selection = chosen(250, seed=7, slow=False)
     assert {case.kind for case in selection} == {kind for kind in KINDS if SLOW not in kind}
     counts, wrong = run(selection)

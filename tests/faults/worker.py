@@ -1,6 +1,7 @@
 """A process that has imported everything and forks one command after another.
 
-It reads orders from standard input, a JSON object a line, and answers each with one. `python -m tests.faults` starts some.
+It reads orders from standard input, a JSON object a line, and answers each with one. `python -m tests.faults`
+starts some.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Order = dict[str, Any]
 
 
 def import_everything() -> None:
-    """Import what the commands import at once, so that a fork has it; no thread may run before a fork."""
+    """Import what the commands import, so that a fork has it; no thread may run before a fork."""
     warnings.simplefilter("ignore")
     from koine.cli.main import VERBS
 
@@ -40,7 +41,7 @@ def import_everything() -> None:
 
 
 def import_what_it_imported(names: Path) -> None:
-    """The modules that a life has loaded beyond ours; a library's own trouble on loading alone is its own."""
+    """Import the modules that a command loaded; errors of libraries at import are ignored."""
     for name in names.read_text().split():
         if name not in sys.modules and not name.startswith(("koine_plan", "__", "tests.")):
             try:
@@ -70,7 +71,7 @@ def probe(bench: Bench, stage: Stage) -> tuple[Path, Path]:
 
 
 def learn(bench: Bench, order: Order) -> dict[str, Any]:
-    """Run a stage undisturbed, twice; what it leaves is what every other run must leave."""
+    """Run a stage undisturbed, twice; every other run must give the same outputs."""
     stage = BY_NAME[order["stage"]]
     if stage.begins_as is not None:
         bench.begins[stage.name] = Path(order["begins"])
@@ -91,7 +92,7 @@ def learn(bench: Bench, order: Order) -> dict[str, Any]:
 
 
 def make(bench: Bench, order: Order) -> dict[str, Any]:
-    """Keep what a stage leaves, killed at a call or at its end, as the beginning of others."""
+    """Keep a stage's outputs, killed at a call or complete, as the start of others."""
     stage, into = BY_NAME[order["stage"]], Path(order["into"])
     work, place = bench.start(stage)
     live(stage.words(bench.world), work, place / "first", seconds=SECONDS, kill_at=order.get("kill_at", 0))
@@ -100,17 +101,17 @@ def make(bench: Bench, order: Order) -> dict[str, Any]:
 
 
 def files(bench: Bench, order: Order) -> dict[str, Any]:
-    """The files that can be spoilt for each reader, with their sizes."""
+    """Return the files that can be damaged for each reader, with their sizes."""
     return {reader.name: corruption.targets(bench, reader) for reader in corruption.READERS}
 
 
 def sizes(bench: Bench, order: Order) -> dict[str, Any]:
-    """Bytes that a stage leaves."""
+    """Return the bytes of a stage's outputs."""
     return {"bytes": full_disk.size_of(BY_NAME[order["stage"]], bench)}
 
 
 def know(bench: Bench, order: Order) -> dict[str, Any]:
-    """Take what another process has learnt of a stage, and see whether the same comes out here, with other hashes."""
+    """Take another process's results of a stage, and check that this process gets the same."""
     stage = BY_NAME[order["stage"]]
     if stage.begins_as is not None:
         bench.begins[stage.name] = Path(order["begins"])
@@ -120,7 +121,7 @@ def know(bench: Bench, order: Order) -> dict[str, Any]:
 
 
 def repeat(bench: Bench, stage: Stage) -> Result:
-    """An undisturbed run in another process: the same bytes, and no temporary names among them."""
+    """Run undisturbed in another process: the same bytes, and no temporary names."""
     work, place = bench.start(stage)
     live(stage.words(bench.world), work, place / "first", seconds=SECONDS)
     found = listing(work)
@@ -189,7 +190,7 @@ PREPARATIONS = {"learn": learn, "know": know, "make": make, "files": files, "siz
 
 
 def judged(bench: Bench, order: Order) -> dict[str, Any]:
-    """One case; its folders go away unless it came out as it must not."""
+    """Run one case; its folders are removed unless it failed."""
     begin = time.monotonic()
     first = bench.number
     try:

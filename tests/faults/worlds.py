@@ -1,4 +1,4 @@
-"""What the stages read: small models, tokens and texts, written once and only read from then on."""
+"""Inputs of the stages: small models, tokens and texts, written once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def three(plan: Plan, *, data: Path, times: int = 3) -> None:
 
 
 def inside_another(world: Path) -> None:
-    """`multimodal`: the model as the language model inside a larger one, under the names that such a checkpoint gives it."""
+    """Build `multimodal`: the model as the language model of a multimodal checkpoint."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(world / "model", world / "multimodal")

@@ -1,4 +1,4 @@
-"""A small model directory with random weights: its answers are noise, its behaviour is real."""
+"""Fixtures: the tiny decoder, a fixed seed, and a model directory with random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = replace(preset("koine-0.5m", SMALLEST_VOCABULARY), max_position_embeddings=1_000_000)
     model = Decoder(config)
     with torch.no_grad():
-        # Special tokens score 0, below the best of the others: a greedy answer never ends and every token shows.
+        # Special tokens score 0, below the best of the others: a greedy answer never ends and every token
+        # shows.
         model.embedding.weight[: SMALLEST_VOCABULARY - 256] = 0
     save_model(model, folder / "model", tokenizer=folder / "tokenizer")
     return folder / "model"

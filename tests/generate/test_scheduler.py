@@ -1,4 +1,4 @@
-"""Continuous batching gives each request what it would get alone, whatever its neighbours, the pages, the prefixes and the interruptions."""
+"""Continuous batching gives each request the same tokens as alone, whatever happens around it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from koine.errors import UserError
 from koine.generate import Request, Scheduler, generate
 from koine.generate.cache.contexts import DecodeContext, PrefillContext
-from koine.generate.cache.page_runs import page_runs, runs_worth_reading
+from koine.generate.cache.page_runs import find_page_runs, runs_for_fused_kernel
 from koine.generate.cache.paged_cache import SLAB, OutOfPages, PagedCache
 from koine.generate.cache.prefix_cache import common_length
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import Decoder, LayerSpec, ModelConfig
 from koine.model.counting import cache_bytes
 
@@ -28,7 +28,7 @@ def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
     """The greedy or drawn answer by whole forward passes, without any cache."""
     from koine.generate.token_sampling import choose
 
-    text, generator = list(prompt), torch.Generator().manual_seed(sampling.seed)
+    text, generator = list(prompt), torch.Generator().manual_seed(sampling.seed or 0)
     with torch.inference_mode():
         for _ in range(sampling.max_new_tokens):
             logits = model.logits(model(torch.tensor([text]))[:, -1])
@@ -49,7 +49,7 @@ def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
     ids=["hybrid", "full", "windowed", "qk-norm"],
 )
 @pytest.mark.parametrize(("max_batch", "chunk", "page"), [(1, 64, 8), (3, 5, 4), (8, 64, 16)])
-def test_every_request_gets_what_it_would_get_alone(
+def test_every_request_gets_the_same_tokens_as_alone(
     tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, max_batch: int, chunk: int, page: int
 ) -> None:
     """Requests of many lengths arrive while others run; settings differ from row to row."""
@@ -72,7 +72,7 @@ def test_every_request_gets_what_it_would_get_alone(
 
 
 def test_a_full_cache_loses_no_request(tiny: ModelConfig) -> None:
-    """Eight answers that do not fit together: some go back to the queue, are read again, and end as if nothing had been."""
+    """Eight requests that do not fit together: some are preempted, prefilled again, and end the same."""
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, max_batch=8, page=4, max_pages=14, prefixes=2)
     went_back = 0
@@ -95,55 +95,62 @@ def test_a_full_cache_loses_no_request(tiny: ModelConfig) -> None:
 def test_a_request_that_can_never_fit_is_refused(tiny: ModelConfig) -> None:
     scheduler = Scheduler(Decoder(tiny).eval(), page=4, max_pages=10)
     with pytest.raises(UserError, match="needs 11 pages and the cache has 10"):
-        scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=11))
-    scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=10))
+        scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=11, temperature=0))
+    scheduler.submit(prompt_of(30, 0), Sampling(max_new_tokens=10, temperature=0))
     scheduler.run()
 
 
-def test_what_texts_have_in_common_is_read_once(tiny: ModelConfig) -> None:
-    """The first of three prompts with a common beginning stops there; the others, and a next turn, go on from what was kept."""
+def test_a_shared_prefix_is_prefilled_once(tiny: ModelConfig) -> None:
+    """The first of three prompts with a shared prefix pauses there; the others, and a next turn, reuse it."""
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, page=8)
     common = prompt_of(45, 1)
     first, second, third = (
-        scheduler.submit(common + prompt_of(7, seed), Sampling(max_new_tokens=6)) for seed in (2, 3, 4)
+        scheduler.submit(common + prompt_of(7, seed), Sampling(max_new_tokens=6, temperature=0))
+        for seed in (2, 3, 4)
     )
     scheduler.run()
-    assert [first.reused, second.reused, third.reused] == [0, 45, 45] or [first.reused, third.reused] == [
+    assert [first.cached_tokens, second.cached_tokens, third.cached_tokens] == [0, 45, 45] or [
+        first.cached_tokens,
+        third.cached_tokens,
+    ] == [
         0,
         45,
     ]
-    turn = scheduler.submit(first.text + prompt_of(5, 9), Sampling(max_new_tokens=6))
+    turn = scheduler.submit(first.all_tokens + prompt_of(5, 9), Sampling(max_new_tokens=6, temperature=0))
     scheduler.run()
-    assert turn.reused == len(first.text) - 1
+    assert turn.cached_tokens == len(first.all_tokens) - 1
     for request in (first, second, third, turn):
         assert request.tokens == alone(model, request.prompt, request.sampling)
     # Two answers from one kept beginning whose last page is not full: neither writes into the other's.
-    twins = [scheduler.submit([*turn.text, token], Sampling(max_new_tokens=9)) for token in (7, 8)]
+    twins = [
+        scheduler.submit([*turn.all_tokens, token], Sampling(max_new_tokens=9, temperature=0))
+        for token in (7, 8)
+    ]
     scheduler.run()
     # That the second has one token more in common with the first is not worth a stop.
-    assert [twin.reused for twin in twins] == [len(turn.text) - 1] * 2
+    assert [twin.cached_tokens for twin in twins] == [len(turn.all_tokens) - 1] * 2
     for twin in twins:
         assert twin.tokens == alone(model, twin.prompt, twin.sampling)
 
 
 @pytest.mark.parametrize(("prefixes", "shared", "most"), [(0, 64, 2), (16, 64, 2), (16, 0, 2)])
 @pytest.mark.parametrize("layers", [None, (LayerSpec(),) * 2], ids=["hybrid", "full"])
-def test_common_beginnings_are_packed(
+def test_prompts_with_a_shared_prefix_are_packed(
     tiny: ModelConfig, layers: tuple[LayerSpec, ...] | None, prefixes: int, shared: int, most: int
 ) -> None:
-    """32 prompts of 84 tokens take two stretches of 2,048, or one for what they share and one for all the rest."""
+    """32 prompts of 84 tokens take two chunks of 2,048, or one for their prefix and one for the rest."""
     model = Decoder(tiny if layers is None else replace(tiny, layers=layers)).eval()
     scheduler = Scheduler(model, prefixes=prefixes, page=8)
-    common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4)
+    common, sampling = prompt_of(shared, 99), Sampling(max_new_tokens=4, temperature=0)
     requests = [scheduler.submit(common + prompt_of(84 - shared, seed), sampling) for seed in range(1, 33)]
     steps = 0
-    while scheduler.waiting or scheduler.context:
+    while scheduler.waiting or scheduler.prefilling:
         scheduler.step()
         steps += 1
     assert steps <= most
     scheduler.run()
-    assert [request.reused for request in requests] == [0] + [shared if prefixes else 0] * 31
+    assert [request.cached_tokens for request in requests] == [0] + [shared if prefixes else 0] * 31
     for request in requests[:2] + requests[-2:]:
         assert request.tokens == alone(model, request.prompt, sampling)
 
@@ -163,22 +170,22 @@ def test_a_long_queue_is_not_compared_with_itself(tiny: ModelConfig, monkeypatch
     scheduler = Scheduler(Decoder(tiny).eval())
     count = 400
     for seed in range(count):
-        scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1))
+        scheduler.submit(prompt_of(3, seed), Sampling(max_new_tokens=1, temperature=0))
     scheduler.run()
-    assert 0 < calls <= 2 * module.REMEMBERED * count
+    assert 0 < calls <= 2 * module.COMPARED_PROMPTS * count
 
 
-def test_cancelling_frees_and_disturbs_nobody(tiny: ModelConfig) -> None:
+def test_cancelling_frees_pages_and_changes_no_other_request(tiny: ModelConfig) -> None:
     model = Decoder(tiny).eval()
     scheduler = Scheduler(model, max_batch=2, page=4, prefixes=0, prefill_chunk=8)
-    sampling = Sampling(max_new_tokens=10)
+    sampling = Sampling(max_new_tokens=10, temperature=0)
     stays, running, context, waiting = (
         scheduler.submit(prompt_of(size, size), sampling) for size in (6, 5, 40, 12)
     )
     scheduler.step()
     scheduler.cancel(running)
     scheduler.step()
-    assert context in scheduler.context
+    assert context in scheduler.prefilling
     scheduler.cancel(context)
     scheduler.cancel(waiting)
     scheduler.run()
@@ -254,7 +261,7 @@ def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None
     )
     others = [
         scheduler.submit(prompt_of(7, 3), sampling, grammar=Rules()),
-        scheduler.submit(prompt_of(8, 4), Sampling(max_new_tokens=9)),
+        scheduler.submit(prompt_of(8, 4), Sampling(max_new_tokens=9, temperature=0)),
     ]
     while bad.finish is None:
         scheduler.step()
@@ -275,7 +282,7 @@ def test_a_request_that_fails_fails_alone(tiny: ModelConfig, fails: str) -> None
 
 
 @pytest.mark.parametrize("where", ["drawing", "taking"])
-def test_an_interruption_between_draws_and_tokens_changes_no_answer(
+def test_an_interrupt_between_sampling_and_appending_changes_no_token(
     tiny: ModelConfig, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows are drawn before any token is taken: the draws that come to nothing are undone."""
@@ -304,7 +311,7 @@ def test_an_interruption_between_draws_and_tokens_changes_no_answer(
         monkeypatch.setattr(module, "log_probabilities", interrupted(module.log_probabilities))
     else:
         # After some of the tokens are taken.
-        monkeypatch.setattr(Request, "take", interrupted(Request.take))
+        monkeypatch.setattr(Request, "append", interrupted(Request.append))
     seen = 0
     while scheduler.busy:
         try:
@@ -316,8 +323,8 @@ def test_an_interruption_between_draws_and_tokens_changes_no_answer(
         assert request.tokens == alone(model, request.prompt, request.sampling)
 
 
-def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
-    """Only allowed tokens come, one row's grammar is not another's, and log-probabilities are the model's own."""
+def test_a_grammar_and_on_token(tiny: ModelConfig) -> None:
+    """Only allowed tokens are sampled, each row has its own grammar, log-probabilities are the model's."""
 
     class Odd:
         def __init__(self) -> None:
@@ -341,7 +348,7 @@ def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
     assert bound.tokens == odd.taken
     assert all(token % 2 and token < 90 for token in bound.tokens)
     with torch.inference_mode():
-        scores = model.logits(model(torch.tensor([bound.text])))[0, 1:-1].log_softmax(-1)
+        scores = model.logits(model(torch.tensor([bound.all_tokens])))[0, 1:-1].log_softmax(-1)
     own = scores.gather(1, torch.tensor(bound.tokens)[:, None])[:, 0]
     assert bound.log_probabilities == pytest.approx(own.tolist(), abs=1e-4)
     assert watched.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
@@ -349,7 +356,7 @@ def test_a_grammar_and_a_watch(tiny: ModelConfig) -> None:
 
 
 def test_memory_follows_use(tiny: ModelConfig) -> None:
-    """Held bytes are the formula's, in whole pages; slabs come with need and go when they are empty, but for one."""
+    """Bytes in use follow the formula, in whole pages; empty slabs are freed, but for one."""
     model = Decoder(tiny).eval()
     cache = PagedCache.of_model(model, page=4)
     long, short = cache.add(), cache.add()
@@ -373,7 +380,7 @@ def test_memory_follows_use(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("few", [0, 100], ids=["long runs only", "any runs"])
-def test_pages_in_runs_and_by_slab_give_the_same(
+def test_attention_by_runs_equals_attention_by_slabs(
     tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, few: int, dtype: torch.dtype
 ) -> None:
     """Sequences whose pages were taken in turn lie in several runs; one shares its beginning with another."""
@@ -389,11 +396,11 @@ def test_pages_in_runs_and_by_slab_give_the_same(
                     model(torch.tensor([part]), context=context)
         texts.append(texts[3])
         sequences.append(cache.add(cache.prefix(sequences[3])))
-        runs = page_runs(cache, sequences)
+        runs = find_page_runs(cache, sequences)
         assert [sum(run.pages for run in runs if run.row == row) for row in range(5)] == [8, 1, 40, 6, 6]
         assert len(runs) > 5
         monkeypatch.setattr("koine.generate.cache.page_runs.FEW_RUNS", few)
-        assert runs_worth_reading(cache, sequences) == (runs if few == 100 else [])
+        assert runs_for_fused_kernel(cache, sequences) == (runs if few == 100 else [])
         new = torch.tensor([[7], [9], [11], [5], [13]])
         got = model(new, context=DecodeContext(cache, sequences))[:, 0].float()
         expected = [
@@ -445,12 +452,12 @@ def test_generate_keeps_the_order(tiny: ModelConfig) -> None:
         )
 
 
-def test_nothing_moves_in_the_cache_where_a_request_leaves(tiny: ModelConfig) -> None:
+def test_a_request_that_leaves_moves_only_the_last_one(tiny: ModelConfig) -> None:
     """The last one takes the place of the one that left, and no other."""
     windowed = replace(tiny, layers=(LayerSpec(window=7),) * 2)
     scheduler = Scheduler(Decoder(windowed).eval(), prefixes=0)
     requests = [
-        scheduler.submit(prompt_of(4, seed), Sampling(max_new_tokens=2 if seed == 1 else 9))
+        scheduler.submit(prompt_of(4, seed), Sampling(max_new_tokens=2 if seed == 1 else 9, temperature=0))
         for seed in range(6)
     ]
     while requests[1].finish is None:

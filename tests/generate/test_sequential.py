@@ -1,4 +1,4 @@
-"""Directories of Cohere's, Llama's, Qwen's and Gemma's own classes through every step that takes a model, each against transformers."""
+"""Models of Cohere, Llama, Qwen and Gemma in every step that takes a model, against transformers."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_reads_the_context_and_the_vocabulary(model: Path, tmp_path: Path) -> None:
-    """A text longer than the context is scored in windows, and a tokenizer of another model is refused, whatever the class."""
+    """A text longer than the context is scored in windows; another model's tokenizer is refused."""
     data = tmp_path / "text.jsonl"
     data.write_text(json.dumps({"text": OTHER * 8, "language": "de"}) + "\n")
     assert len(load_tokenizer(model).encode(OTHER * 8)) > 256
@@ -159,7 +159,7 @@ def test_generation(model: Path) -> None:
 
 
 def test_adapt(model: Path, tmp_path: Path) -> None:
-    """Moved to another tokenizer: among the tokens of both, the new model says exactly what the old one said."""
+    """After a change of tokenizer, the model scores tokens of both vocabularies exactly as before."""
     target = tokenizer_folder(tmp_path / "target", OTHER)
     moved = tmp_path / "moved"
     arguments = ["tokenizer", "adapt", str(model), "--tokenizer", str(target), "--out", str(moved)]

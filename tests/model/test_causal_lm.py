@@ -15,7 +15,7 @@ from koine.errors import UserError
 from koine.generate import generate
 from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.paged_cache import PagedCache
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import (
     CausalLM,
     Decoder,
@@ -205,7 +205,7 @@ def test_greedy_generation_equals_transformers(tiny: ModelConfig, tmp_path: Path
     save_model(model, tmp_path)
     theirs = opened(tmp_path)
     prompts = [torch.randint(6, 98, (length,)).tolist() for length in (5, 13, 2)]
-    ours = generate(model, prompts, Sampling(max_new_tokens=40), stop_ids=(98,))
+    ours = generate(model, prompts, Sampling(max_new_tokens=40, temperature=0), stop_ids=(98,))
     for prompt, answer in zip(prompts, ours, strict=True):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
         assert out[0, len(prompt) :].tolist() == answer.tokens
@@ -243,7 +243,7 @@ def test_our_own_type_generates_through_transformers(tiny: ModelConfig, tmp_path
     theirs = opened(tmp_path)
     prompt = torch.randint(6, 98, (11,)).tolist()
     out = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, 11:].tolist()
-    ours = generate(model, [prompt], Sampling(max_new_tokens=12), stop_ids=(98,))[0]
+    ours = generate(model, [prompt], Sampling(max_new_tokens=12, temperature=0), stop_ids=(98,))[0]
     assert out == ours.tokens
     theirs.save_pretrained(tmp_path / "again")
     assert torch.equal(load_model(tmp_path / "again")(torch.tensor([prompt])), model(torch.tensor([prompt])))

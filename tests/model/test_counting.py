@@ -179,7 +179,7 @@ def test_a_hybrid_holds_a_quarter_of_the_full_cache_at_128k() -> None:
             context = PrefillContext(cache, [sequence], [chunk])
             for layer in range(4):
                 k, v = torch.rand(2, 1, chunk, 1, 2).add(1)
-                context.keep(layer, k, v)
+                context.write_kv(layer, k, v)
             context.finish()
         assert sequence.length == 131_072
         assert written_bytes(cache) == cache.bytes_held() == cache_bytes(config, 131_072, element_bytes=4)

@@ -16,7 +16,7 @@ from koine.cli.attention_options import NAMES
 from koine.cli.model import model as model_command
 from koine.errors import UserError
 from koine.generate import generate
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import (
     VARIANTS,
     Decoder,

@@ -14,12 +14,12 @@ from torch import Tensor
 from koine.data.batch import Batch
 from koine.errors import UserError
 from koine.evaluate.log_likelihood import negative_log_likelihoods
-from koine.generate.kv_cache_probe import continuing
+from koine.generate.cache_support import probe_cache_support
+from koine.generate.sampling import Sampling
 from koine.generate.sequential import SequentialGenerator
-from koine.generate.token_sampling import Sampling
 from koine.model import CausalLM, load_causal_lm
 from koine.model.lm_head import LMHead, probe_tokens, shared_columns
-from koine.train.objectives import language_modelling
+from koine.train.objectives import LanguageModelling
 
 transformers = pytest.importorskip("transformers", reason="the classes need the extra [hf]")
 
@@ -146,7 +146,7 @@ def test_training_minimises_the_loss_of_the_class(model: tuple[str, Path]) -> No
     targets = torch.full_like(tokens, -100)
     targets[:, :-1] = tokens[:, 1:]
     targets[0, :5] = -100
-    loss, metrics = language_modelling(ours, Batch(tokens, targets, None, list))
+    loss, metrics = LanguageModelling()(ours, Batch(tokens, targets, None, list))
     loss.backward()  # type: ignore[no-untyped-call]
     expected = torch.nn.functional.cross_entropy(
         inner(input_ids=tokens, use_cache=False).logits.flatten(0, 1), targets.flatten(), reduction="sum"
@@ -170,10 +170,13 @@ def test_generation_with_the_kv_cache_equals_the_whole_forward_pass(model: tuple
     ours, inner = opened(folder), theirs(folder)
     queue = SequentialGenerator(ours)
     first = ids(1, 9)[0].tolist()
-    answer = queue.submit(first, Sampling(max_new_tokens=5))
+    answer = queue.submit(first, Sampling(max_new_tokens=5, temperature=0))
     queue.run()
     second = [*first, *answer.tokens, 7, 11, 13]
-    for prompt, request in ((first, answer), (second, queue.submit(second, Sampling(max_new_tokens=5)))):
+    for prompt, request in (
+        (first, answer),
+        (second, queue.submit(second, Sampling(max_new_tokens=5, temperature=0))),
+    ):
         queue.run()
         text = [*prompt, *request.tokens]
         with torch.no_grad():
@@ -186,8 +189,10 @@ def test_generation_with_the_kv_cache_equals_the_whole_forward_pass(model: tuple
 def test_recurrent_states_continue_by_single_tokens(tmp_path: Path) -> None:
     """Mamba in transformers drops its state before several tokens; the probe finds that."""
     with torch.inference_mode():
-        assert continuing(opened(saved(tmp_path / "m", "mamba", HEADS["mamba"][0])).inner) == "tokens"
-        assert continuing(opened(saved(tmp_path / "l", "llama", LLAMA)).inner) == "chunks"
+        assert (
+            probe_cache_support(opened(saved(tmp_path / "m", "mamba", HEADS["mamba"][0])).inner) == "tokens"
+        )
+        assert probe_cache_support(opened(saved(tmp_path / "l", "llama", LLAMA)).inner) == "chunks"
 
 
 class Strange(transformers.LlamaForCausalLM):  # type: ignore[misc]
@@ -211,7 +216,7 @@ def test_an_unknown_head_uses_the_whole_forward_pass(tmp_path: Path) -> None:
             model.logits(model(tokens)), inner(input_ids=tokens, use_cache=False).logits
         )
     targets = tokens.roll(-1, dims=1)
-    loss, _ = language_modelling(model, Batch(tokens, targets, None, list))
+    loss, _ = LanguageModelling()(model, Batch(tokens, targets, None, list))
     expected = torch.nn.functional.cross_entropy(
         inner(input_ids=tokens, use_cache=False).logits.flatten(0, 1), targets.flatten(), reduction="sum"
     )

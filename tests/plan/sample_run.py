@@ -88,7 +88,7 @@ def curves(folder: Path, arm: str, steps: int, start: float, end: float, groups:
             line = {
                 "step": step, "loss": level + noise.gauss(0, 0.06), "learning_rate": 4e-3 * min(1, step / 15) * (1 + math.cos(math.pi * step / steps)) / 2,
                 "gradient_norm": 0.6 + noise.random() * 0.3, "units": 4096.0, "tokens_per_second": 14_000 + noise.gauss(0, 300),
-                "ceiling_share": 0.44 + noise.gauss(0, 0.01),
+                "matmul_rate_share": 0.44 + noise.gauss(0, 0.01),
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")
             if (step + 1) % max(1, steps // 15) == 0:

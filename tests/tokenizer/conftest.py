@@ -29,9 +29,10 @@ def small() -> Tokenizer:
 
 @pytest.fixture(params=["gemma", "llama"])
 def metaspace(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The folder of a tiny byte-fallback BPE tokenizer that knows English: `▁` for a space, `<0xE0>` for bytes.
+    """Folder of a tiny byte-fallback BPE tokenizer for English: `▁` for a space, `<0xE0>` for bytes.
 
-    As Gemma's, the one cuts nothing and begins no text with a space; as Llama's, the other begins every text with one.
+    One is like Gemma's: no pre-token cuts, no leading space. The other is like Llama's: a space before every
+    text.
     """
     return save_metaspace(tmp_path / request.param, leading_space=request.param == "llama")
 

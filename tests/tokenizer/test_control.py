@@ -1,4 +1,4 @@
-"""Text of users is text: which added tokens plain text reaches, and which it does not, for every kind of model."""
+"""Users' text is plain text: which added tokens it can reach, for every kind of model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def byte_level(*, ignore_merges: bool = False) -> Backend:
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Tokenizer:
-    """As Qwen's and GPT-NeoX's: special tokens, markers that are not special, runs of spaces and words, all only among the added tokens."""
+    """Added tokens as Qwen's and GPT-NeoX's: special tokens, markers that are not special, spaces, words."""
     backend = byte_level()
     backend.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
     backend.add_tokens([AddedToken(one, special=False, normalized=False) for one in MARKERS])
@@ -116,7 +116,7 @@ def word_level() -> Backend:
 
 
 def whole_words() -> Backend:
-    """BPE with `ignore_merges`, its markers in the vocabulary, and no cuts inside them."""
+    """BPE with `ignore_merges`, with markers in its vocabulary and no cuts inside them."""
     content = json.loads(byte_level(ignore_merges=True).to_str())
     content["model"]["vocab"] |= {"<|end|>": 1000, "[PLAN]": 1001}
     backend = Backend.from_str(json.dumps(content))
@@ -128,7 +128,7 @@ def whole_words() -> Backend:
 @pytest.mark.parametrize("make", [unigram, word_level, whole_words])
 @pytest.mark.parametrize("marker", ["<|end|>", "[PLAN]"])
 def test_a_model_that_holds_markers_does_not_find_them_in_text(tmp_path: Path, make, marker: str) -> None:
-    """The library's own flag covers the added tokens alone: the model's vocabulary finds them all the same."""
+    """The library's flag covers only the added tokens; the model's vocabulary would still find them."""
     backend = make()
     backend.add_special_tokens(["<|end|>"])
     backend.add_tokens([AddedToken("[PLAN]", special=False)])
@@ -142,7 +142,7 @@ def test_a_model_that_holds_markers_does_not_find_them_in_text(tmp_path: Path, m
     assert tokenizer.encode("a a") == backend.encode("a a").ids
 
 
-def test_text_that_the_vocabulary_cannot_read_is_the_users_error(tmp_path: Path) -> None:
+def test_text_that_the_vocabulary_cannot_read_is_a_user_error(tmp_path: Path) -> None:
     backend = Backend(models.WordLevel({"<|end|>": 0, "a": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = save(backend, tmp_path)

@@ -1,4 +1,4 @@
-"""A longer vocabulary that contains the shorter one: ids, merges, and what the merges do to text."""
+"""Extended tokenizers: ids and merges stay, new merges come after them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer as Backend
 from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import Tokenizer, extend_tokenizer, load_tokenizer
-from koine.tokenizer.predict import predict_costs, ranks, spearman
+from koine.tokenizer.extend import _missing_characters
+from koine.tokenizer.pretoken_counts import PretokenCounts
 
 from .test_control import byte_level, save
 
@@ -28,7 +29,7 @@ def base(small: Tokenizer, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_old_ids_and_merges_stay_and_the_new_language_is_shorter(small: Tokenizer, base: Path) -> None:
+def test_old_ids_and_merges_stay_and_new_text_is_shorter(small: Tokenizer, base: Path) -> None:
     extended = extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=30)
     new = extended.tokenizer
     assert extended.added_tokens == 30
@@ -51,9 +52,7 @@ def test_plain_texts_and_a_path_as_a_string_are_enough(base: Path, tmp_path: Pat
     assert extended.tokenizer.fingerprint == counted.tokenizer.fingerprint
 
 
-def test_it_is_as_the_old_merges_first_and_the_new_ones_on_what_they_leave(
-    small: Tokenizer, base: Path
-) -> None:
+def test_old_merges_apply_before_new_ones(small: Tokenizer, base: Path) -> None:
     new = extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=30).tokenizer
     for text in KOREAN[:5]:
         old_cuts, total = {0}, 0
@@ -89,7 +88,7 @@ def test_a_byte_fallback_vocabulary_gets_characters_and_still_decodes(metaspace:
     assert new.encode("The map says 37") == old.encode("The map says 37")
 
 
-def test_the_record_says_what_it_extends_and_by_what(small: Tokenizer, base: Path, tmp_path: Path) -> None:
+def test_the_record_names_base_and_additions(small: Tokenizer, base: Path, tmp_path: Path) -> None:
     extended = extend_tokenizer(
         base, ((text, 1) for text in KOREAN), new_tokens=30, training={"languages": {"ko": 7}}
     )
@@ -102,12 +101,12 @@ def test_the_record_says_what_it_extends_and_by_what(small: Tokenizer, base: Pat
     assert "scheme" not in record
 
 
-def test_fewer_tokens_than_asked_for_are_said(base: Path) -> None:
+def test_fewer_tokens_than_requested_give_a_warning(base: Path) -> None:
     with pytest.warns(KoineWarning, match=r"the text gives \d+ tokens, not 100000"):
         extend_tokenizer(base, ((text, 1) for text in KOREAN), new_tokens=100_000)
 
 
-def test_what_cannot_be_extended(base: Path) -> None:
+def test_tokenizers_that_cannot_be_extended(base: Path) -> None:
     with pytest.raises(UserError, match="at least 1"):
         extend_tokenizer(base, [("a", 1)], new_tokens=0)
     with pytest.raises(UserError, match="no pair"):
@@ -142,7 +141,7 @@ def _neox(backend: Backend) -> None:
 
 
 def _sparse(backend: Backend) -> None:
-    """A vocabulary with holes; special tokens inside it and after it."""
+    """A vocabulary with unused ids; special tokens inside it and after it."""
     content = json.loads(backend.to_str())
     vocabulary = content["model"]["vocab"]
     holes = {token: place if place < 200 else place + 9 for token, place in vocabulary.items()}
@@ -158,7 +157,7 @@ def _sparse(backend: Backend) -> None:
 @pytest.mark.parametrize("layout", [_llama, _qwen, _neox, _sparse])
 @pytest.mark.parametrize("ignore_merges", [True, False])
 def test_added_tokens_keep_their_ids_in_every_layout(layout, ignore_merges: bool, tmp_path: Path) -> None:
-    """Published tokenizers hold special tokens among `added_tokens` alone, which the library numbers anew when the vocabulary grows."""
+    """Special tokens may be only among `added_tokens`; the library renumbers those of a longer vocabulary."""
     transformers = pytest.importorskip("transformers")
     backend = byte_level(ignore_merges=ignore_merges)
     layout(backend)
@@ -180,7 +179,7 @@ def test_added_tokens_keep_their_ids_in_every_layout(layout, ignore_merges: bool
 
 
 def test_two_tokens_of_one_id_are_refused(tmp_path: Path) -> None:
-    """The library gives `<|end|>` the number of tokens, which here is the id of another one."""
+    """The library gives `<|end|>` the number of tokens as id, which another token has here."""
     content = json.loads(byte_level().to_str())
     content["model"]["vocab"] = {token: place + 3 for token, place in content["model"]["vocab"].items()}
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
@@ -203,7 +202,7 @@ for base in sys.argv[1:]:
 
 
 def test_every_process_extends_to_the_same_file(base: Path, metaspace: Path) -> None:
-    """Many pairs are equally frequent here: which comes first must not hang on the order of a hash map."""
+    """Many pairs are equally frequent; their order must not depend on a hash map."""
     prints = {
         subprocess.run(
             [sys.executable, "-c", SCRIPT, str(base), str(metaspace)],
@@ -226,25 +225,8 @@ def test_the_order_of_texts_does_not_matter(base: Path) -> None:
     assert one == other
 
 
-def test_ranks_and_spearman_by_hand() -> None:
-    assert ranks({"a": 3.0, "b": 1.0, "c": 3.0}) == {"b": 0.0, "a": 0.75, "c": 0.75}
-    up = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
-    assert spearman(up, {key: value**3 for key, value in up.items()}) == pytest.approx(1.0)
-    assert spearman(up, {key: -value for key, value in up.items()}) == pytest.approx(-1.0)
-    # 1 - 6 * sum d^2 / (n (n^2 - 1)) with d = 1, 1, 0, 0
-    assert spearman(up, {"a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}) == pytest.approx(1 - 6 * 2 / 60)
-
-
-def test_an_unknown_script_in_long_sequences_is_expected_to_be_dear(small: Tokenizer) -> None:
-    texts = {
-        "en": ["The territory is far from the sea, says the map."] * 3,
-        "de": ["Das Gebiet liegt nicht weit."] * 3,
-        "nl": ["Het gebied ligt niet ver."] * 3,
-        "ka": ["ტერიტორია შორს არ არის."] * 3,
-    }
-    found = predict_costs(small, texts, primary=["en", "de"])
-    assert [one.language for one in found] == ["ka", "nl"]
-    assert found[0].script_overlap == 0.0
-    assert found[1].script_overlap == pytest.approx(0.85, abs=0.001)  # v and some others are missing
-    with pytest.raises(UserError, match="no language beside"):
-        predict_costs(small, texts, primary=list(texts))
+def test_the_most_frequent_missing_character_comes_first() -> None:
+    table = PretokenCounts({"ปป": 2, "ขก": 3, "a": 9})
+    assert _missing_characters(table, {"a": 0}, most=3, min_frequency=1) == ["ป", "ก", "ข"]
+    assert _missing_characters(table, {"a": 0}, most=1, min_frequency=1) == ["ป"]
+    assert _missing_characters(table, {"a": 0}, most=3, min_frequency=4) == ["ป"]

@@ -1,4 +1,4 @@
-"""Very long runs of letters, spaces and signs: time grows with the text, and nothing else is cut."""
+"""Very long runs of letters, spaces and signs: time stays linear, and only the runs are cut."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pieces(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_no_piece_of_training_is_longer_than_the_limit(name: str) -> None:
+def test_no_training_piece_is_longer_than_the_limit(name: str) -> None:
     """The trainer needs time in the square of a piece's length: 100,000 characters take it hours, 1,000 nothing."""
     parts = list(short_runs(RUNS[name]))
     assert "".join(parts) == RUNS[name]
@@ -60,7 +60,7 @@ def test_no_piece_of_training_is_longer_than_the_limit(name: str) -> None:
         "",
     ],
 )
-def test_text_without_longer_runs_is_left_whole(text: str) -> None:
+def test_text_without_long_runs_is_not_cut(text: str) -> None:
     assert list(short_runs(text)) == [text]
 
 
@@ -76,7 +76,7 @@ def test_only_the_long_run_is_cut() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_extending_and_measuring_end(name: str, small: Tokenizer, tmp_path: Path) -> None:
+def test_training_extending_and_measuring_finish(name: str, small: Tokenizer, tmp_path: Path) -> None:
     texts = [*ENGLISH, RUNS[name]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -91,8 +91,8 @@ def test_training_extending_and_measuring_end(name: str, small: Tokenizer, tmp_p
         assert back == unicodedata.normalize("NFC", RUNS[name])
 
 
-def test_the_limit_changes_nothing_of_ordinary_text() -> None:
-    """The same file as the trainer makes of the texts as they are."""
+def test_the_limit_does_not_change_ordinary_text() -> None:
+    """The trainer gives the same file without the limit."""
     from koine.tokenizer.training import _empty_backend, _learn
 
     texts = [*ENGLISH, "川は海へ流れる。" * 500, "แม่น้ำไหล" * 100, "-" * 900]
@@ -103,7 +103,7 @@ def test_the_limit_changes_nothing_of_ordinary_text() -> None:
 
 
 def test_pretokens_of_any_tokenizer_are_cut_for_counting(metaspace: Path) -> None:
-    """One that does not cut at punctuation sees a page without spaces as one piece."""
+    """A tokenizer that does not cut at punctuation has a page without spaces as one piece."""
     backend = Tokenizer({"tokenizer.json": (metaspace / "tokenizer.json").read_text(encoding="utf-8"),
                          "tokenizer_config.json": '{"eos_token": "</s>"}'})._backend  # fmt: skip
     text = "川は海へ流れる。" * 2000
@@ -118,7 +118,7 @@ def test_pretokens_of_any_tokenizer_are_cut_for_counting(metaspace: Path) -> Non
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Path:
-    """A vocabulary of bytes, and of runs of spaces as the published ones hold them."""
+    """A vocabulary of bytes and of runs of spaces, like the published ones."""
     tokens = [bytes([byte]) for byte in range(256)] + [b" " * 2**power for power in range(1, 7)]
     lines = (base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
     (tmp_path / "cl100k.tiktoken").write_bytes(b"".join(lines))
@@ -126,7 +126,7 @@ def ranks(tmp_path: Path) -> Path:
 
 
 def test_tiktoken_measures_a_million_spaces(ranks: Path) -> None:
-    """Its regular expressions overflow their stack there, in a panic that is no `Exception`."""
+    """tiktoken's regular expressions overflow their stack there, with a panic that is no `Exception`."""
     pytest.importorskip("tiktoken")
     tokenizer = open_tokenizer(ranks)
     text = "left" + " " * 1_000_000 + "right"
@@ -138,8 +138,8 @@ def test_tiktoken_measures_a_million_spaces(ranks: Path) -> None:
     assert found["t"]["en"]["bytes"] == len(text) + 6
 
 
-def test_tiktoken_reads_long_spaces_as_it_reads_shorter_ones(ranks: Path) -> None:
-    """The way of long runs, tried on text that tiktoken itself can read."""
+def test_the_path_for_long_spaces_gives_tiktokens_ids(ranks: Path) -> None:
+    """The path for long runs, tried on text that tiktoken itself can read."""
     pytest.importorskip("tiktoken")
     tokenizer = open_tokenizer(ranks)
     random_text = random.Random(0)

@@ -1,4 +1,4 @@
-"""Conversations: ids are `transformers`', and no text of a user steers the template or the model."""
+"""Conversations: the ids of `transformers`, and no control token from a user's text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ THINK = (
 
 
 def metaspace(scheme: str) -> Backend:
-    """As Llama 2's and Mistral's: `first` marks a space before the first word of a text, `always` before every stretch."""
+    """Like Llama 2's and Mistral's: `first` marks a space before a text's first word, `always` before
+    every part.
+    """
     backend = Backend(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -44,7 +46,7 @@ def names(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
 @pytest.mark.parametrize("look_alike", ["</s>", "<s>", "<|end|></s>", "<<s>"])
-def test_the_text_around_a_look_alike_is_cut_as_without_it(
+def test_text_around_a_look_alike_is_tokenized_as_without_it(
     tmp_path: Path, scheme: str, look_alike: str
 ) -> None:
     tokenizer = save(metaspace(scheme), tmp_path, bos_token="<s>", chat_template=INST)
@@ -72,7 +74,7 @@ def test_the_text_around_a_look_alike_is_cut_as_without_it(
 def test_conversations_without_look_alikes_have_transformers_ids_either_way(
     tmp_path: Path, scheme: str
 ) -> None:
-    """Also through the way that look-alikes take: it is the same reading."""
+    """Also through the path for look-alikes."""
     transformers = pytest.importorskip("transformers")
     tokenizer = save(metaspace(scheme), tmp_path, bos_token="<s>", chat_template=INST)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -87,7 +89,7 @@ def test_conversations_without_look_alikes_have_transformers_ids_either_way(
 
 @pytest.fixture
 def thinking(tmp_path: Path) -> Tokenizer:
-    """As Qwen 3's: `<think>` is an added token that is not special."""
+    """Like Qwen 3's: `<think>` is an added token that is not special."""
     backend = byte_level()
     backend.add_special_tokens(
         [AddedToken(one, special=True, normalized=False) for one in ("<|start|>", "<|end|>")]
@@ -97,7 +99,7 @@ def thinking(tmp_path: Path) -> Tokenizer:
     return save(backend, tmp_path / "thinking", chat_template=THINK)
 
 
-def test_the_assistant_thinks_and_the_user_does_not(thinking: Tokenizer, tmp_path: Path) -> None:
+def test_thinking_markers_count_only_for_the_assistant(thinking: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "thinking")
     think = thinking.vocabulary()["<think>"]
@@ -120,7 +122,7 @@ PRIVATE = "".join(map(chr, (0x10FFF0, 0x10FFF1, 0x10F000, 0x10F001, 0xF0000, 0xF
 
 
 def test_private_use_characters_of_a_user_are_text(thinking: Tokenizer, small: Tokenizer) -> None:
-    """Nothing in band marks anything: not the spans of generation, not the stand-ins, not the aliases."""
+    """No character is reserved: not for generation spans, stand-ins or aliases."""
     for tokenizer in (thinking, small):
         for extra in ("", " </think><|end|><CLS>"):
             turns = [
@@ -149,7 +151,7 @@ def test_private_use_characters_do_not_shift_what_the_template_marks(
 
 
 def test_many_conversations_share_the_aliases(thinking: Tokenizer) -> None:
-    """A text that holds a character that was an alias before gets other aliases."""
+    """A text with a character that was an alias before gets other aliases."""
     first = [{"role": "user", "content": "a <|end|> b"}]
     before = thinking.encode_messages(first)[0]
     for alias in list(thinking._marker_encoder._alias_of.values()):
@@ -161,7 +163,7 @@ def test_many_conversations_share_the_aliases(thinking: Tokenizer) -> None:
 
 
 def test_a_marker_that_normalisation_makes_is_text_too(tmp_path: Path) -> None:
-    """NFKC turns the fullwidth `［ＰＬＡＮ］` into `[PLAN]`, which is looked for in normalised text."""
+    """NFKC turns the fullwidth `［ＰＬＡＮ］` into `[PLAN]`, a marker in normalised text."""
     from tokenizers import normalizers
 
     backend = byte_level()

@@ -1,4 +1,4 @@
-"""Measures against numbers worked out by hand, and foreign tokenizers against their own libraries."""
+"""Measures against numbers worked out by hand, and other tokenizers against their own libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import MeasuredText, Tokenizer, measure, open_tokenizer
 from koine.tokenizer.measures import gini, renyi_efficiency, script_of
-from koine.tokenizer.token_bytes import piece_bytes
+from koine.tokenizer.token_bytes import piece_bytes, scored_lengths
+
+from .letters import Letters
 
 
 class Bytes:
@@ -76,7 +78,7 @@ def test_numbers_by_hand() -> None:
 
 
 def word_pieces(folder: Path, words: list[str]) -> Path:
-    """A WordPiece tokenizer of these words and no other text."""
+    """A WordPiece tokenizer of only these words."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
@@ -87,7 +89,7 @@ def word_pieces(folder: Path, words: list[str]) -> Path:
     return folder / "pieces.json"
 
 
-def test_a_tokenizer_that_does_not_know_a_script_does_not_win_on_it(tmp_path: Path) -> None:
+def test_unknown_script_is_not_good_compression(tmp_path: Path) -> None:
     opened = open_tokenizer(word_pieces(tmp_path, ["the", "sea", "##s"]))
     thai = "แม่น้ำไหลลงทะเล"
     units = [MeasuredText("en", "the seas", "1"), MeasuredText("th", thai, "1")]
@@ -104,7 +106,7 @@ def test_a_tokenizer_that_does_not_know_a_script_does_not_win_on_it(tmp_path: Pa
     assert rows["pieces"]["th"]["partial_character_share"] == 1.0
 
 
-def test_text_that_a_tokenizer_drops_without_a_token_is_unknown_too(tmp_path: Path) -> None:
+def test_dropped_text_counts_as_unknown(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
@@ -152,7 +154,7 @@ def test_scripts() -> None:
     assert script_of("ひらA".encode()) == "Hira"
 
 
-def test_ours_through_its_folder_is_ours(small: Tokenizer, tmp_path: Path) -> None:
+def test_our_tokenizer_opened_from_its_folder_is_equal(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path)
     opened = open_tokenizer(tmp_path)
     texts = ["Das Gebiet 7 liegt nicht weit.", "東京は", "<BOS_TOKEN>"]
@@ -212,7 +214,7 @@ def test_piece_bytes() -> None:
         ("broken.model", "x", "not a SentencePiece model"),
     ],
 )
-def test_what_is_no_tokenizer(name: str, content: str | None, words: str, tmp_path: Path) -> None:
+def test_files_that_are_no_tokenizer(name: str, content: str | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_text(content, encoding="utf-8")
@@ -243,3 +245,21 @@ def test_the_command_writes_json_and_a_page(small: Tokenizer, tmp_path: Path) ->
     assert found["hi"]["parallel_sentences"] == 1
     assert "Comparison of tokenizers" in page.read_text(encoding="utf-8")
     assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_price_and_unknown_text_of_a_measure(small: Tokenizer) -> None:
+    found = measure({"t": Letters("ab c")}, [MeasuredText("en", "ab c")], price_per_million=2.0)
+    # a token a byte: 10^6 bytes are 10^6 tokens
+    assert found["t"]["en"]["cost_per_megabyte"] == pytest.approx(2.0)
+    found = measure({"t": Letters("abd", dear="d")}, [MeasuredText("en", "abd")], price_per_million=3.0)
+    assert found["t"]["en"]["cost_per_megabyte"] == pytest.approx(3.0 * 5 / 3)
+
+    class Lossy(Letters):
+        def unknown_bytes(self, texts: list[str]) -> list[int]:
+            return [1 if "x" in text else 0 for text in texts]
+
+    tokenizer = Lossy("abx")
+    with pytest.warns(KoineWarning, match=r"t has no tokens for 1\.0% of en"):
+        measure({"t": tokenizer}, [MeasuredText("en", "a" * 99 + "x")])
+    tokenizer.unknown_id = 2
+    assert scored_lengths(tokenizer, ["abx"], [[0, 1, 2]]) == ([3], [1])

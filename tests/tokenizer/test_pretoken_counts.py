@@ -1,4 +1,4 @@
-"""The table of pre-tokens gives the merges that the library learns from the text itself, and keeps its bounds."""
+"""Merges learnt from counts of pre-tokens are those learnt from the text; limits hold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merges(backend: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1_000, 10**9])
-def test_the_merges_are_those_of_the_library_on_the_text_itself(chunk_bytes: int) -> None:
+def test_merges_equal_those_of_the_library(chunk_bytes: int) -> None:
     from tokenizers import AddedToken, pre_tokenizers, trainers
 
     from koine.tokenizer import SPECIAL_TOKENS
@@ -61,7 +61,7 @@ def test_the_merges_are_those_of_the_library_on_the_text_itself(chunk_bytes: int
     assert ours.get_vocab() == direct.get_vocab()
 
 
-def test_a_text_counts_as_often_as_it_is_drawn() -> None:
+def test_a_text_counts_once_per_draw() -> None:
     backend = _empty_backend()
     once = count_pretokens([("a b b", 1)], normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer)
     thrice = count_pretokens(
@@ -72,7 +72,7 @@ def test_a_text_counts_as_often_as_it_is_drawn() -> None:
     assert (once.occurrences, thrice.occurrences) == (3, 9)
 
 
-def test_the_rarest_leave_when_the_table_is_full_and_are_counted() -> None:
+def test_the_rarest_are_dropped_from_a_full_table_and_counted() -> None:
     table = PretokenCounts()
     table.add({f"w{i}": 1 for i in range(90)} | {"often": 50}, 1, most=100)
     assert (table.dropped, len(table.counts)) == (0, 91)
@@ -101,6 +101,26 @@ def test_scaled_counts_keep_their_proportions_and_rare_ones_their_weight() -> No
 
 
 def test_pre_tokens_hold_no_space() -> None:
-    """What `repeated` puts between them cannot be inside them."""
+    """`repeated` separates them by spaces."""
     pieces = pre_tokenizer().pre_tokenize_str("a  b\t\n c　d e")
     assert all(" " not in piece for piece, _ in pieces)
+
+
+def test_scales_of_long_text() -> None:
+    """The smallest of: no scale, the most occurrences, and 2^31 - 1 pairs."""
+    table = PretokenCounts({"ab": 60, "c": 40}, occurrences=100)
+    assert feeding_scale(table) == 1.0
+    assert feeding_scale(table, most=25) == 0.25
+    pairs = PretokenCounts({"abcde": 2**31}, occurrences=1)
+    assert feeding_scale(pairs) == pytest.approx(1 / 4)
+    # rare words keep their weight together: a thousand of one occurrence each at a tenth are about a hundred
+    rare = PretokenCounts({f"w{number}": 1 for number in range(1000)}, occurrences=1000)
+    assert sum(len(text.split()) for text in repeated(rare, 0.1)) == pytest.approx(100, abs=30)
+
+
+def test_rare_pretokens_are_dropped_by_doubling_thresholds() -> None:
+    table = PretokenCounts()
+    table.add({f"w{count}": count for count in range(1, 9)}, 1, most=5)
+    # more than 5 entries: those up to 1, then up to 2, then up to 4 leave (3 would do)
+    assert table.counts == {"w5": 5, "w6": 6, "w7": 7, "w8": 8}
+    assert (table.dropped, table.dropped_below, table.occurrences) == (10, 4, 36)

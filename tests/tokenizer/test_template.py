@@ -1,4 +1,4 @@
-"""Chat templates: what they see and render is as in `transformers`; whatever they do, they end soon, in one line."""
+"""Chat templates render as in `transformers`; endless or failing ones end with one line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_an_endless_template_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the limit each of these takes hours; a generous bound stands for `soon`."""
+    """Without the limit each of these takes hours; the bound here is generous."""
     monkeypatch.setattr(template_limits, "SECONDS", 0.3)
     begin = time.monotonic()
     with pytest.raises(UserError, match="the chat template takes more than 0.3 seconds"):
@@ -144,8 +144,8 @@ def test_a_template_that_fails_is_one_line(template: str, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_long_conversation_is_no_fault_of_the_template() -> None:
-    """The limits grow with the messages: 20 MB of content, copied a few times on the way."""
+def test_a_long_conversation_is_within_the_limits() -> None:
+    """The limits grow with the messages: 20 MB of content, copied a few times."""
     messages = [{"role": "user", "content": "wide sea " * 250_000}] * 10
     template = "{% for m in messages %}{{ (m.role ~ m.content) | trim + eos_token }}{% endfor %}"
     text, _ = render_template(template, messages, tokens=TOKENS, generation_prompt=False)
@@ -153,7 +153,7 @@ def test_a_long_conversation_is_no_fault_of_the_template() -> None:
 
 
 def test_a_prompt_has_ids_also_where_earlier_turns_are_rewritten() -> None:
-    """Thinking is stripped from earlier answers: nobody can say what the assistant wrote there, and a prompt need not."""
+    """Thinking is removed from earlier messages, so their spans are unknown; a prompt does not need them."""
     from koine.tokenizer.template import completion_spans
 
     template = "{% for m in messages %}{{ m.content if not loop.last else 'last' }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""What tokens stand for, of vocabularies in the style of Gemma's and Llama's, against the text that they were made from."""
+"""Bytes of tokens, for vocabularies like Gemma's and Llama's, against the original text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_special_tokens_stand_for_nothing_and_byte_tokens_for_a_byte(metaspace: 
     assert tokenizer.token_bytes(ids["▁"]) == b" "
 
 
-def test_ids_of_exactly_a_text_though_texts_begin_with_a_space(metaspace: Path) -> None:
+def test_exact_ids_where_texts_begin_with_a_space(metaspace: Path) -> None:
     tokenizer = load_tokenizer(metaspace)
     for text in (" The", " far", " ปลา", "ปลา"):
         ids = exact_ids(tokenizer, text)
@@ -43,14 +43,14 @@ def test_ids_of_exactly_a_text_though_texts_begin_with_a_space(metaspace: Path) 
 
 
 def test_a_vocabulary_that_holds_bytes_twice_is_matched_with_itself_token_by_token(metaspace: Path) -> None:
-    """`f` and `<0x66>` are the same byte, and each has a row of its own."""
+    """`f` and `<0x66>` are the same byte, each with its own row."""
     opened = open_tokenizer(metaspace)
     match = match_vocabularies(opened, opened, old_special={}, new_special={})
     assert all(new == old for new, old in match.shared.items())
     assert match.dropped == ()
 
 
-def test_a_byte_level_vocabulary_meets_one_with_byte_tokens(small: Tokenizer, metaspace: Path) -> None:
+def test_a_byte_level_vocabulary_matches_one_with_byte_tokens(small: Tokenizer, metaspace: Path) -> None:
     tokenizer = load_tokenizer(metaspace)
     match = match_vocabularies(tokenizer, small, old_special={}, new_special={})
     for new, old in match.shared.items():

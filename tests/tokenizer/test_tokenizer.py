@@ -1,4 +1,4 @@
-"""Encoding: exact round trips, plain text stays plain, the same ids as `transformers`, foreign directories."""
+"""Encoding: exact round trips, plain text stays plain, the ids of `transformers`, other models' folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONVERSATION = [
 
 @given(ANY_TEXT)
 @settings(max_examples=300, deadline=None)
-def test_any_text_comes_back_up_to_nfc(small: Tokenizer, text: str) -> None:
+def test_round_trip_up_to_nfc(small: Tokenizer, text: str) -> None:
     ids = small.encode(text)
     assert small.decode(ids, skip_special=False) == unicodedata.normalize("NFC", text)
     assert small.decode(ids) == unicodedata.normalize("NFC", text)
@@ -42,7 +42,7 @@ def test_any_text_comes_back_up_to_nfc(small: Tokenizer, text: str) -> None:
 
 @given(ANY_TEXT)
 @settings(max_examples=150, deadline=None)
-def test_streamed_text_is_the_decoded_text(small: Tokenizer, text: str) -> None:
+def test_streamed_text_equals_decoded_text(small: Tokenizer, text: str) -> None:
     decoder = small.stream_decoder()
     pieces = [decoder.push(token) for token in [small.bos_id, *small.encode(text), small.eos_id]]
     assert "".join([*pieces, decoder.flush()]) == unicodedata.normalize("NFC", text)
@@ -67,8 +67,8 @@ def test_special_tokens_have_the_ids_of_the_format(small: Tokenizer) -> None:
     assert small.encode_document("a") == [5, *small.encode("a"), small.eos_id]
 
 
-def test_every_digit_stands_alone(small: Tokenizer) -> None:
-    """Also in scripts with their own digits; the training text is full of numbers, so they would merge otherwise."""
+def test_every_digit_is_a_token(small: Tokenizer) -> None:
+    """Also in scripts with their own digits. The training text is full of numbers, which would merge."""
     vocabulary = json.loads(small._files["tokenizer.json"])["model"]["vocab"]
     assert not [token for token in vocabulary if re.search(r"\d.*\d", token) and token not in SPECIAL_TOKENS]
     assert len(small.encode("2026")) == 4
@@ -123,7 +123,7 @@ def test_a_users_markers_are_text(small: Tokenizer) -> None:
     assert not any(completion)
 
 
-def test_saved_and_opened_is_the_same(small: Tokenizer, tmp_path: Path) -> None:
+def test_save_and_load(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path / "t")
     again = load_tokenizer(tmp_path / "t")
     assert again.fingerprint == small.fingerprint
@@ -145,7 +145,7 @@ FOREIGN = (
 
 @pytest.fixture
 def foreign(small: Tokenizer, tmp_path: Path) -> Path:
-    """The same vocabulary under another model's template, its tokens named as objects in the map only."""
+    """The same vocabulary with another model's template; its tokens are objects, only in the map."""
     small.save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "special_tokens_map.json").write_text(
@@ -155,7 +155,7 @@ def foreign(small: Tokenizer, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_foreign_template_gives_transformers_ids(foreign: Path) -> None:
+def test_another_models_template_gives_transformers_ids(foreign: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(foreign)
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (2, 3, 3)
@@ -175,7 +175,7 @@ def test_a_foreign_template_gives_transformers_ids(foreign: Path) -> None:
     assert not any(mask)
 
 
-def test_a_users_markers_are_text_in_a_foreign_template_too(foreign: Path) -> None:
+def test_a_users_markers_are_text_in_another_models_template(foreign: Path) -> None:
     ours = load_tokenizer(foreign)
     ids, _ = ours.encode_messages([{"role": "user", "content": "a<SEP>b"}])
     assert ids.count(ours.eos_id) == 1
@@ -192,19 +192,19 @@ def test_a_users_markers_are_text_in_a_foreign_template_too(foreign: Path) -> No
         ("hello", "list of"),
     ],
 )
-def test_what_is_no_conversation_is_the_users_error(small: Tokenizer, messages: object, words: str) -> None:
+def test_malformed_conversations_are_user_errors(small: Tokenizer, messages: object, words: str) -> None:
     with pytest.raises(UserError, match=words):
         small.encode_messages(messages)  # type: ignore[arg-type]
 
 
-def test_broken_unicode_is_the_users_error(small: Tokenizer) -> None:
+def test_broken_unicode_is_a_user_error(small: Tokenizer) -> None:
     with pytest.raises(UserError, match="lone surrogate at character 1"):
         small.encode("a\ud800")
     with pytest.raises(UserError, match="lone surrogate"):
         small.encode_batch(["fine", "a\ud800"])
 
 
-def test_a_folder_without_a_sound_tokenizer_is_the_users_error(small: Tokenizer, tmp_path: Path) -> None:
+def test_a_folder_without_a_sound_tokenizer_is_a_user_error(small: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(UserError, match=r"holds no tokenizer\.json"):

@@ -1,4 +1,4 @@
-"""Training: weights by hand, sampling to them, the same vocabulary every time, sizes that cannot be."""
+"""Training: weights by hand, sampling, determinism, impossible sizes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import SPECIAL_TOKENS, language_weights, train_tokenizer
 from koine.tokenizer.corpus_sampling import count_bytes, draw, quotas
+from koine.tokenizer.pretoken_counts import PretokenCounts
 
 SIZES = {"de": 100, "nl": 300, "ja": 1200}
 
@@ -51,16 +52,16 @@ def test_english_gets_its_share_and_the_others_keep_their_proportions() -> None:
         ({"de": 5}, {"scheme": "bucketted"}, "bucketed"),
         ({"de": 5}, {"bucket_mass": "date"}, "data"),
         ({"de": 5}, {"english_share": 1.0}, "between 0 and 1"),
-        ({"de": 5}, {"scheme": "temperature", "temperature": 0.0}, "above 0"),
+        ({"de": 5}, {"scheme": "temperature", "temperature": 0.0}, "greater than 0"),
         ({"xq": 5}, {}, "xq"),
     ],
 )
-def test_impossible_weights_are_the_users_error(sizes: dict[str, int], options: dict, words: str) -> None:
+def test_impossible_weights_are_user_errors(sizes: dict[str, int], options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         language_weights(sizes, **options)
 
 
-def test_the_sample_has_the_weights_and_repetition_is_told() -> None:
+def test_the_sample_has_the_weights_and_repetition_warns() -> None:
     texts = {"de": [f"Satz {i}" * (i % 7 + 1) for i in range(400)], "ja": ["東京"] * 10}
     corpus = {code: (lambda part=part: part) for code, part in texts.items()}
     sizes = count_bytes(corpus)
@@ -117,7 +118,7 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused() -> None:
     assert train_tokenizer({"de": lambda: ["ja"]}, vocab_size=smallest).vocab_size == smallest
 
 
-def test_too_little_text_for_the_vocabulary_is_told() -> None:
+def test_too_little_text_for_the_vocabulary_warns() -> None:
     with pytest.warns(KoineWarning, match="gives a vocabulary of"):
         train_tokenizer({"de": lambda: ["ja ja ja"]}, vocab_size=1000, min_frequency=1)
 
@@ -127,7 +128,7 @@ def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
         train_tokenizer({"de": lambda: ["a\ud800"]}, vocab_size=400)
 
 
-def test_text_so_long_that_counts_are_scaled_is_said() -> None:
+def test_scaled_counts_of_a_long_text_warn() -> None:
     from koine.tokenizer.pretoken_counts import PretokenCounts
     from koine.tokenizer.training import _warn_of_approximations
 
@@ -135,3 +136,23 @@ def test_text_so_long_that_counts_are_scaled_is_said() -> None:
         KoineWarning, match=r"3 occurrences .* \(1.50% of all\); all counts were scaled by 0.25"
     ):
         _warn_of_approximations(PretokenCounts({"a": 197}, occurrences=200, dropped=3, dropped_below=1), 0.25)
+
+
+def test_temperature_is_a_root_of_the_share() -> None:
+    """Shares 1/9 and 8/9 at T = 3: the cube roots are 1 to 2."""
+    weights = language_weights({"de": 1, "fr": 8}, scheme="temperature", temperature=3.0)
+    assert weights == pytest.approx({"de": 1 / 3, "fr": 2 / 3})
+
+
+def test_the_smallest_frequency_is_scaled_with_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten of twenty million occurrences are fed: a minimum of 40 becomes 20."""
+    from koine.tokenizer import training
+
+    monkeypatch.setattr(training, "feeding_scale", lambda table: 0.5)
+    sizes = {}
+    for word, count in (("ab", 40), ("cd", 36)):
+        backend = training._empty_backend()
+        table = PretokenCounts({word: count}, occurrences=count)
+        training.learn_from_table(backend, table, vocab_size=400, min_frequency=40, show_progress=False)
+        sizes[word] = word in backend.get_vocab()
+    assert sizes == {"ab": True, "cd": False}

@@ -1,13 +1,14 @@
-"""A data order over random tokens with the interface of `koine.data.DataOrder`."""
+"""A data order over random tokens, and an objective that calls a function."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from koine.data.mixture import Shape, StepPosition
 
@@ -111,3 +112,16 @@ def fake_order(folder: Path, *, steps: tuple[int, ...] = (12,), **sizes: int) ->
     source = FakeSource("s", folder)
     phases = tuple(FakePhase(f"phase-{index}", count, (source,)) for index, count in enumerate(steps))
     return FakeOrder(FakeMixture(phases, **sizes))
+
+
+@dataclass(frozen=True)
+class FunctionObjective:
+    """An objective that calls a function of a test."""
+
+    function: Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]] = field(compare=False)
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> tuple[Tensor, dict[str, float]]:
+        return self.function(model, batch)
+
+    def identity(self) -> dict[str, Any]:
+        return {}

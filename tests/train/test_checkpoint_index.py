@@ -1,4 +1,4 @@
-"""A checkpoint from somebody else is read as numbers: its index cannot run a command, whatever it is made of."""
+"""The index of a checkpoint from somebody else cannot run a command, whatever it contains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from koine.errors import UserError
 from koine.files import sha256_file
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from koine.train.checkpoint_index import read_index
 from koine.train.export import export_checkpoint
 
@@ -35,7 +35,7 @@ SETTINGS = TrainSettings(dtype="float32", threads=1, learning_rate=1e-2, checkpo
 
 def run(out: Path, shards: Path, steps: int = 6) -> None:
     train(
-        small_model(), language_modelling, fake_order(shards, steps=(steps,)), SETTINGS, out=out,
+        small_model(), LanguageModelling(), fake_order(shards, steps=(steps,)), SETTINGS, out=out,
         evaluate=lambda model, done: {"loss": abs(done - 4.0)}, progress=False, device="cpu",
     )  # fmt: skip
 
@@ -68,11 +68,12 @@ META = "torch.distributed.checkpoint.metadata"
 
 
 def hostile(mark: Path) -> dict[str, bytes]:
-    """Indexes that would make the file `mark`, change a class for the whole process, or take a machine's memory."""
+    """Indexes that would write the file `mark`, change a class of the process, or exhaust the memory."""
     command = f"touch {mark}"
     whole = Metadata({}, {}, {})
     nested = Metadata({"weights.a": _Call(os.system, command)}, {}, {})
-    # A class of the list whose constructor is replaced: BUILD with a state of slots calls `setattr` on the class.
+    # A class of the list whose constructor is replaced: BUILD with a state of slots calls `setattr` on the
+    # class.
     build = _global(META, "Metadata") + b"(N}" + _text("from_me") + b"K\x01stb."
     function = _global("torch.serialization", "_get_layout") + b"(N}" + _text("from_me") + b"K\x01stb."
     return {
@@ -123,7 +124,7 @@ def test_a_hostile_index_is_one_line(name: str, tmp_path: Path) -> None:
 
 
 def replace_index(checkpoint: Path, content: bytes) -> None:
-    """As somebody would who sends a folder: the sums in `checkpoint.json` fit."""
+    """Update the sha256 in `checkpoint.json`, as somebody who sends a hostile folder would."""
     (checkpoint / ".metadata").write_bytes(content)
     about = json.loads((checkpoint / "checkpoint.json").read_text())
     about["files"][".metadata"] = sha256_file(checkpoint / ".metadata")
@@ -143,7 +144,7 @@ def test_export_and_resume_run_nothing(best: Path, tmp_path: Path) -> None:
 
 
 def changed(name: str, folder: Path) -> Metadata:
-    """A real index with one thing changed."""
+    """Return a real index with one field changed."""
     index = read_index(folder)
     about = index.state_dict_metadata
     first = "weights.embedding.weight"
@@ -188,7 +189,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-def test_an_index_that_lies_is_one_line(best: Path, tmp_path: Path) -> None:
+def test_an_inconsistent_index_is_one_line(best: Path, tmp_path: Path) -> None:
     for name in CHANGES:
         index = changed(name, best)
         before = (best / ".metadata").read_bytes()
@@ -199,7 +200,7 @@ def test_an_index_that_lies_is_one_line(best: Path, tmp_path: Path) -> None:
     export_checkpoint(best, tmp_path / "model")
 
 
-def test_bytes_that_are_no_tensor_are_one_line(best: Path, tmp_path: Path) -> None:
+def test_damaged_tensor_bytes_are_one_line(best: Path, tmp_path: Path) -> None:
     """Each tensor is read by torch with `weights_only`; what that refuses ends in one line too."""
     mark = tmp_path / "mark"
     file = best / "__0_0.distcp"
@@ -235,7 +236,7 @@ def test_bytes_that_are_no_tensor_are_one_line(best: Path, tmp_path: Path) -> No
         ("rounding", None),
     ],
 )
-def test_what_checkpoint_json_says_is_checked(field: str, value: Any, best: Path, tmp_path: Path) -> None:
+def test_fields_of_checkpoint_json_are_checked(field: str, value: Any, best: Path, tmp_path: Path) -> None:
     about = json.loads((best / "checkpoint.json").read_text())
     (best / "checkpoint.json").write_text(json.dumps({**about, field: value}))
     (tmp_path / "out" / "training.json").unlink()
@@ -244,7 +245,7 @@ def test_what_checkpoint_json_says_is_checked(field: str, value: Any, best: Path
 
 
 def test_an_index_that_torch_wrote_is_read(best: Path) -> None:
-    """Checkpoints of earlier versions keep torch's own index, with the folder's path and a random number in it."""
+    """Checkpoints of earlier versions have torch's own index, with the folder's path and a random number."""
     from torch.distributed.checkpoint.metadata import StorageMeta
 
     index = read_index(best)
@@ -257,7 +258,7 @@ def test_an_index_that_torch_wrote_is_read(best: Path) -> None:
 
 
 def test_the_best_checkpoint_is_the_same_bytes_in_every_run(tmp_path: Path) -> None:
-    """No path, no clock and no random number is in it: two runs in two folders."""
+    """It holds no path, time or random number: two runs in two folders are equal."""
     for name in ("one", "another place"):
         run(tmp_path / name / "out", tmp_path / "shards")
     first, second = (tmp_path / name / "out" / "checkpoints" for name in ("one", "another place"))

@@ -1,4 +1,4 @@
-"""Weight decay acts on what multiplies as a matrix, and on nothing that scales or shifts."""
+"""Weight decay acts on matrices, and not on parameters that scale or shift."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARED = {"attention": "shared-kv", "shared_expert": True}
 
 
 def variants() -> dict[str, ModelConfig]:
-    """Our decoder with and without QK-Norm, tied and not, dense and with every kind of experts and routers."""
+    """Our decoder with and without QK-Norm, tied and untied, dense and with all experts and routers."""
     plain = replace(small_config(), tie_embeddings=False)
     normed = replace(
         plain, layers=(LayerSpec(qk_norm=True), LayerSpec(rope=False, window=8, qk_norm=True)), num_kv_heads=2
@@ -57,7 +57,7 @@ def test_our_decoder(name: str) -> None:
 
 
 def test_a_gain_of_qk_norm_is_not_pulled_to_zero() -> None:
-    """One step with gradients of zero: AdamW's decay is `1 - rate * decay` for matrices, and 1 for everything else."""
+    """One step with zero gradients multiplies matrices by `1 - rate * decay`, and nothing else."""
     model = Decoder(variants()["qk-norm"])
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     optimiser = Optimiser(model, TrainSettings(weight_decay=0.5, dtype="float32"), dtype=torch.float32)
@@ -70,7 +70,7 @@ def test_a_gain_of_qk_norm_is_not_pulled_to_zero() -> None:
 
 
 class _Products(TorchDispatchMode):
-    """Notes which parameters (by where their numbers lie) are factors of a matrix product, a lookup or a convolution."""
+    """Records which parameters, by data pointer, are factors of a matmul, a lookup or a convolution."""
 
     FACTORS: ClassVar = {  # the arguments of each operation that multiply; the others are added
         "mm": (0, 1),
@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_models_of_transformers(kind: str) -> None:
-    """By role in one forward pass: what is a factor of a matrix product is decayed, what is added or scales is not."""
+    """Factors of matmuls in a forward pass are decayed; parameters that are added or scale are not."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **ARCHITECTURES[kind]})
@@ -144,8 +144,8 @@ def test_models_of_transformers(kind: str) -> None:
     assert factors
 
 
-def test_owners_that_say_so_themselves() -> None:
-    """`_no_weight_decay`, which the authors of state space models set, is obeyed; a stack of biases is no matrix."""
+def test_no_weight_decay_attribute_and_stacked_biases() -> None:
+    """`_no_weight_decay` of state space models is obeyed; stacked biases are no matrix."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:

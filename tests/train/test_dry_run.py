@@ -1,4 +1,4 @@
-"""`--dry-run` says what the run would: the same refusals and notes, and nothing is written."""
+"""`--dry-run` has the errors and warnings of the run, and writes nothing."""
 
 from __future__ import annotations
 

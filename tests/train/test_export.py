@@ -1,4 +1,4 @@
-"""A checkpoint becomes a model directory: the weights of its step, in whatever architecture, for every command."""
+"""A checkpoint becomes a model directory with the weights of its step, in any architecture."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from koine.model.causal_lm import load_causal_lm
 from koine.model.config import MixtureConfig
 from koine.model.decoder import Decoder
 from koine.model.formats.directory import load_model
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from koine.train.export import export_checkpoint
 
 from .fakes import fake_order
 from .models import small_config, small_model
-from .test_other_architectures import gpt2, llama, order
+from .test_model_adapters import gpt2, llama, order
 from .tokens import write_tokens
 
 SETTINGS = TrainSettings(dtype="float32", threads=1, learning_rate=1e-2, checkpoint_every=2, evaluate_every=1)
@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path
 
 
 def trained(model: nn.Module, data: Any, out: Path, **more: Any) -> dict[str, Tensor]:
-    """Train to the end; the weights after step 3, which an evaluation calls the best."""
+    """Train to the end; return the weights after step 3, whose evaluation is the best."""
     kept: dict[str, Tensor] = {}
 
     def evaluate(model: nn.Module, done: int) -> dict[str, float]:
@@ -45,7 +45,8 @@ def trained(model: nn.Module, data: Any, out: Path, **more: Any) -> dict[str, Te
             kept.update({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
         return {"figure": abs(done - 3.0)}
 
-    train(model, language_modelling, data, SETTINGS, out=out, evaluate=evaluate, progress=False, device="cpu", **more)  # fmt: skip
+    more = {"out": out, "evaluate": evaluate, "progress": False, "device": "cpu", **more}
+    train(model, LanguageModelling(), data, SETTINGS, **more)
     return kept
 
 
@@ -73,7 +74,7 @@ def test_of_other_architectures_too(make: Any, made: tuple[Path, dict[str, Path]
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
 
 
-def test_a_mixture_keeps_what_it_does_not_train(tmp_path: Path) -> None:
+def test_a_mixture_keeps_its_buffers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     mixture = MixtureConfig(experts=("a", "b"), domain_size=8)
     model = Decoder(replace(small_config(), mixture=mixture))
@@ -100,7 +101,9 @@ def invoke(command: Any, *arguments: Any) -> Result:
     return done
 
 
-def test_measured_on_the_way_and_again_as_a_model(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+def test_figures_during_training_equal_those_of_the_exported_model(
+    made: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
     tokenizer, shards = made
     text = tmp_path / "text.jsonl"
     rows = [

@@ -1,7 +1,8 @@
 """kill -9 at random moments, the same call again: bit-identical weights.
 
-The children are forked from one process that has imported torch and used no threads, so that a life costs milliseconds; which
-moment a kill meets is drawn at random over the whole of a life, checkpoints and the final writing included.
+The children are forked from one process that has imported torch and used no threads, so that a life costs
+milliseconds; which moment a kill meets is drawn at random over the whole of a life, checkpoints and the final
+writing included.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from tests.train.fakes import fake_order
 from tests.train.models import small_model
 from koine.files import sha256_file
 import koine.model.formats.directory, torch.optim.adamw, torch._dynamo, koine.train.loop
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import TrainSettings, LanguageModelling, train
 
 torch.set_num_threads(1)
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
 order = fake_order(folder / "source", steps=(16, 8))
-settings = TrainSettings(dtype=dtype, threads=1, checkpoint_every=3, warmup_steps=2, micro_batch_size=2, evaluate_every=4)
+settings = TrainSettings(
+    dtype=dtype, threads=1, checkpoint_every=3, warmup_steps=2, micro_batch_size=2, evaluate_every=4
+)
 
 def evaluate(model, step):
     torch.rand(1)
@@ -39,7 +42,8 @@ def life(out):
     child = os.fork()
     if child == 0:
         try:
-            train(small_model(), language_modelling, order, settings, out=out, evaluate=evaluate, progress=False, device="cpu")
+            more = {"out": out, "evaluate": evaluate, "progress": False, "device": "cpu"}
+            train(small_model(), LanguageModelling(), order, settings, **more)
             os._exit(0)
         except BaseException:
             import traceback

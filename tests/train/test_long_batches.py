@@ -1,4 +1,4 @@
-"""The loop over steps of several shapes: micro batches, figures, spikes, resuming and estimates follow the shape."""
+"""Steps of several shapes: micro-batches, figures, loss spikes, resuming and estimates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from koine.data.inspect_step import documents_at_step
 from koine.errors import UserError
 from koine.model import Decoder, preset
 from koine.model.formats.directory import load_model
-from koine.train import TrainSettings, estimate_training, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, estimate_training, train
 
+from .fakes import FunctionObjective
 from .models import small_config
 from .tokens import write_tokens
 
@@ -51,7 +52,7 @@ def run(out: Path, mix: Mixture, settings: TrainSettings = SETTINGS, **more: Any
     trained = model()
     train(
         trained,
-        more.pop("objective", language_modelling),
+        more.pop("objective", LanguageModelling()),
         DataOrder(mix),
         settings,
         out=out,
@@ -73,14 +74,19 @@ def test_micro_batches_of_long_rows_hold_no_more_tokens(
 
     def spy(trained: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
         seen.append(tuple(batch.tokens.shape))
-        return language_modelling(trained, batch)
+        return LanguageModelling()(trained, batch)
 
-    small = run(tmp_path / "small", mixture(made[1]), objective=spy)
+    small = run(tmp_path / "small", mixture(made[1]), objective=FunctionObjective(spy))
     # Two rows of 16 at once; a row of 64 is more than that, and goes alone.
     one = [(2, 16)] * 4
     assert seen == (one * 3 + [(1, 64)] * 4) * 2
     seen.clear()
-    run(tmp_path / "eight", mixture(made[1], 4), replace(SETTINGS, micro_batch_size=8), objective=spy)
+    run(
+        tmp_path / "eight",
+        mixture(made[1], 4),
+        replace(SETTINGS, micro_batch_size=8),
+        objective=FunctionObjective(spy),
+    )
     assert seen == [(8, 16)] * 3 + [(2, 64)] * 2
     whole = run(tmp_path / "whole", mixture(made[1]), replace(SETTINGS, micro_batch_size=0))
     for name, tensor in small.named_parameters():
@@ -118,15 +124,20 @@ def test_resumes_to_the_same_bits_after_a_long_batch(
 
 def test_long_rows_of_another_loss_are_no_spike(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     def harder(trained: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        loss, measured = language_modelling(trained, batch)
+        loss, measured = LanguageModelling()(trained, batch)
         return loss * (4.0 if batch.tokens.shape[1] == 64 else 1.0), measured
 
-    run(tmp_path / "o", mixture(made[1], 24), replace(SETTINGS, spike_window=8), objective=harder)
+    run(
+        tmp_path / "o",
+        mixture(made[1], 24),
+        replace(SETTINGS, spike_window=8),
+        objective=FunctionObjective(harder),
+    )
     assert len(lines(tmp_path / "o")) == 24
 
 
 def test_the_estimate_follows_the_shapes() -> None:
-    """Rows of 8,192 tokens keep sixteen times what rows of 512 keep; recomputing the blocks takes more than half of that away."""
+    """Rows of 8,192 tokens have 16 times the activations of 512; gradient checkpointing more than halves it."""
     config = preset("koine-8m", 4096)
     source = Source(name="a", path=Path("a"), proportion=1.0)
 
@@ -147,7 +158,7 @@ def test_the_estimate_follows_the_shapes() -> None:
     assert both.seconds > 1.5 * short.seconds
 
 
-def test_the_command(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+def test_the_command_with_long_sequences(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     tokenizer, shards = made
 
     def pretrain(*arguments: str) -> str:

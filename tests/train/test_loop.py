@@ -1,4 +1,4 @@
-"""The loop beside torch's own optimiser, its refusals, and what it leaves behind."""
+"""The training loop beside torch's own optimiser, its errors, and its files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from koine.errors import KoineWarning, UserError
 from koine.files import exclusive
 from koine.model.formats.directory import load_model
-from koine.train import TrainingStopped, TrainSettings, language_modelling, supervised_fine_tuning, train
+from koine.train import LanguageModelling, SupervisedFineTuning, TrainingStopped, TrainSettings, train
 
-from .fakes import FakeBatch, FakeOrder, fake_order
+from .fakes import FakeBatch, FakeOrder, FunctionObjective, fake_order
 from .models import small_model
 
 BASE = TrainSettings(dtype="float32", threads=1, learning_rate=1e-2, schedule="constant")
@@ -29,7 +29,7 @@ def run(out: Path, order: FakeOrder, settings: TrainSettings = BASE, **more: Any
     model = small_model()
     train(
         model,
-        more.pop("objective", language_modelling),
+        more.pop("objective", LanguageModelling()),
         order,
         settings,
         out=out,
@@ -72,7 +72,8 @@ def test_equals_a_plain_loop_with_torch(tmp_path: Path) -> None:
         optimiser.zero_grad()
         losses.append(loss.item())
     assert [line["loss"] for line in lines(tmp_path / "out")] == pytest.approx(losses, rel=1e-5)
-    # Adam divides by the gradient's size, so where a gradient is nearly zero its rounding shows in full: 1 % of the rate a step.
+    # Adam divides by the gradient's size, so where a gradient is nearly zero its rounding shows in full: 1 %
+    # of the rate a step.
     for name, tensor in weights(theirs).items():
         torch.testing.assert_close(weights(ours)[name], tensor, rtol=1e-4, atol=6 * 1e-4)
 
@@ -93,8 +94,8 @@ def test_bfloat16_follows_float32_and_keeps_float32_weights(tmp_path: Path) -> N
     settings = replace(BASE, learning_rate=3e-3)
     run(tmp_path / "32", order, settings)
     model = run(tmp_path / "16", order, replace(settings, dtype="bfloat16"))
-    # Losses near 4 nats: rounding of 2^-9 of a logit moves single tokens both ways, their mean by less than 2e-3. (At 1e-2 this
-    # model's training is unstable and any rounding grows.)
+    # Losses near 4 nats: rounding of 2^-9 of a logit moves single tokens both ways, their mean by less than
+    # 2e-3. (At 1e-2 this model's training is unstable and any rounding grows.)
     for a, b in zip(lines(tmp_path / "32"), lines(tmp_path / "16"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
     saved = load_model(tmp_path / "16")
@@ -200,13 +201,14 @@ def test_sigterm_saves_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
         if not (tmp_path / "sent").exists():
             (tmp_path / "sent").touch()
             os.kill(os.getpid(), signal.SIGTERM)
-        return language_modelling(model, batch)  # type: ignore[arg-type]
+        return LanguageModelling()(model, batch)  # type: ignore[arg-type]
 
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "o", order, objective=objective)
+        run(tmp_path / "o", order, objective=FunctionObjective(objective))
     assert stopped.value.code == 143
     assert (tmp_path / "o" / "checkpoints" / "step-000001").is_dir()
-    resumed, whole = run(tmp_path / "o", order, objective=objective), run(tmp_path / "w", order)
+    resumed = run(tmp_path / "o", order, objective=FunctionObjective(objective))
+    whole = run(tmp_path / "w", order)
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0)
 
@@ -215,17 +217,17 @@ def failing_at(step: int, kind: str) -> Any:
     calls = [0]
 
     def objective(model: nn.Module, batch: FakeBatch) -> tuple[Tensor, dict[str, float]]:
-        loss, measured = language_modelling(model, batch)  # type: ignore[arg-type]
+        loss, measured = LanguageModelling()(model, batch)  # type: ignore[arg-type]
         calls[0] += 1
         if calls[0] == step + 1:
             loss = loss * float("nan") if kind == "nan" else loss * 5
         return loss, measured
 
-    return objective
+    return FunctionObjective(objective)
 
 
 @pytest.mark.parametrize(("kind", "says"), [("nan", "the loss is nan"), ("spike", "the loss jumped to")])
-def test_trouble_stops_before_the_step(tmp_path: Path, kind: str, says: str) -> None:
+def test_a_problem_stops_before_the_step(tmp_path: Path, kind: str, says: str) -> None:
     order = fake_order(tmp_path / "s", steps=(12,))
     settings = replace(BASE, checkpoint_every=4, spike_window=8)
     with pytest.raises(TrainingStopped, match=rf"{says}.*at step 9.*doc-9-0.*step-000008"):
@@ -246,8 +248,9 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 def test_sft_needs_completions() -> None:
     tokens = torch.zeros(1, 4, dtype=torch.long)
+    batch: Any = FakeBatch(tokens, torch.full_like(tokens, -100), None)
     with pytest.raises(UserError, match="no completion token"):
-        supervised_fine_tuning(small_model(), FakeBatch(tokens, torch.full_like(tokens, -100), None))  # type: ignore[arg-type]
+        SupervisedFineTuning()(small_model(), batch)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_settings_are_checked(given: dict[str, Any], says: str) -> None:
         TrainSettings(**given)
 
 
-def test_a_kill_between_the_model_and_the_checkpoints_leaves_none_for_ever(tmp_path: Path) -> None:
+def test_checkpoints_left_by_a_kill_are_removed_by_the_next_call(tmp_path: Path) -> None:
     order = fake_order(tmp_path / "s", steps=(4,))
     settings = replace(BASE, checkpoint_every=1, keep_last=4)
     with pytest.MonkeyPatch.context() as patch:
@@ -273,7 +276,7 @@ def test_a_kill_between_the_model_and_the_checkpoints_leaves_none_for_ever(tmp_p
         def killed(*_: Any, **__: Any) -> None:
             raise StoppedError
 
-        patch.setattr("koine.train.finish.drop_checkpoints", killed)
+        patch.setattr("koine.train.export.OutputFolder.remove_checkpoints", killed)
         with pytest.raises(StoppedError):
             run(tmp_path / "o", order, settings)
     assert len(list((tmp_path / "o" / "checkpoints").iterdir())) == 4
@@ -282,7 +285,7 @@ def test_a_kill_between_the_model_and_the_checkpoints_leaves_none_for_ever(tmp_p
 
 
 class TickingClock:
-    """Half a second goes by between two looks."""
+    """A clock that advances by half a second at each call."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -292,18 +295,19 @@ class TickingClock:
         return self.now
 
 
-def test_the_rates_are_those_worked_out_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_equal_those_computed_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("koine.train.loop.time", TickingClock())
-    monkeypatch.setattr("koine.train.step_costs.measured_ceiling", lambda *_: 1e7)
+    monkeypatch.setattr("koine.train.step_costs.model_matmul_rate", lambda *_: 1e7)
     run(tmp_path / "o", fake_order(tmp_path / "s", steps=(2,)))
     # A step is 4 rows of 16 tokens in half a second.
     tokens_per_second = 4 * 16 / 0.5
-    # Matrices of a block: q and o of 32 x 32, k and v of 32 x 16, three of the feed-forward of 32 x 48; the logits: 64 x 32.
+    # Matrices of a block: q and o of 32 x 32, k and v of 32 x 16, three of the feed-forward of 32 x 48; the
+    # logits: 64 x 32.
     matrices = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 64 * 32
-    # Queries see keys: 1 + 2 + ... + 16 in the full layer; 1 + ... + 8, then 8 times 8 in the layer of window 8. A pair costs a product of
-    # q and k and one with v, of 2 heads of 16.
+    # Queries see keys: 1 + 2 + ... + 16 in the full layer; 1 + ... + 8, then 8 times 8 in the layer of window
+    # 8. A pair costs a product of q and k and one with v, of 2 heads of 16.
     pairs = 136 + (36 + 64)
     forward = (2 * 16 * matrices + pairs * 2 * 2 * 2 * 16) / 16
     for line in lines(tmp_path / "o"):
         assert line["tokens_per_second"] == pytest.approx(tokens_per_second, rel=1e-12)
-        assert line["ceiling_share"] == pytest.approx(tokens_per_second * 3 * forward / 1e7, rel=1e-12)
+        assert line["matmul_rate_share"] == pytest.approx(tokens_per_second * 3 * forward / 1e7, rel=1e-12)

@@ -42,7 +42,8 @@ def test_gradcheck() -> None:
 
 
 def test_bfloat16_is_within_its_rounding() -> None:
-    # bfloat16 has 8 bits: inputs, logits and gradients are each rounded by up to 2^-9 of themselves, about 1 % together.
+    # bfloat16 has 8 bits: inputs, logits and gradients are each rounded by up to 2^-9 of themselves, about 1
+    # % together.
     h, w, targets = inputs(torch.bfloat16, rows=256)
     ours = chunked_cross_entropy(h, w, targets, scale=0.25, chunk=64)
     theirs = F.cross_entropy(h.float() @ w.float().t() * 0.25, targets, ignore_index=-100, reduction="sum")

@@ -11,7 +11,17 @@ from koine.errors import UserError
 def named_paths(
     given: Iterable[str], *, what: str, hint: str, name_of: Callable[[Path], str]
 ) -> dict[str, Path]:
-    """Paths by name: what stands before `=`, or `name_of` the path. Raises `UserError` with `hint` where two of `what` have one name."""
+    """Return paths by name.
+
+    Args:
+        given: Texts `NAME=PATH` or `PATH`.
+        what: What they are, for messages ("scores").
+        hint: How to fix two of one name.
+        name_of: From a path without a name to its name.
+
+    Raises:
+        UserError: Two paths have one name.
+    """
     named: dict[str, Path] = {}
     for one in given:
         name, equals, path = one.partition("=")

@@ -1,4 +1,4 @@
-"""`koine chat`: talk to a model in the terminal, or through a pipe."""
+"""`koine chat`: chat with a model in the terminal, or through a pipe."""
 
 from __future__ import annotations
 
@@ -14,53 +14,59 @@ DEFAULT = Sampling()
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--once", metavar="QUESTION", help="Answer one question and leave.")
-@click.option("--system", metavar="TEXT", help="Text that sets the scene before the conversation.")
+@click.option("--once", metavar="QUESTION", help="Print the reply to one message, then exit.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
     "--temperature",
     type=float,
     default=DEFAULT.temperature,
     show_default=True,
-    help="Divides the logits; 0 always takes the likeliest token.",
+    help="Sampling temperature; 0 is greedy decoding.",
 )
 @click.option(
-    "--top-k", type=int, default=DEFAULT.top_k, show_default=True, help="Keep the k likeliest tokens; 0: all."
+    "--top-k",
+    type=int,
+    default=DEFAULT.top_k,
+    show_default=True,
+    help="Sample from the k likeliest tokens; 0: all.",
 )
 @click.option(
     "--top-p",
     type=float,
     default=DEFAULT.top_p,
     show_default=True,
-    help="Keep the likeliest tokens up to this probability.",
+    help="Nucleus sampling: sample from the likeliest tokens with this total probability.",
 )
 @click.option(
     "--min-p",
     type=float,
     default=DEFAULT.min_p,
     show_default=True,
-    help="Keep tokens at least this share as likely as the likeliest.",
+    help="Sample from tokens with at least this share of the likeliest token's probability.",
 )
 @click.option(
     "--repetition-penalty",
     type=float,
     default=DEFAULT.repetition_penalty,
     show_default=True,
-    help="Above 1 discourages tokens that were there before.",
+    help="Above 1: make tokens of the text so far less likely.",
 )
-@click.option("--seed", type=int, help="Same seed, same answers.  [default: fresh each time]")
+@click.option(
+    "--seed", type=int, help="Random seed; the same seed gives the same replies.  [default: fresh each time]"
+)
 @click.option(
     "--max-new-tokens",
     type=int,
     default=DEFAULT.max_new_tokens,
     show_default=True,
-    help="The longest answer.",
+    help="Maximum number of tokens of a reply.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Precision of the weights; auto: as saved.",
+    help="Dtype of the weights; auto: as saved.",
 )
 @click.option(
     "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps, ..."
@@ -81,10 +87,10 @@ def chat(
     device: str,
     threads: int | None,
 ) -> None:
-    """Talk to MODEL, a model directory, in the terminal.
+    """Chat with MODEL, a model directory, in the terminal.
 
-    Answers stream as they are written; /help lists the commands. Ctrl-C stops an answer, not the program. Without a
-    terminal, each line of standard input is a question: echo "Hello" | koine chat MODEL
+    Replies stream as they are generated. /help lists the commands. Ctrl-C stops a reply, not the program.
+    Without a terminal, each line of standard input is a message: echo "Hello" | koine chat MODEL
     """
     sampling = Sampling(
         temperature=temperature,
@@ -95,23 +101,23 @@ def chat(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    from koine.generate.engine import LocalEngine
+    from koine.generate.local_engine import LocalEngine
     from koine.serve.chat.terminal import Chat, run_interactive, run_lines, standard_streams
 
     engine = LocalEngine(model, dtype=None if dtype == "auto" else dtype, device=device, threads=threads)
     interactive = standard_streams()
-    conversation = Chat(
+    session = Chat(
         engine,
         system=system,
         sampling=sampling,
         out=sys.stdout,
-        remarks=sys.stderr,
+        notices=sys.stderr,
         interactive=interactive,
     )
     if once is not None:
-        conversation.answer(once)
+        session.reply(once)
     elif interactive:
-        conversation.remark(f"{engine.described()}; /help lists the commands")
-        run_interactive(conversation)
+        session.notice(f"{engine.described()}; /help lists the commands")
+        run_interactive(session)
     else:
-        run_lines(conversation, sys.stdin.buffer)
+        run_lines(session, sys.stdin.buffer)

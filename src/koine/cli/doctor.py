@@ -1,4 +1,4 @@
-"""`koine doctor`: what this machine and this installation offer."""
+"""`koine doctor`: print versions, hardware, and the state of the installation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GIB = 2**30
 
 
 @click.command()
-@click.option("--measure", is_flag=True, help="Measure matrix products for longer, and on every accelerator.")
+@click.option("--measure", is_flag=True, help="Measure matmul rates for longer, and on every accelerator.")
 @click.option(
     "--path",
     type=click.Path(path_type=Path),
     default=Path(),
     show_default=True,
-    help="Where runs would be written, for the free disk.",
+    help="Folder whose free disk space is printed.",
 )
 def doctor(measure: bool, path: Path) -> None:
     """Print versions, hardware, and what each optional extra would add."""
@@ -32,10 +32,12 @@ def doctor(measure: bool, path: Path) -> None:
 
 
 def line(name: str, value: str) -> None:
+    """Print one line: a name and its value."""
     click.echo(f"  {name:<12} {value}")
 
 
 def print_versions() -> None:
+    """Print the versions of Koine, Python and the main libraries."""
     click.echo("Versions")
     for name, version in hardware.versions().items():
         line(name, version)
@@ -43,6 +45,7 @@ def print_versions() -> None:
 
 
 def print_machine(path: Path) -> None:
+    """Print processor, memory, free disk at `path`, and what training uses."""
     found = hardware.machine()
     click.echo("\nMachine")
     line("system", found.system)
@@ -56,8 +59,7 @@ def print_machine(path: Path) -> None:
     line("free disk", f"{hardware.free_disk_bytes(path) / GIB:.1f} GiB at {path.absolute()}")
     line(
         "C++ compiler",
-        found.compiler
-        or "none: torch.compile on CPU needs one, and experts are faster with g++ (all works without)",
+        found.compiler or "none: torch.compile on CPU needs one (all else works without)",
     )
     instructions = ", ".join(found.bfloat16_instructions)
     line("bfloat16", instructions or "no CPU instructions: emulated, slower than float32")
@@ -65,6 +67,7 @@ def print_machine(path: Path) -> None:
 
 
 def print_devices() -> None:
+    """Print the accelerators."""
     devices = hardware.accelerators()
     for device in devices:
         memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.0f} GiB"
@@ -74,8 +77,9 @@ def print_devices() -> None:
 
 
 def print_rates(*, long: bool) -> None:
+    """Measure and print matmul rates; `long`: for 2 s each, and on accelerators too."""
     click.echo(
-        "\nMatrix products (1024 x 1024 on the CPU, 4096 x 4096 on accelerators; the ceiling for training)"
+        "\nMatmul rates (1024 x 1024 on the CPU, 4096 x 4096 on accelerators; upper bounds for training)"
     )
     devices = [(device.device, 4096) for device in hardware.accelerators()] if long else []
     for device, size in [("cpu", 1024), *devices]:
@@ -86,11 +90,13 @@ def print_rates(*, long: bool) -> None:
         ratio = rates["bfloat16"] / rates["float32"]
         line(
             device,
-            f"float32 {rates['float32'] / 1e9:,.0f} GFLOP/s, bfloat16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s ({ratio:.1f}x)",
+            f"float32 {rates['float32'] / 1e9:,.0f} GFLOP/s, "
+            f"bfloat16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s ({ratio:.1f}x)",
         )
 
 
 def print_installation(core: list[extras.Package], optional: list[extras.Extra]) -> None:
+    """Print which packages and extras are installed, and how to add or repair the others."""
     missing = [package for package in core if package.state == "not installed"]
     broken = [package for package in core if package.state == "broken"]
     click.echo("\nPackages")
@@ -112,6 +118,7 @@ def print_installation(core: list[extras.Package], optional: list[extras.Extra])
 
 
 def print_broken(packages: list[extras.Package]) -> None:
+    """Print what is wrong with each broken package and how to repair it."""
     for package in packages:
         line("", f"{package.name} is only half installed: {package.problem}")
         line("", f"fix: {extras.repair_line(package.name)}")

@@ -1,4 +1,4 @@
-"""The `koine` command: a table of verbs, each imported when it is called, and the one place where errors end."""
+"""The `koine` command: a table of verbs, imported when they are called, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -20,26 +20,22 @@ from koine.terminal import printable
 VERBS: dict[str, tuple[str, str, str]] = {
     "adopt": ("koine.cli.run", "adopt", "Register an existing folder as an artifact of a run."),
     "chat": ("koine.cli.chat", "chat", "Talk to a model in the terminal."),
-    "data": ("koine.cli.data", "data", "Write the sample world, tokenize text, ask what a step saw."),
+    "data": ("koine.cli.data", "data", "Write sample data, tokenize text, show what a step reads."),
     "doctor": ("koine.cli.doctor", "doctor", "Print versions, hardware, and what each extra would add."),
     "evaluate": ("koine.cli.evaluate.commands", "evaluate", "Measure bits per byte and question accuracy."),
     "extend": ("koine.cli.upcycle", "extend", "Add an expert to a mixture, or remove one."),
     "lineage": ("koine.cli.run", "lineage", "Print an artifact's tree of ancestors."),
     "merge": ("koine.cli.merge.methods", "merge", "Merge checkpoints of one architecture."),
-    "model": ("koine.cli.model", "model", "Describe presets and model directories."),
+    "model": ("koine.cli.model", "model", "Describe and export models."),
     "report": ("koine.cli.report", "report", "Write one self-contained HTML file about a run."),
     "run": ("koine.cli.run", "run", "Run a plan: build what is missing, reuse what is there."),
-    "tokenizer": ("koine.cli.tokenizer.commands", "tokenizer", "Language weights and tokenizer training."),
+    "tokenizer": ("koine.cli.tokenizer.commands", "tokenizer", "Train, extend and measure tokenizers."),
     "train": ("koine.cli.train", "train", "Pretrain or fine-tune a model."),
-    "upcycle": (
-        "koine.cli.upcycle",
-        "upcycle",
-        "Make a mixture of experts of dense branches: BTX, BAM, Nexus.",
-    ),
+    "upcycle": ("koine.cli.upcycle", "upcycle", "Turn dense branches into a mixture of experts."),
 }
 
 
-LONGEST_PATH = 4096  # characters; what is longer is no name of a file
+MAX_PATH_CHARACTERS = 4096  # longer text is no name of a file
 
 
 class LazyGroup(click.Group):
@@ -86,7 +82,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A `KoineWarning` speaks to the user: one line, without the place in our code; others are Python's own."""
+    """Print a `KoineWarning` as one line, without the place in our code; others as Python does."""
     if issubclass(category, KoineWarning):
         print(f"koine: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     else:
@@ -95,20 +91,16 @@ def show_warning(
         )
 
 
-def expanded(word: str) -> str:
-    """A word of the command line, `~` at its beginning or after `=` taken for the home folder, as a shell
-    does it elsewhere.
-    """
+def expand_home(word: str) -> str:
+    """Expand `~` at the beginning of an argument or after its `=`, where no shell does."""
     before, equals, path = word.rpartition("=")
     if path == "~" or path.startswith("~/"):
         return before + equals + os.path.expanduser(path)  # noqa: PTH111 - the rest stays as it was typed
     return word
 
 
-def speak_any_name() -> None:
-    """Print names of files that are no UTF-8 with escapes, in place of ending in an error after all work is
-    done.
-    """
+def escape_undecodable_names() -> None:
+    """Print file names that are not UTF-8 with escapes, so that printing never fails."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -117,9 +109,9 @@ def speak_any_name() -> None:
 def main() -> None:
     """Run the command line; a `UserError` ends in one line on stderr and exit code 2."""
     warnings.showwarning = show_warning
-    speak_any_name()
-    sys.argv[1:] = [expanded(word) for word in sys.argv[1:]]
-    # Importing torch makes some 170,000 objects that stay; by default the collector looks through them again and again.
+    escape_undecodable_names()
+    sys.argv[1:] = [expand_home(word) for word in sys.argv[1:]]
+    # Importing torch makes some 170,000 permanent objects. By default the collector scans them repeatedly.
     gc.set_threshold(50_000, 20, 100)
     try:
         cli.main(standalone_mode=False)
@@ -139,7 +131,7 @@ def main() -> None:
         sys.exit(130)
     except UnicodeEncodeError as error:
         name = str(error.object)
-        if "\n" in name or len(name) > LONGEST_PATH:
+        if "\n" in name or len(name) > MAX_PATH_CHARACTERS:
             raise
         print(f"koine: {name}: not UTF-8, which a library needs here; rename it", file=sys.stderr)
         sys.exit(2)
@@ -147,9 +139,9 @@ def main() -> None:
         if not isinstance(error, BrokenPipeError):
             from koine.files import explain
 
-            # A disk, a file server, a permission: circumstances, of which a traceback tells the user nothing.
+            # A disk, a file server, a permission: a traceback would not help the user.
             print(f"koine: {explain(error) or first_line(error)}", file=sys.stderr)
             sys.exit(2)
-        # The reader of our output (`| head`) has gone; nothing is left to say, not even at exit.
+        # The reader of our output (`| head`) has gone: write nothing more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

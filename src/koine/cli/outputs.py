@@ -1,4 +1,4 @@
-"""Options and checks that all commands with outputs share."""
+"""Options and checks of all commands that write outputs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import click
 
 from koine.errors import UserError
 
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
 @contextmanager
 def output_files(
     files: dict[str, Path | None], *, overwrite: bool, reads: Iterable[Path | str | None] = ()
 ) -> Iterator[dict[str, Path | None]]:
-    """Claim the files to write, by their options, while they are worked for; yields where to write each.
+    """Claim the files that a command writes; yield, by option, where to write each.
 
-    They get their names at the end, all or none that this command can help. Raises `UserError` as
-    `koine.files.atomic_file` does, and where one is, or holds, what is read (`reads`).
+    They are renamed to their places at the end; after an error, none is.
+
+    Args:
+        files: The path of each option; None: not given.
+        overwrite: Replace what stands there.
+        reads: What the command reads, which no output may replace.
+
+    Raises:
+        UserError: As `koine.files.atomic_file`, and where an output is, or holds, what is read.
     """
     from koine.files import atomic_file, check_replacing
 

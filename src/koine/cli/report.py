@@ -1,4 +1,4 @@
-"""`koine report`: one HTML file about a run."""
+"""`koine report`: write one HTML file about a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from koine.cli.outputs import OVERWRITE, output_files
 def report(run: Path, out: Path | None, overwrite: bool) -> None:
     """Write one self-contained HTML file about RUN, a folder such as runs/quickstart.
 
-    The answer with its plots and tables, the curves of the trainings, the lineage, and for each artifact what went into it.
+    It holds the results with plots and tables, training curves, lineage, and the inputs of each artifact.
     """
     from koine.plan.report.page import write_report
 
-    # The page in the run's folder is ours; what the user names may be theirs.
+    # The page in the run's folder is ours and may be replaced; a file that the user names may not.
     own = out is None or out.resolve() == (run / "report.html").resolve()
     with output_files({"--out": None if own else out}, overwrite=overwrite) as targets:
         written = write_report(run, targets["--out"])

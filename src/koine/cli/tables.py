@@ -1,4 +1,4 @@
-"""Tables that can be read wherever they go: whole and plain through a pipe, folded and never cut off in a narrow terminal."""
+"""Print tables: plain and complete through a pipe, folded and never cut off in a narrow terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from koine.terminal import plain_console
 
 
 def print_table(table: Any) -> None:
-    """Print a table of rich. Off a terminal it has no lines and is as wide as it must be, so that every row is one line."""
+    """Print a table of rich. Through a pipe it has no lines, and each row is one line, however long."""
     console = plain_console()
     if console.is_terminal:
         for column in table.columns:

@@ -122,7 +122,7 @@ def _how_to_ask(kind: Any) -> str:
 def _value_text(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ", ".join(map(str, value))
-    return "not said" if value is None else str(value)
+    return "not given" if value is None else str(value)
 
 
 def _difference(

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Span
-from koine.data.mixture import Source
-from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking
-from koine.data.shards import TokenSource
-
-
-@dataclass(frozen=True)
-class Component:
-    """One language of one source, in one phase."""
-
-    source: Source
-    tokens: TokenSource
-    language: str
-    weight: float
-    packing: ConcatPacking | NoSplitPacking
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Key that is equal for components of different phases with the same documents."""
-        return str(self.source.path), self.language
+from koine.data.components import Component
+from koine.data.packing import DocumentSlice
 
 
 def fill(
@@ -48,21 +30,21 @@ def fill(
     column = 0
     for number, (document, start, end) in enumerate(pieces):
         # A slice may hold one token beyond the row: the target of the last position.
-        stretch = component.tokens.tokens(document, start, end)
+        slice_tokens = component.tokens.tokens(document, start, end)
         width = min(end - start, time - column)
         if width <= 0:
             if cross and column == time:
-                targets[-1] = stretch[0] if _counts_as_target(component, document, start) else NO_TARGET
+                targets[-1] = slice_tokens[0] if _counts_as_target(component, document, start) else NO_TARGET
             break
-        tokens[column : column + width] = stretch[:width]
+        tokens[column : column + width] = slice_tokens[:width]
         ids[column : column + width] = number
-        follow = stretch[1 : width + 1].astype(np.int64)
+        follow = slice_tokens[1 : width + 1].astype(np.int64)
         if component.tokens.chat:
             mask = component.tokens.mask(document, start, end)[1 : width + 1]
             follow = np.where(mask > 0, follow, NO_TARGET)
         targets[column : column + len(follow)] = follow
         if cross and column > 0 and _counts_as_target(component, document, start):
-            targets[column - 1] = stretch[0]
+            targets[column - 1] = slice_tokens[0]
         column += width
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,22 +23,17 @@ import torch
 from numpy.typing import NDArray
 
 from koine.data.batch import NO_TARGET, Batch
-from koine.data.collate import Component, fill, spans_of
+from koine.data.collate import fill, spans_of
+from koine.data.components import Component, Packings, apportion, check_no_overlap, components_of
 from koine.data.drawn import Drawn, merge_drawn
-from koine.data.mixture import Mixture, Packing, Shape, Source
-from koine.data.packing import ConcatPacking, DocumentSlice, NoSplitPacking, OnePerRowPacking
+from koine.data.mixture import Mixture, Shape
+from koine.data.packing import DocumentSlice, NoSplitPacking
 from koine.data.shards import TokenSource
-from koine.errors import KoineWarning, UserError, did_you_mean
+from koine.errors import KoineWarning, UserError
 from koine.files import sha256_file
 
 BLOCK = 4096
 """Sequences over which proportions hold exactly, to 1 / BLOCK."""
-
-PACKINGS: dict[Packing, type[ConcatPacking | NoSplitPacking]] = {
-    "concat": ConcatPacking,
-    "no_split": NoSplitPacking,
-    "one_per_row": OnePerRowPacking,
-}
 
 T = TypeVar("T")
 
@@ -68,16 +63,11 @@ class _BatchGroup:
     """Sequences of each component in a block."""
 
 
-DocumentPool = tuple[str, str, int, int]
-"""Folder, language, tokens of a row, fewest tokens of a document: rows with equal keys share one order."""
-Packings = dict[DocumentPool, ConcatPacking | NoSplitPacking]
-
-
 class DataOrder:
     """Batches of a mixture, by step.
 
-    Raises `UserError` if a source is missing or damaged, a named language is not in it, the sources were made
-    with different tokenizers, or chats and plain documents are mixed under one loss mask.
+    Raises `UserError` if a source is missing or damaged, a named language is not in it, or the sources were
+    made with different tokenizers.
     """
 
     def __init__(self, mixture: Mixture, *, verify: bool = True) -> None:
@@ -118,52 +108,13 @@ class DataOrder:
         components = [
             component
             for source in sources or phase.sources
-            for component in self._components(source, shape.sequence_length, packings)
-        ]
-        _check_no_overlap(phase.name, components)
-        counts = _apportion(np.array([component.weight for component in components]), BLOCK)
-        return _BatchGroup(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
-
-    def _components(self, source: Source, time: int, packings: Packings) -> Iterator[Component]:
-        """Yield the components of a source, with their weights in the phase."""
-        tokens = self.sources[source.path]
-        least = source.min_tokens or 0
-        enough = tokens.lengths >= least
-        present = np.unique(tokens.languages[enough]).tolist()
-        totals = {code: int(tokens.lengths[enough & (tokens.languages == code)].sum()) for code in present}
-        if not tokens.lengths.sum():
-            raise UserError("holds no tokens", where=source.path, hint="tokenize a source that has documents")
-        if not sum(totals.values()):
-            raise UserError(
-                f"holds no document of {least} tokens, the longest has {tokens.lengths.max()}",
-                where=source.path,
-                hint="lower min_tokens, or give longer text",
+            for component in components_of(
+                source, self.sources[source.path], self.mixture, shape.sequence_length, packings
             )
-        if source.languages is None:
-            power = 1.0 / (source.temperature or 1.0)
-            # A power above 1 may overflow floats, so it is applied to shares of the largest.
-            unit = max(totals.values()) if power > 1.0 else 1
-            weights = {code: (total / unit) ** power for code, total in totals.items()}
-        else:
-            for code in source.languages:
-                if code not in totals:
-                    raise UserError(
-                        f"holds no document in '{code}'" + (f" of {least} tokens" if least else ""),
-                        where=source.path,
-                        hint=did_you_mean(code, totals),
-                    )
-            weights = dict(source.languages)
-        scale = source.proportion / sum(weights.values())
-        for code, weight in sorted(weights.items()):
-            key = (str(source.path), code, time, least)
-            if key not in packings:
-                documents = np.flatnonzero(enough & (tokens.languages == code))
-                kind = PACKINGS[self.mixture.packing]
-                # Rows of each length have their own shuffle of the documents.
-                own = () if time == self.mixture.sequence_length and not least else (time, least)
-                seed = (self.mixture.seed, _stable_hash(code), *own)
-                packings[key] = kind(documents, tokens.lengths, time, seed)
-            yield Component(source, tokens, code, weight * scale, packings[key])
+        ]
+        check_no_overlap(phase.name, components)
+        counts = apportion(np.array([component.weight for component in components]), BLOCK)
+        return _BatchGroup(index, long, shape, self.mixture.phase_steps(index, long=long), components, counts)
 
     # --- component of a sequence, and position in it ---
 
@@ -343,37 +294,6 @@ class DataOrder:
                     KoineWarning,
                     stacklevel=3,
                 )
-
-
-def _check_no_overlap(phase: str, components: list[Component]) -> None:
-    """Raise `UserError` if two sources of a phase draw the same rows."""
-    seen: dict[tuple[str, str], str] = {}
-    for component in components:
-        other = seen.setdefault(component.key, component.source.name)
-        if other != component.source.name:
-            raise UserError(
-                f"the sources '{other}' and '{component.source.name}' both draw '{component.language}' "
-                f"from {component.source.path}",
-                where=f"phase '{phase}'",
-                hint="give each language of a folder to one of them",
-            )
-
-
-def _apportion(weights: NDArray[Any], total: int) -> NDArray[Any]:
-    """Return integers at least 1 that sum to `total`, in proportion to `weights` (largest remainder)."""
-    if len(weights) > total:
-        raise UserError(f"{len(weights)} languages in one mixture", hint=f"at most {total} are possible")
-    exact = weights / weights.sum() * (total - len(weights))
-    counts = np.floor(exact).astype(np.int64)
-    missing = total - len(weights) - int(counts.sum())
-    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-    out: NDArray[Any] = counts + 1
-    return out
-
-
-def _stable_hash(text: str) -> int:
-    """Return a number that depends only on the text (Python's own hash changes between processes)."""
-    return int.from_bytes(text.encode("utf-8")[:8].ljust(8, b"\0"), "big")
 
 
 class _RecentlyUsed(OrderedDict[Any, T]):

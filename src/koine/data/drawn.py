@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koine.errors import UserError
+from koine.fields import Fields, check_integer, short_repr
 from koine.files import read_json, write_json
 
 FILE = "drawn.json"
@@ -33,11 +33,11 @@ class Drawn:
     """Documents that were begun, epoch after epoch."""
 
     def __post_init__(self) -> None:
+        where = f"drawn documents of {short_repr(self.language)}"
         object.__setattr__(self, "shuffle", tuple(self.shuffle))
-        if any(type(part) is not int or part < 0 for part in self.shuffle):
-            raise UserError(f"the shuffle of '{self.language}' is {list(self.shuffle)}", hint="train again")
-        if type(self.documents) is not int or self.documents < 0:
-            raise UserError(f"{self.documents} documents of '{self.language}'", hint="train again")
+        for part in self.shuffle:
+            check_integer("shuffle", part, low=0, high=2**64 - 1, where=where)
+        check_integer("documents", self.documents, low=0, where=where)
 
     @property
     def key(self) -> tuple[str, str, tuple[int, ...]]:
@@ -49,15 +49,25 @@ class Drawn:
         return {**dataclasses.asdict(self), "shuffle": list(self.shuffle)}
 
 
-def from_json(value: Any, *, where: Path) -> list[Drawn]:
-    """Read records from their JSON values. Raises `UserError` for any other value."""
-    names = {field.name for field in dataclasses.fields(Drawn)}
-    if not isinstance(value, list) or any(not isinstance(one, dict) or one.keys() != names for one in value):
-        raise UserError("what was drawn is not a list of places", where=where, hint="train again")
-    texts = all(isinstance(one[name], str) for one in value for name in ("source", "language"))
-    if not texts or any(not isinstance(one["shuffle"], list) for one in value):
-        raise UserError("what was drawn is not a list of places", where=where, hint="train again")
-    return [Drawn(**one) for one in value]
+def from_json(value: list[Any], *, where: Path) -> list[Drawn]:
+    """Read records from a list of JSON values. Raises `UserError` for a value that is no record."""
+    found = []
+    for one in value:
+        fields = Fields(one, f"{where}: drawn", hint_if_broken="train again")
+        fields.check_known([field.name for field in dataclasses.fields(Drawn)])
+        shuffle = tuple(
+            check_integer("an entry of the field 'shuffle'", part, low=0, high=2**64 - 1, where=fields.where)
+            for part in fields.entries("shuffle")
+        )
+        found.append(
+            Drawn(
+                source=fields.text("source"),
+                language=fields.text("language"),
+                shuffle=shuffle,
+                documents=fields.integer("documents", low=0),
+            )
+        )
+    return found
 
 
 def merge_drawn(parts: Iterable[Iterable[Drawn]]) -> tuple[Drawn, ...]:
@@ -79,9 +89,8 @@ def read_drawn(model: Path) -> tuple[Drawn, ...]:
     found: list[list[Drawn]] = []
     for path in (model / "training.json", model / FILE):
         if path.is_file():
-            content = read_json(path)
-            value = content.get("drawn", []) if isinstance(content, dict) else None
-            found.append(from_json(value, where=path))
+            fields = Fields(read_json(path), path, hint_if_broken="train again")
+            found.append(from_json(fields.entries("drawn", []), where=path))
     return merge_drawn(found)
 
 

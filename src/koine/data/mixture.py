@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import collections.abc
-import dataclasses
-import json
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args
 
 from koine.data.drawn import Drawn
-from koine.data.drawn import from_json as read_places
-from koine.errors import UserError, did_you_mean
-from koine.fields import MAX_INTEGER, check_integer, check_number, short_repr
+from koine.errors import UserError
+from koine.fields import check_boolean, check_choice, check_integer, check_number, check_text, short_repr
 from koine.languages import language
 
 Packing = Literal["concat", "no_split", "one_per_row"]
@@ -46,20 +41,26 @@ class Source:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
         where = f"source {short_repr(self.name)}"
-        if not 0.0 < check_number("proportion", self.proportion, where=where) <= 1.0:
-            raise UserError(f"the proportion {self.proportion} is not above 0 and at most 1", where=where)
+        check_text("name", self.name, where=where)
+        check_number("proportion", self.proportion, above=0, high=1, where=where)
         if self.languages is not None and self.temperature is not None:
             raise UserError(
                 "has both language weights and a temperature", where=where, hint="give one of them"
             )
         # Infinity is allowed: all languages weigh the same, or no limit of epochs.
-        if self.temperature is not None and not self.temperature > 0.0:
-            raise UserError(f"the temperature {self.temperature} is not above 0", where=where)
-        if self.min_tokens is not None and not 1 <= self.min_tokens <= MAX_INTEGER:
-            raise UserError(f"min_tokens is {short_repr(self.min_tokens)}, not at least 1", where=where)
-        if not self.max_epochs > 0.0:
-            raise UserError(f"max_epochs is {self.max_epochs}, not above 0", where=where)
+        if self.temperature is not None and self.temperature != math.inf:
+            check_number("temperature", self.temperature, above=0, where=where)
+        if self.max_epochs != math.inf:
+            check_number("max_epochs", self.max_epochs, above=0, where=where)
+        if self.min_tokens is not None:
+            check_integer("min_tokens", self.min_tokens, low=1, where=where)
         if self.languages is not None:
+            if not isinstance(self.languages, Mapping):
+                raise UserError(
+                    f"languages is {short_repr(self.languages)}",
+                    where=where,
+                    hint="it must be an object of weights by language code",
+                )
             if not self.languages:
                 raise UserError("names no language", where=where)
             weights: dict[str, float] = {}
@@ -109,12 +110,8 @@ class LongRows:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
-        check_integer("every", self.every, where="long rows")
-        if self.every < 2:
-            raise UserError(
-                f"every {self.every} steps a batch of long rows",
-                hint="it must be at least 2; a phase of long rows alone has a sequence_length of its own",
-            )
+        # A phase with only long rows has a sequence_length of its own instead.
+        check_integer("every", self.every, low=2, where="long rows")
         _check_shape(self.sequence_length, self.batch_size, "long rows")
         if self.sources:
             _check_sources(self.sources, "long rows")
@@ -137,9 +134,8 @@ class Phase:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
         where = f"phase {short_repr(self.name)}"
-        check_integer("steps", self.steps, high=MOST_STEPS, where=where)
-        if self.steps < 1:
-            raise UserError(f"has {self.steps} steps", where=where, hint="it needs at least 1")
+        check_text("name", self.name, where=where)
+        check_integer("steps", self.steps, low=1, high=MOST_STEPS, where=where)
         _check_sources(self.sources, where)
         _check_shape(self.sequence_length, self.batch_size, where)
         if self.long is None:
@@ -209,13 +205,11 @@ class Mixture:
                     f"a step has {shape.tokens:,} tokens",
                     hint=f"{MOST_TOKENS:,} are possible: give it fewer rows",
                 )
-        if check_integer("seed", self.seed, high=2**63 - 1) < 0:
-            raise UserError(f"the seed is {self.seed}", hint="it must not be negative")
-        object.__setattr__(self, "packing", current_packing(self.packing))
-        if self.packing not in get_args(Packing):
-            raise UserError(
-                f"unknown packing '{self.packing}'", hint=did_you_mean(self.packing, get_args(Packing))
-            )
+        check_integer("seed", self.seed, low=0, high=2**63 - 1)
+        object.__setattr__(
+            self, "packing", check_choice("packing", current_packing(self.packing), get_args(Packing))
+        )
+        check_boolean("cross_document_attention", self.cross_document_attention)
 
     @property
     def steps(self) -> int:
@@ -273,29 +267,9 @@ class Mixture:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value from which `from_json` makes an equal mixture."""
-        value = dataclasses.asdict(self)
+        from koine.data.mixture_json import mixture_to_json
 
-        def sources(items: Any) -> list[dict[str, Any]]:
-            # Absolute, so that a model's training.json can be read from any folder.
-            return [
-                {
-                    name: str(entry.resolve()) if name == "path" else entry
-                    for name, entry in source.items()
-                    if name != "min_tokens" or entry is not None
-                }
-                for source in items
-            ]
-
-        phases = []
-        for phase in value["phases"]:
-            phase["sources"] = sources(phase["sources"])
-            if phase["long"] is not None:
-                phase["long"]["sources"] = sources(phase["long"]["sources"])
-            # Unset fields are left out, so that the JSON of older mixtures stays the same.
-            phases.append({name: entry for name, entry in phase.items() if entry is not None})
-        drawn = [one.to_json() for one in self.drawn]
-        del value["drawn"]
-        return {**value, "phases": phases, **({"drawn": drawn} if drawn else {})}
+        return mixture_to_json(self)
 
     @staticmethod
     def from_json(value: Any, *, where: str | Path = "mixture", relative_to: Path | None = None) -> Mixture:
@@ -304,27 +278,9 @@ class Mixture:
         Raises `UserError` for unknown keys (with the nearest known one), missing ones, and values of a wrong
         type or out of bounds.
         """
+        from koine.data.mixture_json import mixture_from_json
 
-        def source(item: Any) -> Source:
-            fields = _fields(Source, item, where)
-            path = Path(fields["path"])
-            fields["path"] = path if relative_to is None else relative_to / path
-            return Source(**fields)
-
-        def sources(items: Any) -> tuple[Source, ...]:
-            return tuple(source(one) for one in items)
-
-        def phase(item: Any) -> Phase:
-            fields = _fields(Phase, item, where)
-            fields["sources"] = sources(fields["sources"])
-            if fields.get("long") is not None:
-                rows = _fields(LongRows, fields["long"], where)
-                fields["long"] = LongRows(**{**rows, "sources": sources(rows.get("sources", []))})
-            return Phase(**fields)
-
-        fields = _fields(Mixture, value, where)
-        fields["drawn"] = read_places(fields.get("drawn", []), where=Path(where))
-        return Mixture(**{**fields, "phases": tuple(phase(one) for one in fields["phases"])})
+        return mixture_from_json(value, where=where, relative_to=relative_to)
 
 
 def current_packing(name: Any) -> Any:
@@ -332,21 +288,11 @@ def current_packing(name: Any) -> Any:
     return _PACKING_BEFORE.get(name, name) if isinstance(name, str) else name
 
 
-def with_current_names(recorded: Any) -> Any:
-    """Return a recorded mixture (JSON) with today's names, to compare it with a mixture of today."""
-    if not isinstance(recorded, dict) or "packing" not in recorded:
-        return recorded
-    return {**recorded, "packing": current_packing(recorded["packing"])}
-
-
 def _check_shape(sequence_length: int | None, batch_size: int | None, where: str | None) -> None:
-    for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size)):
-        if size is not None:
-            check_integer(name, size, high=MOST_TOKENS, where=where)
-    if sequence_length is not None and sequence_length < 2:
-        raise UserError(f"sequence_length is {sequence_length}", where=where, hint="it must be at least 2")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}", where=where, hint="it must be at least 1")
+    if sequence_length is not None:
+        check_integer("sequence_length", sequence_length, low=2, high=MOST_TOKENS, where=where)
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, low=1, high=MOST_TOKENS, where=where)
 
 
 def _check_sources(sources: tuple[Source, ...], where: str) -> None:
@@ -362,74 +308,3 @@ def _check_sources(sources: tuple[Source, ...], where: str) -> None:
             where=where,
             hint=f"they are {', '.join(f'{s.name} {s.proportion:g}' for s in sources)}",
         )
-
-
-# What a JSON value must be, by the type that a field is declared with.
-_KINDS: Mapping[Any, str] = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    Path: "a string",
-    type(None): "null",
-    tuple: "a list",
-    collections.abc.Mapping: "an object with numbers",
-}
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a declared type; what lists and objects hold is checked where it is read."""
-    kind = get_origin(hint) or hint
-    if kind is float:
-        # A bool is an int to Python, but no number to a user.
-        return type(value) in (int, float)
-    if kind in (int, bool, str, type(None)):
-        return type(value) is kind
-    if kind in (Path, Literal):
-        return isinstance(value, str)
-    if kind is tuple:
-        return isinstance(value, list)
-    if kind is collections.abc.Mapping:
-        return isinstance(value, dict) and all(_fits(entry, float) for entry in value.values())
-    return isinstance(value, dict)
-
-
-def _wanted(hint: Any) -> str:
-    kind = get_origin(hint) or hint
-    if kind is Literal:
-        return " or ".join(f'"{choice}"' for choice in get_args(hint))
-    return _KINDS.get(kind, "an object")
-
-
-def _fields(kind: type[Any], value: Any, where: str | Path) -> dict[str, Any]:
-    """The fields of a JSON object, checked against a dataclass."""
-    what = re.sub("(?<=.)(?=[A-Z])", " ", kind.__name__).lower()
-    if not isinstance(value, dict):
-        raise UserError(f"expected an object with the fields of a {what}", where=where)
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    for key in value:
-        if key not in known:
-            raise UserError(
-                f"unknown key '{key}' of a {what}",
-                where=where,
-                hint=did_you_mean(key, known),
-            )
-    for name, field in known.items():
-        if name not in value and field.default is dataclasses.MISSING:
-            raise UserError(f"a {what} lacks '{name}'", where=where)
-    hints = get_type_hints(kind)
-    named = f"the {what} '{value['name']}'" if isinstance(value.get("name"), str) else f"a {what}"
-    for name, entry in value.items():
-        hints_of = _alternatives(hints[name])
-        if not any(_fits(entry, hint) for hint in hints_of):
-            shown = json.dumps(entry, ensure_ascii=False)
-            raise UserError(
-                f"{name} of {named} is {shown if len(shown) <= 60 else shown[:57] + '...'}",
-                where=where,
-                hint=f"it must be {' or '.join(_wanted(hint) for hint in hints_of)}",
-            )
-    return dict(value)

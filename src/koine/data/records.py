@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from koine.data.readers import TextUnit, data_files, read_rows
+from koine.data.record_content import content_fault, is_blank, read_label, read_message
 from koine.data.tables import Columns
 from koine.errors import UserError, did_you_mean, first_line, printable
-from koine.fields import short_repr
+from koine.fields import check_number, short_repr
 from koine.languages import language as find_language
 
 Record = dict[str, Any]
 """`text` or `messages`, `language` (BCP-47), `domain`, `source`, `id`; other fields are kept."""
 
 FIELDS = ("text", "messages", "language", "domain", "source", "id", "split")
-ROLES = ("system", "user", "assistant")
 HUB = "hub:"
 _FIRST_CHECK = 1000
 _SHOWN = 5
@@ -31,7 +28,6 @@ CHATS, TRANSLATIONS = "conversations", "translation"
 
 Used if a record has neither text nor messages.
 """
-_SPEAKERS = {"human": "user", "gpt": "assistant"}
 _LABELS = ("language", "domain", "source", "id")
 _LONGEST_REASON = 300
 _LONGEST_CODE = 100
@@ -76,8 +72,7 @@ class RecordReader:
         carry: Collection[str] | None = None,
         questions: bool = False,
     ) -> None:
-        if not 0.0 <= max_bad_share <= 1.0:
-            raise UserError(f"max_bad_share is {max_bad_share}", hint="it is a share between 0 and 1")
+        check_number("max_bad_share", max_bad_share, low=0, high=1)
         for name in fields or {}:
             if name not in FIELDS:
                 raise UserError(
@@ -152,7 +147,7 @@ class RecordReader:
             return
         language = self.fields.get("language", "language")
         there = {
-            code: text for code, text in texts.items() if not (text is None or text == "" or _blank(text))
+            code: text for code, text in texts.items() if not (text is None or text == "" or is_blank(text))
         }
         if not there:
             yield "the text is empty in every language"
@@ -194,18 +189,18 @@ class RecordReader:
         if record.get("text") is None and record.get("messages") is None and CHATS in record:
             record["messages"] = record.pop(CHATS)
         if isinstance(record.get("messages"), list):
-            record["messages"] = [_message(message) for message in record["messages"]]
+            record["messages"] = [read_message(message) for message in record["messages"]]
         if "split" in record and not isinstance(record["split"], str):
             # Not the name of a split, but the number of a class, or empty.
             record.pop("split")
-        wrong = _wrong_content(record, questions=self.questions)
+        wrong = content_fault(record, questions=self.questions)
         if wrong is not None:
             return wrong
         for name in _LABELS:
             value = record.get(name)
             if type(value) is str and value and value.isascii():
                 continue
-            label = _label(value, number=name == "id")
+            label = read_label(value, number=name == "id")
             if label is None:
                 return f"the {name} is {short_repr(value)}, not a text"
             record[name] = label or self._default(name, file, place)
@@ -217,112 +212,6 @@ class RecordReader:
                 return str(error)
         record["language"] = codes.get(code, code)
         return record
-
-
-def _label(value: Any, *, number: bool) -> str | None:
-    """Return the text of a label, empty if there is none, or None if it is no label.
-
-    NaN counts as none: pandas writes missing values so. number: numbers are labels too.
-    """
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if number and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, UUID):
-        return str(value)
-    return value if isinstance(value, str) and _surrogate(value) is None else None
-
-
-def _surrogate(text: str) -> int | None:
-    """Return the position of a lone surrogate in a text, which UTF-8 cannot hold."""
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return error.start
-    return None
-
-
-def _blank(text: Any) -> bool:
-    return isinstance(text, str) and not text.strip()
-
-
-def _message(message: Any) -> Any:
-    """Return a message with `role` and `content`.
-
-    Also from ShareGPT's `from` and `value`, and from content in parts of text.
-    """
-    if not isinstance(message, dict):
-        return message
-    if "role" not in message and isinstance(message.get("from"), str) and "value" in message:
-        rest = {key: entry for key, entry in message.items() if key not in ("from", "value")}
-        speaker = message["from"]
-        message = {"role": _SPEAKERS.get(speaker, speaker), "content": message["value"], **rest}
-    parts = message.get("content")
-    if isinstance(parts, list) and parts:
-        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-        whole = [text for text in texts if isinstance(text, str)]
-        if len(whole) == len(parts):
-            message = {**message, "content": "".join(whole)}
-    # Other fields of a message are kept if they can be written as JSON.
-    return {key: entry for key, entry in message.items() if key in ("role", "content") or _plain(entry)}
-
-
-def _plain(value: Any) -> bool:
-    """Return whether JSON in UTF-8 can hold a value."""
-    if isinstance(value, str):
-        return _surrogate(value) is None
-    return value is None or isinstance(value, bool | int | float)
-
-
-def _wrong_content(record: Record, *, questions: bool) -> str | None:
-    """Return the reason why a record's text or messages are bad, or None."""
-    text, messages = record.get("text"), record.get("messages")
-    if messages is None:
-        if text is None:
-            return f"neither 'text' nor 'messages' (it has {', '.join(map(str, list(record)[:8]))})"
-        return _wrong_text(text)
-    if not isinstance(messages, list) or not messages:
-        return "'messages' is not a list with at least one message"
-    previous = None
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            return f"message {number} is not an object with 'role' and 'content'"
-        role = message["role"]
-        if role not in ROLES:
-            return f"message {number} has the role {short_repr(role)}; known: {', '.join(ROLES)}"
-        if role == "system" and number > 1:
-            return f"message {number} is a system message; only the first may be"
-        if role == previous:
-            return f"messages {number - 1} and {number} are both of the {role}"
-        wrong = _wrong_text(message["content"])
-        if wrong is not None:
-            return f"message {number}: {wrong}"
-        previous = role
-    if previous == "assistant" or (questions and _asks(record)):
-        return None
-    return "the last message is not the assistant's"
-
-
-def _asks(record: Record) -> bool:
-    """Return whether a record is a question with its answer beside the messages.
-
-    The messages of a question end with the user's turn.
-    """
-    answer = record.get("answer")
-    return record["messages"][-1]["role"] == "user" and isinstance(answer, str) and bool(answer.strip())
-
-
-def _wrong_text(text: Any) -> str | None:
-    """Return the reason why a text is bad, or None."""
-    if not isinstance(text, str):
-        return f"the text is {type(text).__name__}, not a string"
-    if not text.strip():
-        return "the text is empty"
-    if "\0" in text:
-        return "the text holds NUL characters"
-    half = _surrogate(text)
-    return None if half is None else f"the text holds a lone surrogate at character {half}"
 
 
 def locate(path: str | Path) -> Path:

@@ -25,6 +25,7 @@ from koine.data.readers import TextUnit
 from koine.data.records import Record, RecordReader, read_records
 from koine.data.shards import FORMAT, digest_of
 from koine.errors import UserError
+from koine.fields import check_integer
 from koine.files import (
     claim,
     clear_partials,
@@ -69,8 +70,7 @@ def tokenize(
             texts.
     """
     out, tokenizer = Path(out), Path(tokenizer)
-    if workers < 1:
-        raise UserError(f"{workers} workers", hint="at least 1 is needed")
+    check_integer("workers", workers, low=1)
     reader = read_records(
         source,
         fields=fields,

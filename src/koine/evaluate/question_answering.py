@@ -198,10 +198,12 @@ def _cached_answers(
 ) -> list[str | None]:
     from koine.evaluate.log_likelihood import evaluating
     from koine.generate import generate
-    from koine.generate.token_sampling import Sampling
+    from koine.generate.sampling import Sampling
 
     with evaluating(model):
-        answers = generate(model, prompts, Sampling(max_new_tokens=max_new_tokens), stop_ids=tuple(stops))
+        answers = generate(
+            model, prompts, Sampling(max_new_tokens=max_new_tokens, temperature=0), stop_ids=tuple(stops)
+        )
     return [tokenizer.decode(one.tokens[:-1]) if one.finish == "stop" else None for one in answers]
 
 

@@ -63,12 +63,12 @@ def evaluate_model(
     model, tokenizer = load_for_evaluation(path, device=device, dtype=dtype)
     from koine.evaluate.evaluation import EvaluationSetup
     from koine.evaluate.table import run_evaluations
-    from koine.generate.cpu.prepacked_linear import pack
+    from koine.generate.cpu.prepacked_linear import prepack
     from koine.model import Decoder
 
     if isinstance(model, Decoder):
         # The weights do not change from here on, and float32 products are two to four times as fast packed.
-        pack(model)
+        prepack(model)
     setup = EvaluationSetup(
         model=model,
         tokenizer=tokenizer,

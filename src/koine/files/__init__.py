@@ -1,10 +1,9 @@
-"""Files and folders that are either whole or absent: write beside, fsync, rename."""
+"""Write files and folders atomically: write beside, fsync, rename."""
 
 from koine.files.json_files import parse_json, read_json, read_json_object
 from koine.files.locks import exclusive
 from koine.files.outputs import (
     Claim,
-    State,
     atomic_directory,
     atomic_file,
     check_inside,
@@ -14,10 +13,9 @@ from koine.files.outputs import (
     find_leftovers,
     hide_temporary_name,
     make_folder,
-    publish_directory,
     recover,
-    state_of,
 )
+from koine.files.publishing import State, publish_directory, state_of
 from koine.files.system_errors import disk_errors, explain
 from koine.files.walk import copy_tree, walk
 from koine.files.writing import (

@@ -1,4 +1,4 @@
-"""JSON files, read so that whatever Python cannot hold or write again is the user's error, named."""
+"""Read JSON files; report what Python cannot read or write again as `UserError`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
-    Raises `ValueError`, in few words, for everything that Python cannot read or write again.
+    Raises `ValueError` with a short message for everything that Python cannot read or write again.
     """
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
-            # A file name that is no UTF-8 is written as such halves, and read back as the same name.
+            # A file name that is not UTF-8 is written with surrogates, and read back as the same name.
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -29,13 +29,13 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError:
-        # Python reads no integer of more than 4,300 digits: the time would grow with their square.
+        # Python reads no integer of more than 4,300 digits: the time grows with the square of their number.
         raise ValueError("an integer has thousands of digits") from None
     return value
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing, unreadable or malformed one is the user's error, named."""
+    """Read a JSON file; raise `UserError` for a missing, unreadable or malformed one."""
     try:
         return parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:
 def read_json_object(
     path: Path, *, hint: str = "the file is damaged or truncated; write it again"
 ) -> dict[str, Any]:
-    """Read a JSON file that holds an object; anything else is the user's error, named."""
+    """Read a JSON file that holds an object; raise `UserError` for anything else."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError("is not a JSON object", where=path, hint=hint)

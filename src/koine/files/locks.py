@@ -1,4 +1,4 @@
-"""Locks that the system frees when their holder dies, and whose files do not stay behind."""
+"""Lock files: freed by the system when their holder dies, and removed afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from koine.errors import KoineWarning, UserError
 
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 # Errors of file systems without locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 OTHER_PLACE = "wait for it to end, or choose another folder"
@@ -30,11 +30,20 @@ def exclusive(
     hint: str = OTHER_PLACE,
     waiting: Callable[[], None] | None = None,
 ) -> Iterator[bool]:
-    """Hold the lock file `path`, and remove it afterwards; yields whether the file system has locks at all.
+    """Hold the lock file `path` and remove it afterwards; yield whether the file system has locks.
 
-    wait: seconds (-1: for ever) after which another holder is reported as a `UserError` about `where`
-    (default: `path`). waiting: called once before it waits. The operating system frees the lock when its
-    holder dies, however it dies.
+    The operating system frees the lock when its holder dies, however it dies.
+
+    Args:
+        path: The lock file.
+        doing: What the holder does, for the message: "another process is {doing}".
+        wait: Seconds to wait for another holder; -1: for ever.
+        where: What the error is about; default: `path`.
+        hint: How to fix it.
+        waiting: Called once before it waits.
+
+    Raises:
+        UserError: Another process still holds the lock after `wait` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, wait, waiting)
@@ -48,12 +57,12 @@ def exclusive(
 
 
 def _acquire(path: Path, wait: float, waiting: Callable[[], None] | None) -> int | None:
-    """The descriptor of the locked file.
+    """Return the descriptor of the locked file.
 
-    None where another process holds it too long, -1 where there are no locks.
+    None where another process holds it too long, -1 where the file system has no locks.
     """
     end = time.monotonic() + wait
-    told = False
+    called = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -62,7 +71,8 @@ def _acquire(path: Path, wait: float, waiting: Callable[[], None] | None) -> int
             os.close(descriptor)
             if error.errno in NO_LOCKS:
                 warnings.warn(
-                    f"{path.parent}: this file system has no locks; do not write here from two processes at once",
+                    f"{path.parent}: this file system has no locks; "
+                    "do not write here from two processes at once",
                     KoineWarning,
                     stacklevel=4,
                 )
@@ -72,19 +82,19 @@ def _acquire(path: Path, wait: float, waiting: Callable[[], None] | None) -> int
                 raise
             if wait >= 0 and time.monotonic() >= end:
                 return None
-            if waiting is not None and not told:
-                told = True
+            if waiting is not None and not called:
+                called = True
                 waiting()
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             continue
-        if _is_still(path, descriptor):
+        if _is_open_file(path, descriptor):
             return descriptor
-        # The holder before us has removed the file while we opened it: the lock of a removed file keeps
-        # nobody out.
+        # The former holder removed the file while we opened it. The lock of a removed file excludes nobody.
         os.close(descriptor)
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def _is_open_file(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is still the open file."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -92,11 +102,11 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _release(path: Path, descriptor: int) -> None:
-    """Remove the file while it is locked, so that whoever opened it sees that it is gone; then let go."""
+    """Remove the file while it is locked, so that others who opened it see that it is gone; then unlock."""
     try:
-        # A file with content is somebody else's that happens to have this name.
-        if _is_still(path, descriptor) and os.fstat(descriptor).st_size == 0:
-            # What was done under the lock is done: an empty file that cannot be removed spoils nothing.
+        # A file with content is another file of this name.
+        if _is_open_file(path, descriptor) and os.fstat(descriptor).st_size == 0:
+            # The work under the lock is done: an empty file that cannot be removed does no harm.
             with contextlib.suppress(OSError):
                 path.unlink()
     finally:

@@ -1,4 +1,4 @@
-"""Turn refusals of the operating system into the one line that the user needs."""
+"""Turn errors of the operating system into one line for the user."""
 
 from __future__ import annotations
 
@@ -29,12 +29,18 @@ CAUSES: dict[int, tuple[str, str]] = {
     errno.EXDEV: ("cannot be moved to another file system", "choose a place on the same file system"),
     errno.EBUSY: ("is in use", "end what uses it (a mount, another program), then run the command again"),
     errno.ETXTBSY: ("is in use", "end what uses it (a mount, another program), then run the command again"),
-    errno.ESTALE: ("the file server has lost it (stale file handle)", "mount it again, then run the command again"),
-    errno.EIO: ("the disk reports an error (input/output error)", "check the disk, then run the command again"),
+    errno.ESTALE: (
+        "the file server has lost it (stale file handle)",
+        "mount it again, then run the command again",
+    ),
+    errno.EIO: (
+        "the disk reports an error (input/output error)",
+        "check the disk, then run the command again",
+    ),
     errno.EMFILE: ("too many files are open", "raise the limit: ulimit -n 4096"),
     errno.ENFILE: ("too many files are open", "end other programs, then run the command again"),
-}  # fmt: skip
-# Access is refused to a file that is only read: the words for writing would be wrong.
+}
+# For a file that is only read: the texts of CAUSES are about writing.
 DENIED = (errno.EACCES, errno.EPERM)
 UNKNOWN = "check the disk, then run the command again"
 # How libraries say that a write failed where they raise no OSError.
@@ -45,33 +51,37 @@ LIBRARIES = re.compile(
 
 @contextmanager
 def disk_errors(path: Path, *, kept: str = NOTHING_KEPT) -> Iterator[None]:
-    """Turn what the system refuses while `path` is written into a `UserError` of one line.
+    """Turn errors of the system while `path` is written into a `UserError` of one line.
 
-    kept: what is left of the work, said where the disk is full; it must be so.
+    Args:
+        path: What is written.
+        kept: What is left of the work, for the message of a full disk.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        told = explain(error, path, kept=kept)
-        if told is None:
+        reported = explain(error, path, kept=kept)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
     except BaseException as error:
-        # Exceptions of libraries: torch's CheckpointException is no `Exception`, safetensors has one of its
-        # own.
-        told = explain(error, path, kept=kept) if type(error).__name__ in WRAPPERS else None
-        if told is None:
+        # Exceptions of libraries: torch's CheckpointException is no `Exception`, safetensors has its own.
+        reported = explain(error, path, kept=kept) if type(error).__name__ in WRAPPERS else None
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
 
 
 WRAPPERS = ("SafetensorError", "CheckpointException")
 
 
 def explain(error: BaseException, path: Path | None = None, *, kept: str = "") -> UserError | None:
-    """The line for an error of the system, also where a library wraps it; None for any other error.
+    """Return the `UserError` for an error of the system, also a wrapped one; None for any other error.
 
-    path: what was being written; an error about another file is told of that file.
+    Args:
+        error: The error, or a library's exception that wraps it.
+        path: What was being written. An error about another file names that file.
+        kept: What is left of the work, for the message of a full disk.
     """
     found = system_error(error)
     if found is None or isinstance(found, BrokenPipeError | ConnectionError):
@@ -92,12 +102,16 @@ def explain(error: BaseException, path: Path | None = None, *, kept: str = "") -
         return UserError(what, where=named or path, hint=hint)
     if code == errno.EISDIR:
         return UserError(
-            "a folder stands where a file must go", where=named or path, hint="choose another place or remove the folder"
-        )  # fmt: skip
+            "a folder stands where a file must go",
+            where=named or path,
+            hint="choose another place or remove the folder",
+        )
     if code in (errno.ENOTDIR, errno.EEXIST):
         return UserError(
-            "a file stands where a folder must go", where=named or path, hint="choose another place or remove the file"
-        )  # fmt: skip
+            "a file stands where a folder must go",
+            where=named or path,
+            hint="choose another place or remove the file",
+        )
     if code in DENIED and not about:
         return UserError(
             f"access is refused ({os.strerror(code)})", where=where, hint="check its permissions"
@@ -114,9 +128,9 @@ def explain(error: BaseException, path: Path | None = None, *, kept: str = "") -
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error behind an exception.
+    """Return the system's error behind an exception; None where there is none.
 
-    Itself, or what a library has wrapped into text or a list of its own.
+    It is the exception itself, or what a library has wrapped into text or a list of its own.
     """
     if isinstance(error, OSError):
         return error
@@ -142,7 +156,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def name_of(error: OSError) -> Path | None:
-    """The file that an error of the system is about, where it says; numbers of descriptors are no names."""
+    """Return the file that a system error names; None without one or for a file descriptor."""
     name = error.filename
     if isinstance(name, bytes):
         name = os.fsdecode(name)
@@ -159,5 +173,5 @@ def _concerns(named: Path, path: Path) -> bool:
 
 
 def _beside(named: Path, path: Path) -> bool:
-    """Return whether `named` is `path`, is below it, or stands beside it."""
+    """Return whether `named` is in the folder of `path` or below it."""
     return named.absolute().is_relative_to(path.absolute().parent)

@@ -1,4 +1,4 @@
-"""One walk over folders of the user, for reading, fingerprinting and copying alike."""
+"""Walk over folders of the user, for reading, fingerprinting and copying."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from koine.errors import UserError
 
 
 def walk(folder: Path, *, hidden: bool = False) -> list[Path]:
-    """All files below `folder`, through links, in the order of their relative names.
+    """Return all files below `folder`, through links, in the order of their names.
 
-    Each real folder is entered once, so that a link to a folder above it ends; where a folder can be reached
-    by its own name and by a link, its own name counts. Devices, pipes and sockets are left out; a link to
-    nothing is listed, so that whoever reads it says so.
+    Each real folder is entered once, so that a link to a folder above it ends. A folder that can be reached
+    by its own name and by a link is listed under its own name. Devices, pipes and sockets are left out. A
+    broken link is listed, so that its reader reports it.
 
-    hidden: also files and folders whose name begins with a dot (those of version control, editors,
-    half-written ones).
+    Args:
+        folder: Where to begin.
+        hidden: Include names that begin with a dot (version control, editors, half-written files).
 
-    Raises `UserError` for a folder that cannot be listed.
+    Raises:
+        UserError: A folder cannot be listed.
     """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -35,7 +37,7 @@ def walk(folder: Path, *, hidden: bool = False) -> list[Path]:
 
 
 def _enter(folder: Path, seen: set[tuple[int, int]], found: list[Path], *, hidden: bool) -> Iterator[Path]:
-    """Add the files of a folder and of the real folders below it to `found`; yields the links to folders."""
+    """Add the files of a folder and the real folders below it to `found`; yield links to folders."""
     waiting = [folder]
     while waiting:
         place = waiting.pop()
@@ -61,7 +63,7 @@ def _enter(folder: Path, seen: set[tuple[int, int]], found: list[Path], *, hidde
 
 
 def _is_folder(path: Path) -> bool:
-    """Return whether a link leads to a folder; one that leads round in a circle leads nowhere."""
+    """Return whether a link leads to a folder; a circular link does not."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except OSError:
@@ -69,6 +71,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_file_or_nothing(path: Path) -> bool:
+    """Return whether a path is a regular file, or a broken link."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -76,10 +79,7 @@ def _is_file_or_nothing(path: Path) -> bool:
 
 
 def copy_tree(source: Path, target: Path, *, hidden: bool = True) -> None:
-    """Copy the files that `walk` finds below `source` to `target`.
-
-    What links lead to is copied, not the links.
-    """
+    """Copy the files that `walk` finds below `source` to `target`; links are followed."""
     for file in walk(source, hidden=hidden):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Single files: written whole, read with clear errors, made safe on the disk."""
+"""Write single files atomically, and sync them to the disk."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from koine.errors import UserError
 from koine.files.system_errors import disk_errors
 
 PARTIAL = re.compile(r"\..+\.\d+\.partial", re.DOTALL)
-"""Names of what is being written, and of what a killed process left: `.NAME.PID.partial`."""
-LONGEST_NAME = 255  # bytes, of nearly every file system
+"""Names of files being written, or left by a killed process: `.NAME.PID.partial`."""
+MAX_NAME_BYTES = 255  # of nearly every file system
 
 
 def beside(path: Path, ending: str) -> Path:
-    """`.NAME.ENDING` beside `path`; a name that would grow too long is cut and told apart by a hash."""
+    """Return `.NAME.ENDING` in the same folder; a name that is too long is cut, and ends in a hash."""
     name = f".{path.name}.{ending}"
-    if len(os.fsencode(name)) > LONGEST_NAME:
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
         digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
         name = f".{path.name[:40]}-{digest}.{ending}"
     return path.with_name(name)
 
 
 def fsync_directory(path: Path) -> None:
-    """Make a rename inside `path` survive a power cut, on file systems that sync folders."""
+    """Sync a folder, so that a rename inside survives a power cut (where file systems sync folders)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,16 +44,13 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make what was written to `path` survive a power cut."""
+    """Sync a file, so that its content survives a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def fsync_tree(path: Path) -> None:
-    """fsync every file and folder below `path`, in which nobody else may be writing.
-
-    Links are not followed.
-    """
+    """Sync every file and folder below `path`, where no one else may write. Links are not followed."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -67,7 +64,7 @@ def fsync_tree(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (never what it leads to) or a folder with all that is in it."""
+    """Remove a file, a link (not its target) or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -75,10 +72,11 @@ def remove(path: Path) -> None:
 
 
 def clear_partials(folder: Path, *, below: bool = True) -> None:
-    """Remove what killed processes left half-written in `folder`, which must be the caller's alone, and their
-    locks.
+    """Remove half-written files and locks of killed processes in a folder that only the caller uses.
 
-    below: also in the folders inside it.
+    Args:
+        folder: Where.
+        below: Also in the folders inside it.
     """
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
@@ -94,7 +92,7 @@ def clear_partials(folder: Path, *, below: bool = True) -> None:
 def clear_abandoned(*folders: Path) -> None:
     """Remove the temporary files in these folders that no process is writing any more.
 
-    Others may be writing there: a file whose writer lives is locked by it.
+    Other processes may write there: a file that is being written is locked.
     """
     for folder in folders:
         for entry in os.scandir(folder) if folder.is_dir() else ():
@@ -105,7 +103,7 @@ def clear_abandoned(*folders: Path) -> None:
 
 
 def _opened(temporary: Path) -> BinaryIO:
-    """A temporary file to write, locked so that `clear_abandoned` sees that its writer lives."""
+    """Open a temporary file, locked so that `clear_abandoned` leaves it alone."""
     while True:
         file = temporary.open("wb")
         # Where there are no locks, nothing is removed either.
@@ -117,17 +115,17 @@ def _opened(temporary: Path) -> BinaryIO:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8; what no UTF-8 has (bytes of a foreign path, lone surrogates) as `\\udcff`, which JSON reads
-    back.
-    """
+    """Encode as UTF-8; lone surrogates (bytes of a path) become `\\udcff`, which JSON reads back."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
-    Raises `UserError` where the system refuses, and where `path` is a device, a pipe or a socket; a link
-    stays, and what it leads to is written.
+    A link stays, and its target is written.
+
+    Raises:
+        UserError: The system refuses, or `path` is a folder, a device, a pipe or a socket.
     """
     data = encoded(content) if isinstance(content, str) else content
     with disk_errors(path):
@@ -173,7 +171,7 @@ def real_file(path: Path) -> Path:
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON, in the order given."""
+    """Return indented JSON, in the order given."""
     return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n"
 
 
@@ -183,6 +181,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content, read in constant memory."""
+    """Return the hexadecimal sha256 of a file, read in constant memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

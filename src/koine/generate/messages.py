@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 Message = dict[str, str]
-"""A message: `role` (system, user, assistant) and `content`."""
+"""One message: its `role` ("system", "user" or "assistant") and its `content`."""

@@ -1,4 +1,7 @@
-"""A prompt on its way to an answer, and the choice of the next token for several of them."""
+"""Requests, and sampling the next token of several of them.
+
+Shapes: b requests, v vocabulary (`logits_bv`).
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,40 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.generate.cache.paged_cache import CachedSequence
-from koine.generate.token_sampling import NoTokenError, Sampling, choose, log_probabilities
+from koine.generate.sampling import Sampling, fresh_seed
+from koine.generate.token_sampling import NoTokenError, choose, log_probabilities
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
 
 
 class TokenGrammar(Protocol):
-    """Which tokens may come next in one text."""
+    """Restricts the next token of one request."""
 
     def mask(self) -> Tensor:
-        """`[vocab]` bool: True where a token is allowed; at least one is."""
+        """Return `[vocab]` bool, True where a token is allowed; at least one is."""
         ...
 
     def advance(self, token: int) -> None:
-        """Take note of the chosen token."""
+        """Take the sampled token."""
         ...
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and its answer; `tokens` and `log_probabilities` grow as it is written, `finish` says how it ended.
+    """A prompt and its generated tokens.
 
-    stop_ids: tokens that end the answer (the one met is its last token).
-    watch: called with each token that is no stop id; True ends the answer after it.
+    `tokens` and `log_probabilities` grow as they are generated; `finish` is set at the end.
+
+    stop_ids: tokens that end generation; the one found is the last of `tokens`.
+    on_token: called with each token that is no stop id; returning True ends generation after it.
     grammar: restricts each token.
+    error: what the request's own sampling, grammar or `on_token` raised, where `finish` is "failed".
+    cached_tokens: tokens of the prompt that were in the KV cache already.
+    generator: random state of this request.
+    seen: `[vocab]` bool, tokens so far; kept for a repetition penalty only.
+    rng_state: state of `generator` before a sample that is not appended yet.
+    sequence: the request's place in the KV cache, while it has one.
+    shared_end: prefill pauses once after this many tokens, which other prompts share; 0 for no pause.
     """
 
     prompt: list[int]
@@ -47,30 +60,28 @@ class Request:
     log_probabilities: list[float] = field(default_factory=list)
     finish: Finish | None = None
     error: Exception | None = None
-    """What its own sampling, grammar or `on_token` raised, where `finish` is "failed"."""
-    reused: int = 0
-    """Tokens of the prompt that did not have to be read."""
+    cached_tokens: int = 0
     generator: torch.Generator | None = field(default=None, repr=False)
     seen: Tensor | None = field(default=None, repr=False)
-    """`[vocab]` bool, for a repetition penalty."""
     rng_state: Tensor | None = field(default=None, repr=False)
-    """The generator's state before a draw whose token is not taken yet."""
     sequence: CachedSequence | None = field(default=None, repr=False)
-    pause_at: int = field(default=0, repr=False)
-    """Where reading stops once, because others begin alike."""
+    shared_end: int = field(default=0, repr=False)
 
     @property
-    def text(self) -> list[int]:
-        """Prompt and answer so far."""
+    def all_tokens(self) -> list[int]:
+        """Prompt and generated tokens so far."""
         return self.prompt + self.tokens
 
-    def to_read(self) -> int:
-        """Tokens of the text that the cache does not hold yet."""
+    def uncached(self) -> int:
+        """Return the number of tokens that are not in the KV cache yet."""
         assert self.sequence is not None
         return len(self.prompt) + len(self.tokens) - self.sequence.length
 
-    def take(self, token: int, log_probability: float) -> Finish | None:
-        """Add a token; how the answer ends with it, or None where it goes on. Raises what `grammar` and `on_token` raise."""
+    def append(self, token: int, log_probability: float) -> Finish | None:
+        """Append a sampled token; return why generation ends with it, or None.
+
+        Raises what `grammar` and `on_token` raise.
+        """
         self.tokens.append(token)
         self.log_probabilities.append(log_probability)
         self.rng_state = None
@@ -83,14 +94,14 @@ class Request:
         return "length" if len(self.tokens) == self.sampling.max_new_tokens else None
 
     def undo(self) -> None:
-        """Undo a draw whose token was not taken, so that the next draw is the same one."""
+        """Undo a sample that was not appended, so that the next sample is the same."""
         del self.tokens[len(self.log_probabilities) :]
         if self.rng_state is not None and self.generator is not None:
             self.generator.set_state(self.rng_state)
         self.rng_state = None
 
     def raise_error(self) -> None:
-        """Raise what the request failed with, if it did."""
+        """Raise the error of a failed request."""
         if self.error is not None:
             raise self.error
 
@@ -105,7 +116,10 @@ def new_request(
     on_token: Callable[[int], bool] | None = None,
     grammar: TokenGrammar | None = None,
 ) -> Request:
-    """A request with a generator of its own. Raises `UserError` for an empty prompt or an id outside the vocabulary."""
+    """Return a request with its own random generator.
+
+    Raises `UserError` for an empty prompt, an id outside the vocabulary, and settings that need a tokenizer.
+    """
     if not prompt:
         raise UserError("a prompt is empty", hint="every prompt needs at least one token (BOS)")
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
@@ -114,67 +128,79 @@ def new_request(
             f"a prompt holds id {wrong} and the model knows {vocabulary}",
             hint="encode it with the model's own tokenizer",
         )
+    if sampling.stop or sampling.json_schema is not None:
+        raise UserError(
+            "stop strings and a JSON schema need a tokenizer, and a request holds token ids only",
+            hint="use LocalEngine, or give `stop_ids`, `on_token` and `grammar`",
+        )
     request = Request(list(prompt), sampling, frozenset(stop_ids), on_token, grammar)
-    request.generator = torch.Generator(device).manual_seed(sampling.seed)
+    seed = fresh_seed() if sampling.seed is None else sampling.seed
+    request.generator = torch.Generator(device).manual_seed(seed)
     if sampling.repetition_penalty != 1.0:
         request.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         request.seen[torch.tensor(request.prompt, device=device)] = True
     return request
 
 
-def choose_next(requests: Sequence[Request], logits: Tensor) -> list[tuple[int, float] | Exception]:
-    """The next token of each request and its log-probability as the model gives it, from logits `[batch, vocab]`; for a request whose own
-    grammar raises, or for which no token can be drawn, the exception.
+def sample_next(requests: Sequence[Request], logits_bv: Tensor) -> list[tuple[int, float] | Exception]:
+    """Sample the next token of each request.
 
-    Requests with equal settings are drawn together; each has a generator of its own, so that its draw does not depend on the others. Until a
-    token is taken, `Request.take_back` undoes its draw.
+    Requests with equal settings are sampled together. Each has its own generator, so that its sample does not
+    depend on the others. Until a token is appended, `Request.undo` undoes its sample.
+
+    Returns:
+        For each request the token and its log-probability under the model's own logits, or the exception that
+        its grammar raised, or `NoTokenError` where no token can be sampled.
     """
     failed: dict[int, Exception] = {}
-    allowed = _allowed(requests, logits, failed)
-    rules: dict[object, list[int]] = {}
+    allowed_bv = _apply_grammars(requests, logits_bv, failed)
+    groups: dict[object, list[int]] = {}
     for row, request in enumerate(requests):
         if row not in failed:
-            rules.setdefault(request.sampling.rule, []).append(row)
+            groups.setdefault(request.sampling.filters, []).append(row)
     tokens = [0] * len(requests)
-    for rows in rules.values():
-        part = allowed if len(rows) == len(requests) else allowed[rows]
+    for rows in groups.values():
+        group_bv = allowed_bv if len(rows) == len(requests) else allowed_bv[rows]
         try:
-            drawn = _drawn([requests[row] for row in rows], part)
+            sampled = _sample_group([requests[row] for row in rows], group_bv)
         except NoTokenError:
-            # Whose it is shows when each is drawn for alone.
+            # Sample each row alone to find the one that failed.
             for row in rows:
                 try:
-                    [tokens[row]] = _drawn([requests[row]], allowed[row : row + 1])
+                    [tokens[row]] = _sample_group([requests[row]], allowed_bv[row : row + 1])
                 except NoTokenError as error:
                     failed[row] = error
         else:
-            for row, token in zip(rows, drawn, strict=True):
+            for row, token in zip(rows, sampled, strict=True):
                 tokens[row] = token
-    scores = log_probabilities(logits, torch.tensor(tokens, device=logits.device)).tolist()
+    scores = log_probabilities(logits_bv, torch.tensor(tokens, device=logits_bv.device)).tolist()
     failed.update({row: NoTokenError() for row, score in enumerate(scores) if math.isnan(score)} | failed)
     return [failed.get(row, pair) for row, pair in enumerate(zip(tokens, scores, strict=True))]
 
 
-def _allowed(requests: Sequence[Request], logits: Tensor, failed: dict[int, Exception]) -> Tensor:
-    """The logits with `-inf` where a grammar forbids a token; what a grammar raises goes into `failed`, by row."""
+def _apply_grammars(requests: Sequence[Request], logits_bv: Tensor, failed: dict[int, Exception]) -> Tensor:
+    """Return the logits with `-inf` on tokens that a grammar forbids.
+
+    A grammar's exception goes into `failed`, by row.
+    """
     if all(request.grammar is None for request in requests):
-        return logits
-    allowed = logits.clone()
+        return logits_bv
+    allowed_bv = logits_bv.clone()
     for row, request in enumerate(requests):
         if request.grammar is None:
             continue
         try:
-            mask = request.grammar.mask().to(logits.device)
+            mask_v = request.grammar.mask().to(logits_bv.device)
             # A model may have more rows than its tokenizer has ids.
-            allowed[row, : mask.shape[0]].masked_fill_(~mask, -torch.inf)
-            allowed[row, mask.shape[0] :] = -torch.inf
-        except Exception as error:  # noqa: BLE001 - it is its own caller's
+            allowed_bv[row, : mask_v.shape[0]].masked_fill_(~mask_v, -torch.inf)
+            allowed_bv[row, mask_v.shape[0] :] = -torch.inf
+        except Exception as error:  # noqa: BLE001 - raised again for the request's own caller
             failed[row] = error
-    return allowed
+    return allowed_bv
 
 
-def _drawn(group: Sequence[Request], logits: Tensor) -> list[int]:
-    """A token for each request of a group of equal settings. A draw that was made before and not taken is made again."""
+def _sample_group(group: Sequence[Request], logits_bv: Tensor) -> list[int]:
+    """Sample a token for each request of equal settings. A sample that was not appended is repeated."""
     sampling = group[0].sampling
     if not sampling.greedy:
         for request in group:
@@ -183,4 +209,4 @@ def _drawn(group: Sequence[Request], logits: Tensor) -> list[int]:
             request.rng_state = request.generator.get_state()
     generators = [request.generator for request in group if request.generator is not None]
     seen = [request.seen for request in group if request.seen is not None]
-    return choose(logits, sampling, generators, torch.stack(seen) if seen else None).tolist()
+    return choose(logits_bv, sampling, generators, torch.stack(seen) if seen else None).tolist()

@@ -1,37 +1,53 @@
-"""How an answer's tokens are drawn: the settings of every engine."""
+"""Settings of generation, shared by every engine."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
-from koine.fields import short_repr
+from koine.fields import check_integer, check_number, short_repr
 from koine.generate.grammar.schema import schema_text
 
-_WHOLE = ("top_k", "seed", "max_new_tokens")
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", *_WHOLE)
-_NO_NUMBERS = ("stop", "json_schema")
-"""Settings that a chat's `/set NAME VALUE` does not know."""
+GREEDY_BELOW = 1e-6
+"""Temperatures below this are greedy.
+
+float32 logits of about 10 are 1e-6 apart, so a lower temperature could only differ from greedy decoding where
+rounding decides, and dividing by it soon leaves the range of float32.
+"""
+
+_MAX_COUNT = 2**31 - 1
+_MAX_SEED = 2**63 - 1
+_INTEGERS: dict[str, dict[str, Any]] = {
+    "top_k": {"low": 0, "high": _MAX_COUNT},
+    "seed": {"low": 0, "high": _MAX_SEED},
+    "max_new_tokens": {"low": 1, "high": _MAX_COUNT},
+}
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "temperature": {"low": 0},
+    "top_p": {"above": 0, "high": 1},
+    "min_p": {"low": 0, "high": 1},
+    "repetition_penalty": {"above": 0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings of generation, validated when built (`UserError`).
+    """Settings of generation. Raises `UserError` for a value out of range.
 
-    temperature: divides the logits; 0 takes the likeliest token always.
+    temperature: divides the logits; 0 is greedy decoding.
     top_k: keep the k likeliest tokens; 0 keeps all.
     top_p: keep the fewest tokens whose probabilities sum to at least this (nucleus sampling).
     min_p: keep tokens at least this many times as likely as the likeliest.
-    repetition_penalty: positive logits of tokens seen before are divided by it, negative ones multiplied (CTRL).
-    seed: the same seed, question and settings give the same answer; None draws afresh.
-    max_new_tokens: the longest answer.
-    stop: strings that end the answer; the one met is no part of it.
-    json_schema: the answer is a JSON document that follows this schema, keys in its order (extra `grammar`).
+    repetition_penalty: divides positive logits of tokens in the text so far, multiplies negative ones (CTRL).
+    seed: the same seed, prompt and settings give the same tokens; None draws a fresh seed.
+    max_new_tokens: maximum number of generated tokens.
+    stop: strings that end generation; the completion does not include the one found.
+    json_schema: the completion is a JSON document of this schema, keys in its order (extra `grammar`).
     """
 
     temperature: float = 0.3
@@ -45,79 +61,92 @@ class Sampling:
     json_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in _NUMBERS:
-            self._take_number(name)
-        self._require("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        self._require("top_k", self.top_k >= 0, "0 (all tokens) or more")
-        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
-        self._require(
-            "repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 changes nothing"
-        )
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0")
-        self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        for name in ("top_k", "max_new_tokens"):
-            self._require(name, getattr(self, name) < 2**31, "a number below 2^31")
-        self._require(
-            "stop",
-            isinstance(self.stop, tuple) and all(isinstance(stop, str) and stop for stop in self.stop),
-            "a tuple of strings, none of them empty",
-        )
+        for name, bounds in _INTEGERS.items():
+            value = self._without_numpy(name)
+            if not (name == "seed" and value is None):
+                check_integer(_option(name), value, **bounds)
+        for name, limits in _NUMBERS.items():
+            # Checked, not converted: cached responses are found by the setting's JSON, where 0 is not 0.0.
+            check_number(_option(name), self._without_numpy(name), **limits)
+        if not isinstance(self.stop, tuple) or not all(isinstance(one, str) and one for one in self.stop):
+            raise UserError(
+                f"stop is {short_repr(self.stop)}", hint="it must be a tuple of strings, none of them empty"
+            )
         if self.json_schema is not None:
             schema_text(self.json_schema)
 
-    def _take_number(self, name: str) -> None:
-        """Make Python's own number of NumPy's; true and false are none, as nothing that is no number is."""
+    def _without_numpy(self, name: str) -> Any:
+        """Return a setting, replaced by Python's own number where it is one of NumPy's."""
         value = getattr(self, name)
-        if name == "seed" and value is None:
-            return
-        whole = name in _WHOLE
-        self._require(
-            name,
-            isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool),
-            "an integer" if whole else "a number",
-        )
-        try:
-            number = int(value) if whole else float(value)
-        except OverflowError:
-            self._require(name, False, "a smaller number")
-        if not isinstance(value, int | float):
-            # A 0 stays a 0, and no 0.0: the names of answers in the cache depend on it.
-            object.__setattr__(self, name, number)
+        if isinstance(value, int | float):
+            return value
+        if isinstance(value, numbers.Integral):
+            value = int(value)
+        elif isinstance(value, numbers.Real) and name in _NUMBERS:
+            value = float(value)
+        object.__setattr__(self, name, value)
+        return value
 
-    def _require(self, name: str, holds: bool, hint: str) -> None:
-        if not holds:
-            raise UserError(
-                f"{name.replace('_', '-')} is {short_repr(getattr(self, name))}", hint=f"give {hint}"
-            )
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken (after the repetition penalty), and nothing drawn."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def filters(self) -> tuple[float, int, float, float, float]:
+        """The settings that change the logits. Requests with equal ones are sampled together."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
+    def per_prompt(self, count: int) -> list[Sampling]:
+        """Return settings for `count` prompts: prompt i gets `seed + i`.
+
+        So no prompt's completion depends on the others. A seed of None counts from a fresh seed.
+        """
+        first = fresh_seed() if self.seed is None else self.seed
+        return [dataclasses.replace(self, seed=first + index) for index in range(count)]
 
     def replaced(self, name: str, text: str) -> Sampling:
-        """These settings with one changed from its written form: `replaced("top-k", "40")`.
+        """Return these settings with one changed from text: `replaced("top-k", "40")`.
 
-        Raises `UserError` for an unknown name, a value that is no number, or one out of range.
+        Raises `UserError` for an unknown name, a text that is no number, or a value out of range.
         """
         field = name.replace("-", "_")
-        kinds = {
-            entry.name: entry.type for entry in dataclasses.fields(self) if entry.name not in _NO_NUMBERS
-        }
-        if field not in kinds:
-            known = [known.replace("_", "-") for known in kinds]
-            raise UserError(f"unknown setting {short_repr(name)}", hint=did_you_mean(name, known))
-        value: Any
+        known = _text_settings()
+        if field not in known:
+            raise UserError(
+                f"unknown setting {short_repr(name)}",
+                hint=did_you_mean(name, [_option(setting) for setting in known]),
+            )
+        if field == "seed" and text == "none":
+            return dataclasses.replace(self, seed=None)
+        integer = field in _INTEGERS
         try:
-            if text == "none" and field == "seed":
-                value = None
-            else:
-                value = float(text) if kinds[field] == "float" else int(text)
+            value = int(text) if integer else float(text)
         except ValueError:
-            kind = "a number" if kinds[field] == "float" else "an integer"
-            raise UserError(f"{name} is {short_repr(text)}", hint=f"give {kind}") from None
-        return dataclasses.replace(self, **{field: value})
+            kind = "an integer" if integer else "a number"
+            raise UserError(f"{name} is {short_repr(text)}", hint=f"it must be {kind}") from None
+        changed: dict[str, Any] = {field: value}
+        return dataclasses.replace(self, **changed)
 
     def described(self) -> str:
-        """All settings in one line, as `/set` writes them."""
-        return "  ".join(
-            f"{entry.name.replace('_', '-')} {str(getattr(self, entry.name)).lower()}"
-            for entry in dataclasses.fields(self)
-            if entry.name not in _NO_NUMBERS
-        )
+        """Return the settings that `/set` knows, in one line."""
+        return "  ".join(f"{_option(name)} {str(getattr(self, name)).lower()}" for name in _text_settings())
+
+
+def fresh_seed() -> int:
+    """Return a seed from the operating system's randomness."""
+    return secrets.randbelow(2**31)
+
+
+def _text_settings() -> list[str]:
+    """The settings that are numbers, in the order of their definition: a chat's `/set` knows these."""
+    return [
+        entry.name
+        for entry in dataclasses.fields(Sampling)
+        if entry.name in _INTEGERS or entry.name in _NUMBERS
+    ]
+
+
+def _option(name: str) -> str:
+    """The setting's name as the command line spells it."""
+    return name.replace("_", "-")

@@ -1,14 +1,17 @@
 """Continuous batching: requests of any length join and leave the running batch at every step.
 
-Each step reads one stretch of prompts (a long one in chunks, several short ones packed), then gives every running request its next
-token. What a request gets does not depend on its neighbours, and no request is lost: where the cache is full, kept beginnings go first,
-then the youngest request goes back to the queue and is read again later.
+Each step prefills one chunk of the waiting prompts (part of a long one, or several short ones packed), then
+decodes one token for every running request. A request's tokens do not depend on its neighbours. No request is
+lost: where the KV cache is full, cached prefixes are evicted first, then the youngest request returns to the
+queue and is prefilled again later.
+
+Shapes: b requests, n tokens of one forward pass, h hidden size, v vocabulary (`hidden_nh`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,19 +19,21 @@ from torch import Tensor
 from koine.errors import UserError
 from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.paged_cache import PAGE, OutOfPages, PagedCache
-from koine.generate.cache.prefix_cache import PrefixStore, common_length
-from koine.generate.cpu.prepacked_decoder import packed_forward_of
-from koine.generate.request import Finish, Request, TokenGrammar, choose_next, new_request
-from koine.generate.token_sampling import Sampling
+from koine.generate.cache.prefix_cache import PrefixCache, common_length
+from koine.generate.cpu.prepacked_decoder import build_prepacked_decoder
+from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
+from koine.generate.sampling import Sampling
 from koine.model.attention.context import AttentionContext
 from koine.model.decoder import Decoder
 
 
 class Scheduler:
-    """Answers requests with one model.
+    """Runs requests with one model.
 
-    max_batch: requests that run at once. max_pages: pages that the cache may use (default: as many as needed).
-    prefill_chunk: tokens of prompts read between two steps of the running requests. prefixes: beginnings kept for reuse.
+    Attributes:
+        waiting: requests without a place in the KV cache, in order.
+        prefilling: requests whose prompt is not wholly in the KV cache.
+        running: requests that get a token at every step.
     """
 
     def __init__(
@@ -41,6 +46,16 @@ class Scheduler:
         prefixes: int = 16,
         page: int = PAGE,
     ) -> None:
+        """Create an empty KV cache for the model.
+
+        Args:
+            model: the decoder.
+            max_batch: requests that run at once.
+            max_pages: pages that the KV cache may use; None sets no limit.
+            prefill_chunk: prompt tokens processed between two decode steps of the running requests.
+            prefixes: prefixes kept in the KV cache for reuse.
+            page: positions of a page.
+        """
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("page", page)):
             if value < 1:
                 raise UserError(f"{name} is {value}", hint="it must be at least 1")
@@ -48,14 +63,14 @@ class Scheduler:
         self.device = model.embedding.weight.device
         self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
         self.cache: PagedCache = PagedCache.of_model(model, page=page, max_pages=max_pages)
-        self.prefixes = PrefixStore(self.cache, entries=prefixes)
+        self.prefixes = PrefixCache(self.cache, entries=prefixes)
         self.waiting: deque[Request] = deque()
-        self.context: list[Request] = []
+        self.prefilling: list[Request] = []
         self.running: list[Request] = []
         self._last: DecodeContext | None = None
-        self._packed = packed_forward_of(model)
+        self._prepacked = build_prepacked_decoder(model)
 
-    # -- requests ------------------------------------------------------------------------------------------------------
+    # -- requests ---
 
     def submit(
         self,
@@ -66,13 +81,17 @@ class Scheduler:
         on_token: Callable[[int], bool] | None = None,
         grammar: TokenGrammar | None = None,
     ) -> Request:
-        """Queue a prompt. Raises `UserError` where it is empty, holds an id that the model lacks, or can never fit the cache."""
+        """Queue a prompt.
+
+        Raises `UserError` where it is empty, holds an unknown id, or can never fit into the KV cache.
+        """
         most = self.cache.max_pages
         needed = self.cache.pages_for(len(prompt) + sampling.max_new_tokens)
         if most is not None and needed > most:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens with an answer of {sampling.max_new_tokens} needs {needed} pages and the cache has {most}",
-                hint="give the cache more memory, or ask for a shorter answer",
+                f"a prompt of {len(prompt)} tokens with {sampling.max_new_tokens} new ones "
+                f"needs {needed} pages and the cache has {most}",
+                hint="give the cache more memory, or ask for fewer new tokens",
             )
         request = new_request(
             prompt,
@@ -87,54 +106,47 @@ class Scheduler:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Stop a request wherever it is; what it has stays in it."""
+        """Stop an unfinished request; its tokens so far remain."""
         if request.finish is None:
             self._end(request, "cancelled")
 
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.context or self.running)
+        return bool(self.waiting or self.prefilling or self.running)
 
     def run(self) -> None:
-        """Step until every request is finished; then raise what the first of those that failed, if any, failed with."""
-        unfinished = [*self.running, *self.context, *self.waiting]
+        """Step until every request is finished, then raise the error of the first that failed."""
+        unfinished = [*self.running, *self.prefilling, *self.waiting]
         while self.busy:
             self.step()
         for request in unfinished:
             request.raise_error()
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step ---
 
     def step(self) -> list[tuple[Request, int]]:
-        """Read a stretch of prompts and give each running request a token; the new tokens, request by request.
+        """Prefill one chunk of prompts, decode one token for each running request, and return the new tokens.
 
-        Where it is interrupted (Ctrl-C, out of memory), every request goes back to the queue as it was: nothing half-read or half-drawn
-        stays. Where the grammar, the draw or the `on_token` of one request raises, it alone ends: `finish` is "failed", `error` what it raised.
+        On an interrupt or out of memory, every request returns to the queue unchanged: no half-written cache,
+        no sample without its token. Where the grammar, the sampling or the `on_token` of one request raises,
+        only this request ends: its `finish` is "failed" and `error` the exception.
         """
         try:
             with torch.inference_mode():
-                new = list(self._read_prompts())
-                new += self._step_running()
+                new = self._prefill()
+                new += self._decode()
         except BaseException:
             self._requeue_all()
             raise
         return new
 
-    def _read_prompts(self) -> Iterator[tuple[Request, int]]:
+    def _prefill(self) -> list[tuple[Request, int]]:
+        """Prefill one chunk. Requests whose prompt is complete get their first token."""
         self._admit()
-        if not self.context:
-            return
-        first = self.context[0]
-        group, counts = [first], [min(self._stretch(first), self.prefill_chunk)]
-        # Short stretches share a forward pass, wherever in their prompts they begin.
-        room = self.prefill_chunk - counts[0]
-        for other in self.context[1:]:
-            size = self._stretch(other)
-            if size <= room:
-                group.append(other)
-                counts.append(size)
-                room -= size
+        if not self.prefilling:
+            return []
+        group, counts = self._next_chunk()
         ids = [
             token
             for request, count in zip(group, counts, strict=True)
@@ -144,54 +156,75 @@ class Scheduler:
         try:
             context = PrefillContext(self.cache, sequences, counts)
         except OutOfPages:
-            self._make_room()
-            return
-        hidden = self._hidden(ids, context)
-        ends = torch.tensor(counts, device=self.device).cumsum(0) - 1
-        done = [index for index, request in enumerate(group) if not request.to_read()]
+            self._free_pages()
+            return []
+        hidden_nh = self._forward(ids, context)
+        last_n = torch.tensor(counts, device=self.device).cumsum(0) - 1
         for request in group:
-            if request.pause_at and request.sequence and request.sequence.length == request.pause_at:
-                self.prefixes.keep(request.sequence, request.text[: request.pause_at])
-                request.pause_at = 0
-        if done:
-            finished = [group[index] for index in done]
-            self.context = [request for request in self.context if request not in finished]
-            self.running += finished
-            yield from self._choose(finished, self.model.logits(hidden[ends[done]]))
+            if request.shared_end and request.sequence and request.sequence.length == request.shared_end:
+                self.prefixes.add(request.sequence, request.all_tokens[: request.shared_end])
+                request.shared_end = 0
+        done = [index for index, request in enumerate(group) if not request.uncached()]
+        if not done:
+            return []
+        finished = [group[index] for index in done]
+        self.prefilling = [request for request in self.prefilling if request not in finished]
+        self.running += finished
+        return self._sample(finished, self.model.logits(hidden_nh[last_n[done]]))
 
-    def _stretch(self, request: Request) -> int:
-        """Tokens that can be read at once: up to the end of the prompt, or to where reading pauses."""
+    def _next_chunk(self) -> tuple[list[Request], list[int]]:
+        """Return the requests of the next chunk, and how many tokens of each it holds.
+
+        The oldest request comes first. Others share its forward pass where the rest of their prompt fits.
+        """
+        first = self.prefilling[0]
+        group, counts = [first], [min(self._prefill_length(first), self.prefill_chunk)]
+        room = self.prefill_chunk - counts[0]
+        for other in self.prefilling[1:]:
+            size = self._prefill_length(other)
+            if size <= room:
+                group.append(other)
+                counts.append(size)
+                room -= size
+        return group, counts
+
+    def _prefill_length(self, request: Request) -> int:
+        """Return the tokens up to the end of the prompt, or to the end of its shared prefix."""
         assert request.sequence is not None
-        stop = request.pause_at - request.sequence.length
-        return min(request.to_read(), stop) if stop > 0 else request.to_read()
+        shared = request.shared_end - request.sequence.length
+        return min(request.uncached(), shared) if shared > 0 else request.uncached()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) + len(self.context) < self.max_batch:
+        """Move requests from `waiting` to `prefilling` while there are slots and pages for them."""
+        while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
             request = self.waiting[0]
-            text = request.text
-            if any(0 < other.pause_at <= common_length(text, other.prompt) for other in self.context):
-                # What this one has in common with a prompt that is being read will be there in a moment.
+            text = request.all_tokens
+            if any(0 < other.shared_end <= common_length(text, other.prompt) for other in self.prefilling):
+                # The prefix that it shares with a prompt in `prefilling` will be in the cache in a moment.
                 return
-            prefix = self.prefixes.longest(text)
-            held = 0 if prefix is None else prefix.length // self.cache.page
-            promised = sum(
-                self.cache.pages_for(len(other.text) + 1) - len(other.sequence.pages)
-                for other in self.context
+            prefix = self.prefixes.longest_match(text)
+            cached_pages = 0 if prefix is None else prefix.length // self.cache.page
+            reserved = sum(
+                self.cache.pages_for(len(other.all_tokens) + 1) - len(other.sequence.pages)
+                for other in self.prefilling
                 if other.sequence is not None
             )
-            if self.cache.pages_for(len(text) + 1) - held + promised > self.cache.pages_left():
-                if self.prefixes.drop_oldest():
+            if self.cache.pages_for(len(text) + 1) - cached_pages + reserved > self.cache.pages_left():
+                if self.prefixes.evict_oldest():
                     continue
                 return
             self.waiting.popleft()
             request.sequence = self.cache.add(prefix)
             if not request.tokens:
-                request.reused = request.sequence.length
+                request.cached_tokens = request.sequence.length
                 others = (other.prompt for other in self.waiting)
-                request.pause_at = self.prefixes.worth_keeping(request.prompt, others, known=request.reused)
-            self.context.append(request)
+                request.shared_end = self.prefixes.shared_length(
+                    request.prompt, others, cached=request.cached_tokens
+                )
+            self.prefilling.append(request)
 
-    def _step_running(self) -> list[tuple[Request, int]]:
+    def _decode(self) -> list[tuple[Request, int]]:
+        """Generate one token for each running request."""
         while self.running:
             batch = sorted(self.running, key=_slot)
             sequences = [request.sequence for request in batch if request.sequence is not None]
@@ -199,47 +232,48 @@ class Scheduler:
             try:
                 context = DecodeContext(self.cache, sequences, self._last)
             except OutOfPages:
-                self._make_room()
+                self._free_pages()
                 continue
             self._last = context
-            hidden = self._hidden([request.tokens[-1] for request in batch], context)
-            return self._choose(batch, self.model.logits(hidden))
+            hidden_bh = self._forward([request.tokens[-1] for request in batch], context)
+            return self._sample(batch, self.model.logits(hidden_bh))
         return []
 
-    def _hidden(self, ids: Sequence[int], context: AttentionContext) -> Tensor:
-        """Hidden states `[tokens, hidden]` of the tokens of a reading."""
-        tokens = torch.tensor(ids, device=self.device)
-        if self._packed is not None:
-            return self._packed(tokens, context)
-        hidden: Tensor = self.model(tokens.view(context.positions.shape), context=context)
+    def _forward(self, ids: Sequence[int], context: AttentionContext) -> Tensor:
+        """Return the hidden states `[n, h]` of the tokens of a prefill or decode step."""
+        tokens_n = torch.tensor(ids, device=self.device)
+        if self._prepacked is not None:
+            return self._prepacked(tokens_n, context)
+        hidden: Tensor = self.model(tokens_n.view(context.positions.shape), context=context)
         return hidden.flatten(0, 1)
 
-    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[tuple[Request, int]]:
-        """The next token of each request from its logits `[batch, vocab]`; finished and failed requests leave."""
+    def _sample(self, requests: Sequence[Request], logits_bv: Tensor) -> list[tuple[Request, int]]:
+        """Sample the next token of each request. Finished and failed requests leave the batch."""
         new = []
-        for request, choice in zip(requests, choose_next(requests, logits), strict=True):
-            if isinstance(choice, Exception):
-                self._fail(request, choice)
+        for request, sample in zip(requests, sample_next(requests, logits_bv), strict=True):
+            if isinstance(sample, Exception):
+                self._fail(request, sample)
                 continue
             try:
-                finish = request.take(*choice)
-            except Exception as error:  # noqa: BLE001 - its own grammar or watch raised it; the others go on
+                finish = request.append(*sample)
+            except Exception as error:  # noqa: BLE001 - raised by its own grammar or `on_token`; others go on
                 self._fail(request, error)
                 continue
-            new.append((request, choice[0]))
+            new.append((request, sample[0]))
             if finish is not None:
                 self._end(request, finish)
         return new
 
-    # -- leaving -------------------------------------------------------------------------------------------------------
+    # -- leaving ---
 
     def _end(self, request: Request, finish: Finish) -> None:
+        """Finish a request: its KV cache becomes a prefix, its slot is free."""
         request.finish = finish
         if request.sequence is not None:
-            self.prefixes.keep(request.sequence, request.text[: request.sequence.length])
+            self.prefixes.add(request.sequence, request.all_tokens[: request.sequence.length])
             self.cache.remove(request.sequence)
             request.sequence = None
-        for queue in (self.waiting, self.context, self.running):
+        for queue in (self.waiting, self.prefilling, self.running):
             if request in queue:
                 queue.remove(request)
 
@@ -247,34 +281,39 @@ class Scheduler:
         request.error = error
         self._end(request, "failed")
 
-    def _make_room(self) -> None:
-        """Give pages back: a kept beginning, or else the youngest request's."""
-        if self.prefixes.drop_oldest():
+    def _free_pages(self) -> None:
+        """Free pages: evict the oldest cached prefix, or else preempt the youngest request."""
+        if self.prefixes.evict_oldest():
             return
-        youngest = (self.running + self.context)[-1]
+        youngest = (self.running + self.prefilling)[-1]
         self._requeue(youngest)
 
     def _requeue(self, request: Request) -> None:
+        """Return a request to the front of the queue, without its KV cache."""
         request.undo()
         if request.sequence is not None and request.sequence in self.cache.sequences:
             self.cache.remove(request.sequence)
         request.sequence = None
-        self.context = [other for other in self.context if other is not request]
+        self.prefilling = [other for other in self.prefilling if other is not request]
         self.running = [other for other in self.running if other is not request]
         self.waiting.appendleft(request)
 
     def _requeue_all(self) -> None:
-        for request in reversed([*self.running, *self.context]):
+        for request in reversed([*self.running, *self.prefilling]):
             self._requeue(request)
 
 
 def _slot(request: Request) -> int:
-    """Where the cache has a request: in this order a batch lies as it is, and nothing moves where somebody leaves."""
+    """Return the request's slot.
+
+    In this order the batch needs no copies in the cache, also after one left.
+    """
     assert request.sequence is not None
     return request.sequence.slot
 
 
 def _next_tokens(request: Request, count: int) -> list[int]:
+    """Return the next `count` tokens that are not in the KV cache."""
     assert request.sequence is not None
     start = request.sequence.length
-    return request.text[start : start + count]
+    return request.all_tokens[start : start + count]

@@ -1,6 +1,6 @@
-"""Requests answered one at a time by any causal LM of transformers, with the cache that it makes itself.
+"""Generate one request at a time with any causal LM of transformers and its own KV cache.
 
-The same interface as `koine.generate.scheduler.Scheduler`: what serves answers need not know which of the two it has.
+Same interface as `koine.generate.scheduler.Scheduler`, so that an engine need not know which it has.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.generate.kv_cache_probe import cache_name, continuing
-from koine.generate.request import Finish, Request, TokenGrammar, choose_next, new_request
-from koine.generate.token_sampling import Sampling
+from koine.generate.cache_support import cache_name, probe_cache_support
+from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
+from koine.generate.sampling import Sampling
 from koine.model.causal_lm import CausalLM
 
 
 class SequentialGenerator:
-    """Answers requests in the order in which they came. A prompt that goes on from the text read last is not
-    read again, where the model's cache allows that (`koine.generate.kv_cache_probe`)."""
+    """Runs requests in the order of their submission.
+
+    A prompt that continues the previous text reuses its KV cache, where the model's cache allows that
+    (`koine.generate.cache_support`).
+    """
 
     def __init__(self, model: CausalLM, *, prefill_chunk: int = 2048) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk
         self.device, self.vocabulary = next(model.parameters()).device, model.vocab_size
         self.waiting: deque[Request] = deque()
-        self._read: list[int] = []
+        self._cached: list[int] = []
         self._past: Any = None
         self._cache_name = str(cache_name(model.inner))
         with torch.inference_mode():
-            self._continuing = continuing(model.inner)
+            self._cache_support = probe_cache_support(model.inner)
 
     def submit(
         self,
@@ -41,7 +44,7 @@ class SequentialGenerator:
         on_token: Callable[[int], bool] | None = None,
         grammar: TokenGrammar | None = None,
     ) -> Request:
-        """Queue a prompt. Raises `UserError` where it is empty or holds an id that the model lacks."""
+        """Queue a prompt. Raises `UserError` where it is empty or holds an unknown id."""
         request = new_request(
             prompt,
             sampling,
@@ -55,7 +58,7 @@ class SequentialGenerator:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Stop a request wherever it is; what it has stays in it."""
+        """Stop an unfinished request; its tokens so far remain."""
         if request.finish is None:
             request.finish = "cancelled"
             self.waiting.remove(request)
@@ -66,7 +69,7 @@ class SequentialGenerator:
         return bool(self.waiting)
 
     def run(self) -> None:
-        """Step until every request is finished; then raise what the first of those that failed, if any, failed with."""
+        """Step until every request is finished, then raise the error of the first that failed."""
         unfinished = list(self.waiting)
         while self.busy:
             self.step()
@@ -74,21 +77,24 @@ class SequentialGenerator:
             request.raise_error()
 
     def step(self) -> list[tuple[Request, int]]:
-        """The next token of the oldest request. What reading, drawing, its grammar or its `on_token` raises is the request's: its `finish` is
-        "failed" and `error` what was raised. Interrupted, a draw that was not taken is undone."""
+        """Generate the next token of the oldest request.
+
+        Where the forward pass, the sampling, the grammar or `on_token` raises, the request fails: its
+        `finish` is "failed" and `error` the exception. An interrupt undoes a sample that was not appended.
+        """
         if not self.waiting:
             return []
         request = self.waiting[0]
         finish: Finish | None
         try:
             with torch.inference_mode():
-                logits = self._read_up_to(request)
-                [choice] = choose_next([request], logits[None])
-            if isinstance(choice, Exception):
-                raise choice
-            finish = request.take(*choice)
-            new = [(request, choice[0])]
-        except Exception as error:  # noqa: BLE001 - the request's caller gets it
+                logits_v = self._next_logits(request)
+                [sample] = sample_next([request], logits_v[None])
+            if isinstance(sample, Exception):
+                raise sample
+            finish = request.append(*sample)
+            new = [(request, sample[0])]
+        except Exception as error:  # noqa: BLE001 - raised again for the request's caller
             request.error, finish, new = error, "failed", []
         except BaseException:
             request.undo()
@@ -98,29 +104,29 @@ class SequentialGenerator:
             self.waiting.popleft()
         return new
 
-    def _read_up_to(self, request: Request) -> Tensor:
-        """Logits `[vocab]` after the request's text. Interrupted, it forgets everything rather than half a token."""
-        text = request.text
-        if self._continuing == "none":
-            hidden = self.model(torch.tensor([text], device=self.device))
-            last: Tensor = self.model.logits(hidden[:, -1])[0]
+    def _next_logits(self, request: Request) -> Tensor:
+        """Return logits `[vocab]` of the token after the request's text. An interrupt drops the cache."""
+        text = request.all_tokens
+        if self._cache_support == "none":
+            hidden_1th = self.model(torch.tensor([text], device=self.device))
+            last: Tensor = self.model.logits(hidden_1th[:, -1])[0]
             return last.clone()
-        read, past = self._read, self._past
-        if past is None or len(text) <= len(read) or text[: len(read)] != read:
-            read, past = [], None
+        cached, past = self._cached, self._past
+        if past is None or len(text) <= len(cached) or text[: len(cached)] != cached:
+            cached, past = [], None
         chunk = self.prefill_chunk
-        if self._continuing == "tokens":
+        if self._cache_support == "tokens":
             chunk = len(text)
-            if len(text) != len(read) + 1:
-                read, past = [], None
+            if len(text) != len(cached) + 1:
+                cached, past = [], None
         if not request.tokens:
-            request.reused = len(read)
-        self._read, self._past = [], None
-        for start in range(len(read), len(text), chunk):
+            request.cached_tokens = len(cached)
+        self._cached, self._past = [], None
+        for start in range(len(cached), len(text), chunk):
             ids = torch.tensor([text[start : start + chunk]], device=self.device)
             out = self.model.inner(input_ids=ids, use_cache=True, **{self._cache_name: past})
             past = getattr(out, self._cache_name)
-        self._read, self._past = text, past
+        self._cached, self._past = text, past
         # A copy is an ordinary tensor, which the caller may change.
-        logits: Tensor = out.logits[0, -1].clone()
-        return logits
+        logits_v: Tensor = out.logits[0, -1].clone()
+        return logits_v

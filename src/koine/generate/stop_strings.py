@@ -1,4 +1,4 @@
-"""Strings that end an answer, found in the text as its tokens come."""
+"""Find stop strings in text that arrives token by token."""
 
 from __future__ import annotations
 
@@ -7,52 +7,53 @@ from typing import Protocol
 
 
 class TextDecoder(Protocol):
-    """Turns ids into text, never into half a character."""
+    """Decodes token ids to text incrementally, never to part of a character."""
 
     def push(self, token: int) -> str: ...
     def flush(self) -> str: ...
 
 
 class StopStrings:
-    """The text of one answer, up to the first of some strings.
+    """The text of one completion, up to the first stop string.
 
-    `text` is what may be shown: it never holds a stop string, nor, before the end, the beginning of one.
+    `text` may be shown at any time: it never holds a stop string, nor, before the end, the start of one.
     """
 
     def __init__(self, decoder: TextDecoder, stops: Sequence[str]) -> None:
         self.decoder, self.stops = decoder, tuple(stops)
         self.text = ""
         self.found = False
-        self._held = ""
+        self._pending = ""
 
     def push(self, token: int) -> bool:
-        """Add a token; True where it completes a stop string."""
+        """Add a token; return whether it completes a stop string."""
         self._add(self.decoder.push(token))
         return self.found
 
     def finish(self) -> str:
-        """The whole text, with what was held back where no stop string came of it."""
+        """Return the whole text, with the pending start of a stop string that never came."""
         if not self.found:
             self._add(self.decoder.flush())
         if not self.found:
-            self.text += self._held
-        self._held = ""
+            self.text += self._pending
+        self._pending = ""
         return self.text
 
     def _add(self, new: str) -> None:
-        self._held += new
-        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.text += self._held[: min(places)]
-            self._held, self.found = "", True
+        self._pending += new
+        found_at = [index for stop in self.stops if (index := self._pending.find(stop)) >= 0]
+        if found_at:
+            self.text += self._pending[: min(found_at)]
+            self._pending, self.found = "", True
             return
-        keep = max((_overlap(self._held, stop) for stop in self.stops), default=0)
-        self.text += self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
+        held = max((_overlap(self._pending, stop) for stop in self.stops), default=0)
+        shown = len(self._pending) - held
+        self.text += self._pending[:shown]
+        self._pending = self._pending[shown:]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """Return the number of characters at the end of `text` that may start `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-size:]):
             return size

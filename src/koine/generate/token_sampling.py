@@ -1,59 +1,24 @@
-"""How the next token is chosen from the logits."""
+"""Sample the next token from logits.
+
+Shapes: b batch, v vocabulary (`logits_bv`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from koine.errors import UserError
-from koine.fields import check_integer, check_number
-
-COLDEST = 1e-6
-"""Below this temperature the likeliest token is taken. float32 logits of about 10 are 1e-6 apart, so that a colder draw could differ from
-the likeliest token only where the model's own rounding decides, and the division by it leaves the range of float32 soon after."""
+from koine.generate.sampling import Sampling
 
 EXTREME = 1e20
-"""A temperature or penalty further from 1 than this factor does what this one does; its product with a logit would overflow in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen. `temperature` 0 (or below `COLDEST`) is greedy. Raises `UserError` for values out of range, NaN and
-    infinity among them."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_integer("max_new_tokens", self.max_new_tokens, low=1)
-        check_integer("top_k", self.top_k, low=0)
-        check_integer("seed", self.seed, low=0, high=2**63 - 1)
-        check_number("temperature", self.temperature, low=0)
-        check_number("top_p", self.top_p, above=0, high=1)
-        check_number("min_p", self.min_p, low=0, high=1)
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token (after the penalty) is taken, and nothing drawn."""
-        return self.temperature < COLDEST
-
-    @property
-    def rule(self) -> tuple[float, int, float, float, float]:
-        """What of the settings decides a draw: rows with an equal rule are drawn together."""
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+"""Bound of a temperature or penalty. Beyond it, the product with a logit would overflow in float32."""
 
 
 class NoTokenError(UserError):
-    """No token can be chosen from these scores."""
+    """No token can be sampled from these logits."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -62,58 +27,68 @@ class NoTokenError(UserError):
         )
 
 
-def candidates(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
-    """The logits `[batch, vocab]` that a token is drawn from: penalised, tempered, `-inf` where a limit rules a token out.
+def candidates(logits_bv: Tensor, sampling: Sampling, seen_bv: Tensor | None) -> Tensor:
+    """Return the logits after penalty, temperature, top-k, top-p and min-p, in this order.
 
-    seen: `[batch, vocab]` bool, the tokens of each row's text so far; needed for a repetition penalty alone.
-    The limits apply in the order of `transformers` (top-k, top-p, min-p). Greedy choice applies the penalty alone.
+    Filtered tokens are `-inf`. The order is that of `transformers`. Greedy decoding applies the penalty only.
+
+    Args:
+        logits_bv: logits as the model computes them.
+        sampling: the settings.
+        seen_bv: bool, the tokens in each row's text so far; needed for a repetition penalty only.
     """
-    logits = logits.float()
+    logits_bv = logits_bv.float()
     if sampling.repetition_penalty != 1.0:
-        assert seen is not None
+        assert seen_bv is not None
         penalty = min(max(sampling.repetition_penalty, 1 / EXTREME), EXTREME)
-        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seen, penalised, logits)
+        penalised_bv = torch.where(logits_bv > 0, logits_bv / penalty, logits_bv * penalty)
+        logits_bv = torch.where(seen_bv, penalised_bv, logits_bv)
     if sampling.greedy:
-        return logits
-    logits = logits / min(sampling.temperature, EXTREME)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        return logits_bv
+    logits_bv = logits_bv / min(sampling.temperature, EXTREME)
+    if 0 < sampling.top_k < logits_bv.shape[-1]:
+        threshold_b1 = logits_bv.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_bv = logits_bv.masked_fill(logits_bv < threshold_b1, -torch.inf)
     if sampling.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        # The token that crosses the threshold stays, so at least one does.
-        drop = (probabilities.cumsum(dim=-1) - probabilities) >= sampling.top_p
-        logits = logits.masked_fill(drop.gather(1, order.argsort(dim=-1)), -torch.inf)
+        sorted_bv, order_bv = logits_bv.sort(dim=-1, descending=True)
+        probabilities_bv = sorted_bv.softmax(dim=-1)
+        # The token that crosses the threshold stays, so that at least one does.
+        drop_bv = (probabilities_bv.cumsum(dim=-1) - probabilities_bv) >= sampling.top_p
+        logits_bv = logits_bv.masked_fill(drop_bv.gather(1, order_bv.argsort(dim=-1)), -torch.inf)
     if sampling.min_p > 0.0:
-        probabilities = logits.softmax(dim=-1)
-        floor = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < floor, -torch.inf)
-    return logits
+        probabilities_bv = logits_bv.softmax(dim=-1)
+        threshold_b1 = sampling.min_p * probabilities_bv.amax(dim=-1, keepdim=True)
+        logits_bv = logits_bv.masked_fill(probabilities_bv < threshold_b1, -torch.inf)
+    return logits_bv
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Tensor | None = None
+    logits_bv: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    seen_bv: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row, `[batch]`, from `logits` `[batch, vocab]`; one generator a row, so that a row's draw does not
-    depend on its neighbours. `seen`: see `candidates`. Raises `NoTokenError` before anything is drawn where a row has nothing to draw from."""
-    logits = candidates(logits, sampling, seen)
+    """Sample the next token of each row, `[b]`.
+
+    Each row has its own generator, so that its sample does not depend on its neighbours. `seen_bv`: see
+    `candidates`. Raises `NoTokenError`, before any generator advances, where a row has no token to sample.
+    """
+    logits_bv = candidates(logits_bv, sampling, seen_bv)
     if sampling.greedy:
-        # Twice as fast on CPU as `argmax`, and the first of equal ones too.
-        return logits.max(dim=-1).indices
-    probabilities = logits.softmax(dim=-1)
-    # Drawing from NaN would end a CUDA device's context, and every request with it.
-    if not probabilities.sum(dim=-1).isfinite().all():
+        # Twice as fast on CPU as `argmax`, and returns the first of equal ones too.
+        return logits_bv.max(dim=-1).indices
+    probabilities_bv = logits_bv.softmax(dim=-1)
+    # Sampling from NaN would end a CUDA device's context, and every request with it.
+    if not probabilities_bv.sum(dim=-1).isfinite().all():
         raise NoTokenError
     rows = [
-        torch.multinomial(probabilities[row], 1, generator=generator)
+        torch.multinomial(probabilities_bv[row], 1, generator=generator)
         for row, generator in enumerate(generators)
     ]
     return torch.cat(rows)
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Natural logarithm of each row's probability of its token, `[batch]`, from `logits` `[batch, vocab]` as the model gives them."""
-    # One kernel over the vocabulary; `logsumexp` is five.
-    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+def log_probabilities(logits_bv: Tensor, tokens_b: Tensor) -> Tensor:
+    """Return each token's natural log-probability under the unfiltered logits, `[b]`."""
+    # One kernel over the vocabulary; `logsumexp` needs five.
+    return logits_bv.float().log_softmax(dim=-1).gather(1, tokens_b[:, None])[:, 0]

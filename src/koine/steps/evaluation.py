@@ -62,7 +62,7 @@ def _samples(
 ) -> list[dict[str, Any]]:
     """One question a language with the model's own answer, for the report."""
     from koine.generate import generate
-    from koine.generate.token_sampling import Sampling
+    from koine.generate.sampling import Sampling
 
     folder = "questions/test" if existing(corpus, "questions/test", codes) else "questions/train"
     records = list(_first(existing(corpus, folder, codes).values(), 1))
@@ -74,7 +74,7 @@ def _samples(
     if not prompts:
         return []
     stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.eos_ids)
-    answers = generate(model, prompts, Sampling(max_new_tokens=60), stop_ids=stops)
+    answers = generate(model, prompts, Sampling(max_new_tokens=60, temperature=0), stop_ids=stops)
     return [
         {
             "title": record["language"]

@@ -265,14 +265,14 @@ def train_step(
 
     from koine.data import DataOrder
     from koine.data.drawn import read_drawn
-    from koine.train import language_modelling, supervised_fine_tuning, train
+    from koine.train import LanguageModelling, SupervisedFineTuning, train
 
     chats = mixture.phases[0].name == "sft"
     if init_from is not None:
         mixture = replace(mixture, drawn=read_drawn(init_from))
     train(
         model.to(torch.float32),
-        supervised_fine_tuning if chats else language_modelling,
+        SupervisedFineTuning() if chats else LanguageModelling(),
         DataOrder(mixture),
         settings,
         out=out,

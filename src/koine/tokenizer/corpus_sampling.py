@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from koine.errors import KoineWarning, UserError
+from koine.fields import check_integer, check_number
 
 Texts = Callable[[], Iterable[str]]
 # Texts by language, or one stream of (language, text); called anew for every pass.
@@ -57,10 +58,9 @@ def quotas(
     At most `max_repeats` times a language's own bytes. A `KoineWarning` names languages that must be repeated
     or that still fall short of their weight.
     """
-    if sample_bytes is not None and sample_bytes <= 0:
-        raise UserError(f"the sample is {sample_bytes} bytes", hint="give a number above 0")
-    if max_repeats < 1:
-        raise UserError(f"the limit of repeats is {max_repeats}", hint="give at least 1")
+    if sample_bytes is not None:
+        check_integer("sample_bytes", sample_bytes, low=1)
+    check_number("max_repeats", max_repeats, low=1)
     total = sum(sizes.values()) if sample_bytes is None else sample_bytes
     wanted = {code: weights[code] * total for code in sizes}
     drawn = {code: min(wanted[code], max_repeats * sizes[code]) for code in sizes}

@@ -18,6 +18,7 @@ from typing import Any
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
+from koine.fields import check_integer
 from koine.tokenizer.control import DAMAGED, library_errors, open_backend, parsed_object, read_text
 from koine.tokenizer.pretoken_counts import PretokenCounts, count_pretokens, feeding_scale, repeated
 from koine.tokenizer.token_bytes import BYTE_TOKEN, SPACE_MARK
@@ -77,8 +78,7 @@ def extend_tokenizer(
         UserError: `base` is no BPE tokenizer with a pre-tokenizer, the text has nothing to add, or the result
             would not decode a sample of the text as before.
     """
-    if new_tokens < 1:
-        raise UserError(f"{new_tokens} new tokens", hint="ask for at least 1")
+    check_integer("new_tokens", new_tokens, low=1)
     base = Path(base)
     files = read_files(base)
     if TOKENIZER in files:

@@ -70,14 +70,14 @@ def short_runs(text: str) -> Iterator[str]:
     if _MAYBE.search(text) is None:
         yield text
         return
-    begun = 0
+    part_start = 0
     for _, (start, end) in _long_runs().pre_tokenize_str(text):
         # Only a run is isolated; a long part without runs is left whole.
         if end - start > LONGEST_RUN and _is_run(text[start : start + LONGEST_RUN + 1]):
             for place in range(start + LONGEST_RUN, end, LONGEST_RUN):
-                yield text[begun:place]
-                begun = place
-    yield text[begun:]
+                yield text[part_start:place]
+                part_start = place
+    yield text[part_start:]
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
+from koine.fields import check_integer
 from koine.tokenizer.corpus_sampling import Corpus, count_bytes, draw, quotas, stream
 from koine.tokenizer.pretoken_counts import (
     DIRECT_BYTES,
@@ -71,8 +72,7 @@ def train_tokenizer(
             f"a vocabulary of {vocab_size} is smaller than the alphabet",
             hint=f"take at least {SMALLEST_VOCABULARY} ({len(SPECIAL_TOKENS)} special tokens and 256 bytes)",
         )
-    if min_frequency < 1:
-        raise UserError(f"the smallest frequency is {min_frequency}", hint="give at least 1")
+    check_integer("min_frequency", min_frequency, low=1)
     with counting_progress(show_progress, what="reading") as watched:
         sizes = count_bytes(lambda: watched(stream(texts_by_language)))
     if isinstance(texts_by_language, Mapping):
@@ -83,29 +83,10 @@ def train_tokenizer(
     )
     drawn = quotas(sizes, weights, sample_bytes=sample_bytes, max_repeats=max_repeats)
     backend = _empty_backend()
-    pretokens: dict[str, Any] | None = None
-    if sum(drawn.values()) <= DIRECT_BYTES:
-        sample = draw(texts_by_language, sizes=sizes, quota=drawn, seed=seed)
-        texts = (text for text, times in _with_short_runs(sample) for _ in range(times))
-        _learn(
-            backend, texts, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
-        )
-    else:
-        with counting_progress(show_progress, what="counting", total=sum(sizes.values())) as watched:
-            sample = draw(lambda: watched(stream(texts_by_language)), sizes=sizes, quota=drawn, seed=seed)
-            table = count_pretokens(
-                _with_short_runs(sample), normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
-            )
-        scale = learn_from_table(
-            backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
-        )
-        _warn_of_approximations(table, scale)
-        pretokens = {
-            "occurrences": table.occurrences,
-            "distinct": len(table.counts),
-            "dropped_occurrences": table.dropped,
-            "scale": scale,
-        }
+    pretokens = _learn_from_sample(
+        backend, texts_by_language, sizes, drawn,
+        vocab_size=vocab_size, min_frequency=min_frequency, seed=seed, show_progress=show_progress,
+    )  # fmt: skip
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         warnings.warn(
@@ -137,6 +118,42 @@ def train_tokenizer(
     )
 
 
+def _learn_from_sample(
+    backend: Any,
+    corpus: Corpus,
+    sizes: Mapping[str, int],
+    drawn: Mapping[str, float],
+    *,
+    vocab_size: int,
+    min_frequency: int,
+    seed: int,
+    show_progress: bool,
+) -> dict[str, Any] | None:
+    """Draw `drawn` bytes of each language and learn merges; return figures of the counts of a long text."""
+    if sum(drawn.values()) <= DIRECT_BYTES:
+        sample = draw(corpus, sizes=sizes, quota=drawn, seed=seed)
+        texts = (text for text, times in _with_short_runs(sample) for _ in range(times))
+        _learn(
+            backend, texts, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
+        )
+        return None
+    with counting_progress(show_progress, what="counting", total=sum(sizes.values())) as watched:
+        sample = draw(lambda: watched(stream(corpus)), sizes=sizes, quota=drawn, seed=seed)
+        table = count_pretokens(
+            _with_short_runs(sample), normalizer=backend.normalizer, pre_tokenizer=backend.pre_tokenizer
+        )
+    scale = learn_from_table(
+        backend, table, vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress
+    )
+    _warn_of_approximations(table, scale)
+    return {
+        "occurrences": table.occurrences,
+        "distinct": len(table.counts),
+        "dropped_occurrences": table.dropped,
+        "scale": scale,
+    }
+
+
 def _with_short_runs(sample: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """Cut texts inside runs that are too long for the trainer."""
     return ((part, times) for text, times in sample for part in short_runs(text))
@@ -156,7 +173,7 @@ def _warn_of_approximations(table: PretokenCounts, scale: float) -> None:
             "frequencies"
         )
     if parts:
-        warnings.warn("the text is long: " + "; ".join(parts), KoineWarning, stacklevel=3)
+        warnings.warn("the text is long: " + "; ".join(parts), KoineWarning, stacklevel=4)
 
 
 def _empty_backend() -> Any:

@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError
+from koine.fields import check_choice, check_number
 
 Scheme = Literal["bucketed", "natural", "uniform", "temperature"]
 BucketMass = Literal["uniform", "data"]
@@ -50,8 +51,7 @@ def language_weights(
     for code, size in bytes_by_language.items():
         if size <= 0:
             raise UserError(f"language '{code}' has no text", hint="leave it out or add text")
-    if scheme not in SCHEMES:
-        raise UserError(f"unknown weighting scheme '{scheme}'", hint=did_you_mean(scheme, SCHEMES))
+    check_choice("scheme", scheme, SCHEMES)
     if english_share is not None and not 0.0 < english_share < 1.0:
         raise UserError(
             f"the share of English is {english_share}",
@@ -66,8 +66,7 @@ def language_weights(
     elif scheme == "uniform":
         raw = dict.fromkeys(shares, 1.0)
     else:
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise UserError(f"the temperature is {temperature}", hint="give a number above 0")
+        check_number("temperature", temperature, above=0)
         raw = {code: share ** (1.0 / temperature) for code, share in shares.items()}
     return _pin_english(_normalise(raw), english_share)
 
@@ -76,8 +75,7 @@ def _bucketed(shares: Mapping[str, float], bucket_mass: str) -> dict[str, float]
     """Return unnormalised weights of Eq. 1."""
     from koine.languages import bucket
 
-    if bucket_mass not in BUCKET_MASSES:
-        raise UserError(f"unknown bucket mass '{bucket_mass}'", hint=did_you_mean(bucket_mass, BUCKET_MASSES))
+    check_choice("bucket_mass", bucket_mass, BUCKET_MASSES)
     buckets = {code: bucket(code) for code in shares}
     members: dict[object, list[str]] = {}
     for code, key in buckets.items():

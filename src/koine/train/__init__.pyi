@@ -1,9 +1,11 @@
 from .estimate import Estimate as Estimate
 from .estimate import estimate_training as estimate_training
+from .fingerprint import arguments_identity as arguments_identity
+from .fingerprint import weights_digest as weights_digest
 from .loop import TrainingStopped as TrainingStopped
 from .loop import train as train
 from .loss import chunked_cross_entropy as chunked_cross_entropy
+from .objectives import LanguageModelling as LanguageModelling
 from .objectives import Objective as Objective
-from .objectives import language_modelling as language_modelling
-from .objectives import supervised_fine_tuning as supervised_fine_tuning
+from .objectives import SupervisedFineTuning as SupervisedFineTuning
 from .settings import TrainSettings as TrainSettings

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are whole or absent, readable on any number of ranks, their damage found and named."""
+"""Checkpoints of a training: complete or absent, readable on any number of ranks, checked by sha256."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder and what `checkpoint.json` says."""
+    """A complete checkpoint: its folder, the number of steps done, and the content of `checkpoint.json`."""
 
     path: Path
     step: int
-    about: dict[str, Any]
+    record: dict[str, Any]
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of a checkpoint after `step` steps."""
     return f"step-{step:06d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; half-written ones have other names."""
+    """Return the checkpoint folders, oldest first; incomplete ones have other names."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.split("-")[1]))
 
 
@@ -55,36 +56,42 @@ def save(
     folder: Path,
     step: int,
     tensors: dict[str, Tensor],
-    about: dict[str, Any],
+    record: dict[str, Any],
     ranks: Ranks,
-    describe: Callable[[Path], None],
+    write_description: Callable[[Path], None],
 ) -> Path:
-    """Write `folder/step-N`: beside it, synced to disk, then renamed; returns its path.
+    """Write `folder/step-N` and return its path: written beside it, synced to disk, then renamed.
 
-    about: JSON-able. describe: called on the first rank, adds what a model directory holds besides its weights.
+    Args:
+        folder: the folder of the checkpoints.
+        step: number of steps done.
+        tensors: weights and optimiser state of this rank.
+        record: JSON values of `checkpoint.json`.
+        ranks: all of them call this.
+        write_description: called on the main rank with the folder, to write its files besides the tensors.
     """
-    path, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
-    with disk_errors(path), hide_temporary_name(path, partial), _removed_on_failure(partial, ranks):
+    path, partial = folder / checkpoint_name(step), folder / f".{checkpoint_name(step)}.partial"
+    with disk_errors(path), hide_temporary_name(path, partial), _remove_on_failure(partial, ranks):
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         ranks.barrier()
         with warnings.catch_warnings():
-            # Alone is what we mean; torch warns that no process group is there.
+            # torch warns that there is no process group: one process needs none.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             # Files are synced below, all at once.
             writer = FileSystemWriter(partial, sync_files=False)
-            save_distributed(dict(tensors), storage_writer=writer, no_dist=not ranks.several)
+            save_distributed(dict(tensors), storage_writer=writer, no_dist=not ranks.is_distributed)
         ranks.barrier()
         if ranks.is_main:
             rewrite_index(partial)
-            describe(partial)
+            write_description(partial)
             files = {p.name: sha256_file(p) for p in sorted(partial.iterdir()) if p.is_file()}
             random_state = base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
             write_json(
                 partial / "checkpoint.json",
-                {"format": FORMAT, "step": step, **about, "random_state": random_state, "files": files},
+                {"format": FORMAT, "step": step, **record, "random_state": random_state, "files": files},
             )
             fsync_tree(partial)
             publish_directory(partial, path)
@@ -93,8 +100,8 @@ def save(
 
 
 @contextmanager
-def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
-    """A checkpoint that could not be written leaves nothing: the disk may be full of it."""
+def _remove_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
+    """Remove a checkpoint that could not be written: the disk may be full of it."""
     try:
         yield
     except BaseException:
@@ -104,23 +111,30 @@ def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def clean(folder: Path, *, keep_last: int, best: int | None) -> None:
-    """Remove what a killed run left half-written, and checkpoints that are neither recent nor the best."""
-    for left in folder.glob(".step-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove incomplete checkpoints of a killed run, and those that are neither recent nor the best.
+
+    Args:
+        folder: the folder of the checkpoints.
+        keep_last: how many recent ones are kept.
+        best: step of the best one.
+    """
+    for incomplete in folder.glob(".step-*"):
+        shutil.rmtree(incomplete, ignore_errors=True)
     paths = list_checkpoints(folder)
     for path in paths[: max(0, len(paths) - keep_last)]:
-        if best is None or path.name != name_of(best):
-            # Renamed first, so that a kill leaves no half-removed checkpoint under a whole one's name.
-            gone = path.with_name(f".{path.name}.old")
-            path.rename(gone)
-            shutil.rmtree(gone)
+        if best is None or path.name != checkpoint_name(best):
+            # Renamed first, so that a kill leaves no half-removed checkpoint under the name of a complete
+            # one.
+            removed = path.with_name(f".{path.name}.old")
+            path.rename(removed)
+            shutil.rmtree(removed)
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint, its files checked against their sha256.
+    """Return the newest checkpoint, its files checked against their sha256; None if there is none.
 
-    A damaged one is a `UserError` that names the file and the checkpoint before it: going on from an older state without being
-    asked would hide the damage.
+    Raises `UserError` for a damaged one, with the file and the checkpoint before it. The older one is not
+    used by itself: that would hide the damage.
     """
     paths = list_checkpoints(folder)
     if not paths:
@@ -131,29 +145,32 @@ def latest(folder: Path) -> Checkpoint | None:
         if len(paths) > 1
         else "start from the beginning (there is none before it)"
     )
-    return read(path, hint=hint)
+    return read_checkpoint(path, hint=hint)
 
 
-def read(path: Path, *, hint: str) -> Checkpoint:
-    """A checkpoint, its files checked against their sha256; a `UserError` that names a damaged file, with this fix."""
+def read_checkpoint(path: Path, *, hint: str) -> Checkpoint:
+    """Return a checkpoint, its files checked against their sha256.
+
+    Raises `UserError` with the damaged file and `hint`.
+    """
     where = path / "checkpoint.json"
     try:
-        about = read_json_object(where)
-        if about.get("format", FORMAT) == FORMAT:
-            _check(Fields(about, path))
+        record = read_json_object(where)
+        if record.get("format", FORMAT) == FORMAT:
+            _check_record(Fields(record, path))
     except UserError as error:
         raise UserError("damaged checkpoint", where=where, hint=hint) from error
-    if about.get("format") != FORMAT:
-        raise UserError(f"checkpoint of format {about.get('format')}, not {FORMAT}", where=path, hint=hint)
-    for name, digest in about["files"].items():
+    if record.get("format") != FORMAT:
+        raise UserError(f"checkpoint of format {record.get('format')}, not {FORMAT}", where=path, hint=hint)
+    for name, digest in record["files"].items():
         file = path / name
         if not file.is_file() or sha256_file(file) != digest:
             raise UserError("damaged checkpoint (its sha256 differs)", where=file, hint=hint)
-    return Checkpoint(path, about["step"], about)
+    return Checkpoint(path, record["step"], record)
 
 
-def _check(fields: Fields) -> None:
-    """Raise `UserError` for a field of a checkpoint's record that is of a wrong type."""
+def _check_record(fields: Fields) -> None:
+    """Raise `UserError` for a field of `checkpoint.json` that is missing or of another type."""
     fields.integer("step", low=0)
     files = fields.inner("files")
     for name in files.value:
@@ -173,13 +190,13 @@ def _check(fields: Fields) -> None:
     except ValueError:
         raise fields.wrong("random_state", "base64") from None
     if len(state) != torch.get_rng_state().numel():
-        raise fields.wrong("random_state", "a whole random state")
+        raise fields.wrong("random_state", "a complete random state")
 
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    """Fill `tensors` in place, whatever number of ranks wrote them, and restore the random state."""
-    load_tensors(checkpoint.path, read_index(checkpoint.path), tensors, several=ranks.several)
-    state = base64.b64decode(checkpoint.about["random_state"])
+    """Load `tensors` in place and restore the random state; any number of ranks may have written them."""
+    load_tensors(checkpoint.path, read_index(checkpoint.path), tensors, is_distributed=ranks.is_distributed)
+    state = base64.b64decode(checkpoint.record["random_state"])
     try:
         torch.set_rng_state(torch.tensor(list(state), dtype=torch.uint8))
     except RuntimeError as error:
@@ -188,17 +205,3 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> No
             where=checkpoint.path / "checkpoint.json",
             hint="choose an earlier checkpoint, or train again",
         ) from None
-
-
-def difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`field: before -> now` for every leaf that differs."""
-    lines: list[str] = []
-    for key in sorted(before.keys() | now.keys(), key=str):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            old, new = dict(enumerate(old)), dict(enumerate(new))
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += difference(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {old} -> {new}")
-    return lines

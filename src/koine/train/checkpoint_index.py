@@ -1,10 +1,9 @@
 """The index of a distributed checkpoint (`.metadata`), read without trusting who wrote it.
 
-`torch.distributed.checkpoint` stores its index as a pickle, and reading a pickle runs whatever it names. Here
-only the classes that an index is made of can be named, nothing of theirs can be replaced, and what comes out
-is checked and built
-again from plain numbers: an index can ask for no file outside its folder and no more memory than its files
-have bytes.
+`torch.distributed.checkpoint` stores its index as a pickle, and reading a pickle runs whatever it names. This
+reader allows only the classes of an index and changes none of them. It checks what it has read and builds the
+index again from plain numbers: an index can name no file outside its folder and ask for no more memory than
+its files have bytes.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from koine.errors import UserError, first_line
 from koine.files import write_atomically
 
 INDEX = ".metadata"
-MOST_BYTES = 256 * 2**20
-"""Of an index: one of a million tensors has less."""
+MAX_BYTES = 256 * 2**20
+"""Size of an index: one of a million tensors is smaller."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES: dict[tuple[str, str], Any] = {
@@ -49,7 +48,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     },
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch", "Size"): torch.Size,
-    # Where the folder was when it was written: a text is all that is wanted of it.
+    # Path of the folder when it was written: only its text is used.
     **{("pathlib", name): PurePath for name in ("PosixPath", "WindowsPath")},
     **{("pathlib._local", name): PurePath for name in ("PosixPath", "WindowsPath")},
 }  # fmt: skip
@@ -69,10 +68,9 @@ def _layout(name: object) -> torch.layout:
 
 
 class _Unpickler(pickle._Unpickler):
-    """An unpickler that knows the classes of an index and calls nothing else.
+    """An unpickler of the classes of an index, which calls nothing else.
 
-    The one in Python, not the one in C: its memo is a dict, so that a number in the file cannot reserve
-    memory.
+    It is Python's, not C's: its memo is a dict, so that a number in the file cannot reserve memory.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
@@ -92,23 +90,23 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         target = cast("Any", self).stack[-2]
-        # A class or a function that is changed here would be changed for the whole process.
-        if type(target) not in _FILLED:
+        # Changing a class or a function would change it for the whole process.
+        if type(target) not in _BUILDABLE:
             raise pickle.UnpicklingError(f"it changes a {type(target).__name__}")
         cast("Any", pickle._Unpickler).load_build(self)
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
-_FILLED = {cls for cls in _CLASSES.values() if isinstance(cls, type) and cls is not PurePath}
+_BUILDABLE = {cls for cls in _CLASSES.values() if isinstance(cls, type) and cls is not PurePath}
 _MALFORMED = (
-    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
-    RuntimeError, ArithmeticError, MemoryError, AssertionError, struct.error,
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError,
+    ValueError, RuntimeError, ArithmeticError, MemoryError, AssertionError, struct.error,
 )  # fmt: skip
 
 
 class _Reader(FileSystemReader):
-    """torch's reader of a checkpoint folder, with an index that was read by `read_index`."""
+    """torch's reader of a checkpoint folder, with an index from `read_index`."""
 
     def __init__(self, path: Path, index: Metadata) -> None:
         super().__init__(path)
@@ -118,17 +116,25 @@ class _Reader(FileSystemReader):
         return self._index
 
 
-def load_tensors(folder: Path, index: Metadata, tensors: dict[str, Tensor], *, several: bool) -> None:
-    """Fill `tensors` in place from a checkpoint folder, whatever number of ranks wrote it.
+def load_tensors(folder: Path, index: Metadata, tensors: dict[str, Tensor], *, is_distributed: bool) -> None:
+    """Load `tensors` in place from a checkpoint folder; any number of ranks may have written it.
 
-    several: whether several ranks do so together. Raises `UserError` where a tensor is missing or its bytes
-    are none.
+    Args:
+        folder: the checkpoint.
+        index: its index, from `read_index`.
+        tensors: filled in place.
+        is_distributed: whether several ranks call this together.
+
+    Raises:
+        UserError: a tensor is missing, or its bytes are damaged.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_distributed(
-                cast("dict[str, Any]", tensors), storage_reader=_Reader(folder, index), no_dist=not several
+                cast("dict[str, Any]", tensors),
+                storage_reader=_Reader(folder, index),
+                no_dist=not is_distributed,
             )
     except CheckpointException as error:
         reasons = [first_line(one) for one, _ in error.failures.values() if isinstance(one, Exception)]
@@ -140,14 +146,11 @@ def load_tensors(folder: Path, index: Metadata, tensors: dict[str, Tensor], *, s
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a checkpoint folder, checked.
-
-    Raises `UserError` where it is damaged, or more than an index.
-    """
+    """Return the checked index of a checkpoint folder; raises `UserError` if it is damaged or hostile."""
     path = folder / INDEX
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise pickle.UnpicklingError(f"it is larger than {MOST_BYTES} bytes")
+        if path.stat().st_size > MAX_BYTES:
+            raise pickle.UnpicklingError(f"it is larger than {MAX_BYTES} bytes")
         return _checked(_Unpickler(io.BytesIO(path.read_bytes())).load(), folder)
     except FileNotFoundError:
         why = "there is none"
@@ -165,15 +168,12 @@ def read_index(folder: Path) -> Metadata:
 
 
 def rewrite_index(folder: Path) -> None:
-    """Write the index again without its path and random number: the same training gives the same bytes."""
+    """Write the index again without its path and random number, so that equal trainings have equal bytes."""
     write_atomically(folder / INDEX, pickle.dumps(read_index(folder), protocol=4))
 
 
 def _checked(found: Any, folder: Path) -> Metadata:
-    """Build the index again from values that are checked one by one.
-
-    Raises one of `_MALFORMED` where one is not what it must be.
-    """
+    """Return the index built again from values checked one by one; raises one of `_MALFORMED`."""
     if type(found) is not Metadata:
         raise ValueError("no index")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
@@ -188,20 +188,22 @@ def _checked(found: Any, folder: Path) -> Metadata:
             raise ValueError("a tensor lies outside its file")
         if info.transform_descriptors:
             raise ValueError("a tensor is encoded")
-        name, offset = key.fqn, None if key.offset is None else _numbers(key.offset)
+        name, offset = key.fqn, None if key.offset is None else _checked_size(key.offset)
         if type(name) is not str or (key.index is not None and type(key.index) is not int):
             raise ValueError("a tensor has no name")
         storage[MetadataIndex(name, offset, key.index)] = _StorageInfo(file, begin, length)
     tensors: dict[str, Any] = {}
     total = 0
     for name, about in found.state_dict_metadata.items():
-        # Anything else than a tensor would be unpickled by torch, without a restriction.
+        # torch would unpickle anything else than a tensor without restrictions.
         if type(name) is not str or type(about) is not TensorStorageMetadata:
             raise ValueError("it holds something that is no tensor")
-        dtype, size = about.properties.dtype, _numbers(about.size)
+        dtype, size = about.properties.dtype, _checked_size(about.size)
         if dtype not in _DTYPES.values():
             raise ValueError("a tensor has no dtype")
-        chunks = [ChunkStorageMetadata(_numbers(one.offsets), _numbers(one.sizes)) for one in about.chunks]
+        chunks = [
+            ChunkStorageMetadata(_checked_size(one.offsets), _checked_size(one.sizes)) for one in about.chunks
+        ]
         if sum(one.sizes.numel() for one in chunks) != size.numel():
             raise ValueError(f"{name[:40]} is not whole")
         if any(one.sizes.numel() and MetadataIndex(name, one.offsets) not in storage for one in chunks):
@@ -214,7 +216,7 @@ def _checked(found: Any, folder: Path) -> Metadata:
     return Metadata(tensors, planner_data=names, storage_data=storage, storage_meta=StorageMeta())
 
 
-def _numbers(size: Any) -> torch.Size:
+def _checked_size(size: Any) -> torch.Size:
     if type(size) is not torch.Size or any(type(one) is not int or not 0 <= one < 2**62 for one in size):
         raise ValueError("a shape is none")
     return torch.Size(tuple(size))

@@ -1,4 +1,4 @@
-"""Choose the parameters that are decayed: matrices by their role, whatever their number of axes."""
+"""Weight decay acts on matrices, found by their role and not by their number of axes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NOT_MATRICES = frozenset({"a_log", "d", "scale", "gain", "gamma", "beta"})
 
 
 def decayed_parameters(model: LanguageModel) -> set[str]:
-    """Names of the parameters that weight decay acts on, as `model.named_parameters()` gives them.
+    """Return the names of the parameters that weight decay acts on, as in `model.named_parameters()`.
 
     Decayed: weights of linear layers, embeddings, convolutions, routers and experts (stacked ones too).
     Not decayed: gains of norms whatever their shape (QK-Norm has one per head), biases (those of stacked
-    experts too), and what scales elementwise: A_log and D of state space models, mixing vectors of shape `[1,
-    1, hidden]`.
+    experts too), and elementwise scales: A_log and D of state space models, mixing vectors of shape
+    `[1, 1, hidden]`.
     """
     decayed = set()
     # A tied matrix has several names, of which `named_parameters` gives one.
@@ -42,5 +42,5 @@ def _is_matrix(module: nn.Module, prefix: str, name: str, parameter: Tensor) -> 
     owner = type(module).__name__.lower() + "/" + prefix.rpartition(".")[2].lower()
     if "norm" in owner or "norm" in leaf or leaf in _NOT_MATRICES:
         return False
-    # A vector that was given axes of size 1 to broadcast.
+    # A vector may have axes of size 1 for broadcasting.
     return sum(size > 1 for size in parameter.shape) >= 2

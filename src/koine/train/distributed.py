@@ -1,4 +1,4 @@
-"""Several processes: who they are, how the weights are split among them, and their sums. The model knows nothing of it."""
+"""Several processes: their ranks, sums over them, and FSDP. The model knows nothing of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from koine.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """This process among the processes of a training."""
 
     rank: int
     world_size: int
@@ -26,51 +26,64 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
+        """Whether there is more than one process."""
         return self.world_size > 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all ranks; alone: `values`."""
-        if self.several:
+        """Return the sum of `values` over all ranks, in place."""
+        if self.is_distributed:
             dist.all_reduce(values)
         return values
 
+    def sum_number(self, value: float) -> float:
+        """Return the sum of a number over all ranks, in float64."""
+        return self.sum_numbers({"value": value})["value"]
+
+    def sum_numbers(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the sums over all ranks, in float64; every rank gives the same names in the same order."""
+        if not self.is_distributed or not values:
+            return values
+        sums = self.sum(torch.tensor(list(values.values()), dtype=torch.float64))
+        return dict(zip(values, sums.tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank."""
+        return self.sum_number(float(flag)) > 0
+
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.several:
+        if self.is_distributed:
             dist.barrier()
 
 
-def _number_of(variable: str, default: int, *, least: int) -> int:
-    """An integer from an environment variable that `torchrun` sets.
-
-    Raises `UserError` for anything else.
-    """
+def _env_integer(variable: str, default: int, *, low: int) -> int:
+    """Return an integer that `torchrun` sets in the environment; raises `UserError` for other text."""
     text = os.environ.get(variable, "").strip()
     if not text:
         return default
-    if not text.isascii() or not text.isdecimal() or not least <= int(text[:10]) < 10**9:
+    if not text.isascii() or not text.isdecimal() or not low <= int(text[:10]) < 10**9:
         raise UserError(
-            f"'{text}' is no number of {least} or more",
+            f"'{text}' is no integer of {low} or more",
             where=f"the environment variable {variable}",
             hint="unset it to train in one process, or start with torchrun",
         )
     return int(text)
 
 
-def _refuse_half_a_launch(rank: int, world_size: int) -> None:
-    """Raise `UserError` where the environment speaks of several processes and does not say how they meet."""
+def _check_launch(rank: int, world_size: int) -> None:
+    """Raise `UserError` where the environment speaks of several processes and lacks another variable."""
     hint = "unset WORLD_SIZE to train in one process, or start with torchrun"
     for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(variable, "").strip():
             raise UserError(
                 f"WORLD_SIZE is {world_size} and {variable} is not set", where="the environment", hint=hint
             )
-    _number_of("MASTER_PORT", 0, least=1)
+    _env_integer("MASTER_PORT", 0, low=1)
     if rank >= world_size:
         raise UserError(
             f"RANK is {rank}, and WORLD_SIZE only {world_size}", where="the environment", hint=hint
@@ -78,16 +91,16 @@ def _refuse_half_a_launch(rank: int, world_size: int) -> None:
 
 
 @contextmanager
-def join(device: str = "auto") -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started (its environment variables say so); alone where there are none.
+def join_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started, by its environment variables; without them, one process.
 
-    Raises `UserError` where the device is not here.
+    Raises `UserError` for a device that this machine does not have.
     """
-    world_size = _number_of("WORLD_SIZE", 1, least=1)
-    rank = _number_of("RANK", 0, least=0)
-    local = _number_of("LOCAL_RANK", 0, least=0)
+    world_size = _env_integer("WORLD_SIZE", 1, low=1)
+    rank = _env_integer("RANK", 0, low=0)
+    local = _env_integer("LOCAL_RANK", 0, low=0)
     if world_size > 1:
-        _refuse_half_a_launch(rank, world_size)
+        _check_launch(rank, world_size)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
@@ -100,19 +113,19 @@ def join(device: str = "auto") -> Iterator[Ranks]:
         return
     started = not dist.is_initialized()
     if started:
-        _meet("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        _init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
         if started:
-            # A rank that leaves while another still talks to it takes that one down with it.
+            # A rank that leaves while another still communicates with it makes that one fail.
             dist.barrier()
     finally:
         if started:
             dist.destroy_process_group()
 
 
-def _meet(backend: str) -> None:
-    """Join the group; raises `UserError` where the others do not answer."""
+def _init_process_group(backend: str) -> None:
+    """Join the process group; raises `UserError` if the other processes do not answer."""
     try:
         dist.init_process_group(backend)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
@@ -123,11 +136,12 @@ def _meet(backend: str) -> None:
         ) from error
 
 
-def shard(model: LanguageModel, ranks: Ranks, dtype: torch.dtype) -> None:
-    """FSDP2: each block a unit of its own and the rest (embedding, norm, head) another; float32 shards, `dtype` for compute.
+def apply_fsdp(model: LanguageModel, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Apply FSDP2 in place: float32 shards, computation in `dtype`.
 
-    Gradients are reduced in float32 and come out as the mean over ranks. The rest stays gathered between the forward pass and the
-    backward pass, because the loss reads the output matrix outside the model's forward.
+    Each block is a unit, and the rest (embedding, norm, head) another one. Gradients are reduced in float32
+    and are the mean over ranks. The rest stays gathered between forward and backward, because the loss reads
+    the output matrix outside the model's forward. Raises `UserError` for a model without blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

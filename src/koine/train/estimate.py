@@ -1,4 +1,4 @@
-"""What a training will need, known before it runs."""
+"""Estimate the peak memory and the time of a training."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from koine.data.mixture import Mixture
 
 PROCESS_BYTES = 350 * 2**20
-"""Of a process that has imported torch and trained nothing yet."""
-REACHED_SHARE = 0.35
-"""Share of the matmul ceiling that a training step is taken to reach."""
+"""Memory of a process that has imported torch."""
+MATMUL_RATE_SHARE = 0.35
+"""Share of the matmul rate that a training step is assumed to reach."""
 
 
 class Estimate(NamedTuple):
-    """Peak resident bytes of one process alone, and seconds on this machine."""
+    """Peak resident bytes of one process, and seconds on this machine."""
 
     peak_bytes: int
     seconds: float
 
 
 def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) -> int:
-    """Bytes kept for the backward pass of one micro batch of `tokens`.
+    """Return the bytes of activations for the backward pass of one micro-batch of `tokens`.
 
-    A block keeps its input, the norm's output, the fused projections (and q, k once more after the rotation), the gate's
-    activation and the input of the output projection; with gradient checkpointing its input only, and one block in full with the
-    gradients of as much, in float32.
+    A block saves its input, the norm's output, the fused projections (q and k once more after RoPE), the
+    gate's activation and the input of the output projection. With gradient checkpointing it saves its input
+    only; one block has all of these, and as many gradients, in float32.
     """
     element = 2 if settings.dtype == "bfloat16" else 4
     q, k, v, gate, up = config.projection_sizes
@@ -42,38 +42,44 @@ def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) 
 
 
 def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mixture) -> Estimate:
-    """Peak memory and time of `train` with these arguments, in one process on this machine's CPU.
+    """Return the peak memory and the time of `train` with these arguments, in one process on this CPU.
 
-    Memory: float32 weights, moments and gradients (16 bytes a parameter), bfloat16 copies and their gradients (4 more), the
-    activations of a micro batch, the chunked loss. Time: operations over the matmul rate measured now, at `REACHED_SHARE` of it.
+    Memory: float32 weights, moments and gradients (16 bytes a parameter), bfloat16 copies and their gradients
+    (4 more), the activations of a micro-batch, the chunked loss. Time: FLOPs over `MATMUL_RATE_SHARE` of the
+    matmul rate, which is measured now.
     """
     import torch
 
     from koine.train.loss import CHUNK_BYTES
-    from koine.train.matmul_rate import matmul_ceiling
+    from koine.train.matmul_rate import measure_matmul_rate
 
     parameters = count_parameters(config).total
     shapes = mixture.shapes()
-    # Of each shape, the rows that are computed at once in one process.
-    at_once = {
+    micro_batch_tokens = {
         shape: shape.sequence_length
-        * settings.rows_at_once(shape.batch_size, shape.sequence_length, mixture.sequence_length)
+        * settings.micro_batch_rows(shape.batch_size, shape.sequence_length, mixture.sequence_length)
         for shape in shapes
     }
-    mixed = settings.dtype == "bfloat16"
-    loss_bytes = 3 * CHUNK_BYTES + (3 if mixed else 2) * 4 * config.vocab_size * config.hidden_size
-    activations = max(activation_bytes(config, settings, tokens) for tokens in at_once.values())
-    peak = parameters * (20 if mixed else 16) + activations + loss_bytes
-    dtype = torch.bfloat16 if mixed else torch.float32
+    mixed_precision = settings.dtype == "bfloat16"
+    loss_bytes = 3 * CHUNK_BYTES + (3 if mixed_precision else 2) * 4 * config.vocab_size * config.hidden_size
+    activations = max(activation_bytes(config, settings, tokens) for tokens in micro_batch_tokens.values())
+    peak = parameters * (20 if mixed_precision else 16) + activations + loss_bytes
+    dtype = torch.bfloat16 if mixed_precision else torch.float32
     threads = settings.threads or torch.get_num_threads()
     seconds = 0.0
     for shape, steps in shapes.items():
-        rate = matmul_ceiling(
-            min(at_once[shape], 8192), config.hidden_size, sum(config.projection_sizes), dtype, "cpu", threads
+        rate = measure_matmul_rate(
+            min(micro_batch_tokens[shape], 8192),
+            config.hidden_size,
+            sum(config.projection_sizes),
+            dtype,
+            "cpu",
+            threads,
         )
         operations = training_flops_per_token(config, shape.sequence_length) * shape.tokens
-        if config.mixture is not None and at_once[shape] < shape.tokens:
-            # The forward pass that counts the choices of the whole step (`koine.model.moe.losses`).
+        if config.mixture is not None and micro_batch_tokens[shape] < shape.tokens:
+            # The forward pass that counts the expert assignments of the whole step
+            # (`koine.model.moe.losses`).
             operations *= 4 / 3
-        seconds += steps * operations / (rate * REACHED_SHARE)
+        seconds += steps * operations / (rate * MATMUL_RATE_SHARE)
     return Estimate(PROCESS_BYTES + peak, seconds)

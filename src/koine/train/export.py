@@ -1,16 +1,18 @@
-"""A model directory from a checkpoint of a training: the best one, or the last good one before a spike."""
+"""Model directories: the one at the end of a training, and those made of its checkpoints."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from koine.errors import UserError
-from koine.files import atomic_directory
+from koine.files import atomic_directory, fsync_tree, write_json
 from koine.model.causal_lm import CausalLM, opens_as_decoder, require_transformers
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
@@ -19,71 +21,174 @@ from koine.model.formats.eos_ids import eos_ids
 from koine.model.language_model import LanguageModel
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
-from koine.train.finish import BESIDE
+from koine.train.distributed import Ranks
+from koine.train.optimiser import Optimiser
 
 if TYPE_CHECKING:
     from koine.train.checkpoint import Checkpoint
 
 WEIGHTS, BUFFERS = "weights.", "buffers."
+"""Prefixes of a model's tensors in a checkpoint."""
+
+MODEL_FILES = (
+    "config.json", "adapter_config.json", "params.json", "*.safetensors", "*.safetensors.index.json",
+    "pytorch_model*", "*.gguf", "*.pth", "*.ckpt",
+)  # fmt: skip
+"""Files that show that a folder holds a model."""
+
+CARRIED = "beside"
+"""Folder of a checkpoint with the files beside the weights of the model that training started from."""
 
 
-def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """What a model of ours holds besides its weights, for a checkpoint: the domain embeddings of a mixture are fixed."""
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder that a training writes, and where the files beside its weights come from."""
+
+    path: Path
+    tokenizer: Path | None = None
+    """Folder whose tokenizer files are copied."""
+    init_from: Path | None = None
+    """Folder that the model was opened from; its files beside the weights are copied."""
+
+    @property
+    def record(self) -> Path:
+        """`training.json`, written last: the training is complete where it exists."""
+        return self.path / "training.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def check_no_other_model(self) -> None:
+        """Raise `UserError` where training would replace a model: the one it starts from, or another one.
+
+        An earlier attempt at the same training is no other model: it has checkpoints, or is complete.
+        """
+        if self.record.exists():
+            return
+        if self.init_from is not None and self.path.exists() and self.path.samefile(self.init_from):
+            raise UserError(
+                "is the model that the training starts from", where=self.path, hint="choose another --out"
+            )
+        if checkpoints.list_checkpoints(self.checkpoints):
+            return
+        found = next((file for pattern in MODEL_FILES for file in sorted(self.path.glob(pattern))), None)
+        if found is not None:
+            raise UserError(
+                f"holds a model already ({found.name})", where=self.path, hint="choose another --out"
+            )
+
+    def remove_checkpoints(self, best_step: int | None) -> None:
+        """Remove the checkpoints of a complete training, except the best one."""
+        if not self.checkpoints.is_dir():
+            return
+        checkpoints.clean(self.checkpoints, keep_last=0, best=best_step)
+        if not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+
+
+def write_model(
+    model: LanguageModel, optimiser: Optimiser, output: OutputFolder, ranks: Ranks, record: dict[str, Any]
+) -> None:
+    """Write the trained model in float32, then `record` as `training.json`; keep only the best checkpoint."""
+    weights: dict[str, Tensor] = {}
+    for name, master in optimiser.masters.items():
+        gathered = master.full_tensor() if hasattr(master, "full_tensor") else master
+        if ranks.is_main:
+            weights[name] = gathered.detach().cpu()
+    if not ranks.is_distributed:
+        optimiser.restore_float32()
+    if ranks.is_main:
+        partial = output.path / ".model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            model.save(partial, tokenizer=output.tokenizer, weights=weights)
+            fsync_tree(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for path in sorted(partial.iterdir()):
+            path.replace(output.path / path.name)
+        partial.rmdir()
+        if output.init_from is not None:
+            carry_files(output.init_from, output.path, keep=True)
+        write_json(output.record, record)
+        best = record["best"]
+        output.remove_checkpoints(best["step"] if best else None)
+    ranks.barrier()
+
+
+def write_description(model: LanguageModel, folder: Path, output: OutputFolder) -> None:
+    """Write the files of a model directory besides its weights, for `export_checkpoint`."""
+    if output.init_from is not None:
+        (folder / CARRIED).mkdir()
+        carry_files(output.init_from, folder / CARRIED, warn=False)
+    model.save_config(folder, tokenizer=output.tokenizer)
+
+
+def model_buffers(model: LanguageModel) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint that are not trained: the domain embeddings of a mixture."""
     return {BUFFERS + name: tensor for name, tensor in model.fixed_tensors().items()}
 
 
 def export_checkpoint(
     path: Path, out: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> None:
-    """Write the model directory `out` from the checkpoint folder `path` (`OUT/checkpoints/step-N`); the
-    checkpoint stays as it is.
+    """Write a model directory from a checkpoint; the checkpoint stays as it is.
 
-    dtype: of the tensors; None: float32, as they are trained. Raises `UserError` where `path` is no whole
-    checkpoint, or `out` holds something (unless `overwrite`).
+    Args:
+        path: `OUT/checkpoints/step-N` of a training.
+        out: the model directory.
+        dtype: of the tensors; None: float32, as they are trained.
+        overwrite: replace what `out` holds.
+
+    Raises:
+        UserError: `path` is no complete checkpoint, or `out` holds something and `overwrite` is false.
     """
     path = Path(path)
     if not (path / "checkpoint.json").exists():
         raise UserError(
             "is no checkpoint of a training", where=path, hint="give OUT/checkpoints/step-N of a training"
         )
-    found = checkpoints.read(path, hint="choose an earlier checkpoint")
+    checkpoint = checkpoints.read_checkpoint(path, hint="choose an earlier checkpoint")
     if not (path / "config.json").exists():
         raise UserError(
             "holds no config.json (written by an earlier version of Koine)",
             where=path,
             hint="resume the training, whose next checkpoint will",
         )
-    state = _tensors(found)
+    weights = _read_weights(checkpoint)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
         if opens_as_decoder(path):
-            save_state(state, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
+            save_state(weights, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
         else:
-            _other_model(path, state, dtype).save(folder, tokenizer=path)
-        if (path / BESIDE).is_dir():
-            carry_files(path / BESIDE, folder, keep=True)
+            _build_transformers_model(path, weights, dtype).save(folder, tokenizer=path)
+        if (path / CARRIED).is_dir():
+            carry_files(path / CARRIED, folder, keep=True)
 
 
-def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights by the names of the model's parameters, without the optimiser's moments, whatever number of ranks wrote them."""
+def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return weights and buffers by the model's names, whatever number of ranks wrote them."""
     index = read_index(checkpoint.path)
     wanted: dict[str, Tensor] = {
         name: torch.zeros(about.size, dtype=about.properties.dtype)
         for name, about in index.state_dict_metadata.items()
         if name.startswith((WEIGHTS, BUFFERS)) and isinstance(about, TensorStorageMetadata)
     }
-    load_tensors(checkpoint.path, index, wanted, several=False)
+    load_tensors(checkpoint.path, index, wanted, is_distributed=False)
     return {name.partition(".")[2]: tensor for name, tensor in wanted.items()}
 
 
-def _other_model(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None) -> CausalLM:
-    """A model of `transformers` from its configuration and these weights."""
+def _build_transformers_model(path: Path, weights: dict[str, Tensor], dtype: torch.dtype | None) -> CausalLM:
+    """Return a model of `transformers` with the configuration in `path` and these weights."""
     transformers = require_transformers()
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     model = CausalLM(
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     )
     parameters = dict(model.named_parameters())
-    if missing := sorted(parameters.keys() ^ state.keys()):
+    if missing := sorted(parameters.keys() ^ weights.keys()):
         raise UserError(
             f"its weights are not those of its config.json ({', '.join(missing[:3])})",
             where=path,
@@ -91,5 +196,5 @@ def _other_model(path: Path, state: dict[str, Tensor], dtype: torch.dtype | None
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+            parameter.copy_(weights[name])
     return model if dtype is None else model.to(dtype)

@@ -1,51 +1,56 @@
-"""What a training is: settings, mixture, model, first weights, data, objective. Equal identity, equal result."""
+"""Identity of a training: settings, data, model, first weights, objective. Equal identity, equal result."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from koine.data.inspect_step import without_paths
-from koine.data.mixture import with_current_names
+from koine.data.mixture_json import with_current_names
 from koine.errors import UserError
 from koine.files import sha256_file
+from koine.hardware import usable_cores
 from koine.model.language_model import LanguageModel
 from koine.train.settings import RESULT, TrainSettings
 
 if TYPE_CHECKING:
     from koine.data.data_order import DataOrder
+    from koine.train.objectives import Objective
 
-SAMPLED = 4096  # values of each tensor in the digest of the first weights
-
-
-def weights_digest(model: LanguageModel) -> str:
-    """sha256 over names, shapes, sums and a sample of every tensor: cheap, and different for different weights."""
-    digest = hashlib.sha256()
-    with torch.no_grad():
-        for name, tensor in sorted(model.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // SAMPLED)].to(torch.float32).cpu()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+CHUNK_BYTES = 16 * 2**20  # widened and hashed at once; the digest does not depend on it
+SHA256 = "sha256:"
+"""Prefix of a digest over all bytes; those recorded before version 0.1.0 have none."""
+_OBJECTIVES_BEFORE = {
+    "language_modelling": "LanguageModelling",
+    "supervised_fine_tuning": "SupervisedFineTuning",
+}
+"""Objectives as they were recorded before version 0.1.0: the name of a function."""
 
 
-def identity(
-    model: LanguageModel, objective: Any, data: DataOrder, settings: TrainSettings, tokenizer: Path | None
+def training_identity(
+    model: LanguageModel,
+    objective: Objective,
+    data: DataOrder,
+    settings: TrainSettings,
+    tokenizer: Path | None,
 ) -> dict[str, Any]:
-    """All that determines the result up to rounding, JSON-able, for a field-by-field comparison."""
+    """Return all that determines the result up to rounding, as JSON values to compare field by field."""
     sources = {
         source.name: sha256_file(Path(source.path) / "manifest.json")
         for phase in data.mixture.phases
         for source in phase.all_sources
     }
     value = {
-        "objective": getattr(objective, "__qualname__", type(objective).__qualname__),
-        "settings": settings.that_change(RESULT),
+        "objective": objective_identity(objective),
+        "settings": settings.fields_that_change(RESULT),
         "mixture": without_paths(data.mixture.to_json()),
         "sources": sources,
         "model": model.describe(),
@@ -55,15 +60,169 @@ def identity(
     return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
 
 
-def check_difference(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Raise `UserError` with every field that differs between a folder's training and the one that is asked for."""
-    from koine.train.checkpoint import difference
+def weights_digest(model: LanguageModel | nn.Module) -> str:
+    """Return a sha256 over the name, the shape and all bytes of every weight and buffer.
 
-    before = {**before, "mixture": with_current_names(before.get("mixture"))}
-    lines = difference(before, now)
+    Floats narrower than float32 are widened to it first: equal values have an equal digest. Tensors are
+    hashed in parallel.
+    """
+    tensors = sorted(model.state_dict().items())
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+        digests = list(pool.map(lambda named: _tensor_digest(named[1]), tensors))
+    whole = hashlib.sha256()
+    for (name, tensor), digest in zip(tensors, digests, strict=True):
+        whole.update(f"{name}{tuple(tensor.shape)}{digest}\n".encode())
+    return SHA256 + whole.hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    dtype = torch.float32 if flat.is_floating_point() and flat.element_size() < 4 else flat.dtype
+    length = CHUNK_BYTES // dtype.itemsize
+    digest = hashlib.sha256(str(dtype).encode())
+    for start in range(0, len(flat), length):
+        chunk = flat[start : start + length].to("cpu", dtype)
+        digest.update(chunk.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def objective_identity(objective: Objective) -> dict[str, Any]:
+    """Return an objective's class and its `identity()`, JSON values.
+
+    Raises `UserError` for an objective without `identity`, and for one whose `identity` leaves out a field. A
+    plain function is refused: what it captures or is bound to cannot be compared with a later run.
+    """
+    name = getattr(objective, "__qualname__", type(objective).__qualname__)
+    identity = getattr(objective, "identity", None)
+    if identity is None or isinstance(objective, type):
+        raise UserError(
+            f"the objective {name} has no identity()",
+            hint="make it a frozen dataclass with __call__(model, batch) and identity(), "
+            "as koine.train.LanguageModelling is, and pass an instance",
+        )
+    value = identity()
+    try:
+        value = json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the identity of the objective {name} cannot be written as JSON ({error})",
+            hint="use koine.train.arguments_identity(self)",
+        ) from None
+    fields = getattr(objective, "__dataclass_fields__", {}).values()
+    missing = [field.name for field in fields if field.compare and field.name not in value]
+    if missing:
+        raise UserError(
+            f"the identity of the objective {name} leaves out {', '.join(missing)}",
+            hint="use koine.train.arguments_identity(self), or declare the field with compare=False",
+        )
+    return {"class": name, **value}
+
+
+def arguments_identity(objective: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as JSON values, for `Objective.identity`.
+
+    A model is its configuration and the sha256 of its weights; a tensor, a file or a folder is its sha256.
+    Fields declared with `compare=False` are left out. Raises `UserError` for a value of any other type.
+    """
+    return {
+        field.name: _argument_json(
+            getattr(objective, field.name), f"{type(objective).__qualname__}.{field.name}"
+        )
+        for field in dataclasses.fields(objective)
+        if field.compare
+    }
+
+
+def _argument_json(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, nn.Module):
+        describe: Any = getattr(value, "describe", None)
+        config = str(value) if describe is None else describe()
+        return {"config": json.loads(json.dumps(config, default=str)), "weights": weights_digest(value)}
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "values": SHA256 + _tensor_digest(value)}
+    if isinstance(value, Path):
+        return SHA256 + _path_digest(value)
+    if isinstance(value, Mapping):
+        return {str(key): _argument_json(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_argument_json(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return arguments_identity(value)
+    raise UserError(
+        f"{name} is a {type(value).__name__}, of which no identity is known",
+        hint="write identity() by hand, or declare the field with compare=False",
+    )
+
+
+def _path_digest(path: Path) -> str:
+    if not path.is_dir():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {sha256_file(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_same_training(
+    recorded: dict[str, Any], identity: dict[str, Any], model: LanguageModel, where: Path
+) -> None:
+    """Raise `UserError` with every field in which a folder's training differs from the one asked for.
+
+    Args:
+        recorded: identity of the folder's training, of this version or the one before.
+        identity: identity of the training asked for.
+        model: its model, with the first weights.
+        where: the folder, for the message.
+    """
+    lines = differences(_with_current_fields(recorded, identity, model), identity)
     if lines:
         raise UserError(
             "this folder holds a training with other settings: " + "; ".join(lines),
             where=where,
             hint="run the same command again to resume, or choose another --out",
         )
+
+
+def _with_current_fields(
+    recorded: dict[str, Any], identity: dict[str, Any], model: LanguageModel
+) -> dict[str, Any]:
+    """Return a recorded identity with fields from before version 0.1.0 in today's form if they agree."""
+    current = {**recorded, "mixture": with_current_names(recorded.get("mixture"))}
+    objective = recorded.get("objective") or identity["objective"]
+    if (
+        isinstance(objective, str)
+        and _OBJECTIVES_BEFORE.get(objective, objective) == identity["objective"]["class"]
+    ):
+        objective = identity["objective"]
+    current["objective"] = objective
+    weights = recorded.get("first_weights")
+    if isinstance(weights, str) and not weights.startswith(SHA256) and weights == _sampled_digest(model):
+        current["first_weights"] = identity["first_weights"]
+    return current
+
+
+def _sampled_digest(model: LanguageModel) -> str:
+    """Return the digest recorded before version 0.1.0: names, shapes, some 4,096 values of each tensor."""
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name, tensor in sorted(model.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 4096)].to(torch.float32).cpu()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return `field: before -> now` for every leaf that differs."""
+    lines: list[str] = []
+    for key in sorted(before.keys() | now.keys(), key=str):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = dict(enumerate(old)), dict(enumerate(new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines

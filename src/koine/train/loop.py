@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from koine import __version__
 from koine.errors import KoineWarning, UserError
 from koine.fields import Fields
-from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json, write_json
+from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json
 from koine.model.language_model import LanguageModel
 from koine.model.moe.losses import count_step, use_totals
 from koine.train import checkpoint as checkpoints
-from koine.train.determinism import compile_blocks, numerics
-from koine.train.distributed import Ranks, join, shard
-from koine.train.export import model_tensors
-from koine.train.fingerprint import check_difference, identity
-from koine.train.finish import check_model, describe, drop_checkpoints, finish
-from koine.train.loss_spikes import Watch
-from koine.train.model_adapters import check_packed_documents, prepare
+from koine.train.checkpoint import Checkpoint
+from koine.train.determinism import deterministic
+from koine.train.distributed import Ranks, apply_fsdp, join_ranks
+from koine.train.evaluation import better_evaluation, run_evaluation
+from koine.train.export import OutputFolder, model_buffers, write_description, write_model
+from koine.train.fingerprint import check_same_training, differences, training_identity
+from koine.train.incident import TrainingStopped, write_incident
+from koine.train.loss_spikes import SpikeDetector
+from koine.train.model_adapters import check_packed_documents, compile_blocks, prepare_model
 from koine.train.objectives import Objective
 from koine.train.optimiser import Optimiser
 from koine.train.progress import Reporter, truncate_metrics
-from koine.train.schedule import multiplier
+from koine.train.schedule import learning_rate_factor
 from koine.train.settings import ROUNDING, TrainSettings
-from koine.train.signals import Interrupt, listen
-from koine.train.step_costs import work_of_each_shape
+from koine.train.signals import Interrupt, catch_interrupts
+from koine.train.step_costs import StepCost, costs_by_shape
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch
     from koine.data.data_order import DataOrder
+    from koine.data.mixture import StepPosition
 
-NO_TARGET = "for chats, tokenize records with assistant messages, and choose a sequence length that holds their answers"
+__all__ = ["Evaluate", "TrainingStopped", "train"]
+
+NO_TARGET = (
+    "for chats, tokenize records with assistant messages, and choose a sequence length "
+    "that holds their answers"
+)
 Evaluate = Callable[[LanguageModel, int], Mapping[str, float]]
-
-
-class TrainingStopped(UserError):  # noqa: N818
-    """The loss or the gradient went wrong; the weights are those of the last good checkpoint."""
+"""`metrics = evaluate(model, steps_done)`; it must not change the model."""
 
 
 def train(
@@ -58,281 +64,333 @@ def train(
     progress: bool = True,
     device: str = "auto",
 ) -> None:
-    """Train `model` in place over all steps of the data's mixture and leave a model directory in `out`.
+    """Train `model` in place over all steps of the data's mixture and write a model directory.
 
-    The same call again resumes from the latest checkpoint, or returns at once where `out` is complete. Under `torchrun` the
-    weights are split over the processes.
+    The same call again resumes from the latest checkpoint, or returns at once if `out` is complete. Under
+    `torchrun` the weights are split over the processes.
 
     Args:
-        model: our decoder, or a `CausalLM` around any of `transformers`, which takes one document a row (see
-            `model_adapters.check_packed_documents`); its weights become float32.
-        objective: see `Objective`.
-        began_as: the folder that `model` was opened from: what belongs to a mixture beside its weights is carried along.
-        evaluate: called every `evaluate_every` steps and after the last one with the model and the number of steps done; its
-            figures go to the metrics, and lower is better where the best checkpoint is chosen. Must not change the model.
+        model: our decoder, or a `CausalLM` around a model of `transformers`, which takes one document a row
+            (see `model_adapters.check_packed_documents`); its weights become float32.
+        objective: what to minimise, for example `LanguageModelling()`; see `Objective`.
+        data: the batches.
+        settings: how to train.
+        out: folder of the model, its checkpoints and metrics.
+        tokenizer: folder of the tokenizer, whose files are copied to `out`.
+        init_from: folder that `model` was opened from, whose files beside the weights are copied to `out`.
+        evaluate: called every `evaluate_every` steps and after the last one with the model and the number of
+            steps done. Its figures are metrics. Lower is better where the best checkpoint is chosen.
+        progress: show a progress bar, or a line every few seconds.
+        device: `cpu`, `cuda`, or `auto`.
 
     Raises:
-        UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing here.
-        TrainingStopped: a loss spike, or a loss or gradient that is no finite number.
+        UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing here;
+            an objective without an identity.
+        TrainingStopped: a loss spike, or a loss or gradient norm that is not finite.
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
-    out = Path(out)
-    check_packed_documents(model, data.mixture, out)
-    with disk_errors(out), numerics(settings), join(device) as ranks, listen() as interrupt:
-        check_model(out, init_from)
-        make_folder(out)
-        alone = exclusive(out / ".lock", doing="training in this folder") if ranks.is_main else nullcontext()
-        with alone:
-            _train(
-                model, objective, data, settings, out, tokenizer, init_from, evaluate, progress, ranks, interrupt
-            )  # fmt: skip
+    output = OutputFolder(Path(out), tokenizer, init_from)
+    check_packed_documents(model, data.mixture, output.path)
+    with (
+        disk_errors(output.path),
+        deterministic(settings),
+        join_ranks(device) as ranks,
+        catch_interrupts() as interrupt,
+    ):
+        output.check_no_other_model()
+        make_folder(output.path)
+        lock = (
+            exclusive(output.path / ".lock", doing="training in this folder")
+            if ranks.is_main
+            else nullcontext()
+        )
+        with lock:
+            identity = training_identity(model, objective, data, settings, tokenizer)
+            if output.record.exists():
+                _check_complete(output, identity, model, ranks)
+                if progress and ranks.is_main:
+                    print(f"{out}: complete already, nothing to do")
+                return
+            checkpoint = checkpoints.latest(output.checkpoints)
+            if checkpoint is not None:
+                check_same_training(checkpoint.record["identity"], identity, model, checkpoint.path)
+            trainer = Trainer(model, objective, data, settings, output, identity, evaluate, ranks, interrupt)
+            trainer.run(checkpoint, progress=progress)
 
 
-def _train(
-    model: LanguageModel,
-    objective: Objective,
-    data: DataOrder,
-    settings: TrainSettings,
-    out: Path,
-    tokenizer: Path | None,
-    init_from: Path | None,
-    evaluate: Evaluate | None,
-    progress: bool,
-    ranks: Ranks,
-    interrupt: Interrupt,
+def _check_complete(
+    output: OutputFolder, identity: dict[str, Any], model: LanguageModel, ranks: Ranks
 ) -> None:
-    what = identity(model, objective, data, settings, tokenizer)
-    if (out / "training.json").exists():
-        where = out / "training.json"
-        before = Fields(read_json(where), where, hint_if_broken="it is damaged; choose another --out")
-        check_difference(before.inner("identity").value, what, out)
-        if ranks.is_main:
-            # A kill may have come between the model and this.
-            best_before = before.inner("best", None)
-            drop_checkpoints(out, best_before and {"step": best_before.integer("step", low=0)})
-        if progress and ranks.is_main:
-            print(f"{out}: complete already, nothing to do")
-        return
-
-    # The model: float32 masters, copies to compute with, and what was saved of an earlier run.
-    mixture = data.mixture
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    model.to(ranks.device)
-    prepare(model, gradient_checkpointing=settings.gradient_checkpointing)
-    if ranks.several:
-        shard(model, ranks, dtype)
-    optimiser = Optimiser(model, settings, dtype=torch.float32 if ranks.several else dtype)
-    folder = out / "checkpoints"
-    found = checkpoints.latest(folder)
-    first_step, best = 0, None
-    # Long rows may be of other text with another loss: what is usual is known for them and for the others apart.
-    watches = {long: Watch(settings, []) for long in (False, True)}
-    rounding = {
-        **settings.that_change(ROUNDING),
-        "threads": torch.get_num_threads(),
-        "ranks": ranks.world_size,
-    }
-    if found is not None:
-        check_difference(found.about["identity"], what, found.path)
-        _warn_of_rounding(found.about["rounding"], rounding)
-        checkpoints.load(found, optimiser.tensors(found.step), ranks)
-        optimiser.publish()
-        first_step, best = found.step, found.about["best"]
-        watches[False].losses += found.about["losses"]
-        watches[True].losses += found.about.get("long_losses", [])
-    compile_blocks(model, settings)
-    work = work_of_each_shape(model, settings, mixture, ranks, dtype)
-    steps = sum(phase.steps for phase in mixture.phases)
-    reporter = None
+    """Raise `UserError` if the complete training in a folder is another one than that asked for."""
+    record = Fields(
+        read_json(output.record), output.record, hint_if_broken="it is damaged; choose another --out"
+    )
+    check_same_training(record.inner("identity").value, identity, model, output.path)
     if ranks.is_main:
-        clear_partials(out, below=False)
-        checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
-        truncate_metrics(out / "metrics.jsonl", first_step)
-        reporter = Reporter(out, first_step=first_step, steps=steps, progress=progress)
-        if found is not None:
-            reporter.say(f"resuming from {found.path}")
+        # A kill may have come after the record was written and before checkpoints were removed.
+        best = record.inner("best", None)
+        output.remove_checkpoints(best and best.integer("step", low=0))
 
-    def describe_into(path: Path) -> None:
-        describe(model, path, tokenizer, init_from)
 
-    saved = first_step
-    try:
-        for step in range(first_step, steps):
-            begin = time.perf_counter()
-            place, shape = mixture.position(step), mixture.shape(step)
-            rows, micro, flops, ceiling = work[shape]
-            watch = watches[place.long]
-            if place.inside == 0:
-                for each in watches.values():
-                    each.new_phase()
+class StepResult(NamedTuple):
+    """Figures of one optimiser step, over all micro-batches and ranks."""
 
-            # Sums over the micro batches of this rank, then over the ranks; the division by the units comes after.
-            sums: dict[str, float] = {}
-            total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-            parts = [slice(start, min(start + micro, rows)) for start in range(0, rows, micro)]
+    loss: float
+    """Mean over the units."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    units: float
+    metrics: dict[str, float]
+    """Metrics of the objective, means over the units."""
 
-            def read(part: slice, step: int = step) -> Batch:
-                batch = data.batch(step, rank=ranks.rank, world_size=ranks.world_size, micro_batch=part)
-                return batch.to(ranks.device)
 
-            # The routers of a mixture are judged by the whole step.
-            totals = count_step(model, objective, map(read, parts), len(parts), ranks)
-            for part in parts:
-                with use_totals(totals):
-                    loss, measured = objective(model, read(part))
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimiser.collect()
-                total += loss.detach()
-                for name, value in measured.items():
-                    sums[name] = sums.get(name, 0.0) + value
-            everything = ranks.sum(
-                torch.tensor(
-                    [float(total), float(interrupt.signal or 0), *sums.values()], dtype=torch.float64
-                )
-            ).tolist()
-            sums = dict(zip(sums, everything[2:], strict=True))
-            units = sums.pop("units")
-            if units == 0:
-                raise UserError(f"the batch of step {step} has no target", hint=NO_TARGET)
-            mean_loss = everything[0] / units
-            # FSDP has averaged the gradients over the ranks.
-            norm = optimiser.scale_and_clip(ranks.world_size / units, settings.clip_norm)
-            trouble = watch.trouble(mean_loss, norm)
-            if trouble is not None:
-                raise _incident(trouble, step, mean_loss, norm, data, out, ranks)
-            watch.add(mean_loss)
+class Trainer:
+    """A training on one rank: model, optimiser, loss history and best evaluation."""
 
-            rate = settings.learning_rate * multiplier(
-                settings.schedule,
-                place.inside,
-                mixture.phases[place.phase].steps,
-                warmup_steps=settings.warmup_steps,
-                min_ratio=settings.min_lr_ratio,
-                decay_share=settings.decay_share,
-            )
-            optimiser.step(rate)
+    def __init__(
+        self,
+        model: LanguageModel,
+        objective: Objective,
+        data: DataOrder,
+        settings: TrainSettings,
+        output: OutputFolder,
+        identity: dict[str, Any],
+        evaluate: Evaluate | None,
+        ranks: Ranks,
+        interrupt: Interrupt,
+    ) -> None:
+        self.model, self.objective, self.data, self.settings = model, objective, data, settings
+        self.output, self.identity = output, identity
+        self.evaluate, self.ranks, self.interrupt = evaluate, ranks, interrupt
+        self.mixture = data.mixture
+        self.total_steps = sum(phase.steps for phase in self.mixture.phases)
+        self.first_step = 0
+        self.best: dict[str, Any] | None = None
+        self.rounding = {
+            **settings.fields_that_change(ROUNDING),
+            "threads": torch.get_num_threads(),
+            "ranks": ranks.world_size,
+        }
+        # Long rows may be of other text with another loss: each kind is compared with its own recent losses.
+        self.spike_detectors = {is_long: SpikeDetector(settings, []) for is_long in (False, True)}
 
-            done = step + 1
-            # A clock that stands still, or goes back, as those of virtual machines do.
-            seconds = max(time.perf_counter() - begin, 1e-9)
-            speed = shape.tokens / seconds
+        # The model computes in `dtype`; the optimiser has float32 master weights.
+        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+        model.to(ranks.device)
+        prepare_model(model, gradient_checkpointing=settings.gradient_checkpointing)
+        if ranks.is_distributed:
+            apply_fsdp(model, ranks, dtype)
+        self.optimiser = Optimiser(model, settings, dtype=torch.float32 if ranks.is_distributed else dtype)
+        self.step_costs = costs_by_shape(model, settings, self.mixture, ranks, dtype)
+
+    def run(self, checkpoint: Checkpoint | None, *, progress: bool) -> None:
+        """Train from a checkpoint, or from the first step, to the last step; write the model."""
+        if checkpoint is not None:
+            self.load_checkpoint(checkpoint)
+        compile_blocks(self.model, self.settings)
+        reporter = self.open_reporter(progress=progress) if self.ranks.is_main else None
+        if reporter is not None and checkpoint is not None:
+            reporter.print(f"resuming from {checkpoint.path}")
+        try:
+            for step in range(self.first_step, self.total_steps):
+                self.run_step(step, reporter)
+        finally:
             if reporter is not None:
-                figures = {"loss": mean_loss, "learning_rate": rate, "gradient_norm": norm, "units": units}
-                figures |= {name: value / units for name, value in sums.items()} | {
-                    "tokens_per_second": speed
-                }
-                if len(work) > 1:
-                    figures["sequence_length"] = shape.sequence_length
-                if flops and ceiling:
-                    figures["ceiling_share"] = speed * flops / ceiling / ranks.world_size
-                reporter.step(step, figures)
-            last = done == steps
-            evaluated = evaluate is not None and settings.evaluate_every > 0
-            if evaluate is not None and evaluated and (last or done % settings.evaluate_every == 0):
-                figures = _evaluate(evaluate, model, done)
-                best = _better(best, figures, done, settings.best_metric)
-                if reporter is not None:
-                    reporter.evaluation(step, figures)
-                due = best is not None and best["step"] == done
-            else:
-                due = False
-            stop = everything[1] > 0
-            if last or stop or due or done % settings.checkpoint_every == 0:
-                about = {
-                    "identity": what, "rounding": rounding, "best": best,
-                    "losses": watches[False].losses, "long_losses": watches[True].losses,
-                }  # fmt: skip
-                tensors = optimiser.tensors(done) | model_tensors(model)
-                path = checkpoints.save(folder, done, tensors, about, ranks, describe_into)
-                saved = done
-                if ranks.is_main:
-                    checkpoints.clean(folder, keep_last=settings.keep_last, best=best and best["step"])
-                if stop and not last:
-                    if ranks.is_main:
-                        print(
-                            f"koine: stopped after step {done}; saved {path}; run again to resume", flush=True
-                        )
-                    raise SystemExit(130 if interrupt.signal == signal.SIGINT else 143)
-    finally:
+                reporter.close()
+        write_model(self.model, self.optimiser, self.output, self.ranks, self.record())
+
+    def run_step(self, step: int, reporter: Reporter | None) -> None:
+        """Take one step, report it, and evaluate and save a checkpoint where that is due."""
+        begin = time.perf_counter()
+        result = self.train_step(step)
+        # The clocks of virtual machines may stand still or go back.
+        seconds = max(time.perf_counter() - begin, 1e-9)
         if reporter is not None:
-            reporter.close()
-    assert saved == steps
-    finish(model, optimiser, out, tokenizer, init_from, ranks, {
-        "identity": what, "mixture": mixture.to_json(), "seed": mixture.seed, "settings": settings.to_json(),
-        "rounding": rounding, "sources": what["sources"], "steps": steps, "best": best, "version": __version__,
-        # What the next training need not read again; an order of another kind has no places.
-        "drawn": [one.to_json() for one in data.drawn()] if hasattr(data, "drawn") else [],
-    })  # fmt: skip
+            reporter.step(step, self.step_figures(step, result, seconds))
+
+        steps_done = step + 1
+        is_last = steps_done == self.total_steps
+        is_best = self.evaluate_if_due(steps_done, reporter)
+        should_stop = self.ranks.any(self.interrupt.signal is not None)
+        if is_last or should_stop or is_best or steps_done % self.settings.checkpoint_every == 0:
+            path = self.save_checkpoint(steps_done)
+            if should_stop and not is_last:
+                if self.ranks.is_main:
+                    print(
+                        f"koine: stopped after step {steps_done}; saved {path}; run again to resume",
+                        flush=True,
+                    )
+                raise SystemExit(130 if self.interrupt.signal == signal.SIGINT else 143)
+
+    def train_step(self, step: int) -> StepResult:
+        """Take one optimiser step: forward and backward over the micro-batches, clip, check, update."""
+        position = self.mixture.position(step)
+        cost = self.step_costs[self.mixture.shape(step)]
+        spike_detector = self.spike_detectors[position.long]
+        if position.inside == 0:
+            for detector in self.spike_detectors.values():
+                detector.reset()
+
+        # Sums over this rank's micro-batches, then over all ranks; they are divided by the units last.
+        local_loss_sum, local_metric_sums = self.forward_backward(step, cost)
+        loss_sum = self.ranks.sum_number(local_loss_sum)
+        metric_sums = self.ranks.sum_numbers(local_metric_sums)
+        units = metric_sums.pop("units")
+        if units == 0:
+            raise UserError(f"the batch of step {step} has no target", hint=NO_TARGET)
+        loss = loss_sum / units
+        metrics = {name: value / units for name, value in metric_sums.items()}
+
+        # Gradients are sums over the units; FSDP has divided them by the number of ranks.
+        gradient_norm = self.optimiser.scale_and_clip(self.ranks.world_size / units, self.settings.clip_norm)
+        problem = spike_detector.find_problem(loss, gradient_norm)
+        if problem is not None:
+            raise write_incident(problem, step, loss, gradient_norm, self.data, self.output, self.ranks)
+        spike_detector.add(loss)
+
+        learning_rate = self.learning_rate(position)
+        self.optimiser.step(learning_rate)
+        return StepResult(loss, learning_rate, gradient_norm, units, metrics)
+
+    def forward_backward(self, step: int, cost: StepCost) -> tuple[float, dict[str, float]]:
+        """Add up the gradients of this rank's micro-batches; return the sums of their loss and metrics."""
+        micro_batches = cost.micro_batches()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        metric_sums: dict[str, float] = {}
+
+        def load_batch(rows: slice) -> Batch:
+            batch = self.data.batch(
+                step, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch=rows
+            )
+            return batch.to(self.ranks.device)
+
+        # The router losses of a mixture of experts are those of the whole step.
+        totals = count_step(
+            self.model, self.objective, map(load_batch, micro_batches), len(micro_batches), self.ranks
+        )
+        for rows in micro_batches:
+            with use_totals(totals):
+                loss, metrics = self.objective(self.model, load_batch(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimiser.accumulate_gradients()
+            loss_sum += loss.detach()
+            for name, value in metrics.items():
+                metric_sums[name] = metric_sums.get(name, 0.0) + value
+        return float(loss_sum), metric_sums
+
+    def learning_rate(self, position: StepPosition) -> float:
+        """Return the learning rate at a position in the mixture."""
+        settings = self.settings
+        return settings.learning_rate * learning_rate_factor(
+            settings.schedule,
+            position.inside,
+            self.mixture.phases[position.phase].steps,
+            warmup_steps=settings.warmup_steps,
+            min_ratio=settings.min_lr_ratio,
+            decay_share=settings.decay_share,
+        )
+
+    def step_figures(self, step: int, result: StepResult, seconds: float) -> dict[str, float]:
+        """Return the figures of a step as `metrics.jsonl` has them."""
+        shape = self.mixture.shape(step)
+        cost = self.step_costs[shape]
+        tokens_per_second = shape.tokens / seconds
+        figures = {
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "units": result.units,
+            **result.metrics,
+            "tokens_per_second": tokens_per_second,
+        }
+        if len(self.step_costs) > 1:
+            figures["sequence_length"] = shape.sequence_length
+        if cost.flops_per_token and cost.matmul_rate:
+            flops_per_second = tokens_per_second * cost.flops_per_token / self.ranks.world_size
+            figures["matmul_rate_share"] = flops_per_second / cost.matmul_rate
+        return figures
+
+    def evaluate_if_due(self, steps_done: int, reporter: Reporter | None) -> bool:
+        """Evaluate where that is due; return whether this evaluation is the best so far."""
+        every, is_last = self.settings.evaluate_every, steps_done == self.total_steps
+        if self.evaluate is None or not every or not (is_last or steps_done % every == 0):
+            return False
+        figures = run_evaluation(self.evaluate, self.model, steps_done)
+        self.best = better_evaluation(self.best, figures, steps_done, self.settings.best_metric)
+        if reporter is not None:
+            reporter.evaluation(steps_done - 1, figures)
+        return self.best is not None and self.best["step"] == steps_done
+
+    def open_reporter(self, *, progress: bool) -> Reporter:
+        """Remove what a killed run left unfinished, and open the metrics."""
+        output = self.output
+        clear_partials(output.path, below=False)
+        self.remove_old_checkpoints()
+        truncate_metrics(output.path / "metrics.jsonl", self.first_step)
+        return Reporter(output.path, first_step=self.first_step, steps=self.total_steps, progress=progress)
+
+    def save_checkpoint(self, steps_done: int) -> Path:
+        """Write a checkpoint, remove older ones, and return its path."""
+        record = {
+            "identity": self.identity,
+            "rounding": self.rounding,
+            "best": self.best,
+            "losses": self.spike_detectors[False].losses,
+            "long_losses": self.spike_detectors[True].losses,
+        }
+        tensors = self.optimiser.tensors(steps_done) | model_buffers(self.model)
+        path = checkpoints.save(
+            self.output.checkpoints,
+            steps_done,
+            tensors,
+            record,
+            self.ranks,
+            lambda folder: write_description(self.model, folder, self.output),
+        )
+        if self.ranks.is_main:
+            self.remove_old_checkpoints()
+        return path
+
+    def remove_old_checkpoints(self) -> None:
+        """Keep the latest checkpoints and the best one."""
+        best_step = self.best["step"] if self.best else None
+        checkpoints.clean(self.output.checkpoints, keep_last=self.settings.keep_last, best=best_step)
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Restore weights, optimiser, random state, loss history and best evaluation."""
+        record = checkpoint.record
+        _warn_of_rounding(record["rounding"], self.rounding)
+        checkpoints.load(checkpoint, self.optimiser.tensors(checkpoint.step), self.ranks)
+        self.optimiser.copy_masters_to_model()
+        self.first_step, self.best = checkpoint.step, record["best"]
+        self.spike_detectors[False].losses += record["losses"]
+        self.spike_detectors[True].losses += record.get("long_losses", [])
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of `training.json`."""
+        data = self.data
+        return {
+            "identity": self.identity,
+            "mixture": self.mixture.to_json(),
+            "seed": self.mixture.seed,
+            "settings": self.settings.to_json(),
+            "rounding": self.rounding,
+            "sources": self.identity["sources"],
+            "steps": self.total_steps,
+            "best": self.best,
+            "version": __version__,
+            # The next training can go on after these documents; a data order of another class has none.
+            "drawn": [one.to_json() for one in data.drawn()] if hasattr(data, "drawn") else [],
+        }
 
 
 def _warn_of_rounding(before: dict[str, Any], now: dict[str, Any]) -> None:
-    import warnings
-
-    lines = checkpoints.difference(before, now)
+    lines = differences(before, now)
     if lines:
         warnings.warn(
-            "resuming in another way than before, the result is equal up to rounding only: "
+            "resuming with other settings than before, the result is equal up to rounding only: "
             + "; ".join(lines),
             KoineWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-
-
-def _evaluate(evaluate: Evaluate, model: LanguageModel, done: int) -> dict[str, float]:
-    model.eval()
-    # What an evaluation draws must not move what dropout draws next: evaluating changes nothing of the
-    # training.
-    with torch.no_grad(), torch.random.fork_rng():
-        figures = dict(evaluate(model, done))
-    model.train()
-    return figures
-
-
-def _better(
-    best: dict[str, Any] | None, figures: dict[str, float], done: int, metric: str
-) -> dict[str, Any] | None:
-    """The best evaluation so far; raises `UserError` where the metric that decides is not measured."""
-    if not figures:
-        return best
-    name = metric or next(iter(figures))
-    if name not in figures:
-        from koine.errors import did_you_mean
-
-        raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, figures))
-    if best is None or figures[name] < best["value"]:
-        return {"step": done, "metric": name, "value": figures[name]}
-    return best
-
-
-def _incident(
-    trouble: str, step: int, loss: float, norm: float, data: DataOrder, out: Path, ranks: Ranks
-) -> TrainingStopped:
-    """Write `incident-step-N.json` with the documents of the whole batch; the error to raise."""
-    good = checkpoints.list_checkpoints(out / "checkpoints")
-    last_good = str(good[-1]) if good else None
-    path = out / f"incident-step-{step}.json"
-    documents = [
-        {"row": row, "source": s.source, "language": s.language, "domain": s.domain, "id": s.record_id,
-         "start": s.start, "end": s.end}
-        for row, spans in enumerate(data.batch(step).documents)
-        for s in spans
-    ]  # fmt: skip
-    if ranks.is_main:
-        write_json(
-            path,
-            {"step": step, "trouble": trouble, "loss": str(loss), "gradient_norm": str(norm),
-             "last_good_checkpoint": last_good, "documents": documents},
-        )  # fmt: skip
-    ids = list(dict.fromkeys(str(document["id"]) for document in documents))
-    shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-    return TrainingStopped(
-        f"{trouble} at step {step}, before the weights were changed; documents of the batch: {shown}; "
-        f"last good checkpoint: {last_good or 'none yet'}",
-        where=path,
-        hint="look at these documents, then lower the learning rate or raise spike_deviations, in a new --out"
-        + (
-            f" (from the model of `koine model export {last_good} --format safetensors --out MODEL`)"
-            if last_good
-            else ""
-        ),
-    )

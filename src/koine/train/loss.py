@@ -1,4 +1,8 @@
-"""Cross-entropy over a large vocabulary with only a few rows of logits alive at any time."""
+"""Cross-entropy over a large vocabulary, with the logits of a few rows in memory at a time.
+
+Shape suffixes: m = all tokens, n = tokens that have a target, c = tokens of a chunk, d = hidden size,
+v = vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,71 +13,73 @@ from torch import Tensor
 
 IGNORE = -100
 CHUNK_BYTES = 16 * 2**20
-"""Size of the float32 logits that are alive at once: larger is no faster, smaller has narrow matmuls."""
+"""Size of the float32 logits of a chunk: larger is no faster, smaller makes the matmuls narrow."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    # The loss is a sum, so its gradients are known up to one factor as soon as the logits are: they are computed in the forward
-    # pass, chunk by chunk, and the logits are never needed again.
+    # The loss is a sum, so its gradients are known up to one factor as soon as the logits are. They are
+    # computed in the forward pass, chunk by chunk, and the logits are not needed again.
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
+        hidden_md: Tensor,
+        weight_vd: Tensor,
+        targets_m: Tensor,
         scale: float,
         chunk: int,
         with_gradients: bool,
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        kept = targets != IGNORE
-        rows = None if bool(kept.all()) else kept.nonzero().squeeze(1)
-        used, wanted = (hidden, targets) if rows is None else (hidden[rows], targets[rows])
-        grad_used = torch.empty_like(used) if with_gradients else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradients else None
-        for start in range(0, len(used), chunk):
-            part, target = used[start : start + chunk], wanted[start : start + chunk]
-            # Rows are scaled before the product and gradients after it: one pass less over the logits, which are far wider.
-            logits = torch.mm(part if scale == 1.0 else part * scale, weight.t())
-            probabilities = torch.softmax(logits, dim=-1, dtype=wide)
-            # The largest probability is 1 / sum exp(logit - largest): with it the logarithm of the sum needs no second
-            # exponential over the vocabulary, and no probability that is taken a logarithm of can be 0.
-            log_sum = logits.amax(dim=-1).to(wide) - probabilities.amax(dim=-1).log()
-            target = target[:, None]
-            loss += (log_sum - logits.gather(1, target).squeeze(1).to(wide)).sum()
-            if grad_used is None or grad_weight is None:
+        accumulate = torch.promote_types(hidden_md.dtype, torch.float32)
+        loss = torch.zeros((), dtype=accumulate, device=hidden_md.device)
+        has_target = targets_m != IGNORE
+        rows_n = None if bool(has_target.all()) else has_target.nonzero().squeeze(1)
+        hidden_nd, targets_n = (
+            (hidden_md, targets_m) if rows_n is None else (hidden_md[rows_n], targets_m[rows_n])
+        )
+        grad_nd = torch.empty_like(hidden_nd) if with_gradients else None
+        grad_vd = torch.zeros_like(weight_vd, dtype=accumulate) if with_gradients else None
+        for start in range(0, len(hidden_nd), chunk):
+            hidden_cd, targets_c1 = hidden_nd[start : start + chunk], targets_n[start : start + chunk, None]
+            # Hidden states are scaled before the matmul, gradients after it: one pass less over the logits.
+            logits_cv = torch.mm(hidden_cd if scale == 1.0 else hidden_cd * scale, weight_vd.t())
+            probabilities_cv = torch.softmax(logits_cv, dim=-1, dtype=accumulate)
+            # The largest probability is 1 / sum exp(logit - largest). With it, log-sum-exp needs no second
+            # exponential over the vocabulary, and its logarithm is never that of 0.
+            log_sum_c = logits_cv.amax(dim=-1).to(accumulate) - probabilities_cv.amax(dim=-1).log()
+            loss += (log_sum_c - logits_cv.gather(1, targets_c1).squeeze(1).to(accumulate)).sum()
+            if grad_nd is None or grad_vd is None:
                 continue
-            # Before the cast: in bfloat16 a probability of 0.999 is 1, and the target's gradient would vanish.
-            gradient = probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-            grad_logits = gradient.to(part.dtype)
-            torch.mm(grad_logits, weight, out=grad_used[start : start + len(part)])
-            grad_weight += torch.mm(grad_logits.t(), part)
-        if grad_used is not None and grad_weight is not None:
-            grad_hidden = grad_used.mul_(scale)
-            if rows is not None:
-                grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_used)
-            ctx.save_for_backward(grad_hidden, grad_weight.mul_(scale).to(weight.dtype))
+            # Subtract 1 before the cast: in bfloat16 0.999 is 1, and the target's gradient would vanish.
+            gradient_cv = probabilities_cv.scatter_add_(
+                1, targets_c1, probabilities_cv.new_full(targets_c1.shape, -1.0)
+            ).to(hidden_cd.dtype)
+            torch.mm(gradient_cv, weight_vd, out=grad_nd[start : start + len(hidden_cd)])
+            grad_vd += torch.mm(gradient_cv.t(), hidden_cd)
+        if grad_nd is not None and grad_vd is not None:
+            grad_md = grad_nd.mul_(scale)
+            if rows_n is not None:
+                grad_md = torch.zeros_like(hidden_md).index_copy_(0, rows_n, grad_nd)
+            ctx.save_for_backward(grad_md, grad_vd.mul_(scale).to(weight_vd.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        factor = grad.to(grad_hidden.dtype)
-        return grad_hidden * factor, grad_weight * factor, None, None, None, None
+        grad_md, grad_vd = ctx.saved_tensors
+        factor = grad.to(grad_md.dtype)
+        return grad_md * factor, grad_vd * factor, None, None, None, None
 
 
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, chunk: int | None = None
 ) -> Tensor:
-    """SUM of `-log softmax(scale * hidden @ weight.T)[target]` over the targets that are not -100.
+    """Return the SUM of `-log softmax(scale * hidden @ weight.T)[target]` over targets other than -100.
 
     Args:
         hidden: `[..., hidden]`; matmuls run in its dtype, everything between them in float32 (float64 stays).
         weight: `[vocab, hidden]`.
         targets: `[...]` int64; -100 has no loss and costs no matmul.
         scale: factor on the logits.
-        chunk: rows of logits alive at once; by default as many as `CHUNK_BYTES` hold.
+        chunk: rows of logits in memory at a time; by default as many as `CHUNK_BYTES` hold.
 
     Returns:
         A scalar, float32 (float64 for float64).

@@ -1,4 +1,4 @@
-"""What the hardware allows: the rate of a plain matmul of the model's own shapes."""
+"""Rate of a plain matmul of the model's own shapes, which a training step is compared with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 
 @functools.cache
-def matmul_ceiling(
+def measure_matmul_rate(
     tokens: int, hidden: int, width: int, dtype: torch.dtype, device: str, threads: int, seconds: float = 0.15
 ) -> float:
-    """Operations a second of `[tokens, hidden] @ [hidden, width]` on this machine now; the best of several tries.
+    """Return FLOP/s of `[tokens, hidden] @ [hidden, width]` on this machine now, the best of several tries.
 
-    `threads` is part of the cache's key only: set it with `torch.set_num_threads` before.
+    `threads` only distinguishes cached rates: set it with `torch.set_num_threads` before.
     """
     left = torch.ones(tokens, hidden, dtype=dtype, device=device)
     right = torch.ones(hidden, width, dtype=dtype, device=device)
 
-    def once() -> float:
+    def time_matmul() -> float:
         begin = time.perf_counter()
         torch.mm(left, right)
         if device.startswith("cuda"):
@@ -27,8 +27,8 @@ def matmul_ceiling(
         return time.perf_counter() - begin
 
     for _ in range(2):
-        once()
-    best, until = once(), time.perf_counter() + seconds
+        time_matmul()
+    best, until = time_matmul(), time.perf_counter() + seconds
     while time.perf_counter() < until:
-        best = min(best, once())
+        best = min(best, time_matmul())
     return 2.0 * tokens * hidden * width / best

@@ -1,11 +1,14 @@
-"""Checks of a model against its data before a training begins."""
+"""Prepare a model for training, and check it against its data."""
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koine.errors import UserError
+from koine.errors import KoineWarning, UserError
+from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
@@ -13,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def check_packed_documents(model: Any, mixture: Mixture, where: Path) -> None:
-    """Check that training can write the model, and that it isolates the documents of the mixture's rows.
+    """Raise `UserError` for a model without a document mask if rows have several documents.
 
-    Raises `UserError` where not.
+    A model that is no `LanguageModel` is refused too: training cannot write it.
     """
     isolates: bool | None = getattr(model, "isolates_documents", None)
     if isolates is None:
         raise UserError(
-            f"{type(model).__name__} is neither our decoder nor a model of transformers, which are what training writes",
+            f"{type(model).__name__} is neither Koine's decoder nor a model of transformers",
             where=where,
-            hint="give a model that koine.model.load_causal_lm opened",
+            hint="training writes only these; give a model that koine.model.load_causal_lm opened",
         )
     if not isolates and mixture.packing != "one_per_row" and not mixture.cross_document_attention:
         raise UserError(
@@ -32,22 +35,38 @@ def check_packed_documents(model: Any, mixture: Mixture, where: Path) -> None:
         )
 
 
-def check_data_beyond_the_model(model: LanguageModel, mixture: Mixture, vocab_size: int) -> None:
-    """Raise `UserError` for ids (below `vocab_size`) that the model has no row for, or rows longer than it allows."""
-    known, most = model.vocab_size, model.context_length
-    if known < vocab_size:
+def check_data_fits_model(model: LanguageModel, mixture: Mixture, vocab_size: int) -> None:
+    """Raise `UserError` for a model with fewer ids than `vocab_size`, or fewer positions than a row."""
+    if model.vocab_size < vocab_size:
         raise UserError(
-            f"the data have ids up to {vocab_size}, the model knows {known}",
+            f"the data have ids up to {vocab_size}, the model knows {model.vocab_size}",
             hint="tokenize with the model's own tokenizer",
         )
     longest = max(shape.sequence_length for shape in mixture.shapes())
-    if most is not None and longest > most:
+    if model.context_length is not None and longest > model.context_length:
         raise UserError(
-            f"a sequence length of {longest} is longer than the model allows", hint=f"choose at most {most}"
+            f"a sequence length of {longest} is longer than the model allows",
+            hint=f"choose at most {model.context_length}",
         )
 
 
-def prepare(model: LanguageModel, *, gradient_checkpointing: bool) -> None:
-    """Put a model into training mode, with its blocks recomputed in the backward pass where that is wanted."""
+def prepare_model(model: LanguageModel, *, gradient_checkpointing: bool) -> None:
+    """Put a model into training mode and switch its gradient checkpointing."""
     model.train()
     model.set_gradient_checkpointing(gradient_checkpointing)
+
+
+def compile_blocks(model: LanguageModel, settings: TrainSettings) -> None:
+    """Apply torch.compile to each block if `settings.compile` is on; without a compiler, only warn."""
+    blocks = getattr(model, "blocks", None)
+    if blocks is None or settings.compile != "on":
+        return
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        warnings.warn(
+            "compile: no C++ compiler was found (g++ or clang++); going on without torch.compile",
+            KoineWarning,
+            stacklevel=3,
+        )
+        return
+    for block in blocks:
+        block.compile()

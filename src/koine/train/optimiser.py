@@ -1,10 +1,12 @@
-"""AdamW on float32 master weights, with working copies in the dtype of the computation.
+"""AdamW on float32 master weights, with copies of them in the dtype of the computation.
 
-Autocast would cast every weight in every forward pass, again for every micro batch. Here a weight is cast once a step, after
-the optimiser's update, and gradients are summed in float32.
+Autocast would cast every weight in every forward pass, again for every micro-batch. Here a weight is cast
+once a step, after the optimiser's update, and gradients are summed in float32.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,16 +17,16 @@ from koine.train.settings import TrainSettings
 
 
 class Optimiser:
-    """The weights that are trained, their moments, and the copies that the model computes with.
+    """AdamW with master weights.
 
-    `masters` are float32 and named as the model's parameters are; where the model computes in float32 (or FSDP casts for itself)
-    they are the model's own parameters.
+    `masters` are float32, by the names of the model's parameters. Where the model computes in float32, or
+    FSDP casts, they are the model's own parameters.
     """
 
     def __init__(self, model: LanguageModel, settings: TrainSettings, *, dtype: torch.dtype) -> None:
-        self.working = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
-        for name, parameter in self.working.items():
+        for name, parameter in self.parameters.items():
             if parameter.dtype == dtype == torch.float32:
                 self.masters[name] = parameter
             else:
@@ -45,9 +47,9 @@ class Optimiser:
         )
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """Add the gradients of one micro batch to the masters' and drop them."""
-        for name, parameter in self.working.items():
+    def accumulate_gradients(self) -> None:
+        """Add the gradients of one micro-batch to those of the masters, and free them."""
+        for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
                 continue
@@ -59,41 +61,45 @@ class Optimiser:
 
     @torch.no_grad()
     def scale_and_clip(self, factor: float, clip_norm: float) -> float:
-        """Multiply the gradients by `factor`, then clip them to `clip_norm` (0: not); the norm before clipping."""
+        """Multiply the gradients by `factor` and clip them (0: not); return the norm before clipping."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        total = float(full) * factor
-        # One pass over the gradients does both.
-        coefficient = factor * min(1.0, clip_norm / (total + 1e-6)) if clip_norm else factor
-        if coefficient == coefficient:
+        unscaled = torch.nn.utils.get_total_norm(gradients)
+        # FSDP: a DTensor, whose norm is that of all ranks.
+        unscaled = unscaled.full_tensor() if hasattr(unscaled, "full_tensor") else unscaled
+        norm = float(unscaled) * factor
+        # Scaling and clipping in one pass over the gradients.
+        coefficient = factor * min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else factor
+        if not math.isnan(coefficient):
             torch._foreach_mul_(gradients, coefficient)
-        return total
+        return norm
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update the masters, refresh the working copies, drop the gradients."""
+        """Update the masters, copy them to the model, free the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        self.publish()
+        self.copy_masters_to_model()
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters to the model."""
-        for name, parameter in self.working.items():
+    def copy_masters_to_model(self) -> None:
+        """Copy the masters to the model's parameters."""
+        for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
     def restore_float32(self) -> None:
-        """Give the model its master weights back, in float32."""
-        for name, parameter in self.working.items():
+        """Make the masters the model's parameters, in float32."""
+        for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.data = self.masters[name]
 
     def tensors(self, steps: int) -> dict[str, Tensor]:
-        """All state as named tensors, for a checkpoint to read or to fill in place; moments are made where there are none."""
+        """Return all state as named tensors, for a checkpoint to save or to load in place.
+
+        Moments are created where there are none. `steps` is the number of steps done.
+        """
         state: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             moments = self.adamw.state[master]

@@ -1,9 +1,7 @@
-"""How a training tells of itself: a bar or plain lines, `metrics.jsonl`, TensorBoard, and the plan that waits for it."""
+"""Progress of a training: a bar or plain lines, `metrics.jsonl`, TensorBoard, and the plan's display."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import sys
 import time
@@ -11,48 +9,46 @@ from pathlib import Path
 from typing import Any
 
 from koine.files import parse_json
+from koine.plan.run.progress import report
 from koine.terminal import plain_console
-from koine.train.board import Board
+from koine.train.tensorboard import TensorBoardWriter
 
-PLAIN_EVERY = 10.0  # seconds between plain lines
+LINE_SECONDS = 10.0  # between plain lines
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later ones (they are taken again), and a line that a kill cut short."""
+    """Remove the lines of `step` and later ones, and a line that a kill cut short."""
     if not path.exists():
         return
-    kept: list[bytes] = []
+    lines: list[bytes] = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             if parse_json(line.decode("utf-8"))["step"] >= step:
                 break
         except (ValueError, KeyError, TypeError):
             break
-        kept.append(line)
-    whole = b"".join(kept)
-    if whole and not whole.endswith(b"\n"):
-        whole += b"\n"
-    if whole != path.read_bytes():
+        lines.append(line)
+    content = b"".join(lines)
+    if content and not content.endswith(b"\n"):
+        content += b"\n"
+    if content != path.read_bytes():
         from koine.files import write_atomically
 
-        write_atomically(path, whole)
+        write_atomically(path, content)
 
 
 class Reporter:
-    """Writes what a step measured to every place that wants it. Rank 0 makes one; the others make none."""
+    """Writes the figures of each step; only the main rank has one."""
 
     def __init__(self, out: Path, *, first_step: int, steps: int, progress: bool) -> None:
         self.steps = steps
         self.metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = Board(out / "tensorboard", first_step=first_step)
+        self.tensorboard = TensorBoardWriter(out / "tensorboard", first_step=first_step)
         self.bar: Any = None
         self.progress = progress
-        self.last_line = 0.0
+        self.last_line_time = 0.0
         self.begin = time.perf_counter()
         self.first_step = first_step
-        self.report: Any = None
-        if importlib.util.find_spec("koine.plan.run.progress") is not None:
-            self.report = importlib.import_module("koine.plan.run.progress").report
         if progress and sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 
@@ -65,47 +61,51 @@ class Reporter:
             self.task = self.bar.add_task("", total=steps, completed=first_step)
             self.bar.start()
 
-    def step(self, step: int, measured: dict[str, float]) -> None:
-        """One optimiser step is done."""
-        self._write(step, measured)
-        done = step + 1
-        left = (time.perf_counter() - self.begin) / (done - self.first_step) * (self.steps - done)
-        share = measured.get("ceiling_share")
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Write the figures of an optimiser step."""
+        self._write(step, figures)
+        steps_done = step + 1
+        seconds_per_step = (time.perf_counter() - self.begin) / (steps_done - self.first_step)
+        seconds_left = seconds_per_step * (self.steps - steps_done)
+        share = figures.get("matmul_rate_share")
         text = (
-            f"step {done}/{self.steps}  loss {measured['loss']:.3f}  {measured['tokens_per_second']:,.0f} tokens/s"
-            + ("" if share is None else f"  {100 * share:.0f} % of the matmul ceiling")
-            + f"  {_duration(left)} left"
+            f"step {steps_done}/{self.steps}  loss {figures['loss']:.3f}"
+            f"  {figures['tokens_per_second']:,.0f} tokens/s"
+            + ("" if share is None else f"  {100 * share:.0f} % of the matmul rate")
+            + f"  {_duration(seconds_left)} left"
         )
-        if self.report is not None:
-            self.report(done / self.steps, text)
+        report(steps_done / self.steps, text)
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, description=text)
-        elif self.progress and (time.perf_counter() - self.last_line > PLAIN_EVERY or done == self.steps):
-            self.last_line = time.perf_counter()
+            self.bar.update(self.task, completed=steps_done, description=text)
+        elif self.progress and (
+            time.perf_counter() - self.last_line_time > LINE_SECONDS or steps_done == self.steps
+        ):
+            self.last_line_time = time.perf_counter()
             print(text, file=sys.stderr, flush=True)
 
-    def evaluation(self, step: int, measured: dict[str, float]) -> None:
-        """An evaluation after `step` is done."""
-        self._write(step, {f"evaluation/{name}": value for name, value in measured.items()})
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Write the figures of an evaluation after `step`."""
+        self._write(step, {f"evaluation/{name}": value for name, value in figures.items()})
 
-    def say(self, text: str) -> None:
-        """A line for the user."""
+    def print(self, text: str) -> None:
+        """Print a line for the user."""
         if self.bar is not None:
             self.bar.console.print(text, highlight=False)
         elif self.progress:
             print(text, file=sys.stderr, flush=True)
 
-    def _write(self, step: int, measured: dict[str, float]) -> None:
-        self.metrics.write(json.dumps({"step": step, **measured}) + "\n")
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        self.metrics.write(json.dumps({"step": step, **figures}) + "\n")
         self.metrics.flush()
-        for name, value in measured.items():
-            self.board.add_scalar(name, value, step)
+        for name, value in figures.items():
+            self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close the files and the bar."""
         if self.bar is not None:
             self.bar.stop()
         self.metrics.close()
-        self.board.close()
+        self.tensorboard.close()
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask the loop to end after the current step, with a checkpoint."""
+"""SIGTERM and SIGINT make the loop stop after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from types import FrameType
 
 
 class Interrupt:
-    """Which signal has come, if any."""
+    """The signal that has come; None if none has."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: now
+            raise KeyboardInterrupt  # the second Ctrl-C stops at once
         self.signal = number
 
 
 @contextmanager
-def listen() -> Iterator[Interrupt]:
-    """Note SIGTERM and SIGINT in place of dying of them; in a thread other than the main one nothing is changed."""
+def catch_interrupts() -> Iterator[Interrupt]:
+    """Record SIGTERM and SIGINT in place of ending the process; outside the main thread, do nothing."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt

@@ -1,6 +1,9 @@
-"""Record what mergekit makes of tiny models: `python -m tests.combine.merging.record_mergekit [CASE...]` (needs `benchmarks/peers/install.py mergekit`).
+"""Record mergekit's results for tiny models: `python -m tests.combine.merging.record_mergekit [CASE...]`.
 
-Writes `recorded/models.safetensors` (a base and three branches of it, `N/name`) and one file a method. The versions stand in `recorded/README.md`.
+It needs `benchmarks/peers/install.py mergekit`.
+
+It writes `recorded/models.safetensors` (a base and three branches of it, `N/name`) and one file per method.
+The versions are in `recorded/README.md`.
 """
 
 from __future__ import annotations
@@ -26,22 +29,34 @@ NAMES = ("base", "a", "b", "c")
 CASES: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear", "weights": (0.5, 0.3, 0.4)},
     "slerp": {"merge_method": "slerp", "parameters": {"t": 0.3}},
-    "task-arithmetic": {"merge_method": "task_arithmetic", "weights": (0.5, 0.3, 0.4), "parameters": {"lambda": 0.9}},
-    "ties": {"merge_method": "ties", "weights": (0.5, 0.3, 0.4), "parameters": {"density": 0.3, "normalize": True}},
+    "task-arithmetic": {
+        "merge_method": "task_arithmetic",
+        "weights": (0.5, 0.3, 0.4),
+        "parameters": {"lambda": 0.9},
+    },
+    "ties": {
+        "merge_method": "ties",
+        "weights": (0.5, 0.3, 0.4),
+        "parameters": {"density": 0.3, "normalize": True},
+    },
     "ties-sum": {
-        "merge_method": "ties", "weights": (0.5, 0.3, 0.4),
+        "merge_method": "ties",
+        "weights": (0.5, 0.3, 0.4),
         "parameters": {"density": 0.6, "normalize": False, "lambda": 0.7},
     },
     # At a density of 1 nothing is dropped: what chance would decide has a closed form.
     "dare-linear": {
-        "merge_method": "dare_linear", "weights": (0.5, 0.3, 0.4),
+        "merge_method": "dare_linear",
+        "weights": (0.5, 0.3, 0.4),
         "parameters": {"density": 1.0, "normalize": False, "lambda": 0.9},
     },
     "dare-ties": {
-        "merge_method": "dare_ties", "weights": (0.5, 0.3, 0.4), "parameters": {"density": 1.0, "normalize": True},
+        "merge_method": "dare_ties",
+        "weights": (0.5, 0.3, 0.4),
+        "parameters": {"density": 1.0, "normalize": True},
     },
     "model-stock": {"merge_method": "model_stock"},
-}  # fmt: skip
+}
 
 
 def write_models(folder: Path) -> None:
@@ -101,7 +116,8 @@ def main() -> None:
             )
             save_file(load_file(folder / name / "model.safetensors"), RECORDED / f"{name}.safetensors")
     (RECORDED / "README.md").write_text(
-        "Made by `python -m tests.combine.merging.record_mergekit` with mergekit 0.1.5; `models.safetensors` are the inputs.\n"
+        "Made by `python -m tests.combine.merging.record_mergekit` with mergekit 0.1.5; "
+        "`models.safetensors` are the inputs.\n"
     )
 
 

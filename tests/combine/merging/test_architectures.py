@@ -1,4 +1,4 @@
-"""Merging token by token in many architectures, judged by the logits of transformers' own modules."""
+"""Merging by token in many architectures, checked by the logits of transformers' own modules."""
 
 from __future__ import annotations
 
@@ -20,27 +20,58 @@ transformers = pytest.importorskip("transformers")
 
 TOKENS = 61
 SMALL = {
-    "vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "hidden_size": None}
 SEQ = {
-    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "hidden_size": None, "decoder_start_token_id": 2, "forced_eos_token_id": None,
-}  # fmt: skip
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "hidden_size": None,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "CausalLM", {}),
     "llama, rounded up": ("llama", "CausalLM", {"vocab_size": 64, "tokens": 61}),
     "gptj, rounded up": ("gptj", "CausalLM", {**GPT, "rotary_dim": 4, "vocab_size": 64, "tokens": 61}),
     "llama, tied": ("llama", "CausalLM", {"tie_word_embeddings": True}),
-    "llama, as wide as its vocabulary": ("llama", "CausalLM", {"hidden_size": 64, "vocab_size": 64, "intermediate_size": 64}),
-    "gpt2, as many positions as tokens": ("gpt2", "CausalLM", {**GPT, "n_positions": TOKENS, "max_position_embeddings": None}),
+    "llama, as wide as its vocabulary": (
+        "llama",
+        "CausalLM",
+        {"hidden_size": 64, "vocab_size": 64, "intermediate_size": 64},
+    ),
+    "gpt2, as many positions as tokens": (
+        "gpt2",
+        "CausalLM",
+        {**GPT, "n_positions": TOKENS, "max_position_embeddings": None},
+    ),
     "gpt2": ("gpt2", "CausalLM", GPT),
     "gptj": ("gptj", "CausalLM", {**GPT, "rotary_dim": 4}),
     "codegen": ("codegen", "CausalLM", {**GPT, "rotary_dim": 4}),
     "gpt_neox": ("gpt_neox", "CausalLM", {}),
     "gpt_neo": (
-        "gpt_neo", "CausalLM", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "num_hidden_layers": None},
+        "gpt_neo",
+        "CausalLM",
+        {
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "num_hidden_layers": None,
+        },
     ),
     "phi": ("phi", "CausalLM", {}),
     "bloom": ("bloom", "CausalLM", {"n_layer": 2, "n_head": 4}),
@@ -55,11 +86,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("mixtral", "CausalLM", {"num_local_experts": 4}),
     "mixtral, as many experts as tokens": ("mixtral", "CausalLM", {"num_local_experts": TOKENS}),
     "gemma3n": (
-        "gemma3n_text", "CausalLM",
+        "gemma3n_text",
+        "CausalLM",
         {
-            "vocab_size_per_layer_input": TOKENS - 4, "hidden_size_per_layer_input": 8, "head_dim": 8, "num_kv_shared_layers": 0,
-            "laurel_rank": 4, "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
-            "intermediate_size": [48, 48], "altup_num_inputs": 2,
+            "vocab_size_per_layer_input": TOKENS - 4,
+            "hidden_size_per_layer_input": 8,
+            "head_dim": 8,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "intermediate_size": [48, 48],
+            "altup_num_inputs": 2,
         },
     ),
     "bert": ("bert", "MaskedLM", {}),
@@ -71,19 +109,35 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "xlm": ("xlm", "MaskedLM", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_langs": 1}),
     "modernbert": ("modernbert", "MaskedLM", {}),
     "aya_vision": (
-        "aya_vision", "ImageTextToText",
+        "aya_vision",
+        "ImageTextToText",
         {
-            "text_config": {**SMALL, "model_type": "cohere2", "head_dim": 8, "sliding_window": 8, "vocab_size": TOKENS},
+            "text_config": {
+                **SMALL,
+                "model_type": "cohere2",
+                "head_dim": 8,
+                "sliding_window": 8,
+                "vocab_size": TOKENS,
+            },
             "vision_config": {
-                "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+                "model_type": "siglip_vision_model",
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
             },
         },
     ),
-    "t5": ("t5", "Seq2SeqLM", {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}),
+    "t5": (
+        "t5",
+        "Seq2SeqLM",
+        {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    ),
     "bart": ("bart", "Seq2SeqLM", SEQ),
     "marian": ("marian", "Seq2SeqLM", SEQ),
-}  # fmt: skip
+}
 
 
 def write_vocabulary(folder: Path, ids: list[int]) -> None:
@@ -106,7 +160,7 @@ def write_both(folder: Path, sizes: dict[str, Any]) -> list[int]:
 
 
 def build(kind: str, task: str, sizes: dict[str, Any], folder: Path, seed: int) -> Any:
-    """A model in which no parameter is 0: what lies in a wrong row must show."""
+    """Build a model without zero parameters, so that a wrong row shows."""
     usual = {} if "text_config" in sizes else SMALL
     fields = {
         name: value for name, value in {**usual, **sizes}.items() if value is not None and name != "tokens"
@@ -134,12 +188,12 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_meet_by_their_tokens(case: str, tmp_path: Path) -> None:
-    """With the weight 1 the second model, whose ids are in another order, must come out in the first's order:
-    its logits, token by token.
+def test_rows_are_matched_by_token(case: str, tmp_path: Path) -> None:
+    """A merge with weight 1 on the second model has its logits, with the first model's token ids.
 
-    Nothing here says which tensors those are. Half of each model is then half of both results, tensor by
-    tensor, in float64."""
+    No test names the tensors with a row per token. A merge with equal weights is the mean of both one-sided
+    merges, tensor by tensor, in float64.
+    """
     kind, task, sizes = CASES[case]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,8 +203,12 @@ def test_rows_meet_by_their_tokens(case: str, tmp_path: Path) -> None:
     short = sizes.get("vocab_size_per_layer_input", len(places))
     for name, weights in (("one", (1.0, 0.0)), ("two", (0.0, 1.0)), ("half", (0.5, 0.5))):
         config = MergeConfig(
-            method="linear", models=(tmp_path / "a", tmp_path / "b"), weights=weights, tokenizer="first", unrelated=True
-        )  # fmt: skip
+            method="linear",
+            models=(tmp_path / "a", tmp_path / "b"),
+            weights=weights,
+            tokenizer="first",
+            unrelated=True,
+        )
         run_merge(config, tmp_path / name)
     opened, about = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
         tmp_path / "two", output_loading_info=True
@@ -176,24 +234,30 @@ def without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "case", ["llama", "gpt2", "gptj", "bloom", "bert", "roberta", "distilbert", "mixtral", "gemma3n", "rwkv"]
 )
-def test_without_the_library_sizes_and_places_decide(
+def test_without_transformers_size_and_place_decide(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_the_library(monkeypatch)
-    test_rows_meet_by_their_tokens(case, tmp_path)
+    test_rows_are_matched_by_token(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", ["bert, as many types as tokens", "gpt2, as many positions as tokens", "llama, as wide as its vocabulary"])  # fmt: skip
-def test_what_sizes_leave_open_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two things of one length, and nobody to say which is which: no guess."""
+@pytest.mark.parametrize(
+    "case",
+    [
+        "bert, as many types as tokens",
+        "gpt2, as many positions as tokens",
+        "llama, as wide as its vocabulary",
+    ],
+)
+def test_ambiguous_sizes_are_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two dimensions of one length cannot be told apart without transformers."""
     without_the_library(monkeypatch)
     with pytest.raises(UserError, match="is as long as the vocabulary and as other parts of the model"):
-        test_rows_meet_by_their_tokens(case, tmp_path)
+        test_rows_are_matched_by_token(case, tmp_path)
 
 
-def test_tables_of_tokens_in_layers_are_not_left_in_the_old_order(tmp_path: Path) -> None:
-    """Moving to another tokenizer moves embedding and head; a model with more tables is refused, not
-    spoilt."""
+def test_moving_a_model_with_token_tables_in_layers_is_refused(tmp_path: Path) -> None:
+    """Moving to another tokenizer moves embedding and head; a model with more tables is refused."""
     from koine.model.adapt import move_model
     from koine.tokenizer import train_tokenizer
     from koine.tokenizer.special import SMALLEST_VOCABULARY

@@ -1,4 +1,4 @@
-"""What a merge holds at once: blocks of some tensors, whatever the model and the number of threads."""
+"""Memory of a merge: blocks of some tensors, whatever the size of the model and the number of threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from koine.combine.safetensors_stream import CheckpointWriter
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Two models of 200 MB merged in a process whose memory grows by less than half of one."""
+    """Merging two models of 200 MB takes less memory than half of one."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         layout = {f"layer.{number}": (torch.float32, (1024, 1024)) for number in range(50)}
@@ -36,7 +36,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             writer.write(f"layer.{number}", torch.full((1024, 1024), float(number)))
         writer.close()
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\nfrom koine.combine.merging.config import MergeConfig\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from koine.combine import MergeConfig, run_merge\n"
         "folder = Path(sys.argv[1])\n"
         "config = MergeConfig(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -57,7 +58,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
-    """Two embeddings of 100 MB whose rows lie in opposite order: the process grows by less than half of one, and no more than `estimate_merge` says."""
+    """Merging two embeddings of 100 MB with opposite row orders takes less than half of one."""
     count = 25_600
     for index, name in enumerate(("a", "b")):
         (tmp_path / name).mkdir()
@@ -72,9 +73,11 @@ def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": count}))
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\nfrom koine.combine.merging.config import MergeConfig\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from koine.combine import MergeConfig, run_merge\n"
         "folder = Path(sys.argv[1])\n"
-        "config = MergeConfig(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5), tokenizer='first', unrelated=True)\n"
+        "config = MergeConfig(method='linear', models=(folder / 'a', folder / 'b'), weights=(0.5, 0.5),\n"
+        "                     tokenizer='first', unrelated=True)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "run_merge(config, folder / 'out', threads=2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -94,8 +97,8 @@ def test_rows_of_other_vocabularies_are_read_in_blocks(tmp_path: Path) -> None:
     assert torch.equal(merged[:, 0], torch.arange(float(count)))
 
 
-def test_a_budget_of_bytes_is_kept() -> None:
-    """What does not fit beside the others waits; what is larger than all waits until it is alone."""
+def test_workers_stay_within_the_byte_budget() -> None:
+    """A job that does not fit waits; one larger than the whole budget waits until it is alone."""
     budget, held, most = ByteBudget(100), 0, 0
     lock = threading.Lock()
 
@@ -116,7 +119,7 @@ def test_a_budget_of_bytes_is_kept() -> None:
 
 
 def test_passes_over_large_tensors_hold_blocks(tmp_path: Path) -> None:
-    """TIES looks at a tensor several times: of three of 16 MB each worker holds the result and blocks, and `estimate_merge` says how much."""
+    """TIES makes several passes over three tensors of 16 MB: a worker holds the result and blocks."""
     layout = {f"layer.{number}": (torch.float32, (2048, 2048)) for number in range(4)}
     for index, name in enumerate(("base", "a", "b")):
         (tmp_path / name).mkdir()
@@ -126,9 +129,10 @@ def test_passes_over_large_tensors_hold_blocks(tmp_path: Path) -> None:
             writer.write(f"layer.{number}", 1.0 + 0.1 * torch.randn(2048, 2048, generator=generator))
         writer.close()
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom koine.combine.merging.runner import run_merge\n"
-        "from koine.combine.merging.config import MergeConfig\nfolder = Path(sys.argv[1])\n"
-        "config = MergeConfig(method='ties', models=(folder / 'a', folder / 'b'), base=folder / 'base', weights=(0.5, 0.5))\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from koine.combine import MergeConfig, run_merge\nfolder = Path(sys.argv[1])\n"
+        "config = MergeConfig(method='ties', models=(folder / 'a', folder / 'b'), base=folder / 'base',\n"
+        "                     weights=(0.5, 0.5))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "run_merge(config, folder / f'out-{sys.argv[2]}', threads=int(sys.argv[2]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"

@@ -1,4 +1,4 @@
-"""The language model inside a random Aya Vision, merged with a text model; everything else stays."""
+"""The language model inside a random Aya Vision is merged with a text model; everything else stays."""
 
 from __future__ import annotations
 
@@ -20,18 +20,33 @@ from tests.combine.merge_configs import tensors
 
 def text_config(hidden_size: int = 32, layers: int = 4) -> ModelConfig:
     return ModelConfig(
-        vocab_size=64, hidden_size=hidden_size, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8,
-        layers=hybrid_layers(layers, window=8), logit_scale=0.0625,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        layers=hybrid_layers(layers, window=8),
+        logit_scale=0.0625,
+    )
 
 
 @pytest.fixture
 def aya_vision(tmp_path: Path) -> Path:
     transformers = pytest.importorskip("transformers")
     text = transformers.Cohere2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, sliding_window=8, bos_token_id=5, eos_token_id=7, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        bos_token_id=5,
+        eos_token_id=7,
+        pad_token_id=0,
+    )
     vision = transformers.SiglipVisionConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -75,7 +90,7 @@ def test_names_of_both_layouts() -> None:
     assert text_name("vision_tower.head.weight") is None
 
 
-def test_what_does_not_fit(aya_vision: Path, tmp_path: Path) -> None:
+def test_models_that_do_not_fit_are_refused(aya_vision: Path, tmp_path: Path) -> None:
     save_model(Decoder(text_config(hidden_size=64)), tmp_path / "wide")
     with pytest.raises(UserError, match="has shape"):
         merge_cross_modal(aya_vision, tmp_path / "wide", tmp_path / "out", alpha=0.4)
@@ -92,8 +107,8 @@ def test_what_does_not_fit(aya_vision: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_tokens_that_both_know_have_one_id(aya_vision: Path, tmp_path: Path) -> None:
-    """A token for images is the multimodal model's alone; any other difference is another tokenizer."""
+def test_tokens_of_both_models_have_one_id(aya_vision: Path, tmp_path: Path) -> None:
+    """The multimodal model may have image tokens of its own; any other difference is refused."""
     save_model(Decoder(text_config()), tmp_path / "text")
     content: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
     (tmp_path / "text" / "tokenizer.json").write_text(json.dumps(content))
@@ -109,7 +124,7 @@ def test_tokens_that_both_know_have_one_id(aya_vision: Path, tmp_path: Path) -> 
             merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "other", alpha=0.4)
 
 
-def test_what_is_copied_is_looked_at_too(aya_vision: Path, tmp_path: Path) -> None:
+def test_copied_tensors_are_checked_too(aya_vision: Path, tmp_path: Path) -> None:
     save_model(Decoder(text_config()), tmp_path / "text")
     stored = tensors(aya_vision)
     name = next(name for name in stored if text_name(name) is None and stored[name].dim() > 1)
@@ -120,7 +135,7 @@ def test_what_is_copied_is_looked_at_too(aya_vision: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_what_it_would_take(aya_vision: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_an_estimate(aya_vision: Path, tmp_path: Path) -> None:
     save_model(Decoder(text_config()), tmp_path / "text")
     found = estimate_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)
     done = merge_cross_modal(aya_vision, tmp_path / "text", tmp_path / "out", alpha=0.4)

@@ -1,4 +1,4 @@
-"""Merging methods beside mergekit's recorded output, in closed form, and by hand."""
+"""Merge methods against mergekit's recorded output, in closed form, and by hand."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from koine.combine.merging.methods import (
     ties,
     trim_threshold,
 )
+from tests.combine.merge_configs import required_options
 from tests.combine.merging.record_mergekit import CASES, NAMES
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -37,39 +38,37 @@ def test_equals_mergekit(case: str, block: int | None, monkeypatch: pytest.Monke
     inputs, wanted = load_file(RECORDED / "models.safetensors"), load_file(RECORDED / f"{case}.safetensors")
     about = CASES[case]
     name = about["merge_method"].replace("_", "-")
-    info = METHODS[name]
+    method = METHODS[name]
     options: dict[str, Any] = {
         {"lambda": "scale"}.get(key, key): value for key, value in about.get("parameters", {}).items()
     }
-    if info.takes("weights"):
+    if method.takes("weights"):
         options["weights"] = about["weights"]
-    if info.takes("generator"):
+    if method.takes("generator"):
         options["generator"] = torch.Generator().manual_seed(0)
     for key, theirs in wanted.items():
         models = [inputs[f"{model}/{key}"] for model in (NAMES[1:3] if name == "slerp" else NAMES[1:])]
-        if info.takes("base"):
+        if method.takes("base"):
             options["base"] = inputs[f"base/{key}"]
-        ours = info.function(models, **options)
+        ours = method.function(models, **options)
         assert (ours - theirs).abs().max() < 3e-7, key
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_identical_models_are_themselves(name: str) -> None:
-    info = METHODS[name]
+def test_a_merge_of_identical_models_is_the_model(name: str) -> None:
+    method = METHODS[name]
     tensor, count = torch.randn(7, 5), 2
-    options: dict[str, Any] = {}
-    if info.takes("weights"):
+    options: dict[str, Any] = required_options(name)
+    if method.takes("weights"):
         options["weights"] = (0.4, 0.6)
-    if info.takes("base"):
+    if method.takes("base"):
         options["base"] = tensor.clone()
-    if "t" in info.parameters:
-        options["t"] = 0.3
-    if info.takes("generator"):
+    if method.takes("generator"):
         options["generator"] = torch.Generator()
-    assert torch.allclose(info.function([tensor] * count, **options), tensor, atol=1e-6)
+    assert torch.allclose(method.function([tensor] * count, **options), tensor, atol=1e-6)
 
 
-def test_slerp_keeps_the_angle_in_proportion() -> None:
+def test_slerp_divides_the_angle_in_proportion() -> None:
     first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     for t in (0.0, 0.25, 0.5, 1.0):
         at = slerp([first, second], t=t)
@@ -81,7 +80,7 @@ def test_slerp_keeps_the_angle_in_proportion() -> None:
 
 
 def test_ties_by_hand() -> None:
-    """The example: of each difference the two largest are kept, the sign of their sum wins, the mean is over those that agree."""
+    """Keep the two largest of each difference, elect the sign of their sum, average those that agree."""
     base = torch.tensor([1.0, 1.0, 1.0, 1.0])
     first = base + torch.tensor([4.0, -2.0, 0.1, 0.0])
     second = base + torch.tensor([2.0, 3.0, 0.2, 0.0])
@@ -141,7 +140,7 @@ def test_model_stock_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_result_has_the_models_dtype_and_wide_maths(dtype: torch.dtype) -> None:
+def test_maths_are_float32_and_the_result_has_the_models_dtype(dtype: torch.dtype) -> None:
     tensors: list[Tensor] = [torch.randn(1000).to(dtype) for _ in range(4)]
     merged = linear(tensors, (1.0,) * 4)
     assert merged.dtype == dtype
@@ -156,7 +155,7 @@ def test_the_result_has_the_models_dtype_and_wide_maths(dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
 def test_slerp_of_nearly_opposite_models_is_a_line(t: float) -> None:
-    """At a cosine of -0.9999995 the arc would divide by a sine of 0.001: mergekit takes the line there, and so do we."""
+    """At a cosine of -0.9999995 SLERP would divide by a sine of 0.001; it is linear there, as in mergekit."""
     first, second = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-1.0, 1e-3, 0.0])
     assert torch.allclose(slerp([first, second], t=t), (1 - t) * first + t * second, atol=1e-7)
 
@@ -164,7 +163,7 @@ def test_slerp_of_nearly_opposite_models_is_a_line(t: float) -> None:
 @pytest.mark.parametrize("cosine", [-0.999, -0.5, 0.0, 0.5, 0.999])
 @pytest.mark.parametrize("sizes", [(1.0, 1.0), (2.0, 0.5)])
 def test_slerp_in_closed_form(cosine: float, sizes: tuple[float, float]) -> None:
-    """Up to nearly opposite, the arc counts; norms are not kept apart."""
+    """The arc is used up to nearly opposite models; norms are not interpolated apart."""
     angle, t = math.acos(cosine), 0.3
     first = sizes[0] * torch.tensor([1.0, 0.0], dtype=torch.float64)
     second = sizes[1] * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
@@ -174,8 +173,8 @@ def test_slerp_in_closed_form(cosine: float, sizes: tuple[float, float]) -> None
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_tie_of_signs_goes_to_the_positive(normalize: bool) -> None:
-    """Differences that cancel out: mergekit takes the positive ones (`sign >= 0`), in TIES and in DARE with TIES."""
+def test_a_tie_of_signs_is_positive(normalize: bool) -> None:
+    """Of differences that cancel out, TIES and DARE-TIES take the positive ones, as mergekit does."""
     base = torch.zeros(3)
     tensors = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([-1.0, 2.0, -3.0])]
     wanted = torch.tensor([1.0, 2.0, 3.0])
@@ -185,7 +184,7 @@ def test_a_tie_of_signs_goes_to_the_positive(normalize: bool) -> None:
 
 
 def test_ties_with_a_negative_weight() -> None:
-    """The sign of a weighted difference counts, and what is taken is divided by the weights that took part, of whatever sign."""
+    """The sign of the weighted difference counts; the sum is divided by the weights that took part."""
     base = torch.zeros(1)
     two, one = torch.tensor([2.0]), torch.tensor([1.0])
     # 2 - 1 is positive: the first alone agrees.
@@ -196,8 +195,8 @@ def test_ties_with_a_negative_weight() -> None:
     assert torch.equal(ties([two], (-1.0,), base, density=1.0, normalize=False), -two)
 
 
-def test_what_ties_keeps_is_as_large_as_the_trim_threshold() -> None:
-    """By magnitude, the smallest kept one too, and the scale is on the change."""
+def test_ties_keeps_entries_as_large_as_the_threshold() -> None:
+    """Entries are kept by magnitude, those equal to the threshold too; the scale is on the difference."""
     base = torch.full((4,), 10.0)
     tensor = base + torch.tensor([-4.0, 2.0, -2.0, 1.0])
     wanted = base + 0.5 * torch.tensor([-4.0, 2.0, -2.0, 0.0])
@@ -222,8 +221,8 @@ def test_normalised_changes_are_divided_by_the_sum_of_the_weights() -> None:
     assert torch.allclose(linear(tensors, (2.0, -1.0)), 2 * tensors[0] - tensors[1])
 
 
-def test_the_threshold_where_the_sample_misleads() -> None:
-    """Every seventh entry is sampled, and all that is large lies between: the bracket is wrong, and is noticed."""
+def test_the_threshold_with_a_misleading_sample() -> None:
+    """Every seventh entry is sampled and all large ones lie between: the wrong bracket is noticed."""
     count = 100_003
     tensor = torch.zeros(count)
     tensor[1::7] = torch.arange(1.0, len(tensor[1::7]) + 1)

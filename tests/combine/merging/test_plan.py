@@ -1,4 +1,4 @@
-"""Models, tokenizers and configurations that do not fit together are refused; what differs and does not matter is not."""
+"""Models, tokenizers and configurations that do not fit are refused; harmless differences are not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.combine.models import small_config, write_branches
 
 
 def _grow_vocabulary(folder: Path, extra: list[str]) -> None:
-    """More tokens, at the front of the ids, with rows of their own."""
+    """Add tokens at the front of the ids, with rows of their own."""
     content = json.loads((folder / "tokenizer.json").read_text())
     count = len(extra)
     vocabulary = {token: row + count for token, row in content["model"]["vocab"].items()}
@@ -44,7 +44,7 @@ def _grow_vocabulary(folder: Path, extra: list[str]) -> None:
 
 
 @pytest.mark.parametrize("policy", ["first", "MODEL", "base"])
-def test_rows_of_other_vocabularies_meet_by_token(
+def test_rows_of_other_vocabularies_are_matched_by_token(
     models: dict[str, Path], tmp_path: Path, policy: str
 ) -> None:
     _grow_vocabulary(models["b"], ["neu", "wort"])
@@ -70,7 +70,7 @@ def test_rows_of_other_vocabularies_meet_by_token(
 
 
 def _permute_vocabulary(folder: Path) -> None:
-    """The same tokens at other ids, each with its row."""
+    """Move the same tokens to other ids, each with its row."""
     content = json.loads((folder / "tokenizer.json").read_text())
     stored = load_file(folder / "model.safetensors")
     rows = stored["model.embed_tokens.weight"]
@@ -93,7 +93,7 @@ def test_the_order_of_the_rows_changes_nothing(
     method: str,
     whole: bool,
 ) -> None:
-    """Rows that are gathered by their tokens, in blocks or as a whole, are merged as those that lie in order."""
+    """Rows gathered by their tokens, in blocks or at once, are merged as rows in order."""
     monkeypatch.setattr(tensor_module, "BLOCK", 320)
     if not whole:
         monkeypatch.setattr(tensor_module, "IN_MEMORY_ENTRIES", 0)
@@ -101,7 +101,7 @@ def test_the_order_of_the_rows_changes_nothing(
     _permute_vocabulary(models["b"])
     run_merge(config_of(method, models, tokenizer="first"), tmp_path / "permuted")
     in_order, permuted = tensors(tmp_path / "in-order"), tensors(tmp_path / "permuted")
-    # A scalar product of Model Stock may be summed in another order, depending on where the tensors lie in memory.
+    # A dot product of Model Stock may be summed in another order, depending on memory alignment.
     assert all(torch.allclose(in_order[name], permuted[name], rtol=0.0, atol=1e-7) for name in in_order)
 
 
@@ -206,7 +206,7 @@ def test_configurations_that_make_no_sense_are_refused(
         plan_merge(config_of(method, models, **change))
 
 
-def test_unrelated_models_are_merged_where_that_is_wanted(models: dict[str, Path], tmp_path: Path) -> None:
+def test_unrelated_models_are_merged_on_request(models: dict[str, Path], tmp_path: Path) -> None:
     _unrelated(models["b"])
     run_merge(config_of("linear", models, unrelated=True), tmp_path / "out")
     base = models["base"]
@@ -215,7 +215,7 @@ def test_unrelated_models_are_merged_where_that_is_wanted(models: dict[str, Path
         plan_merge(config_of("task-arithmetic", {**models, "b": models["a"]}))
 
 
-def test_the_order_of_experts_must_be_one(tmp_path: Path) -> None:
+def test_the_order_of_experts_must_be_equal(tmp_path: Path) -> None:
     seed, branches = write_branches(tmp_path, ("code", "law"))
     upcycle_btx(seed, branches, tmp_path / "one")
     upcycle_btx(seed, dict(reversed(branches.items())), tmp_path / "two")
@@ -224,7 +224,7 @@ def test_the_order_of_experts_must_be_one(tmp_path: Path) -> None:
         plan_merge(config)
 
 
-def test_what_only_trains_or_is_left_out_is_no_difference(models: dict[str, Path]) -> None:
+def test_fields_of_training_and_defaults_are_no_difference(models: dict[str, Path]) -> None:
     _edit("config.json", initializer_range=0.5, max_position_embeddings=64, transformers_version="9")(
         models["b"]
     )
@@ -232,7 +232,7 @@ def test_what_only_trains_or_is_left_out_is_no_difference(models: dict[str, Path
 
 
 def test_configurations_of_other_architectures(tmp_path: Path) -> None:
-    """By their fields; what one file leaves out has the library's default."""
+    """They are compared by their fields; one that a file leaves out has the library's default."""
     pytest.importorskip("transformers")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -253,7 +253,7 @@ def test_configurations_of_other_architectures(tmp_path: Path) -> None:
                 plan_merge(merge_config)
 
 
-def test_whose_tokenizer_and_template_the_result_has(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_result_has_the_chosen_tokenizer_and_template(models: dict[str, Path], tmp_path: Path) -> None:
     first = (models["a"] / "chat_template.jinja").read_text()
     (models["b"] / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.warns(
@@ -273,14 +273,17 @@ def test_whose_tokenizer_and_template_the_result_has(models: dict[str, Path], tm
     assert read_json(tmp_path / "first" / "tokenizer.json") == read_json(models["a"] / "tokenizer.json")
 
 
-def test_rows_whose_models_cancel_out_are_their_mean(models: dict[str, Path], tmp_path: Path) -> None:
-    """A token that only a and b know, with weights 1 and -1: neither weight says anything about it."""
+def test_rows_whose_weights_cancel_out_are_averaged(models: dict[str, Path], tmp_path: Path) -> None:
+    """A token that only a and b have, with weights 1 and -1, which cancel out."""
     for name in ("a", "b"):
         _grow_vocabulary(models[name], ["neu"])
     config = MergeConfig(
-        method="linear", models=(models["a"], models["b"], models["base"]), weights=(1.0, -1.0, 1.0),
-        options={"normalize": False}, tokenizer="first",
-    )  # fmt: skip
+        method="linear",
+        models=(models["a"], models["b"], models["base"]),
+        weights=(1.0, -1.0, 1.0),
+        options={"normalize": False},
+        tokenizer="first",
+    )
     run_merge(config, tmp_path / "out")
     got, a, b = (
         tensors(path)["model.embed_tokens.weight"][0] for path in (tmp_path / "out", models["a"], models["b"])
@@ -290,7 +293,7 @@ def test_rows_whose_models_cancel_out_are_their_mean(models: dict[str, Path], tm
 
 @pytest.mark.parametrize("policy", ["first", "b"])
 def test_tokens_beyond_the_rows_of_a_model(models: dict[str, Path], tmp_path: Path, policy: str) -> None:
-    """A tokenizer may know more ids than its model has rows: such a token is not that model's."""
+    """A tokenizer may have more ids than its model has rows: the model has no row for such a token."""
     content = json.loads((models["b"] / "tokenizer.json").read_text())
     last = max(content["model"]["vocab"].values())
     content["added_tokens"].append({**content["added_tokens"][0], "id": last + 1, "content": "<beyond>"})

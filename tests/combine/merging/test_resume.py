@@ -1,5 +1,4 @@
-"""A merge that goes on believes its journal for bytes that are there and whose checksum holds, and ends as
-one that was never interrupted."""
+"""A resumed merge trusts its journal only for bytes with the right checksum, and ends as a fresh one."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ def _figures(content: bytes) -> bytes:
     return content.replace(b'"distance": [0', b'"distance": [9')
 
 
-SPOILT: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], None]] = {
     "nothing": lambda work: None,
     "a shard is gone": lambda work: _shards(work)[0].unlink(),
     "all shards are gone": lambda work: [path.unlink() for path in _shards(work)] and None,
@@ -62,18 +61,20 @@ SPOILT: dict[str, Callable[[Path], None]] = {
     "the journal is empty": lambda work: (work / "journal.jsonl").write_bytes(b"") and None,
     "half a line": lambda work: _change(work, lambda content: content[:-9], "journal.jsonl"),
     "zeros in the journal": lambda work: _change(work, lambda content: content + bytes(99), "journal.jsonl"),
-    "deep nesting in the journal": lambda work: _change(work, lambda content: content + b"[" * 10**5 + b"\n", "journal.jsonl"),
+    "deep nesting in the journal": lambda work: _change(
+        work, lambda content: content + b"[" * 10**5 + b"\n", "journal.jsonl"
+    ),
     "a list in the journal": lambda work: _change(work, lambda content: content + b"[1]\n", "journal.jsonl"),
     "entries are invented": lambda work: _invent(work, {"figures": {}, "seal": 0}),
     "entries of an old version": lambda work: _invent(work, {"distance": [0.1, 0.2]}),
     "entries of another kind": lambda work: _invent(work, 3),
     "figures are edited": lambda work: _change(work, _figures, "journal.jsonl"),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("spoil", SPOILT)
-def test_spoilt_work_is_done_again(
-    spoil: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_work_is_repeated(
+    damage: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merging, "SYNC_BYTES", 1)
     real, left, again = merging.merge_tensor, iter(range(DONE)), list[str]()
@@ -91,7 +92,7 @@ def test_spoilt_work_is_done_again(
     monkeypatch.setattr(merging, "merge_tensor", some)
     with pytest.raises(KeyboardInterrupt):
         run_merge(config, tmp_path / "out", threads=1)
-    SPOILT[spoil](tmp_path / ".out.merge")
+    DAMAGES[damage](tmp_path / ".out.merge")
     monkeypatch.setattr(merging, "merge_tensor", counted)
     run_merge(config, tmp_path / "out", threads=1)
     count = len(again)
@@ -99,24 +100,24 @@ def test_spoilt_work_is_done_again(
     kept = {path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == kept
     total = len(tensors(tmp_path / "fresh"))
-    # What is whole is not done again; of what is spoilt, each tensor once.
+    # Only damaged tensors are merged again, each once.
     assert total - DONE <= count <= total
-    if spoil in (
+    if damage in (
         "nothing",
         "the index is gone",
         "a bit has changed in the header",
         "entries of another kind",
     ):
-        wanted = total if spoil == "entries of another kind" else total - DONE
+        wanted = total if damage == "entries of another kind" else total - DONE
         assert count == wanted
-    if spoil == "all shards are gone":
+    if damage == "all shards are gone":
         assert count == total
 
 
-def test_a_merge_by_token_goes_on_too(
+def test_a_merge_by_token_is_resumed(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that are written out of order are read back for their checksum."""
+    """Rows written out of order are read back for their checksum."""
     from tests.combine.merging.test_plan import _permute_vocabulary
 
     _permute_vocabulary(models["b"])

@@ -1,4 +1,4 @@
-"""Whole checkpoints: pieces and shards change nothing, an interrupted merge goes on, and what does not fit is refused."""
+"""Merging of checkpoints: blocks and shards change nothing, and an interrupted merge goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from koine.combine.merging import tensor as tensor_module
 from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import METHODS
 from koine.combine.merging.runner import run_merge
-from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model import load_model
@@ -29,7 +28,7 @@ from tests.combine.merge_configs import config_of, tensors
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pieces_threads_and_shards_change_nothing(
+def test_blocks_threads_and_shards_change_nothing(
     method: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_merge(config_of(method, models), tmp_path / "whole", threads=1)
@@ -66,7 +65,7 @@ def test_values_by_hand_and_weights_by_pattern(models: dict[str, Path], tmp_path
     assert figures["distance"][0] == pytest.approx(float((a[name] - middle).norm() / middle.norm()), rel=0.05)
 
 
-def test_blocks_of_rows_are_put_together(
+def test_blocks_of_rows_are_joined(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_merge(config_of("task-arithmetic", models), tmp_path / "whole")
@@ -92,17 +91,21 @@ def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(
     """The child merges slowly, syncs after every tensor, and is killed when its journal has some lines."""
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from tests.combine.merge_configs import config_of\nfrom koine.combine.merging import runner as merging\n"
+        "from tests.combine.merge_configs import config_of\n"
+        "from koine.combine.merging import runner as merging\n"
         "merging.SYNC_BYTES = 1\nslow = merging.merge_tensor\n"
         "merging.merge_tensor = lambda *given: (time.sleep(0.1), slow(*given))[1]\n"
         "folder = Path(sys.argv[1])\n"
-        "merging.run_merge(config_of('dare-ties', {n: folder / p for n, p in (('base', 'seed'), ('a', 'a'), ('b', 'b'))}), folder / 'out', threads=1)\n"
+        "models = {'base': folder / 'seed', 'a': folder / 'a', 'b': folder / 'b'}\n"
+        "merging.run_merge(config_of('dare-ties', models), folder / 'out', threads=1)\n"
     )
     root = Path(__file__).resolve().parents[3]
     child = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=root, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=root,
+        stderr=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"},
-    )  # fmt: skip
+    )
     journal = tmp_path / ".out.merge" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while not (journal.exists() and len(journal.read_text().splitlines()) > 4):
@@ -130,7 +133,7 @@ def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(
     assert not journal.parent.exists()
 
 
-def test_other_work_beside_the_result_is_begun_anew(models: dict[str, Path], tmp_path: Path) -> None:
+def test_work_of_another_merge_is_not_continued(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / ".out.merge").mkdir()
     (tmp_path / ".out.merge" / "journal.jsonl").write_text(
         '{"fingerprint": "another"}\n{"model.norm.weight": {}}\n'
@@ -142,7 +145,7 @@ def test_other_work_beside_the_result_is_begun_anew(models: dict[str, Path], tmp
     ).read_bytes()
 
 
-def test_mixed_dtypes_whole_numbers_and_scalars(tmp_path: Path) -> None:
+def test_mixed_dtypes_integers_and_scalars(tmp_path: Path) -> None:
     for name, dtype in (("a", torch.bfloat16), ("b", torch.float32)):
         (tmp_path / name).mkdir()
         content = {
@@ -167,32 +170,8 @@ def test_mixed_dtypes_whole_numbers_and_scalars(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".other*"))
 
 
-def test_files_are_those_of_the_library(tmp_path: Path) -> None:
-    """What we write the library reads, and the reverse, piece by piece."""
-    content = {"x": torch.randn(5, 3), "y": torch.randn(4).to(torch.bfloat16), "z": torch.tensor(7)}
-    save_file(content, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(tmp_path)
-    assert torch.equal(checkpoint.read("x", 1, 4), content["x"][1:4])
-    assert torch.equal(checkpoint.read("y"), content["y"])
-    assert int(checkpoint.read("z")) == 7
-    (tmp_path / "out").mkdir()
-    writer = CheckpointWriter(
-        tmp_path / "out",
-        {name: (one.dtype, one.shape) for name, one in content.items()},
-        max_shard_bytes=10**9,
-    )
-    writer.write("x", content["x"][2:], 2)
-    writer.write("x", content["x"][:2])
-    writer.write("y", content["y"])
-    writer.write("z", content["z"])
-    writer.close()
-    again = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(again[name], tensor) for name, tensor in content.items())
-    checkpoint.close()
-
-
-def test_what_is_too_large_for_the_result_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    """Finite options and finite models may still have a merge that is not, in float32 or in a narrower dtype."""
+def test_a_result_that_overflows_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """Finite options and models may give an infinite merge, in float32 or a narrower dtype."""
     for more in (
         {"weights": (1e30, 1e30), "options": {"scale": 1e30}},
         {"weights": (1e8, 1e8), "dtype": "float16"},
@@ -206,7 +185,7 @@ def test_what_is_too_large_for_the_result_is_refused(models: dict[str, Path], tm
 def test_a_cut_line_of_the_journal_is_dropped(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str
 ) -> None:
-    """An interrupted merge whose last line is cut, unterminated or of zeros goes on twice, and ends as a fresh one."""
+    """A merge goes on after a last line that is cut, unterminated or zeros, and ends as a fresh one."""
     monkeypatch.setattr(merging, "SYNC_BYTES", 1)
     real = merging.merge_tensor
     journal = tmp_path / ".out.merge" / "journal.jsonl"
@@ -238,10 +217,10 @@ def test_a_cut_line_of_the_journal_is_dropped(
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_wider_result_is_worked_out_in_it(
+def test_a_wider_result_is_computed_in_its_dtype(
     method: str, dtype: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """bfloat16 models, a result of more digits: the same bytes as of the same models stored in float32, rounded once; and config.json says so."""
+    """bfloat16 models, a wider result: the same bytes as of the models stored in float32, rounded once."""
     wide: dict[str, Path] = {}
     for name, path in models.items():
         narrow = {
@@ -256,7 +235,7 @@ def test_a_wider_result_is_worked_out_in_it(
     got, wanted = tensors(tmp_path / "narrow"), tensors(tmp_path / "wide")
     kind = getattr(torch, dtype)
     assert all(tensor.dtype == kind for tensor in got.values())
-    # SLERP's angle follows from dot products, whose last bit depends on how the memory of their input is aligned.
+    # SLERP's angle follows from dot products, whose last bit depends on memory alignment.
     ulp = torch.finfo(kind).eps if method == "slerp" else 0.0
     for name in wanted:
         largest = float(wanted[name].abs().max())

@@ -1,4 +1,4 @@
-"""Files beside a model's weights are carried; weights of the old model are left behind with a warning."""
+"""Files beside a model's weights are copied; weights of the old model are left behind with a warning."""
 
 from __future__ import annotations
 
@@ -36,8 +36,14 @@ BESIDE = {
     "LICENSE": "of the model",
 }
 NOT_CARRIED = (
-    "README.md", "checkpoint-500/config.json", "optimizer.pt", "trainer_state.json", "training_args.bin", ".git/config", "runs/events",
-)  # fmt: skip
+    "README.md",
+    "checkpoint-500/config.json",
+    "optimizer.pt",
+    "trainer_state.json",
+    "training_args.bin",
+    ".git/config",
+    "runs/events",
+)
 STALE = ("pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", "model-q4.gguf")
 
 
@@ -91,7 +97,7 @@ def _move(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_merge, _average, _upcycle, _add, _remove, _move])
-def test_sub_folders_and_files_go_along(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_sub_folders_and_files_are_copied(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path)
     for name, content in BESIDE.items():
         assert (tmp_path / "out" / name).read_text() == content, name
@@ -99,7 +105,7 @@ def test_sub_folders_and_files_go_along(make: Callable[[Path], None], tmp_path: 
         assert not (tmp_path / "out" / name).exists() or name == "README.md"
 
 
-def test_across_modalities_they_are_the_multimodal_models(tmp_path: Path) -> None:
+def test_a_cross_modal_merge_copies_the_multimodal_models_files(tmp_path: Path) -> None:
     _, branches = branches_of(tmp_path)
     stored = load_file(branches["a"] / "model.safetensors")
     save_file(
@@ -114,7 +120,9 @@ def test_across_modalities_they_are_the_multimodal_models(tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
 
-def test_weights_of_the_old_model_stay_behind_with_a_word(models: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_of_the_old_model_are_left_behind_with_a_warning(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     write_beside(models["a"], *STALE)
     with pytest.warns(KoineWarning, match=r"model-q4.gguf, pytorch_model.bin, tf_model.h5 and 1 more"):
         report = run_merge(config_of("linear", models), tmp_path / "out")
@@ -148,7 +156,7 @@ def sentence_models(tmp_path: Path) -> dict[str, Path]:
         torch.manual_seed(seed)
         config = transformers.BertConfig(
             vocab_size=10, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        )  # fmt: skip
+        )
         transformers.BertModel(config).save_pretrained(tmp_path / "bert")
         transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
         with warnings.catch_warnings():
@@ -182,8 +190,11 @@ def test_a_sentence_model_opens_and_computes_the_average(
     # The average of both models' weights, every module's, put in place by their own library.
     theirs = opened["b"].state_dict()
     opened["a"].load_state_dict(
-        {name: 0.25 * one + 0.75 * theirs[name] if one.is_floating_point() else one for name, one in opened["a"].state_dict().items()}
-    )  # fmt: skip
+        {
+            name: 0.25 * one + 0.75 * theirs[name] if one.is_floating_point() else one
+            for name, one in opened["a"].state_dict().items()
+        }
+    )
     texts = ["a wide river", "old mill"]
     wanted, found = (torch.tensor(model.encode(texts)) for model in (opened["a"], merged))
     assert torch.allclose(found, wanted, atol=1e-6)
@@ -201,7 +212,7 @@ def test_a_sentence_model_opens_and_computes_the_average(
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_a_module_that_only_the_first_has_is_its_own(
+def test_a_module_of_the_first_model_alone_is_copied(
     sentence_models: dict[str, Path], tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -224,19 +235,31 @@ def _edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda b: _edit(b / "2_Dense" / "config.json", activation_function="torch.nn.ReLU"), "activation_function is torch.nn.ReLU, and"),
-        (lambda b: _edit(b / "1_Pooling" / "config.json", pooling_mode="cls", pooling_mode_cls_token=True), "pooling_mode.* is .*, and"),
+        (
+            lambda b: _edit(b / "2_Dense" / "config.json", activation_function="torch.nn.ReLU"),
+            "activation_function is torch.nn.ReLU, and",
+        ),
+        (
+            lambda b: _edit(b / "1_Pooling" / "config.json", pooling_mode="cls", pooling_mode_cls_token=True),
+            "pooling_mode.* is .*, and",
+        ),
         (lambda b: (b / "modules.json").write_text("{}"), "modules.json: names no modules"),
         (lambda b: (b / "modules.json").write_text('[{"path": "../out"}]'), "names a folder outside its own"),
-        (lambda b: (b / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]'), "has the modules 1_Pooling, and"),
-        (lambda b: (b / "2_Dense" / "model.safetensors").write_bytes(b"cut"), "2_Dense/model.safetensors: not a whole safetensors file"),
+        (
+            lambda b: (b / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]'),
+            "has the modules 1_Pooling, and",
+        ),
+        (
+            lambda b: (b / "2_Dense" / "model.safetensors").write_bytes(b"cut"),
+            "2_Dense/model.safetensors: not a whole safetensors file",
+        ),
         (
             lambda b: (b / "2_Dense" / "model.safetensors").rename(b / "2_Dense" / "pytorch_model.bin"),
             "the weights of 2_Dense are those of|no safetensors file",
         ),
     ],
-)  # fmt: skip
-def test_modules_that_do_not_fit(
+)
+def test_modules_that_do_not_fit_are_refused(
     sentence_models: dict[str, Path], tmp_path: Path, spoil: Callable[[Path], None], says: str
 ) -> None:
     spoil(sentence_models["b"])

@@ -1,4 +1,4 @@
-"""The figures of a report in closed form, and what chance drops in blocks."""
+"""The report's figures in closed form, and random dropping in blocks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from tests.combine.merge_configs import config_of, tensors
 
 
 def test_figures_in_closed_form() -> None:
-    """Three models around a base: distances relative to its norm, the least cosine of a pair, the share of
-    entries with two signs."""
+    """Three models around a base: relative distances, least cosine, share of entries with two signs."""
     base = torch.tensor([3.0, 4.0])
     changes = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 1.0])]
     found = difference_figures([*(base + change for change in changes), base], has_base=True)
@@ -28,7 +27,7 @@ def test_figures_in_closed_form() -> None:
     assert without == {"distance": pytest.approx([math.sqrt(2) / 5] * 2, abs=1e-6)}
 
 
-def test_chance_is_another_in_each_block_and_for_each_seed(
+def test_dropped_entries_differ_between_blocks_and_seeds(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensor_module, "BLOCK", 32 * 16)

@@ -1,5 +1,4 @@
-"""Files of one architecture that call tensors otherwise, or hold more than they need, are merged; what
-computes otherwise is refused."""
+"""Checkpoints with other tensor names or superfluous tensors are merged; other functions are refused."""
 
 from __future__ import annotations
 
@@ -55,9 +54,11 @@ def old_masks(content: dict[str, Tensor], module: str, layers: int = 2) -> dict[
     """The buffers that attention of old versions saved."""
     mask = torch.ones(1, 1, 64, 64).tril().to(torch.uint8)
     names = {f"{module}.{layer}.attn." for layer in range(layers)}
-    return content | {f"{name}bias": mask for name in names} | {
-        f"{name}masked_bias": torch.tensor(-1e4) for name in names
-    }  # fmt: skip
+    return (
+        content
+        | {f"{name}bias": mask for name in names}
+        | {f"{name}masked_bias": torch.tensor(-1e4) for name in names}
+    )
 
 
 def with_head(content: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,9 +72,12 @@ def without_prefix(content: dict[str, Tensor]) -> dict[str, Tensor]:
 def gamma_beta(content: dict[str, Tensor]) -> dict[str, Tensor]:
     new = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     return {
-        name.replace(".".join(name.split(".")[-2:]), new.get(".".join(name.split(".")[-2:]), ".".join(name.split(".")[-2:]))): one
+        name.replace(
+            ".".join(name.split(".")[-2:]),
+            new.get(".".join(name.split(".")[-2:]), ".".join(name.split(".")[-2:])),
+        ): one
         for name, one in content.items()
-    }  # fmt: skip
+    }
 
 
 def with_numbers(content: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,24 +113,28 @@ def neox_masks(content: dict[str, Tensor]) -> dict[str, Tensor]:
 SPELLINGS: dict[str, tuple[str, str, dict[str, Any], Change]] = {
     "old masks": ("gpt2", "CausalLM", GPT, lambda content: old_masks(content, "transformer.h")),
     "no prefix": ("gpt2", "CausalLM", GPT, without_prefix),
-    "no prefix, old masks": ("gpt2", "CausalLM", GPT, lambda content: old_masks(without_prefix(content), "h")),
+    "no prefix, old masks": (
+        "gpt2",
+        "CausalLM",
+        GPT,
+        lambda content: old_masks(without_prefix(content), "h"),
+    ),
     "head stored": ("gpt2", "CausalLM", GPT, with_head),
     "gamma and beta": ("bert", "MaskedLM", {}, gamma_beta),
     "gamma, beta and numbers": ("bert", "MaskedLM", {}, lambda content: with_numbers(gamma_beta(content))),
     "bert's tied copies": ("bert", "MaskedLM", {}, with_decoder_bias),
     "rotary tables": ("llama", "CausalLM", {}, with_frequencies),
     "neox masks": ("gpt_neox", "CausalLM", {}, neox_masks),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("order", ["ab", "ba"])
 @pytest.mark.parametrize("case", SPELLINGS)
-def test_other_spellings_of_the_same_model_are_merged(
+def test_other_names_of_the_same_tensors_are_merged(
     case: str, order: str, library: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever comes first, the result opens with every weight found and computes what the average of both
-    models does."""
+    """In either order, the result opens with every weight and computes the average of both models."""
     kind, task, sizes, change = SPELLINGS[case]
     first, second = write_pair(tmp_path, kind, task, sizes)
     change_tensors(tmp_path / "b", change)
@@ -137,26 +145,28 @@ def test_other_spellings_of_the_same_model_are_merged(
     assert not about["missing_keys"]
     # The average, worked out by the library's own modules in float64.
     theirs = second.double().state_dict()
-    middle = {name: (one + theirs[name]) / 2 if one.is_floating_point() else one for name, one in first.double().state_dict().items()}  # fmt: skip
+    middle = {
+        name: (one + theirs[name]) / 2 if one.is_floating_point() else one
+        for name, one in first.double().state_dict().items()
+    }
     first.load_state_dict(middle)
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(3))
     assert torch.allclose(logits(opened.eval().double(), ids), logits(first, ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_tied_head_that_is_stored(told: bool, tmp_path: Path) -> None:
-    """By the file or by the class's default; in both models it stays tied whatever method chance drives."""
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_tied_head_that_is_stored(in_file: bool, tmp_path: Path) -> None:
+    """By the file or by the class's default, the result stays tied under methods with randomness too."""
     write_pair(tmp_path, "gpt2", "CausalLM", GPT)
     for name in "ab":
         change_tensors(tmp_path / name, with_head)
-        edit_config(tmp_path / name, tie_word_embeddings=True if told else ...)
+        edit_config(tmp_path / name, tie_word_embeddings=True if in_file else ...)
     run_merge(config_in(tmp_path), tmp_path / "out")
     assert "lm_head.weight" not in tensors(tmp_path / "out")
 
 
-def test_a_head_that_is_no_copy_is_no_copy(tmp_path: Path) -> None:
-    """transformers does not tie a head that differs from the embedding, whatever the file says: it is merged
-    where both have it."""
+def test_a_head_that_is_no_copy_is_merged(tmp_path: Path) -> None:
+    """transformers does not tie a head that differs from the embedding, whatever the file says."""
     write_pair(tmp_path, "gpt2", "CausalLM", GPT)
     change_tensors(
         tmp_path / "b", lambda content: content | {"lm_head.weight": content["transformer.wte.weight"] + 1}
@@ -175,14 +185,26 @@ def test_a_head_that_is_no_copy_is_no_copy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "notes",
     [
-        {"unsloth_version": "2026.4.2"}, {"_attn_implementation_autoset": True}, {"neftune_noise_alpha": 5}, {"use_flash_attn": True},
-        {"temperature": 0.7}, {"tokenizer_class": "LlamaTokenizer"}, {"model_max_length": 4096}, {"unsloth_fixed": {"deep": [1, 2]}},
-        {"attention_dropout": 0.1}, {"hidden_act": ...}, {"rms_norm_eps": ...}, {"pretraining_tp": 2}, {"mlp_bias": ...},
-        {"rope_parameters": ..., "rope_theta": 10000.0}, {"num_key_value_heads": 2, "head_dim": ...}, {"axolotl_config": "x"},
+        {"unsloth_version": "2026.4.2"},
+        {"_attn_implementation_autoset": True},
+        {"neftune_noise_alpha": 5},
+        {"use_flash_attn": True},
+        {"temperature": 0.7},
+        {"tokenizer_class": "LlamaTokenizer"},
+        {"model_max_length": 4096},
+        {"unsloth_fixed": {"deep": [1, 2]}},
+        {"attention_dropout": 0.1},
+        {"hidden_act": ...},
+        {"rms_norm_eps": ...},
+        {"pretraining_tp": 2},
+        {"mlp_bias": ...},
+        {"rope_parameters": ..., "rope_theta": 10000.0},
+        {"num_key_value_heads": 2, "head_dim": ...},
+        {"axolotl_config": "x"},
     ],
     ids=str,
-)  # fmt: skip
-def test_notes_and_spelled_out_defaults_are_no_obstacle(notes: dict[str, Any], tmp_path: Path) -> None:
+)
+def test_unknown_fields_and_explicit_defaults_are_ignored(notes: dict[str, Any], tmp_path: Path) -> None:
     write_pair(tmp_path, "llama", "CausalLM", {})
     edit_config(tmp_path / "b", **notes)
     for order in ("ab", "ba"):
@@ -194,7 +216,7 @@ def test_notes_and_spelled_out_defaults_are_no_obstacle(notes: dict[str, Any], t
 
 
 def test_a_field_of_infinity_is_read_as_the_library_writes_it(tmp_path: Path) -> None:
-    """`time_step_limit` of Mamba2 is `[0.0, {"__float__": "Infinity"}]` in files; b leaves the default out."""
+    """Mamba2 writes `time_step_limit` as `[0.0, {"__float__": "Infinity"}]`; b leaves the default out."""
     sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2}
     write_pair(tmp_path, "mamba2", "CausalLM", sizes)
     assert "__float__" in (tmp_path / "a/config.json").read_text()
@@ -202,8 +224,8 @@ def test_a_field_of_infinity_is_read_as_the_library_writes_it(tmp_path: Path) ->
     plan_merge(config_in(tmp_path)).close()
 
 
-def test_a_field_that_only_names_kinds_of_layers_is_no_obstacle(tmp_path: Path) -> None:
-    """Fine-tunes of Qwen2 are published with other `max_window_layers` than their base, and no window at all."""
+def test_a_field_that_only_names_layer_types_is_ignored(tmp_path: Path) -> None:
+    """Fine-tunes of Qwen2 have another `max_window_layers` than their base, and no window at all."""
     write_pair(tmp_path, "qwen2", "CausalLM", {"max_window_layers": 28})
     edit_config(tmp_path / "b", max_window_layers=1, layer_types=..., sliding_window=4096)
     run_merge(config_in(tmp_path), tmp_path / "merged")
@@ -234,22 +256,21 @@ def test_fields_that_change_the_function_are_refused(
 
 
 def test_a_window_is_refused_where_the_class_has_one(tmp_path: Path) -> None:
-    """Mistral declares it, Llama does not: for a Llama it is a note."""
+    """Mistral declares a window, Llama does not: a Llama ignores it."""
     write_pair(tmp_path, "mistral", "CausalLM", {})
     edit_config(tmp_path / "b", sliding_window=7)
     with pytest.raises(UserError, match="sliding_window is 7, and 4096"):
         plan_merge(config_in(tmp_path))
 
 
-def test_without_the_library_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fields in both files count; a field in one file alone is refused with the way on; the library's own notes
-    never count."""
+def test_without_transformers_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields in both files are compared, one in a single file is refused, `_` fields are ignored."""
     write_pair(tmp_path, "llama", "CausalLM", {})
     without_the_library(monkeypatch)
     edit_config(tmp_path / "b", _attn_implementation_autoset=True)
     plan_merge(config_in(tmp_path)).close()
     edit_config(tmp_path / "b", unsloth_version="2026.4.2")
-    with pytest.raises(UserError, match="unsloth_version is 2026.4.2, and not said in .*transformers knows"):
+    with pytest.raises(UserError, match="unsloth_version is 2026.4.2, and not given in .*transformers knows"):
         plan_merge(config_in(tmp_path))
     edit_config(tmp_path / "b", unsloth_version=..., rms_norm_eps=1e-3)
     with pytest.raises(UserError, match="rms_norm_eps is 0.001, and 1e-06 in .*compute something else"):

@@ -1,4 +1,4 @@
-"""The search over weights on functions whose best is known, and merges that are never written."""
+"""The search for weights on functions of known optimum, and on merges in memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_grid_is_the_simplex() -> None:
     assert all(sum(point) == pytest.approx(1.0) for point in grid)
 
 
-def test_finer_steps_come_closer() -> None:
+def test_finer_steps_improve_the_best() -> None:
     target = (0.3, 0.6, 0.1)
     calls = []
 
@@ -51,7 +51,7 @@ def test_finer_steps_come_closer() -> None:
         search_weights(evaluate, 3, parts=4, budget=9)
 
 
-def test_the_front_and_what_is_left_out() -> None:
+def test_the_pareto_front_and_leave_one_out() -> None:
     trials = [
         Trial((w, 1 - w), {"a": (1 - w) ** 2, "b": w**2 + (0.5 if w == 0.25 else 0.0)})
         for w in (0.0, 0.25, 0.5, 1.0)
@@ -67,18 +67,29 @@ def test_the_front_and_what_is_left_out() -> None:
     assert changes[0]["code"] == pytest.approx(0.5)
 
 
-def test_nothing_is_left_of_a_vertex() -> None:
-    """Where one model has all the weight, what it is worth to the others has no number: JSON knows no infinity."""
+def test_leave_one_out_of_a_vertex_is_none() -> None:
+    """Where one model has all the weight, nothing is left without it: None, as JSON has no infinity."""
     changes = leave_one_out(lambda weights: {"code": weights[1]}, (1.0, 0.0))
     assert changes == [{"code": None}, {"code": 0.0}]
 
 
-def test_a_vertex_as_the_best_is_written_and_shown(tmp_path: Path) -> None:
+def test_a_vertex_as_the_best_is_written_and_printed(tmp_path: Path) -> None:
     """The whole command, with slerp, whose `t` is searched."""
     _, branches = write_branches(tmp_path, ("a", "b"))
     (tmp_path / "text.jsonl").write_text('{"id": "1", "text": "ein Text", "language": "de"}\n')
-    arguments = [*map(str, branches.values()), "--data", str(tmp_path / "text.jsonl"), "--method", "slerp",
-                 "--parts", "1", "--rounds", "0", "--out", str(tmp_path / "search.json")]  # fmt: skip
+    arguments = [
+        *map(str, branches.values()),
+        "--data",
+        str(tmp_path / "text.jsonl"),
+        "--method",
+        "slerp",
+        "--parts",
+        "1",
+        "--rounds",
+        "0",
+        "--out",
+        str(tmp_path / "search.json"),
+    ]
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     found = json.loads((tmp_path / "search.json").read_text(), parse_constant=pytest.fail)
     assert sorted(found["best"]["weights"]) == [0.0, 1.0]
@@ -87,16 +98,27 @@ def test_a_vertex_as_the_best_is_written_and_shown(tmp_path: Path) -> None:
     assert result.output.endswith(f"--t {found['best']['weights'][1]:g}\n")
 
 
-def test_questions_are_a_figure_too(tmp_path: Path) -> None:
-    """The share of wrong answers stands beside bits per byte, and is what `question_accuracy` says of the same model."""
+def test_questions_are_a_score_too(tmp_path: Path) -> None:
+    """The share of wrong answers is a score, equal to that of `question_accuracy` for the same model."""
     _, branches = write_branches(tmp_path, ("a", "b"))
     (tmp_path / "text.jsonl").write_text('{"id": "1", "text": "ein Text", "language": "de"}\n')
     messages = [{"role": "user", "content": "Text?"}, {"role": "assistant", "content": "Text"}]
     record = {"messages": messages, "answer": "Text", "language": "de"}
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps({**record, "id": str(number)}) + "\n" for number in range(3)))
-    arguments = [*map(str, branches.values()), "--data", str(tmp_path / "text.jsonl"), "--questions", f"wrong={asked}",
-                 "--parts", "1", "--rounds", "0", "--out", str(tmp_path / "search.json")]  # fmt: skip
+    arguments = [
+        *map(str, branches.values()),
+        "--data",
+        str(tmp_path / "text.jsonl"),
+        "--questions",
+        f"wrong={asked}",
+        "--parts",
+        "1",
+        "--rounds",
+        "0",
+        "--out",
+        str(tmp_path / "search.json"),
+    ]
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     trials = json.loads((tmp_path / "search.json").read_text())["trials"]
@@ -110,7 +132,7 @@ def test_questions_are_a_figure_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare-linear"])
-def test_in_memory_is_what_would_be_written(tmp_path: Path, method: str) -> None:
+def test_merges_in_memory_equal_those_on_disk(tmp_path: Path, method: str) -> None:
     base, branches = write_branches(tmp_path, ("a", "b"))
     with_base = method not in ("linear", "slerp")
     more = {"dare-linear": {"density": 1.0, "scale": 0.5}, "linear": {"normalize": False}}
@@ -127,7 +149,7 @@ def test_in_memory_is_what_would_be_written(tmp_path: Path, method: str) -> None
     assert torch.allclose(got, load_model(tmp_path / "out")(tokens), atol=1e-5)
 
 
-def test_what_cannot_be_searched(tmp_path: Path) -> None:
+def test_searches_without_weights_are_refused(tmp_path: Path) -> None:
     _, branches = write_branches(tmp_path, ("a", "b"))
     with pytest.raises(UserError, match="model-stock has no weights to search"):
         InMemoryMerge(list(branches.values()), method="model-stock")
@@ -146,19 +168,19 @@ def test_what_cannot_be_searched(tmp_path: Path) -> None:
         InMemoryMerge(list(branches.values()), tokenizer="first")
 
 
-def test_the_front_where_figures_are_equal() -> None:
-    """Better in one figure and equal in the other is better; equal in both beats nobody."""
+def test_the_pareto_front_with_equal_scores() -> None:
+    """Better in one score and equal in the other is better; equal in both is not."""
     scores = ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0})
     trials = [Trial((float(number),), one) for number, one in enumerate(scores)]
     assert pareto_front(trials) == trials[1:]
 
 
-def test_a_grid_as_large_as_the_budget_is_tried() -> None:
+def test_a_grid_as_large_as_the_budget_is_run() -> None:
     trials = search_weights(lambda weights: {"x": weights[0]}, 2, parts=4, rounds=1, budget=5)
     assert [trial.weights[0] for trial in trials] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
-def test_what_is_left_keeps_the_sum_that_all_weights_had_as_one() -> None:
+def test_the_other_weights_sum_to_one() -> None:
     """Weights that sum to 2 (task arithmetic): without the first, the others are divided to sum to 1."""
     seen: list[tuple[float, ...]] = []
     leave_one_out(lambda weights: {"x": float(seen.append(weights) is None)}, (1.0, 0.5, 0.5))
@@ -169,7 +191,7 @@ def test_what_is_left_keeps_the_sum_that_all_weights_had_as_one() -> None:
     ]
 
 
-def test_all_weights_are_tried_on_one_mask(tmp_path: Path) -> None:
+def test_all_weights_use_one_dare_mask(tmp_path: Path) -> None:
     """DARE drops the same entries for all weights: half of a weight is half of the change."""
     base, branches = write_branches(tmp_path, ("a", "b"))
     merged = InMemoryMerge(list(branches.values()), method="dare-linear", base=base, options={"density": 0.5})

@@ -16,7 +16,7 @@ from koine.errors import UserError
 from koine.model import load_model
 from koine.model.adapt import move_model
 from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 from tests.combine.models import write_branches
 from tests.combine.moe.test_upcycle import tensors
 from tests.train.fakes import fake_order
@@ -156,7 +156,7 @@ def test_a_mixture_keeps_its_files(world: tuple[Path, dict[str, Path]], tmp_path
     model = load_model(nexus)
     settings = TrainSettings(dtype="float32", threads=1)
     order = fake_order(tmp_path / "data", steps=(1,))
-    train(model, language_modelling, order, settings, out=tmp_path / "trained", tokenizer=nexus, init_from=nexus,
+    train(model, LanguageModelling(), order, settings, out=tmp_path / "trained", tokenizer=nexus, init_from=nexus,
           progress=False, device="cpu")  # fmt: skip
     run_merge(
         MergeConfig(method="linear", models=(nexus, tmp_path / "trained"), weights=(0.5, 0.5)),

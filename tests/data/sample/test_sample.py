@@ -1,4 +1,4 @@
-"""The sample world: right by hand where it can be checked, parallel, deterministic, and without leaks."""
+"""The sample world: facts checked by hand, parallel, deterministic, without leaks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_coverage() -> None:
     assert [by_cluster.count(name) for name in CLUSTERS] == [8, 8, 8]
 
 
-def test_every_phrase_has_its_slots_and_wordings_differ() -> None:
+def test_every_phrase_has_its_placeholders_and_wordings_differ() -> None:
     for code, own in phrases().items():
         for name, phrase in own.items():
             assert "{x}" in phrase, (code, name)
@@ -77,8 +77,8 @@ def test_facts_by_hand(code: str, fact: str, answer: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("order", [("zh", "he", "ja"), ("he", "ja", "zh")])
-def test_months_do_not_depend_on_who_was_asked_before(order: tuple[str, ...]) -> None:
-    """Babel itself mixes them up (see `calendar_names`); a fresh process for each order."""
+def test_months_do_not_depend_on_earlier_languages(order: tuple[str, ...]) -> None:
+    """Babel itself confuses them (see `calendar_names`); a new process for each order."""
     program = (
         "from koine.data.sample.rendering import sides\n"
         f"print([sides(code, 'month:12') for code in sorted({order!r}, key={order!r}.index)])\n"
@@ -90,8 +90,8 @@ def test_months_do_not_depend_on_who_was_asked_before(order: tuple[str, ...]) ->
     )
 
 
-def test_no_identifier_of_cldr_shows_anywhere() -> None:
-    """Babel writes `5 duration-day` where it finds no pattern; no language of ours may need that."""
+def test_no_cldr_identifier_is_in_the_text() -> None:
+    """Babel writes `5 duration-day` if it finds no pattern; none of our languages may need that."""
     for code in sample_languages():
         for unit in UNITS:
             assert not any(unit in shown for shown in quantities(code, unit, range(1, 32))), (code, unit)
@@ -169,8 +169,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_names_do_not_depend_on_the_languages_asked_before() -> None:
-    """All languages first, then those whose months, days and plural forms Babel's shared dictionaries get wrong after that."""
+def test_names_do_not_depend_on_earlier_languages() -> None:
+    """All languages first, then those that Babel's shared dictionaries get wrong after that."""
     script = (
         "from koine.data.sample import sample_languages\n"
         "from koine.data.sample.rendering import sides\n"

@@ -1,4 +1,4 @@
-"""Parts of a sequence's keys, each attended to by itself, mean together what the whole does."""
+"""Merged partial attention equals attention over all keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from koine.generate.cache.split_attention import (
-    by_products,
+    attention_by_matmul,
     mask_bias,
     merge_attention_states,
     partial_attention,
@@ -23,10 +23,12 @@ def slab_of(parts: int, keys: int, dtype: torch.dtype, *, apart: bool) -> tuple[
     return k, v
 
 
-@pytest.mark.parametrize("attend", [partial_attention, by_products])
+@pytest.mark.parametrize("attend", [partial_attention, attention_by_matmul])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_part_is_a_softmax_over_what_is_seen(attend: object, apart: bool, dtype: torch.dtype) -> None:
+def test_partial_attention_is_a_softmax_over_unmasked_keys(
+    attend: object, apart: bool, dtype: torch.dtype
+) -> None:
     assert callable(attend)
     q = torch.randn(5, 2, 3, 8).to(dtype)
     keys, values = slab_of(5, 16, dtype, apart=apart)
@@ -41,9 +43,9 @@ def test_a_part_is_a_softmax_over_what_is_seen(attend: object, apart: bool, dtyp
     assert (log_sum - scores.logsumexp(-1)).abs().max() <= near
 
 
-@pytest.mark.parametrize("attend", [partial_attention, by_products])
-def test_parts_meet(attend: object) -> None:
-    """Rows of two, one and three parts; one part of which nothing is seen, and one that is nobody's."""
+@pytest.mark.parametrize("attend", [partial_attention, attention_by_matmul])
+def test_merged_chunks_equal_attention_over_all_keys(attend: object) -> None:
+    """Rows of two, one and three chunks; one chunk is wholly masked, and one belongs to no row."""
     assert callable(attend)
     rows = torch.tensor([0, 2, 1, 0, 2, 2, 0])
     q = torch.randn(3, 2, 3, 8)

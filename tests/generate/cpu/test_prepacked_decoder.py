@@ -1,4 +1,4 @@
-"""Steps in buffers that stay equal the decoder without a cache: alone and together, windows that fill and wrap, sequences that come and go."""
+"""The prepacked forward pass equals the decoder without a cache, for one sequence and for batches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from koine.generate.cache.contexts import DecodeContext, PrefillContext
 from koine.generate.cache.paged_cache import CachedSequence, PagedCache
-from koine.generate.cpu.prepacked_decoder import PackedForward, packed_forward_of
-from koine.generate.cpu.prepacked_linear import PackedLinear, TransposedLinear, can_pack, pack
+from koine.generate.cpu.prepacked_decoder import PrepackedDecoder, build_prepacked_decoder
+from koine.generate.cpu.prepacked_linear import PrepackedLinear, TransposedLinear, can_prepack, prepack
 from koine.model import Decoder, ModelConfig
 from koine.model.config import MixtureConfig
 
 
-def read_prompts(forward: PackedForward, cache: PagedCache, texts: list[Tensor]) -> list[CachedSequence]:
+def read_prompts(forward: PrepackedDecoder, cache: PagedCache, texts: list[Tensor]) -> list[CachedSequence]:
     """Half of each text, then the rest."""
     sequences = [cache.add() for _ in texts]
     halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in texts]
@@ -26,14 +26,14 @@ def read_prompts(forward: PackedForward, cache: PagedCache, texts: list[Tensor])
 
 
 def read_part(
-    forward: PackedForward, cache: PagedCache, sequences: list[CachedSequence], parts: list[Tensor]
+    forward: PrepackedDecoder, cache: PagedCache, sequences: list[CachedSequence], parts: list[Tensor]
 ) -> list[Tensor]:
     context = PrefillContext(cache, sequences, [len(part) for part in parts])
     return list(torch.split(forward(torch.cat(parts), context), [len(part) for part in parts]))
 
 
 def in_steps(
-    model: Decoder, forward: PackedForward, cache: PagedCache, texts: list[tuple[CachedSequence, Tensor]]
+    model: Decoder, forward: PrepackedDecoder, cache: PagedCache, texts: list[tuple[CachedSequence, Tensor]]
 ) -> list[Tensor]:
     """Hidden states of the rest of each text, one token of all of them a step."""
     found, last = [], None
@@ -47,7 +47,7 @@ def in_steps(
     return [torch.stack(rows) for rows in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize("layout", [PackedLinear, TransposedLinear])
+@pytest.mark.parametrize("layout", [PrepackedLinear, TransposedLinear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @torch.inference_mode()
@@ -65,14 +65,15 @@ def test_steps_equal_the_decoder_without_a_cache(
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.uniform_(0.5, 1.5)
-    if not can_pack(model):
+    if not can_prepack(model):
         pytest.skip("this processor or build of torch packs no such weights")
-    pack(model)
-    forward = packed_forward_of(model)
+    prepack(model)
+    forward = build_prepacked_decoder(model)
     assert forward is not None
     long, short, late = (torch.randint(6, 98, (length,)) for length in (75, 40, 30))
     whole = {len(ids): model(ids[None])[0] for ids in (long, short, late)}
-    # float32: the same sums in another order, hidden states are of the order of 1; bfloat16 rounds each of them to 8 bits.
+    # float32: the same sums in another order, hidden states are of the order of 1; bfloat16 rounds each of
+    # them to 8 bits.
     near = 2e-5 if dtype == torch.float32 else 0.15
     cache = PagedCache.of_model(model, page=16)
     [first] = read_prompts(forward, cache, [long[:5]])
@@ -93,17 +94,17 @@ def test_steps_equal_the_decoder_without_a_cache(
 
 
 @pytest.fixture
-def packed(tiny: ModelConfig) -> tuple[Decoder, PackedForward]:
+def packed(tiny: ModelConfig) -> tuple[Decoder, PrepackedDecoder]:
     """A small model and what reads it."""
-    model = pack(Decoder(tiny).eval())
-    forward = packed_forward_of(model)
+    model = prepack(Decoder(tiny).eval())
+    forward = build_prepacked_decoder(model)
     if forward is None:
         pytest.skip("this build of torch packs no weights")
     return model, forward
 
 
 @torch.inference_mode()
-def test_prompts_equal_the_decoder_without_a_cache(packed: tuple[Decoder, PackedForward]) -> None:
+def test_prompts_equal_the_decoder_without_a_cache(packed: tuple[Decoder, PrepackedDecoder]) -> None:
     """One alone, several packed, and on from where each was."""
     model, forward = packed
     texts = [torch.randint(6, 98, (length,)) for length in (90, 33, 41)]
@@ -121,7 +122,7 @@ def test_prompts_equal_the_decoder_without_a_cache(packed: tuple[Decoder, Packed
 
 
 @torch.inference_mode()
-def test_pages_in_several_runs(packed: tuple[Decoder, PackedForward]) -> None:
+def test_pages_in_several_runs(packed: tuple[Decoder, PrepackedDecoder]) -> None:
     """A sequence whose pages do not lie together, alone: its windows are read in place all the same."""
     model, forward = packed
     ids, other = torch.randint(6, 98, (60,)), torch.randint(6, 98, (20,))
@@ -134,7 +135,7 @@ def test_pages_in_several_runs(packed: tuple[Decoder, PackedForward]) -> None:
     assert (got - model(ids[None])[0, 19:]).abs().max() <= 2e-5
 
 
-def test_who_has_none(tiny: ModelConfig) -> None:
-    assert packed_forward_of(Decoder(tiny)) is None
+def test_models_without_a_prepacked_forward_pass(tiny: ModelConfig) -> None:
+    assert build_prepacked_decoder(Decoder(tiny)) is None
     mixture = replace(tiny, mixture=MixtureConfig(experts=("a", "b")))
-    assert packed_forward_of(pack(Decoder(mixture))) is None
+    assert build_prepacked_decoder(prepack(Decoder(mixture))) is None

@@ -1,4 +1,4 @@
-"""A grammar's masks: whatever is drawn from them is a document of the schema, judged by `json` and `jsonschema`."""
+"""Whatever is sampled under a grammar's masks is a valid document (`json`, `jsonschema`)."""
 
 from __future__ import annotations
 
@@ -110,14 +110,14 @@ def test_every_value_can_be_reached(value: Any, seed: int, tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize("value", ["東京は", "e\u0301e\u0301", "<BOS_TOKEN>", "a  b"], ids=ascii)
-def test_a_forced_text_is_written_whatever_is_drawn(value: str, tokenizer: Tokenizer) -> None:
+def test_the_only_possible_text_is_generated_whatever_is_sampled(value: str, tokenizer: Tokenizer) -> None:
     grammar = Grammar.from_json_schema({"const": value}, tokenizer)
     for seed in range(5):
         ids = walk(grammar.start(), random.Random(seed))
         assert tokenizer.decode(ids) == json.dumps(value, ensure_ascii=False)
 
 
-def test_the_end_is_allowed_exactly_where_the_document_is_whole(tokenizer: Tokenizer) -> None:
+def test_the_end_token_is_allowed_exactly_where_the_document_is_complete(tokenizer: Tokenizer) -> None:
     state = Grammar.from_json_schema({"type": "integer", "minimum": 0, "maximum": 120}, tokenizer).start()
     end = tokenizer.end_of_turn_id
     assert not state.complete
@@ -151,7 +151,7 @@ def test_masks_cover_the_vocabulary_and_no_special_token(tokenizer: Tokenizer) -
     assert state.complete
 
 
-def test_states_of_one_grammar_do_not_touch_each_other(tokenizer: Tokenizer) -> None:
+def test_states_of_one_grammar_are_independent(tokenizer: Tokenizer) -> None:
     grammar = Grammar.from_json_schema(SCHEMAS["object"], tokenizer)
     first, second = grammar.start(), grammar.start()
     before = second.mask()
@@ -224,7 +224,7 @@ def test_a_vocabulary_that_is_not_bytes_is_refused() -> None:
 
 @pytest.mark.parametrize("leading_space", [True, False])
 def test_a_byte_fallback_vocabulary_is_constrained_too(leading_space: bool, tmp_path: Path) -> None:
-    """Llama's and Gemma's: `▁` and `<0xE0>` stand for bytes as the characters of a byte-level vocabulary do."""
+    """Llama's and Gemma's vocabularies: `▁` and `<0xE0>` stand for bytes."""
     from koine.tokenizer import load_tokenizer
     from tests.tokenizer.conftest import save_metaspace
 

@@ -1,8 +1,8 @@
 """An OpenAI-compatible server that misbehaves on request; run as a script it is a process of its own.
 
-It answers a conversation whose last message is C with `C|SEED|N` where this is the N-th time that C is asked. `POST /control`
-with `{"plans": {C: [STEP, ...]}, "key": K}` says how the first requests for C go (then they go well) and which key is
-wanted. A step holds any of
+It answers a conversation whose last message is C with `C|SEED|N` where this is the N-th time that C is asked.
+`POST /control` with `{"plans": {C: [STEP, ...]}, "key": K}` says how the first requests for C go (then they
+go well) and which key is wanted. A step holds any of
 
     status, headers, body   answer with these (`body` is sent as it is, with status 200 where none is given)
     drop                    close the connection with no answer
@@ -11,7 +11,8 @@ wanted. A step holds any of
     meet                    answer when so many requests are here at once
     finish, usage, content, logprobs    replace these parts of the answer
 
-`{"reset": true}` forgets everything. `GET /seen` tells the requests so far and how many were here at once at most.
+`{"reset": true}` forgets everything. `GET /seen` tells the requests so far and how many were here at once at
+most.
 """
 
 from __future__ import annotations

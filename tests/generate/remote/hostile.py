@@ -1,7 +1,7 @@
 """A server that speaks HTTP by hand and wishes ill: run as a script it is a process of its own.
 
-The last message of a conversation names what it does (`SCRIPTS`). It knows the key of the request and sends it back in
-every place and spelling that it can think of. `GET /count` tells how many requests have come.
+The last message of a conversation names what it does (`SCRIPTS`). It knows the key of the request and sends
+it back in every place and spelling that it can think of. `GET /count` tells how many requests have come.
 """
 
 from __future__ import annotations

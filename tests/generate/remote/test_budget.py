@@ -58,14 +58,14 @@ def test_the_ceiling_counts_what_is_unsettled(tmp_path: Path) -> None:
      '{"version": 1, "spent": "-1", "unsettled": "0", "calls": 0, "prompt_tokens": 0, "completion_tokens": 0}',
      '{"version": 1, "spent": "nan", "unsettled": "0", "calls": 0, "prompt_tokens": 0, "completion_tokens": 0}'],
 )  # fmt: skip
-def test_a_damaged_ledger_is_never_begun_anew(text: str, tmp_path: Path) -> None:
+def test_a_damaged_ledger_is_never_replaced_by_an_empty_one(text: str, tmp_path: Path) -> None:
     (tmp_path / "ledger.json").write_text(text)
     with pytest.raises(UserError, match="the ledger is damaged"):
         Ledger(a_budget(), tmp_path)
     assert (tmp_path / "ledger.json").read_text() == text
 
 
-def test_a_ledger_that_was_lowered_by_hand_never_falls_below_nothing(tmp_path: Path) -> None:
+def test_a_ledger_lowered_by_hand_never_falls_below_zero(tmp_path: Path) -> None:
     ledger = Ledger(a_budget(), tmp_path)
     assert ledger.reserve(Decimal("0.5"))
     path = tmp_path / "ledger.json"
@@ -83,6 +83,6 @@ def test_a_folder_in_place_of_the_ledger(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "amount", ["much", "-1", "nan", "inf", "sNaN", "1e30", "1e-40", "True", "[1]", "1" * 5000]
 )
-def test_what_is_no_amount_of_money(amount: str) -> None:
+def test_an_invalid_amount_of_money_is_refused(amount: str) -> None:
     with pytest.raises(UserError, match=re.escape(amount[:30])):
         a_budget(amount)

@@ -1,4 +1,4 @@
-"""The remote engine against a real server in a process of its own, which fails in every way that servers do."""
+"""The remote engine against a real server in another process, which fails in many ways."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_it_works_where_an_event_loop_is_running(endpoint: Endpoint) -> None:
     assert asyncio.run(notebook()) == ["a|None|1"]
 
 
-def test_as_many_requests_at_a_time_as_wanted_and_no_more(endpoint: Endpoint) -> None:
+def test_concurrency_is_reached_and_never_exceeded(endpoint: Endpoint) -> None:
     names = [str(number) for number in range(12)]
     # each of the first three answers only once three are there together
     endpoint.plan(**{name: [{"meet": 3}] for name in names})
@@ -224,7 +224,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_answer_is_asked_again_once(name: str, endpoint: Endpoint, fake: FakeTime) -> None:
+def test_a_malformed_response_is_retried_once(name: str, endpoint: Endpoint, fake: FakeTime) -> None:
     endpoint.plan(q=[MALFORMED[name]], r=[MALFORMED[name]] * 9)
     assert texts(engine(endpoint, fake), "q") == ["q|None|2"]
     with pytest.raises(UserError, match="no answer after 2 attempts .*malformed.*twice in the same way"):
@@ -233,7 +233,7 @@ def test_a_malformed_answer_is_asked_again_once(name: str, endpoint: Endpoint, f
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_a_passing_failure_is_asked_again(name: str, endpoint: Endpoint, fake: FakeTime) -> None:
+def test_a_transient_failure_is_retried(name: str, endpoint: Endpoint, fake: FakeTime) -> None:
     endpoint.plan(q=[PASSING[name], PASSING[name]])
     assert texts(engine(endpoint, fake), "q") == ["q|None|3"]
     first, second = fake.slept
@@ -241,13 +241,13 @@ def test_a_passing_failure_is_asked_again(name: str, endpoint: Endpoint, fake: F
     assert 1.0 <= second <= 2.0
 
 
-def test_an_answer_past_the_time_out_is_asked_again(endpoint: Endpoint, fake: FakeTime) -> None:
+def test_a_time_out_is_retried(endpoint: Endpoint, fake: FakeTime) -> None:
     endpoint.plan(q=[{"hang": True}])
     assert texts(engine(endpoint, fake, timeout=0.3), "q") == ["q|None|2"]
     assert len(fake.slept) == 1
 
 
-def test_a_server_that_is_not_there_is_given_up_in_the_end(fake: FakeTime) -> None:
+def test_an_absent_server_is_given_up_after_all_attempts(fake: FakeTime) -> None:
     gone = Endpoint()
     gone.close()
     remote = engine(gone, fake, retries=RetryPolicy(attempts=3))
@@ -256,13 +256,13 @@ def test_a_server_that_is_not_there_is_given_up_in_the_end(fake: FakeTime) -> No
     assert len(fake.slept) == 2
 
 
-def test_the_wait_that_the_endpoint_asks_for_is_kept(endpoint: Endpoint, fake: FakeTime) -> None:
+def test_retry_after_is_respected(endpoint: Endpoint, fake: FakeTime) -> None:
     endpoint.plan(q=[{"status": 429, "headers": {"Retry-After": "7"}}])
     assert texts(engine(endpoint, fake), "q") == ["q|None|2"]
     assert sum(fake.slept) >= 7
 
 
-def test_an_endpoint_that_asks_for_too_long_a_wait_is_given_up(endpoint: Endpoint, fake: FakeTime) -> None:
+def test_a_retry_after_that_is_too_long_is_given_up(endpoint: Endpoint, fake: FakeTime) -> None:
     endpoint.plan(
         q=[{"status": 429, "headers": {"Retry-After": "3600"}, "body": '{"error": {"message": "quota"}}'}]
     )
@@ -286,7 +286,7 @@ def test_the_same_seed_gives_the_same_waits(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 418, 422])
-def test_a_refusal_is_told_at_once_in_the_servers_words(
+def test_a_permanent_error_is_reported_at_once_with_the_servers_message(
     status: int, endpoint: Endpoint, fake: FakeTime
 ) -> None:
     endpoint.plan(q=[{"status": status, "body": '{"error": {"message": "because\\nI say so"}}'}])
@@ -296,7 +296,7 @@ def test_a_refusal_is_told_at_once_in_the_servers_words(
     assert fake.slept == []
 
 
-def test_an_answer_ended_for_another_reason_is_an_error(endpoint: Endpoint) -> None:
+def test_a_completion_that_ended_for_another_reason_is_an_error(endpoint: Endpoint) -> None:
     endpoint.plan(b=[{"finish": "content_filter"}])
     with pytest.raises(
         UserError, match="conversation 2: the endpoint ended the answer with 'content_filter'"
@@ -304,7 +304,7 @@ def test_an_answer_ended_for_another_reason_is_an_error(endpoint: Endpoint) -> N
         texts(engine(endpoint), "a", "b")
 
 
-def test_after_a_failure_the_rest_is_kept_and_only_the_rest_is_paid(
+def test_after_a_failure_completions_are_kept_and_only_the_missing_are_paid(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # b is refused while a is under way; a's answer still comes in, c is never sent
@@ -314,7 +314,7 @@ def test_after_a_failure_the_rest_is_kept_and_only_the_rest_is_paid(
         endpoint.control(release=True)
         return error_text(content, charset)
 
-    monkeypatch.setattr("koine.generate.remote.engine.error_text", refused)
+    monkeypatch.setattr("koine.generate.remote.call_runner.error_text", refused)
     with pytest.raises(UserError, match="conversation 2"):
         texts(engine(endpoint, cache=tmp_path, concurrency=2), "a", "b", "c")
     assert sorted(endpoint.questions()) == ["a", "b"]
@@ -363,7 +363,7 @@ def test_the_key_is_sent_and_shows_nowhere(
 @pytest.mark.parametrize(
     ("value", "says"), [("", "is not set"), ("a b", "holds no key"), ("schlüssel", "holds no key")]
 )
-def test_a_key_that_is_none(value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_key_is_refused(value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_KEY", value)
     with pytest.raises(UserError, match=f"THE_KEY {says}") as raised:
         RemoteEngine("http://127.0.0.1:1/v1", "m", api_key_variable="THE_KEY")
@@ -373,14 +373,14 @@ def test_a_key_that_is_none(value: str, says: str, monkeypatch: pytest.MonkeyPat
 # --- the cache ---
 
 
-def test_what_was_answered_is_not_asked_again(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_cached_completion_is_not_requested_again(endpoint: Endpoint, tmp_path: Path) -> None:
     first = engine(endpoint, cache=tmp_path).generate(asked("a", "b"), GREEDY)
     again = engine(endpoint, cache=tmp_path).generate(asked("b", "a"), GREEDY)
     assert again == first[::-1]
     assert len(endpoint.questions()) == 2
 
 
-def test_another_model_setting_or_text_is_another_question(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_another_model_setting_or_text_is_another_request(endpoint: Endpoint, tmp_path: Path) -> None:
     texts(engine(endpoint, cache=tmp_path), "a")
     texts(engine(endpoint, cache=tmp_path, model="other"), "a")
     texts(engine(endpoint, cache=tmp_path), "a ")
@@ -388,7 +388,7 @@ def test_another_model_setting_or_text_is_another_question(endpoint: Endpoint, t
     assert len(endpoint.questions()) == 4
 
 
-def test_the_order_of_a_schemas_keys_is_part_of_the_question(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_the_order_of_a_schemas_keys_is_part_of_the_request(endpoint: Endpoint, tmp_path: Path) -> None:
     """It is the order in which an answer's keys are written; the same order again is the same question."""
     for names in (("a", "b"), ("b", "a"), ("a", "b")):
         schema = {"type": "object", "properties": {name: {"type": "null"} for name in names}}
@@ -397,7 +397,7 @@ def test_the_order_of_a_schemas_keys_is_part_of_the_question(endpoint: Endpoint,
     assert len(endpoint.questions()) == 2
 
 
-def test_draws(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_samples_with_and_without_a_seed(endpoint: Endpoint, tmp_path: Path) -> None:
     """Greedy: one question however often it stands there. With a seed: one a place. Without: one a draw."""
     assert texts(engine(endpoint, cache=tmp_path), "g", "g") == ["g|None|1"] * 2
     seeded, free = Sampling(seed=5), Sampling()
@@ -429,7 +429,9 @@ def with_answer(entry: str, **changes: Any) -> bytes:
     "damage",
     ["cut", "empty", "text", "moved", "bytes", "kind", "number", "deep", "nan", "types", "surrogate"],
 )
-def test_a_damaged_entry_is_seen_and_asked_again(damage: str, endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_damaged_cache_entry_is_detected_and_requested_again(
+    damage: str, endpoint: Endpoint, tmp_path: Path
+) -> None:
     texts(engine(endpoint, cache=tmp_path), "q", "other")
     entries = {
         json.loads(path.read_text())["request"]["body"]["messages"][0]["content"]: path
@@ -501,7 +503,7 @@ def test_two_processes_on_one_cache_pay_once(endpoint: Endpoint, tmp_path: Path)
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-def test_a_claim_goes_with_its_holder(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_request_lock_ends_with_its_process(endpoint: Endpoint, tmp_path: Path) -> None:
     """The operating system gives it back when a process is killed; no clock is asked."""
     endpoint.plan(a=[{"hang": True}])
     with start_asking(endpoint, tmp_path, "a") as other:
@@ -512,7 +514,9 @@ def test_a_claim_goes_with_its_holder(endpoint: Endpoint, tmp_path: Path) -> Non
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-def test_who_waits_asks_where_the_other_fails(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_waiting_process_sends_the_request_where_the_other_fails(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
     endpoint.plan(a=[{"hang": True, "status": 400}])
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(texts, engine(endpoint, cache=tmp_path), "a")
@@ -529,7 +533,7 @@ def test_who_waits_asks_where_the_other_fails(endpoint: Endpoint, tmp_path: Path
 
 
 def full(monkeypatch: pytest.MonkeyPatch, *names: str, free_after: int = 1000) -> None:
-    """Writing a file whose path holds one of `names` fails as on a full disk, the first `free_after` times."""
+    """Let writing files with one of `names` in their path fail as on a full disk, `free_after` times."""
     from koine import files
     from koine.files import writing
 
@@ -545,13 +549,13 @@ def full(monkeypatch: pytest.MonkeyPatch, *names: str, free_after: int = 1000) -
     monkeypatch.setattr(writing, "write_atomically", refuse)
 
 
-def test_an_answer_that_the_disk_does_not_take_is_given_all_the_same(
+def test_a_completion_is_returned_though_it_cannot_be_written(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = engine(endpoint, cache=tmp_path, budget=budget("10"))
     full(monkeypatch, "answers", free_after=1)
     with pytest.warns(
-        KoineWarning, match="the disk is full; 1 paid answer could not be kept, and will be asked"
+        KoineWarning, match="the disk is full; 1 paid answer could not be kept, and will be requested"
     ):
         assert texts(remote, "a") == ["a|None|1"]
     # the same engine keeps it as soon as there is room
@@ -560,7 +564,7 @@ def test_an_answer_that_the_disk_does_not_take_is_given_all_the_same(
     assert endpoint.questions() == ["a"]
 
 
-def test_a_price_that_the_disk_does_not_take_costs_no_answer(
+def test_a_completion_is_returned_though_its_price_cannot_be_written(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call stays in the ledger at its worst."""
@@ -576,7 +580,7 @@ def test_a_price_that_the_disk_does_not_take_costs_no_answer(
     assert remote.spending().at_most == WORST  # type: ignore[union-attr]
 
 
-def test_a_full_disk_begins_no_other_call(
+def test_a_full_disk_starts_no_other_call(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full(monkeypatch, "answers")
@@ -586,7 +590,7 @@ def test_a_full_disk_begins_no_other_call(
     assert endpoint.questions() == ["a"]
 
 
-def test_a_ledger_that_cannot_be_written_before_a_call_lets_none_out(
+def test_no_call_is_sent_where_the_ledger_cannot_be_written(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full(monkeypatch, "ledger")
@@ -605,7 +609,7 @@ def test_a_file_where_the_cache_must_go(name: str, endpoint: Endpoint, tmp_path:
     assert endpoint.questions() == []
 
 
-def test_an_answer_of_a_later_koine_is_not_paid_again(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_cache_entry_of_a_later_koine_is_not_paid_again(endpoint: Endpoint, tmp_path: Path) -> None:
     texts(engine(endpoint, cache=tmp_path), "q")
     [entry] = tmp_path.glob("answers/*/*.json")
     entry.write_text(entry.read_text().replace('"version": 1', '"version": 2'))
@@ -622,7 +626,10 @@ def test_an_answer_of_a_later_koine_is_not_paid_again(endpoint: Endpoint, tmp_pa
 
 
 def budget(ceiling: str, *, prompt: str = "1000", completion: str = "10000") -> Budget:
-    """Prices for a million: 0.001 for a token of a prompt, 0.01 for one of an answer. An answer takes 10 and 5."""
+    """Prices for a million: 0.001 for a token of a prompt, 0.01 for one of an answer.
+
+    An answer takes 10 and 5.
+    """
     return Budget(prompt_price=prompt, completion_price=completion, ceiling=ceiling)
 
 
@@ -640,7 +647,7 @@ def test_a_call_that_might_pass_the_ceiling_is_never_sent(endpoint: Endpoint, tm
     assert texts(engine(endpoint, cache=tmp_path, budget=budget(str(WORST))), "a") == ["a|None|1"]
 
 
-def test_real_prices_are_counted_and_a_restart_goes_on_counting(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_reported_tokens_are_counted_and_a_restart_continues(endpoint: Endpoint, tmp_path: Path) -> None:
     # room for the worst case of one more call after three real ones, not after four
     ceiling = str(WORST + 3 * REAL)
     for question in "abc":
@@ -659,7 +666,7 @@ def test_real_prices_are_counted_and_a_restart_goes_on_counting(endpoint: Endpoi
     assert endpoint.questions() == list("abcd")
 
 
-def test_calls_wait_for_the_money_that_others_hold_back(endpoint: Endpoint) -> None:
+def test_calls_wait_for_the_costs_that_others_have_reserved(endpoint: Endpoint) -> None:
     """The ceiling has room for one worst case at a time and for all real prices together."""
     remote = engine(endpoint, budget=budget(str(WORST + 5 * REAL)), concurrency=4)
     assert len(texts(remote, *"abcdef")) == 6
@@ -685,7 +692,7 @@ def test_calls_wait_for_the_money_that_others_hold_back(endpoint: Endpoint) -> N
     ],
     ids=str,
 )
-def test_money_that_may_be_gone_is_counted(
+def test_calls_without_a_response_are_counted_at_their_worst_case(
     step: dict[str, Any], unsettled: Decimal, endpoint: Endpoint, tmp_path: Path
 ) -> None:
     endpoint.plan(q=[step])
@@ -704,7 +711,7 @@ def test_a_refused_call_costs_nothing(endpoint: Endpoint) -> None:
     assert remote.spending().at_most == 0  # type: ignore[union-attr]
 
 
-def test_an_answer_without_usage_is_counted_at_its_worst(endpoint: Endpoint) -> None:
+def test_a_response_without_usage_is_counted_at_its_worst_case(endpoint: Endpoint) -> None:
     endpoint.plan(q=[{"usage": None}])
     remote = engine(endpoint, budget=budget("10"))
     with pytest.warns(KoineWarning, match="1 answers .* do not say how many tokens"):
@@ -740,14 +747,14 @@ def test_the_estimate_is_what_the_calls_may_take(endpoint: Endpoint, tmp_path: P
 # --- pace ---
 
 
-def test_requests_keep_to_the_rate(endpoint: Endpoint, fake: FakeTime) -> None:
+def test_requests_stay_within_the_rate_limit(endpoint: Endpoint, fake: FakeTime) -> None:
     remote = engine(endpoint, fake, limits=RateLimits(requests_per_minute=2), concurrency=1)
     texts(remote, *"abcde")
     # two at once, two a minute later, one after another minute
     assert fake.slept == [60.0, 60.0]
 
 
-def test_tokens_keep_to_the_rate_and_real_counts_replace_the_worst(
+def test_tokens_stay_within_the_rate_limit_and_reported_counts_replace_bounds(
     endpoint: Endpoint, fake: FakeTime
 ) -> None:
     # a worst case is 135 tokens, a real one 15: the next fits as long as 135 are free
@@ -759,7 +766,7 @@ def test_tokens_keep_to_the_rate_and_real_counts_replace_the_worst(
 # --- Ctrl-C ---
 
 
-def test_an_interrupt_ends_the_calls_and_keeps_the_answers(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_calls_and_keeps_completions(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.plan(slow=[{"hang": True}])
     script = textwrap.dedent(
         f"""
@@ -807,7 +814,7 @@ def test_an_interrupt_ends_the_calls_and_keeps_the_answers(endpoint: Endpoint, t
         ({"timeout": 0}, "timeout is 0"),
         ({"timeout": True}, "timeout is True"),
         ({"timeout": float("nan")}, "timeout is nan"),
-        ({"timeout": "5"}, "timeout is 5"),
+        ({"timeout": "5"}, "timeout is '5'"),
         ({"concurrency": 2.5}, "concurrency is 2.5"),
         ({"concurrency": True}, "concurrency is True"),
         ({"model": 5}, "no model is named"),
@@ -835,9 +842,7 @@ def test_text_that_is_no_unicode_cannot_be_sent(endpoint: Endpoint) -> None:
     assert endpoint.questions() == []
 
 
-def test_half_characters_of_an_answer_become_replacement_characters(
-    endpoint: Endpoint, tmp_path: Path
-) -> None:
+def test_incomplete_characters_become_replacement_characters(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.plan(q=[{"body": json.dumps(spoken("a\ud800b😀"))}])
     assert texts(engine(endpoint, cache=tmp_path), "q") == ["a\ufffdb😀"]
     assert texts(engine(endpoint, cache=tmp_path), "q") == ["a\ufffdb😀"]

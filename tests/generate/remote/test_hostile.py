@@ -1,4 +1,4 @@
-"""A server that knows the key and wishes ill: the key shows nowhere, and no answer takes memory or time without end."""
+"""A malicious server that knows the key: the key shows nowhere, and memory and time are bounded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 from koine.errors import UserError
 from koine.generate import Completion, RemoteEngine, Sampling
 from koine.generate.remote.budget import Budget
-from koine.generate.remote.redaction import Mask, masked_logs, proxy_passwords
-from koine.generate.remote.response_body import BodyError, _unpacked
+from koine.generate.remote.redaction import Redactor, proxy_passwords, redact_logs
+from koine.generate.remote.response_body import BodyError, _decompress
 from koine.generate.remote.retry import RetryPolicy
 from tests.generate.remote.hostile import SCRIPTS, answer, escaped
 
@@ -93,14 +93,14 @@ def test_the_key_shows_nowhere(
 
 
 @pytest.mark.parametrize("script", sorted(ANSWERED - {"answer", "answer in base64"}))
-def test_what_good_servers_do_is_understood(script: str, root: str) -> None:
+def test_features_of_good_servers_are_supported(script: str, root: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         text = ask(root, script).text
     assert text == {"latin-1": "Größe", "ill UTF-8": "Nine lam\ufffdps."}.get(script, "Nine lamps.")
 
 
-def test_a_redirect_is_told_and_not_followed(root: str) -> None:
+def test_a_redirect_is_reported_and_not_followed(root: str) -> None:
     before = requests(root)
     with pytest.raises(UserError, match=r"HTTP 307; .* leads to: http://evil\.example/\*\*\*"):
         ask(root, "redirect")
@@ -111,7 +111,7 @@ def test_a_redirect_is_told_and_not_followed(root: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["endless", "bomb"])
-def test_an_answer_is_held_to_a_size_and_not_paid_on(script: str, root: str) -> None:
+def test_an_oversized_response_is_not_read_to_its_end(script: str, root: str) -> None:
     """4 MB and 2 KB a token: a gigabyte that unpacks or comes without end is left where it passes that."""
     before, paid = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, requests(root)
     budget = Budget(prompt_price=1, completion_price=1, ceiling=1)
@@ -121,13 +121,13 @@ def test_an_answer_is_held_to_a_size_and_not_paid_on(script: str, root: str) -> 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
-def test_a_drip_is_left_when_the_time_is_over(root: str) -> None:
+def test_a_slow_drip_ends_at_the_time_out(root: str) -> None:
     with pytest.raises(UserError, match=r"no answer within 0\.3 s"):
         ask(root, "drip", timeout=0.3)
 
 
 @pytest.mark.parametrize("encodings", ["gzip", "gzip, gzip", "deflate", "deflate, gzip", "x-gzip"])
-def test_packed_bodies(encodings: str) -> None:
+def test_compressed_bodies(encodings: str) -> None:
     import gzip
     import zlib
 
@@ -135,13 +135,13 @@ def test_packed_bodies(encodings: str) -> None:
     packed = body
     for name in encodings.split(", "):
         packed = zlib.compress(packed) if name == "deflate" else gzip.compress(packed)
-    assert _unpacked(packed, encodings, 10_000) == body
+    assert _decompress(packed, encodings, 10_000) == body
     with pytest.raises(BodyError, match="longer than 50 bytes"):
-        _unpacked(packed, encodings, 50)
+        _decompress(packed, encodings, 50)
     with pytest.raises(BodyError, match=r"breaks off|cannot be unpacked"):
-        _unpacked(packed[:-1], encodings, 10_000)
+        _decompress(packed[:-1], encodings, 10_000)
     raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    assert _unpacked(raw.compress(body) + raw.flush(), "deflate", 10_000) == body
+    assert _decompress(raw.compress(body) + raw.flush(), "deflate", 10_000) == body
 
 
 # --- the mask ---
@@ -167,12 +167,12 @@ def test_packed_bodies(encodings: str) -> None:
     ],
 )
 def test_spellings(spelled: str) -> None:
-    mask = Mask([KEY])
+    redactor = Redactor([KEY])
     for text in (f"before {spelled} after", spelled):
-        for masked in (mask.text(text), mask.answer(text), mask.line(text)):
+        for masked in (redactor.text(text), redactor.completion(text), redactor.line(text)):
             assert "***" in masked
             assert len(masked) <= len("before  after") + 7, masked
-    assert mask.line(f"before {spelled} after").startswith("before *")
+    assert redactor.line(f"before {spelled} after").startswith("before *")
 
 
 @pytest.mark.parametrize("place", range(6))
@@ -181,44 +181,47 @@ def test_base64_at_every_alignment(place: int) -> None:
 
     for form in (base64.b64encode, base64.urlsafe_b64encode, base64.b32encode):
         coded = form(b"x" * place + KEY.encode() + b"yz").decode()
-        masked = Mask([KEY]).answer(coded)
+        masked = Redactor([KEY]).completion(coded)
         assert "***" in masked
         assert len(masked) < len(coded) - 16
 
 
-def test_a_placeholder_for_a_key_is_a_word_and_stays_in_answers() -> None:
+def test_a_placeholder_for_a_key_stays_in_completions() -> None:
     """Servers without keys are given one of these; an answer may use the word."""
     for word in ("EMPTY", "none", "ollama", "not-needed", "x", ""):
-        mask = Mask([word])
-        assert mask.answer(f"An empty room: {word} is not needed.") == f"An empty room: {word} is not needed."
-    assert Mask(["EMPTY"]).line("key EMPTY") == "key ***"
-    assert Mask(["x"]).line("an example") == "an example"
+        redactor = Redactor([word])
+        assert (
+            redactor.completion(f"An empty room: {word} is not needed.")
+            == f"An empty room: {word} is not needed."
+        )
+    assert Redactor(["EMPTY"]).line("key EMPTY") == "key ***"
+    assert Redactor(["x"]).line("an example") == "an example"
 
 
 def test_a_line_is_text() -> None:
-    assert Mask().line("\x1b[31ma\r\nb\u202ec\x00 \x9bd\u2028e") == "[31ma b c d e"
-    assert Mask().line("x" * 1000) == "x" * 300 + "..."
-    assert Mask([KEY]).line("x" * 295 + KEY) == "x" * 295 + "***"
+    assert Redactor().line("\x1b[31ma\r\nb\u202ec\x00 \x9bd\u2028e") == "[31ma b c d e"
+    assert Redactor().line("x" * 1000) == "x" * 300 + "..."
+    assert Redactor([KEY]).line("x" * 295 + KEY) == "x" * 295 + "***"
 
 
-def test_a_line_of_a_body_of_megabytes_looks_at_its_beginning_alone() -> None:
-    mask = Mask([KEY])
-    assert mask.line("a " * 10_000_000) == "a " * 150 + "..."
+def test_only_the_start_of_a_huge_body_is_searched() -> None:
+    redactor = Redactor([KEY])
+    assert redactor.line("a " * 10_000_000) == "a " * 150 + "..."
     for cut in range(1, len(KEY)):
-        assert not shows_key(mask.line(" " * ((1 << 16) - cut) + KEY), 3)
+        assert not shows_key(redactor.line(" " * ((1 << 16) - cut) + KEY), 3)
 
 
 def test_long_texts_are_masked_in_linear_time() -> None:
-    """Two million characters that nearly are the key, plain and escaped; the square of that would take days."""
-    mask = Mask([KEY])
-    assert mask.text(KEY[:-1].replace("e", "x") * 100_000)
-    assert mask.answer((KEY[:-1] + "\\") * 50_000)
+    """Two million characters that are nearly the key; quadratic time would take days."""
+    redactor = Redactor([KEY])
+    assert redactor.text(KEY[:-1].replace("e", "x") * 100_000)
+    assert redactor.completion((KEY[:-1] + "\\") * 50_000)
 
 
-def test_the_logs_filter_goes_again() -> None:
+def test_the_log_filter_is_removed() -> None:
     logger = logging.getLogger("httpx2")
     before = list(logger.filters)
-    with masked_logs(Mask([KEY])):
+    with redact_logs(Redactor([KEY])):
         assert len(logger.filters) == len(before) + 1
     assert logger.filters == before
 
@@ -260,7 +263,7 @@ def test_the_key_in_place_of_its_variable_the_model_or_a_message() -> None:
     remote = RemoteEngine("http://host/v1", "m", api_key_variable="THE_KEY")
     with pytest.raises(UserError, match="conversation 1 holds the key"):
         remote.generate([[{"role": "user", "content": f"Is {KEY} mine?"}]], Sampling())
-    assert not shows_key(repr(vars(remote)["_headers"]) + repr(vars(remote)["_mask"]))
+    assert not shows_key(repr(vars(remote)["_headers"]) + repr(vars(remote)["_runner"]))
 
 
 def test_engines_in_threads_mask_their_own_keys(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from koine.errors import UserError
-from koine.generate.remote.protocol import most_prompt_tokens, request_body
-from koine.generate.remote.redaction import Mask
-from koine.generate.remote.responses import error_text, read_usage
+from koine.generate.remote.protocol import max_prompt_tokens, request_body
+from koine.generate.remote.redaction import Redactor
+from koine.generate.remote.responses import error_text, parse_usage
 from koine.generate.sampling import Sampling
 
 
@@ -41,7 +41,7 @@ def test_stops_and_schema() -> None:
     assert {"stop", "response_format"}.isdisjoint(body(More()))
 
 
-def test_a_setting_that_has_no_counterpart_is_refused_not_dropped() -> None:
+def test_a_setting_that_cannot_be_sent_is_refused_not_dropped() -> None:
     body(More(novel=0))
     with pytest.raises(UserError, match="novel cannot be sent"):
         body(More(novel=1))
@@ -49,9 +49,9 @@ def test_a_setting_that_has_no_counterpart_is_refused_not_dropped() -> None:
 
 @pytest.mark.parametrize("text", ["", "a" * 100, "東京" * 50, "🇨🇭\n" * 20])
 def test_no_tokenizer_makes_more_tokens_than_the_worst_case(text: str) -> None:
-    assert most_prompt_tokens(body(Sampling(), text)) >= len(text.encode()) + 16
+    assert max_prompt_tokens(body(Sampling(), text)) >= len(text.encode()) + 16
     plain, constrained = body(More(), text), body(More(json_schema={"const": "x" * 100}), text)
-    assert most_prompt_tokens(constrained) >= most_prompt_tokens(plain) + 100
+    assert max_prompt_tokens(constrained) >= max_prompt_tokens(plain) + 100
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_no_tokenizer_makes_more_tokens_than_the_worst_case(text: str) -> None:
     ],
 )
 def test_error_messages(content: bytes, line: str) -> None:
-    assert Mask().line(error_text(content)) == line
+    assert Redactor().line(error_text(content)) == line
 
 
 @pytest.mark.parametrize(
@@ -89,4 +89,4 @@ def test_error_messages(content: bytes, line: str) -> None:
     ],
 )
 def test_usage(usage: Any, expected: tuple[int, int] | None) -> None:
-    assert read_usage(json.dumps({"usage": usage}).encode()) == expected
+    assert parse_usage(json.dumps({"usage": usage}).encode()) == expected

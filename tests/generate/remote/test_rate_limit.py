@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koine.errors import UserError
-from koine.generate.remote.rate_limit import WINDOW_SECONDS, RateLimiter, RateLimits, SteadyClock
+from koine.generate.remote.rate_limit import WINDOW_SECONDS, MonotonicClock, RateLimiter, RateLimits
 
 
 class Clock:
@@ -55,7 +55,7 @@ def test_settling_makes_room() -> None:
     assert limiter.reserve(90).start == 60
 
 
-def test_nobody_overtakes() -> None:
+def test_requests_are_sent_in_order() -> None:
     limiter = RateLimiter(RateLimits(tokens_per_minute=100), Clock())
     first = limiter.reserve(90)
     assert limiter.reserve(90).start == 60
@@ -69,7 +69,7 @@ def test_a_request_larger_than_a_minute_gets_a_window_of_its_own() -> None:
     assert [limiter.reserve(size).start for size in (10, 500, 10)] == [0, 60, 120]
 
 
-def test_a_hold_moves_what_comes_after() -> None:
+def test_a_hold_delays_later_requests() -> None:
     clock = Clock()
     limiter = RateLimiter(RateLimits(), clock)
     limiter.hold(30)
@@ -82,15 +82,15 @@ def test_a_hold_moves_what_comes_after() -> None:
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, float("nan"), float("inf"), "5"])
 @pytest.mark.parametrize("name", ["requests_per_minute", "tokens_per_minute"])
 def test_bad_limits(name: str, value: object) -> None:
-    with pytest.raises(UserError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=f"{name} is {value!r}"):
         RateLimits(**{name: value})  # type: ignore[arg-type]
 
 
 def test_a_clock_that_goes_back_makes_nobody_wait() -> None:
-    """A clock set back by an hour goes on from where it was: no request waits for that hour to pass once more."""
+    """A clock set back by an hour continues: no request waits for that hour again."""
     clock = Clock()
     clock.now = 10_000.0
-    steady = SteadyClock(clock)
+    steady = MonotonicClock(clock)
     limiter = RateLimiter(RateLimits(requests_per_minute=1), steady)
     assert limiter.reserve(1).start == 10_000
     clock.now -= 3600

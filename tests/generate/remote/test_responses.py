@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from koine.generate.remote.responses import Answer, MalformedError, read_answer
+from koine.generate.remote.response_errors import MalformedError
+from koine.generate.remote.responses import ParsedResponse, parse_response
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4}
 
 
-def read(document: Any, most_tokens: int = 20) -> Answer:
+def read(document: Any, max_tokens: int = 20) -> ParsedResponse:
     content = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return read_answer(content, most_tokens=most_tokens)
+    return parse_response(content, max_tokens=max_tokens)
 
 
 def whole(choice: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -31,10 +32,10 @@ def whole(choice: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     [None, "", " ", "stop", "STOP", "eos", "eos_token", "eos_token_id", "end_turn", "stop_sequence", "stop_token", "COMPLETE",
      "finish_reason_stop", "FINISH_REASON_STOP", "endoftext", "<|endoftext|>", "null", "Stop", "normal", "something new", 5, {"type": "stop"}],
 )  # fmt: skip
-def test_words_for_a_whole_answer(word: Any) -> None:
+def test_finish_reasons_for_a_complete_text(word: Any) -> None:
     answer = read(whole({"finish_reason": word}))
     assert (answer.text, answer.finish) == ("Nine lamps.", "stop")
-    assert answer.strange_end == (word == "something new")
+    assert answer.unknown_reason == (word == "something new")
 
 
 @pytest.mark.parametrize(
@@ -42,14 +43,14 @@ def test_words_for_a_whole_answer(word: Any) -> None:
     ["length", "LENGTH", "max_tokens", "MAX_TOKENS", "max_length", "model_length", "FINISH_REASON_MAX_TOKENS", "max_output_tokens",
      "model_context_window_exceeded", "truncated", "incomplete"],
 )  # fmt: skip
-def test_words_for_an_answer_that_was_cut_off(word: str) -> None:
+def test_finish_reasons_for_a_text_that_was_cut_off(word: str) -> None:
     assert read(whole({"finish_reason": word})).finish == "length"
 
 
 @pytest.mark.parametrize("word", [None, "", "something new"])
-def test_without_a_word_the_length_tells(word: str | None) -> None:
-    assert read(whole({"finish_reason": word}), most_tokens=4).finish == "length"
-    assert read(whole({"finish_reason": "stop"}), most_tokens=4).finish == "stop"
+def test_without_a_known_finish_reason_the_length_decides(word: str | None) -> None:
+    assert read(whole({"finish_reason": word}), max_tokens=4).finish == "length"
+    assert read(whole({"finish_reason": "stop"}), max_tokens=4).finish == "stop"
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,13 @@ def test_without_a_word_the_length_tells(word: str | None) -> None:
     ["content_filter", "SAFETY", "RECITATION", "tool_calls", "function_call", "error", "abort", "ERROR_TOXIC", "PROHIBITED_CONTENT",
      "insufficient_system_resource", "refusal", "cancelled"],
 )  # fmt: skip
-def test_words_for_no_answer(word: str) -> None:
+def test_finish_reasons_for_a_text_that_cannot_be_used(word: str) -> None:
     answer = read(whole({"finish_reason": word}))
     assert answer.finish is None
     assert answer.reason == word
 
 
-def test_no_word_at_all() -> None:
+def test_a_response_without_any_finish_reason() -> None:
     document = whole()
     del document["choices"][0]["finish_reason"]
     assert read(document).finish == "stop"
@@ -122,14 +123,14 @@ def test_documents(document: Any) -> None:
     assert (answer.text, answer.finish) == ("Nine lamps.", "stop")
 
 
-def test_a_number_of_any_length_beside_the_answer() -> None:
+def test_a_number_of_any_length_beside_the_text() -> None:
     content = json.dumps(whole()).replace('"choices"', f'"created": 1{"0" * 6000}, "choices"').encode()
     assert read(content).text == "Nine lamps."
 
 
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("word", ["length", None])
-def test_a_model_that_only_thought(content: str | None, word: str | None) -> None:
+def test_a_response_with_reasoning_only(content: str | None, word: str | None) -> None:
     message = {"content": content, "reasoning_content": "Let me count"}
     answer = read(whole({"message": message, "finish_reason": word}))
     assert (answer.text, answer.finish) == ("", "length")
@@ -156,7 +157,7 @@ def test_log_probabilities(given: Any, kept: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize("number", [None, float("-inf"), float("nan"), "x", True, 10**400, [], {}])
 @pytest.mark.parametrize("old", [True, False])
-def test_one_log_probability_that_is_none_leaves_out_all(number: Any, old: bool) -> None:
+def test_one_invalid_log_probability_drops_all(number: Any, old: bool) -> None:
     content = {"content": [{"token": "N", "logprob": -1.0}, {"token": "i", "logprob": number}]}
     answer = read(whole({"logprobs": {"token_logprobs": [-1.0, number]} if old else content}))
     assert (answer.text, answer.log_probabilities, answer.lost_log_probabilities) == ("Nine lamps.", (), True)
@@ -190,18 +191,18 @@ STREAM = [
         "\n".join(json.dumps(chunk) for chunk in STREAM).encode(),
     ],
 )
-def test_a_stream_that_nobody_asked_for(content: bytes) -> None:
+def test_an_unrequested_stream_is_joined(content: bytes) -> None:
     answer = read(content)
     assert (answer.text, answer.finish, answer.usage) == ("Nine lamps.", "length", (9, 4))
     assert answer.log_probabilities == (-1.0, -2.0)
 
 
-def test_a_stream_that_breaks_off_is_no_answer() -> None:
+def test_an_incomplete_stream_is_malformed() -> None:
     with pytest.raises(MalformedError, match="a stream that breaks off"):
         read(events(*STREAM[:3], end=""))
     with pytest.raises(MalformedError, match="it is an error") as raised:
         read(events(*STREAM[:2], {"error": {"message": "overloaded", "code": 502}}))
-    assert (raised.value.said, raised.value.passing) == ("overloaded", True)
+    assert (raised.value.message, raised.value.transient) == ("overloaded", True)
     assert read(b"data: " + json.dumps(whole()).encode() + b"\n\n").text == "Nine lamps."
 
 
@@ -229,10 +230,10 @@ def test_a_stream_that_breaks_off_is_no_answer() -> None:
         (b"upstream connect error", "upstream connect error", None),
     ],
 )  # fmt: skip
-def test_the_servers_own_words(document: Any, said: str, passing: bool | None) -> None:
+def test_the_servers_error_message_is_found(document: Any, said: str, passing: bool | None) -> None:
     with pytest.raises(MalformedError) as raised:
         read(document)
-    assert (raised.value.said, raised.value.passing) == (said, passing)
+    assert (raised.value.message, raised.value.transient) == (said, passing)
 
 
 def test_the_same_fault_has_the_same_kind() -> None:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from koine.errors import UserError
-from koine.generate.remote.retry import RetryPolicy, asked_wait, is_transient
+from koine.generate.remote.retry import RetryPolicy, is_transient, parse_retry_after
 
 NOON = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -36,29 +36,29 @@ NOON = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
     ],
 )
 def test_retry_after(header: str | None, seconds: float | None) -> None:
-    assert asked_wait(header, now=NOON) == seconds
+    assert parse_retry_after(header, now=NOON) == seconds
 
 
 def test_waits_double_up_to_the_longest_and_end() -> None:
     policy = RetryPolicy(attempts=8, first_wait=1, longest_wait=10)
-    waits = [policy.wait(attempt, call="x", asked=None) for attempt in range(1, 9)]
+    waits = [policy.wait(attempt, call="x", retry_after=None) for attempt in range(1, 9)]
     assert waits.pop() is None
     for wait, full in zip(waits, [1, 2, 4, 8, 10, 10, 10], strict=True):
         assert wait is not None
         assert full / 2 <= wait <= full
 
 
-def test_calls_do_not_come_back_all_at_once() -> None:
+def test_calls_do_not_retry_all_at_once() -> None:
     policy = RetryPolicy()
-    assert len({policy.wait(1, call=str(call), asked=None) for call in range(20)}) == 20
-    asked = {policy.wait(1, call=str(call), asked=30) for call in range(20)}
+    assert len({policy.wait(1, call=str(call), retry_after=None) for call in range(20)}) == 20
+    asked = {policy.wait(1, call=str(call), retry_after=30) for call in range(20)}
     assert len(asked) == 20
     assert all(wait is not None and 30 < wait <= 31 for wait in asked)
-    assert policy.wait(1, call="x", asked=121) is None
+    assert policy.wait(1, call="x", retry_after=121) is None
 
 
 def test_a_very_long_series_does_not_overflow() -> None:
-    assert RetryPolicy(attempts=10_000).wait(9_999, call="x", asked=None) is not None
+    assert RetryPolicy(attempts=10_000).wait(9_999, call="x", retry_after=None) is not None
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 503, 599])

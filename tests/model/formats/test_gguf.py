@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from koine.cli.main import cli
 from koine.errors import KoineWarning, UserError
 from koine.generate import generate
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import (
     PRESETS,
     Decoder,
@@ -439,7 +439,7 @@ def test_llama_cpp_computes_the_same_logits(
     answer = llama_cpp(out, tmp_path, prompts, list(TEXTS.values()))
     assert difference(model, prompts, answer) <= LLAMA_CPP
     # Nothing ends an answer there, so nothing may here.
-    ours = generate(load_model(model), prompts, Sampling(max_new_tokens=40), stop_ids=())
+    ours = generate(load_model(model), prompts, Sampling(max_new_tokens=40, temperature=0), stop_ids=())
     assert answer["answers"] == [one.tokens for one in ours]
     assert answer["ids"] == [tokenizer.encode(text) for text in TEXTS.values()]
     assert (answer["with_bos"], answer["eos"]) == ([tokenizer.bos_id], tokenizer.eos_id)

@@ -14,7 +14,7 @@ from koine.errors import UserError
 from koine.generate import generate
 from koine.generate.cache.contexts import PrefillContext
 from koine.generate.cache.paged_cache import PagedCache
-from koine.generate.token_sampling import Sampling
+from koine.generate.sampling import Sampling
 from koine.model import Decoder, ModelConfig, hybrid_layers, load_model, save_model
 from koine.model.config import LayerSpec, MixtureConfig
 from koine.model.counting import cache_bytes, count_parameters, forward_flops

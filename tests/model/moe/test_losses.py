@@ -21,7 +21,7 @@ from koine.model.moe.losses import (
     use_totals,
 )
 from koine.model.moe.routers import Routing
-from koine.train import TrainSettings, language_modelling, supervised_fine_tuning, train
+from koine.train import LanguageModelling, SupervisedFineTuning, TrainSettings, train
 from koine.train.distributed import Ranks
 from koine.train.optimiser import Optimiser
 from tests.train.fakes import FakeBatch, FakeOrder, fake_order
@@ -77,9 +77,9 @@ def test_router_loss_by_hand() -> None:
 def test_the_objective_adds_the_losses_to_the_mean_of_units(tmp_path: Path) -> None:
     model = mixture_model()
     batch = fake_order(tmp_path, steps=(1,)).batch(0)
-    with_losses, metrics = language_modelling(model, batch)
+    with_losses, metrics = LanguageModelling()(model, batch)
     model.config = replace(model.config, mixture=replace(MIXTURE, load_balancing=0.0, z_loss=0.0))
-    without, _ = language_modelling(model, batch)
+    without, _ = LanguageModelling()(model, batch)
     units = metrics["units"]
     expected = 2 * (0.02 * metrics["load_balancing_loss"] / units + 0.003 * metrics["router_z_loss"] / units)
     assert float(with_losses - without) / units == pytest.approx(expected, rel=1e-3)
@@ -89,7 +89,7 @@ def test_training_reports_the_losses_and_learns(tmp_path: Path) -> None:
     settings = TrainSettings(dtype="bfloat16", threads=1, learning_rate=1e-2, schedule="constant")
     train(
         mixture_model(),
-        language_modelling,
+        LanguageModelling(),
         fake_order(tmp_path / "s", steps=(12,)),
         settings,
         out=tmp_path / "out",
@@ -154,7 +154,7 @@ def gradients_of_a_step(
         patch.setattr("koine.train.loop.Optimiser", RecordingOptimiser)
         out = folder / f"out-{micro}"
         train(
-            model, language_modelling, padded(folder / "s"), settings, out=out, progress=False, device="cpu"
+            model, LanguageModelling(), padded(folder / "s"), settings, out=out, progress=False, device="cpu"
         )
     return seen[0], json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
 
@@ -196,7 +196,7 @@ def test_micro_batches_sum_to_the_router_loss_of_the_step(tmp_path: Path) -> Non
     assert batch.document_ids is not None
     expected, _ = router_loss(routings, MIXTURE, batch.document_ids >= 0)
     parts = [order.batch(0, micro_batch=slice(row, row + 1)) for row in range(8)]
-    totals = count_step(model, language_modelling, parts, len(parts), Ranks(0, 1, torch.device("cpu")))
+    totals = count_step(model, LanguageModelling(), parts, len(parts), Ranks(0, 1, torch.device("cpu")))
     assert totals is not None
     assert (totals.tokens, totals.units) == (
         16 + 14 + 12 + 10 + 8 + 6 + 4 + 2,
@@ -205,9 +205,9 @@ def test_micro_batches_sum_to_the_router_loss_of_the_step(tmp_path: Path) -> Non
     total = 0.0
     with use_totals(totals):
         for part in parts:
-            with_losses, _ = language_modelling(model, part)  # type: ignore[arg-type]
+            with_losses, _ = LanguageModelling()(model, part)  # type: ignore[arg-type]
             model.config = replace(model.config, mixture=replace(MIXTURE, load_balancing=0.0, z_loss=0.0))
-            without, _ = language_modelling(model, part)  # type: ignore[arg-type]
+            without, _ = LanguageModelling()(model, part)  # type: ignore[arg-type]
             model.config = replace(model.config, mixture=MIXTURE)
             total += float((with_losses - without).detach())
     assert total / totals.units == pytest.approx(float(expected.detach()), rel=1e-4)
@@ -232,7 +232,7 @@ def test_a_micro_batch_without_completion_is_no_error(tmp_path: Path) -> None:
     for model in (small_model(), mixture_model()):
         out = tmp_path / type(model.blocks[0]).__name__
         train(
-            model, supervised_fine_tuning, padded(tmp_path / "s"), settings, out=out, progress=False,
+            model, SupervisedFineTuning(), padded(tmp_path / "s"), settings, out=out, progress=False,
             device="cpu",
         )  # fmt: skip
         assert (out / "training.json").exists()

@@ -58,7 +58,7 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def interrupted_to_the_end(self) -> int:
-        """Ctrl-C every eight seconds until the program ends: one that comes between the prompt and readline's wait for a key is
+        """Press Ctrl-C every eight seconds until the program ends: one between the prompt and readline's wait is
         noticed only at the next key, which is Python's own behaviour."""
         for _ in range(6):
             self.type("\x03")
@@ -88,7 +88,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(model_folder: Path) -> Iterator[Terminal]:
-    """The chat with a model of random weights that never ends an answer by itself within a few thousand tokens."""
+    """A chat with a model of random weights that gives no stop token within a few thousand tokens."""
     opened = Terminal(
         [
             "chat",
@@ -143,7 +143,7 @@ def test_ctrl_d_leaves(terminal: Terminal) -> None:
     assert terminal.exit_code() == 0
 
 
-def test_a_pipe_gets_answers_alone(model_folder: Path) -> None:
+def test_a_pipe_gets_replies_only(model_folder: Path) -> None:
     command = [
         sys.executable,
         "-m",

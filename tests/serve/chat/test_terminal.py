@@ -1,4 +1,4 @@
-"""What the chat writes, remembers and refuses, with an engine whose answers are given."""
+"""Replies, history and commands of the chat, with a scripted engine."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def tokenizer() -> Tokenizer:
 
 
 class Scripted:
-    """An engine that gives the answers it was given, byte by byte."""
+    """An engine that streams given replies, byte by byte."""
 
     def __init__(self, tokenizer: Tokenizer, answers: list[str], *, context: int = 1000) -> None:
         self.tokenizer = tokenizer
         self.answers = answers
         self.context = context
-        self.asked: list[list[Message]] = []
+        self.prompts: list[list[Message]] = []
         self.samplings: list[Sampling] = []
         self.before_token: Callable[[int], None] = lambda count: None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        self.asked.append([dict(message) for message in messages])
+        self.prompts.append([dict(message) for message in messages])
         return self.tokenizer.encode_messages(messages, generation_prompt=True)[0]
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[Token]:
@@ -50,7 +50,7 @@ class Scripted:
 
 
 class Sink(io.StringIO):
-    """Remembers every write apart."""
+    """Keeps every write separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,40 +64,40 @@ class Sink(io.StringIO):
 def chat_with(
     engine: Scripted, *, interactive: bool = False, system: str | None = None
 ) -> tuple[Chat, Sink, Sink]:
-    out, remarks = Sink(), Sink()
-    chat = Chat(engine, system=system, sampling=Sampling(), out=out, remarks=remarks, interactive=interactive)
-    return chat, out, remarks
+    out, notices = Sink(), Sink()
+    chat = Chat(engine, system=system, sampling=Sampling(), out=out, notices=notices, interactive=interactive)
+    return chat, out, notices
 
 
-def test_an_answer_streams_in_whole_characters_and_joins_the_history(tokenizer: Tokenizer) -> None:
+def test_a_reply_streams_in_complete_characters_and_joins_the_history(tokenizer: Tokenizer) -> None:
     engine = Scripted(tokenizer, ["κοινή 👩‍👩‍👧 हिन्दी", "ja"])
-    chat, out, remarks = chat_with(engine)
+    chat, out, notices = chat_with(engine)
     assert chat.handle("Wie heißt das?")
     assert out.getvalue() == "κοινή 👩‍👩‍👧 हिन्दी\n"
     assert all("\ufffd" not in piece for piece in out.pieces)
     assert len([piece for piece in out.pieces if piece]) > 10  # it came in pieces
-    assert "tokens/s, first after" in remarks.getvalue()
+    assert "tokens/s, first after" in notices.getvalue()
     chat.handle("Wirklich?")
-    assert [message["content"] for message in engine.asked[-1]] == [
+    assert [message["content"] for message in engine.prompts[-1]] == [
         "Wie heißt das?",
         "κοινή 👩‍👩‍👧 हिन्दी",
         "Wirklich?",
     ]
 
 
-def test_an_answer_cut_inside_a_character_shows_one_replacement_and_says_so(tokenizer: Tokenizer) -> None:
+def test_a_reply_cut_inside_a_character_shows_one_replacement_character(tokenizer: Tokenizer) -> None:
     engine = Scripted(tokenizer, [])
-    chat, out, remarks = chat_with(engine)
+    chat, out, notices = chat_with(engine)
     half = tokenizer.encode("a€")[:-1]
     engine.stream = lambda prompt, sampling: iter([Token(token, -1.0, False) for token in half])  # type: ignore[method-assign]
     chat.handle("?")
     assert out.getvalue() == "a\ufffd\n"
-    assert "cut at max-new-tokens" in remarks.getvalue()
+    assert "cut at max-new-tokens" in notices.getvalue()
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_came(tokenizer: Tokenizer) -> None:
+def test_ctrl_c_stops_the_reply_and_keeps_its_text(tokenizer: Tokenizer) -> None:
     engine = Scripted(tokenizer, ["abcdefgh", "weiter"])
-    chat, out, remarks = chat_with(engine)
+    chat, out, notices = chat_with(engine)
 
     def interrupt(count: int) -> None:
         if count == 3:
@@ -107,30 +107,30 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came(tokenizer: Tokenizer) -> No
     before = signal.getsignal(signal.SIGINT)
     chat.handle("?")
     assert out.getvalue() == "abcd\n"
-    assert "stopped" in remarks.getvalue()
+    assert "stopped" in notices.getvalue()
     assert signal.getsignal(signal.SIGINT) == before
     engine.before_token = lambda count: None
     chat.handle("go on")
-    assert engine.asked[-1][1] == {"role": "assistant", "content": "abcd"}
+    assert engine.prompts[-1][1] == {"role": "assistant", "content": "abcd"}
 
 
 def test_commands(tokenizer: Tokenizer) -> None:
     engine = Scripted(tokenizer, ["eins", "zwei", "drei"])
-    chat, _, remarks = chat_with(engine, system="kurz")
+    chat, _, notices = chat_with(engine, system="kurz")
     chat.handle("a")
     chat.handle("/system sei höflich")
     chat.handle("b")
-    assert engine.asked[-1][0] == {"role": "system", "content": "sei höflich"}
+    assert engine.prompts[-1][0] == {"role": "system", "content": "sei höflich"}
     chat.handle("/reset")
     chat.handle("/system -")
     chat.handle("/set temperature 0.5")
     chat.handle("/set top-k=7")
     chat.handle("//c")
-    assert engine.asked[-1] == [{"role": "user", "content": "/c"}]
+    assert engine.prompts[-1] == [{"role": "user", "content": "/c"}]
     assert (engine.samplings[-1].temperature, engine.samplings[-1].top_k) == (0.5, 7)
     chat.handle("/help")
     for word in ("/reset", "/system", "/set", "/quit", "Ctrl-C", "temperature 0.5"):
-        assert word in remarks.getvalue()
+        assert word in notices.getvalue()
     assert chat.handle("/quit") is False
 
 
@@ -140,7 +140,7 @@ def test_commands(tokenizer: Tokenizer) -> None:
         ("/rest", "unknown command '/rest'; did you mean '/reset'"),
         ("/set temprature 1", "unknown setting 'temprature'; did you mean 'temperature'"),
         ("/set temperature", "/set temperature; write /set NAME VALUE"),
-        ("/set top-p 3", "top-p is 3.0; give above 0 and at most 1"),
+        ("/set top-p 3", "top-p is 3.0; it must be at most 1"),
     ],
 )
 def test_a_wrong_command_is_refused_and_changes_nothing(tokenizer: Tokenizer, line: str, says: str) -> None:
@@ -151,25 +151,25 @@ def test_a_wrong_command_is_refused_and_changes_nothing(tokenizer: Tokenizer, li
     assert chat.sampling == Sampling()
 
 
-def test_dropped_turns_are_told(tokenizer: Tokenizer) -> None:
+def test_dropped_turns_are_reported(tokenizer: Tokenizer) -> None:
     engine = Scripted(tokenizer, ["b" * 20, "d" * 20], context=64)
-    chat, _, remarks = chat_with(engine)
+    chat, _, notices = chat_with(engine)
     chat.handle("a" * 10)
     chat.handle("c" * 10)
     assert (
-        "forgot the 2 oldest turns: the conversation is longer than the model's 64 tokens"
-        in remarks.getvalue()
+        "dropped the 2 oldest turns: the conversation exceeds the model's context of 64 tokens"
+        in notices.getvalue()
     )
 
 
-def test_a_question_that_does_not_fit_is_taken_back(tokenizer: Tokenizer) -> None:
+def test_a_message_that_does_not_fit_is_removed(tokenizer: Tokenizer) -> None:
     chat, _, _ = chat_with(Scripted(tokenizer, [], context=16))
     with pytest.raises(UserError, match="context holds 16"):
         chat.handle("x" * 40)
     assert chat.conversation.turns == []
 
 
-def test_lines_of_a_pipe_are_questions_and_only_answers_are_written(tokenizer: Tokenizer) -> None:
+def test_lines_of_a_pipe_are_messages_and_only_replies_are_written(tokenizer: Tokenizer) -> None:
     chat, out, _ = chat_with(Scripted(tokenizer, ["eins", "zwei"]))
     run_lines(chat, io.BytesIO(b"erste\r\n\n  \nzweite Frage ohne Ende"))
     assert out.getvalue() == "eins\nzwei\n"
@@ -177,14 +177,14 @@ def test_lines_of_a_pipe_are_questions_and_only_answers_are_written(tokenizer: T
         run_lines(chat_with(Scripted(tokenizer, ["eins"]))[0], io.BytesIO(b"a\nb\xff\n"))
 
 
-def test_an_answer_cannot_steer_the_terminal(tokenizer: Tokenizer) -> None:
+def test_a_reply_cannot_control_the_terminal(tokenizer: Tokenizer) -> None:
     chat, out, _ = chat_with(Scripted(tokenizer, ["a\x1b[2Jb\tc\n\x07"]), interactive=True)
     chat.handle("?")
     assert out.getvalue() == "a\\x1b[2Jb\tc\n\\x07\n"
     assert printable("\u0085\u200d👩") == "\\x85\u200d👩"
 
 
-def test_the_rate_leaves_the_first_token_to_its_own_figure() -> None:
+def test_the_rate_excludes_the_first_token() -> None:
     assert Rate(tokens=11, first_seconds=2.0, rest_seconds=5.0).described() == (
         "11 tokens, 2.0 tokens/s, first after 2.00 s"
     )

@@ -79,7 +79,7 @@ def shared_options() -> list[click.Parameter]:
         click.Option(
             ["--threads"], type=click.IntRange(1), help="Tensors merged at a time.  [default: the cores]"
         ),
-        click.Option(["--overwrite"], is_flag=True, help="Replace what is there already."),
+        click.Option(["--overwrite"], is_flag=True, help="Replace an existing output."),
         click.Option(["--dry-run"], is_flag=True, help="Print peak memory, time and size; write nothing."),
     ]
 

@@ -188,7 +188,7 @@ def search_report(
 
 
 def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[str, Any]]]:
-    """The records of each `[NAME=]PATH`, at most `limit`."""
+    """Return the records of each `[NAME=]PATH`, at most `limit` each."""
     from itertools import islice
 
     from koine.data import read_records
@@ -204,7 +204,7 @@ def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[
 
 
 def wrong_share(accuracy: Mapping[str, Any]) -> float:
-    """The share of all questions that `question_accuracy` found answered wrong."""
+    """Return the share of wrong answers among all questions of `question_accuracy`."""
     kinds = accuracy["overall"].values()
     right, asked = (sum(int(kind[what]) for kind in kinds) for what in ("correct", "questions"))
     return 1.0 - right / asked

@@ -46,7 +46,7 @@ class MergeEstimate:
 class ByteBudget:
     """A limit on the bytes that all workers hold together.
 
-    Who needs more than the whole limit waits until no one else holds any.
+    A worker that needs more than the limit waits until no other holds any.
     """
 
     def __init__(self, limit: int) -> None:

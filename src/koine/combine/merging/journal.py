@@ -22,7 +22,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines; cut off what comes after, so that the next line does not run into it."""
+    """Return the complete lines, and cut off an incomplete end, so that new lines begin after it."""
     found: list[dict[str, Any]] = []
     if not path.exists():
         return found

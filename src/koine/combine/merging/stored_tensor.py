@@ -17,8 +17,8 @@ NEAR_ROWS = 8
 class StoredTensor:
     """A tensor of a checkpoint that is read from the disk where it is sliced.
 
-    It has what a merge method asks of a tensor that it walks through in blocks. A method of several passes
-    so holds no whole tensor in memory.
+    It has what a merge method needs of a tensor that it walks through in blocks, so that a method of several
+    passes holds no complete tensor in memory.
 
     Args:
         checkpoint, name: The tensor.

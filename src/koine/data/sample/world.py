@@ -24,6 +24,7 @@ from koine.data.sample.facts import (
 from koine.data.sample.phrases import QUESTION_LANGUAGES
 from koine.data.sample.rendering import enumeration, names, quantities, question, sentence
 from koine.errors import UserError, did_you_mean
+from koine.fields import check_integer
 from koine.files import atomic_directory, write_json
 from koine.languages import language
 
@@ -272,8 +273,7 @@ def write_sample(
         ("documents_per_language", documents_per_language),
         ("questions_per_language", questions_per_language),
     ):
-        if value < 1:
-            raise UserError(f"{name} is {value}", hint="it must be at least 1")
+        check_integer(name, value, low=1)
     plans = document_plans(documents_per_language, seed=seed, heldout=False)
     heldout = document_plans(
         max(4, round(HELD_OUT_DOCUMENTS * documents_per_language)), seed=seed, heldout=True

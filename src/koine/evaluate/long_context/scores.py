@@ -95,18 +95,20 @@ def greedy_continuation(
     step.
     """
     from koine.generate import generate
+    from koine.generate.sampling import Sampling
     from koine.generate.sequential import SequentialGenerator
-    from koine.generate.token_sampling import Sampling
     from koine.model import CausalLM, Decoder
 
     with evaluating(model):
         if isinstance(model, Decoder):
-            sampling = Sampling(max_new_tokens=count)
+            sampling = Sampling(max_new_tokens=count, temperature=0)
             [answer] = generate(model, [list(prompt)], sampling, stop_ids=tuple(stops))
             return answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
         if isinstance(model, CausalLM):
             queue = SequentialGenerator(model)
-            answer = queue.submit(list(prompt), Sampling(max_new_tokens=count), stop_ids=tuple(stops))
+            answer = queue.submit(
+                list(prompt), Sampling(max_new_tokens=count, temperature=0), stop_ids=tuple(stops)
+            )
             queue.run()
             written = answer.tokens
         else:

@@ -1,171 +1,155 @@
-"""Reading tokens into a `PagedCache`: stretches of one or several sequences, packed, or one token of each.
+"""Prefill and decode over a `PagedCache`: the attention contexts of one forward pass.
 
-The decoder asks a reading for the positions of its tokens, gives it each layer's queries, keys and values, and gets the mixed
-values back. A reading belongs to one forward pass; `finish` counts its tokens as read.
+The decoder asks a context for the positions of its tokens. It gives each layer's queries, keys and values,
+and gets the attention's output. A context belongs to one forward pass; `finish` adds its tokens to the
+lengths of the sequences.
+
+Shapes: b sequences, t new tokens, k key heads, g query heads of a key head, d head size, s cached positions,
+w window (`q_bkgd`, `k_tkd`; "2" stands for keys and values).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from koine.generate.cache.page_runs import Run, attend_held, attend_runs, run_of, runs_worth_reading
-from koine.generate.cache.paged_cache import SPARSE, CachedSequence, PagedCache
+from koine.generate.cache.page_plan import PagePlan, build_page_plan
+from koine.generate.cache.page_runs import PageRun, attend_range, attend_runs, run_view, runs_for_fused_kernel
+from koine.generate.cache.paged_cache import CachedSequence, PagedCache
 from koine.generate.cache.split_attention import mask_bias, merge_attention_states, partial_attention
 from koine.model.attention.dispatch import attend, attend_cached
 
-NOWHERE = 2**40
-"""The first position of a page that is nobody's: later than any query."""
-
 
 class PrefillContext:
-    """`[1, time]` tokens: the next `counts[i]` of each sequence, one after another."""
+    """`[1, t]` tokens: the next `counts[i]` of each sequence, one sequence after another."""
 
     def __init__(self, cache: PagedCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> None:
+        """Reserve pages for the tokens. Raises `OutOfPages` where the cache has too few."""
         for sequence, count in zip(sequences, counts, strict=True):
             cache.reserve(sequence, count)
         self.cache, self.sequences, self.counts = cache, sequences, counts
-        before = [sequence.length for sequence in sequences]
-        spans = [torch.arange(b, b + n) for b, n in zip(before, counts, strict=True)]
-        self._positions = torch.cat(spans)[None].to(cache.device)
-        self._new = not any(before)
+        cached = [sequence.length for sequence in sequences]
+        ranges = [torch.arange(start, start + count) for start, count in zip(cached, counts, strict=True)]
+        self._positions = torch.cat(ranges)[None].to(cache.device)
         self._starts: Tensor | None = None
-        # On CPU each text is attended on its own: short ones are twice as fast without a mask (docs/explanation/log.md).
-        self._together = self._new and (len(sequences) == 1 or cache.device.type != "cpu")
-        if self._together and len(sequences) > 1:
-            begins = torch.tensor([0, *counts[:-1]]).cumsum(0)
-            self._starts = begins.repeat_interleave(torch.tensor(counts))[None].to(cache.device)
+        # On CPU each sequence is attended alone: short ones are twice as fast without a mask (docs/explanation/log.md).
+        self._packed = not any(cached) and (len(sequences) == 1 or cache.device.type != "cpu")
+        if self._packed and len(sequences) > 1:
+            starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
+            self._starts = starts.repeat_interleave(torch.tensor(counts))[None].to(cache.device)
 
     @property
     def positions(self) -> Tensor:
-        """`[1, time]`."""
+        """Positions for RoPE, `[1, t]`."""
         return self._positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Reading.attend`."""
-        if self._together:
-            # One call for all: they are the documents of a row.
+        """Store keys and values, then attend (`AttentionContext.attend`)."""
+        if self._packed:
+            # One call for all sequences: they are the documents of a row.
             window = self.cache.windowed.get(layer)
-            mixed = attend(q, k, v, window=window, document_starts=self._starts)
+            out = attend(q, k, v, window=window, document_starts=self._starts)
         else:
-            parts = [
-                self._attend_after(layer, sequence, q[:, part], k[:, part], v[:, part])
-                for sequence, part in self._parts()
+            outputs = [
+                self._attend_sequence(layer, sequence, q[:, span], k[:, span], v[:, span])
+                for sequence, span in self._spans()
             ]
-            mixed = torch.cat(parts, dim=1)
-        self.keep(layer, k, v)
-        return mixed
+            out = torch.cat(outputs, dim=1)
+        self.write_kv(layer, k, v)
+        return out
 
     def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """See `Reading.mix`."""
+        """Store and attend for tokens in one row (`AttentionContext.attend_packed`)."""
         k, v = new.unsqueeze(1)
         return self.attend(layer, q[None], k, v).view(q.shape)
 
-    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write a layer's keys and values `[1, time, kv_heads, head_dim]` where the sequences have them."""
+    def write_kv(self, layer: int, k_1tkd: Tensor, v_1tkd: Tensor) -> None:
+        """Write a layer's keys and values into the cache."""
         window = self.cache.windowed.get(layer)
-        for sequence, part in self._parts():
+        for sequence, span in self._spans():
             if window is None:
-                self._write_pages(layer, sequence, k[0, part], v[0, part])
+                self._write_pages(layer, sequence, k_1tkd[0, span], v_1tkd[0, span])
             else:
-                self._write_ring(layer, window, sequence, k[0, part], v[0, part])
+                self._write_ring(layer, window, sequence, k_1tkd[0, span], v_1tkd[0, span])
 
-    def _parts(self) -> Iterator[tuple[CachedSequence, slice]]:
-        """Each sequence with its stretch of the row."""
+    def finish(self) -> None:
+        """Add the tokens of this pass to the lengths of the sequences."""
+        for sequence, count in zip(self.sequences, self.counts, strict=True):
+            sequence.length += count
+
+    def _spans(self) -> Iterator[tuple[CachedSequence, slice]]:
+        """Yield each sequence with its range of the row."""
         start = 0
         for sequence, count in zip(self.sequences, self.counts, strict=True):
             yield sequence, slice(start, start + count)
             start += count
 
-    def _attend_after(self, layer: int, sequence: CachedSequence, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One sequence's new positions over those that it has read and themselves."""
+    def _attend_sequence(
+        self, layer: int, sequence: CachedSequence, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Attend one sequence's new tokens to its cached positions and to themselves."""
         window = self.cache.windowed.get(layer)
         if not sequence.length:
             return attend(q, k, v, window=window, document_starts=None)
-        held_k, held_v = (
-            self._pages(layer, sequence) if window is None else self._ring(layer, window, sequence)
+        cached_k, cached_v = (
+            self._read_pages(layer, sequence) if window is None else self._read_ring(layer, window, sequence)
         )
-        keys = torch.cat((held_k, k[0].transpose(0, 1)), dim=1)[None]
-        values = torch.cat((held_v, v[0].transpose(0, 1)), dim=1)[None]
+        keys = torch.cat((cached_k, k[0].transpose(0, 1)), dim=1)[None]
+        values = torch.cat((cached_v, v[0].transpose(0, 1)), dim=1)[None]
         return attend_cached(q, keys, values, window=window)
 
-    def finish(self) -> None:
-        """See `Reading.finish`."""
-        for sequence, count in zip(self.sequences, self.counts, strict=True):
-            sequence.length += count
-
-    def _pages(self, layer: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions read before, `[kv_heads, before, head_dim]`."""
-        before = sequence.length
-        pages = sequence.pages[: self.cache.pages_for(before)]
-        places = [self.cache.place_of(number) for number in pages]
-        held = torch.cat([self.cache.slab(layer, slab)[:, :, at] for slab, at in places], dim=2)
-        k, v = held[:, :, :before]
+    def _read_pages(self, layer: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
+        """Return the cached keys and values of a sequence, `[k, s, d]` each."""
+        pages = sequence.pages[: self.cache.pages_for(sequence.length)]
+        places = [self.cache.locate(number) for number in pages]
+        cached = torch.cat([self.cache.slab(layer, slab)[:, :, place] for slab, place in places], dim=2)
+        k, v = cached[:, :, : sequence.length]
         return k, v
 
-    def _ring(self, layer: int, window: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
-        """The last `window - 1` positions read before, oldest first."""
-        before = sequence.length
-        held = torch.arange(before - min(before, window - 1), before, device=self.cache.device) % window
-        k, v = self.cache.ring(layer)[:, sequence.slot][:, :, held]
+    def _read_ring(self, layer: int, window: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the last `window - 1` positions, oldest first, `[k, s, d]` each."""
+        length = sequence.length
+        positions = torch.arange(length - min(length, window - 1), length, device=self.cache.device)
+        k, v = self.cache.ring(layer)[:, sequence.slot][:, :, positions % window]
         return k, v
 
-    def _write_pages(self, layer: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
+    def _write_pages(self, layer: int, sequence: CachedSequence, k_tkd: Tensor, v_tkd: Tensor) -> None:
         done, page = 0, self.cache.page
-        while done < k.shape[0]:
-            index, at = divmod(sequence.length + done, page)
-            number, place = self.cache.place_of(sequence.pages[index])
-            count = min(page - at, k.shape[0] - done)
+        while done < k_tkd.shape[0]:
+            index, offset = divmod(sequence.length + done, page)
+            number, place = self.cache.locate(sequence.pages[index])
+            count = min(page - offset, k_tkd.shape[0] - done)
             slab = self.cache.slab(layer, number)
-            for part, new in enumerate((k, v)):
-                slab[part, :, place, at : at + count] = new[done : done + count].transpose(0, 1)
+            for half, new in enumerate((k_tkd, v_tkd)):
+                slab[half, :, place, offset : offset + count] = new[done : done + count].transpose(0, 1)
             done += count
 
-    def _write_ring(self, layer: int, window: int, sequence: CachedSequence, k: Tensor, v: Tensor) -> None:
-        end = sequence.length + k.shape[0]
-        count = min(window, k.shape[0])
-        at = torch.arange(end - count, end, device=self.cache.device) % window
+    def _write_ring(
+        self, layer: int, window: int, sequence: CachedSequence, k_tkd: Tensor, v_tkd: Tensor
+    ) -> None:
+        end = sequence.length + k_tkd.shape[0]
+        count = min(window, k_tkd.shape[0])
+        places = torch.arange(end - count, end, device=self.cache.device) % window
         ring = self.cache.ring(layer)
-        for part, new in enumerate((k, v)):
-            ring[part, sequence.slot].index_copy_(1, at, new[-count:].transpose(0, 1))
-
-
-class PageGroup(NamedTuple):
-    """Pages of one slab that are read together: a range read in place, or numbers to gather."""
-
-    slab: int
-    pages: slice | Tensor
-
-
-@dataclass(frozen=True)
-class PagePlan:
-    """Which pages are read, and whose they are.
-
-    groups: by slab; sizes: how many pages each has.
-    rows: `[pages]` of all groups one after another, which query each page is for.
-    first: `[pages]`, the position of each page's first key in its sequence; `NOWHERE` for a page in between that nobody asks for.
-    """
-
-    groups: Sequence[PageGroup]
-    sizes: Sequence[int]
-    rows: Tensor
-    first: Tensor
+        for half, new in enumerate((k_tkd, v_tkd)):
+            ring[half, sequence.slot].index_copy_(1, places, new[-count:].transpose(0, 1))
 
 
 class DecodeContext:
-    """`[batch, 1]` tokens: the next one of each sequence. Reserves a position for each; raises `OutOfPages` where one has none.
-
-    The sequences are those of the slots 0, 1, ..., in this order. Pass the reading of the step before as `last`: what both have in
-    common is not worked out again.
-    """
+    """`[b, 1]` tokens: the next one of each sequence."""
 
     def __init__(
         self, cache: PagedCache, sequences: Sequence[CachedSequence], last: DecodeContext | None = None
     ) -> None:
+        """Reserve one position for each sequence. Raises `OutOfPages` where the cache has too few pages.
+
+        Args:
+            cache: the KV cache.
+            sequences: those in the slots 0, 1, ..., in this order.
+            last: the context of the step before; its plan is used again where it still holds.
+        """
         for number, sequence in enumerate(sequences):
             if sequence.slot != number:
                 raise ValueError("the sequences of a step take the first slots, in order")
@@ -174,140 +158,105 @@ class DecodeContext:
         lengths = [sequence.length for sequence in sequences]
         self._lengths = torch.tensor(lengths, device=cache.device)
         self._key = (cache.changes, len(sequences))
-        self._runs: list[Run]
+        self._runs: list[PageRun]
         self._plan: PagePlan | None
-        self._stretches: dict[int, Tensor]
+        self._views: dict[int, Tensor]
         if last is not None and last.cache is cache and last._key == self._key:
-            self._runs, self._plan, self._stretches = last._runs, last._plan, last._stretches
+            self._runs, self._plan, self._views = last._runs, last._plan, last._views
         else:
-            self._runs = runs_worth_reading(cache, sequences) if cache.full else []
-            self._plan = None if self._runs or not cache.full else page_plan(cache, sequences)
-            self._stretches = self._lone_stretches()
-        if len(self._stretches) == len(cache.config.layers):
+            self._runs = runs_for_fused_kernel(cache, sequences) if cache.full else []
+            self._plan = None if self._runs or not cache.full else build_page_plan(cache, sequences)
+            self._views = self._contiguous_views()
+        if len(self._views) == len(cache.config.layers):
             return
         self._targets = self._page_targets(lengths) if cache.full else []
-        self._added: Sequence[Tensor] = ()
-        if self._plan is not None:
-            # Of pages in the middle of a sequence nothing is hidden, of a last one what comes after the new token.
-            last_seen = self._lengths[self._plan.rows] - self._plan.first
-            places = torch.arange(cache.page, device=cache.device)
-            added = mask_bias(places > last_seen[:, None], cache.dtype)
-            self._added = torch.split(added, list(self._plan.sizes))
+        self._page_bias: Sequence[Tensor] = self._mask_pages(self._plan) if self._plan is not None else ()
         self._rows = torch.arange(len(sequences), device=cache.device)
-        self._ring_at: dict[int, Tensor] = {}
-        self._ring_hidden: dict[int, Tensor | None] = {}
+        self._ring_places: dict[int, Tensor] = {}
+        self._ring_bias: dict[int, Tensor | None] = {}
         for window in set(cache.windowed.values()):
-            self._ring_at[window] = self._lengths % window
+            self._ring_places[window] = self._lengths % window
             filling = min(lengths) + 1 < window
             places = torch.arange(window, device=cache.device)
-            self._ring_hidden[window] = (
+            self._ring_bias[window] = (
                 mask_bias(places > self._lengths[:, None], cache.dtype) if filling else None
             )
 
-    def _lone_stretches(self) -> dict[int, Tensor]:
-        """Layers whose keys and values the fused kernel of the CPU reads where they lie, `[2, 1, kv_heads, positions, head_dim]`: those of one sequence alone,
-        for which every operation counts; its ring, and its pages where they are one run."""
-        if len(self.sequences) > 1 or self.cache.device.type != "cpu":
-            return {}
-        found = {layer: self.cache.ring(layer)[:, :1] for layer in self.cache.windowed}
-        if len(self._runs) == 1:
-            [run] = self._runs
-            found |= {layer: run_of(self.cache.slab(layer, run.slab), run) for layer in self.cache.full}
-        return found
-
-    def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """Where each row's new key goes: by slab, rows, pages and places `[3, rows]`."""
-        found: dict[int, list[tuple[int, int, int]]] = {}
-        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
-            index, at = divmod(length, self.cache.page)
-            slab, page = self.cache.place_of(sequence.pages[index])
-            found.setdefault(slab, []).append((row, page, at))
-        return [(slab, torch.tensor(places, device=self.cache.device).T) for slab, places in found.items()]
-
     @property
     def positions(self) -> Tensor:
-        """`[batch, 1]`."""
+        """Positions for RoPE, `[b, 1]`."""
         return self._lengths[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Reading.attend`; `time` is 1."""
+        """Store keys and values, then attend (`AttentionContext.attend`); `time` is 1."""
         return self.attend_packed(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
 
     def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """See `Reading.mix`."""
-        stretch = self._stretches.get(layer)
-        if stretch is not None:
-            # A run has a place for every position; a ring begins again.
+        """Store and attend for tokens in one row (`AttentionContext.attend_packed`)."""
+        view = self._views.get(layer)
+        if view is not None:
+            # A run has a place for every position; a ring starts again at its end.
             length = self.sequences[0].length
-            stretch.select(3, length % stretch.shape[3]).copy_(new)
-            return attend_held(q, stretch, length + 1)[0]
+            view.select(3, length % view.shape[3]).copy_(new)
+            return attend_range(q, view, length + 1)[0]
         window = self.cache.windowed.get(layer)
         if window is None:
-            return self._over_pages(layer, q, new)
-        return self._over_rings(layer, window, q, new)
+            return self._attend_pages(layer, q, new)
+        return self._attend_rings(layer, window, q, new)
 
     def finish(self) -> None:
-        """See `Reading.finish`."""
+        """Add the token of this pass to the length of each sequence."""
         for sequence in self.sequences:
             sequence.length += 1
 
-    def _over_rings(self, layer: int, window: int, q: Tensor, new: Tensor) -> Tensor:
-        ring = self.cache.ring(layer)
-        ring[:, self._rows, :, self._ring_at[window]] = new.transpose(0, 1)
-        keys, values = ring[:, : len(self.sequences)]
-        return partial_attention(q, keys, values, self._ring_hidden[window])[0]
+    def _contiguous_views(self) -> dict[int, Tensor]:
+        """Return keys and values `[2, 1, k, s, d]` of layers that the CPU's fused kernel reads in place.
 
-    def _over_pages(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        for number, (rows, pages, places) in self._targets:
-            self.cache.slab(layer, number)[:, :, pages, places] = new[:, rows].transpose(1, 2)
+        A single sequence has them, where every operation counts: its rings, and its pages where they are one
+        run.
+        """
+        if len(self.sequences) > 1 or self.cache.device.type != "cpu":
+            return {}
+        views = {layer: self.cache.ring(layer)[:, :1] for layer in self.cache.windowed}
+        if len(self._runs) == 1:
+            [run] = self._runs
+            views |= {layer: run_view(self.cache.slab(layer, run.slab), run) for layer in self.cache.full}
+        return views
+
+    def _page_targets(self, lengths: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """Return where each row's new key is written: by slab, `[3, rows]` of rows, pages and offsets."""
+        targets: dict[int, list[tuple[int, int, int]]] = {}
+        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
+            index, offset = divmod(length, self.cache.page)
+            slab, page = self.cache.locate(sequence.pages[index])
+            targets.setdefault(slab, []).append((row, page, offset))
+        return [(slab, torch.tensor(places, device=self.cache.device).T) for slab, places in targets.items()]
+
+    def _mask_pages(self, plan: PagePlan) -> Sequence[Tensor]:
+        """Return the mask bias of each group's pages: it masks keys after the new token."""
+        last_offset = self._lengths[plan.rows] - plan.first
+        offsets = torch.arange(self.cache.page, device=self.cache.device)
+        bias = mask_bias(offsets > last_offset[:, None], self.cache.dtype)
+        return torch.split(bias, list(plan.sizes))
+
+    def _attend_rings(self, layer: int, window: int, q_bkgd: Tensor, new_2bkd: Tensor) -> Tensor:
+        ring = self.cache.ring(layer)
+        ring[:, self._rows, :, self._ring_places[window]] = new_2bkd.transpose(0, 1)
+        keys_bkwd, values_bkwd = ring[:, : len(self.sequences)]
+        return partial_attention(q_bkgd, keys_bkwd, values_bkwd, self._ring_bias[window])[0]
+
+    def _attend_pages(self, layer: int, q_bkgd: Tensor, new_2bkd: Tensor) -> Tensor:
+        for number, (rows, pages, offsets) in self._targets:
+            self.cache.slab(layer, number)[:, :, pages, offsets] = new_2bkd[:, rows].transpose(1, 2)
         plan = self._plan
         if plan is None:
             lengths = [sequence.length for sequence in self.sequences]
-            return attend_runs(q, self._runs, lengths, lambda number: self.cache.slab(layer, number))
-        mixed, sums = [], []
-        queries = torch.split(q[plan.rows], list(plan.sizes))
-        for group, query, added in zip(plan.groups, queries, self._added, strict=True):
+            return attend_runs(q_bkgd, self._runs, lengths, lambda number: self.cache.slab(layer, number))
+        outputs, log_sums = [], []
+        queries = torch.split(q_bkgd[plan.rows], list(plan.sizes))
+        for group, query, bias in zip(plan.groups, queries, self._page_bias, strict=True):
             keys, values = self.cache.slab(layer, group.slab)[:, :, group.pages].transpose(1, 2)
-            part, log_sum = partial_attention(query, keys, values, added)
-            mixed.append(part)
-            sums.append(log_sum)
-        return merge_attention_states(torch.cat(mixed), torch.cat(sums), plan.rows, q.shape[0])
-
-
-def page_plan(cache: PagedCache, sequences: Sequence[CachedSequence]) -> PagePlan:
-    """The pages of all sequences, by slab; a page of several sequences is in one group for each."""
-    uses: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    met: dict[int, int] = {}
-    for row, sequence in enumerate(sequences):
-        for index, number in enumerate(sequence.pages):
-            again = met.get(number, 0)
-            met[number] = again + 1
-            # The first user of each page, then the second: within one group a page is read once.
-            slab, place = cache.place_of(number)
-            uses.setdefault((slab, again), []).append((place, row, index * cache.page))
-    groups, sizes = [], []
-    rows: list[int] = []
-    starts: list[int] = []
-    for (slab, _), found in sorted(uses.items()):
-        found.sort()
-        first, last = found[0][0], found[-1][0] + 1
-        if len(found) >= SPARSE * (last - first):
-            begin, count = len(rows), last - first
-            rows += [0] * count
-            starts += [NOWHERE] * count
-            for page, row, start in found:
-                rows[begin + page - first], starts[begin + page - first] = row, start
-            groups.append(PageGroup(slab, slice(first, last)))
-        else:
-            count = len(found)
-            rows += [row for _, row, _ in found]
-            starts += [start for _, _, start in found]
-            numbers = torch.tensor([page for page, _, _ in found], device=cache.device)
-            groups.append(PageGroup(slab, numbers))
-        sizes.append(count)
-    return PagePlan(
-        groups,
-        sizes,
-        torch.tensor(rows, device=cache.device),
-        torch.tensor(starts, device=cache.device),
-    )
+            output, log_sum = partial_attention(query, keys, values, bias)
+            outputs.append(output)
+            log_sums.append(log_sum)
+        return merge_attention_states(torch.cat(outputs), torch.cat(log_sums), plan.rows, q_bkgd.shape[0])

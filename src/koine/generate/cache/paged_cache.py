@@ -1,12 +1,13 @@
-"""Keys and values of many sequences at once, each of its own length: pages for full layers, rings for windowed ones.
+"""KV cache of many sequences of different lengths: pages for full attention, ring buffers for windows.
 
-A full layer's keys lie in pages of `page` positions, and pages in slabs that are made when they are needed and given back when they
-are empty, so that memory follows use. A page may belong to several sequences that begin alike. A windowed layer's keys lie in one
-ring of `window` positions a sequence: a new position takes the place of the one that has left the window. Keys are stored rotated, so
-their order inside a ring does not matter.
+A layer with full attention stores keys and values in pages of `page` positions. Pages lie in slabs, which are
+allocated when needed and freed when empty, so that memory follows use. Sequences with a common prefix share
+its pages. A layer with a sliding window stores a ring buffer of `window` positions for each sequence: a new
+position replaces the one that left the window. Keys are stored after RoPE, so their order in a ring does not
+matter.
 
-One step of decoding attends for all sequences together: the scores of a slab's pages are one matmul, read where they lie, whoever
-owns each page, and the pages of a sequence meet in a softmax over their maxima and sums.
+A decode step attends for all sequences together. The scores of a slab's pages are one matmul, read in place
+whichever sequences own them; the results of a sequence's pages are merged by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -23,26 +24,29 @@ from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 
 PAGE = 128
-"""Positions a page."""
+"""Positions in a page."""
 
 SLAB = 32
-"""Pages of the first slab."""
+"""Pages in the first slab."""
 
 DOUBLING = 256
-"""Up to so many pages each slab is as large as all before it, so that there are few to go through; later ones are a quarter of that."""
+"""Up to so many pages a slab doubles the cache, so that slabs are few. Later ones add a quarter."""
 
 SPARSE = 0.5
-"""Below this share of wanted pages between the first and the last wanted one of a slab, they are gathered and not read in place."""
+"""Pages are gathered instead of read in place where fewer than this share of a slab's range is needed."""
 
 
 def slab_pages(pages: int) -> int:
-    """Pages of the next slab, after so many."""
+    """Return the size of the next slab, given the pages so far."""
     return max(SLAB, pages if pages < DOUBLING else pages // 4)
 
 
 @dataclass(eq=False)
 class CachedSequence:
-    """One sequence in the cache: how many positions were read, its pages in order, and its row in the rings."""
+    """One sequence in the cache.
+
+    slot: its row in the ring buffers. length: cached positions. pages: page numbers, in order.
+    """
 
     slot: int
     length: int = 0
@@ -51,25 +55,26 @@ class CachedSequence:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What of a sequence can be read on from: its length, its pages (held), and its windows as they were."""
+    """The KV cache of a prefix: its length, its pages (not freed meanwhile), and a copy of its windows."""
 
     length: int
     pages: tuple[int, ...]
     rings: tuple[Tensor, ...]
 
     def bytes(self) -> int:
-        """Bytes of the windows (pages are counted by the cache)."""
+        """Return the bytes of the windows (the cache counts the pages)."""
         return sum(ring.nbytes for ring in self.rings)
 
 
 class OutOfPages(Exception):  # noqa: N818
-    """The cache may not grow any more: something must be given back first."""
+    """The cache is full: pages must be freed first."""
 
 
 class PagedCache:
-    """Keys and values of the sequences that were added, in the dtype and on the device given.
+    """Keys and values of sequences, in one dtype on one device.
 
-    max_pages: pages that may be in use at once; `OutOfPages` is raised where more are needed.
+    full: indices of layers with full attention. windowed: window of each other layer, by index.
+    max_pages: most pages in use at once; `OutOfPages` is raised where more are needed.
     """
 
     def __init__(
@@ -92,10 +97,10 @@ class PagedCache:
         self._starts: list[int] = []
         self._pages = 0
         self._free: list[int] = []
-        self._holders: dict[int, int] = {}
+        self._ref_counts: dict[int, int] = {}
         self.sequences: list[CachedSequence] = []
         self.changes = 0
-        """Counts what makes a plan of reading out of date: sequences and pages that come and go."""
+        """Counts changes of sequences and pages: a decode plan holds while it is the same."""
 
     @classmethod
     def of_model(cls, model: Decoder, *, page: int = PAGE, max_pages: int | None = None) -> PagedCache:
@@ -111,10 +116,10 @@ class PagedCache:
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    # -- sequences -----------------------------------------------------------------------------------------------------
+    # -- sequences ---
 
     def add(self, prefix: Prefix | None = None) -> CachedSequence:
-        """A new sequence, empty or going on from a prefix; its slot is the last."""
+        """Return a new sequence in the last slot, empty or continuing a prefix."""
         slot = len(self.sequences)
         for index, ring in self._rings.items():
             if slot == ring.shape[1]:
@@ -123,38 +128,38 @@ class PagedCache:
                 self._rings[index] = grown
         sequence = CachedSequence(slot)
         if prefix is not None:
-            whole = prefix.length // self.page
+            full_pages = prefix.length // self.page
             partial: int | None = None
-            if whole < len(prefix.pages):
-                # The last page is not full, and its first owner may be writing to the rest of it: this sequence has a copy.
-                [partial] = self._take(1)
-                (source, at), (target, to) = self.place_of(prefix.pages[whole]), self.place_of(partial)
+            if full_pages < len(prefix.pages):
+                # The last page is not full, and its first owner may write to the rest of it: copy it.
+                [partial] = self._allocate(1)
+                (source, at), (target, to) = self.locate(prefix.pages[full_pages]), self.locate(partial)
                 for slabs in self._slabs.values():
                     slabs[target][:, :, to] = slabs[source][:, :, at]
-            for number in prefix.pages[:whole]:
-                self._holders[number] += 1
-            sequence.pages = [*prefix.pages[:whole], *([] if partial is None else [partial])]
+            for number in prefix.pages[:full_pages]:
+                self._ref_counts[number] += 1
+            sequence.pages = [*prefix.pages[:full_pages], *([] if partial is None else [partial])]
             sequence.length = prefix.length
-            for ring, held in zip(self._rings.values(), prefix.rings, strict=True):
-                ring[:, slot, :, : held.shape[2]] = held
+            for ring, copy in zip(self._rings.values(), prefix.rings, strict=True):
+                ring[:, slot, :, : copy.shape[2]] = copy
         self.sequences.append(sequence)
         self.changes += 1
         return sequence
 
     def remove(self, sequence: CachedSequence) -> None:
-        """Forget a sequence; the last slot's ring moves into its place, so that slots stay dense."""
+        """Remove a sequence. The sequence of the last slot moves into its slot, so that slots stay dense."""
         last = self.sequences.pop()
         if last is not sequence:
             for ring in self._rings.values():
                 ring[:, sequence.slot] = ring[:, last.slot]
             last.slot = sequence.slot
             self.sequences[last.slot] = last
-        self._give_back(sequence.pages)
+        self._release_pages(sequence.pages)
         sequence.pages = []
         self.changes += 1
 
     def arrange(self, sequences: Sequence[CachedSequence]) -> None:
-        """Give these sequences the slots 0, 1, ...; whoever has one of them moves."""
+        """Move these sequences to the slots 0, 1, ..., swapping with those there."""
         for slot, sequence in enumerate(sequences):
             other = self.sequences[slot]
             if other is sequence:
@@ -166,49 +171,52 @@ class PagedCache:
             self.changes += 1
 
     def prefix(self, sequence: CachedSequence) -> Prefix:
-        """A sequence as it is now, to begin others with; hold it with care: it keeps pages until `release`."""
+        """Return a sequence as it is now, to start others with. Its pages are in use until `release`."""
         for number in sequence.pages:
-            self._holders[number] += 1
+            self._ref_counts[number] += 1
         rings = []
         for index, ring in self._rings.items():
-            held = min(sequence.length, self.windowed[index])
-            rings.append(ring[:, sequence.slot, :, :held].clone())
+            filled = min(sequence.length, self.windowed[index])
+            rings.append(ring[:, sequence.slot, :, :filled].clone())
         return Prefix(sequence.length, tuple(sequence.pages), tuple(rings))
 
     def release(self, prefix: Prefix) -> None:
-        """Give up a prefix's hold on its pages."""
-        self._give_back(prefix.pages)
+        """Free the pages of a prefix that nothing else uses."""
+        self._release_pages(prefix.pages)
 
-    # -- pages ---------------------------------------------------------------------------------------------------------
+    # -- pages ---
 
     def pages_for(self, positions: int) -> int:
-        """Pages that a sequence of so many positions needs."""
+        """Return the number of pages for so many positions."""
         return -(-positions // self.page) if self.full else 0
 
     @property
     def pages_in_use(self) -> int:
-        """Pages that some sequence or prefix holds."""
-        return len(self._holders)
+        """Number of pages that a sequence or prefix uses."""
+        return len(self._ref_counts)
 
     @property
     def slabs(self) -> int:
-        """Slabs that are allocated."""
+        """Number of allocated slabs."""
         return len(self._starts)
 
     def pages_left(self) -> float:
-        """Pages that may still be taken."""
-        return float("inf") if self.max_pages is None else self.max_pages - len(self._holders)
+        """Return the number of pages that may still be allocated."""
+        return float("inf") if self.max_pages is None else self.max_pages - len(self._ref_counts)
 
     def reserve(self, sequence: CachedSequence, positions: int) -> None:
-        """Pages for `positions` more; raises `OutOfPages` and takes none where they are not to be had."""
+        """Allocate pages for `positions` more.
+
+        Raises `OutOfPages`, and allocates none, where there are too few.
+        """
         if not self.full:
             return
         missing = self.pages_for(sequence.length + positions) - len(sequence.pages)
         if missing > 0:
-            sequence.pages += self._take(missing)
+            sequence.pages += self._allocate(missing)
             self.changes += 1
 
-    def _take(self, count: int) -> list[int]:
+    def _allocate(self, count: int) -> list[int]:
         if count > self.pages_left():
             raise OutOfPages
         while len(self._free) < count:
@@ -220,20 +228,21 @@ class PagedCache:
             for number in range(self._pages, self._pages + size):
                 heapq.heappush(self._free, number)
             self._pages += size
-        # The lowest first: pages in use stay close together, and slabs at the end become empty.
+        # The lowest numbers first: pages in use stay close together, and the last slabs become empty.
         taken = [heapq.heappop(self._free) for _ in range(count)]
         for number in taken:
-            self._holders[number] = 1
+            self._ref_counts[number] = 1
         return taken
 
-    def _give_back(self, pages: Sequence[int]) -> None:
+    def _release_pages(self, pages: Sequence[int]) -> None:
         for number in pages:
-            self._holders[number] -= 1
-            if not self._holders[number]:
-                del self._holders[number]
+            self._ref_counts[number] -= 1
+            if not self._ref_counts[number]:
+                del self._ref_counts[number]
                 heapq.heappush(self._free, number)
-        needed = 1 + self.place_of(max(self._holders))[0] if self._holders else 0
-        # One slab is kept in reserve, so that the end of a sequence and the beginning of the next do not make and drop it in turn.
+        needed = 1 + self.locate(max(self._ref_counts))[0] if self._ref_counts else 0
+        # One empty slab stays, so that the end of a sequence and the start of the next do not free and
+        # allocate it.
         if len(self._starts) > needed + 1:
             self._pages = self._starts[needed + 1]
             del self._starts[needed + 1 :]
@@ -242,35 +251,38 @@ class PagedCache:
             self._free = [number for number in self._free if number < self._pages]
             heapq.heapify(self._free)
 
-    # -- bytes ---------------------------------------------------------------------------------------------------------
+    # -- bytes ---
 
     def bytes_held(self) -> int:
-        """Bytes of the keys and values in use, counted in the tensors themselves: pages that somebody holds (whole, a shared one once), and
-        the filled places of each sequence's rings. Kept prefixes have copies of their rings beside the cache (`Prefix.bytes`)."""
+        """Return the bytes of keys and values in use, counted in the tensors.
+
+        Counted are whole pages in use (a shared one once) and the filled positions of each sequence's ring
+        buffers. Copies of ring buffers in cached prefixes are not (`Prefix.bytes`).
+        """
         held = 0
-        for number in self._holders:
-            slab, at = self.place_of(number)
+        for number in self._ref_counts:
+            slab, at = self.locate(number)
             held += sum(slabs[slab][:, :, at].nbytes for slabs in self._slabs.values())
         for ring in self._rings.values():
             held += sum(ring[:, one.slot, :, : one.length].nbytes for one in self.sequences)
         return held
 
     def bytes_reserved(self) -> int:
-        """Bytes of the memory that holds them: slabs and rings with their places that are not used yet."""
+        """Return the bytes that are allocated: slabs and ring buffers, unused positions included."""
         slabs = sum(slab.nbytes for slabs in self._slabs.values() for slab in slabs)
         return slabs + sum(ring.nbytes for ring in self._rings.values())
 
-    # -- where things lie ----------------------------------------------------------------------------------------------
+    # -- tensors ---
 
-    def place_of(self, page: int) -> tuple[int, int]:
-        """The slab of a page, and its place there."""
+    def locate(self, page: int) -> tuple[int, int]:
+        """Return the slab of a page, and the page's index in it."""
         slab = bisect.bisect_right(self._starts, page) - 1
         return slab, page - self._starts[slab]
 
     def slab(self, layer: int, number: int) -> Tensor:
-        """Keys and values of a slab's pages, `[2, kv_heads, pages, page, head_dim]`."""
+        """Return keys and values of a slab's pages, `[2, kv_heads, pages, page, head_dim]`."""
         return self._slabs[layer][number]
 
     def ring(self, layer: int) -> Tensor:
-        """Keys and values of every slot's window, `[2, slots, kv_heads, window, head_dim]`."""
+        """Return keys and values of every slot's window, `[2, slots, kv_heads, window, head_dim]`."""
         return self._rings[layer]

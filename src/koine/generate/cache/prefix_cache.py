@@ -1,4 +1,4 @@
-"""What was read before and may be read on from: a few beginnings of texts, the longest matching one first."""
+"""Prefix cache: KV caches of earlier texts, reused by prompts that begin with them."""
 
 from __future__ import annotations
 
@@ -8,87 +8,91 @@ from itertools import islice
 
 from koine.generate.cache.paged_cache import CachedSequence, PagedCache, Prefix
 
-SHORTEST = 32
-"""A common beginning of fewer tokens is read again rather than kept."""
+MIN_TOKENS = 32
+"""A shared prefix of fewer tokens is computed again rather than cached."""
 
-REMEMBERED = 64
-"""Prompts that a new one is compared with, to find what prompts have in common: so many earlier ones, and so many that wait."""
+COMPARED_PROMPTS = 64
+"""A new prompt is compared with so many earlier prompts and so many waiting ones, to find shared prefixes."""
 
 
-class PrefixStore:
-    """Beginnings of texts with their keys and values, least recently used first out.
+class PrefixCache:
+    """Prefixes with their KV cache, evicted least recently used first.
 
-    entries, window_bytes: at most so many beginnings, and bytes of their windows (a hybrid keeps a copy of its windows for each).
+    entries: most prefixes. window_bytes: most bytes of their windows (a hybrid copies its windows for each
+        prefix).
     """
 
     def __init__(self, cache: PagedCache, *, entries: int, window_bytes: int = 512 * 2**20) -> None:
         self.cache, self.entries, self.window_bytes = cache, entries, window_bytes
-        self._kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._recent: deque[Sequence[int]] = deque(maxlen=REMEMBERED)
+        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self._recent: deque[Sequence[int]] = deque(maxlen=COMPARED_PROMPTS)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._prefixes)
 
-    def longest(self, prompt: Sequence[int]) -> Prefix | None:
-        """The longest kept beginning of `prompt` that leaves at least one token to read."""
+    def longest_match(self, prompt: Sequence[int]) -> Prefix | None:
+        """Return the longest cached prefix of `prompt` that leaves at least one token to prefill."""
         found: tuple[int, ...] | None = None
-        for tokens in self._kept:
+        for tokens in self._prefixes:
             longer = len(tokens) > (0 if found is None else len(found))
             if longer and len(tokens) < len(prompt) and tokens == tuple(prompt[: len(tokens)]):
                 found = tokens
         if found is None:
             return None
-        self._kept.move_to_end(found)
-        return self._kept[found]
+        self._prefixes.move_to_end(found)
+        return self._prefixes[found]
 
-    def worth_keeping(self, prompt: Sequence[int], others: Iterable[Sequence[int]], *, known: int = 0) -> int:
-        """How many tokens `prompt` has in common with a prompt of the recent ones or of the first of `others`: reading stops there once, so
-        that the next one can go on from it.
+    def shared_length(
+        self, prompt: Sequence[int], others: Iterable[Sequence[int]], *, cached: int = 0
+    ) -> int:
+        """Return how many tokens `prompt` shares with a recent prompt or one of the first of `others`.
 
-        known: tokens that a kept beginning has already. 0 where what is common is the whole prompt or hardly more than that, since a stop
-        costs a step and a copy of the windows; and where no beginnings are kept.
+        Prefill pauses there once, so that the next prompt can reuse the prefix. A pause costs a step and a
+        copy of the windows. So the result is 0 where the shared prefix is hardly longer than `cached` (tokens
+        that are in the cache already), where it is cached, and where no prefixes are kept.
         """
         if not self.entries:
             return 0
         longest = 0
-        for other in (*self._recent, *islice(others, REMEMBERED)):
+        for other in (*self._recent, *islice(others, COMPARED_PROMPTS)):
             if other is not prompt:
                 longest = max(longest, common_length(prompt, other))
         self._recent.append(prompt)
         longest = min(longest, len(prompt) - 1)
-        return longest if longest >= known + SHORTEST and tuple(prompt[:longest]) not in self._kept else 0
+        worthwhile = longest >= cached + MIN_TOKENS and tuple(prompt[:longest]) not in self._prefixes
+        return longest if worthwhile else 0
 
-    def keep(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
-        """Keep `sequence` as it is now; `tokens` are what was read."""
+    def add(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
+        """Cache `sequence` as it is now; `tokens` are those whose keys and values it holds."""
         key = tuple(tokens)
-        if not self.entries or len(key) < SHORTEST:
+        if not self.entries or len(key) < MIN_TOKENS:
             return
-        if key in self._kept:
-            self._kept.move_to_end(key)
+        if key in self._prefixes:
+            self._prefixes.move_to_end(key)
             return
         assert len(key) == sequence.length
-        self._kept[key] = self.cache.prefix(sequence)
-        while len(self._kept) > self.entries or self._bytes() > self.window_bytes:
-            self.drop_oldest()
+        self._prefixes[key] = self.cache.prefix(sequence)
+        while len(self._prefixes) > self.entries or self._bytes() > self.window_bytes:
+            self.evict_oldest()
 
-    def drop_oldest(self) -> bool:
-        """Give up the beginning that was used longest ago; False where none is left."""
-        if not self._kept:
+    def evict_oldest(self) -> bool:
+        """Evict the least recently used prefix; return False where there is none."""
+        if not self._prefixes:
             return False
-        _, prefix = self._kept.popitem(last=False)
+        _, prefix = self._prefixes.popitem(last=False)
         self.cache.release(prefix)
         return True
 
     def _bytes(self) -> int:
-        return sum(prefix.bytes() for prefix in self._kept.values())
+        return sum(prefix.bytes() for prefix in self._prefixes.values())
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Return the length of the longest common prefix."""
     low, high = 0, min(len(first), len(second))
     if first[:high] == second[:high]:
         return high
-    # Halving compares slices at the speed of C, where a loop would look at every token.
+    # Bisection compares slices at the speed of C, where a loop would look at every token.
     while high - low > 1:
         middle = (low + high) // 2
         if first[low:middle] == second[low:middle]:

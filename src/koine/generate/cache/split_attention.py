@@ -1,61 +1,79 @@
-"""Attention of one new token of each sequence to keys that lie in parts (pages, runs of pages, rings), and how parts of one sequence meet."""
+"""Decode attention over a KV cache stored in chunks; partial results are combined by log-sum-exp.
+
+Shapes: c chunks (pages, runs of pages, rings), r rows (sequences), k key heads, g query heads of a key head
+(groups), s keys of a chunk, d head size (`q_ckgd`, `keys_cksd`).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-HIDDEN = -1e30
-"""Added to the score of a key that is not seen. Finite: a part of which nothing is seen gets a weight of 0 when parts meet, and not NaN."""
+MASKED_SCORE = -1e30
+"""Added to the score of a masked key.
+
+Finite: a chunk with all keys masked gets weight 0 when merged, and not NaN.
+"""
 
 
-def mask_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, `[parts, 1, 1, keys]`, from which keys are `hidden` `[parts, keys]`."""
-    lowest = max(HIDDEN, torch.finfo(dtype).min / 2)
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, lowest)[
-        :, None, None
-    ]
+def mask_bias(masked_cs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores, `[c, 1, 1, s]`, from a bool mask that is True on masked keys."""
+    lowest = max(MASKED_SCORE, torch.finfo(dtype).min / 2)
+    bias_cs = torch.zeros(masked_cs.shape, dtype=dtype, device=masked_cs.device)
+    return bias_cs.masked_fill_(masked_cs, lowest)[:, None, None]
 
 
-def partial_attention(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of each q `[parts, kv_heads, groups, head_dim]` (scaled) to its own keys and values `[parts, kv_heads, keys, head_dim]`.
+def partial_attention(
+    q_ckgd: Tensor, keys_cksd: Tensor, values_cksd: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend each chunk's query (scaled) to the chunk's keys.
 
-    added: see `mask_bias`; None: everything is seen. Returns the same shape as q, and the logarithms `[parts, kv_heads, groups]` of the
-    sums of the exponentials, in float32.
+    bias: see `mask_bias`; None masks nothing.
+    Returns the output `[c, k, g, d]`, and the log-sum-exp of the scores `[c, k, g]` in float32.
     """
-    if q.device.type != "cpu":
-        return by_products(q, keys, values, added)
-    # The fused kernel reads keys where they lie, whatever the strides: 256 of them in 15 µs, where products and a softmax take 19, in bfloat16 60 (docs/explanation/log.md).
+    if q_ckgd.device.type != "cpu":
+        return attention_by_matmul(q_ckgd, keys_cksd, values_cksd, bias)
+    # The fused kernel takes keys of any strides in place. 256 keys take 15 µs; matmuls and a softmax take 19,
+    # in bfloat16 60 (docs/explanation/log.md).
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mixed, log_sum = fused(q, keys, values, 0.0, False, attn_mask=added, scale=1.0)
-    return mixed, log_sum
+    out_ckgd, log_sums_ckg = fused(q_ckgd, keys_cksd, values_cksd, 0.0, False, attn_mask=bias, scale=1.0)
+    return out_ckgd, log_sums_ckg
 
 
-def by_products(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`partial_attention` for any device. Where parts and heads lie apart, as in a slab, a head at a time: one product over both would copy the keys."""
-    apart = keys.stride(0) != keys.shape[1] * keys.stride(1)
-    product = _by_heads if apart else torch.matmul
-    scores = product(q, keys.transpose(-1, -2)).float()
-    if added is not None:
-        scores += added
-    log_sum = scores.logsumexp(dim=-1)
-    weights = (scores - log_sum[..., None]).exp_()
-    return product(weights.to(q.dtype), values), log_sum
+def attention_by_matmul(
+    q_ckgd: Tensor, keys_cksd: Tensor, values_cksd: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute `partial_attention` on any device.
+
+    In a slab, chunks and heads are not adjacent: one matmul over both would copy the keys. There each head
+    has its own.
+    """
+    adjacent = keys_cksd.stride(0) == keys_cksd.shape[1] * keys_cksd.stride(1)
+    product = torch.matmul if adjacent else _matmul_by_heads
+    scores_ckgs = product(q_ckgd, keys_cksd.transpose(-1, -2)).float()
+    if bias is not None:
+        scores_ckgs += bias
+    log_sums_ckg = scores_ckgs.logsumexp(dim=-1)
+    weights_ckgs = (scores_ckgs - log_sums_ckg[..., None]).exp_()
+    return product(weights_ckgs.to(q_ckgd.dtype), values_cksd), log_sums_ckg
 
 
-def _by_heads(a: Tensor, b: Tensor) -> Tensor:
+def _matmul_by_heads(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.bmm(a[:, head], b[:, head]) for head in range(a.shape[1])], dim=1)
 
 
-def merge_attention_states(mixed: Tensor, log_sums: Tensor, rows: Tensor, count: int) -> Tensor:
-    """The parts of each of `count` rows as one, `[count, kv_heads, groups, head_dim]`, in the dtype of `mixed`.
+def merge_attention_states(out_ckgd: Tensor, log_sums_ckg: Tensor, rows_c: Tensor, rows: int) -> Tensor:
+    """Merge the chunks of each row, `[r, k, g, d]`, in the dtype of `out_ckgd`.
 
-    mixed, log_sums: of all parts, see `partial_attention`; rows: `[parts]`, whose each is. Every row has a part of which something is seen.
+    out_ckgd, log_sums_ckg: of `partial_attention`. rows_c: the row of each chunk. rows: number of rows.
+    Every row needs a chunk with at least one key that is not masked.
     """
-    sums = log_sums[..., None]
-    highest = torch.full((count, *sums.shape[1:]), -torch.inf, dtype=sums.dtype, device=sums.device)
-    highest.scatter_reduce_(0, rows[:, None, None, None].expand_as(sums), sums, "amax")
-    weights = (sums - highest[rows]).exp_()
-    total = torch.zeros_like(highest).index_add_(0, rows, weights)
-    whole = torch.zeros((count, *mixed.shape[1:]), dtype=sums.dtype, device=sums.device)
-    return (whole.index_add_(0, rows, mixed * weights) / total).to(mixed.dtype)
+    sums_ckg1 = log_sums_ckg[..., None]
+    shape = (rows, *sums_ckg1.shape[1:])
+    highest_rkg1 = torch.full(shape, -torch.inf, dtype=sums_ckg1.dtype, device=sums_ckg1.device)
+    highest_rkg1.scatter_reduce_(0, rows_c[:, None, None, None].expand_as(sums_ckg1), sums_ckg1, "amax")
+    weights_ckg1 = (sums_ckg1 - highest_rkg1[rows_c]).exp_()
+    total_rkg1 = torch.zeros_like(highest_rkg1).index_add_(0, rows_c, weights_ckg1)
+    merged_rkgd = torch.zeros((rows, *out_ckgd.shape[1:]), dtype=sums_ckg1.dtype, device=sums_ckg1.device)
+    merged_rkgd.index_add_(0, rows_c, out_ckgd * weights_ckg1)
+    return (merged_rkgd / total_rkg1).to(out_ckgd.dtype)

@@ -1,11 +1,12 @@
-"""Weights in the layout that the processor's library multiplies fastest, for a model that only reads (docs/explanation/log.md has the times).
+"""Linear layers for CPU inference, in the weight layout that is fastest there (times: docs/explanation/log.md).
 
 | processor and precision | layout |
 |---|---|
 | Intel, float32 | transposed, for MKL |
-| others, float32; any, bfloat16 | oneDNN's own: MKL, which torch calls in float32, is slow on them, and in bfloat16 torch packs anew at every call |
+| others, float32 | oneDNN's own: MKL, which torch calls in float32, is slow there |
+| any, bfloat16 | oneDNN's own: torch would pack the weight again at every call |
 
-A packed model computes the same sums in another order and cannot be trained or saved.
+A prepacked model computes the same sums in another order, and cannot be trained or saved.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from koine.model.block import Block
 from koine.model.decoder import Decoder
 
 
-class PackedLinear(nn.Module):
-    """`x @ weight.T` with a packed weight `[out, in]`."""
+class PrepackedLinear(nn.Module):
+    """`x @ weight.T` with a weight `[out, in]` in oneDNN's layout."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -28,12 +29,12 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], None)
         return out
 
     def write(self, x: Tensor, out: Tensor) -> None:
-        """`forward` of `[rows, in]` into `out` `[rows, out]`."""
+        """Write `forward` of `[rows, in]` into `out` `[rows, out]`."""
         out.copy_(self(x))
 
     def add_to(self, x: Tensor, out: Tensor) -> None:
@@ -51,12 +52,12 @@ class TransposedLinear(nn.Module):
         self._transposed = weight.detach().t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         rows = torch.mm(x.reshape(-1, self.in_features), self._transposed)
         return rows.view(*x.shape[:-1], self.out_features)
 
     def write(self, x: Tensor, out: Tensor) -> None:
-        """`forward` of `[rows, in]` into `out` `[rows, out]`."""
+        """Write `forward` of `[rows, in]` into `out` `[rows, out]`."""
         torch.mm(x, self._transposed, out=out)
 
     def add_to(self, x: Tensor, out: Tensor) -> None:
@@ -64,13 +65,13 @@ class TransposedLinear(nn.Module):
         out.addmm_(x, self._transposed)
 
 
-def best_layout(dtype: torch.dtype) -> type[PackedLinear] | type[TransposedLinear]:
-    """Which of the two is faster on this processor; the same at every call, so that a machine's results stay the same."""
-    return TransposedLinear if is_intel() and dtype == torch.float32 else PackedLinear
+def best_layout(dtype: torch.dtype) -> type[PrepackedLinear] | type[TransposedLinear]:
+    """Return the faster of the two on this processor; never another, so that results stay the same."""
+    return TransposedLinear if is_intel() and dtype == torch.float32 else PrepackedLinear
 
 
-def can_pack(model: Decoder) -> bool:
-    """Whether this build of torch packs weights of the model's precision on its device."""
+def can_prepack(model: Decoder) -> bool:
+    """Return whether this build of torch can prepack weights of the model's dtype on its device."""
     weight = model.embedding.weight
     if weight.device.type != "cpu":
         return False
@@ -85,12 +86,13 @@ def can_pack(model: Decoder) -> bool:
     return weight.dtype == torch.float32
 
 
-def pack(model: Decoder) -> Decoder:
-    """Replace the matrices of `model` by packed ones, in place, one at a time; unchanged where they cannot be packed.
+def prepack(model: Decoder) -> Decoder:
+    """Replace the weight matrices of `model` by prepacked ones, in place, one at a time; return the model.
 
-    The embedding stays as it is for looking up, so a tied one is held twice. Returns the model.
+    It is unchanged where they cannot be prepacked. The embedding stays for look-up, so a tied one takes
+    memory twice.
     """
-    if can_pack(model):
+    if can_prepack(model):
         layout = best_layout(model.embedding.weight.dtype)
         for block in model.blocks:
             assert isinstance(block, Block)

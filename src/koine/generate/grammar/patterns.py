@@ -1,7 +1,7 @@
-"""Regular expressions of JSON schemas (ECMA-262) as the grammar library reads them (Rust's `regex`).
+"""Translate regular expressions of JSON schemas (ECMA-262) to those of the grammar library (Rust's `regex`).
 
-The two write most things alike and mean some otherwise. What is rewritten here matches only what ECMA-262,
-Python and Rust all match, so that an answer satisfies whatever validator reads it.
+The two share most syntax, and some of it has different meanings. The result matches only what ECMA-262,
+Python and Rust all match, so that a completion is valid for every validator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _COMMON_SPACES = r"\t-\r\x{20}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{
 _ALL_WORDS = r"\p{L}\p{N}_"
 _ALL_DIGITS = r"\p{N}"
 
-# A class by its letter, and what stands for it: alone, in [...], and in [^...].
+# Character classes by letter, and their translation: alone, in [...], and in [^...].
 _CLASSES = {
     "d": ("[0-9]", "0-9", _ALL_DIGITS),
     "D": (f"[^{_ALL_DIGITS}]", f"[^{_ALL_DIGITS}]", "[^0-9]"),
@@ -27,57 +27,58 @@ _CLASSES = {
 }
 _ANY = r"[^\n\r\x{2028}\x{2029}]"
 
-# Escapes that one of the three reads otherwise, or not at all.
-_OTHERWISE = set("AzZQEaUGKNRXhHyY<>pP")
+# Escapes that one of the three engines reads differently, or not at all.
+_DIFFERENT = set("AzZQEaUGKNRXhHyY<>pP")
 
 
 def portable_pattern(pattern: str, place: str) -> str:
-    """The pattern for the grammar library. Raises `UserError` for what other engines read otherwise.
+    """Return the pattern for the grammar library.
 
     place: of the pattern in its schema, for the message.
+    Raises `UserError` for syntax that engines read differently.
     """
     parts: list[str] = []
     at, in_class, negated = 0, False, False
     while at < len(pattern):
-        sign, rest = pattern[at], pattern[at + 1 :]
-        if sign == "\\":
+        char, rest = pattern[at], pattern[at + 1 :]
+        if char == "\\":
             letter = rest[:1]
             if letter in _CLASSES:
                 alone, inside, outside = _CLASSES[letter]
                 parts.append(alone if not in_class else outside if negated else inside)
-            elif (letter and letter in _OTHERWISE) or rest.startswith("x{"):
+            elif (letter and letter in _DIFFERENT) or rest.startswith("x{"):
                 _refuse(pattern, place, f"\\{letter}")
             elif letter == "-" and not in_class:
                 parts.append("-")
             else:
-                parts.append(sign + letter)
+                parts.append(char + letter)
             at += 2
             continue
         if in_class:
-            if sign == "[" or pattern[at : at + 2] in ("&&", "--", "~~"):
+            if char == "[" or pattern[at : at + 2] in ("&&", "--", "~~"):
                 _refuse(pattern, place, pattern[at : at + 2])
-            in_class = sign != "]"
-        elif sign == "[":
+            in_class = char != "]"
+        elif char == "[":
             in_class, negated = True, rest.startswith("^")
             begins = at + 1 + negated
             if pattern.startswith("]", begins):
-                _refuse(pattern, place, pattern[at : begins + 1])  # empty in ECMA-262, a sign elsewhere
+                _refuse(pattern, place, pattern[at : begins + 1])  # empty in ECMA-262, a character elsewhere
             if negated:
-                parts.append(sign)
-                sign, at = "^", at + 1
-        elif sign == "." and not re.match(r"\(\?[a-z]*s", pattern):
-            sign = _ANY
-        elif sign == "+" and at and pattern[at - 1] in "+*?}" and not _escaped(pattern, at - 1):
+                parts.append(char)
+                char, at = "^", at + 1
+        elif char == "." and not re.match(r"\(\?[a-z]*s", pattern):
+            char = _ANY
+        elif char == "+" and at and pattern[at - 1] in "+*?}" and not _escaped(pattern, at - 1):
             _refuse(pattern, place, pattern[at - 1 : at + 1])
         elif (flags := re.match(r"\(\?([A-Za-z-]*)[:)]", pattern[at:])) and set(flags[1]) - set("ims"):
             _refuse(pattern, place, flags[0])
-        parts.append(sign)
+        parts.append(char)
         at += 1
     return "".join(parts)
 
 
-def not_among(names: list[str]) -> str:
-    """A pattern of all texts that are none of `names`."""
+def pattern_excluding(names: list[str]) -> str:
+    """Return a pattern of all texts except `names`."""
     tree: dict[str, Any] = {}
     for name in names:
         node = tree
@@ -106,13 +107,14 @@ def _one(letter: str) -> str:
 
 
 def _escaped(pattern: str, at: int) -> bool:
-    """Return whether an odd number of backslashes stands before the sign."""
+    """Return whether an odd number of backslashes precedes the character."""
     before = pattern[:at]
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1
 
 
 def _refuse(pattern: str, place: str, part: str) -> NoReturn:
     raise UserError(
-        f"the JSON schema cannot be used (the pattern {pattern!r:.100} at {place} has '{part}', which engines read differently)",
-        hint="write it with what all of them know",
+        f"the JSON schema cannot be used (the pattern {pattern!r:.100} at {place} has '{part}', "
+        "which engines read differently)",
+        hint="use syntax that all engines share",
     )

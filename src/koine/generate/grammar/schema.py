@@ -1,4 +1,4 @@
-"""A JSON schema as text. The order of its keys says in which order an answer's keys are written, so it is part of the schema."""
+"""Serialize a JSON schema in the order of its keys, which is the order of the generated keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from koine.errors import UserError
 
 
 def schema_text(schema: Mapping[str, Any]) -> str:
-    """The schema as one line of JSON, its keys in its own order.
+    """Return the schema as one line of JSON, in its own key order.
 
-    Raises `UserError` for a schema that is no JSON object: sets, keys that are no strings, lone surrogates, NaN.
+    Raises `UserError` for a schema that is no JSON object: sets, keys that are not strings, lone surrogates,
+    NaN.
     """
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
@@ -29,7 +30,7 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 
 
 def _check_keys(value: Any) -> None:
-    """`json` writes the key 1 as "1", which is another schema than the one that was given."""
+    """Raise `UserError` for keys that are not strings: `json` would write the key 1 as "1"."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):

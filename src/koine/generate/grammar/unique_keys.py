@@ -1,7 +1,7 @@
-"""Keep a JSON document from holding one key of an object twice, which no grammar can see.
+"""Keep the keys of a JSON object unique, which no grammar can express.
 
-Follows a document byte by byte, as far as objects, their keys and strings go; that it is JSON, the grammar
-sees to.
+Follows a document byte by byte, as far as objects, their keys and strings. The grammar ensures that it is
+JSON.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ _OPEN, _CLOSE = b"[{", b"]}"
 
 
 class UniqueKeys:
-    """The keys of the objects that are open at one place of a document."""
+    """The keys of the objects that are open at one point of a document."""
 
     def __init__(self, tokens: _Tokens) -> None:
         self._tokens = tokens
         self._state = _State()
 
     @classmethod
-    def over(cls, tokenizer: Tokenizer) -> UniqueKeys:
-        """The beginning of a document in the tokens of `tokenizer`."""
+    def for_tokenizer(cls, tokenizer: Tokenizer) -> UniqueKeys:
+        """Return the state at the start of a document, for the tokens of `tokenizer`."""
         return cls(_tokens_of(tokenizer))
 
-    def fresh(self) -> UniqueKeys:
-        """The beginning of another document."""
+    def copy_empty(self) -> UniqueKeys:
+        """Return the state at the start of another document."""
         return UniqueKeys(self._tokens)
 
     def advance(self, token_id: int) -> None:
         """Take a token."""
         self._state.follow(self._tokens.texts[token_id])
 
-    def without_repeated(self, allowed: Tensor, matcher: Any) -> Tensor:
-        """`allowed` ([vocab] bool) without the ids that end a key which its object holds already, or must come to one.
+    def mask_repeated(self, allowed: Tensor, matcher: Any) -> Tensor:
+        """Return `allowed` (`[vocab]` bool) without tokens that repeat a key, or lead only to repeated keys.
 
-        matcher: the `llguidance.LLMatcher` at this place; it is copied, not changed.
-        As it was where nothing else is allowed.
+        Unchanged where no other token is allowed. matcher: the `llguidance.LLMatcher` here; copied, not
+        changed.
         """
         if not any(keys for keys in self._state.open):
             return allowed
@@ -67,27 +67,27 @@ class UniqueKeys:
         return kept
 
     def _candidates(self, allowed: Tensor) -> list[int]:
-        """The allowed ids that may end a key, begin one, or go on as a key does that stands there already."""
+        """Return the allowed ids that may end a key, start one, or continue like a used key."""
         state = self._state
-        signs = self._tokens.quoted if state.in_string else self._tokens.quoted | self._tokens.with_comma
-        found = (allowed & signs).nonzero().flatten().tolist()
+        special = self._tokens.quoted if state.in_string else self._tokens.quoted | self._tokens.with_comma
+        found = (allowed & special).nonzero().flatten().tolist()
         if state.key is None or not state.begins_used_key():
             return found
         begun = len((_text_of(state.key) or "").encode("utf-8"))
-        going_on: set[int] = set()
+        continuing: set[int] = set()
         for key in state.used_keys_begun():
             rest = key.encode("utf-8")[begun:]
             for length in range(1, len(rest) + 1):
-                going_on.update(self._tokens.ids.get(rest[:length], ()))
-        return found + [token_id for token_id in sorted(going_on) if allowed[token_id]]
+                continuing.update(self._tokens.ids.get(rest[:length], ()))
+        return found + [token_id for token_id in sorted(continuing) if allowed[token_id]]
 
     def _has_way_out(self, state: _State, matcher: Any, known: dict[tuple[int, bytes], bool]) -> bool:
-        """Whether a key of which the object has some beginning can still become a new one.
+        """Return whether a key that starts like a used one can still become a new key.
 
-        known: what was found out, by the depth of the object and the key's beginning.
+        known: earlier results, by the object's depth and the start of the key.
         """
         if state.key is None:
-            return self._finds_way_out(state, matcher, known)  # white space before the key: it soon ends
+            return self._finds_way_out(state, matcher, known)  # white space before the key: this soon ends
         place = len(state.open), state.key
         if place not in known:
             known[place] = self._finds_way_out(state, matcher, known)
@@ -112,7 +112,7 @@ class UniqueKeys:
 
 
 class _State:
-    """open: for each open object its keys, for each open array None."""
+    """Position in a document. open: the keys of each open object, None for each open array."""
 
     def __init__(self) -> None:
         self.open: list[frozenset[str] | None] = []
@@ -128,11 +128,11 @@ class _State:
         return other
 
     def begins_used_key(self) -> bool:
-        """Whether a key comes now that may still become one of those which the object holds already."""
+        """Return whether the current key may still become one that the object has."""
         return bool(self.used_keys_begun())
 
     def used_keys_begun(self) -> list[str]:
-        """The keys of the object that begin as the one does that comes now."""
+        """Return the object's keys that start like the current key."""
         keys = self.open[-1] if self.open else None
         if not keys or (self.key is None and not self.key_next):
             return []
@@ -140,7 +140,7 @@ class _State:
         return [] if begun is None else [key for key in keys if key.startswith(begun)]
 
     def follow(self, data: bytes) -> bool:
-        """Read on; whether a key stood there twice."""
+        """Take bytes of the document; return whether they repeat a key."""
         repeated = False
         for byte in data:
             if self.in_string:
@@ -172,7 +172,7 @@ class _State:
 
 
 def _text_of(key: bytes) -> str | None:
-    """The text of a key's beginning; None where it ends inside a character or an escape."""
+    """Return the text of the start of a key, or None where it ends inside a character or an escape."""
     try:
         return str(json.loads(b'"' + key + b'"'))
     except ValueError:
@@ -181,7 +181,12 @@ def _text_of(key: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A vocabulary: the bytes of each id, the ids by their bytes, and [vocab] bool on those with a quotation mark or a comma."""
+    """A vocabulary.
+
+    texts: the bytes of each id. ids: ids by their bytes. quoted, with_comma: `[vocab]` bool, the tokens with
+        a
+    quotation mark, and those with a comma.
+    """
 
     texts: Sequence[bytes]
     ids: Mapping[bytes, list[int]]

@@ -1,4 +1,4 @@
-"""What calls to a paid endpoint may cost and have cost; the ledger on disk outlives the process."""
+"""Budget of calls to a paid endpoint: prices, a ceiling, and a ledger on disk."""
 
 from __future__ import annotations
 
@@ -16,39 +16,42 @@ from koine.files import disk_errors, exclusive, read_json, write_json
 LEDGER = "ledger.json"
 LOCK = "ledger.lock"
 VERSION = 1
-PER = 1_000_000
-MOST = Decimal(10) ** 15
-"""No amount of money and no count of tokens is larger."""
+TOKENS_PER_PRICE = 1_000_000
+MAX_AMOUNT = Decimal(10) ** 15
+"""Largest amount of money, and largest token count."""
 
 Money = float | str | Decimal
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Prices for a million tokens, and the ceiling over all calls, in one currency of the user's choice."""
+    """Prices for a million tokens and the ceiling of all calls, in any one currency."""
 
     prompt_price: Decimal
     completion_price: Decimal
     ceiling: Decimal
 
     def __init__(self, *, prompt_price: Money, completion_price: Money, ceiling: Money) -> None:
-        """Raises `UserError` for what is no amount of money."""
+        """Raise `UserError` for an invalid amount of money."""
         object.__setattr__(self, "prompt_price", _amount("prompt_price", prompt_price))
         object.__setattr__(self, "completion_price", _amount("completion_price", completion_price))
         object.__setattr__(self, "ceiling", _amount("ceiling", ceiling))
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> Decimal:
-        """The price of a call."""
-        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / PER
+        """Return the price of a call."""
+        return (
+            prompt_tokens * self.prompt_price + completion_tokens * self.completion_price
+        ) / TOKENS_PER_PRICE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """What the ledger holds.
+    """Totals of a ledger.
 
-    spent: the price of the tokens that answers reported.
-    unsettled: the most that calls cost whose answer never came (a time-out, a dropped connection, a killed process)
-        or is under way: the endpoint may have charged for them.
+    spent: price of the tokens that responses reported.
+    unsettled: worst-case cost of calls in flight, and of calls without a response (time-out, dropped
+        connection, killed process): the endpoint may have charged for them.
+    calls, prompt_tokens, completion_tokens: of the settled calls.
     """
 
     spent: Decimal = Decimal(0)
@@ -59,19 +62,22 @@ class Spending:
 
     @property
     def at_most(self) -> Decimal:
-        """What may have been charged; this is held against the ceiling."""
+        """Most that may have been charged; it counts against the ceiling."""
         return self.spent + self.unsettled
 
 
 class Ledger:
-    """The money spent under one budget, shared by all threads and processes that use the same folder.
+    """The money spent under one budget, shared by all threads and processes with the same folder.
 
-    A call's worst case is written down as unsettled before it is sent, and replaced by its true price after. A process
-    that dies in between therefore leaves a ledger that counts too much, never too little.
+    A call's worst case is entered as unsettled before it is sent, and replaced by its price afterwards. A
+    process that dies in between leaves a ledger that counts too much, never too little.
     """
 
     def __init__(self, budget: Budget, folder: Path | None) -> None:
-        """folder: where `ledger.json` lies; None counts in memory only. Raises `UserError` for a damaged ledger."""
+        """Read `ledger.json` in `folder`; None counts in memory only.
+
+        Raises `UserError` for a damaged ledger.
+        """
         self.budget = budget
         self._folder = folder
         self._memory = Spending()
@@ -82,11 +88,11 @@ class Ledger:
             self._read()
 
     def spending(self) -> Spending:
-        """What has been spent up to now, by this process and others."""
+        """Return the totals of this process and all others."""
         return self._read()
 
     def reserve(self, worst: Decimal) -> bool:
-        """Write `worst` down as unsettled; False, and nothing written, where it would pass the ceiling."""
+        """Enter `worst` as unsettled; return False, and enter nothing, where it would pass the ceiling."""
         with self._changing() as now:
             if now.at_most + worst > self.budget.ceiling:
                 return False
@@ -94,12 +100,12 @@ class Ledger:
             return True
 
     def release(self, worst: Decimal) -> None:
-        """Take back what was reserved for a call that cost nothing: it was refused, or never sent."""
+        """Release the reservation of a call that cost nothing: it was refused, or never sent."""
         with self._changing() as now:
             self._write(now, unsettled=_less(now.unsettled, worst))
 
     def settle(self, worst: Decimal, *, prompt_tokens: int, completion_tokens: int) -> None:
-        """Replace what was reserved for a call by the price of its tokens."""
+        """Replace the reservation of a call by the price of its tokens."""
         with self._changing() as now:
             self._write(
                 now,
@@ -112,7 +118,7 @@ class Ledger:
 
     @contextmanager
     def _changing(self) -> Iterator[Spending]:
-        """What stands in the ledger, with nobody else changing it."""
+        """Yield the totals while the ledger is locked."""
         with self._lock:
             if self._folder is None:
                 yield self._memory
@@ -127,8 +133,8 @@ class Ledger:
         path = self._folder / LEDGER
         if not path.exists():
             return Spending()
-        # Never begun anew by itself: that would forget money that was spent.
-        hint = "the ledger is damaged; correct it, or remove it to count from nothing (answers in the cache stay)"
+        # Never replaced by an empty one: that would forget spent money.
+        hint = "the ledger is damaged; correct it, or remove it to count from 0 (answers in the cache stay)"
         try:
             return _parse(read_json(path))
         except UserError as error:
@@ -137,7 +143,8 @@ class Ledger:
             raise UserError(
                 f"a ledger of version {error}, and this Koine reads version {VERSION}",
                 where=path,
-                hint="use the Koine that wrote it, or another cache folder; where the ledger is damaged, correct it",
+                hint="use the Koine that wrote it, or another cache folder; where the ledger is damaged, "
+                "correct it",
             ) from None
         except OSError as error:
             raise UserError(f"cannot be read ({error.strerror})", where=path, hint=hint) from None
@@ -167,7 +174,7 @@ def _parse(value: Any) -> Spending:
         raise ValueError("no version")
     counts = {name: value[name] for name in ("calls", "prompt_tokens", "completion_tokens")}
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MOST:
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_AMOUNT:
             raise ValueError(f"{name} is no count")
     return Spending(
         spent=_stored_amount("spent", value["spent"]),
@@ -178,7 +185,7 @@ def _parse(value: Any) -> Spending:
 
 def _stored_amount(name: str, text: Any) -> Decimal:
     amount = Decimal(text) if isinstance(text, str) else Decimal("nan")
-    if not (amount.is_finite() and 0 <= amount <= MOST):
+    if not (amount.is_finite() and 0 <= amount <= MAX_AMOUNT):
         raise ValueError(f"{name} is no amount in quotes")
     return amount
 
@@ -190,7 +197,7 @@ def _reason(error: Exception) -> str:
 
 
 def _less(unsettled: Decimal, worst: Decimal) -> Decimal:
-    """A ledger that was corrected by hand meanwhile may hold less than is given back."""
+    """Subtract, but not below 0: the ledger may have been corrected by hand meanwhile."""
     return max(Decimal(0), unsettled - worst)
 
 
@@ -199,7 +206,7 @@ def _amount(name: str, value: Money) -> Decimal:
         amount = Decimal(str(value))
     except (InvalidOperation, ValueError):
         raise UserError(f"{name} is '{value!s:.40}'", hint="give an amount of money such as 2.50") from None
-    if not (amount.is_finite() and 0 <= amount <= MOST):
+    if not (amount.is_finite() and 0 <= amount <= MAX_AMOUNT):
         raise UserError(f"{name} is {value!s:.40}", hint="give an amount of money of 0 or more")
     if amount and amount.adjusted() < -30:
         raise UserError(f"{name} is {value!s:.40}", hint="give an amount of money such as 2.50")

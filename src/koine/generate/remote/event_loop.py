@@ -1,4 +1,4 @@
-"""Run a coroutine from ordinary code, also where an event loop is running already (a notebook, a web server)."""
+"""Run a coroutine from synchronous code, also inside a running event loop (a notebook, a web server)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result, from an event loop in a thread of its own.
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in an event loop of its own thread, and return its result.
 
-    Ctrl-C while this waits cancels the coroutine, lets it clean up, and is raised here.
+    Ctrl-C meanwhile cancels the coroutine, lets it clean up, and is raised here.
     """
     begun = threading.Event()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
@@ -35,7 +35,7 @@ def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
             if not future.done():
                 begun.wait()
                 loop, task = running[0]
-                # it may end by itself in this very moment
+                # The task may end at this moment.
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(task.cancel)
             raise

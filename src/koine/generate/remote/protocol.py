@@ -1,4 +1,4 @@
-"""The messages of `POST /chat/completions`: what is asked, and the most that it takes."""
+"""Build the request of `POST /chat/completions`, and bound its tokens and the size of its response."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from koine.generate.sampling import Sampling
 
 LengthField = Literal["max_tokens", "max_completion_tokens"]
 
-# Sent only where they differ from "changes nothing": the first is OpenAI's, the others are understood by the servers
-# of open models (vLLM, SGLang, llama.cpp) and refused by name elsewhere.
+# Sent only where they differ from these neutral values. The first is OpenAI's; servers of open models (vLLM,
+# SGLang, llama.cpp) know the others, and other servers refuse them.
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-UNDERSTOOD = {"temperature", "seed", "max_new_tokens", "stop", "json_schema", *NEUTRAL}
+SUPPORTED = {"temperature", "seed", "max_new_tokens", "stop", "json_schema", *NEUTRAL}
 
-# The tokens that a chat template puts around a message and around the whole conversation are not known here.
+# Bounds of the tokens that the unknown chat template adds to a message and to the conversation.
 TOKENS_AROUND_MESSAGE = 16
 TOKENS_AROUND_CONVERSATION = 64
 
-# An answer's JSON: what stands around the text, and a token with its log-probability, its bytes and its
-# thoughts.
-BYTES_AROUND_ANSWER = 4 << 20
-BYTES_OF_TOKEN = 2 << 10
-MOST_BYTES = 256 << 20
+# Bounds of a response's JSON: everything but the text, and one token with its log-probability and reasoning.
+BYTES_AROUND_RESPONSE = 4 << 20
+BYTES_PER_TOKEN = 2 << 10
+MAX_BYTES = 256 << 20
 
 
 def request_body(
@@ -38,15 +37,16 @@ def request_body(
     length_field: LengthField,
     log_probabilities: bool,
 ) -> dict[str, Any]:
-    """The request as a JSON object; settings that change nothing are left out.
+    """Return the request as a JSON object, without neutral settings.
 
-    Raises `UserError` for a setting of `sampling` that has no counterpart here and is not at its default.
+    Raises `UserError` for a setting of `sampling` that no endpoint knows and that is not at its default.
     """
     for entry in dataclasses.fields(sampling):
-        if entry.name not in UNDERSTOOD and getattr(sampling, entry.name) != entry.default:
+        if entry.name not in SUPPORTED and getattr(sampling, entry.name) != entry.default:
             raise UserError(
-                f"the setting {entry.name.replace('_', '-')} cannot be sent to an endpoint", hint="leave it out"
-            )  # fmt: skip
+                f"the setting {entry.name.replace('_', '-')} cannot be sent to an endpoint",
+                hint="leave it out",
+            )
     body: dict[str, Any] = {
         "model": model,
         "messages": [dict(message) for message in messages],
@@ -68,11 +68,11 @@ def request_body(
     return body
 
 
-def most_prompt_tokens(body: dict[str, Any]) -> int:
-    """No tokenizer that falls back to bytes makes more tokens of a request than this.
+def max_prompt_tokens(body: dict[str, Any]) -> int:
+    """Return an upper bound of the prompt's tokens, for any tokenizer that falls back to bytes.
 
-    One for each byte of the messages (and of the schema, which some endpoints write into the prompt), and a margin for
-    the template.
+    One for each byte of the messages (and of the schema, which some endpoints write into the prompt), and a
+    margin for the chat template.
     """
     texts = [str(value) for message in body["messages"] for value in message.values()]
     if "response_format" in body:
@@ -81,6 +81,6 @@ def most_prompt_tokens(body: dict[str, Any]) -> int:
     return sum(len(text.encode("utf-8")) for text in texts) + around
 
 
-def most_answer_bytes(completion_tokens: int) -> int:
-    """No answer of so many tokens is longer than this; a body that is longer is not read to its end."""
-    return min(MOST_BYTES, BYTES_AROUND_ANSWER + BYTES_OF_TOKEN * completion_tokens)
+def max_response_bytes(completion_tokens: int) -> int:
+    """Return an upper bound of a response's bytes. A longer body is not read to its end."""
+    return min(MAX_BYTES, BYTES_AROUND_RESPONSE + BYTES_PER_TOKEN * completion_tokens)

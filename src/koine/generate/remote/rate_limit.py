@@ -1,4 +1,4 @@
-"""Keeping below an endpoint's limits: so many requests and so many tokens in any minute."""
+"""Keep below an endpoint's rate limits: requests and tokens in any minute."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from koine.errors import UserError
+from koine.fields import check_integer
 
 WINDOW_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateLimits:
-    """What the endpoint grants; None is without limit. Tokens are those of prompt and answer together."""
+    """The endpoint's limits; None for no limit. Tokens are those of prompt and completion together."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -22,23 +22,20 @@ class RateLimits:
     def __post_init__(self) -> None:
         for name in ("requests_per_minute", "tokens_per_minute"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UserError(f"{name} is {value}", hint="give an integer from 1, or None for no limit")
+            if value is not None:
+                check_integer(name, value, low=1)
 
 
 @dataclass
 class Slot:
-    """A place in the schedule: when the request may go out, and the tokens that it is counted with."""
+    """A scheduled request: when it may be sent, and the tokens that count for it."""
 
     start: float
     tokens: int
 
 
-class SteadyClock:
-    """A clock that never goes back.
-
-    Where the one below it does (a clock set by hand), it goes on from where it was.
-    """
+class MonotonicClock:
+    """A clock that never goes back, also where the clock below it is set back."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -55,10 +52,10 @@ class SteadyClock:
 
 
 class RateLimiter:
-    """A sliding window over the last minute; requests go out in the order in which they asked. Thread-safe."""
+    """A sliding window over the last minute. Requests are sent in the order of `reserve`. Thread-safe."""
 
     def __init__(self, limits: RateLimits, clock: Callable[[], float]) -> None:
-        """clock: seconds, never going back."""
+        """clock: returns seconds, and never goes back."""
         self._limits = limits
         self._clock = clock
         self._lock = threading.Lock()
@@ -66,10 +63,10 @@ class RateLimiter:
         self._not_before = 0.0
 
     def reserve(self, tokens: int) -> Slot:
-        """The first moment at which a request of at most `tokens` tokens keeps every window within the limits.
+        """Schedule a request of at most `tokens` tokens at the first time within the limits.
 
-        A request that is larger than a whole minute's tokens gets a window to itself: only the endpoint knows
-        whether it takes it.
+        A request that exceeds a minute's tokens gets a window to itself: only the endpoint knows whether it
+        accepts it.
         """
         with self._lock:
             now = self._clock()
@@ -78,30 +75,30 @@ class RateLimiter:
             start = max(now, self._not_before)
             if self._slots:
                 start = max(start, self._slots[-1].start)
-            start = max(start, self._free_of_requests(), self._free_of_tokens(tokens))
+            start = max(start, self._request_limit_free(), self._token_limit_free(tokens))
             slot = Slot(start, tokens)
             self._slots.append(slot)
             return slot
 
     def settle(self, slot: Slot, tokens: int) -> None:
-        """Count `slot` with the tokens that it really took."""
+        """Correct the tokens of a slot to those that it took."""
         with self._lock:
             slot.tokens = tokens
 
     def hold(self, seconds: float) -> None:
-        """Let no request that has not been scheduled yet out within the next `seconds`."""
+        """Schedule no further request within the next `seconds`."""
         with self._lock:
             self._not_before = max(self._not_before, self._clock() + seconds)
 
-    def _free_of_requests(self) -> float:
-        """When fewer requests than allowed lie in the window before."""
+    def _request_limit_free(self) -> float:
+        """Return the time from which the request limit allows one more."""
         limit = self._limits.requests_per_minute
         if limit is None or len(self._slots) < limit:
             return 0.0
         return self._slots[-limit].start + WINDOW_SECONDS
 
-    def _free_of_tokens(self, tokens: int) -> float:
-        """When `tokens` more fit into the window before."""
+    def _token_limit_free(self, tokens: int) -> float:
+        """Return the time from which the token limit allows `tokens` more."""
         limit = self._limits.tokens_per_minute
         if limit is None:
             return 0.0

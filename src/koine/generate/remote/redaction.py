@@ -1,8 +1,8 @@
-"""Keep secrets out of what a server says: masked first, then freed of control characters, then cut.
+"""Remove secrets from a server's texts, then control characters, then cut them.
 
-A server that knows the key may send it back in any part of its answer and in any spelling. Texts are
-therefore compared in a plain form: escapes read (`\\u0073`, `%73`, `&#115;`), letters lowered, everything but
-letters and digits left out.
+A server that knows the key may send it back in any part of a response and in any spelling. Texts are
+therefore compared in a plain form: escapes decoded (`\\u0073`, `%73`, `&#115;`), in lower case, letters and
+digits only.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from contextlib import contextmanager
 MASK = "***"
 
 FRAGMENT = 8
-"""Letters and digits of the shortest piece of a secret that is masked in messages.
-
-Half of a key is a key half guessed.
-"""
+"""Letters and digits of the shortest masked piece of a secret: half a key is half guessed."""
 
 MOST_CHARACTERS = 1 << 16
-"""Of a server's words no more are looked at, and those at the edge not shown."""
+"""Most characters of a server's text that are searched; those at the edge are not shown."""
 EDGE_CHARACTERS = 1 << 12
 
 LINE_CHARACTERS = 300
-"""Characters of a server's words that are shown at most."""
+"""Most characters of a server's text in a message."""
 
 _ESCAPE = re.compile(
     r"\\+u(?P<four>[0-9a-fA-F]{4})|\\+u\{0*(?P<braced>[0-9a-fA-F]{1,4})\}|\\+x(?P<hex>[0-9a-fA-F]{2})"
@@ -36,7 +33,7 @@ _ESCAPE = re.compile(
     r"|&(?:amp;)*\#[xX]0*(?P<entity_hex>[0-9a-fA-F]{1,4});?|&(?:amp;)*\#0*(?P<entity>[0-9]{1,5});?"
     r"|\\+(?P<octal>[0-7]{3})|\\+(?P<letter>[nrtbf])"
 )
-# Other spellings of a letter: an escape, or a form of another width or style.
+# Other spellings of a letter: an escape, or a variant of another width or style.
 _SPELLED = re.compile(
     _ESCAPE.pattern
     + "|[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\u00aa\u00b2-\u00ba\u02b0-\u02e3\u1d2c-\u1d6a\u2070-\u209c\u2100-\u214f"
@@ -46,15 +43,14 @@ _BASES = {"four": 16, "braced": 16, "hex": 16, "percent": 16, "entity_hex": 16, 
 _LOGGERS = ("httpx2", "httpcore2", "httpx2.client")
 
 
-class Mask:
-    """Replaces secrets in texts of a server.
+class Redactor:
+    """Masks secrets in a server's texts.
 
-    A secret of fewer than four letters and digits is a placeholder that hides nothing ("x") and is left
-    alone.
+    A secret of fewer than four letters and digits is a placeholder ("x") and is not masked.
     """
 
     def __init__(self, secrets: Collection[str] = ()) -> None:
-        """secrets: the key, passwords of proxies; empty ones are passed over."""
+        """secrets: the key, and passwords of proxies."""
         self._pieces: dict[int, set[str]] = {}
         self._whole: set[str] = set()
         self._secrets = [secret for secret in secrets if _is_secret(secret)]
@@ -69,19 +65,19 @@ class Mask:
                     self._whole.add(form)
 
     def __repr__(self) -> str:
-        return "Mask()"
+        return "Redactor()"
 
     def text(self, text: str) -> str:
-        """The text with every piece of a secret replaced."""
+        """Mask every piece of a secret."""
         return self._replaced(text, ((size, pieces) for size, pieces in self._pieces.items()))
 
-    def answer(self, text: str) -> str:
-        """A model's answer with whole secrets replaced: pieces of one may be words that the answer needs.
+    def completion(self, text: str) -> str:
+        """Mask whole secrets in a completion: their pieces may be words of the text.
 
-        Placeholders for keys ("EMPTY", "not-needed") are words, too, and stay.
+        Placeholders for keys ("EMPTY", "not-needed") are words too, and stay.
         """
         if not _SPELLED.search(text):
-            # The usual case, in few passes over the text.
+            # The common case, in few passes over the text.
             plain = re.sub("[^0-9a-z]+", "", text.lower())
             if not any(form in plain for form in self._whole):
                 return text
@@ -91,16 +87,16 @@ class Mask:
         return self._replaced(text, sizes.items())
 
     def line(self, text: str, characters: int = LINE_CHARACTERS) -> str:
-        """Masked, in one line without control characters, and only then cut."""
+        """Return the masked text in one line without control characters, cut last."""
         masked = self.text(text[:MOST_CHARACTERS])
         if len(text) > MOST_CHARACTERS:
-            # What is cut here may have been a secret too short to be known.
+            # At the cut may be part of a secret that is too short to be recognised.
             masked = masked[:-EDGE_CHARACTERS]
-        line = " ".join("".join(" " if _steers(letter) else letter for letter in masked).split())
+        line = " ".join("".join(" " if _is_control(letter) else letter for letter in masked).split())
         return line if len(line) <= characters else line[:characters] + "..."
 
-    def stands_in(self, content: bytes) -> bool:
-        """Return whether a secret stands in the content as it is, letter by letter."""
+    def occurs_in(self, content: bytes) -> bool:
+        """Return whether the content contains a secret, character by character."""
         return any(secret.encode("utf-8") in content for secret in self._secrets)
 
     @staticmethod
@@ -123,12 +119,12 @@ class Mask:
 
 
 @contextmanager
-def masked_logs(mask: Mask) -> Iterator[None]:
-    """Inside, what the HTTP library logs (status lines, headers) is masked."""
+def redact_logs(redactor: Redactor) -> Iterator[None]:
+    """Mask the log records of the HTTP library (status lines, headers) inside the context."""
 
     class Masking(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            record.msg, record.args = mask.text(record.getMessage()), ()
+            record.msg, record.args = redactor.text(record.getMessage()), ()
             if record.exc_info and record.exc_info[1] is not None:
                 record.msg += f" ({type(record.exc_info[1]).__name__})"
             record.exc_info = record.exc_text = None
@@ -149,7 +145,7 @@ def masked_logs(mask: Mask) -> Iterator[None]:
 
 
 def proxy_passwords() -> list[str]:
-    """Passwords in the proxies that the environment names."""
+    """Return the passwords in the environment's proxy URLs."""
     from urllib.request import getproxies
 
     found = []
@@ -161,7 +157,7 @@ def proxy_passwords() -> list[str]:
 
 
 def _is_secret(secret: str) -> bool:
-    """Return whether a key is more than the placeholder that servers without keys are given."""
+    """Return whether a key is more than a placeholder for servers without keys."""
     plain = _plain(secret)
     return len(plain) >= FRAGMENT and (
         any(letter.isdigit() for letter in plain)
@@ -172,11 +168,11 @@ def _is_secret(secret: str) -> bool:
 
 
 def _forms(secret: str) -> set[str]:
-    """The secret in plain form: as it is, backwards, as hexadecimal, base32 and base64 at every alignment."""
+    """Return the plain forms of a secret: as it is, reversed, hexadecimal, base32 and base64."""
     data = secret.encode("utf-8")
     forms = {secret, secret[::-1], data.hex()}
     for skipped in range(3):
-        # The first and the last letters depend on what stands around the secret.
+        # The first and last characters depend on the bytes around the secret.
         coded = base64.b64encode(b"\0" * skipped + data).decode().rstrip("=")
         forms.add(coded[(0, 2, 3)[skipped] : len(coded) - ((skipped + len(data)) % 3 > 0)])
     for skipped in range(5):
@@ -191,7 +187,7 @@ def _plain(text: str) -> str:
 
 
 def _plain_places(text: str) -> tuple[str, list[int], list[int]]:
-    """The text in plain form, and where each of its letters begins and ends in the text."""
+    """Return the plain form, and where each of its letters starts and ends in the text."""
     letters: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
@@ -231,6 +227,6 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _steers(character: str) -> bool:
-    """Return whether a character could steer a terminal or turn the order of a line."""
+def _is_control(character: str) -> bool:
+    """Return whether a character could control a terminal or reverse a line."""
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")

@@ -1,4 +1,4 @@
-"""From conversations to the calls that an endpoint gets: their content, their name in the cache, their worst case."""
+"""Build an endpoint's calls from conversations: content, cache key, and worst-case cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from koine.errors import UserError
 from koine.generate.messages import Message
 from koine.generate.remote.budget import Budget
-from koine.generate.remote.protocol import LengthField, most_prompt_tokens, request_body
+from koine.generate.remote.protocol import LengthField, max_prompt_tokens, request_body
 from koine.generate.remote.response_cache import request_key
 from koine.generate.sampling import Sampling
 
@@ -22,9 +22,9 @@ class Call:
     """One request.
 
     number: of the first conversation that needs it, from 1.
-    key: its name in the cache, the hash of `request`.
+    key: its key in the cache, the hash of `request`.
     content: the body to send.
-    prompt_tokens, completion_tokens, cost: the most that one attempt takes; the cost is 0 without a budget.
+    prompt_tokens, completion_tokens, cost: upper bounds of one attempt; the cost is 0 without a budget.
     """
 
     number: int
@@ -37,15 +37,17 @@ class Call:
 
     @property
     def name(self) -> str:
-        """How messages name it."""
+        """Name of the call in messages."""
         return f"conversation {self.number}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallEstimate:
-    """What `generate` would do: calls to make, answers found in the cache, and the most that it takes.
+    """What `generate` would need.
 
-    cost: in the budget's currency, without repetitions; None without a budget.
+    calls: calls to make. cached: completions in the cache.
+    prompt_tokens, completion_tokens: upper bounds.
+    cost: upper bound in the budget's currency, without retries; None without a budget.
     """
 
     calls: int
@@ -55,11 +57,11 @@ class CallEstimate:
     cost: Decimal | None
 
     def described(self) -> str:
-        """One line."""
+        """Return the estimate in one line."""
         price = "" if self.cost is None else f", a cost of {self.cost.normalize():f}"
         return (
-            f"{self.calls:,} calls ({self.cached:,} answers are in the cache), at most {self.prompt_tokens:,} tokens of "
-            f"prompts and {self.completion_tokens:,} of answers{price}"
+            f"{self.calls:,} calls ({self.cached:,} answers are in the cache), at most "
+            f"{self.prompt_tokens:,} tokens of prompts and {self.completion_tokens:,} of answers{price}"
         )
 
 
@@ -73,10 +75,10 @@ def build_calls(
     log_probabilities: bool,
     budget: Budget | None,
 ) -> list[Call]:
-    """One call for each conversation, in order; equal ones have equal keys.
+    """Return one call for each conversation, in order. Equal calls have equal keys.
 
-    At temperature 0 there is no draw: one and the same question, wherever it stands. Above, conversation i is asked with
-    `seed + i`; without a seed, the first, second, ... occurrence of the same conversation are different calls.
+    At temperature 0 equal conversations are one call. Above, conversation i has the seed `seed + i`; without
+    a seed, the first, second, ... occurrence of the same conversation are different calls.
     Raises `UserError` for messages or settings that cannot be sent.
     """
     greedy = sampling.temperature == 0
@@ -102,7 +104,7 @@ def build_calls(
             same = request_key(request)
             occurrences[same] += 1
             request["draw"] = occurrences[same]
-        prompt_tokens = most_prompt_tokens(body)
+        prompt_tokens = max_prompt_tokens(body)
         calls.append(
             Call(
                 number=index + 1,
@@ -118,7 +120,7 @@ def build_calls(
 
 
 def missing_calls(calls: Sequence[Call], known: Collection[str]) -> list[Call]:
-    """The calls whose key is not in `known`, each once, in order."""
+    """Return the calls whose key is not in `known`, each once, in order."""
     first: dict[str, Call] = {}
     for call in calls:
         first.setdefault(call.key, call)

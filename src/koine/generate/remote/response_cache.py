@@ -1,4 +1,4 @@
-"""Answers of an endpoint on disk, addressed by what was asked."""
+"""Completions of an endpoint on disk, keyed by the content of the request."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from typing import Any
 from koine.errors import KoineWarning, UserError
 from koine.files import disk_errors, write_json
 from koine.generate.engine import Completion
-from koine.generate.remote.claims import Claim
+from koine.generate.remote.request_lock import RequestLock
 
 VERSION = 1
 
 
 def request_key(request: Mapping[str, Any]) -> str:
-    """Hexadecimal sha256 of a request: the same for the same content, whatever the order of its fields.
+    """Return the hexadecimal sha256 of a request, independent of the order of its fields.
 
-    Only a JSON schema counts in its own order: an answer writes its keys in the order of the schema's.
+    Except in a JSON schema: the generated keys follow the order of the schema's keys.
     """
     return hashlib.sha256(_canonical(_schema_in_order(request))).hexdigest()
 
 
-class AnswerCache:
-    """A folder with one file an answer: `answers/ab/abcd....json`, holding the request, the answer and its hash.
+class ResponseCache:
+    """A folder with one file a completion: `answers/ab/abcd....json`.
 
-    Written atomically; several processes may share it. Nothing is ever removed: deleting files is safe.
+    A file holds the request, the completion and its hash. Files are written atomically, and several processes
+    may share the folder. Nothing is ever removed; deleting files is safe.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "answers"
-        self._claims = folder / "claims"
+        self._locks = folder / "claims"
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, key: str) -> Path:
-        """Where the answer to the request of `key` lies."""
+        """Return the path of a completion."""
         return self._folder / key[:2] / f"{key}.json"
 
-    def claim(self, key: str) -> Claim:
-        """The right to ask for the answer to the request of `key`, not taken yet."""
-        return Claim(self._claims, key)
+    def lock(self, key: str) -> RequestLock:
+        """Return the lock on a request, not taken yet."""
+        return RequestLock(self._locks, key)
 
     def get(self, key: str, *, warn: bool = True) -> Completion | None:
-        """The answer, or None where there is none; a damaged one is warned about (`KoineWarning`) and counts
-        as none.
+        """Return a completion, or None where there is none.
 
-        Raises `UserError` for one that cannot be read, or that a later Koine has written: asking again would
-        cost again.
+        A damaged one counts as none, with a `KoineWarning`. Raises `UserError` for one that cannot be read,
+        or that a later Koine has written: requesting it again would cost again.
         """
         path = self.path(key)
         try:
@@ -62,7 +62,7 @@ class AnswerCache:
             raise UserError(
                 f"the answer in the cache cannot be read ({error.strerror})",
                 where=path,
-                hint="make it readable, or remove it to ask again",
+                hint="make it readable, or remove it to request it again",
             ) from None
         try:
             return _read_entry(key, content)
@@ -76,14 +76,14 @@ class AnswerCache:
             if warn:
                 why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
                 warnings.warn(
-                    f"{path}: a damaged answer in the cache ({why}); it is asked for again",
+                    f"{path}: a damaged answer in the cache ({why}); it is requested again",
                     KoineWarning,
                     stacklevel=2,
                 )
             return None
 
     def put(self, key: str, request: Mapping[str, Any], completion: Completion) -> None:
-        """Keep an answer."""
+        """Write a completion."""
         answer = {
             "text": completion.text,
             "log_probabilities": list(completion.log_probabilities),
@@ -102,9 +102,9 @@ class _OtherVersionError(Exception):
 
 
 def _read_entry(key: str, content: bytes) -> Completion:
-    """Read an entry.
+    """Parse an entry.
 
-    Raises `ValueError`, `KeyError`, `TypeError`, `AttributeError` or `RecursionError` for what is none of
+    Raises `ValueError`, `KeyError`, `TypeError`, `AttributeError` or `RecursionError` for one that is not of
     `key`.
     """
     try:
@@ -135,9 +135,9 @@ def _read_entry(key: str, content: bytes) -> Completion:
 
 
 def _schema_in_order(request: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The request with its schema (see `koine.generate.remote.protocol.request_body`) as text, which sorting leaves as it is.
+    """Return the request with its schema (`protocol.request_body`) as text, so that its keys are not sorted.
 
-    A request from a damaged file may have any form: it goes back as it came, and its hash is another.
+    A request from a damaged file may have any form: it is returned unchanged, and its hash differs.
     """
     found: Any = request
     for name in ("body", "response_format", "json_schema"):

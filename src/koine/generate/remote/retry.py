@@ -1,4 +1,4 @@
-"""Which failures of an endpoint are worth another attempt, and how long to wait for it."""
+"""Decide which failures of an endpoint are retried, and how long to wait."""
 
 from __future__ import annotations
 
@@ -8,30 +8,28 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from koine.errors import UserError
+from koine.fields import check_integer
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
-"""Besides these, every status from 500 on."""
+"""Statuses that are retried, besides all from 500 on."""
 
 MAY_CHARGE = frozenset({408, 499, 502, 504, 520, 524, 598, 599})
-"""Statuses of a gateway that did not wait for the model's answer.
-
-It may have come, and be charged for.
-"""
+"""Statuses of a gateway that did not wait for the model: the response may exist and be charged for."""
 
 
 def is_transient(status: int) -> bool:
-    """Whether an HTTP status may be gone at the next attempt."""
+    """Return whether an HTTP status may change at the next attempt."""
     return status in TRANSIENT_STATUSES or status >= 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How often and how patiently a call is repeated; the same seed and call give the same waits.
+    """Exponential backoff with jitter. The same seed and call give the same waits.
 
-    attempts: calls at most, the first one included.
+    attempts: most attempts, the first included.
     first_wait: seconds before the second attempt; it doubles with each further one.
-    longest_wait: seconds; the doubling ends here, and an endpoint that asks for more is given up.
-    seed: of the share of chance in each wait, which keeps many calls from returning all at once.
+    longest_wait: most seconds between attempts; an endpoint that asks for a longer wait is given up.
+    seed: random seed of the jitter, which keeps many calls from retrying at the same time.
     """
 
     attempts: int = 6
@@ -40,33 +38,32 @@ class RetryPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
-            raise UserError(f"{self.attempts} attempts", hint="give at least 1")
+        check_integer("attempts", self.attempts, low=1)
         if not 0 <= self.first_wait <= self.longest_wait:
             raise UserError(
                 f"the first wait is {self.first_wait} s and the longest {self.longest_wait} s",
                 hint="give 0 or more, the longest not below the first",
             )
 
-    def wait(self, attempt: int, *, call: str, asked: float | None) -> float | None:
-        """Seconds to wait after the failed attempt number `attempt` (from 1), or None to give up.
+    def wait(self, attempt: int, *, call: str, retry_after: float | None) -> float | None:
+        """Return the seconds to wait after failed attempt number `attempt` (from 1), or None to give up.
 
-        call: names the call; part of the seed.
-        asked: what the endpoint asked for in `Retry-After`; it is never undercut.
+        call: the call's key, part of the random seed.
+        retry_after: seconds in the endpoint's `Retry-After`; the wait is never shorter.
         """
-        if attempt >= self.attempts or (asked is not None and asked > self.longest_wait):
+        if attempt >= self.attempts or (retry_after is not None and retry_after > self.longest_wait):
             return None
         doubled = self.first_wait * 2.0 ** min(attempt - 1, 60)
-        chance = random.Random(f"{self.seed} {call} {attempt}").uniform(0.5, 1.0)
-        own = min(doubled, self.longest_wait) * chance
-        # A short pause of its own on top, or all that were told the same second would come back in it.
-        return own if asked is None else asked + min(own, self.first_wait)
+        jitter = random.Random(f"{self.seed} {call} {attempt}").uniform(0.5, 1.0)
+        own = min(doubled, self.longest_wait) * jitter
+        # A short wait of its own on top: else all calls with the same `Retry-After` would retry at once.
+        return own if retry_after is None else retry_after + min(own, self.first_wait)
 
 
-def asked_wait(header: str | None, *, now: datetime) -> float | None:
-    """Seconds that a `Retry-After` header asks for: a number, or an HTTP date (RFC 9110, 10.2.3).
+def parse_retry_after(header: str | None, *, now: datetime) -> float | None:
+    """Return the seconds of a `Retry-After` header: a number, or an HTTP date (RFC 9110, 10.2.3).
 
-    None where there is none or it cannot be read; 0 for a date that is past.
+    None where it is missing or cannot be parsed, 0 for a date in the past.
     """
     if header is None:
         return None

@@ -1,4 +1,4 @@
-"""Where an endpoint is and the key that opens it, both as the user gave them."""
+"""Check an endpoint's URL, and read its API key from the environment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from koine.errors import UserError
 FORM = "give http://... or https://..."
 
 
-def checked_address(base_url: str) -> str:
-    """`base_url` without a slash at its end. Raises `UserError` for no address, or one that holds a password.
+def check_url(base_url: str) -> str:
+    """Return `base_url` without a trailing slash.
 
-    What may hold a password is not repeated in the message.
+    Raises `UserError` for an invalid URL, and for one with credentials, which the message does not repeat.
     """
     import httpx2
 
@@ -26,7 +26,7 @@ def checked_address(base_url: str) -> str:
         )
     try:
         url = httpx2.URL(base_url)
-        # As the system's resolver will write it: no label empty or longer than 63 letters.
+        # As the system's resolver encodes it: no label is empty or longer than 63 characters.
         url.raw_host.decode("ascii").encode("idna")
     except (httpx2.InvalidURL, UnicodeError) as error:
         raise UserError(f"the address '{base_url:.200}' is none ({error})", hint=FORM) from None
@@ -36,15 +36,15 @@ def checked_address(base_url: str) -> str:
 
 
 def without_credentials(address: str) -> str:
-    """An address without user, password, query and fragment, for messages."""
+    """Return a URL without user, password, query and fragment, for messages."""
     parts = urllib.parse.urlsplit(address)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def key_in_environment(variable: str) -> str:
-    """The key in an environment variable. Raises `UserError`, which never holds the key."""
+def read_api_key(variable: str) -> str:
+    """Return the key in an environment variable. Raises `UserError`, which never contains the key."""
     if not isinstance(variable, str) or not variable.isidentifier() or _looks_like_key(variable):
-        # Perhaps the key itself: it is not repeated.
+        # It may be the key itself, so the message does not repeat it.
         raise UserError(
             "api_key_variable is no name of a variable",
             hint="put the key into an environment variable and give that variable's name",
@@ -61,6 +61,6 @@ def key_in_environment(variable: str) -> str:
 
 
 def _looks_like_key(name: str) -> bool:
-    """A long word of digits, small and large letters that the environment does not know."""
+    """Return whether a name is long, mixes cases and digits, and is not set in the environment."""
     mixed = name != name.upper() and name != name.lower() and any(letter.isdigit() for letter in name)
     return mixed and len(name) >= 24 and name not in os.environ

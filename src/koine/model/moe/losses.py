@@ -137,7 +137,7 @@ class AllReduce(Protocol):
     """Sums over the processes of a training, as `koine.train.distributed.Ranks` has them."""
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether there is more than one process."""
 
     def sum(self, values: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def count_step(
         count: how many there are.
         ranks: the processes to sum over.
     """
-    if count == 1 and not ranks.several:
+    if count == 1 and not ranks.is_distributed:
         return None
     totals = StepTotals(ranks)
     if count == 1 or not has_experts(model):

@@ -15,7 +15,8 @@ LABELS = {
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens/s",
     "gradient_norm": "norm of the gradient",
-    "ceiling_share": "share of the matmul ceiling",
+    "matmul_rate_share": "share of the matmul rate",
+    "ceiling_share": "share of the matmul rate",
     "units": "tokens with a loss in a batch",
 }
 

@@ -1,4 +1,4 @@
-"""A conversation's history, and how much of it fits into a model's context."""
+"""History of a conversation, and fitting it into a model's context."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from koine.generate.messages import Message
 
 @dataclass
 class Conversation:
-    """A system text and the turns after it, user and assistant in alternation."""
+    """A system prompt, and the user's and assistant's turns in alternation."""
 
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
-        """The whole conversation as messages, the system's first."""
+        """Return all messages, the system prompt first."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *self.turns]
 
     def reset(self) -> None:
-        """Forget the turns; the system text stays."""
+        """Clear the history; the system prompt stays."""
         self.turns.clear()
 
-    def ask(self, question: str) -> None:
-        self.turns.append({"role": "user", "content": question})
+    def add_user(self, text: str) -> None:
+        """Append a user turn."""
+        self.turns.append({"role": "user", "content": text})
 
-    def answer(self, text: str) -> None:
+    def add_assistant(self, text: str) -> None:
+        """Append an assistant turn."""
         self.turns.append({"role": "assistant", "content": text})
 
-    def withdraw(self) -> None:
-        """Take back a question that got no answer."""
+    def drop_unanswered(self) -> None:
+        """Remove a last user turn that got no reply."""
         if self.turns and self.turns[-1]["role"] == "user":
             self.turns.pop()
 
     def drop_oldest(self) -> int:
-        """Forget the oldest question and its answer, never the last question; the number of turns dropped."""
+        """Drop the oldest user turn and its reply, never the last; return the number of turns dropped."""
         if len(self.turns) <= 1:
             return 0
         count = 1
@@ -46,17 +48,23 @@ class Conversation:
         del self.turns[:count]
         return count
 
-    def fit(self, encode: Callable[[Sequence[Message]], list[int]], *, context: int, reserve: int) -> Fitted:
-        """Drop the oldest turns until the prompt leaves `reserve` of `context` tokens for the answer.
+    def fit(
+        self, encode: Callable[[Sequence[Message]], list[int]], *, context: int, reserve: int
+    ) -> FittedPrompt:
+        """Drop the oldest turns until the prompt leaves room for the reply.
 
-        encode: the prompt's ids of a conversation, the marker before the answer included.
-        reserve: tokens wanted for the answer; at most a quarter of the context is insisted on.
-        Raises `UserError` where the last question alone leaves no room for a single token.
+        Args:
+            encode: returns a prompt's token ids, up to the assistant's header.
+            context: tokens of prompt and reply together.
+            reserve: tokens to keep free for the reply, but at most a quarter of the context.
+
+        Raises:
+            UserError: the last user turn alone leaves no room for a single token.
         """
-        insisted = max(1, min(reserve, context // 4))
+        needed = max(1, min(reserve, context // 4))
         dropped = 0
         prompt = encode(self.messages())
-        while len(prompt) + insisted > context:
+        while len(prompt) + needed > context:
             count = self.drop_oldest()
             if count == 0:
                 break
@@ -66,14 +74,17 @@ class Conversation:
         if room < 1:
             raise UserError(
                 f"the question is {len(prompt)} tokens long and the model's context holds {context}",
-                hint="ask a shorter one" + (", or shorten the system text" if self.system else ""),
+                hint="ask a shorter one" + (", or shorten the system prompt" if self.system else ""),
             )
-        return Fitted(prompt=prompt, max_new_tokens=min(reserve, room), dropped=dropped)
+        return FittedPrompt(prompt=prompt, max_new_tokens=min(reserve, room), dropped=dropped)
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A prompt that fits: its ids, the longest answer that still fits, and how many turns were dropped for it."""
+class FittedPrompt:
+    """A prompt that fits into the context.
+
+    prompt: token ids. max_new_tokens: longest reply that fits. dropped: number of turns dropped for it.
+    """
 
     prompt: list[int]
     max_new_tokens: int

@@ -1,4 +1,4 @@
-"""The terminal's side of a chat: reading lines, streaming answers, commands, Ctrl-C."""
+"""Chat in the terminal: input lines, streamed replies, commands, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     from koine.generate.engine import StreamingEngine
 
 HELP = """\
-/help               this page
-/reset              forget the conversation; the system text stays
-/system             show the system text
-/system TEXT        set it (/system - removes it)
+/help               show this help
+/reset              clear the history; the system prompt stays
+/system             show the system prompt
+/system TEXT        set the system prompt (/system - removes it)
 /set                show the sampling settings
 /set NAME VALUE     change one, such as /set temperature 0.5
 /quit               leave (also Ctrl-D)
-//text              a message that begins with a slash
-Ctrl-C stops an answer; at the empty prompt, twice, it leaves."""
+//text              send a message that begins with a slash
+Ctrl-C stops a reply; twice at the empty prompt, it leaves."""
 COMMANDS = ("/help", "/reset", "/system", "/set", "/quit")
 PROMPT = "> "
 
 
-class Stop:
-    """Whether Ctrl-C asked to stop what is running."""
+class StopFlag:
+    """Set by Ctrl-C to stop the running reply."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
 
 @contextmanager
-def ctrl_c_stops() -> Iterator[Stop]:
-    """Inside, the first Ctrl-C sets the flag; a second one interrupts wherever the program is."""
-    stop = Stop()
+def ctrl_c_stops() -> Iterator[StopFlag]:
+    """Let the first Ctrl-C set a flag; a second one raises `KeyboardInterrupt`."""
+    stop = StopFlag()
 
     def handle(signum: int, frame: Any) -> None:
-        if stop.asked:
+        if stop.requested:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.requested = True
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -58,23 +58,37 @@ def ctrl_c_stops() -> Iterator[Stop]:
 
 @dataclass
 class Rate:
-    """How fast an answer came: tokens written, seconds to the first and from the first to the last."""
+    """Speed of a reply: tokens, seconds to the first token, and seconds from the first to the last."""
 
     tokens: int
     first_seconds: float
     rest_seconds: float
 
     def described(self) -> str:
-        """Tokens per second leave the first token out: its time is the prompt's."""
+        """Return one line. Tokens per second exclude the first token, whose time is the prefill's."""
         after_first = self.tokens - 1
         speed = (
             f", {after_first / self.rest_seconds:.1f} tokens/s" if after_first > 0 < self.rest_seconds else ""
         )
-        return f"{self.tokens} token{'' if self.tokens == 1 else 's'}{speed}, first after {self.first_seconds:.2f} s"
+        tokens = f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
+        return f"{tokens}{speed}, first after {self.first_seconds:.2f} s"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A streamed reply.
+
+    stopped: whether Ctrl-C stopped it. ended: whether the model ended it with a stop token.
+    """
+
+    text: str
+    stopped: bool
+    ended: bool
+    rate: Rate
 
 
 class Chat:
-    """One conversation with one engine; answers go to `out`, remarks to `remarks`."""
+    """One conversation with one engine. Replies go to `out`, messages about the chat to `notices`."""
 
     def __init__(
         self,
@@ -83,34 +97,34 @@ class Chat:
         system: str | None,
         sampling: Sampling,
         out: TextIO,
-        remarks: TextIO,
+        notices: TextIO,
         interactive: bool,
     ) -> None:
         self.engine = engine
         self.conversation = Conversation(system=system)
         self.sampling = sampling
         self.out = out
-        self.remarks = remarks
+        self.notices = notices
         self.interactive = interactive
 
     def handle(self, line: str) -> bool:
-        """Carry out one line, a command or a question; False where it asks to leave."""
+        """Handle one line, a command or a user message; return False for `/quit`."""
         if line.startswith("/") and not line.startswith("//"):
             return self.command(line)
-        self.answer(line[1:] if line.startswith("//") else line)
+        self.reply(line[1:] if line.startswith("//") else line)
         return True
 
     def command(self, line: str) -> bool:
-        """Carry out a command; raises `UserError` for an unknown one or a wrong value."""
+        """Run a command; return False for `/quit`. Raises `UserError` for an unknown one or a wrong value."""
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if name == "/quit":
             return False
         if name == "/help":
-            self.remark(HELP)
+            self.notice(HELP)
         elif name == "/reset":
             self.conversation.reset()
-            self.remark("(forgot the conversation)")
+            self.notice("(history cleared)")
         elif name == "/system":
             self.set_system(rest)
         elif name == "/set":
@@ -120,47 +134,53 @@ class Chat:
         return True
 
     def set_system(self, text: str) -> None:
+        """Set the system prompt (`-` removes it, no text leaves it), and show it."""
         if text:
             self.conversation.system = None if text == "-" else text
         system = self.conversation.system
-        self.remark("(no system text)" if system is None else f"(system: {system})")
+        self.notice("(no system prompt)" if system is None else f"(system prompt: {system})")
 
     def set_sampling(self, rest: str) -> None:
+        """Change a sampling setting, `NAME VALUE`, and show all settings."""
         if rest:
             words = rest.replace("=", " ").split()
             if len(words) != 2:
                 raise UserError(f"/set {rest}", hint="write /set NAME VALUE, such as /set temperature 0.5")
             self.sampling = self.sampling.replaced(words[0], words[1])
-        self.remark(f"({self.sampling.described()})")
+        self.notice(f"({self.sampling.described()})")
 
-    def answer(self, question: str) -> None:
-        """Ask, stream the answer as it comes, and say how fast it was; what Ctrl-C leaves of it stays in the history."""
-        self.conversation.ask(question)
+    def reply(self, message: str) -> None:
+        """Stream the reply to a user message, then show its speed.
+
+        A reply stopped by Ctrl-C stays in the history.
+        """
+        self.conversation.add_user(message)
         try:
             fitted = self.conversation.fit(
                 self.engine.encode, context=self.engine.context, reserve=self.sampling.max_new_tokens
             )
         except UserError:
-            self.conversation.withdraw()
+            self.conversation.drop_unanswered()
             raise
         if fitted.dropped:
             turns = f"{fitted.dropped} oldest turn{'' if fitted.dropped == 1 else 's'}"
-            self.remark(
-                f"(forgot the {turns}: the conversation is longer than the model's {self.engine.context} tokens)"
+            self.notice(
+                f"(dropped the {turns}: the conversation exceeds the model's context "
+                f"of {self.engine.context} tokens)"
             )
         sampling = replace(self.sampling, max_new_tokens=fitted.max_new_tokens)
-        text, stopped, ended, rate = self.stream(fitted.prompt, sampling)
+        reply = self.stream(fitted.prompt, sampling)
         self.write("\n")
-        self.conversation.answer(text)
-        notes = [rate.described()] if rate.tokens else ["no token"]
-        if stopped:
+        self.conversation.add_assistant(reply.text)
+        notes = [reply.rate.described()] if reply.rate.tokens else ["no token"]
+        if reply.stopped:
             notes.append("stopped")
-        elif not ended:
+        elif not reply.ended:
             notes.append("cut at max-new-tokens" if sampling == self.sampling else "cut at the context's end")
-        self.remark(f"[{', '.join(notes)}]")
+        self.notice(f"[{', '.join(notes)}]")
 
-    def stream(self, prompt: list[int], sampling: Sampling) -> tuple[str, bool, bool, Rate]:
-        """Write the answer piece by piece; (its text, whether Ctrl-C stopped it, whether it ended by itself, its rate)."""
+    def stream(self, prompt: list[int], sampling: Sampling) -> Reply:
+        """Write the reply piece by piece, and return it."""
         decoder = self.engine.tokenizer.stream_decoder()
         pieces: list[str] = []
         count, ended = 0, False
@@ -174,28 +194,29 @@ class Chat:
                 ended = token.stops
                 pieces.append("" if ended else decoder.push(token.id))
                 self.write(pieces[-1])
-                if stop.asked:
+                if stop.requested:
                     break
             pieces.append(decoder.flush())
             self.write(pieces[-1])
-            stopped = stop.asked and not ended
-        return "".join(pieces), stopped, ended, Rate(count, first - start, last - first)
+            stopped = stop.requested and not ended
+        return Reply("".join(pieces), stopped, ended, Rate(count, first - start, last - first))
 
     def write(self, text: str) -> None:
-        # Also where the questions come through a pipe: a terminal must not obey an answer.
+        """Write a piece of a reply."""
+        # Escaped also where input comes through a pipe: a reply must not control a terminal.
         self.out.write(printable(text) if self.interactive or self.out.isatty() else text)
         self.out.flush()
 
-    def remark(self, text: str) -> None:
-        """Something about the chat that is not part of an answer; kept out of a script's output."""
-        dim, plain = ("\x1b[2m", "\x1b[0m") if self.interactive and self.remarks.isatty() else ("", "")
-        self.remarks.write(f"{dim}{printable(text)}{plain}\n")
-        self.remarks.flush()
+    def notice(self, text: str) -> None:
+        """Write a message about the chat, not to `out`: a script's output holds replies only."""
+        dim, plain = ("\x1b[2m", "\x1b[0m") if self.interactive and self.notices.isatty() else ("", "")
+        self.notices.write(f"{dim}{printable(text)}{plain}\n")
+        self.notices.flush()
 
 
 def run_interactive(chat: Chat) -> None:
     """Read lines at a prompt until /quit, Ctrl-D, or Ctrl-C twice at the empty prompt."""
-    import readline  # noqa: F401  (line editing and recall of earlier questions for input())
+    import readline  # noqa: F401  (line editing and history for input())
 
     interrupted = False
     while True:
@@ -209,7 +230,7 @@ def run_interactive(chat: Chat) -> None:
             if interrupted:
                 return
             interrupted = True
-            chat.remark("(Ctrl-C again, /quit or Ctrl-D leaves)")
+            chat.notice("(Ctrl-C again, /quit or Ctrl-D leaves)")
             continue
         interrupted = False
         if not line.strip():
@@ -218,15 +239,15 @@ def run_interactive(chat: Chat) -> None:
             if not chat.handle(line):
                 return
         except UserError as error:
-            chat.remark(f"({error})")
+            chat.notice(f"({error})")
         except KeyboardInterrupt:
-            chat.conversation.withdraw()
+            chat.conversation.drop_unanswered()
             chat.write("\n")
-            chat.remark("(stopped)")
+            chat.notice("(stopped)")
 
 
 def run_lines(chat: Chat, lines: BinaryIO) -> None:
-    """Answer each line of a pipe or file in turn; the first mistake ends it with a `UserError`."""
+    """Reply to each line of a pipe or file. The first mistake raises `UserError`."""
     for number, raw in enumerate(lines, start=1):
         try:
             line = raw.decode("utf-8").rstrip("\r\n")
@@ -241,7 +262,7 @@ def run_lines(chat: Chat, lines: BinaryIO) -> None:
 
 
 def standard_streams() -> bool:
-    """Whether a person sits at standard input and output; characters that the terminal lacks become `?`."""
+    """Return whether standard input and output are a terminal. Characters that it cannot show become `?`."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -1,4 +1,4 @@
-"""Models of `transformers` in our loop: their own loss, their own files, and the loop's promises."""
+"""Models of `transformers` in our loop: loss, files, resuming and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from koine.data import DataOrder, Mixture, Phase, Source
 from koine.errors import UserError
 from koine.model.causal_lm import CausalLM, load_causal_lm
-from koine.train import TrainSettings, language_modelling, train
+from koine.train import LanguageModelling, TrainSettings, train
 
 from .tokens import write_tokens
 
@@ -47,7 +47,7 @@ def llama(*, tied: bool = False) -> CausalLM:
 
 
 def gpt2() -> CausalLM:
-    """Learned positions, biases, and dropout, whose random numbers a resumed run must draw again."""
+    """A model with learned positions, biases and dropout: a resumed run must draw the same random numbers."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=350, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     assert config.resid_pdrop > 0.0
@@ -64,7 +64,7 @@ def order(shards: dict[str, Path], steps: int = 12, **fields: Any) -> DataOrder:
 def run(
     out: Path, model: CausalLM, data: DataOrder, settings: TrainSettings = SETTINGS, **more: Any
 ) -> CausalLM:
-    train(model, language_modelling, data, settings, out=out, progress=False, device="cpu", **more)
+    train(model, LanguageModelling(), data, settings, out=out, progress=False, device="cpu", **more)
     return model
 
 
@@ -126,7 +126,7 @@ CLASSES: dict[str, dict[str, Any]] = {
 def test_every_class_trains_and_opens_again(
     made: tuple[Path, dict[str, Path]], name: str, tmp_path: Path
 ) -> None:
-    """Its own loss, one step that changes every tensor that has a gradient, its own files with the trained weights in them."""
+    """The loss is its own, a step changes every tensor, and its own files have the trained weights."""
     torch.manual_seed(0)
     config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))(
         vocab_size=350,
@@ -217,5 +217,5 @@ def test_packed_documents_are_refused_before_the_first_step(
     run(tmp_path / "x", llama(), order(made[1], 2, packing="concat", cross_document_attention=True))
     assert len(losses(tmp_path / "x")) == 2
     assert not (tmp_path / "o").exists()
-    with pytest.raises(UserError, match="Linear is neither our decoder nor a model of transformers"):
+    with pytest.raises(UserError, match="Linear is neither Koine's decoder nor a model of transformers"):
         run(tmp_path / "y", nn.Linear(2, 2), order(made[1], 2))  # type: ignore[arg-type]

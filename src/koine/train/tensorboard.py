@@ -1,4 +1,4 @@
-"""TensorBoard's file of events, written in the training's own thread."""
+"""TensorBoard events, written in the thread of the training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 FLUSH_SECONDS = 120.0
 
 
-class Board:
+class TensorBoardWriter:
     """Writes scalars for TensorBoard, as tensorboardX's `SummaryWriter` does, but without its thread.
 
-    A disk that refuses a write is then an `OSError` of the training. In a thread it would be a traceback, and
-    a training that goes on without its board.
+    A failed write is an `OSError` of the training. In a thread it would be a traceback, and the training
+    would go on without its events.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        """first_step: events of this step and later ones, of a run that was killed, are hidden."""
+        """Open the file; events of a killed run from `first_step` on are hidden."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -29,7 +29,7 @@ class Board:
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Write one figure of a step."""
+        """Write one scalar of a step."""
         from tensorboardX.summary import scalar
 
         self._write(self._event(step=step, summary=scalar(name, value)))
@@ -38,7 +38,7 @@ class Board:
             self._events.flush()
 
     def close(self) -> None:
-        """Write what is left, synced to the disk."""
+        """Write the remaining events, synced to the disk."""
         self._events.close()
 
     def _write(self, event: Any) -> None:

@@ -1,4 +1,4 @@
-"""Send one call to an endpoint and read its response, within bounds."""
+"""Send one call to an endpoint and read its response, up to a size limit."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 import httpx2
 
 from koine.errors import UserError
-from koine.generate.remote.protocol import most_answer_bytes
-from koine.generate.remote.redaction import Mask
+from koine.generate.remote.protocol import max_response_bytes
+from koine.generate.remote.redaction import Redactor
 from koine.generate.remote.requests import Call
 from koine.generate.remote.response_body import read_beginning, read_body
 
 CONNECT_SECONDS = 10.0
 
-# Nothing reached the endpoint, so nothing can have been charged.
+# Nothing reached the endpoint, so it cannot have charged.
 NEVER_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
 
 REFUSAL_BYTES = 1 << 16
-"""Of a response with an error status, no more is read."""
+"""Most bytes that are read of a response with an error status."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Received:
-    """A response; its body as far as it is read."""
+class RawResponse:
+    """A response. `content` is the body, up to the size limit."""
 
     status: int
     headers: httpx2.Headers
@@ -32,11 +32,11 @@ class Received:
 
 
 def open_client(
-    headers: httpx2.Headers, *, timeout: float, concurrency: int, mask: Mask
+    headers: httpx2.Headers, *, timeout: float, concurrency: int, redactor: Redactor
 ) -> httpx2.AsyncClient:
-    """Open a client; nothing is sent yet.
+    """Open a client. Nothing is sent yet.
 
-    Raises `UserError` for proxies and certificates of the environment that cannot be used.
+    Raises `UserError` where the environment names proxies or certificates that cannot be used.
     """
     try:
         return httpx2.AsyncClient(
@@ -47,22 +47,20 @@ def open_client(
         )
     except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
         raise UserError(
-            f"no connection can be made with these settings ({mask.line(described(error))})",
-            hint="correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR in the environment",
+            f"no connection can be made with these settings ({redactor.line(describe_error(error))})",
+            hint="correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR in the "
+            "environment",
         ) from None
 
 
-async def send(client: httpx2.AsyncClient, url: str, call: Call) -> Received:
-    """Send a call once.
-
-    Raises `BodyError` for a body that is too long, and what the library raises.
-    """
+async def send(client: httpx2.AsyncClient, url: str, call: Call) -> RawResponse:
+    """Send a call once. Raises `BodyError` for a body that is too long, and the errors of `httpx2`."""
     async with client.stream("POST", url, content=call.content) as response:
         if response.is_success:
-            content = await read_body(response, most_answer_bytes(call.completion_tokens))
+            content = await read_body(response, max_response_bytes(call.completion_tokens))
         else:
             content = await read_beginning(response, REFUSAL_BYTES)
-        return Received(
+        return RawResponse(
             status=response.status_code,
             headers=response.headers,
             content=content,
@@ -70,7 +68,7 @@ async def send(client: httpx2.AsyncClient, url: str, call: Call) -> Received:
         )
 
 
-def described(error: Exception) -> str:
-    """An exception's type and text."""
+def describe_error(error: Exception) -> str:
+    """Return an exception's type and text."""
     name = type(error).__name__
     return f"{name}: {error}" if str(error) else name

@@ -1,4 +1,4 @@
-"""TensorBoard's events are those that tensorboardX writes, and a full disk is an error of the training's own."""
+"""TensorBoard events equal those of tensorboardX, and a full disk is an error of the training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from koine.train.board import Board
+from koine.train.tensorboard import TensorBoardWriter
 
 
 def events(folder: Path) -> list[Any]:
@@ -34,7 +34,7 @@ def events(folder: Path) -> list[Any]:
 
 def test_the_events_are_those_of_tensorboardx(tmp_path: Path) -> None:
     theirs = SummaryWriter(str(tmp_path / "theirs"), purge_step=3)
-    ours = Board(tmp_path / "ours", first_step=3)
+    ours = TensorBoardWriter(tmp_path / "ours", first_step=3)
     for board in (theirs, ours):
         board.add_scalar("loss", 2.5, 3)
         board.add_scalar("evaluation/bits_per_byte/de", 1.25, 4)
@@ -45,10 +45,10 @@ def test_the_events_are_those_of_tensorboardx(tmp_path: Path) -> None:
 PROGRAM = """
 import resource, signal, sys
 from pathlib import Path
-from koine.train.board import Board
+from koine.train.tensorboard import TensorBoardWriter
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-board = Board(Path(sys.argv[1]), first_step=0)
+board = TensorBoardWriter(Path(sys.argv[1]), first_step=0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 try:
     for step in range(100):

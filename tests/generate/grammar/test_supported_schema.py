@@ -1,4 +1,4 @@
-"""Schemas as people write them: whatever the mask lets through validates (`jsonschema`), or the schema is refused."""
+"""Real schemas: every document that the mask allows is valid, or the schema is refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import jsonschema
 import pytest
 
 from koine.errors import UserError
-from koine.generate.grammar.enforceable import PATTERNS, enforceable
 from koine.generate.grammar.grammar import Grammar, GrammarState
-from koine.generate.grammar.patterns import not_among, portable_pattern
+from koine.generate.grammar.patterns import pattern_excluding, portable_pattern
+from koine.generate.grammar.supported_schema import FORMAT_PATTERNS, to_supported_schema
 from koine.tokenizer import Tokenizer, train_tokenizer
 
 FORMATS = jsonschema.FormatChecker()
@@ -43,7 +43,7 @@ def closed(properties: dict[str, Any]) -> dict[str, Any]:
 
 FEW = {"type": "integer", "minimum": 0, "maximum": 20}
 DATE = {"type": "string", "format": "date"}
-HELD: dict[str, dict[str, Any]] = {
+SCHEMAS: dict[str, dict[str, Any]] = {
     **{f"format {name}": {"type": "string", "format": name} for name in (
         "date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")},
     "any text or date": {"format": "date"},
@@ -93,7 +93,7 @@ def tokenizer() -> Tokenizer:
 
 
 def drawn(state: GrammarState, tokenizer: Tokenizer, seed: int) -> str | None:
-    """A document drawn from the masks, with a bent for its end and for rare letters; None where it grows too long."""
+    """Sample a document under the masks, ends and rare characters preferred; None where it is too long."""
     draw = random.Random(seed)
     ids: list[int] = []
     while len(ids) < 150:
@@ -112,9 +112,9 @@ def drawn(state: GrammarState, tokenizer: Tokenizer, seed: int) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", HELD)
-def test_what_the_mask_lets_through_validates(name: str, tokenizer: Tokenizer) -> None:
-    schema = HELD[name]
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_documents_that_the_mask_allows_are_valid(name: str, tokenizer: Tokenizer) -> None:
+    schema = SCHEMAS[name]
     grammar = Grammar.from_json_schema(schema, tokenizer)
     old = "draft-07" in schema.get("$schema", "")
     kind = jsonschema.Draft7Validator if old else jsonschema.Draft202012Validator
@@ -136,7 +136,7 @@ FLAG = {"type": "boolean"}
 @pytest.mark.parametrize(
     "pattern", ["^[0-2]$", "^\\d{1,2}$", "^ab[01]$", "^(a|ab|abc)$"], ids=["few", "many", "long", "begun"]
 )
-def test_an_object_holds_no_key_twice_where_the_keys_run_out(pattern: str, tokenizer: Tokenizer) -> None:
+def test_no_key_repeats_where_the_keys_run_out(pattern: str, tokenizer: Tokenizer) -> None:
     """Drawn with a bent for the comma: the last key is not begun, nor a comma written, where none is left."""
     inner = {"type": "object", "patternProperties": {pattern: FLAG}, "additionalProperties": False}
     grammar = Grammar.from_json_schema(closed({"x": inner, "y": inner}), tokenizer)
@@ -201,7 +201,7 @@ def test_an_object_holds_no_key_twice_where_the_keys_run_out(pattern: str, token
     ],
     ids=lambda value: str(value)[:60],
 )  # fmt: skip
-def test_what_no_mask_can_hold_is_refused_in_a_line(schema: Any, says: str, tokenizer: Tokenizer) -> None:
+def test_a_schema_that_no_mask_can_enforce_is_refused(schema: Any, says: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError) as raised:
         Grammar.from_json_schema(schema, tokenizer)
     assert any(part in str(raised.value) for part in says.split("|")), str(raised.value)
@@ -210,7 +210,7 @@ def test_what_no_mask_can_hold_is_refused_in_a_line(schema: Any, says: str, toke
 
 def test_every_day_of_four_hundred_years_and_no_other() -> None:
     """The calendar repeats after that; the pattern against `datetime`."""
-    pattern = re.compile(PATTERNS["date"])
+    pattern = re.compile(FORMAT_PATTERNS["date"])
     for year in range(2000, 2400):
         for month in range(14):
             for day in range(33):
@@ -227,15 +227,15 @@ def test_every_day_of_four_hundred_years_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("names", [[""], ["a"], ["a", "ab", "b"], ["", "日本", 'x"\\']])
-def test_all_texts_but_some(names: list[str]) -> None:
+def test_a_pattern_excludes_only_the_given_texts(names: list[str]) -> None:
     pattern = re.compile(
-        re.sub(r"\\x\{([0-9a-f]+)\}", lambda code: re.escape(chr(int(code[1], 16))), not_among(names))
+        re.sub(r"\\x\{([0-9a-f]+)\}", lambda code: re.escape(chr(int(code[1], 16))), pattern_excluding(names))
     )
     for text in [*names, "", "a", "b", "c", "ab", "abc", "ba", "日", "日本", "日本語", 'x"', 'x"\\', 'x"\\y']:
         assert (pattern.search(text) is None) == (text in names), text
 
 
-def test_what_all_engines_read_alike_stays_as_it_is() -> None:
+def test_syntax_that_all_engines_share_is_unchanged() -> None:
     for pattern in (
         r"^[a-c]{2}$",
         r"a|b",
@@ -248,17 +248,17 @@ def test_what_all_engines_read_alike_stays_as_it_is() -> None:
         assert portable_pattern(pattern, "#") == pattern
 
 
-def test_the_schema_that_was_given_is_not_changed() -> None:
+def test_the_callers_schema_is_not_changed() -> None:
     schema = {"type": "object", "properties": {"a": {"format": "date"}}}
     before = json.dumps(schema)
-    held, free_keys = enforceable(schema)
+    held, free_keys = to_supported_schema(schema)
     assert json.dumps(schema) == before != json.dumps(held)
     assert free_keys
-    assert not enforceable(closed({"a": {"type": "null"}}))[1]
+    assert not to_supported_schema(closed({"a": {"type": "null"}}))[1]
 
 
 def test_a_limit_of_the_library_is_the_users_error(tokenizer: Tokenizer) -> None:
-    """A token that the mask allowed and the library then refuses is too much for it, not a mistake of the caller."""
+    """A token that the mask allows and the library refuses is the library's limit, not the caller's error."""
     schema = {"type": "array", "items": {"type": "null"}, "minItems": 10**9}
     state = Grammar.from_json_schema(schema, tokenizer).start()
 

@@ -1,9 +1,7 @@
-"""Reduce a JSON schema to what a grammar can enforce, or refuse it.
+"""Reduce a JSON schema to what the grammar library enforces exactly, or refuse it.
 
-Whatever the mask lets through must validate.
-
-The grammar library takes some schemas and enforces something else: numbers in 64-bit floating point, formats
-in part. These are refused here or said in a way that it enforces.
+Every document that the mask allows must be valid. The library accepts some schemas and enforces something
+else: numbers in 64-bit floating point, formats in part. These are rewritten or refused here.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from koine.errors import UserError, did_you_mean
-from koine.generate.grammar.patterns import not_among, portable_pattern
+from koine.generate.grammar.patterns import pattern_excluding, portable_pattern
 from koine.generate.grammar.schema import schema_text
 
-MOST = 2**53
-"""Above this, neighbouring integers are one and the same to the library."""
+MAX_EXACT = 2**53
+"""Above this, the library cannot tell neighbouring integers apart."""
 
-MOST_LENGTH = 2**31 - 1
-MOST_MULTIPLE = 100_000
+MAX_LENGTH = 2**31 - 1
+MAX_MULTIPLE = 100_000
 """The grammar of the multiples of n has n states; this many take seconds."""
 
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
@@ -34,10 +32,10 @@ _DATE = (
 _TIME = (
     "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:[.][0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
-# Said as patterns: the library knows no leap years, and takes a leap second at any minute.
-PATTERNS = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}T{_TIME}$"}
-HELD = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-"""Formats that the library holds to the letter."""
+# Written as patterns: the library ignores leap years, and allows a leap second in any minute.
+FORMAT_PATTERNS = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}T{_TIME}$"}
+SUPPORTED_FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+"""Formats that the library enforces exactly."""
 
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _LENGTHS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
@@ -47,17 +45,17 @@ _MAPS = ("properties", "patternProperties")
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
-def enforceable(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The schema as the library enforces it, and whether a document may hold keys that the schema does not
-    name.
+def to_supported_schema(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return an equivalent schema that the library enforces exactly.
 
-    Raises `UserError` for a schema that the library would take and not hold.
+    The second value says whether an object may have keys that the schema does not name.
+    Raises `UserError` for a schema that the library would accept and not enforce.
     """
     root: dict[str, Any] = json.loads(schema_text(schema))
     try:
-        reader = _Reader(root)
-        reader.read(root, "#")
-        if not reader.ends(root, frozenset()):
+        rewriter = _SchemaRewriter(root)
+        rewriter.rewrite(root, "#")
+        if not rewriter.can_end(root, frozenset()):
             _refuse(
                 "#",
                 "no document of it ever ends: it must hold itself",
@@ -67,42 +65,42 @@ def enforceable(schema: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         raise UserError(
             "the JSON schema cannot be used (it is nested too deeply)", hint="flatten it"
         ) from None
-    return root, reader.free_keys
+    return root, rewriter.free_keys
 
 
-class _Reader:
-    """Reads every schema that can be reached from the root, once, and changes it in place."""
+class _SchemaRewriter:
+    """Visits every schema that can be reached from the root, once, and changes it in place."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self.root = root
         text = json.dumps(root)
-        # Where schemas are merged, the library wants patterns of keys that do not overlap.
+        # Where schemas are merged, the library needs key patterns that do not overlap.
         self.merges = '"allOf"' in text
         self.old = any(draft in str(root.get("$schema", "")) for draft in _OLD_DRAFTS)
         self.free_keys = False
-        self._read: set[int] = set()
+        self._visited: set[int] = set()
         self._steps = 0
 
-    def read(self, schema: Any, place: str) -> None:
+    def rewrite(self, schema: Any, place: str) -> None:
         self.free_keys = self.free_keys or _is_loose(schema)
-        if not isinstance(schema, dict) or id(schema) in self._read:
+        if not isinstance(schema, dict) or id(schema) in self._visited:
             return
-        self._read.add(id(schema))
+        self._visited.add(id(schema))
         if "x-guidance" in schema:
-            _refuse(f"{place}/x-guidance", "it changes what the grammar holds", "leave it out")
+            _refuse(f"{place}/x-guidance", "it changes what the grammar enforces", "leave it out")
         self._numbers(schema, place)
         self._items(schema, place)
         for name in _ONE:
-            self.read(schema.get(name), f"{place}/{name}")
+            self.rewrite(schema.get(name), f"{place}/{name}")
         for name in _LISTS:
             for number, inner in enumerate(_list(schema.get(name))):
-                self.read(inner, f"{place}/{name}/{number}")
+                self.rewrite(inner, f"{place}/{name}/{number}")
         for name in _MAPS:
             for key, inner in _map(schema.get(name)).items():
-                self.read(inner, f"{place}/{name}/{key:.40}")
+                self.rewrite(inner, f"{place}/{name}/{key:.40}")
         if isinstance(schema.get("$ref"), str):
             target = self._target(schema["$ref"], place)
-            self.read(target, schema["$ref"])
+            self.rewrite(target, schema["$ref"])
         self._texts(schema, place)
         self._keys(schema, place)
 
@@ -113,8 +111,8 @@ class _Reader:
             _check_number(schema.get(name), f"{place}/{name}")
         for name in _LENGTHS:
             value = schema.get(name)
-            if isinstance(value, int) and value > MOST_LENGTH:
-                _refuse(f"{place}/{name}", f"{_shown(value)} is too large", f"give at most {MOST_LENGTH}")
+            if isinstance(value, int) and value > MAX_LENGTH:
+                _refuse(f"{place}/{name}", f"{_shown(value)} is too large", f"give at most {MAX_LENGTH}")
         for name in ("const", "enum"):
             _check_numbers_in(schema.get(name), f"{place}/{name}")
         if "multipleOf" in schema:
@@ -126,8 +124,8 @@ class _Reader:
             if not self.old:
                 _refuse(f"{place}/items", "it is a list, as in draft 2019-09 and before", "write prefixItems")
             for number, inner in enumerate(items):
-                self.read(inner, f"{place}/items/{number}")
-        self.read(items, f"{place}/items")
+                self.rewrite(inner, f"{place}/items/{number}")
+        self.rewrite(items, f"{place}/items")
         if schema.get("uniqueItems") is False:
             del schema["uniqueItems"]
 
@@ -138,26 +136,26 @@ class _Reader:
         kinds = schema.get("type", "string")
         if not isinstance(name, str) or "string" not in ([kinds] if isinstance(kinds, str) else _list(kinds)):
             return
-        if name in PATTERNS:
+        if name in FORMAT_PATTERNS:
             del schema["format"]
             if "pattern" in schema:
-                schema["allOf"] = [*_list(schema.get("allOf")), {"pattern": PATTERNS[name]}]
+                schema["allOf"] = [*_list(schema.get("allOf")), {"pattern": FORMAT_PATTERNS[name]}]
             else:
-                schema["pattern"] = PATTERNS[name]
+                schema["pattern"] = FORMAT_PATTERNS[name]
         elif name == "time":
             _refuse(
                 f"{place}/format",
                 "validators disagree whether a time has an offset",
                 'give a pattern such as "^([01][0-9]|2[0-3]):[0-5][0-9]$"',
             )
-        elif name not in HELD:
-            known = [*HELD, *PATTERNS]
+        elif name not in SUPPORTED_FORMATS:
+            known = [*SUPPORTED_FORMATS, *FORMAT_PATTERNS]
             _refuse(f"{place}/format", f"Unknown format: {name:.40}", did_you_mean(name, known))
         elif name == "hostname":
             schema["allOf"] = [*_list(schema.get("allOf")), {"maxLength": 253}]
 
     def _keys(self, schema: dict[str, Any], place: str) -> None:
-        """Keys that a schema does not declare: a declared one spelled with escapes must not be among them."""
+        """Restrict undeclared keys: a declared key spelled with escapes must not be among them."""
         patterns = _map(schema.get("patternProperties"))
         if patterns:
             schema["patternProperties"] = {
@@ -174,7 +172,7 @@ class _Reader:
                 "declare the keys, and require them",
             )
         if names and not patterns and others is not False and not self.merges:
-            schema["patternProperties"] = {not_among(list(names)): others}
+            schema["patternProperties"] = {pattern_excluding(list(names)): others}
             schema["additionalProperties"] = False
         elif patterns and "additionalProperties" not in schema and not self.merges:
             schema["additionalProperties"] = False
@@ -186,12 +184,12 @@ class _Reader:
             )
 
     def _target(self, reference: str, place: str) -> Any:
-        """Resolve a reference inside the schema; None where the library must find or refuse it."""
+        """Return the target of a reference inside the schema; None where it is the library's to resolve."""
         _, _, pointer = reference.partition("#")
         if not reference.startswith("#") or (pointer and not pointer.startswith("/")):
             return None
         found: Any = self.root
-        keyword = True  # whether the next step is a keyword of a schema, and not a name of the user's
+        keyword = True  # whether the next step is a schema keyword, and not a name of the user's
         for step in pointer.split("/")[1:]:
             name = unquote(step).replace("~1", "/").replace("~0", "~")
             if isinstance(found, dict):
@@ -205,10 +203,10 @@ class _Reader:
                 return None
         return found
 
-    def ends(self, schema: Any, above: frozenset[int]) -> bool:
-        """Return whether a document of `schema` can come to its end.
+    def can_end(self, schema: Any, above: frozenset[int]) -> bool:
+        """Return whether a document of `schema` can be finite.
 
-        above: schemas that must hold this one.
+        above: schemas that must contain this one.
         """
         self._steps += 1
         if not isinstance(schema, dict) or self._steps > 20_000:
@@ -216,19 +214,19 @@ class _Reader:
         if id(schema) in above:
             return False
         above = above | {id(schema)}
-        if "$ref" in schema and not self.ends(self._target(str(schema["$ref"]), "#"), above):
+        if "$ref" in schema and not self.can_end(self._target(str(schema["$ref"]), "#"), above):
             return False
-        if not all(self.ends(inner, above) for inner in _list(schema.get("allOf"))):
+        if not all(self.can_end(inner, above) for inner in _list(schema.get("allOf"))):
             return False
         for name in ("anyOf", "oneOf"):
             ways = _list(schema.get(name))
-            if ways and not any(self.ends(inner, above) for inner in ways):
+            if ways and not any(self.can_end(inner, above) for inner in ways):
                 return False
         kinds = schema.get("type")
         if kinds == "object":
             names = _map(schema.get("properties"))
             if not all(
-                self.ends(names.get(key), above)
+                self.can_end(names.get(key), above)
                 for key in _list(schema.get("required"))
                 if isinstance(key, str)
             ):
@@ -237,12 +235,12 @@ class _Reader:
         if kinds == "array" and isinstance(least, int) and least > 0:
             first = _list(schema.get("prefixItems"))
             needed = [*first[:least], *([schema.get("items")] if least > len(first) else [])]
-            return all(self.ends(inner, above) for inner in needed)
+            return all(self.can_end(inner, above) for inner in needed)
         return True
 
 
 def _is_loose(schema: Any) -> bool:
-    """Return whether a schema lets an object have keys that it does not name, or says nothing of it."""
+    """Return whether a schema allows object keys that it does not name."""
     if schema is True:
         return True
     if not isinstance(schema, dict) or not {"const", "enum", "$ref", "allOf", "anyOf", "oneOf"}.isdisjoint(
@@ -258,7 +256,7 @@ def _is_loose(schema: Any) -> bool:
 
 
 def _check_number(value: Any, place: str) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > MOST:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > MAX_EXACT:
         _refuse(
             place,
             f"{_shown(value)} is beyond 2^53, where the grammar would round it",
@@ -275,9 +273,9 @@ def _check_numbers_in(value: Any, place: str) -> None:
 def _check_multiple(value: Any, place: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if not 0 < value <= MOST_MULTIPLE:
+    if not 0 < value <= MAX_MULTIPLE:
         _refuse(
-            place, f"{_shown(value)} is out of range", f"give a number above 0 and at most {MOST_MULTIPLE}"
+            place, f"{_shown(value)} is out of range", f"give a number above 0 and at most {MAX_MULTIPLE}"
         )
     if Decimal(repr(value)) != Decimal(value):
         _refuse(
