@@ -111,7 +111,7 @@ def measure(
         price_per_million: price of 10^6 tokens, for `cost_per_megabyte`.
 
     Returns:
-        tokenizer -> language -> measures, and tokenizer -> `overall` and `cluster:NAME` -> means.
+        dict: Measures by tokenizer and language; `overall` and `cluster:NAME` hold means over languages.
 
     Raises:
         UserError: there is no tokenizer or no text, or a path holds no tokenizer.

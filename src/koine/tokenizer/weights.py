@@ -36,8 +36,8 @@ def language_weights(
         bytes_by_language: bytes of text by language code.
         scheme: `bucketed`: Eq. 1 of the paper. `natural`: the share of the bytes. `uniform`: equal weights.
             `temperature`: proportional to share ** (1 / temperature).
-        bucket_mass: for `bucketed`, with B buckets, |b| languages and D_b bytes in bucket b.
-            `uniform`: wb_i = 1 / (B |b|). `data`: wb_i = D_b / |b|.
+        bucket_mass: for `bucketed`, with B buckets, `n_b` languages and `D_b` bytes in bucket b.
+            `uniform`: `wb_i = 1 / (B n_b)`. `data`: `wb_i = D_b / n_b`.
         english_share: weight of English under any scheme; the others share the rest in proportion. `None`
             leaves English to the scheme. Without effect if English is absent or alone.
         temperature: 1 is natural, large is uniform.

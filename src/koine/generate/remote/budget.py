@@ -48,10 +48,11 @@ class Budget:
 class Spending:
     """Totals of a ledger.
 
-    spent: price of the tokens that responses reported.
-    unsettled: worst-case cost of calls in flight, and of calls without a response (time-out, dropped
-        connection, killed process): the endpoint may have charged for them.
-    calls, prompt_tokens, completion_tokens: of the settled calls.
+    Attributes:
+        spent: Price of the tokens that responses reported.
+        unsettled: Worst-case cost of calls in flight, and of calls without a response (time-out, dropped
+            connection, killed process): the endpoint may have charged for them.
+        calls, prompt_tokens, completion_tokens: Of the settled calls.
     """
 
     spent: Decimal = Decimal(0)
