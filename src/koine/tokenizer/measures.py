@@ -106,7 +106,7 @@ def measure(
 
     Args:
         tokenizers: by name, each an open tokenizer or the path of one that `open_tokenizer` opens.
-        texts: language code -> texts; or `MeasuredText`s, which can say that texts are translations.
+        texts: language code -> texts; or `MeasuredText` items, which can say that texts are translations.
         languages: codes to report; `None`: all. Other English text is then only the reference of parity.
         price_per_million: price of 10^6 tokens, for `cost_per_megabyte`.
 
