@@ -88,15 +88,7 @@ def branch_train_mix(
 
     With `new_domain`, an expert of one more domain is then added to the mixture, without starting again.
     """
-    named, added = named_paths(domains), named_paths([new_domain] if new_domain else [])
-    if len(named) < 2:
-        raise UserError(
-            f"{len(named)} domains are given", hint="give at least two: --set domains=code=DATA,law=DATA"
-        )
-    if named.keys() & added.keys() or GENERAL in {*named, *added}:
-        raise UserError("two domains have one name", hint="name each differently, and none 'general'")
-    if added and method == "average":
-        raise UserError("an average has no experts to add to", hint="choose another method, or merge instead")
+    named, added = _domains(domains, new_domain, method)
     given = plan.input(seed_model, name="seed-given")
     paths = {**named, **added, **({} if general is None else {GENERAL: general})}
     corpora, tokens = add_domains(
@@ -169,11 +161,13 @@ def branch_train_mix(
             reset_router=method != "nexus",
             seed=seed,
         )
+        # Half of the text is of the new domain.
+        shares = {name: 0.5, **dict.fromkeys(known, 0.5 / len(known))}
         extended = trainer.train(
             "extended",
             grown,
             tokens,
-            domain_sources({name: 0.5, **dict.fromkeys(known, 0.5 / len(known))}),
+            domain_sources(shares),
             steps=extension_steps,
             learning_rate=mixture_learning_rate * 0.1,
             settings={"min_lr_ratio": 1.0},
@@ -184,3 +178,19 @@ def branch_train_mix(
     plan.closing(
         f"Bits per byte and routing, domain by domain: {plan.folder / 'report.html'}. The model: {final}"
     )
+
+
+def _domains(
+    domains: tuple[str, ...], new_domain: str, method: str
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the paths of the domains and of the new domain; raises `UserError` where they do not fit together."""
+    named, added = named_paths(domains), named_paths([new_domain] if new_domain else [])
+    if len(named) < 2:
+        raise UserError(
+            f"{len(named)} domains are given", hint="give at least two: --set domains=code=DATA,law=DATA"
+        )
+    if named.keys() & added.keys() or GENERAL in {*named, *added}:
+        raise UserError("two domains have one name", hint="name each differently, and none 'general'")
+    if added and method == "average":
+        raise UserError("an average has no experts to add to", hint="choose another method, or merge instead")
+    return named, added
