@@ -20,7 +20,7 @@ Command = Callable[..., None]
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What `koine train` trains on, as given on the command line."""
+    """Options of `koine train` that choose the data."""
 
     data: tuple[str, ...]
     mixture: Path | None

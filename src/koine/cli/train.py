@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What `koine train` evaluates on the way, as given on the command line."""
+    """Options of `koine train` for evaluation during training."""
 
     evaluate_data: tuple[str, ...]
     evaluate_split: str | None
@@ -34,7 +34,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where and how `koine train` runs, as given on the command line."""
+    """Options of `koine train` for the device, the output and the dry run."""
 
     tokenizer: Path | None
     device: str

@@ -1,4 +1,4 @@
-"""What an evaluation is: a function from a model and records to results, and the report of those results."""
+"""The definition of an evaluation: a function from a model and records to results, and its report."""
 
 from __future__ import annotations
 

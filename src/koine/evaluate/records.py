@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions:
-    """How to read records; see `koine.data.read_records`.
+    """Options for reading records; see `koine.data.read_records`.
 
     split: `None` reads all of a folder that has one split or none.
     """

@@ -33,7 +33,7 @@ BEFORE_TRAINING = -1
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutProbe:
-    """What a training evaluates on the way: bits per byte of a few held-out documents of the corpus.
+    """An evaluation during training: bits per byte of a few held-out documents of the corpus.
 
     How often is `TrainSettings.evaluate_every`.
     """

@@ -195,7 +195,7 @@ class PlainText:
 
     @cached_property
     def _careful(self) -> Any:
-        """The same tokenizer, with a cut after the first character of every marker."""
+        """Return the tokenizer with a cut after the first character of every marker."""
         from tokenizers import Regex, pre_tokenizers
 
         backend = self.copy()

@@ -37,7 +37,7 @@ class TooMuchError(Exception):
 
 
 class Budget:
-    """What is left of the limits while one conversation is rendered."""
+    """The remaining time and output while one conversation is rendered."""
 
     def __init__(self, characters: int) -> None:
         """characters: of the messages that are rendered."""

@@ -194,7 +194,7 @@ class Tokenizer:
 
     @cached_property
     def _parsing_backend(self) -> Any:
-        """The same vocabulary, which recognises every added token as the file says.
+        """Return a tokenizer of the same vocabulary that recognises every added token.
 
         Used to decode, and for text that a template wrote.
         """

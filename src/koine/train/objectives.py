@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """What training minimises. Write one as a frozen dataclass whose fields are its arguments.
+    """The loss that training minimises. Write one as a frozen dataclass whose fields are its arguments.
 
     For example, cross-entropy plus the divergence from a teacher::
 

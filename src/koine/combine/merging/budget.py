@@ -35,7 +35,7 @@ DEFAULT_RATE = 1e8
 
 @dataclass(frozen=True)
 class MergeEstimate:
-    """What a merge will need."""
+    """The memory, time and size of a merge."""
 
     peak_memory_bytes: int
     seconds: float

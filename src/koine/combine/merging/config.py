@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What is merged, and how.
+    """The configuration of a merge: models, method, weights and options.
 
     Attributes:
         method: A name in `koine.combine.merging.methods.METHODS`.

@@ -37,7 +37,7 @@ def text_name(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class CrossModalEstimate:
-    """What a cross-modal merge will need, and how many tensors it merges and copies."""
+    """The memory and time of a cross-modal merge, and the tensors that it merges and copies."""
 
     merged: int
     copied: int

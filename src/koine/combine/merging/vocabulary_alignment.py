@@ -19,7 +19,7 @@ from koine.errors import UserError
 
 @dataclass(frozen=True)
 class VocabularyAlignment:
-    """Where each token of the result stands in each model.
+    """The row of each token of the result in each model.
 
     Attributes:
         rows: Of the result's embeddings.

@@ -53,7 +53,7 @@ def _no_progress(done: int, total: int, current: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LongContextOptions:
-    """What the suite measures, and on which text.
+    """Settings of the suite: tasks, lengths, depths and texts.
 
     Attributes:
         lengths: tokens of a prompt with its answer; by default `DEFAULT_LENGTHS` as far as the model allows.

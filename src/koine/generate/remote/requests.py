@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class CallEstimate:
-    """What `generate` would need.
+    """The calls, tokens and money that `generate` would need.
 
     calls: calls to make. cached: completions in the cache.
     prompt_tokens, completion_tokens: upper bounds.

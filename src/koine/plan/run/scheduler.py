@@ -43,7 +43,7 @@ class Running(Protocol):
 
 
 class Executor(Protocol):
-    """Where steps run. `free_memory` is in bytes; None where the executor manages memory itself."""
+    """The place where steps run. `free_memory` is in bytes; None where the executor manages memory itself."""
 
     cores: int
     free_memory: int | None

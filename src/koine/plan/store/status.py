@@ -15,7 +15,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Status:
-    """What a run will do about one artifact; `reasons` say why it must be built."""
+    """The state of one artifact; `reasons` say why a run must build it."""
 
     state: State
     reasons: tuple[str, ...] = ()
