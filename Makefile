@@ -12,9 +12,11 @@ install: $(VENV)/.installed
 
 install-dev: $(VENV)/.installed-dev
 
+# `koine` is the name of an earlier installation, and of another project on the package index: ours is koine-lm.
 # torch first and by its exact version: a later resolver step then finds it installed and leaves it alone.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip --quiet uninstall --yes koine
 	$(BIN)/pip install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --constraint constraints.txt --editable .
 	touch $@

@@ -15,9 +15,11 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from koine import __distribution__, __version__
 from koine.errors import UserError
 
 State = Literal["installed", "not installed", "broken"]
@@ -44,6 +46,9 @@ MODULES = {
 NOT_IMPORTABLE = ("ruff", "types-")
 
 IMPORT_TIMEOUT_SECONDS = 120.0
+
+OLD_NAME = "koine"
+"""The name of the distribution in version 0.1.0, and on the package index that of another project."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,7 @@ class Extra:
 
 def install_line(extra: str) -> str:
     """Return the pip command that adds `extra`."""
-    return f"{sys.executable} -m pip install 'koine[{extra}]'"
+    return f"{sys.executable} -m pip install '{__distribution__}[{extra}]'"
 
 
 def repair_line(package: str) -> str:
@@ -83,13 +88,74 @@ def repair_line(package: str) -> str:
     return f"{sys.executable} -m pip install --force-reinstall --no-deps {package}"
 
 
+def find_distribution(name: str) -> importlib.metadata.Distribution | None:
+    """Return the distribution `name` of this environment, or None."""
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_ours(distribution: importlib.metadata.Distribution) -> bool:
+    """Return whether a distribution `koine` is an installation of this project under its old name."""
+    return any(
+        entry.group == "console_scripts" and entry.value == "koine.cli.main:main"
+        for entry in distribution.entry_points
+    )
+
+
+def own_distribution() -> importlib.metadata.Distribution | None:
+    """Return Koine's own distribution: `koine-lm`, or an installation under the old name `koine`.
+
+    None where Koine is imported from a folder that was never installed.
+    """
+    if (found := find_distribution(__distribution__)) is not None:
+        return found
+    old = find_distribution(OLD_NAME)
+    return old if old is not None and is_ours(old) else None
+
+
+def reinstall_line() -> str:
+    """Return the pip command that installs Koine again: from its checkout, or from the package index."""
+    checkout = Path(__file__).parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        return f"{sys.executable} -m pip install --editable {checkout}"
+    return f"{sys.executable} -m pip install --force-reinstall --no-deps {__distribution__}"
+
+
+def name_problems() -> list[str]:
+    """Return one line for each thing that is wrong with Koine's name in this environment, with its fix.
+
+    The name `koine` on the package index belongs to another project; ours is `koine-lm`.
+    """
+    problems = []
+    old = find_distribution(OLD_NAME)
+    uninstall = f"{sys.executable} -m pip uninstall --yes {OLD_NAME}"
+    if old is not None and is_ours(old):
+        problems.append(f"installed under its old name '{OLD_NAME}'; fix: {uninstall} && {reinstall_line()}")
+    elif old is not None:
+        about = old.metadata["Summary"] or "no summary"
+        problems.append(
+            f"'{OLD_NAME}' {old.version} here is another project's package ({about}), and Koine is "
+            f"{__distribution__}; fix: {uninstall} && {reinstall_line()}"
+        )
+    if own_distribution() is None:
+        problems.append(
+            f"{__distribution__} {__version__} runs from {Path(__file__).parent} without an installation, so "
+            f"its packages are not listed; fix: {reinstall_line()}"
+        )
+    return problems
+
+
 def requirements(extra: str | None = None) -> list[str]:
     """Return the names of the distributions that `extra` requires; None: those of the core.
 
-    Extras of koine inside an extra (`dev`) are resolved to their packages.
+    Extras of Koine inside an extra (`dev`) are resolved to their packages. Without an installation of Koine
+    there are none.
     """
+    own = own_distribution()
     names: list[str] = []
-    for line in importlib.metadata.requires("koine") or []:
+    for line in (own.requires if own is not None else None) or []:
         requirement, _, marker = line.partition(";")
         of = re.search(r"""extra\s*==\s*['"]([^'"]+)['"]""", marker)
         if (of.group(1) if of else None) != extra:
@@ -97,7 +163,7 @@ def requirements(extra: str | None = None) -> list[str]:
         match = re.match(r"([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?", requirement.strip())
         assert match is not None, line
         name, nested = match.groups()
-        if name.lower() == "koine":
+        if name.lower() in (__distribution__, OLD_NAME):
             for part in (nested or "").split(","):
                 names += requirements(part.strip())
         else:
@@ -150,7 +216,8 @@ def inspect_packages(names: Iterable[str]) -> dict[str, Package]:
 
 def inspect_installation() -> tuple[list[Package], list[Extra]]:
     """Return the state of the core's packages and of every extra, in this environment."""
-    declared = importlib.metadata.metadata("koine").get_all("Provides-Extra") or []
+    own = own_distribution()
+    declared = [] if own is None else own.metadata.get_all("Provides-Extra") or []
     core = requirements()
     wanted = {extra: requirements(extra) for extra in sorted(declared, key=list(PURPOSES).index)}
     found = inspect_packages([*core, *(name for names in wanted.values() for name in names)])

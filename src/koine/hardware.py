@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from koine import __version__
 from koine.errors import UserError
 
 CPU_FLAGS_WITH_BFLOAT16 = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16", "bf16": "ARM BF16"}
@@ -44,8 +45,8 @@ class Machine:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, Koine and the packages that compute, without importing them."""
-    found = {"python": platform.python_version()}
-    for name in ("koine", "torch", "tokenizers", "numpy", "safetensors", "pyarrow", "babel"):
+    found = {"python": platform.python_version(), "koine": __version__}
+    for name in ("torch", "tokenizers", "numpy", "safetensors", "pyarrow", "babel"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -234,6 +235,15 @@ def matmul_rate(dtype: str, *, device: str = "cpu", size: int = 1024, seconds: f
 def environment() -> str:
     """Return the folder of this Python: that of the virtual environment, or the system's."""
     return sys.prefix if sys.prefix != sys.base_prefix else f"{sys.prefix} (no virtual environment)"
+
+
+def chosen_device(wanted: str) -> str:
+    """Return the device to compute on: `wanted`, or for "auto" cuda where torch finds it, else cpu."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:

@@ -12,6 +12,11 @@ CASES = (
         says="unknown command 'tran'; did you mean 'train' or 'run'?",
     ),
     Case(
+        mistake="a command that stands inside another",
+        command="export model",
+        says="unknown command 'export'; it is `koine model export`",
+    ),
+    Case(
         mistake="an option that does not exist",
         command="doctor --mesure",
         says="No such option '--mesure'. Did you mean '--measure'?",

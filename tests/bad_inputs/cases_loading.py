@@ -131,7 +131,7 @@ CASES = (
     ),
     Case(
         mistake="a LoRA adapter to upcycle",
-        command="upcycle btx --seed model --experts code=branch --out new",
+        command="upcycle btx --seed-model model --experts code=branch --out new",
         prepare=worlds.having("model", then=adapter("branch")),
         says=f"branch: {SAYS_ADAPTER}",
     ),
@@ -267,7 +267,7 @@ CASES = (
     ),
     Case(
         mistake="a flipped byte in the weights of an expert",
-        command="upcycle btx --seed model --experts code=branch --out new",
+        command="upcycle btx --seed-model model --experts code=branch --out new",
         prepare=worlds.having("model", "branch", then=worlds.flip_byte("branch/model.safetensors", -4096)),
         says="branch/model.safetensors: does not match the sha256 that it carries; it is damaged; copy it again, or build it again",
     ),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from . import worlds
 from .case import Case
 
-BTX = "upcycle btx --seed model --experts branch --out new"
+BTX = "upcycle btx --seed-model model --experts branch --out new"
 
 CASES = (
     Case(
         mistake="an expert that is no branch of the seed",
-        command="upcycle btx --seed model --experts unrelated --out new",
+        command="upcycle btx --seed-model model --experts unrelated --out new",
         prepare=worlds.having("model", "unrelated"),
         says="unrelated: has no common ancestor with model (the cosine of their matrices is …); give branches of one seed: models that were trained on from it",
     ),
@@ -38,30 +38,30 @@ CASES = (
     ),
     Case(
         mistake="two experts with one name",
-        command="upcycle btx --seed model --experts branch other/branch --out new",
+        command="upcycle btx --seed-model model --experts branch other/branch --out new",
         says="two experts are named 'branch'; name them: --experts code=A --experts law=B",
     ),
     Case(
         mistake="a Nexus without text of a domain",
-        command="upcycle nexus --seed model --experts branch --out new",
+        command="upcycle nexus --seed-model model --experts branch --out new",
         prepare=worlds.having("model", "branch"),
-        says="no text of the domain of 'branch'; add --domain branch=DATA, or --router linear",
+        says="no text of the domain of 'branch'; add --domain-text branch=DATA, or --router linear",
     ),
     Case(
         mistake="a domain of an expert that is not there",
-        command="upcycle nexus --seed model --experts branch --domain brunch=text.jsonl --out new",
+        command="upcycle nexus --seed-model model --experts branch --domain-text brunch=text.jsonl --out new",
         prepare=worlds.having("model", "branch", "text"),
-        says="--domain: no expert is named 'brunch'; did you mean 'branch'?",
+        says="--domain-text: no expert is named 'brunch'; did you mean 'branch'?",
     ),
     Case(
         mistake="fewer documents than dimensions of a domain's embedding",
-        command="upcycle nexus --seed model --experts branch --domain branch=text.jsonl --domain-size 1000 --out new",
+        command="upcycle nexus --seed-model model --experts branch --domain-text branch=text.jsonl --domain-size 1000 --out new",
         prepare=worlds.having("model", "branch", "text"),
         says="… documents for domain embeddings of 1000 dimensions; give more documents, or a smaller --domain-size",
     ),
     Case(
         mistake="more experts a token than there are",
-        command="upcycle btx --seed model --experts branch --top-k 3 --out new",
+        command="upcycle btx --seed-model model --experts branch --top-k 3 --out new",
         prepare=worlds.having("model", "branch"),
         says="top_k is 3; it must lie between 1 and the 2 experts",
     ),
@@ -113,5 +113,10 @@ CASES = (
         command="run branch_train_mix --set seed_model=model --set domains=code=text.jsonl",
         prepare=worlds.having("model", "text"),
         says="1 domains are given; give at least two: --set domains=code=DATA,law=DATA",
+    ),
+    Case(
+        mistake="a seed model under --seed, which is the random seed",
+        command="upcycle btx --seed model --seed-model model --experts branch --out new",
+        says="--seed is 'model', and the random seed is an integer; a seed model is given as --seed-model model",
     ),
 )

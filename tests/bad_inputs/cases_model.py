@@ -414,7 +414,7 @@ CASES = (
         prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="llama")),
         during=worlds.without_package("transformers"),
         simulated="the package is hidden",
-        says="to open this model, the package 'transformers' is needed and not installed; … -m pip install 'koine[hf]'",
+        says="to open this model, the package 'transformers' is needed and not installed; … -m pip install 'koine-lm[hf]'",
     ),
     Case(
         mistake="an interrupted installation of the extra hf",

@@ -12,7 +12,7 @@ from . import worlds
 from .case import Case
 from .cases_plan import WITH_PLAN
 
-UPCYCLE = "upcycle btx --seed model --experts branch --out "
+UPCYCLE = "upcycle btx --seed-model model --experts branch --out "
 EVALUATE = "evaluate model --data text.jsonl --limit 1 --out "
 PRETRAIN = (
     "train pretrain --preset koine-0.5m --steps 2 --batch-size 2 --sequence-length 32"

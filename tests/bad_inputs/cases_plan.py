@@ -86,7 +86,7 @@ CASES = (
         prepare=WITH_PLAN,
         during=worlds.without_package("ray"),
         simulated="the package is hidden",
-        says="to run a plan on a Ray cluster, the package 'ray' is needed and not installed; … -m pip install 'koine[cluster]'",
+        says="to run a plan on a Ray cluster, the package 'ray' is needed and not installed; … -m pip install 'koine-lm[cluster]'",
     ),
     Case(
         mistake="adopting what is not there",

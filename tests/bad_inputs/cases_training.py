@@ -12,8 +12,8 @@ from .cases_model import RESUME
 
 CHECKPOINT = "halfway/checkpoints/step-000001"
 EXPORT = f"model export {CHECKPOINT} --format safetensors --out new"
-BTX = "upcycle btx --seed model --experts branch --out new"
-EXTEND = "extend nexus --expert other=branch --domain text.jsonl --out new"
+BTX = "upcycle btx --seed-model model --experts branch --out new"
+EXTEND = "extend nexus --expert other=branch --domain-text text.jsonl --out new"
 TRAIN = (
     "train pretrain --preset koine-0.5m --steps 2 --batch-size 2 --sequence-length 32 --data tokens "
     "--tokenizer tokenizer --out out"
@@ -36,8 +36,8 @@ def nexus(*then: Callable[[Path], None]) -> Callable[[Path], None]:
 
     def build(folder: Path) -> None:
         worlds.run_koine(
-            "upcycle", "nexus", "--seed", str(folder / "model"), "--experts", f"branch={folder / 'branch'}",
-            "--domain", f"branch={folder / 'text.jsonl'}", "--domain-size", "8", "--out", str(folder / "nexus"),
+            "upcycle", "nexus", "--seed-model", str(folder / "model"), "--experts", f"branch={folder / 'branch'}",
+            "--domain-text", f"branch={folder / 'text.jsonl'}", "--domain-size", "8", "--out", str(folder / "nexus"),
         )  # fmt: skip
 
     return worlds.both(worlds.having("model", "branch", "text"), build, *then)
@@ -178,7 +178,7 @@ CASES = (
     ),
     Case(
         mistake="an encoder of domains that is no folder",
-        command="upcycle nexus --seed model --experts branch --domain branch=text.jsonl --encoder nowhere --out new",
+        command="upcycle nexus --seed-model model --experts branch --domain-text branch=text.jsonl --encoder nowhere --out new",
         prepare=worlds.having("model", "branch", "text"),
         says="nowhere: no such folder; give a sentence-transformers model's folder",
     ),

@@ -166,7 +166,7 @@ def build_mixture(out: Path) -> None:
     run_koine(
         "upcycle",
         "btx",
-        "--seed",
+        "--seed-model",
         str(built("model")),
         "--experts",
         f"code={built('branch')}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import tomllib
@@ -12,18 +13,27 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import koine
 from koine import extras, hardware
 from koine.cli.doctor import doctor
 from koine.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
+needs_metadata = pytest.mark.skipif(
+    extras.own_distribution() is None, reason="Koine is imported from a folder that was never installed"
+)
 
-def make_distribution(site: Path, name: str, version: str, source: str | None) -> None:
+
+def make_distribution(
+    site: Path, name: str, version: str, source: str | None, *, script: str = "", more: str = ""
+) -> None:
     """What pip leaves: a metadata folder and, unless `source` is None, a module."""
     metadata = site / f"{name}-{version}.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
+    if script:
+        (metadata / "entry_points.txt").write_text(f"[console_scripts]\nkoine = {script}\n")
     if source is not None:
         (site / f"{name}.py").write_text(source)
 
@@ -68,7 +78,7 @@ def test_an_import_that_raises_is_broken_with_its_last_line(site: Path) -> None:
 
 def test_import_extra_tells_missing_from_half_installed(site: Path) -> None:
     with pytest.raises(
-        UserError, match=r"'koineabsent' is needed and not installed; .*pip install 'koine\[hf\]'"
+        UserError, match=r"'koineabsent' is needed and not installed; .*pip install 'koine-lm\[hf\]'"
     ):
         extras.import_extra("koineabsent.part", extra="hf", purpose="open a Llama checkpoint")
     make_distribution(site, "koinebroken", "3", "import koine_missing_part\n")
@@ -78,6 +88,7 @@ def test_import_extra_tells_missing_from_half_installed(site: Path) -> None:
         extras.import_extra("koinebroken", extra="hf", purpose="open a Llama checkpoint")
 
 
+@needs_metadata
 def test_requirements_are_those_of_the_project_file() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -91,6 +102,7 @@ def test_requirements_are_those_of_the_project_file() -> None:
     assert set(extras.PURPOSES) == set(project["optional-dependencies"])
 
 
+@needs_metadata
 def test_every_core_package_of_this_environment_imports() -> None:
     states = extras.inspect_packages(extras.requirements())
     assert {name: package.problem for name, package in states.items() if package.state != "installed"} == {}
@@ -106,14 +118,76 @@ def test_doctor_prints_the_mend_of_a_half_installed_extra(
         "requirements",
         lambda extra=None: {"hf": ["koinehalf"], "cluster": ["koineabsent"]}.get(extra, []),
     )
-    metadata = type("Metadata", (), {"get_all": lambda self, key: ["hf", "cluster"]})()
-    monkeypatch.setattr("importlib.metadata.metadata", lambda name: metadata)
+    make_distribution(site, "koine_lm", "0.1.0", None, more="Provides-Extra: hf\nProvides-Extra: cluster\n")
     output = CliRunner().invoke(doctor, catch_exceptions=False).output
     assert "[hf]         broken: open more" in output
     assert "koinehalf is only half installed: ModuleNotFoundError: No module named 'koinehalf'" in output
     assert f"{sys.executable} -m pip install --force-reinstall --no-deps koinehalf" in output
     assert "[cluster]    not installed: spread out" in output
-    assert "pip install 'koine[cluster]'" in output
+    assert "pip install 'koine-lm[cluster]'" in output
+
+
+@pytest.fixture
+def only_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages, the only one in which this process finds metadata."""
+    found = importlib.metadata.distributions
+    monkeypatch.setattr(
+        extras,
+        "find_distribution",
+        lambda name: next(iter(found(name=name, path=[str(tmp_path)])), None),
+    )
+    return tmp_path
+
+
+def test_an_installation_by_its_name_has_no_problem(only_site: Path) -> None:
+    make_distribution(only_site, "koine_lm", "0.1.0", None, more="Requires-Dist: click>=8\n")
+    assert extras.name_problems() == []
+    assert extras.requirements() == ["click"]
+
+
+def test_an_installation_under_the_old_name_is_read_and_named(only_site: Path) -> None:
+    more = (
+        "Requires-Dist: click>=8\nRequires-Dist: koine[b]; extra == 'a'\nRequires-Dist: rich; extra == 'b'\n"
+    )
+    make_distribution(only_site, "koine", "0.1.0", None, script="koine.cli.main:main", more=more)
+    assert extras.requirements() == ["click"]
+    assert extras.requirements("a") == ["rich"]
+    (problem,) = extras.name_problems()
+    assert problem.startswith("installed under its old name 'koine'; fix: ")
+    assert problem.endswith(f"-m pip install --editable {ROOT}")
+
+
+def test_another_project_named_koine_is_named_and_not_read(only_site: Path) -> None:
+    make_distribution(only_site, "koine_lm", "0.1.0", None, more="Requires-Dist: click>=8\n")
+    more = "Summary: A parser generator\nRequires-Dist: lark\n"
+    make_distribution(only_site, "koine", "0.11.2", None, script="koine.cli:main", more=more)
+    (problem,) = extras.name_problems()
+    assert problem.startswith(
+        "'koine' 0.11.2 here is another project's package (A parser generator), and Koine is koine-lm; fix: "
+    )
+    assert "\n" not in problem
+    assert extras.requirements() == ["click"]
+
+
+def test_doctor_without_any_installation_says_so(only_site: Path) -> None:
+    assert extras.inspect_installation() == ([], [])
+    (problem,) = extras.name_problems()
+    assert "runs from" in problem
+    assert "without an installation" in problem
+    make_distribution(only_site, "koine", "0.11.2", None)
+    assert len(extras.name_problems()) == 2
+
+
+def test_the_name_in_the_project_file_is_the_one_in_the_code() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (project["name"], project["version"]) == (koine.__distribution__, koine.__version__)
+
+
+def test_auto_is_cuda_where_torch_finds_it_and_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (hardware.chosen_device("auto"), hardware.chosen_device("cpu")) == ("cuda", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware.chosen_device("auto") == "cpu"
 
 
 def test_doctor_prints_versions_machine_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,14 +20,14 @@ from tests.bad_inputs import worlds
 pytestmark = pytest.mark.filterwarnings("ignore::koine.errors.KoineWarning")
 
 FOLDERS = {
-    "data sample": "data sample --languages de --documents 5 --questions 5 --code-bytes 0 --out new",
+    "data sample": "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new",
     "data tokenize": "data tokenize text.jsonl --tokenizer tokenizer --out new",
     "tokenizer train": "tokenizer train --data text.jsonl --vocab-size 300 --min-frequency 2 --out new",
     "tokenizer extend": "tokenizer extend tokenizer --data text.jsonl --tokens 3 --out new",
     "tokenizer adapt": "tokenizer adapt model --tokenizer tokenizer --out new",
-    "upcycle btx": "upcycle btx --seed model --experts branch --out new",
-    "upcycle bam": "upcycle bam --seed model --experts branch --out new",
-    "upcycle nexus": "upcycle nexus --seed model --experts branch --router linear --out new",
+    "upcycle btx": "upcycle btx --seed-model model --experts branch --out new",
+    "upcycle bam": "upcycle bam --seed-model model --experts branch --out new",
+    "upcycle nexus": "upcycle nexus --seed-model model --experts branch --router linear --out new",
     "extend": "extend mixture --expert third=branch --reset-router --out new",
     "merge": "merge linear model branch --weights 0.5,0.5 --out new",
     "model export": "model export checkpoint --format safetensors --out new",
@@ -164,7 +164,7 @@ def test_an_input_is_never_overwritten(place: Path) -> None:
     for command, said in (
         ("data tokenize text.jsonl --tokenizer tokenizer --out .", "current folder"),
         ("merge linear model branch --weights 0.5,0.5 --out model", "is read by this command"),
-        ("upcycle btx --seed model --experts branch --out branch", "is read by this command"),
+        ("upcycle btx --seed-model model --experts branch --out branch", "is read by this command"),
         ("evaluate model --data text.jsonl --out text.jsonl", "is read by this command"),
     ):
         with pytest.raises(UserError, match=said):

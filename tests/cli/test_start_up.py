@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,8 @@ HEAVY = (
     "tokenizers",
     "huggingface_hub",
 )
+
+SOURCE = Path(__file__).parents[2] / "src"
 
 SHOW_MODULES = """
 import sys
@@ -53,7 +57,10 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     assert [verb for verb in VERBS if verb not in output] == []
     assert modules.isdisjoint(HEAVY)
     # not even a verb's own module
-    assert not [name for name in modules if name.startswith("koine.cli.") and name != "koine.cli.main"]
+    assert {name for name in modules if name.startswith("koine.cli.")} == {
+        "koine.cli.groups",
+        "koine.cli.main",
+    }
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
@@ -61,6 +68,31 @@ def test_the_help_of_a_verb_imports_nothing_heavy(verb: str) -> None:
     output, modules = modules_after(verb, "--help")
     assert output.startswith(f"Usage: koine {verb}")
     assert modules.isdisjoint(HEAVY), sorted(modules.intersection(HEAVY))
+
+
+def test_another_project_named_koine_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "koine").mkdir()
+    (tmp_path / "koine" / "__init__.py").write_text("__version__ = '0.11.2'\n")
+    process = subprocess.run(
+        [sys.executable, "-c", "from koine_lm import main; main()", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(SOURCE)])},
+    )
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"koine: {tmp_path}/koine/__init__.py: 'import koine' finds another project's")
+    assert "pip uninstall koine" in line
+    assert line.endswith("pip install --force-reinstall --no-deps koine-lm")
+
+
+def test_python_m_koine_starts_the_same_command() -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "koine", "--version"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert process.stdout.startswith("koine, version ")
 
 
 def test_version() -> None:

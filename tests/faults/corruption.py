@@ -55,11 +55,11 @@ READERS = (
         files=("*.safetensors", "config.json"), results=("out/model.safetensors", "out/config.json"),
     ),
     Reader(
-        name="upcycle", command="upcycle btx --seed @model --experts code=@branch --out out", reads="branch",
+        name="upcycle", command="upcycle btx --seed-model @model --experts code=@branch --out out", reads="branch",
         files=("*.safetensors", "config.json"), results=("out/*.safetensors", "out/config.json"),
     ),
     Reader(
-        name="extend", command="extend @nexus --expert law=@branch --domain @en.jsonl --out out", reads="nexus",
+        name="extend", command="extend @nexus --expert law=@branch --domain-text @en.jsonl --out out", reads="nexus",
         files=("*.json", "*.safetensors", "domain_encoder/*"), results=("out/*.safetensors", "out/config.json"),
     ),
     Reader(

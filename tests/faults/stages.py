@@ -63,7 +63,7 @@ STAGES = (
     ),
     Stage(
         name="data-sample",
-        command="data sample --languages de,ja --documents 4 --questions 4 --code-bytes 2000 --out out",
+        command="data sample --languages de,ja --documents-per-language 4 --questions-per-language 4 --code-bytes 2000 --out out",
     ),
     Stage(
         name="data-tokenize", command="data tokenize @text.jsonl --tokenizer @tokenizer --out out", quick=True
@@ -108,15 +108,15 @@ STAGES = (
         outs=("out.json",),
         shape="file",
     ),
-    Stage(name="upcycle-btx", command="upcycle btx --seed @model --experts code=@branch --out out"),
-    Stage(name="upcycle-bam", command="upcycle bam --seed @model --experts code=@branch --out out"),
+    Stage(name="upcycle-btx", command="upcycle btx --seed-model @model --experts code=@branch --out out"),
+    Stage(name="upcycle-bam", command="upcycle bam --seed-model @model --experts code=@branch --out out"),
     Stage(
         name="upcycle-nexus",
-        command="upcycle nexus --seed @model --experts code=@branch --domain code=@de.jsonl --domain-size 8 --out out",
+        command="upcycle nexus --seed-model @model --experts code=@branch --domain-text code=@de.jsonl --domain-size 8 --out out",
     ),
     Stage(
         name="extend-add",
-        command="extend @nexus --expert law=@branch --domain @en.jsonl --out out",
+        command="extend @nexus --expert law=@branch --domain-text @en.jsonl --out out",
     ),
     Stage(name="extend-remove", command="extend @mixture --remove code --out out"),
     Stage(

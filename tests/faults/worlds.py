@@ -126,8 +126,8 @@ def build(world: Path) -> None:
     )  # fmt: skip
     sound.build_tokenizer(world / "larger-tokenizer", merges=24)
     sound.run_koine(
-        "upcycle", "nexus", "--seed", str(world / "model"), "--experts", f"code={world / 'branch'}", "--out",
-        str(world / "nexus"), "--domain", f"code={world / 'de.jsonl'}", "--domain-size", "8",
+        "upcycle", "nexus", "--seed-model", str(world / "model"), "--experts", f"code={world / 'branch'}", "--out",
+        str(world / "nexus"), "--domain-text", f"code={world / 'de.jsonl'}", "--domain-size", "8",
     )  # fmt: skip
     inside_another(world)
     (world / "three.py").write_text(PLAN.lstrip(), encoding="utf-8")

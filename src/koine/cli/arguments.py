@@ -1,11 +1,20 @@
-"""Arguments of the form `[NAME=]PATH`."""
+"""Options and arguments that several commands have: `--device`, and paths of the form `[NAME=]PATH`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import click
+
 from koine.errors import UserError
+
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where to compute: cpu, cuda, cuda:1 or mps; auto: cuda where torch finds it, else cpu.",
+)
 
 
 def named_paths(

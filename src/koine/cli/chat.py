@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from koine.cli.arguments import DEVICE
 from koine.generate.sampling import Sampling
 
 DEFAULT = Sampling()
@@ -68,9 +69,7 @@ DEFAULT = Sampling()
     show_default=True,
     help="Dtype of the weights; auto: as saved.",
 )
-@click.option(
-    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, mps, ..."
-)
+@DEVICE
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's own]")
 def chat(
     model: Path,
@@ -102,9 +101,12 @@ def chat(
         max_new_tokens=max_new_tokens,
     )
     from koine.generate.local_engine import LocalEngine
+    from koine.hardware import chosen_device
     from koine.serve.chat.terminal import Chat, run_interactive, run_lines, standard_streams
 
-    engine = LocalEngine(model, dtype=None if dtype == "auto" else dtype, device=device, threads=threads)
+    engine = LocalEngine(
+        model, dtype=None if dtype == "auto" else dtype, device=chosen_device(device), threads=threads
+    )
     interactive = standard_streams()
     session = Chat(
         engine,

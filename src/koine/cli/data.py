@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
 from koine.terminal import printable
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from koine.data.records import RecordReader
 
 
-@click.group()
+@click.group(cls=HelpGroup)
 def data() -> None:
     """Write the sample world, tokenize text, look up a training step's documents."""
 
@@ -78,10 +79,20 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 @OVERWRITE
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 @click.option(
-    "--documents", type=click.IntRange(min=1), default=600, show_default=True, help="Documents per language."
+    "--documents-per-language",
+    "documents",
+    type=click.IntRange(min=1),
+    default=600,
+    show_default=True,
+    help="Documents of each language.",
 )
 @click.option(
-    "--questions", type=click.IntRange(min=1), default=600, show_default=True, help="Questions per language."
+    "--questions-per-language",
+    "questions",
+    type=click.IntRange(min=1),
+    default=600,
+    show_default=True,
+    help="Questions of each language.",
 )
 @click.option(
     "--code-bytes", type=click.IntRange(min=0), default=300_000, show_default=True, help="Bytes of code."

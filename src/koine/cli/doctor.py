@@ -100,7 +100,9 @@ def print_installation(core: list[extras.Package], optional: list[extras.Extra])
     missing = [package for package in core if package.state == "not installed"]
     broken = [package for package in core if package.state == "broken"]
     click.echo("\nPackages")
-    if not missing and not broken:
+    for problem in extras.name_problems():
+        line("koine", problem)
+    if core and not missing and not broken:
         line("core", f"installed: {len(core)} packages, each imports")
     for package in missing:
         line("core", f"{package.name} is not installed; fix: {extras.repair_line(package.name)}")

@@ -13,6 +13,7 @@ from typing import TextIO
 import click
 
 from koine import __version__
+from koine.cli.groups import HelpGroup
 from koine.errors import KoineWarning, UserError, first_line
 from koine.terminal import printable
 
@@ -35,10 +36,17 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }
 
 
+# Commands that are looked for here and stand elsewhere: (words, one line for --help)
+ELSEWHERE = (
+    ("model export", "Export a model to GGUF (llama.cpp), or a training checkpoint to a model folder."),
+    ("tokenizer extend", "Add tokens for more languages to a tokenizer; `koine extend` adds an expert."),
+    ("run extend", "Extend a model's context, by a recipe; `koine run` lists all recipes."),
+)
+
 MAX_PATH_CHARACTERS = 4096  # longer text is no name of a file
 
 
-class LazyGroup(click.Group):
+class LazyGroup(HelpGroup):
     """A click group whose commands are imported on first use, so that `koine --help` stays instant."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,6 +63,8 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(verb, VERBS[verb][2]) for verb in sorted(VERBS)])
+        with formatter.section("Inside a command"):
+            formatter.write_dl(ELSEWHERE)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -62,7 +72,9 @@ class LazyGroup(click.Group):
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             from koine.errors import did_you_mean
 
-            raise UserError(f"unknown command '{args[0]}'", hint=did_you_mean(args[0], VERBS))
+            inside = [words for words, _ in ELSEWHERE if args[0] in words.split()]
+            hint = f"it is `koine {inside[0]}`" if inside else did_you_mean(args[0], VERBS)
+            raise UserError(f"unknown command '{args[0]}'", hint=hint)
         return super().resolve_command(ctx, args)
 
 
@@ -114,7 +126,7 @@ def main() -> None:
     # Importing torch makes some 170,000 permanent objects. By default the collector scans them repeatedly.
     gc.set_threshold(50_000, 20, 100)
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="koine", standalone_mode=False)
     except UserError as error:
         print(f"koine: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

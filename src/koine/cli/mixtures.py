@@ -54,7 +54,7 @@ def data_options(*, packing: str, sequence_length: int) -> Callable[[Command], C
             multiple=True,
             metavar="TOKENS[:PROPORTION]",
             help="Folder written by `koine data tokenize`, and its share of the batches, "
-            "for example web:0.8. Repeat it for a mixture.",
+            "for example web:0.8. Repeat it for a mixture.  [required without --mixture]",
         ),
         click.option(
             "--mixture",
@@ -62,7 +62,7 @@ def data_options(*, packing: str, sequence_length: int) -> Callable[[Command], C
             help="JSON file of a mixture (phases, languages), in place of --data, --steps, --batch-size, "
             "--sequence-length and --packing.",
         ),
-        click.option("--steps", type=int, help="Number of optimiser steps."),
+        click.option("--steps", type=int, help="Number of optimiser steps.  [required without --mixture]"),
         click.option(
             "--sequence-length",
             type=int,

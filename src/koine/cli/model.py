@@ -9,17 +9,18 @@ from typing import Any
 import click
 
 from koine.cli.attention_options import attention_options
+from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
 
 
-@click.group()
+@click.group(cls=HelpGroup)
 def model() -> None:
     """Describe presets and model directories; export a model."""
 
 
 @model.command()
-@click.argument("which", metavar="PRESET|DIRECTORY", required=False)
+@click.argument("which", metavar="[PRESET|DIRECTORY]", required=False)
 @click.option(
     "--vocab-size", type=click.IntRange(min=1), help="Vocabulary size in place of the preset's own."
 )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
+from koine.cli.arguments import DEVICE
 from koine.cli.attention_options import attention_options
+from koine.cli.groups import HelpGroup
 from koine.cli.mixtures import DataOptions, build_mixture, data_options
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
@@ -50,7 +52,7 @@ EVALUATION_OPTIONS = (
         help="Documents (as for `koine evaluate --data`) whose bits per byte are measured during training; "
         "repeatable.",
     ),
-    click.option("--evaluate-split", help="Split of --evaluate-data; needed where it has several."),
+    click.option("--evaluate-split", help="Split of --evaluate-data.  [required where it has several]"),
     click.option(
         "--evaluate-limit",
         type=click.IntRange(min=1),
@@ -65,7 +67,7 @@ RUN_OPTIONS = (
         type=click.Path(path_type=Path),
         help="Tokenizer folder, copied to the model.  [default: that of --model]",
     ),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto."),
+    DEVICE,
     click.option(
         "--out", type=click.Path(path_type=Path), required=True, help="Folder of the trained model."
     ),
@@ -107,18 +109,23 @@ def training_options(*, packing: str) -> Callable[[Callable[..., None]], Callabl
     return decorate
 
 
-@click.group()
+@click.group(cls=HelpGroup)
 def train() -> None:
     """Train a model on token shards.
 
-    Run the same command again to resume. Several processes: `torchrun -m koine train ...`.
+    Run the same command again to resume. In several processes: `torchrun -m koine train COMMAND`.
     """
 
 
 @train.command()
-@click.option("--preset", help="Size of a new model (`koine model describe` lists the presets).")
 @click.option(
-    "--model", type=click.Path(path_type=Path), help="Model folder to train further, in place of --preset."
+    "--preset",
+    help="Size of a new model (`koine model describe` lists the presets).  [required without --model]",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Model folder to train further.  [required without --preset]",
 )
 @attention_options
 @training_options(packing="concat")

@@ -9,14 +9,33 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.arguments import named_paths
+from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
+from koine.errors import UserError
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
     from koine.model.config import ModelConfig
 
-SEED = click.option(
-    "--seed",
+
+class _RandomSeed(click.IntRange):
+    """The type of `--seed`, which was the option of the seed model in version 0.1.0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            if str(value).lstrip("+-").isdigit():
+                raise
+            raise UserError(
+                f"--seed is '{value}', and the random seed is an integer",
+                hint=f"a seed model is given as --seed-model {value}",
+            ) from None
+
+
+SEED_MODEL = click.option(
+    "--seed-model",
+    "seed_model",
     type=click.Path(path_type=Path),
     required=True,
     help="The dense model that the experts branched from.",
@@ -69,16 +88,16 @@ def losses(method: RouterLosses) -> Callable[[Callable[..., Any]], Callable[...,
     return add
 
 
-RANDOM = click.option(
-    "--random-seed",
-    type=click.IntRange(0, 2**63 - 1),
+SEED = click.option(
+    "--seed",
+    type=_RandomSeed(0, 2**63 - 1),
     default=0,
     show_default=True,
     help="Random seed for the routers' weights.",
 )
 
 
-@click.group()
+@click.group(cls=HelpGroup)
 def upcycle() -> None:
     """Make a mixture of experts from a seed and its branches, dense models of equal shape.
 
@@ -87,32 +106,32 @@ def upcycle() -> None:
 
 
 @upcycle.command()
-@SEED
+@SEED_MODEL
 @EXPERTS
 @MORE
 @OUT
 @TOP_K
 @losses(BTX)
-@RANDOM
+@SEED
 def btx(
-    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, load_balancing: float,
-    z_loss: float, random_seed: int, overwrite: bool,
+    seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, load_balancing: float,
+    z_loss: float, seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Branch-train-mix: a feed-forward expert from each model, the seed too; the rest is averaged."""
+    """Make a feed-forward expert of each model, the seed too, and average the rest (branch-train-mix)."""
     from koine.combine import upcycle_btx
     from koine.files import atomic_directory
 
     named = _named((*experts, *more))
-    with atomic_directory(out, overwrite=overwrite, reads=[seed, *named.values()]) as folder:
+    with atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder:
         config = upcycle_btx(
-            seed, named, folder, top_k=top_k, random_seed=random_seed,
+            seed_model, named, folder, top_k=top_k, random_seed=seed,
             load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
     _report(config, out)
 
 
 @upcycle.command()
-@SEED
+@SEED_MODEL
 @EXPERTS
 @MORE
 @OUT
@@ -127,35 +146,35 @@ def btx(
     help="Attention experts of each token; other gates are 0.  [default: all]",
 )
 @losses(BAM)
-@RANDOM
+@SEED
 def bam(
-    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, attention: str,
-    attention_top_k: int | None, load_balancing: float, z_loss: float, random_seed: int, overwrite: bool,
+    seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, attention: str,
+    attention_top_k: int | None, load_balancing: float, z_loss: float, seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    """BAM: a feed-forward expert and an attention expert from each model, the seed too."""
+    """Make a feed-forward expert and an attention expert of each model, the seed too (BAM)."""
     from koine.combine import upcycle_bam
     from koine.files import atomic_directory
 
     named = _named((*experts, *more))
-    with atomic_directory(out, overwrite=overwrite, reads=[seed, *named.values()]) as folder:
+    with atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder:
         config = upcycle_bam(
-            seed, named, folder, attention=attention, attention_top_k=attention_top_k,
-            top_k=top_k, random_seed=random_seed, load_balancing=load_balancing, z_loss=z_loss,
+            seed_model, named, folder, attention=attention, attention_top_k=attention_top_k,
+            top_k=top_k, random_seed=seed, load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
     _report(config, out)
 
 
 @upcycle.command()
-@SEED
+@SEED_MODEL
 @EXPERTS
 @MORE
 @OUT
 @click.option(
-    "--domain",
+    "--domain-text",
     "domains",
     multiple=True,
     metavar="NAME=DATA",
-    help="Text of an expert's domain, for each expert.",
+    help="Text of an expert's domain; one for each expert.  [required without --router linear]",
 )
 @click.option("--router", type=click.Choice(["domains", "linear"]), default="domains", show_default=True,
               help="Router by domain embeddings, or linear: the paper's baseline.")  # fmt: skip
@@ -179,16 +198,15 @@ def bam(
 )
 @TOP_K
 @losses(NEXUS)
-@RANDOM
+@SEED
 def nexus(
-    seed: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...],
+    seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...],
     router: str, encoder: str, domain_size: int, documents: int, top_k: int, load_balancing: float,
-    z_loss: float, random_seed: int, overwrite: bool,
+    z_loss: float, seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Nexus: the seed's feed-forward is shared, the branches' are routed by domain embeddings."""
+    """Share the seed's feed-forward, and route to those of the branches by domain embeddings (Nexus)."""
     from koine.combine import fit_encoder, upcycle_nexus
     from koine.combine.moe.domain_embeddings import domain_embedding
-    from koine.errors import UserError
     from koine.files import atomic_directory
     from koine.model.formats.mixture_files import DOMAIN_ENCODER
 
@@ -199,15 +217,15 @@ def nexus(
         import torch
 
         texts = _domain_texts(domains, list(named), documents)
-        fitted = fit_encoder(encoder, texts, seed_model=seed, width=domain_size, random_seed=random_seed)
+        fitted = fit_encoder(encoder, texts, seed_model=seed_model, width=domain_size, random_seed=seed)
         embeddings = torch.stack([domain_embedding(fitted, texts[name]) for name in named])
     elif domains:
         raise UserError(
-            "--domain is given and the router is linear", hint="leave it out, or --router domains"
+            "--domain-text is given and the router is linear", hint="leave it out, or --router domains"
         )
-    with atomic_directory(out, overwrite=overwrite, reads=[seed, *named.values()]) as folder:
+    with atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder:
         config = upcycle_nexus(
-            seed, named, folder, domains=embeddings, top_k=top_k, random_seed=random_seed,
+            seed_model, named, folder, domains=embeddings, top_k=top_k, random_seed=seed,
             load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
         if fitted is not None:
@@ -221,12 +239,15 @@ def nexus(
 @click.option(
     "--expert",
     metavar="[NAME=]MODEL",
-    help="Branch to add; with --remove, the branch that the expert came from.",
+    help="Branch to add; with --remove, the branch that the expert came from.  [required without --remove]",
 )
 @click.option(
-    "--domain", type=click.Path(path_type=Path), help="Text of the new expert's domain, for a Nexus router."
+    "--domain-text",
+    "domain",
+    type=click.Path(path_type=Path),
+    help="Text of the new expert's domain.  [required for a Nexus router]",
 )
-@click.option("--remove", metavar="NAME", help="Expert to remove.")
+@click.option("--remove", metavar="NAME", help="Expert to remove.  [required without --expert]")
 @OUT
 @click.option(
     "--share", type=float, help="Weight of the new model in the averages.  [default: 1 / (experts + 1)]"
@@ -239,21 +260,20 @@ def nexus(
     show_default=True,
     help="Documents read of the domain.",
 )
-@RANDOM
+@SEED
 def extend(
     mixture: Path, expert: str | None, domain: Path | None, remove: str | None, out: Path,
-    share: float | None, reset_router: bool, documents: int, random_seed: int, overwrite: bool,
+    share: float | None, reset_router: bool, documents: int, seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
     """Add a dense branch to MIXTURE as an expert, or remove an expert. The router is not trained."""
     from koine.combine import add_expert, remove_expert
-    from koine.errors import UserError
     from koine.files import atomic_directory
 
     if expert is None and remove is None:
         raise UserError("nothing to do", hint="give --expert MODEL to add one, or --remove NAME")
     if remove is not None:
         for name, given in (
-            ("--domain", domain),
+            ("--domain-text", domain),
             ("--share", share),
             ("--reset-router", reset_router or None),
         ):
@@ -270,7 +290,7 @@ def extend(
         with atomic_directory(out, overwrite=overwrite, reads=[mixture, path]) as folder:
             config = add_expert(
                 mixture, path, folder, name=name, texts=texts, share=share, reset_router=reset_router,
-                random_seed=random_seed,
+                random_seed=seed,
             )  # fmt: skip
     _report(config, out)
 
@@ -286,23 +306,23 @@ def _named(given: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _domain_texts(given: tuple[str, ...], experts: list[str], documents: int) -> dict[str, list[str]]:
-    from koine.errors import UserError, did_you_mean
+    from koine.errors import did_you_mean
 
     texts: dict[str, list[str]] = {}
     for one in given:
         name, equals, path = one.partition("=")
         if not equals:
-            raise UserError(f"'{one}' is not NAME=DATA", where="--domain")
+            raise UserError(f"'{one}' is not NAME=DATA", where="--domain-text")
         if name not in experts:
             raise UserError(
-                f"no expert is named '{name}'", where="--domain", hint=did_you_mean(name, experts)
+                f"no expert is named '{name}'", where="--domain-text", hint=did_you_mean(name, experts)
             )
         texts.setdefault(name, []).extend(_texts(Path(path), documents))
     missing = [name for name in experts if name not in texts]
     if missing:
         raise UserError(
             f"no text of the domain of '{missing[0]}'",
-            hint=f"add --domain {missing[0]}=DATA, or --router linear",
+            hint=f"add --domain-text {missing[0]}=DATA, or --router linear",
         )
     return texts
 

@@ -115,7 +115,7 @@ def check_same_function(wanted: Path, found: Path) -> None:
 def _how_to_ask(kind: Any) -> str:
     """Return how the user gets the answer of `transformers` for a model type."""
     if importlib.util.find_spec("transformers") is None:
-        return "pip install 'koine[hf]'"
+        return "pip install 'koine-lm[hf]'"
     return f"but this version has no class for {kind}; where it does not, write the same into both files"
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from koine.errors import UserError, first_line
-from koine.hardware import check_device
+from koine.hardware import check_device, chosen_device
 from koine.model.language_model import LanguageModel
 
 
@@ -101,8 +101,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     local = _env_integer("LOCAL_RANK", 0, low=0)
     if world_size > 1:
         _check_launch(rank, world_size)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     check_device(device)
     if device == "cuda":
         device = f"cuda:{local}"

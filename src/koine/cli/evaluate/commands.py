@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from koine.cli.arguments import DEVICE
 from koine.cli.evaluate import long_context, records
 from koine.cli.evaluate.output import write_outcome
 from koine.cli.outputs import OVERWRITE, output_files
@@ -47,7 +48,7 @@ def _names(options: Iterable[Decorator]) -> set[str]:
     help="Language of records that name none; with --suite long, of haystack and needles.  "
     "[default: the haystack's, or en]",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@DEVICE
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -91,6 +92,10 @@ def evaluate(
     Each document is scored on its own from its beginning, with all its bytes; intervals are 95 % bootstrap
     intervals over documents and questions.
     """
+    from koine.hardware import chosen_device
+
+    if device == "auto" and (device := chosen_device(device)) != "cpu":
+        click.echo(f"koine: note: evaluating on {device}; --device cpu computes on the processor", err=True)
     group: Any = records if suite is None else long_context
     names = _names(group.OPTIONS)
     _check_options(context, [name for name in options if name not in names], suite)

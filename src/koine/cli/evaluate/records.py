@@ -14,13 +14,14 @@ OPTIONS = (
         "--data",
         multiple=True,
         metavar="SOURCE",
-        help="Documents: a file, a folder, a Hugging Face data set or hub:OWNER/NAME; may be repeated.",
+        help="Documents: a file, a folder, a Hugging Face data set or hub:OWNER/NAME; may be repeated.  "
+        "[required without --questions and --suite]",
     ),
     click.option(
         "--questions",
         multiple=True,
         metavar="SOURCE",
-        help="Questions with answers, likewise; may be repeated.",
+        help="Questions with answers, likewise; may be repeated.  [required without --data and --suite]",
     ),
     click.option(
         "--batch-size",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.groups import HelpGroup
 from koine.cli.merge.options import method_parameters, parse_numbers, parse_pattern, parse_shard_size
 from koine.terminal import plain_console
 
@@ -24,7 +25,7 @@ SHOWN_TENSORS = 8
 """Rows of the table that a merge prints."""
 
 
-class MethodGroup(click.Group):
+class MethodGroup(HelpGroup):
     """The methods of `koine.combine.merging.methods`; a method that is added there is a command here."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

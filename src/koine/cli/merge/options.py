@@ -36,7 +36,11 @@ def method_parameters(method: MergeMethod) -> list[click.Parameter]:
         ]
     if method.takes("base"):
         parameters.append(
-            click.Option(["--base"], type=click.Path(path_type=Path), help="The models' common ancestor.")
+            click.Option(
+                ["--base"],
+                type=click.Path(path_type=Path),
+                help="The models' common ancestor.  [required]",
+            )
         )
     parameters += [own_option(method, name) for name in method.options]
     if method.takes("generator"):
@@ -77,7 +81,9 @@ def shared_options() -> list[click.Parameter]:
         click.Option(["--dtype"], help="float32, bfloat16 or float16.  [default: the first model's]"),
         click.Option(["--max-shard-size"], default="5GB", show_default=True, help="Largest file of weights."),
         click.Option(
-            ["--threads"], type=click.IntRange(1), help="Tensors merged at a time.  [default: the cores]"
+            ["--threads"],
+            type=click.IntRange(1),
+            help="CPU threads: each merges one tensor.  [default: the cores]",
         ),
         click.Option(["--overwrite"], is_flag=True, help="Replace an existing output."),
         click.Option(["--dry-run"], is_flag=True, help="Print peak memory, time and size; write nothing."),

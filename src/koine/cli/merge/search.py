@@ -36,13 +36,14 @@ def with_method_options(command: Command) -> Command:
     "--data",
     multiple=True,
     metavar="[NAME=]PATH",
-    help="Text on which to measure bits per byte; one score per PATH.",
+    help="Text on which to measure bits per byte; one score per PATH.  [required without --questions]",
 )
 @click.option(
     "--questions",
     multiple=True,
     metavar="[NAME=]PATH",
-    help="Questions with exact answers, for the share of wrong answers; one score per PATH.",
+    help="Questions with exact answers, for the share of wrong answers; one score per PATH.  "
+    "[required without --data]",
 )
 @click.option("--method", default="linear", show_default=True, help="A method that takes weights, or slerp.")
 @click.option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from koine.cli.groups import HelpGroup
 from koine.cli.tokenizer.adapt import adapt
 from koine.cli.tokenizer.extend import extend
 from koine.cli.tokenizer.measure import measure
@@ -12,7 +13,7 @@ from koine.cli.tokenizer.train import train
 from koine.cli.tokenizer.weights import weights
 
 
-@click.group()
+@click.group(cls=HelpGroup)
 def tokenizer() -> None:
     """Train, extend and compare tokenizers; move models to another tokenizer."""
 

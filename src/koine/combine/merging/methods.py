@@ -46,9 +46,9 @@ Normalize = Annotated[
 
 @merge_method(source="Wortsman et al., Model soups, 2022 (arXiv 2203.05482)", elementwise=True)
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: Normalize = True) -> Tensor:
-    """Average the models by their weights (model soups): `sum_k c_k W_k / sum_k c_k`.
+    """Average the models by their weights (model soups).
 
-    Without `normalize` the sum is not divided.
+    The result is `sum_k c_k W_k / sum_k c_k`. Without `normalize` the sum is not divided.
     """
     total = sum(weights) if normalize else 1.0
     return _downcast(_sum(tensors, [weight / total for weight in weights]), tensors)
@@ -62,8 +62,8 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: No
 def slerp(tensors: Sequence[Tensor], *, t: Share) -> Tensor:
     """Interpolate two models along the arc between them (spherical linear interpolation).
 
-    `sin((1 - t) a) / sin(a) W_1 + sin(t a) / sin(a) W_2`, where `a` is the angle between the tensors, each
-    taken as one vector. Norms are not interpolated apart. Nearly collinear tensors are interpolated linearly.
+    The result is `sin((1 - t) a) / sin(a) W_1 + sin(t a) / sin(a) W_2`, where `a` is the angle between
+    the tensors, each taken as one vector. Norms are not interpolated apart. Nearly collinear tensors are interpolated linearly.
     """
     first, second = tensors
     product, one, two = _products(first, second)
@@ -87,7 +87,10 @@ def task_arithmetic(
     scale: Scale = 1.0,
     normalize: Normalize = False,
 ) -> Tensor:
-    """Add the models' differences to the base, by their weights: `W_0 + scale sum_k c_k (W_k - W_0)`."""
+    """Add the models' differences to the base, by their weights.
+
+    The result is `W_0 + scale sum_k c_k (W_k - W_0)`.
+    """
     return _add(base, _sum(_deltas(tensors, base), weights), scale / sum(weights) if normalize else scale)
 
 
@@ -153,7 +156,7 @@ def dare_ties(
     normalize: Normalize = False,
     generator: Generator,
 ) -> Tensor:
-    """Drop and rescale as `dare-linear`; only entries with the sign of their weighted sum take part."""
+    """Drop and rescale as `dare-linear`, then add up the entries with the sign of their weighted sum."""
     kept = _dropped(_deltas(tensors, base), density, generator)
     return _add(base, _agreeing(kept, weights, normalize=normalize), scale)
 
@@ -162,8 +165,8 @@ def dare_ties(
 def model_stock(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
     """Move the average of the models towards the base, by the angle between their differences.
 
-    `t mean_k(W_k) + (1 - t) W_0` with `t = N cos a / (1 + (N - 1) cos a)` for N models, where `a` is the mean
-    angle between their differences to the base (arXiv 2403.19522, equation 3).
+    The result is `t mean_k(W_k) + (1 - t) W_0` with `t = N cos a / (1 + (N - 1) cos a)` for N models, where
+    `a` is the mean angle between their differences to the base (arXiv 2403.19522, equation 3).
     """
     count = len(tensors)
     cosines = [

@@ -43,7 +43,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
                 f"{unclear[0]} is as long as the vocabulary and as other parts of the model: "
                 "whether it has an entry a token is not known",
                 where=checkpoint.path,
-                hint="transformers would know (pip install 'koine[hf]'), "
+                hint="transformers would know (pip install 'koine-lm[hf]'), "
                 "if it has a class for this model_type",
             )
         return dict.fromkeys(by_size, 0)

@@ -106,7 +106,7 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
             f"model_type {short_repr(kind)} is not one that Koine's own decoder implements "
             f"({', '.join(OWN_TYPES)})",
             where=where,
-            hint="steps that take any causal LM open it through transformers (pip install 'koine[hf]')",
+            hint="steps that take any causal LM open it through transformers (pip install 'koine-lm[hf]')",
         )
     fields = Fields(value, where, hint_if_broken="the file is not a whole config.json")
     rope = fields.inner("rope_parameters", None) or fields.inner("rope_scaling", None) or Fields({}, where)
