@@ -7,7 +7,6 @@ import time
 
 import torch
 
-
 MAX_CPU_OPERATIONS = 4e10
 """Operations of one timed matmul on CPU: a second of a slow core. A matmul of an 8B model's batch takes 15 s."""
 
