@@ -20,7 +20,7 @@ RUNS = click.option(
     "--runs",
     type=click.Path(path_type=Path),
     default=Path("runs"),
-    show_default="runs",
+    show_default=True,
     help="Folder of all runs.",
 )
 
