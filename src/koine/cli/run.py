@@ -119,6 +119,10 @@ def run(
         return
     values = parse_settings(function, settings)
     made = make_plan(function, values, name=name, runs=runs, threads=threads)
+    if not made.nodes:
+        raise UserError(
+            "the plan has no steps", where=plan, hint="add some with plan.step(function, name=..., ...)"
+        )
     if dry_run:
         click.echo("\n".join(dry_run_lines(made)))
         return
