@@ -283,6 +283,8 @@ class _CpuExperts(torch.autograd.Function):
                 grad_w_in = _weight_gradient(grad_gate_up_ng, x_nd, group, grad_w_in)
             if grad_x_nd is not None:
                 _times(grad_gate_up_ng, w_in_egd, group, out=grad_x_nd[group.rows])
+            # As in the forward pass.
+            del grad_nd, grad_hidden_nf, grad_silu_nf, silu_nf, grad_gate_up_ng, grad_gate_nf, grad_up_nf
 
         grad_x_td = None if grad_x_nd is None else F.embedding_bag(rows.row_tk, grad_x_nd, mode="sum")
         grad_gates_tk = None if grad_gates_n is None else grad_gates_n[rows.row_tk]
