@@ -217,18 +217,17 @@ def _forward(
 
     Weights are in the dtype of `x_td` or in a narrower one, and are then converted one expert at a time.
     """
-    w_in_edg, w_out_efd = w_in_egd.transpose(1, 2), w_out_edf.transpose(1, 2)
     expert_out_nd = x_td.new_empty(len(rows.token_n), x_td.shape[1])
     for group in rows.groups:
         x_nd = x_td.index_select(0, rows.token_n[group.rows])
-        gate_nf, up_nf = _gate_and_up(x_nd, w_in_edg, group)
+        gate_nf, up_nf = _gate_and_up(x_nd, w_in_egd, group)
         silu_nf = F.silu(gate_nf, inplace=saved is None)
         if saved is None:
             hidden_nf = silu_nf.mul_(up_nf)
         else:
             hidden_nf = silu_nf * up_nf
             saved += x_nd, gate_nf, up_nf, silu_nf
-        _times(hidden_nf, w_out_efd, group, out=expert_out_nd[group.rows])
+        _times(hidden_nf, w_out_edf.transpose(1, 2), group, out=expert_out_nd[group.rows])
         # Free them first, so that the next group's tensors take their places in the caches.
         del x_nd, gate_nf, up_nf, silu_nf, hidden_nf
     # One pass over memory for the weighted sum.
@@ -303,14 +302,14 @@ def _times(x_nx: Tensor, w_exy: Tensor, group: _Group, *, out: Tensor | None = N
     return result_ny if out is None else out.copy_(result_ny)
 
 
-def _gate_and_up(x_nd: Tensor, w_in_edg: Tensor, group: _Group) -> tuple[Tensor, ...]:
+def _gate_and_up(x_nd: Tensor, w_in_egd: Tensor, group: _Group) -> tuple[Tensor, ...]:
     """Multiply a group's rows by `w_gate` and `w_up`; `[n, f]` each.
 
     With many rows, two matmuls cost less than elementwise operations on the halves of one result.
     """
     if group.expert < 0:
-        return _times(x_nd, w_in_edg, group).chunk(2, dim=1)
-    return tuple(_times(x_nd, w_edf, group) for w_edf in w_in_edg.chunk(2, dim=2))
+        return _times(x_nd, w_in_egd.transpose(1, 2), group).chunk(2, dim=1)
+    return tuple(x_nd @ w_fd.t() for w_fd in w_in_egd[group.expert].to(x_nd.dtype).chunk(2))
 
 
 def _empty_gradient(w: Tensor, rows: _Rows) -> Tensor:
