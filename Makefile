@@ -31,7 +31,7 @@ check: install-dev
 
 # The documentation site: build/docs/index.html. A warning is an error.
 docs: install-dev
-	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	$(BIN)/sphinx-build -E -W --keep-going -q -b html docs build/docs
 
 test: check docs
 	$(BIN)/pytest -n auto --dist loadfile

@@ -44,7 +44,7 @@ CASES = (
     Case(
         mistake="a negative number of tokens",
         command="chat model --max-new-tokens -1",
-        says="max-new-tokens is -1; give at least 1",
+        says="max-new-tokens is -1; it must be at least 1",
     ),
     Case(
         mistake="an unknown command in a chat's script",

@@ -94,7 +94,7 @@ def test_a_training_with_mismatched_inputs_is_refused(world: Path, tmp_path: Pat
         train_model(None, tokens, world / "cluster", world / "corpus", **fields)
     with pytest.raises(UserError, match="'expanded' is a role of languages, and no corpus is given"):
         train_model(world / "model", tokens, **fields)
-    with pytest.raises(UserError, match="has 0 steps"):
+    with pytest.raises(UserError, match="steps is 0; it must be at least 1"):
         TextMixture(sources=sources, steps=0, sequence_length=8, batch_size=1)
     with pytest.raises(UserError, match="learning_rate is 0"):
         training_settings(steps=1, learning_rate=0.0)

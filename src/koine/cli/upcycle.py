@@ -28,7 +28,7 @@ EXPERTS = click.option(
     metavar="[NAME=]MODEL...",
     help="Branches of the seed, separated by spaces.",
 )
-MORE = click.argument("more", nargs=-1, metavar="")
+MORE = click.argument("more", nargs=-1, metavar="[EXPERT]...")
 
 
 def OUT(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - an option like the others

@@ -183,7 +183,7 @@ def branch_train_mix(
 def _domains(
     domains: tuple[str, ...], new_domain: str, method: str
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return the paths of the domains and of the new one; raises `UserError` where they do not fit together."""
+    """Return the paths of the domains and of the new one; raises `UserError` if they do not fit together."""
     named, added = named_paths(domains), named_paths([new_domain] if new_domain else [])
     if len(named) < 2:
         raise UserError(
