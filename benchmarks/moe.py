@@ -124,9 +124,14 @@ def synchronize(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
+def choose_clock(*, cpu_time: bool) -> Callable[[], float]:
+    """Return the clock of all measurements, the matmuls between them included."""
+    return time.thread_time if cpu_time else time.perf_counter
+
+
 def seconds(side: Side, x: Tensor, grad: Tensor | None, repeats: int, *, cpu_time: bool) -> float:
     """Return the mean time of a call, forward or (with `grad`) forward and backward."""
-    clock = time.thread_time if cpu_time else time.perf_counter
+    clock = choose_clock(cpu_time=cpu_time)
     start = clock()
     for _ in range(repeats):
         if grad is None:
@@ -189,13 +194,14 @@ def compare(
     shape = (TOP_K * tokens // EXPERTS, hidden, 2 * hidden)
     samples: dict[str, list[float]] = {name: [] for name in sides}
     rates: list[float] = []
-    before = matmul_rate(shape, dtype, device=device)
+    clock = choose_clock(cpu_time=options.cpu_time)
+    before = matmul_rate(shape, dtype, device=device, clock=clock)
     order = random.Random(0)
     for _ in range(options.rounds):
         # In a random order: a side finds in the caches what the one before it left there.
         for name in order.sample([*sides], len(sides)):
             samples[name].append(seconds(sides[name], x, grad, repeats[name], cpu_time=options.cpu_time))
-        after = matmul_rate(shape, dtype, device=device)
+        after = matmul_rate(shape, dtype, device=device, clock=clock)
         rates.append(min(before, after))
         before = after
     kept = [

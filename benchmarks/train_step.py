@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,11 @@ class Process(Side):
 
 
 def matmul_rate(
-    shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 6, device: str = "cpu"
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    repeats: int = 6,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Measure FLOP/s of `[m, k] @ [k, n]`, the best of a few."""
     m, k, n = shape
@@ -113,11 +118,11 @@ def matmul_rate(
     out = torch.empty(m, n, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         torch.mm(a, b, out=out)
         if device != "cpu":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return 2 * m * k * n / best
 
 

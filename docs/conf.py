@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+REPOSITORY = "https://github.com/koine-lm/koine/blob/main"
+LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<path>\.\./[^)#\s]+)\)")
 sys.path.insert(0, str(ROOT / "src"))
 
 from koine import __version__  # noqa: E402
@@ -40,7 +44,6 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 nitpicky = False
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository; `linkcode` below resolves them
 
 html_theme = "furo"
 html_title = "Koine"
@@ -57,6 +60,20 @@ def _skip_alias(
     return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def _link_repository(app: object, name: str, source: list[str]) -> None:
+    """Let links to files outside `docs/` lead to the repository; figures stay."""
+    page = (DOCS / name).parent
+
+    def replace(match: re.Match[str]) -> str:
+        target = (page / match["path"]).resolve()
+        if match["image"] or not target.exists() or target.is_relative_to(DOCS):
+            return match[0]
+        return f"[{match['text']}]({REPOSITORY}/{target.relative_to(ROOT).as_posix()})"
+
+    source[0] = LINK.sub(replace, source[0])
+
+
 def setup(app: object) -> None:
     """Connect the hooks of this file."""
+    app.connect("source-read", _link_repository)  # type: ignore[attr-defined]
     app.connect("autodoc-skip-member", _skip_alias)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Side:
-    """A process that has said that it is ready. Raises `RuntimeError` with its last line where it ends."""
+    """A process that has reported that it is ready. Raises `RuntimeError` with its last line where it ends."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process is)
@@ -26,10 +26,10 @@ class Side:
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            said = self.errors.read().strip().splitlines()
+            lines = self.errors.read().strip().splitlines()
             if self.process.returncode == -signal.SIGKILL:
                 raise RuntimeError("ended by the operating system, which has no more memory")
-            raise RuntimeError(f"the side ended with {self.process.returncode}: {said[-1] if said else ''}")
+            raise RuntimeError(f"the side ended with {self.process.returncode}: {lines[-1] if lines else ''}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -211,7 +211,7 @@ def test_a_path_that_is_no_utf_8_is_printed(
     assert (place / name / "config.json").is_file()
 
 
-def test_a_name_that_a_library_cannot_take_is_said(
+def test_a_name_that_a_library_cannot_take_is_an_error(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import shutil

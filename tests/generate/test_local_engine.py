@@ -14,7 +14,6 @@ import torch
 from koine.errors import UserError
 from koine.generate import LocalEngine, Sampling
 from koine.generate.engine import Completion
-from koine.generate.stop_strings import StopStrings
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 QUESTION = [{"role": "user", "content": "Wie heißt das?"}]
@@ -241,37 +240,6 @@ def test_threads_share_one_batch(model_folder: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         got = list(pool.map(lambda one: engine.generate([one], GREEDY)[0], conversations))
     assert [one.tokens for one in got] == [one.tokens for one in expected]
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "text", "found"),
-    [
-        (["ab", "c", "d"], ["cd"], "ab", True),
-        (["ab", "c", "e"], ["cd"], "abce", False),
-        (["aab", "aab", "c"], ["aabc"], "aab", True),
-        (["x", "EN", "D now"], ["END", "D n"], "x", True),
-        (["abc"], [], "abc", False),
-        (["a", "b"], ["ab", "b"], "", True),
-    ],
-)
-def test_stop_strings_across_tokens(pieces: list[str], stops: list[str], text: str, found: bool) -> None:
-    class Pieces:
-        def push(self, token: int) -> str:
-            return pieces[token]
-
-        def flush(self) -> str:
-            return ""
-
-    on_token = StopStrings(Pieces(), stops)
-    for number in range(len(pieces)):
-        before = on_token.text
-        if on_token.push(number):
-            break
-        # What was shown once stays, and never runs into a stop string.
-        assert on_token.text.startswith(before)
-        assert text.startswith(on_token.text)
-    assert on_token.found == found
-    assert on_token.finish() == text
 
 
 def test_a_completion_does_not_depend_on_its_neighbours(engine: LocalEngine) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,17 +10,11 @@ import torch
 
 from koine.errors import UserError
 from koine.generate import Request, Scheduler, generate
-from koine.generate.cache.contexts import DecodeContext, PrefillContext
-from koine.generate.cache.page_runs import find_page_runs, runs_for_fused_kernel
-from koine.generate.cache.paged_cache import SLAB, OutOfPages, PagedCache
 from koine.generate.cache.prefix_cache import common_length
 from koine.generate.sampling import Sampling
 from koine.model import Decoder, LayerSpec, ModelConfig
-from koine.model.counting import cache_bytes
 
-
-def prompt_of(size: int, seed: int) -> list[int]:
-    return [random.Random(seed * 1000 + place).randrange(6, 98) for place in range(size)]
+from .prompts import prompt_of
 
 
 def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
@@ -353,92 +346,6 @@ def test_a_grammar_and_on_token(tiny: ModelConfig) -> None:
     assert bound.log_probabilities == pytest.approx(own.tolist(), abs=1e-4)
     assert watched.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
     assert watched.finish == "stop"
-
-
-def test_memory_follows_use(tiny: ModelConfig) -> None:
-    """Bytes in use follow the formula, in whole pages; empty slabs are freed, but for one."""
-    model = Decoder(tiny).eval()
-    cache = PagedCache.of_model(model, page=4)
-    long, short = cache.add(), cache.add()
-    with torch.inference_mode():
-        model(
-            torch.tensor([prompt_of(4 * SLAB * 3, 1)]), context=PrefillContext(cache, [long], [4 * SLAB * 3])
-        )
-        model(torch.tensor([prompt_of(3, 2)]), context=PrefillContext(cache, [short], [3]))
-    lengths = (4 * SLAB * 3, 3)
-    place = 2 * tiny.kv_size * 4
-    # One full layer, whose second sequence has a page of four.
-    assert cache.bytes_held() == place + sum(cache_bytes(tiny, length, element_bytes=4) for length in lengths)
-    most = cache.bytes_reserved()
-    cache.remove(long)
-    cache.remove(short)
-    assert cache.pages_in_use == 0
-    # 97 pages took slabs of 32, 32 and 64 pages; the first stays.
-    assert most - cache.bytes_reserved() == (32 + 64) * 2 * 4 * tiny.kv_size * 4
-    assert cache.add().slot == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("few", [0, 100], ids=["long runs only", "any runs"])
-def test_attention_by_runs_equals_attention_by_slabs(
-    tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, few: int, dtype: torch.dtype
-) -> None:
-    """Sequences whose pages were taken in turn lie in several runs; one shares its beginning with another."""
-    model = Decoder(tiny).to(dtype).eval()
-    cache = PagedCache.of_model(model, page=4)
-    texts = [prompt_of(size, size) for size in (29, 3, 160, 24)]
-    sequences = [cache.add() for _ in texts]
-    with torch.inference_mode():
-        for start in range(0, 160, 8):
-            for text, sequence in zip(texts, sequences, strict=True):
-                if part := text[start : start + 8]:
-                    context = PrefillContext(cache, [sequence], [len(part)])
-                    model(torch.tensor([part]), context=context)
-        texts.append(texts[3])
-        sequences.append(cache.add(cache.prefix(sequences[3])))
-        runs = find_page_runs(cache, sequences)
-        assert [sum(run.pages for run in runs if run.row == row) for row in range(5)] == [8, 1, 40, 6, 6]
-        assert len(runs) > 5
-        monkeypatch.setattr("koine.generate.cache.page_runs.FEW_RUNS", few)
-        assert runs_for_fused_kernel(cache, sequences) == (runs if few == 100 else [])
-        new = torch.tensor([[7], [9], [11], [5], [13]])
-        got = model(new, context=DecodeContext(cache, sequences))[:, 0].float()
-        expected = [
-            model(torch.tensor([[*text, int(token)]]))[0, -1].float()
-            for text, token in zip(texts, new, strict=True)
-        ]
-    # Hidden states of the order of 1, summed in another order; bfloat16 has 8 bits, four layers of them.
-    assert torch.allclose(got, torch.stack(expected), atol=1e-5 if dtype == torch.float32 else 0.1)
-
-
-def test_pages_far_apart_and_a_cache_that_is_full(tiny: ModelConfig) -> None:
-    """Of many sequences only the first and the last stay: their pages are gathered, not read in place."""
-    model = Decoder(tiny).eval()
-    cache = PagedCache.of_model(model, page=4, max_pages=20)
-    prompts = [prompt_of(8, seed) for seed in range(10)]
-    sequences = [cache.add() for _ in prompts]
-    with torch.inference_mode():
-        for prompt, sequence in zip(prompts, sequences, strict=True):
-            model(torch.tensor([prompt]), context=PrefillContext(cache, [sequence], [8]))
-        with pytest.raises(OutOfPages):
-            DecodeContext(cache, sequences)
-        for sequence in sequences[1:-1]:
-            cache.remove(sequence)
-        kept = [sequences[-1], sequences[0]]
-        cache.arrange(kept)
-        got = model(torch.tensor([[7], [9]]), context=DecodeContext(cache, kept))[:, 0]
-        expected = [model(torch.tensor([[*prompts[i], token]]))[0, -1] for i, token in ((-1, 7), (0, 9))]
-    # float32, summed in another order.
-    assert torch.allclose(got, torch.stack(expected), atol=1e-5)
-
-
-@pytest.mark.parametrize("lengths", [(0, 0), (3, 5), (8, 8), (40, 39)])
-def test_common_length(lengths: tuple[int, int]) -> None:
-    first, second = prompt_of(lengths[0], 1), prompt_of(lengths[1], 1)
-    assert common_length(first, second) == min(lengths)
-    if min(lengths) > 2:
-        second[2] = 1
-        assert common_length(first, second) == 2
 
 
 def test_generate_keeps_the_order(tiny: ModelConfig) -> None:

@@ -117,7 +117,8 @@ def test_values_given_in_python_are_checked_and_converted(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_the_table_of_parameters() -> None:
+def test_the_table_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     lines = [line.split("  ") for line in parameter_table(described)]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells[0] == ["parameter", "default", "unit", "values", "description"]
@@ -129,3 +130,11 @@ def test_the_table_of_parameters() -> None:
     bare = parameter_table(plan)
     assert "count      (required)" in bare[1]
     assert "path or none" in bare[6]
+
+
+def test_a_narrow_terminal_gets_a_list_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    assert parameter_table(described)[:2] == [
+        "steps=100 steps (integer, at least 1)",
+        "  Training steps of the small model.",
+    ]

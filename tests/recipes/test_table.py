@@ -14,19 +14,22 @@ from tests.plan.running import koine
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_parameter_of_a_recipe_is_described(name: str) -> None:
+def test_every_parameter_of_a_recipe_is_described(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function = find_plan(name)
     assert inspect.getdoc(function)
     for parameter in parameters_of(function):
         assert parameter.about.description.endswith("."), parameter.name
         if parameter.default is not inspect.Parameter.empty:
             parameter.check(parameter.default)
-    assert max(map(len, parameter_table(function))) <= 120
+    for columns in (60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, parameter_table(function))) <= columns
 
 
 def test_koine_run_alone_lists_the_recipes(tmp_path: Path) -> None:
     code, out, _ = koine(tmp_path, "run")
     assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
     for name, recipe in RECIPES.items():
         assert f"{name:18}" in out
         assert recipe.summary in out

@@ -73,6 +73,13 @@ def test_the_digest_does_not_depend_on_chunks_layout_or_narrow_types(monkeypatch
     transposed.bias.data = model.bias.data.clone()
     assert not transposed.weight.is_contiguous()
     assert weights_digest(transposed) == whole
+    strided, dense = nn.Module(), nn.Module()
+    for tensor_of, values in ((strided, model.bias.data.repeat_interleave(2)[::2]), (dense, model.bias.data)):
+        tensor_of.register_buffer("values", values)
+        tensor_of.register_buffer(
+            "constant", torch.ones(1).expand(5) if tensor_of is strided else torch.ones(5)
+        )
+    assert weights_digest(strided) == weights_digest(dense)
     half = nn.Linear(100, 37).to(torch.bfloat16)
     digest = weights_digest(half)
     assert weights_digest(half.to(torch.float32)) == digest

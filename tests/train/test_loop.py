@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from koine.errors import KoineWarning, UserError
 from koine.files import exclusive
 from koine.model.formats.directory import load_model
-from koine.train import LanguageModelling, SupervisedFineTuning, TrainingStopped, TrainSettings, train
+from koine.train import LanguageModelling, TrainingStopped, TrainSettings, train
 
 from .fakes import FakeBatch, FakeOrder, FunctionObjective, fake_order
 from .models import small_model
@@ -244,13 +244,6 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         pytest.raises(UserError, match="another process is training"),
     ):
         run(tmp_path / "o", order)
-
-
-def test_sft_needs_completions() -> None:
-    tokens = torch.zeros(1, 4, dtype=torch.long)
-    batch: Any = FakeBatch(tokens, torch.full_like(tokens, -100), None)
-    with pytest.raises(UserError, match="no completion token"):
-        SupervisedFineTuning()(small_model(), batch)
 
 
 @pytest.mark.parametrize(

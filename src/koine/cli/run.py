@@ -20,7 +20,7 @@ RUNS = click.option(
     "--runs",
     type=click.Path(path_type=Path),
     default=Path("runs"),
-    show_default="runs",
+    show_default=True,
     help="Folder of all runs.",
 )
 
@@ -119,6 +119,10 @@ def run(
         return
     values = parse_settings(function, settings)
     made = make_plan(function, values, name=name, runs=runs, threads=threads)
+    if not made.nodes:
+        raise UserError(
+            "the plan has no steps", where=plan, hint="add some with plan.step(function, name=..., ...)"
+        )
     if dry_run:
         click.echo("\n".join(dry_run_lines(made)))
         return

@@ -295,7 +295,8 @@ def default_text(value: Any) -> str:
 def parameter_table(function: Callable[..., None]) -> list[str]:
     """Return the lines of a table of a plan's parameters: name, default, unit, allowed values, description.
 
-    Long cells are wrapped, so that the table fits the terminal.
+    Long cells are wrapped, so that the table fits the terminal. In a terminal that is too narrow for five
+    columns, each parameter has a line of its own and its description below.
     """
     rows = [("parameter", "default", "unit", "values", "description")]
     for parameter in parameters_of(function):
@@ -304,7 +305,10 @@ def parameter_table(function: Callable[..., None]) -> list[str]:
         rows.append((parameter.name, default, about.unit, parameter.values, about.description))
     widths = [min(MAX_CELL, max(len(row[column]) for row in rows)) for column in range(4)]
     terminal = shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
-    widths.append(max(MIN_DESCRIPTION, terminal - sum(widths) - 2 * len(widths)))
+    room = terminal - sum(widths) - 2 * len(widths)
+    if room < MIN_DESCRIPTION:
+        return _parameter_list(rows[1:], terminal)
+    widths.append(room)
     lines: list[tuple[str, ...]] = []
     for row in rows:
         cells = [
@@ -313,3 +317,19 @@ def parameter_table(function: Callable[..., None]) -> list[str]:
         ]
         lines += itertools.zip_longest(*cells, fillvalue="")
     return table(lines)
+
+
+def _parameter_list(rows: Iterable[tuple[str, ...]], width: int) -> list[str]:
+    """Return `name=default unit (values)` and below it the description, for each row."""
+    lines: list[str] = []
+    for name, default, unit, values, description in rows:
+        heading = f"{name}={default}{' ' if unit else ''}{unit} ({values})"
+        for text, first, later in ((heading, "", "    "), (description, "  ", "  ")):
+            lines += textwrap.wrap(
+                text,
+                max(width, MIN_DESCRIPTION),
+                initial_indent=first,
+                subsequent_indent=later,
+                break_on_hyphens=False,
+            )
+    return lines

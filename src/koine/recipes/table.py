@@ -21,17 +21,17 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "adaptation": Recipe(
-        "koine.recipes.adaptation", "adaptation", "Adapt your model to languages that it does not know yet."
+        "koine.recipes.adaptation", "adaptation", "Adapt your model to languages that it does not know."
     ),
     "branch_train_mix": Recipe(
         "koine.recipes.branch_train_mix",
         "branch_train_mix",
-        "Train one expert per domain and combine them in a mixture of experts.",
+        "Train one expert per domain; make a mixture of experts.",
     ),
     "extend": Recipe(
         "koine.recipes.context_extension",
         "extend",
-        "Give your model a longer context, in stages of growing length.",
+        "Give your model a longer context, in stages.",
     ),
     "merge_touch_up": Recipe(
         "koine.recipes.merge_touch_up",
@@ -41,7 +41,7 @@ RECIPES: dict[str, Recipe] = {
     "quickstart": Recipe(
         "koine.recipes.quickstart",
         "quickstart",
-        "Train a small chat model from multilingual text, with two tokenizers compared.",
+        "Train a small chat model and compare two tokenizers.",
     ),
 }
 

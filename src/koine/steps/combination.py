@@ -61,6 +61,7 @@ def combine_branches(
     from koine.combine.moe.upcycle import average
     from koine.model.formats.mixture_files import DOMAIN_ENCODER
 
+    _remove_leftover(out)
     given = {"load_balancing": load_balancing, "z_loss": z_loss}
     losses = {name: factor for name, factor in given.items() if factor is not None}
     if method == "btx":
@@ -128,6 +129,7 @@ def add_domain_expert(
     """Add an expert to a mixture (`koine.combine.moe.add_expert`)."""
     from koine.combine import add_expert
 
+    _remove_leftover(out)
     add_expert(
         model,
         expert,
@@ -137,3 +139,8 @@ def add_domain_expert(
         reset_router=reset_router,
         random_seed=seed,
     )
+
+
+def _remove_leftover(out: Path) -> None:
+    """Remove the configuration that a killed attempt left in the step's folder."""
+    (out / "config.json").unlink(missing_ok=True)

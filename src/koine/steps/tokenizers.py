@@ -115,7 +115,7 @@ def move_to_tokenizer(
         languages: languages whose text is used; empty: all of the corpus.
         seed: random seed of the method.
     """
-    from koine.model.adapt.vocabulary_transfer import TEXT_METHODS, move_model
+    from koine.model.adapt.vocabulary_transfer import TEXT_METHODS, write_moved_model
 
     texts = None
     if method in TEXT_METHODS:
@@ -125,7 +125,7 @@ def move_to_tokenizer(
             for path in paths
             for record, _ in zip(read_lines(path), range(TRANSFER_DOCUMENTS), strict=False)
         ]
-    moved = move_model(model, tokenizer, out, method=method, texts=texts, seed=seed)  # type: ignore[arg-type]
+    moved = write_moved_model(model, tokenizer, out, method=method, texts=texts, seed=seed)  # type: ignore[arg-type]
     write_json(
         out / "metrics.json", {"shared": moved.shared, "spelled": moved.spelled, "dropped": moved.dropped}
     )

@@ -76,7 +76,7 @@ def weights_digest(model: LanguageModel | nn.Module) -> str:
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().contiguous().reshape(-1)
     dtype = torch.float32 if flat.is_floating_point() and flat.element_size() < 4 else flat.dtype
     length = CHUNK_BYTES // dtype.itemsize
     digest = hashlib.sha256(str(dtype).encode())

@@ -196,3 +196,13 @@ def test_a_mixture_generates_and_merges_like_a_dense_model(
     router = "model.layers.0.mlp.router.weight"
     assert torch.allclose(got[router], (one[router] + two[router]) / 2, atol=1e-7)
     assert load_model(tmp_path / "merged").config == model.config
+
+
+def test_a_folder_with_a_model_is_not_overwritten(
+    branches: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    seed, experts = branches
+    before = (experts["law"] / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds a model already"):
+        upcycle_btx(seed, experts, experts["law"])
+    assert (experts["law"] / "config.json").read_bytes() == before

@@ -50,6 +50,19 @@ def test_shared_tokens_keep_their_rows_and_new_ones_are_initialised_by_the_metho
             assert float(rows[fresh].std()) == pytest.approx(float(old_rows.std()), rel=0.2)
 
 
+def test_no_folder_is_replaced_unasked(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, tokenizer = folders
+    weights = (model / "model.safetensors").read_bytes()
+    move_model(model, tokenizer, tmp_path / "out")
+    for out in (model, tmp_path / "out"):
+        with pytest.raises(UserError, match="exists already"):
+            move_model(model, tokenizer, out)
+    with pytest.raises(UserError):
+        move_model(model, tokenizer, model, overwrite=True)
+    move_model(model, tokenizer, tmp_path / "out", overwrite=True)
+    assert (model / "model.safetensors").read_bytes() == weights
+
+
 def test_the_moved_model_scores_shared_tokens_as_before(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """The logits of shared tokens after a text of shared tokens depend on shared rows alone."""
     model, tokenizer = folders

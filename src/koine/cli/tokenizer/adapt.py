@@ -48,7 +48,7 @@ def adapt(
     moving back restores the old weights.
     """
     from koine.files import atomic_directory
-    from koine.model.adapt import move_model
+    from koine.model.adapt.vocabulary_transfer import write_moved_model
 
     texts = None
     if text:
@@ -57,7 +57,7 @@ def adapt(
         )
         texts = (one.text for one in measured)
     with atomic_directory(out, overwrite=overwrite, reads=[model, target, *map(Path, text)]) as folder:
-        moved = move_model(model, target, folder, method=init, texts=texts, seed=seed)
+        moved = write_moved_model(model, target, folder, method=init, texts=texts, seed=seed)
     click.echo(
         f"{moved.rows:,} tokens: {moved.shared:,} keep their rows, {moved.spelled:,} are new ({init}), "
         f"{moved.unspelled:,} have no spelling (mean); {moved.dropped:,} old tokens dropped"

@@ -20,6 +20,7 @@ from torch import Tensor
 from koine.combine.compatibility import MIN_RELATED_COSINE
 from koine.combine.moe.branches import (
     Branch,
+    check_no_model,
     check_other_shapes,
     check_other_tokenizer,
     open_branch,
@@ -80,6 +81,7 @@ def add_expert(
     Raises:
         UserError: shapes, tokenizer or ancestor differ, the name is taken, or texts are missing.
     """
+    check_no_model(out)
     config, mixture, weights = open_mixture(model)
     if name in mixture.experts:
         raise UserError(f"has an expert '{name}' already", where=model, hint="choose another name")
@@ -158,6 +160,7 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
         UserError: an unknown name, the last expert, a `top_k` larger than the remaining experts, or a dense
             model with other weights than `mixture.json` records.
     """
+    check_no_model(out)
     config, mixture, weights = open_mixture(model)
     if name not in mixture.experts:
         raise UserError(f"has no expert '{name}'", where=model, hint=did_you_mean(name, mixture.experts))

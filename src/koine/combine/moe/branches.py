@@ -104,3 +104,9 @@ def check_other_ancestor(seed: Branch, branch: Branch) -> None:
             where=branch.path,
             hint="give branches of one seed: models that were trained on from it",
         )
+
+
+def check_no_model(out: Path) -> None:
+    """Raise `UserError` if a folder to write to holds a model: it would be overwritten file by file."""
+    if (Path(out) / "config.json").exists():
+        raise UserError("holds a model already", where=out, hint="choose another folder, or remove it")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.combine.moe.branches import Branch, open_branches
+from koine.combine.moe.branches import Branch, check_no_model, open_branches
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.fields import Fields
@@ -69,7 +69,7 @@ def upcycle_btx(
         z_loss: factor of the router z-loss.
 
     Raises:
-        UserError: models that do not fit, see `koine.combine.moe.branches.open_branches`.
+        UserError: models that do not fit, see `koine.combine.moe.branches.open_branches`; `out` holds a model.
     """
     copies = tuple(f"seed-{number}" for number in range(2, seed_copies + 2))
     mixture = MixtureConfig(
@@ -148,6 +148,7 @@ def _upcycle(
     domains: Tensor | None,
     seed_copies: int = 0,
 ) -> ModelConfig:
+    check_no_model(out)
     if not experts:
         raise UserError("no experts are given", hint="give the folder of at least one branch of the seed")
     root, branches = open_branches(seed, experts)
@@ -174,6 +175,7 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
 
     It is the baseline of arXiv 2408.15901.
     """
+    check_no_model(out)
     root, branches = open_branches(seed, experts)
     members = [root, *branches] if with_seed else branches
     tensors = {

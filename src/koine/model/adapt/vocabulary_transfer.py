@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from koine.errors import KoineWarning, UserError, did_you_mean
-from koine.files import read_json, read_json_object, write_atomically, write_json
+from koine.files import atomic_directory, read_json, read_json_object, write_atomically, write_json
 from koine.model.causal_lm import CausalLM, load_as_stored
 from koine.model.formats.carried_files import TOKENIZER_FILES, carry_files
 from koine.model.formats.library_config import skeleton
@@ -61,6 +61,7 @@ def move_model(
     method: Method = "subword-mean",
     texts: Iterable[str] | None = None,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Moved:
     """Write the model of a folder with the vocabulary of another tokenizer.
 
@@ -81,12 +82,27 @@ def move_model(
         method: how new rows are initialised, see `koine.tokenizer.embedding_init`.
         texts: `focus` and `distill` learn from them, in the languages of the new tokens.
         seed: of random rows and of the order of training.
+        overwrite: replace `out` if it exists.
 
     Raises:
-        UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, or the method lacks
-            texts.
+        UserError: the model has no tokenizer or fewer rows than its tokenizer has ids, the method lacks
+            texts, or `out` exists.
     """
-    model, tokenizer, out = Path(model), Path(tokenizer), Path(out)
+    model, tokenizer = Path(model), Path(tokenizer)
+    with atomic_directory(Path(out), overwrite=overwrite, reads=[model, tokenizer]) as folder:
+        return write_moved_model(model, tokenizer, folder, method=method, texts=texts, seed=seed)
+
+
+def write_moved_model(
+    model: Path,
+    tokenizer: Path,
+    out: Path,
+    *,
+    method: Method = "subword-mean",
+    texts: Iterable[str] | None = None,
+    seed: int = 0,
+) -> Moved:
+    """Write what `move_model` writes into the folder `out`, file by file."""
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
     sample = list(texts) if texts is not None and method in TEXT_METHODS else []

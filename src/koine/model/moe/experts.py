@@ -11,6 +11,7 @@ backward passes of indexing and chunking would take as long there as the product
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,14 +131,16 @@ def _matmul_each(x_nx: Tensor, w_exy: Tensor, *, offs: Tensor) -> Tensor:
 def _cpu_experts(
     x_td: Tensor, w_in_egd: Tensor, w_out_edf: Tensor, experts_tk: Tensor, gates_tk: Tensor
 ) -> Tensor:
-    rows_each = experts_tk.numel() / len(w_in_egd)
+    count = w_in_egd.shape[0]
+    rows_each = experts_tk.numel() / count
     dtype = _compute_dtype(x_td, rows_each)
     grouped = dtype == x_td.dtype and rows_each <= GROUPED_ROWS and _has_grouped_mm(dtype, w_out_edf)
-    rows = _sort_by_expert(experts_tk, len(w_in_egd), grouped=grouped)
+    rows = _sort_by_expert(experts_tk, count, grouped=grouped)
     inputs = x_td.to(dtype), w_in_egd, w_out_edf, gates_tk.to(dtype)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    out_td = _CpuExperts.apply(*inputs, rows, keep)  # type: ignore[no-untyped-call]
-    assert isinstance(out_td, Tensor)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        out_td: Tensor = _CpuExperts.apply(*inputs, rows)  # type: ignore[no-untyped-call]
+    else:
+        out_td = _forward(*inputs, rows)
     return out_td.to(x_td.dtype)
 
 
@@ -156,13 +159,13 @@ def _compute_dtype(x_td: Tensor, rows_each: float) -> torch.dtype:
 class _Group(NamedTuple):
     """Rows that go through all operations together.
 
-    rows: a slice of `_Rows`. expert: the one that they belong to, or -1 for all experts. ends_e: int32, the
-    end of each expert's rows.
+    rows: a slice of `_Rows`. expert: the one that they belong to, or -1 for all experts. ends_e: for all
+    experts, the end of each one's rows, int32.
     """
 
     rows: slice
     expert: int
-    ends_e: Tensor
+    ends_e: Tensor | None = None
 
 
 class _Rows(NamedTuple):
@@ -184,53 +187,65 @@ def _sort_by_expert(experts_tk: Tensor, count: int, *, grouped: bool) -> _Rows:
     """
     experts_n = experts_tk.flatten().numpy()
     order_n = (experts_n.astype(np.uint16) if count <= 2**16 else experts_n).argsort(kind="stable")
-    counts_e = np.bincount(experts_n, minlength=count)
-    if len(counts_e) > count:
-        raise IndexError(f"expert {len(counts_e) - 1} was assigned, and there are {count}")
+    counts = np.bincount(experts_n, minlength=count).tolist()
+    if len(counts) > count:
+        raise IndexError(f"expert {len(counts) - 1} was assigned, and there are {count}")
     row_n = np.empty_like(order_n)
     row_n[order_n] = np.arange(len(order_n))
-    ends_e = torch.from_numpy(counts_e.cumsum(dtype=np.int32))
-    ends = [0, *ends_e.tolist()]
-    groups = [_Group(slice(*ends[e : e + 2]), e, ends_e) for e in counts_e.nonzero()[0].tolist()]
+    ends = [0, *accumulate(counts)]
+    if grouped:
+        groups = [_Group(slice(0, ends[-1]), -1, torch.tensor(ends[1:], dtype=torch.int32))]
+    else:
+        groups = [_Group(slice(*ends[e : e + 2]), e) for e in range(count) if counts[e]]
     return _Rows(
         torch.from_numpy(order_n // experts_tk.shape[1]),
         torch.from_numpy(row_n).view(experts_tk.shape),
-        [_Group(slice(0, ends[-1]), -1, ends_e)] if grouped else groups,
-        [] if grouped else (counts_e == 0).nonzero()[0].tolist(),
+        groups,
+        [] if grouped else [e for e in range(count) if not counts[e]],
     )
 
 
-class _CpuExperts(torch.autograd.Function):
-    """`feed_forward_experts` on CPU.
+def _forward(
+    x_td: Tensor,
+    w_in_egd: Tensor,
+    w_out_edf: Tensor,
+    gates_tk: Tensor,
+    rows: _Rows,
+    saved: list[Tensor] | None = None,
+) -> Tensor:
+    """Compute `feed_forward_experts`; append what the backward pass needs to `saved`.
 
     Weights are in the dtype of `x_td` or in a narrower one, and are then converted one expert at a time.
     """
+    expert_out_nd = x_td.new_empty(len(rows.token_n), x_td.shape[1])
+    for group in rows.groups:
+        x_nd = x_td.index_select(0, rows.token_n[group.rows])
+        gate_nf, up_nf = _gate_and_up(x_nd, w_in_egd, group)
+        silu_nf = F.silu(gate_nf, inplace=saved is None)
+        if saved is None:
+            hidden_nf = silu_nf.mul_(up_nf)
+        else:
+            hidden_nf = silu_nf * up_nf
+            saved += x_nd, gate_nf, up_nf, silu_nf
+        _times(hidden_nf, w_out_edf.transpose(1, 2), group, out=expert_out_nd[group.rows])
+        # Free them first, so that the next group's tensors take their places in the caches.
+        del x_nd, gate_nf, up_nf, silu_nf, hidden_nf
+    # One pass over memory for the weighted sum.
+    return F.embedding_bag(rows.row_tk, expert_out_nd, mode="sum", per_sample_weights=gates_tk)
+
+
+class _CpuExperts(torch.autograd.Function):
+    """`_forward` with gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_td: Tensor,
-        w_in_egd: Tensor,
-        w_out_edf: Tensor,
-        gates_tk: Tensor,
-        rows: _Rows,
-        keep: bool,
+        ctx: Any, x_td: Tensor, w_in_egd: Tensor, w_out_edf: Tensor, gates_tk: Tensor, rows: _Rows
     ) -> Tensor:
-        expert_out_nd = x_td.new_empty(len(rows.token_n), x_td.shape[1])
         saved: list[Tensor] = []
-        for group in rows.groups:
-            x_nd = x_td.index_select(0, rows.token_n[group.rows])
-            gate_up_ng = _times(x_nd, w_in_egd.transpose(1, 2), group)
-            gate_nf, up_nf = gate_up_ng.chunk(2, dim=1)
-            silu_nf = F.silu(gate_nf)
-            if keep:
-                saved += x_nd, gate_up_ng, silu_nf
-            hidden_nf = silu_nf * up_nf if keep else silu_nf.mul_(up_nf)
-            _times(hidden_nf, w_out_edf.transpose(1, 2), group, out=expert_out_nd[group.rows])
+        out_td = _forward(x_td, w_in_egd, w_out_edf, gates_tk, rows, saved)
         ctx.rows = rows
         ctx.save_for_backward(w_in_egd, w_out_edf, gates_tk, *saved)
-        # One pass over memory for the weighted sum.
-        return F.embedding_bag(rows.row_tk, expert_out_nd, mode="sum", per_sample_weights=gates_tk)
+        return out_td
 
     @staticmethod
     @once_differentiable
@@ -245,8 +260,7 @@ class _CpuExperts(torch.autograd.Function):
         grad_w_in = _empty_gradient(w_in_egd, rows) if needs_w_in else None
         grad_w_out = _empty_gradient(w_out_edf, rows) if needs_w_out else None
 
-        for group, (x_nd, gate_up_ng, silu_nf) in zip(rows.groups, _triples(saved), strict=True):
-            gate_nf, up_nf = gate_up_ng.chunk(2, dim=1)
+        for group, (x_nd, gate_nf, up_nf, silu_nf) in zip(rows.groups, _fours(saved), strict=True):
             grad_nd = grad_td.index_select(0, rows.token_n[group.rows])
             # Gradients without the gate, because the gate's own gradient needs them so.
             grad_hidden_nf = _times(grad_nd, w_out_edf, group)
@@ -260,7 +274,7 @@ class _CpuExperts(torch.autograd.Function):
                 grad_w_out = _weight_gradient(grad_nd, silu_nf * up_nf, group, grad_w_out)
             if grad_x_nd is None and grad_w_in is None:
                 continue
-            grad_gate_up_ng = torch.empty_like(gate_up_ng)
+            grad_gate_up_ng = x_nd.new_empty(len(x_nd), w_in_egd.shape[1])
             grad_gate_nf, grad_up_nf = grad_gate_up_ng.chunk(2, dim=1)
             torch.ops.aten.silu_backward.grad_input(grad_silu_nf, gate_nf, grad_input=grad_gate_nf)
             torch.mul(grad_hidden_nf, silu_nf, out=grad_up_nf)
@@ -268,14 +282,16 @@ class _CpuExperts(torch.autograd.Function):
                 grad_w_in = _weight_gradient(grad_gate_up_ng, x_nd, group, grad_w_in)
             if grad_x_nd is not None:
                 _times(grad_gate_up_ng, w_in_egd, group, out=grad_x_nd[group.rows])
+            # As in the forward pass.
+            del grad_nd, grad_hidden_nf, grad_silu_nf, silu_nf, grad_gate_up_ng, grad_gate_nf, grad_up_nf
 
         grad_x_td = None if grad_x_nd is None else F.embedding_bag(rows.row_tk, grad_x_nd, mode="sum")
         grad_gates_tk = None if grad_gates_n is None else grad_gates_n[rows.row_tk]
-        return grad_x_td, grad_w_in, grad_w_out, grad_gates_tk, None, None
+        return grad_x_td, grad_w_in, grad_w_out, grad_gates_tk, None
 
 
-def _triples(saved: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return zip(saved[::3], saved[1::3], saved[2::3], strict=True)
+def _fours(saved: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return zip(saved[::4], saved[1::4], saved[2::4], saved[3::4], strict=True)
 
 
 def _times(x_nx: Tensor, w_exy: Tensor, group: _Group, *, out: Tensor | None = None) -> Tensor:
@@ -284,6 +300,16 @@ def _times(x_nx: Tensor, w_exy: Tensor, group: _Group, *, out: Tensor | None = N
         return torch.mm(x_nx, w_exy[group.expert].to(x_nx.dtype), out=out)
     result_ny = F.grouped_mm(x_nx, w_exy, offs=group.ends_e)
     return result_ny if out is None else out.copy_(result_ny)
+
+
+def _gate_and_up(x_nd: Tensor, w_in_egd: Tensor, group: _Group) -> tuple[Tensor, ...]:
+    """Multiply a group's rows by `w_gate` and `w_up`; `[n, f]` each.
+
+    With many rows, two matmuls cost less than elementwise operations on the halves of one result.
+    """
+    if group.expert < 0:
+        return _times(x_nd, w_in_egd.transpose(1, 2), group).chunk(2, dim=1)
+    return tuple(x_nd @ w_fd.t() for w_fd in w_in_egd[group.expert].to(x_nd.dtype).chunk(2))
 
 
 def _empty_gradient(w: Tensor, rows: _Rows) -> Tensor:
