@@ -35,7 +35,8 @@ def test_koine_run_alone_lists_the_recipes(tmp_path: Path) -> None:
         assert recipe.summary in out
 
 
-def test_parameters_are_listed(tmp_path: Path) -> None:
+def test_parameters_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # a table; narrow terminals get a list
     code, out, _ = koine(tmp_path, "run", "quickstart", "--list-parameters")
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith("pretrain_steps")]
