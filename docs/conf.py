@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 REPOSITORY = "https://github.com/koine-lm/koine/blob/main"
@@ -73,7 +75,7 @@ def _link_repository(app: object, name: str, source: list[str]) -> None:
     source[0] = LINK.sub(replace, source[0])
 
 
-def setup(app: object) -> None:
+def setup(app: Sphinx) -> None:
     """Connect the hooks of this file."""
-    app.connect("source-read", _link_repository)  # type: ignore[attr-defined]
-    app.connect("autodoc-skip-member", _skip_alias)  # type: ignore[attr-defined]
+    app.connect("source-read", _link_repository)
+    app.connect("autodoc-skip-member", _skip_alias)

@@ -41,7 +41,7 @@ def train_matched(
     config: ModelConfig | None = None,
     out: Path,
 ) -> None:
-    """Train as `train_model` does, for as many steps as cost the compute of `mixture.steps` of the model `reference`.
+    """Train as `train_model` does, for the steps that cost the compute of `mixture.steps` of `reference`.
 
     match: compute is counted operations (`flops`) or measured time (`seconds`).
     """

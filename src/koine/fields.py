@@ -265,8 +265,8 @@ def checked_field(
 def check_dataclass(value: Any) -> None:
     """Check every field of a dataclass by its type and its bounds; integers become floats where they must.
 
-    Types are `int`, `float`, `bool`, `str` and `Literal` of strings. Raises `UserError` for the first field that
-    does not fit. Call it in `__post_init__`.
+    Types are `int`, `float`, `bool`, `str` and `Literal` of strings. Raises `UserError` for the first field
+    that does not fit. Call it in `__post_init__`.
     """
     types = get_type_hints(type(value))
     for field in dataclasses.fields(value):

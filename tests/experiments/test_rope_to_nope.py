@@ -12,24 +12,12 @@ import pytest
 from experiments.common.hypotheses import verdict_markdown
 from experiments.rope_to_nope import judge as judging
 from experiments.rope_to_nope import needles, plots, stages
+from tests.experiments.test_rope_to_nope_stages import SECOND as ARMS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "rope_to_nope"
 PACK = ROOT.parent / "shared" / "data"
 
-
-ARMS = {
-    "rope": 2e6,
-    "qk-norm": 2e6,
-    "nope": 1e4,
-    "rnope-10k": 1e4,
-    "rnope-100k": 1e5,
-    "rnope-2m": 2e6,
-    "rnope-4m": 4e6,
-    "swa-1": 1e4,
-    "swa-3": 1e4,
-    "swa-7": 1e4,
-}
 SCALES = [path.stem for path in (FOLDER / "results").glob("*.json")]
 SENTENCES = [
     f"The {colour} house stood near the {place}." for colour in ("red", "old") for place in ("sea", "mill")

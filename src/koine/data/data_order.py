@@ -135,7 +135,7 @@ class DataOrder:
             order = np.argsort(keys, kind="stable")
             return component[order], rank[order]
 
-        return self._patterns.get((group.phase, group.long, block), draw)
+        return self._patterns.get_or_compute((group.phase, group.long, block), draw)
 
     def _first_sequences(self) -> dict[tuple[int, bool], list[int]]:
         """Return the sequences drawn in earlier phases and trainings, per batch group and component.
@@ -303,7 +303,8 @@ class _RecentlyUsed(OrderedDict[Any, T]):
         super().__init__()
         self._size = size
 
-    def get(self, key: Any, compute: Callable[[], T]) -> T:  # type: ignore[override]
+    def get_or_compute(self, key: Any, compute: Callable[[], T]) -> T:
+        """Return the value of a key; compute and remember it where it is not there."""
         if key in self:
             self.move_to_end(key)
         else:

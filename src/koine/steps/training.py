@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from koine.model.language_model import LanguageModel
 
 ObjectiveName = Literal["language-modelling", "fine-tuning"]
-"""Names of `koine.train.LanguageModelling` and `SupervisedFineTuning`, whose import would load torch in every plan."""
+"""Names of `koine.train.LanguageModelling` and `SupervisedFineTuning`: importing them would load torch."""
 BEFORE_TRAINING = -1
 """Step number of the evaluation before the first step; the others have the number of steps done."""
 
@@ -140,7 +140,10 @@ def new_model(config: ModelConfig | None, tokenizer: Path, seed: int) -> Decoder
 
 
 def open_model(path: Path, config: ModelConfig | None) -> Decoder:
-    """Return the model of a folder; raises `UserError` if its sizes are not those of `config`, attention aside."""
+    """Return the model of a folder.
+
+    Raises `UserError` if its sizes are not those of `config`, attention aside.
+    """
     from koine.model import load_model
 
     model = load_model(path)

@@ -84,8 +84,8 @@ def train(
         device: `cpu`, `cuda`, or `auto`.
 
     Raises:
-        UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing here;
-            an objective without an identity.
+        UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing
+            here, or the objective has no identity.
         TrainingStopped: a loss spike, or a loss or gradient norm that is not finite.
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """

@@ -8,7 +8,7 @@ import time
 import torch
 
 MAX_CPU_OPERATIONS = 4e10
-"""Operations of one timed matmul on CPU: a second of a slow core. A matmul of an 8B model's batch takes 15 s."""
+"""Operations of one timed matmul on CPU: a second of a slow core. An 8B model's batch would take 15 s."""
 
 
 @functools.cache
@@ -17,8 +17,8 @@ def measure_matmul_rate(
 ) -> float:
     """Return FLOP/s of `[tokens, hidden] @ [hidden, width]` on this machine now, the best of several tries.
 
-    `threads` only distinguishes cached rates: set it with `torch.set_num_threads` before. On CPU, large matmuls
-    are timed with fewer rows, as many as take `MAX_CPU_OPERATIONS`.
+    `threads` only distinguishes cached rates: set it with `torch.set_num_threads` before. On CPU, large
+    matmuls are timed with fewer rows, as many as take `MAX_CPU_OPERATIONS`.
     """
     if not device.startswith("cuda"):
         tokens = min(tokens, max(64, int(MAX_CPU_OPERATIONS / (2 * hidden * width))))

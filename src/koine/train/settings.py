@@ -20,7 +20,10 @@ RESULT, ROUNDING, NOTHING = "result", "rounding", "nothing"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Settings of the optimiser, schedule, precision and checkpoints; the mixture holds the data. Raises `UserError` for a value that is out of its bounds."""
+    """Settings of the optimiser, schedule, precision and checkpoints; the mixture holds the data.
+
+    Raises `UserError` for a value that is out of its bounds.
+    """
 
     learning_rate: float = checked_field(1e-3, "Peak learning rate of AdamW.", above=0, high=1e3)
     schedule: Schedule = checked_field(

@@ -63,7 +63,8 @@ def slerp(tensors: Sequence[Tensor], *, t: Share) -> Tensor:
     """Interpolate two models along the arc between them (spherical linear interpolation).
 
     The result is `sin((1 - t) a) / sin(a) W_1 + sin(t a) / sin(a) W_2`, where `a` is the angle between
-    the tensors, each taken as one vector. Norms are not interpolated apart. Nearly collinear tensors are interpolated linearly.
+    the tensors, each taken as one vector. Norms are not interpolated apart. Nearly collinear tensors
+    are interpolated linearly.
     """
     first, second = tensors
     product, one, two = _products(first, second)

@@ -71,10 +71,11 @@ def align_vocabularies(
     for row in range(rows):
         token = strings.get(row)
         found = [None if token is None else known.get(token) for known in vocabularies]
-        if all(position is not None for position in found):
+        held = [position for position in found if position is not None]
+        if len(held) == len(found):
             shared.append(row)
-            for here, position in zip(positions, found, strict=True):
-                here.append(int(position))  # type: ignore[arg-type]
+            for here, position in zip(positions, held, strict=True):
+                here.append(position)
             continue
         holders = tuple(
             (index, position) for index, position in enumerate(found[:models]) if position is not None

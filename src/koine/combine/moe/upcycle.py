@@ -69,7 +69,8 @@ def upcycle_btx(
         z_loss: factor of the router z-loss.
 
     Raises:
-        UserError: models that do not fit, see `koine.combine.moe.branches.open_branches`; `out` holds a model.
+        UserError: models that do not fit (see `koine.combine.moe.branches.open_branches`), or `out` holds a
+            model.
     """
     copies = tuple(f"seed-{number}" for number in range(2, seed_copies + 2))
     mixture = MixtureConfig(

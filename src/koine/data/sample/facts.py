@@ -88,7 +88,7 @@ def territories() -> tuple[Territory, ...]:
         currencies = get_territory_currencies(code, start_date=today)
         spoken = tuple(name for name in get_official_languages(code) if "_" not in name and name in known)
         if len(currencies) >= 1 and spoken:
-            # If another country's money is legal tender too (Bhutan, Lesotho, Namibia), take the country's own:
+            # If another country's money is legal tender too (Bhutan, Lesotho), take the country's own:
             # ISO 4217 codes begin with the code of the issuing country.
             own = next((currency for currency in currencies if currency.startswith(code)), currencies[0])
             found.append(Territory(code, own, spoken))

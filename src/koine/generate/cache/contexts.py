@@ -34,7 +34,8 @@ class PrefillContext:
         ranges = [torch.arange(start, start + count) for start, count in zip(cached, counts, strict=True)]
         self._positions = torch.cat(ranges)[None].to(cache.device)
         self._starts: Tensor | None = None
-        # On CPU each sequence is attended alone: short ones are twice as fast without a mask (docs/explanation/log.md).
+        # On CPU each sequence is attended alone: without a mask short ones are twice as fast
+        # (docs/explanation/log.md).
         self._packed = not any(cached) and (len(sequences) == 1 or cache.device.type != "cpu")
         if self._packed and len(sequences) > 1:
             starts = torch.tensor([0, *counts[:-1]]).cumsum(0)

@@ -1,4 +1,6 @@
-"""Linear layers for CPU inference, in the weight layout that is fastest there (times: docs/explanation/log.md).
+"""Linear layers for CPU inference, in the weight layout that is fastest there.
+
+Times: docs/explanation/log.md.
 
 | processor and precision | layout |
 |---|---|

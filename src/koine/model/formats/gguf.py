@@ -104,8 +104,8 @@ def _warnings(config: ModelConfig, tokenizer: GgufTokenizer) -> Iterator[str]:
     if any(layer.window for layer in config.layers) and config.layers != standard_hybrid(config):
         yield (
             "not exactly every fourth layer is full. Recent versions of llama.cpp read such a pattern from "
-            "the file (as of llama-cpp-python 0.3.36); older ones assume every fourth, and give wrong answers "
-            "without a warning"
+            "the file (as of llama-cpp-python 0.3.36); older ones assume every fourth, and give wrong "
+            "answers without a warning"
         )
     if tokenizer.scripts_with_other_digits:
         scripts = ", ".join(name.capitalize() for name in tokenizer.scripts_with_other_digits)
