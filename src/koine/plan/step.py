@@ -44,8 +44,7 @@ def step(
         version: part of the fingerprint. Raise it when the same inputs and parameters shall give another
             result.
         estimate: function that returns the step's `Estimate`. It gets the step's arguments but `out`, and
-            `threads`
-            where it has a parameter of that name. Paths may not exist yet.
+            `threads` where it has a parameter of that name. Paths may not exist yet.
         threads: CPU cores that the step uses; 0: as many as the run gives to each step (`koine run
             --threads`).
             A parameter `threads` of the step itself comes first.

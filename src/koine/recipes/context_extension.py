@@ -80,9 +80,8 @@ def extend(
 ) -> None:
     """Train a model further in stages of growing length; bits per byte at each length after each stage.
 
-    The first stage has rows of the first length alone. In each later one every `long_every`-th step has rows
-    of the
-    stage's length, and the others of the first length.
+    The first stage has rows of the first length alone. In each later one every `long_every`-th step has
+    rows of the stage's length, and the others of the first length.
     """
     # One step follows another, so that each may use more cores.
     plan.threads = plan.threads or 2

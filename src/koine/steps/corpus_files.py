@@ -101,7 +101,6 @@ class LanguageShare:
     heldout_documents: int = 0
     heldout_bytes: int = 0
     chats: int = 0
-    capped: int = 0
     _files: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -121,10 +120,8 @@ def write_own_corpus(
     """Sort records into the corpus layout by language; return the languages kept, with their counts.
 
     At most `max_bytes` of training text and `heldout_bytes` of held-out text are taken of each language, in
-    file
-    order. Languages with less than `min_bytes` of training text are left out. If all records of a language
-    are marked
-    for training, some are held out all the same. Memory does not grow with the data.
+    file order. Languages with less than `min_bytes` of training text are left out. If all records of a
+    language are marked for training, some are held out all the same. Memory does not grow with the data.
     """
     shares: dict[str, LanguageShare] = defaultdict(LanguageShare)
     for folder in ("documents", "documents-heldout", "questions/train", "questions/test"):
@@ -134,7 +131,6 @@ def write_own_corpus(
             share = shares[record["language"]]
             kind = _place(record, share, max_bytes, heldout_bytes, heldout_share)
             if kind is None:
-                share.capped += 1
                 continue
             file = share._files.get(kind)
             if file is None:

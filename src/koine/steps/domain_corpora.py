@@ -35,8 +35,7 @@ def domain_text(
     """Write a domain's documents: `train.jsonl`, and `heldout.jsonl` that no step trains on.
 
     Every twentieth document, drawn with `seed`, is held out until there are `heldout_bytes`. Long documents
-    are cut
-    to pieces of 20,000 characters.
+    are cut to pieces of 20,000 characters.
 
     languages: only these, in equal parts of the bytes.
     """

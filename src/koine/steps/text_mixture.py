@@ -1,8 +1,7 @@
 """The mixture of a training step: sources by name, with languages that may be roles of the corpus.
 
 A plan is made before its corpus exists. So a source names its tokens (a key of the step's input `tokens`),
-and its
-languages may be `primary` or `expanded`: those that have this role in the corpus.
+and its languages may be `primary` or `expanded`: those that have this role in the corpus.
 """
 
 from __future__ import annotations

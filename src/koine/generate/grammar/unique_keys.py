@@ -183,9 +183,8 @@ def _text_of(key: bytes) -> str | None:
 class _Tokens:
     """A vocabulary.
 
-    texts: the bytes of each id. ids: ids by their bytes. quoted, with_comma: `[vocab]` bool, the tokens with
-        a
-    quotation mark, and those with a comma.
+    texts: the bytes of each id. ids: ids by their bytes. quoted, with_comma: `[vocab]` bool, the tokens
+    with a quotation mark, and those with a comma.
     """
 
     texts: Sequence[bytes]

@@ -1,8 +1,7 @@
 """Draw the plots of a report with matplotlib, as SVG whose colours are variables of the page.
 
 Text stays text, so that a plot is sharp at any size, in light and dark mode, and in any script that the
-reader's
-system has fonts for. The same input gives the same bytes.
+reader's system has fonts for. The same input gives the same bytes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Run steps as tasks of a Ray cluster whose machines share the run's folder.
 
 Each task starts the same worker process as the local executor, on the machine that Ray chooses. The run's
-folder, the
-inputs, the plan's file and the Python environment must have the same paths on every machine, and the file
-system
-must support locks. A task that is lost with its machine or its process is started again by Ray, up to
-`RETRIES` times,
-and continues in the step's work folder.
+folder, the inputs, the plan's file and the Python environment must have the same paths on every machine,
+and the file system must support locks. A task that is lost with its machine or its process is started again
+by Ray, up to `RETRIES` times, and continues in the step's work folder.
 """
 
 from __future__ import annotations

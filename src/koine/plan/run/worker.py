@@ -45,9 +45,8 @@ def die_with_parent(parent: int) -> None:
 def start_guardian() -> int:
     """Fork a process that kills this worker's process group when standard input closes; return its id.
 
-    The parent holds the other end and closes it when the step has ended; if the parent is killed, the system
-    closes
-    it. So neither the worker nor any process that it has started outlives the run.
+    The parent holds the other end and closes it when the step has ended; if the parent is killed, the
+    system closes it. So neither the worker nor any process that it has started outlives the run.
     """
     guardian = os.fork()
     if guardian:

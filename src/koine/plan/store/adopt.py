@@ -19,8 +19,8 @@ def adopt_folder(source: Path, *, name: str, run: str, runs: Path = Path("runs")
     """Copy `source` to artifact `name` of a run and return its path; its step is then never run.
 
     It is a copy, so that the artifact stays as recorded whatever happens to the original. Remove the folder
-    to have
-    the step build it again. If `source` is itself an artifact, its record is kept in the new one as `origin`.
+    to have the step build it again. If `source` is itself an artifact, its record is kept in the new one as
+    `origin`.
 
     Raises `UserError` for a folder that is missing or empty, a name that is taken, and a run that is building
     it now.

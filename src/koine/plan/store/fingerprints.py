@@ -71,8 +71,7 @@ def fingerprint_of_content(path: Path, cache: ContentCache | None = None) -> str
     """Return the sha256 of a file, or over the relative names and contents of a folder's files.
 
     The files are those that readers of data see (`koine.files.walk`): through links, without hidden ones. A
-    broken
-    link counts by its name.
+    broken link counts by its name.
 
     Raises `UserError` where it does not exist or cannot be read.
     """

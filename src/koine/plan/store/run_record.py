@@ -19,9 +19,8 @@ class RunRecord:
 
     Each of `nodes` has `name`, `step`, `version`, `parents`, `fingerprint`, `status`, `reasons`, `seconds`,
     `peak_memory_bytes`, `estimate`, `parameters`, `log` (relative to the run's folder). `status` is
-    `waiting`,
-    `running`, `built`, `reused`, `adopted`, `not needed`, `failed`, `not run` (an input failed) or
-    `interrupted`.
+    `waiting`, `running`, `built`, `reused`, `adopted`, `not needed`, `failed`, `not run` (an input failed)
+    or `interrupted`.
     """
 
     def __init__(self, plan: Plan, statuses: dict[str, Status], expectation: Expectation) -> None:
