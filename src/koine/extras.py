@@ -6,6 +6,7 @@ An interrupted installation leaves metadata without files, or files without meta
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -189,8 +190,24 @@ def import_problem(module: str) -> str | None:
     return lines[-1] if lines else f"import ended with code {process.returncode}"
 
 
-def inspect_package(name: str) -> Package:
-    """Find out whether a distribution is installed: metadata, files, and a working import."""
+def files_problem(module: str) -> str | None:
+    """Return what is wrong with a module's files, without importing it; None where nothing shows."""
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        return "metadata without files"
+    # What is left of a package without its `__init__.py` is a namespace of folders without Python files.
+    if spec.origin is None and not any(
+        any(Path(place).glob("*.py")) for place in spec.submodule_search_locations or ()
+    ):
+        return "its files are gone but for folders"
+    return None
+
+
+def inspect_package(name: str, *, imports: bool = True) -> Package:
+    """Find out whether a distribution is installed: metadata, files, and a working import.
+
+    imports: try the import, in a process of its own, which takes seconds for a large package.
+    """
     module = MODULES.get(name.lower(), name.lower().replace("-", "_"))
     importable = not name.startswith(NOT_IMPORTABLE)
     try:
@@ -202,25 +219,27 @@ def inspect_package(name: str) -> Package:
         return Package(name=name, state="not installed")
     if not version:
         return Package(name=name, state="broken", problem="metadata without a version")
-    if importable and (problem := import_problem(module)):
+    if importable and (problem := import_problem(module) if imports else files_problem(module)):
         return Package(name=name, state="broken", version=version, problem=problem)
     return Package(name=name, state="installed", version=version)
 
 
-def inspect_packages(names: Iterable[str]) -> dict[str, Package]:
+def inspect_packages(names: Iterable[str], *, imports: bool = True) -> dict[str, Package]:
     """Inspect several distributions at once."""
     distinct = sorted(set(names))
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(distinct, pool.map(inspect_package, distinct), strict=True))
+        found = pool.map(functools.partial(inspect_package, imports=imports), distinct)
+        return dict(zip(distinct, found, strict=True))
 
 
-def inspect_installation() -> tuple[list[Package], list[Extra]]:
-    """Return the state of the core's packages and of every extra, in this environment."""
+def inspect_installation(*, imports: bool = True) -> tuple[list[Package], list[Extra]]:
+    """Return the state of the core's packages and of every extra; `imports`: try to import each."""
     own = own_distribution()
     declared = [] if own is None else own.metadata.get_all("Provides-Extra") or []
     core = requirements()
     wanted = {extra: requirements(extra) for extra in sorted(declared, key=list(PURPOSES).index)}
-    found = inspect_packages([*core, *(name for names in wanted.values() for name in names)])
+    names = [*core, *(name for names in wanted.values() for name in names)]
+    found = inspect_packages(names, imports=imports)
     return [found[name] for name in core], [
         Extra(name=extra, purpose=PURPOSES[extra], packages=tuple(found[name] for name in names))
         for extra, names in wanted.items()

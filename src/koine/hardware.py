@@ -178,6 +178,21 @@ def free_disk_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def driver_devices() -> list[str]:
+    """Return the names of the accelerators that drivers report, without importing torch."""
+    found = []
+    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        lines = dict(line.partition(":")[::2] for line in information.read_text().splitlines())
+        found.append(lines.get("Model", "NVIDIA GPU").strip())
+    if not found and Path("/dev/nvidiactl").exists():
+        found.append("NVIDIA GPU")
+    if Path("/dev/kfd").exists():
+        found.append("AMD GPU")
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        found.append("Apple GPU")
+    return found
+
+
 def accelerators() -> list[Accelerator]:
     """Return the devices that torch sees: CUDA or ROCm, Intel, Apple."""
     import torch

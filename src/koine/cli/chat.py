@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from koine.cli.arguments import DEVICE
+from koine.cli.commands import Command
 from koine.generate.sampling import Sampling
 
 DEFAULT = Sampling()
 
 
-@click.command()
+@click.command(cls=Command, answers=False)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--once", metavar="QUESTION", help="Print the reply to one message, then exit.")
 @click.option("--system", metavar="TEXT", help="System prompt.")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.answers import print_answer
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
-from koine.terminal import printable
+from koine.terminal import note, printable
 
 if TYPE_CHECKING:
     from koine.data.records import RecordReader
@@ -112,7 +112,7 @@ def sample(
     training text (recall), on other facts, and on other territories.
     """
     from koine.data.sample import QUESTION_LANGUAGES, write_sample
-    from koine.languages import parse_languages
+    from koine.languages import language, parse_languages
 
     codes = tuple(QUESTION_LANGUAGES) if languages is None else parse_languages(languages)
     summary = write_sample(
@@ -137,8 +137,16 @@ def sample(
         "new_facts",
         "new_places",
     ]
-    _table([heading.replace("_", " ") for heading in short], [list(row) for row in summary.rows()])
-    click.echo(f"written to {out}")
+    rows = [list(row) for row in summary.rows()]
+    languages = [
+        {"language": code, "name": language(code).name, **counts}
+        for code, counts in summary.languages.items()
+    ]
+    print_answer(
+        {"languages": languages, "code": summary.code, "written": out},
+        lambda: _table([heading.replace("_", " ") for heading in short], rows),
+    )
+    note(f"written to {out}")
 
 
 @data.command()
@@ -183,21 +191,24 @@ def tokenize(
         split=split,
     )
     totals = TokenSource(out, verify=False).totals()
-    _table(
-        ["language", "documents", "tokens", "bytes", "bytes per token"],
-        [
-            [
-                code,
-                entry["documents"],
-                entry["tokens"],
-                entry["bytes"],
-                f"{entry['bytes'] / entry['tokens']:.2f}",
-            ]
-            for code, entry in totals.items()
-        ],
-    )
-    _say_bad(reader)
-    click.echo(f"written to {out}")
+    rows = [
+        {
+            "language": code,
+            **{name: entry[name] for name in ("documents", "tokens", "bytes")},
+            "bytes_per_token": entry["bytes"] / entry["tokens"],
+        }
+        for code, entry in totals.items()
+    ]
+
+    def show() -> None:
+        _table(
+            ["language", "documents", "tokens", "bytes", "bytes per token"],
+            [[*list(row.values())[:-1], f"{row['bytes_per_token']:.2f}"] for row in rows],
+        )
+        _say_bad(reader)
+
+    print_answer({"languages": rows, **_bad(reader), "written": out}, show)
+    note(f"written to {out}")
 
 
 @data.command()
@@ -234,41 +245,44 @@ def inspect(
             entry[2] += sum(len(message["content"].encode("utf-8")) for message in record["messages"])
         else:
             entry[2] += len(record["text"].encode("utf-8"))
-    _table(
-        ["language", "domain", "records", "chats", "bytes"],
-        [[*key, *entry] for key, entry in sorted(counts.items())],
-    )
-    _say_bad(reader)
+    columns = ["language", "domain", "records", "chats", "bytes"]
+    rows = [[*key, *entry] for key, entry in sorted(counts.items())]
+
+    def show() -> None:
+        _table(columns, rows)
+        _say_bad(reader)
+
+    groups = [dict(zip(columns, row, strict=True)) for row in rows]
+    print_answer({"groups": groups, **_bad(reader)}, show)
 
 
 @data.command("at-step")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("step", type=int)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per slice of a document.")
-def at_step(model: Path, step: int, as_json: bool) -> None:
+def at_step(model: Path, step: int) -> None:
     """Print the documents in MODEL's training batch at STEP (counted from 0)."""
     from koine.data.inspect_step import documents_at_step
 
     slices = documents_at_step(model, step)
-    if as_json:
-        for one in slices:
-            click.echo(json.dumps(one, ensure_ascii=False))
-        return
-    _table(
-        ["row", "source", "language", "domain", "record", "tokens", "text"],
+    rows = [
         [
-            [
-                one["row"],
-                one["source"],
-                one["language"],
-                one["domain"],
-                one["record_id"],
-                f"{one['start']}-{one['end']}",
-                " ".join(one["text"].split())[:60],
-            ]
-            for one in slices
-        ],
-    )
+            one["row"],
+            one["source"],
+            one["language"],
+            one["domain"],
+            one["record_id"],
+            f"{one['start']}-{one['end']}",
+            " ".join(one["text"].split())[:60],
+        ]
+        for one in slices
+    ]
+    columns = ["row", "source", "language", "domain", "record", "tokens", "text"]
+    print_answer({"step": step, "slices": slices}, lambda: _table(columns, rows))
+
+
+def _bad(reader: RecordReader) -> dict[str, Any]:
+    """Return what an answer says of bad records."""
+    return {"bad_records": reader.bad, "bad_examples": [str(example) for example in reader.examples]}
 
 
 def _say_bad(reader: RecordReader) -> None:

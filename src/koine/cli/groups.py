@@ -6,9 +6,13 @@ from typing import Any
 
 import click
 
+from koine.cli.commands import Command
+
 
 class HelpGroup(click.Group):
     """A group that prints its help and ends with exit code 0 where no arguments are given."""
+
+    command_class = Command
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["no_args_is_help"] = False  # click's own way ends with exit code 2

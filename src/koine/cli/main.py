@@ -13,9 +13,10 @@ from typing import TextIO
 import click
 
 from koine import __version__
+from koine.cli.commands import expand_home
 from koine.cli.groups import HelpGroup
 from koine.errors import KoineWarning, UserError, first_line
-from koine.terminal import printable
+from koine.terminal import is_quiet, printable
 
 # verb -> (module, attribute, one line for --help); the module is imported only when the verb is used
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -94,21 +95,18 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a `KoineWarning` as one line, without the place in our code; others as Python does."""
+    """Print a `KoineWarning` as one line, without the place in our code; others as Python does.
+
+    Under `--quiet`, print none.
+    """
+    if is_quiet():
+        return
     if issubclass(category, KoineWarning):
         print(f"koine: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     else:
         print(
             warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr
         )
-
-
-def expand_home(word: str) -> str:
-    """Expand `~` at the beginning of an argument or after its `=`, where no shell does."""
-    before, equals, path = word.rpartition("=")
-    if path == "~" or path.startswith("~/"):
-        return before + equals + os.path.expanduser(path)  # noqa: PTH111 - the rest stays as it was typed
-    return word
 
 
 def escape_undecodable_names() -> None:

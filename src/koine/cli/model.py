@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from koine.cli.answers import print_answer
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
+from koine.terminal import note
 
 
 @click.group(cls=HelpGroup)
@@ -31,9 +32,8 @@ def model() -> None:
     show_default=True,
     help="Sequence length for the FLOPs per token.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @attention_options
-def describe(which: str | None, vocab_size: int | None, length: int, as_json: bool, **attention: Any) -> None:
+def describe(which: str | None, vocab_size: int | None, length: int, **attention: Any) -> None:
     """Print parameters, FLOPs per token and bytes of KV cache; without an argument, the presets."""
     from rich.table import Table
 
@@ -43,14 +43,20 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
 
     if which is None:
         table = Table("preset", "parameters", "layers", "hidden", "vocabulary", box=None)
-        totals = {name: describe_config(preset(name))["parameters"]["total"] for name in PRESETS}
-        if as_json:
-            click.echo(json.dumps(totals, indent=2))
-            return
-        for name, size in PRESETS.items():
-            total = totals[name]
-            table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
-        print_table(table)
+        presets = [
+            {
+                "preset": name,
+                "parameters": describe_config(preset(name))["parameters"]["total"],
+                "layers": size.layers,
+                "hidden_size": size.hidden,
+                "vocab_size": size.vocab_size,
+            }
+            for name, size in PRESETS.items()
+        ]
+        for one in presets:
+            name, total, layers, hidden, vocabulary = one.values()
+            table.add_row(str(name), f"{total:,}", str(layers), str(hidden), f"{vocabulary:,}")
+        print_answer({"presets": presets}, lambda: print_table(table))
         return
     if Path(which).is_dir():
         from koine.model.formats.config_json import read_config
@@ -72,15 +78,12 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
     else:
         config = preset(which, vocab_size, **attention)
     description = describe_config(config, length=length)
-    if as_json:
-        click.echo(json.dumps(description, indent=2))
-        return
     table = Table(box=None, show_header=False, title=f"{which}", title_justify="left")
     table.add_column(justify="left")
     table.add_column(justify="right")
     for label, value in rows(description):
         table.add_row(label, value)
-    print_table(table)
+    print_answer(description, lambda: print_table(table))
 
 
 def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
@@ -144,9 +147,10 @@ def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -
         export_checkpoint(
             directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
         )
-        click.echo(f"written to {out}")
+        print_answer({"written": out}, lambda: note(f"written to {out}"))
         return
     from koine.model.formats.gguf import export_gguf
 
     export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
-    click.echo(f"{out}: {out.stat().st_size:,} bytes")
+    size = out.stat().st_size
+    print_answer({"written": out, "bytes": size}, lambda: note(f"{out}: {size:,} bytes"))

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE, output_files
+from koine.terminal import note
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: RUN/report.html]")
 @OVERWRITE
@@ -24,4 +27,5 @@ def report(run: Path, out: Path | None, overwrite: bool) -> None:
     own = out is None or out.resolve() == (run / "report.html").resolve()
     with output_files({"--out": None if own else out}, overwrite=overwrite) as targets:
         written = write_report(run, targets["--out"])
-    click.echo(f"wrote {written if own else out}")
+    page = written if own else out
+    print_answer({"written": page}, lambda: note(f"wrote {page}"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.errors import UserError, did_you_mean
+from koine.terminal import note
 
 if TYPE_CHECKING:
     from koine.plan import Plan
@@ -44,15 +47,18 @@ def executor_of(name: str, address: str | None) -> Executor:
     return LocalExecutor()
 
 
-def write_report(plan: Plan) -> None:
-    """Write the run's report if the run has a finished artifact."""
+def write_report(plan: Plan) -> Path | None:
+    """Write the run's report if the run has a finished artifact; return its page."""
     if any((plan.folder / name / "artifact.json").exists() for name in plan.nodes):
         from koine.plan.report.page import write_report as write
 
-        click.echo(f"report: {write(plan.folder)}")
+        page = write(plan.folder)
+        note(f"report: {page}")
+        return page
+    return None
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("plan", required=False)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the plan; repeatable."
@@ -96,26 +102,23 @@ def run(
     Steps that are missing or changed are run, the others are reused.
     """
     from koine.plan.loading import make_plan
-    from koine.plan.parameters import parameter_table, parse_settings
-    from koine.plan.run.dry_run import dry_run_lines, run_summary
+    from koine.plan.parameters import parameter_table, parameters_of, parse_settings
+    from koine.plan.run.dry_run import dry_run_figures, dry_run_lines
     from koine.plan.run.scheduler import PlanFailedError, RunInterruptedError, execute
-    from koine.recipes.table import find_plan, recipe_list
+    from koine.recipes.table import RECIPES, find_plan, recipe_list
 
     check_executor(executor, address)
     if plan is None:
-        click.echo(
-            "\n".join(
-                [
-                    *recipe_list(),
-                    "",
-                    "Run one: koine run NAME. Its settings: koine run NAME --list-parameters",
-                ]
-            )
-        )
+        usage = "Run one: koine run NAME. Its settings: koine run NAME --list-parameters"
+        recipes = [{"recipe": name, "summary": one.summary} for name, one in RECIPES.items()]
+        print_answer({"recipes": recipes}, lambda: click.echo("\n".join([*recipe_list(), "", usage])))
         return
     function = find_plan(plan)
     if only_list:
-        click.echo("\n".join(parameter_table(function)))
+        declared = [one.to_json() for one in parameters_of(function)]
+        print_answer(
+            {"plan": plan, "parameters": declared}, lambda: click.echo("\n".join(parameter_table(function)))
+        )
         return
     values = parse_settings(function, settings)
     made = make_plan(function, values, name=name, runs=runs, threads=threads)
@@ -124,7 +127,7 @@ def run(
             "the plan has no steps", where=plan, hint="add some with plan.step(function, name=..., ...)"
         )
     if dry_run:
-        click.echo("\n".join(dry_run_lines(made)))
+        print_answer(dry_run_figures(made), lambda: click.echo("\n".join(dry_run_lines(made))))
         return
     try:
         nodes = execute(made, executor=executor_of(executor, address))
@@ -133,16 +136,34 @@ def run(
         sys.exit(error.exit_code)
     except PlanFailedError as error:
         show_failures(error)
-        write_report(made)
+        page = write_report(made)
+        failures = [
+            {"artifact": one.name, "exit_code": one.code, "log": one.log, "message": one.message}
+            for one in error.failures
+        ]
+        print_answer({"run": made.folder, "failures": failures, "report": page}, lambda: None)
         sys.exit(error.exit_code)
-    click.echo("\n".join(["", *run_summary(nodes), ""]))
-    if (
-        any(node["status"] == "built" for node in nodes.values())
-        or not (made.folder / "report.html").exists()
-    ):
-        write_report(made)
-    for text in made.closing_lines:
-        click.echo(text)
+    print_outcome(made, nodes)
+
+
+def print_outcome(plan: Plan, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the table of a complete run's artifacts, and write its report where something is new."""
+    from koine.plan.run.dry_run import run_summary
+
+    page = plan.folder / "report.html"
+    is_new = any(node["status"] == "built" for node in nodes.values()) or not page.exists()
+    artifacts = [
+        {"artifact": name, **{key: node[key] for key in ("status", "seconds", "peak_memory_bytes")}}
+        for name, node in nodes.items()
+    ]
+    print_answer(
+        {"run": plan.folder, "artifacts": artifacts, "report": page, "notes": plan.closing_lines},
+        lambda: click.echo("\n".join(["", *run_summary(nodes), ""])),
+    )
+    if is_new:
+        write_report(plan)
+    for text in plan.closing_lines:
+        note(text)
 
 
 def show_failures(error: PlanFailedError) -> None:
@@ -153,7 +174,7 @@ def show_failures(error: PlanFailedError) -> None:
         click.echo(f"koine: {failure.message}", err=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--run", "run_name", required=True, help="Name of the run.")
 @click.option("--name", required=True, help="Name of the artifact in the plan.")
@@ -162,27 +183,23 @@ def adopt(folder: Path, run_name: str, name: str, runs: Path) -> None:
     """Copy FOLDER into a run as an artifact; the plan then never runs the step of that name."""
     from koine.plan.store.adopt import adopt_folder
 
-    click.echo(f"adopted: {adopt_folder(folder, name=name, run=run_name, runs=runs)}")
+    adopted = adopt_folder(folder, name=name, run=run_name, runs=runs)
+    print_answer({"written": adopted}, lambda: note(f"adopted: {adopted}"))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the tree as JSON.")
 @click.option("--verify", is_flag=True, help="Read every file again and compare its sha256 with the record.")
-def lineage(artifact: Path, as_json: bool, verify: bool) -> None:
+def lineage(artifact: Path, verify: bool) -> None:
     """Print what the folder ARTIFACT was made from, back to the inputs, with hashes and metrics."""
     from koine.plan.store.lineage import all_ancestors, trace_lineage, tree_lines
 
     node = trace_lineage(artifact, verify=verify)
-    text = (
-        json.dumps(node.to_json(), ensure_ascii=False, indent=2) if as_json else "\n".join(tree_lines(node))
-    )
-    click.echo(text)
+    print_answer(node.to_json(), lambda: click.echo("\n".join(tree_lines(node))))
     if verify:
         wrong = [f"{one.path}: {problem}" for one in all_ancestors(node) for problem in one.problems]
         if wrong:
             raise UserError(
                 "; ".join(wrong), hint="remove the folder and run the plan again to have it rebuilt"
             )
-        if not as_json:
-            click.echo("verified: every file matches its record")
+        note("verified: every file matches its record")

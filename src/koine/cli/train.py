@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
+from koine.cli.answers import print_answer
 from koine.cli.arguments import DEVICE
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
@@ -266,6 +268,11 @@ def _run(
         init_from=init_from,
         device=run.device,
     )
+    if os.environ.get("RANK", "0") == "0":
+        from koine.files import read_json
+
+        best = read_json(run.out / "training.json").get("best")
+        print_answer({"written": run.out, "steps": mixture.steps, "best": best}, lambda: None)
 
 
 def _check_shards(mixture: Mixture, objective: Objective, tokenizer: Path | None) -> int:
@@ -356,17 +363,25 @@ def print_estimate(model: LanguageModel, settings: TrainSettings, mixture: Mixtu
     lengths = ", ".join(
         f"{steps:,} of {shape.batch_size:,} x {shape.sequence_length:,}" for shape, steps in shapes.items()
     )
-    click.echo(f"parameters   {parameters:,}")
-    click.echo(f"tokens       {tokens:,} in {mixture.steps:,} steps ({lengths})")
+    lines = [
+        f"parameters   {parameters:,}",
+        f"tokens       {tokens:,} in {mixture.steps:,} steps ({lengths})",
+    ]
+    answer: dict[str, Any] = {"parameters": parameters, "tokens": tokens, "steps": mixture.steps}
     # Memory and time are estimated from the fields of our own configuration.
-    if not isinstance(model, Decoder):
-        click.echo(f"operations   about {6.0 * parameters * tokens:.3g} (attention not counted)")
-        return
-    flops = sum(
-        steps * shape.tokens * training_flops_per_token(model.config, shape.sequence_length)
-        for shape, steps in shapes.items()
-    )
-    estimate = estimate_training(model.config, settings, mixture)
-    click.echo(f"operations   {flops:.3g}")
-    click.echo(f"peak memory  about {estimate.peak_bytes / 2**30:.2f} GiB in one process")
-    click.echo(f"time         about {estimate.seconds:,.0f} s on this machine's CPU")
+    if isinstance(model, Decoder):
+        flops = sum(
+            steps * shape.tokens * training_flops_per_token(model.config, shape.sequence_length)
+            for shape, steps in shapes.items()
+        )
+        estimate = estimate_training(model.config, settings, mixture)
+        answer |= {"flops": flops, "peak_memory_bytes": estimate.peak_bytes, "seconds": estimate.seconds}
+        lines += [
+            f"operations   {flops:.3g}",
+            f"peak memory  about {estimate.peak_bytes / 2**30:.2f} GiB in one process",
+            f"time         about {estimate.seconds:,.0f} s on this machine's CPU",
+        ]
+    else:
+        answer |= {"flops": 6.0 * parameters * tokens, "peak_memory_bytes": None, "seconds": None}
+        lines.append(f"operations   about {answer['flops']:.3g} (attention not counted)")
+    print_answer(answer, lambda: click.echo("\n".join(lines)))

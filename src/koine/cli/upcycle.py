@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.answers import print_answer
 from koine.cli.arguments import named_paths
+from koine.cli.commands import Command
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
+from koine.terminal import note
 
 if TYPE_CHECKING:
     from koine.model.config import ModelConfig
@@ -234,7 +237,7 @@ def nexus(
     _report(config, out)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("mixture", type=click.Path(path_type=Path))
 @click.option(
     "--expert",
@@ -345,8 +348,16 @@ def _report(config: ModelConfig, out: Path) -> None:
     from koine.model.counting import count_parameters
 
     assert config.mixture is not None
-    parameters = count_parameters(config)
-    click.echo(
-        f"{len(config.mixture.experts)} experts ({', '.join(config.mixture.experts)}): "
-        f"{parameters.total:,} parameters, {parameters.active:,} of them active for a token; written to {out}"
+    parameters, experts = count_parameters(config), config.mixture.experts
+    print_answer(
+        {
+            "experts": experts,
+            "parameters": parameters.total,
+            "active_parameters": parameters.active,
+            "written": out,
+        },
+        lambda: note(
+            f"{len(experts)} experts ({', '.join(experts)}): {parameters.total:,} parameters, "
+            f"{parameters.active:,} of them active for a token; written to {out}"
+        ),
     )

@@ -74,6 +74,25 @@ class DeclaredParameter:
         bounds = bounds_text(self.about)
         return choices or (f"{self.type_name}, {bounds}" if bounds else self.type_name)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the parameter as JSON values; `default` is None too where it is required."""
+        about = self.about
+        return {
+            "parameter": self.name,
+            "default": None if self.is_required else self.default,
+            "required": self.is_required,
+            "type": self.type_name,
+            "unit": about.unit,
+            **{bound: getattr(about, bound) for bound in ("low", "high", "above", "below")},
+            "choices": about.choices,
+            "description": about.description,
+        }
+
+    @property
+    def is_required(self) -> bool:
+        """Whether the parameter has no default."""
+        return self.default is REQUIRED
+
     def check(self, value: Any) -> None:
         """Raise `UserError` unless `value` is within the bounds, or among the choices."""
         if isinstance(value, tuple | list):

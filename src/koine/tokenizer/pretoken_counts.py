@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
-from koine.terminal import plain_console
+from koine.terminal import is_quiet, plain_console
 
 Watched = Callable[[Iterable[tuple[str, str]]], Iterator[tuple[str, str]]]
 
@@ -172,8 +172,8 @@ def counting_progress(shown: bool, *, what: str, total: int | None = None) -> It
 
 
 def on_terminal() -> bool:
-    """Return whether output goes to a terminal.
+    """Return whether progress is to be shown: output goes to a terminal, and not with `--quiet`.
 
     Elsewhere bars are noise, and the library's trainer prints empty lines to standard output.
     """
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    return not is_quiet() and sys.stdout.isatty() and sys.stderr.isatty()

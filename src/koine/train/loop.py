@@ -18,6 +18,7 @@ from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json
 from koine.model.language_model import LanguageModel
 from koine.model.moe.losses import count_step, use_totals
+from koine.terminal import note
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint import Checkpoint
 from koine.train.determinism import deterministic
@@ -109,7 +110,7 @@ def train(
             if output.record.exists():
                 _check_complete(output, identity, model, ranks)
                 if progress and ranks.is_main:
-                    print(f"{out}: complete already, nothing to do")
+                    note(f"{out}: complete already, nothing to do")
                 return
             checkpoint = checkpoints.latest(output.checkpoints)
             if checkpoint is not None:

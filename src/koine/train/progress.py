@@ -10,7 +10,7 @@ from typing import Any
 
 from koine.files import parse_json
 from koine.plan.run.progress import report
-from koine.terminal import plain_console
+from koine.terminal import is_quiet, plain_console
 from koine.train.tensorboard import TensorBoardWriter
 
 LINE_SECONDS = 10.0  # between plain lines
@@ -45,6 +45,7 @@ class Reporter:
         self.metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self.tensorboard = TensorBoardWriter(out / "tensorboard", first_step=first_step)
         self.bar: Any = None
+        progress = progress and not is_quiet()
         self.progress = progress
         self.last_line_time = 0.0
         self.begin = time.perf_counter()

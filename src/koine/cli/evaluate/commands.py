@@ -9,11 +9,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from koine.cli.answers import print_answer
 from koine.cli.arguments import DEVICE
+from koine.cli.commands import Command
 from koine.cli.evaluate import long_context, records
 from koine.cli.evaluate.output import write_outcome
 from koine.cli.outputs import OVERWRITE, output_files
 from koine.errors import UserError
+from koine.terminal import note
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -38,7 +41,7 @@ def _names(options: Iterable[Decorator]) -> set[str]:
     return {str(parameter.name) for parameter in click.command()(_all(options)(nothing)).params}
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @_all(records.OPTIONS)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
@@ -95,7 +98,7 @@ def evaluate(
     from koine.hardware import chosen_device
 
     if device == "auto" and (device := chosen_device(device)) != "cpu":
-        click.echo(f"koine: note: evaluating on {device}; --device cpu computes on the processor", err=True)
+        note(f"koine: note: evaluating on {device}; --device cpu computes on the processor", err=True)
     group: Any = records if suite is None else long_context
     names = _names(group.OPTIONS)
     _check_options(context, [name for name in options if name not in names], suite)
@@ -105,10 +108,10 @@ def evaluate(
     with output_files({"--out": out, "--page": page}, overwrite=overwrite, reads=inputs) as targets:
         outcome = run(model, language=language, device=device, dtype=dtype, seed=seed, **chosen)
         write_outcome(outcome, out=targets["--out"], page=targets["--page"])
-    group.print_tables(outcome)
+    print_answer(outcome.result, lambda: group.print_tables(outcome))
     for path in (out, page):
         if path is not None:
-            click.echo(f"written to {path}")
+            note(f"written to {path}")
 
 
 def _check_options(context: click.Context, names: Iterable[str], suite: str | None) -> None:

@@ -10,7 +10,7 @@ import click
 
 from koine.cli.evaluate.output import Outcome, print_table_block
 from koine.errors import UserError
-from koine.terminal import plain_console
+from koine.terminal import is_quiet, plain_console
 
 OPTIONS = (
     click.option(
@@ -96,7 +96,7 @@ def _with_progress(run: Callable[[Callable[[int, int, str], None]], dict[str, An
     from rich.progress import Progress
 
     console = plain_console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(console=console, transient=True, disable=is_quiet() or not console.is_terminal) as bars:
         bar = bars.add_task("")
 
         def progress(done: int, total: int, current: str) -> None:

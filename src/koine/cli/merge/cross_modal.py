@@ -6,10 +6,15 @@ from pathlib import Path
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE
+from koine.terminal import note
 
 
-@click.command("cross-modal", short_help="Merge a multimodal model with its text model (Aya Vision).")
+@click.command(
+    "cross-modal", cls=Command, short_help="Merge a multimodal model with its text model (Aya Vision)."
+)
 @click.argument("multimodal", type=click.Path(path_type=Path))
 @click.argument("text", type=click.Path(path_type=Path))
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
@@ -33,10 +38,16 @@ def command(
     largest = parse_shard_size(max_shard_size)
     if dry_run:
         found = estimate_cross_modal(multimodal, text, out, alpha=alpha)
-        click.echo(
-            f"{found.merged:,} tensors to merge, {found.copied:,} to copy, "
-            f"{size(found.output_bytes)} to write; about {size(found.peak_memory_bytes)} of memory"
+        print_answer(
+            {"estimate": found},
+            lambda: click.echo(
+                f"{found.merged:,} tensors to merge, {found.copied:,} to copy, "
+                f"{size(found.output_bytes)} to write; about {size(found.peak_memory_bytes)} of memory"
+            ),
         )
         return
     done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=largest, overwrite=overwrite)
-    click.echo(f"{done['merged']} tensors merged, {done['copied']} copied; written to {out}")
+    print_answer(
+        {**done, "written": out},
+        lambda: note(f"{done['merged']} tensors merged, {done['copied']} copied; written to {out}"),
+    )

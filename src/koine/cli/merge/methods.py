@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.groups import HelpGroup
 from koine.cli.merge.options import method_parameters, parse_numbers, parse_pattern, parse_shard_size
-from koine.terminal import plain_console
+from koine.terminal import is_quiet, note, plain_console
 
 if TYPE_CHECKING:
     from koine.combine.merging.config import MergeConfig
@@ -71,7 +73,7 @@ def command_of(method: MergeMethod) -> click.Command:
         run_method(method, **given)
 
     summary = inspect.getdoc(method.function) or ""
-    return click.Command(
+    return Command(
         method.name,
         callback=run,
         params=method_parameters(method),
@@ -114,8 +116,8 @@ def run_method(method: MergeMethod, *, models: tuple[Path, ...], out: Path, **gi
             config, out, threads=given["threads"], on_progress=on_progress, overwrite=given["overwrite"]
         )
     )
-    print_differences(report)
-    click.echo(f"written to {out}")
+    print_answer({**report, "written": out}, lambda: print_differences(report))
+    note(f"written to {out}")
 
 
 def print_estimate(config: MergeConfig, out: Path, *, threads: int) -> None:
@@ -129,9 +131,12 @@ def print_estimate(config: MergeConfig, out: Path, *, threads: int) -> None:
     plan = plan_merge(config)
     found = estimate_merge(plan, threads)
     plan.close()
-    click.echo(
-        f"{found.tensors:,} tensors, {size(found.output_bytes)} to write; "
-        f"about {size(found.peak_memory_bytes)} of memory and {duration(found.seconds)} on {threads} threads"
+    print_answer(
+        {"estimate": found, "threads": threads},
+        lambda: click.echo(
+            f"{found.tensors:,} tensors, {size(found.output_bytes)} to write; about "
+            f"{size(found.peak_memory_bytes)} of memory and {duration(found.seconds)} on {threads} threads"
+        ),
     )
 
 
@@ -139,7 +144,7 @@ def with_progress(run: Callable[[Callable[[int, int], None]], dict[str, Any]]) -
     """Run with a progress bar, where standard error is a terminal."""
     import sys
 
-    if not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         return run(lambda done, total: None)
     from rich.progress import Progress
 

@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from koine.cli.answers import print_answer
 from koine.cli.arguments import named_paths
+from koine.cli.commands import Command
 from koine.cli.merge.options import own_option
 from koine.cli.outputs import OVERWRITE, output_files
 from koine.combine.merging.methods import METHODS, find_method
 from koine.errors import UserError
-from koine.terminal import plain_console
+from koine.terminal import note, plain_console
 
 if TYPE_CHECKING:
     from koine.combine.merging.weight_search import InMemoryMerge, Trial
     from koine.tokenizer import Tokenizer
 
-Command = TypeVar("Command", bound=click.Command)
+AnyCommand = TypeVar("AnyCommand", bound=click.Command)
 
 
-def with_method_options(command: Command) -> Command:
+def with_method_options(command: AnyCommand) -> AnyCommand:
     """Add the options of all merge methods, but the one that is searched."""
     known = {name: method for method in METHODS.values() for name in method.options if name != "t"}
     command.params += [own_option(method, name, with_default=False) for name, method in known.items()]
@@ -30,7 +32,7 @@ def with_method_options(command: Command) -> Command:
 
 
 @with_method_options
-@click.command("search", short_help="Search the weights of a merge.")
+@click.command("search", cls=Command, short_help="Search the weights of a merge.")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
 @click.option(
     "--data",
@@ -125,16 +127,21 @@ def command(
         best = min(trials, key=lambda trial: trial.mean)
         front = pareto_front(trials)
         left_out = leave_one_out(evaluate, best.weights)
+        report = search_report(models, method, trials, best, front, left_out)
         if (target := targets["--out"]) is not None:
-            write_json(target, search_report(models, method, trials, best, front, left_out))
-    print_trials(models, [*texts, *asked], trials, best, front)
-    print_left_out(models, [*texts, *asked], left_out)
+            write_json(target, report)
     if out is not None:
-        click.echo(f"written to {out}")
-    if METHODS[method].takes("weights"):
-        click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
-    else:
-        click.echo(f"--t {best.weights[1]:g}")
+        note(f"written to {out}")
+
+    def show() -> None:
+        print_trials(models, [*texts, *asked], trials, best, front)
+        print_left_out(models, [*texts, *asked], left_out)
+        if METHODS[method].takes("weights"):
+            click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
+        else:
+            click.echo(f"--t {best.weights[1]:g}")
+
+    print_answer(report, show)
 
 
 def _check_arguments(

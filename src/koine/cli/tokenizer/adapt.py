@@ -7,13 +7,16 @@ from typing import Any
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE
 from koine.cli.tokenizer.texts import read_measured_texts
+from koine.terminal import note
 
 INITIALISATIONS = ("random", "mean", "subword-mean", "focus", "distill")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--tokenizer", "target", type=click.Path(path_type=Path), required=True, help="The tokenizer to move to."
@@ -58,10 +61,13 @@ def adapt(
         texts = (one.text for one in measured)
     with atomic_directory(out, overwrite=overwrite, reads=[model, target, *map(Path, text)]) as folder:
         moved = write_moved_model(model, target, folder, method=init, texts=texts, seed=seed)
-    click.echo(
-        f"{moved.rows:,} tokens: {moved.shared:,} keep their rows, {moved.spelled:,} are new ({init}), "
-        f"{moved.unspelled:,} have no spelling (mean); {moved.dropped:,} old tokens dropped"
-        + (f"; {moved.padding:,} rows of padding kept" if moved.padding else "")
-        + (": moving back gives the old weights again" if moved.reversible else "")
+    print_answer(
+        {"tokens": moved, "reversible": moved.reversible, "init": init, "written": out},
+        lambda: click.echo(
+            f"{moved.rows:,} tokens: {moved.shared:,} keep their rows, {moved.spelled:,} are new ({init}), "
+            f"{moved.unspelled:,} have no spelling (mean); {moved.dropped:,} old tokens dropped"
+            + (f"; {moved.padding:,} rows of padding kept" if moved.padding else "")
+            + (": moving back gives the old weights again" if moved.reversible else "")
+        ),
     )
-    click.echo(f"written to {out}")
+    note(f"written to {out}")

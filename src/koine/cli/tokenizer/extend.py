@@ -6,14 +6,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import texts_of
 from koine.errors import KoineWarning
+from koine.terminal import note
 
 if TYPE_CHECKING:
     from koine.tokenizer.token_bytes import AnyTokenizer
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 Texts = Callable[[], Iterator[tuple[str, str]]]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
 @click.option("--languages", help="Comma-separated codes to add.  [default: all in the data]")
@@ -92,18 +95,34 @@ def extend(
                 scheme="natural",
                 english_share=None,
             )
-    click.echo(
-        f"{extended.added_tokens:,} tokens ({extended.added_characters:,} of them characters) and "
-        f"{extended.added_merges:,} merges added; written to {out}"
-    )
-    added_codes = ", ".join(text.sizes)
-    click.echo(f"added languages: {added_codes}; the base's: {', '.join(text.old) or 'none in the data'}")
-    if compare:
-        click.echo(
-            f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from "
-            f"{', '.join([*text.sizes, *text.old])}, weighted by size"
+    measures = _measure(opened, text.measured)
+
+    def show() -> None:
+        note(
+            f"{extended.added_tokens:,} tokens ({extended.added_characters:,} of them characters) and "
+            f"{extended.added_merges:,} merges added; written to {out}"
         )
-    _measure(opened, text.measured, heldout)
+        added_codes = ", ".join(text.sizes)
+        note(f"added languages: {added_codes}; the base's: {', '.join(text.old) or 'none in the data'}")
+        if compare:
+            note(
+                f"from scratch: {opened['from scratch'].vocab_size:,} tokens learnt from "
+                f"{', '.join([*text.sizes, *text.old])}, weighted by size"
+            )
+        if measures is not None:
+            note(f"measured on {', '.join(heldout) or f'every {EVERY}th text, left out of training'}:")
+            show_measures(measures)
+
+    answer = {
+        "added_tokens": extended.added_tokens,
+        "added_characters": extended.added_characters,
+        "added_merges": extended.added_merges,
+        "added_languages": list(text.sizes),
+        "base_languages": text.old,
+        "measures": measures,
+        "written": out,
+    }
+    print_answer(answer, show)
 
 
 @dataclass(frozen=True)
@@ -144,17 +163,14 @@ def _split_text(base: Path, data: tuple[str, ...], languages: str | None, heldou
     return _Text(added, learnt, measured, sizes, old, sorted(known or ()))
 
 
-def _measure(tokenizers: dict[str, AnyTokenizer], measured: Texts, heldout: tuple[str, ...]) -> None:
-    """Print the measures of the tokenizers on held-out text, or a warning where there is none."""
+def _measure(tokenizers: dict[str, AnyTokenizer], measured: Texts) -> dict[str, Any] | None:
+    """Return the measures of the tokenizers on held-out text; warn where there is none."""
     from koine.tokenizer import MeasuredText, measure
-    from koine.tokenizer.holdout import EVERY
 
     texts = [MeasuredText(code, text) for code, text in measured()]
     if not texts:
         warnings.warn(
             "too little text to hold any out; nothing is measured; give --heldout", KoineWarning, stacklevel=3
         )
-        return
-    source = ", ".join(heldout) or f"every {EVERY}th text, left out of training"
-    click.echo(f"measured on {source}:")
-    show_measures(measure(tokenizers, texts))
+        return None
+    return measure(tokenizers, texts)

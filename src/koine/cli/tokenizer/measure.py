@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE, output_files
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import codes_of, read_measured_texts
+from koine.terminal import note
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("tokenizers", nargs=-1, required=True)
 @click.option(
     "--data",
@@ -76,10 +79,10 @@ def measure(
             write_json(target, result)
         if (target := targets["--report"]) is not None:
             write_comparison(target, names, result)
-    show_measures(result)
+    print_answer(result, lambda: show_measures(result))
     for target in (out, report):
         if target is not None:
-            click.echo(f"written to {target}")
+            note(f"written to {target}")
 
 
 def write_comparison(report: Path, names: list[str], result: dict[str, Any]) -> None:

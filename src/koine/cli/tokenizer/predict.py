@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.tables import print_table
 from koine.cli.tokenizer.texts import read_measured_texts
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text of all these languages.")
 @click.option("--primary", required=True, help="Comma-separated codes of the model's pretraining languages.")
@@ -36,7 +38,8 @@ def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> 
     table = Table(title="expected cost of adaptation, highest first")
     for name in ("language", "name", "tokens per byte", "letters seen", "cost"):
         table.add_column(name, justify="left" if name in ("language", "name") else "right")
-    for expected in predict_costs(open_tokenizer(base), texts, primary=codes):
+    costs = predict_costs(open_tokenizer(base), texts, primary=codes)
+    for expected in costs:
         name = language(expected.language).name if expected.language != "und" else "unknown"
         table.add_row(
             expected.language,
@@ -45,4 +48,4 @@ def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> 
             f"{expected.script_overlap:.0%}",
             f"{expected.cost:.2f}",
         )
-    print_table(table)
+    print_answer({"languages": costs}, lambda: print_table(table))

@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE
 from koine.cli.tokenizer.texts import texts_of
 from koine.cli.tokenizer.weights import weighting_options
+from koine.terminal import note
 
 
-@click.command()
+@click.command(cls=Command)
 @weighting_options
 @click.option(
     "--vocab-size",
@@ -69,4 +72,7 @@ def train(
             data=data,
         )
         trained.save(folder)
-    click.echo(f"{trained.vocab_size:,} tokens written to {out}")
+    print_answer(
+        {"tokens": trained.vocab_size, "written": out},
+        lambda: note(f"{trained.vocab_size:,} tokens written to {out}"),
+    )

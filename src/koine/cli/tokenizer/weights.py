@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from koine.cli.answers import print_answer
+from koine.cli.commands import Command
 from koine.cli.tables import print_table
 from koine.cli.tokenizer.texts import texts_of
 
@@ -82,7 +84,7 @@ def weighting_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @weighting_options
 def weights(
     data: tuple[str, ...],
@@ -109,18 +111,28 @@ def weights(
     drawn = quotas(sizes, shares, sample_bytes=sample_bytes, max_repeats=max_repeats)
     total = sum(sizes.values())
     largest = max(shares.values())
+    rows = [
+        {
+            "language": code,
+            "bytes": sizes[code],
+            "share": sizes[code] / total,
+            "bucket": key if isinstance(key := bucket(code), str) else " / ".join(map(str, key)),
+            "weight": shares[code],
+            "passes": drawn[code] / sizes[code],
+        }
+        for code in sorted(shares, key=lambda code: (-shares[code], code))
+    ]
     table = Table(title=f"{len(sizes)} languages, {total:,} bytes, {scheme}", title_justify="left")
     for name in ("language", "bytes", "share", "bucket", "weight", "passes", ""):
         table.add_column(name, justify="right" if name in ("bytes", "share", "weight", "passes") else "left")
-    for code in sorted(shares, key=lambda code: (-shares[code], code)):
-        key = bucket(code)
+    for row in rows:
         table.add_row(
-            code,
-            f"{sizes[code]:,}",
-            f"{sizes[code] / total:.2%}",
-            key if isinstance(key, str) else " / ".join(map(str, key)),
-            f"{shares[code]:.2%}",
-            f"{drawn[code] / sizes[code]:.2f}×",
-            Bar(largest, 0.0, shares[code], width=8),
+            row["language"],
+            f"{row['bytes']:,}",
+            f"{row['share']:.2%}",
+            row["bucket"],
+            f"{row['weight']:.2%}",
+            f"{row['passes']:.2f}×",
+            Bar(largest, 0.0, row["weight"], width=8),
         )
-    print_table(table)
+    print_answer({"scheme": scheme, "languages": rows}, lambda: print_table(table))

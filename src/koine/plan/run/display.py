@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from koine.plan.formatting import duration
-from koine.terminal import plain_console
+from koine.terminal import is_quiet, plain_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -26,7 +26,7 @@ class Display:
         self.shown: dict[str, tuple[float, Any]] = {}
 
     def __enter__(self) -> Display:
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not is_quiet():
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
             from rich.table import Column
 
@@ -55,7 +55,9 @@ class Display:
             self.bars = None
 
     def line(self, text: str) -> None:
-        """Print one line that stays above the bars."""
+        """Print one line that stays above the bars; nothing under `--quiet`."""
+        if is_quiet():
+            return
         if self.bars is not None:
             self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

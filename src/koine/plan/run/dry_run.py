@@ -27,6 +27,34 @@ def dry_run_lines(plan: Plan) -> list[str]:
     return [*table(rows), "", *totals(plan, expectation, len(build))]
 
 
+def dry_run_figures(plan: Plan) -> dict[str, Any]:
+    """Return the dry run as JSON values: bytes and seconds, None where there is no estimate."""
+    found = statuses(plan)
+    build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
+    expectation = expect(plan, build)
+    seconds = {name: estimate.seconds for name, estimate in expectation.steps.items()}
+    path, shortest = critical_path(plan, seconds)
+    artifacts = []
+    for name, status in found.items():
+        estimate = expectation.steps.get(name)
+        artifacts.append(
+            {
+                "artifact": name,
+                "state": status.state,
+                "reasons": status.reasons,
+                "peak_memory_bytes": None if estimate is None else estimate.memory_bytes,
+                "seconds": None if estimate is None else estimate.seconds,
+            }
+        )
+    return {
+        "artifacts": artifacts,
+        "seconds": expectation.seconds,
+        "critical_path": path,
+        "critical_path_seconds": shortest,
+        "peak_memory_bytes": expectation.memory_bytes,
+    }
+
+
 def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
     """Return the sums over the steps that would run, and their critical path."""
     if not count:
