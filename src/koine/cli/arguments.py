@@ -1,16 +1,81 @@
-"""Options and arguments that several commands have: `--device`, and paths of the form `[NAME=]PATH`."""
+"""Options and arguments that several commands have, and what the shell completes them to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from koine.errors import UserError
 
+
+class Suggested(click.types.StringParamType):
+    """Text that the shell completes to words that often stand here, or to file names.
+
+    Args:
+        words: Returns the words, each with a line about it or "".
+        files: File names are completed too, where no word fits.
+        separator: Separates words of a list; the last one is completed.
+    """
+
+    def __init__(
+        self, words: Callable[[], Mapping[str, str]] = dict, *, files: bool = False, separator: str = ""
+    ) -> None:
+        super().__init__()
+        self._words, self._files, self._separator = words, files, separator
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        before, found, last = (
+            incomplete.rpartition(self._separator) if self._separator else ("", "", incomplete)
+        )
+        items = [
+            CompletionItem(before + found + word, help=about or None)
+            for word, about in self._words().items()
+            if word.startswith(last)
+        ]
+        return items or ([CompletionItem(incomplete, type="file")] if self._files else [])
+
+
+def _languages() -> dict[str, str]:
+    from koine.languages import LANGUAGES
+
+    return {code: one.name for code, one in LANGUAGES.items()}
+
+
+def _recipes() -> dict[str, str]:
+    from koine.recipes.table import RECIPES
+
+    return {name: one.summary for name, one in RECIPES.items()}
+
+
+def _presets() -> dict[str, str]:
+    from koine.model.presets import PRESETS
+
+    return dict.fromkeys(PRESETS, "")
+
+
+def _merge_methods() -> dict[str, str]:
+    from koine.combine.merging.methods import METHODS
+
+    return dict.fromkeys(METHODS, "")
+
+
+SOURCE = Suggested(files=True)
+"""Records: a file, a folder, or a name on the hub; also `NAME=PATH` and `PATH:PROPORTION`."""
+LANGUAGE = Suggested(_languages)
+LANGUAGES = Suggested(_languages, separator=",")
+RECIPE = Suggested(_recipes, files=True)
+PRESET = Suggested(_presets)
+PRESET_OR_MODEL = Suggested(_presets, files=True)
+MERGE_METHOD = Suggested(_merge_methods)
+
 DEVICE = click.option(
     "--device",
+    type=Suggested(lambda: dict.fromkeys(("auto", "cpu", "cuda", "mps"), "")),
     default="auto",
     show_default=True,
     help="Where to compute: cpu, cuda, cuda:1 or mps; auto: cuda where torch finds it, else cpu.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import LANGUAGE, LANGUAGES, SOURCE
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
 from koine.errors import UserError
@@ -33,7 +34,7 @@ def reading_options(command: Any) -> Any:
                 metavar="NAME=COLUMN",
                 help="Column of one of our fields; repeatable.",
             ),
-            click.option("--language", help="Language of records without one."),
+            click.option("--language", type=LANGUAGE, help="Language of records without one."),
             click.option("--domain", help="Domain of records without one.  [default: text]"),
             click.option(
                 "--max-bad",
@@ -74,7 +75,9 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 
 
 @data.command()
-@click.option("--languages", help="Codes, separated by commas.  [default: the 24 with questions]")
+@click.option(
+    "--languages", type=LANGUAGES, help="Codes, separated by commas.  [default: the 24 with questions]"
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
@@ -138,19 +141,19 @@ def sample(
         "new_places",
     ]
     rows = [list(row) for row in summary.rows()]
-    languages = [
+    counted = [
         {"language": code, "name": language(code).name, **counts}
         for code, counts in summary.languages.items()
     ]
     print_answer(
-        {"languages": languages, "code": summary.code, "written": out},
+        {"languages": counted, "code": summary.code, "written": out},
         lambda: _table([heading.replace("_", " ") for heading in short], rows),
     )
     note(f"written to {out}")
 
 
 @data.command()
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer or model directory."
 )
@@ -212,7 +215,7 @@ def tokenize(
 
 
 @data.command()
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @reading_options
 def inspect(
     source: str,

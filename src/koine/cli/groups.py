@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from koine.cli.commands import Command
+from koine.cli.commands import Command, shared_options
+from koine.errors import UserError
 
 
 class HelpGroup(click.Group):
@@ -22,6 +23,12 @@ class HelpGroup(click.Group):
         if not args and not ctx.resilient_parsing:
             click.echo(ctx.get_help(), color=ctx.color)
             ctx.exit()
+        word = args[0].partition("=")[0] if args else ""
+        if any(word in option.opts for option in shared_options(answers=True)):
+            raise UserError(
+                f"{word} is an option of a command, and stands after it",
+                hint=f"write {ctx.command_path} COMMAND {word}",
+            )
         return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

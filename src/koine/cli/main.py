@@ -22,6 +22,7 @@ from koine.terminal import is_quiet, printable
 VERBS: dict[str, tuple[str, str, str]] = {
     "adopt": ("koine.cli.run", "adopt", "Register an existing folder as an artifact of a run."),
     "chat": ("koine.cli.chat", "chat", "Talk to a model in the terminal."),
+    "completion": ("koine.cli.completion", "completion", "Print the completion script for your shell."),
     "data": ("koine.cli.data", "data", "Write sample data, tokenize text, show what a step reads."),
     "doctor": ("koine.cli.doctor", "doctor", "Print versions, hardware, and what each extra would add."),
     "evaluate": ("koine.cli.evaluate.commands", "evaluate", "Measure bits per byte and question accuracy."),

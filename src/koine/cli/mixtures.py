@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.arguments import SOURCE
 from koine.errors import UserError
 from koine.fields import check_integer
 
@@ -51,6 +52,7 @@ def data_options(*, packing: str, sequence_length: int) -> Callable[[Command], C
     options = (
         click.option(
             "--data",
+            type=SOURCE,
             multiple=True,
             metavar="TOKENS[:PROPORTION]",
             help="Folder written by `koine data tokenize`, and its share of the batches, "
@@ -100,6 +102,7 @@ def data_options(*, packing: str, sequence_length: int) -> Callable[[Command], C
         click.option("--long-batch-size", type=int, help="Sequences of such a step, over all processes."),
         click.option(
             "--long-data",
+            type=SOURCE,
             multiple=True,
             metavar="TOKENS[:PROPORTION]",
             help="Token shards of the long sequences; repeatable.  [default: those of --data]",

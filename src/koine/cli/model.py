@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import PRESET_OR_MODEL
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
@@ -21,7 +22,7 @@ def model() -> None:
 
 
 @model.command()
-@click.argument("which", metavar="[PRESET|DIRECTORY]", required=False)
+@click.argument("which", type=PRESET_OR_MODEL, metavar="[PRESET|DIRECTORY]", required=False)
 @click.option(
     "--vocab-size", type=click.IntRange(min=1), help="Vocabulary size in place of the preset's own."
 )

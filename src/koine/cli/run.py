@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import RECIPE, Suggested
 from koine.cli.commands import Command
 from koine.errors import UserError, did_you_mean
 from koine.terminal import note
@@ -59,7 +60,7 @@ def write_report(plan: Plan) -> Path | None:
 
 
 @click.command(cls=Command)
-@click.argument("plan", required=False)
+@click.argument("plan", type=RECIPE, required=False)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the plan; repeatable."
 )
@@ -82,7 +83,14 @@ def write_report(plan: Plan) -> Path | None:
     is_flag=True,
     help="List the plan's parameters: default, unit, allowed values, description.",
 )
-@click.option("--executor", default="local", show_default=True, metavar="local|ray", help="Where steps run.")
+@click.option(
+    "--executor",
+    type=Suggested(lambda: dict.fromkeys(EXECUTORS, "")),
+    default="local",
+    show_default=True,
+    metavar="local|ray",
+    help="Where steps run.",
+)
 @click.option(
     "--address", default=None, help="Address of the Ray cluster.  [default: start one on this machine]"
 )

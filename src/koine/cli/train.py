@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import click
 
 from koine.cli.answers import print_answer
-from koine.cli.arguments import DEVICE
+from koine.cli.arguments import DEVICE, PRESET, SOURCE
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.mixtures import DataOptions, build_mixture, data_options
@@ -49,6 +49,7 @@ class RunOptions:
 EVALUATION_OPTIONS = (
     click.option(
         "--evaluate-data",
+        type=SOURCE,
         multiple=True,
         metavar="SOURCE",
         help="Documents (as for `koine evaluate --data`) whose bits per byte are measured during training; "
@@ -122,6 +123,7 @@ def train() -> None:
 @train.command()
 @click.option(
     "--preset",
+    type=PRESET,
     help="Size of a new model (`koine model describe` lists the presets).  [required without --model]",
 )
 @click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.answers import print_answer
-from koine.cli.arguments import named_paths
+from koine.cli.arguments import SOURCE, named_paths
 from koine.cli.commands import Command
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE
@@ -45,12 +45,13 @@ SEED_MODEL = click.option(
 )
 EXPERTS = click.option(
     "--experts",
+    type=SOURCE,
     multiple=True,
     required=True,
     metavar="[NAME=]MODEL...",
     help="Branches of the seed, separated by spaces.",
 )
-MORE = click.argument("more", nargs=-1, metavar="[EXPERT]...")
+MORE = click.argument("more", type=SOURCE, nargs=-1, metavar="[EXPERT]...")
 
 
 def OUT(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - an option like the others
@@ -175,6 +176,7 @@ def bam(
 @click.option(
     "--domain-text",
     "domains",
+    type=SOURCE,
     multiple=True,
     metavar="NAME=DATA",
     help="Text of an expert's domain; one for each expert.  [required without --router linear]",
@@ -241,6 +243,7 @@ def nexus(
 @click.argument("mixture", type=click.Path(path_type=Path))
 @click.option(
     "--expert",
+    type=SOURCE,
     metavar="[NAME=]MODEL",
     help="Branch to add; with --remove, the branch that the expert came from.  [required without --remove]",
 )

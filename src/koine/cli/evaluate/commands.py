@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from koine.cli.answers import print_answer
-from koine.cli.arguments import DEVICE
+from koine.cli.arguments import DEVICE, LANGUAGE
 from koine.cli.commands import Command
 from koine.cli.evaluate import long_context, records
 from koine.cli.evaluate.output import write_outcome
@@ -48,6 +48,7 @@ def _names(options: Iterable[Decorator]) -> set[str]:
 @click.option("--page", type=click.Path(path_type=Path), help="Write a page with plots to this HTML file.")
 @click.option(
     "--language",
+    type=LANGUAGE,
     help="Language of records that name none; with --suite long, of haystack and needles.  "
     "[default: the haystack's, or en]",
 )

@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
+from koine.cli.arguments import SOURCE
 from koine.cli.evaluate.output import Outcome, print_table_block
 
 OPTIONS = (
     click.option(
         "--data",
+        type=SOURCE,
         multiple=True,
         metavar="SOURCE",
         help="Documents: a file, a folder, a Hugging Face data set or hub:OWNER/NAME; may be repeated.  "
@@ -19,6 +21,7 @@ OPTIONS = (
     ),
     click.option(
         "--questions",
+        type=SOURCE,
         multiple=True,
         metavar="SOURCE",
         help="Questions with answers, likewise; may be repeated.  [required without --data and --suite]",

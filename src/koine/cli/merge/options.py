@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from koine.cli.arguments import SOURCE, Suggested
 from koine.errors import UserError
 
 if TYPE_CHECKING:
     from koine.combine.merging.method_registry import MergeMethod
+
+DTYPE = Suggested(lambda: dict.fromkeys(("float32", "bfloat16", "float16"), ""))
 
 
 def method_parameters(method: MergeMethod) -> list[click.Parameter]:
@@ -72,13 +75,16 @@ def shared_options() -> list[click.Parameter]:
     return [
         click.Option(
             ["--tokenizer"],
+            type=SOURCE,
             default="",
             metavar="first|base|MODEL",
             help="Whose tokenizer and chat template the result has.  "
             "[default: the first model's; tokenizers must then be equal]",
         ),
         click.Option(["--unrelated"], is_flag=True, help="Also merge models without a common ancestor."),
-        click.Option(["--dtype"], help="float32, bfloat16 or float16.  [default: the first model's]"),
+        click.Option(
+            ["--dtype"], type=DTYPE, help="float32, bfloat16 or float16.  [default: the first model's]"
+        ),
         click.Option(["--max-shard-size"], default="5GB", show_default=True, help="Largest file of weights."),
         click.Option(
             ["--threads"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from koine.cli.answers import print_answer
-from koine.cli.arguments import named_paths
+from koine.cli.arguments import MERGE_METHOD, SOURCE, named_paths
 from koine.cli.commands import Command
 from koine.cli.merge.options import own_option
 from koine.cli.outputs import OVERWRITE, output_files
@@ -36,23 +36,32 @@ def with_method_options(command: AnyCommand) -> AnyCommand:
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
 @click.option(
     "--data",
+    type=SOURCE,
     multiple=True,
     metavar="[NAME=]PATH",
     help="Text on which to measure bits per byte; one score per PATH.  [required without --questions]",
 )
 @click.option(
     "--questions",
+    type=SOURCE,
     multiple=True,
     metavar="[NAME=]PATH",
     help="Questions with exact answers, for the share of wrong answers; one score per PATH.  "
     "[required without --data]",
 )
-@click.option("--method", default="linear", show_default=True, help="A method that takes weights, or slerp.")
+@click.option(
+    "--method",
+    type=MERGE_METHOD,
+    default="linear",
+    show_default=True,
+    help="A method that takes weights, or slerp.",
+)
 @click.option(
     "--base", type=click.Path(path_type=Path), help="The common ancestor, for methods that need it."
 )
 @click.option(
     "--tokenizer",
+    type=SOURCE,
     default="",
     metavar="first|base|MODEL",
     help="Whose tokenizer to measure with, where tokenizers of one vocabulary differ.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import LANGUAGES
 from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE
 from koine.cli.tokenizer.tables import show_measures
@@ -27,7 +28,7 @@ Texts = Callable[[], Iterator[tuple[str, str]]]
 @click.command(cls=Command)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
-@click.option("--languages", help="Comma-separated codes to add.  [default: all in the data]")
+@click.option("--languages", type=LANGUAGES, help="Comma-separated codes to add.  [default: all in the data]")
 @click.option("--tokens", type=int, required=True, help="Number of tokens to add.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @OVERWRITE

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import LANGUAGES, SOURCE
 from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE, output_files
 from koine.cli.tokenizer.tables import show_measures
@@ -16,7 +17,7 @@ from koine.terminal import note
 
 
 @click.command(cls=Command)
-@click.argument("tokenizers", nargs=-1, required=True)
+@click.argument("tokenizers", type=SOURCE, nargs=-1, required=True)
 @click.option(
     "--data",
     multiple=True,
@@ -24,7 +25,9 @@ from koine.terminal import note
     type=click.Path(),
     help="Text with a language per record, or one text per language in each record (parallel); repeatable.",
 )
-@click.option("--languages", help="Comma-separated codes to report.  [default: all in the data]")
+@click.option(
+    "--languages", type=LANGUAGES, help="Comma-separated codes to report.  [default: all in the data]"
+)
 @click.option(
     "--parallel", is_flag=True, help="Records of different languages with equal ids are translations."
 )

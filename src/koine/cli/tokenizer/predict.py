@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import LANGUAGES
 from koine.cli.commands import Command
 from koine.cli.tables import print_table
 from koine.cli.tokenizer.texts import read_measured_texts
@@ -15,7 +16,12 @@ from koine.cli.tokenizer.texts import read_measured_texts
 @click.command(cls=Command)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text of all these languages.")
-@click.option("--primary", required=True, help="Comma-separated codes of the model's pretraining languages.")
+@click.option(
+    "--primary",
+    type=LANGUAGES,
+    required=True,
+    help="Comma-separated codes of the model's pretraining languages.",
+)
 @click.option("--max-bytes", default=200_000, show_default=True, help="Bytes of each language to look at.")
 def predict(base: Path, data: tuple[str, ...], primary: str, max_bytes: int) -> None:
     """Rank languages by the expected cost of adapting a model with the tokenizer BASE to them.

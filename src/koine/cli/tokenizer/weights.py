@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import LANGUAGES
 from koine.cli.commands import Command
 from koine.cli.tables import print_table
 from koine.cli.tokenizer.texts import texts_of
@@ -41,7 +42,11 @@ def weighting_options(command: Callable[..., None]) -> Callable[..., None]:
                 type=click.Path(),
                 help="Text with a language per record (file or folder); repeatable.",
             ),
-            click.option("--languages", help="Comma-separated codes to use.  [default: all in the data]"),
+            click.option(
+                "--languages",
+                type=LANGUAGES,
+                help="Comma-separated codes to use.  [default: all in the data]",
+            ),
             click.option(
                 "--scheme",
                 type=click.Choice(SCHEMES),
@@ -111,7 +116,7 @@ def weights(
     drawn = quotas(sizes, shares, sample_bytes=sample_bytes, max_repeats=max_repeats)
     total = sum(sizes.values())
     largest = max(shares.values())
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "language": code,
             "bytes": sizes[code],
