@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import sys
 import tomllib
@@ -121,7 +122,7 @@ def test_doctor_prints_the_mend_of_a_half_installed_extra(
     make_distribution(site, "koine_lm", "0.1.0", None, more="Provides-Extra: hf\nProvides-Extra: cluster\n")
     output = CliRunner().invoke(doctor, catch_exceptions=False).output
     assert "[hf]         broken: open more" in output
-    assert "koinehalf is only half installed: ModuleNotFoundError: No module named 'koinehalf'" in output
+    assert "koinehalf is only half installed: metadata without files" in output
     assert f"{sys.executable} -m pip install --force-reinstall --no-deps koinehalf" in output
     assert "[cluster]    not installed: spread out" in output
     assert "pip install 'koine-lm[cluster]'" in output
@@ -192,11 +193,56 @@ def test_auto_is_cuda_where_torch_finds_it_and_else_the_cpu(monkeypatch: pytest.
 
 def test_doctor_prints_versions_machine_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     core = [extras.Package(name="torch", state="installed", version="1")]
-    monkeypatch.setattr(extras, "inspect_installation", lambda: (core, []))
-    result = CliRunner().invoke(doctor, catch_exceptions=False)
+    monkeypatch.setattr(extras, "inspect_installation", lambda *, imports: (core, []))
+    result = CliRunner().invoke(doctor, ["--full"], catch_exceptions=False)
     assert result.exit_code == 0
     for expected in (torch.__version__, "GiB available", "free disk", "C++ compiler", "GFLOP/s", "bfloat16"):
         assert expected in result.output
+
+
+def test_doctor_imports_and_measures_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise AssertionError("slow")
+
+    for name in ("matmul_rate", "accelerators"):
+        monkeypatch.setattr(hardware, name, refuse)
+    monkeypatch.setattr(extras, "import_problem", refuse)
+    result = CliRunner().invoke(doctor, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "--full imports each" in result.output or extras.own_distribution() is None
+
+
+def test_doctor_as_json_has_states_and_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = [extras.Package(name="torch", state="installed", version="1")]
+    measured = extras.Extra(name="hf", purpose="open more", packages=())
+    monkeypatch.setattr(extras, "inspect_installation", lambda *, imports: (core, [measured]))
+    monkeypatch.setattr(hardware, "matmul_rate", lambda dtype, **_: {"float32": 1.5, "bfloat16": 3.0}[dtype])
+    monkeypatch.setattr(hardware, "driver_devices", lambda: ["NVIDIA H200"])
+    result = CliRunner().invoke(doctor, ["--measure", "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert found["versions"]["koine"] == koine.__version__
+    assert found["machine"]["memory_bytes"] == hardware.machine().memory_bytes
+    assert found["matmul_rates"][:2] == [
+        {"device": "cpu", "dtype": "float32", "flops_per_second": 1.5},
+        {"device": "cpu", "dtype": "bfloat16", "flops_per_second": 3.0},
+    ]
+    assert found["packages"] == [{"name": "torch", "state": "installed", "version": "1", "problem": None}]
+    assert found["extras"] == [{"extra": "hf", "state": "installed", "purpose": "open more", "packages": []}]
+    assert found["drivers"] == ["NVIDIA H200"]
+
+
+def test_files_tell_a_half_installed_package_without_importing_it(site: Path) -> None:
+    make_distribution(site, "koineraises", "3", "import koine_missing_part\n")
+    make_distribution(site, "koinehalf", "1.2", None)
+    make_distribution(site, "koinefolders", "1.2", None)
+    (site / "koinefolders" / "inner").mkdir(parents=True)
+
+    def quickly(name: str) -> extras.Package:
+        return extras.inspect_package(name, imports=False)
+
+    assert quickly("koineraises").state == "installed"
+    assert quickly("koinehalf").problem == "metadata without files"
+    assert quickly("koinefolders").problem == "its files are gone but for folders"
 
 
 def test_the_machine_is_what_the_system_says() -> None:

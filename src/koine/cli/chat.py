@@ -10,6 +10,7 @@ import click
 from koine.cli.arguments import DEVICE
 from koine.cli.commands import Command
 from koine.generate.sampling import Sampling
+from koine.terminal import is_quiet
 
 DEFAULT = Sampling()
 
@@ -120,7 +121,8 @@ def chat(
     if once is not None:
         session.reply(once)
     elif interactive:
-        session.notice(f"{engine.described()}; /help lists the commands")
+        if not is_quiet():
+            session.notice(f"{engine.described()}; /help lists the commands")
         run_interactive(session)
     else:
         run_lines(session, sys.stdin.buffer)

@@ -1,0 +1,159 @@
+"""`--json` of every command: one JSON object on standard output; with `--quiet`, nothing on standard error."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from koine.cli.main import cli
+from koine.combine.merging.methods import METHODS
+from tests.bad_inputs import worlds
+
+from .test_commands import LEAVES, WITHOUT_ANSWER
+
+PLAN = """
+from pathlib import Path
+from koine.plan import Plan, step
+
+@step(version=1)
+def write(*, text: str, out: Path) -> None:
+    (out / "text").write_text(text)
+
+def words(plan: Plan, *, text: str = "a", rate: float = 0.25) -> None:
+    plan.step(write, name="one", text=text)
+"""
+TRAINING = "--data tokens --steps 2 --batch-size 2 --sequence-length 32 --tokenizer tokenizer"
+EXPERTS = "--seed-model model --experts branch --out new"
+
+# command -> a small run of it, and keys of its answer
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "adopt tokens --run r --name one": ("written",),
+    "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
+        "languages", "code", "written",
+    ),
+    "data tokenize text.jsonl --tokenizer tokenizer --out new": ("languages", "bad_records", "written"),
+    "data inspect text.jsonl": ("groups", "bad_records", "bad_examples"),
+    "data at-step trained 0": ("step", "slices"),
+    "doctor": ("versions", "machine", "packages", "extras"),
+    "evaluate model --data text.jsonl": ("overall", "languages"),
+    "extend mixture --expert third=branch --reset-router --out new": ("experts", "parameters", "written"),
+    "lineage r/one": ("name", "fingerprint", "parents"),
+    "merge linear model branch --weights 0.5,0.5 --out new": ("tensors", "config", "written"),
+    "merge linear model branch --out new --dry-run": ("estimate", "threads"),
+    "merge search model branch --data text.jsonl --limit 2 --parts 1 --rounds 0": ("best", "front", "trials"),
+    "model describe": ("presets",),
+    "model describe koine-8m": ("parameters", "flops_per_token", "cache_bytes"),
+    "model export exportable --format gguf --out new.gguf": ("written", "bytes"),
+    "model export checkpoint --format safetensors --out new": ("written",),
+    "report run --out page.html": ("written",),
+    "run": ("recipes",),
+    "run plan.py:words --list-parameters": ("plan", "parameters"),
+    "run plan.py:words --dry-run": ("artifacts", "seconds", "critical_path"),
+    "run plan.py:words": ("run", "artifacts", "report", "notes"),
+    "tokenizer adapt model --tokenizer tokenizer --out new": ("tokens", "reversible", "written"),
+    "tokenizer extend tokenizer --data text.jsonl --tokens 3 --out new": ("added_tokens", "measures", "written"),
+    "tokenizer measure tokenizer --data text.jsonl": ("tokenizer",),
+    "tokenizer predict tokenizer --data text.jsonl --primary en": ("languages",),
+    "tokenizer train --data text.jsonl --vocab-size 300 --min-frequency 2 --out new": ("tokens", "written"),
+    "tokenizer weights --data text.jsonl": ("scheme", "languages"),
+    f"train pretrain --preset koine-0.5m {TRAINING} --out new": ("written", "steps", "best"),
+    f"train pretrain --preset koine-0.5m {TRAINING} --out new --dry-run": ("parameters", "flops", "seconds"),
+    "upcycle btx " + EXPERTS: ("experts", "active_parameters", "written"),
+    "upcycle bam " + EXPERTS: ("experts", "active_parameters", "written"),
+    "upcycle nexus --router linear " + EXPERTS: ("experts", "active_parameters", "written"),
+}  # fmt: skip
+LIKE_ANOTHER = {("train", "sft"), ("merge", "cross-modal"), *(("merge", name) for name in METHODS)}
+"""Commands that print by the code of one above, or whose inputs are large."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all that the commands read."""
+    from tests.plan.sample_run import write_sample_run
+
+    worlds.having("tokenizer", "text", "tokens", "model", "branch", "mixture", "exportable", "trained")(
+        tmp_path
+    )
+    write_sample_run(tmp_path / "run")
+    shutil.copytree(worlds.built("halfway") / "checkpoints" / "step-000001", tmp_path / "checkpoint")
+    (tmp_path / "plan.py").write_text(PLAN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def answer(command: str, *more: str) -> dict[str, Any]:
+    """What a command prints with `--json`."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    result = CliRunner().invoke(
+        cli, [*shlex.split(command), "--json", *more], prog_name="koine", catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    if "--quiet" in more:
+        assert result.stderr == ""
+    found = json.loads(result.stdout, parse_constant=refuse)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_every_command_with_an_answer_is_run_here() -> None:
+    words = {tuple(shlex.split(command)[:length]) for command in COMMANDS for length in (1, 2)}
+    assert LEAVES.keys() - words - WITHOUT_ANSWER - LIKE_ANOTHER == set()
+
+
+@pytest.mark.filterwarnings("ignore::koine.errors.KoineWarning")
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda text: " ".join(text.split()[:3]))
+def test_the_answer_is_one_json_object_and_nothing_else(command: str, place: Path) -> None:
+    if command.startswith("lineage"):
+        answer("adopt tokens --run r --name one --runs .")
+    found = answer(command, "--quiet")
+    assert set(COMMANDS[command]) <= found.keys()
+    if "written" in found:
+        assert Path(found["written"]).exists()
+
+
+def test_the_answer_of_an_evaluation_is_what_out_writes(place: Path) -> None:
+    found = answer("evaluate model --data text.jsonl --out result.json")
+    assert found == json.loads(Path("result.json").read_text())
+    assert isinstance(found["overall"]["bits_per_byte"], float)
+
+
+def test_the_answer_of_a_comparison_is_what_out_writes(place: Path) -> None:
+    found = answer("tokenizer measure tokenizer --data text.jsonl --out result.json")
+    written = json.loads(Path("result.json").read_text())
+    # Everything but the speed, which is measured once for both.
+    assert found == written
+
+
+def test_parameters_have_their_values_and_types(place: Path) -> None:
+    text, rate = answer("run plan.py:words --list-parameters")["parameters"]
+    assert (text["parameter"], text["default"], text["type"], text["required"]) == (
+        "text",
+        "a",
+        "text",
+        False,
+    )
+    assert rate["default"] == 0.25
+
+
+def test_a_run_that_fails_says_which_step_in_json_and_ends_with_its_code(place: Path) -> None:
+    (place / "plan.py").write_text(PLAN.replace("(out /", "raise ValueError('no'); (out /"))
+    result = CliRunner().invoke(cli, ["run", "plan.py:words", "--json", "--quiet"], prog_name="koine")
+    assert result.exit_code == 1
+    (failure,) = json.loads(result.stdout)["failures"]
+    assert failure["artifact"] == "one"
+    assert "ValueError: no" in result.stderr
+
+
+def test_a_quiet_run_prints_its_table_only(place: Path) -> None:
+    result = CliRunner().invoke(cli, ["run", "plan.py:words", "--quiet"], prog_name="koine")
+    assert result.stderr == ""
+    assert [line.split()[0] for line in result.stdout.split("\n") if line] == ["artifact", "one"]
