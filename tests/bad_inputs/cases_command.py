@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from . import worlds
 from .case import Case
+
+
+def options(text: str) -> Callable[[Path], None]:
+    """Write a koine.toml."""
+
+    def prepare(folder: Path) -> None:
+        (folder / "koine.toml").write_text(text, encoding="utf-8")
+
+    return prepare
+
 
 CASES = (
     Case(
@@ -25,6 +38,40 @@ CASES = (
         mistake="an option without its value",
         command="doctor --path",
         says="Option '--path' requires an argument.",
+    ),
+    Case(
+        mistake="an option of every command before the command",
+        command="--quiet doctor",
+        says="--quiet is an option of a command, and stands after it; write koine COMMAND --quiet",
+    ),
+    Case(
+        mistake="a file of options with a typo in a table",
+        command="doctor --config koine.toml",
+        prepare=options("[tokeniser.train]\nvocab-size = 500\n"),
+        says="koine.toml: unknown table [tokeniser]; did you mean 'tokenizer'?",
+    ),
+    Case(
+        mistake="a file of options with a typo in a key",
+        command="doctor --config koine.toml",
+        prepare=options("[tokenizer.train]\nvocabsize = 500\n"),
+        says="koine.toml: [tokenizer.train]: unknown key 'vocabsize'; did you mean 'vocab-size'?",
+    ),
+    Case(
+        mistake="a file of options with a value of another type",
+        command="doctor --config koine.toml",
+        prepare=options('[tokenizer.train]\nvocab-size = "500"\n'),
+        says="koine.toml: [tokenizer.train] vocab-size: is the text '500'; it must be an integer",
+    ),
+    Case(
+        mistake="a file of options that is no TOML",
+        command="doctor --config koine.toml",
+        prepare=options("vocab-size: 500\n"),
+        says="koine.toml: is no TOML: …; give a TOML file to --config",
+    ),
+    Case(
+        mistake="a file of options that does not exist",
+        command="doctor --config koine.toml",
+        says="koine.toml: no such file or directory; give a TOML file to --config",
     ),
     Case(
         mistake="a command without its argument",
