@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +52,16 @@ def test_what_is_free_is_no_more_than_the_control_group_allows(monkeypatch: pyte
     monkeypatch.setattr(hardware, "memory_limit", lambda: 2**20)
     assert hardware.available_memory() == 2**20
     assert hardware.machine().available_memory_bytes == 2**20
+
+
+def test_devices_are_named_as_their_drivers_report(tmp_path: Path) -> None:
+    assert hardware.driver_devices(tmp_path) == (["Apple GPU"] if sys.platform == "darwin" else [])
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert hardware.driver_devices(tmp_path)[0] == "NVIDIA GPU"
+    for number in (2, 1):
+        folder = tmp_path / f"proc/driver/nvidia/gpus/0000:0{number}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t\t NVIDIA H{number}00\nIRQ:   \t\t 11\n")
+    (tmp_path / "dev/kfd").touch()
+    assert hardware.driver_devices(tmp_path)[:3] == ["NVIDIA H100", "NVIDIA H200", "AMD GPU"]

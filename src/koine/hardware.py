@@ -178,15 +178,15 @@ def free_disk_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def driver_devices() -> list[str]:
-    """Return the names of the accelerators that drivers report, without importing torch."""
+def driver_devices(root: Path = Path("/")) -> list[str]:
+    """Return the names of the accelerators that drivers report below `root`, without importing torch."""
     found = []
-    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+    for information in sorted(root.glob("proc/driver/nvidia/gpus/*/information")):
         lines = dict(line.partition(":")[::2] for line in information.read_text().splitlines())
         found.append(lines.get("Model", "NVIDIA GPU").strip())
-    if not found and Path("/dev/nvidiactl").exists():
+    if not found and (root / "dev/nvidiactl").exists():
         found.append("NVIDIA GPU")
-    if Path("/dev/kfd").exists():
+    if (root / "dev/kfd").exists():
         found.append("AMD GPU")
     if sys.platform == "darwin" and platform.machine() == "arm64":
         found.append("Apple GPU")

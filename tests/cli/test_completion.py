@@ -72,3 +72,9 @@ def test_the_command_answers_the_script() -> None:
         timeout=120,
     )
     assert process.stdout.splitlines() == ["plain,dare-linear", "plain,dare-ties"]
+
+
+def test_fish_keeps_the_commas_of_a_value() -> None:
+    result = CliRunner().invoke(cli, ["completion", "fish"], prog_name="koine", catch_exceptions=False)
+    assert 'string split --max 1 "," $completion' in result.output
+    assert 'string split "," ' not in result.output

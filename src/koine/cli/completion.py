@@ -21,4 +21,6 @@ def completion(shell: str) -> None:
     """
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(click.get_current_context().find_root().command, {}, "koine", VARIABLE).source())
+    script = kind(click.get_current_context().find_root().command, {}, "koine", VARIABLE).source()
+    # For fish, click splits at every comma, also at those of a list of languages and of a description.
+    click.echo(script.replace('string split "," ', 'string split --max 1 "," '))
