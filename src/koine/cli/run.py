@@ -164,10 +164,12 @@ def print_outcome(plan: Plan, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         {"artifact": name, **{key: node[key] for key in ("status", "seconds", "peak_memory_bytes")}}
         for name, node in nodes.items()
     ]
+    note("")  # between the progress and the table
     print_answer(
         {"run": plan.folder, "artifacts": artifacts, "report": page, "notes": plan.closing_lines},
-        lambda: click.echo("\n".join(["", *run_summary(nodes), ""])),
+        lambda: click.echo("\n".join(run_summary(nodes))),
     )
+    note("")
     if is_new:
         write_report(plan)
     for text in plan.closing_lines:
