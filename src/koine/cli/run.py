@@ -53,9 +53,7 @@ def write_report(plan: Plan) -> Path | None:
     if any((plan.folder / name / "artifact.json").exists() for name in plan.nodes):
         from koine.plan.report.page import write_report as write
 
-        page = write(plan.folder)
-        note(f"report: {page}")
-        return page
+        return write(plan.folder)
     return None
 
 
@@ -144,7 +142,8 @@ def run(
         sys.exit(error.exit_code)
     except PlanFailedError as error:
         show_failures(error)
-        page = write_report(made)
+        if (page := write_report(made)) is not None:
+            note(f"report: {page}")
         failures = [
             {"artifact": one.name, "exit_code": one.code, "log": one.log, "message": one.message}
             for one in error.failures
@@ -155,11 +154,13 @@ def run(
 
 
 def print_outcome(plan: Plan, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the table of a complete run's artifacts, and write its report where something is new."""
+    """Write the report of a complete run where something is new; print the table of its artifacts."""
     from koine.plan.run.dry_run import run_summary
 
-    page = plan.folder / "report.html"
-    is_new = any(node["status"] == "built" for node in nodes.values()) or not page.exists()
+    page: Path | None = plan.folder / "report.html"
+    is_new = any(node["status"] == "built" for node in nodes.values()) or not (page and page.exists())
+    if is_new:
+        page = write_report(plan)
     artifacts = [
         {"artifact": name, **{key: node[key] for key in ("status", "seconds", "peak_memory_bytes")}}
         for name, node in nodes.items()
@@ -170,8 +171,8 @@ def print_outcome(plan: Plan, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         lambda: click.echo("\n".join(run_summary(nodes))),
     )
     note("")
-    if is_new:
-        write_report(plan)
+    if is_new and page is not None:
+        note(f"report: {page}")
     for text in plan.closing_lines:
         note(text)
 
