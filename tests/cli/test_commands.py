@@ -123,6 +123,14 @@ def test_json_is_the_only_text_on_standard_output_and_precise(capsys: pytest.Cap
     assert "from a library" in invoke(body=chatter).stdout
 
 
+@pytest.mark.parametrize("out", ["-", "/dev/stdout"])
+def test_json_and_a_file_do_not_share_standard_output(out: str) -> None:
+    with pytest.raises(UserError, match="--json and --out both go to standard output"):
+        invoke("--json", "--out", out)
+    assert invoke("--out", out).exit_code == 0
+    assert values_of("--text", out)["text"] == [out]
+
+
 def test_quiet_keeps_the_answer_and_drops_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

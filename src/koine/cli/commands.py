@@ -15,6 +15,7 @@ from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.terminal import quiet_output
 
 CONFIG_VARIABLE = "KOINE_CONFIG"
+STANDARD_OUTPUTS = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 _SETTINGS = "koine.cli.commands.settings"
 
 
@@ -128,12 +129,24 @@ class Command(click.Command):
             if as_json:
                 from koine.cli.answers import json_answer
 
+                self._check_standard_output(ctx)
                 stack.enter_context(json_answer(ctx))
             self._warn_of_unknown_variables(ctx)
             try:
                 return super().invoke(ctx)
             except UserError as error:
                 raise self._with_origin(ctx, error) from error
+
+    def _check_standard_output(self, context: click.Context) -> None:
+        """Raise `UserError` where a file too is to be written to standard output."""
+        for option in self.params:
+            if str(context.params.get(str(option.name))) in STANDARD_OUTPUTS and isinstance(
+                option.type, click.Path
+            ):
+                raise UserError(
+                    f"--json and {option.opts[0]} both go to standard output",
+                    hint=f"leave one out, or give {option.opts[0]} a file",
+                )
 
     def _warn_of_unknown_variables(self, context: click.Context) -> None:
         """Warn of variables that begin with this command's name and set none of its options."""
