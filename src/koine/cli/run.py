@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from koine.cli.outputs import OutputFolder
 from koine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 EXECUTORS = ("local", "ray")
 RUNS = click.option(
     "--runs",
-    type=click.Path(path_type=Path),
+    type=OutputFolder(),
     default=Path("runs"),
     show_default=True,
     help="Folder of all runs.",

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from koine.cli.arguments import DEVICE
 from koine.cli.evaluate import long_context, records
 from koine.cli.evaluate.output import write_outcome
-from koine.cli.outputs import OVERWRITE, output_files
+from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
 from koine.errors import UserError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -41,8 +41,8 @@ def _names(options: Iterable[Decorator]) -> set[str]:
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @_all(records.OPTIONS)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the results as JSON to this file.")
-@click.option("--page", type=click.Path(path_type=Path), help="Write a page with plots to this HTML file.")
+@click.option("--out", type=OutputFile(), help="Write the results as JSON to this file.")
+@click.option("--page", type=OutputFile(), help="Write a page with plots to this HTML file.")
 @click.option(
     "--language",
     help="Language of records that name none; with --suite long, of haystack and needles.  "
@@ -106,9 +106,7 @@ def evaluate(
         outcome = run(model, language=language, device=device, dtype=dtype, seed=seed, **chosen)
         write_outcome(outcome, out=targets["--out"], page=targets["--page"])
     group.print_tables(outcome)
-    for path in (out, page):
-        if path is not None:
-            click.echo(f"written to {path}")
+    say_written(out, page)
 
 
 def _check_options(context: click.Context, names: Iterable[str], suite: str | None) -> None:
