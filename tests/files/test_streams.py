@@ -181,3 +181,20 @@ def test_a_full_disk_of_temporary_files_is_named(
         file.write_bytes(b"half")
         raise OSError(28, os.strerror(28))
     assert read() == b""
+
+
+def test_a_descriptor_that_does_not_block_gets_all_bytes() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    came: list[bytes] = []
+
+    def drain() -> None:
+        with os.fdopen(read, "rb") as file:
+            came.append(file.read())
+
+    reader = threading.Thread(target=drain, daemon=True)
+    reader.start()
+    write_content(Path(f"/dev/fd/{write}"))
+    os.close(write)
+    reader.join(60)
+    assert came == [DATA]
