@@ -292,3 +292,12 @@ def test_a_file_has_the_permissions_of_the_umask(command: str, place: Path) -> N
     finally:
         os.umask(old)
     assert stat.S_IMODE((place / "new").stat().st_mode) == 0o640
+
+
+def test_standard_output_that_is_closed_is_one_line_or_ignored(place: Path) -> None:
+    done = shell("koine model describe >&-; echo $? >&2")
+    assert done.stderr == "0\n"
+    done = shell(f"koine {MEASURE}- >&-; echo $? >&2")
+    assert done.stderr == (
+        "koine: /dev/stdout: is not open; open it in the shell (1>FILE), or give the name of a file\n2\n"
+    )

@@ -155,17 +155,23 @@ def main() -> None:
     try:
         with broken_pipes():
             run_command()
-            sys.stderr.flush()
+            flush(sys.stderr)
     except ReaderGoneError:
         discard_output()
         sys.exit(READER_GONE)
 
 
+def flush(stream: TextIO | None) -> None:
+    """Write what a stream holds; Python has None for one that was closed at the start (`>&-`)."""
+    if stream is not None:
+        stream.flush()
+
+
 def discard_output() -> None:
     """Write nothing more to standard output and standard error, not even at exit."""
     nothing = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nothing, stream.fileno())
+    for descriptor in (1, 2):
+        os.dup2(nothing, descriptor)
 
 
 def run_command() -> None:
@@ -175,7 +181,7 @@ def run_command() -> None:
             cli.main(prog_name="koine", standalone_mode=False)
         finally:
             # What fails at exit would be reported by Python, with another status.
-            sys.stdout.flush()
+            flush(sys.stdout)
     except UserError as error:
         print(f"koine: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

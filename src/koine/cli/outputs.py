@@ -115,7 +115,6 @@ def print_to_standard_error(outputs: Iterable[Path]) -> None:
     from koine.files import is_standard_output
 
     if any(is_standard_output(path) for path in outputs):
-        sys.stdout.flush()
         click.get_current_context().with_resource(redirect_stdout(sys.stderr))
 
 
