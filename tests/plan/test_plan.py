@@ -98,7 +98,7 @@ def test_a_closing_reads_artifacts_when_the_run_is_over(tmp_path: Path) -> None:
     nodes = execute(plan)
     run = FinishedRun(plan.folder, 1.0, tuple(nodes.values()))
     assert plan.closing_texts(run) == ["plain text", "word word in run a"]
-    plan.closing(lambda run: [run.folder])
+    plan.closing(lambda run: [run.folder])  # type: ignore[arg-type,return-value]
     with pytest.raises(UserError, match="returned list, not text"):
         plan.closing_texts(run)
 

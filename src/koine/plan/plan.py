@@ -286,7 +286,7 @@ class Plan:
         """
         texts = []
         for closing in self.closings:
-            text = closing.text(run, **closing.inputs) if callable(closing.text) else closing.text
+            text: object = closing.text(run, **closing.inputs) if callable(closing.text) else closing.text
             if not isinstance(text, str):
                 name = getattr(closing.text, "__qualname__", closing.text)
                 raise UserError(f"{name} returned {type(text).__name__}, not text", where="plan.closing")
