@@ -60,6 +60,22 @@ def test_right_answers_are_counted_by_language_and_kind(tokenizer: Tokenizer) ->
     assert results[0]["overall"]["recall"]["value"] == pytest.approx(2 / 3)
 
 
+def test_every_answer_is_handed_out_with_its_question(tokenizer: Tokenizer) -> None:
+    outputs = [
+        (question(1, "Berlin", "recall"), "Berlin", True),
+        (question(2, "Bern", "recall"), "Berne", True),
+        (question(3, "Wien", "recall"), "Wien", False),
+    ]
+    found = {}
+    question_accuracy(
+        scripted(tokenizer, outputs),
+        tokenizer,
+        [record for record, _, _ in outputs],
+        on_answer=lambda record, answer, right: found.update({record["id"]: (answer, right)}),
+    )
+    assert found == {"q1": ("Berlin", True), "q2": ("Berne", False), "q3": (None, False)}
+
+
 def test_an_assistants_last_message_is_the_answer_and_is_not_shown(tokenizer: Tokenizer) -> None:
     record = question(1, "Berlin", "")
     model = scripted(tokenizer, [(record, "Berlin", True)])

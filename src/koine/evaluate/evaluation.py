@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Block = dict[str, Any]
 """A block of a report; see `koine.plan.report.blocks`."""
+OnAnswer = Callable[[Mapping[str, Any], str | None, bool], None]
+"""Gets a question as it was given, the model's answer (None where it did not end), and whether it is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class EvaluationSetup:
         batch_size: documents or questions at a time; results do not depend on it.
         max_length: tokens of a window; `None`: as many as the model's configuration allows.
         seed: of the bootstrap intervals.
+        on_answer: is called with the answer to each question.
     """
 
     model: LanguageModel
@@ -30,6 +33,7 @@ class EvaluationSetup:
     max_length: int | None = None
     device: str = "cpu"
     seed: int = 0
+    on_answer: OnAnswer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
 from koine.evaluate.bootstrap import bootstrap_interval
-from koine.evaluate.evaluation import Block, EvaluationSetup, format_interval
+from koine.evaluate.evaluation import Block, EvaluationSetup, OnAnswer, format_interval
 from koine.fields import check_integer
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Question:
     answer: str
     language: str
     kind: str
+    record: Mapping[str, Any]
 
 
 def question_accuracy(
@@ -49,6 +50,7 @@ def question_accuracy(
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
+    on_answer: OnAnswer | None = None,
 ) -> dict[str, Any]:
     """Measure the share of exact answers, with a bootstrap interval over questions, by language and kind.
 
@@ -64,6 +66,7 @@ def question_accuracy(
         confidence: of the interval.
         resamples: of the bootstrap.
         seed: of the bootstrap.
+        on_answer: is called with each answer; the order depends on the length of the questions.
 
     Returns:
         `{"overall": {kind: {"value", "interval", "questions", "correct"}}, "languages": {code: {kind:
@@ -86,6 +89,8 @@ def question_accuracy(
             for question, output in zip(batch, outputs, strict=True):
                 right = output is not None and normalise(output) == normalise(question.answer)
                 correct[question.language, question.kind].append(float(right))
+                if on_answer is not None:
+                    on_answer(question.record, output, right)
     if not correct:
         raise UserError("no questions to ask", hint="give records with messages and an answer")
 
@@ -144,6 +149,7 @@ def question_of(record: Mapping[str, Any], tokenizer: Tokenizer) -> Question:
         answer=answer,
         language=str(record.get("language") or "und"),
         kind=question_kind(record),
+        record=record,
     )
 
 
@@ -216,6 +222,7 @@ def measure_questions(setup: EvaluationSetup, records: Iterable[Mapping[str, Any
         batch_size=setup.batch_size,
         device=setup.device,
         seed=setup.seed,
+        on_answer=setup.on_answer,
     )
     return {"questions": accuracy}
 

@@ -9,6 +9,7 @@ from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.languages import language
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.parameters import (
     BatchSize,
     DataPath,
@@ -151,10 +152,7 @@ def adaptation(
         ),
     )
     _evaluate(plan, corpus, {"given": given, "adapted": adapted}, evaluation_documents, seed)
-    plan.closing(
-        f"What each language gained and lost is in {plan.folder / 'report.html'}. "
-        f"The model: {plan.folder / 'model'}"
-    )
+    plan.closing(lambda run: trained_model(run, "what each language gained and lost", "model"))
 
 
 def _evaluate(plan: Plan, corpus: Artifact, models: dict[str, Artifact], documents: int, seed: int) -> None:

@@ -12,6 +12,7 @@ from koine.model import PRESETS, VARIANTS, ModelConfig
 from koine.model import preset as preset_config
 from koine.model.layer_patterns import Variant
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import chat_answer
 from koine.recipes.parameters import (
     BatchSize,
     DType,
@@ -28,6 +29,7 @@ from koine.recipes.parameters import (
 )
 from koine.steps.corpora import own_corpus, sample_corpus
 from koine.steps.evaluation import evaluate_model
+from koine.steps.examples import add_examples
 from koine.steps.text_mixture import TextSource, adaptation_sources, pretraining_sources
 from koine.steps.tokenizer_comparison import ARMS, compare_arms
 from koine.steps.tokenizers import build_tokenizer, tokenize_part
@@ -39,9 +41,6 @@ SAMPLE_LANGUAGES = (
     *("zh", "ja", "ko", "vi", "th", "id", "fil", "my"),
     *("ar", "fa", "tr", "he", "hi", "bn", "ta", "ur"),
 )
-CHAT_MODELS = {"universal": "model", "cluster": "model-cluster"}
-"""Artifact of each arm's chat model; the universal arm's is the one to talk to."""
-
 Arms = Mapping[str, Artifact]
 
 
@@ -125,6 +124,7 @@ def quickstart(
         corpus = plan.step(
             sample_corpus,
             name="corpus",
+            purpose="Write facts in many languages, as text and as questions.",
             languages=languages or SAMPLE_LANGUAGES,
             documents_per_language=documents_per_language,
             code_bytes=300_000,
@@ -134,6 +134,7 @@ def quickstart(
         corpus = plan.step(
             own_corpus,
             name="corpus",
+            purpose="Sort your text by language, and hold some of it out.",
             data=plan.input(data, name="data"),
             fields=fields,
             languages=languages,
@@ -174,7 +175,7 @@ def quickstart(
     pretrained = study.pretrained(tokenizers, documents, code, sources, pretrain_steps)
     adapted = study.adapted(tokenizers, documents, pretrained, adapt_steps, primary_share)
     models = study.chat_models(tokenizers, adapted, chat_steps)
-    evaluations = {
+    evaluations: dict[str, Any] = {
         "before": study.evaluated("pretrained", pretrained, evaluation_documents),
         "after": study.evaluated("adapted", adapted, evaluation_documents),
         "final": study.evaluated("chat", models, evaluation_documents, evaluation_questions),
@@ -182,6 +183,7 @@ def quickstart(
     comparison = plan.step(
         compare_arms,
         name="comparison",
+        purpose="Compare the two tokenizers, and write the verdict.",
         corpus=corpus,
         tokenizers=tokenizers,
         tokens=documents,
@@ -192,10 +194,14 @@ def quickstart(
         seed=seed,
     )
     plan.export(comparison / "results.json", "results.json")
-    plan.closing(
-        f"The answer is in {plan.folder / 'report.html'}. "
-        f"Talk to the model: koine chat {plan.folder / 'model'}"
+    plan.step(
+        add_examples,
+        name="model",
+        purpose="Put questions that it answers right beside the chat model.",
+        model=models["universal"],
+        evaluation=evaluations["final"]["universal"],
     )
+    plan.closing(chat_answer, comparison=comparison)
 
 
 class Study:
@@ -211,6 +217,7 @@ class Study:
             arm: self.plan.step(
                 build_tokenizer,
                 name=f"tokenizer/{arm}",
+                purpose="Train one tokenizer on all languages and one on the primary ones.",
                 corpus=self.corpus,
                 scope=arm,
                 vocabulary_size=self.config.vocab_size,
@@ -228,6 +235,7 @@ class Study:
             arm: self.plan.step(
                 tokenize_part,
                 name=f"tokens/{arm}/{domain}",
+                purpose="Turn the texts into token ids, with each tokenizer.",
                 corpus=self.corpus,
                 tokenizer=tokenizers[arm],
                 part=part,
@@ -253,6 +261,7 @@ class Study:
                 config=self.config,
                 probe=HeldOutProbe(groups={"primary": ("primary",)}),
                 settings={"evaluate_every": max(1, steps // 5)},
+                purpose="Train a new model with each tokenizer, on the primary languages.",
             )
             for arm in ARMS
         }
@@ -270,6 +279,7 @@ class Study:
                 steps=steps,
                 learning_rate=self.learning_rate / 2,
                 settings={"schedule": "constant", "evaluate_every": max(1, steps // 15)},
+                purpose="Train both models on the other languages too.",
                 tokenizer=tokenizers[arm],
                 corpus=self.corpus,
                 config=self.config,
@@ -288,7 +298,7 @@ class Study:
         chats = self.tokens(tokenizers, "questions/train", "chats")
         return {
             arm: self.trainer.train(
-                CHAT_MODELS[arm],
+                f"chat/{arm}",
                 models[arm],
                 chats[arm],
                 (TextSource(name="chats"),),
@@ -296,6 +306,7 @@ class Study:
                 learning_rate=self.learning_rate,
                 settings={"schedule": "linear"},
                 packing="no_split",
+                purpose="Teach both models to answer questions.",
                 objective="fine-tuning",
                 tokenizer=tokenizers[arm],
                 config=self.config,
@@ -309,6 +320,7 @@ class Study:
             arm: self.plan.step(
                 evaluate_model,
                 name=f"evaluation/{arm}/{stage}",
+                purpose="Measure the models after each stage on held-out text and questions.",
                 corpus=self.corpus,
                 model=models[arm],
                 documents_per_language=documents,

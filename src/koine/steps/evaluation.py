@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koine.allocator import keep_freed_memory
 from koine.errors import UserError
-from koine.files import write_json
+from koine.files import write_atomically, write_json
 from koine.languages import language
 from koine.plan import step
 from koine.steps import estimates
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 LANGUAGE_TRACK = "languages.jsonl"
 """File of a trained model with every language's bits per byte at each evaluation."""
+EXAMPLES = 5
+"""Example questions that an evaluation chooses."""
 
 
 @step(
-    version="2",
+    version="3",
     estimate=estimates.evaluation,
     threads=0,
     formerly=("koine.recipes.evaluation:evaluate_model",),
@@ -44,6 +46,8 @@ def evaluate_model(
     """Run the evaluations of `koine.evaluate.table` on the corpus's held-out documents and test questions.
 
     Writes `evaluation.json`, `metrics.json`, and `samples.json` with one answered question of each language.
+    Where questions are asked, every answer goes to `answers.jsonl`, a few right ones to
+    `example_questions.json`.
     """
     import torch
 
@@ -61,13 +65,46 @@ def evaluate_model(
     questions = existing(corpus, "questions/test", roles.chat)
     if questions and questions_per_language:
         records["questions"] = list(_first(questions.values(), questions_per_language))
-    setup = EvaluationSetup(model=decoder, tokenizer=tokenizer, seed=seed)
+    answers: list[tuple[Mapping[str, Any], str | None, bool]] = []
+    setup = EvaluationSetup(
+        model=decoder, tokenizer=tokenizer, seed=seed, on_answer=lambda *answer: answers.append(answer)
+    )
     results = run_evaluations(setup, records)
+    if answers:
+        _write_answers(out, answers, decoder, tokenizer, roles.chat)
     write_json(out / "samples.json", _samples(decoder, tokenizer, corpus, roles.chat))
     write_json(out / "evaluation.json", results)
     write_json(out / "metrics.json", {"bits_per_byte": results["overall"]["bits_per_byte"]})
     blocks = [block for _, section in report_sections(results) for block in section]
     write_step_report(out, "Evaluation", blocks)
+
+
+def _write_answers(
+    out: Path,
+    answers: Sequence[tuple[Mapping[str, Any], str | None, bool]],
+    model: Decoder,
+    tokenizer: Tokenizer,
+    codes: tuple[str, ...],
+) -> None:
+    """Write every answer to `answers.jsonl`, and a few right ones to `example_questions.json`."""
+    from koine.evaluate.example_questions import (
+        Examples,
+        candidates,
+        choose,
+        example_of,
+        with_probabilities,
+    )
+
+    answers = sorted(answers, key=lambda answer: str(answer[0].get("id", "")))
+    lines = [
+        json.dumps({**record, "model_answer": text, "is_right": right}, ensure_ascii=False)
+        for record, text, right in answers
+    ]
+    write_atomically(out / "answers.jsonl", "".join(f"{line}\n" for line in lines))
+    right = [example_of(record, text) for record, text, is_right in answers if is_right and text is not None]
+    stops = (tokenizer.end_of_turn_id, tokenizer.eos_id, *model.eos_ids)
+    sure = with_probabilities(candidates(one for one in right if one), model, tokenizer, stops)
+    Examples(len(answers), len(right), choose(sure, codes, EXAMPLES)).save(out)
 
 
 def _samples(
