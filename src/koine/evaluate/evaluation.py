@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ class EvaluationSetup:
         batch_size: documents or questions at a time; results do not depend on it.
         max_length: tokens of a window; `None`: as many as the model's configuration allows.
         seed: of the bootstrap intervals.
+        training_questions: questions that the model was trained on, for the majority baseline.
     """
 
     model: LanguageModel
@@ -30,6 +31,7 @@ class EvaluationSetup:
     max_length: int | None = None
     device: str = "cpu"
     seed: int = 0
+    training_questions: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
