@@ -31,6 +31,15 @@ def curve(model: Path, codes: tuple[str, ...]) -> Curve:
     return [max(step, 0) for step in steps], values
 
 
+def with_ends(points: Curve, first: float, last: float) -> Curve:
+    """Return a curve with the ends that the evaluations measured.
+
+    They are of the same documents, in float32; a training measures in its own precision, such as bfloat16.
+    """
+    steps, values = points
+    return steps, [first, *values[1:-1], last]
+
+
 def first_reach(steps: list[int], values: list[float], level: float) -> float | None:
     """Return the step at which a falling curve first reaches `level`, interpolated; `None`: never."""
     for index, value in enumerate(values):
@@ -119,7 +128,14 @@ def compare_arms(
     shares = dict.fromkeys(roles.expanded, (1.0 - primary_share) / len(roles.expanded))
     shares |= dict.fromkeys(roles.primary, primary_share / len(roles.primary))
     token_bytes = {arm: bytes_per_token(tokens[arm], roles.all, shares) for arm in ARMS}
-    curves = {arm: curve(models["adapted"][arm], roles.expanded) for arm in ARMS}
+    groups = bits_by_group(measured, roles)
+    curves = {
+        arm: with_ends(
+            curve(models["adapted"][arm], roles.expanded),
+            *(groups["bits_per_byte"][stage][arm]["expanded"] for stage in ("pretrained", "adapted")),
+        )
+        for arm in ARMS
+    }
     facts = model_facts(models, tokens)
     batch_tokens = facts["universal"]["training"]["adapted"]["tokens"] / curves["universal"][0][-1]
     results: dict[str, Any] = {
@@ -137,7 +153,7 @@ def compare_arms(
             for arm, (steps, values) in curves.items()
         },
         "bytes_per_token": {arm: read_json(tokenizers[arm] / "bytes_per_token.json") for arm in ARMS},
-        **bits_by_group(measured, roles),
+        **groups,
         "questions": {
             arm: measured["chat"][arm]["questions"]["overall"]
             for arm in ARMS

@@ -11,6 +11,13 @@ Block = dict[str, Any]
 
 ARMS = ("universal", "cluster")
 IN_WORDS = {"pretrained": "pretraining", "adapted": "adaptation", "chat": "the chat stage"}
+SOURCES = {
+    "documents": "documents in the primary languages",
+    "primary": "documents in the primary languages",
+    "adapted": "documents in the expanded languages",
+    "chats": "questions and answers",
+}
+"""The sources of the stages in words; others, such as `code`, keep their names."""
 
 
 def comparison_blocks(results: Mapping[str, Any], samples: Sequence[Any]) -> list[Block]:
@@ -42,9 +49,9 @@ def verdict(results: Mapping[str, Any]) -> str:
         speed_in_words(results["adaptation_speed"], primary=primary, expanded=expanded),
         f"After equal steps it needs {universal:.3f} bits per byte of unseen text there, the cluster arm "
         f"{cluster:.3f} (lower is better).",
-        f"Its cost on the primary languages (the {primary} of pretraining): {cost['pretrained']:+.3f} bits per "
+        f"Its cost on the primary languages (the {primary} of pretraining): {signed(cost['pretrained'])} bits per "
         f"byte after pretraining ({bits['pretrained']['universal']['primary']:.3f} against "
-        f"{bits['pretrained']['cluster']['primary']:.3f}), {cost['adapted']:+.3f} after adaptation.",
+        f"{bits['pretrained']['cluster']['primary']:.3f}), {signed(cost['adapted'])} after adaptation.",
         *answers_in_words(results["questions"].get("universal", {})),
         forgetting_in_words(results["forgetting_by_chat"]["universal"]),
         "One seed and one small model: intervals cover the choice of documents and questions, not that of the "
@@ -92,7 +99,7 @@ MEANING = {
 
 def forgetting_in_words(change: Mapping[str, Any]) -> str:
     """Return what the chat stage changed, by group of languages."""
-    parts = [f"{change[name]['change']:+.3f} on the {name} languages" for name in ("primary", "expanded")]
+    parts = [f"{signed(change[name]['change'])} on the {name} languages" for name in ("primary", "expanded")]
     return f"The chat stage changed its bits per byte by {' and '.join(parts)} (above 0: forgotten)."
 
 
@@ -103,7 +110,7 @@ def trained_in_words(results: Mapping[str, Any]) -> str:
     languages = len(results["languages"]["primary"]) + len(results["languages"]["expanded"])
     stages = "; ".join(
         f"{IN_WORDS[stage]} {million(training['tokens'])} tokens in {training['steps']:,} steps "
-        f"({', '.join(f'{value:.0%} {name}' for name, value in training['sources'].items())})"
+        f"({', '.join(f'{share(part)} {SOURCES.get(name, name)}' for name, part in training['sources'].items())})"
         for stage, training in facts["training"].items()
     )
     return (
@@ -157,7 +164,7 @@ def curve_blocks(results: Mapping[str, Any]) -> list[Block]:
             "x_label": x_label,
             "y_label": label,
             "caption": "Mean over the expanded languages, on the documents of the tables below. The first point "
-            "is the pretrained model.",
+            "is the pretrained model. The ends are the tables' figures.",
         }
         for title, x, x_label in axes
     ]
@@ -176,33 +183,34 @@ def cost_table(results: Mapping[str, Any]) -> Block:
         ]
         rows.append(
             [
-                f"after {words}",
+                words.removeprefix("the "),
                 f"{universal:.3f}",
                 f"{cluster:.3f}",
-                f"{universal - cluster:+.3f}",
+                signed(universal - cluster),
                 f"{len(higher)} of {len(shared)}",
             ]
         )
     return {
         "kind": "table",
         "title": "Cost of the universal tokenizer on the primary languages",
-        "columns": ["", *ARMS, "cost", "languages with a cost"],
+        "columns": ["after", *ARMS, "cost", "worse in"],
         "rows": rows,
-        "caption": "Bits per byte, mean over the primary languages. Above 0: the universal arm is worse there.",
+        "caption": "Bits per byte, mean over the primary languages. A cost above 0: the universal arm is worse there; "
+        "in how many languages stands in the last column.",
     }
 
 
 def forgetting_table(results: Mapping[str, Any]) -> Block:
     """Return the table of bits per byte before and after the chat stage, by arm and role."""
     rows = [
-        [arm, f"{name} languages", *(f"{entry[key]:.3f}" for key in ("before", "after")), f"{entry['change']:+.3f}"]
+        [arm, name, *(f"{entry[key]:.3f}" for key in ("before", "after")), signed(entry["change"])]
         for arm in ARMS
         for name, entry in results["forgetting_by_chat"][arm].items()
     ]  # fmt: skip
     return {
         "kind": "table",
         "title": "Forgetting by the chat stage",
-        "columns": ["arm", "", "before the chat stage", "after", "change"],
+        "columns": ["arm", "languages", "before", "after", "change"],
         "rows": rows,
         "caption": "Bits per byte, mean over the languages. Above 0: the chat stage forgot.",
     }
@@ -293,7 +301,8 @@ def answers_cell(entry: Mapping[str, Any] | None) -> str | None:
     """Return `11 % (8–15)`: the share of right answers with its interval in per cent."""
     if entry is None:
         return None
-    return f"{share(entry['value'])} ({percent_range(entry['interval']).removesuffix(' %')})"
+    low, high = entry["interval"]
+    return f"{share(entry['value'])} ({low * 100:.0f}–{high * 100:.0f})"
 
 
 def sample_blocks(samples: Sequence[Any]) -> list[Block]:
@@ -303,11 +312,18 @@ def sample_blocks(samples: Sequence[Any]) -> list[Block]:
 
 
 def share(value: float) -> str:
-    return f"{value:.0%}".replace("%", " %")
+    """Return `11 %`, with a space that does not break."""
+    return f"{value * 100:.0f}\u00a0%"
 
 
 def percent_range(interval: Sequence[float]) -> str:
-    return f"{interval[0] * 100:.0f}–{interval[1] * 100:.0f} %"
+    """Return `4–27 %`."""
+    return f"{interval[0] * 100:.0f}–{interval[1] * 100:.0f}\u00a0%"
+
+
+def signed(value: float) -> str:
+    """Return `+0.041` or `−0.041`, with a minus sign."""
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def million(count: float) -> str:
