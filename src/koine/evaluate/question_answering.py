@@ -109,10 +109,11 @@ def question_accuracy(
         parts[one.question.language, one.question.kind].append(one)
     overall: dict[str, list[Answered]] = defaultdict(list)
     languages: dict[str, dict[str, Any]] = defaultdict(dict)
-    for (code, kind), part in sorted(parts.items()):
+    kinds = (RECALL, GENERALISATION, UNMARKED)
+    for code, kind in sorted(parts, key=lambda place: (place[0], kinds.index(place[1]))):
+        part = parts[code, kind]
         overall[kind] += part
         languages[code][kind] = _measure(part, constant, confidence)
-    kinds = (RECALL, GENERALISATION, UNMARKED)
     topics = sorted({one.question.topic for one in answered})
     return {
         "overall": {kind: _measure(overall[kind], constant, confidence) for kind in kinds if kind in overall},
