@@ -58,7 +58,14 @@ def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> No
     for stage in ("pretrained", "adapted", "chat"):
         for arm in ("universal", "cluster"):
             assert results["bits_per_byte"][stage][arm]["expanded"] > 0.0
+    bits = results["bits_per_byte"]
+    for arm in ("universal", "cluster"):
+        curve = results["curves"][arm]["bits_per_byte"]
+        assert [curve[0], curve[-1]] == [bits[stage][arm]["expanded"] for stage in ("pretrained", "adapted")]
+        assert {"interval", "majority_baseline"} <= results["questions"][arm]["recall"].keys()
     page = (folder / "report.html").read_text(encoding="utf-8")
+    for words in ("Cost of the universal tokenizer", "Forgetting by the chat stage", "majority baseline"):
+        assert words in page
     assert "did the universal tokenizer adapt faster" in page
     answer = json.loads((folder / "comparison" / "report.json").read_text(encoding="utf-8"))["blocks"][0]
     lines = message.splitlines()

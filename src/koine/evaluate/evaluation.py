@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ class EvaluationSetup:
         max_length: tokens of a window; `None`: as many as the model's configuration allows.
         seed: of the bootstrap intervals.
         on_answer: is called with the answer to each question.
+        training_questions: questions that the model was trained on, for the majority baseline.
     """
 
     model: LanguageModel
@@ -34,6 +35,7 @@ class EvaluationSetup:
     device: str = "cpu"
     seed: int = 0
     on_answer: OnAnswer | None = None
+    training_questions: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,8 @@ from koine.steps.training import HeldOutProbe
 from koine.tokenizer.embedding_init import METHODS
 
 REGIMES = ("continued", "targeted")
+EVALUATION_BYTES = 4_000
+"""Length to which a held-out document is cut, in the training's evaluations and in those after it."""
 
 
 def adaptation(
@@ -147,7 +149,7 @@ def adaptation(
         probe=HeldOutProbe(
             groups={"primary": ("primary",), "adapted": adapted_languages or ("expanded",)},
             documents=evaluation_documents,
-            max_bytes=4_000,
+            max_bytes=EVALUATION_BYTES,
             track_languages=True,
         ),
     )
@@ -165,5 +167,6 @@ def _evaluate(plan: Plan, corpus: Artifact, models: dict[str, Artifact], documen
             model=model,
             documents_per_language=documents,
             questions_per_language=0,
+            max_document_bytes=EVALUATION_BYTES,
             seed=seed,
         )

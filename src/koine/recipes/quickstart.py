@@ -34,13 +34,15 @@ from koine.steps.text_mixture import TextSource, adaptation_sources, pretraining
 from koine.steps.tokenizer_comparison import ARMS, compare_arms
 from koine.steps.tokenizers import build_tokenizer, tokenize_part
 from koine.steps.trainer import Trainer
-from koine.steps.training import HeldOutProbe
+from koine.steps.training import HeldOutProbe, doubling_steps
 
 SAMPLE_LANGUAGES = (
     *("en", "de", "fr", "es", "pl", "ru", "el", "fi"),
     *("zh", "ja", "ko", "vi", "th", "id", "fil", "my"),
     *("ar", "fa", "tr", "he", "hi", "bn", "ta", "ur"),
 )
+EVALUATION_BYTES = 4_000
+"""Length to which a held-out document is cut; few in the sample world are as long."""
 Arms = Mapping[str, Artifact]
 
 
@@ -101,7 +103,7 @@ def quickstart(
     max_bytes_per_language: MaxBytesPerLanguage = 400_000,
     min_bytes_per_language: MinBytesPerLanguage = 20_000,
     max_bad_share: MaxBadShare = 0.01,
-    evaluation_documents: EvaluationDocuments = 12,
+    evaluation_documents: EvaluationDocuments = 10,
     evaluation_questions: Annotated[
         int, Parameter("Questions of each language in the evaluation.", unit="questions", low=0)
     ] = 40,
@@ -165,6 +167,7 @@ def quickstart(
         ),
         config,
         learning_rate,
+        evaluation_documents,
     )
     # Stage by stage, so that the two arms run side by side.
     tokenizers = study.tokenizers(english_share)
@@ -175,10 +178,10 @@ def quickstart(
     pretrained = study.pretrained(tokenizers, documents, code, sources, pretrain_steps)
     adapted = study.adapted(tokenizers, documents, pretrained, adapt_steps, primary_share)
     models = study.chat_models(tokenizers, adapted, chat_steps)
-    evaluations: dict[str, Any] = {
-        "before": study.evaluated("pretrained", pretrained, evaluation_documents),
-        "after": study.evaluated("adapted", adapted, evaluation_documents),
-        "final": study.evaluated("chat", models, evaluation_documents, evaluation_questions),
+    evaluations = {
+        "pretrained": study.evaluated("pretrained", pretrained),
+        "adapted": study.evaluated("adapted", adapted),
+        "chat": study.evaluated("chat", models, evaluation_questions),
     }
     comparison = plan.step(
         compare_arms,
@@ -187,10 +190,9 @@ def quickstart(
         corpus=corpus,
         tokenizers=tokenizers,
         tokens=documents,
-        adapted=adapted,
-        **evaluations,
+        models={"pretrained": pretrained, "adapted": adapted, "chat": models},
+        evaluations=evaluations,
         primary_share=primary_share,
-        batch_tokens=batch_size * sequence_length,
         seed=seed,
     )
     plan.export(comparison / "results.json", "results.json")
@@ -199,7 +201,7 @@ def quickstart(
         name="model",
         purpose="Put questions that it answers right beside the chat model.",
         model=models["universal"],
-        evaluation=evaluations["final"]["universal"],
+        evaluation=evaluations["chat"]["universal"],
     )
     plan.closing(chat_answer, comparison=comparison)
 
@@ -207,8 +209,11 @@ def quickstart(
 class Study:
     """Adds the stages of the comparison to a plan, each for both arms."""
 
-    def __init__(self, corpus: Artifact, trainer: Trainer, config: ModelConfig, learning_rate: float) -> None:
+    def __init__(
+        self, corpus: Artifact, trainer: Trainer, config: ModelConfig, learning_rate: float, documents: int
+    ) -> None:
         self.corpus, self.trainer, self.config, self.learning_rate = corpus, trainer, config, learning_rate
+        self.documents = documents
         self.plan = trainer.plan
 
     def tokenizers(self, english_share: float) -> dict[str, Artifact]:
@@ -259,7 +264,7 @@ class Study:
                 tokenizer=tokenizers[arm],
                 corpus=self.corpus,
                 config=self.config,
-                probe=HeldOutProbe(groups={"primary": ("primary",)}),
+                probe=self.probe("primary"),
                 settings={"evaluate_every": max(1, steps // 5)},
                 purpose="Train a new model with each tokenizer, on the primary languages.",
             )
@@ -278,17 +283,12 @@ class Study:
                 adaptation_sources((), primary_share),
                 steps=steps,
                 learning_rate=self.learning_rate / 2,
-                settings={"schedule": "constant", "evaluate_every": max(1, steps // 15)},
+                settings={"schedule": "constant", "evaluate_every": doubling_steps(steps)[0]},
                 purpose="Train both models on the other languages too.",
                 tokenizer=tokenizers[arm],
                 corpus=self.corpus,
                 config=self.config,
-                probe=HeldOutProbe(
-                    groups={"primary": ("primary",), "adapted": ("expanded",)},
-                    documents=2,
-                    max_bytes=3_000,
-                    track_languages=True,
-                ),
+                probe=self.probe("primary", "expanded", track_languages=True, at=doubling_steps(steps)),
             )
             for arm in ARMS
         }
@@ -314,7 +314,16 @@ class Study:
             for arm in ARMS
         }
 
-    def evaluated(self, stage: str, models: Arms, documents: int, questions: int = 0) -> dict[str, Artifact]:
+    def probe(self, *roles: str, **fields: Any) -> HeldOutProbe:
+        """Return the evaluation of a training, on the documents of `evaluated`, so that their figures agree."""
+        return HeldOutProbe(
+            groups={role: (role,) for role in roles},
+            documents=self.documents,
+            max_bytes=EVALUATION_BYTES,
+            **fields,
+        )
+
+    def evaluated(self, stage: str, models: Arms, questions: int = 0) -> dict[str, Artifact]:
         """Evaluate the models of a stage on held-out documents, and on questions."""
         return {
             arm: self.plan.step(
@@ -323,8 +332,9 @@ class Study:
                 purpose="Measure the models after each stage on held-out text and questions.",
                 corpus=self.corpus,
                 model=models[arm],
-                documents_per_language=documents,
+                documents_per_language=self.documents,
                 questions_per_language=questions,
+                max_document_bytes=EVALUATION_BYTES,
                 seed=self.trainer.seed,
             )
             for arm in ARMS

@@ -89,8 +89,9 @@ def evaluate(
 
     A mixture of experts also gets the share of each domain's tokens by expert. With --suite long, the model
     is measured on long texts instead.
-    Each document is scored on its own from its beginning, with all its bytes; intervals are 95 % bootstrap
-    intervals over documents and questions.
+    Each document is scored on its own from its beginning, with all its bytes. The accuracy stands beside its
+    majority baseline: the share that one constant answer for each kind of question and language gets right.
+    Intervals are 95 %: bootstrap intervals over documents, Wilson score intervals over questions.
     """
     from koine.hardware import chosen_device
 
@@ -101,7 +102,8 @@ def evaluate(
     _check_options(context, [name for name in options if name not in names], suite)
     chosen = {name: value for name, value in options.items() if name in names}
     run = records.evaluate_records if suite is None else long_context.evaluate_suite
-    inputs = [model, *options["data"], *options["questions"], *options["haystack"], options["qa"]]
+    sources = ("data", "questions", "training_questions", "haystack")
+    inputs = [model, *(path for name in sources for path in options[name]), options["qa"]]
     with output_files({"--out": out, "--page": page}, overwrite=overwrite, reads=inputs) as targets:
         outcome = run(model, language=language, device=device, dtype=dtype, seed=seed, **chosen)
         write_outcome(outcome, out=targets["--out"], page=targets["--page"])

@@ -161,7 +161,7 @@ def evaluation_of(
             name: bits_per_byte(model, tokenizer, records, resamples=1)["overall"]["bits_per_byte"]
             for name, records in texts.items()
         } | {
-            name: wrong_share(question_accuracy(model, tokenizer, records, resamples=1))
+            name: wrong_share(question_accuracy(model, tokenizer, records))
             for name, records in questions.items()
         }
 
