@@ -34,7 +34,7 @@ def evaluate_model(
 
     Args:
         path: a model with its tokenizer.
-        data: documents; files, folders or `hub:OWNER/NAME`.
+        data: documents; files, folders or data sets of the hub (`OWNER/NAME`).
         questions: questions with answers, likewise.
         batch_size: documents or questions at a time; results do not depend on it.
         max_length: tokens of a window; by default as many as the model's configuration allows.

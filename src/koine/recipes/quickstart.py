@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+from koine.data.hub_data import dataset_folder
 from koine.hardware import chosen_dtype
 from koine.languages import CLUSTERS
 from koine.model import PRESETS, VARIANTS, ModelConfig
@@ -17,6 +18,7 @@ from koine.recipes.parameters import (
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     Languages,
     LearningRate,
     MaxBadShare,
@@ -49,9 +51,10 @@ def quickstart(
     plan: Plan,
     *,
     data: Annotated[
-        Path | None, Parameter("Your text in place of the sample world: a file or folder.")
+        Path | None, Parameter("Your text in place of the sample world: a file, a folder, or OWNER/NAME.")
     ] = None,
     fields: FieldNames = (),
+    format: FormatName = "",
     languages: Languages = (),
     primary_cluster: Annotated[
         str, Parameter("Languages to pretrain on: those of this cluster.", choices=CLUSTERS)
@@ -134,8 +137,9 @@ def quickstart(
         corpus = plan.step(
             own_corpus,
             name="corpus",
-            data=plan.input(data, name="data"),
+            data=plan.input(dataset_folder(data), name="data"),
             fields=fields,
+            record_format=format,
             languages=languages,
             max_bytes_per_language=max_bytes_per_language,
             heldout_bytes_per_language=max(10_000, max_bytes_per_language // 10),
