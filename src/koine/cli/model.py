@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from koine import hub
+from koine.cli.arguments import MODEL
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import (
@@ -59,7 +61,8 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
             table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
         print_table(table)
         return
-    if Path(which).is_dir():
+    folder = hub.model_folder(which, hub.CONFIGURATION)
+    if folder.is_dir():
         from koine.model.formats.config_json import read_config
 
         if vocab_size is not None:
@@ -73,7 +76,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
                 where=which,
                 hint="a model's attention is in its config.json",
             )
-        config = read_config(Path(which))
+        config = read_config(folder)
     elif "/" in which:
         raise UserError("no such model directory", where=which, hint="give a folder that holds config.json")
     else:
@@ -119,7 +122,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @model.command()
-@click.argument("directory", metavar="MODEL|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="MODEL|CHECKPOINT", type=MODEL)
 @click.option(
     "--format",
     "kind",

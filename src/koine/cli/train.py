@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
-from koine.cli.arguments import DEVICE
+from koine.cli.arguments import DEVICE, MODEL, TOKENIZER
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.mixtures import DataOptions, build_mixture, data_options
@@ -65,7 +65,7 @@ EVALUATION_OPTIONS = (
 RUN_OPTIONS = (
     click.option(
         "--tokenizer",
-        type=click.Path(path_type=Path),
+        type=TOKENIZER,
         help="Tokenizer folder, copied to the model.  [default: that of --model]",
     ),
     DEVICE,
@@ -123,8 +123,8 @@ def train() -> None:
 )
 @click.option(
     "--model",
-    type=click.Path(path_type=Path),
-    help="Model folder to train further.  [required without --preset]",
+    type=MODEL,
+    help="Model folder, or OWNER/NAME of the hub, to train further.  [required without --preset]",
 )
 @attention_options
 @training_options(packing="concat")
@@ -176,7 +176,9 @@ def pretrain(
 
 
 @train.command()
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder to start from.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Model folder, or OWNER/NAME of the hub, to start from."
+)
 @training_options(packing="no_split")
 def sft(model: Path, **options: Any) -> None:
     """Fine-tune on chats: supervised, with a loss on the completions only."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from koine.cli.arguments import named_paths
+from koine.cli.arguments import MODEL, named_paths
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.errors import UserError
+from koine.hub import model_folder
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class _RandomSeed(click.IntRange):
 SEED_MODEL = click.option(
     "--seed-model",
     "seed_model",
-    type=click.Path(path_type=Path),
+    type=MODEL,
     required=True,
     help="The dense model that the experts branched from.",
 )
@@ -235,7 +236,7 @@ def nexus(
 
 
 @click.command()
-@click.argument("mixture", type=click.Path(path_type=Path))
+@click.argument("mixture", type=MODEL)
 @click.option(
     "--expert",
     metavar="[NAME=]MODEL",
@@ -297,12 +298,13 @@ def extend(
 
 def _named(given: tuple[str, ...]) -> dict[str, Path]:
     """Return the models by name: the part before `=`, or the name of the folder."""
-    return named_paths(
+    paths = named_paths(
         given,
         what="experts",
         hint="name them: --experts code=A --experts law=B",
         name_of=lambda path: path.resolve().name,
     )
+    return {name: model_folder(path) for name, path in paths.items()}
 
 
 def _domain_texts(given: tuple[str, ...], experts: list[str], documents: int) -> dict[str, list[str]]:

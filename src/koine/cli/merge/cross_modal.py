@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from koine.cli.arguments import MODEL
 from koine.cli.outputs import OVERWRITE, OutputFolder
 
 
 @click.command("cross-modal", short_help="Merge a multimodal model with its text model (Aya Vision).")
-@click.argument("multimodal", type=click.Path(path_type=Path))
-@click.argument("text", type=click.Path(path_type=Path))
+@click.argument("multimodal", type=MODEL)
+@click.argument("text", type=MODEL)
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
 @click.option("--out", type=OutputFolder(), required=True, help="Folder to write to.")
 @OVERWRITE

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from koine.cli.arguments import MODEL, TOKENIZER
 from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.cli.tokenizer.texts import read_measured_texts
 
@@ -14,10 +15,8 @@ INITIALISATIONS = ("random", "mean", "subword-mean", "focus", "distill")
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--tokenizer", "target", type=click.Path(path_type=Path), required=True, help="The tokenizer to move to."
-)
+@click.argument("model", type=MODEL)
+@click.option("--tokenizer", "target", type=TOKENIZER, required=True, help="The tokenizer to move to.")
 @click.option("--out", type=OutputFolder(), required=True, help="Folder to write the model to.")
 @click.option(
     "--init",

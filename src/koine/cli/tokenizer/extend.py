@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from koine.cli.arguments import TOKENIZER
 from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import texts_of
@@ -22,7 +23,7 @@ Texts = Callable[[], Iterator[tuple[str, str]]]
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=TOKENIZER)
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
 @click.option("--languages", help="Comma-separated codes to add.  [default: all in the data]")
 @click.option("--tokens", type=int, required=True, help="Number of tokens to add.")
