@@ -14,6 +14,7 @@ from koine.cli.arguments import DEVICE
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.mixtures import DataOptions, build_mixture, data_options
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
 
@@ -254,18 +255,26 @@ def _run(
         print_estimate(model, settings, mixture)
         return
     from koine.train.loop import train as train_model
+    from koine.train.progress import final_metrics
 
-    train_model(
-        model,
-        objective,
-        order,
-        settings,
-        out=run.out,
-        tokenizer=tokenizer,
-        evaluate=evaluate,
-        init_from=init_from,
-        device=run.device,
-    )
+    parents = {
+        "model": init_from,
+        "tokenizer": tokenizer,
+        "data": [source.path for phase in mixture.phases for source in phase.all_sources],
+        "evaluation": evaluation.evaluate_data,
+    }
+    with recorded_output(run.out, parents, metrics=lambda folder: final_metrics(folder / "metrics.jsonl")):
+        train_model(
+            model,
+            objective,
+            order,
+            settings,
+            out=run.out,
+            tokenizer=tokenizer,
+            evaluate=evaluate,
+            init_from=init_from,
+            device=run.device,
+        )
 
 
 def _check_shards(mixture: Mixture, objective: Objective, tokenizer: Path | None) -> int:

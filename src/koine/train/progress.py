@@ -37,6 +37,22 @@ def truncate_metrics(path: Path, step: int) -> None:
         write_atomically(path, content)
 
 
+def final_metrics(path: Path) -> dict[str, float]:
+    """Return the mean loss of the last ten steps and the last evaluation, from a `metrics.jsonl`."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
+    for line in reversed(lines):
+        found = {
+            key.removeprefix("evaluation/"): value
+            for key, value in line.items()
+            if key.startswith("evaluation/")
+        }
+        if found:
+            return metrics | found
+    return metrics
+
+
 class Reporter:
     """Writes the figures of each step; only the main rank has one."""
 

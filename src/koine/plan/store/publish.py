@@ -22,6 +22,8 @@ from koine.files import find_leftovers as leftovers_of
 from koine.files import recover as recover_output
 
 REMOVE = "remove the artifact's folder to have it built again"
+OUTSIDE_RUN = "outside_run"
+"""Field of a record that no run wrote (`koine.plan.store.recording`); a run does not replace such a folder."""
 
 
 def record_of(artifact: Path) -> dict[str, Any] | None:
@@ -57,7 +59,8 @@ def _check(record: Fields) -> None:
         one = Fields(parent, record.where, hint_if_broken=REMOVE)
         for key in ("name", "fingerprint", "sha256"):
             one.text(key)
-        one.text("input", None)
+        for key in ("input", "path", "relative", "role", "inside"):
+            one.text(key, None)
     record.inner("metrics", None)
 
 
@@ -116,7 +119,7 @@ def current_state(run: Path, name: str) -> State | None:
     place = real_place(run, name)
     found = state_of(place)
     empty = found is None or (place.is_dir() and not any(place.iterdir()))
-    if not empty and not (place / "artifact.json").exists():
+    if not empty and (record_of(place) or {OUTSIDE_RUN: True}).get(OUTSIDE_RUN):
         raise UserError(
             "is no artifact, and is not replaced", where=run / name, hint="move it away, then run again"
         )
