@@ -17,6 +17,7 @@ from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
     from koine.model.config import ModelConfig
+    from koine.plan.store.recording import Parents
 
 
 class _RandomSeed(click.IntRange):
@@ -123,7 +124,7 @@ def btx(
     from koine.files import atomic_directory
 
     named = _named((*experts, *more))
-    parents = {"seed": seed_model, "experts": named.values()}
+    parents: Parents = {"seed": seed_model, "experts": named.values()}
     with (
         recorded_output(out, parents),
         atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,
@@ -161,7 +162,7 @@ def bam(
     from koine.files import atomic_directory
 
     named = _named((*experts, *more))
-    parents = {"seed": seed_model, "experts": named.values()}
+    parents: Parents = {"seed": seed_model, "experts": named.values()}
     with (
         recorded_output(out, parents),
         atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,
@@ -232,7 +233,7 @@ def nexus(
         raise UserError(
             "--domain-text is given and the router is linear", hint="leave it out, or --router domains"
         )
-    parents = {"seed": seed_model, "experts": named.values(), "domain texts": _paths(domains)}
+    parents: Parents = {"seed": seed_model, "experts": named.values(), "domain texts": _paths(domains)}
     with (
         recorded_output(out, parents),
         atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,

@@ -19,6 +19,7 @@ from koine.files import clear_partials, disk_errors, exclusive, make_folder, rea
 from koine.model.language_model import LanguageModel
 from koine.model.moe.losses import count_step, use_totals
 from koine.train import checkpoint as checkpoints
+from koine.train.card import training_card
 from koine.train.checkpoint import Checkpoint
 from koine.train.determinism import deterministic
 from koine.train.distributed import Ranks, apply_fsdp, join_ranks
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from koine.data.batch import Batch
     from koine.data.data_order import DataOrder
     from koine.data.mixture import StepPosition
+    from koine.model.formats.model_card import ModelCard
 
 __all__ = ["Evaluate", "TrainingStopped", "train"]
 
@@ -198,7 +200,14 @@ class Trainer:
         finally:
             if reporter is not None:
                 reporter.close()
-        write_model(self.model, self.optimiser, self.output, self.ranks, self.record())
+        write_model(
+            self.model,
+            self.optimiser,
+            self.output,
+            self.ranks,
+            self.record(),
+            lambda: self.card(self.total_steps),
+        )
 
     def run_step(self, step: int, reporter: Reporter | None) -> None:
         """Take one step, report it, and evaluate and save a checkpoint where that is due."""
@@ -346,7 +355,7 @@ class Trainer:
             tensors,
             record,
             self.ranks,
-            lambda folder: write_description(self.model, folder, self.output),
+            lambda folder: write_description(self.model, folder, self.output, self.card(steps_done)),
         )
         if self.ranks.is_main:
             self.remove_old_checkpoints()
@@ -366,6 +375,10 @@ class Trainer:
         self.first_step, self.best = checkpoint.step, record["best"]
         self.spike_detectors[False].losses += record["losses"]
         self.spike_detectors[True].losses += record.get("long_losses", [])
+
+    def card(self, steps_done: int) -> ModelCard:
+        """Return the model card after `steps_done` steps; only the main rank has the figures for it."""
+        return training_card(self.data, self.settings, self.identity, self.output, steps_done=steps_done)
 
     def record(self) -> dict[str, Any]:
         """Return the content of `training.json`."""

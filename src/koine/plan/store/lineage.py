@@ -109,7 +109,7 @@ def _place(node: Ancestor, parent: dict[str, Any]) -> Path:
     """Return the path of a recorded parent: in the run, or beside a moved child, or where it was."""
     recorded = parent.get("input", parent.get("path"))
     if recorded is None:
-        return run_of(node.path, node.record["artifact"]) / parent["name"]
+        return run_of(node.path, node.record["artifact"]).joinpath(str(parent["name"]))
     beside = Path(os.path.normpath(node.path / parent["relative"])) if "relative" in parent else None
     if beside is not None and beside.exists() and not Path(recorded).exists():
         return beside

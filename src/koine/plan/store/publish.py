@@ -119,11 +119,20 @@ def current_state(run: Path, name: str) -> State | None:
     place = real_place(run, name)
     found = state_of(place)
     empty = found is None or (place.is_dir() and not any(place.iterdir()))
-    if not empty and (record_of(place) or {OUTSIDE_RUN: True}).get(OUTSIDE_RUN):
+    if not empty and not _is_of_a_run(place):
         raise UserError(
             "is no artifact, and is not replaced", where=run / name, hint="move it away, then run again"
         )
     return found
+
+
+def _is_of_a_run(place: Path) -> bool:
+    """Return whether a run or `koine adopt` wrote a folder, and no other command."""
+    path = place / "artifact.json"
+    if not path.exists():
+        return False
+    record = read_json(path)
+    return not (isinstance(record, dict) and record.get(OUTSIDE_RUN))
 
 
 def damage_by_size(place: Path, record: dict[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from koine.plan.store.fingerprints import digest, fingerprint_of_content, stamp
 from koine.plan.store.provenance import code_version, environment, hashes, manifest_hash, sizes
 from koine.plan.store.publish import OUTSIDE_RUN, damage_by_size, record_of
 
-Parents = Mapping[str, Path | str | None | Iterable[Path | str]]
+Parents = Mapping[str, Path | str | Iterable[Path | str] | None]
 """What a folder is made from, by role: paths of files and folders, or the name of something remote."""
 
 
