@@ -17,6 +17,7 @@ from koine.cli.mixtures import DataOptions, build_mixture, data_options
 from koine.cli.recording import recorded_output
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
+from koine.train.tracking.run_logger import PROJECT, TRACK, TRACK_PROJECT, TRACKERS, open_run_logger
 
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
@@ -43,6 +44,8 @@ class RunOptions:
     device: str
     out: Path
     dry_run: bool
+    track: str | None
+    track_project: str
 
 
 EVALUATION_OPTIONS = (
@@ -74,6 +77,21 @@ RUN_OPTIONS = (
     ),
     click.option(
         "--dry-run", is_flag=True, help="Print parameters, tokens, peak memory and time; train nothing."
+    ),
+    click.option(
+        "--track",
+        type=click.Choice(TRACKERS),
+        envvar=TRACK,
+        show_envvar=True,
+        help="Send the figures to an experiment tracker too (extra `track`).",
+    ),
+    click.option(
+        "--track-project",
+        default=PROJECT,
+        envvar=TRACK_PROJECT,
+        show_default=True,
+        show_envvar=True,
+        help="Project (for MLflow: experiment) of --track.",
     ),
 )
 
@@ -237,6 +255,7 @@ def _run(
         from koine.hardware import check_device
 
         check_device(run.device)
+    logger = None if run.track is None else open_run_logger(run.track, run.track_project)
     mixture = build_mixture(data, settings.seed)
     if data.fresh_data:
         mixture = _after_documents_seen(mixture, init_from)
@@ -274,6 +293,7 @@ def _run(
             evaluate=evaluate,
             init_from=init_from,
             device=run.device,
+            logger=logger,
         )
 
 

@@ -87,6 +87,7 @@ def train_model(
     from koine.data.drawn import read_drawn
     from koine.train import LanguageModelling, SupervisedFineTuning, train
     from koine.train.progress import final_metrics
+    from koine.train.tracking.run_logger import logger_from_environment
 
     tokenizer = tokenizer or model
     if tokenizer is None:
@@ -111,6 +112,8 @@ def train_model(
         tokenizer=tokenizer,
         init_from=model,
         evaluate=evaluate,
+        # By the environment and not by a parameter: a tracker does not change what the step makes.
+        logger=logger_from_environment(),
     )
     write_json(out / "metrics.json", final_metrics(out / "metrics.jsonl"))
     if probe is not None and tracked:

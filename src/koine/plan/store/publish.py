@@ -69,6 +69,15 @@ def work_folder(run: Path, name: str) -> Path:
     return run / ".work" / name
 
 
+def artifact_name(out: Path) -> str:
+    """Return the name of an output for people: RUN/ARTIFACT for the work folder of a step, else its folder's."""
+    parts = out.absolute().parts
+    if ".work" not in parts[1:]:
+        return out.absolute().name
+    place = parts.index(".work")
+    return "/".join((parts[place - 1], *parts[place + 1 :]))
+
+
 def mark_of(run: Path, name: str) -> Path:
     """Return the file with the fingerprint and the number of attempts of a work folder."""
     return run / ".work" / f"{name}.json"
