@@ -40,7 +40,7 @@ def training_card(
     objective = str(identity["objective"]["class"])
     what, tags = _WHAT.get(objective, (f"the objective `{objective}`", ()))
     mixture = data.mixture
-    total = mixture.steps
+    total = sum(phase.steps for phase in mixture.phases)
     tokens = sum(shape.tokens * steps for shape, steps in mixture.shapes().items())
     length = f"{total:,} steps, {tokens:,} tokens"
     if steps_done < total:

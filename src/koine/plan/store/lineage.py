@@ -29,6 +29,11 @@ class Ancestor:
     parents: list[Ancestor] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def key(self) -> tuple[Path, bool]:
+        """What tells two nodes apart: an input of a plan may be an artifact too, which is another node."""
+        return self.path, bool(self.record)
+
     def to_json(self) -> dict[str, Any]:
         """Return this node and its ancestors as JSON."""
         keys = (
@@ -147,12 +152,12 @@ def find_change(node: Ancestor) -> Iterator[str]:
 
 def all_ancestors(node: Ancestor) -> Iterator[Ancestor]:
     """Yield the node and its ancestors, each once."""
-    seen: set[Path] = set()
+    seen: set[tuple[Path, bool]] = set()
     waiting = [node]
     while waiting:
         current = waiting.pop()
-        if current.path not in seen:
-            seen.add(current.path)
+        if current.key not in seen:
+            seen.add(current.key)
             yield current
             waiting += current.parents
 
@@ -162,9 +167,9 @@ def tree_lines(node: Ancestor) -> list[str]:
     return list(_lines(node, "", "", set()))
 
 
-def _lines(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[str]:
-    again = node.path in seen and bool(node.parents)
-    seen.add(node.path)
+def _lines(node: Ancestor, first: str, rest: str, seen: set[tuple[Path, bool]]) -> Iterator[str]:
+    again = node.key in seen and bool(node.parents)
+    seen.add(node.key)
     step = f"{node.record['step']} v{node.record.get('version')}" if node.record else f"input {node.path}"
     if node.record.get(OUTSIDE_RUN):
         step = f"{node.record['step']}  {node.path}"
