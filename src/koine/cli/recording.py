@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,11 @@ def recorded_output(
     """Have the folder `out`, which the current command makes in this context, get its `artifact.json`.
 
     Step and parameters are those of the command, as click has parsed them; see `koine.plan.store.recording`.
+    Of the processes of a distributed training only the first one writes it.
     """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
     context = click.get_current_context()
     parameters = {
         name: _plain(value) for name, value in context.params.items() if name not in NOT_OF_THE_RESULT
