@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from koine.errors import KoineWarning, UserError, first_line
@@ -110,7 +111,7 @@ class Tracking:
             self.logger.finish(item)
             self._write_record()
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises: the training warns and goes on
-            self.error = f"{type(error).__name__}: {first_line(error)}"
+            self.error = shorten(f"{type(error).__name__}: {first_line(error)}", 200, placeholder=" ...")
             if self.is_open.is_set():
                 self._write_record()
             self.is_open.set()
