@@ -11,6 +11,7 @@ import click
 from koine.cli.arguments import FORMAT, TOKENIZER
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 from koine.terminal import printable
 
@@ -124,15 +125,16 @@ def sample(
     from koine.languages import parse_languages
 
     codes = tuple(QUESTION_LANGUAGES) if languages is None else parse_languages(languages)
-    summary = write_sample(
-        codes,
-        out,
-        seed=seed,
-        documents_per_language=documents,
-        questions_per_language=questions,
-        code_bytes=code_bytes,
-        overwrite=overwrite,
-    )
+    with recorded_output(out, {}):
+        summary = write_sample(
+            codes,
+            out,
+            seed=seed,
+            documents_per_language=documents,
+            questions_per_language=questions,
+            code_bytes=code_bytes,
+            overwrite=overwrite,
+        )
     # Shorter headings than the report's, so that ten columns fit into 80 characters.
     short = [
         "language",
@@ -180,20 +182,21 @@ def tokenize(
     from koine.data import RecordFormat, TokenSource
     from koine.data import tokenize as write
 
-    reader = write(
-        source,
-        tokenizer,
-        out=out,
-        overwrite=overwrite,
-        workers=workers,
-        fields=field_mapping(fields),
-        language=language,
-        domain=domain,
-        max_bad_share=max_bad,
-        unit=unit,
-        split=split,
-        record_format=RecordFormat(record_format, take),
-    )
+    with recorded_output(out, {"source": source, "tokenizer": tokenizer}):
+        reader = write(
+            source,
+            tokenizer,
+            out=out,
+            overwrite=overwrite,
+            workers=workers,
+            fields=field_mapping(fields),
+            language=language,
+            domain=domain,
+            max_bad_share=max_bad,
+            unit=unit,
+            split=split,
+            record_format=RecordFormat(record_format, take),
+        )
     totals = TokenSource(out, verify=False).totals()
     _table(
         ["language", "documents", "tokens", "bytes", "bytes per token"],

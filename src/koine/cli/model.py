@@ -20,6 +20,7 @@ from koine.cli.outputs import (
     print_to_standard_error,
     say_written,
 )
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 
 
@@ -152,9 +153,10 @@ def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -
 
         from koine.train.export import export_checkpoint
 
-        export_checkpoint(
-            directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
-        )
+        with recorded_output(out, {"checkpoint": directory}):
+            export_checkpoint(
+                directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
+            )
         click.echo(f"written to {out}")
         return
     from koine.model.formats.gguf import export_gguf

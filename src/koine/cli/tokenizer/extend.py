@@ -12,6 +12,7 @@ import click
 
 from koine.cli.arguments import TOKENIZER
 from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import texts_of
 from koine.errors import KoineWarning
@@ -62,7 +63,10 @@ def extend(
     load_tokenizer(base)
     text = _split_text(base, data, languages, heldout)
     reads = [base, *map(Path, data)]
-    with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
+    with (
+        recorded_output(out, {"base": base, "data": data}),
+        atomic_directory(out, overwrite=overwrite, reads=reads) as folder,
+    ):
         extended = extend_tokenizer(
             base,
             (one for _, one in text.added()),
