@@ -202,6 +202,63 @@ def test_the_variable_of_the_command_counts_before_that_of_all(monkeypatch: pyte
     assert invoke().stdout.startswith("place=")
 
 
+def test_the_variable_of_a_command_counts_before_one_of_several_commands(
+    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], str]
+) -> None:
+    def track(file: str = "") -> object:
+        words = ("train", "sft")
+        context = click.Context(LEAVES[words], info_name="sft", parent=_parent(words))
+        arguments = ["--model", ".", "--out", "x", *(["--config", file] if file else [])]
+        LEAVES[words].parse_args(context, arguments)
+        return context.params["track"]
+
+    file = config("[train.sft]\ntrack = 'trackio'\n")
+    assert track() is None
+    assert track(file) == "trackio"
+    monkeypatch.setenv("KOINE_TRACK", "mlflow")
+    assert track(file) == "mlflow"
+    monkeypatch.setenv("KOINE_TRAIN_SFT_TRACK", "wandb")
+    assert track(file) == "wandb"
+    monkeypatch.setenv("KOINE_TRAIN_SFT_TRACK", "")
+    monkeypatch.setenv("KOINE_TRACK", "wandbb")
+    with pytest.raises(UserError, match="KOINE_TRACK: 'wandbb' is not one of"):
+        track()
+
+
+def _parent(words: tuple[str, ...]) -> click.Context:
+    """The context around a command of the real tree."""
+    root = click.Context(cli, info_name="koine")
+    group = cli.get_command(root, words[0])
+    assert group is not None
+    return click.Context(group, info_name=words[0], parent=root)
+
+
+def test_a_name_on_the_hub_is_fetched_quietly_and_for_its_own_command_only(
+    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], str], tmp_path: Path
+) -> None:
+    fetched = []
+
+    def fetch(path: Path, files: object) -> Path:
+        fetched.append((str(path), terminal.is_quiet()))
+        return tmp_path
+
+    monkeypatch.setattr("koine.hub.model_folder", fetch)
+    monkeypatch.setenv(
+        "KOINE_CONFIG", config("[merge.ties]\nbase = 'a/b'\n[data.tokenize]\ntokenizer = 'c/d'\n")
+    )
+
+    def parse(*more: str) -> None:
+        words = ("data", "tokenize")
+        context = click.Context(LEAVES[words], info_name="tokenize", parent=_parent(words))
+        LEAVES[words].parse_args(context, ["text", "--out", "x", *more])
+
+    parse("--quiet")
+    parse()
+    monkeypatch.setenv("KOINE_QUIET", "1")
+    parse()
+    assert fetched == [("c/d", True), ("c/d", False), ("c/d", True)]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [

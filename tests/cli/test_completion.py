@@ -14,9 +14,10 @@ from koine.cli.main import cli
 
 
 def completions(*words: str) -> list[str]:
-    """What the shell offers for the last word; `<file>` stands for the shell's own file names."""
+    """What the shell offers for the last word; `<file>` and `<folder>` stand for the shell's own names."""
     found = ShellComplete(cli, {}, "koine", "_KOINE_COMPLETE").get_completions(list(words[:-1]), words[-1])
-    return ["<file>" if item.type == "file" else item.value for item in found]
+    names = {"file": "<file>", "dir": "<folder>"}
+    return [names.get(item.type, item.value) for item in found]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,14 @@ def completions(*words: str) -> list[str]:
         (["run", "my/plan.py"], ["<file>"]),
         (["data", "tokenize", "x"], ["<file>"]),
         (["merge", "linear", "m"], ["<file>"]),
+        (["merge", "ties", "m", "--base", "b"], ["<file>"]),
+        (["chat", "owner/na"], ["<file>"]),
+        (["data", "tokenize", "x", "--tokenizer", "t"], ["<file>"]),
+        (["data", "tokenize", "x", "--out", "t"], ["<folder>"]),
+        (["data", "inspect", "x", "--format", "alp"], ["alpaca"]),
+        (["train", "sft", "--mixture", "m"], ["<file>"]),
+        (["train", "sft", "--track", "ml"], ["mlflow"]),
+        (["evaluate", "m", "--training-questions", "x"], ["<file>"]),
         (["merge", "search", "--method", "sl"], ["slerp"]),
         (["train", "pretrain", "--packing", "no"], ["no_split"]),
         (["train", "pretrain", "--packi"], ["--packing"]),

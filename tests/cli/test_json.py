@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from koine.cli.main import cli
 from koine.combine.merging.methods import METHODS
+from koine.errors import UserError
 from tests.bad_inputs import worlds
 
 from .test_commands import LEAVES, WITHOUT_ANSWER
@@ -28,6 +29,21 @@ def write(*, text: str, out: Path) -> None:
 def words(plan: Plan, *, text: str = "a", rate: float = 0.25) -> None:
     plan.step(write, name="one", text=text)
 """
+CLOSING = """
+@step(version=1)
+def judge(*, out: Path) -> None:
+    from koine.files import write_json
+    block = {"kind": "verdict", "title": "was it faster?", "text": "Yes: twice."}
+    write_json(out / "report.json", {"title": "Judgement", "blocks": [block]})
+
+def judged(plan: Plan) -> None:
+    plan.closing(lambda run, one: f"The page: {run.path(run.folder / 'report.html')}\\nmore: {one.name}",
+                 one=plan.step(judge, name="one"))
+"""
+ASKED = (
+    '{"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}], '
+    '"answer": "2", "language": "en", "domain": "sums"}\n'
+)
 TRAINING = "--data tokens --steps 2 --batch-size 2 --sequence-length 32 --tokenizer tokenizer"
 EXPERTS = "--seed-model model --experts branch --out new"
 
@@ -37,11 +53,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
     ),
-    "data tokenize text.jsonl --tokenizer tokenizer --out new": ("languages", "bad_records", "written"),
-    "data inspect text.jsonl": ("groups", "bad_records", "bad_examples"),
+    "data tokenize text.jsonl --tokenizer tokenizer --out new": ("languages", "formats", "left_out", "bad_records", "written"),
+    "data inspect text.jsonl": ("groups", "formats", "left_out", "bad_records", "bad_examples"),
+    "data inspect pairs.jsonl --format preference --take rejected": ("groups", "formats"),
     "data at-step trained 0": ("step", "slices"),
     "doctor": ("versions", "machine", "packages", "extras"),
     "evaluate model --data text.jsonl": ("overall", "languages"),
+    "evaluate model --questions asked.jsonl --training-questions asked.jsonl": ("questions",),
     "extend mixture --expert third=branch --reset-router --out new": ("experts", "parameters", "written"),
     "lineage r/one": ("name", "fingerprint", "parents"),
     "merge linear model branch --weights 0.5,0.5 --out new": ("tensors", "config", "written"),
@@ -54,8 +72,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report run --out page.html": ("written",),
     "run": ("recipes",),
     "run plan.py:words --list-parameters": ("plan", "parameters"),
-    "run plan.py:words --dry-run": ("artifacts", "seconds", "critical_path"),
-    "run plan.py:words": ("run", "artifacts", "report", "notes"),
+    "run plan.py:words --dry-run": ("artifacts", "seconds", "critical_path", "without_estimate"),
+    "run plan.py:words": ("run", "seconds", "artifacts", "stages", "verdicts", "report", "notes"),
     "tokenizer adapt model --tokenizer tokenizer --out new": ("tokens", "reversible", "written"),
     "tokenizer extend tokenizer --data text.jsonl --tokens 3 --out new": ("added_tokens", "measures", "written"),
     "tokenizer measure tokenizer --data text.jsonl": ("tokenizer",),
@@ -83,6 +101,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_sample_run(tmp_path / "run")
     shutil.copytree(worlds.built("halfway") / "checkpoints" / "step-000001", tmp_path / "checkpoint")
     (tmp_path / "plan.py").write_text(PLAN)
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go", "language": "en"}\n'
+    )
+    (tmp_path / "asked.jsonl").write_text(ASKED)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -151,6 +173,47 @@ def test_a_run_that_fails_says_which_step_in_json_and_ends_with_its_code(place: 
     (failure,) = json.loads(result.stdout)["failures"]
     assert failure["artifact"] == "one"
     assert "ValueError: no" in result.stderr
+
+
+def test_a_dry_run_names_the_steps_without_an_estimate(place: Path) -> None:
+    found = answer("run plan.py:words --dry-run")
+    assert (found["steps_to_run"], found["without_estimate"], found["seconds"]) == (1, ["one"], 0.0)
+
+
+def test_a_run_answers_with_times_stages_verdicts_and_closing(place: Path) -> None:
+    (place / "plan.py").write_text(PLAN + CLOSING)
+    found = answer("run plan.py:judged")
+    assert found["seconds"] > 0.0
+    assert [(one["artifact"], one["status"]) for one in found["artifacts"]] == [("one", "built")]
+    assert [one["names"] for one in found["stages"]] == [["one"]]
+    assert found["verdicts"] == [{"artifact": "one", "question": "was it faster?", "answer": "Yes: twice."}]
+    assert found["notes"] == ["The page: runs/judged/report.html", "more: one"]
+    assert Path(found["report"]).exists()
+
+
+def test_a_quiet_run_keeps_the_verdict_and_drops_the_rest_of_the_closing(place: Path) -> None:
+    (place / "plan.py").write_text(PLAN + CLOSING)
+    run = ["run", "plan.py:judged"]
+    loud = CliRunner().invoke(cli, run, prog_name="koine", catch_exceptions=False).stdout
+    assert loud.endswith("The page: runs/judged/report.html\nmore: one\n")
+    assert "total time: " in loud
+    assert "\nreport: " not in loud  # the closing names it
+    quiet = CliRunner().invoke(cli, [*run, "--quiet"], prog_name="koine", catch_exceptions=False)
+    lines = quiet.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["artifact", "one"]
+    assert lines[2:] == ["was it faster? Yes: twice."]
+    assert quiet.stderr == ""
+
+
+def test_an_export_to_a_device_has_no_size(place: Path) -> None:
+    found = answer("model export exportable --format gguf --out /dev/null")
+    assert found == {"written": "/dev/null", "bytes": None}
+
+
+def test_a_link_to_standard_output_is_standard_output(place: Path) -> None:
+    (place / "link").symlink_to("/dev/stdout")
+    with pytest.raises(UserError, match="--json and --out both go to standard output"):
+        answer("evaluate model --data text.jsonl --out link")
 
 
 def test_a_quiet_run_prints_its_table_only(place: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from koine import hub
+from koine.data.formats import BY_NAME
 from koine.errors import UserError
+from koine.terminal import is_quiet, quiet_output
 
 
 class Suggested(click.types.StringParamType):
@@ -73,12 +77,43 @@ PRESET = Suggested(_presets)
 PRESET_OR_MODEL = Suggested(_presets, files=True)
 MERGE_METHOD = Suggested(_merge_methods)
 
+
+class HubPath(click.Path):
+    """A folder, or the name of a model on the hub, which is fetched; the shell completes file names.
+
+    files: patterns of the files that the command needs, as in `koine.hub`.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        super().__init__(path_type=Path)
+        self.files = files
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the local folder."""
+        path = super().convert(value, param, ctx)
+        assert isinstance(path, Path)
+        if ctx is None:
+            return hub.model_folder(path, self.files)
+        if ctx.resilient_parsing:
+            return path
+        with quiet_output(is_quiet() or bool(ctx.params.get("quiet"))):
+            return hub.model_folder(path, self.files)
+
+
+MODEL, TOKENIZER = HubPath(hub.MODEL), HubPath(hub.TOKENIZER)
 DEVICE = click.option(
     "--device",
     type=Suggested(lambda: dict.fromkeys(("auto", "cpu", "cuda", "mps"), "")),
     default="auto",
     show_default=True,
     help="Where to compute: cpu, cuda, cuda:1 or mps; auto: cuda where torch finds it, else cpu.",
+)
+FORMAT = click.option(
+    "--format",
+    "record_format",
+    type=Suggested(lambda: dict.fromkeys(BY_NAME, "")),
+    metavar="NAME",
+    help=f"Format of the records: {', '.join(BY_NAME)}.  [default: recognised by their fields]",
 )
 
 

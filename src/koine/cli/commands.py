@@ -15,7 +15,6 @@ from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.terminal import quiet_output
 
 CONFIG_VARIABLE = "KOINE_CONFIG"
-STANDARD_OUTPUTS = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 _SETTINGS = "koine.cli.commands.settings"
 
 
@@ -27,6 +26,14 @@ def expand_home(word: str) -> str:
     return word
 
 
+class SharedVariableOption(click.Option):
+    """An option with one variable for all its commands; a command's own variable counts before that."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return None: `koine.cli.settings` reads both variables."""
+        return None
+
+
 def shared_options(*, answers: bool) -> list[click.Option]:
     """Return the options of every command; `--json` only for those with an answer."""
     options = [
@@ -36,14 +43,18 @@ def shared_options(*, answers: bool) -> list[click.Option]:
             help="Print the answer as one JSON object, and nothing else on standard output.",
         ),
         click.Option(
-            ["--quiet", "-q"], is_flag=True, help="Print no progress and no notes; errors and answers stay."
-        ),
-        click.Option(
             ["--config"],
             type=click.Path(path_type=Path),
             is_eager=True,
             callback=_read_settings,
             help=f"TOML file with values of options; {CONFIG_VARIABLE} names one too.",
+        ),
+        # After --config, which may set it, and before names on the hub, whose download shows its progress.
+        click.Option(
+            ["--quiet", "-q"],
+            is_flag=True,
+            is_eager=True,
+            help="Print no progress and no notes; errors and answers stay.",
         ),
     ]
     return options if answers else options[1:]
@@ -139,10 +150,13 @@ class Command(click.Command):
 
     def _check_standard_output(self, context: click.Context) -> None:
         """Raise `UserError` where a file too is to be written to standard output."""
+        from koine.files import is_standard_output
+
         for option in self.params:
-            if str(context.params.get(str(option.name))) in STANDARD_OUTPUTS and isinstance(
-                option.type, click.Path
-            ):
+            value = context.params.get(str(option.name))
+            if not (isinstance(option.type, click.Path) and isinstance(value, str | Path)):
+                continue
+            if str(value) == "-" or is_standard_output(Path(value)):
                 raise UserError(
                     f"--json and {option.opts[0]} both go to standard output",
                     hint=f"leave one out, or give {option.opts[0]} a file",

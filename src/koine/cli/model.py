@@ -7,11 +7,20 @@ from typing import Any
 
 import click
 
+from koine import hub
 from koine.cli.answers import print_answer
-from koine.cli.arguments import PRESET_OR_MODEL
+from koine.cli.arguments import MODEL, PRESET_OR_MODEL
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import (
+    OVERWRITE,
+    OutputFile,
+    check_binary,
+    check_folder,
+    print_to_standard_error,
+    say_written,
+)
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 from koine.terminal import note
 
@@ -59,7 +68,8 @@ def describe(which: str | None, vocab_size: int | None, length: int, **attention
             table.add_row(str(name), f"{total:,}", str(layers), str(hidden), f"{vocabulary:,}")
         print_answer({"presets": presets}, lambda: print_table(table))
         return
-    if Path(which).is_dir():
+    folder = hub.model_folder(which, hub.CONFIGURATION)
+    if folder.is_dir():
         from koine.model.formats.config_json import read_config
 
         if vocab_size is not None:
@@ -73,7 +83,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, **attention
                 where=which,
                 hint="a model's attention is in its config.json",
             )
-        config = read_config(Path(which))
+        config = read_config(folder)
     elif "/" in which:
         raise UserError("no such model directory", where=which, hint="give a folder that holds config.json")
     else:
@@ -116,7 +126,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @model.command()
-@click.argument("directory", metavar="MODEL|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="MODEL|CHECKPOINT", type=MODEL)
 @click.option(
     "--format",
     "kind",
@@ -126,7 +136,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OutputFile(),
     required=True,
     help="File to write; for safetensors, the folder.",
 )
@@ -139,19 +149,26 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -> None:
     """Export MODEL to GGUF, or a training checkpoint (OUT/checkpoints/step-N) to a model directory."""
     if kind == "safetensors":
+        check_folder(out)
         if dtype == "q8_0":
             raise UserError("safetensors hold no q8_0", hint="choose float32, float16 or bfloat16")
         import torch
 
         from koine.train.export import export_checkpoint
 
-        export_checkpoint(
-            directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
-        )
+        with recorded_output(out, {"checkpoint": directory}):
+            export_checkpoint(
+                directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
+            )
         print_answer({"written": out}, lambda: note(f"written to {out}"))
         return
     from koine.model.formats.gguf import export_gguf
 
+    check_binary(out)
+    print_to_standard_error([out])
     export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
-    size = out.stat().st_size
-    print_answer({"written": out, "bytes": size}, lambda: note(f"{out}: {size:,} bytes"))
+    size = out.stat().st_size if out.is_file() else None
+    print_answer(
+        {"written": out, "bytes": size},
+        lambda: say_written(out) if size is None else note(f"{out}: {size:,} bytes"),
+    )

@@ -8,13 +8,12 @@ import click
 
 from koine.cli.answers import print_answer
 from koine.cli.commands import Command
-from koine.cli.outputs import OVERWRITE, output_files
-from koine.terminal import note
+from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
 
 
 @click.command(cls=Command)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: RUN/report.html]")
+@click.option("--out", type=OutputFile(), help="File to write.  [default: RUN/report.html]")
 @OVERWRITE
 def report(run: Path, out: Path | None, overwrite: bool) -> None:
     """Write one self-contained HTML file about RUN, a folder such as runs/quickstart.
@@ -28,4 +27,4 @@ def report(run: Path, out: Path | None, overwrite: bool) -> None:
     with output_files({"--out": None if own else out}, overwrite=overwrite) as targets:
         written = write_report(run, targets["--out"])
     page = written if own else out
-    print_answer({"written": page}, lambda: note(f"wrote {page}"))
+    print_answer({"written": page}, lambda: say_written(page))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ import click
 from koine.cli.answers import print_answer
 from koine.cli.arguments import RECIPE, Suggested
 from koine.cli.commands import Command
+from koine.cli.outputs import OutputFolder
 from koine.errors import UserError, did_you_mean
-from koine.terminal import note
+from koine.terminal import is_quiet, note, printable
 
 if TYPE_CHECKING:
     from koine.plan import Plan
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 EXECUTORS = ("local", "ray")
 RUNS = click.option(
     "--runs",
-    type=click.Path(path_type=Path),
+    type=OutputFolder(),
     default=Path("runs"),
     show_default=True,
     help="Folder of all runs.",
@@ -107,6 +109,7 @@ def run(
 
     Steps that are missing or changed are run, the others are reused.
     """
+    from koine.plan.command_line import shell_command
     from koine.plan.loading import make_plan
     from koine.plan.parameters import parameter_table, parameters_of, parse_settings
     from koine.plan.run.dry_run import dry_run_figures, dry_run_lines
@@ -115,7 +118,8 @@ def run(
 
     check_executor(executor, address)
     if plan is None:
-        usage = "Run one: koine run NAME. Its settings: koine run NAME --list-parameters"
+        command = shell_command("run")
+        usage = f"Run one: {command} NAME. Its settings: {command} NAME --list-parameters"
         recipes = [{"recipe": name, "summary": one.summary} for name, one in RECIPES.items()]
         print_answer({"recipes": recipes}, lambda: click.echo("\n".join([*recipe_list(), "", usage])))
         return
@@ -135,6 +139,7 @@ def run(
     if dry_run:
         print_answer(dry_run_figures(made), lambda: click.echo("\n".join(dry_run_lines(made))))
         return
+    begun = time.monotonic()
     try:
         nodes = execute(made, executor=executor_of(executor, address))
     except RunInterruptedError as error:
@@ -150,31 +155,50 @@ def run(
         ]
         print_answer({"run": made.folder, "failures": failures, "report": page}, lambda: None)
         sys.exit(error.exit_code)
-    print_outcome(made, nodes)
+    print_outcome(made, nodes, seconds=time.monotonic() - begun)
 
 
-def print_outcome(plan: Plan, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the report of a complete run where something is new; print the table of its artifacts."""
+def print_outcome(plan: Plan, nodes: Mapping[str, Mapping[str, Any]], *, seconds: float) -> None:
+    """Print the table of a complete run's artifacts, and what its plan says at the end.
+
+    The report is written first where something is new. Under `--quiet`, table and verdicts are the answer.
+    """
+    from koine.plan.finished_run import FinishedRun
     from koine.plan.run.dry_run import run_summary
 
+    finished = FinishedRun(plan.folder, seconds, tuple(nodes.values()))
     page: Path | None = plan.folder / "report.html"
     is_new = any(node["status"] == "built" for node in nodes.values()) or not (page and page.exists())
     if is_new:
         page = write_report(plan)
+    texts, verdicts = plan.closing_texts(finished), finished.verdicts()
+
+    def show() -> None:
+        note("")  # between the progress and the table
+        click.echo("\n".join(run_summary(nodes)))
+        note(f"\n{finished.total()}")
+        if is_quiet():
+            for one in verdicts:
+                click.echo(printable(f"{one.question} {one.answer}"))
+        if is_new and page is not None and not any(finished.path(page) in text for text in texts):
+            note(f"report: {finished.path(page)}")
+        for text in texts:
+            note(text)
+
     artifacts = [
         {"artifact": name, **{key: node[key] for key in ("status", "seconds", "peak_memory_bytes")}}
         for name, node in nodes.items()
     ]
-    note("")  # between the progress and the table
-    print_answer(
-        {"run": plan.folder, "artifacts": artifacts, "report": page, "notes": plan.closing_lines},
-        lambda: click.echo("\n".join(run_summary(nodes))),
-    )
-    note("")
-    if is_new and page is not None:
-        note(f"report: {page}")
-    for text in plan.closing_lines:
-        note(text)
+    answer = {
+        "run": plan.folder,
+        "seconds": seconds,
+        "artifacts": artifacts,
+        "stages": finished.stages(),
+        "verdicts": verdicts,
+        "report": page,
+        "notes": [line for text in texts for line in text.strip("\n").split("\n")],
+    }
+    print_answer(answer, show)
 
 
 def show_failures(error: PlanFailedError) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from koine.cli.commands import Command, expand_home
+from koine.cli.commands import Command, SharedVariableOption, expand_home
 from koine.errors import UserError, did_you_mean
 from koine.fields import short_repr
 
@@ -98,7 +98,11 @@ def environment_settings(words: Words, command: click.Command) -> dict[str, Sett
     found: dict[str, Setting] = {}
     shared = command.shared if isinstance(command, Command) else []
     for option in options_of(command):
-        names = [variable_of(words, option), *([variable_of((), option)] if option in shared else [])]
+        names = [variable_of(words, option)]
+        if option in shared:
+            names.append(variable_of((), option))
+        if isinstance(option, SharedVariableOption):
+            names.append(str(option.envvar))
         name = next((name for name in names if os.environ.get(name)), None)
         if name is None:
             continue
@@ -133,9 +137,9 @@ def file_settings(
     """Return the values of a command's options from the tables of a file, all of which are checked."""
     found: dict[Words, dict[str, Setting]] = {}
     if isinstance(root, click.Group):
-        _check_group(path, tables, root, click.Context(root, info_name="koine"), (), found)
+        _check_group(path, tables, root, _unread(root, "koine"), (), found)
     else:  # a command that is called without the group above it
-        _check_command(path, tables.get(words[0], {}), click.Context(root, info_name=words[0]), words, found)
+        _check_command(path, tables.get(words[0], {}), _unread(root, words[0]), words, found)
     known = {str(option.name) for option in options_of(command)}
     everywhere = {name: value for name, value in found.get((), {}).items() if name in known}
     return everywhere | found.get(words, {})
@@ -173,11 +177,16 @@ def _check_group(
             )
         command = group.get_command(context, name)
         assert command is not None
-        inner = click.Context(command, info_name=name, parent=context)
+        inner = _unread(command, name, context)
         if isinstance(command, click.Group):
             _check_group(path, value, command, inner, (*words, name), found)
         else:
             _check_command(path, value, inner, (*words, name), found)
+
+
+def _unread(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    """Return a context in which values are checked only: a name on the hub is not fetched."""
+    return click.Context(command, parent=parent, info_name=name, resilient_parsing=True)
 
 
 def _check_command(

@@ -7,18 +7,20 @@ from pathlib import Path
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import MODEL
 from koine.cli.commands import Command
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.terminal import note
 
 
 @click.command(
     "cross-modal", cls=Command, short_help="Merge a multimodal model with its text model (Aya Vision)."
 )
-@click.argument("multimodal", type=click.Path(path_type=Path))
-@click.argument("text", type=click.Path(path_type=Path))
+@click.argument("multimodal", type=MODEL)
+@click.argument("text", type=MODEL)
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write to.")
 @OVERWRITE
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file of weights.")
 @click.option(
@@ -46,7 +48,10 @@ def command(
             ),
         )
         return
-    done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=largest, overwrite=overwrite)
+    with recorded_output(out, {"multimodal": multimodal, "text": text}):
+        done = merge_cross_modal(
+            multimodal, text, out, alpha=alpha, max_shard_bytes=largest, overwrite=overwrite
+        )
     print_answer(
         {**done, "written": out},
         lambda: note(f"{done['merged']} tensors merged, {done['copied']} copied; written to {out}"),

@@ -14,6 +14,7 @@ from koine.cli.answers import print_answer
 from koine.cli.commands import Command
 from koine.cli.groups import HelpGroup
 from koine.cli.merge.options import method_parameters, parse_numbers, parse_pattern, parse_shard_size
+from koine.cli.recording import recorded_output
 from koine.terminal import is_quiet, note, plain_console
 
 if TYPE_CHECKING:
@@ -111,11 +112,12 @@ def run_method(method: MergeMethod, *, models: tuple[Path, ...], out: Path, **gi
         print_estimate(config, out, threads=given["threads"] or usable_cores())
         return
     keep_freed_memory()
-    report = with_progress(
-        lambda on_progress: run_merge(
-            config, out, threads=given["threads"], on_progress=on_progress, overwrite=given["overwrite"]
+    with recorded_output(out, {"models": config.models, "base": config.base}):
+        report = with_progress(
+            lambda on_progress: run_merge(
+                config, out, threads=given["threads"], on_progress=on_progress, overwrite=given["overwrite"]
+            )
         )
-    )
     print_answer({**report, "written": out}, lambda: print_differences(report))
     note(f"written to {out}")
 

@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 from koine.cli.answers import print_answer
+from koine.cli.arguments import MODEL, TOKENIZER
 from koine.cli.commands import Command
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.cli.tokenizer.texts import read_measured_texts
 from koine.terminal import note
 
@@ -17,11 +19,9 @@ INITIALISATIONS = ("random", "mean", "subword-mean", "focus", "distill")
 
 
 @click.command(cls=Command)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--tokenizer", "target", type=click.Path(path_type=Path), required=True, help="The tokenizer to move to."
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.argument("model", type=MODEL)
+@click.option("--tokenizer", "target", type=TOKENIZER, required=True, help="The tokenizer to move to.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write the model to.")
 @click.option(
     "--init",
     type=click.Choice(INITIALISATIONS),
@@ -59,7 +59,10 @@ def adapt(
             text, None, parallel=False, split=None, max_bytes=max_bytes, max_bad_share=0.01
         )
         texts = (one.text for one in measured)
-    with atomic_directory(out, overwrite=overwrite, reads=[model, target, *map(Path, text)]) as folder:
+    with (
+        recorded_output(out, {"model": model, "tokenizer": target, "text": text}),
+        atomic_directory(out, overwrite=overwrite, reads=[model, target, *map(Path, text)]) as folder,
+    ):
         moved = write_moved_model(model, target, folder, method=init, texts=texts, seed=seed)
     print_answer(
         {"tokens": moved, "reversible": moved.reversible, "init": init, "written": out},

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from koine.cli.answers import print_answer
-from koine.cli.arguments import LANGUAGES
+from koine.cli.arguments import LANGUAGES, TOKENIZER
 from koine.cli.commands import Command
 from koine.cli.tables import print_table
 from koine.cli.tokenizer.texts import read_measured_texts
 
 
 @click.command(cls=Command)
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=TOKENIZER)
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text of all these languages.")
 @click.option(
     "--primary",

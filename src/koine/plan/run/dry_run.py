@@ -48,6 +48,8 @@ def dry_run_figures(plan: Plan) -> dict[str, Any]:
         )
     return {
         "artifacts": artifacts,
+        "steps_to_run": len(build),
+        "without_estimate": expectation.unknown,
         "seconds": expectation.seconds,
         "critical_path": path,
         "critical_path_seconds": shortest,
