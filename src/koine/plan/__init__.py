@@ -2,6 +2,6 @@
 
 from koine.plan.parameters import Parameter
 from koine.plan.plan import Artifact, Plan
-from koine.plan.step import Estimate, step
+from koine.plan.step import Estimate, PlannedInput, step
 
-__all__ = ["Artifact", "Estimate", "Parameter", "Plan", "step"]
+__all__ = ["Artifact", "Estimate", "Parameter", "Plan", "PlannedInput", "step"]

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from koine.hardware import available_memory, free_disk_bytes
 from koine.plan.formatting import duration, size, table
 from koine.plan.plan import Plan
+from koine.plan.run.checks import check_memory, check_room, check_run_folder, check_steps
 from koine.plan.run.estimates import Expectation, critical_path, expect
 from koine.plan.store.status import statuses
 
 
 def dry_run_lines(plan: Plan) -> list[str]:
-    """Return a table of artifacts with state, reasons, memory and time; then totals and critical path."""
+    """Return a table of artifacts with state, reasons, memory and time; then totals and critical path.
+
+    Raises `UserError` for a mistake that is known before anything runs; warns as the run itself would.
+    """
+    check_run_folder(plan.folder)
     found = statuses(plan)
     build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
-    expectation = expect(plan, build)
+    expectation = expect(plan, build, check_steps(plan, found))
+    check_room(plan, expectation)
+    check_memory(expectation, available_memory())
     rows = [("artifact", "would be", "peak memory", "time", "why")]
     for name, status in found.items():
         estimate = expectation.steps.get(name)
@@ -41,6 +49,12 @@ def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
             f"at least {duration(seconds)} side by side: " + " → ".join(path),
             f"Peak memory: {size(expectation.memory_bytes)} in the largest step.",
         ]
+        if expectation.disk_bytes:
+            free = free_disk_bytes(plan.folder)
+            lines.append(
+                f"Disk: about {size(expectation.disk_bytes)} to write, {size(free)} free in {plan.runs}."
+            )
+        lines += expectation.bases
     if expectation.unknown:
         lines.append(f"No estimate for: {', '.join(expectation.unknown)}.")
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -36,7 +36,19 @@ class Expectation:
             "memory_bytes": self.steps[name].memory_bytes,
             "seconds": self.steps[name].seconds,
             "formula_seconds": None if formula is None else formula.seconds,
+            "disk_bytes": self.steps[name].disk_bytes,
+            "measured": self.steps[name].measured,
         }
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that all steps together will have on disk."""
+        return sum(estimate.disk_bytes for estimate in self.steps.values())
+
+    @property
+    def bases(self) -> list[str]:
+        """Where the steps' times come from, each sentence once."""
+        return list(dict.fromkeys(one.basis for one in self.steps.values() if one.basis))
 
     @property
     def memory_bytes(self) -> int:
@@ -56,15 +68,21 @@ def history(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def formula(plan: Plan, node: Node) -> Estimate | None:
-    """Return the result of the step's own `estimate` for its arguments; None where it has none."""
+def formula(plan: Plan, node: Node, planned: Mapping[str, Any] | None = None) -> Estimate | None:
+    """Return the result of the step's own `estimate` for its arguments; None where it has none.
+
+    planned: the step's inputs as its check gets them.
+    """
     if node.info.estimate is None:
         return None
     arguments = {key: places(value) for key, value in node.inputs.items()} | node.parameters
-    if "threads" in inspect.signature(node.info.estimate).parameters:
+    takes = inspect.signature(node.info.estimate).parameters
+    if "planned" in takes:
+        arguments["planned"] = planned or {}
+    if "threads" in takes:
         arguments.setdefault("threads", plan.threads_of(node.artifact.name))
     given = node.info.estimate(**arguments)
-    if not isinstance(given, Estimate) or given.memory_bytes < 0 or given.seconds < 0:
+    if not isinstance(given, Estimate) or min(given.memory_bytes, given.seconds, given.disk_bytes) < 0:
         raise UserError(
             f"its estimate must return an Estimate of memory and time, got {given!r}",
             where=node.identity["step"],
@@ -75,6 +93,7 @@ def formula(plan: Plan, node: Node) -> Estimate | None:
 def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) -> Estimate | None:
     """Return the formula's estimate, its time scaled by the median of actual over estimated time.
 
+    Only earlier estimates of the same kind count: a measured speed says nothing about an assumed one.
     Without a formula: the figures of an earlier build of this artifact, or else the mean over the same step's
     others.
     """
@@ -83,20 +102,29 @@ def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) ->
         if not same:
             return None
         return Estimate(
-            max(int(known["peak_memory_bytes"]) for known in same), fmean(known["seconds"] for known in same)
+            max(int(known["peak_memory_bytes"]) for known in same),
+            fmean(known["seconds"] for known in same),
+            max(sum(known.get("bytes", {}).values()) for known in same),
         )
     ratios = [
         known["seconds"] / known["estimate"]["formula_seconds"]
         for known in records
-        if known.get("estimate") and known["estimate"]["formula_seconds"]
+        if known.get("estimate")
+        and known["estimate"]["formula_seconds"]
+        and known["estimate"].get("measured") == given.measured
     ]
-    return Estimate(given.memory_bytes, given.seconds * (median(ratios) if ratios else 1.0))
+    return replace(given, seconds=given.seconds * (median(ratios) if ratios else 1.0))
 
 
-def expect(plan: Plan, build: Mapping[str, Node]) -> Expectation:
-    """Return estimates for the steps that will run."""
-    past = history(plan)
-    formulas = {name: formula(plan, node) for name, node in build.items()}
+def expect(
+    plan: Plan, build: Mapping[str, Node], planned: Mapping[str, Mapping[str, Any]] | None = None
+) -> Expectation:
+    """Return estimates for the steps that will run.
+
+    planned: each step's inputs as its check gets them.
+    """
+    past, inputs = history(plan), planned or {}
+    formulas = {name: formula(plan, node, inputs.get(name)) for name, node in build.items()}
     found = {
         name: scaled(node, formulas[name], past.get(node.identity["step"], []))
         for name, node in build.items()
