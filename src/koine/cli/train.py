@@ -370,3 +370,5 @@ def print_estimate(model: LanguageModel, settings: TrainSettings, mixture: Mixtu
     click.echo(f"operations   {flops:.3g}")
     click.echo(f"peak memory  about {estimate.peak_bytes / 2**30:.2f} GiB in one process")
     click.echo(f"time         about {estimate.seconds:,.0f} s on this machine's CPU")
+    click.echo(f"disk         about {(estimate.kept_bytes + estimate.temporary_bytes) / 2**20:,.0f} MiB")
+    click.echo(estimate.basis)

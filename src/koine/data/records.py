@@ -112,17 +112,17 @@ class RecordReader:
                         if len(self.examples) < _SHOWN:
                             self.examples.append(BadRecord(file, place, found))
                         if self.good + self.bad >= _FIRST_CHECK:
-                            self._check()
+                            self.check_bad_share()
                     else:
                         self.good += 1
                         self.present.add(found["language"])
                         if self.languages is None or found["language"] in self.languages:
                             yield found
-        self._check()
+        self.check_bad_share()
         if not self.good and not self.present:
             raise UserError("holds no records", where=str(self.path), hint="the files are empty")
 
-    def _check(self) -> None:
+    def check_bad_share(self) -> None:
         """Raise `UserError` if too many records are bad."""
         total = self.good + self.bad
         if self.bad > self.max_bad_share * total:

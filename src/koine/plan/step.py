@@ -22,7 +22,9 @@ class Estimate:
     memory_bytes: int
     seconds: float
     disk_bytes: int = 0
-    """Most bytes in the step's folder at once, checkpoints included."""
+    """Bytes of the artifact."""
+    temporary_bytes: int = 0
+    """Further bytes on disk while the step runs, for example checkpoints."""
     basis: str = ""
     """One sentence about where the time comes from; empty: from fixed rates."""
     measured: bool = True

@@ -243,6 +243,11 @@ def _questions(code: str, plans: Sequence[tuple[str, str, int]]) -> Iterator[dic
         }
 
 
+def heldout_count(documents_per_language: int) -> int:
+    """Return the number of held-out documents of each language."""
+    return max(4, round(HELD_OUT_DOCUMENTS * documents_per_language))
+
+
 def write_sample(
     languages: Sequence[str],
     out: Path,
@@ -275,9 +280,7 @@ def write_sample(
     ):
         check_integer(name, value, low=1)
     plans = document_plans(documents_per_language, seed=seed, heldout=False)
-    heldout = document_plans(
-        max(4, round(HELD_OUT_DOCUMENTS * documents_per_language)), seed=seed, heldout=True
-    )
+    heldout = document_plans(heldout_count(documents_per_language), seed=seed, heldout=True)
     asked = question_plans(questions_per_language, ("train",), seed=seed)
     tested = question_plans(max(3, round(TEST_QUESTIONS * questions_per_language)), SPLITS[1:], seed=seed)
     summary = SampleSummary({}, {"documents": 0, "bytes": 0})

@@ -85,10 +85,11 @@ def check_room(plan: Plan, expectation: Expectation) -> None:
     needed, free = expectation.disk_bytes, free_disk_bytes(plan.folder)
     if not needed:
         return
-    largest = max(expectation.steps, key=lambda name: expectation.steps[name].disk_bytes)
+    sizes = {name: one.disk_bytes + one.temporary_bytes for name, one in expectation.steps.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
     text = (
-        f"the run will write about {size(needed)} (most of it: {largest}, "
-        f"{size(expectation.steps[largest].disk_bytes)}), and {size(free)} are free"
+        f"the run will write about {size(needed)} ({size(sizes[largest])} of it for {largest}), "
+        f"and {size(free)} are free"
     )
     hint = "free some, or choose a folder on another disk with --runs"
     if needed > free:

@@ -42,8 +42,9 @@ class Expectation:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that all steps together will have on disk."""
-        return sum(estimate.disk_bytes for estimate in self.steps.values())
+        """Bytes on disk of all artifacts, and of the largest step's temporary files."""
+        temporary = max((estimate.temporary_bytes for estimate in self.steps.values()), default=0)
+        return sum(estimate.disk_bytes for estimate in self.steps.values()) + temporary
 
     @property
     def bases(self) -> list[str]:
