@@ -38,6 +38,15 @@ if TYPE_CHECKING:
     from koine.train.settings import TrainSettings
 
 
+SETTINGS = {
+    "--field text=COLUMN": "--set fields=text=COLUMN",
+    "--max-bad": "--set max_bad_share=SHARE",
+    "--base MODEL": "--set base=MODEL",
+    "leave --base out": "leave base out",
+}
+"""Options that hints of other rooms name, and the setting of a plan that does the same."""
+
+
 def surprise(text: str) -> None:
     """Warn of something that works and may not be what the user wants."""
     warnings.warn(text, KoineWarning, stacklevel=3)
@@ -190,7 +199,18 @@ def preview_of(data: PlannedInput, fields: tuple[str, ...], max_bad_share: float
     mapping = field_mapping(fields)
     if not data.exists:
         return None
-    return preview_records(data.path, fields=mapping, max_bad_share=max_bad_share)
+    try:
+        return preview_records(data.path, fields=mapping, max_bad_share=max_bad_share)
+    except UserError as error:
+        raise with_settings(error, data.path) from None
+
+
+def with_settings(error: UserError, where: Path | None = None) -> UserError:
+    """Return an error whose hint names settings of a plan in place of options of a command."""
+    hint = error.hint
+    for option, setting in SETTINGS.items():
+        hint = None if hint is None else hint.replace(option, setting)
+    return UserError(error.what, where=error.where or where, hint=hint)
 
 
 def kept_languages(
@@ -528,10 +548,13 @@ def merged(
         options=find_method(method).parse_options(options),
         seed=seed,
     )
-    if all(one.exists for one in given):
-        plan_merge(config).close()
-    else:
-        check_config(config)
+    try:
+        if all(one.exists for one in given):
+            plan_merge(config).close()
+        else:
+            check_config(config)
+    except UserError as error:
+        raise with_settings(error) from None
     return facts[0]
 
 

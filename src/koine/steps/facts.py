@@ -64,6 +64,8 @@ class ModelFacts:
     """None for a model of `transformers`."""
     vocab_size: int | None = None
     """Ids of its tokenizer, where they may differ from the rows of the embedding."""
+    origin: Path | None = None
+    """The given folder that it is or comes from, for messages."""
 
 
 def corpus_facts(planned: PlannedInput) -> CorpusFacts | None:
@@ -110,6 +112,7 @@ def model_facts(planned: PlannedInput) -> ModelFacts | None:
         model_type=kind,
         config=read_config(path) if kind in OWN_TYPES else None,
         vocab_size=tokenizer_size(path),
+        origin=path,
     )
 
 
@@ -126,7 +129,7 @@ def own_model(planned: PlannedInput) -> ModelConfig | None:
     if facts.config is None:
         raise UserError(
             f"is a model of type {facts.model_type}, and this recipe or step computes with Koine's own decoder",
-            where=planned.path,
+            where=facts.origin or planned.path,
             hint=f"possible are: {', '.join(OWN_TYPES)}; any other architecture can be merged, evaluated and "
             "served, see docs/how-to/",
         )
@@ -155,7 +158,9 @@ def vocabulary_size(planned: PlannedInput) -> int | None:
         return facts.vocab_size if isinstance(facts, TokenizerFacts | ModelFacts | TokensFacts) else None
     if not planned.path.is_dir():
         raise UserError(
-            "is a file, not the folder of a tokenizer", where=planned.path, hint="give its folder"
+            "is a file, and a folder with a model or a tokenizer is needed",
+            where=planned.path,
+            hint="give its folder",
         )
     found = tokenizer_size(planned.path)
     if found is None:

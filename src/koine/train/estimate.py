@@ -82,7 +82,7 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
             # (`koine.model.moe.losses`).
             micro_batches *= 4 / 3
         seconds += steps * (micro_batches * speed.micro_batch + speed.update)
-    kernels = KERNEL_BYTES * min(mixture.steps, KERNEL_STEPS) if mixed_precision else 0
+    kernels = KERNEL_BYTES * min(sum(mixture.shapes().values()), KERNEL_STEPS) if mixed_precision else 0
     return Estimate(
         PROCESS_BYTES
         + DATA_BYTES

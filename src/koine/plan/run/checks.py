@@ -45,8 +45,15 @@ def call_check(plan: Plan, node: Node, inputs: Mapping[str, Any]) -> Any:
     try:
         return node.info.check(**inputs, **node.parameters)
     except UserError as error:
-        where = error.where or f"step '{node.artifact.name}'"
+        where = error.where
+        if where is None or (is_artifact(plan, where) and not Path(where).exists()):
+            where = f"step '{node.artifact.name}'"
         raise plan.naming_parameter(UserError(error.what, where=where, hint=error.hint)) from None
+
+
+def is_artifact(plan: Plan, where: str) -> bool:
+    """Return whether a place lies in the run's folder."""
+    return Path(where).is_relative_to(plan.folder.resolve())
 
 
 def planned_inputs(value: Any, ready: set[str], facts: Mapping[str, Any]) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from koine.hardware import available_memory, free_disk_bytes
+from koine.hardware import available_memory, free_disk_bytes, usable_cores
 from koine.plan.formatting import duration, size, table
 from koine.plan.plan import Plan
 from koine.plan.run.checks import check_memory, check_room, check_run_folder, check_steps
-from koine.plan.run.estimates import Expectation, critical_path, expect
+from koine.plan.run.estimates import Expectation, critical_path, expect, makespan
 from koine.plan.store.status import statuses
 
 
@@ -41,12 +41,15 @@ def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
         return ["Nothing to do: all artifacts are up to date."]
     lines = [f"{count} of {len(plan.nodes)} steps would run."]
     if expectation.steps:
+        cores = usable_cores()
+        whole = makespan(plan, expectation, cores=cores, free_memory=available_memory())
         path, seconds = critical_path(
             plan, {name: estimate.seconds for name, estimate in expectation.steps.items()}
         )
         lines += [
             f"Time: {duration(expectation.seconds)} one after another; "
             f"at least {duration(seconds)} side by side: " + " → ".join(path),
+            f"On this machine ({cores} cores): about {duration(whole)}.",
             f"Peak memory: {size(expectation.memory_bytes)} in the largest step.",
         ]
         if expectation.disk_bytes:

@@ -13,6 +13,9 @@ from koine.plan.plan import Node, Plan, places
 from koine.plan.step import Estimate
 from koine.plan.store.publish import record_of
 
+START_SECONDS = 0.4
+"""Time to start the process of a step, and to publish what it wrote."""
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -159,3 +162,31 @@ def critical_path(plan: Plan, seconds: Mapping[str, float]) -> tuple[list[str], 
         ends[name] = (before + seconds.get(name, 0.0), path + own)
     time, path = max(ends.values(), default=(0.0, []))
     return path, time
+
+
+def makespan(plan: Plan, expectation: Expectation, *, cores: int, free_memory: int | None) -> float:
+    """Return the seconds until the last step ends, with as many side by side as cores and memory allow.
+
+    Steps start in the order of the scheduler: those with the longest remaining chain first.
+    """
+    seconds = {name: one.seconds + START_SECONDS for name, one in expectation.steps.items()}
+    after = remaining(plan, seconds)
+    waiting = sorted(seconds, key=lambda name: -after[name])
+    running: dict[str, float] = {}
+    now = 0.0
+
+    def fits(name: str) -> bool:
+        names = [*running, name]
+        used = sum(min(plan.threads_of(one), cores) for one in names)
+        memory = sum(expectation.steps[one].memory_bytes for one in names)
+        return not running or (used <= cores and (free_memory is None or memory <= free_memory))
+
+    while waiting or running:
+        for name in list(waiting):
+            parents = plan.nodes[name].parents
+            if not any(one in waiting or one in running for one in parents) and fits(name):
+                waiting.remove(name)
+                running[name] = now + seconds[name]
+        now = min(running.values())
+        running = {name: end for name, end in running.items() if end > now}
+    return now
