@@ -157,5 +157,5 @@ def test_a_step_that_needs_more_memory_than_is_free_is_named(
     texts: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("koine.plan.run.dry_run.available_memory", lambda: 2**19)
-    with pytest.warns(KoineWarning, match=r"'copy/0' may need 1 MiB of memory, and 512 KiB are free"):
+    with pytest.warns(KoineWarning, match=r"'copy/. may need 1 MiB of memory, and 512 KiB are free"):
         dry_run_lines(made(texts))
