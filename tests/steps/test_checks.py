@@ -134,11 +134,6 @@ def test_the_users_text_is_looked_at(text: Path) -> None:
     found = own(text)
     assert found is not None
     assert (found.primary, found.expanded, found.document_bytes) == (("en",), ("de", "hi"), 50)
-    assert (
-        own(text, min_bytes_per_language=201, primary_languages=("de",), languages=()) is None
-        if False
-        else True
-    )
 
 
 @pytest.mark.parametrize(
