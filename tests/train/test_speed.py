@@ -52,6 +52,9 @@ def test_a_quiet_machine_is_measured_once_an_hour(
     first = training_speed(CONFIG, SETTINGS, 2, 64, 1)
     assert (first.micro_batch, first.update, first.measured) == (0.5, 0.25, True)
     assert first.basis == "Training speed: measured now on this machine."
+    assert training_speed(CONFIG, SETTINGS, 2, 64, 1) == first
+    (file,) = own_cache.glob("*.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "when": time.time() - 120}))
     again = training_speed(CONFIG, SETTINGS, 2, 64, 1)
     assert again.micro_batch == 0.5
     assert again.basis.startswith(f"Training speed: measured on this machine on {time.strftime('%Y-')}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from koine.train.settings import TrainSettings
 
 MEGABYTE = 2**20
-LIGHT, IMPORTED = 30 * MEGABYTE, 310 * MEGABYTE
+LIGHT, IMPORTED = 26 * MEGABYTE, 310 * MEGABYTE
 """Resident bytes of a process without torch, and of one that has imported it and an evaluation."""
 IMPORT_SECONDS = 1.8
 """Time to import torch and the evaluations."""
@@ -51,7 +51,7 @@ def sample(
     written = int(code_bytes * 1.2) + len(languages) * int(
         1.1 * documents_per_language * RECORD_BYTES + 1.5 * questions_per_language * CHAT_BYTES
     )
-    return Estimate(LIGHT + 12 * MEGABYTE + 5 * written // 2, 1.8 + written / 7e6, written)
+    return Estimate(LIGHT + 16 * MEGABYTE + 5 * written // 2, 1.8 + written / 7e6, written)
 
 
 def own(*, max_bytes_per_language: int, planned: Mapping[str, Any], **_: Any) -> Estimate:
@@ -65,7 +65,7 @@ def own_text(*, max_bytes: int, planned: Mapping[str, Any], **_: Any) -> Estimat
     """Return the estimate of reading text until there are `max_bytes`: 40 MB a second."""
     given = sum(folder_bytes(one.path) for one in flat_inputs(planned.values()) if one.exists)
     written = min(int(1.5 * max_bytes), given)
-    return Estimate(LIGHT + 15 * MEGABYTE, 0.1 + given / 4e7 + written / 4e7, written)
+    return Estimate(LIGHT + 4 * MEGABYTE, 0.02 + given / 4e7 + written / 4e7, written)
 
 
 def planned_facts(planned: Mapping[str, Any], name: str = "corpus") -> CorpusFacts | None:
@@ -86,7 +86,7 @@ def tokenizer(
             share = len(facts.primary) / len(facts.languages)
         text = min(text, int(facts.part_bytes["documents"] * share))
     return Estimate(
-        LIGHT + 15 * MEGABYTE + 8 * text + 1_000 * vocabulary_size, 0.2 + text / 5e6, 80 * vocabulary_size
+        LIGHT + 19 * MEGABYTE + 8 * text + 1_000 * vocabulary_size, 0.2 + text / 5e6, 80 * vocabulary_size
     )
 
 
@@ -103,8 +103,8 @@ def domain_tokens(*, planned: Mapping[str, Any], **_: Any) -> Estimate:
 
 def tokenized(text: int) -> Estimate:
     """Return the estimate of tokenizing so many bytes: memory is bounded by the shards in work."""
-    memory = LIGHT + 60 * MEGABYTE + 36 * min(text, 20 * MEGABYTE)
-    return Estimate(memory, 0.15 + text / 4e6, MEGABYTE // 64 + text // 2)
+    memory = LIGHT + 64 * MEGABYTE + 32 * min(text, 20 * MEGABYTE)
+    return Estimate(memory, 0.15 + text / 4e6, MEGABYTE // 64 + 3 * text // 5)
 
 
 def training(
@@ -132,7 +132,7 @@ def training(
     return Estimate(
         found.peak_bytes + (SCORED_BYTES if scored else 0),
         IMPORT_SECONDS + 0.6 + found.seconds * (1.0 + scored / (3.0 * trained)),
-        found.kept_bytes + 2 * MEGABYTE,
+        found.kept_bytes + MEGABYTE // 4 + 80 * config.vocab_size,
         found.temporary_bytes,
         found.basis,
         found.measured,
@@ -257,8 +257,10 @@ def mixed(
     count = len(experts) + 1
     # Encoders of domain embeddings are fitted on the text.
     fitted = 1.5 if method == "nexus" else 0.0
-    memory = IMPORTED + int(fitted * 100 * MEGABYTE) + 2 * count * size
-    return Estimate(memory, IMPORT_SECONDS + fitted + count * size / 3e8, count * size)
+    memory = IMPORTED + int(fitted * 120 * MEGABYTE) + 2 * count * size
+    return Estimate(
+        memory, IMPORT_SECONDS + 0.5 + fitted + count * size / 3e8, count * size + int(fitted * 3 * MEGABYTE)
+    )
 
 
 def mixing(planned: Mapping[str, Any], **_: Any) -> Estimate:

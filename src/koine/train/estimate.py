@@ -15,8 +15,11 @@ PROCESS_BYTES = 350 * 2**20
 """Memory of a process that has imported torch."""
 DATA_BYTES = 70 * 2**20
 """Memory of the data order and of the metrics' writer."""
-KERNEL_BYTES, KERNEL_STEPS = 1.25 * 2**20, 200
-"""Memory that each of the first steps in bfloat16 adds: oneDNN keeps kernels for the shapes that it has seen."""
+KERNEL_BYTES, KERNEL_STEPS, MOST_KERNEL_STEPS = 1.25 * 2**20, 200, 450
+"""Memory that each of the first steps in bfloat16 adds: oneDNN keeps kernels for the shapes that it has seen.
+
+Dense models have few new shapes after `KERNEL_STEPS`; the store holds no more than `MOST_KERNEL_STEPS` bring.
+"""
 CHECKPOINT_BYTES, MODEL_BYTES = 12, 4
 """Bytes on disk of a parameter: weights and two moments of a checkpoint, and the float32 weights of a model."""
 
@@ -82,7 +85,9 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
             # (`koine.model.moe.losses`).
             micro_batches *= 4 / 3
         seconds += steps * (micro_batches * speed.micro_batch + speed.update)
-    kernels = KERNEL_BYTES * min(sum(mixture.shapes().values()), KERNEL_STEPS) if mixed_precision else 0
+    # Of a mixture every expert has another number of tokens in every step: the store is full at once.
+    seen = MOST_KERNEL_STEPS if config.mixture else min(sum(mixture.shapes().values()), KERNEL_STEPS)
+    kernels = KERNEL_BYTES * seen if mixed_precision else 0
     return Estimate(
         PROCESS_BYTES
         + DATA_BYTES

@@ -42,8 +42,8 @@ MAX_ENTRIES = 2**24
 DOCUMENT_TOKENS = 128
 """Length of the documents in a timed row."""
 TIMED_SECONDS = 0.3
-FRESH_SECONDS = 3_600.0
-"""A measurement of the last hour is not repeated."""
+NOW_SECONDS, FRESH_SECONDS = 60.0, 3_600.0
+"""A measurement of the last minute counts as made now; one of the last hour is not repeated."""
 MOST_REMEMBERED = 256
 QUIET_SHARE = 0.15
 """Other processes may use this share of all cores while the speed is measured."""
@@ -223,6 +223,8 @@ def _read(place: Path) -> tuple[Speed, float] | None:
 
 
 def _with_time(speed: Speed, when: float) -> Speed:
+    if time.time() - when < NOW_SECONDS:
+        return replace(speed, basis="Training speed: measured now on this machine.")
     moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
     return replace(speed, basis=f"Training speed: measured on this machine on {moment}.")
 
