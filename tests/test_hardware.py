@@ -50,3 +50,26 @@ def test_what_is_free_is_no_more_than_the_control_group_allows(monkeypatch: pyte
     monkeypatch.setattr(hardware, "memory_limit", lambda: 2**20)
     assert hardware.available_memory() == 2**20
     assert hardware.machine().available_memory_bytes == 2**20
+
+
+def test_busy_cores_are_those_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one second of 2 cores: 0.5 s idle, 0.25 s waiting, and 0.75 s of the rest are our own."""
+    import psutil
+
+    times = iter([(10.0, 5.0, 20.0, 1.0), (10.75, 5.5, 20.5, 1.25)])
+    own, clock = iter([3.0, 3.75]), iter([100.0, 101.0])
+
+    class Times(tuple[float, ...]):
+        @property
+        def idle(self) -> float:
+            return self[2]
+
+        @property
+        def iowait(self) -> float:
+            return self[3]
+
+    monkeypatch.setattr(psutil, "cpu_times", lambda: Times(next(times)))
+    monkeypatch.setattr(hardware.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(hardware.time, "sleep", lambda seconds: None)
+    assert hardware.busy_cores() == pytest.approx(0.5)

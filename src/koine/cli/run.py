@@ -124,7 +124,8 @@ def run(
             "the plan has no steps", where=plan, hint="add some with plan.step(function, name=..., ...)"
         )
     if dry_run:
-        click.echo("\n".join(dry_run_lines(made)))
+        for line in dry_run_lines(made):
+            click.echo(line)
         return
     try:
         nodes = execute(made, executor=executor_of(executor, address))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from koine.hardware import available_memory, free_disk_bytes, usable_cores
@@ -13,16 +14,16 @@ from koine.plan.run.estimates import Expectation, critical_path, expect, makespa
 from koine.plan.store.status import statuses
 
 
-def dry_run_lines(plan: Plan) -> list[str]:
-    """Return a table of artifacts with state, reasons, memory and time; then totals and critical path.
+def dry_run_lines(plan: Plan) -> Iterator[str]:
+    """Yield a table of artifacts with state, reasons, memory and time; then totals and critical path.
 
-    Raises `UserError` for a mistake that is known before anything runs; warns as the run itself would.
+    Raises `UserError` for a mistake that is known before anything runs, and after the last line where the
+    disk has no room for the run: its figures are of use all the same. Warns as the run itself would.
     """
     check_run_folder(plan.folder)
     found = statuses(plan)
     build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
     expectation = expect(plan, build, check_steps(plan, found))
-    check_room(plan, expectation)
     check_memory(expectation, available_memory())
     rows = [("artifact", "would be", "peak memory", "time", "why")]
     for name, status in found.items():
@@ -32,7 +33,13 @@ def dry_run_lines(plan: Plan) -> list[str]:
             memory, time = size(estimate.memory_bytes), duration(estimate.seconds)
         state = "built" if status.state == "build" else status.state
         rows.append((name, state, memory, time, "; ".join(status.reasons)))
-    return [*table(rows), "", *totals(plan, expectation, len(build))]
+    return itertools.chain(table(rows), [""], totals(plan, expectation, len(build)), room(plan, expectation))
+
+
+def room(plan: Plan, expectation: Expectation) -> Iterator[str]:
+    """Yield nothing; raise `UserError` where the disk has no room for the run."""
+    check_room(plan, expectation)
+    yield from ()
 
 
 def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
