@@ -56,9 +56,10 @@ def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
         lines += [
             f"Time: {duration(expectation.seconds)} one after another; "
             f"at least {duration(seconds)} side by side: " + " → ".join(path),
-            f"On this machine ({cores} cores): about {duration(whole)}.",
             f"Peak memory: {size(expectation.memory_bytes)} in the largest step.",
         ]
+        if not expectation.unknown:
+            lines.insert(2, f"On this machine ({cores} cores): about {duration(whole)}.")
         if expectation.disk_bytes:
             free = free_disk_bytes(plan.folder)
             lines.append(

@@ -86,12 +86,17 @@ def formula(plan: Plan, node: Node, planned: Mapping[str, Any] | None = None) ->
     if "threads" in takes:
         arguments.setdefault("threads", plan.threads_of(node.artifact.name))
     given = node.info.estimate(**arguments)
-    if not isinstance(given, Estimate) or min(given.memory_bytes, given.seconds, given.disk_bytes) < 0:
+    if not isinstance(given, Estimate) or min(figures(given)) < 0:
         raise UserError(
             f"its estimate must return an Estimate of memory and time, got {given!r}",
             where=node.identity["step"],
         )
     return given
+
+
+def figures(estimate: Estimate) -> tuple[float, ...]:
+    """Return the numbers of an estimate, none of which may be negative."""
+    return estimate.memory_bytes, estimate.seconds, estimate.disk_bytes, estimate.temporary_bytes
 
 
 def scaled(node: Node, given: Estimate | None, records: list[dict[str, Any]]) -> Estimate | None:
