@@ -32,6 +32,7 @@ def test_small_data_are_known_as_a_whole(tmp_path: Path) -> None:
     found = preview_records(path, fields={}, max_bad_share=0.0)
     assert found.text_bytes == {"de": 8 + 3, "und": 11}
     assert (found.documents, found.chat_languages, found.whole) == (3, ("fr",), True)
+    assert (found.chats, found.chat_bytes) == (1, 4)
     assert found.languages == ("de", "fr")
     assert found.file_bytes == path.stat().st_size
 

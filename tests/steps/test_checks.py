@@ -170,6 +170,19 @@ def test_of_large_data_only_the_beginning_is_judged(text: Path, monkeypatch: pyt
     assert own(text, languages=("sw",), min_bytes_per_language=900) is None
 
 
+def test_a_domain_of_chats_counts_them(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    path = tmp_path / "chats.jsonl"
+    given: dict[str, Any] = {"domain": "maths", "fields": (), "max_bytes": 1000, "max_bad_share": 0.0}
+    path.write_text(json.dumps({"messages": turns, "language": "en"}) + "\n")
+    with pytest.raises(UserError, match="the domain 'maths' has 1 documents; give more"):
+        checks.domain_text(there(path), **given)
+    path.write_text(path.read_text() * 2)
+    found = checks.domain_text(there(path), **given)
+    assert found is not None
+    assert found.document_bytes == 4
+
+
 def train(model: PlannedInput | None = None, **changed: Any) -> ModelFacts | None:
     given: dict[str, Any] = {
         "tokens": {"documents": planned(TokensFacts(vocab_size=600))},

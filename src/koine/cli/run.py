@@ -124,8 +124,7 @@ def run(
             "the plan has no steps", where=plan, hint="add some with plan.step(function, name=..., ...)"
         )
     if dry_run:
-        for line in dry_run_lines(made):
-            click.echo(line)
+        click.echo("\n".join(dry_run_lines(made)))
         return
     try:
         nodes = execute(made, executor=executor_of(executor, address))

@@ -20,6 +20,8 @@ class DataPreview:
     text_bytes: Mapping[str, int]
     """Bytes of text by language, without chats; `und`: no language is named."""
     documents: int
+    chats: int
+    chat_bytes: int
     chat_languages: tuple[str, ...]
     whole: bool
     """Whether the data ended before `PREVIEW_BYTES`, so that this is all of them."""
@@ -39,20 +41,25 @@ def preview_records(path: Path, *, fields: Mapping[str, str], max_bad_share: flo
     """
     reader = read_records(path, fields=fields, max_bad_share=max_bad_share, split="all", carry=())
     text_bytes: Counter[str] = Counter()
-    chats: set[str] = set()
-    documents, read, whole = 0, 0, True
+    languages: set[str] = set()
+    documents, chats, chat_bytes, read, whole = 0, 0, 0, 0, True
     for record in reader:
         if "messages" in record:
-            chats.add(record["language"])
-            read += sum(len(str(message["content"])) for message in record["messages"])
+            languages.add(record["language"])
+            chats += 1
+            length = sum(
+                len(str(message["content"]).encode("utf-8", "surrogatepass"))
+                for message in record["messages"]
+            )
+            chat_bytes += length
         else:
             length = len(record["text"].encode("utf-8", "surrogatepass"))
             text_bytes[record["language"]] += length
             documents += 1
-            read += length
+        read += length
         if read > PREVIEW_BYTES:
             whole = False
             reader.check_bad_share()
             break
     size = sum(file.stat().st_size for file in reader.files)
-    return DataPreview(dict(text_bytes), documents, tuple(sorted(chats)), whole, size)
+    return DataPreview(dict(text_bytes), documents, chats, chat_bytes, tuple(sorted(languages)), whole, size)

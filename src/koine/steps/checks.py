@@ -7,6 +7,7 @@ the facts that the checks of later steps build on.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koine.errors import KoineWarning, UserError, did_you_mean
+from koine.files import walk
 from koine.languages import language
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.plan import PlannedInput
@@ -182,27 +184,46 @@ def domain_text(
     preview = preview_of(data, fields, max_bad_share)
     if preview is None:
         return None
-    if preview.whole and preview.documents + len(preview.chat_languages) < 2:
+    count = preview.documents + preview.chats
+    if preview.whole and count < 2:
         raise UserError(
-            f"the domain '{domain}' has {preview.documents} documents",
+            f"the domain '{domain}' has {count} documents",
             where=data.path,
             hint="give more: one in twenty is held out, at least one",
         )
     written = min(int(1.5 * max_bytes), preview.file_bytes)
-    return CorpusFacts(part_bytes={"documents": written}, document_bytes=mean_document(preview))
+    return CorpusFacts(
+        part_bytes={"documents": written},
+        document_bytes=(sum(preview.text_bytes.values()) + preview.chat_bytes) // max(1, count) or 1,
+    )
 
 
 def preview_of(data: PlannedInput, fields: tuple[str, ...], max_bad_share: float) -> DataPreview | None:
     """Return the beginning of the user's data; None where they do not exist yet."""
-    from koine.data.preview import preview_records
-
     mapping = field_mapping(fields)
     if not data.exists:
         return None
     try:
-        return preview_records(data.path, fields=mapping, max_bad_share=max_bad_share)
+        return _preview(data.path, tuple(mapping.items()), max_bad_share, _state(data.path))
     except UserError as error:
         raise with_settings(error, data.path) from None
+
+
+def _state(path: Path) -> tuple[tuple[int, int], ...]:
+    """Return time and size of every file, which change with the content."""
+    files = walk(path) if path.is_dir() else [path]
+    found = [file.stat() for file in files if file.exists()]
+    return tuple((about.st_mtime_ns, about.st_size) for about in found)
+
+
+@functools.lru_cache(maxsize=64)
+def _preview(
+    path: Path, fields: tuple[tuple[str, str], ...], max_bad_share: float, state: tuple[tuple[int, int], ...]
+) -> DataPreview:
+    """Return `preview_records`, once for each `state` of the files: several steps may read the same data."""
+    from koine.data.preview import preview_records
+
+    return preview_records(path, fields=dict(fields), max_bad_share=max_bad_share)
 
 
 def with_settings(error: UserError, where: Path | None = None) -> UserError:

@@ -87,8 +87,11 @@ def check_run_folder(folder: Path) -> None:
         )
 
 
-def check_room(plan: Plan, expectation: Expectation) -> None:
-    """Raise `UserError` where the disk has less room than the run will need; warn where it is tight."""
+def check_room(plan: Plan, expectation: Expectation, *, refuse: bool = True) -> None:
+    """Warn where the disk is tight for the run; raise `UserError` where it has too little room.
+
+    Without `refuse` that is a warning too.
+    """
     needed, free = expectation.disk_bytes, free_disk_bytes(plan.folder)
     if not needed:
         return
@@ -99,7 +102,7 @@ def check_room(plan: Plan, expectation: Expectation) -> None:
         f"and {size(free)} are free"
     )
     hint = "free some, or choose a folder on another disk with --runs"
-    if needed > free:
+    if needed > free and refuse:
         raise UserError(text, where=plan.folder, hint=hint)
     if needed * DISK_RESERVE > free:
         warnings.warn(f"{plan.folder}: {text}; {hint}", KoineWarning, stacklevel=2)

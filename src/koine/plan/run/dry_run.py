@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from koine.hardware import available_memory, free_disk_bytes, usable_cores
@@ -14,16 +13,17 @@ from koine.plan.run.estimates import Expectation, critical_path, expect, makespa
 from koine.plan.store.status import statuses
 
 
-def dry_run_lines(plan: Plan) -> Iterator[str]:
-    """Yield a table of artifacts with state, reasons, memory and time; then totals and critical path.
+def dry_run_lines(plan: Plan) -> list[str]:
+    """Return a table of artifacts with state, reasons, memory and time; then totals and critical path.
 
-    Raises `UserError` for a mistake that is known before anything runs, and after the last line where the
-    disk has no room for the run: its figures are of use all the same. Warns as the run itself would.
+    Raises `UserError` for a mistake that is known before anything runs, and warns as the run itself would. A
+    disk without room is a warning here: the plan may be for another machine.
     """
     check_run_folder(plan.folder)
     found = statuses(plan)
     build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
     expectation = expect(plan, build, check_steps(plan, found))
+    check_room(plan, expectation, refuse=False)
     check_memory(expectation, available_memory())
     rows = [("artifact", "would be", "peak memory", "time", "why")]
     for name, status in found.items():
@@ -33,13 +33,7 @@ def dry_run_lines(plan: Plan) -> Iterator[str]:
             memory, time = size(estimate.memory_bytes), duration(estimate.seconds)
         state = "built" if status.state == "build" else status.state
         rows.append((name, state, memory, time, "; ".join(status.reasons)))
-    return itertools.chain(table(rows), [""], totals(plan, expectation, len(build)), room(plan, expectation))
-
-
-def room(plan: Plan, expectation: Expectation) -> Iterator[str]:
-    """Yield nothing; raise `UserError` where the disk has no room for the run."""
-    check_room(plan, expectation)
-    yield from ()
+    return [*table(rows), "", *totals(plan, expectation, len(build))]
 
 
 def totals(plan: Plan, expectation: Expectation, count: int) -> list[str]:
