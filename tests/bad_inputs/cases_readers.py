@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,10 +164,14 @@ CASES = (
         says="text.jsonl: a link that leads back to itself; fix or remove the link; is its disk mounted?",
     ),
     Case(
-        mistake="a pipe as data",
-        command="data inspect text.jsonl",
-        prepare=lambda folder: os.mkfifo(folder / "text.jsonl"),
-        says="text.jsonl: a pipe, a device or a socket, and data is read more than once; write it to a file, and give that",
+        mistake="a device as data",
+        command="data inspect /dev/null",
+        says="/dev/null: a device or a socket, which holds no data; give a file, a folder or a pipe",
+    ),
+    Case(
+        mistake="data from a descriptor that is not open",
+        command="data inspect /dev/fd/321",
+        says="/dev/fd/321: is closed; give a file, or pipe data to the command",
     ),
     Case(
         mistake="a Hugging Face data set that names a file elsewhere",

@@ -102,12 +102,14 @@ def chat(
     )
     from koine.generate.local_engine import LocalEngine
     from koine.hardware import chosen_device
+    from koine.serve.chat.opening import read_opening
     from koine.serve.chat.terminal import Chat, run_interactive, run_lines, standard_streams
 
     engine = LocalEngine(
         model, dtype=None if dtype == "auto" else dtype, device=chosen_device(device), threads=threads
     )
     interactive = standard_streams()
+    opening = read_opening(model)
     session = Chat(
         engine,
         system=system,
@@ -115,11 +117,12 @@ def chat(
         out=sys.stdout,
         notices=sys.stderr,
         interactive=interactive,
+        trained_context=opening.trained_context,
     )
     if once is not None:
         session.reply(once)
     elif interactive:
-        session.notice(f"{engine.described()}; /help lists the commands")
+        session.notice("\n".join(opening.lines(engine.described(), engine.context)))
         run_interactive(session)
     else:
         run_lines(session, sys.stdin.buffer)

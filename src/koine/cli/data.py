@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.groups import HelpGroup
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.errors import UserError
 from koine.terminal import printable
 
@@ -75,7 +75,7 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 
 @data.command()
 @click.option("--languages", help="Codes, separated by commas.  [default: the 24 with questions]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 @click.option(
@@ -146,7 +146,7 @@ def sample(
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer or model directory."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes."

@@ -10,7 +10,14 @@ import click
 
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import (
+    OVERWRITE,
+    OutputFile,
+    check_binary,
+    check_folder,
+    print_to_standard_error,
+    say_written,
+)
 from koine.errors import UserError
 
 
@@ -122,7 +129,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OutputFile(),
     required=True,
     help="File to write; for safetensors, the folder.",
 )
@@ -135,6 +142,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -> None:
     """Export MODEL to GGUF, or a training checkpoint (OUT/checkpoints/step-N) to a model directory."""
     if kind == "safetensors":
+        check_folder(out)
         if dtype == "q8_0":
             raise UserError("safetensors hold no q8_0", hint="choose float32, float16 or bfloat16")
         import torch
@@ -148,5 +156,10 @@ def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -
         return
     from koine.model.formats.gguf import export_gguf
 
+    check_binary(out)
+    print_to_standard_error([out])
     export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
-    click.echo(f"{out}: {out.stat().st_size:,} bytes")
+    if out.is_file():
+        click.echo(f"{out}: {out.stat().st_size:,} bytes")
+    else:
+        say_written(out)

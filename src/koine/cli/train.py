@@ -14,6 +14,7 @@ from koine.cli.arguments import DEVICE
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.mixtures import DataOptions, build_mixture, data_options
+from koine.cli.outputs import OutputFolder
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
 
@@ -68,9 +69,7 @@ RUN_OPTIONS = (
         help="Tokenizer folder, copied to the model.  [default: that of --model]",
     ),
     DEVICE,
-    click.option(
-        "--out", type=click.Path(path_type=Path), required=True, help="Folder of the trained model."
-    ),
+    click.option("--out", type=OutputFolder(), required=True, help="Folder of the trained model."),
     click.option(
         "--dry-run", is_flag=True, help="Print parameters, tokens, peak memory and time; train nothing."
     ),

@@ -10,7 +10,7 @@ import click
 
 from koine.cli.arguments import named_paths
 from koine.cli.groups import HelpGroup
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.errors import UserError
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 
@@ -52,7 +52,7 @@ MORE = click.argument("more", nargs=-1, metavar="[EXPERT]...")
 
 def OUT(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - an option like the others
     """Add `--out` and `--overwrite` to a command."""
-    out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+    out = click.option("--out", type=OutputFolder(), required=True, help="Folder to write to.")
     return out(OVERWRITE(command))
 
 

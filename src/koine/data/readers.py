@@ -17,10 +17,11 @@ from koine.data.csv_rows import OpenQuoteError, read_csv_rows
 from koine.data.decompression import COMPRESSIONS, decompressed
 from koine.data.json_rows import Row, UnendingError, read_json_rows
 from koine.data.lines import in_utf8, lines
+from koine.data.piped import shown_name
 from koine.data.tables import ALL, Columns, TableError, read_arrow, read_orc, read_parquet
 from koine.errors import UserError, did_you_mean, first_line
 from koine.fields import check_file_name
-from koine.files import read_json, walk
+from koine.files import hide_temporary_name, read_json, walk
 
 TextUnit = Literal["paragraph", "line", "file"]
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".lzo", ".z")
@@ -131,8 +132,13 @@ def _unknown_kind(path: Path) -> UserError:
 def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = ALL) -> Iterator[Row]:
     """Yield the rows of one file in order; `columns`: what is needed of a table.
 
-    Raises `UserError` if the file is of no known kind, unreadable, or damaged so that the rest is lost.
+    Errors about the copy of a pipe name the pipe. Raises `UserError` if the file is of no known kind, unreadable, or damaged so that the rest is lost.
     """
+    with hide_temporary_name(shown_name(path), path):
+        yield from _read_rows(path, unit, columns)
+
+
+def _read_rows(path: Path, unit: TextUnit, columns: Columns) -> Iterator[Row]:
     kind = kind_of(path) or (".jsonl" if _kind_named(path) == JSON else None)
     if kind is None:
         raise _unknown_kind(path)
@@ -225,9 +231,7 @@ def _check_is_file_or_folder(path: Path) -> None:
         raise UserError(what, where=path, hint="fix or remove the link; is its disk mounted?")
     if path.exists():
         raise UserError(
-            "a pipe, a device or a socket, and data is read more than once",
-            where=path,
-            hint="write it to a file, and give that",
+            "a device or a socket, which holds no data", where=path, hint="give a file, a folder or a pipe"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from koine.data.piped import local_copy, shown_name
 from koine.data.readers import TextUnit, data_files, read_rows
 from koine.data.record_content import content_fault, is_blank, read_label, read_message
 from koine.data.tables import Columns
@@ -110,7 +111,7 @@ class RecordReader:
                     if isinstance(found, str):
                         self.bad += 1
                         if len(self.examples) < _SHOWN:
-                            self.examples.append(BadRecord(file, place, found))
+                            self.examples.append(BadRecord(shown_name(file), place, found))
                         if self.good + self.bad >= _FIRST_CHECK:
                             self.check_bad_share()
                     else:
@@ -171,6 +172,7 @@ class RecordReader:
             return self.language or UNKNOWN_LANGUAGE
         if name == "domain":
             return self.domain or "text"
+        file = shown_name(file)
         return file.name.split(".")[0] if name == "source" else f"{file.name}:{place.split()[-1]}"
 
     def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
@@ -215,13 +217,13 @@ class RecordReader:
 
 
 def locate(path: str | Path) -> Path:
-    """Return the local path of a source; of `hub:OWNER/NAME`, the folder of its snapshot.
+    """Return the local path of a source; of `hub:OWNER/NAME`, the folder of its snapshot; of a pipe, a copy.
 
     Raises `UserError` if the hub cannot be reached or has no such data set.
     """
     text = str(path)
     if not text.startswith(HUB):
-        return Path(path)
+        return local_copy(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import HFValidationError
@@ -253,6 +255,8 @@ def read_records(
     questions: bool = False,
 ) -> RecordReader:
     """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
+
+    `-` is standard input. It and pipes are copied to a temporary file first (`koine.data.piped`).
 
     A row whose text (or `translation`) is an object `{code: text}` gives one record for each language that
     has a text, all with the row's `id` and `"translated": true`.

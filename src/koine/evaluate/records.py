@@ -45,6 +45,7 @@ class Records:
         limit: int | None = None,
         split_option: str = "--split",
         questions: bool = False,
+        preferred_split: str = "",
     ) -> None:
         """Open the sources.
 
@@ -54,11 +55,12 @@ class Records:
             limit: at most this many records of each language, from the start.
             split_option: the command's option that chooses a split, for error messages.
             questions: as `koine.data.read_records` takes it.
+            preferred_split: split that is read of a source with several, where the options name none.
         """
         if limit is not None:
             check_integer("the limit", limit, low=1)
         self.limit = limit
-        self.readers = [_open(path, options, split_option, questions) for path in paths]
+        self.readers = [_open(path, options, split_option, questions, preferred_split) for path in paths]
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         counts: dict[Any, int] = {}
@@ -80,7 +82,9 @@ class Records:
                 )
 
 
-def _open(path: str | Path, options: RecordOptions, split_option: str, questions: bool) -> RecordReader:
+def _open(
+    path: str | Path, options: RecordOptions, split_option: str, questions: bool, preferred_split: str
+) -> RecordReader:
     from koine.data.readers import data_files, split_of
     from koine.data.records import locate, read_records
 
@@ -88,7 +92,9 @@ def _open(path: str | Path, options: RecordOptions, split_option: str, questions
     if split is None:
         split, folder = "all", locate(path)
         named = {split_of(file, folder) for file in data_files(folder, split="all")} - {None}
-        if len(named) > 1:
+        if preferred_split in named:
+            split = preferred_split
+        elif len(named) > 1:
             raise UserError(
                 f"its files are of several splits ({', '.join(sorted(map(str, named)))})",
                 where=path,
@@ -102,6 +108,6 @@ def _open(path: str | Path, options: RecordOptions, split_option: str, questions
         max_bad_share=options.max_bad_share,
         unit=options.unit,
         split=split,
-        carry=("answer",),
+        carry=("answer", "kind", "fact"),
         questions=questions,
     )

@@ -9,6 +9,7 @@ from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.languages import language
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.parameters import (
     BatchSize,
     DataPath,
@@ -34,6 +35,8 @@ from koine.steps.training import HeldOutProbe
 from koine.tokenizer.embedding_init import METHODS
 
 REGIMES = ("continued", "targeted")
+EVALUATION_BYTES = 4_000
+"""Length to which a held-out document is cut, in the training's evaluations and in those after it."""
 
 
 def adaptation(
@@ -146,15 +149,12 @@ def adaptation(
         probe=HeldOutProbe(
             groups={"primary": ("primary",), "adapted": adapted_languages or ("expanded",)},
             documents=evaluation_documents,
-            max_bytes=4_000,
+            max_bytes=EVALUATION_BYTES,
             track_languages=True,
         ),
     )
     _evaluate(plan, corpus, {"given": given, "adapted": adapted}, evaluation_documents, seed)
-    plan.closing(
-        f"What each language gained and lost is in {plan.folder / 'report.html'}. "
-        f"The model: {plan.folder / 'model'}"
-    )
+    plan.closing(lambda run: trained_model(run, "what each language gained and lost", "model"))
 
 
 def _evaluate(plan: Plan, corpus: Artifact, models: dict[str, Artifact], documents: int, seed: int) -> None:
@@ -167,5 +167,6 @@ def _evaluate(plan: Plan, corpus: Artifact, models: dict[str, Artifact], documen
             model=model,
             documents_per_language=documents,
             questions_per_language=0,
+            max_document_bytes=EVALUATION_BYTES,
             seed=seed,
         )

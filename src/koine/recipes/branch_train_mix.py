@@ -8,6 +8,7 @@ from typing import Annotated
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.domains import add_comparison, add_domains, named_paths
 from koine.recipes.parameters import (
     BatchSize,
@@ -174,10 +175,8 @@ def branch_train_mix(
         )
         models |= {f"expert-{name}": expert, "grown": grown, "extended": extended}
     add_comparison(plan, models, corpora, evaluation_documents)
-    final = plan.folder / ("extended" if added else "model")
-    plan.closing(
-        f"Bits per byte and routing, domain by domain: {plan.folder / 'report.html'}. The model: {final}"
-    )
+    final = "extended" if added else "model"
+    plan.closing(lambda run: trained_model(run, "bits per byte and routing by domain", final))
 
 
 def _domains(

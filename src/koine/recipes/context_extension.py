@@ -8,6 +8,7 @@ from typing import Annotated
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.parameters import (
     DataPath,
     DType,
@@ -163,10 +164,7 @@ def extend(
     }
     comparison = plan.step(compare_lengths, name="comparison", evaluations=evaluations, lengths=lengths)
     plan.export(comparison / "results.json", "results.json")
-    plan.closing(
-        f"Bits per byte at each length, stage by stage: {plan.folder / 'report.html'}. "
-        f"The model: {plan.folder / 'model'}"
-    )
+    plan.closing(lambda run: trained_model(run, "bits per byte at each length and stage", "model"))
 
 
 def _rate_factor(progress: float, final_share: float) -> float:

@@ -8,6 +8,7 @@ from typing import Annotated
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.plan import Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.domains import add_comparison, add_domains, named_paths
 from koine.recipes.parameters import (
     BatchSize,
@@ -112,6 +113,4 @@ def merge_touch_up(
         "touched-up": model,
     }
     add_comparison(plan, compared, corpora, evaluation_documents)
-    plan.closing(
-        f"Bits per byte before and after: {plan.folder / 'report.html'}. The model: {plan.folder / 'model'}"
-    )
+    plan.closing(lambda run: trained_model(run, "bits per byte before and after", "model"))

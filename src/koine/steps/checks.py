@@ -465,6 +465,11 @@ def evaluated_model(model: PlannedInput, **_: Any) -> None:
     own_model(model)
 
 
+def copied(model: PlannedInput, **_: Any) -> ModelFacts | None:
+    """Hand on what is known of a model that is copied."""
+    return model_facts(model)
+
+
 def combined(
     seed_model: PlannedInput,
     experts: Mapping[str, PlannedInput],

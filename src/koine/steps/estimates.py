@@ -168,8 +168,8 @@ def evaluated_tokens(
         languages = UNKNOWN_LANGUAGES
     document = document_bytes(facts)
     document = document if probe.max_bytes is None else min(document, probe.max_bytes)
-    times = -(-steps // settings.evaluate_every) + probe.track_languages
-    return float(times * languages * probe.documents * document / BYTES_PER_TOKEN)
+    times = len(probe.at) or -(-steps // settings.evaluate_every)
+    return float((times + probe.track_languages) * languages * probe.documents * document / BYTES_PER_TOKEN)
 
 
 def document_bytes(facts: CorpusFacts | None) -> int:
@@ -197,6 +197,7 @@ def evaluation(
     *,
     documents_per_language: int,
     questions_per_language: int,
+    max_document_bytes: int | None = None,
     threads: int,
     planned: Mapping[str, Any],
     **_: Any,
@@ -208,7 +209,9 @@ def evaluation(
     documents = documents_per_language
     if facts is not None and facts.heldout_documents is not None:
         documents = min(documents, facts.heldout_documents)
-    tokens = languages * documents * document_bytes(facts) / BYTES_PER_TOKEN
+    each = document_bytes(facts)
+    each = each if max_document_bytes is None else min(each, max_document_bytes)
+    tokens = languages * documents * each / BYTES_PER_TOKEN
     tokens += chats * (questions_per_language + 1) * QUESTION_TOKENS
     return scoring(planned_config(planned), tokens, threads)
 
@@ -289,3 +292,9 @@ def given_bytes(values: Iterable[Any]) -> int:
 def sample_code(**_: Any) -> Estimate:
     """Return the estimate of some megabytes of Python."""
     return Estimate(LIGHT + 100 * MEGABYTE, 3.0, 10 * MEGABYTE)
+
+
+def copy(planned: Mapping[str, Any], **_: Any) -> Estimate:
+    """Return the estimate of copying a model."""
+    size = given_bytes(planned.values()) or 4 * UNKNOWN_PARAMETERS
+    return Estimate(LIGHT, 0.5 + size / 5e8, size)

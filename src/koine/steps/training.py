@@ -46,6 +46,22 @@ class HeldOutProbe:
     """Length to which a document is cut."""
     track_languages: bool = False
     """Write every language's figure to `languages.jsonl`; of a given model also before the first step."""
+    at: tuple[int, ...] = ()
+    """Numbers of steps done at which to measure, out of those of `evaluate_every`; empty: all of them."""
+
+
+def doubling_steps(steps: int) -> tuple[int, ...]:
+    """Return steps at which to measure a curve that falls fast at first: each twice the one before, and the last.
+
+    All but the last are multiples of the first, about a 32nd of `steps`.
+    """
+    first = max(1, steps // 32)
+    found = []
+    step = first
+    while step <= 0.75 * steps:
+        found.append(step)
+        step *= 2
+    return (*found, steps)
 
 
 @step(version="1", estimate=estimates.training, check=checks.training, threads=0)
@@ -115,7 +131,8 @@ def train_model(
     write_json(out / "metrics.json", final_metrics(out / "metrics.jsonl"))
     if probe is not None and tracked:
         groups = {name: language_codes(members, roles) for name, members in probe.groups.items()}
-        title = f"Adapted to {', '.join(groups.get('adapted', ()))}".removesuffix("to ")
+        added = groups.get("adapted") or groups.get("expanded") or ()
+        title = f"Adapted to {', '.join(added)}".removesuffix(" to ")
         write_step_report(out, title, forgetting_blocks(out, groups.get("primary", ())))
 
 
@@ -190,6 +207,7 @@ def make_probe(
         documents=probe.documents,
         max_bytes=probe.max_bytes,
         tracked=out / LANGUAGE_TRACK if probe.track_languages else None,
+        at=probe.at,
     )
 
 

@@ -48,7 +48,7 @@ NO_TARGET = (
     "that holds their answers"
 )
 Evaluate = Callable[[LanguageModel, int], Mapping[str, float]]
-"""`metrics = evaluate(model, steps_done)`; it must not change the model."""
+"""`metrics = evaluate(model, steps_done)`; it must not change the model. No metrics: nothing was measured."""
 
 
 def train(
@@ -317,6 +317,8 @@ class Trainer:
         if self.evaluate is None or not every or not (is_last or steps_done % every == 0):
             return False
         figures = run_evaluation(self.evaluate, self.model, steps_done)
+        if not figures:
+            return False
         self.best = better_evaluation(self.best, figures, steps_done, self.settings.best_metric)
         if reporter is not None:
             reporter.evaluation(steps_done - 1, figures)

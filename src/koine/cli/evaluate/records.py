@@ -24,6 +24,13 @@ OPTIONS = (
         help="Questions with answers, likewise; may be repeated.  [required without --data and --suite]",
     ),
     click.option(
+        "--training-questions",
+        multiple=True,
+        metavar="SOURCE",
+        help="Questions that the model was trained on, for the majority baseline: the most frequent answer to "
+        "each kind of question is taken from them; may be repeated.  [default: from --questions]",
+    ),
+    click.option(
         "--batch-size",
         default=16,
         show_default=True,
@@ -71,6 +78,7 @@ def evaluate_records(
     seed: int,
     data: tuple[str, ...],
     questions: tuple[str, ...],
+    training_questions: tuple[str, ...],
     batch_size: int,
     max_length: int | None,
     limit: int | None,
@@ -88,6 +96,7 @@ def evaluate_records(
         model,
         data=data,
         questions=questions,
+        training_questions=training_questions,
         batch_size=batch_size,
         max_length=max_length,
         limit=limit,
@@ -114,4 +123,4 @@ def print_tables(outcome: Outcome) -> None:
     for _, blocks in outcome.sections:
         for block in blocks:
             if block["kind"] == "table":
-                print_table_block(block)
+                print_table_block(block, left=("", "kind"))

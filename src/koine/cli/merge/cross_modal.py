@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
 
 
 @click.command("cross-modal", short_help="Merge a multimodal model with its text model (Aya Vision).")
 @click.argument("multimodal", type=click.Path(path_type=Path))
 @click.argument("text", type=click.Path(path_type=Path))
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write to.")
 @OVERWRITE
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file of weights.")
 @click.option(

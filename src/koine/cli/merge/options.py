@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from koine.cli.outputs import OutputFolder
 from koine.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def method_parameters(method: MergeMethod) -> list[click.Parameter]:
         click.Argument(
             ["models"], nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL..."
         ),
-        click.Option(["--out"], type=click.Path(path_type=Path), required=True, help="Folder to write to."),
+        click.Option(["--out"], type=OutputFolder(), required=True, help="Folder to write to."),
     ]
     if method.takes("weights"):
         parameters += [

@@ -10,7 +10,7 @@ import click
 
 from koine.cli.arguments import named_paths
 from koine.cli.merge.options import own_option
-from koine.cli.outputs import OVERWRITE, output_files
+from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
 from koine.combine.merging.methods import METHODS, find_method
 from koine.errors import UserError
 from koine.terminal import plain_console
@@ -76,7 +76,7 @@ def with_method_options(command: Command) -> Command:
 @click.option(
     "--limit", type=click.IntRange(1), default=64, show_default=True, help="Records to read of each PATH."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write all trials as JSON to this file.")
+@click.option("--out", type=OutputFile(), help="Write all trials as JSON to this file.")
 @OVERWRITE
 def command(
     models: tuple[Path, ...],
@@ -129,8 +129,7 @@ def command(
             write_json(target, search_report(models, method, trials, best, front, left_out))
     print_trials(models, [*texts, *asked], trials, best, front)
     print_left_out(models, [*texts, *asked], left_out)
-    if out is not None:
-        click.echo(f"written to {out}")
+    say_written(out)
     if METHODS[method].takes("weights"):
         click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
     else:
@@ -162,7 +161,7 @@ def evaluation_of(
             name: bits_per_byte(model, tokenizer, records, resamples=1)["overall"]["bits_per_byte"]
             for name, records in texts.items()
         } | {
-            name: wrong_share(question_accuracy(model, tokenizer, records, resamples=1))
+            name: wrong_share(question_accuracy(model, tokenizer, records))
             for name, records in questions.items()
         }
 
@@ -193,10 +192,11 @@ def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[
     from itertools import islice
 
     from koine.data import read_records
+    from koine.data.piped import is_piped
 
     named = named_paths(given, what="scores", hint="name them: NAME=PATH", name_of=lambda path: path.stem)
     for path in named.values():
-        if not path.exists():
+        if not (is_piped(path) or path.exists()):
             raise UserError("no such file or folder", where=path)
     return {
         name: list(islice(read_records(path, split="all", carry=("answer",)), limit))

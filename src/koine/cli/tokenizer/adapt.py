@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.cli.tokenizer.texts import read_measured_texts
 
 INITIALISATIONS = ("random", "mean", "subword-mean", "focus", "distill")
@@ -18,7 +18,7 @@ INITIALISATIONS = ("random", "mean", "subword-mean", "focus", "distill")
 @click.option(
     "--tokenizer", "target", type=click.Path(path_type=Path), required=True, help="The tokenizer to move to."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write the model to.")
 @click.option(
     "--init",
     type=click.Choice(INITIALISATIONS),

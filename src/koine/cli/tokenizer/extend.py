@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import texts_of
 from koine.errors import KoineWarning
@@ -26,7 +26,7 @@ Texts = Callable[[], Iterator[tuple[str, str]]]
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
 @click.option("--languages", help="Comma-separated codes to add.  [default: all in the data]")
 @click.option("--tokens", type=int, required=True, help="Number of tokens to add.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
 @click.option(

@@ -23,6 +23,7 @@ from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, wri
 from koine.model.formats.config_json import read_config, to_json
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import check_tokenizer_hash
+from koine.model.formats.safetensors_writer import save_tensors
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
 
@@ -182,11 +183,10 @@ def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tenso
 def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a complete safetensors file, or none. Raises `OSError` where the system refuses."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", KEY: NO_CHECKSUM})
+        save_tensors(tensors, temporary, metadata={"format": "pt", KEY: NO_CHECKSUM})
         write_checksum(temporary)
         temporary.replace(path)
     except SafetensorError as error:
