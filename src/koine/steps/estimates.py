@@ -296,5 +296,8 @@ def sample_code(**_: Any) -> Estimate:
 
 def copy(planned: Mapping[str, Any], **_: Any) -> Estimate:
     """Return the estimate of copying a model."""
-    size = given_bytes(planned.values()) or 4 * UNKNOWN_PARAMETERS
-    return Estimate(LIGHT, 0.5 + size / 5e8, size)
+    from koine.model.counting import count_parameters
+
+    config = planned_config(planned)
+    size = given_bytes(planned.values()) if config is None else 4 * count_parameters(config).total
+    return Estimate(LIGHT, 0.01 + size / 5e8, size)
