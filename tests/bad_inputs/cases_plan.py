@@ -274,7 +274,7 @@ CASES = (
         mistake="the lineage of a folder that is no artifact",
         command="lineage tokenizer",
         prepare=worlds.having("tokenizer"),
-        says="tokenizer: holds no artifact.json; only what `koine run` built or `koine adopt` registered has a lineage",
+        says="tokenizer: holds no artifact.json; only what a command of Koine made, or `koine adopt` registered, has a lineage",
     ),
     Case(
         mistake="a report of a run that is not there",

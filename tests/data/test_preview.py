@@ -50,3 +50,10 @@ def test_bad_records_at_the_beginning_are_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="1 of 3 records are bad"):
         preview_records(path, fields={}, max_bad_share=0.3)
     assert preview_records(path, fields={}, max_bad_share=0.5).documents == 2
+
+
+def test_a_format_is_read_as_the_run_reads_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"instruction": "What?", "output": "That."})
+    assert preview_records(path, fields={}, max_bad_share=0.0).chats == 1
+    with pytest.raises(UserError, match="lacks fields of the format sharegpt"):
+        preview_records(path, fields={}, max_bad_share=0.0, record_format="sharegpt")

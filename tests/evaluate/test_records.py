@@ -72,7 +72,7 @@ def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_the_hub_is_read(splits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, repo_type: str(splits))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(splits))
     records = Records(["hub:someone/something"], RecordOptions(split="test"))
     assert [record["text"] for record in records] == ["ein Hund"]
 

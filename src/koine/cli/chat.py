@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from koine.cli.arguments import DEVICE
+from koine.cli.arguments import DEVICE, MODEL
 from koine.generate.sampling import Sampling
 
 DEFAULT = Sampling()
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--once", metavar="QUESTION", help="Print the reply to one message, then exit.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
@@ -86,7 +86,7 @@ def chat(
     device: str,
     threads: int | None,
 ) -> None:
-    """Chat with MODEL, a model directory, in the terminal.
+    """Chat with MODEL, a model directory or OWNER/NAME of the hub, in the terminal.
 
     Replies stream as they are generated. /help lists the commands. Ctrl-C stops a reply, not the program.
     Without a terminal, each line of standard input is a message: echo "Hello" | koine chat MODEL

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from koine import hub
+from koine.cli.arguments import MODEL
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import (
@@ -18,6 +20,7 @@ from koine.cli.outputs import (
     print_to_standard_error,
     say_written,
 )
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 
 
@@ -59,7 +62,8 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
             table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
         print_table(table)
         return
-    if Path(which).is_dir():
+    folder = hub.model_folder(which, hub.CONFIGURATION)
+    if folder.is_dir():
         from koine.model.formats.config_json import read_config
 
         if vocab_size is not None:
@@ -73,7 +77,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
                 where=which,
                 hint="a model's attention is in its config.json",
             )
-        config = read_config(Path(which))
+        config = read_config(folder)
     elif "/" in which:
         raise UserError("no such model directory", where=which, hint="give a folder that holds config.json")
     else:
@@ -119,7 +123,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @model.command()
-@click.argument("directory", metavar="MODEL|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="MODEL|CHECKPOINT", type=MODEL)
 @click.option(
     "--format",
     "kind",
@@ -149,9 +153,10 @@ def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -
 
         from koine.train.export import export_checkpoint
 
-        export_checkpoint(
-            directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
-        )
+        with recorded_output(out, {"checkpoint": directory}):
+            export_checkpoint(
+                directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
+            )
         click.echo(f"written to {out}")
         return
     from koine.model.formats.gguf import export_gguf

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from koine.data.formats import RecordFormat
 from koine.data.records import UNKNOWN_LANGUAGE, read_records
 
 PREVIEW_BYTES = 4 * 2**20
@@ -34,12 +35,21 @@ class DataPreview:
         return tuple(sorted({*self.text_bytes, *self.chat_languages} - {UNKNOWN_LANGUAGE}))
 
 
-def preview_records(path: Path, *, fields: Mapping[str, str], max_bad_share: float) -> DataPreview:
+def preview_records(
+    path: Path, *, fields: Mapping[str, str], max_bad_share: float, record_format: str = ""
+) -> DataPreview:
     """Read the first records of a file or folder.
 
     Raises `UserError` as reading everything would: no data files, an unknown field, too many bad records.
     """
-    reader = read_records(path, fields=fields, max_bad_share=max_bad_share, split="all", carry=())
+    reader = read_records(
+        path,
+        fields=fields,
+        max_bad_share=max_bad_share,
+        split="all",
+        carry=(),
+        record_format=RecordFormat(record_format or None),
+    )
     text_bytes: Counter[str] = Counter()
     languages: set[str] = set()
     documents, chats, chat_bytes, read, whole = 0, 0, 0, 0, True

@@ -205,8 +205,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
         )
     found = _below(path) or _json_files(path)
     if split != "all":
-        wanted = split_of(Path(split), Path()) or split
-        kept = [file for file in found if split_of(file, path) in (None, wanted)]
+        kept = _of_split(found, path, split)
         if found and not kept:
             splits = sorted({str(split_of(file, path)) for file in found})
             raise UserError(
@@ -220,6 +219,19 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
             hint=f"known kinds: {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}",
         )
     return found
+
+
+def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
+    """Return the files of a split, and those that name none.
+
+    A split such as `train_sft` is only that one, where files are called so; `train` is all that begin so.
+    """
+    named = re.compile(rf"{re.escape(split)}(?=$|[-.])", re.IGNORECASE)
+    exact = [file for file in files if any(named.match(part) for part in file.relative_to(root).parts)]
+    if exact and not _SPLIT.fullmatch(split):
+        return exact
+    wanted = split_of(Path(split), Path()) or split
+    return [file for file in files if split_of(file, root) in (None, wanted)]
 
 
 def _check_is_file_or_folder(path: Path) -> None:
@@ -237,14 +249,7 @@ def _check_is_file_or_folder(path: Path) -> None:
 
 def _json_files(folder: Path) -> list[Path]:
     """Return the `.json` files of a folder without other data, except those that describe it."""
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if _kind_named(file) == JSON
-        and file.is_file()
-        and not file.name.startswith(".")
-        and file.name not in _DESCRIPTIONS
-    ]
+    return [file for file in walk(folder) if _kind_named(file) == JSON and file.name not in _DESCRIPTIONS]
 
 
 def _below(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from koine.errors import KoineWarning, UserError
 from koine.fields import check_integer
 
 if TYPE_CHECKING:
+    from koine.data.formats import RecordFormat
     from koine.data.readers import TextUnit
     from koine.data.records import RecordReader
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class RecordOptions:
     """Options for reading records; see `koine.data.read_records`.
 
-    split: `None` reads all of a folder that has one split or none.
+    split: `None` reads all of a folder that has one split or none. record_format: `None`: by their fields.
     """
 
     split: str | None = None
@@ -29,6 +30,7 @@ class RecordOptions:
     domain: str | None = None
     max_bad_share: float = 0.01
     unit: TextUnit = "paragraph"
+    record_format: RecordFormat | None = None
 
 
 class Records:
@@ -50,7 +52,7 @@ class Records:
         """Open the sources.
 
         Args:
-            paths: files, folders or `hub:OWNER/NAME`.
+            paths: files, folders or data sets of the hub (`OWNER/NAME`).
             options: how to read them.
             limit: at most this many records of each language, from the start.
             split_option: the command's option that chooses a split, for error messages.
@@ -85,12 +87,13 @@ class Records:
 def _open(
     path: str | Path, options: RecordOptions, split_option: str, questions: bool, preferred_split: str
 ) -> RecordReader:
+    from koine.data.hub_data import dataset_folder
     from koine.data.readers import data_files, split_of
-    from koine.data.records import locate, read_records
+    from koine.data.records import BY_FIELDS, read_records
 
     split = options.split
     if split is None:
-        split, folder = "all", locate(path)
+        split, folder = "all", dataset_folder(path)
         named = {split_of(file, folder) for file in data_files(folder, split="all")} - {None}
         if preferred_split in named:
             split = preferred_split
@@ -110,4 +113,5 @@ def _open(
         split=split,
         carry=("answer", "kind", "fact"),
         questions=questions,
+        record_format=options.record_format or BY_FIELDS,
     )

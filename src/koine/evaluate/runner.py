@@ -36,7 +36,7 @@ def evaluate_model(
 
     Args:
         path: a model with its tokenizer.
-        data: documents; files, folders or `hub:OWNER/NAME`.
+        data: documents; files, folders or data sets of the hub (`OWNER/NAME`).
         questions: questions with answers, likewise.
         training_questions: questions that the model was trained on, for the majority baseline; of a folder of
             several splits its training split.

@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ EXAMPLE_FILES = {"--page": "long.html", "--report": "report.html"}
 LEFTOVER = re.compile(r"\..+\.(\d+\.(?:partial|old))", re.DOTALL)
 # Errors of file systems without hard links
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+_FINISHING: ContextVar[tuple[tuple[str, Callable[[Path], None]], ...]] = ContextVar("_FINISHING", default=())
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,24 @@ class Claim:
 
     def publish(self, temporary: Path) -> None:
         """Sync a finished folder and rename it to the output; see `publish_directory`."""
+        for place, finish in _FINISHING.get():
+            if place == os.path.realpath(self.place):
+                finish(temporary)
         fsync_tree(temporary)
         publish_directory(temporary, self.place, found=self.found, where=self.out)
+
+
+@contextmanager
+def before_publishing(out: Path, finish: Callable[[Path], None]) -> Iterator[None]:
+    """Have `finish` called with the complete folder of the output `out`, before it gets its name.
+
+    So a record of the folder is published with it, whichever function inside this context writes the folder.
+    """
+    earlier = _FINISHING.set((*_FINISHING.get(), (os.path.realpath(out), finish)))
+    try:
+        yield
+    finally:
+        _FINISHING.reset(earlier)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from koine.data.hub_data import dataset_folder
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
+from koine.hub import TOKENIZER, model_folder
 from koine.languages import language
 from koine.plan import Artifact, Parameter, Plan
 from koine.recipes.closings import trained_model
@@ -16,6 +18,7 @@ from koine.recipes.parameters import (
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     Languages,
     LearningRate,
     MaxBadShare,
@@ -47,6 +50,7 @@ def adaptation(
     primary_languages: Annotated[tuple[str, ...], Parameter("Languages that the model knows already.")],
     languages: Languages = (),
     fields: FieldNames = (),
+    format: FormatName = "",
     regime: Annotated[
         str,
         Parameter(
@@ -92,8 +96,9 @@ def adaptation(
     corpus = plan.step(
         own_corpus,
         name="corpus",
-        data=plan.input(data, name="data"),
+        data=plan.input(dataset_folder(data), name="data"),
         fields=fields,
+        record_format=format,
         languages=languages,
         primary_cluster="none",
         primary_languages=primary_languages,
@@ -105,13 +110,13 @@ def adaptation(
         questions_per_language=100,
         seed=seed,
     )
-    given = start = plan.input(model, name="model-given")
+    given = start = plan.input(model_folder(model), name="model-given")
     if tokenizer is not None:
         start = plan.step(
             move_to_tokenizer,
             name="moved",
             model=given,
-            tokenizer=plan.input(tokenizer, name="tokenizer-given"),
+            tokenizer=plan.input(model_folder(tokenizer, TOKENIZER), name="tokenizer-given"),
             corpus=corpus,
             method=init,
             languages=tuple(language(code).code for code in languages),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+from koine.data.hub_data import dataset_folder
 from koine.hardware import chosen_dtype
 from koine.languages import CLUSTERS
 from koine.model import PRESETS, VARIANTS, ModelConfig
@@ -18,6 +19,7 @@ from koine.recipes.parameters import (
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     Languages,
     LearningRate,
     MaxBadShare,
@@ -50,9 +52,10 @@ def quickstart(
     plan: Plan,
     *,
     data: Annotated[
-        Path | None, Parameter("Your text in place of the sample world: a file or folder.")
+        Path | None, Parameter("Your text in place of the sample world: a file, a folder, or OWNER/NAME.")
     ] = None,
     fields: FieldNames = (),
+    format: FormatName = "",
     languages: Languages = (),
     primary_cluster: Annotated[
         str, Parameter("Languages to pretrain on: those of this cluster.", choices=CLUSTERS)
@@ -137,8 +140,9 @@ def quickstart(
             own_corpus,
             name="corpus",
             purpose="Sort your text by language, and hold some of it out.",
-            data=plan.input(data, name="data"),
+            data=plan.input(dataset_folder(data), name="data"),
             fields=fields,
+            record_format=format,
             languages=languages,
             max_bytes_per_language=max_bytes_per_language,
             heldout_bytes_per_language=max(10_000, max_bytes_per_language // 10),

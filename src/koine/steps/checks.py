@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 SETTINGS = {
     "--field text=COLUMN": "--set fields=text=COLUMN",
     "--max-bad": "--set max_bad_share=SHARE",
+    "(--format)": "(--set format=NAME)",
     "--base MODEL": "--set base=MODEL",
     "leave --base out": "leave base out",
 }
@@ -130,13 +131,14 @@ def own_corpus(
     max_bytes_per_language: int,
     min_bytes_per_language: int,
     max_bad_share: float,
+    record_format: str = "",
     primary_cluster: str,
     primary_languages: tuple[str, ...],
     **_: Any,
 ) -> CorpusFacts | None:
     """Check the user's text, and that both roles of languages can be filled from it."""
     primary_codes = known_codes("primary_languages", primary_languages)
-    preview = preview_of(data, fields, max_bad_share)
+    preview = preview_of(data, fields, max_bad_share, record_format)
     kept = kept_languages(
         data, preview, known_codes("languages", languages), min_bytes_per_language, max_bytes_per_language
     )
@@ -159,10 +161,11 @@ def text_corpus(
     max_bytes_per_language: int,
     min_bytes_per_language: int,
     max_bad_share: float,
+    record_format: str = "",
     **_: Any,
 ) -> CorpusFacts | None:
     """Check the user's text where all languages have the same role."""
-    preview = preview_of(data, fields, max_bad_share)
+    preview = preview_of(data, fields, max_bad_share, record_format)
     kept = kept_languages(
         data, preview, known_codes("languages", languages), min_bytes_per_language, max_bytes_per_language
     )
@@ -178,10 +181,11 @@ def domain_text(
     fields: tuple[str, ...],
     max_bytes: int,
     max_bad_share: float,
+    record_format: str = "",
     **_: Any,
 ) -> CorpusFacts | None:
     """Check a domain's text."""
-    preview = preview_of(data, fields, max_bad_share)
+    preview = preview_of(data, fields, max_bad_share, record_format)
     if preview is None:
         return None
     count = preview.documents + preview.chats
@@ -198,13 +202,15 @@ def domain_text(
     )
 
 
-def preview_of(data: PlannedInput, fields: tuple[str, ...], max_bad_share: float) -> DataPreview | None:
+def preview_of(
+    data: PlannedInput, fields: tuple[str, ...], max_bad_share: float, record_format: str
+) -> DataPreview | None:
     """Return the beginning of the user's data; None where they do not exist yet."""
     mapping = field_mapping(fields)
     if not data.exists:
         return None
     try:
-        return _preview(data.path, tuple(mapping.items()), max_bad_share, _state(data.path))
+        return _preview(data.path, tuple(mapping.items()), max_bad_share, record_format, _state(data.path))
     except UserError as error:
         raise with_settings(error, data.path) from None
 
@@ -218,12 +224,18 @@ def _state(path: Path) -> tuple[tuple[int, int], ...]:
 
 @functools.lru_cache(maxsize=64)
 def _preview(
-    path: Path, fields: tuple[tuple[str, str], ...], max_bad_share: float, state: tuple[tuple[int, int], ...]
+    path: Path,
+    fields: tuple[tuple[str, str], ...],
+    max_bad_share: float,
+    record_format: str,
+    state: tuple[tuple[int, int], ...],
 ) -> DataPreview:
     """Return `preview_records`, once for each `state` of the files: several steps may read the same data."""
     from koine.data.preview import preview_records
 
-    return preview_records(path, fields=dict(fields), max_bad_share=max_bad_share)
+    return preview_records(
+        path, fields=dict(fields), max_bad_share=max_bad_share, record_format=record_format
+    )
 
 
 def with_settings(error: UserError, where: Path | None = None) -> UserError:

@@ -5,7 +5,6 @@ Heavy imports are inside the functions, so that a run in which everything is up 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -103,6 +102,8 @@ def train_model(
     from koine.data import DataOrder
     from koine.data.drawn import read_drawn
     from koine.train import LanguageModelling, SupervisedFineTuning, train
+    from koine.train.progress import final_metrics
+    from koine.train.tracking.run_logger import logger_from_environment
 
     tokenizer = tokenizer or model
     if tokenizer is None:
@@ -127,6 +128,8 @@ def train_model(
         tokenizer=tokenizer,
         init_from=model,
         evaluate=evaluate,
+        # By the environment and not by a parameter: a tracker does not change what the step makes.
+        logger=logger_from_environment(),
     )
     write_json(out / "metrics.json", final_metrics(out / "metrics.jsonl"))
     if probe is not None and tracked:
@@ -209,22 +212,6 @@ def make_probe(
         tracked=out / LANGUAGE_TRACK if probe.track_languages else None,
         at=probe.at,
     )
-
-
-def final_metrics(path: Path) -> dict[str, float]:
-    """Return the mean loss of the last ten steps and the last evaluation, from a `metrics.jsonl`."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
-    for line in reversed(lines):
-        found = {
-            key.removeprefix("evaluation/"): value
-            for key, value in line.items()
-            if key.startswith("evaluation/")
-        }
-        if found:
-            return metrics | found
-    return metrics
 
 
 def training_settings(*, steps: int, **fields: Any) -> TrainSettings:

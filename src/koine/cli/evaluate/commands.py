@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from koine.cli.arguments import DEVICE
+from koine.cli.arguments import DEVICE, MODEL
 from koine.cli.evaluate import long_context, records
 from koine.cli.evaluate.output import write_outcome
 from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
@@ -39,7 +39,7 @@ def _names(options: Iterable[Decorator]) -> set[str]:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @_all(records.OPTIONS)
 @click.option("--out", type=OutputFile(), help="Write the results as JSON to this file.")
 @click.option("--page", type=OutputFile(), help="Write a page with plots to this HTML file.")

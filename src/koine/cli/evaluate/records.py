@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from koine.cli.arguments import FORMAT
 from koine.cli.evaluate.output import Outcome, print_table_block
 
 OPTIONS = (
@@ -14,7 +15,7 @@ OPTIONS = (
         "--data",
         multiple=True,
         metavar="SOURCE",
-        help="Documents: a file, a folder, a Hugging Face data set or hub:OWNER/NAME; may be repeated.  "
+        help="Documents: a file, a folder, or a data set of the hub (OWNER/NAME); may be repeated.  "
         "[required without --questions and --suite]",
     ),
     click.option(
@@ -51,6 +52,7 @@ OPTIONS = (
     click.option(
         "--field", "fields", multiple=True, metavar="NAME=COLUMN", help="Our field's name in the data."
     ),
+    FORMAT,
     click.option(
         "--max-bad",
         type=float,
@@ -84,13 +86,16 @@ def evaluate_records(
     limit: int | None,
     split: str | None,
     fields: tuple[str, ...],
+    record_format: str | None,
     max_bad: float,
     unit: Any,
 ) -> Outcome:
     """Evaluate a model on documents and questions."""
     from koine.cli.data import field_mapping
+    from koine.data import RecordFormat
     from koine.evaluate import evaluate_model
     from koine.evaluate.records import RecordOptions
+    from koine.hub import model_name
 
     result = evaluate_model(
         model,
@@ -104,14 +109,19 @@ def evaluate_records(
         dtype=dtype,
         seed=seed,
         record_options=RecordOptions(
-            split=split, fields=field_mapping(fields), language=language, max_bad_share=max_bad, unit=unit
+            split=split,
+            fields=field_mapping(fields),
+            language=language,
+            max_bad_share=max_bad,
+            unit=unit,
+            record_format=RecordFormat(record_format),
         ),
     )
     from koine.evaluate.table import report_sections
 
     given = {"Documents": ", ".join(data), "Questions": ", ".join(questions), "Seed": str(seed)}
     return Outcome(
-        title=f"Evaluation: {model.resolve().name}",
+        title=f"Evaluation: {model_name(model)}",
         result=result,
         sections=report_sections(result),
         facts=[(name, value) for name, value in given.items() if value],

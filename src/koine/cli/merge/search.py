@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from koine.cli.arguments import named_paths
+from koine.cli.arguments import MODEL, named_paths
 from koine.cli.merge.options import own_option
 from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
 from koine.combine.merging.methods import METHODS, find_method
 from koine.errors import UserError
+from koine.hub import model_name
 from koine.terminal import plain_console
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def with_method_options(command: Command) -> Command:
 
 @with_method_options
 @click.command("search", short_help="Search the weights of a merge.")
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
 @click.option(
     "--data",
     multiple=True,
@@ -46,9 +47,7 @@ def with_method_options(command: Command) -> Command:
     "[required without --data]",
 )
 @click.option("--method", default="linear", show_default=True, help="A method that takes weights, or slerp.")
-@click.option(
-    "--base", type=click.Path(path_type=Path), help="The common ancestor, for methods that need it."
-)
+@click.option("--base", type=MODEL, help="The common ancestor, for methods that need it.")
 @click.option(
     "--tokenizer",
     default="",
@@ -219,7 +218,7 @@ def print_trials(
 
     table = Table(title=f"{len(trials)} merges, lower is better: the best, and the Pareto front")
     for path in models:
-        table.add_column(path.resolve().name, justify="right")
+        table.add_column(model_name(path), justify="right")
     for name in [*names, "mean"]:
         table.add_column(name, justify="right")
     others = sorted((trial for trial in front if trial != best), key=lambda trial: float(trial.mean))
@@ -247,5 +246,5 @@ def print_left_out(
         table.add_column(name, justify="right")
     for path, changes in zip(models, left_out, strict=True):
         cells = ("–" if changes[name] is None else f"{changes[name]:+.4f}" for name in names)
-        table.add_row(path.resolve().name, *cells)
+        table.add_row(model_name(path), *cells)
     plain_console().print(table)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.cli.tokenizer.texts import texts_of
 from koine.cli.tokenizer.weights import weighting_options
 
@@ -51,7 +52,10 @@ def train(
             where="--vocab-size",
             hint=f"take at least {SMALLEST_VOCABULARY} (special tokens and 256 bytes)",
         )
-    with atomic_directory(out, overwrite=overwrite, reads=map(Path, data)) as folder:
+    with (
+        recorded_output(out, {"data": data}),
+        atomic_directory(out, overwrite=overwrite, reads=map(Path, data)) as folder,
+    ):
         from koine.tokenizer import train_tokenizer
 
         trained = train_tokenizer(

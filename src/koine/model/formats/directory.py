@@ -17,6 +17,7 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.files import disk_errors, write_json
+from koine.hub import model_folder
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, write_checksum
@@ -143,7 +144,7 @@ def load_model(
     """Load a Cohere, Cohere2 or Koine model directory.
 
     Args:
-        path: the directory.
+        path: the directory, or `OWNER/NAME` of the hub.
         dtype: of the weights; None: the widest stored one.
         device: where they are loaded.
 
@@ -151,7 +152,7 @@ def load_model(
         UserError: a file is missing, damaged or does not match its checksum; a tensor is missing, left over,
             of another shape or holds NaN; the tokenizer is not the one that the model was trained with.
     """
-    path = Path(path)
+    path = model_folder(path)
     config = read_config(path)
     weights = open_weights(path, config)
     with torch.device("meta"):
