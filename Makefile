@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` do everything on a machine with Python 3.11 or 3.12 and make.
+# `make quickstart` and `make test` do everything on a machine with Python 3.11 to 3.14 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
