@@ -30,6 +30,8 @@ SLURM = {
     "plan.sbatch": ["quickstart"],
     "ray.sbatch": ["quickstart"],
 }
+# Slurm's name of the job; tasks of an array have one of their own.
+JOBS = {"sweep.sbatch": "40_5"}
 TIMEOUT_SECONDS = 60
 
 # A stand-in writes one line: its name and its arguments, separated by tabs.
@@ -37,7 +39,8 @@ RECORD = 'printf "%s" "${0##*/}" >> "$CALLS"; printf "\\t%s" "$@" >> "$CALLS"; e
 STEP = 'while [[ "$1" == --* ]]; do shift; done; exec "$@"\n'
 STAND_INS = {
     "srun": RECORD + STEP,
-    "scontrol": RECORD + '[ "$1" = show ] && printf "n1\\nn2\\n"; exit 0\n',
+    "scontrol": RECORD
+    + 'case "$1 $2" in "show hostnames") printf "n1\\nn2\\n";; "show job") cat "$CALLS.job";; esac\n',
     "scancel": RECORD + 'kill -TERM "$(cat "$CALLS.pid")"\n',
     "ray": RECORD + '[ "$2" = --head ] && exec sleep 60; exit 0\n',
     "torchrun": RECORD,
@@ -53,6 +56,7 @@ class Runner:
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls_file = folder, folder / "calls"
         (folder / "venv/bin").mkdir(parents=True)
+        self.preempted_at("None")
         for name, body in STAND_INS.items():
             self.stand_in(name, body)
 
@@ -61,12 +65,19 @@ class Runner:
         path.write_text(f"#!/bin/bash\n{body}")
         path.chmod(0o755)
 
+    def preempted_at(self, time: str) -> None:
+        """Let `scontrol show job` print this time of a preemption."""
+        Path(f"{self.calls_file}.job").write_text(
+            f"JobId=41\n   PreemptEligibleTime=2026-11-30T13:00:00 PreemptTime={time}\n"
+        )
+
     def start(self, template: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         slurm = {
             "SLURM_JOB_ID": "41",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_CPUS_PER_TASK": "4",
+            "SLURM_ARRAY_JOB_ID": "40",
             "SLURM_ARRAY_TASK_ID": "5",
         }
         own = {"VENV": str(self.folder / "venv"), "CALLS": str(self.calls_file)}
@@ -126,6 +137,11 @@ def koine_calls(runner: Runner) -> list[dict[str, object]]:
     return [parse(words) for words in [*runner.calls("koine"), *through_torchrun]]
 
 
+def requeues(runner: Runner) -> list[str]:
+    """The jobs that were queued again."""
+    return [words[1] for words in runner.calls("scontrol") if words[0] == "requeue"]
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
 def test_the_shell_accepts_it(template: Path) -> None:
     subprocess.run(["bash", "-n", str(template)], check=True)
@@ -151,7 +167,7 @@ def test_the_command_line_knows_what_it_calls(name: str, runner: Runner) -> None
         assert (called["learning_rate"], called["seed"]) == (4e-3, 1)
     if name == "ray.sbatch":
         assert (called["executor"], called["address"]) == ("ray", "n1:20041")
-    assert not any(words[0] == "requeue" for words in runner.calls("scontrol"))
+    assert requeues(runner) == []
 
 
 def test_several_nodes_meet_at_the_first(runner: Runner) -> None:
@@ -170,7 +186,7 @@ def test_before_the_time_limit_it_saves_and_is_queued_again(name: str, runner: R
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 143
-    assert runner.calls("scontrol")[-1] == ["requeue", "41"]
+    assert runner.calls("scontrol")[-1] == ["requeue", JOBS.get(name, "41")]
 
 
 @pytest.mark.parametrize("name", [name for name in SLURM if name != "ray.sbatch"])
@@ -182,13 +198,22 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(name: str, runner: Runner
     os.killpg(process.pid, signal.SIGTERM)  # Slurm signals the shell and the step
     process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 143
-    assert ["requeue", "41"] not in runner.calls("scontrol")
+    assert requeues(runner) == []
 
 
-def test_a_failed_training_is_not_queued_again(runner: Runner) -> None:
-    runner.stand_in("torchrun", RECORD + "exit 2\n")
-    assert runner.run(DEPLOY / "slurm/train.sbatch")[0] == 2
-    assert runner.calls("scontrol") == []
+@pytest.mark.parametrize("name", SLURM)
+@pytest.mark.parametrize(
+    ("time", "queued"), [("2999-01-01T00:00:00", True), ("2020-01-01T00:00:00", False), ("None", False)]
+)
+def test_a_job_that_ends_at_a_preemption_is_queued_again(
+    name: str, time: str, queued: bool, runner: Runner
+) -> None:
+    """Slurm itself does so only for jobs that it had to kill; an earlier preemption and a failure do not count."""
+    worker = "torchrun" if name.startswith("train") else "koine"
+    runner.stand_in(worker, RECORD + "exit 143\n")
+    runner.preempted_at(time)
+    assert runner.run(DEPLOY / "slurm" / name, *SLURM[name])[0] == 143
+    assert requeues(runner) == ([JOBS.get(name, "41")] if queued else [])
 
 
 def test_a_task_beyond_the_sweep_is_refused(runner: Runner) -> None:
