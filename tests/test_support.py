@@ -85,8 +85,11 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_required_package_is_pinned_within_its_bounds() -> None:
-    required = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+def test_every_package_of_the_checks_is_pinned_within_its_bounds() -> None:
+    extras_of = PROJECT["optional-dependencies"]
+    nested = next(line for line in extras_of["dev"] if line.startswith("koine-lm["))
+    names = nested.partition("[")[2].rstrip("]").split(",")
+    required = [PROJECT["dependencies"], extras_of["dev"], *(extras_of[name] for name in names)]
     wanted = {
         canonical(found[1]): found[2]
         for lines in required

@@ -185,7 +185,8 @@ def test_before_the_time_limit_it_saves_and_is_queued_again(name: str, runner: R
     runner.wait_for(worker)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 143
+    # 128 + USR1: the step ended in the moment in which the signal ended the shell's `wait`
+    assert process.returncode in (143, 128 + signal.SIGUSR1)
     assert runner.calls("scontrol")[-1] == ["requeue", JOBS.get(name, "41")]
 
 
