@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from koine import extras, hardware
+from koine import extras, hardware, support
 
 GIB = 2**30
 
@@ -20,8 +20,16 @@ GIB = 2**30
     show_default=True,
     help="Folder whose free disk space is printed.",
 )
-def doctor(measure: bool, path: Path) -> None:
+@click.option(
+    "--constraints",
+    is_flag=True,
+    help="Print only the path of the file of tested versions, for `pip install --constraint`.",
+)
+def doctor(measure: bool, path: Path, constraints: bool) -> None:
     """Print versions, hardware, and what each optional extra would add."""
+    if constraints:
+        click.echo(support.constraints_file())
+        return
     print_versions()
     print_machine(path)
     core, optional = extras.inspect_installation()
@@ -39,8 +47,10 @@ def line(name: str, value: str) -> None:
 def print_versions() -> None:
     """Print the versions of Koine, Python and the main libraries."""
     click.echo("Versions")
+    notes = {"python": support.python_note, "torch": support.torch_note}
     for name, version in hardware.versions().items():
-        line(name, version)
+        note = notes[name](version) if name in notes and version != "not installed" else ""
+        line(name, f"{version} ({note})" if note else version)
     line("environment", hardware.environment())
 
 
