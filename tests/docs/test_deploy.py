@@ -47,7 +47,10 @@ STAND_INS = {
     "koine": RECORD,
 }
 # A training that saves when it gets TERM, and ends with the exit code of `koine train`.
-WAITS = RECORD + 'trap "exit 143" TERM; echo $$ > "$CALLS.pid"; while true; do sleep 0.05; done\n'
+WAITS = (
+    RECORD
+    + 'trap "exit 143" TERM; echo $$ > "$CALLS.pid"; touch "$CALLS.ready"; while true; do sleep 0.05; done\n'
+)
 
 
 class Runner:
@@ -104,7 +107,8 @@ class Runner:
 
     def wait_for(self, name: str) -> None:
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not (self.calls(name) and Path(f"{self.calls_file}.pid").exists()):
+        ready = Path(f"{self.calls_file}.ready")  # not the file of the pid: that may exist and be empty
+        while not (self.calls(name) and ready.exists()):
             assert time.monotonic() < deadline, f"{name} was not called"
             time.sleep(0.02)
 
