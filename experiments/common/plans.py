@@ -21,4 +21,9 @@ def choose_scale(scale: str, scales: Mapping[str, Scale]) -> Scale:
 def export_verdicts(plan: Plan, judged: Artifact) -> None:
     """Copy `results.json` of the step that judges into the run's folder, and say so at the end."""
     plan.export(judged / "results.json", "results.json")
-    plan.closing(f"The verdicts are in {plan.folder / 'results.json'} and {plan.folder / 'report.html'}.")
+    plan.closing(
+        lambda run: (
+            f"The verdicts are in {run.path(run.folder / 'results.json')} "
+            f"and {run.path(run.folder / 'report.html')}."
+        )
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from experiments.common.plans import choose_scale, export_verdicts
 from experiments.rope_to_nope.judge import judge
@@ -188,7 +189,7 @@ def trained_arms(
     plan: Plan, size: Scale, seed: int, *, corpus: Artifact, texts: Artifact
 ) -> dict[str, Artifact]:
     """Train every arm of one random seed in two stages; arms with the same layers share the first."""
-    common = {
+    common: dict[str, Any] = {
         "num_layers": size.layers,
         "hidden": size.hidden,
         "intermediate": size.intermediate,

@@ -31,6 +31,7 @@ PURPOSES = {
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
     "sentences": "embed domains by a sentence encoder: koine upcycle nexus --encoder FOLDER",
     "gguf": "export dense models for llama.cpp: koine model export --format gguf",
+    "track": "send a training's figures to wandb, trackio or MLflow: koine train pretrain --track wandb",
     "docs": "build the documentation site: make docs",
     "dev": "the tests, the type checker, the linters",
 }
@@ -40,6 +41,7 @@ MODULES = {
     "fonttools": "fontTools",
     "import-linter": "importlinter",
     "pytest-xdist": "xdist",
+    "pyyaml": "yaml",
     "tensorboardx": "tensorboardX",
 }
 # `ruff` is a program and `types-*` are stubs: there is nothing to import

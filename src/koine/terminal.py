@@ -33,6 +33,11 @@ def _escaped(character: str) -> str:
     return character
 
 
+def _reader_has_gone() -> None:
+    """Raise the `BrokenPipeError` that is handled; `rich` would exit on its own, with another status."""
+    raise
+
+
 def plain_console(**options: Any) -> Console:
     """Return a console of `rich` that interprets no markup, emoji names or escape sequences in text."""
     from rich.console import Console
@@ -45,4 +50,5 @@ def plain_console(**options: Any) -> Console:
 
     # Every text, also of a table's cell or title, passes here before it is shown.
     console.render_str = render_printable  # type: ignore[method-assign]
+    console.on_broken_pipe = _reader_has_gone  # type: ignore[method-assign]
     return console

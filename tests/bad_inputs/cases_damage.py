@@ -37,7 +37,7 @@ CASES = (
         mistake="the lineage of a folder that no plan built",
         command="lineage runs/r/a",
         prepare=written("runs/r/a/notes.txt", "a note"),
-        says="runs/r/a: holds no artifact.json; only what `koine run` built or `koine adopt` registered has a lineage",
+        says="runs/r/a: holds no artifact.json; only what a command of Koine made, or `koine adopt` registered, has a lineage",
     ),
     Case(
         mistake="a run's record cut short",

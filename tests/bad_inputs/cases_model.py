@@ -431,6 +431,12 @@ CASES = (
         says="nothing to evaluate on; give --data PATH, --questions PATH, or both",
     ),
     Case(
+        mistake="training questions without questions",
+        command="evaluate model --data a.jsonl --training-questions b.jsonl",
+        prepare=worlds.having("model"),
+        says="training questions without questions; give --questions PATH too",
+    ),
+    Case(
         mistake="questions without answers",
         command="evaluate model --questions questions.jsonl",
         prepare=worlds.having(

@@ -75,6 +75,20 @@ CASES = (
         says="--set words: 'many' does not fit; expected: integer",
     ),
     Case(
+        mistake="a closing without the inputs that its function takes",
+        command="run plans.py:small",
+        prepare=worlds.written(
+            "plans.py", PLAN + "    plan.closing(show)\n\n\ndef show(run, text):\n    return str(text)\n"
+        ),
+        says="plan.closing: show: missing a required argument: 'text'; give it the run, and the inputs by name",
+    ),
+    Case(
+        mistake="a step with a parameter called purpose",
+        command="run plans.py:small",
+        prepare=worlds.written("plans.py", PLAN.replace("words: int, out", "purpose: str, out")),
+        says="write: a step's parameter cannot be called 'purpose', which is one of plan.step; call it otherwise",
+    ),
+    Case(
         mistake="an executor that does not exist",
         command="run plans.py:small --executor slurm",
         prepare=WITH_PLAN,
@@ -97,7 +111,7 @@ CASES = (
         mistake="the lineage of a folder that is no artifact",
         command="lineage tokenizer",
         prepare=worlds.having("tokenizer"),
-        says="tokenizer: holds no artifact.json; only what `koine run` built or `koine adopt` registered has a lineage",
+        says="tokenizer: holds no artifact.json; only what a command of Koine made, or `koine adopt` registered, has a lineage",
     ),
     Case(
         mistake="a report of a run that is not there",

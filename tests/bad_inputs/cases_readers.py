@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,11 @@ def bad_file(mistake: str, name: str, content: bytes | Callable[[], bytes], says
         prepare=file_of(name, content),
         says=f"{name}: {says}",
     )
+
+
+def offline(monkeypatch: Any) -> None:
+    """Let the hub's client ask nobody."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def linked(name: str, to: str) -> Callable[[Path], None]:
@@ -104,7 +108,8 @@ CASES = (
     odd("a list in place of a record", ["a"], "a JSON list, not an object"),
     odd("a chat that ends with the user", {"conversations": [{"from": "human", "value": "hello"}]}, "the last message is not the assistant's"),
     odd("a chat with an unknown speaker", {"conversations": [{"from": "narrator", "value": "hello"}]}, "message 1 has the role 'narrator'; known: system, user, assistant"),
-    odd("a chat with a picture in it", {"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT["messages"][1]]}, "message 1: the text is list, not a string"),
+    odd("a chat with a picture in it", {"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT["messages"][1]]}, "message 1: a part is of the type 'image'; only text is read"),
+    odd("a chat that calls a tool", {"conversations": [{"from": "human", "value": "hello"}, {"from": "function_call", "value": "{}"}]}, "message 2 is a tool's or calls one; records hold the roles system, user, assistant"),
     odd("a control character in a field's name", '{"te\\u001bxt": "a"}', r"neither 'text' nor 'messages' (it has te\x1bxt)"),
     Case(
         mistake="a line longer than any document",
@@ -138,7 +143,45 @@ CASES = (
         mistake="a table without a column of text",
         command="data inspect text.csv",
         prepare=file_of("text.csv", b"title,body\na,b\n"),
-        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.csv, line 2: neither 'text' nor 'messages' (it has title, body); " + HINT,
+        says="text.csv: records of no known format, with the fields title, body; known: preference (chosen, rejected); unpaired-preference (label, prompt or messages); messages (messages); sharegpt (conversations or conversation); alpaca (instruction, output or response); text (text or translation); prompt-completion (prompt, completion or response); question-answer (question or query, answer or response). Map fields (--field text=COLUMN), or name the format (--format)",
+    ),
+    Case(
+        mistake="a format of records that does not exist",
+        command="data inspect text.jsonl --format alpacca",
+        prepare=worlds.text_with(*worlds.records()),
+        says="unknown format 'alpacca'; did you mean 'alpaca'?",
+    ),
+    Case(
+        mistake="records of another format than the one that is named",
+        command="data inspect text.jsonl --format alpaca",
+        prepare=file_of("text.jsonl", b'{"prompt": "Sky?", "completion": "Blue."}'),
+        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: lacks fields of the format alpaca: instruction, output or response (it has prompt, completion); "
+        + HINT,
+    ),
+    Case(
+        mistake="preference records without a prompt",
+        command="data inspect text.jsonl",
+        prepare=file_of("text.jsonl", b'{"chosen": "Blue.", "rejected": "Red."}'),
+        says="1 of 1 records are bad (100.0%, at most 1.0% may be); the first is text.jsonl, line 1: no prompt, and the answers have no common beginning; "
+        + HINT,
+    ),
+    Case(
+        mistake="answers with the label of bad ones alone",
+        command="data inspect text.jsonl",
+        prepare=file_of("text.jsonl", b'{"prompt": "Sky?", "completion": "Red.", "label": false}'),
+        says="text.jsonl: none of the 1 answers is labelled as chosen; take the others: chosen (label true) or rejected (false)",
+    ),
+    Case(
+        mistake="a word with one slash that is no local path, without a connection",
+        command="data inspect texts/german",
+        simulated="HF_HUB_OFFLINE is set",
+        during=offline,
+        says="texts/german: no such local path, and the cache does not hold the data set 'texts/german', and HF_HUB_OFFLINE is set; unset it once, to fetch it",
+    ),
+    Case(
+        mistake="a subset of a model of the hub",
+        command="model describe org/name:de",
+        says="org/name:de: 'de' after the colon: a model has no subsets; give org/name",
     ),
     Case(
         mistake="a CSV file with a header alone",
@@ -165,10 +208,14 @@ CASES = (
         says="text.jsonl: a link that leads back to itself; fix or remove the link; is its disk mounted?",
     ),
     Case(
-        mistake="a pipe as data",
-        command="data inspect text.jsonl",
-        prepare=lambda folder: os.mkfifo(folder / "text.jsonl"),
-        says="text.jsonl: a pipe, a device or a socket, and data is read more than once; write it to a file, and give that",
+        mistake="a device as data",
+        command="data inspect /dev/null",
+        says="/dev/null: a device or a socket, which holds no data; give a file, a folder or a pipe",
+    ),
+    Case(
+        mistake="data from a descriptor that is not open",
+        command="data inspect /dev/fd/321",
+        says="/dev/fd/321: is closed; give a file, or pipe data to the command",
     ),
     Case(
         mistake="a Hugging Face data set that names a file elsewhere",

@@ -119,6 +119,14 @@ CASES = (
         says="model: --fresh-data, and nothing says what was read before; leave it out, or go on from a model that this version of Koine trained",
     ),
     Case(
+        mistake="an experiment tracker without the extra track",
+        command=TRAIN + " --track wandb",
+        prepare=worlds.having("tokens", "tokenizer"),
+        during=worlds.without_package("wandb"),
+        simulated="the package is hidden",
+        says="to log a training to wandb, the package 'wandb' is needed and not installed; … -m pip install 'koine-lm[track]'",
+    ),
+    Case(
         mistake="a seed of more than 64 bits",
         command=TRAIN + " --seed 99999999999999999999999",
         prepare=worlds.having("tokens", "tokenizer"),

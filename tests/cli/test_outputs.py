@@ -1,4 +1,7 @@
-"""Commands with `--out`: what appears meanwhile stays, no result is lost, and nothing is left over."""
+"""Commands with `--out`: what appears meanwhile stays, no result is lost, and nothing is left over.
+
+`test_streams.py` has pipes, devices and standard output.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(command: str, place: Path)
 
 
 @pytest.mark.parametrize("command", FILES.values(), ids=FILES)
-def test_files_are_replaced_with_overwrite_alone_and_pipes_never(
+def test_files_are_replaced_with_overwrite_alone(
     command: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with atomic_file(place / "new") as file:
@@ -120,12 +123,6 @@ def test_files_are_replaced_with_overwrite_alone_and_pipes_never(
     assert (place / "new").read_text() == "theirs"
     run(command + " --overwrite")
     assert (place / "new").stat().st_size > 20
-    (place / "new").unlink()
-    os.mkfifo(place / "new")
-    for more in ("", " --overwrite"):
-        with pytest.raises(UserError, match="new: a pipe, which is not replaced"):
-            run(command + more)
-    assert (place / "new").is_fifo()
     (place / "new").unlink()
     name = outputs._name_file
 

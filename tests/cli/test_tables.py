@@ -32,8 +32,16 @@ RESULT = {
     "languages": dict.fromkeys(("de", "zh-Hant"), BITS),
     "domains": {"encyclopedia": BITS},
 }
-BY_KIND = {name: measured(0.5, questions=1_000) for name in ("recall", "generalisation")}
-QUESTIONS = {"questions": {"overall": BY_KIND, "languages": {"de": BY_KIND}}}
+BY_KIND = {
+    name: measured(0.5, questions=1_000, majority_baseline=0.25) for name in ("recall", "generalisation")
+}
+QUESTIONS = {
+    "questions": {
+        "overall": BY_KIND,
+        "languages": {"de": BY_KIND},
+        "majority_baseline": {"answers_from": "training questions"},
+    }
+}
 
 
 def in_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> io.StringIO:

@@ -17,7 +17,6 @@ import pytest
 import zstandard
 
 from koine.data import read_records
-from koine.data.records import locate
 from koine.errors import UserError
 
 RECORDS = [
@@ -136,15 +135,6 @@ def test_a_damaged_state_json_is_an_error(content: str, says: str, tmp_path: Pat
         read_records(tmp_path)
 
 
-def test_a_hub_error_without_a_message_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> str:
-        raise ConnectionError
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(UserError, match=r"cannot be fetched from the hub \(ConnectionError\)"):
-        locate("hub:a/b")
-
-
 @pytest.mark.parametrize(
     ("unit", "texts"),
     [("paragraph", ["a b\nc", "d"]), ("line", ["a b", "c", "d"]), ("file", ["a b\nc\n\nd"])],
@@ -241,13 +231,6 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
     (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert [r["id"] for r in read_records(saved)] == [r["id"] for r in RECORDS[:20]]
     assert [r["id"] for r in read_records(saved / "test", split="all")] == [r["id"] for r in RECORDS[20:]]
-
-
-def test_a_hub_name_without_a_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="cannot be fetched from the hub"):
-        locate("hub:nobody/nothing")
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from koine.errors import UserError
-from koine.evaluate import question_accuracy
-from koine.evaluate.question_answering import greedy_answers
+from koine.evaluate import question_accuracy, wilson_interval
+from koine.evaluate.question_answering import greedy_answers, question_blocks
 from koine.tokenizer import Tokenizer
 from tests.evaluate.conftest import Scripted, Wrapped
 
@@ -58,6 +58,69 @@ def test_right_answers_are_counted_by_language_and_kind(tokenizer: Tokenizer) ->
         ("ja", "recall"): (1, 1),
     }
     assert results[0]["overall"]["recall"]["value"] == pytest.approx(2 / 3)
+
+
+def test_every_answer_is_handed_out_with_its_question(tokenizer: Tokenizer) -> None:
+    outputs = [
+        (question(1, "Berlin", "recall"), "Berlin", True),
+        (question(2, "Bern", "recall"), "Berne", True),
+        (question(3, "Wien", "recall"), "Wien", False),
+    ]
+    found = {}
+    question_accuracy(
+        scripted(tokenizer, outputs),
+        tokenizer,
+        [record for record, _, _ in outputs],
+        on_answer=lambda record, answer, right: found.update({record["id"]: (answer, right)}),
+    )
+    assert found == {"q1": ("Berlin", True), "q2": ("Berne", False), "q3": (None, False)}
+
+
+def test_the_majority_baseline_is_counted_beside_the_model(tokenizer: Tokenizer) -> None:
+    def asked(number: int, answer: str, kind: str, language: str = "de") -> dict:
+        return {**question(number, answer, "recall", language), "kind": kind}
+
+    records = [
+        asked(1, "Euro", "currency"),
+        asked(2, "Euro", "currency"),
+        asked(3, "Yen", "currency"),
+        asked(4, "Thai", "language"),
+        asked(5, "Yen", "currency", "ja"),
+    ]
+    trained = [asked(6, "Yen ", "currency"), asked(7, "Deutsch", "language"), {"text": "no question"}]
+    model = scripted(tokenizer, [(record, record["answer"], True) for record in records])
+    without = question_accuracy(model, tokenizer, records)
+    # Euro, Euro and not Yen; Thai; Yen.
+    assert without["languages"]["de"]["recall"]["majority_baseline"] == pytest.approx(3 / 4)
+    assert without["overall"]["recall"]["majority_baseline"] == pytest.approx(4 / 5)
+    assert without["majority_baseline"]["answers_from"] == "test questions"
+    found = question_accuracy(model, tokenizer, records, training=trained)
+    # The training questions say Yen and Deutsch, and nothing in Japanese.
+    assert found["languages"]["de"]["recall"]["majority_baseline"] == pytest.approx(1 / 4)
+    assert found["overall"]["recall"]["majority_baseline"] == pytest.approx(2 / 5)
+    assert found["overall"]["recall"]["value"] == 1.0
+    assert found["majority_baseline"] == {
+        "answers_from": "training questions and test questions",
+        "answers": {"de": {"currency": "Yen", "language": "Deutsch"}, "ja": {"currency": "Yen"}},
+    }
+    (block,) = question_blocks({"questions": found})
+    assert block["rows"][0] == ["all", "recall", "100.0%", "56.6% – 100.0%", "40.0%", "5"]
+    assert "training questions" in block["caption"]
+
+
+def test_intervals_are_wilsons_over_facts(tokenizer: Tokenizer) -> None:
+    records = [
+        {**question(number, "Berlin", "recall", code), "fact": f"capital:{number}"}
+        for number in range(4)
+        for code in ("de", "ja")
+    ]
+    outputs = [(record, "Berlin" if record["id"] == "q0" else "Bern", True) for record in records]
+    found = question_accuracy(scripted(tokenizer, outputs), tokenizer, records)
+    one = wilson_interval(1 / 4, 4)
+    assert found["languages"]["de"]["recall"]["interval"] == pytest.approx(one)
+    # The same four facts in two languages tell no more than in one.
+    assert found["overall"]["recall"]["interval"] == pytest.approx(one)
+    assert found["overall"]["recall"]["questions"] == 8
 
 
 def test_an_assistants_last_message_is_the_answer_and_is_not_shown(tokenizer: Tokenizer) -> None:

@@ -41,6 +41,29 @@ def test_a_folder_of_several_splits_is_refused_until_one_is_chosen(splits: Path)
     assert texts(splits, split="all") == ["ein Hund", "a cat"]
 
 
+def test_a_preferred_split_is_read_where_there_are_several(splits: Path, tmp_path: Path) -> None:
+    def read(path: Path, **options: Any) -> list[str]:
+        records = Records([path], RecordOptions(**options), preferred_split="train")
+        return [record["text"] for record in records]
+
+    assert read(splits) == ["a cat"]
+    assert read(splits, split="test") == ["ein Hund"]
+    write(tmp_path / "one" / "test.jsonl", "alone")
+    assert read(tmp_path / "one") == ["alone"]
+
+
+def test_kind_and_fact_of_a_question_are_carried(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "?"}]
+    record = {"messages": messages, "answer": "Euro", "kind": "currency", "fact": "currency:DE", "other": 1}
+    worlds.write_lines(tmp_path / "a.jsonl", [record])
+    (read,) = Records([tmp_path / "a.jsonl"], RecordOptions(), questions=True)
+    assert {key: read[key] for key in ("answer", "kind", "fact")} == {
+        "answer": "Euro",
+        "kind": "currency",
+        "fact": "currency:DE",
+    }
+
+
 def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
     write(tmp_path / "test-00000-of-00002.jsonl", "one")
     write(tmp_path / "test-00001-of-00002.jsonl", "two")
@@ -49,7 +72,7 @@ def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_the_hub_is_read(splits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, repo_type: str(splits))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(splits))
     records = Records(["hub:someone/something"], RecordOptions(split="test"))
     assert [record["text"] for record in records] == ["ein Hund"]
 

@@ -85,10 +85,27 @@ def digest(path: Path, place: Path) -> str:
             ]
         except ValueError:
             return "not JSON " + hashlib.sha256(content).hexdigest()
+        if path.name == "artifact.json":
+            values = [without_speed(value) for value in values]
         content = json.dumps([steady(value) for value in values], sort_keys=True).encode()
     elif path.suffix in (".html", ".log", ".md"):
         return "a page" if content else "empty"
     return hashlib.sha256(TIMES.sub(b"TIME", content)).hexdigest()
+
+
+def without_speed(record: Any) -> Any:
+    """Remove the hashes and sizes of files that hold a training's speed from a record."""
+    if not isinstance(record, dict):
+        return record
+    changed = dict(record)
+    for key in ("files", "bytes"):
+        if isinstance(record.get(key), dict):
+            changed[key] = {
+                name: value
+                for name, value in record[key].items()
+                if name != "metrics.jsonl" and not name.startswith("tensorboard/")
+            }
+    return changed
 
 
 def steady(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
 import socket
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +108,8 @@ OUTPUTS: dict[str, Prepare] = {
     "root": lambda work, out: "/proc/out",
     "empty": lambda work, out: "",
 }  # fmt: skip
+WRITTEN_THROUGH = ("link-to-device", "device", "pipe")
+"""Outputs that a command that writes one file writes through."""
 MUST_WORK = ("link-to-empty-folder", "link-to-link", "parent-is-link", "through-dots")
 
 
@@ -130,8 +134,15 @@ def output(bench: Bench, stage: Stage, name: str) -> Result:
     out = stage.outs[0]
     given = OUTPUTS[name](work, out)
     before = kinds(work)
+    reader = None
+    if name == "pipe":
+        reader = threading.Thread(target=(work / out).read_bytes, daemon=True)
+        reader.start()
     life = live(stage.words(bench.world, **{out: given}), work, work.parent / "first", seconds=SECONDS)
     line = check_end(life)
+    if reader is not None:
+        _release_reader(work / out)
+        reader.join()
     after = kinds(work)
     for path, what in before.items():
         # A link that led nowhere leads to the result now; a file is replaced only where that was asked for.
@@ -147,7 +158,7 @@ def output(bench: Bench, stage: Stage, name: str) -> Result:
         return Result("line", said=line)
     place, wanted = work / given, bench.wanted[stage.name]
     if stage.shape == "file":
-        if not place.is_file():
+        if not (place.is_file() or name in WRITTEN_THROUGH):
             raise WrongError("silent", "success, but no file is there")
     elif name not in ("dot", "dot-dot", "empty"):
         found = {f"{out}/{one}": what for one, what in listing(place, place=work).items()}
@@ -159,6 +170,12 @@ def output(bench: Bench, stage: Stage, name: str) -> Result:
     if left := [one for one in temporary(listing(work)) if "/" not in one]:
         raise WrongError("silent", f"success, and left {left[:4]}")
     return Result("whole")
+
+
+def _release_reader(pipe: Path) -> None:
+    """End the reader of a pipe that nobody has opened for writing."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def _linked(source: Path, into: Path) -> None:
@@ -210,9 +227,10 @@ def _looped(source: Path, into: Path) -> None:
 
 
 def _piped(source: Path, into: Path) -> None:
-    """Make the largest file a pipe that nobody writes to."""
+    """Make the largest file a pipe that nobody writes to; a single file is written to its pipe once."""
     if source.is_file():
         os.mkfifo(into)
+        threading.Thread(target=into.write_bytes, args=(source.read_bytes(),), daemon=True).start()
         return
     shutil.copytree(source, into)
     largest = max((path for path in into.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -252,10 +254,36 @@ def make_socket(path: Path) -> None:
         one.bind(str(path))
 
 
-@pytest.mark.parametrize("make", [make_fifo, make_device, make_socket])
-def test_devices_pipes_and_sockets_are_never_replaced(make: object, tmp_path: Path) -> None:
+def make_disk(path: Path) -> None:
+    try:
+        os.mknod(path, 0o600 | stat.S_IFBLK, os.makedev(7, 250))
+    except PermissionError:
+        pytest.skip("this user may make no device")
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_device, make_socket, make_disk])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_never_replaces_a_pipe_a_device_or_a_socket(
+    make: Callable[[Path], None], overwrite: bool, tmp_path: Path
+) -> None:
     place = tmp_path / "s"
-    make(place)  # type: ignore[operator]
+    make(place)
+    kind = place.lstat().st_mode
+    (tmp_path / "link").symlink_to(place)
+    for out in (place, tmp_path / "link"):
+        with (
+            pytest.raises(UserError, match="and a folder is written|and not replaced"),
+            atomic_directory(out, overwrite=overwrite),
+        ):
+            pass
+    assert place.lstat().st_mode == kind
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("make", [make_socket, make_disk])
+def test_a_file_never_replaces_a_socket_or_a_disk(make: Callable[[Path], None], tmp_path: Path) -> None:
+    place = tmp_path / "s"
+    make(place)
     kind = place.lstat().st_mode
     (tmp_path / "link").symlink_to(place)
     for out in (place, tmp_path / "link"):
@@ -263,8 +291,6 @@ def test_devices_pipes_and_sockets_are_never_replaced(make: object, tmp_path: Pa
             pass
         with pytest.raises(UserError, match="which is not replaced"):
             write_atomically(out, "text")
-        with pytest.raises(UserError, match="not replaced"), atomic_directory(out, overwrite=True):
-            pass
     assert place.lstat().st_mode == kind
     assert (tmp_path / "link").is_symlink()
 

@@ -9,7 +9,7 @@ import pytest
 
 from koine.errors import UserError
 from koine.files import read_json, write_json
-from koine.plan import Plan, step
+from koine.plan import Artifact, FinishedRun, Plan, step
 from koine.plan.run.scheduler import execute
 from koine.plan.store.status import statuses
 
@@ -24,6 +24,14 @@ def write_words(*, words: int, out: Path) -> None:
 @step()
 def copy(data: Path, *, out: Path) -> None:
     (out / "text").write_bytes((data / "text").read_bytes())
+
+
+@step()
+def documented(*, out: Path) -> None:
+    """Write `out` nothing.
+
+    More about it.
+    """
 
 
 @step(threads=0)
@@ -75,3 +83,50 @@ def test_the_cores_of_a_step(tmp_path: Path, threads: int | None, cores: tuple[i
     assert tuple(plan.threads_of(name) for name in plan.nodes) == cores
     with pytest.raises(UserError, match="threads is 0; it must be at least 1"):
         Plan("run", tmp_path, 0)
+
+
+def read_copy(run: FinishedRun, copied: Path, *, more: dict[str, Path] | None = None) -> str:
+    extra = " ".join(more or {})
+    return f"{(copied / 'text').read_text()}in {run.folder.name} {extra}".strip()
+
+
+def test_a_closing_reads_artifacts_when_the_run_is_over(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    copied = Artifact("copy", plan.nodes["copy"].artifact.path, plan.nodes["copy"].artifact.fingerprint)
+    plan.closing("plain text")
+    plan.closing(read_copy, copied=copied, more={"a": copied})
+    nodes = execute(plan)
+    run = FinishedRun(plan.folder, 1.0, tuple(nodes.values()))
+    assert plan.closing_texts(run) == ["plain text", "word word in run a"]
+    plan.closing(lambda run: [run.folder])  # type: ignore[arg-type,return-value]
+    with pytest.raises(UserError, match="returned list, not text"):
+        plan.closing_texts(run)
+
+
+def test_closings_that_cannot_work_are_refused_before_the_run(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    with pytest.raises(UserError, match="is not an artifact of this plan"):
+        plan.closing(read_copy, copied=Artifact("z", tmp_path, "0"))
+    with pytest.raises(UserError, match="read_copy: missing a required argument: 'copied'"):
+        plan.closing(read_copy)
+    with pytest.raises(UserError, match="only a function takes inputs"):
+        plan.closing("text", copied=plan.nodes["copy"].artifact)
+
+
+def test_the_purpose_of_a_step_is_its_docstring_and_in_no_fingerprint(tmp_path: Path) -> None:
+    plan = Plan("run", tmp_path)
+    one = plan.step(documented, name="one")
+    two = plan.step(documented, name="two", purpose="Say it otherwise.")
+    assert one.fingerprint == two.fingerprint
+    plan.step(fixed, name="three")
+    assert [node.purpose for node in plan.nodes.values()] == ["Write out nothing.", "Say it otherwise.", ""]
+    execute(plan)
+    recorded = read_json(plan.folder / "plan.json")["nodes"]
+    assert [node["purpose"] for node in recorded] == ["Write out nothing.", "Say it otherwise.", ""]
+
+
+def test_a_steps_parameter_cannot_have_a_name_of_plan_step() -> None:
+    with pytest.raises(UserError, match="cannot be called 'purpose'"):
+
+        @step()
+        def wrong(*, purpose: str, out: Path) -> None: ...

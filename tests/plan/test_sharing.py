@@ -15,7 +15,6 @@ import pytest
 
 from koine.plan import Plan, step
 from koine.plan.run import progress
-from koine.plan.run.display import Display
 from koine.plan.store.fingerprints import SETTLED_SECONDS
 from tests.plan.running import koine, start, until
 
@@ -85,7 +84,7 @@ def test_a_second_run_waits_says_so_and_reuses(place: Path) -> None:
     first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0)
     assert "waiting: another run is building it" in message
-    assert "slow: reused (another run built it)" in message
+    assert "step 1 of 2: slow: reused (another run built it) after" in message
     assert (place / "times-built").read_text() == "x"
     log = (place / "runs/demo/logs/slow.log").read_text()
     assert log.count("attempt") == 1
@@ -199,26 +198,8 @@ def test_live_bars_on_a_terminal(place: Path) -> None:
     text = message.decode()
     assert re.search(r"item \d+", text)
     assert "━" in text
+    assert re.search(r"step 1 of 2 .*\d+%.*left", text)
     assert "that was it" in text
-
-
-def test_plain_lines_come_every_few_seconds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    display = Display()
-    display.started("a", "new")
-    for second in range(13):
-        now[0] = 100.0 + second
-        display.progress("a", second / 20, f"item {second}")
-    display.finished("a", "done")
-    assert capsys.readouterr().out.splitlines() == [
-        "a: started (new)",
-        "a:  25 % after 5.0 s  item 5",
-        "a:  50 % after 10.0 s  item 10",
-        "a: done after 12.0 s",
-    ]
 
 
 def test_progress_goes_to_the_file_of_the_run_and_nowhere_outside_one(

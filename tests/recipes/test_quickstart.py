@@ -58,9 +58,46 @@ def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> No
     for stage in ("pretrained", "adapted", "chat"):
         for arm in ("universal", "cluster"):
             assert results["bits_per_byte"][stage][arm]["expanded"] > 0.0
+    bits = results["bits_per_byte"]
+    for arm in ("universal", "cluster"):
+        curve = results["curves"][arm]["bits_per_byte"]
+        assert [curve[0], curve[-1]] == [bits[stage][arm]["expanded"] for stage in ("pretrained", "adapted")]
+        assert {"interval", "majority_baseline"} <= results["questions"][arm]["recall"].keys()
     page = (folder / "report.html").read_text(encoding="utf-8")
+    for words in ("Cost of the universal tokenizer", "Forgetting by the chat stage", "majority baseline"):
+        assert words in page
     assert "did the universal tokenizer adapt faster" in page
-    assert f"koine chat {folder / 'model'}" in message
+    answer = json.loads((folder / "comparison" / "report.json").read_text(encoding="utf-8"))["blocks"][0]
+    lines = message.splitlines()
+    assert f"The question: {answer['title']}" in lines
+    shown = " ".join(line.strip() for line in lines[lines.index(f"The question: {answer['title']}") + 1 :])
+    assert shown.startswith(answer["text"])
+    assert "questions of its evaluation right" in shown
+    assert "total time: " in message
+    assert any(line.split()[:2] == ["adapted", "×2"] for line in lines)
+    assert lines[-1].endswith(f"koine chat {folder / 'model'}") or "--once" in lines[-1]
+    steps = len(json.loads((folder / "plan.json").read_text(encoding="utf-8"))["nodes"])
+    assert [line.split(":")[0] for line in lines if line.startswith("step ")] == [
+        f"step {number} of {steps}" for number in range(1, steps + 1)
+    ]
+
+
+def test_answers_and_examples_are_left_beside_the_evaluation_and_the_model(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    evaluation = folder / "evaluation" / "universal" / "chat"
+    answers = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text("utf-8").splitlines()]
+    questions = json.loads((evaluation / "evaluation.json").read_text("utf-8"))["questions"]["overall"]
+    examples = json.loads((folder / "model" / "example_questions.json").read_text("utf-8"))
+    assert len(answers) == sum(kind["questions"] for kind in questions.values()) == examples["asked"]
+    right = [one for one in answers if one["is_right"]]
+    assert len(right) == sum(kind["correct"] for kind in questions.values()) == examples["right"]
+    asked = {one["messages"][0]["content"] for one in right}
+    assert {one["question"] for one in examples["examples"]} <= asked
+    # The model is the one that was evaluated, without the files of its training.
+    ours, theirs = (path / "model.safetensors" for path in (folder / "model", folder / "chat" / "universal"))
+    assert sha256_file(ours) == sha256_file(theirs)
+    assert (folder / "model" / "training.json").exists()
+    assert not (folder / "model" / "metrics.jsonl").exists()
 
 
 def test_the_model_answers_in_koine_chat(whole: tuple[Path, str]) -> None:
@@ -106,7 +143,7 @@ def test_killed_and_run_again_it_ends_in_the_same_model(whole: tuple[Path, str],
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     run(tmp_path)
-    for name in ("model", "model-cluster", "pretrained/cluster"):
+    for name in ("model", "chat/cluster", "pretrained/cluster"):
         ours, theirs = (root / name / "model.safetensors" for root in (tmp_path / "quickstart", folder))
         assert sha256_file(ours) == sha256_file(theirs), name
 

@@ -158,8 +158,25 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path, before:
     assert losses(tmp_path / "o") == pytest.approx(one_process(tmp_path, "float32"), abs=1e-4)
 
 
+FAKE_TRACKER = """
+import os
+
+class Run:
+    def log(self, figures, step):
+        self.say(f"{os.environ['RANK']} {step}")
+    def finish(self):
+        self.say(f"{os.environ['RANK']} end")
+    def say(self, text):
+        with open(os.environ["FAKE_TRACKER"], "a") as file:
+            print(text, file=file)
+
+def init(**given):
+    return Run()
+"""
+
+
 def test_torchrun_with_an_evaluation(tmp_path: Path) -> None:
-    """`torchrun ... -m koine train pretrain ...`, as the manual shows it, with an evaluation."""
+    """`torchrun ... -m koine train pretrain ...`, as the manual shows it, with an evaluation and a tracker."""
     from tests.train.tokens import write_tokens
 
     tokenizer, shards = write_tokens(tmp_path)
@@ -170,12 +187,20 @@ def test_torchrun_with_an_evaluation(tmp_path: Path) -> None:
         *("torchrun", "--nproc-per-node", 2, "-m", "koine", "train", "pretrain", "--data", shards["short"]),
         *("--tokenizer", tokenizer, "--preset", "koine-0.5m", "--steps", 3, "--batch-size", 2),
         *("--sequence-length", 16, "--device", "cpu", "--evaluate-every", 2, "--evaluate-data", text),
-        *("--threads", 1, "--out", out),
+        *("--threads", 1, "--track", "trackio", "--out", out),
     ]
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/trackio.py").write_text(FAKE_TRACKER)
+    python_path = os.pathsep.join([str(tmp_path / "fake"), *filter(None, [os.environ.get("PYTHONPATH")])])
     program = Path(sys.executable).parent / "torchrun"
     done = subprocess.run(
         [str(program), *map(str, words[1:])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": python_path,
+            "FAKE_TRACKER": str(tmp_path / "said"),
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -183,6 +208,9 @@ def test_torchrun_with_an_evaluation(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(out)) == 3
+    # Only the first process talks to the tracker, and one record is written.
+    assert (tmp_path / "said").read_text().split("\n") == ["0 0", "0 1", "0 1", "0 2", "0 2", "0 end", ""]
+    assert "model.safetensors" in json.loads((out / "artifact.json").read_text())["files"]
     about = json.loads((out / "training.json").read_text())
     assert about["rounding"]["ranks"] == 2
     # Measured on the sharded model during training, and on the saved model afterwards.

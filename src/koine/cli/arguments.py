@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
+from koine import hub
+from koine.data.formats import BY_NAME
 from koine.errors import UserError
+
+
+class HubPath(click.Path):
+    """A folder, or the name of a model on the hub, which is fetched.
+
+    files: patterns of the files that the command needs, as in `koine.hub`.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        super().__init__(path_type=Path)
+        self.files = files
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the local folder."""
+        path = super().convert(value, param, ctx)
+        assert isinstance(path, Path)
+        return path if ctx is not None and ctx.resilient_parsing else hub.model_folder(path, self.files)
+
+
+MODEL, TOKENIZER = HubPath(hub.MODEL), HubPath(hub.TOKENIZER)
 
 DEVICE = click.option(
     "--device",
     default="auto",
     show_default=True,
     help="Where to compute: cpu, cuda, cuda:1 or mps; auto: cuda where torch finds it, else cpu.",
+)
+FORMAT = click.option(
+    "--format",
+    "record_format",
+    metavar="NAME",
+    help=f"Format of the records: {', '.join(BY_NAME)}.  [default: recognised by their fields]",
 )
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from koine.cli.arguments import DEVICE
+from koine.cli.arguments import DEVICE, MODEL
 from koine.generate.sampling import Sampling
 
 DEFAULT = Sampling()
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--once", metavar="QUESTION", help="Print the reply to one message, then exit.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
@@ -86,7 +86,7 @@ def chat(
     device: str,
     threads: int | None,
 ) -> None:
-    """Chat with MODEL, a model directory, in the terminal.
+    """Chat with MODEL, a model directory or OWNER/NAME of the hub, in the terminal.
 
     Replies stream as they are generated. /help lists the commands. Ctrl-C stops a reply, not the program.
     Without a terminal, each line of standard input is a message: echo "Hello" | koine chat MODEL
@@ -102,12 +102,14 @@ def chat(
     )
     from koine.generate.local_engine import LocalEngine
     from koine.hardware import chosen_device
+    from koine.serve.chat.opening import read_opening
     from koine.serve.chat.terminal import Chat, run_interactive, run_lines, standard_streams
 
     engine = LocalEngine(
         model, dtype=None if dtype == "auto" else dtype, device=chosen_device(device), threads=threads
     )
     interactive = standard_streams()
+    opening = read_opening(model)
     session = Chat(
         engine,
         system=system,
@@ -115,11 +117,12 @@ def chat(
         out=sys.stdout,
         notices=sys.stderr,
         interactive=interactive,
+        trained_context=opening.trained_context,
     )
     if once is not None:
         session.reply(once)
     elif interactive:
-        session.notice(f"{engine.described()}; /help lists the commands")
+        session.notice("\n".join(opening.lines(engine.described(), engine.context)))
         run_interactive(session)
     else:
         run_lines(session, sys.stdin.buffer)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.arguments import FORMAT, TOKENIZER
 from koine.cli.groups import HelpGroup
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 from koine.terminal import printable
 
@@ -32,6 +34,14 @@ def reading_options(command: Any) -> Any:
                 multiple=True,
                 metavar="NAME=COLUMN",
                 help="Column of one of our fields; repeatable.",
+            ),
+            FORMAT,
+            click.option(
+                "--take",
+                type=click.Choice(["chosen", "rejected"]),
+                default="chosen",
+                show_default=True,
+                help="Answers of preference records to read.",
             ),
             click.option("--language", help="Language of records without one."),
             click.option("--domain", help="Domain of records without one.  [default: text]"),
@@ -75,7 +85,7 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 
 @data.command()
 @click.option("--languages", help="Codes, separated by commas.  [default: the 24 with questions]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 @click.option(
@@ -115,15 +125,16 @@ def sample(
     from koine.languages import parse_languages
 
     codes = tuple(QUESTION_LANGUAGES) if languages is None else parse_languages(languages)
-    summary = write_sample(
-        codes,
-        out,
-        seed=seed,
-        documents_per_language=documents,
-        questions_per_language=questions,
-        code_bytes=code_bytes,
-        overwrite=overwrite,
-    )
+    with recorded_output(out, {}):
+        summary = write_sample(
+            codes,
+            out,
+            seed=seed,
+            documents_per_language=documents,
+            questions_per_language=questions,
+            code_bytes=code_bytes,
+            overwrite=overwrite,
+        )
     # Shorter headings than the report's, so that ten columns fit into 80 characters.
     short = [
         "language",
@@ -144,9 +155,9 @@ def sample(
 @data.command()
 @click.argument("source")
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer or model directory."
+    "--tokenizer", type=TOKENIZER, required=True, help="A tokenizer or model directory, or OWNER/NAME."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes."
@@ -159,29 +170,33 @@ def tokenize(
     overwrite: bool,
     workers: int,
     fields: tuple[str, ...],
+    record_format: str | None,
+    take: Any,
     language: str | None,
     domain: str | None,
     max_bad: float,
     split: str,
     unit: Any,
 ) -> None:
-    """Turn SOURCE (a file, a folder, a Hugging Face data set or hub:OWNER/NAME) into token shards."""
-    from koine.data import TokenSource
+    """Turn SOURCE (a file, a folder, or OWNER/NAME of the hub) into token shards."""
+    from koine.data import RecordFormat, TokenSource
     from koine.data import tokenize as write
 
-    reader = write(
-        source,
-        tokenizer,
-        out=out,
-        overwrite=overwrite,
-        workers=workers,
-        fields=field_mapping(fields),
-        language=language,
-        domain=domain,
-        max_bad_share=max_bad,
-        unit=unit,
-        split=split,
-    )
+    with recorded_output(out, {"source": source, "tokenizer": tokenizer}):
+        reader = write(
+            source,
+            tokenizer,
+            out=out,
+            overwrite=overwrite,
+            workers=workers,
+            fields=field_mapping(fields),
+            language=language,
+            domain=domain,
+            max_bad_share=max_bad,
+            unit=unit,
+            split=split,
+            record_format=RecordFormat(record_format, take),
+        )
     totals = TokenSource(out, verify=False).totals()
     _table(
         ["language", "documents", "tokens", "bytes", "bytes per token"],
@@ -196,6 +211,7 @@ def tokenize(
             for code, entry in totals.items()
         ],
     )
+    _say_format(reader)
     _say_bad(reader)
     click.echo(f"written to {out}")
 
@@ -206,6 +222,8 @@ def tokenize(
 def inspect(
     source: str,
     fields: tuple[str, ...],
+    record_format: str | None,
+    take: Any,
     language: str | None,
     domain: str | None,
     max_bad: float,
@@ -213,7 +231,7 @@ def inspect(
     unit: Any,
 ) -> None:
     """Count SOURCE's records by language and domain, and show the first bad ones."""
-    from koine.data import read_records
+    from koine.data import RecordFormat, read_records
 
     reader = read_records(
         source,
@@ -224,6 +242,7 @@ def inspect(
         unit=unit,
         split=split,
         carry=(),
+        record_format=RecordFormat(record_format, take),
     )
     counts: dict[tuple[str, str], list[int]] = {}
     for record in reader:
@@ -238,6 +257,7 @@ def inspect(
         ["language", "domain", "records", "chats", "bytes"],
         [[*key, *entry] for key, entry in sorted(counts.items())],
     )
+    _say_format(reader)
     _say_bad(reader)
 
 
@@ -269,6 +289,20 @@ def at_step(model: Path, step: int, as_json: bool) -> None:
             for one in slices
         ],
     )
+
+
+def _say_format(reader: RecordReader) -> None:
+    """Print how the records were read, if they are not of our own fields."""
+    for name, count in reader.formats.items():
+        if name in ("text", "messages"):
+            continue
+        line = f"read as {name}: {count:,} records"
+        if "preference" in name:
+            take, other = reader.record_format.take, {"chosen": "rejected", "rejected": "chosen"}
+            line += f", their {take} answers (--take {other[take]} reads the others)"
+        click.echo(line)
+    if reader.left_out:
+        click.echo(f"{reader.left_out:,} answers with the other label were left out")
 
 
 def _say_bad(reader: RecordReader) -> None:

@@ -6,9 +6,12 @@ import gc
 import importlib
 import io
 import os
+import signal
 import sys
 import warnings
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import click
 
@@ -43,11 +46,35 @@ ELSEWHERE = (
     ("run extend", "Extend a model's context, by a recipe; `koine run` lists all recipes."),
 )
 
+READER_GONE = 128 + signal.SIGPIPE
+"""Exit status where the reader of our output has gone, as the shell reports it for other programs."""
+
 MAX_PATH_CHARACTERS = 4096  # longer text is no name of a file
+
+
+class ReaderGoneError(Exception):
+    """The reader of our output (`| head`) has gone. Click would end with its own status on an `OSError`."""
+
+
+@contextmanager
+def broken_pipes() -> Iterator[None]:
+    """Turn a `BrokenPipeError` into `ReaderGoneError`."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderGoneError from error
 
 
 class LazyGroup(HelpGroup):
     """A click group whose commands are imported on first use, so that `koine --help` stays instant."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with broken_pipes():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with broken_pipes():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(VERBS)
@@ -126,7 +153,35 @@ def main() -> None:
     # Importing torch makes some 170,000 permanent objects. By default the collector scans them repeatedly.
     gc.set_threshold(50_000, 20, 100)
     try:
-        cli.main(prog_name="koine", standalone_mode=False)
+        with broken_pipes():
+            run_command()
+            flush(sys.stderr)
+    except ReaderGoneError:
+        discard_output()
+        sys.exit(READER_GONE)
+
+
+def flush(stream: TextIO | None) -> None:
+    """Write what a stream holds; Python has None for one that was closed at the start (`>&-`)."""
+    if stream is not None:
+        stream.flush()
+
+
+def discard_output() -> None:
+    """Write nothing more to standard output and standard error, not even at exit."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nothing, descriptor)
+
+
+def run_command() -> None:
+    """Run the command that `sys.argv` names; errors of the user and the system end in one line."""
+    try:
+        try:
+            cli.main(prog_name="koine", standalone_mode=False)
+        finally:
+            # What fails at exit would be reported by Python, with another status.
+            flush(sys.stdout)
     except UserError as error:
         print(f"koine: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -148,12 +203,13 @@ def main() -> None:
         print(f"koine: {name}: not UTF-8, which a library needs here; rename it", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            from koine.files import explain
+        if isinstance(error, BrokenPipeError):
+            raise
+        from koine.files import explain
 
-            # A disk, a file server, a permission: a traceback would not help the user.
-            print(f"koine: {explain(error) or first_line(error)}", file=sys.stderr)
-            sys.exit(2)
-        # The reader of our output (`| head`) has gone: write nothing more, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        # A disk, a file server, a permission: a traceback would not help the user.
+        print(f"koine: {explain(error) or first_line(error)}", file=sys.stderr)
+        if error.filename is None:
+            # It may be standard output that is full.
+            discard_output()
+        sys.exit(2)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.outputs import InputFile
 from koine.errors import UserError
 from koine.fields import check_integer
 
@@ -58,7 +59,7 @@ def data_options(*, packing: str, sequence_length: int) -> Callable[[Command], C
         ),
         click.option(
             "--mixture",
-            type=click.Path(path_type=Path),
+            type=InputFile(),
             help="JSON file of a mixture (phases, languages), in place of --data, --steps, --batch-size, "
             "--sequence-length and --packing.",
         ),

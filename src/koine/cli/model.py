@@ -8,9 +8,19 @@ from typing import Any
 
 import click
 
+from koine import hub
+from koine.cli.arguments import MODEL
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import (
+    OVERWRITE,
+    OutputFile,
+    check_binary,
+    check_folder,
+    print_to_standard_error,
+    say_written,
+)
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 
 
@@ -52,7 +62,8 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
             table.add_row(name, f"{total:,}", str(size.layers), str(size.hidden), f"{size.vocab_size:,}")
         print_table(table)
         return
-    if Path(which).is_dir():
+    folder = hub.model_folder(which, hub.CONFIGURATION)
+    if folder.is_dir():
         from koine.model.formats.config_json import read_config
 
         if vocab_size is not None:
@@ -66,7 +77,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, as_json: bo
                 where=which,
                 hint="a model's attention is in its config.json",
             )
-        config = read_config(Path(which))
+        config = read_config(folder)
     elif "/" in which:
         raise UserError("no such model directory", where=which, hint="give a folder that holds config.json")
     else:
@@ -112,7 +123,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @model.command()
-@click.argument("directory", metavar="MODEL|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="MODEL|CHECKPOINT", type=MODEL)
 @click.option(
     "--format",
     "kind",
@@ -122,7 +133,7 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OutputFile(),
     required=True,
     help="File to write; for safetensors, the folder.",
 )
@@ -135,18 +146,25 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
 def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -> None:
     """Export MODEL to GGUF, or a training checkpoint (OUT/checkpoints/step-N) to a model directory."""
     if kind == "safetensors":
+        check_folder(out)
         if dtype == "q8_0":
             raise UserError("safetensors hold no q8_0", hint="choose float32, float16 or bfloat16")
         import torch
 
         from koine.train.export import export_checkpoint
 
-        export_checkpoint(
-            directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
-        )
+        with recorded_output(out, {"checkpoint": directory}):
+            export_checkpoint(
+                directory, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite
+            )
         click.echo(f"written to {out}")
         return
     from koine.model.formats.gguf import export_gguf
 
+    check_binary(out)
+    print_to_standard_error([out])
     export_gguf(directory, out, dtype=dtype, overwrite=overwrite)
-    click.echo(f"{out}: {out.stat().st_size:,} bytes")
+    if out.is_file():
+        click.echo(f"{out}: {out.stat().st_size:,} bytes")
+    else:
+        say_written(out)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from koine.cli.outputs import OVERWRITE, output_files
+from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="File to write.  [default: RUN/report.html]")
+@click.option("--out", type=OutputFile(), help="File to write.  [default: RUN/report.html]")
 @OVERWRITE
 def report(run: Path, out: Path | None, overwrite: bool) -> None:
     """Write one self-contained HTML file about RUN, a folder such as runs/quickstart.
@@ -24,4 +24,4 @@ def report(run: Path, out: Path | None, overwrite: bool) -> None:
     own = out is None or out.resolve() == (run / "report.html").resolve()
     with output_files({"--out": None if own else out}, overwrite=overwrite) as targets:
         written = write_report(run, targets["--out"])
-    click.echo(f"wrote {written if own else out}")
+    say_written(written if own else out)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from koine.cli.outputs import OutputFolder
 from koine.errors import UserError, did_you_mean
+from koine.terminal import printable
 
 if TYPE_CHECKING:
     from koine.plan import Plan
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 EXECUTORS = ("local", "ray")
 RUNS = click.option(
     "--runs",
-    type=click.Path(path_type=Path),
+    type=OutputFolder(),
     default=Path("runs"),
     show_default=True,
     help="Folder of all runs.",
@@ -95,6 +98,8 @@ def run(
 
     Steps that are missing or changed are run, the others are reused.
     """
+    from koine.plan.command_line import shell_command
+    from koine.plan.finished_run import FinishedRun
     from koine.plan.loading import make_plan
     from koine.plan.parameters import parameter_table, parse_settings
     from koine.plan.run.dry_run import dry_run_lines, run_summary
@@ -108,7 +113,8 @@ def run(
                 [
                     *recipe_list(),
                     "",
-                    "Run one: koine run NAME. Its settings: koine run NAME --list-parameters",
+                    f"Run one: {shell_command('run')} NAME. "
+                    f"Its settings: {shell_command('run')} NAME --list-parameters",
                 ]
             )
         )
@@ -126,6 +132,7 @@ def run(
     if dry_run:
         click.echo("\n".join(dry_run_lines(made)))
         return
+    begun = time.monotonic()
     try:
         nodes = execute(made, executor=executor_of(executor, address))
     except RunInterruptedError as error:
@@ -135,14 +142,15 @@ def run(
         show_failures(error)
         write_report(made)
         sys.exit(error.exit_code)
-    click.echo("\n".join(["", *run_summary(nodes), ""]))
+    finished = FinishedRun(made.folder, time.monotonic() - begun, tuple(nodes.values()))
+    click.echo("\n".join(["", *run_summary(nodes), "", finished.total()]))
     if (
         any(node["status"] == "built" for node in nodes.values())
         or not (made.folder / "report.html").exists()
     ):
         write_report(made)
-    for text in made.closing_lines:
-        click.echo(text)
+    for text in made.closing_texts(finished):
+        click.echo(printable(text))
 
 
 def show_failures(error: PlanFailedError) -> None:

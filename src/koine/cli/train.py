@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
-from koine.cli.arguments import DEVICE
+from koine.cli.arguments import DEVICE, MODEL, TOKENIZER
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
 from koine.cli.mixtures import DataOptions, build_mixture, data_options
+from koine.cli.outputs import OutputFolder
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
 from koine.train.settings import TrainSettings
+from koine.train.tracking.run_logger import PROJECT, TRACK, TRACK_PROJECT, TRACKERS, open_run_logger
 
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
@@ -42,6 +45,8 @@ class RunOptions:
     device: str
     out: Path
     dry_run: bool
+    track: str | None
+    track_project: str
 
 
 EVALUATION_OPTIONS = (
@@ -64,15 +69,28 @@ EVALUATION_OPTIONS = (
 RUN_OPTIONS = (
     click.option(
         "--tokenizer",
-        type=click.Path(path_type=Path),
+        type=TOKENIZER,
         help="Tokenizer folder, copied to the model.  [default: that of --model]",
     ),
     DEVICE,
-    click.option(
-        "--out", type=click.Path(path_type=Path), required=True, help="Folder of the trained model."
-    ),
+    click.option("--out", type=OutputFolder(), required=True, help="Folder of the trained model."),
     click.option(
         "--dry-run", is_flag=True, help="Print parameters, tokens, peak memory and time; train nothing."
+    ),
+    click.option(
+        "--track",
+        type=click.Choice(TRACKERS),
+        envvar=TRACK,
+        show_envvar=True,
+        help="Send the figures to an experiment tracker too (extra `track`).",
+    ),
+    click.option(
+        "--track-project",
+        default=PROJECT,
+        envvar=TRACK_PROJECT,
+        show_default=True,
+        show_envvar=True,
+        help="Project (for MLflow: experiment) of --track.",
     ),
 )
 
@@ -124,8 +142,8 @@ def train() -> None:
 )
 @click.option(
     "--model",
-    type=click.Path(path_type=Path),
-    help="Model folder to train further.  [required without --preset]",
+    type=MODEL,
+    help="Model folder, or OWNER/NAME of the hub, to train further.  [required without --preset]",
 )
 @attention_options
 @training_options(packing="concat")
@@ -177,7 +195,9 @@ def pretrain(
 
 
 @train.command()
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="Model folder to start from.")
+@click.option(
+    "--model", type=MODEL, required=True, help="Model folder, or OWNER/NAME of the hub, to start from."
+)
 @training_options(packing="no_split")
 def sft(model: Path, **options: Any) -> None:
     """Fine-tune on chats: supervised, with a loss on the completions only."""
@@ -236,6 +256,7 @@ def _run(
         from koine.hardware import check_device
 
         check_device(run.device)
+    logger = None if run.track is None else open_run_logger(run.track, run.track_project)
     mixture = build_mixture(data, settings.seed)
     if data.fresh_data:
         mixture = _after_documents_seen(mixture, init_from)
@@ -254,18 +275,27 @@ def _run(
         print_estimate(model, settings, mixture)
         return
     from koine.train.loop import train as train_model
+    from koine.train.progress import final_metrics
 
-    train_model(
-        model,
-        objective,
-        order,
-        settings,
-        out=run.out,
-        tokenizer=tokenizer,
-        evaluate=evaluate,
-        init_from=init_from,
-        device=run.device,
-    )
+    parents = {
+        "model": init_from,
+        "tokenizer": tokenizer,
+        "data": [source.path for phase in mixture.phases for source in phase.all_sources],
+        "evaluation": evaluation.evaluate_data,
+    }
+    with recorded_output(run.out, parents, metrics=lambda folder: final_metrics(folder / "metrics.jsonl")):
+        train_model(
+            model,
+            objective,
+            order,
+            settings,
+            out=run.out,
+            tokenizer=tokenizer,
+            evaluate=evaluate,
+            init_from=init_from,
+            device=run.device,
+            logger=logger,
+        )
 
 
 def _check_shards(mixture: Mixture, objective: Objective, tokenizer: Path | None) -> int:

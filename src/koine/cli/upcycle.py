@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from koine.cli.arguments import named_paths
+from koine.cli.arguments import MODEL, named_paths
 from koine.cli.groups import HelpGroup
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.errors import UserError
+from koine.hub import model_folder
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 
 if TYPE_CHECKING:
     from koine.model.config import ModelConfig
+    from koine.plan.store.recording import Parents
 
 
 class _RandomSeed(click.IntRange):
@@ -36,7 +39,7 @@ class _RandomSeed(click.IntRange):
 SEED_MODEL = click.option(
     "--seed-model",
     "seed_model",
-    type=click.Path(path_type=Path),
+    type=MODEL,
     required=True,
     help="The dense model that the experts branched from.",
 )
@@ -52,7 +55,7 @@ MORE = click.argument("more", nargs=-1, metavar="[EXPERT]...")
 
 def OUT(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - an option like the others
     """Add `--out` and `--overwrite` to a command."""
-    out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+    out = click.option("--out", type=OutputFolder(), required=True, help="Folder to write to.")
     return out(OVERWRITE(command))
 
 
@@ -122,7 +125,11 @@ def btx(
     from koine.files import atomic_directory
 
     named = _named((*experts, *more))
-    with atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder:
+    parents: Parents = {"seed": seed_model, "experts": named.values()}
+    with (
+        recorded_output(out, parents),
+        atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,
+    ):
         config = upcycle_btx(
             seed_model, named, folder, top_k=top_k, random_seed=seed,
             load_balancing=load_balancing, z_loss=z_loss,
@@ -156,7 +163,11 @@ def bam(
     from koine.files import atomic_directory
 
     named = _named((*experts, *more))
-    with atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder:
+    parents: Parents = {"seed": seed_model, "experts": named.values()}
+    with (
+        recorded_output(out, parents),
+        atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,
+    ):
         config = upcycle_bam(
             seed_model, named, folder, attention=attention, attention_top_k=attention_top_k,
             top_k=top_k, random_seed=seed, load_balancing=load_balancing, z_loss=z_loss,
@@ -223,7 +234,11 @@ def nexus(
         raise UserError(
             "--domain-text is given and the router is linear", hint="leave it out, or --router domains"
         )
-    with atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder:
+    parents: Parents = {"seed": seed_model, "experts": named.values(), "domain texts": _paths(domains)}
+    with (
+        recorded_output(out, parents),
+        atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,
+    ):
         config = upcycle_nexus(
             seed_model, named, folder, domains=embeddings, top_k=top_k, random_seed=seed,
             load_balancing=load_balancing, z_loss=z_loss,
@@ -235,7 +250,7 @@ def nexus(
 
 
 @click.command()
-@click.argument("mixture", type=click.Path(path_type=Path))
+@click.argument("mixture", type=MODEL)
 @click.option(
     "--expert",
     metavar="[NAME=]MODEL",
@@ -281,13 +296,21 @@ def extend(
                 raise UserError(f"{name} is given with --remove", hint="leave it out")
         dense = None if expert is None else Path(_named((expert,)).popitem()[1])
         reads = [mixture] if dense is None else [mixture, dense]
-        with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
+        parents = {"mixture": mixture, "expert": dense}
+        with (
+            recorded_output(out, parents),
+            atomic_directory(out, overwrite=overwrite, reads=reads) as folder,
+        ):
             config = remove_expert(mixture, remove, folder, dense=dense)
     else:
         assert expert is not None
         [(name, path)] = _named((expert,)).items()
         texts = None if domain is None else _texts(domain, documents)
-        with atomic_directory(out, overwrite=overwrite, reads=[mixture, path]) as folder:
+        parents = {"mixture": mixture, "expert": path, "domain text": domain}
+        with (
+            recorded_output(out, parents),
+            atomic_directory(out, overwrite=overwrite, reads=[mixture, path]) as folder,
+        ):
             config = add_expert(
                 mixture, path, folder, name=name, texts=texts, share=share, reset_router=reset_router,
                 random_seed=seed,
@@ -297,12 +320,18 @@ def extend(
 
 def _named(given: tuple[str, ...]) -> dict[str, Path]:
     """Return the models by name: the part before `=`, or the name of the folder."""
-    return named_paths(
+    paths = named_paths(
         given,
         what="experts",
         hint="name them: --experts code=A --experts law=B",
         name_of=lambda path: path.resolve().name,
     )
+    return {name: model_folder(path) for name, path in paths.items()}
+
+
+def _paths(given: tuple[str, ...]) -> list[str]:
+    """Return the paths of texts `NAME=DATA`."""
+    return [one.partition("=")[2] for one in given]
 
 
 def _domain_texts(given: tuple[str, ...], experts: list[str], documents: int) -> dict[str, list[str]]:

@@ -218,7 +218,7 @@ class CheckpointWriter:
         for name, (dtype, shape) in layout.items():
             self.entries[name] = Entry(file, dtype, tuple(shape), offset)
             offset += self.entries[name].nbytes
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         self._descriptors[file] = descriptor
         if not resume:
             os.ftruncate(descriptor, 0)

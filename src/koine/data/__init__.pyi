@@ -1,6 +1,7 @@
 from .batch import Batch as Batch
 from .batch import Span as Span
 from .data_order import DataOrder as DataOrder
+from .formats import RecordFormat as RecordFormat
 from .mixture import LongRows as LongRows
 from .mixture import Mixture as Mixture
 from .mixture import Phase as Phase

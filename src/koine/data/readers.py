@@ -17,10 +17,11 @@ from koine.data.csv_rows import OpenQuoteError, read_csv_rows
 from koine.data.decompression import COMPRESSIONS, decompressed
 from koine.data.json_rows import Row, UnendingError, read_json_rows
 from koine.data.lines import in_utf8, lines
+from koine.data.piped import shown_name
 from koine.data.tables import ALL, Columns, TableError, read_arrow, read_orc, read_parquet
 from koine.errors import UserError, did_you_mean, first_line
 from koine.fields import check_file_name
-from koine.files import read_json, walk
+from koine.files import hide_temporary_name, read_json, walk
 
 TextUnit = Literal["paragraph", "line", "file"]
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".lzo", ".z")
@@ -131,8 +132,13 @@ def _unknown_kind(path: Path) -> UserError:
 def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = ALL) -> Iterator[Row]:
     """Yield the rows of one file in order; `columns`: what is needed of a table.
 
-    Raises `UserError` if the file is of no known kind, unreadable, or damaged so that the rest is lost.
+    Errors about the copy of a pipe name the pipe. Raises `UserError` if the file is of no known kind, unreadable, or damaged so that the rest is lost.
     """
+    with hide_temporary_name(shown_name(path), path):
+        yield from _read_rows(path, unit, columns)
+
+
+def _read_rows(path: Path, unit: TextUnit, columns: Columns) -> Iterator[Row]:
     kind = kind_of(path) or (".jsonl" if _kind_named(path) == JSON else None)
     if kind is None:
         raise _unknown_kind(path)
@@ -199,8 +205,7 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
         )
     found = _below(path) or _json_files(path)
     if split != "all":
-        wanted = split_of(Path(split), Path()) or split
-        kept = [file for file in found if split_of(file, path) in (None, wanted)]
+        kept = _of_split(found, path, split)
         if found and not kept:
             splits = sorted({str(split_of(file, path)) for file in found})
             raise UserError(
@@ -216,6 +221,19 @@ def data_files(path: Path, *, split: str = "train") -> list[Path]:
     return found
 
 
+def _of_split(files: list[Path], root: Path, split: str) -> list[Path]:
+    """Return the files of a split, and those that name none.
+
+    A split such as `train_sft` is only that one, where files are called so; `train` is all that begin so.
+    """
+    named = re.compile(rf"{re.escape(split)}(?=$|[-.])", re.IGNORECASE)
+    exact = [file for file in files if any(named.match(part) for part in file.relative_to(root).parts)]
+    if exact and not _SPLIT.fullmatch(split):
+        return exact
+    wanted = split_of(Path(split), Path()) or split
+    return [file for file in files if split_of(file, root) in (None, wanted)]
+
+
 def _check_is_file_or_folder(path: Path) -> None:
     """Raise `UserError` for a dangling link, a pipe, a device or a socket."""
     if path.is_symlink() and not path.exists():
@@ -225,22 +243,13 @@ def _check_is_file_or_folder(path: Path) -> None:
         raise UserError(what, where=path, hint="fix or remove the link; is its disk mounted?")
     if path.exists():
         raise UserError(
-            "a pipe, a device or a socket, and data is read more than once",
-            where=path,
-            hint="write it to a file, and give that",
+            "a device or a socket, which holds no data", where=path, hint="give a file, a folder or a pipe"
         )
 
 
 def _json_files(folder: Path) -> list[Path]:
     """Return the `.json` files of a folder without other data, except those that describe it."""
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if _kind_named(file) == JSON
-        and file.is_file()
-        and not file.name.startswith(".")
-        and file.name not in _DESCRIPTIONS
-    ]
+    return [file for file in walk(folder) if _kind_named(file) == JSON and file.name not in _DESCRIPTIONS]
 
 
 def _below(folder: Path) -> list[Path]:

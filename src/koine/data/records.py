@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from koine.data.formats import (
+    BY_NAME,
+    FORMAT_FIELDS,
+    FORMATS,
+    OWN,
+    TRANSLATIONS,
+    Format,
+    RecordFormat,
+    known_formats,
+    recognise,
+)
+from koine.data.hub_data import dataset_folder
+from koine.data.piped import shown_name
 from koine.data.readers import TextUnit, data_files, read_rows
-from koine.data.record_content import content_fault, is_blank, read_label, read_message
+from koine.data.record_content import content_fault, is_blank, read_label
 from koine.data.tables import Columns
-from koine.errors import UserError, did_you_mean, first_line, printable
+from koine.errors import UserError, did_you_mean, printable
 from koine.fields import check_number, short_repr
 from koine.languages import language as find_language
 
@@ -18,19 +32,17 @@ Record = dict[str, Any]
 """`text` or `messages`, `language` (BCP-47), `domain`, `source`, `id`; other fields are kept."""
 
 FIELDS = ("text", "messages", "language", "domain", "source", "id", "split")
-HUB = "hub:"
+MAPPABLE = tuple(dict.fromkeys((*FIELDS, *FORMAT_FIELDS)))
+"""Fields that `fields=` may map: ours and those of the formats."""
 _FIRST_CHECK = 1000
 _SHOWN = 5
 # Names of these fields in other tools, used if the record has no field of our name.
 _ALIASES = {"language": ("lang",), "id": ("_id",)}
-CHATS, TRANSLATIONS = "conversations", "translation"
-"""ShareGPT's name for messages, and the usual name of parallel texts in translation data.
-
-Used if a record has neither text nor messages.
-"""
 _LABELS = ("language", "domain", "source", "id")
 _LONGEST_REASON = 300
 _LONGEST_CODE = 100
+_SHOWN_FIELDS = 8
+BY_FIELDS = RecordFormat()
 UNKNOWN_LANGUAGE = "und"
 TRANSLATED = "translated"
 """Field of records that come from one row with its text in several languages; they share their `id`."""
@@ -55,7 +67,9 @@ class RecordReader:
 
     Iterating raises `UserError` once more than `max_bad_share` of the records are bad (checked after the
     first 1,000 and at the end), or if there is no record at all. `present` holds the languages of all
-    records, also of skipped ones.
+    records, also of skipped ones; `formats` counts the good ones by format, and `left_out` those answers that
+    are not of the kind to take. The first record of a file that has the fields of a format decides for the
+    file; chats and texts may stand in one file.
     """
 
     def __init__(
@@ -71,12 +85,13 @@ class RecordReader:
         languages: Collection[str] | None = None,
         carry: Collection[str] | None = None,
         questions: bool = False,
+        record_format: RecordFormat = BY_FIELDS,
     ) -> None:
         check_number("max_bad_share", max_bad_share, low=0, high=1)
         for name in fields or {}:
-            if name not in FIELDS:
+            if name not in MAPPABLE:
                 raise UserError(
-                    f"unknown field '{name}' in the field mapping", hint=did_you_mean(name, FIELDS)
+                    f"unknown field '{name}' in the field mapping", hint=did_you_mean(name, MAPPABLE)
                 )
         self.path = path
         self.fields = dict(fields or {})
@@ -86,33 +101,46 @@ class RecordReader:
         self.unit = unit
         self.questions = questions
         self.languages = None if languages is None else {find_language(code).code for code in languages}
-        self.files = data_files(locate(path), split=split)
+        self.record_format = record_format
+        self.files = data_files(dataset_folder(path), split=split)
         self.columns = self._columns(carry)
         self.good = 0
         self.bad = 0
+        self.left_out = 0
+        self.formats: Counter[str] = Counter()
+        self._format: Format | None = None
+        # Of records without the fields of any format: the first one's file and fields, and their number.
+        self._unknown: tuple[Path, list[str]] | None = None
+        self._unknown_count = 0
         self.examples: list[BadRecord] = []
         self.present: set[str] = set()
 
     def _columns(self, carry: Collection[str] | None) -> Columns:
         """Return the columns to read of tables."""
-        text, messages = (self.fields.get(name, name) for name in ("text", "messages"))
         aliases = [alias for several in _ALIASES.values() for alias in several]
-        content = (text, messages, CHATS, TRANSLATIONS)
+        chosen = self.record_format.name
+        wanted = FORMAT_FIELDS if chosen is None else BY_NAME[chosen].columns
+        content = tuple(self.fields.get(name, name) for name in wanted)
         return Columns(content, tuple(self.fields.values()), (*content, *FIELDS, *aliases), carry)
 
     def __iter__(self) -> Iterator[Record]:
-        self.good, self.bad, self.examples, self.present = 0, 0, [], set()
+        self.good, self.bad, self.left_out, self.examples, self.present = 0, 0, 0, [], set()
+        self.formats.clear()
+        self._unknown, self._unknown_count = None, 0
         codes: dict[str, str] = {}
         for file in self.files:
+            self._format = None if self.record_format.name is None else BY_NAME[self.record_format.name]
             for place, row in read_rows(file, unit=self.unit, columns=self.columns):
                 for part in (row,) if isinstance(row, str) else self._translations(row):
                     found = part if isinstance(part, str) else self._record(part, file, place, codes)
                     if isinstance(found, str):
                         self.bad += 1
                         if len(self.examples) < _SHOWN:
-                            self.examples.append(BadRecord(file, place, found))
+                            self.examples.append(BadRecord(shown_name(file), place, found))
                         if self.good + self.bad >= _FIRST_CHECK:
                             self._check()
+                    elif found is None:
+                        self.left_out += 1
                     else:
                         self.good += 1
                         self.present.add(found["language"])
@@ -120,12 +148,35 @@ class RecordReader:
                             yield found
         self._check()
         if not self.good and not self.present:
-            raise UserError("holds no records", where=str(self.path), hint="the files are empty")
+            self._check_empty()
+
+    def _check_empty(self) -> None:
+        """Raise `UserError` for a source without good records."""
+        if self.left_out:
+            raise UserError(
+                f"none of the {self.left_out} answers is labelled as {self.record_format.take}",
+                where=str(self.path),
+                hint="take the others: chosen (label true) or rejected (false)",
+            )
+        self._check_recognised()
+        raise UserError("holds no records", where=str(self.path), hint="the files are empty")
+
+    def _check_recognised(self) -> None:
+        """Raise `UserError` if all records are bad because they have the fields of no format."""
+        if self.good or not self._unknown or self._unknown_count < self.bad:
+            return
+        file, fields = self._unknown
+        raise UserError(
+            f"records of no known format, with the fields {', '.join(fields[:_SHOWN_FIELDS])}",
+            where=file,
+            hint=f"known: {known_formats()}. Map fields (--field text=COLUMN), or name the format (--format)",
+        )
 
     def _check(self) -> None:
         """Raise `UserError` if too many records are bad."""
         total = self.good + self.bad
         if self.bad > self.max_bad_share * total:
+            self._check_recognised()
             raise UserError(
                 f"{self.bad} of {total} records are bad "
                 f"({self.bad / total:.1%}, at most {self.max_bad_share:.1%} may be); the first is {self.examples[0]}",
@@ -171,10 +222,34 @@ class RecordReader:
             return self.language or UNKNOWN_LANGUAGE
         if name == "domain":
             return self.domain or "text"
+        file = shown_name(file)
         return file.name.split(".")[0] if name == "source" else f"{file.name}:{place.split()[-1]}"
 
-    def _record(self, row: dict[str, Any], file: Path, place: str, codes: dict[str, str]) -> Record | str:
-        """Return the record of a row, or the reason why it is bad."""
+    def _form(self, row: Record, file: Path) -> Record | str | None:
+        """Return a row in the form of our records, the reason why it is bad, or None: it is left out."""
+        own = self._format is None or (self.record_format.name is None and self._format in OWN)
+        mapped = tuple(one for one in OWN if one.name in self.fields)
+        among = mapped or (FORMATS if self._format is None else OWN)
+        found = recognise(row, among) if own else self._format
+        if self._format is None:
+            self._format = found
+        names = ", ".join(map(str, list(row)[:_SHOWN_FIELDS]))
+        if found is None and self._format is None:
+            self._unknown_count += 1
+            self._unknown = self._unknown or (file, [str(name) for name in row])
+            return f"no known format (it has {names})"
+        if found is None:
+            return f"neither 'text' nor 'messages' (it has {names})"
+        if not found.fits(row):
+            needs = found.needs.replace("|", " or ")
+            return f"lacks fields of the format {found.name}: {needs} (it has {names})"
+        formed = found.read(row, self.record_format.take)
+        if isinstance(formed, dict):
+            self.formats[found.name] += 1
+        return formed
+
+    def _record(self, row: Record, file: Path, place: str, codes: dict[str, str]) -> Record | str | None:
+        """Return the record of a row, the reason why it is bad, or None: it is left out."""
         record = dict(row)
         for name, column in self.fields.items():
             if column not in row:
@@ -186,10 +261,10 @@ class RecordReader:
             for alias in aliases:
                 if record.get(name) is None and alias in record:
                     record[name] = record.pop(alias)
-        if record.get("text") is None and record.get("messages") is None and CHATS in record:
-            record["messages"] = record.pop(CHATS)
-        if isinstance(record.get("messages"), list):
-            record["messages"] = [read_message(message) for message in record["messages"]]
+        formed = self._form(record, file)
+        if not isinstance(formed, dict):
+            return formed
+        record = formed
         if "split" in record and not isinstance(record["split"], str):
             # Not the name of a split, but the number of a class, or empty.
             record.pop("split")
@@ -214,31 +289,6 @@ class RecordReader:
         return record
 
 
-def locate(path: str | Path) -> Path:
-    """Return the local path of a source; of `hub:OWNER/NAME`, the folder of its snapshot.
-
-    Raises `UserError` if the hub cannot be reached or has no such data set.
-    """
-    text = str(path)
-    if not text.startswith(HUB):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.utils import HFValidationError
-
-    try:
-        return Path(snapshot_download(text.removeprefix(HUB), repo_type="dataset"))
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"the hub has no data set '{text.removeprefix(HUB)}'", hint="check its name and your access"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, HFValidationError) as error:
-        raise UserError(
-            f"'{text}' cannot be fetched from the hub ({first_line(error)})",
-            hint="check the name and the connection, or give a local folder",
-        ) from None
-
-
 def read_records(
     path: str | Path,
     *,
@@ -251,8 +301,11 @@ def read_records(
     languages: Collection[str] | None = None,
     carry: Collection[str] | None = None,
     questions: bool = False,
+    record_format: RecordFormat = BY_FIELDS,
 ) -> RecordReader:
-    """Stream the records of a file, a folder, a local Hugging Face data set or `hub:OWNER/NAME`.
+    """Stream the records of a file, a folder, a data set on disk, or one of the hub (`OWNER/NAME`).
+
+    `-` is standard input. It and pipes are copied to a temporary file first (`koine.data.piped`).
 
     A row whose text (or `translation`) is an object `{code: text}` gives one record for each language that
     has a text, all with the row's `id` and `"translated": true`.
@@ -267,6 +320,7 @@ def read_records(
         languages: skip records in other languages.
         carry: fields to keep besides ours, so that no other column of a table is read; `None`: all.
         questions: messages may end with the user's turn if the record has an `answer`.
+        record_format: the format of the records, and which answers of preference records are read.
     """
     return RecordReader(
         path,
@@ -279,4 +333,5 @@ def read_records(
         languages=languages,
         carry=carry,
         questions=questions,
+        record_format=record_format,
     )

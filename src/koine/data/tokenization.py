@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from koine.data.formats import RecordFormat
 from koine.data.readers import TextUnit
-from koine.data.records import Record, RecordReader, read_records
+from koine.data.records import BY_FIELDS, Record, RecordReader, read_records
 from koine.data.shards import FORMAT, digest_of
 from koine.errors import UserError
 from koine.fields import check_integer
@@ -55,6 +56,7 @@ def tokenize(
     split: str = "train",
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    record_format: RecordFormat = BY_FIELDS,
 ) -> RecordReader:
     """Write the token shards of a source into `out` (see `koine.data.shards`).
 
@@ -80,6 +82,7 @@ def tokenize(
         unit=unit,
         split=split,
         carry=(),
+        record_format=record_format,
     )
     loaded = load_tokenizer(tokenizer)
     request = {
@@ -90,6 +93,7 @@ def tokenize(
         "domain": domain,
         "unit": unit,
         "split": split,
+        "format": [record_format.name, record_format.take],
         "shard_bytes": shard_bytes,
     }
     with claim(out, overwrite=overwrite, reads=[tokenizer, Path(source)]) as claimed:

@@ -1,4 +1,4 @@
-"""Evaluate a model: bits per byte, question answering, bootstrap intervals."""
+"""Evaluate a model: bits per byte, question answering, intervals."""
 
 import lazy_loader
 

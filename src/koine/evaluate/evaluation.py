@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Block = dict[str, Any]
 """A block of a report; see `koine.plan.report.blocks`."""
+OnAnswer = Callable[[Mapping[str, Any], str | None, bool], None]
+"""Gets a question as it was given, the model's answer (None where it did not end), and whether it is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class EvaluationSetup:
         batch_size: documents or questions at a time; results do not depend on it.
         max_length: tokens of a window; `None`: as many as the model's configuration allows.
         seed: of the bootstrap intervals.
+        on_answer: is called with the answer to each question.
+        training_questions: questions that the model was trained on, for the majority baseline.
     """
 
     model: LanguageModel
@@ -30,6 +34,8 @@ class EvaluationSetup:
     max_length: int | None = None
     device: str = "cpu"
     seed: int = 0
+    on_answer: OnAnswer | None = None
+    training_questions: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 Questions about facts of the training text (`split` is `recall` or `train`) are counted apart from questions
 about held-out facts (`split` begins with `heldout`): the first measure recall, the second generalisation.
+Each share has a Wilson score interval, and the majority baseline of the same questions beside it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
-from koine.evaluate.bootstrap import bootstrap_interval
-from koine.evaluate.evaluation import Block, EvaluationSetup, format_interval
+from koine.evaluate.evaluation import Block, EvaluationSetup, OnAnswer
+from koine.evaluate.majority_baseline import ConstantAnswers, Topic, constant_answers
+from koine.evaluate.wilson import effective_count, wilson_interval
 from koine.fields import check_integer
 
 if TYPE_CHECKING:
@@ -36,6 +38,21 @@ class Question:
     answer: str
     language: str
     kind: str
+    """`RECALL`, `GENERALISATION` or `UNMARKED`."""
+    topic: Topic
+    fact: str
+    """What the answer depends on; the same in every language and wording. "" where it is not known."""
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with the model's answer."""
+
+    question: Question
+    output: str | None
+    """None where the answer did not end."""
+    right: bool
 
 
 def question_accuracy(
@@ -43,37 +60,92 @@ def question_accuracy(
     tokenizer: Tokenizer,
     records: Iterable[Mapping[str, Any]],
     *,
+    training: Iterable[Mapping[str, Any]] = (),
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     device: str = "cpu",
     confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    on_answer: OnAnswer | None = None,
 ) -> dict[str, Any]:
-    """Measure the share of exact answers, with a bootstrap interval over questions, by language and kind.
+    """Measure the share of exact answers by language and kind, each beside its majority baseline.
 
     Args:
         model: a causal LM.
         tokenizer: the model's.
-        records: chats with `messages` and the right `answer`, and `language` and `split` where known. A final
-            message of the assistant is not in the prompt; it is the answer where there is no `answer`.
+        records: chats with `messages` and the right `answer`, and `language`, `split`, `kind` and `fact`
+            where known. A final message of the assistant is not in the prompt; it is the answer where there
+            is no `answer`.
+        training: questions that the model was trained on, for the majority baseline. Without them the
+            constant answers come from `records`; see `koine.evaluate.majority_baseline`.
         batch_size: questions at a time.
         max_new_tokens: length at which generation stops, and the answer counts as wrong. `None`: twice the
             tokens of the longest right answer of the batch, plus 8.
         device: where the model is.
         confidence: of the interval.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        on_answer: is called with each answer when all are there; the order depends on the length of the questions.
 
     Returns:
-        `{"overall": {kind: {"value", "interval", "questions", "correct"}}, "languages": {code: {kind:
-        {...}}}}` with the kinds `recall`, `generalisation` and, for records without a split, `unmarked`.
+        `{"overall": {kind: {"value", "interval", "questions", "correct", "majority_baseline"}}, "languages":
+        {code: {kind: {...}}}, "majority_baseline": {"answers_from", "answers": {code: {kind of question:
+        answer}}}}` with the kinds `recall`, `generalisation` and, for records without a split, `unmarked`.
+        Intervals are Wilson's; questions about one `fact` count as one cluster (`effective_count`).
 
     Raises:
         UserError: for records that are no questions, or none at all.
     """
     check_integer("the batch size", batch_size, low=1)
-    correct: dict[tuple[str, str], list[float]] = defaultdict(list)
+    answered = list(
+        _answer_all(
+            model, tokenizer, records, batch_size=batch_size, max_new_tokens=max_new_tokens, device=device
+        )
+    )
+    if not answered:
+        raise UserError("no questions to ask", hint="give records with messages and an answer")
+    if on_answer is not None:
+        for one in answered:
+            on_answer(one.question.record, one.output, one.right)
+    constant = constant_answers(
+        (
+            (topic_of(record), normalise(answer))
+            for record in training
+            if (answer := right_answer(record)[1]) is not None
+        ),
+        ((one.question.topic, normalise(one.question.answer)) for one in answered),
+    )
+    parts: dict[tuple[str, str], list[Answered]] = defaultdict(list)
+    for one in answered:
+        parts[one.question.language, one.question.kind].append(one)
+    overall: dict[str, list[Answered]] = defaultdict(list)
+    languages: dict[str, dict[str, Any]] = defaultdict(dict)
+    kinds = (RECALL, GENERALISATION, UNMARKED)
+    for code, kind in sorted(parts, key=lambda place: (place[0], kinds.index(place[1]))):
+        part = parts[code, kind]
+        overall[kind] += part
+        languages[code][kind] = _measure(part, constant, confidence)
+    topics = sorted({one.question.topic for one in answered})
+    return {
+        "overall": {kind: _measure(overall[kind], constant, confidence) for kind in kinds if kind in overall},
+        "languages": dict(languages),
+        "majority_baseline": {
+            "answers_from": constant.source(topics),
+            "answers": {
+                code: {topic.kind: constant.answers[topic] for topic in topics if topic.language == code}
+                for code in dict.fromkeys(topic.language for topic in topics)
+            },
+        },
+    }
+
+
+def _answer_all(
+    model: Any,
+    tokenizer: Tokenizer,
+    records: Iterable[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    max_new_tokens: int | None,
+    device: str,
+) -> Iterator[Answered]:
+    """Ask each question, those of similar length together."""
     stream = iter(records)
     while chunk := [question_of(record, tokenizer) for record in islice(stream, batch_size * _CHUNK_BATCHES)]:
         chunk.sort(key=lambda question: len(question.prompt))
@@ -85,28 +157,22 @@ def question_accuracy(
             )
             for question, output in zip(batch, outputs, strict=True):
                 right = output is not None and normalise(output) == normalise(question.answer)
-                correct[question.language, question.kind].append(float(right))
-    if not correct:
-        raise UserError("no questions to ask", hint="give records with messages and an answer")
+                yield Answered(question, output, right)
 
-    def measure(values: Sequence[float]) -> dict[str, Any]:
-        interval = bootstrap_interval(values, confidence=confidence, resamples=resamples, seed=seed)
-        return {
-            "value": sum(values) / len(values),
-            "interval": None if interval is None else list(interval),
-            "questions": len(values),
-            "correct": int(sum(values)),
-        }
 
-    overall: dict[str, list[float]] = defaultdict(list)
-    languages: dict[str, dict[str, Any]] = defaultdict(dict)
-    for (code, kind), values in sorted(correct.items()):
-        overall[kind] += values
-        languages[code][kind] = measure(values)
-    kinds = (RECALL, GENERALISATION, UNMARKED)
+def _measure(part: Sequence[Answered], constant: ConstantAnswers, confidence: float) -> dict[str, Any]:
+    """Return share, interval and majority baseline of some answered questions."""
+    count, correct = len(part), sum(one.right for one in part)
+    # A question whose fact is not known depends on no other.
+    facts = [one.question.fact or number for number, one in enumerate(part)]
+    independent = effective_count([one.right for one in part], facts)
+    baseline = sum(constant.is_right(one.question.topic, normalise(one.question.answer)) for one in part)
     return {
-        "overall": {kind: measure(overall[kind]) for kind in kinds if kind in overall},
-        "languages": dict(languages),
+        "value": correct / count,
+        "interval": list(wilson_interval(correct / count, independent, confidence=confidence)),
+        "questions": count,
+        "correct": correct,
+        "majority_baseline": baseline / count,
     }
 
 
@@ -123,27 +189,41 @@ def question_kind(record: Mapping[str, Any]) -> str:
     return RECALL if split in ("recall", "train") else UNMARKED
 
 
+def topic_of(record: Mapping[str, Any]) -> Topic:
+    """Return the language and the kind of question (`kind`) of a record."""
+    return Topic(str(record.get("language") or "und"), str(record.get("kind") or ""))
+
+
+def right_answer(record: Mapping[str, Any]) -> tuple[list[Any], str | None]:
+    """Return the messages that ask, and the right answer; `None` where there is no answer."""
+    messages, answer = list(record.get("messages") or ()), record.get("answer")
+    if messages and messages[-1].get("role") == "assistant":
+        answer = messages[-1].get("content") if answer is None else answer
+        messages = messages[:-1]
+    return messages, answer if isinstance(answer, str) and answer.strip() else None
+
+
 def question_of(record: Mapping[str, Any], tokenizer: Tokenizer) -> Question:
     """Read a question; raises `UserError` where the record has no messages, no question or no answer."""
     where = f"question '{record.get('id', '?')}'"
-    messages = record.get("messages")
-    if not messages:
+    if not record.get("messages"):
         raise UserError(
             f"{where} has no messages", hint="give documents with --data, questions with --questions"
         )
-    answer = record.get("answer")
-    if messages[-1].get("role") == "assistant":
-        answer = messages[-1].get("content") if answer is None else answer
-        messages = messages[:-1]
-    if not isinstance(answer, str) or not answer.strip():
+    messages, answer = right_answer(record)
+    if answer is None:
         raise UserError(f"{where} has no answer", hint='give each question an "answer"')
     if not messages:
         raise UserError(f"{where} asks nothing", hint="give it a message of the user")
+    topic = topic_of(record)
     return Question(
         prompt=tokenizer.encode_messages(messages, generation_prompt=True)[0],
         answer=answer,
-        language=str(record.get("language") or "und"),
+        language=topic.language,
         kind=question_kind(record),
+        topic=topic,
+        fact=str(record.get("fact") or ""),
+        record=record,
     )
 
 
@@ -213,36 +293,52 @@ def measure_questions(setup: EvaluationSetup, records: Iterable[Mapping[str, Any
         setup.model,
         setup.tokenizer,
         records,
+        training=setup.training_questions,
         batch_size=setup.batch_size,
         device=setup.device,
-        seed=setup.seed,
+        on_answer=setup.on_answer,
     )
     return {"questions": accuracy}
 
 
 def question_blocks(result: Mapping[str, Any]) -> list[Block]:
-    """Return a table: all questions, then each language; three columns for each kind of question."""
+    """Return a table: all questions, then each language; a row for each kind of question."""
     if "questions" not in result:
         return []
     questions = result["questions"]
-    kinds = list(questions["overall"])
-    columns = [""]
-    for kind in kinds:
-        columns += [kind, "95 % interval", "questions"]
-    rows = []
-    for name, entry in {"all": questions["overall"], **questions["languages"]}.items():
-        row = [name]
-        for kind in kinds:
-            row += _cells(entry.get(kind))
-        rows.append(row)
-    return [{"kind": "table", "title": "Exact answers (greedy)", "columns": columns, "rows": rows}]
-
-
-def _cells(measured: Mapping[str, Any] | None) -> list[str]:
-    if measured is None:
-        return ["", "", ""]
-    return [
-        f"{measured['value']:.1%}",
-        format_interval(measured["interval"], 3),
-        f"{measured['questions']:,}",
+    rows = [
+        [
+            name,
+            kind,
+            f"{measured['value']:.1%}",
+            " – ".join(f"{end:.1%}" for end in measured["interval"]),
+            f"{measured['majority_baseline']:.1%}",
+            f"{measured['questions']:,}",
+        ]
+        for name, entry in {"all": questions["overall"], **questions["languages"]}.items()
+        for kind, measured in entry.items()
     ]
+    return [
+        {
+            "kind": "table",
+            "title": "Exact answers (greedy)",
+            "columns": ["", "kind", "right", "95 % interval", "majority baseline", "questions"],
+            "rows": rows,
+            "caption": f"{KINDS_IN_WORDS} {baseline_in_words(questions)} {INTERVAL_IN_WORDS}",
+        }
+    ]
+
+
+KINDS_IN_WORDS = (
+    "Recall: questions about facts that the training text states. "
+    "Generalisation: questions about facts that it does not state."
+)
+INTERVAL_IN_WORDS = "Intervals are 95 % Wilson score intervals; questions about one fact count as a cluster."
+
+
+def baseline_in_words(questions: Mapping[str, Any]) -> str:
+    """Return the definition of the majority baseline, for the caption of a table."""
+    return (
+        "Majority baseline: the share that one constant answer for each language and kind of question gets "
+        f"right, the most frequent one among the {questions['majority_baseline']['answers_from']}."
+    )

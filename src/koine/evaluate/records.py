@@ -12,6 +12,7 @@ from koine.errors import KoineWarning, UserError
 from koine.fields import check_integer
 
 if TYPE_CHECKING:
+    from koine.data.formats import RecordFormat
     from koine.data.readers import TextUnit
     from koine.data.records import RecordReader
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class RecordOptions:
     """Options for reading records; see `koine.data.read_records`.
 
-    split: `None` reads all of a folder that has one split or none.
+    split: `None` reads all of a folder that has one split or none. record_format: `None`: by their fields.
     """
 
     split: str | None = None
@@ -29,6 +30,7 @@ class RecordOptions:
     domain: str | None = None
     max_bad_share: float = 0.01
     unit: TextUnit = "paragraph"
+    record_format: RecordFormat | None = None
 
 
 class Records:
@@ -45,20 +47,22 @@ class Records:
         limit: int | None = None,
         split_option: str = "--split",
         questions: bool = False,
+        preferred_split: str = "",
     ) -> None:
         """Open the sources.
 
         Args:
-            paths: files, folders or `hub:OWNER/NAME`.
+            paths: files, folders or data sets of the hub (`OWNER/NAME`).
             options: how to read them.
             limit: at most this many records of each language, from the start.
             split_option: the command's option that chooses a split, for error messages.
             questions: as `koine.data.read_records` takes it.
+            preferred_split: split that is read of a source with several, where the options name none.
         """
         if limit is not None:
             check_integer("the limit", limit, low=1)
         self.limit = limit
-        self.readers = [_open(path, options, split_option, questions) for path in paths]
+        self.readers = [_open(path, options, split_option, questions, preferred_split) for path in paths]
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         counts: dict[Any, int] = {}
@@ -80,15 +84,20 @@ class Records:
                 )
 
 
-def _open(path: str | Path, options: RecordOptions, split_option: str, questions: bool) -> RecordReader:
+def _open(
+    path: str | Path, options: RecordOptions, split_option: str, questions: bool, preferred_split: str
+) -> RecordReader:
+    from koine.data.hub_data import dataset_folder
     from koine.data.readers import data_files, split_of
-    from koine.data.records import locate, read_records
+    from koine.data.records import BY_FIELDS, read_records
 
     split = options.split
     if split is None:
-        split, folder = "all", locate(path)
+        split, folder = "all", dataset_folder(path)
         named = {split_of(file, folder) for file in data_files(folder, split="all")} - {None}
-        if len(named) > 1:
+        if preferred_split in named:
+            split = preferred_split
+        elif len(named) > 1:
             raise UserError(
                 f"its files are of several splits ({', '.join(sorted(map(str, named)))})",
                 where=path,
@@ -102,6 +111,7 @@ def _open(path: str | Path, options: RecordOptions, split_option: str, questions
         max_bad_share=options.max_bad_share,
         unit=options.unit,
         split=split,
-        carry=("answer",),
+        carry=("answer", "kind", "fact"),
         questions=questions,
+        record_format=options.record_format or BY_FIELDS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def evaluate_model(
     *,
     data: Sequence[str | Path] = (),
     questions: Sequence[str | Path] = (),
+    training_questions: Sequence[str | Path] = (),
     batch_size: int = 16,
     max_length: int | None = None,
     limit: int | None = None,
@@ -34,8 +36,10 @@ def evaluate_model(
 
     Args:
         path: a model with its tokenizer.
-        data: documents; files, folders or `hub:OWNER/NAME`.
+        data: documents; files, folders or data sets of the hub (`OWNER/NAME`).
         questions: questions with answers, likewise.
+        training_questions: questions that the model was trained on, for the majority baseline; of a folder of
+            several splits its training split.
         batch_size: documents or questions at a time; results do not depend on it.
         max_length: tokens of a window; by default as many as the model's configuration allows.
         limit: at most this many records of each language, from the start.
@@ -53,6 +57,8 @@ def evaluate_model(
     """
     if not data and not questions:
         raise UserError("nothing to evaluate on", hint="give --data PATH, --questions PATH, or both")
+    if training_questions and not questions:
+        raise UserError("training questions without questions", hint="give --questions PATH too")
     check_integer("the seed", seed, low=0)
     options = record_options or RecordOptions()
     records: dict[str, Records] = {}
@@ -60,6 +66,9 @@ def evaluate_model(
         records["documents"] = Records(data, options, limit=limit)
     if questions:
         records["questions"] = Records(questions, options, limit=limit, questions=True)
+    trained_on = Records(
+        training_questions, replace(options, split=None), questions=True, preferred_split="train"
+    )
     model, tokenizer = load_for_evaluation(path, device=device, dtype=dtype)
     from koine.evaluate.evaluation import EvaluationSetup
     from koine.evaluate.table import run_evaluations
@@ -76,9 +85,10 @@ def evaluate_model(
         max_length=max_length,
         device=device,
         seed=seed,
+        training_questions=list(trained_on),
     )
     result = run_evaluations(setup, records)
-    for some in records.values():
+    for some in (*records.values(), trained_on):
         some.warn_of_bad()
     return result
 

@@ -6,6 +6,7 @@ from koine.files.outputs import (
     Claim,
     atomic_directory,
     atomic_file,
+    before_publishing,
     check_inside,
     check_output_file,
     check_replacing,
@@ -16,9 +17,11 @@ from koine.files.outputs import (
     recover,
 )
 from koine.files.publishing import State, publish_directory, state_of
+from koine.files.streams import STANDARD_OUTPUT, is_pipe, is_standard_output, is_stream
 from koine.files.system_errors import disk_errors, explain
 from koine.files.walk import copy_tree, walk
 from koine.files.writing import (
+    apply_umask,
     clear_abandoned,
     clear_partials,
     fsync_directory,
@@ -32,10 +35,13 @@ from koine.files.writing import (
 )
 
 __all__ = [
+    "STANDARD_OUTPUT",
     "Claim",
     "State",
+    "apply_umask",
     "atomic_directory",
     "atomic_file",
+    "before_publishing",
     "check_inside",
     "check_output_file",
     "check_replacing",
@@ -51,6 +57,9 @@ __all__ = [
     "fsync_file",
     "fsync_tree",
     "hide_temporary_name",
+    "is_pipe",
+    "is_standard_output",
+    "is_stream",
     "make_folder",
     "parse_json",
     "publish_directory",

@@ -10,14 +10,17 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 from koine.errors import UserError
 from koine.files.locks import exclusive
 from koine.files.publishing import OTHER_OUT, State, changed_error, publish_directory, state_of
+from koine.files.streams import check_stream, is_stream, spooled
 from koine.files.system_errors import NOTHING_KEPT, disk_errors, explain
 from koine.files.writing import beside, fsync_directory, fsync_file, fsync_tree, real_file, remove
 
@@ -25,6 +28,7 @@ EXAMPLE_FILES = {"--page": "long.html", "--report": "report.html"}
 LEFTOVER = re.compile(r"\..+\.(\d+\.(?:partial|old))", re.DOTALL)
 # Errors of file systems without hard links
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+_FINISHING: ContextVar[tuple[tuple[str, Callable[[Path], None]], ...]] = ContextVar("_FINISHING", default=())
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,24 @@ class Claim:
 
     def publish(self, temporary: Path) -> None:
         """Sync a finished folder and rename it to the output; see `publish_directory`."""
+        for place, finish in _FINISHING.get():
+            if place == os.path.realpath(self.place):
+                finish(temporary)
         fsync_tree(temporary)
         publish_directory(temporary, self.place, found=self.found, where=self.out)
+
+
+@contextmanager
+def before_publishing(out: Path, finish: Callable[[Path], None]) -> Iterator[None]:
+    """Have `finish` called with the complete folder of the output `out`, before it gets its name.
+
+    So a record of the folder is published with it, whichever function inside this context writes the folder.
+    """
+    earlier = _FINISHING.set((*_FINISHING.get(), (os.path.realpath(out), finish)))
+    try:
+        yield
+    finally:
+        _FINISHING.reset(earlier)
 
 
 @contextmanager
@@ -72,6 +92,7 @@ def claim(
     """
     out = Path(out)
     with disk_errors(out, kept=kept):
+        check_no_stream(out)
         place = real_folder(out)
         if overwrite:
             check_replacing(out, reads)
@@ -176,8 +197,19 @@ def real_folder(out: Path) -> Path:
     return place
 
 
+def check_no_stream(out: Path) -> None:
+    """Raise `UserError` where a folder to be written is standard output, a pipe or a device."""
+    if is_stream(out):
+        raise UserError(
+            "a pipe, a device or a descriptor, and a folder is written",
+            where=out,
+            hint="give the name of a new folder",
+        )
+
+
 def make_folder(out: Path) -> None:
     """Make a folder to write in, with those above it; of a link, its target."""
+    check_no_stream(out)
     if not out.is_symlink():
         out.mkdir(parents=True, exist_ok=True)
         return
@@ -196,7 +228,7 @@ def _check_absent(out: Path, place: Path, *, overwrite: bool) -> None:
         if not overwrite and any(place.iterdir()):
             raise UserError("exists already", where=out, hint="choose another --out or remove it first")
         return
-    if overwrite and not place.is_file():
+    if not place.is_file():
         raise UserError("neither a file nor a folder, and not replaced", where=out, hint=OTHER_OUT)
     if overwrite:
         raise UserError(
@@ -250,10 +282,15 @@ def _removed_on_failure(out: Path, temporary: Path) -> Iterator[None]:
 def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--out") -> Path:
     """Resolve and check the path of a file to be written, before any work is done for it.
 
+    Pipes, character devices and descriptors (`/dev/stdout`) are written through and need no `overwrite`.
+
     Raises:
-        UserError: Its folder is missing, it is no regular file, or it exists (without `overwrite`).
+        UserError: Its folder is missing, it is a socket or a disk, or it exists (without `overwrite`).
     """
     with disk_errors(out):
+        if is_stream(out):
+            check_stream(out)
+            return out
         if not out.parent.is_dir():
             raise UserError(
                 "no such folder", where=out.parent, hint=f"make it first, or choose another {option}"
@@ -276,10 +313,17 @@ def check_output_file(out: Path, *, overwrite: bool = False, option: str = "--ou
 def atomic_file(out: Path, *, overwrite: bool = False, option: str = "--out") -> Iterator[Path]:
     """Yield a path to write to; on success it becomes `out`, on failure it is removed and `out` is as before.
 
+    A link is followed. What goes to a pipe or a device is collected first, and written at the end. A replaced
+    file keeps its permissions.
+
     Raises `UserError` as `check_output_file` does, where another command is writing `out`, and where `out`
     appeared or changed meanwhile.
     """
     out = Path(out)
+    if is_stream(out):
+        with spooled(out) as temporary:
+            yield temporary
+        return
     place = check_output_file(out, overwrite=overwrite, option=option)
     with disk_errors(out), _locked(out, place):
         check_output_file(out, overwrite=overwrite, option=option)
@@ -288,6 +332,8 @@ def atomic_file(out: Path, *, overwrite: bool = False, option: str = "--out") ->
         with hide_temporary_name(out, temporary), _removed_on_failure(out, temporary):
             yield temporary
             fsync_file(temporary)
+            if found is not None and place.exists():
+                temporary.chmod(stat.S_IMODE(place.stat().st_mode))
             _name_file(temporary, place, found, out)
 
 

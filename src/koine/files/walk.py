@@ -79,8 +79,13 @@ def _is_file_or_nothing(path: Path) -> bool:
 
 
 def copy_tree(source: Path, target: Path, *, hidden: bool = True) -> None:
-    """Copy the files that `walk` finds below `source` to `target`; links are followed."""
+    """Copy the files that `walk` finds below `source` to `target`; links are followed.
+
+    Modification times are kept; permissions are those of new files.
+    """
     for file in walk(source, hidden=hidden):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, place)
+        shutil.copyfile(file, place)
+        about = file.stat()
+        os.utime(place, ns=(about.st_atime_ns, about.st_mtime_ns))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from koine.errors import UserError
+from koine.files.streams import is_stream, write_through
 from koine.files.system_errors import disk_errors
 
 PARTIAL = re.compile(r"\..+\.\d+\.partial", re.DOTALL)
@@ -61,6 +62,20 @@ def fsync_tree(path: Path) -> None:
             if stat.S_ISREG(file.lstat().st_mode):
                 fsync_file(file)
         fsync_directory(Path(folder))
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file the permissions that `open` gives a new one in its folder.
+
+    Libraries that write a temporary file and rename it leave it readable by its owner only.
+    """
+    probe = beside(path, f"{os.getpid()}.partial")
+    try:
+        with probe.open("wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    path.chmod(mode)
 
 
 def remove(path: Path) -> None:
@@ -122,12 +137,16 @@ def encoded(text: str) -> bytes:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
-    A link stays, and its target is written.
+    A link stays, and its target is written. Pipes, character devices and descriptors are written through.
 
     Raises:
-        UserError: The system refuses, or `path` is a folder, a device, a pipe or a socket.
+        UserError: The system refuses, or `path` is a folder, a disk or a socket.
+        BrokenPipeError: The reader of a pipe has gone.
     """
     data = encoded(content) if isinstance(content, str) else content
+    if is_stream(path):
+        write_through(path, data)
+        return
     with disk_errors(path):
         target = real_file(path)
         temporary = beside(target, f"{os.getpid()}.partial")
@@ -145,7 +164,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def real_file(path: Path) -> Path:
     """Resolve the path of a file to be written, following links.
 
-    Raises `UserError` for a folder, and for a device, pipe or socket, which must never be replaced.
+    Raises `UserError` for a folder, and for what must never be replaced: a disk, a socket, a pipe.
     """
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
@@ -160,7 +179,7 @@ def real_file(path: Path) -> Path:
         stat.S_IFIFO: "a pipe",
         stat.S_IFSOCK: "a socket",
         stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
+        stat.S_IFBLK: "a disk",
         stat.S_IFLNK: "a link that leads back to itself",
     }
     raise UserError(

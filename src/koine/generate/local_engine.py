@@ -24,6 +24,7 @@ from koine.generate.scheduler import Scheduler
 from koine.generate.sequential import SequentialGenerator
 from koine.generate.stop_strings import StopStrings
 from koine.hardware import check_device
+from koine.hub import model_folder, shown_name
 from koine.model import CausalLM, Decoder, LanguageModel, load_causal_lm
 from koine.model.counting import page_bytes
 from koine.tokenizer import Tokenizer, load_tokenizer
@@ -64,7 +65,7 @@ class LocalEngine:
         """Load the model and its tokenizer.
 
         Args:
-            path: the model directory.
+            path: the model directory, or `OWNER/NAME` of the hub.
             dtype: "float32", "bfloat16", or None for the stored dtype.
             device: where to compute: "cpu", "cuda", "cuda:1", "mps".
             threads: CPU threads; None leaves torch's setting.
@@ -76,7 +77,7 @@ class LocalEngine:
             UserError: the folder holds no complete model with a matching tokenizer, or the device does not
                 exist.
         """
-        path = Path(path)
+        path = model_folder(path)
         if not path.is_dir():
             raise UserError("no such folder", where=path, hint="give the folder of a model")
         check_device(device)
@@ -119,7 +120,7 @@ class LocalEngine:
         """Return one line about the model: folder, parameters, dtype, device, context length."""
         dtype = str(self._weight.dtype).removeprefix("torch.")
         return (
-            f"{self.path}: {self._parameters / 1e6:,.1f}M parameters, {dtype} on {self._weight.device}, "
+            f"{shown_name(self.path)}: {self._parameters / 1e6:,.1f}M parameters, {dtype} on {self._weight.device}, "
             f"{self.context:,} tokens of context"
         )
 

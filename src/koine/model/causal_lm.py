@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from koine.errors import KoineWarning, UserError
 from koine.extras import import_extra
 from koine.files import read_json
+from koine.hub import model_folder
 from koine.model.formats.carried_files import copy_tokenizer
 from koine.model.formats.checksum import write_checksums
 from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
@@ -274,7 +275,7 @@ def load_causal_lm(
     """Open our own decoder where it implements the model, else `AutoModelForCausalLM`.
 
     Args:
-        path: folder of the model.
+        path: folder of the model, or `OWNER/NAME` of the hub.
         dtype: of the weights; None: as stored.
         device: where they are loaded.
 
@@ -282,7 +283,7 @@ def load_causal_lm(
         UserError: the folder holds no causal LM that the installed `transformers` opens, or its weights are
             damaged, or the model is not causal.
     """
-    path = Path(path)
+    path = model_folder(path)
     read_model_config(path)
     if opens_as_decoder(path):
         return load_model(path, dtype=dtype, device=device)
@@ -291,6 +292,7 @@ def load_causal_lm(
 
 def load_as_stored(path: Path) -> LanguageModel:
     """Load in the dtype that holds every stored weight without rounding, to train or rewrite the model."""
+    path = model_folder(path)
     description = read_model_config(path)
     if opens_as_decoder(path) or description.get("quantization_config") is not None:
         return load_causal_lm(path)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Sequence
+
+WIDEST_TEXT = 100
 
 
 def duration(seconds: float) -> str:
@@ -30,3 +34,34 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def text_width() -> int:
+    """Return the columns for running text: the terminal's, at most 100."""
+    return min(WIDEST_TEXT, shutil.get_terminal_size((WIDEST_TEXT, 24)).columns)
+
+
+def hanging(first: str, text: str) -> list[str]:
+    """Return `text` wrapped to the terminal's width, indented by `first`, which begins the first line."""
+    width = max(text_width(), len(first) + 30)
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [first.rstrip()]
+
+
+def time_left(seconds: float) -> str:
+    """Return seconds as a rough text: `about 40 seconds left`, `about 4 minutes left`."""
+    if seconds < 10:
+        return "a few seconds left"
+    if seconds < 55:
+        return f"about {round(seconds / 10) * 10} seconds left"
+    minutes = max(1, round(seconds / 60))
+    if minutes < 60:
+        return f"about {minutes} minute{'' if minutes == 1 else 's'} left"
+    hours, minutes = divmod(round(minutes / 10) * 10, 60)
+    return f"about {hours} h {minutes:02d} min left"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from koine.errors import UserError
 from koine.fields import check_integer
 from koine.plan.step import StepInfo, split_arguments
 from koine.plan.store.fingerprints import ContentCache, digest, fingerprint_of_content
 from koine.plan.store.publish import record_of
+
+if TYPE_CHECKING:
+    from koine.plan.finished_run import FinishedRun
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9][A-Za-z0-9_-]*)*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -56,6 +60,15 @@ class Node:
     parameters: dict[str, Any]
     identity: dict[str, Any]  # what the fingerprint is made of, in JSON
     parents: tuple[str, ...]
+    purpose: str  # what the step is for, in one line
+
+
+@dataclass(frozen=True)
+class Closing:
+    """A text to print when the run has succeeded, or a function of the `FinishedRun` and of paths."""
+
+    text: str | Callable[..., str]
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def handles(value: Any) -> Iterator[Artifact]:
@@ -122,7 +135,7 @@ class Plan:
     nodes: dict[str, Node] = field(default_factory=dict)
     inputs: dict[str, Artifact] = field(default_factory=dict)
     exports: dict[str, Artifact] = field(default_factory=dict)
-    closing_lines: list[str] = field(default_factory=list)
+    closings: list[Closing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not RUN_NAME.fullmatch(self.name):
@@ -161,12 +174,16 @@ class Plan:
         self.inputs[name] = artifact
         return artifact
 
-    def step(self, function: Callable[..., None], *, name: str, **given: Any) -> Artifact:
+    def step(
+        self, function: Callable[..., None], *, name: str, purpose: str | None = None, **given: Any
+    ) -> Artifact:
         """Add a step and return the handle to the artifact that it will write.
 
         Args:
             function: a function decorated with `@step`.
             name: name of the artifact, and its path in the run's folder.
+            purpose: what the step is for, in one line; the docstring's first line by default. Steps with the
+                same purpose are one stage of the run. It is part of no fingerprint.
             given: the step's inputs (handles) and parameters, by name.
 
         Raises:
@@ -201,7 +218,11 @@ class Plan:
         artifact = Artifact(
             name, path, recorded_fingerprint(path, identity, info.formerly) or digest(identity)
         )
-        self.nodes[name] = Node(artifact, function, info, inputs, parameters, identity, tuple(parents))
+        if purpose is None:
+            purpose = (inspect.getdoc(function) or "").partition("\n")[0].replace("`", "")
+        self.nodes[name] = Node(
+            artifact, function, info, inputs, parameters, identity, tuple(parents), purpose
+        )
         return artifact
 
     def threads_of(self, name: str) -> int:
@@ -229,9 +250,48 @@ class Plan:
             raise UserError(f"'{artifact.name}' is not an artifact of this plan", where="plan.export")
         self.exports[to] = artifact
 
-    def closing(self, text: str) -> None:
-        """Print `text` when the run has succeeded."""
-        self.closing_lines.append(text)
+    def closing(self, text: str | Callable[..., str], **inputs: Any) -> None:
+        """Print a text when the run has succeeded.
+
+        Args:
+            text: the text, or a function that returns it. The function gets the `FinishedRun`, and `inputs`
+                by name as paths, so that it can read what the steps have written.
+            inputs: handles of this plan, or lists or dicts of them.
+
+        Raises:
+            UserError: an input is no artifact of this plan, or the function takes other inputs.
+        """
+        if not callable(text):
+            if inputs:
+                raise UserError("only a function takes inputs", where="plan.closing")
+            self.closings.append(Closing(text))
+            return
+        for key, value in inputs.items():
+            if any(self._known(handle) is None for handle in handles(value)):
+                raise UserError(f"input '{key}' is not an artifact of this plan", where="plan.closing")
+        try:
+            inspect.signature(text).bind(None, **inputs)
+        except TypeError as error:
+            raise UserError(
+                f"{getattr(text, '__qualname__', text)}: {error}",
+                where="plan.closing",
+                hint="give it the run, and the inputs by name",
+            ) from None
+        self.closings.append(Closing(text, {key: places(value) for key, value in inputs.items()}))
+
+    def closing_texts(self, run: FinishedRun) -> list[str]:
+        """Return what is to be printed when the run has succeeded.
+
+        Raises `UserError` where a function returns something else than text.
+        """
+        texts = []
+        for closing in self.closings:
+            text: object = closing.text(run, **closing.inputs) if callable(closing.text) else closing.text
+            if not isinstance(text, str):
+                name = getattr(closing.text, "__qualname__", closing.text)
+                raise UserError(f"{name} returned {type(text).__name__}, not text", where="plan.closing")
+            texts.append(text)
+        return texts
 
 
 def recorded_fingerprint(path: Path, identity: dict[str, Any], formerly: tuple[str, ...]) -> str | None:

@@ -52,6 +52,12 @@ def step(
     """
 
     def mark(function: Function) -> Function:
+        for name in {"name", "purpose"} & inspect.signature(function).parameters.keys():
+            raise UserError(
+                f"a step's parameter cannot be called '{name}', which is one of plan.step",
+                where=function.__qualname__,
+                hint="call it otherwise",
+            )
         function.__koine_step__ = StepInfo(version, estimate, threads, formerly)  # type: ignore[attr-defined]
         return function
 

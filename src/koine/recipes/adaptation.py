@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from koine.data.hub_data import dataset_folder
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
+from koine.hub import TOKENIZER, model_folder
 from koine.languages import language
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.parameters import (
     BatchSize,
     DataPath,
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     Languages,
     LearningRate,
     MaxBadShare,
@@ -34,6 +38,8 @@ from koine.steps.training import HeldOutProbe
 from koine.tokenizer.embedding_init import METHODS
 
 REGIMES = ("continued", "targeted")
+EVALUATION_BYTES = 4_000
+"""Length to which a held-out document is cut, in the training's evaluations and in those after it."""
 
 
 def adaptation(
@@ -44,6 +50,7 @@ def adaptation(
     primary_languages: Annotated[tuple[str, ...], Parameter("Languages that the model knows already.")],
     languages: Languages = (),
     fields: FieldNames = (),
+    format: FormatName = "",
     regime: Annotated[
         str,
         Parameter(
@@ -89,8 +96,9 @@ def adaptation(
     corpus = plan.step(
         own_corpus,
         name="corpus",
-        data=plan.input(data, name="data"),
+        data=plan.input(dataset_folder(data), name="data"),
         fields=fields,
+        record_format=format,
         languages=languages,
         primary_cluster="none",
         primary_languages=primary_languages,
@@ -102,13 +110,13 @@ def adaptation(
         questions_per_language=100,
         seed=seed,
     )
-    given = start = plan.input(model, name="model-given")
+    given = start = plan.input(model_folder(model), name="model-given")
     if tokenizer is not None:
         start = plan.step(
             move_to_tokenizer,
             name="moved",
             model=given,
-            tokenizer=plan.input(tokenizer, name="tokenizer-given"),
+            tokenizer=plan.input(model_folder(tokenizer, TOKENIZER), name="tokenizer-given"),
             corpus=corpus,
             method=init,
             languages=tuple(language(code).code for code in languages),
@@ -146,15 +154,12 @@ def adaptation(
         probe=HeldOutProbe(
             groups={"primary": ("primary",), "adapted": adapted_languages or ("expanded",)},
             documents=evaluation_documents,
-            max_bytes=4_000,
+            max_bytes=EVALUATION_BYTES,
             track_languages=True,
         ),
     )
     _evaluate(plan, corpus, {"given": given, "adapted": adapted}, evaluation_documents, seed)
-    plan.closing(
-        f"What each language gained and lost is in {plan.folder / 'report.html'}. "
-        f"The model: {plan.folder / 'model'}"
-    )
+    plan.closing(lambda run: trained_model(run, "what each language gained and lost", "model"))
 
 
 def _evaluate(plan: Plan, corpus: Artifact, models: dict[str, Artifact], documents: int, seed: int) -> None:
@@ -167,5 +172,6 @@ def _evaluate(plan: Plan, corpus: Artifact, models: dict[str, Artifact], documen
             model=model,
             documents_per_language=documents,
             questions_per_language=0,
+            max_document_bytes=EVALUATION_BYTES,
             seed=seed,
         )

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
+from koine.hub import model_folder
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.domains import add_comparison, add_domains, named_paths
 from koine.recipes.parameters import (
     BatchSize,
@@ -15,6 +17,7 @@ from koine.recipes.parameters import (
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     HeldoutBytes,
     LearningRate,
     MaxBadShare,
@@ -47,6 +50,7 @@ def branch_train_mix(
         str, Parameter("How the experts are combined; average: one dense model.", choices=METHODS)
     ] = "nexus",
     fields: FieldNames = (),
+    format: FormatName = "",
     branch_steps: Annotated[int, Parameter("Training steps of each expert.", unit="steps", low=1)] = 400,
     mixture_steps: Annotated[int, Parameter("Training steps of the mixture.", unit="steps", low=1)] = 400,
     extension_steps: Annotated[
@@ -89,13 +93,14 @@ def branch_train_mix(
     With `new_domain`, an expert of one more domain is then added to the mixture, without starting again.
     """
     named, added = _domains(domains, new_domain, method)
-    given = plan.input(seed_model, name="seed-given")
+    given = plan.input(model_folder(seed_model), name="seed-given")
     paths = {**named, **added, **({} if general is None else {GENERAL: general})}
     corpora, tokens = add_domains(
         plan,
         paths,
         given,
         fields=fields,
+        record_format=format,
         max_bytes=max_bytes,
         heldout_bytes=heldout_bytes,
         max_bad_share=max_bad_share,
@@ -174,10 +179,8 @@ def branch_train_mix(
         )
         models |= {f"expert-{name}": expert, "grown": grown, "extended": extended}
     add_comparison(plan, models, corpora, evaluation_documents)
-    final = plan.folder / ("extended" if added else "model")
-    plan.closing(
-        f"Bits per byte and routing, domain by domain: {plan.folder / 'report.html'}. The model: {final}"
-    )
+    final = "extended" if added else "model"
+    plan.closing(lambda run: trained_model(run, "bits per byte and routing by domain", final))
 
 
 def _domains(

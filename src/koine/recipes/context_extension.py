@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from koine.data.hub_data import dataset_folder
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
+from koine.hub import model_folder
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.parameters import (
     DataPath,
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     Languages,
     LearningRate,
     MaxBadShare,
@@ -39,6 +43,7 @@ def extend(
         Path | None, Parameter("Text for the long rows, where `data` has too few long documents.")
     ] = None,
     fields: FieldNames = (),
+    format: FormatName = "",
     languages: Languages = (),
     lengths: Annotated[
         tuple[int, ...], Parameter("Row length of each stage, growing.", unit="tokens", low=2)
@@ -86,14 +91,15 @@ def extend(
     # One step follows another, so that each may use more cores.
     plan.threads = plan.threads or 2
     _check_stages(lengths, steps, thetas)
-    given = plan.input(model, name="model-given")
+    given = plan.input(model_folder(model), name="model-given")
 
     def corpus_of(path: Path, suffix: str) -> tuple[Artifact, Artifact]:
         corpus = plan.step(
             text_corpus,
             name=f"corpus{suffix}",
-            data=plan.input(path, name=f"corpus{suffix}-given"),
+            data=plan.input(dataset_folder(path), name=f"corpus{suffix}-given"),
             fields=fields,
+            record_format=format,
             languages=languages,
             max_bytes_per_language=max_bytes_per_language,
             min_bytes_per_language=min_bytes_per_language,
@@ -163,10 +169,7 @@ def extend(
     }
     comparison = plan.step(compare_lengths, name="comparison", evaluations=evaluations, lengths=lengths)
     plan.export(comparison / "results.json", "results.json")
-    plan.closing(
-        f"Bits per byte at each length, stage by stage: {plan.folder / 'report.html'}. "
-        f"The model: {plan.folder / 'model'}"
-    )
+    plan.closing(lambda run: trained_model(run, "bits per byte at each length and stage", "model"))
 
 
 def _rate_factor(progress: float, final_share: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from koine.data.hub_data import dataset_folder
 from koine.errors import UserError
 from koine.plan import Artifact, Plan
 from koine.steps.comparison import compare_domains
@@ -39,7 +40,7 @@ def add_domains(
         name: plan.step(
             domain_text,
             name=f"text/{name}",
-            data=plan.input(path, name=f"data/{name}"),
+            data=plan.input(dataset_folder(path), name=f"data/{name}"),
             domain=name,
             **options,
         )

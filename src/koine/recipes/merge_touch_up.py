@@ -7,7 +7,9 @@ from typing import Annotated
 
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
+from koine.hub import model_folder
 from koine.plan import Parameter, Plan
+from koine.recipes.closings import trained_model
 from koine.recipes.domains import add_comparison, add_domains, named_paths
 from koine.recipes.parameters import (
     BatchSize,
@@ -15,6 +17,7 @@ from koine.recipes.parameters import (
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     HeldoutBytes,
     MaxBadShare,
     MaxBytes,
@@ -43,6 +46,7 @@ def merge_touch_up(
         Path | None, Parameter("Folder of the models' common ancestor, where the method needs it.")
     ] = None,
     fields: FieldNames = (),
+    format: FormatName = "",
     steps: Annotated[int, Parameter("Training steps after the merge.", unit="steps", low=1)] = 100,
     learning_rate: Annotated[
         float,
@@ -70,12 +74,13 @@ def merge_touch_up(
     named = named_paths(domains)
     if not named:
         raise UserError("no domain is given", hint="for example --set domains=code=A,law=B")
-    given = [plan.input(path, name=f"given/{index}") for index, path in enumerate(models)]
+    given = [plan.input(model_folder(path), name=f"given/{index}") for index, path in enumerate(models)]
     corpora, tokens = add_domains(
         plan,
         named,
         given[0],
         fields=fields,
+        record_format=format,
         max_bytes=max_bytes,
         heldout_bytes=heldout_bytes,
         max_bad_share=max_bad_share,
@@ -85,7 +90,7 @@ def merge_touch_up(
         merge_models,
         name="merged",
         models=given,
-        base=None if base is None else plan.input(base, name="base"),
+        base=None if base is None else plan.input(model_folder(base), name="base"),
         method=method,
         weights=weights or (1.0 / len(models),) * len(models),
         seed=seed,
@@ -112,6 +117,4 @@ def merge_touch_up(
         "touched-up": model,
     }
     add_comparison(plan, compared, corpora, evaluation_documents)
-    plan.closing(
-        f"Bits per byte before and after: {plan.folder / 'report.html'}. The model: {plan.folder / 'model'}"
-    )
+    plan.closing(lambda run: trained_model(run, "bits per byte before and after", "model"))

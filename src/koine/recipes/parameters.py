@@ -5,18 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from koine.data.formats import BY_NAME
 from koine.plan import Parameter
 
 DTYPES = ("auto", "float32", "bfloat16")
 
-ModelFolder = Annotated[Path, Parameter("Folder of a model of ours.")]
+ModelFolder = Annotated[Path, Parameter("Folder of a model of ours, or OWNER/NAME of the hub.")]
 DataPath = Annotated[
     Path,
-    Parameter("Your text: a file or folder of JSON Lines, Parquet, CSV or plain text, with language codes."),
+    Parameter(
+        "Your text: a file, a folder, or OWNER/NAME of the hub; JSON Lines, Parquet, CSV or plain text."
+    ),
 ]
 FieldNames = Annotated[
     tuple[str, ...],
     Parameter("Names of the fields in your records, for example text=content,language=lang."),
+]
+FormatName = Annotated[
+    str,
+    Parameter("Format of your records; empty: recognised by their fields.", choices=("", *BY_NAME)),
 ]
 Languages = Annotated[
     tuple[str, ...], Parameter("Language codes to use, for example de,hi; empty: all of the data.")

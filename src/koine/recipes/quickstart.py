@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+from koine.data.hub_data import dataset_folder
 from koine.hardware import chosen_dtype
 from koine.languages import CLUSTERS
 from koine.model import PRESETS, VARIANTS, ModelConfig
 from koine.model import preset as preset_config
 from koine.model.layer_patterns import Variant
 from koine.plan import Artifact, Parameter, Plan
+from koine.recipes.closings import chat_answer
 from koine.recipes.parameters import (
     BatchSize,
     DType,
     EvaluationDocuments,
     FieldNames,
+    FormatName,
     Languages,
     LearningRate,
     MaxBadShare,
@@ -28,20 +31,20 @@ from koine.recipes.parameters import (
 )
 from koine.steps.corpora import own_corpus, sample_corpus
 from koine.steps.evaluation import evaluate_model
+from koine.steps.examples import add_examples
 from koine.steps.text_mixture import TextSource, adaptation_sources, pretraining_sources
 from koine.steps.tokenizer_comparison import ARMS, compare_arms
 from koine.steps.tokenizers import build_tokenizer, tokenize_part
 from koine.steps.trainer import Trainer
-from koine.steps.training import HeldOutProbe
+from koine.steps.training import HeldOutProbe, doubling_steps
 
 SAMPLE_LANGUAGES = (
     *("en", "de", "fr", "es", "pl", "ru", "el", "fi"),
     *("zh", "ja", "ko", "vi", "th", "id", "fil", "my"),
     *("ar", "fa", "tr", "he", "hi", "bn", "ta", "ur"),
 )
-CHAT_MODELS = {"universal": "model", "cluster": "model-cluster"}
-"""Artifact of each arm's chat model; the universal arm's is the one to talk to."""
-
+EVALUATION_BYTES = 4_000
+"""Length to which a held-out document is cut; few in the sample world are as long."""
 Arms = Mapping[str, Artifact]
 
 
@@ -49,9 +52,10 @@ def quickstart(
     plan: Plan,
     *,
     data: Annotated[
-        Path | None, Parameter("Your text in place of the sample world: a file or folder.")
+        Path | None, Parameter("Your text in place of the sample world: a file, a folder, or OWNER/NAME.")
     ] = None,
     fields: FieldNames = (),
+    format: FormatName = "",
     languages: Languages = (),
     primary_cluster: Annotated[
         str, Parameter("Languages to pretrain on: those of this cluster.", choices=CLUSTERS)
@@ -102,7 +106,7 @@ def quickstart(
     max_bytes_per_language: MaxBytesPerLanguage = 400_000,
     min_bytes_per_language: MinBytesPerLanguage = 20_000,
     max_bad_share: MaxBadShare = 0.01,
-    evaluation_documents: EvaluationDocuments = 12,
+    evaluation_documents: EvaluationDocuments = 10,
     evaluation_questions: Annotated[
         int, Parameter("Questions of each language in the evaluation.", unit="questions", low=0)
     ] = 40,
@@ -125,6 +129,7 @@ def quickstart(
         corpus = plan.step(
             sample_corpus,
             name="corpus",
+            purpose="Write facts in many languages, as text and as questions.",
             languages=languages or SAMPLE_LANGUAGES,
             documents_per_language=documents_per_language,
             code_bytes=300_000,
@@ -134,8 +139,10 @@ def quickstart(
         corpus = plan.step(
             own_corpus,
             name="corpus",
-            data=plan.input(data, name="data"),
+            purpose="Sort your text by language, and hold some of it out.",
+            data=plan.input(dataset_folder(data), name="data"),
             fields=fields,
+            record_format=format,
             languages=languages,
             max_bytes_per_language=max_bytes_per_language,
             heldout_bytes_per_language=max(10_000, max_bytes_per_language // 10),
@@ -164,6 +171,7 @@ def quickstart(
         ),
         config,
         learning_rate,
+        evaluation_documents,
     )
     # Stage by stage, so that the two arms run side by side.
     tokenizers = study.tokenizers(english_share)
@@ -175,34 +183,41 @@ def quickstart(
     adapted = study.adapted(tokenizers, documents, pretrained, adapt_steps, primary_share)
     models = study.chat_models(tokenizers, adapted, chat_steps)
     evaluations = {
-        "before": study.evaluated("pretrained", pretrained, evaluation_documents),
-        "after": study.evaluated("adapted", adapted, evaluation_documents),
-        "final": study.evaluated("chat", models, evaluation_documents, evaluation_questions),
+        "pretrained": study.evaluated("pretrained", pretrained),
+        "adapted": study.evaluated("adapted", adapted),
+        "chat": study.evaluated("chat", models, evaluation_questions),
     }
     comparison = plan.step(
         compare_arms,
         name="comparison",
+        purpose="Compare the two tokenizers, and write the verdict.",
         corpus=corpus,
         tokenizers=tokenizers,
         tokens=documents,
-        adapted=adapted,
-        **evaluations,
+        models={"pretrained": pretrained, "adapted": adapted, "chat": models},
+        evaluations=evaluations,
         primary_share=primary_share,
-        batch_tokens=batch_size * sequence_length,
         seed=seed,
     )
     plan.export(comparison / "results.json", "results.json")
-    plan.closing(
-        f"The answer is in {plan.folder / 'report.html'}. "
-        f"Talk to the model: koine chat {plan.folder / 'model'}"
+    plan.step(
+        add_examples,
+        name="model",
+        purpose="Put questions that it answers right beside the chat model.",
+        model=models["universal"],
+        evaluation=evaluations["chat"]["universal"],
     )
+    plan.closing(chat_answer, comparison=comparison)
 
 
 class Study:
     """Adds the stages of the comparison to a plan, each for both arms."""
 
-    def __init__(self, corpus: Artifact, trainer: Trainer, config: ModelConfig, learning_rate: float) -> None:
+    def __init__(
+        self, corpus: Artifact, trainer: Trainer, config: ModelConfig, learning_rate: float, documents: int
+    ) -> None:
         self.corpus, self.trainer, self.config, self.learning_rate = corpus, trainer, config, learning_rate
+        self.documents = documents
         self.plan = trainer.plan
 
     def tokenizers(self, english_share: float) -> dict[str, Artifact]:
@@ -211,6 +226,7 @@ class Study:
             arm: self.plan.step(
                 build_tokenizer,
                 name=f"tokenizer/{arm}",
+                purpose="Train one tokenizer on all languages and one on the primary ones.",
                 corpus=self.corpus,
                 scope=arm,
                 vocabulary_size=self.config.vocab_size,
@@ -228,6 +244,7 @@ class Study:
             arm: self.plan.step(
                 tokenize_part,
                 name=f"tokens/{arm}/{domain}",
+                purpose="Turn the texts into token ids, with each tokenizer.",
                 corpus=self.corpus,
                 tokenizer=tokenizers[arm],
                 part=part,
@@ -251,8 +268,9 @@ class Study:
                 tokenizer=tokenizers[arm],
                 corpus=self.corpus,
                 config=self.config,
-                probe=HeldOutProbe(groups={"primary": ("primary",)}),
+                probe=self.probe("primary"),
                 settings={"evaluate_every": max(1, steps // 5)},
+                purpose="Train a new model with each tokenizer, on the primary languages.",
             )
             for arm in ARMS
         }
@@ -269,16 +287,12 @@ class Study:
                 adaptation_sources((), primary_share),
                 steps=steps,
                 learning_rate=self.learning_rate / 2,
-                settings={"schedule": "constant", "evaluate_every": max(1, steps // 15)},
+                settings={"schedule": "constant", "evaluate_every": doubling_steps(steps)[0]},
+                purpose="Train both models on the other languages too.",
                 tokenizer=tokenizers[arm],
                 corpus=self.corpus,
                 config=self.config,
-                probe=HeldOutProbe(
-                    groups={"primary": ("primary",), "adapted": ("expanded",)},
-                    documents=2,
-                    max_bytes=3_000,
-                    track_languages=True,
-                ),
+                probe=self.probe("primary", "expanded", track_languages=True, at=doubling_steps(steps)),
             )
             for arm in ARMS
         }
@@ -288,7 +302,7 @@ class Study:
         chats = self.tokens(tokenizers, "questions/train", "chats")
         return {
             arm: self.trainer.train(
-                CHAT_MODELS[arm],
+                f"chat/{arm}",
                 models[arm],
                 chats[arm],
                 (TextSource(name="chats"),),
@@ -296,6 +310,7 @@ class Study:
                 learning_rate=self.learning_rate,
                 settings={"schedule": "linear"},
                 packing="no_split",
+                purpose="Teach both models to answer questions.",
                 objective="fine-tuning",
                 tokenizer=tokenizers[arm],
                 config=self.config,
@@ -303,16 +318,27 @@ class Study:
             for arm in ARMS
         }
 
-    def evaluated(self, stage: str, models: Arms, documents: int, questions: int = 0) -> dict[str, Artifact]:
+    def probe(self, *roles: str, **fields: Any) -> HeldOutProbe:
+        """Return the evaluation of a training, on the documents of `evaluated`, so that their figures agree."""
+        return HeldOutProbe(
+            groups={role: (role,) for role in roles},
+            documents=self.documents,
+            max_bytes=EVALUATION_BYTES,
+            **fields,
+        )
+
+    def evaluated(self, stage: str, models: Arms, questions: int = 0) -> dict[str, Artifact]:
         """Evaluate the models of a stage on held-out documents, and on questions."""
         return {
             arm: self.plan.step(
                 evaluate_model,
                 name=f"evaluation/{arm}/{stage}",
+                purpose="Measure the models after each stage on held-out text and questions.",
                 corpus=self.corpus,
                 model=models[arm],
-                documents_per_language=documents,
+                documents_per_language=self.documents,
                 questions_per_language=questions,
+                max_document_bytes=EVALUATION_BYTES,
                 seed=self.trainer.seed,
             )
             for arm in ARMS

@@ -83,6 +83,7 @@ def own_corpus(
     max_bad_share: float,
     questions_per_language: int,
     seed: int,
+    record_format: str = "",
     out: Path,
 ) -> None:
     """Sort the user's own records into a corpus.
@@ -92,14 +93,19 @@ def own_corpus(
     Raises:
         UserError: no language has enough text, or too many records cannot be read.
     """
-    from koine.data import read_records
+    from koine.data import RecordFormat, read_records
     from koine.languages import language
 
     for folder in ("documents", "documents-heldout", "questions"):
         shutil.rmtree(out / folder, ignore_errors=True)
     # All splits: records whose split is not train become the held-out text.
     reader = read_records(
-        data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all", carry=()
+        data,
+        fields=field_mapping(fields),
+        max_bad_share=max_bad_share,
+        split="all",
+        carry=(),
+        record_format=RecordFormat(record_format or None),
     )
     wanted = {language(code).code for code in languages}
     unknown = 0
@@ -145,6 +151,11 @@ def own_corpus(
         )
     if unknown:
         notes.append(f"{unknown} records name no language and were left out.")
+    foreign = [
+        f"{count} as {name}" for name, count in reader.formats.items() if name not in ("text", "messages")
+    ]
+    if foreign:
+        notes.append(f"Records were read {', '.join(foreign)}.")
     if reader.bad:
         notes.append(f"{reader.bad} bad records were left out, the first: {reader.examples[0]}.")
     write_step_report(
@@ -204,16 +215,22 @@ def text_corpus(
     max_bytes_per_language: int,
     min_bytes_per_language: int,
     max_bad_share: float,
+    record_format: str = "",
     out: Path,
 ) -> None:
     """Sort the user's own documents into a corpus where all languages have the same role."""
-    from koine.data import read_records
+    from koine.data import RecordFormat, read_records
     from koine.languages import language
 
     for folder in ("documents", "documents-heldout", "questions"):
         shutil.rmtree(out / folder, ignore_errors=True)
     reader = read_records(
-        data, fields=field_mapping(fields), max_bad_share=max_bad_share, split="all", carry=()
+        data,
+        fields=field_mapping(fields),
+        max_bad_share=max_bad_share,
+        split="all",
+        carry=(),
+        record_format=RecordFormat(record_format or None),
     )
     wanted = {language(code).code for code in languages}
     shares = write_own_corpus(

@@ -30,6 +30,7 @@ def domain_text(
     max_bad_share: float,
     seed: int,
     languages: tuple[str, ...] = (),
+    record_format: str = "",
     out: Path,
 ) -> None:
     """Write a domain's documents: `train.jsonl`, and `heldout.jsonl` that no step trains on.
@@ -41,7 +42,7 @@ def domain_text(
     """
     import random
 
-    from koine.data import read_records
+    from koine.data import RecordFormat, read_records
 
     draw = random.Random(seed)
     reader = read_records(
@@ -51,6 +52,7 @@ def domain_text(
         split="all",
         languages=languages or None,
         carry=(),
+        record_format=RecordFormat(record_format or None),
     )
     parts = {"train": max_bytes, "heldout": heldout_bytes}
     limits = {part: limit // max(1, len(languages)) for part, limit in parts.items()}

@@ -111,3 +111,8 @@ def domains(*, documents: int, **_: Any) -> Estimate:
 def sample_code(**_: Any) -> Estimate:
     """Return the estimate of some megabytes of Python."""
     return Estimate(LIGHT + 100 * 2**20, 3.0)
+
+
+def copy(**_: Any) -> Estimate:
+    """Return the estimate of copying a small model."""
+    return Estimate(LIGHT, 1.0)

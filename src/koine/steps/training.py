@@ -5,7 +5,6 @@ Heavy imports are inside the functions, so that a run in which everything is up 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +45,22 @@ class HeldOutProbe:
     """Length to which a document is cut."""
     track_languages: bool = False
     """Write every language's figure to `languages.jsonl`; of a given model also before the first step."""
+    at: tuple[int, ...] = ()
+    """Numbers of steps done at which to measure, out of those of `evaluate_every`; empty: all of them."""
+
+
+def doubling_steps(steps: int) -> tuple[int, ...]:
+    """Return steps at which to measure a curve that falls fast at first: each twice the one before, and the last.
+
+    All but the last are multiples of the first, about a 32nd of `steps`.
+    """
+    first = max(1, steps // 32)
+    found = []
+    step = first
+    while step <= 0.75 * steps:
+        found.append(step)
+        step *= 2
+    return (*found, steps)
 
 
 @step(version="1", estimate=estimates.training, threads=0)
@@ -87,6 +102,8 @@ def train_model(
     from koine.data import DataOrder
     from koine.data.drawn import read_drawn
     from koine.train import LanguageModelling, SupervisedFineTuning, train
+    from koine.train.progress import final_metrics
+    from koine.train.tracking.run_logger import logger_from_environment
 
     tokenizer = tokenizer or model
     if tokenizer is None:
@@ -111,11 +128,14 @@ def train_model(
         tokenizer=tokenizer,
         init_from=model,
         evaluate=evaluate,
+        # By the environment and not by a parameter: a tracker does not change what the step makes.
+        logger=logger_from_environment(),
     )
     write_json(out / "metrics.json", final_metrics(out / "metrics.jsonl"))
     if probe is not None and tracked:
         groups = {name: language_codes(members, roles) for name, members in probe.groups.items()}
-        title = f"Adapted to {', '.join(groups.get('adapted', ()))}".removesuffix("to ")
+        added = groups.get("adapted") or groups.get("expanded") or ()
+        title = f"Adapted to {', '.join(added)}".removesuffix(" to ")
         write_step_report(out, title, forgetting_blocks(out, groups.get("primary", ())))
 
 
@@ -190,23 +210,8 @@ def make_probe(
         documents=probe.documents,
         max_bytes=probe.max_bytes,
         tracked=out / LANGUAGE_TRACK if probe.track_languages else None,
+        at=probe.at,
     )
-
-
-def final_metrics(path: Path) -> dict[str, float]:
-    """Return the mean loss of the last ten steps and the last evaluation, from a `metrics.jsonl`."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
-    for line in reversed(lines):
-        found = {
-            key.removeprefix("evaluation/"): value
-            for key, value in line.items()
-            if key.startswith("evaluation/")
-        }
-        if found:
-            return metrics | found
-    return metrics
 
 
 def training_settings(*, steps: int, **fields: Any) -> TrainSettings:

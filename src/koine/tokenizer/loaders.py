@@ -19,6 +19,8 @@ from pathlib import Path
 from koine.errors import UserError, first_line
 from koine.extras import import_extra
 from koine.files import read_json
+from koine.hub import TOKENIZER as TOKENIZER_FILES
+from koine.hub import model_folder
 from koine.tokenizer.control import PlainText, library_errors, read_bytes, read_text
 from koine.tokenizer.token_bytes import SPACE_MARK, AnyTokenizer, TokenBytes, piece_bytes
 
@@ -216,7 +218,7 @@ def open_tokenizer(path: str | Path) -> AnyTokenizer:
 
     Raises `UserError` if there is none, it is damaged, or the library that reads it is not installed.
     """
-    path = Path(path)
+    path = model_folder(path, TOKENIZER_FILES)
     if not path.exists():
         raise UserError(
             "no such file or folder",

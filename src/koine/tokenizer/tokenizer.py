@@ -12,6 +12,8 @@ from typing import Any
 
 from koine.errors import UserError
 from koine.files import disk_errors, write_atomically
+from koine.hub import TOKENIZER as TOKENIZER_FILES
+from koine.hub import model_folder
 from koine.tokenizer.chat import CHAT_TEMPLATE, ROLE_TOKENS, Message, check_messages
 from koine.tokenizer.control import PlainText, open_backend, parsed_object, read_text
 from koine.tokenizer.markers import Hidden, MarkerEncoder
@@ -303,9 +305,11 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a folder with a `tokenizer.json`: ours, a model's, or any fast tokenizer of `transformers`.
 
+    Also the one of a model on the hub (`OWNER/NAME`).
+
     Raises `UserError` if the folder or the file is missing, damaged, or names no end-of-document token.
     """
-    path = Path(path)
+    path = model_folder(path, TOKENIZER_FILES)
     if not path.exists():
         raise UserError("no such folder", where=path, hint="give a folder that holds a tokenizer.json")
     if not (path / TOKENIZER).is_file():

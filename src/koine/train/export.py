@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import save_state
 from koine.model.formats.eos_ids import eos_ids
+from koine.model.formats.model_card import CARD, ModelCard, Parent, write_model_card
 from koine.model.language_model import LanguageModel
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
@@ -89,9 +91,17 @@ class OutputFolder:
 
 
 def write_model(
-    model: LanguageModel, optimiser: Optimiser, output: OutputFolder, ranks: Ranks, record: dict[str, Any]
+    model: LanguageModel,
+    optimiser: Optimiser,
+    output: OutputFolder,
+    ranks: Ranks,
+    record: dict[str, Any],
+    make_card: Callable[[], ModelCard],
 ) -> None:
-    """Write the trained model in float32, then `record` as `training.json`; keep only the best checkpoint."""
+    """Write the trained model in float32, then `record` as `training.json`; keep only the best checkpoint.
+
+    make_card: called on the main rank.
+    """
     weights: dict[str, Tensor] = {}
     for name, master in optimiser.masters.items():
         gathered = master.full_tensor() if hasattr(master, "full_tensor") else master
@@ -104,6 +114,7 @@ def write_model(
         shutil.rmtree(partial, ignore_errors=True)
         try:
             model.save(partial, tokenizer=output.tokenizer, weights=weights)
+            write_model_card(partial, make_card())
             fsync_tree(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -119,12 +130,13 @@ def write_model(
     ranks.barrier()
 
 
-def write_description(model: LanguageModel, folder: Path, output: OutputFolder) -> None:
+def write_description(model: LanguageModel, folder: Path, output: OutputFolder, card: ModelCard) -> None:
     """Write the files of a model directory besides its weights, for `export_checkpoint`."""
     if output.init_from is not None:
         (folder / CARRIED).mkdir()
         carry_files(output.init_from, folder / CARRIED, warn=False)
     model.save_config(folder, tokenizer=output.tokenizer)
+    write_model_card(folder, card)
 
 
 def model_buffers(model: LanguageModel) -> dict[str, Tensor]:
@@ -166,6 +178,22 @@ def export_checkpoint(
             _build_transformers_model(path, weights, dtype).save(folder, tokenizer=path)
         if (path / CARRIED).is_dir():
             carry_files(path / CARRIED, folder, keep=True)
+        if (path / CARD).is_file():
+            shutil.copyfile(path / CARD, folder / CARD)
+        else:
+            write_model_card(folder, _card_of_old_checkpoint(checkpoint))
+
+
+def _card_of_old_checkpoint(checkpoint: Checkpoint) -> ModelCard:
+    """Return the card of a checkpoint that was written before checkpoints had one."""
+    identity = checkpoint.record["identity"]
+    return ModelCard(
+        title=f"Checkpoint after {checkpoint.step:,} steps",
+        summary=f"The weights of a training after {checkpoint.step:,} steps.",
+        parents=(Parent(path=checkpoint.path, role="checkpoint"),),
+        relation="finetune",
+        parameters={key: identity.get(key) for key in ("objective", "settings", "mixture")},
+    )
 
 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json
 from koine.model.language_model import LanguageModel
 from koine.model.moe.losses import count_step, use_totals
+from koine.plan.store.publish import artifact_name
 from koine.train import checkpoint as checkpoints
+from koine.train.card import training_card
 from koine.train.checkpoint import Checkpoint
 from koine.train.determinism import deterministic
 from koine.train.distributed import Ranks, apply_fsdp, join_ranks
@@ -35,11 +37,14 @@ from koine.train.schedule import learning_rate_factor
 from koine.train.settings import ROUNDING, TrainSettings
 from koine.train.signals import Interrupt, catch_interrupts
 from koine.train.step_costs import StepCost, costs_by_shape
+from koine.train.tracking.background import Tracking
+from koine.train.tracking.run_logger import Outcome, RunLogger
 
 if TYPE_CHECKING:
     from koine.data.batch import Batch
     from koine.data.data_order import DataOrder
     from koine.data.mixture import StepPosition
+    from koine.model.formats.model_card import ModelCard
 
 __all__ = ["Evaluate", "TrainingStopped", "train"]
 
@@ -48,7 +53,7 @@ NO_TARGET = (
     "that holds their answers"
 )
 Evaluate = Callable[[LanguageModel, int], Mapping[str, float]]
-"""`metrics = evaluate(model, steps_done)`; it must not change the model."""
+"""`metrics = evaluate(model, steps_done)`; it must not change the model. No metrics: nothing was measured."""
 
 
 def train(
@@ -63,6 +68,7 @@ def train(
     evaluate: Evaluate | None = None,
     progress: bool = True,
     device: str = "auto",
+    logger: RunLogger | None = None,
 ) -> None:
     """Train `model` in place over all steps of the data's mixture and write a model directory.
 
@@ -82,6 +88,8 @@ def train(
             steps done. Its figures are metrics. Lower is better where the best checkpoint is chosen.
         progress: show a progress bar, or a line every few seconds.
         device: `cpu`, `cuda`, or `auto`.
+        logger: an experiment tracker that gets the figures too, such as `open_run_logger("wandb")`. It does
+            not change the training, and the training does not fail with it.
 
     Raises:
         UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing
@@ -115,7 +123,7 @@ def train(
             if checkpoint is not None:
                 check_same_training(checkpoint.record["identity"], identity, model, checkpoint.path)
             trainer = Trainer(model, objective, data, settings, output, identity, evaluate, ranks, interrupt)
-            trainer.run(checkpoint, progress=progress)
+            trainer.run(checkpoint, progress=progress, logger=logger)
 
 
 def _check_complete(
@@ -184,21 +192,33 @@ class Trainer:
         self.optimiser = Optimiser(model, settings, dtype=torch.float32 if ranks.is_distributed else dtype)
         self.step_costs = costs_by_shape(model, settings, self.mixture, ranks, dtype)
 
-    def run(self, checkpoint: Checkpoint | None, *, progress: bool) -> None:
+    def run(self, checkpoint: Checkpoint | None, *, progress: bool, logger: RunLogger | None) -> None:
         """Train from a checkpoint, or from the first step, to the last step; write the model."""
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
         compile_blocks(self.model, self.settings)
-        reporter = self.open_reporter(progress=progress) if self.ranks.is_main else None
+        reporter = self.open_reporter(logger, progress=progress) if self.ranks.is_main else None
         if reporter is not None and checkpoint is not None:
             reporter.print(f"resuming from {checkpoint.path}")
+        outcome: Outcome = "failed"
         try:
             for step in range(self.first_step, self.total_steps):
                 self.run_step(step, reporter)
+            outcome = "finished"
+        except SystemExit:
+            outcome = "interrupted"
+            raise
         finally:
             if reporter is not None:
-                reporter.close()
-        write_model(self.model, self.optimiser, self.output, self.ranks, self.record())
+                reporter.close(outcome)
+        write_model(
+            self.model,
+            self.optimiser,
+            self.output,
+            self.ranks,
+            self.record(),
+            lambda: self.card(self.total_steps),
+        )
 
     def run_step(self, step: int, reporter: Reporter | None) -> None:
         """Take one step, report it, and evaluate and save a checkpoint where that is due."""
@@ -317,18 +337,48 @@ class Trainer:
         if self.evaluate is None or not every or not (is_last or steps_done % every == 0):
             return False
         figures = run_evaluation(self.evaluate, self.model, steps_done)
+        if not figures:
+            return False
         self.best = better_evaluation(self.best, figures, steps_done, self.settings.best_metric)
         if reporter is not None:
             reporter.evaluation(steps_done - 1, figures)
         return self.best is not None and self.best["step"] == steps_done
 
-    def open_reporter(self, *, progress: bool) -> Reporter:
-        """Remove what a killed run left unfinished, and open the metrics."""
+    def open_reporter(self, logger: RunLogger | None, *, progress: bool) -> Reporter:
+        """Remove what a killed run left unfinished, and open the metrics and the tracker's run."""
         output = self.output
         clear_partials(output.path, below=False)
         self.remove_old_checkpoints()
         truncate_metrics(output.path / "metrics.jsonl", self.first_step)
-        return Reporter(output.path, first_step=self.first_step, steps=self.total_steps, progress=progress)
+        tracking = None
+        if logger is not None:
+            tracking = Tracking(
+                logger,
+                output.path,
+                name=artifact_name(output.path),
+                config=self.tracked_config(),
+                first_step=self.first_step,
+            )
+        return Reporter(
+            output.path,
+            first_step=self.first_step,
+            steps=self.total_steps,
+            progress=progress,
+            tracking=tracking,
+        )
+
+    def tracked_config(self) -> dict[str, Any]:
+        """Return what a tracker shows beside the figures: settings, data, model, versions."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        keys = ("objective", "mixture", "model")
+        return {
+            "settings": self.settings.to_json(),
+            **{key: self.identity[key] for key in keys},
+            "parameters": parameters,
+            "steps": self.total_steps,
+            "ranks": self.ranks.world_size,
+            "koine": __version__,
+        }
 
     def save_checkpoint(self, steps_done: int) -> Path:
         """Write a checkpoint, remove older ones, and return its path."""
@@ -346,7 +396,7 @@ class Trainer:
             tensors,
             record,
             self.ranks,
-            lambda folder: write_description(self.model, folder, self.output),
+            lambda folder: write_description(self.model, folder, self.output, self.card(steps_done)),
         )
         if self.ranks.is_main:
             self.remove_old_checkpoints()
@@ -366,6 +416,10 @@ class Trainer:
         self.first_step, self.best = checkpoint.step, record["best"]
         self.spike_detectors[False].losses += record["losses"]
         self.spike_detectors[True].losses += record.get("long_losses", [])
+
+    def card(self, steps_done: int) -> ModelCard:
+        """Return the model card after `steps_done` steps; only the main rank has the figures for it."""
+        return training_card(self.data, self.settings, self.identity, self.output, steps_done=steps_done)
 
     def record(self) -> dict[str, Any]:
         """Return the content of `training.json`."""

@@ -12,6 +12,8 @@ from koine.files import parse_json
 from koine.plan.run.progress import report
 from koine.terminal import plain_console
 from koine.train.tensorboard import TensorBoardWriter
+from koine.train.tracking.background import Tracking
+from koine.train.tracking.run_logger import Outcome
 
 LINE_SECONDS = 10.0  # between plain lines
 
@@ -37,11 +39,30 @@ def truncate_metrics(path: Path, step: int) -> None:
         write_atomically(path, content)
 
 
+def final_metrics(path: Path) -> dict[str, float]:
+    """Return the mean loss of the last ten steps and the last evaluation, from a `metrics.jsonl`."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
+    for line in reversed(lines):
+        found = {
+            key.removeprefix("evaluation/"): value
+            for key, value in line.items()
+            if key.startswith("evaluation/")
+        }
+        if found:
+            return metrics | found
+    return metrics
+
+
 class Reporter:
     """Writes the figures of each step; only the main rank has one."""
 
-    def __init__(self, out: Path, *, first_step: int, steps: int, progress: bool) -> None:
+    def __init__(
+        self, out: Path, *, first_step: int, steps: int, progress: bool, tracking: Tracking | None = None
+    ) -> None:
         self.steps = steps
+        self.tracking = tracking
         self.metrics = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self.tensorboard = TensorBoardWriter(out / "tensorboard", first_step=first_step)
         self.bar: Any = None
@@ -99,13 +120,17 @@ class Reporter:
         self.metrics.flush()
         for name, value in figures.items():
             self.tensorboard.add_scalar(name, value, step)
+        if self.tracking is not None:
+            self.tracking.log(step, figures)
 
-    def close(self) -> None:
-        """Close the files and the bar."""
+    def close(self, outcome: Outcome) -> None:
+        """Close the files, the bar, and the tracker's run with how the training ended."""
         if self.bar is not None:
             self.bar.stop()
         self.metrics.close()
         self.tensorboard.close()
+        if self.tracking is not None:
+            self.tracking.finish(outcome)
 
 
 def _duration(seconds: float) -> str:

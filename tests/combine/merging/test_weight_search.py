@@ -125,7 +125,7 @@ def test_questions_are_a_score_too(tmp_path: Path) -> None:
     assert [set(trial["scores"]) for trial in trials] == [{"text", "wrong"}] * 2
     for trial in trials:
         alone = branches["a" if trial["weights"][0] == 1.0 else "b"]
-        accuracy = question_accuracy(load_model(alone), load_tokenizer(alone), [record] * 3, resamples=1)
+        accuracy = question_accuracy(load_model(alone), load_tokenizer(alone), [record] * 3)
         assert trial["scores"]["wrong"] == wrong_share(accuracy)
     kinds = {"recall": {"correct": 1, "questions": 4}, "generalisation": {"correct": 0, "questions": 1}}
     assert wrong_share({"overall": kinds}) == pytest.approx(0.8)

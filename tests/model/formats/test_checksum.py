@@ -113,3 +113,13 @@ def test_weights_without_a_checksum_open(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="does not match the sha256"):
         load_causal_lm(folder)
+
+
+def test_weights_of_a_library_get_the_permissions_of_other_files(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").chmod(0o600)
+    checksum.write_checksums(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode

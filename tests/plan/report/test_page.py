@@ -138,6 +138,29 @@ def test_the_same_run_gives_the_same_bytes_in_another_process(run: Path, html: s
     assert out.read_text(encoding="utf-8") == html
 
 
+def test_a_sample_names_its_language_and_whether_it_is_right(tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "run", "a")
+    asked = [{"role": "user", "content": "国:日本。通貨は何ですか。"}]
+    samples = [
+        {"title": "Japanese (ja)", "language": "ja", "messages": asked, "right": True, "answer": "円"},
+        {"title": "Thai (th)", "language": "th", "text": "?", "right": False, "answer": "เยน", "note": "Yen"},
+        {"text": "neither"},
+    ]
+    blocks = [
+        {"kind": "samples", "samples": samples},
+        {"kind": "terms", "terms": [["recall", "known facts"]]},
+    ]
+    (folder / "report.json").write_text(json.dumps({"title": "t", "blocks": blocks}), encoding="utf-8")
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    # The browser chooses the font of the language: Han letters differ in Chinese and Japanese.
+    assert [given.get("lang") for _, given in page.tags if given.get("class") == "text"] == ["ja", "th", None]
+    words = [text.strip() for text in page.text if text.strip()]
+    assert (words.count("✓ right"), words.count("✗ wrong")) == (1, 1)
+    assert "円" not in words, "a right answer stands there once, as the model's"
+    assert words[words.index("Right answer:") + 1] == "เยน"
+    assert words[words.index("recall") + 1] == "known facts"
+
+
 def test_a_page_stays_small(html: str) -> None:
     # 27 plots, 3 tables and 22 artifacts; a browser opens it at once.
     assert len(html.encode()) < 1_000_000
@@ -165,7 +188,8 @@ def test_text_of_the_user_is_escaped(tmp_path: Path) -> None:
         {"kind": "verdict", "title": evil, "text": evil},
         {"kind": "table", "columns": [evil], "rows": [[evil]], "caption": evil, "title": evil},
         {"kind": "bars", "categories": [evil], "series": [{"name": evil, "values": [1]}], "x_label": evil, "y_label": evil, "title": evil},
-        {"kind": "samples", "samples": [{"title": evil, "text": evil}]},
+        {"kind": "samples", "samples": [{"title": evil, "text": evil, "language": evil, "answer": evil, "right": False, "note": evil}]},
+        {"kind": "terms", "title": evil, "terms": [[evil, evil]]},
     ]  # fmt: skip
     (folder / "report.json").write_text(json.dumps({"title": evil, "blocks": blocks}), encoding="utf-8")
     page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
@@ -233,6 +257,9 @@ BAD_BLOCKS = [
     ),
     (block("heatmap", rows=["a"], columns=["b"], values=[[1, 2]]), "1 rows of 1"),
     (block("heatmap", rows=[], columns=["b"], values=[]), "needs a row and a column"),
+    (block("terms", terms=[["a"]]), "[term, meaning]"),
+    (block("samples", samples=[{"text": "a", "right": "yes"}]), "true or false"),
+    (block("samples", samples=[{"text": "a", "language": 7}]), "are text"),
     (block("samples", samples=[{"title": "a"}]), "either 'text' or 'messages'"),
     (block("samples", samples=[{"messages": [{"role": "usr", "content": ""}]}]), "did you mean 'user'"),
 ]

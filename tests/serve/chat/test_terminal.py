@@ -162,6 +162,21 @@ def test_dropped_turns_are_reported(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_a_conversation_longer_than_the_training_texts_is_named_once(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, ["b" * 5, "d" * 30, "e", "f" * 60])
+    chat, _, notices = chat_with(engine)
+    chat.trained_context = 48
+    chat.handle("a" * 5)
+    assert "trained on" not in notices.getvalue()
+    chat.handle("c")
+    assert "the model was trained on at most 48 at a time: expect worse answers" in notices.getvalue()
+    chat.handle("c")
+    assert notices.getvalue().count("trained on") == 1
+    chat.handle("/reset")
+    chat.handle("c")
+    assert notices.getvalue().count("trained on") == 2
+
+
 def test_a_message_that_does_not_fit_is_removed(tokenizer: Tokenizer) -> None:
     chat, _, _ = chat_with(Scripted(tokenizer, [], context=16))
     with pytest.raises(UserError, match="context holds 16"):

@@ -10,6 +10,7 @@ import click
 
 from koine.cli.evaluate.output import Outcome, print_table_block
 from koine.errors import UserError
+from koine.hub import model_name
 from koine.terminal import plain_console
 
 OPTIONS = (
@@ -72,7 +73,7 @@ def evaluate_suite(
         lambda progress: evaluate_long_context(model, options, device=device, dtype=dtype, progress=progress)
     )
     return Outcome(
-        title=f"Long context: {model.resolve().name}",
+        title=f"Long context: {model_name(model)}",
         result=result,
         sections=sections(result),
         facts=facts(result),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from koine.cli.arguments import FORMAT
 from koine.cli.evaluate.output import Outcome, print_table_block
 
 OPTIONS = (
@@ -14,7 +15,7 @@ OPTIONS = (
         "--data",
         multiple=True,
         metavar="SOURCE",
-        help="Documents: a file, a folder, a Hugging Face data set or hub:OWNER/NAME; may be repeated.  "
+        help="Documents: a file, a folder, or a data set of the hub (OWNER/NAME); may be repeated.  "
         "[required without --questions and --suite]",
     ),
     click.option(
@@ -22,6 +23,13 @@ OPTIONS = (
         multiple=True,
         metavar="SOURCE",
         help="Questions with answers, likewise; may be repeated.  [required without --data and --suite]",
+    ),
+    click.option(
+        "--training-questions",
+        multiple=True,
+        metavar="SOURCE",
+        help="Questions that the model was trained on, for the majority baseline: the most frequent answer to "
+        "each kind of question is taken from them; may be repeated.  [default: from --questions]",
     ),
     click.option(
         "--batch-size",
@@ -44,6 +52,7 @@ OPTIONS = (
     click.option(
         "--field", "fields", multiple=True, metavar="NAME=COLUMN", help="Our field's name in the data."
     ),
+    FORMAT,
     click.option(
         "--max-bad",
         type=float,
@@ -71,23 +80,28 @@ def evaluate_records(
     seed: int,
     data: tuple[str, ...],
     questions: tuple[str, ...],
+    training_questions: tuple[str, ...],
     batch_size: int,
     max_length: int | None,
     limit: int | None,
     split: str | None,
     fields: tuple[str, ...],
+    record_format: str | None,
     max_bad: float,
     unit: Any,
 ) -> Outcome:
     """Evaluate a model on documents and questions."""
     from koine.cli.data import field_mapping
+    from koine.data import RecordFormat
     from koine.evaluate import evaluate_model
     from koine.evaluate.records import RecordOptions
+    from koine.hub import model_name
 
     result = evaluate_model(
         model,
         data=data,
         questions=questions,
+        training_questions=training_questions,
         batch_size=batch_size,
         max_length=max_length,
         limit=limit,
@@ -95,14 +109,19 @@ def evaluate_records(
         dtype=dtype,
         seed=seed,
         record_options=RecordOptions(
-            split=split, fields=field_mapping(fields), language=language, max_bad_share=max_bad, unit=unit
+            split=split,
+            fields=field_mapping(fields),
+            language=language,
+            max_bad_share=max_bad,
+            unit=unit,
+            record_format=RecordFormat(record_format),
         ),
     )
     from koine.evaluate.table import report_sections
 
     given = {"Documents": ", ".join(data), "Questions": ", ".join(questions), "Seed": str(seed)}
     return Outcome(
-        title=f"Evaluation: {model.resolve().name}",
+        title=f"Evaluation: {model_name(model)}",
         result=result,
         sections=report_sections(result),
         facts=[(name, value) for name, value in given.items() if value],
@@ -114,4 +133,4 @@ def print_tables(outcome: Outcome) -> None:
     for _, blocks in outcome.sections:
         for block in blocks:
             if block["kind"] == "table":
-                print_table_block(block)
+                print_table_block(block, left=("", "kind"))

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
-from koine.cli.outputs import OVERWRITE
+from koine.cli.arguments import MODEL
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 
 
 @click.command("cross-modal", short_help="Merge a multimodal model with its text model (Aya Vision).")
-@click.argument("multimodal", type=click.Path(path_type=Path))
-@click.argument("text", type=click.Path(path_type=Path))
+@click.argument("multimodal", type=MODEL)
+@click.argument("text", type=MODEL)
 @click.option("--alpha", type=float, default=0.4, show_default=True, help="Weight of the MULTIMODAL model.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write to.")
 @OVERWRITE
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file of weights.")
 @click.option(
@@ -38,5 +40,8 @@ def command(
             f"{size(found.output_bytes)} to write; about {size(found.peak_memory_bytes)} of memory"
         )
         return
-    done = merge_cross_modal(multimodal, text, out, alpha=alpha, max_shard_bytes=largest, overwrite=overwrite)
+    with recorded_output(out, {"multimodal": multimodal, "text": text}):
+        done = merge_cross_modal(
+            multimodal, text, out, alpha=alpha, max_shard_bytes=largest, overwrite=overwrite
+        )
     click.echo(f"{done['merged']} tensors merged, {done['copied']} copied; written to {out}")

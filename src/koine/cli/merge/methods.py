@@ -12,6 +12,7 @@ import click
 
 from koine.cli.groups import HelpGroup
 from koine.cli.merge.options import method_parameters, parse_numbers, parse_pattern, parse_shard_size
+from koine.cli.recording import recorded_output
 from koine.terminal import plain_console
 
 if TYPE_CHECKING:
@@ -109,11 +110,12 @@ def run_method(method: MergeMethod, *, models: tuple[Path, ...], out: Path, **gi
         print_estimate(config, out, threads=given["threads"] or usable_cores())
         return
     keep_freed_memory()
-    report = with_progress(
-        lambda on_progress: run_merge(
-            config, out, threads=given["threads"], on_progress=on_progress, overwrite=given["overwrite"]
+    with recorded_output(out, {"models": config.models, "base": config.base}):
+        report = with_progress(
+            lambda on_progress: run_merge(
+                config, out, threads=given["threads"], on_progress=on_progress, overwrite=given["overwrite"]
+            )
         )
-    )
     print_differences(report)
     click.echo(f"written to {out}")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from koine.cli.arguments import MODEL
+from koine.cli.outputs import OutputFolder
 from koine.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 def method_parameters(method: MergeMethod) -> list[click.Parameter]:
     """Return all arguments and options of a method's command."""
     parameters: list[click.Parameter] = [
-        click.Argument(
-            ["models"], nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL..."
-        ),
-        click.Option(["--out"], type=click.Path(path_type=Path), required=True, help="Folder to write to."),
+        click.Argument(["models"], nargs=-1, required=True, type=MODEL, metavar="MODEL..."),
+        click.Option(["--out"], type=OutputFolder(), required=True, help="Folder to write to."),
     ]
     if method.takes("weights"):
         parameters += [
@@ -38,7 +37,7 @@ def method_parameters(method: MergeMethod) -> list[click.Parameter]:
         parameters.append(
             click.Option(
                 ["--base"],
-                type=click.Path(path_type=Path),
+                type=MODEL,
                 help="The models' common ancestor.  [required]",
             )
         )

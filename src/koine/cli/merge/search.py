@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from koine.cli.arguments import named_paths
+from koine.cli.arguments import MODEL, named_paths
 from koine.cli.merge.options import own_option
-from koine.cli.outputs import OVERWRITE, output_files
+from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
 from koine.combine.merging.methods import METHODS, find_method
 from koine.errors import UserError
+from koine.hub import model_name
 from koine.terminal import plain_console
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def with_method_options(command: Command) -> Command:
 
 @with_method_options
 @click.command("search", short_help="Search the weights of a merge.")
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
 @click.option(
     "--data",
     multiple=True,
@@ -46,9 +47,7 @@ def with_method_options(command: Command) -> Command:
     "[required without --data]",
 )
 @click.option("--method", default="linear", show_default=True, help="A method that takes weights, or slerp.")
-@click.option(
-    "--base", type=click.Path(path_type=Path), help="The common ancestor, for methods that need it."
-)
+@click.option("--base", type=MODEL, help="The common ancestor, for methods that need it.")
 @click.option(
     "--tokenizer",
     default="",
@@ -76,7 +75,7 @@ def with_method_options(command: Command) -> Command:
 @click.option(
     "--limit", type=click.IntRange(1), default=64, show_default=True, help="Records to read of each PATH."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write all trials as JSON to this file.")
+@click.option("--out", type=OutputFile(), help="Write all trials as JSON to this file.")
 @OVERWRITE
 def command(
     models: tuple[Path, ...],
@@ -129,8 +128,7 @@ def command(
             write_json(target, search_report(models, method, trials, best, front, left_out))
     print_trials(models, [*texts, *asked], trials, best, front)
     print_left_out(models, [*texts, *asked], left_out)
-    if out is not None:
-        click.echo(f"written to {out}")
+    say_written(out)
     if METHODS[method].takes("weights"):
         click.echo(f"--weights {','.join(f'{weight:g}' for weight in best.weights)}")
     else:
@@ -162,7 +160,7 @@ def evaluation_of(
             name: bits_per_byte(model, tokenizer, records, resamples=1)["overall"]["bits_per_byte"]
             for name, records in texts.items()
         } | {
-            name: wrong_share(question_accuracy(model, tokenizer, records, resamples=1))
+            name: wrong_share(question_accuracy(model, tokenizer, records))
             for name, records in questions.items()
         }
 
@@ -193,10 +191,11 @@ def named_records(given: tuple[str, ...], limit: int) -> dict[str, list[Mapping[
     from itertools import islice
 
     from koine.data import read_records
+    from koine.data.piped import is_piped
 
     named = named_paths(given, what="scores", hint="name them: NAME=PATH", name_of=lambda path: path.stem)
     for path in named.values():
-        if not path.exists():
+        if not (is_piped(path) or path.exists()):
             raise UserError("no such file or folder", where=path)
     return {
         name: list(islice(read_records(path, split="all", carry=("answer",)), limit))
@@ -219,7 +218,7 @@ def print_trials(
 
     table = Table(title=f"{len(trials)} merges, lower is better: the best, and the Pareto front")
     for path in models:
-        table.add_column(path.resolve().name, justify="right")
+        table.add_column(model_name(path), justify="right")
     for name in [*names, "mean"]:
         table.add_column(name, justify="right")
     others = sorted((trial for trial in front if trial != best), key=lambda trial: float(trial.mean))
@@ -247,5 +246,5 @@ def print_left_out(
         table.add_column(name, justify="right")
     for path, changes in zip(models, left_out, strict=True):
         cells = ("–" if changes[name] is None else f"{changes[name]:+.4f}" for name in names)
-        table.add_row(path.resolve().name, *cells)
+        table.add_row(model_name(path), *cells)
     plain_console().print(table)

@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
-from koine.cli.outputs import OVERWRITE
+from koine.cli.arguments import MODEL, TOKENIZER
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.cli.tokenizer.texts import read_measured_texts
 
 INITIALISATIONS = ("random", "mean", "subword-mean", "focus", "distill")
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--tokenizer", "target", type=click.Path(path_type=Path), required=True, help="The tokenizer to move to."
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
+@click.argument("model", type=MODEL)
+@click.option("--tokenizer", "target", type=TOKENIZER, required=True, help="The tokenizer to move to.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write the model to.")
 @click.option(
     "--init",
     type=click.Choice(INITIALISATIONS),
@@ -56,7 +56,10 @@ def adapt(
             text, None, parallel=False, split=None, max_bytes=max_bytes, max_bad_share=0.01
         )
         texts = (one.text for one in measured)
-    with atomic_directory(out, overwrite=overwrite, reads=[model, target, *map(Path, text)]) as folder:
+    with (
+        recorded_output(out, {"model": model, "tokenizer": target, "text": text}),
+        atomic_directory(out, overwrite=overwrite, reads=[model, target, *map(Path, text)]) as folder,
+    ):
         moved = write_moved_model(model, target, folder, method=init, texts=texts, seed=seed)
     click.echo(
         f"{moved.rows:,} tokens: {moved.shared:,} keep their rows, {moved.spelled:,} are new ({init}), "

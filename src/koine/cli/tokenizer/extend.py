@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from koine.cli.outputs import OVERWRITE
+from koine.cli.arguments import TOKENIZER
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import texts_of
 from koine.errors import KoineWarning
@@ -22,11 +24,11 @@ Texts = Callable[[], Iterator[tuple[str, str]]]
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=TOKENIZER)
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text in the languages to add.")
 @click.option("--languages", help="Comma-separated codes to add.  [default: all in the data]")
 @click.option("--tokens", type=int, required=True, help="Number of tokens to add.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write.")
 @OVERWRITE
 @click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
 @click.option(
@@ -61,7 +63,10 @@ def extend(
     load_tokenizer(base)
     text = _split_text(base, data, languages, heldout)
     reads = [base, *map(Path, data)]
-    with atomic_directory(out, overwrite=overwrite, reads=reads) as folder:
+    with (
+        recorded_output(out, {"base": base, "data": data}),
+        atomic_directory(out, overwrite=overwrite, reads=reads) as folder,
+    ):
         extended = extend_tokenizer(
             base,
             (one for _, one in text.added()),

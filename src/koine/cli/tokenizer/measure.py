@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from koine.cli.outputs import OVERWRITE, output_files
+from koine.cli.outputs import OVERWRITE, OutputFile, output_files, say_written
 from koine.cli.tokenizer.tables import show_measures
 from koine.cli.tokenizer.texts import codes_of, read_measured_texts
 
@@ -31,10 +31,8 @@ from koine.cli.tokenizer.texts import codes_of, read_measured_texts
 @click.option(
     "--max-bad", default=0.01, show_default=True, help="Stop if a larger share of the records is bad."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write the measures to.")
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="HTML file to write with tables and heat maps."
-)
+@click.option("--out", type=OutputFile(), help="JSON file to write the measures to.")
+@click.option("--report", type=OutputFile(), help="HTML file to write with tables and heat maps.")
 @OVERWRITE
 def measure(
     tokenizers: tuple[str, ...],
@@ -77,9 +75,7 @@ def measure(
         if (target := targets["--report"]) is not None:
             write_comparison(target, names, result)
     show_measures(result)
-    for target in (out, report):
-        if target is not None:
-            click.echo(f"written to {target}")
+    say_written(out, report)
 
 
 def write_comparison(report: Path, names: list[str], result: dict[str, Any]) -> None:

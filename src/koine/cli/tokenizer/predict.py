@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from koine.cli.arguments import TOKENIZER
 from koine.cli.tables import print_table
 from koine.cli.tokenizer.texts import read_measured_texts
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=TOKENIZER)
 @click.option("--data", multiple=True, required=True, type=click.Path(), help="Text of all these languages.")
 @click.option("--primary", required=True, help="Comma-separated codes of the model's pretraining languages.")
 @click.option("--max-bytes", default=200_000, show_default=True, help="Bytes of each language to look at.")

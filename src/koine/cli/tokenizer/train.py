@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from koine.cli.outputs import OVERWRITE
+from koine.cli.outputs import OVERWRITE, OutputFolder
+from koine.cli.recording import recorded_output
 from koine.cli.tokenizer.texts import texts_of
 from koine.cli.tokenizer.weights import weighting_options
 
@@ -21,7 +22,7 @@ from koine.cli.tokenizer.weights import weighting_options
     show_default=True,
     help="Number of tokens, special tokens included.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write.")
 @click.option("--min-frequency", default=5, show_default=True, help="Merge only pairs that occur this often.")
 @OVERWRITE
 @click.option("--seed", default=0, show_default=True, help="Random seed for sampling the texts.")
@@ -51,7 +52,10 @@ def train(
             where="--vocab-size",
             hint=f"take at least {SMALLEST_VOCABULARY} (special tokens and 256 bytes)",
         )
-    with atomic_directory(out, overwrite=overwrite, reads=map(Path, data)) as folder:
+    with (
+        recorded_output(out, {"data": data}),
+        atomic_directory(out, overwrite=overwrite, reads=map(Path, data)) as folder,
+    ):
         from koine.tokenizer import train_tokenizer
 
         trained = train_tokenizer(

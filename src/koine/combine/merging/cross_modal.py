@@ -23,6 +23,7 @@ from koine.errors import UserError
 from koine.files import atomic_directory, check_inside, write_json
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.checksum import write_checksums
+from koine.model.formats.model_card import ModelCard, Parent, write_model_card
 
 ANCESTOR = "give the text model that the other began as"
 
@@ -195,13 +196,23 @@ def _write(pair: _Pair, folder: Path, alpha: float, max_shard_bytes: int) -> Non
         "merged": sorted(name for name, inner in pair.names.items() if inner is not None),
     }
     write_json(folder / "merge_report.json", report)
-    title = f"{source.path.resolve().name}, merged with the text model {pair.text.path.resolve().name}"
-    (folder / "README.md").write_text(
-        f"# {title}\n\n"
-        f"The language model's tensors are {alpha:g} of the multimodal model's and {1 - alpha:g} of the text "
-        "model's; everything else is the multimodal model's "
-        "(Dash et al., Aya Vision, 2025, arXiv 2505.08751).\n",
-        encoding="utf-8",
+    write_model_card(folder, _card(pair, alpha))
+
+
+def _card(pair: _Pair, alpha: float) -> ModelCard:
+    multimodal, text = pair.multimodal.path, pair.text.path
+    return ModelCard(
+        title=f"{multimodal.resolve().name}, merged with the text model {text.resolve().name}",
+        summary=f"The language model's tensors are {alpha:g} of the multimodal model's and {1 - alpha:g} of the "
+        "text model's. Everything else is the multimodal model's (Dash et al., Aya Vision, 2025, "
+        "arXiv 2505.08751).",
+        parents=(
+            Parent(path=multimodal, role=f"multimodal model, weight {alpha:g}"),
+            Parent(path=text, role=f"text model, weight {1 - alpha:g}"),
+        ),
+        relation="merge",
+        parameters={"method": "cross-modal", "alpha": alpha},
+        tags=("merge", "cross-modal"),
     )
 
 

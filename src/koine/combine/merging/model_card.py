@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
+
+from koine.model.formats.model_card import ModelCard, Parent
 
 if TYPE_CHECKING:
     from koine.combine.merging.config import MergeConfig
 
 
-def model_card(config: MergeConfig, source: str) -> str:
-    """Return the card as Markdown, with the configuration as JSON."""
+def merge_card(config: MergeConfig, source: str) -> ModelCard:
+    """Return the card of a merge by a method of this source."""
     names = [path.resolve().name for path in config.models]
     weights = config.weights or (None,) * len(names)
-    rows = "\n".join(
-        f"| {name} | {'' if weight is None else f'{weight:g}'} |"
-        for name, weight in zip(names, weights, strict=True)
+    parents = [
+        Parent(path=path, role="merged" if weight is None else f"merged, weight {weight:g}")
+        for path, weight in zip(config.models, weights, strict=True)
+    ]
+    if config.base is not None:
+        parents.append(Parent(path=config.base, role="common ancestor"))
+    content = config.to_json()
+    del content["models"], content["base"]
+    return ModelCard(
+        title=f"Merge of {', '.join(names)}",
+        summary=f"Weights merged by the method `{config.method}`: {source}.",
+        parents=tuple(parents),
+        relation="merge",
+        parameters=content,
+        tags=("merge", config.method),
     )
-    base = "" if config.base is None else f"\nTheir common ancestor: {config.base.resolve().name}.\n"
-    return f"""---
-tags:
-- merge
-- koine
----
-
-# Merge of {", ".join(names)}
-
-Merged with Koine by the method `{config.method}`: {source}.
-
-| model | weight |
-|---|---|
-{rows}
-{base}
-## Configuration
-
-```json
-{json.dumps(config.to_json(), indent=2, ensure_ascii=False)}
-```
-"""

@@ -29,10 +29,11 @@ from koine.combine.merging.tokenizers import write_tokenizer
 from koine.combine.safetensors_stream import CheckpointWriter
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
-from koine.files import check_inside, claim, clear_partials, remove, write_atomically, write_json
+from koine.files import check_inside, claim, clear_partials, remove, write_json
 from koine.hardware import usable_cores
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.checksum import write_checksums
+from koine.model.formats.model_card import write_model_card
 from koine.model.formats.weight_files import weight_files
 
 JOURNAL_VERSION = 2
@@ -194,7 +195,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 def _write_other_files(plan: MergePlan, work: Path, tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Write the files beside the weights; return the report."""
-    from koine.combine.merging.model_card import model_card
+    from koine.combine.merging.model_card import merge_card
 
     source = plan.models[0].path
     left_behind = carry_files(source, work)
@@ -219,7 +220,7 @@ def _write_other_files(plan: MergePlan, work: Path, tensors: dict[str, dict[str,
         "estimated_from": f"at most {SAMPLED} entries of each tensor",
     }
     write_json(work / "merge_report.json", report)
-    write_atomically(work / "README.md", model_card(plan.config, plan.method.source))
+    write_model_card(work, merge_card(plan.config, plan.method.source))
     write_checksums(work)
     (work / "journal.jsonl").unlink()
     return report

@@ -10,7 +10,7 @@ from typing import Any
 
 from koine.combine.compatibility import model_configuration, tokenizer_differences
 from koine.errors import KoineWarning, UserError
-from koine.files import read_json, write_json
+from koine.files import copy_tree, read_json, write_json
 from koine.model.formats.carried_files import TOKENIZER_FILES
 from koine.model.formats.library_config import VOCABULARY_FIELD
 
@@ -109,7 +109,7 @@ def write_tokenizer(source: Path, folder: Path, config: dict[str, Any]) -> None:
             shutil.rmtree(folder / name)
         (folder / name).unlink(missing_ok=True)
         if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
+            copy_tree(source / name, folder / name)
         elif (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     theirs = model_configuration(source)

@@ -43,6 +43,7 @@ from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import StoredWeights, open_weights, save_stored
 from koine.model.formats.eos_ids import eos_ids
+from koine.model.formats.model_card import ModelCard, Parent, write_model_card
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
@@ -104,6 +105,13 @@ def add_expert(
         routers = new_routers(grown, random_seed, dtype=weights["model.norm.weight"].dtype)
         tensors |= {stored: router for stored, router in routers.items() if not stored.endswith(DOMAINS)}
     _save(tensors, grown, model, out, added={name: source_of(expert)}, share=part)
+    _write_card(
+        out,
+        f"The expert `{name}` was added to a mixture. Its model has the share {part:g} of the averages.",
+        (Parent(path=model, role="mixture"), Parent(path=expert, role=f"expert {name}")),
+        {"added": name, "share": part, "reset_router": reset_router, "random_seed": random_seed},
+        grown,
+    )
     carry_drawn([model, expert], out)
     return grown
 
@@ -187,8 +195,36 @@ def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = Non
         part = _recorded_part(model, name, branch, count)
     tensors = _tensors_without(weights, mixture.experts.index(name), branch, part)
     _save(tensors, shrunk, model, out, removed=name, **({} if part is None else {"share": part}))
+    taken_out = () if dense is None else (Parent(path=dense, role=f"taken out of the averages: {name}"),)
+    _write_card(
+        out,
+        f"The expert `{name}` was removed from a mixture. "
+        + (
+            "Its model's part of the averages was taken out too."
+            if taken_out
+            else "The averages are as before."
+        ),
+        (Parent(path=model, role="mixture"), *taken_out),
+        {"removed": name},
+        shrunk,
+    )
     carry_drawn([model], out)
     return shrunk
+
+
+def _write_card(
+    out: Path, summary: str, parents: tuple[Parent, ...], parameters: dict[str, Any], config: ModelConfig
+) -> None:
+    assert config.mixture is not None
+    card = ModelCard(
+        title=f"Mixture of experts: {', '.join(config.mixture.experts)}",
+        summary=f"{summary} Nothing was trained since.",
+        parents=parents,
+        relation="merge" if len(parents) > 1 else "finetune",
+        parameters=parameters,
+        tags=("moe",),
+    )
+    write_model_card(out, card)
 
 
 def _recorded_part(model: Path, name: str, branch: Branch, count: int) -> float:

@@ -26,6 +26,7 @@ from koine.errors import UserError, first_line
 from koine.extras import import_extra
 from koine.files import read_json, write_json
 from koine.model.formats.mixture_files import DOMAIN_ENCODER
+from koine.model.formats.safetensors_writer import save_tensors
 
 BUCKETS = 32_768
 NGRAMS = (3, 4)
@@ -102,10 +103,8 @@ class RandomProjectionEncoder:
 
     def save(self, folder: Path) -> None:
         """See `Encoder`."""
-        from safetensors.torch import save_file
-
         tensors = {"weights": self.weights, "components": self.components, "centre": self.centre}
-        save_file(tensors, folder / "encoder.safetensors")
+        save_tensors(tensors, folder / "encoder.safetensors")
         write_json(folder / "encoder.json", {"kind": "random-projection"})
 
 
@@ -170,9 +169,7 @@ class TfidfEncoder:
 
     def save(self, folder: Path) -> None:
         """See `Encoder`."""
-        from safetensors.torch import save_file
-
-        save_file({"idf": self.idf, "components": self.components}, folder / "tfidf.safetensors")
+        save_tensors({"idf": self.idf, "components": self.components}, folder / "tfidf.safetensors")
         write_json(folder / "encoder.json", {"kind": "tfidf"})
 
 
@@ -237,10 +234,8 @@ class HiddenStateEncoder:
 
     def save(self, folder: Path) -> None:
         """See `Encoder`. The path of the model is written, not a copy."""
-        from safetensors.torch import save_file
-
         if self.centre is not None:
-            save_file({"centre": self.centre}, folder / "encoder.safetensors")
+            save_tensors({"centre": self.centre}, folder / "encoder.safetensors")
         write_json(folder / "encoder.json", {"kind": "hidden", "model": str(self.path.resolve())})
 
 

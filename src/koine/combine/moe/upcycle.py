@@ -15,7 +15,7 @@ initialised at random.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,15 @@ from koine.model.formats.carried_files import carry_files
 from koine.model.formats.directory import save_stored
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
+from koine.model.formats.model_card import ModelCard, Parent, write_model_card
 from koine.model.formats.tensor_names import split_stored
 from koine.model.formats.weight_files import weight_files
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS
 from koine.model.moe.routers import DomainRouter, LinearRouter
 
 DOMAINS = "mlp.router.domains"
+SOURCES = {"btx": "arXiv 2403.07816", "bam": "arXiv 2408.08274", "nexus": "arXiv 2408.15901"}
+"""The publication of each method."""
 
 ATTENTION_OUT = ("self_attn.q_proj", "self_attn.o_proj", "self_attn.q_norm")
 KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
@@ -168,7 +171,30 @@ def _upcycle(
         out, method=method, seed=source_of(root.path), experts={b.name: source_of(b.path) for b in members},
         random_seed=random_seed,
     )  # fmt: skip
+    write_model_card(out, _mixture_card(method, root, branches, mixture, random_seed))
     return config
+
+
+def _mixture_card(
+    method: str, root: Branch, branches: Sequence[Branch], mixture: MixtureConfig, random_seed: int
+) -> ModelCard:
+    names = ", ".join(mixture.experts)
+    return ModelCard(
+        title=f"Mixture of experts: {names}",
+        summary=f"Upcycled from a dense seed model and branches of it by the method `{method}` "
+        f"({SOURCES[method]}). The routers are initialised at random and not trained.",
+        parents=_parents(root, branches),
+        relation="merge",
+        parameters={"method": method, **asdict(mixture), "random_seed": random_seed},
+        tags=("moe", "upcycling", method),
+    )
+
+
+def _parents(root: Branch, branches: Sequence[Branch]) -> tuple[Parent, ...]:
+    return (
+        Parent(path=root.path, role="seed"),
+        *(Parent(path=branch.path, role=f"expert {branch.name}") for branch in branches),
+    )
 
 
 def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bool = True) -> ModelConfig:
@@ -187,6 +213,15 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
     save_stored(tensors, root.config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
+    card = ModelCard(
+        title=f"Average of {', '.join(branch.name for branch in members)}",
+        summary=f"The mean of the weights of {len(members)} dense models of one seed.",
+        parents=_parents(root, branches),
+        relation="merge",
+        parameters={"method": "average", "with_seed": with_seed},
+        tags=("merge", "average"),
+    )
+    write_model_card(out, card)
     return root.config
 
 

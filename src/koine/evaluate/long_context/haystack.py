@@ -169,10 +169,11 @@ def read_haystack(
 
 def document_texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
     """Yield text and language of every document; chats are skipped."""
+    from koine.data.piped import is_piped
     from koine.data.records import read_records
 
     for path in paths:
-        if not Path(path).exists():
+        if not (is_piped(path) or Path(path).exists()):
             raise UserError("no such file or folder", where=path, hint="give the haystack's text")
         for record in read_records(path, unit="file", split="all", carry=()):
             if "text" in record:

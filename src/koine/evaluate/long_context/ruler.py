@@ -252,9 +252,10 @@ def read_questions(path: str | Path, *, language: str | None = None) -> Question
 
     Raises `UserError` for records that lack one of them.
     """
+    from koine.data.piped import is_piped
     from koine.data.records import read_records
 
-    if not Path(path).exists():
+    if not (is_piped(path) or Path(path).exists()):
         raise UserError("no such file or folder", where=path, hint="give questions with their contexts")
     languages = None if language in (None, "und") else [str(language)]
     hint = 'give each record "context", "question" and "answers"'

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from koine.data.piped import is_piped
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.evaluate.long_context import ruler
 from koine.evaluate.long_context.haystack import (
@@ -100,7 +101,7 @@ class LongContextOptions:
         check_integer("samples", self.samples, low=1, where="--samples")
         check_integer("documents", self.documents, low=1, where="--documents")
         for source in (*self.haystack, *([] if self.questions is None else [self.questions])):
-            if not Path(source).exists():
+            if not (is_piped(source) or Path(source).exists()):
                 raise UserError("no such file or folder", where=source)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from koine.evaluate.bootstrap import bootstrap_interval
 from koine.evaluate.long_context.prompts import Prompt
 from koine.evaluate.long_context.tasks import GROUPS, Cell, LeftOut
+from koine.evaluate.wilson import wilson_interval
 
 if TYPE_CHECKING:
     from koine.evaluate.long_context.scores import Score
@@ -30,12 +31,12 @@ class Scored:
 def by_task(scored: Sequence[Scored], left_out: Sequence[LeftOut] = (), *, seed: int) -> dict[str, Any]:
     """Return `{task: {length: {"value", "interval", "exact", "logprob", "samples"}}}`.
 
-    The interval is that of the value, over prompts. A task that was left out at a length has an entry of
+    The interval is that of the value, over prompts (`score_interval`). A task that was left out at a length has an entry of
     nulls, with the reason as "why".
     """
     result: dict[str, Any] = {}
     for (task, length), scores in _grouped(scored).items():
-        interval = bootstrap_interval([one.score for one in scores], seed=seed)
+        interval = score_interval([one.score for one in scores], seed=seed)
         result.setdefault(task, {})[str(length)] = {
             "value": fmean(one.score for one in scores),
             "interval": None if interval is None else list(interval),
@@ -51,6 +52,16 @@ def by_task(scored: Sequence[Scored], left_out: Sequence[LeftOut] = (), *, seed:
     return {
         task: dict(sorted(lengths.items(), key=lambda item: int(item[0]))) for task, lengths in result.items()
     }
+
+
+def score_interval(scores: Sequence[float], *, seed: int) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean score: Wilson's where every score is 0 or 1, else the bootstrap's.
+
+    The bootstrap has no width where all scores are equal; `None` of a single one.
+    """
+    if set(scores) <= {0.0, 1.0}:
+        return wilson_interval(fmean(scores), len(scores))
+    return bootstrap_interval(scores, seed=seed)
 
 
 def _grouped(scored: Sequence[Scored]) -> dict[tuple[str, int], list[Score]]:

@@ -16,6 +16,7 @@ from koine.files import atomic_directory, read_json, read_json_object, write_ato
 from koine.model.causal_lm import CausalLM, load_as_stored
 from koine.model.formats.carried_files import TOKENIZER_FILES, carry_files
 from koine.model.formats.library_config import skeleton
+from koine.model.formats.model_card import ModelCard, Parent, write_model_card
 from koine.model.formats.weight_files import check_adapter
 from koine.model.language_model import LanguageModel, VocabularyTensors
 from koine.tokenizer import Tokenizer, load_tokenizer
@@ -145,13 +146,28 @@ def write_moved_model(
             "padding": padding,
         },
     )
-    return Moved(
+    moved = Moved(
         shared=len(match.shared),
         spelled=len(match.pieces),
         unspelled=len(match.unspelled),
         dropped=len(match.dropped),
         rows=match.new_size,
         padding=padding,
+    )
+    write_model_card(out, _card(model, tokenizer, moved, method, seed))
+    return moved
+
+
+def _card(model: Path, tokenizer: Path, moved: Moved, method: Method, seed: int) -> ModelCard:
+    return ModelCard(
+        title=f"{model.absolute().name} with another tokenizer",
+        summary=f"Moved to the tokenizer `{tokenizer.absolute().name}` of {moved.rows:,} tokens: {moved.shared:,} "
+        f"keep their embeddings, {moved.spelled + moved.unspelled:,} have new ones (`{method}`), and "
+        f"{moved.dropped:,} tokens of the old vocabulary are gone. The new embeddings are not trained.",
+        parents=(Parent(path=model, role="model before"),),
+        relation="finetune",
+        parameters={"method": method, "seed": seed},
+        tags=("vocabulary-transfer",),
     )
 
 

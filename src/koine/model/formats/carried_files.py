@@ -35,8 +35,9 @@ WEIGHTS = (
 """Files of weights. In a folder that is made from a model they would be the old weights."""
 
 OF_THE_RUN = (
-    "README.md", "artifact.json", "training.json", DRAWN, "metrics*", "report.json", "tensorboard", "runs",
-    "wandb", "checkpoints", "checkpoint-*", "global_step*", "merge*.json", "trainer_state.json",
+    "README.md", "artifact.json", "example_questions.json", "training.json", DRAWN, "metrics*", "report.json",
+    "tensorboard", "runs", "wandb", "mlruns", "tracking.json", "checkpoints", "checkpoint-*", "global_step*",
+    "merge*.json", "trainer_state.json",
     "training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*", "all_results.json",
     "train_results.json", "eval_results.json", "zero_to_fp32.py", "latest", "*.lock", "*.partial", "*.log",
     "__pycache__", ".*",

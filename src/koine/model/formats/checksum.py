@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from koine.errors import UserError
+from koine.files import apply_umask
 from koine.model.formats.safetensors_header import MalformedHeaderError, raw_header
 
 KEY = "sha256"
@@ -103,9 +104,13 @@ def _sort_metadata(path: Path, header: bytes) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksum of every safetensors file of a model folder, before it is published."""
+    """Write the checksum of every safetensors file of a model folder, before it is published.
+
+    The library that wrote them made them readable by their owner only; they get the umask's permissions.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         write_checksum(path)
+        apply_umask(path)
 
 
 def _make_room(path: Path, header: bytes) -> None:

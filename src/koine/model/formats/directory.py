@@ -17,12 +17,14 @@ from torch import Tensor
 
 from koine.errors import UserError
 from koine.files import disk_errors, write_json
+from koine.hub import model_folder
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, write_checksum
 from koine.model.formats.config_json import read_config, to_json
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import check_tokenizer_hash
+from koine.model.formats.safetensors_writer import save_tensors
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
 
@@ -142,7 +144,7 @@ def load_model(
     """Load a Cohere, Cohere2 or Koine model directory.
 
     Args:
-        path: the directory.
+        path: the directory, or `OWNER/NAME` of the hub.
         dtype: of the weights; None: the widest stored one.
         device: where they are loaded.
 
@@ -150,7 +152,7 @@ def load_model(
         UserError: a file is missing, damaged or does not match its checksum; a tensor is missing, left over,
             of another shape or holds NaN; the tokenizer is not the one that the model was trained with.
     """
-    path = Path(path)
+    path = model_folder(path)
     config = read_config(path)
     weights = open_weights(path, config)
     with torch.device("meta"):
@@ -182,11 +184,10 @@ def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tenso
 def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a complete safetensors file, or none. Raises `OSError` where the system refuses."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", KEY: NO_CHECKSUM})
+        save_tensors(tensors, temporary, metadata={"format": "pt", KEY: NO_CHECKSUM})
         write_checksum(temporary)
         temporary.replace(path)
     except SafetensorError as error:

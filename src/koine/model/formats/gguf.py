@@ -22,6 +22,7 @@ from torch import Tensor
 from koine.errors import KoineWarning, UserError, did_you_mean
 from koine.extras import import_extra
 from koine.files import atomic_file, check_output_file, disk_errors, read_json
+from koine.hub import model_name
 from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
 from koine.model.formats.config_json import OWN_TYPES, model_type, read_config
 from koine.model.formats.directory import expected_shapes, open_weights
@@ -73,7 +74,7 @@ def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None, overwrite
     with atomic_file(out, overwrite=overwrite) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         try:
-            _add_keys(writer, config, kind, name=model.resolve().name)
+            _add_keys(writer, config, kind, name=model_name(model))
             writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
             _add_tokenizer(writer, tokenizer)
             _write_tensors(writer, gguf, weights, config, kind, where=model)

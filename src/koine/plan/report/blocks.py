@@ -16,9 +16,10 @@ KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset({"text"}), frozenset({"title"})),
     "verdict": (frozenset({"title", "text"}), frozenset()),
     "table": (frozenset({"columns", "rows"}), frozenset({"title", "caption"})),
-    "lines": (frozenset({"series", "x_label", "y_label"}), frozenset({"title", "log_x", "log_y"})),
-    "bars": (frozenset({"categories", "series", "x_label", "y_label"}), frozenset({"title"})),
-    "heatmap": (frozenset({"rows", "columns", "values"}), frozenset({"title", "label"})),
+    "terms": (frozenset({"terms"}), frozenset({"title"})),
+    "lines": (frozenset({"series", "x_label", "y_label"}), frozenset({"title", "caption", "log_x", "log_y"})),
+    "bars": (frozenset({"categories", "series", "x_label", "y_label"}), frozenset({"title", "caption"})),
+    "heatmap": (frozenset({"rows", "columns", "values"}), frozenset({"title", "caption", "label"})),
     "samples": (frozenset({"samples"}), frozenset({"title"})),
 }
 ROLES = ("system", "user", "assistant", "tool")
@@ -109,6 +110,15 @@ def check_table(block: Block, where: str) -> None:
                 where,
                 f"row {number} of the table: a cell must be text, a number or null, got {cell!r}",
             )
+
+
+def check_terms(block: Block, where: str) -> None:
+    terms = block["terms"]
+    expect(
+        isinstance(terms, list) and all(is_texts(pair) and len(pair) == 2 for pair in terms),
+        where,
+        "'terms' must be a list of [term, meaning]",
+    )
 
 
 def check_series(block: Block, where: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -207,9 +217,11 @@ def check_samples(block: Block, where: str) -> None:
     for number, sample in enumerate(samples, 1):
         here = f"sample {number}"
         expect(
-            isinstance(sample, dict) and isinstance(sample.get("title", ""), str),
+            isinstance(sample, dict)
+            and all(isinstance(sample.get(key, ""), str) for key in ("title", "language", "answer", "note"))
+            and isinstance(sample.get("right", False), bool),
             where,
-            f"{here} must be an object, its title text",
+            f"{here} must be an object; title, language, answer and note are text, right is true or false",
         )
         expect(
             isinstance(sample.get("text"), str) != isinstance(sample.get("messages"), list),
@@ -234,6 +246,7 @@ def check_samples(block: Block, where: str) -> None:
 
 CHECKS: dict[str, Callable[[Block, str], None]] = {
     "table": check_table,
+    "terms": check_terms,
     "lines": check_lines,
     "bars": check_bars,
     "heatmap": check_heatmap,

@@ -253,9 +253,13 @@ def view(block: Block, place: str, palette: Palette) -> dict[str, Any]:
         label = ": ".join(text for text in (title or place, axes) if text)
         names = [item["name"] for item in block["series"]] if kind != "heatmap" else []
         figure = draw(block, label, palette.of(names) or [0])
-        return {"kind": "figure", "title": title, "svg": figure.svg, "wide": figure.wide, "note": figure.note}
+        note = " ".join(text for text in (block.get("caption", ""), figure.note) if text)
+        return {"kind": "figure", "title": title, "svg": figure.svg, "wide": figure.wide, "note": note}
     if kind == "table":
         return {"kind": kind, "title": title, "caption": block.get("caption", ""), **table(block)}
+    if kind == "samples":
+        empty = {**dict.fromkeys(("title", "language", "answer", "note"), ""), "right": None}
+        return {"kind": kind, "title": title, "samples": [{**empty, **sample} for sample in block["samples"]]}
     return {**block, "title": title}
 
 

@@ -292,7 +292,8 @@ def draw_bars(block: Mapping[str, Any], label: str, colours: Sequence[int]) -> F
     (axes.tick_params)(axis="y" if horizontal else "x", length=0)
     legend(axes, marks, names, width)
     has_intervals = any(any(item.get("intervals") or []) for item in series)
-    return finish(canvas, label, wide=wide, note="Thin lines: intervals." if has_intervals else "")
+    note = "Thin lines: intervals." if has_intervals and not block.get("caption") else ""
+    return finish(canvas, label, wide=wide, note=note)
 
 
 def draw_heatmap(block: Mapping[str, Any], label: str) -> Figure:

@@ -9,7 +9,7 @@ from typing import Any
 
 from koine.plan.report.blocks import Block, is_number
 
-NUMERIC_TEXT = re.compile(r"[+\u2212-]?\d[\d.,\u202f]*( ?%)?( \([^)]*\))?")
+NUMERIC_TEXT = re.compile(r"[+\u2212-]?\d[\d.,\u202f]*([ \u00a0]?%)?( \([^)]*\))?")
 LABELS = {
     "loss": "loss, nats per token",
     "learning_rate": "learning rate",

@@ -1,49 +1,41 @@
-"""Show the progress of a run: live bars on a terminal, plain lines every few seconds elsewhere."""
+"""Show the progress of a run: live bars on a terminal, one plain line a step elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from koine.plan.formatting import duration
+from koine.plan.formatting import duration, time_left
 from koine.terminal import plain_console
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from koine.plan.run.live_bars import LiveBars
+    from koine.plan.run.time_left import Overall
 
-PLAIN_EVERY_SECONDS = 5.0
+QUIET_SECONDS = 60.0
+"""Time without a line, outside a terminal, after which one says what is running."""
 
 
 class Display:
     """Prints the state of the steps on standard output; a context manager, entered while steps run."""
 
     def __init__(self) -> None:
-        self.bars: Progress | None = None
-        self.tasks: dict[str, TaskID] = {}
+        self.bars: LiveBars | None = None
         self.began: dict[str, float] = {}
-        self.shown: dict[str, tuple[float, Any]] = {}
+        self.reasons: dict[str, str] = {}
+        self.fractions: dict[str, float] = {}
+        self.waiting: set[str] = set()
+        self.last_overall: Overall | None = None
+        self.last_line = time.monotonic()
 
     def __enter__(self) -> Display:
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-            from rich.table import Column
+        if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            from koine.plan.run.live_bars import LiveBars
 
-            self.bars = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn(
-                    "{task.fields[text]}",
-                    markup=False,
-                    table_column=Column(no_wrap=True, overflow="ellipsis"),
-                ),
-                console=plain_console(),
-                transient=True,
-                refresh_per_second=8,
-            )
+            self.bars = LiveBars(plain_console())
             self.bars.start()
         return self
 
@@ -56,38 +48,65 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print one line that stays above the bars."""
+        self.last_line = time.monotonic()
         if self.bars is not None:
-            self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.bars.line(text)
         else:
             print(text, flush=True)
 
+    def overall(self, state: Overall) -> None:
+        """Show the state of the whole run; without a terminal at the start, and after a minute without a line."""
+        first, self.last_overall = self.last_overall is None, state
+        if self.bars is not None:
+            self.bars.overall(state)
+        elif first:
+            self.line(f"{counted(state.steps)} to run{self.time_left()}")
+        elif self.fractions and time.monotonic() - self.last_line >= QUIET_SECONDS:
+            running = ", ".join(
+                f"{name} {100 * fraction:.0f} % after {duration(time.monotonic() - self.began[name])}"
+                for name, fraction in self.fractions.items()
+            )
+            self.line(f"running: {running}{self.time_left()}")
+
     def started(self, name: str, why: str) -> None:
         """Show that a step has started."""
-        self.began[name] = time.monotonic()
-        self.shown[name] = (time.monotonic(), None)
+        self.began[name], self.reasons[name], self.fractions[name] = time.monotonic(), why, 0.0
         if self.bars is not None:
-            self.tasks[name] = self.bars.add_task(name, total=1.0, text="")
-        else:
-            self.line(f"{name}: started ({why})")
+            self.bars.add(name)
 
     def progress(self, name: str, fraction: float, text: str) -> None:
         """Show the progress of a running step."""
+        self.fractions[name] = fraction
         if self.bars is not None:
-            self.bars.update(self.tasks[name], completed=fraction, text=text)
-            return
-        now = time.monotonic()
-        last, before = self.shown[name]
-        if (fraction, text) != before and (before is None or now - last >= PLAIN_EVERY_SECONDS):
-            if before is None and not text.startswith("waiting") and now - last < PLAIN_EVERY_SECONDS:
-                return
-            self.shown[name] = (now, (fraction, text))
-            self.line(
-                f"{name}: {100 * fraction:3.0f} % after {duration(now - self.began[name])}  {text}".rstrip()
-            )
+            self.bars.update(name, fraction, text)
+        elif text.startswith("waiting") and name not in self.waiting:
+            self.waiting.add(name)
+            self.line(f"{name}: {text}")
 
-    def finished(self, name: str, what: str) -> None:
-        """Show that a step has ended."""
+    def finished(self, name: str, what: str, state: Overall) -> None:
+        """Show that a step has ended.
+
+        state: of the whole run, with this step among those that have ended.
+        """
         took = duration(time.monotonic() - self.began.pop(name))
+        why = self.reasons.pop(name)
+        del self.fractions[name]
         if self.bars is not None:
-            self.bars.remove_task(self.tasks.pop(name))
-        self.line(f"{name}: {what} after {took}")
+            self.bars.remove(name)
+            self.bars.overall(state)
+        self.last_overall = state
+        self.line(
+            f"step {state.ended} of {state.steps}: {name}: {what} after {took}"
+            + ("" if why == "new" else f" ({why})")
+            + ("" if self.bars is not None or state.ended == state.steps else self.time_left())
+        )
+
+    def time_left(self) -> str:
+        """Return the time left as the end of a line; nothing where it is not known."""
+        seconds = None if self.last_overall is None else self.last_overall.seconds_left
+        return "" if seconds is None else f", {time_left(seconds)}"
+
+
+def counted(steps: int) -> str:
+    """Return a number of steps in words."""
+    return f"{steps} step{'' if steps == 1 else 's'}"

@@ -23,6 +23,7 @@ from koine.plan.run.display import Display
 from koine.plan.run.estimates import Expectation, expect, remaining
 from koine.plan.run.job import HEADER, Job, check_importable, log_of, make_job
 from koine.plan.run.progress import read_progress
+from koine.plan.run.time_left import RunProgress, StepProgress
 from koine.plan.store.export import write_exports
 from koine.plan.store.provenance import code_version
 from koine.plan.store.publish import leftovers, lock_of, recover
@@ -32,6 +33,7 @@ from koine.plan.store.status import Status, statuses
 POLL_SECONDS = 0.05
 # A training that is asked to stop writes a checkpoint first; after this time it is killed.
 GRACE_SECONDS = 120.0
+OVERALL_EVERY_SECONDS = 0.5
 
 
 class Running(Protocol):
@@ -176,6 +178,38 @@ class _Run:
     running: dict[str, Running] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)  # failed, or not run because an input failed
+    whole: RunProgress = field(init=False)
+    overall_shown: float = field(default=float("-inf"), init=False)  # on the monotonic clock
+
+    def __post_init__(self) -> None:
+        estimates = self.expectation.steps
+        self.whole = RunProgress(
+            {
+                name: StepProgress(
+                    function=str(node.identity["step"]),
+                    expected=estimates[name].seconds if name in estimates else None,
+                    parents=node.parents,
+                    cores=self.needs(name)[0],
+                    memory=self.needs(name)[1],
+                )
+                for name, node in self.waiting.items()
+            },
+            cores=self.executor.cores,
+            memory=self.executor.free_memory,
+        )
+
+    def show_overall(self) -> None:
+        """Show the state of the whole run, a few times a second."""
+        now = time.monotonic()
+        if self.whole.steps and now - self.overall_shown >= OVERALL_EVERY_SECONDS:
+            self.overall_shown = now
+            self.display.overall(self.whole.overall())
+
+    def end(self, name: str, status: str, what: str) -> None:
+        """Record and show that a step has ended."""
+        self.record.set(name, status)
+        self.whole.end(name, measured=status == "built")
+        self.display.finished(name, what, self.whole.overall())
 
     def needs(self, name: str) -> tuple[int, int]:
         """Return the cores and bytes that a step needs; at most the executor's cores."""
@@ -199,6 +233,7 @@ class _Run:
                 del self.waiting[name]
                 self.lost.add(name)
                 self.record.set(name, "not run")
+                self.whole.end(name, measured=False)
                 self.display.line(f"{name}: not run, an input failed")
             elif any(parent in self.waiting or parent in self.running for parent in node.parents):
                 continue
@@ -217,6 +252,7 @@ class _Run:
                 )
                 self.running[name] = self.executor.start(job)
                 self.record.set(name, "running")
+                self.whole.start(name)
                 self.display.started(name, "; ".join(statuses[name].reasons))
 
     def poll(self, interrupted: bool) -> None:
@@ -226,23 +262,20 @@ class _Run:
             progress = read_progress(self.progress_folder / name.replace("/", "+"))
             if code is None:
                 if "fraction" in progress and "result" not in progress:
+                    self.whole.report(name, progress["fraction"])
                     self.display.progress(name, progress["fraction"], progress["text"])
                 continue
             del self.running[name]
             if code == 0:
                 result = str(progress.get("result", "built"))
-                self.record.set(name, result)
-                by = " (another run built it)" if result == "reused" else ""
-                self.display.finished(name, f"{result}{by}" if by else "done")
+                self.end(name, result, "reused (another run built it)" if result == "reused" else "done")
             elif interrupted:
-                self.record.set(name, "interrupted")
-                self.display.finished(name, "stopped")
+                self.end(name, "interrupted", "stopped")
             else:
                 self.lost.add(name)
                 log = log_of(self.plan, name)
                 self.failures.append(Failure(name, code, log, last_lines(log), progress.get("error")))
-                self.record.set(name, "failed")
-                self.display.finished(name, "failed")
+                self.end(name, "failed", "failed")
 
     def drive(self, statuses: dict[str, Status]) -> None:
         """Run until every step has ended, or until a signal came and the running steps have stopped."""
@@ -254,6 +287,7 @@ class _Run:
                     if interrupt.number is None:
                         self.start_ready(statuses, code)
                     self.poll(interrupt.number is not None)
+                    self.show_overall()
                     if interrupt.number is not None:
                         if forwarded == 0 and self.running:
                             self.display.line("stopping; once more to stop at once")

@@ -247,6 +247,8 @@ def main() -> None:
         content += part
     guardian = start_guardian()
     job: Job = pickle.loads(content[8:])
+    # Model cards name the command that the user gave, not that of this process.
+    sys.argv = list(job.argv)
     try:
         result = build(job, guardian=guardian)
         write_progress(Path(job.progress), fraction=1.0, text="", result=result)

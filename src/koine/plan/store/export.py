@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from koine.errors import UserError
-from koine.files import atomic_directory, atomic_file, copy_tree, walk
+from koine.files import atomic_directory, atomic_file, copy_tree, exclusive, walk
 from koine.plan.plan import Plan
 
 
@@ -27,6 +27,14 @@ def write_exports(plan: Plan) -> None:
 
     Raises `UserError` where a step did not write the exported file.
     """
+    if not plan.exports:
+        return
+    # Runs that share their work end at the same moment: the second one waits, and finds equal copies.
+    with exclusive(plan.folder / ".locks" / ".exports", doing="writing the exports", wait=-1):
+        _write(plan)
+
+
+def _write(plan: Plan) -> None:
     for to, artifact in plan.exports.items():
         source, target = artifact.place, plan.folder / to
         if not source.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from koine.errors import UserError
 from koine.files import sha256_file
 from koine.plan.store.fingerprints import fingerprint_of_content
 from koine.plan.store.provenance import files_of, manifest_hash
-from koine.plan.store.publish import record_of
+from koine.plan.store.publish import OUTSIDE_RUN, record_of
+from koine.plan.store.recording import artifact_above
 from koine.plan.store.status import value_text
 
 
@@ -26,6 +28,11 @@ class Ancestor:
     record: dict[str, Any]
     parents: list[Ancestor] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[Path, bool]:
+        """What tells two nodes apart: an input of a plan may be an artifact too, which is another node."""
+        return self.path, bool(self.record)
 
     def to_json(self) -> dict[str, Any]:
         """Return this node and its ancestors as JSON."""
@@ -63,7 +70,7 @@ def trace_lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
         raise UserError(
             "holds no artifact.json",
             where=artifact,
-            hint="only what `koine run` built or `koine adopt` registered has a lineage",
+            hint="only what a command of Koine made, or `koine adopt` registered, has a lineage",
         )
     # Not resolved: a moved artifact behind a link belongs to the run that holds the link.
     return _ancestor(artifact.absolute(), verify, {})
@@ -77,29 +84,41 @@ def _ancestor(path: Path, verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
     seen[path] = node
     if verify:
         node.problems += list(find_damage(path, record["files"]))
-    run = run_of(path, record["artifact"])
-    for parent in record["parents"]:
-        if "input" in parent:
-            found = Ancestor(
-                parent["name"], Path(parent["input"]), parent["fingerprint"], parent["sha256"], {}
-            )
-            if verify:
-                found.problems += list(find_change(found))
-        else:
-            place = run / parent["name"]
-            if (place / "artifact.json").exists():
-                found = _ancestor(place, verify, seen)
-                if found.fingerprint != parent["fingerprint"] or found.sha256 != parent["sha256"]:
-                    node.problems.append(
-                        f"was built from another '{parent['name']}' ({value_text(parent['sha256'])}) "
-                        f"than the one that is there now ({value_text(found.sha256)})"
-                    )
-            else:
-                found = Ancestor(
-                    parent["name"], place, parent["fingerprint"], parent["sha256"], {}, problems=["is gone"]
-                )
-        node.parents.append(found)
+    node.parents += [_parent(node, parent, verify, seen) for parent in record["parents"]]
     return node
+
+
+def _parent(node: Ancestor, parent: dict[str, Any], verify: bool, seen: dict[Path, Ancestor]) -> Ancestor:
+    """Return the tree of one recorded parent, and add to the problems of `node` where it is another now."""
+    place = _place(node, parent)
+    recorded = (parent["fingerprint"], parent["sha256"])
+    if "input" in parent:
+        found = Ancestor(parent["name"], place, *recorded, {})
+        if verify and parent["sha256"]:
+            found.problems += list(find_change(found))
+        if (artifact := artifact_above(place)) is not None:
+            found.parents.append(_ancestor(artifact, verify, seen))
+        return found
+    if not (place / "artifact.json").exists():
+        return Ancestor(parent["name"], place, *recorded, {}, problems=["is gone"])
+    found = _ancestor(place, verify, seen)
+    if (found.fingerprint, found.sha256) != recorded:
+        node.problems.append(
+            f"was built from another '{parent['name']}' ({value_text(parent['sha256'])}) "
+            f"than the one that is there now ({value_text(found.sha256)})"
+        )
+    return found
+
+
+def _place(node: Ancestor, parent: dict[str, Any]) -> Path:
+    """Return the path of a recorded parent: in the run, or beside a moved child, or where it was."""
+    recorded = parent.get("input", parent.get("path"))
+    if recorded is None:
+        return run_of(node.path, node.record["artifact"]).joinpath(str(parent["name"]))
+    beside = Path(os.path.normpath(node.path / parent["relative"])) if "relative" in parent else None
+    if beside is not None and beside.exists() and not Path(recorded).exists():
+        return beside
+    return Path(recorded)
 
 
 def run_of(path: Path, name: str) -> Path:
@@ -133,12 +152,12 @@ def find_change(node: Ancestor) -> Iterator[str]:
 
 def all_ancestors(node: Ancestor) -> Iterator[Ancestor]:
     """Yield the node and its ancestors, each once."""
-    seen: set[Path] = set()
+    seen: set[tuple[Path, bool]] = set()
     waiting = [node]
     while waiting:
         current = waiting.pop()
-        if current.path not in seen:
-            seen.add(current.path)
+        if current.key not in seen:
+            seen.add(current.key)
             yield current
             waiting += current.parents
 
@@ -148,13 +167,17 @@ def tree_lines(node: Ancestor) -> list[str]:
     return list(_lines(node, "", "", set()))
 
 
-def _lines(node: Ancestor, first: str, rest: str, seen: set[Path]) -> Iterator[str]:
-    again = node.path in seen and bool(node.parents)
-    seen.add(node.path)
+def _lines(node: Ancestor, first: str, rest: str, seen: set[tuple[Path, bool]]) -> Iterator[str]:
+    again = node.key in seen and bool(node.parents)
+    seen.add(node.key)
     step = f"{node.record['step']} v{node.record.get('version')}" if node.record else f"input {node.path}"
+    if node.record.get(OUTSIDE_RUN):
+        step = f"{node.record['step']}  {node.path}"
     metrics = "  ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in (node.record.get("metrics") or {}).items()
+        # Figures of single languages would make the line endless; `--json` has them.
+        if "/" not in key
     )
     line = f"{first}{node.name}  {node.sha256[:12]}  {step}" + (f"  {metrics}" if metrics else "")
     yield line + ("  (see above)" if again else "")

@@ -22,6 +22,8 @@ from koine.files import find_leftovers as leftovers_of
 from koine.files import recover as recover_output
 
 REMOVE = "remove the artifact's folder to have it built again"
+OUTSIDE_RUN = "outside_run"
+"""Field of a record that no run wrote (`koine.plan.store.recording`); a run does not replace such a folder."""
 
 
 def record_of(artifact: Path) -> dict[str, Any] | None:
@@ -57,13 +59,23 @@ def _check(record: Fields) -> None:
         one = Fields(parent, record.where, hint_if_broken=REMOVE)
         for key in ("name", "fingerprint", "sha256"):
             one.text(key)
-        one.text("input", None)
+        for key in ("input", "path", "relative", "role", "inside"):
+            one.text(key, None)
     record.inner("metrics", None)
 
 
 def work_folder(run: Path, name: str) -> Path:
     """Return the folder of an artifact while it is being built."""
     return run / ".work" / name
+
+
+def artifact_name(out: Path) -> str:
+    """Return the name of an output for people: RUN/ARTIFACT for the work folder of a step, else its folder's."""
+    parts = out.absolute().parts
+    if ".work" not in parts[1:]:
+        return out.absolute().name
+    place = parts.index(".work")
+    return "/".join((parts[place - 1], *parts[place + 1 :]))
 
 
 def mark_of(run: Path, name: str) -> Path:
@@ -116,11 +128,20 @@ def current_state(run: Path, name: str) -> State | None:
     place = real_place(run, name)
     found = state_of(place)
     empty = found is None or (place.is_dir() and not any(place.iterdir()))
-    if not empty and not (place / "artifact.json").exists():
+    if not empty and not _is_of_a_run(place):
         raise UserError(
             "is no artifact, and is not replaced", where=run / name, hint="move it away, then run again"
         )
     return found
+
+
+def _is_of_a_run(place: Path) -> bool:
+    """Return whether a run or `koine adopt` wrote a folder, and no other command."""
+    path = place / "artifact.json"
+    if not path.exists():
+        return False
+    record = read_json(path)
+    return not (isinstance(record, dict) and record.get(OUTSIDE_RUN))
 
 
 def damage_by_size(place: Path, record: dict[str, Any]) -> Iterator[str]:

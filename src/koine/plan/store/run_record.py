@@ -17,8 +17,8 @@ from koine.plan.store.status import Status
 class RunRecord:
     """The record of a run, written again whenever a step changes its state.
 
-    Each of `nodes` has `name`, `step`, `version`, `parents`, `fingerprint`, `status`, `reasons`, `seconds`,
-    `peak_memory_bytes`, `estimate`, `parameters`, `log` (relative to the run's folder). `status` is
+    Each of `nodes` has `name`, `step`, `version`, `purpose`, `parents`, `fingerprint`, `status`, `reasons`,
+    `seconds`, `peak_memory_bytes`, `estimate`, `parameters`, `log` (relative to the run's folder). `status` is
     `waiting`, `running`, `built`, `reused`, `adopted`, `not needed`, `failed`, `not run` (an input failed)
     or `interrupted`.
     """
@@ -33,6 +33,7 @@ class RunRecord:
                 "name": name,
                 "step": node.identity["step"],
                 "version": node.identity["version"],
+                "purpose": node.purpose,
                 "parents": list(node.parents),
                 "fingerprint": node.artifact.fingerprint,
                 "status": "waiting" if status.state == "build" else status.state,

@@ -99,7 +99,14 @@ class Chat:
         out: TextIO,
         notices: TextIO,
         interactive: bool,
+        trained_context: int | None = None,
     ) -> None:
+        """Begin a conversation.
+
+        trained_context: tokens of the longest texts that the model was trained on, beyond which it warns.
+        """
+        self.trained_context = trained_context
+        self.warned = False
         self.engine = engine
         self.conversation = Conversation(system=system)
         self.sampling = sampling
@@ -124,6 +131,7 @@ class Chat:
             self.notice(HELP)
         elif name == "/reset":
             self.conversation.reset()
+            self.warned = False
             self.notice("(history cleared)")
         elif name == "/system":
             self.set_system(rest)
@@ -178,6 +186,20 @@ class Chat:
         elif not reply.ended:
             notes.append("cut at max-new-tokens" if sampling == self.sampling else "cut at the context's end")
         self.notice(f"[{', '.join(notes)}]")
+        self.warn_of_length(len(fitted.prompt) + reply.rate.tokens)
+
+    def warn_of_length(self, tokens: int) -> None:
+        """Say once a conversation that it is longer than the texts of the training.
+
+        tokens: of the conversation, the last reply included.
+        """
+        if self.trained_context is None or self.warned or tokens <= self.trained_context:
+            return
+        self.warned = True
+        self.notice(
+            f"(the conversation has {tokens:,} tokens and the model was trained on at most "
+            f"{self.trained_context:,} at a time: expect worse answers; /reset starts again)"
+        )
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Reply:
         """Write the reply piece by piece, and return it."""
