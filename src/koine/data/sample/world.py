@@ -105,9 +105,17 @@ class SampleSummary:
         return rows
 
 
-def DIALOGUE_WORDINGS(count: int) -> range:
-    """Return the wordings of dialogues: every second one. Recall is tested in the others."""
-    return range(0, count, 2)
+def dialogue_wordings(kind: str) -> range:
+    """Return the wordings that dialogues use of a kind of question: every second one.
+
+    Recall is tested in the other ones.
+    """
+    return range(0, wordings_of(kind), 2)
+
+
+def question_wordings(kind: str, split: str) -> range:
+    """Return the wordings of the questions of a split; those of `recall` are in no dialogue."""
+    return range(1, wordings_of(kind), 2) if split == "recall" else range(wordings_of(kind))
 
 
 def document_plans(count: int, *, seed: int, heldout: bool) -> list[DocumentPlan]:
@@ -204,30 +212,29 @@ def _records(code: str, plans: Sequence[DocumentPlan], *, heldout: bool) -> Iter
 
 
 def _dialogues(code: str, plans: Sequence[DocumentPlan]) -> Iterator[dict[str, Any]]:
-    """Yield conversations about the facts of each plan, in the wordings of dialogues."""
+    """Yield conversations that ask for the facts of each plan."""
     for number, plan in enumerate(plans):
         generator = random.Random(plan.number)
-        turns = []
-        for fact in plan.facts:
-            choices = DIALOGUE_WORDINGS(wordings_of(fact.partition(":")[0]))
-            turns.append(question(code, fact, generator.choice(choices)))
+        turns = [
+            question(code, fact, generator.choice(dialogue_wordings(fact.partition(":")[0])))
+            for fact in plan.facts
+        ]
         messages = [
             {"role": role, "content": content}
             for turn in turns
             if turn is not None
             for role, content in zip(("user", "assistant"), turn, strict=True)
         ]
-        if not messages:
-            continue
-        yield {
-            "id": f"dialogue-{number:06d}-{code}",
-            "messages": messages,
-            "language": code,
-            "domain": "dialogues",
-            "source": "cldr",
-            "split": "train",
-            "facts": list(plan.facts),
-        }
+        if messages:
+            yield {
+                "id": f"dialogue-{number:06d}-{code}",
+                "messages": messages,
+                "language": code,
+                "domain": "dialogues",
+                "source": "cldr",
+                "split": "train",
+                "facts": list(plan.facts),
+            }
 
 
 def broad_texts(count: int) -> list[str]:
@@ -259,7 +266,7 @@ def question_plans(count: int, splits: Sequence[str], *, seed: int) -> list[tupl
             for kind, found in facts_in(split).items()
             for fact in found
             if is_asked(fact)
-            for wording in range(split == "recall", wordings_of(kind), 1 + (split == "recall"))
+            for wording in question_wordings(kind, split)
         ]
         weighted.sort(reverse=True)
         chosen += [(fact, split, wording) for _, fact, wording in weighted[:per_split]]
