@@ -17,7 +17,7 @@ from koine.steps.corpus_files import LanguageShare, split_roles, write_own_corpu
 from koine.steps.corpus_files import Roles as CorpusRoles
 
 
-@step(version="1", estimate=estimates.sample, formerly=("koine.recipes.corpora:sample_corpus",))
+@step(version="2", estimate=estimates.sample, formerly=("koine.recipes.corpora:sample_corpus",))
 def sample_corpus(
     *,
     languages: tuple[str, ...],

@@ -56,7 +56,7 @@ ASKED = {
     "date": 1,
 }
 
-DIALOGUES = 2
+DIALOGUES = 3
 """Dialogues of each language, per training question."""
 LISTS = 0.25
 """Share of the training documents of sentences that hold a list."""
@@ -130,7 +130,7 @@ def document_plans(count: int, *, seed: int, heldout: bool) -> list[DocumentPlan
     for _ in range(count):
         kinds = [kind for kind in generator.choice(topics) if everything[kind]]
         chosen: list[str] = []
-        for _ in range(generator.randint(4, 9)):
+        for _ in range(generator.randint(3, 6)):
             drawn = everything[generator.choice(kinds)]
             chosen += generator.choices(drawn, [prominence(fact) for fact in drawn])
         if set(kinds) >= set(TERRITORIAL):
@@ -257,15 +257,15 @@ def question_plans(count: int, splits: Sequence[str], *, seed: int) -> list[tupl
     per_split = max(1, count // len(splits))
     chosen: list[tuple[str, str, int]] = []
     for split in splits:
+        asked = {kind: tuple(filter(is_asked, found)) for kind, found in facts_in(split).items()}
         weighted = [
             (
                 generator.random() ** (1.0 / (ASKED[kind] * prominence(fact) / sum(map(prominence, found)))),
                 fact,
                 wording,
             )
-            for kind, found in facts_in(split).items()
+            for kind, found in asked.items()
             for fact in found
-            if is_asked(fact)
             for wording in question_wordings(kind, split)
         ]
         weighted.sort(reverse=True)
