@@ -82,7 +82,7 @@ def quickstart(
         Parameter("Every how many layers one attends to everything; 0: the preset's.", unit="layers", low=0),
     ] = 0,
     rope_theta: Annotated[float, Parameter("Base of the rotary embedding; 0: the preset's.", low=0)] = 0.0,
-    vocabulary_size: Annotated[int, Parameter("Size of each tokenizer.", unit="tokens", low=264)] = 6144,
+    vocabulary_size: Annotated[int, Parameter("Size of each tokenizer.", unit="tokens", low=264)] = 4096,
     pretrain_steps: Annotated[
         int, Parameter("Steps of pretraining on the primary languages.", unit="steps", low=1)
     ] = 300,
