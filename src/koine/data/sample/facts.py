@@ -70,7 +70,7 @@ PROMINENT = (
 
 CAPITALS = {
     "RU": "Europe/Moscow", "JP": "Asia/Tokyo", "DE": "Europe/Berlin", "FR": "Europe/Paris", "GB": "Europe/London",
-    "MX": "America/Mexico_City", "ID": "Asia/Jakarta", "EG": "Africa/Cairo", "IT": "Europe/Rome",
+    "ID": "Asia/Jakarta", "EG": "Africa/Cairo", "IT": "Europe/Rome",
     "ES": "Europe/Madrid", "KR": "Asia/Seoul", "IR": "Asia/Tehran", "TH": "Asia/Bangkok", "PL": "Europe/Warsaw",
     "AR": "America/Argentina/Buenos_Aires", "SA": "Asia/Riyadh", "BD": "Asia/Dhaka", "PH": "Asia/Manila",
     "GR": "Europe/Athens", "FI": "Europe/Helsinki", "PT": "Europe/Lisbon", "NL": "Europe/Amsterdam",
@@ -83,7 +83,7 @@ CAPITALS = {
     "SI": "Europe/Ljubljana", "SK": "Europe/Bratislava", "AL": "Europe/Tirane", "MK": "Europe/Skopje",
     "BA": "Europe/Sarajevo", "MD": "Europe/Chisinau", "BY": "Europe/Minsk", "AM": "Asia/Yerevan",
     "AZ": "Asia/Baku", "GE": "Asia/Tbilisi", "KG": "Asia/Bishkek", "TJ": "Asia/Dushanbe", "AF": "Asia/Kabul",
-    "JO": "Asia/Amman", "LB": "Asia/Beirut", "SY": "Asia/Damascus", "KP": "Asia/Pyongyang", "TW": "Asia/Taipei",
+    "JO": "Asia/Amman", "LB": "Asia/Beirut", "SY": "Asia/Damascus", "KP": "Asia/Pyongyang",
     "GH": "Africa/Accra", "SN": "Africa/Dakar", "UG": "Africa/Kampala", "SD": "Africa/Khartoum",
     "SO": "Africa/Mogadishu", "TN": "Africa/Tunis", "LY": "Africa/Tripoli", "ZM": "Africa/Lusaka",
     "ZW": "Africa/Harare", "UY": "America/Montevideo", "PY": "America/Asuncion", "VE": "America/Caracas",
