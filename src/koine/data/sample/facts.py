@@ -3,11 +3,11 @@
 A fact has an identifier such as `currency:JP` or `sum:7+12`, and a split; both are the same in every
 language:
 
-- `train`: in documents and in training questions;
-- `recall`: in documents, but in no training question: its question measures what pretraining learnt;
-- `heldout_fact`: computable (sums, quantities, amounts, dates), in no document and no training question:
-  measures generalisation;
-- `heldout_territory`: about a territory that is in no document and no training question.
+- `train`: in documents, dialogues and training questions;
+- `recall`: in documents and dialogues, but in no training question of the chat stage: its question measures
+  what pretraining learnt, in a wording that is in no training text;
+- `heldout_fact`: computable (sums, quantities, amounts, dates), in no training text: measures generalisation;
+- `heldout_territory`: about a territory that is in no training text.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SPLITS = ("train", "recall", "heldout_fact", "heldout_territory")
 HELD_OUT_TERRITORIES = 0.12
 RECALL = 0.2
 HELD_OUT_FACTS = 0.25
-NAMESAKES = frozenset({"WS"})
-"""Never held out: another territory's name contains theirs (American Samoa)."""
+NEVER_HELD_OUT = frozenset({"WS", "JP"})
+"""Another territory's name contains that of Samoa; Japan is the example of the manual."""
 
 UNITS = (
     "duration-day",
@@ -129,7 +129,7 @@ def split_of(identifier: str) -> str:
     """Return the split of a fact."""
     kind, _, rest = identifier.partition(":")
     if kind in TERRITORIAL:
-        if rest not in NAMESAKES and _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
+        if rest not in NEVER_HELD_OUT and _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
             return "heldout_territory"
         return "recall" if _share(identifier) < RECALL else "train"
     if kind in ("sum", "quantity", "amount", "date"):
