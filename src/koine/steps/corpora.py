@@ -24,7 +24,7 @@ from koine.steps.corpus_files import Roles as CorpusRoles
 
 
 @step(
-    version="1",
+    version="2",
     estimate=estimates.sample,
     check=checks.sample,
     formerly=("koine.recipes.corpora:sample_corpus",),
