@@ -1,9 +1,9 @@
-# `make quickstart` and `make test` do everything on a machine with Python 3.11 or 3.12 and make.
+# `make quickstart` and `make test` do everything on a machine with Python 3.11 to 3.14 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check docs faults install install-dev clean
+.PHONY: quickstart test test-pythons check docs faults install install-dev clean
 
 quickstart: install
 	$(BIN)/koine run quickstart
@@ -37,6 +37,14 @@ docs: install-dev
 
 test: check docs
 	$(BIN)/pytest -n auto --dist loadfile
+
+# Each Python that is supported and on the path, in a virtual environment of its own.
+PYTHONS := 3.11 3.12 3.13 3.14
+test-pythons:
+	set -e; for version in $(PYTHONS); do \
+	    if command -v python$$version; then $(MAKE) test PYTHON=python$$version VENV=.venv-$$version; \
+	    else echo "python$$version is not on the path: skipped"; fi; \
+	done
 
 # The crash laboratory (docs/explanation/faults.md): at most 30 minutes on two cores, for the night.
 faults: install-dev

@@ -65,3 +65,26 @@ def test_devices_are_named_as_their_drivers_report(tmp_path: Path) -> None:
         (folder / "information").write_text(f"Model: \t\t NVIDIA H{number}00\nIRQ:   \t\t 11\n")
     (tmp_path / "dev/kfd").touch()
     assert hardware.driver_devices(tmp_path)[:3] == ["NVIDIA H100", "NVIDIA H200", "AMD GPU"]
+
+
+def test_busy_cores_are_those_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one second of 2 cores: 0.5 s idle, 0.25 s waiting, and 0.75 s of the rest are our own."""
+    import psutil
+
+    times = iter([(10.0, 5.0, 20.0, 1.0), (10.75, 5.5, 20.5, 1.25)])
+    own, clock = iter([3.0, 3.75]), iter([100.0, 101.0])
+
+    class Times(tuple[float, ...]):
+        @property
+        def idle(self) -> float:
+            return self[2]
+
+        @property
+        def iowait(self) -> float:
+            return self[3]
+
+    monkeypatch.setattr(psutil, "cpu_times", lambda: Times(next(times)))
+    monkeypatch.setattr(hardware.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(hardware.time, "sleep", lambda seconds: None)
+    assert hardware.busy_cores() == pytest.approx(0.5)

@@ -99,6 +99,11 @@ def find_distribution(name: str) -> importlib.metadata.Distribution | None:
         return None
 
 
+def first_field(distribution: importlib.metadata.Distribution, name: str) -> str | None:
+    """Return a field of a distribution's metadata, or None; `metadata[name]` will raise where it is missing."""
+    return next(iter(distribution.metadata.get_all(name) or ()), None)
+
+
 def is_ours(distribution: importlib.metadata.Distribution) -> bool:
     """Return whether a distribution `koine` is an installation of this project under its old name."""
     return any(
@@ -137,7 +142,7 @@ def name_problems() -> list[str]:
     if old is not None and is_ours(old):
         problems.append(f"installed under its old name '{OLD_NAME}'; fix: {uninstall} && {reinstall_line()}")
     elif old is not None:
-        about = old.metadata["Summary"] or "no summary"
+        about = first_field(old, "Summary") or "no summary"
         problems.append(
             f"'{OLD_NAME}' {old.version} here is another project's package ({about}), and Koine is "
             f"{__distribution__}; fix: {uninstall} && {reinstall_line()}"
@@ -214,7 +219,7 @@ def inspect_package(name: str, *, imports: bool = True) -> Package:
     importable = not name.startswith(NOT_IMPORTABLE)
     try:
         distribution = importlib.metadata.distribution(name)
-        version = distribution.metadata["Version"]
+        version = first_field(distribution, "Version")
     except importlib.metadata.PackageNotFoundError:
         if importable and importlib.util.find_spec(module) is not None:
             return Package(name=name, state="broken", problem="files without metadata")

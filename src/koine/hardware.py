@@ -170,6 +170,20 @@ def machine() -> Machine:
     )
 
 
+def busy_cores(seconds: float = 0.25) -> float:
+    """Measure how many cores other processes of this machine use now, by watching for `seconds`."""
+    import psutil
+
+    def busy() -> float:
+        times = psutil.cpu_times()
+        return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+    before, own, begin = busy(), time.process_time(), time.perf_counter()
+    time.sleep(seconds)
+    elapsed = max(time.perf_counter() - begin, 1e-3)
+    return max(0.0, busy() - before - (time.process_time() - own)) / elapsed
+
+
 def free_disk_bytes(path: Path) -> int:
     """Return the bytes that an ordinary user can still write below `path` or its nearest existing parent."""
     path = path.absolute()

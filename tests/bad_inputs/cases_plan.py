@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 from . import worlds
 from .case import Case
 
@@ -23,7 +27,166 @@ def small(plan: Plan, *, words: int = 3) -> None:
 """
 WITH_PLAN = worlds.written("plans.py", PLAN)
 
+
+def qwen(folder: Path) -> None:
+    """Write the folder of a model of another architecture, with a tokenizer."""
+    shutil.copytree(worlds.built("tokenizer"), folder / "qwen")
+    (folder / "qwen" / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
+
+
+def two_domains(folder: Path) -> None:
+    worlds.good_text(folder)
+    shutil.copyfile(folder / "text.jsonl", folder / "law.jsonl")
+
+
+def no_room(patch: Any) -> None:
+    patch.setattr("koine.plan.run.checks.free_disk_bytes", lambda path: 2**20)
+
+
+DOMAINS = "--set domains=tales=text.jsonl,law=law.jsonl"
+BRANCHES = f"run branch_train_mix --dry-run --set seed_model=model {DOMAINS}"
+ADAPTATION = "run adaptation --dry-run --set model=model --set data=text.jsonl --set min_bytes_per_language=1"
+WITH_BRANCHES = worlds.having("model", then=two_domains)
+WITH_TEXT = worlds.having("model", "text")
+
 CASES = (
+    Case(
+        mistake="a recipe on a model of another architecture",
+        command=f"run branch_train_mix --set seed_model=qwen {DOMAINS}",
+        prepare=worlds.both(qwen, two_domains),
+        says="seed_model=qwen: is a model of type qwen2, and this recipe or step computes with Koine's own decoder; "
+        "possible are: cohere, cohere2, koine; any other architecture can be merged, evaluated and served, see docs/how-to/",
+    ),
+    Case(
+        mistake="a recipe that merges a model without weights",
+        command=f"run merge_touch_up --dry-run --set models=qwen,model {DOMAINS}",
+        prepare=worlds.both(qwen, WITH_BRANCHES),
+        says="models=qwen: holds no model.safetensors; weights in another format must be converted first",
+    ),
+    Case(
+        mistake="a longer context for a model of another architecture",
+        command="run extend --dry-run --set model=qwen --set data=text.jsonl --set min_bytes_per_language=1",
+        prepare=worlds.both(qwen, worlds.good_text),
+        says="model=qwen: is a model of type qwen2,…",
+    ),
+    Case(
+        mistake="a recipe on a model that is not there",
+        command=BRANCHES,
+        prepare=two_domains,
+        says="seed_model=model: no such file or folder",
+    ),
+    Case(
+        mistake="a recipe on a folder without a model",
+        command=f"run branch_train_mix --dry-run --set seed_model=tokenizer {DOMAINS}",
+        prepare=worlds.having("tokenizer", then=two_domains),
+        says="seed_model=tokenizer: holds no config.json, so it is no model; "
+        "give the folder of a model, not of a run or a checkpoint",
+    ),
+    Case(
+        mistake="a recipe on a file of a model",
+        command="run extend --dry-run --set model=model/config.json --set data=text.jsonl --set min_bytes_per_language=1",
+        prepare=WITH_TEXT,
+        says="model=model/config.json: is a file, and a folder with a model or a tokenizer is needed; give its folder",
+    ),
+    Case(
+        mistake="a domain whose text is not there",
+        command=BRANCHES,
+        prepare=WITH_TEXT,
+        says="domains=law=law.jsonl: no such file or folder",
+    ),
+    Case(
+        mistake="more experts of a token than there are",
+        command=f"{BRANCHES} --set top_k=3",
+        prepare=WITH_BRANCHES,
+        says="step 'mixed': top_k is 3; it must lie between 1 and the 2 experts",
+    ),
+    Case(
+        mistake="an encoder of domains that does not exist",
+        command=f"{BRANCHES} --set encoder=tf-idf",
+        prepare=WITH_BRANCHES,
+        says="step 'mixed': encoder is 'tf-idf'; possible are: tfidf, svd, hidden, or the folder of a sentence model",
+    ),
+    Case(
+        mistake="a recipe with rows longer than the model's context",
+        command=f"{BRANCHES} --set sequence_length=200000",
+        prepare=WITH_BRANCHES,
+        says="seed_model=model: rows have 200000 tokens (sequence_length), and the model takes at most 131072; "
+        "choose at most 131072, or lengthen the model's context with the recipe extend",
+    ),
+    Case(
+        mistake="a wrong number of weights in a recipe",
+        command=f"run merge_touch_up --dry-run --set models=model,model --set weights=1,2,3 {DOMAINS}",
+        prepare=WITH_BRANCHES,
+        says="step 'merged': 3 weights for 2 models; give one each, with commas between",
+    ),
+    Case(
+        mistake="an unknown language in a recipe",
+        command="run quickstart --set languages=en,xx --dry-run",
+        says="step 'corpus': languages has 'xx', which is no language; did you mean 'xh' (Xhosa)?",
+    ),
+    Case(
+        mistake="a language that the sample world does not have",
+        command="run quickstart --set languages=en,bo --dry-run",
+        says="step 'corpus': languages has 'bo' (Tibetan), of which CLDR knows too little for the sample world; "
+        "it is there in … languages, with questions in …; for others give text of your own (data=PATH)",
+    ),
+    Case(
+        mistake="a language twice in a recipe",
+        command="run quickstart --set languages=en,de,deu,zh --dry-run",
+        says="step 'corpus': languages names 'de' and 'deu', the same language, twice; name each language once",
+    ),
+    Case(
+        mistake="languages without any question, for a recipe that teaches to chat",
+        command="run quickstart --set languages=af,sw --set primary_languages=af --dry-run",
+        says="step 'tokens/universal/chats': none of the languages has questions to learn chatting from (af, sw); "
+        "add one to languages; questions are there in: …",
+    ),
+    Case(
+        mistake="a language in a recipe that the user's text does not have",
+        command="run quickstart --set data=text.jsonl --set languages=de,fr --dry-run",
+        prepare=worlds.good_text,
+        says="data=text.jsonl: languages has fr, of which the data have no text; they have: de, en",
+    ),
+    Case(
+        mistake="too little text of every language for a recipe",
+        command="run extend --set model=model --set data=text.jsonl --dry-run",
+        prepare=WITH_TEXT,
+        says="data=text.jsonl: no language has 20,000 bytes of text (by language: …); "
+        "lower min_bytes_per_language, or give more text",
+    ),
+    Case(
+        mistake="a language to adapt to that the text does not have",
+        command=f"{ADAPTATION} --set primary_languages=en --set targets=fr",
+        prepare=WITH_TEXT,
+        says="step 'model': training on 'adapted' names fr, and the corpus has no text of it; possible are: en, de",
+    ),
+    Case(
+        mistake="fields of records that are not there, in a recipe",
+        command=f"{ADAPTATION} --set primary_languages=en --set fields=text=content",
+        prepare=WITH_TEXT,
+        says="data=text.jsonl: 40 of 40 records are bad … no field 'content' (it has …); fix the data, "
+        "map its fields (--set fields=text=COLUMN), or allow more (--set max_bad_share=SHARE)",
+    ),
+    Case(
+        mistake="a recipe with a tokenizer that is none",
+        command=f"{ADAPTATION} --set primary_languages=en --set tokenizer=empty",
+        prepare=worlds.having("model", "text", then=worlds.written("empty/readme.txt", "nothing")),
+        says="tokenizer=empty: holds no tokenizer.json; give a folder with a tokenizer",
+    ),
+    Case(
+        mistake="a file in place of the folder of runs",
+        command="run plans.py:small",
+        prepare=worlds.both(WITH_PLAN, worlds.written("runs", "")),
+        says="…runs: a file, and the run needs a folder here; choose another --runs or --name, or move it away",
+    ),
+    Case(
+        mistake="a disk that is too small for a run",
+        command="run quickstart --set languages=en,zh",
+        during=no_room,
+        simulated="one MiB is said to be free",
+        says="runs/quickstart: the run will write about … of it for …), and 1 MiB are free; "
+        "free some, or choose a folder on another disk with --runs",
+    ),
     Case(
         mistake="a plan that does not exist",
         command="run quickstrat",

@@ -57,7 +57,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "data inspect text.jsonl": ("groups", "formats", "left_out", "bad_records", "bad_examples"),
     "data inspect pairs.jsonl --format preference --take rejected": ("groups", "formats"),
     "data at-step trained 0": ("step", "slices"),
-    "doctor": ("versions", "machine", "packages", "extras"),
+    "doctor": ("versions", "support", "machine", "packages", "extras"),
+    "doctor --constraints": ("constraints",),
     "evaluate model --data text.jsonl": ("overall", "languages"),
     "evaluate model --questions asked.jsonl --training-questions asked.jsonl": ("questions",),
     "extend mixture --expert third=branch --reset-router --out new": ("experts", "parameters", "written"),
@@ -72,7 +73,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report run --out page.html": ("written",),
     "run": ("recipes",),
     "run plan.py:words --list-parameters": ("plan", "parameters"),
-    "run plan.py:words --dry-run": ("artifacts", "seconds", "critical_path", "without_estimate"),
+    "run plan.py:words --dry-run": ("artifacts", "seconds", "critical_path", "disk_bytes", "without_estimate"),
     "run plan.py:words": ("run", "seconds", "artifacts", "stages", "verdicts", "report", "notes"),
     "tokenizer adapt model --tokenizer tokenizer --out new": ("tokens", "reversible", "written"),
     "tokenizer extend tokenizer --data text.jsonl --tokens 3 --out new": ("added_tokens", "measures", "written"),
@@ -81,7 +82,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "tokenizer train --data text.jsonl --vocab-size 300 --min-frequency 2 --out new": ("tokens", "written"),
     "tokenizer weights --data text.jsonl": ("scheme", "languages"),
     f"train pretrain --preset koine-0.5m {TRAINING} --out new": ("written", "steps", "best"),
-    f"train pretrain --preset koine-0.5m {TRAINING} --out new --dry-run": ("parameters", "flops", "seconds"),
+    f"train pretrain --preset koine-0.5m {TRAINING} --out new --dry-run": ("parameters", "flops", "seconds", "disk_bytes", "basis"),
     "upcycle btx " + EXPERTS: ("experts", "active_parameters", "written"),
     "upcycle bam " + EXPERTS: ("experts", "active_parameters", "written"),
     "upcycle nexus --router linear " + EXPERTS: ("experts", "active_parameters", "written"),
@@ -178,6 +179,7 @@ def test_a_run_that_fails_says_which_step_in_json_and_ends_with_its_code(place: 
 def test_a_dry_run_names_the_steps_without_an_estimate(place: Path) -> None:
     found = answer("run plan.py:words --dry-run")
     assert (found["steps_to_run"], found["without_estimate"], found["seconds"]) == (1, ["one"], 0.0)
+    assert found["seconds_on_this_machine"] is None
 
 
 def test_a_run_answers_with_times_stages_verdicts_and_closing(place: Path) -> None:

@@ -14,7 +14,7 @@ from koine.model import Decoder
 from koine.model.causal_lm import CausalLM
 from koine.model.config import LayerSpec, MixtureConfig, ModelConfig
 from koine.train import TrainSettings
-from koine.train.decay import decayed_parameters
+from koine.train.decay import block_matrices, decayed_parameters
 from koine.train.optimiser import Optimiser
 
 from .models import small_config
@@ -54,6 +54,46 @@ def test_our_decoder(name: str) -> None:
         assert tensor.dim() >= 2 or parameter not in decayed
     if name == "qk-norm":
         assert model.blocks[0].q_norm.weight.dim() == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", variants())
+def test_muon_takes_the_two_dimensional_matrices_of_blocks(name: str) -> None:
+    model = Decoder(variants()[name])
+    named = dict(model.named_parameters())
+    found = block_matrices(model)  # type: ignore[arg-type]
+    assert all(named[one].dim() == 2 and one.startswith("blocks.") for one in found)
+    left = {one for one in named if one.startswith("blocks.") and named[one].dim() == 2 and one not in found}
+    assert all("norm" in one for one in left), left
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gpt2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 32}),
+        (
+            "llama",
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 24,
+                "vocab_size": 32,
+                "tie_word_embeddings": False,
+            },
+        ),
+    ],
+)
+def test_muon_leaves_embeddings_and_heads_of_other_models(kind: str, fields: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config))
+    found = block_matrices(model)  # type: ignore[arg-type]
+    assert found
+    assert not any(word in name for name in found for word in ("wte", "wpe", "embed", "lm_head"))
+    layers = {"gpt2": {"c_attn", "c_proj", "c_fc"}, "llama": {"q_proj", "o_proj", "up_proj", "down_proj"}}[
+        kind
+    ]
+    assert layers <= {name.split(".")[-2] for name in found}
 
 
 def test_a_gain_of_qk_norm_is_not_pulled_to_zero() -> None:

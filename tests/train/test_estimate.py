@@ -1,18 +1,21 @@
-"""Estimates beside a run: peak memory, and time at a known matmul rate."""
+"""Estimates beside a run: peak memory, disk space, and time at a known speed."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from koine.hardware import bfloat16_is_fast
-from koine.model.counting import count_parameters
+from koine.model.config import MixtureConfig
+from koine.model.decoder import Decoder
 from koine.model.presets import preset
-from koine.train import TrainSettings, estimate_training
+from koine.train import LanguageModelling, TrainSettings, estimate_training, train
+from koine.train.speed import Speed
 
 from .fakes import fake_order
 
@@ -69,24 +72,55 @@ def test_memory_is_within_a_factor_of_one_and_a_half(
     assert peak / 1.5 < guess < peak * 1.5
 
 
-def test_time_is_operations_over_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 1 GFLOP/s: FLOPs of forward and backward over `MATMUL_RATE_SHARE` of that rate."""
-    rates: list[tuple[int, ...]] = []
+def test_time_is_that_of_micro_batches_and_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
 
-    def matmul_rate(rows: int, columns: int, out: int, *_: object) -> float:
-        rates.append((rows, columns, out))
-        return 1e9
+    def speed(config: object, settings: object, rows: int, length: int, threads: int) -> Speed:
+        asked.append((rows, length, threads))
+        return Speed(micro_batch=0.5, update=0.25, basis="as measured", measured=False)
 
-    monkeypatch.setattr("koine.train.matmul_rate.measure_matmul_rate", matmul_rate)
+    monkeypatch.setattr("koine.train.speed.training_speed", speed)
     config = preset("koine-0.5m", 1024)
     order = fake_order(tmp_path / "s", steps=(7,), sequence_length=64, batch_size=4)
     settings = TrainSettings(dtype="float32", threads=1, micro_batch_size=2)
     found = estimate_training(config, settings, order.mixture)
-    # Twice the parameters that multiply for a forward pass and twice that for the backward pass; the
-    # embedding is also the head. A score and its weighted sum are 4 operations a position seen and a channel
-    # of the queries, 12 with the backward pass.
-    matrices = count_parameters(config).total - sum(config.hidden_size for _ in range(len(config.layers) + 1))
-    seen = sum(sum(min(at + 1, layer.window or 64) for at in range(64)) / 64 for layer in config.layers)
-    operations = 6 * matrices + 12 * seen * config.num_heads * config.head_dim
-    assert found.seconds == pytest.approx(7 * 4 * 64 * operations / (1e9 * 0.35), rel=1e-6)
-    assert rates == [(128, config.hidden_size, sum(config.projection_sizes))]
+    assert found.seconds == pytest.approx(7 * (2 * 0.5 + 0.25))
+    assert (found.basis, found.measured, asked) == ("as measured", False, [(2, 64, 1)])
+    # A mixture's assignments of a step are counted first, in a forward pass over all micro-batches.
+    experts = replace(config, mixture=MixtureConfig(experts=("a", "b")))
+    assert estimate_training(experts, settings, order.mixture).seconds == pytest.approx(
+        7 * (2 * 0.5 * 4 / 3 + 0.25)
+    )
+
+
+@pytest.mark.parametrize("evaluate_every", [0, 1])
+def test_disk_space_is_that_of_the_files(tmp_path: Path, evaluate_every: int) -> None:
+    order = fake_order(tmp_path / "s", steps=(4,), sequence_length=64, batch_size=4)
+    config = preset("koine-0.5m", order.vocab_size)
+    settings = TrainSettings(
+        dtype="float32", threads=1, checkpoint_every=1, keep_last=1, evaluate_every=evaluate_every
+    )
+    found = estimate_training(config, settings, order.mixture)
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in (tmp_path / "o").rglob("*") if path.is_file())
+
+    most = []
+
+    def evaluate(model: object, step: int) -> dict[str, float]:
+        most.append(size())
+        return {"loss": 10.0 - step}
+
+    train(
+        Decoder(config),
+        LanguageModelling(),
+        order,
+        settings,
+        out=tmp_path / "o",
+        evaluate=evaluate if evaluate_every else None,
+        progress=False,
+        device="cpu",
+    )
+    small = 300_000  # descriptions, metrics
+    assert found.kept_bytes <= size() < found.kept_bytes + small
+    assert max(most, default=0) <= found.kept_bytes + found.temporary_bytes + small

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from koine import extras, hardware
+from koine import extras, hardware, support
 from koine.cli.answers import print_answer
 from koine.cli.commands import Command
 
@@ -29,6 +29,8 @@ class Findings:
     """What `koine doctor` found out. Accelerators and rates are None where torch was not asked."""
 
     versions: dict[str, str]
+    support: dict[str, str]
+    """What the support matrix says of a version."""
     environment: str
     machine: hardware.Machine
     training_dtype: str
@@ -68,12 +70,21 @@ class Findings:
     show_default=True,
     help="Folder whose free disk space is printed.",
 )
-def doctor(full: bool, measure: bool, path: Path) -> None:
+@click.option(
+    "--constraints",
+    is_flag=True,
+    help="Print only the path of the file of tested versions, for `pip install --constraint`.",
+)
+def doctor(full: bool, measure: bool, path: Path, constraints: bool) -> None:
     """Print versions, hardware, and what each optional extra would add.
 
     Nothing heavy is imported, so that the answer comes at once. With --full or --measure it takes up to a
     minute.
     """
+    if constraints:
+        file = support.constraints_file()
+        print_answer({"constraints": file}, lambda: click.echo(file))
+        return
     found = examine(path, imports=full, torch=full or measure, long=measure)
     print_answer(found.to_json(), lambda: show(found))
 
@@ -89,8 +100,10 @@ def examine(path: Path, *, imports: bool, torch: bool, long: bool) -> Findings:
     """
     core, optional = extras.inspect_installation(imports=imports)
     torch = torch and any(package.name == "torch" and package.state == "installed" for package in core)
+    versions = hardware.versions()
     return Findings(
-        versions=hardware.versions(),
+        versions=versions,
+        support=support_notes(versions),
         environment=hardware.environment(),
         machine=hardware.machine(),
         training_dtype=hardware.chosen_dtype("auto"),
@@ -104,6 +117,16 @@ def examine(path: Path, *, imports: bool, torch: bool, long: bool) -> Findings:
         packages=core,
         extras=optional,
     )
+
+
+def support_notes(versions: dict[str, str]) -> dict[str, str]:
+    """Return what the support matrix says of Python and torch, where it says something."""
+    notes = {
+        name: note(versions[name])
+        for name, note in (("python", support.python_note), ("torch", support.torch_note))
+        if versions.get(name, "not installed") != "not installed"
+    }
+    return {name: text for name, text in notes.items() if text}
 
 
 def measure_rates(*, long: bool) -> list[Rate]:
@@ -126,7 +149,7 @@ def show(found: Findings) -> None:
     """Print the findings."""
     click.echo("Versions")
     for name, version in found.versions.items():
-        line(name, version)
+        line(name, f"{version} ({found.support[name]})" if name in found.support else version)
     line("environment", found.environment)
     show_machine(found)
     show_devices(found)

@@ -410,13 +410,23 @@ def print_estimate(model: LanguageModel, settings: TrainSettings, mixture: Mixtu
             for shape, steps in shapes.items()
         )
         estimate = estimate_training(model.config, settings, mixture)
-        answer |= {"flops": flops, "peak_memory_bytes": estimate.peak_bytes, "seconds": estimate.seconds}
+        disk = estimate.kept_bytes + estimate.temporary_bytes
+        answer |= {
+            "flops": flops,
+            "peak_memory_bytes": estimate.peak_bytes,
+            "seconds": estimate.seconds,
+            "disk_bytes": disk,
+            "basis": estimate.basis,
+        }
         lines += [
             f"operations   {flops:.3g}",
             f"peak memory  about {estimate.peak_bytes / 2**30:.2f} GiB in one process",
             f"time         about {estimate.seconds:,.0f} s on this machine's CPU",
+            f"disk         about {disk / 2**20:,.0f} MiB",
+            estimate.basis,
         ]
     else:
         answer |= {"flops": 6.0 * parameters * tokens, "peak_memory_bytes": None, "seconds": None}
+        answer |= {"disk_bytes": None, "basis": None}
         lines.append(f"operations   about {answer['flops']:.3g} (attention not counted)")
     print_answer(answer, lambda: click.echo("\n".join(lines)))

@@ -138,7 +138,7 @@ class RecordReader:
                         if len(self.examples) < _SHOWN:
                             self.examples.append(BadRecord(shown_name(file), place, found))
                         if self.good + self.bad >= _FIRST_CHECK:
-                            self._check()
+                            self.check_bad_share()
                     elif found is None:
                         self.left_out += 1
                     else:
@@ -146,7 +146,7 @@ class RecordReader:
                         self.present.add(found["language"])
                         if self.languages is None or found["language"] in self.languages:
                             yield found
-        self._check()
+        self.check_bad_share()
         if not self.good and not self.present:
             self._check_empty()
 
@@ -172,7 +172,7 @@ class RecordReader:
             hint=f"known: {known_formats()}. Map fields (--field text=COLUMN), or name the format (--format)",
         )
 
-    def _check(self) -> None:
+    def check_bad_share(self) -> None:
         """Raise `UserError` if too many records are bad."""
         total = self.good + self.bad
         if self.bad > self.max_bad_share * total:

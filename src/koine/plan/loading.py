@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from koine.errors import UserError, did_you_mean
-from koine.plan.parameters import check_parameters
+from koine.plan.parameters import REQUIRED, check_parameters, parameters_of
 from koine.plan.plan import PLAN_FILE, Plan
 
 
@@ -115,5 +115,7 @@ def make_plan(
     """
     values = check_parameters(function, parameters)
     plan = Plan(function.__name__ if name is None else name, runs, threads)
+    defaults = {one.name: one.default for one in parameters_of(function) if one.default is not REQUIRED}
+    plan.parameters = {**defaults, **values}
     function(plan, **values)
     return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +135,8 @@ class Plan:
     nodes: dict[str, Node] = field(default_factory=dict)
     inputs: dict[str, Artifact] = field(default_factory=dict)
     exports: dict[str, Artifact] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Values of the plan function's parameters, for messages that name the one at fault."""
     closings: list[Closing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -162,17 +164,34 @@ class Plan:
         Raises `UserError` where it does not exist, holds the run's own folder, or its name is taken.
         """
         place = Path(path).resolve()
+        try:
+            fingerprint = self._fingerprint_of_input(path, place)
+        except UserError as error:
+            raise self.naming_parameter(error) from None
+        artifact = Artifact(name, place, fingerprint)
+        if name in self.nodes or self.inputs.get(name, artifact) != artifact:
+            raise UserError(f"input '{name}' collides with another of that name", hint="choose another name")
+        self.inputs[name] = artifact
+        return artifact
+
+    def _fingerprint_of_input(self, path: str | Path, place: Path) -> str:
         if self.folder.resolve().is_relative_to(place):
             raise UserError(
                 "holds the run's own folder, so it would change with every run",
                 where=path,
                 hint="give the folder of the data alone, or another --runs",
             )
-        artifact = Artifact(name, place, fingerprint_of_content(place, self.cache))
-        if name in self.nodes or self.inputs.get(name, artifact) != artifact:
-            raise UserError(f"input '{name}' collides with another of that name", hint="choose another name")
-        self.inputs[name] = artifact
-        return artifact
+        return fingerprint_of_content(place, self.cache)
+
+    def naming_parameter(self, error: UserError) -> UserError:
+        """Return an error about a path with the plan's parameter that gave the path, where one did."""
+        if error.where is None:
+            return error
+        found = parameter_of(self.parameters, Path(error.where))
+        if found is None:
+            return error
+        name, given = found
+        return UserError(error.what, where=f"{name}={given}", hint=error.hint)
 
     def step(
         self, function: Callable[..., None], *, name: str, purpose: str | None = None, **given: Any
@@ -292,6 +311,26 @@ class Plan:
                 raise UserError(f"{name} returned {type(text).__name__}, not text", where="plan.closing")
             texts.append(text)
         return texts
+
+
+def parameter_of(parameters: Mapping[str, Any], place: Path) -> tuple[str, str] | None:
+    """Return name and text of the parameter that gave a path or a folder above it; None where none did.
+
+    A parameter gives a path, several of them, or `NAME=PATH` texts.
+    """
+    found: list[tuple[int, str, str]] = []
+    for name, value in parameters.items():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            text = item.partition("=")[2] if isinstance(item, str) else ""
+            path = item if isinstance(item, Path) else Path(text) if text else None
+            if path is None:
+                continue
+            root = path.resolve()
+            if place in (path, root):
+                found.append((len(root.parts), name, str(item)))
+            elif place.is_relative_to(root):
+                found.append((len(root.parts), name, f"{item}/{place.relative_to(root)}"))
+    return max(found)[1:] if found else None
 
 
 def recorded_fingerprint(path: Path, identity: dict[str, Any], formerly: tuple[str, ...]) -> str | None:

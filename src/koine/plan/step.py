@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from koine.errors import UserError, did_you_mean
@@ -16,10 +17,30 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected peak memory in bytes and time in seconds of a step."""
+    """Expected peak memory in bytes, time in seconds and disk space in bytes of a step."""
 
     memory_bytes: int
     seconds: float
+    disk_bytes: int = 0
+    """Bytes of the artifact."""
+    temporary_bytes: int = 0
+    """Further bytes on disk while the step runs, for example checkpoints."""
+    basis: str = ""
+    """One sentence about where the time comes from; empty: from fixed rates."""
+    measured: bool = True
+    """False where the time rests on an assumed speed, because this machine's could not be measured."""
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """An input of a step before the run, as the step's `check` sees it."""
+
+    path: Path
+    """Where it is, or will be."""
+    exists: bool
+    """Whether it is there now and stays: an input of the plan, or an artifact that is up to date."""
+    facts: Any = None
+    """What the `check` of the step that will write it returned; None: nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,7 @@ class StepInfo:
     estimate: Callable[..., Estimate] | None
     threads: int
     formerly: tuple[str, ...]
+    check: Callable[..., Any] | None = None
 
 
 def step(
@@ -37,18 +59,24 @@ def step(
     estimate: Callable[..., Estimate] | None = None,
     threads: int = 1,
     formerly: tuple[str, ...] = (),
+    check: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Mark a function as a step of plans; it stays a plain function.
 
     Args:
         version: part of the fingerprint. Raise it when the same inputs and parameters shall give another
             result.
-        estimate: function that returns the step's `Estimate`. It gets the step's arguments but `out`, and
-            `threads` where it has a parameter of that name. Paths may not exist yet.
+        estimate: function that returns the step's `Estimate`. It gets the step's arguments but `out`, its
+            inputs as paths that may not exist yet. Where it has a parameter `threads`, it gets the CPU cores;
+            where it has one called `planned`, a dictionary of the inputs as `check` gets them.
         threads: CPU cores that the step uses; 0: as many as the run gives to each step (`koine run
             --threads`).
             A parameter `threads` of the step itself comes first.
         formerly: earlier names (`module:function`) of the same step. Artifacts built under them are reused.
+        check: function that finds mistakes before anything runs. It gets the step's arguments but `out`, with
+            a `PlannedInput` for each input. It raises `UserError` for what cannot work, warns with
+            `KoineWarning` of what may surprise, and returns what is known of the output: the `facts` of the
+            steps that read it.
     """
 
     def mark(function: Function) -> Function:
@@ -58,7 +86,7 @@ def step(
                 where=function.__qualname__,
                 hint="call it otherwise",
             )
-        function.__koine_step__ = StepInfo(version, estimate, threads, formerly)  # type: ignore[attr-defined]
+        function.__koine_step__ = StepInfo(version, estimate, threads, formerly, check)  # type: ignore[attr-defined]
         return function
 
     return mark

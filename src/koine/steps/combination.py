@@ -9,7 +9,7 @@ from pathlib import Path
 
 from koine.errors import UserError, did_you_mean
 from koine.plan import step
-from koine.steps import estimates
+from koine.steps import checks, estimates
 from koine.steps.domain_corpora import documents_of
 
 METHODS = ("btx", "bam", "bam-shared-kv", "nexus", "nexus-linear", "average")
@@ -18,7 +18,7 @@ EMBEDDED_DOCUMENTS = 512
 """Documents of each domain from which its embedding is computed."""
 
 
-@step(version="2", estimate=estimates.mixing, formerly=("koine.recipes.domains:mix",))
+@step(version="2", estimate=estimates.mixed, check=checks.combined, formerly=("koine.recipes.domains:mix",))
 def combine_branches(
     seed_model: Path,
     experts: dict[str, Path],
@@ -88,7 +88,12 @@ def combine_branches(
         raise UserError(f"unknown method '{method}'", hint=did_you_mean(method, METHODS))
 
 
-@step(version="2", estimate=estimates.mixing, formerly=("koine.recipes.domains:merge_models",))
+@step(
+    version="2",
+    estimate=estimates.mixing,
+    check=checks.merged,
+    formerly=("koine.recipes.domains:merge_models",),
+)
 def merge_models(
     models: list[Path],
     base: Path | None = None,
@@ -122,7 +127,7 @@ def merge_models(
     merged.rmdir()
 
 
-@step(version="2", estimate=estimates.mixing, formerly=("koine.recipes.domains:grow",))
+@step(version="2", estimate=estimates.mixing, check=checks.grown, formerly=("koine.recipes.domains:grow",))
 def add_domain_expert(
     model: Path, expert: Path, corpus: Path, *, domain: str, reset_router: bool, seed: int, out: Path
 ) -> None:

@@ -12,12 +12,23 @@ from typing import Any
 
 from koine.errors import UserError
 from koine.plan import step
-from koine.steps import estimates
-from koine.steps.corpus_files import LanguageShare, split_roles, write_own_corpus, write_step_report
+from koine.steps import checks, estimates
+from koine.steps.corpus_files import (
+    LanguageShare,
+    field_mapping,
+    split_roles,
+    write_own_corpus,
+    write_step_report,
+)
 from koine.steps.corpus_files import Roles as CorpusRoles
 
 
-@step(version="1", estimate=estimates.sample, formerly=("koine.recipes.corpora:sample_corpus",))
+@step(
+    version="2",
+    estimate=estimates.sample,
+    check=checks.sample,
+    formerly=("koine.recipes.corpora:sample_corpus",),
+)
 def sample_corpus(
     *,
     languages: tuple[str, ...],
@@ -68,7 +79,12 @@ def sample_corpus(
     )
 
 
-@step(version="1", estimate=estimates.own, formerly=("koine.recipes.corpora:own_corpus",))
+@step(
+    version="1",
+    estimate=estimates.own,
+    check=checks.own_corpus,
+    formerly=("koine.recipes.corpora:own_corpus",),
+)
 def own_corpus(
     data: Path,
     *,
@@ -206,7 +222,12 @@ def share_table(shares: Mapping[str, LanguageShare], primary: tuple[str, ...]) -
     }
 
 
-@step(version="1", estimate=estimates.own, formerly=("koine.recipes.corpora:text_corpus",))
+@step(
+    version="1",
+    estimate=estimates.own,
+    check=checks.text_corpus,
+    formerly=("koine.recipes.corpora:text_corpus",),
+)
 def text_corpus(
     data: Path,
     *,
@@ -262,17 +283,3 @@ def text_corpus(
             }
         ],
     )
-
-
-def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
-    """Return `("text=content", "language=lang")` as a dict; raises `UserError` for an entry without `=`."""
-    mapping = {}
-    for entry in fields:
-        name, separator, column = entry.partition("=")
-        if not separator or not name or not column:
-            raise UserError(
-                f"field mapping '{entry}' is not NAME=COLUMN",
-                hint="for example fields=text=content,language=lang",
-            )
-        mapping[name] = column
-    return mapping

@@ -79,6 +79,20 @@ def split_roles(
     return primary, expanded
 
 
+def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
+    """Return `("text=content", "language=lang")` as a dict; raises `UserError` for an entry without `=`."""
+    mapping = {}
+    for entry in fields:
+        name, separator, column = entry.partition("=")
+        if not separator or not name or not column:
+            raise UserError(
+                f"field mapping '{entry}' is not NAME=COLUMN",
+                hint="for example fields=text=content,language=lang",
+            )
+        mapping[name] = column
+    return mapping
+
+
 def held_out(record: dict[str, Any], *, share: float) -> bool:
     """Return whether a record is held out: by its own `split` if it has one, else by a hash of its id."""
     split = record.get("split")

@@ -14,12 +14,16 @@ from typing import Any
 from koine.errors import UserError
 from koine.files import write_json
 from koine.plan import step
-from koine.steps import estimates
-from koine.steps.corpora import field_mapping
-from koine.steps.corpus_files import read_lines
+from koine.steps import checks, estimates
+from koine.steps.corpus_files import field_mapping, read_lines
 
 
-@step(version="1", estimate=estimates.own_text, formerly=("koine.recipes.domain_corpora:domain_text",))
+@step(
+    version="1",
+    estimate=estimates.own_text,
+    check=checks.domain_text,
+    formerly=("koine.recipes.domain_corpora:domain_text",),
+)
 def domain_text(
     data: Path,
     *,
@@ -105,7 +109,12 @@ def _pieces(record: Mapping[str, Any], size: int = 20_000) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)] or [text]
 
 
-@step(version="1", estimate=estimates.tokens, formerly=("koine.recipes.domain_corpora:tokenize_domain",))
+@step(
+    version="1",
+    estimate=estimates.domain_tokens,
+    check=checks.domain_tokens,
+    formerly=("koine.recipes.domain_corpora:tokenize_domain",),
+)
 def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) -> None:
     """Tokenize a domain's training documents into token shards."""
     from koine.data import tokenize
@@ -119,6 +128,7 @@ def tokenize_domain(corpus: Path, tokenizer: Path, *, domain: str, out: Path) ->
 @step(
     version="1",
     estimate=estimates.tokenizer,
+    check=checks.shared_tokenizer,
     threads=2,
     formerly=("koine.recipes.domain_corpora:shared_tokenizer",),
 )

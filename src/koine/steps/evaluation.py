@@ -14,7 +14,7 @@ from koine.errors import UserError
 from koine.files import write_atomically, write_json
 from koine.languages import language
 from koine.plan import step
-from koine.steps import estimates
+from koine.steps import checks, estimates
 from koine.steps.corpus_files import existing, load_roles, read_lines, write_step_report
 from koine.steps.domain_corpora import documents_of
 
@@ -33,6 +33,7 @@ EXAMPLES = 5
 @step(
     version="3",
     estimate=estimates.evaluation,
+    check=checks.evaluation,
     threads=0,
     formerly=("koine.recipes.evaluation:evaluate_model",),
 )
@@ -297,7 +298,11 @@ def forgetting_blocks(model: Path, primary: tuple[str, ...]) -> list[dict[str, A
 
 
 @step(
-    version="1", estimate=estimates.domains, threads=0, formerly=("koine.recipes.domains:evaluate_domains",)
+    version="1",
+    estimate=estimates.domains,
+    check=checks.evaluated_model,
+    threads=0,
+    formerly=("koine.recipes.domains:evaluate_domains",),
 )
 def evaluate_domains(
     model: Path, corpora: dict[str, Path], *, documents: int, characters: int, out: Path
@@ -337,6 +342,7 @@ def evaluate_domains(
 @step(
     version="2",
     estimate=estimates.long_evaluation,
+    check=checks.evaluated_model,
     threads=0,
     formerly=("koine.recipes.lengths:evaluate_lengths",),
 )

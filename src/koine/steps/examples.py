@@ -10,7 +10,7 @@ from koine.evaluate.example_questions import FILE, read_examples
 from koine.files import write_json
 from koine.model.formats.carried_files import carried_paths
 from koine.plan import step
-from koine.steps import estimates
+from koine.steps import checks, estimates
 from koine.steps.evaluation import LANGUAGE_TRACK
 
 MADE_BY_THE_TRAINING = (LANGUAGE_TRACK, "forgetting.json")
@@ -19,7 +19,7 @@ ABOUT_THE_MODEL = ("README.md", "training.json", DRAWN)
 """Files that stay true of the copy: its card, and what the next training and the chat read."""
 
 
-@step(version="1", estimate=estimates.copy)
+@step(version="1", estimate=estimates.copy, check=checks.copied)
 def add_examples(model: Path, evaluation: Path, *, out: Path) -> None:
     """Copy a chat model; example questions that it answered right go beside it.
 

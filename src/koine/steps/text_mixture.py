@@ -7,7 +7,7 @@ and its languages may be `primary` or `expanded`: those that have this role in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from koine.data.mixture import LongRows, Mixture, Packing, Phase, Source
@@ -176,6 +176,38 @@ def pretraining_sources(
     if code_share > 0.0:
         sources.append(TextSource(name="code", proportion=code_share))
     return tuple(sources)
+
+
+def with_dialogues(
+    sources: tuple[TextSource, ...], share: float, languages: tuple[str, ...] = ()
+) -> tuple[TextSource, ...]:
+    """Return the sources with a share of `dialogues` beside them; languages: of the dialogues, all by default.
+
+    Raises `UserError` where nothing is left for the sources.
+    """
+    if not 0.0 <= share < 1.0:
+        raise UserError(f"the share of dialogues is {share}", hint="give a share from 0 to less than 1")
+    if share == 0.0:
+        return sources
+    dialogues = TextSource(
+        name="dialogues", proportion=share, languages=languages, max_epochs=MAX_DOMAIN_EPOCHS
+    )
+    return (*(replace(one, proportion=(1.0 - share) * one.proportion) for one in sources), dialogues)
+
+
+def chat_sources(*, dialogue_share: float, document_share: float) -> tuple[TextSource, ...]:
+    """Return the sources `chats`, and the replay of `dialogues` and `documents`, against forgetting.
+
+    Raises `UserError` where nothing is left for the chats.
+    """
+    chats = 1.0 - dialogue_share - document_share
+    if chats <= 0.0 or min(dialogue_share, document_share) < 0.0:
+        raise UserError(
+            f"dialogues have {dialogue_share} and documents {document_share} of the chat stage",
+            hint="together they must have less than 1",
+        )
+    shares = {"chats": chats, "dialogues": dialogue_share, "documents": document_share}
+    return domain_sources(shares)
 
 
 def adaptation_sources(languages: tuple[str, ...], primary_share: float) -> tuple[TextSource, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from koine.files import write_json
 from koine.plan import step
-from koine.steps import estimates
+from koine.steps import checks, estimates
 from koine.steps.corpus_files import existing, load_roles, read_lines, write_step_report
 
 if TYPE_CHECKING:
@@ -22,7 +22,11 @@ TRANSFER_DOCUMENTS = 60
 
 
 @step(
-    version="1", estimate=estimates.tokenizer, threads=2, formerly=("koine.recipes.tokens:build_tokenizer",)
+    version="1",
+    estimate=estimates.tokenizer,
+    check=checks.tokenizer,
+    threads=2,
+    formerly=("koine.recipes.tokens:build_tokenizer",),
 )
 def build_tokenizer(
     corpus: Path,
@@ -85,7 +89,12 @@ def _texts(path: Path) -> Iterator[str]:
         yield record["text"]
 
 
-@step(version="1", estimate=estimates.tokens, formerly=("koine.recipes.tokens:tokenize_part",))
+@step(
+    version="1",
+    estimate=estimates.tokens,
+    check=checks.tokens,
+    formerly=("koine.recipes.tokens:tokenize_part",),
+)
 def tokenize_part(corpus: Path, tokenizer: Path, *, part: str, domain: str, out: Path) -> None:
     """Tokenize one part of a corpus (`documents`, `questions/train`, `code.jsonl`) into token shards."""
     from koine.data import tokenize
@@ -94,7 +103,12 @@ def tokenize_part(corpus: Path, tokenizer: Path, *, part: str, domain: str, out:
     tokenize(corpus / part, tokenizer, out=out / "tokens", workers=1, domain=domain, max_bad_share=0.0)
 
 
-@step(version="2", estimate=estimates.tokens, formerly=("koine.recipes.regimes:move_to_tokenizer",))
+@step(
+    version="2",
+    estimate=estimates.mixing,
+    check=checks.moved,
+    formerly=("koine.recipes.regimes:move_to_tokenizer",),
+)
 def move_to_tokenizer(
     model: Path,
     tokenizer: Path,

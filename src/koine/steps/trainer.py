@@ -10,12 +10,12 @@ from koine.data.mixture import Packing
 from koine.plan import Artifact, Plan
 from koine.steps.text_mixture import LongText, TextMixture, TextSource
 from koine.steps.training import train_model, training_settings
-from koine.train.settings import TrainSettings
+from koine.train.settings import OptimiserName, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Adds `train_model` steps with one batch shape, precision and seed to a plan.
+    """Adds `train_model` steps with one batch shape, precision, seed and optimiser to a plan.
 
     sequence_length: tokens of a row. batch_size: rows of a step. micro_batch_size: rows computed at once.
     """
@@ -26,6 +26,7 @@ class Trainer:
     micro_batch_size: int
     dtype: str
     seed: int
+    optimiser: OptimiserName = "adamw"
 
     def mixture(self, sources: Sequence[TextSource], steps: int, **fields: Any) -> TextMixture:
         """Return a mixture with this batch shape; fields: further fields of `TextMixture`."""
@@ -38,7 +39,12 @@ class Trainer:
 
     def settings(self, steps: int, learning_rate: float, **fields: Any) -> TrainSettings:
         """Return settings with this precision and seed; fields: further fields of `TrainSettings`."""
-        shared = {"micro_batch_size": self.micro_batch_size, "dtype": self.dtype, "seed": self.seed}
+        shared = {
+            "micro_batch_size": self.micro_batch_size,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "optimiser": self.optimiser,
+        }
         return training_settings(steps=steps, learning_rate=learning_rate, **{**shared, **fields})
 
     def train(

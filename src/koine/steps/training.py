@@ -14,7 +14,7 @@ from koine.errors import UserError
 from koine.files import write_json
 from koine.model.config import ModelConfig
 from koine.plan import step
-from koine.steps import estimates
+from koine.steps import checks, estimates
 from koine.steps.corpus_files import Roles, load_roles, write_step_report
 from koine.steps.evaluation import LANGUAGE_TRACK, bits_per_byte_probe, forgetting_blocks
 from koine.steps.text_mixture import TextMixture, language_codes
@@ -63,7 +63,7 @@ def doubling_steps(steps: int) -> tuple[int, ...]:
     return (*found, steps)
 
 
-@step(version="1", estimate=estimates.training, threads=0)
+@step(version="1", estimate=estimates.training, check=checks.training, threads=0)
 def train_model(
     model: Path | None,
     tokens: dict[str, Path],

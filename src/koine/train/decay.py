@@ -31,6 +31,24 @@ def decayed_parameters(model: LanguageModel) -> set[str]:
     return decayed & named
 
 
+def block_matrices(model: LanguageModel) -> set[str]:
+    """Return the names of the two-dimensional weights that Muon updates, as in `model.named_parameters()`.
+
+    They are the decayed parameters with two axes, without embeddings and the output matrix. Stacked experts
+    have three axes.
+    """
+    head = getattr(model, "output_weight", None)
+    excluded = {id(module.weight) for _, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    output = getattr(getattr(model, "inner", model), "get_output_embeddings", lambda: None)()
+    excluded |= {id(tensor) for tensor in (head, getattr(output, "weight", None)) if tensor is not None}
+    decayed = decayed_parameters(model)
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if name in decayed and parameter.dim() == 2 and id(parameter) not in excluded
+    }
+
+
 def _is_matrix(module: nn.Module, prefix: str, name: str, parameter: Tensor) -> bool:
     if parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from koine.model.config import ModelConfig
-from koine.model.counting import count_parameters, training_flops_per_token
+from koine.model.counting import count_parameters
 from koine.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -13,15 +13,30 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 350 * 2**20
 """Memory of a process that has imported torch."""
-MATMUL_RATE_SHARE = 0.35
-"""Share of the matmul rate that a training step is assumed to reach."""
+DATA_BYTES = 70 * 2**20
+"""Memory of the data order and of the metrics' writer."""
+KERNEL_BYTES, KERNEL_STEPS, MOST_KERNEL_STEPS = 1.25 * 2**20, 200, 450
+"""Memory that each of the first steps in bfloat16 adds: oneDNN keeps kernels for the shapes that it has seen.
+
+Dense models have few new shapes after `KERNEL_STEPS`; the store holds no more than `MOST_KERNEL_STEPS` bring.
+"""
+CHECKPOINT_BYTES, MODEL_BYTES = 12, 4
+"""Bytes on disk of a parameter: weights and two moments of a checkpoint, and the float32 weights of a model."""
 
 
 class Estimate(NamedTuple):
-    """Peak resident bytes of one process, and seconds on this machine."""
+    """Figures of a training in one process on this machine."""
 
     peak_bytes: int
+    """Peak resident memory."""
     seconds: float
+    kept_bytes: int = 0
+    """Disk space of the result: the model, and the best checkpoint where there are evaluations."""
+    temporary_bytes: int = 0
+    """Disk space of the checkpoints that are there only while it runs, one being written."""
+    basis: str = ""
+    """One sentence about where the speed comes from."""
+    measured: bool = True
 
 
 def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) -> int:
@@ -42,44 +57,47 @@ def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) 
 
 
 def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mixture) -> Estimate:
-    """Return the peak memory and the time of `train` with these arguments, in one process on this CPU.
+    """Return the peak memory, the time and the disk space of `train` with these arguments.
 
     Memory: float32 weights, moments and gradients (16 bytes a parameter), bfloat16 copies and their gradients
-    (4 more), the activations of a micro-batch, the chunked loss. Time: FLOPs over `MATMUL_RATE_SHARE` of the
-    matmul rate, which is measured now.
+    (4 more), the activations of a micro-batch, the chunked loss, kernels. Time: that of the micro-batches and updates
+    of every step (`koine.train.speed`), without evaluations.
     """
     import torch
 
     from koine.train.loss import CHUNK_BYTES
-    from koine.train.matmul_rate import measure_matmul_rate
+    from koine.train.speed import training_speed
 
     parameters = count_parameters(config).total
-    shapes = mixture.shapes()
-    micro_batch_tokens = {
-        shape: shape.sequence_length
-        * settings.micro_batch_rows(shape.batch_size, shape.sequence_length, mixture.sequence_length)
-        for shape in shapes
-    }
     mixed_precision = settings.dtype == "bfloat16"
     loss_bytes = 3 * CHUNK_BYTES + (3 if mixed_precision else 2) * 4 * config.vocab_size * config.hidden_size
-    activations = max(activation_bytes(config, settings, tokens) for tokens in micro_batch_tokens.values())
-    peak = parameters * (20 if mixed_precision else 16) + activations + loss_bytes
-    dtype = torch.bfloat16 if mixed_precision else torch.float32
     threads = settings.threads or torch.get_num_threads()
-    seconds = 0.0
-    for shape, steps in shapes.items():
-        rate = measure_matmul_rate(
-            min(micro_batch_tokens[shape], 8192),
-            config.hidden_size,
-            sum(config.projection_sizes),
-            dtype,
-            "cpu",
-            threads,
-        )
-        operations = training_flops_per_token(config, shape.sequence_length) * shape.tokens
-        if config.mixture is not None and micro_batch_tokens[shape] < shape.tokens:
+    seconds, activations, basis, measured = 0.0, 0, "", True
+    for shape, steps in mixture.shapes().items():
+        rows = settings.micro_batch_rows(shape.batch_size, shape.sequence_length, mixture.sequence_length)
+        tokens = rows * shape.sequence_length
+        activations = max(activations, activation_bytes(config, settings, tokens))
+        speed = training_speed(config, settings, rows, shape.sequence_length, threads)
+        basis, measured = speed.basis, measured and speed.measured
+        micro_batches = shape.batch_size / rows
+        if config.mixture is not None and micro_batches > 1:
             # The forward pass that counts the expert assignments of the whole step
             # (`koine.model.moe.losses`).
-            operations *= 4 / 3
-        seconds += steps * operations / (rate * MATMUL_RATE_SHARE)
-    return Estimate(PROCESS_BYTES + peak, seconds)
+            micro_batches *= 4 / 3
+        seconds += steps * (micro_batches * speed.micro_batch + speed.update)
+    # Of a mixture every expert has another number of tokens in every step: the store is full at once.
+    seen = MOST_KERNEL_STEPS if config.mixture else min(sum(mixture.shapes().values()), KERNEL_STEPS)
+    kernels = KERNEL_BYTES * seen if mixed_precision else 0
+    return Estimate(
+        PROCESS_BYTES
+        + DATA_BYTES
+        + int(kernels)
+        + parameters * (20 if mixed_precision else 16)
+        + activations
+        + loss_bytes,
+        seconds,
+        parameters * (MODEL_BYTES + (CHECKPOINT_BYTES if settings.evaluate_every else 0)),
+        parameters * CHECKPOINT_BYTES * (settings.keep_last + 1),
+        basis,
+        measured,
+    )

@@ -1,4 +1,4 @@
-"""AdamW on float32 master weights, with copies of them in the dtype of the computation.
+"""AdamW or Muon on float32 master weights, with copies of them in the dtype of the computation.
 
 Autocast would cast every weight in every forward pass, again for every micro-batch. Here a weight is cast
 once a step, after the optimiser's update, and gradients are summed in float32.
@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from koine.model.language_model import LanguageModel
-from koine.train.decay import decayed_parameters
+from koine.train.decay import block_matrices, decayed_parameters
 from koine.train.settings import TrainSettings
+
+MUON_MOMENTUM = 0.95
+# State of a tensor in `torch.optim`; AdamW counts steps too.
+_ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+_MUON_STATE = ("momentum_buffer",)
 
 
 class Optimiser:
-    """AdamW with master weights.
+    """AdamW, or Muon with AdamW for what is no matrix of a block, with master weights.
+
+    Muon (Keller Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal matrix. Its
+    updates are scaled to the size of AdamW's (arXiv 2502.16982, equation 4), so that one learning rate and one
+    weight decay serve both.
 
     `masters` are float32, by the names of the model's parameters. Where the model computes in float32, or
     FSDP casts, they are the model's own parameters.
@@ -32,19 +41,35 @@ class Optimiser:
             else:
                 self.masters[name] = parameter.detach().to(torch.float32, copy=True)
                 parameter.data = parameter.data.to(dtype)
-        decayed = decayed_parameters(model)
-        matrices = [tensor for name, tensor in self.masters.items() if name in decayed]
-        others = [tensor for name, tensor in self.masters.items() if name not in decayed]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": others, "weight_decay": 0.0},
+        orthogonal = block_matrices(model) if settings.optimiser == "muon" else set()
+        decayed = decayed_parameters(model) - orthogonal
+        groups = {
+            settings.weight_decay: [tensor for name, tensor in self.masters.items() if name in decayed],
+            0.0: [
+                tensor
+                for name, tensor in self.masters.items()
+                if name not in decayed and name not in orthogonal
             ],
+        }
+        self.adamw = torch.optim.AdamW(
+            [{"params": tensors, "weight_decay": decay} for decay, tensors in groups.items() if tensors],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
             fused=True,
         )
+        self.optimisers: list[torch.optim.Optimizer] = [self.adamw]
+        self.muon: torch.optim.Muon | None = None
+        if orthogonal:
+            self.muon = torch.optim.Muon(
+                [tensor for name, tensor in self.masters.items() if name in orthogonal],
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                momentum=MUON_MOMENTUM,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self.optimisers.append(self.muon)
+        self.orthogonal = orthogonal
 
     @torch.no_grad()
     def accumulate_gradients(self) -> None:
@@ -76,10 +101,11 @@ class Optimiser:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Update the masters, copy them to the model, free the gradients."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.copy_masters_to_model()
 
     @torch.no_grad()
@@ -100,14 +126,16 @@ class Optimiser:
 
         Moments are created where there are none. `steps` is the number of steps done.
         """
-        state: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            moments = self.adamw.state[master]
-            if not moments:
-                moments["exp_avg"] = torch.zeros_like(master, requires_grad=False)
-                moments["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-            moments["step"] = torch.tensor(float(steps), device=master.device)
-            state[f"weights.{name}"] = master.detach()
-            state[f"exp_avg.{name}"] = moments["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-        return state
+            found[f"weights.{name}"] = master.detach()
+            muon = self.muon is not None and name in self.orthogonal
+            state = (self.muon if muon and self.muon is not None else self.adamw).state[master]
+            keys = _MUON_STATE if muon else _ADAMW_STATE
+            for key in keys:
+                if key not in state:
+                    state[key] = torch.zeros_like(master, requires_grad=False)
+                found[f"{key}.{name}"] = state[key]
+            if not muon:
+                state["step"] = torch.tensor(float(steps), device=master.device)
+        return found

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from koine.fields import check_dataclass, checked_field
 from koine.hardware import chosen_dtype
 
+OptimiserName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
 DType = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
@@ -25,7 +26,11 @@ class TrainSettings:
     Raises `UserError` for a value that is out of its bounds.
     """
 
-    learning_rate: float = checked_field(1e-3, "Peak learning rate of AdamW.", above=0, high=1e3)
+    optimiser: OptimiserName = checked_field(
+        "adamw",
+        "Optimiser; muon: Muon for the matrices of the blocks, AdamW for the rest, on one process.",
+    )
+    learning_rate: float = checked_field(1e-3, "Peak learning rate of the optimiser.", above=0, high=1e3)
     schedule: Schedule = checked_field(
         "cosine", "Learning rate schedule, which starts again with each phase; wsd: warm-up, stable, decay."
     )

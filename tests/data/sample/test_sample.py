@@ -13,7 +13,7 @@ import pytest
 
 from koine.data import read_records
 from koine.data.sample import QUESTION_LANGUAGES, sample_languages, write_sample
-from koine.data.sample.facts import SPLITS, UNITS, facts, facts_in, split_of
+from koine.data.sample.facts import CAPITALS, SPLITS, UNITS, facts, facts_in, is_asked, split_of, territories
 from koine.data.sample.phrases import phrases
 from koine.data.sample.rendering import quantities, question, sentence, sides
 from koine.errors import UserError
@@ -46,12 +46,19 @@ def test_coverage() -> None:
 
 
 def test_every_phrase_has_its_placeholders_and_wordings_differ() -> None:
+    subjects = ("{x}", "{the_x}", "{of_x}", "{in_x}", "{has_x}")
+    counts = {code: {name: len(found) for name, found in own.items()} for code, own in phrases().items()}
+    # A question's wording has the same number in every language.
+    assert all(found == counts["en"] for found in counts.values())
+    assert min(number for name, number in counts["en"].items() if not name.startswith("says_")) >= 3
     for code, own in phrases().items():
-        for name, phrase in own.items():
-            assert "{x}" in phrase, (code, name)
-            assert ("{y}" in phrase) == (name.startswith("says_") and name != "says_list"), (code, name)
-        for kind in ("currency", "language", "month", "day", "sum", "date"):
-            assert own[f"{kind}1"] != own[f"{kind}2"], (code, kind)
+        for name, templates in own.items():
+            assert len(set(templates)) == len(templates), (code, name)
+            for template in templates:
+                assert sum(template.count(one) for one in subjects) == 1, (code, template)
+                assert ("{y}" in template) == (name.startswith("says_") and name != "says_list"), template
+                if code not in ("en", "de", "fr"):
+                    assert "{x}" in template, (code, template)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,10 @@ def test_every_phrase_has_its_placeholders_and_wordings_differ() -> None:
         ("fr", "language:BR", ("Brésil", "portugais")),
         ("en", "month:12", ("December", "January")),
         ("es", "day:6", ("domingo", "lunes")),
+        ("en", "capital:FR", ("France", "Paris")),
+        ("ru", "capital:JP", ("Япония", "Токио")),
+        ("es", "capital:EG", ("Egipto", "El Cairo")),
+        ("en", "capital:ET", ("Ethiopia", "Addis Ababa")),
         ("ja", "script:hi", ("ヒンディー語", "デーバナーガリー文字")),
         ("en", "date:2025-12-31+1", ("December 31, 2025 + 1 day", "January 1, 2026")),
         ("fi", "sum:7+12", ("7 + 12", "19")),
@@ -99,7 +110,11 @@ def test_no_cldr_identifier_is_in_the_text() -> None:
 
 def test_questions_and_sentences_by_hand() -> None:
     assert question("de", "sum:3+4", 0) == ("Wie viel ist 3 + 4?", "7")
+    assert question("en", "capital:FR", 0) == ("What is the capital of France?", "Paris")
+    assert question("de", "currency:JP", 3) == ("Welche Währung hat Japan?", "Japanischer Yen")
+    assert question("de", "currency:NL", 3) == ("Welche Währung haben die Niederlande?", "Euro")
     assert sentence("en", "currency:JP") == "The currency of Japan is: Japanese Yen."
+    assert sentence("en", "currency:JP", 1) == "Japan: the currency is Japanese Yen."
     assert sentence("sw", "currency:JP") == "Japani: Yen ya Japani"
 
 
@@ -137,26 +152,47 @@ def test_nothing_held_out_leaks_into_training(world: Path, code: str) -> None:
         assert f" {shown[0]} = {shown[1]}" not in text
 
 
-def test_quizzes_never_ask_what_recall_measures(world: Path) -> None:
-    for record in read(world / "documents" / "en.jsonl"):
-        if "?" in record["text"]:
-            assert {split_of(fact) for fact in record["facts"]} == {"train"}
+def test_recall_is_asked_in_words_that_no_training_text_has(world: Path) -> None:
+    """Dialogues tell the facts of `recall`, as documents do; the chat stage never asks for them."""
+    for code in ("en", "pl", "ar"):
+        talks = read(world / "dialogues" / f"{code}.jsonl")
+        assert {split_of(fact) for record in talks for fact in record["facts"]} == {"train", "recall"}
+        said = {
+            message["content"]
+            for record in [*talks, *read(world / "questions" / "train" / f"{code}.jsonl")]
+            for message in record["messages"]
+            if message["role"] == "user"
+        }
+        tested = read(world / "questions" / "test" / f"{code}.jsonl")
+        assert tested
+        assert not said & {record["messages"][0]["content"] for record in tested}
+
+
+def test_questions_ask_for_what_is_mentioned_most(world: Path) -> None:
+    for part in ("questions/train", "questions/test"):
+        facts_asked = {record["fact"] for record in read(world / part / "en.jsonl")}
+        assert all(is_asked(fact) for fact in facts_asked)
+    assert is_asked("capital:FR")
+    assert is_asked("sum:1+1")
+    assert is_asked("script:hi")
+    assert not is_asked("currency:TV")
+    assert not is_asked("script:kk")
 
 
 def test_parallel_and_deterministic(world: Path, tmp_path: Path) -> None:
-    for part in ("documents", "documents-heldout", "questions/test"):
+    for part in ("documents", "documents-heldout", "questions/test", "dialogues"):
         ours, theirs = (read(world / part / f"{code}.jsonl") for code in ("en", "pl"))
         key = "fact" if part.startswith("questions") else "facts"
         assert [record[key] for record in ours] == [record[key] for record in theirs]
     write_sample(
         ("pl",), tmp_path / "again", documents_per_language=120, questions_per_language=90, code_bytes=20_000
     )
-    for part in ("documents/pl.jsonl", "questions/train/pl.jsonl", "code.jsonl"):
+    for part in ("documents/pl.jsonl", "questions/train/pl.jsonl", "dialogues/pl.jsonl", "code.jsonl"):
         assert (tmp_path / "again" / part).read_bytes() == (world / part).read_bytes()
 
 
 def test_its_files_are_records(world: Path) -> None:
-    for part in ("documents", "questions/train", "code.jsonl"):
+    for part in ("documents", "questions/train", "dialogues", "code.jsonl"):
         reader = read_records(world / part, max_bad_share=0.0)
         assert sum(1 for _ in reader) > 20
 
@@ -200,9 +236,18 @@ def test_held_out_territories_are_not_named_in_the_training_text(world: Path) ->
     for code in ("en", "pl"):
         text = "\n".join(
             record.get("text") or " ".join(message["content"] for message in record["messages"])
-            for part in ("documents", "questions/train")
+            for part in ("documents", "questions/train", "dialogues")
             for record in read(world / part / f"{code}.jsonl")
         )
         for fact in facts_in("heldout_territory")["currency"]:
             name = Locale.parse(code).territories[fact.split(":")[1]]
             assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), name
+
+
+def test_every_capital_is_a_time_zone_of_its_territory() -> None:
+    from babel.core import get_global
+
+    known = {territory.code for territory in territories()}
+    for code, zone in CAPITALS.items():
+        assert code in known, code
+        assert get_global("zone_territories")[zone] == code, zone

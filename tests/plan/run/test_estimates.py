@@ -11,7 +11,7 @@ from koine.errors import UserError
 from koine.plan import Artifact, Estimate, Plan, step
 from koine.plan.formatting import duration, size
 from koine.plan.run.dry_run import dry_run_lines
-from koine.plan.run.estimates import critical_path, expect, remaining
+from koine.plan.run.estimates import START_SECONDS, critical_path, expect, makespan, remaining, scaled
 from koine.plan.run.scheduler import execute
 
 BASE = 40 * 1024**2  # a Python process with Koine's plan modules
@@ -94,6 +94,8 @@ def test_a_real_run_stays_within_its_estimate_and_refines_the_time(tmp_path: Pat
             "memory_bytes": before[artifact.name].memory_bytes,
             "seconds": 0.6,
             "formula_seconds": 0.6,
+            "disk_bytes": 0,
+            "measured": True,
         }
     # The same step with twice the work: the formula, scaled by actual over estimated time of the build on record.
     seconds = recorded(own)["seconds"]
@@ -153,3 +155,48 @@ def test_an_estimate_of_another_type_is_refused(tmp_path: Path) -> None:
 def test_times_and_sizes_are_formatted() -> None:
     assert [duration(0.44), duration(125), duration(3720)] == ["0.4 s", "2 min 05 s", "1 h 02 min"]
     assert [size(512 * 1024), size(312 * 1024**2), size(1.25 * 1024**3)] == ["512 KiB", "312 MiB", "1.2 GiB"]
+
+
+def test_the_time_on_a_machine_follows_from_its_cores_and_memory(tmp_path: Path) -> None:
+    plan = Plan("demo", tmp_path)
+    a = plan.step(fill, name="a", megabytes=1, seconds=2.0)
+    plan.step(fill, name="b", megabytes=1, seconds=3.0)
+    plan.step(fill, name="c", megabytes=1, seconds=4.0)
+    plan.step(follow, name="after-a", source=a, seconds=4.0)
+    found = expect(plan, plan.nodes)
+    start = START_SECONDS
+    assert makespan(plan, found, cores=1, free_memory=None) == pytest.approx(13 + 4 * start)
+    # a, c first; b begins with after-a at 2 and takes the core of c at 4: 2 + 4, or 4 + 3.
+    assert makespan(plan, found, cores=2, free_memory=None) == pytest.approx(7 + 2 * start)
+    assert makespan(plan, found, cores=9, free_memory=None) == pytest.approx(6 + 2 * start)
+    assert makespan(plan, found, cores=9, free_memory=BASE) == pytest.approx(13 + 4 * start)
+
+
+def test_an_assumed_speed_is_not_corrected_by_builds_of_a_measured_one(tmp_path: Path) -> None:
+    plan = Plan("demo", tmp_path)
+    plan.step(fill, name="a", megabytes=1, seconds=2.0)
+    records = [
+        {"seconds": 10.0, "estimate": {"formula_seconds": 5.0, "measured": True}},
+        {"seconds": 90.0, "estimate": {"formula_seconds": 5.0, "measured": False}},
+    ]
+    for measured, expected in ((True, 4.0), (False, 36.0)):
+        given = Estimate(1, 2.0, 7, 8, "basis", measured)
+        corrected = scaled(plan.nodes["a"], given, records)
+        assert corrected == Estimate(1, expected, 7, 8, "basis", measured)
+
+
+def test_where_times_come_from_is_said_once(tmp_path: Path) -> None:
+    plan = Plan("demo", tmp_path)
+    for name in ("a", "b"):
+        plan.step(measured, name=name)
+    assert [line for line in dry_run_lines(plan) if line == "Speed: measured now."] == [
+        "Speed: measured now."
+    ]
+
+
+def say(**_: object) -> Estimate:
+    return Estimate(1, 1.0, basis="Speed: measured now.")
+
+
+@step(estimate=say)
+def measured(*, out: Path) -> None: ...

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from koine.errors import UserError
 from koine.plan import Plan, step
 from koine.plan.run.job import make_job
-from koine.plan.run.ray import RayExecutor
+from koine.plan.run.ray import RayExecutor, Task
 from koine.plan.run.scheduler import PlanFailedError, execute
 from tests.plan.running import until
 
@@ -154,3 +155,23 @@ def test_a_missing_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             RayExecutor(f"127.0.0.1:{taken.getsockname()[1]}")
     with pytest.raises(UserError, match="'nowhere' is no address"):
         RayExecutor("nowhere")
+
+
+def test_a_step_that_never_began_still_gets_a_log(tmp_path: Path) -> None:
+    class LostError(Exception):
+        pass
+
+    class LostCluster:
+        """What a task sees of Ray when the cluster ends before the worker has started."""
+
+        exceptions = SimpleNamespace(RayError=LostError)
+
+        def wait(self, references: list[str], timeout: float) -> tuple[list[str], list[str]]:
+            return references, []
+
+        def get(self, reference: str) -> int:
+            raise LostError("the node died")
+
+    log = tmp_path / "logs/tokenizer/universal.log"
+    assert Task(LostCluster(), "reference", log).poll() == 1
+    assert log.read_text() == "the cluster gave up: the node died\n"

@@ -3,11 +3,11 @@
 A fact has an identifier such as `currency:JP` or `sum:7+12`, and a split; both are the same in every
 language:
 
-- `train`: in documents and in training questions;
-- `recall`: in documents, but in no training question: its question measures what pretraining learnt;
-- `heldout_fact`: computable (sums, quantities, amounts, dates), in no document and no training question:
-  measures generalisation;
-- `heldout_territory`: about a territory that is in no document and no training question.
+- `train`: in documents, dialogues and training questions;
+- `recall`: in documents and dialogues, but in no training question of the chat stage: its question measures
+  what pretraining learnt, in a wording that is in no training text;
+- `heldout_fact`: computable (sums, quantities, amounts, dates), in no training text: measures generalisation;
+- `heldout_territory`: about a territory that is in no training text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from babel.core import get_global
 from babel.languages import get_official_languages
 from babel.numbers import get_territory_currencies
 
+from koine.data.sample.phrases import QUESTION_LANGUAGES
+
+TERRITORIAL = ("currency", "language", "capital")
+"""Kinds of facts about a territory."""
+
 SPLITS = ("train", "recall", "heldout_fact", "heldout_territory")
 HELD_OUT_TERRITORIES = 0.12
 RECALL = 0.2
 HELD_OUT_FACTS = 0.25
-NAMESAKES = frozenset({"WS"})
-"""Never held out: another territory's name contains theirs (American Samoa)."""
+NEVER_HELD_OUT = frozenset({"WS", "JP"})
+"""Another territory's name contains that of Samoa; Japan is the example of the manual."""
 
 UNITS = (
     "duration-day",
@@ -52,6 +57,8 @@ SCRIPTED = {
 """Languages whose script is a fact, and that script."""
 
 
+ASKED_TERRITORIES = 30
+"""Number of territories that questions ask about."""
 PROMINENT = (
     "US", "IN", "CN", "BR", "RU", "JP", "DE", "FR", "GB", "MX", "ID", "TR", "EG", "IT", "ES", "KR", "IR",
     "VN", "TH", "PL", "AR", "SA", "PK", "BD", "PH", "NG", "UA", "CA", "AU", "GR", "FI", "IL", "MM", "PT",
@@ -59,6 +66,29 @@ PROMINENT = (
     "BG", "MY", "SG", "NZ", "IE", "BE", "LK", "NP", "KZ",
 )  # fmt: skip
 """Territories that are mentioned most, in this order (ours)."""
+
+
+CAPITALS = {
+    "RU": "Europe/Moscow", "JP": "Asia/Tokyo", "DE": "Europe/Berlin", "FR": "Europe/Paris", "GB": "Europe/London",
+    "ID": "Asia/Jakarta", "EG": "Africa/Cairo", "IT": "Europe/Rome",
+    "ES": "Europe/Madrid", "KR": "Asia/Seoul", "IR": "Asia/Tehran", "TH": "Asia/Bangkok", "PL": "Europe/Warsaw",
+    "AR": "America/Argentina/Buenos_Aires", "SA": "Asia/Riyadh", "BD": "Asia/Dhaka", "PH": "Asia/Manila",
+    "GR": "Europe/Athens", "FI": "Europe/Helsinki", "PT": "Europe/Lisbon", "NL": "Europe/Amsterdam",
+    "SE": "Europe/Stockholm", "AT": "Europe/Vienna", "IQ": "Asia/Baghdad", "CO": "America/Bogota",
+    "PE": "America/Lima", "CL": "America/Santiago", "KE": "Africa/Nairobi", "ET": "Africa/Addis_Ababa",
+    "NO": "Europe/Oslo", "DK": "Europe/Copenhagen", "CZ": "Europe/Prague", "HU": "Europe/Budapest",
+    "RO": "Europe/Bucharest", "BG": "Europe/Sofia", "MY": "Asia/Kuala_Lumpur", "IE": "Europe/Dublin",
+    "BE": "Europe/Brussels", "CU": "America/Havana", "LV": "Europe/Riga",
+    "LT": "Europe/Vilnius", "EE": "Europe/Tallinn", "HR": "Europe/Zagreb", "RS": "Europe/Belgrade",
+    "SI": "Europe/Ljubljana", "SK": "Europe/Bratislava", "AL": "Europe/Tirane", "MK": "Europe/Skopje",
+    "BA": "Europe/Sarajevo", "MD": "Europe/Chisinau", "BY": "Europe/Minsk", "AM": "Asia/Yerevan",
+    "AZ": "Asia/Baku", "GE": "Asia/Tbilisi", "KG": "Asia/Bishkek", "TJ": "Asia/Dushanbe", "AF": "Asia/Kabul",
+    "JO": "Asia/Amman", "LB": "Asia/Beirut", "SY": "Asia/Damascus", "KP": "Asia/Pyongyang",
+    "GH": "Africa/Accra", "SN": "Africa/Dakar", "UG": "Africa/Kampala", "SD": "Africa/Khartoum",
+    "SO": "Africa/Mogadishu", "TN": "Africa/Tunis", "LY": "Africa/Tripoli", "ZM": "Africa/Lusaka",
+    "ZW": "Africa/Harare", "UY": "America/Montevideo", "PY": "America/Asuncion", "VE": "America/Caracas",
+}  # fmt: skip
+"""Territories whose capital is a city that CLDR names in every language, as that of a time zone."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +128,8 @@ def territories() -> tuple[Territory, ...]:
 def split_of(identifier: str) -> str:
     """Return the split of a fact."""
     kind, _, rest = identifier.partition(":")
-    if kind in ("currency", "language"):
-        if rest not in NAMESAKES and _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
+    if kind in TERRITORIAL:
+        if rest not in NEVER_HELD_OUT and _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
             return "heldout_territory"
         return "recall" if _share(identifier) < RECALL else "train"
     if kind in ("sum", "quantity", "amount", "date"):
@@ -114,10 +144,17 @@ def prominence(identifier: str) -> float:
     As in real text, a few territories are mentioned all the time.
     """
     kind, _, rest = identifier.partition(":")
-    if kind not in ("currency", "language"):
+    if kind not in TERRITORIAL:
         return 1.0
-    rank = PROMINENT.index(rest) if rest in PROMINENT else 2 * len(PROMINENT)
-    return 1.0 / (rank + 6)
+    return 1.0 / (PROMINENT.index(rest) + 20) if rest in PROMINENT else 0.001
+
+
+def is_asked(identifier: str) -> bool:
+    """Whether questions ask for a fact: of territories and scripts, only those that are mentioned most."""
+    kind, _, rest = identifier.partition(":")
+    if kind == "script":
+        return rest in QUESTION_LANGUAGES
+    return kind not in TERRITORIAL or rest in PROMINENT[:ASKED_TERRITORIES]
 
 
 @functools.cache
@@ -127,6 +164,7 @@ def facts() -> dict[str, tuple[str, ...]]:
     return {
         "currency": tuple(f"currency:{t.code}" for t in territories()),
         "language": tuple(f"language:{t.code}" for t in territories()),
+        "capital": tuple(f"capital:{t.code}" for t in territories() if t.code in CAPITALS),
         "script": tuple(f"script:{code}" for code in SCRIPTED),
         "month": tuple(f"month:{month}" for month in range(1, 13)),
         "day": tuple(f"day:{day}" for day in range(7)),

@@ -5,19 +5,22 @@ from __future__ import annotations
 import datetime
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 from babel.dates import format_date
 from babel.lists import format_list
 from babel.numbers import format_currency, format_decimal
 
 from koine.data.sample.coverage import locale_of
-from koine.data.sample.facts import SCRIPTED, territories
-from koine.data.sample.phrases import phrases
+from koine.data.sample.facts import CAPITALS, SCRIPTED, TERRITORIAL, territories
+from koine.data.sample.phrases import phrases, wordings
+from koine.data.sample.subjects import subject_forms
 
 # For languages without phrases: CLDR's names, joined by signs that every script uses.
 _PLAIN = {
     "currency": "{x}: {y}",
     "language": "{x}: {y}",
+    "capital": "{x}: {y}",
     "script": "{x}: {y}",
     "month": "{x}, {y}",
     "day": "{x}, {y}",
@@ -47,10 +50,8 @@ def sides(code: str, fact: str) -> tuple[str, str] | None:
     """Return subject and exact answer of a fact in a language; `None` if CLDR lacks a name."""
     locale = locale_of(code)
     kind, _, rest = fact.partition(":")
-    if kind in ("currency", "language"):
-        currency, spoken = _territories()[rest]
-        name = locale.territories.get(rest)
-        answer = locale.currencies.get(currency) if kind == "currency" else locale.languages.get(spoken[0])
+    if kind in TERRITORIAL:
+        name, answer = locale.territories.get(rest), _about_territory(code, kind, rest)
         return None if name is None or answer is None else (str(name), str(answer))
     if kind == "script":
         name, answer = locale.languages.get(rest), locale.scripts.get(SCRIPTED[rest])
@@ -74,6 +75,20 @@ def sides(code: str, fact: str) -> tuple[str, str] | None:
     show = _quantity if kind == "quantity" else _amount
     a, b = int(first), int(right)
     return f"{show(a, unit, code)} + {show(b, unit, code)}", show(a + b, unit, code)
+
+
+def _about_territory(code: str, kind: str, territory: str) -> str | None:
+    """Return a territory's currency, first official language or capital; `None` if CLDR lacks the name."""
+    locale = locale_of(code)
+    currency, spoken = _territories()[territory]
+    if kind == "currency":
+        return cast("str | None", locale.currencies.get(currency))
+    if kind == "language":
+        return cast("str | None", locale.languages.get(spoken[0]))
+    # CLDR names a city only where its name differs from that in the time zone's identifier.
+    zone = CAPITALS[territory]
+    own = zone.rpartition("/")[2].replace("_", " ")
+    return str(locale.time_zones.get(zone, {}).get("city") or own)
 
 
 @functools.cache
@@ -104,35 +119,48 @@ def _date(day: datetime.date, code: str) -> str:
     return str(format_date(day, format="long", locale=locale_of(code)))
 
 
-def sentence(code: str, fact: str) -> str | None:
-    """Return the fact as a sentence; `None` if CLDR lacks a name."""
+def sentence(code: str, fact: str, wording: int = 0) -> str | None:
+    """Return the fact as a sentence, in one of the language's wordings; `None` if CLDR lacks a name."""
     found = sides(code, fact)
     if found is None:
         return None
     kind = fact.partition(":")[0]
-    return _template(code, kind).replace("{x}", found[0]).replace("{y}", found[1])
+    return _filled(code, fact, _templates(code, kind), wording, found[0]).replace("{y}", found[1])
 
 
-def _template(code: str, kind: str) -> str:
+def _templates(code: str, kind: str) -> tuple[str, ...]:
     own = phrases().get(code)
-    return _PLAIN[kind] if own is None else own[f"says_{_SAYS.get(kind, kind)}"]
+    return (_PLAIN[kind],) if own is None else own[f"says_{_SAYS.get(kind, kind)}"]
+
+
+def _filled(code: str, fact: str, templates: Sequence[str], wording: int, subject: str) -> str:
+    """Put the subject, in the form that it needs, into one of the templates."""
+    kind, _, rest = fact.partition(":")
+    forms = subject_forms(code, rest, subject) if kind in TERRITORIAL else {}
+    text = templates[wording % len(templates)]
+    for name, form in {"x": subject, **forms}.items():
+        text = text.replace(f"{{{name}}}", form)
+    return text
 
 
 def enumeration(code: str, items: Sequence[str]) -> str:
     """Join items as the language joins a list, as a sentence."""
-    return _template(code, "list").replace("{x}", format_list(list(items), locale=locale_of(code)))
+    return _templates(code, "list")[0].replace("{x}", format_list(list(items), locale=locale_of(code)))
 
 
 def question(code: str, fact: str, wording: int) -> tuple[str, str] | None:
-    """Return question and exact answer, in the first or second wording of the language."""
+    """Return question and exact answer, in one of the language's wordings; `None` if CLDR lacks a name."""
     found = sides(code, fact)
     if found is None:
         return None
     kind = fact.partition(":")[0]
-    kind = _SAYS.get(kind, kind)
-    own = phrases()[code]
-    wordings = [own[name] for name in (f"{kind}1", f"{kind}2") if name in own]
-    return wordings[wording % len(wordings)].replace("{x}", found[0]), found[1]
+    templates = phrases()[code][_SAYS.get(kind, kind)]
+    return _filled(code, fact, templates, wording, found[0]), found[1]
+
+
+def wordings_of(kind: str) -> int:
+    """Count the wordings of questions of a kind: the same in every language."""
+    return wordings(_SAYS.get(kind, kind))
 
 
 def quantities(code: str, unit: str, numbers: Sequence[int]) -> list[str]:

@@ -15,14 +15,16 @@ from koine.data.sample.facts import (
     CURRENCIES,
     SCRIPTED,
     SPLITS,
+    TERRITORIAL,
     UNITS,
     facts_in,
+    is_asked,
     prominence,
     split_of,
     territories,
 )
 from koine.data.sample.phrases import QUESTION_LANGUAGES
-from koine.data.sample.rendering import enumeration, names, quantities, question, sentence
+from koine.data.sample.rendering import enumeration, names, quantities, question, sentence, wordings_of
 from koine.errors import UserError, did_you_mean
 from koine.fields import check_integer
 from koine.files import atomic_directory, write_json
@@ -34,31 +36,30 @@ TEST_QUESTIONS = 0.5
 """Test questions, as a share of the training questions."""
 # Kinds of facts in a document; a document has one of these, drawn uniformly.
 TOPICS = (
-    ("currency", "language"),
-    ("currency", "language", "script"),
+    ("currency", "capital", "language"),
+    ("currency", "capital", "language", "script"),
     ("month", "day", "date"),
     ("sum", "quantity"),
     ("quantity", "amount", "sum"),
 )
 # Weight of each kind among questions. Kinds with few facts get less, so that no fact is asked very often.
 ASKED = {
-    "currency": 3,
-    "language": 3,
+    "currency": 4,
+    "language": 4,
+    "capital": 4,
     "script": 1,
     "month": 1,
     "day": 1,
     "sum": 3,
     "quantity": 3,
-    "amount": 2,
-    "date": 2,
+    "amount": 1,
+    "date": 1,
 }
 
-QUIZZES = 0.35
-"""Share of the training documents that hold questions and answers in place of sentences.
-
-A model learns from them what a question asks for, before it is taught the chat format. Facts of the split
-`recall` are never in them.
-"""
+DIALOGUES = 3
+"""Dialogues of each language, per training question."""
+LISTS = 0.25
+"""Share of the training documents of sentences that hold a list."""
 
 
 class DocumentPlan(NamedTuple):
@@ -67,7 +68,6 @@ class DocumentPlan(NamedTuple):
     facts: tuple[str, ...]
     number: int
     """Seed of its list, its wordings and its line breaks."""
-    quiz: bool
 
 
 @dataclass(frozen=True)
@@ -105,28 +105,52 @@ class SampleSummary:
         return rows
 
 
+def dialogue_wordings(kind: str) -> range:
+    """Return the wordings that dialogues use of a kind of question: every second one.
+
+    Recall is tested in the other ones.
+    """
+    return range(0, wordings_of(kind), 2)
+
+
+def question_wordings(kind: str, split: str) -> range:
+    """Return the wordings of the questions of a split; those of `recall` are in no dialogue."""
+    return range(1, wordings_of(kind), 2) if split == "recall" else range(wordings_of(kind))
+
+
 def document_plans(count: int, *, seed: int, heldout: bool) -> list[DocumentPlan]:
     """Choose the facts of each document; the same for every language.
 
     Held-out documents hold only held-out facts; training documents hold none.
     """
     everything = _pool(("heldout_fact", "heldout_territory") if heldout else ("train", "recall"))
-    asked = everything if heldout else _pool(("train",))
     generator = random.Random(f"{seed}:{'heldout' if heldout else 'train'}")
     plans = []
     topics = [topic for topic in TOPICS if any(everything[kind] for kind in topic)]
     for _ in range(count):
-        quiz = not heldout and generator.random() < QUIZZES
-        pool = asked if quiz else everything
-        kinds = [kind for kind in generator.choice(topics) if pool[kind]]
+        kinds = [kind for kind in generator.choice(topics) if everything[kind]]
         chosen: list[str] = []
-        for _ in range(generator.randint(4, 9)):
-            drawn = pool[generator.choice(kinds)]
+        for _ in range(generator.randint(3, 6)):
+            drawn = everything[generator.choice(kinds)]
             chosen += generator.choices(drawn, [prominence(fact) for fact in drawn])
-        if set(kinds) >= {"currency", "language"}:
+        if set(kinds) >= set(TERRITORIAL):
             # A document holds all facts of a territory together.
-            chosen = [fact for name in chosen for fact in _beside(name, pool)]
-        plans.append(DocumentPlan(tuple(dict.fromkeys(chosen)), generator.randrange(2**30), quiz))
+            chosen = [fact for name in chosen for fact in _beside(name, everything)]
+        plans.append(DocumentPlan(tuple(dict.fromkeys(chosen)), generator.randrange(2**30)))
+    return plans
+
+
+def dialogue_plans(count: int, *, seed: int) -> list[DocumentPlan]:
+    """Choose the facts of each dialogue, one to four; the same for every language."""
+    pool = {kind: tuple(filter(is_asked, names)) for kind, names in _pool(("train", "recall")).items()}
+    generator = random.Random(f"{seed}:dialogues")
+    kinds = [kind for kind in ASKED if pool[kind]]
+    plans = []
+    for _ in range(count):
+        chosen = []
+        for kind in generator.choices(kinds, [ASKED[kind] for kind in kinds], k=generator.randint(1, 4)):
+            chosen += generator.choices(pool[kind], [prominence(fact) for fact in pool[kind]])
+        plans.append(DocumentPlan(tuple(dict.fromkeys(chosen)), generator.randrange(2**30)))
     return plans
 
 
@@ -139,19 +163,17 @@ def _pool(splits: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def _beside(fact: str, pool: dict[str, tuple[str, ...]]) -> list[str]:
     """Return the facts in `pool` about the same territory."""
     kind, _, code = fact.partition(":")
-    if kind not in ("currency", "language"):
+    if kind not in TERRITORIAL:
         return [fact]
-    return [f"{other}:{code}" for other in ("currency", "language") if f"{other}:{code}" in pool[other]]
+    return [f"{other}:{code}" for other in TERRITORIAL if f"{other}:{code}" in pool[other]]
 
 
 def _document(code: str, plan: DocumentPlan, *, heldout: bool) -> str:
     """Render the text of a document."""
     generator = random.Random(plan.number)
-    if plan.quiz and code in QUESTION_LANGUAGES:
-        asked = [question(code, fact, generator.randrange(2)) for fact in plan.facts]
-        return "\n".join(" ".join(pair) for pair in asked if pair is not None)
-    lines = [line for fact in plan.facts if (line := sentence(code, fact)) is not None]
-    if not heldout:
+    told = [sentence(code, fact, generator.randrange(60)) for fact in plan.facts]
+    lines = [line for line in told if line is not None]
+    if not heldout and generator.random() < LISTS:
         lines.insert(generator.randrange(len(lines) + 1), _list(code, generator))
     return ("\n" if generator.random() < 0.5 else " ").join(lines)
 
@@ -189,6 +211,32 @@ def _records(code: str, plans: Sequence[DocumentPlan], *, heldout: bool) -> Iter
         }
 
 
+def _dialogues(code: str, plans: Sequence[DocumentPlan]) -> Iterator[dict[str, Any]]:
+    """Yield conversations that ask for the facts of each plan."""
+    for number, plan in enumerate(plans):
+        generator = random.Random(plan.number)
+        turns = [
+            question(code, fact, generator.choice(dialogue_wordings(fact.partition(":")[0])))
+            for fact in plan.facts
+        ]
+        messages = [
+            {"role": role, "content": content}
+            for turn in turns
+            if turn is not None
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        if messages:
+            yield {
+                "id": f"dialogue-{number:06d}-{code}",
+                "messages": messages,
+                "language": code,
+                "domain": "dialogues",
+                "source": "cldr",
+                "split": "train",
+                "facts": list(plan.facts),
+            }
+
+
 def broad_texts(count: int) -> list[str]:
     """Return `count` short documents in each language of the sample world.
 
@@ -209,15 +257,16 @@ def question_plans(count: int, splits: Sequence[str], *, seed: int) -> list[tupl
     per_split = max(1, count // len(splits))
     chosen: list[tuple[str, str, int]] = []
     for split in splits:
+        asked = {kind: tuple(filter(is_asked, found)) for kind, found in facts_in(split).items()}
         weighted = [
             (
                 generator.random() ** (1.0 / (ASKED[kind] * prominence(fact) / sum(map(prominence, found)))),
                 fact,
                 wording,
             )
-            for kind, found in facts_in(split).items()
+            for kind, found in asked.items()
             for fact in found
-            for wording in (0, 1)
+            for wording in question_wordings(kind, split)
         ]
         weighted.sort(reverse=True)
         chosen += [(fact, split, wording) for _, fact, wording in weighted[:per_split]]
@@ -241,6 +290,11 @@ def _questions(code: str, plans: Sequence[tuple[str, str, int]]) -> Iterator[dic
             "kind": fact.partition(":")[0],
             "fact": fact,
         }
+
+
+def heldout_count(documents_per_language: int) -> int:
+    """Return the number of held-out documents of each language."""
+    return max(4, round(HELD_OUT_DOCUMENTS * documents_per_language))
 
 
 def write_sample(
@@ -275,17 +329,17 @@ def write_sample(
     ):
         check_integer(name, value, low=1)
     plans = document_plans(documents_per_language, seed=seed, heldout=False)
-    heldout = document_plans(
-        max(4, round(HELD_OUT_DOCUMENTS * documents_per_language)), seed=seed, heldout=True
-    )
+    heldout = document_plans(heldout_count(documents_per_language), seed=seed, heldout=True)
     asked = question_plans(questions_per_language, ("train",), seed=seed)
     tested = question_plans(max(3, round(TEST_QUESTIONS * questions_per_language)), SPLITS[1:], seed=seed)
+    talks = dialogue_plans(DIALOGUES * questions_per_language, seed=seed)
     summary = SampleSummary({}, {"documents": 0, "bytes": 0})
     with atomic_directory(out, overwrite=overwrite) as folder:
         for code in codes:
             counts = _write_documents(folder, code, plans, heldout)
             if code in QUESTION_LANGUAGES:
                 counts |= _write_questions(folder, code, asked, tested)
+                _write(folder / "dialogues" / f"{code}.jsonl", _dialogues(code, talks))
             summary.languages[code] = counts
         if code_bytes:
             summary.code["documents"], summary.code["bytes"] = _write(

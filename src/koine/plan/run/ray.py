@@ -68,6 +68,7 @@ class Task:
             except (self.ray.exceptions.RayError, WorkerLostError) as error:
                 self.code = 130 if self.stopped else 1
                 reason = "stopped" if self.stopped else f"the cluster gave up: {' '.join(str(error).split())}"
+                self.log.parent.mkdir(parents=True, exist_ok=True)  # the worker may never have started
                 with self.log.open("a", encoding="utf-8") as file:
                     print(reason, file=file)
         return self.code

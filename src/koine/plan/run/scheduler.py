@@ -19,6 +19,7 @@ from koine.errors import UserError
 from koine.files import clear_abandoned, disk_errors, exclusive
 from koine.plan.formatting import size
 from koine.plan.plan import Node, Plan
+from koine.plan.run.checks import check_room, check_run_folder, check_steps
 from koine.plan.run.display import Display
 from koine.plan.run.estimates import Expectation, expect, remaining
 from koine.plan.run.job import HEADER, Job, check_importable, log_of, make_job
@@ -317,16 +318,19 @@ def execute(
     Raises:
         PlanFailedError: steps failed; everything that succeeded stays.
         RunInterruptedError: SIGINT or SIGTERM; running steps got the signal, and had time to save.
-        UserError: the run's folder cannot be written.
+        UserError: a mistake that a step's check finds before anything runs, a run's folder that cannot be
+            written, or a disk without room.
     """
     from koine.plan.run.local import LocalExecutor
 
+    check_run_folder(plan.folder)
     recover_all(plan)
     found = statuses(plan)
     build = {name: plan.nodes[name] for name, status in found.items() if status.state == "build"}
     for node in build.values():
         check_importable(node.function)
-    expectation = expect(plan, build)
+    expectation = expect(plan, build, check_steps(plan, found))
+    check_room(plan, expectation)
     folder = plan.folder.resolve()
     own = folder / ".progress" / f"{platform.node()}-{os.getpid()}"
     with disk_errors(plan.folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import resource
 import signal
 import struct
 import sys
@@ -182,10 +183,10 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
         print(f"{HEADER}{begun}: {job.name}, attempt {attempt}, process {os.getpid()}", flush=True)
         function, inputs, parameters = function_of(job)
         # The wall clock may be set back meanwhile: durations need the monotonic one.
-        started, clock = time.time(), time.monotonic()
+        started, clock, computed = time.time(), time.monotonic(), cpu_seconds()
         with PeakMemory(without=guardian) as peak:
             function(**inputs, **parameters, out=work)
-        seconds = time.monotonic() - clock
+        seconds, used = time.monotonic() - clock, cpu_seconds() - computed
         check_changes(job, before)
         metrics = work / "metrics.json"
         # Partial files of a killed attempt, or of a process that the step has started.
@@ -201,6 +202,7 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
             "started": started,
             "finished": started + seconds,
             "seconds": seconds,
+            "cpu_seconds": used,
             "attempts": attempt,
             "peak_memory_bytes": peak.bytes,
             "estimate": job.estimate,
@@ -210,6 +212,12 @@ def _build(job: Job, run: Path, guardian: int | None) -> str:
         }
         publish(run, job.name, record, found)
     return "built"
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and its ended children, in seconds."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in usage)
 
 
 def function_of(job: Job) -> tuple[Any, dict[str, Any], dict[str, Any]]:
