@@ -20,7 +20,7 @@ from koine.languages import language
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.plan import PlannedInput
 from koine.steps.corpus_files import Roles, field_mapping, split_roles
-from koine.steps.estimates import CHAT_BYTES, RECORD_BYTES
+from koine.steps.estimates import CHAT_BYTES, DIALOGUE_BYTES, RECORD_BYTES
 from koine.steps.facts import (
     CorpusFacts,
     ModelFacts,
@@ -68,7 +68,7 @@ def sample(
     """Check that the sample world can be written in all languages, and that each has a role."""
     from koine.data.sample import QUESTION_LANGUAGES, sample_languages
     from koine.data.sample.coverage import covers
-    from koine.data.sample.world import heldout_count
+    from koine.data.sample.world import DIALOGUES, heldout_count
 
     codes = known_codes("languages", languages)
     for code in codes:
@@ -103,6 +103,7 @@ def sample(
         part_bytes={
             "documents": len(codes) * documents_per_language * RECORD_BYTES,
             "questions/train": len(chat) * questions_per_language * CHAT_BYTES,
+            "dialogues": len(chat) * DIALOGUES * questions_per_language * DIALOGUE_BYTES,
             "code.jsonl": int(1.2 * code_bytes),
         },
     )

@@ -26,8 +26,8 @@ LIGHT, IMPORTED = 26 * MEGABYTE, 310 * MEGABYTE
 """Resident bytes of a process without torch, and of one that has imported it and an evaluation."""
 IMPORT_SECONDS = 1.8
 """Time to import torch and the evaluations."""
-RECORD_BYTES, CHAT_BYTES = 860, 340
-"""Bytes of a document and of a chat of the sample world, as JSON."""
+RECORD_BYTES, CHAT_BYTES, DIALOGUE_BYTES = 600, 320, 480
+"""Bytes of a document, a chat and a dialogue of the sample world, as JSON."""
 TEXT_BYTES = 600
 """Bytes of text of a document, where they are not known."""
 BYTES_PER_TOKEN = 3.5
@@ -35,8 +35,8 @@ QUESTION_TOKENS = 40
 """Forward passes of one token that cost as much as reading and answering a short question."""
 UNKNOWN_LANGUAGES = 12
 UNKNOWN_PARAMETERS = 10_000_000
-SCORED_BYTES = 80 * MEGABYTE
-"""Activations and logits of a batch of 2,048 tokens that is scored."""
+SCORED_BYTES, SCORED_BYTES_PER_TOKEN = 80 * MEGABYTE, 80_000
+"""Activations of a batch that is scored during a training, and logits for each token of the vocabulary (measured)."""
 
 
 def sample(
@@ -48,8 +48,12 @@ def sample(
     **_: Any,
 ) -> Estimate:
     """Return the estimate of the sample world: 7 MB a second, after reading CLDR."""
+    from koine.data.sample.world import DIALOGUES
+
     written = int(code_bytes * 1.2) + len(languages) * int(
-        1.1 * documents_per_language * RECORD_BYTES + 1.5 * questions_per_language * CHAT_BYTES
+        1.1 * documents_per_language * RECORD_BYTES
+        + 1.5 * questions_per_language * CHAT_BYTES
+        + DIALOGUES * questions_per_language * DIALOGUE_BYTES
     )
     return Estimate(LIGHT + 16 * MEGABYTE + 5 * written // 2, 1.8 + written / 7e6, written)
 
@@ -130,7 +134,7 @@ def training(
         0.0 if probe is None else evaluated_tokens(probe, settings, mixture.steps, planned_facts(planned))
     )
     return Estimate(
-        found.peak_bytes + (SCORED_BYTES if scored else 0),
+        found.peak_bytes + (SCORED_BYTES + SCORED_BYTES_PER_TOKEN * config.vocab_size if scored else 0),
         IMPORT_SECONDS + 0.6 + found.seconds * (1.0 + scored / (3.0 * trained)),
         found.kept_bytes + MEGABYTE // 4 + 80 * config.vocab_size,
         found.temporary_bytes,

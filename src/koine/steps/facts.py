@@ -27,7 +27,7 @@ class CorpusFacts:
     heldout_documents: int | None = None
     """Held-out documents of each language."""
     part_bytes: Mapping[str, int]
-    """Bytes of each part: `documents`, `questions/train`, `code.jsonl`."""
+    """Bytes of each part: `documents`, `dialogues`, `questions/train`, `code.jsonl`."""
     document_bytes: int = 600
     """Bytes of text of a document."""
 
@@ -76,7 +76,8 @@ def corpus_facts(planned: PlannedInput) -> CorpusFacts | None:
         return None
     roles = load_roles(planned.path)
     parts = {
-        part: folder_bytes(planned.path / part) for part in ("documents", "questions/train", "code.jsonl")
+        part: folder_bytes(planned.path / part)
+        for part in ("documents", "dialogues", "questions/train", "code.jsonl")
     }
     return CorpusFacts(primary=roles.primary, expanded=roles.expanded, chat=roles.chat, part_bytes=parts)
 

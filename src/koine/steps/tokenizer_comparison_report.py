@@ -16,6 +16,7 @@ SOURCES = {
     "primary": "documents in the primary languages",
     "adapted": "documents in the expanded languages",
     "chats": "questions and answers",
+    "dialogues": "dialogues",
 }
 """The sources of the stages in words; others, such as `code`, keep their names."""
 
@@ -91,7 +92,7 @@ def answers_in_words(by_kind: Mapping[str, Any]) -> list[str]:
 
 
 MEANING = {
-    "recall": "facts that the text states",
+    "recall": "facts that pretraining tells",
     "generalisation": "facts that no text states",
     "unmarked": "of unknown origin",
 }
@@ -140,7 +141,7 @@ def terms(results: Mapping[str, Any]) -> list[list[str]]:
     questions = results["evaluations"]["chat"]["universal"].get("questions")
     if questions:
         found |= {
-            "recall": "Questions about facts that the training text states, but that no training question asks.",
+            "recall": "Questions about facts that pretraining tells, and that no question of the chat stage asks for.",
             "generalisation": "Questions about facts that no training text states, such as new sums.",
             "majority baseline": "The share that one constant answer for each language and kind of question gets "
             f"right: the most frequent one among the {questions['majority_baseline']['answers_from']}.",
@@ -291,7 +292,7 @@ def question_table(results: Mapping[str, Any]) -> Block | None:
             *(f"{kind}, {what}" for kind in kinds for what in (*ARMS, "majority")),
         ],
         "rows": rows,
-        "caption": "Recall: the text states the fact, and no training question asks for it. Generalisation: no "
+        "caption": "Recall: pretraining tells the fact, and no question of the chat stage asks for it. Generalisation: no "
         "text states it. Majority: the baseline of one constant answer for each language and kind of question. "
         "In brackets the 95 % Wilson score interval; questions about one fact count as a cluster.",
     }
