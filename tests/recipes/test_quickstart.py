@@ -71,7 +71,7 @@ def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> No
     lines = message.splitlines()
     assert f"The question: {answer['title']}" in lines
     shown = " ".join(line.strip() for line in lines[lines.index(f"The question: {answer['title']}") + 1 :])
-    assert shown.startswith(answer["text"])
+    assert shown.startswith(" ".join(answer["text"].split()))
     assert "questions of its evaluation right" in shown
     assert "total time: " in message
     assert any(line.split()[:2] == ["adapted", "×2"] for line in lines)
