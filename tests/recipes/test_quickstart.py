@@ -28,7 +28,7 @@ TINY = {
     "documents_per_language": "40",
     "questions_per_language": "12",
     "evaluation_documents": "2",
-    "evaluation_questions": "3",
+    "evaluation_questions": "6",
 }
 
 
