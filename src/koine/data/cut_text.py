@@ -123,7 +123,7 @@ def warn_of_cut_text(counts: Sequence[CutText]) -> None:
     """Warn of text that is cut off, one line for each length of row."""
     for one in counts:
         if one.cut_documents:
-            warnings.warn(f"{one.describe()}; {one.mend()}", KoineWarning, stacklevel=4)
+            warnings.warn(f"{one.describe()}; {one.mend()}", KoineWarning, stacklevel=3)
 
 
 def check_chats_keep_completions(counts: Sequence[CutText]) -> None:
