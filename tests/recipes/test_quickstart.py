@@ -70,7 +70,7 @@ def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> No
     answer = json.loads((folder / "comparison" / "report.json").read_text(encoding="utf-8"))["blocks"][0]
     lines = message.splitlines()
     assert f"The question: {answer['title']}" in lines
-    shown = " ".join(line.strip() for line in lines[lines.index(f"The question: {answer['title']}") + 1 :])
+    shown = " ".join(" ".join(lines[lines.index(f"The question: {answer['title']}") + 1 :]).split())
     assert shown.startswith(" ".join(answer["text"].split()))
     assert "questions of its evaluation right" in shown
     assert "total time: " in message
