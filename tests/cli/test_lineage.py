@@ -122,8 +122,20 @@ def test_verification_finds_a_changed_parent(
     Path("soup/artifact.json").write_text(json.dumps(record))
     with Path("one/model.safetensors").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="'model.safetensors' is not what was built"):
+    with pytest.raises(UserError, match="'model.safetensors' is not what was built") as caught:
         koine("lineage soup --verify")
+    assert caught.value.hint == "remove the folder, and run the plan or command again that made it"
+
+
+def test_a_training_without_an_end_has_no_lineage_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        koine("lineage model")
+    wanted = "model: holds no artifact.json; its training is not finished; run the same command again"
+    assert str(caught.value) == wanted
 
 
 def test_an_exported_checkpoint_says_where_it_comes_from(

@@ -196,6 +196,24 @@ def test_records_that_do_not_fit_the_format_are_bad(tmp_path: Path) -> None:
         list(read_records(path))
 
 
+def test_a_record_of_another_format_than_its_file_is_named_so(tmp_path: Path) -> None:
+    chat = {"conversations": [said("human", "Sky?"), said("gpt", "Blue.")]}
+    task = {"instruction": "Sky?", "output": "Blue."}
+    for first, second, names in ((chat, task, ("sharegpt", "alpaca")), (task, chat, ("alpaca", "sharegpt"))):
+        path = write_records(tmp_path / "a.jsonl", [first, second])
+        with pytest.raises(UserError) as caught:
+            list(read_records(path))
+        read, other = names
+        wanted = f"line 2: has the fields of the format {other}, and its file is read as {read} (one format a file)"
+        assert wanted in str(caught.value)
+
+
+def test_fields_without_a_value_are_named_as_such(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.jsonl", [{"instruction": "Sky?", "output": None}])
+    with pytest.raises(UserError, match=r"with the fields instruction, output \(null\); known"):
+        list(read_records(path))
+
+
 def test_each_file_has_its_own_format_and_own_formats_may_be_mixed(tmp_path: Path) -> None:
     write_records(tmp_path / "a.jsonl", [{"instruction": "Sky?", "output": "Blue."}])
     write_records(tmp_path / "b.jsonl", [{"prompt": "Sky?", "completion": "Blue."}])

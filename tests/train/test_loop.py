@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from koine.files import exclusive
 from koine.model.decoder import Decoder
 from koine.model.formats.directory import load_model
 from koine.train import LanguageModelling, SupervisedFineTuning, TrainingStopped, TrainSettings, train
+from koine.train.distributed import Ranks
 from koine.train.progress import final_metrics
 from tests.data.conftest import document, write_records
 
@@ -81,6 +83,16 @@ def test_equals_a_plain_loop_with_torch(tmp_path: Path) -> None:
     # of the rate a step.
     for name, tensor in weights(theirs).items():
         torch.testing.assert_close(weights(ours)[name], tensor, rtol=1e-4, atol=6 * 1e-4)
+
+
+def test_muon_on_two_processes_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr("koine.train.loop.join_ranks", lambda _: nullcontext(ranks))
+    with pytest.raises(UserError, match="muon trains on one process, and this training has 2"):
+        run(tmp_path / "out", fake_order(tmp_path / "s", steps=(2,)), replace(BASE, optimiser="muon"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_muon_equals_a_plain_loop_with_torch(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Command(click.Command):
         from koine.cli.settings import command_words, key_of, options_of, variable_of
 
         words = command_words(ctx)
-        option = options_of(self)[0]
+        option = next(one for one in options_of(self) if key_of(one) != "config")
         formatter.write_paragraph()
         formatter.write_text(
             f"Every option can also be set by an environment variable or in the file of --config: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from koine.cli.arguments import FORMAT, LANGUAGE, LANGUAGES, SOURCE, TOKENIZER
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.cli.recording import recorded_output
-from koine.errors import UserError
+from koine.errors import KoineWarning, UserError
 from koine.terminal import note, printable
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def tokenize(
             split=split,
             record_format=RecordFormat(record_format, take),
         )
+    _note_unused_take(reader)
     totals = TokenSource(out, verify=False).totals()
     rows = [
         {
@@ -266,6 +268,7 @@ def inspect(
             entry[2] += sum(len(message["content"].encode("utf-8")) for message in record["messages"])
         else:
             entry[2] += len(record["text"].encode("utf-8"))
+    _note_unused_take(reader)
     columns = ["language", "domain", "records", "chats", "bytes"]
     rows = [[*key, *entry] for key, entry in sorted(counts.items())]
 
@@ -312,24 +315,33 @@ def _reading(reader: RecordReader) -> dict[str, Any]:
     }
 
 
+def _note_unused_take(reader: RecordReader) -> None:
+    """Warn where `--take rejected` met no preference records."""
+    if reader.record_format.take == "rejected" and not any("preference" in name for name in reader.formats):
+        warnings.warn(
+            "--take rejected changed nothing: there are no preference records", KoineWarning, stacklevel=1
+        )
+
+
 def _say_format(reader: RecordReader) -> None:
     """Print how the records were read, if they are not of our own fields."""
     for name, count in reader.formats.items():
         if name in ("text", "messages"):
             continue
-        line = f"read as {name}: {count:,} records"
+        line = f"read as {name}: {count:,} record{'' if count == 1 else 's'}"
         if "preference" in name:
             take, other = reader.record_format.take, {"chosen": "rejected", "rejected": "chosen"}
             line += f", their {take} answers (--take {other[take]} reads the others)"
         click.echo(line)
     if reader.left_out:
-        click.echo(f"{reader.left_out:,} answers with the other label were left out")
+        answers = "answer" if reader.left_out == 1 else "answers"
+        click.echo(f"{reader.left_out:,} {answers} with the other label left out")
 
 
 def _say_bad(reader: RecordReader) -> None:
     """Print the number of bad records and the first of them."""
     if reader.bad:
-        click.echo(f"{reader.bad} bad records were left out, among them:")
+        click.echo(f"{reader.bad:,} bad record{'' if reader.bad == 1 else 's'} left out, the first:")
         for example in reader.examples:
             click.echo(f"  {printable(str(example))}")
 

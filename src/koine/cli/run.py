@@ -235,6 +235,6 @@ def lineage(artifact: Path, verify: bool) -> None:
         wrong = [f"{one.path}: {problem}" for one in all_ancestors(node) for problem in one.problems]
         if wrong:
             raise UserError(
-                "; ".join(wrong), hint="remove the folder and run the plan again to have it rebuilt"
+                "; ".join(wrong), hint="remove the folder, and run the plan or command again that made it"
             )
         note("verified: every file matches its record")

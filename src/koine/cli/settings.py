@@ -284,6 +284,9 @@ def check_value(parameter: click.Parameter, value: Any, context: click.Context, 
     try:
         parameter.type_cast_value(context, value)
     except click.BadParameter as error:
+        if isinstance(parameter.type, click.types.BoolParamType):
+            # Click's message lists twelve spellings, the empty one too.
+            raise UserError(f"'{value}' is neither true nor false", where=where) from None
         raise UserError(error.message.rstrip("."), where=where) from None
     except UserError as error:
         raise UserError(error.what, where=where, hint=error.hint) from None

@@ -233,11 +233,19 @@ class RecordReader:
         found = recognise(row, among) if own else self._format
         if self._format is None:
             self._format = found
-        names = ", ".join(map(str, list(row)[:_SHOWN_FIELDS]))
+        fields = [f"{name} (null)" if value is None else str(name) for name, value in row.items()]
+        names = ", ".join(fields[:_SHOWN_FIELDS])
         if found is None and self._format is None:
             self._unknown_count += 1
-            self._unknown = self._unknown or (file, [str(name) for name in row])
+            self._unknown = self._unknown or (file, fields)
             return f"no known format (it has {names})"
+        if self.record_format.name is None and not mapped and (found is None or not found.fits(row)):
+            read, other = found or self._format, recognise(row)
+            if read is not None and other is not None:
+                return (
+                    f"has the fields of the format {other.name}, and its file is read as {read.name} "
+                    "(one format a file)"
+                )
         if found is None:
             return f"neither 'text' nor 'messages' (it has {names})"
         if not found.fits(row):

@@ -109,6 +109,11 @@ def train(
         join_ranks(device) as ranks,
         catch_interrupts() as interrupt,
     ):
+        if ranks.is_distributed and settings.optimiser == "muon":
+            raise UserError(
+                f"muon trains on one process, and this training has {ranks.world_size}",
+                hint="choose the optimiser adamw",
+            )
         output.check_no_other_model()
         make_folder(output.path)
         lock = (
@@ -188,11 +193,6 @@ class Trainer:
         # Long rows may be of other text with another loss: each kind is compared with its own recent losses.
         self.spike_detectors = {is_long: SpikeDetector(settings, []) for is_long in (False, True)}
 
-        if ranks.is_distributed and settings.optimiser == "muon":
-            raise UserError(
-                f"muon trains on one process, and this training has {ranks.world_size}",
-                hint="choose the optimiser adamw",
-            )
         # The model computes in `dtype`; the optimiser has float32 master weights.
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         model.to(ranks.device)

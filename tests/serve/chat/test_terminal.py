@@ -14,7 +14,7 @@ from koine.generate.engine import Token
 from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
 from koine.serve.chat.terminal import Chat, Rate, run_lines
-from koine.terminal import printable
+from koine.terminal import printable, quiet_output
 from koine.tokenizer import Tokenizer, train_tokenizer
 from koine.tokenizer.special import SMALLEST_VOCABULARY
 
@@ -175,6 +175,19 @@ def test_a_conversation_longer_than_the_training_texts_is_named_once(tokenizer: 
     chat.handle("/reset")
     chat.handle("c")
     assert notices.getvalue().count("trained on") == 2
+
+
+def test_quiet_prints_replies_and_answers_to_commands_only(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, ["b" * 20, "d" * 20], context=64)
+    chat, out, notices = chat_with(engine)
+    chat.trained_context = 8
+    with quiet_output():
+        chat.handle("a" * 10)
+        chat.handle("c" * 10)
+        assert notices.getvalue() == ""
+        chat.handle("/system")
+    assert out.getvalue() == "b" * 20 + "\n" + "d" * 20 + "\n"
+    assert notices.getvalue() == "(no system prompt)\n"
 
 
 def test_a_message_that_does_not_fit_is_removed(tokenizer: Tokenizer) -> None:

@@ -67,11 +67,10 @@ def trace_lineage(artifact: Path, *, verify: bool = False) -> Ancestor:
     if not (artifact / "artifact.json").exists():
         if not artifact.exists():
             raise UserError("no such artifact", where=artifact)
-        raise UserError(
-            "holds no artifact.json",
-            where=artifact,
-            hint="only what a command of Koine made, or `koine adopt` registered, has a lineage",
-        )
+        hint = "only what a command of Koine made, or `koine adopt` registered, has a lineage"
+        if (artifact / "checkpoints").is_dir():
+            hint = "its training is not finished; run the same command again"
+        raise UserError("holds no artifact.json", where=artifact, hint=hint)
     # Not resolved: a moved artifact behind a link belongs to the run that holds the link.
     return _ancestor(artifact.absolute(), verify, {})
 

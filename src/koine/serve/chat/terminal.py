@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 from koine.errors import UserError, did_you_mean
 from koine.generate.sampling import Sampling
 from koine.serve.chat.conversation import Conversation
-from koine.terminal import printable
+from koine.terminal import is_quiet, printable
 
 if TYPE_CHECKING:
     from koine.generate.engine import StreamingEngine
@@ -172,7 +172,7 @@ class Chat:
             raise
         if fitted.dropped:
             turns = f"{fitted.dropped} oldest turn{'' if fitted.dropped == 1 else 's'}"
-            self.notice(
+            self.note(
                 f"(dropped the {turns}: the conversation exceeds the model's context "
                 f"of {self.engine.context} tokens)"
             )
@@ -185,7 +185,7 @@ class Chat:
             notes.append("stopped")
         elif not reply.ended:
             notes.append("cut at max-new-tokens" if sampling == self.sampling else "cut at the context's end")
-        self.notice(f"[{', '.join(notes)}]")
+        self.note(f"[{', '.join(notes)}]")
         self.warn_of_length(len(fitted.prompt) + reply.rate.tokens)
 
     def warn_of_length(self, tokens: int) -> None:
@@ -196,7 +196,7 @@ class Chat:
         if self.trained_context is None or self.warned or tokens <= self.trained_context:
             return
         self.warned = True
-        self.notice(
+        self.note(
             f"(the conversation has {tokens:,} tokens and the model was trained on at most "
             f"{self.trained_context:,} at a time: expect worse answers; /reset starts again)"
         )
@@ -228,6 +228,11 @@ class Chat:
         # Escaped also where input comes through a pipe: a reply must not control a terminal.
         self.out.write(printable(text) if self.interactive or self.out.isatty() else text)
         self.out.flush()
+
+    def note(self, text: str) -> None:
+        """Print a line that nobody asked for, such as a reply's speed; nothing under `--quiet`."""
+        if not is_quiet():
+            self.notice(text)
 
     def notice(self, text: str) -> None:
         """Write a message about the chat, not to `out`: a script's output holds replies only."""
