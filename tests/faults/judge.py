@@ -18,7 +18,7 @@ Listing = dict[str, str]
 
 # What two undisturbed runs differ in, on purpose: when, how long, where, by which process.
 VOLATILE = {
-    "seconds", "started", "finished", "tokens_per_second", "matmul_rate_share", "ceiling_share", "megabytes_per_second", "peak_memory_bytes", "attempts",
+    "seconds", "cpu_seconds", "started", "finished", "tokens_per_second", "matmul_rate_share", "ceiling_share", "megabytes_per_second", "peak_memory_bytes", "attempts",
     "environment", "argv", "code", "log", "nodes", "status", "reasons",
 }  # fmt: skip
 TIMES = re.compile(rb"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?Z?")
@@ -94,10 +94,12 @@ def digest(path: Path, place: Path) -> str:
 
 
 def without_speed(record: Any) -> Any:
-    """Remove the hashes and sizes of files that hold a training's speed from a record."""
+    """Remove the artifact's name, and the hashes and sizes of files that hold a training's speed, from a record."""
     if not isinstance(record, dict):
         return record
     changed = dict(record)
+    # The artifact of `--out LINK` has the name of the folder that the link leads to.
+    changed.pop("artifact", None)
     for key in ("files", "bytes"):
         if isinstance(record.get(key), dict):
             changed[key] = {

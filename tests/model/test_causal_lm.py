@@ -330,7 +330,5 @@ def test_any_other_causal_lm_opens(tmp_path: Path) -> None:
     ids = tokens()
     with torch.no_grad():
         assert torch.allclose(wrapped.logits(wrapped(ids)), theirs(ids).logits, atol=1e-6)
-    with pytest.raises(UserError, match="packed documents"):
-        wrapped(ids, document_ids=torch.arange(30).expand(2, 30))
     with pytest.raises(UserError, match="model_type 'llama'"):
         load_model(tmp_path)

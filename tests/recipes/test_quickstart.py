@@ -28,7 +28,7 @@ TINY = {
     "documents_per_language": "40",
     "questions_per_language": "12",
     "evaluation_documents": "2",
-    "evaluation_questions": "3",
+    "evaluation_questions": "6",
 }
 
 
@@ -70,8 +70,8 @@ def test_it_leaves_an_answer_a_report_and_a_model(whole: tuple[Path, str]) -> No
     answer = json.loads((folder / "comparison" / "report.json").read_text(encoding="utf-8"))["blocks"][0]
     lines = message.splitlines()
     assert f"The question: {answer['title']}" in lines
-    shown = " ".join(line.strip() for line in lines[lines.index(f"The question: {answer['title']}") + 1 :])
-    assert shown.startswith(answer["text"])
+    shown = " ".join(" ".join(lines[lines.index(f"The question: {answer['title']}") + 1 :]).split())
+    assert shown.startswith(" ".join(answer["text"].split()))
     assert "questions of its evaluation right" in shown
     assert "total time: " in message
     assert any(line.split()[:2] == ["adapted", "×2"] for line in lines)

@@ -41,7 +41,7 @@ def test_parameters_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith("pretrain_steps")]
     assert line.split("  ")[0] == "pretrain_steps"
-    assert "650" in line
+    assert "300" in line
     assert "integer, at least 1" in line
     assert "Steps of pretraining" in line
 

@@ -13,10 +13,13 @@ from koine.steps.text_mixture import (
     LongText,
     TextMixture,
     TextSource,
+    adaptation_sources,
+    chat_sources,
     domain_sources,
     equal_shares,
     language_weights,
     pretraining_sources,
+    with_dialogues,
 )
 
 ROLES = Roles(primary=("en", "de", "fr"), expanded=("hi", "tr"), chat=())
@@ -68,3 +71,24 @@ def test_english_gets_its_share_only_beside_others() -> None:
 def test_shares_of_domains() -> None:
     assert equal_shares(["code", "law"], {"general": 0.2}) == {"code": 0.4, "law": 0.4, "general": 0.2}
     assert [source.name for source in domain_sources({"code": 1.0, "law": 0.0})] == ["code"]
+
+
+def test_dialogues_take_a_share_of_the_sources() -> None:
+    sources = with_dialogues(adaptation_sources(("hi",), 0.2), 0.5, ("de",))
+    assert [(one.name, one.proportion) for one in sources] == [
+        ("adapted", pytest.approx(0.4)),
+        ("primary", pytest.approx(0.1)),
+        ("dialogues", 0.5),
+    ]
+    assert sources[-1].languages == ("de",)
+    assert with_dialogues(sources[:2], 0.0) == sources[:2]
+    with pytest.raises(UserError, match="the share of dialogues is 1"):
+        with_dialogues(sources[:2], 1.0)
+
+
+def test_the_chat_stage_repeats_dialogues_and_documents() -> None:
+    found = {one.name: one.proportion for one in chat_sources(dialogue_share=0.5, document_share=0.1)}
+    assert found == {"chats": pytest.approx(0.4), "dialogues": 0.5, "replayed": 0.1}
+    assert [one.name for one in chat_sources(dialogue_share=0.0, document_share=0.0)] == ["chats"]
+    with pytest.raises(UserError, match="together they must have less than 1"):
+        chat_sources(dialogue_share=0.5, document_share=0.5)

@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from koine.data import DataOrder, Mixture, Phase, Source, tokenize
 from koine.errors import KoineWarning, UserError
 from koine.files import exclusive
+from koine.model.decoder import Decoder
 from koine.model.formats.directory import load_model
-from koine.train import LanguageModelling, TrainingStopped, TrainSettings, train
+from koine.train import LanguageModelling, SupervisedFineTuning, TrainingStopped, TrainSettings, train
 from koine.train.distributed import Ranks
+from koine.train.progress import final_metrics
+from tests.data.conftest import document, write_records
 
 from .fakes import FakeBatch, FakeOrder, FunctionObjective, fake_order
-from .models import small_model
+from .models import small_config, small_model
+from .tokens import write_tokens
 
 BASE = TrainSettings(dtype="float32", threads=1, learning_rate=1e-2, schedule="constant")
 
@@ -353,3 +358,62 @@ def test_rates_equal_those_computed_by_hand(tmp_path: Path, monkeypatch: pytest.
     for line in lines(tmp_path / "o"):
         assert line["tokens_per_second"] == pytest.approx(tokens_per_second, rel=1e-12)
         assert line["matmul_rate_share"] == pytest.approx(tokens_per_second * 3 * forward / 1e7, rel=1e-12)
+
+
+def chats_with_long_prompts(folder: Path, tokenizer: Path, *, long: int) -> Path:
+    """Token shards of 12 chats, of which `long` have a prompt of 80 words."""
+    records = [
+        {
+            "id": f"{number}",
+            "language": "en",
+            "messages": [
+                {"role": "user", "content": document(number, 80 if number < long else 3)},
+                {"role": "assistant", "content": document(number, 3)},
+            ],
+        }
+        for number in range(12)
+    ]
+    tokenize(write_records(folder / "chats.jsonl", records), tokenizer, out=folder / "chats")
+    return folder / "chats"
+
+
+def chat_order(path: Path) -> DataOrder:
+    source = Source(name="chats", path=path, proportion=1.0, max_epochs=99.0)
+    phase = Phase(name="p", steps=3, sources=(source,))
+    return DataOrder(Mixture(phases=(phase,), sequence_length=64, batch_size=4, packing="no_split"))
+
+
+def test_text_that_is_cut_off_stands_in_the_metrics_and_the_record(tmp_path: Path) -> None:
+    tokenizer, _ = write_tokens(tmp_path)
+    with pytest.warns(KoineWarning, match=r"3 of 12 chats \(25.0 %\) lose every completion token"):
+        data = chat_order(chats_with_long_prompts(tmp_path, tokenizer, long=3))
+    out = tmp_path / "o"
+    train(
+        Decoder(small_config(vocab_size=350)),
+        SupervisedFineTuning(),
+        data,
+        BASE,
+        out=out,
+        progress=False,
+        device="cpu",
+    )
+    [counts] = json.loads((out / "training.json").read_text())["cut_text"]
+    assert (counts["sequence_length"], counts["documents"], counts["cut_documents"]) == (64, 12, 3)
+    shares = {
+        "cut/documents": 0.25,
+        "cut/tokens": counts["cut_tokens"] / counts["tokens"],
+        "cut/chats_without_completion": 0.25,
+    }
+    first, *others = lines(out)
+    assert {key: value for key, value in first.items() if key.startswith("cut/")} == shares
+    assert not any(key.startswith("cut/") for line in others for key in line)
+    assert final_metrics(out / "metrics.jsonl").items() >= shares.items()
+
+
+def test_chats_without_completions_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tokenizer, _ = write_tokens(tmp_path)
+    with pytest.warns(KoineWarning, match="lose every completion token"):
+        data = chat_order(chats_with_long_prompts(tmp_path, tokenizer, long=4))
+    with pytest.raises(UserError, match=r"4 of 12 chats \(33.3 %\) lose every completion token"):
+        train(Decoder(small_config(vocab_size=350)), SupervisedFineTuning(), data, BASE, out=tmp_path / "o")
+    assert not (tmp_path / "o").exists()

@@ -15,6 +15,7 @@ from torch import nn
 from koine.data import DataOrder, Mixture, Phase, Source
 from koine.errors import UserError
 from koine.model.causal_lm import CausalLM, load_causal_lm
+from koine.model.packed_documents import DocumentIsolation
 from koine.train import LanguageModelling, TrainSettings, train
 
 from .tokens import write_tokens
@@ -206,16 +207,110 @@ def test_gradient_checkpointing_is_theirs_and_changes_nothing(
         torch.testing.assert_close(dict(again.named_parameters())[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_documents_are_refused_before_the_first_step(
-    made: tuple[Path, dict[str, Path]], tmp_path: Path
+def opt() -> CausalLM:
+    """A class whose masks `transformers` does not make of positions."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=350, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0,
+    )  # fmt: skip
+    return CausalLM(transformers.OPTForCausalLM(config))
+
+
+def gemma3() -> CausalLM:
+    """Windows shorter than the documents."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=350, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, **CLASSES["Gemma3"],
+    )  # fmt: skip
+    return CausalLM(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def mamba() -> CausalLM:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=350, hidden_size=32, num_hidden_layers=2, state_size=8)
+    return CausalLM(transformers.MambaForCausalLM(config))
+
+
+def losses_in_plain_transformers(inner: Any, data: DataOrder, steps: int) -> list[float]:
+    """Train with the library alone, each document computed in a row of its own."""
+    optimiser = torch.optim.AdamW(inner.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    found = []
+    for step in range(steps):
+        batch = data.batch(step)
+        units = int((batch.targets != -100).sum())
+        total = 0.0
+        optimiser.zero_grad()
+        for row, spans in enumerate(batch.documents):
+            for span in spans:
+                columns = slice(span.column, span.column + span.end - span.start)
+                logits = inner(input_ids=batch.tokens[row : row + 1, columns], use_cache=False).logits[0]
+                targets = batch.targets[row, columns]
+                loss = (
+                    nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / units
+                )
+                loss.backward()
+                total += float(loss.detach())
+        nn.utils.clip_grad_norm_(inner.parameters(), 1.0)
+        optimiser.step()
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("packing", ["concat", "no_split"])
+@pytest.mark.parametrize("make", [llama, gemma3, opt])
+def test_packed_rows_train_as_documents_alone_in_plain_transformers(
+    made: tuple[Path, dict[str, Path]], make: Callable[[], CausalLM], packing: str, tmp_path: Path
 ) -> None:
-    for packing in ("concat", "no_split"):
-        with pytest.raises(
-            UserError, match="LlamaForCausalLM cannot keep the documents of a row apart; choose"
-        ):
-            run(tmp_path / "o", llama(), order(made[1], 2, packing=packing))
-    run(tmp_path / "x", llama(), order(made[1], 2, packing="concat", cross_document_attention=True))
-    assert len(losses(tmp_path / "x")) == 2
+    data = order(made[1], 6, packing=packing, sequence_length=64)
+    assert any(len(spans) > 1 for spans in data.batch(0).documents)
+    settings = replace(SETTINGS, weight_decay=0.0, micro_batch_size=2)
+    run(tmp_path / "o", make(), data, settings)
+    expected = losses_in_plain_transformers(make().inner.train(), data, 6)
+    assert losses(tmp_path / "o") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["concat", "no_split"])
+def test_a_class_with_a_state_is_refused_before_the_first_step(
+    made: tuple[Path, dict[str, Path]], packing: str, tmp_path: Path
+) -> None:
+    says = (
+        r"MambaForCausalLM cannot keep the documents of a row apart: a document changes the logits of the "
+        r"next one; choose --packing one_per_row"
+    )
+    with pytest.raises(UserError, match=says):
+        run(tmp_path / "o", mamba(), order(made[1], 2, packing=packing))
     assert not (tmp_path / "o").exists()
+    run(tmp_path / "x", mamba(), order(made[1], 2, packing=packing, cross_document_attention=True))
+    run(tmp_path / "y", mamba(), order(made[1], 2))
+    assert len(losses(tmp_path / "x")) == len(losses(tmp_path / "y")) == 2
+
+
+def test_a_resumed_training_tries_the_class_out_again(
+    made: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of transformers may no longer keep documents apart."""
+
+    def stop(model: nn.Module, done: int) -> dict[str, float]:
+        raise StoppedError
+
+    data = order(made[1], 8, packing="concat")
+    settings = replace(SETTINGS, evaluate_every=5)
+    with pytest.raises(StoppedError):
+        run(tmp_path / "o", llama(), data, settings, evaluate=stop)
+    assert (tmp_path / "o" / "checkpoints").exists()
+    monkeypatch.setattr(
+        "koine.model.causal_lm.inspect_isolation", lambda inner: DocumentIsolation(None, "it leaks")
+    )
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot keep .* apart: it leaks"):
+        run(tmp_path / "o", llama(), data, settings)
+    monkeypatch.undo()
+    resumed, whole = run(tmp_path / "o", llama(), data), run(tmp_path / "w", llama(), data)
+    for name, tensor in whole.named_parameters():
+        assert torch.equal(dict(resumed.named_parameters())[name], tensor)
+
+
+def test_a_model_of_nobody_is_refused(made: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Linear is neither Koine's decoder nor a model of transformers"):
         run(tmp_path / "y", nn.Linear(2, 2), order(made[1], 2))  # type: ignore[arg-type]

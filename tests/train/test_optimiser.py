@@ -9,6 +9,8 @@ from torch import nn
 from koine.train import TrainSettings
 from koine.train.optimiser import Optimiser
 
+from .models import small_model
+
 
 @pytest.mark.parametrize(
     ("clip", "expected"),
@@ -27,3 +29,16 @@ def test_the_mean_gradient_is_clipped(clip: float, expected: list[float]) -> Non
     model.weight.grad = torch.tensor([[24.0, 32.0]])
     assert optimiser.scale_and_clip(1 / 8, clip) == pytest.approx(5.0)
     assert model.weight.grad[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_every_weight_is_trained_with_and_without_weight_decay(optimiser: str, weight_decay: float) -> None:
+    model = small_model()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    settings = TrainSettings(dtype="float32", optimiser=optimiser, weight_decay=weight_decay)  # type: ignore[arg-type]
+    trained = Optimiser(model, settings, dtype=torch.float32)
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    trained.step(1e-2)
+    assert [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])] == []

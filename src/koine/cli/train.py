@@ -270,6 +270,7 @@ def _run(
     vocab_size = _check_shards(mixture, objective, tokenizer)
 
     from koine.data import DataOrder
+    from koine.data.cut_text import check_chats_keep_completions
     from koine.train.model_adapters import check_data_fits_model, check_packed_documents
 
     model = make_model(vocab_size)
@@ -277,6 +278,7 @@ def _run(
     check_packed_documents(model, mixture, run.out)
     # A dry run too reports all errors and warnings of the data.
     order = DataOrder(mixture)
+    check_chats_keep_completions(order.cut_text)
     evaluate = _make_probe(evaluation, tokenizer, settings.best_metric) if evaluation.evaluate_data else None
     if run.dry_run:
         print_estimate(model, settings, mixture)

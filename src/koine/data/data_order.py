@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from koine.data.batch import NO_TARGET, Batch
 from koine.data.collate import fill, spans_of
 from koine.data.components import Component, Packings, apportion, check_no_overlap, components_of
+from koine.data.cut_text import count_cut_text, warn_of_cut_text
 from koine.data.drawn import Drawn, merge_drawn
 from koine.data.mixture import Mixture, Shape
-from koine.data.packing import DocumentSlice, NoSplitPacking
+from koine.data.packing import DocumentSlice
 from koine.data.shards import TokenSource
 from koine.errors import KoineWarning, UserError
 from koine.files import sha256_file
@@ -94,7 +95,9 @@ class DataOrder:
         self._patterns: _RecentlyUsed[tuple[NDArray[Any], NDArray[Any]]] = _RecentlyUsed(8)
         self._offsets = self._first_sequences()
         self._warn_of_repeats()
-        self._warn_of_cut_documents(packings)
+        self.cut_text = count_cut_text(self._distinct_components())
+        """What is cut off of documents that are longer than a row; empty for the packing `concat`."""
+        warn_of_cut_text(self.cut_text)
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -278,22 +281,6 @@ class DataOrder:
                 KoineWarning,
                 stacklevel=3,
             )
-
-    def _warn_of_cut_documents(self, packings: Packings) -> None:
-        """Warn of documents that are longer than a row and lose their end."""
-        counts: dict[int, list[tuple[int, int]]] = {}
-        for (_, _, time, _), packing in packings.items():
-            if isinstance(packing, NoSplitPacking):
-                counts.setdefault(time, []).append(packing.cut_off())
-        for time, found in counts.items():
-            cut, total = (sum(column) for column in zip(*found, strict=True))
-            if cut:
-                warnings.warn(
-                    f"{cut} of {total} documents are longer than a sequence of {time} tokens and "
-                    "lose their end (a chat its answer); raise the sequence length, or leave them out",
-                    KoineWarning,
-                    stacklevel=3,
-                )
 
 
 class _RecentlyUsed(OrderedDict[Any, T]):

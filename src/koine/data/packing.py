@@ -28,7 +28,7 @@ class _Epochs:
         self, documents: NDArray[Any], lengths: NDArray[np.int64], time: int, seed: tuple[int, ...]
     ) -> None:
         self._documents = documents
-        self._lengths = lengths[documents]
+        self._lengths: NDArray[np.int64] = lengths[documents]
         self._time = time
         self._seed = seed
         self._kept: dict[int, Any] = {}
@@ -120,9 +120,20 @@ class NoSplitPacking(_Epochs):
         super().__init__(documents, lengths, time, seed)
         self._first_rows = [0]
 
-    def cut_off(self) -> tuple[int, int]:
-        """Count the documents that are longer than a row, and all documents."""
-        return int((self._lengths > self._time).sum()), len(self._lengths)
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        return self._time
+
+    @property
+    def documents(self) -> NDArray[Any]:
+        """The documents that rows are drawn from."""
+        return self._documents
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each of `documents`."""
+        return self._lengths
 
     def rows_in_epoch(self) -> float:
         """Return the rows of the first epoch."""

@@ -41,6 +41,7 @@ from koine.model.lm_head import (
     inspect_head,
     linear_head,
 )
+from koine.model.packed_documents import DocumentIsolation, inspect_isolation, isolated_documents
 
 NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
 """Fields of a configuration that do not change the computation: versions, folders, precision."""
@@ -56,8 +57,8 @@ class CausalLM(nn.Module):
 
     `logits(forward(tokens))` are the logits of the class's own forward pass. `koine.model.lm_head` finds out
     once, by experiment, whether they follow from the input of the output embedding. Where they do not,
-    `forward` returns the logits themselves, and `logits` returns them unchanged. `document_ids` may hold one
-    document and padding in a row, not several documents.
+    `forward` returns the logits themselves, and `logits` returns them unchanged. Whether `document_ids` may hold
+    several documents in a row is found out by experiment too (`koine.model.packed_documents`).
 
     inner: the model of `transformers`; the name is part of the tensors' names in training checkpoints.
     """
@@ -69,6 +70,7 @@ class CausalLM(nn.Module):
         """EOS ids of the model's folder (`koine.model.formats.eos_ids`)."""
         self._arguments = forward_arguments(inner)
         self._head: LMHead | None = None
+        self._isolation: DocumentIsolation | None = None
 
     @property
     def config(self) -> Any:
@@ -97,9 +99,16 @@ class CausalLM(nn.Module):
         return next((one for one in found if isinstance(one, int) and one > 0), None)
 
     @property
+    def isolation(self) -> DocumentIsolation:
+        """How the class keeps packed documents apart; inspected at first use."""
+        if self._isolation is None:
+            self._isolation = inspect_isolation(self.inner)
+        return self._isolation
+
+    @property
     def isolates_documents(self) -> bool:
-        """False: classes of `transformers` let every token attend to all before it, across documents."""
-        return False
+        """Whether `document_ids` may name several documents in a row; attention then stays inside each."""
+        return self.isolation.way is not None
 
     @property
     def vocab_size(self) -> int:
@@ -135,24 +144,33 @@ class CausalLM(nn.Module):
         """Compute the input of `logits` for `[batch, time]` ids.
 
         Returns hidden states `[batch, time, hidden]`, or the logits where the head is not linear.
-        Raises `UserError` for several documents in a row.
+        Raises `UserError` for several documents in a row if the class cannot keep them apart.
         """
-        if document_ids is not None:
-            if _several_documents(document_ids):
+        if document_ids is not None and attention_mask is not None:
+            document_ids = torch.where(attention_mask != 0, document_ids, -1)
+        if document_ids is not None and _several_documents(document_ids):
+            way = self.isolation.way
+            if way is None:
                 raise UserError(
-                    "this model cannot keep packed documents apart",
+                    f"{self.architecture} cannot keep packed documents apart: {self.isolation.reason}",
                     hint="pack one document a row, or let attention cross documents",
                 )
-            seen = document_ids >= 0
-            attention_mask = (seen if attention_mask is None else seen & (attention_mask != 0)).long()
+            with isolated_documents(self.inner, self._arguments, way, document_ids) as isolating:
+                return self._forward({"input_ids": tokens, **isolating})
+        if document_ids is not None:
+            attention_mask = (document_ids >= 0).long()
         inputs: dict[str, Any] = {"input_ids": tokens}
-        if "use_cache" in self._arguments:
-            inputs["use_cache"] = False
         if attention_mask is not None and "attention_mask" in self._arguments:
             inputs["attention_mask"] = attention_mask
             if "position_ids" in self._arguments:
                 # By default transformers counts padding on the left as positions.
                 inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return self._forward(inputs)
+
+    def _forward(self, inputs: dict[str, Any]) -> Tensor:
+        """Compute the input of `logits` from arguments of the class's forward."""
+        if "use_cache" in self._arguments:
+            inputs["use_cache"] = False
         module = linear_head(self.inner) if self.head.linear else None
         if module is None:
             return forward_logits(self.inner, inputs)

@@ -197,7 +197,7 @@ def quickstart(
     documents = study.tokens(tokenizers, "documents", "documents")
     if data is not None:
         code_share = dialogue_share = replayed_dialogues = 0.0
-    tokens = {"documents": documents, "primary": documents, "adapted": documents}
+    tokens = dict.fromkeys(("documents", "primary", "adapted", "replayed"), documents)
     if code_share:
         tokens["code"] = study.tokens(tokenizers, "code.jsonl", "code")
     if dialogue_share or replayed_dialogues:

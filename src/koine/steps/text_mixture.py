@@ -196,7 +196,7 @@ def with_dialogues(
 
 
 def chat_sources(*, dialogue_share: float, document_share: float) -> tuple[TextSource, ...]:
-    """Return the sources `chats`, and the replay of `dialogues` and `documents`, against forgetting.
+    """Return the sources `chats`, `dialogues` and `replayed` (documents): what is repeated is forgotten less.
 
     Raises `UserError` where nothing is left for the chats.
     """
@@ -206,7 +206,7 @@ def chat_sources(*, dialogue_share: float, document_share: float) -> tuple[TextS
             f"dialogues have {dialogue_share} and documents {document_share} of the chat stage",
             hint="together they must have less than 1",
         )
-    shares = {"chats": chats, "dialogues": dialogue_share, "documents": document_share}
+    shares = {"chats": chats, "dialogues": dialogue_share, "replayed": document_share}
     return domain_sources(shares)
 
 

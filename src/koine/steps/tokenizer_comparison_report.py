@@ -16,6 +16,7 @@ SOURCES = {
     "primary": "documents in the primary languages",
     "adapted": "documents in the expanded languages",
     "chats": "questions and answers",
+    "replayed": "documents in all languages",
     "dialogues": "dialogues",
 }
 """The sources of the stages in words; others, such as `code`, keep their names."""

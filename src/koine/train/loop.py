@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from koine import __version__
+from koine.data.cut_text import CutText, check_chats_keep_completions, cut_figures
 from koine.errors import KoineWarning, UserError
 from koine.fields import Fields
 from koine.files import clear_partials, disk_errors, exclusive, make_folder, read_json
@@ -77,8 +78,9 @@ def train(
     `torchrun` the weights are split over the processes.
 
     Args:
-        model: our decoder, or a `CausalLM` around a model of `transformers`, which takes one document a row
-            (see `model_adapters.check_packed_documents`); its weights become float32.
+        model: our decoder, or a `CausalLM` around a model of `transformers`; its weights become float32. A
+            class that cannot keep packed documents apart takes one document a row
+            (see `model_adapters.check_packed_documents`).
         objective: what to minimise, for example `LanguageModelling()`; see `Objective`.
         data: the batches.
         settings: how to train.
@@ -94,12 +96,13 @@ def train(
 
     Raises:
         UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing
-            here, or the objective has no identity.
+            here, the objective has no identity, or too many chats lose all their completion tokens.
         TrainingStopped: a loss spike, or a loss or gradient norm that is not finite.
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
     output = OutputFolder(Path(out), tokenizer, init_from)
     check_packed_documents(model, data.mixture, output.path)
+    check_chats_keep_completions(cut_text(data))
     with (
         disk_errors(output.path),
         deterministic(settings),
@@ -186,6 +189,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "ranks": ranks.world_size,
         }
+        self.cut_text = cut_text(data)
         # Long rows may be of other text with another loss: each kind is compared with its own recent losses.
         self.spike_detectors = {is_long: SpikeDetector(settings, []) for is_long in (False, True)}
 
@@ -330,6 +334,8 @@ class Trainer:
             **result.metrics,
             "tokens_per_second": tokens_per_second,
         }
+        if step == 0:
+            figures |= cut_figures(self.cut_text)
         if len(self.step_costs) > 1:
             figures["sequence_length"] = shape.sequence_length
         if cost.flops_per_token and cost.matmul_rate:
@@ -439,10 +445,16 @@ class Trainer:
             "sources": self.identity["sources"],
             "steps": self.total_steps,
             "best": self.best,
+            "cut_text": [one.to_json() for one in self.cut_text],
             "version": __version__,
             # The next training can go on after these documents; a data order of another class has none.
             "drawn": [one.to_json() for one in data.drawn()] if hasattr(data, "drawn") else [],
         }
+
+
+def cut_text(data: DataOrder) -> tuple[CutText, ...]:
+    """Return what is cut off of long documents; a data order of another class may not count it."""
+    return getattr(data, "cut_text", ())
 
 
 def _warn_of_rounding(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -13,26 +13,31 @@ from koine.train.settings import TrainSettings
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
     from koine.model.language_model import LanguageModel
+    from koine.model.packed_documents import DocumentIsolation
 
 
 def check_packed_documents(model: Any, mixture: Mixture, where: Path) -> None:
-    """Raise `UserError` for a model without a document mask if rows have several documents.
+    """Raise `UserError` for a model that cannot keep documents apart if rows have several.
 
-    A model that is no `LanguageModel` is refused too: training cannot write it.
+    A class of `transformers` is tried out on two short rows, only where rows have several documents. A model
+    that is no `LanguageModel` is refused too: training cannot write it.
     """
-    isolates: bool | None = getattr(model, "isolates_documents", None)
-    if isolates is None:
+    if not hasattr(type(model), "isolates_documents"):
         raise UserError(
             f"{type(model).__name__} is neither Koine's decoder nor a model of transformers",
             where=where,
             hint="training writes only these; give a model that koine.model.load_causal_lm opened",
         )
-    if not isolates and mixture.packing != "one_per_row" and not mixture.cross_document_attention:
-        raise UserError(
-            f"{model.architecture} cannot keep the documents of a row apart",
-            where=where,
-            hint="choose packing 'one_per_row' (one document a row), or let attention cross documents",
-        )
+    if mixture.packing == "one_per_row" or mixture.cross_document_attention or model.isolates_documents:
+        return
+    isolation: DocumentIsolation | None = getattr(model, "isolation", None)
+    reason = f": {isolation.reason}" if isolation is not None else ""
+    raise UserError(
+        f"{model.architecture} cannot keep the documents of a row apart{reason}",
+        where=where,
+        hint="choose --packing one_per_row (one document a row), or let attention cross documents "
+        "(--cross-document-attention)",
+    )
 
 
 def check_data_fits_model(model: LanguageModel, mixture: Mixture, vocab_size: int) -> None:

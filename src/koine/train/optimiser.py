@@ -43,16 +43,14 @@ class Optimiser:
                 parameter.data = parameter.data.to(dtype)
         orthogonal = block_matrices(model) if settings.optimiser == "muon" else set()
         decayed = decayed_parameters(model) - orthogonal
-        groups = {
-            settings.weight_decay: [tensor for name, tensor in self.masters.items() if name in decayed],
-            0.0: [
-                tensor
-                for name, tensor in self.masters.items()
-                if name not in decayed and name not in orthogonal
-            ],
-        }
+        others = self.masters.keys() - decayed - orthogonal
+        # Two groups also where both have the same weight decay: 0.
+        groups = [
+            ([tensor for name, tensor in self.masters.items() if name in decayed], settings.weight_decay),
+            ([tensor for name, tensor in self.masters.items() if name in others], 0.0),
+        ]
         self.adamw = torch.optim.AdamW(
-            [{"params": tensors, "weight_decay": decay} for decay, tensors in groups.items() if tensors],
+            [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from koine.data.cut_text import CUT_FIGURES
 from koine.files import parse_json
 from koine.plan.run.progress import report
 from koine.terminal import is_quiet, plain_console
@@ -40,10 +41,14 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def final_metrics(path: Path) -> dict[str, float]:
-    """Return the mean loss of the last ten steps and the last evaluation, from a `metrics.jsonl`."""
+    """Return the mean loss of the last ten steps, the last evaluation, and the shares of text cut off.
+
+    path: a `metrics.jsonl`.
+    """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     metrics = {"loss": sum(losses[-10:]) / len(losses[-10:])}
+    metrics |= {key: value for line in lines for key, value in line.items() if key.startswith(CUT_FIGURES)}
     for line in reversed(lines):
         found = {
             key.removeprefix("evaluation/"): value

@@ -95,7 +95,7 @@ def test_a_vertex_as_the_best_is_written_and_printed(tmp_path: Path) -> None:
     assert sorted(found["best"]["weights"]) == [0.0, 1.0]
     assert {"text": None} in found["left_out"].values()
     assert "–" in result.output
-    assert result.output.endswith(f"--t {found['best']['weights'][1]:g}\n")
+    assert f"\n--t {found['best']['weights'][1]:g}\nwritten to" in result.stdout
 
 
 def test_questions_are_a_score_too(tmp_path: Path) -> None:

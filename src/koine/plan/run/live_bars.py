@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group
+from typing import TYPE_CHECKING
+
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from koine.plan.formatting import time_left
 from koine.plan.run.time_left import Overall
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDE_COLUMNS = 110
 """Width of a terminal from which bars are long; the texts of steps need the rest."""

@@ -25,7 +25,7 @@ from koine.plan.run.estimates import Expectation, expect, remaining
 from koine.plan.run.job import HEADER, Job, check_importable, log_of, make_job
 from koine.plan.run.progress import read_progress
 from koine.plan.run.time_left import RunProgress, StepProgress
-from koine.plan.store.export import write_exports
+from koine.plan.store.export import exports_lock, write_exports
 from koine.plan.store.provenance import code_version
 from koine.plan.store.publish import leftovers, lock_of, recover
 from koine.plan.store.run_record import RunRecord
@@ -335,7 +335,9 @@ def execute(
     own = folder / ".progress" / f"{platform.node()}-{os.getpid()}"
     with disk_errors(plan.folder):
         folder.mkdir(parents=True, exist_ok=True)
-        clear_abandoned(folder, folder / ".cache", folder / ".work")
+        # Another run that writes its exports now has temporary files there.
+        with exports_lock(folder):
+            clear_abandoned(folder, folder / ".cache", folder / ".work")
         remove_dead_progress(own.parent)
         make_progress_folder(own)
         try:

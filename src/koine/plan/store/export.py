@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from koine.errors import UserError
@@ -22,6 +24,15 @@ def same(source: Path, target: Path) -> bool:
     return names == there and all(filecmp.cmp(source / name, target / name, shallow=False) for name in names)
 
 
+@contextmanager
+def exports_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of the exports of a run folder; wait for another run that holds it."""
+    lock = folder / ".locks" / ".exports"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(lock, doing="writing the exports", wait=-1):
+        yield
+
+
 def write_exports(plan: Plan) -> None:
     """Copy each export of the plan, completely or not at all; equal copies are left alone.
 
@@ -30,7 +41,7 @@ def write_exports(plan: Plan) -> None:
     if not plan.exports:
         return
     # Runs that share their work end at the same moment: the second one waits, and finds equal copies.
-    with exclusive(plan.folder / ".locks" / ".exports", doing="writing the exports", wait=-1):
+    with exports_lock(plan.folder):
         _write(plan)
 
 
