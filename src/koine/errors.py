@@ -62,5 +62,5 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     matches = nearest(word, known)
     if matches:
         return "did you mean " + " or ".join(f"'{match}'" for match in matches) + "?"
-    shown = ", ".join(sorted(known)[:12])
+    shown = ", ".join(word or "(empty)" for word in sorted(known)[:12])
     return f"known: {shown}" + (", ..." if len(known) > 12 else "")
