@@ -26,11 +26,11 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What `koine doctor` found out. Accelerators and rates are None where torch was not asked."""
+    """The findings of `koine doctor`. Accelerators and rates are None where torch was not asked."""
 
     versions: dict[str, str]
     support: dict[str, str]
-    """What the support matrix says of a version."""
+    """The verdict of the support matrix on a version."""
     environment: str
     machine: hardware.Machine
     training_dtype: str

@@ -26,7 +26,7 @@ CUT_FIGURES = "cut/"
 
 @dataclass(frozen=True, kw_only=True)
 class CutText:
-    """What rows of one length cut off, over all documents that they are drawn from."""
+    """Counts of text that rows of one length cut off, over all documents that they are drawn from."""
 
     sequence_length: int
     documents: int

@@ -16,7 +16,7 @@ PREVIEW_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class DataPreview:
-    """What the first records of a data set hold."""
+    """Content of the first records of a data set."""
 
     text_bytes: Mapping[str, int]
     """Bytes of text by language, without chats; `und`: no language is named."""

@@ -41,7 +41,7 @@ class Question:
     """`RECALL`, `GENERALISATION` or `UNMARKED`."""
     topic: Topic
     fact: str
-    """What the answer depends on; the same in every language and wording. "" where it is not known."""
+    """Identifier of the fact, the same in every language and wording. "" where it is not known."""
     record: Mapping[str, Any]
 
 

@@ -22,7 +22,7 @@ from koine.plan.command_line import recorded_command
 CARD = "README.md"
 
 Relation = Literal["finetune", "merge", "quantized", "adapter"]
-"""What a model is to its parents, in the Hub's words (`base_model_relation`)."""
+"""Relation of a model to its parents, in the Hub's words (`base_model_relation`)."""
 
 NO_LANGUAGE = ("und", "zxx", "mul")
 """Codes for undetermined, no and several languages."""
