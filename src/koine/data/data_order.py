@@ -96,7 +96,7 @@ class DataOrder:
         self._offsets = self._first_sequences()
         self._warn_of_repeats()
         self.cut_text = count_cut_text(self._distinct_components())
-        """Return the counts of text cut off from documents longer than a row; empty for the packing `concat`."""
+        """Return the counts of text cut off from documents longer than a row; empty for `concat`."""
         warn_of_cut_text(self.cut_text)
 
     @property

@@ -37,7 +37,7 @@ class Subset:
 
 
 def dataset_folder(path: str | Path) -> Path:
-    """Return the local path of data: the path itself, of a pipe a copy, or the folder of a data set of the hub.
+    """Return the local path of data: the path itself, the copy of a pipe, or the folder of a data set.
 
     Raises `UserError` if there is neither, the hub cannot be reached, or the data set has several subsets and
     none is named.

@@ -132,7 +132,8 @@ def _unknown_kind(path: Path) -> UserError:
 def read_rows(path: Path, *, unit: TextUnit = "paragraph", columns: Columns = ALL) -> Iterator[Row]:
     """Yield the rows of one file in order; `columns`: what is needed of a table.
 
-    Errors about the copy of a pipe name the pipe. Raises `UserError` if the file is of no known kind, unreadable, or damaged so that the rest is lost.
+    Errors about the copy of a pipe name the pipe. Raises `UserError` if the file is of no known kind,
+    unreadable, or damaged so that the rest is lost.
     """
     with hide_temporary_name(shown_name(path), path):
         yield from _read_rows(path, unit, columns)

@@ -36,7 +36,7 @@ QUESTION_TOKENS = 40
 UNKNOWN_LANGUAGES = 12
 UNKNOWN_PARAMETERS = 10_000_000
 SCORED_BYTES, SCORED_BYTES_PER_TOKEN = 80 * MEGABYTE, 80_000
-"""Activations of a batch that is scored during a training, and logits for each token of the vocabulary (measured)."""
+"""Activations of a batch that is scored during a training; its logits, for each token of the vocabulary."""
 
 
 def sample(

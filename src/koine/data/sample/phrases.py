@@ -1,8 +1,8 @@
 """Sentence and question templates of the sample world, in the languages with questions.
 
-`phrases.tsv` holds a row per template, and all languages have equally many of each. `{x}` is the subject as CLDR
-names it, `{y}` the answer. Where a language would inflect the subject, a template names the thing first and then
-asks ("Country: {x}. What is its currency?"), or takes a form of `koine.data.sample.subjects`.
+`phrases.tsv` holds a row per template, and all languages have equally many of each. `{x}` is the subject as
+CLDR names it, `{y}` the answer. Where a language would inflect the subject, a template names the thing first
+and then asks ("Country: {x}. What is its currency?"), or takes a form of `koine.data.sample.subjects`.
 """
 
 from __future__ import annotations

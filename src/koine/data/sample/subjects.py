@@ -125,7 +125,7 @@ _FRENCH_VOWELS = frozenset("AEÉÈÊIÎOÔU")
 
 
 def subject_forms(code: str, territory: str, name: str) -> dict[str, str]:
-    """Return the forms `the_x`, `of_x`, `in_x` and `has_x` of a territory's name that a language's templates use."""
+    """Return the forms of a territory's name (`the_x`, `of_x`, `in_x`, `has_x`) that a language's templates use."""
     if code == "en":
         article = territory in _ENGLISH_ARTICLES or name.endswith("Islands")
         return {"the_x": f"the {name}" if article else name}
