@@ -1,0 +1,38 @@
+"""Checks of the steps' arguments before anything runs.
+
+Each stands beside a step as `@step(check=...)`: it gets the step's arguments with a `PlannedInput` for each
+input, raises `UserError` for what cannot work, warns with `KoineWarning` of what may surprise, and returns
+the facts that the checks of later steps build on.
+"""
+
+from koine.steps.checks.combinations import combined, copied, grown, merged
+from koine.steps.checks.corpora import domain_text, own_corpus, sample, text_corpus
+from koine.steps.checks.trainings import (
+    domain_tokens,
+    evaluated_model,
+    evaluation,
+    moved,
+    shared_tokenizer,
+    tokenizer,
+    tokens,
+    training,
+)
+
+__all__ = [
+    "combined",
+    "copied",
+    "domain_text",
+    "domain_tokens",
+    "evaluated_model",
+    "evaluation",
+    "grown",
+    "merged",
+    "moved",
+    "own_corpus",
+    "sample",
+    "shared_tokenizer",
+    "text_corpus",
+    "tokenizer",
+    "tokens",
+    "training",
+]
