@@ -17,6 +17,9 @@ from koine.errors import KoineWarning, UserError
 from koine.files import atomic_file, is_standard_output, write_atomically
 from koine.files.streams import descriptor_of
 
+# The reader of a pipe is a thread, which may open it late: that is noted.
+pytestmark = pytest.mark.filterwarnings("ignore:.*waiting for a program that reads from it")
+
 DATA = bytes(range(256)) * 2000  # no text, and more than a pipe holds
 
 
