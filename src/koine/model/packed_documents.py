@@ -33,7 +33,7 @@ Way = Literal["positions", "masks"]
 
 WAYS: tuple[Way, ...] = ("positions", "masks")
 BOUNDARIES = (7 / 16, 10 / 16)
-"""Where the second document of each of the two rows begins, as a share of the row."""
+"""Beginning of the second document in each of the two rows, as a share of the row."""
 FEWEST_TOKENS = 4
 """Shortest context length that the experiment can be made in."""
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")

@@ -36,11 +36,11 @@ class PlannedInput:
     """An input of a step before the run, as the step's `check` sees it."""
 
     path: Path
-    """Where it is, or will be."""
+    """Its place, now or later."""
     exists: bool
     """Whether it is there now and stays: an input of the plan, or an artifact that is up to date."""
     facts: Any = None
-    """What the `check` of the step that will write it returned; None: nothing is known."""
+    """Result of the `check` of the step that will write it; None: nothing is known."""
 
 
 @dataclass(frozen=True)

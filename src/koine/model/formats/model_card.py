@@ -63,7 +63,7 @@ class Parent:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a model card says that is not in the model's folder.
+    """Content of a model card that is not in the model's folder.
 
     Attributes:
         title: The heading.

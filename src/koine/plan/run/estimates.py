@@ -51,7 +51,7 @@ class Expectation:
 
     @property
     def bases(self) -> list[str]:
-        """Where the steps' times come from, each sentence once."""
+        """Return the sources of the steps' times, each sentence once."""
         return list(dict.fromkeys(one.basis for one in self.steps.values() if one.basis))
 
     @property

@@ -82,7 +82,7 @@ class StepProgress:
 
 @dataclass(frozen=True)
 class Overall:
-    """What a run shows of itself.
+    """Display of a run.
 
     ended: steps that have ended. fraction: share of the work. seconds_left: None while nothing is known.
     """
