@@ -14,10 +14,12 @@ import torch
 
 from koine.errors import UserError
 from koine.generate.cache.paged_cache import PAGE
+from koine.generate.cache_support import probe_padding
 from koine.generate.cpu.prepacked_linear import prepack
 from koine.generate.engine import Completion, Token
 from koine.generate.grammar.schema import schema_text
 from koine.generate.messages import Message
+from koine.generate.padded_scheduler import PaddedScheduler
 from koine.generate.request import Request
 from koine.generate.sampling import Sampling
 from koine.generate.scheduler import Scheduler
@@ -100,7 +102,7 @@ class LocalEngine:
         self._weight = next(model.parameters())
         self.stop_ids = model.eos_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
         self.context = model.context_length or UNLIMITED
-        self.scheduler: Scheduler | SequentialGenerator
+        self.scheduler: Scheduler | PaddedScheduler | SequentialGenerator
         # The two kinds of model have KV caches of different classes: paged here, those of transformers there.
         if isinstance(model, Decoder):
             prepack(model)
@@ -112,7 +114,14 @@ class LocalEngine:
             )
         else:
             assert isinstance(model, CausalLM)
-            self.scheduler = SequentialGenerator(model, prefill_chunk=prefill_chunk)
+            with torch.inference_mode():
+                shapes = probe_padding(model.inner)
+            if shapes is None:
+                self.scheduler = SequentialGenerator(model, prefill_chunk=prefill_chunk)
+            else:
+                self.scheduler = PaddedScheduler(
+                    model, shapes, max_batch=max_batch, max_bytes=cache_bytes, prefill_chunk=prefill_chunk
+                )
         self._step_lock = threading.Lock()
         self._grammar = lru_cache(maxsize=32)(self._compile_grammar)
 
