@@ -1,6 +1,7 @@
 """Generate one request at a time with any causal LM of transformers and its own KV cache.
 
-Same interface as `koine.generate.scheduler.Scheduler`, so that an engine need not know which it has.
+For classes that cannot continue texts of different lengths in one batch (`koine.generate.padded_scheduler`). Same
+interface as `koine.generate.scheduler.Scheduler`, so that an engine need not know which it has.
 """
 
 from __future__ import annotations
