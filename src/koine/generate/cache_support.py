@@ -15,7 +15,7 @@ from koine.generate.cache.cached_forward import CachedForward, cache_name
 from koine.model.lm_head import forward_logits, probe_tokens
 
 if TYPE_CHECKING:
-    from koine.generate.cache.padded_cache import LayerShape, PaddedCache
+    from koine.generate.cache.padded_cache import LayerShape
 
 CacheSupport = Literal["chunks", "tokens", "none"]
 """What a model takes after a cache: any number of tokens, one token, or none (each step recomputes all)."""
@@ -60,48 +60,39 @@ def probe_padding(inner: Any) -> list[LayerShape] | None:
         return None
     from koine.generate.cache.padded_cache import PaddedCache, layer_shapes
 
-    first, second = ids[0].tolist(), ids[1].tolist()[3:]
-    third = ids[1].tolist()[-7:]
-    texts = {"first": first, "second": second, "third": third}
+    texts = {"long": ids[0].tolist(), "short": ids[1].tolist()[3:], "late": ids[1].tolist()[-7:]}
     expected = {name: _uncached(inner, text) for name, text in texts.items()}
     forward = CachedForward(inner)
     try:
-        _, past = forward(first[:3], None)
+        _, past = forward(texts["long"][:3], None)
         shapes = layer_shapes(past)
         if shapes is None:
             return None
         batch, alone = PaddedCache(shapes), PaddedCache(shapes)
-        # Two prompts together, one token each, a third prompt in two chunks joins, the longest leaves.
-        steps = [(batch, {"first": first[:8], "second": second[:3]})]
-        steps += [(batch, {"first": first[8:9], "second": second[3:4]})]
-        steps += [(alone, {"third": third[:2]}), (alone, {"third": third[2:5]})]
-        for cache, rows in steps:
-            if not _batch_agrees(forward, cache, rows, expected):
-                return None
+
+        def agrees(cache: PaddedCache, **places: slice) -> bool:
+            """Continue texts, in the order of the cache's rows; compare the logits of the last tokens."""
+            got_rv = forward.batch(cache, [texts[name][place] for name, place in places.items()])
+            return all(
+                _close(got_v, expected[name], length - 1)
+                for name, got_v, length in zip(places, got_rv, cache.lengths, strict=True)
+            )
+
+        # Two prompts together, then one token of each; a third prompt in two chunks joins; the longest leaves.
+        first = agrees(batch, long=slice(8), short=slice(3)) and agrees(
+            batch, long=slice(8, 9), short=slice(3, 4)
+        )
+        if not (first and agrees(alone, late=slice(2)) and agrees(alone, late=slice(2, 5))):
+            return None
         batch.join(alone)
-        rows = {"first": first[9:10], "second": second[4:5], "third": third[5:6]}
-        if not _batch_agrees(forward, batch, rows, expected):
+        if not agrees(batch, long=slice(9, 10), short=slice(4, 5), late=slice(5, 6)):
             return None
         batch.remove(0)
-        if not _batch_agrees(forward, batch, {"third": third[6:7], "second": second[5:6]}, expected):
+        if not agrees(batch, late=slice(6, 7), short=slice(5, 6)):
             return None
     except REFUSALS:
         return None
     return shapes
-
-
-def _batch_agrees(
-    forward: CachedForward, cache: PaddedCache, rows: dict[str, list[int]], expected: dict[str, Tensor]
-) -> bool:
-    """Return whether the next ids of each text give the logits of that text alone.
-
-    expected: logits of each whole text, `[time, vocab]`.
-    """
-    got_rv = forward.batch(cache, list(rows.values()))
-    return all(
-        _close(got_v, expected[name], length - 1)
-        for name, got_v, length in zip(rows, got_rv, cache.lengths, strict=True)
-    )
 
 
 def _depends_on_neighbours(inner: Any) -> bool:
