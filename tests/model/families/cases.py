@@ -87,8 +87,16 @@ _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
         "llama3": {"rope_parameters": _LLAMA3, "head_dim": 16},
         "yarn": {"rope_parameters": _YARN, "head_dim": 16},
         "yarn-all-fields": {
+            # A base and limits with which the ramp begins after the first frequency.
             "rope_parameters": rope(
-                "yarn", factor=4.0, beta_fast=4.0, beta_slow=0.5, mscale=0.8, mscale_all_dim=0.6
+                "yarn",
+                100.0,
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=1.5,
+                beta_slow=0.5,
+                mscale=0.8,
+                mscale_all_dim=0.6,
             ),
             "head_dim": 16,
         },
@@ -136,7 +144,7 @@ _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 23,
             "attn_logit_softcapping": 3.0,
-            "final_logit_softcapping": 6.0,
+            "final_logit_softcapping": 0.5,
         },
         "no-caps": {
             "head_dim": 12,
@@ -145,7 +153,12 @@ _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
         },
-        "untied": {"head_dim": 8, "sliding_window": WINDOW, "tie_word_embeddings": False},
+        "untied": {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 8,
+            "tie_word_embeddings": False,
+        },
     },
     "gemma3_text": {
         "two-bases": {
@@ -156,21 +169,27 @@ _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
             "num_key_value_heads": 1,
         },
-        "pattern-of-6": {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": WINDOW + 1},
+        "pattern-of-6": {
+            "head_dim": 16,
+            "num_hidden_layers": 7,
+            "sliding_window": WINDOW + 1,
+            "query_pre_attn_scalar": 16,
+        },
         "linear": {
             "head_dim": 16,
             "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 16,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "full_attention": rope("linear", 100_000.0, factor=8.0),
                 "sliding_attention": rope("default", 5_000.0),
             },
         },
-        "soft-caps-untied": {
+        "soft-cap-untied": {
             "head_dim": 8,
+            "query_pre_attn_scalar": 8,
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-            "attn_logit_softcapping": 3.0,
             "final_logit_softcapping": 6.0,
             "tie_word_embeddings": False,
         },

@@ -15,21 +15,21 @@ from tests.model.drift import hidden_states
 from .cases import VOCABULARY, Case
 
 
-def write_checkpoint(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def write_checkpoint(case: Case, folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Path:
     """Write a checkpoint of random weights as `transformers` saves it."""
     config = transformers.AutoConfig.for_model(case.model_type, **case.fields())
     model = transformers.AutoModelForCausalLM.from_config(config)
-    _randomise(model)
+    _randomise(model, seed)
     model.to(dtype).save_pretrained(folder)
     return folder
 
 
-def _randomise(model: Any) -> None:
+def _randomise(model: Any, seed: int) -> None:
     """Draw all weights so that an exchanged, ignored or doubled one shows in the output.
 
     Attention is far from uniform, norms differ from channel to channel and no bias is zero.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -37,7 +37,8 @@ def _randomise(model: Any) -> None:
                 # Around the initial value: 1, or 0 for biases and for Gemma's norms.
                 weight.add_(0.3 * noise)
             elif "embed_tokens" in name:
-                weight.copy_(noise)
+                # Small beside what the blocks add: else a tied model repeats its input.
+                weight.copy_(0.05 * noise)
             else:
                 weight.copy_(1.2 * noise / weight.shape[1] ** 0.5)
 
