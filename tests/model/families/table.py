@@ -62,15 +62,22 @@ def page(cells: Cells) -> str:
         lines.append(_row(architecture(model_type), f"`{model_type}`", *words))
     lines += ["", "What the columns mean:", ""]
     lines += [f"- **{column.title}**: {column.meaning}" for column in COLUMNS]
-    reasons = [
-        f"- `{model_type}`, {title}: {cells[model_type, title].reason}"
-        for model_type in model_types()
-        for title in titles
-        if cells[model_type, title].reason
-    ]
+    reasons = _reasons(cells)
     if reasons:
         lines += ["", "Where the table says no, Koine says:", "", *reasons]
     return "\n".join(lines) + "\n"
+
+
+def _reasons(cells: Cells) -> list[str]:
+    """Return a line for each reason of a "no", with the families and columns that have it."""
+    places: dict[str, dict[str, list[str]]] = {}
+    for (model_type, title), cell in cells.items():
+        if cell.reason:
+            places.setdefault(cell.reason, {}).setdefault(model_type, []).append(title)
+    return [
+        f"- {reason}: " + "; ".join(f"`{kind}` ({', '.join(titles)})" for kind, titles in found.items())
+        for reason, found in places.items()
+    ]
 
 
 def read_page(text: str) -> dict[tuple[str, str], str]:

@@ -44,8 +44,8 @@ def test_left_padded_batches(folder: Path) -> None:
     checks.left_padded(folder)
 
 
-def test_packed_documents_are_kept_apart(folder: Path, case: Case) -> None:
-    checks.packed_documents(folder, case)
+def test_packed_documents_are_kept_apart(folder: Path) -> None:
+    checks.packed_documents(folder)
 
 
 def test_gradients(folder: Path) -> None:
