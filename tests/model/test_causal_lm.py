@@ -58,7 +58,7 @@ def assert_equal(ours: Decoder, theirs: Any, ids: Tensor, tolerance: float) -> N
     [
         (None, "Cohere2ForCausalLM"),
         ((LayerSpec(),) * 3, "CohereForCausalLM"),
-        ((LayerSpec(qk_norm=True),) * 3, "CohereForCausalLM"),
+        ((LayerSpec(qk_norm="heads"),) * 3, "CohereForCausalLM"),
         ((LayerSpec(window=4),) * 3, "Cohere2ForCausalLM"),
         ((LayerSpec(rope=False),) * 3, "Cohere2ForCausalLM"),
     ],
@@ -224,7 +224,7 @@ def test_the_first_drifting_block_is_named(tiny: ModelConfig, tmp_path: Path) ->
 
 
 def test_models_without_a_transformers_class_are_saved_as_koine(tiny: ModelConfig, tmp_path: Path) -> None:
-    layers = (LayerSpec(window=5, rope=False), LayerSpec(qk_norm=True), LayerSpec(window=3))
+    layers = (LayerSpec(window=5, rope=False), LayerSpec(qk_norm="heads"), LayerSpec(window=3))
     model = Decoder(replace(tiny, layers=layers)).eval()
     save_model(model, tmp_path)
     register_with_transformers()
@@ -237,7 +237,7 @@ def test_models_without_a_transformers_class_are_saved_as_koine(tiny: ModelConfi
 
 
 def test_our_own_type_generates_through_transformers(tiny: ModelConfig, tmp_path: Path) -> None:
-    model = Decoder(replace(tiny, layers=(LayerSpec(window=5, rope=False), LayerSpec(qk_norm=True)))).eval()
+    model = Decoder(replace(tiny, layers=(LayerSpec(window=5, rope=False), LayerSpec(qk_norm="heads")))).eval()
     save_model(model, tmp_path)
     register_with_transformers()
     theirs = opened(tmp_path)

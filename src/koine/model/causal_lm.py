@@ -15,9 +15,10 @@ from koine.errors import KoineWarning, UserError
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.hub import model_folder
+from koine.model.families.reading import UnsupportedModelError
 from koine.model.formats.carried_files import copy_tokenizer
 from koine.model.formats.checksum import write_checksums
-from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
+from koine.model.formats.config_json import decoder_types, read_config
 from koine.model.formats.directory import load_model
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
@@ -124,12 +125,12 @@ class CausalLM(nn.Module):
 
     @property
     def output_weight(self) -> Tensor | None:
-        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`; else None.
+        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, soft-capped; else None.
 
-        With it the loss can be computed in chunks. None where the model has a bias or a soft cap.
+        With it the loss can be computed in chunks. None where the model has a bias.
         """
         module = linear_head(self.inner)
-        if not self.head.linear or self.head.cap is not None or type(module) is not nn.Linear:
+        if not self.head.linear or type(module) is not nn.Linear:
             return None
         return None if module.bias is not None else module.weight
 
@@ -137,6 +138,11 @@ class CausalLM(nn.Module):
     def logit_scale(self) -> float:
         """Factor on the logits (Cohere multiplies, Granite divides)."""
         return self.head.scale
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Soft cap of the scaled logits; None without one."""
+        return self.head.cap if self.head.linear else None
 
     def forward(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -277,7 +283,7 @@ def _several_documents(document_ids: Tensor) -> bool:
 def opens_as_decoder(path: Path) -> bool:
     """Return whether our decoder implements the model of the folder's `config.json`."""
     value = read_json(path / "config.json")
-    if not isinstance(value, dict) or value.get("model_type") not in OWN_TYPES:
+    if not isinstance(value, dict) or value.get("model_type") not in decoder_types():
         return False
     try:
         read_config(path)

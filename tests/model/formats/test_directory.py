@@ -160,7 +160,7 @@ def test_layer_lists_are_saved_and_loaded(tiny: ModelConfig, tmp_path: Path) -> 
     kinds = {
         "cohere": (LayerSpec(),) * 2,
         "cohere2": (LayerSpec(window=3), LayerSpec(rope=False), LayerSpec(window=3)),
-        "koine": (LayerSpec(window=3), LayerSpec(window=5), LayerSpec(qk_norm=True), LayerSpec(rope=False)),
+        "koine": (LayerSpec(window=3), LayerSpec(window=5), LayerSpec(qk_norm="heads"), LayerSpec(rope=False)),
     }
     for kind, layers in kinds.items():
         for tied in (True, False):
