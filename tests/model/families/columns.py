@@ -72,7 +72,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         title="batched engine",
         meaning="Continuous batching gives the greedy tokens of `generate`.",
-        check=lambda sample: checks.batched_engine(sample.folder),
+        check=lambda sample: checks.batched_engine(sample.folder, sample.case),
     ),
 )
 

@@ -23,6 +23,7 @@ def test_every_family_has_cases() -> None:
 def test_the_registered_names_are_those_of_transformers() -> None:
     """`model_type` and `architecture` of a family name one class of `transformers`."""
     import transformers
+
     from koine.model.families import families
 
     for model_type, family in families().items():
@@ -71,4 +72,4 @@ def test_older_spellings_of_rope(folder: Path, tmp_path: Path) -> None:
     "one", [case for case in CASES if case.dynamic or case == first_case(case.model_type)], ids=str
 )
 def test_a_batch_has_the_greedy_tokens_of_generate(one: Case, checkpoint: Checkpoint) -> None:
-    checks.batched_engine(checkpoint(one, torch.float32))
+    checks.batched_engine(checkpoint(one, torch.float32), one)
