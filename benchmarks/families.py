@@ -180,7 +180,7 @@ def main() -> None:
     }
     if options.out and options.out.exists():
         before = read_json(options.out)
-        if all(before[name] == result[name] for name in ("quick", "machine", "versions")):
+        if all(before.get(name) == result[name] for name in ("quick", "machine", "versions")):
             result["rows"] = before["rows"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.checkpoints or Path(temporary)).resolve()
