@@ -94,6 +94,7 @@ def write_random(name: str, out: Path, quick: bool) -> None:
         config, dtype=torch.bfloat16, trust_remote_code=False
     )
     model.save_pretrained(out)
+    write_tokenizer(out, config.vocab_size)
 
 
 def write_from_gguf(source: Path, out: Path) -> None:
@@ -109,6 +110,17 @@ def write_from_gguf(source: Path, out: Path) -> None:
     )
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(out)
+    write_tokenizer(out, model.config.vocab_size)
+
+
+def write_tokenizer(out: Path, size: int) -> None:
+    """Write a tokenizer of made-up words: upcycling compares those of its branches."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = ["<unk>", *(f"w{number}" for number in range(1, size))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    Tokenizer(WordLevel(vocabulary, unk_token="<unk>")).save(str(out / "tokenizer.json"))
 
 
 def write_branches(seed: Path, out: Path, count: int) -> None:
@@ -124,7 +136,8 @@ def write_branches(seed: Path, out: Path, count: int) -> None:
             k: (w + 0.1 * w.float().std() * torch.randn(w.shape)).to(w.dtype) for k, w in weights.items()
         }
         save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copyfile(seed / "config.json", folder / "config.json")
+        for name in ("config.json", "tokenizer.json"):
+            shutil.copyfile(seed / name, folder / name)
 
 
 def interleave_rotary(weight: Tensor, heads: int) -> Tensor:
