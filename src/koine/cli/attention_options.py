@@ -1,4 +1,4 @@
-"""Command-line options for a preset's attention."""
+"""Command-line options for the attention of a preset or of a model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def attention_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--attention",
             type=click.Choice(NAMES),
-            help="Attention variant of the layers.  [default: the preset's, rnope-swa]",
+            help="Attention variant of the layers.  [default: the model's own; of a preset rnope-swa]",
         ),
-        click.option("--window", type=int, help="Window of rnope-swa, in tokens."),
+        click.option("--window", type=int, help="Window of rnope-swa, in tokens.  [default: the model's or preset's own]"),
         click.option(
             "--full-every", type=int, help="rnope-swa: every n-th layer has full attention without positions."
         ),

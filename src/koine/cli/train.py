@@ -20,6 +20,7 @@ from koine.cli.mixtures import DataOptions, build_mixture, data_options
 from koine.cli.outputs import OutputFolder
 from koine.cli.recording import recorded_output
 from koine.errors import UserError
+from koine.terminal import note
 from koine.train.settings import TrainSettings
 from koine.train.tracking.run_logger import PROJECT, TRACK, TRACK_PROJECT, TRACKERS, open_run_logger
 
@@ -171,13 +172,10 @@ def pretrain(
             "give either --preset or --model", hint="--preset starts a new model, --model goes on"
         )
     if model is not None:
-        for name, value in (("--attention", attention), ("--window", window), ("--full-every", full_every)):
-            if value is not None:
-                raise UserError(
-                    f"{name} with --model: the layers of a model do not change",
-                    hint="leave it out, or start a new one with --preset; --rope-theta may change",
-                )
-        _run(lambda vocab_size: _open_model(model, rope_theta), LanguageModelling(), model, options)
+        chosen = {
+            "attention": attention, "window": window, "full_every": full_every, "rope_theta": rope_theta
+        }  # fmt: skip
+        _run(lambda vocab_size: _open_model(model, **chosen), LanguageModelling(), model, options)
         return
 
     def new_model(vocab_size: int) -> Decoder:
@@ -213,25 +211,31 @@ def sft(model: Path, **options: Any) -> None:
     _run(lambda vocab_size: _open_model(model), SupervisedFineTuning(), model, options)
 
 
-def _open_model(path: Path, rope_theta: float | None = None) -> LanguageModel:
-    """Return the model in a folder, with another RoPE base where one is given."""
+def _open_model(path: Path, **attention: Any) -> LanguageModel:
+    """Return the model in a folder, with other attention where options of it are given (not None)."""
+    from koine.model.attention_change import change_attention, describe_change
     from koine.model.causal_lm import load_as_stored
     from koine.model.decoder import Decoder
-    from koine.model.layer_patterns import set_rope_theta
+    from koine.model.layer_patterns import with_attention
 
     if not path.is_dir():
         raise UserError("no such model directory", where=path, hint="give a folder that holds config.json")
     model = load_as_stored(path)
-    if rope_theta is not None:
-        # Classes of transformers compute RoPE's frequencies once, when they are opened.
-        if not isinstance(model, Decoder):
-            raise UserError(
-                "--rope-theta is for Koine's own decoder",
-                where=path,
-                hint="set it in the model's config.json",
-            )
-        set_rope_theta(model, rope_theta)
-    return model
+    given = [name for name, value in attention.items() if value is not None]
+    if not given:
+        return model
+    # Classes of transformers compute RoPE's frequencies once, when they are opened.
+    if not isinstance(model, Decoder):
+        raise UserError(
+            f"--{given[0].replace('_', '-')} is for Koine's own decoder",
+            where=path,
+            hint=f"a {model.architecture} opens through transformers, with the attention of its config.json",
+        )
+    config = with_attention(model.config, **attention)
+    said = describe_change(model.config, config)
+    if said and os.environ.get("RANK", "0") == "0":
+        note(said)
+    return change_attention(model, config)
 
 
 def _take(cls: type[Any], options: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from koine.data.hub_data import dataset_folder
 from koine.errors import UserError
 from koine.hardware import chosen_dtype
 from koine.hub import model_folder
+from koine.model.layer_patterns import VARIANTS
 from koine.plan import Artifact, Parameter, Plan
 from koine.recipes.closings import trained_model
 from koine.recipes.parameters import (
@@ -26,6 +27,7 @@ from koine.recipes.parameters import (
     ModelFolder,
     Seed,
 )
+from koine.steps.attention import put_attention
 from koine.steps.comparison import compare_lengths
 from koine.steps.corpora import text_corpus
 from koine.steps.evaluation import evaluate_lengths
@@ -56,6 +58,17 @@ def extend(
         tuple[float, ...],
         Parameter("Base of the rotary embedding in each stage; empty: the model's own.", above=0),
     ] = (),
+    attention: Annotated[
+        str,
+        Parameter("Attention variant to put on the model first; empty: its own.", choices=("", *VARIANTS)),
+    ] = "",
+    window: Annotated[
+        int, Parameter("Window of rnope-swa; 0: the model's own.", unit="tokens", low=0)
+    ] = 0,
+    full_every: Annotated[
+        int,
+        Parameter("Of rnope-swa: every how many layers one is full; 0: 4.", unit="layers", low=0),
+    ] = 0,
     long_every: Annotated[
         int,
         Parameter("Every how many steps one has rows of the stage's length; 1: all.", unit="steps", low=1),
@@ -86,12 +99,15 @@ def extend(
     """Train a model further in stages of growing length; bits per byte at each length after each stage.
 
     The first stage has rows of the first length alone. In each later one every `long_every`-th step has
-    rows of the stage's length, and the others of the first length.
+    rows of the stage's length, and the others of the first length. With `attention`, the model has that
+    variant from the beginning: the stages heal it.
     """
     # One step follows another, so that each may use more cores.
     plan.threads = plan.threads or 2
     _check_stages(lengths, steps, thetas)
     given = plan.input(model_folder(model), name="model-given")
+    if not attention and (window or full_every):
+        raise UserError("a window or a ratio of full layers without attention", hint="set attention=rnope-swa")
 
     def corpus_of(path: Path, suffix: str) -> tuple[Artifact, Artifact]:
         corpus = plan.step(
@@ -126,6 +142,15 @@ def extend(
         seed=seed,
     )
     stages: dict[str, Artifact] = {"given": given}
+    if attention:
+        stages["changed"] = plan.step(
+            put_attention,
+            name="stage/changed",
+            model=given,
+            attention=attention,
+            window=window,
+            full_every=full_every,
+        )
     total, done = sum(steps), 0
     for index, (length, count) in enumerate(zip(lengths, steps, strict=True)):
         rates = [learning_rate * _rate_factor(at / total, final_rate_share) for at in (done, done + count)]

@@ -93,7 +93,7 @@ def compare_lengths(evaluations: dict[str, Path], *, lengths: tuple[int, ...], o
     )
     last = list(values)[-1]
     write_json(out / "metrics.json", {"gain_of_the_longest": gain[last]})
-    names = {stage: stage if stage == "given" else f"after {int(stage):,}" for stage in values}
+    names = {stage: f"after {int(stage):,}" if stage.isdecimal() else stage for stage in values}
     blocks: list[dict[str, Any]] = [
         {
             "kind": "text",

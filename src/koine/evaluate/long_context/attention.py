@@ -106,20 +106,25 @@ def block_attention(block: Block, x: Tensor, rows: slice) -> Tensor:
 
 def _keys(block: Block, x: Tensor) -> Tensor:
     """Compute rotated keys `[kv_heads, time, head_dim]`."""
-    _, k, _ = block.heads(block.qkv(x), _angles(block, 0, x.shape[1], x.device))
+    time = x.shape[1]
+    _, k, _ = block.heads(block.qkv(x), _angles(block, 0, time, time, x.device))
     return k[0].transpose(0, 1)
 
 
 def _queries(block: Block, x: Tensor, start: int, stop: int) -> Tensor:
     """Compute rotated and scaled queries `[heads, stop - start, head_dim]`."""
-    q, _, _ = block.heads(block.qkv(x[:, start:stop]), _angles(block, start, stop, x.device))
+    angles = _angles(block, start, stop, x.shape[1], x.device)
+    q, _, _ = block.heads(block.qkv(x[:, start:stop]), angles)
     return q[0].flatten(1, 2).transpose(0, 1)
 
 
-def _angles(block: Block, start: int, stop: int, device: torch.device) -> Angles | None:
+def _angles(block: Block, start: int, stop: int, time: int, device: torch.device) -> Angles | None:
+    """Compute RoPE's tables of the positions `start` to `stop` of a text of `time` tokens."""
     if block.rope is None:
         return None
-    return rope_angles(torch.arange(start, stop, device=device)[None], block.config)[block.rope]
+    positions = torch.arange(start, stop, device=device)[None]
+    # Frequencies of dynamic RoPE depend on the length of the whole text.
+    return rope_angles(positions, block.config, torch.full_like(positions, time))[block.rope]
 
 
 def _weights(block: Block, q_hrd: Tensor, keys_ktd: Tensor, start: int) -> Tensor:
@@ -132,6 +137,8 @@ def _weights(block: Block, q_hrd: Tensor, keys_ktd: Tensor, start: int) -> Tenso
     # The query heads of a group share a KV head: one matmul for each KV head.
     grouped = q_hrd.reshape(config.kv_heads, config.groups * rows, config.head_dim)
     scores = torch.bmm(grouped.float(), keys_ktd.float().transpose(1, 2))
+    if config.attention_softcap is not None:
+        scores = scores.div_(config.attention_softcap).tanh_().mul_(config.attention_softcap)
     scores_hrt = scores.view(config.query_heads, rows, time)
     distance_rt = (
         torch.arange(start, start + rows, device=device)[:, None] - torch.arange(time, device=device)[None]

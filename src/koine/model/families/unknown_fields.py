@@ -53,11 +53,12 @@ def check_code(fields: Fields, architecture: str) -> None:
         return
     if not isinstance(named, dict):
         raise fields.wrong("auto_map", "an object")
-    for auto, path in named.items():
-        if auto == "AutoModelForCausalLM" and str(path).rpartition(".")[2] != architecture:
-            raise UserError(
-                f"needs Python code that comes with it ({path}), which is never run",
-                where=fields.where,
-                hint=f"remove 'auto_map' if the model is a plain {architecture}, else convert it to a class of "
-                "transformers",
-            )
+    own = str(named.get("AutoModelForCausalLM") or architecture)
+    if own.rpartition(".")[2] != architecture:
+        paths = sorted(str(path[0] if isinstance(path, list) else path) for path in named.values() if path)
+        raise UserError(
+            f"needs Python code that comes with it ({', '.join(paths[:2])}), which is never run",
+            where=fields.where,
+            hint=f"remove 'auto_map' if the model is a plain {architecture}, else convert it to a class of "
+            "transformers",
+        )

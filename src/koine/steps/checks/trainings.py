@@ -71,6 +71,25 @@ def moved(
     return replace(facts, config=config, vocab_size=size)
 
 
+def other_attention(
+    model: PlannedInput, *, attention: str, window: int = 0, full_every: int = 0, **_: Any
+) -> ModelFacts | None:
+    """Check that the variant fits the model; the result has its layers."""
+    from koine.model.formats.config_json import model_type
+    from koine.model.layer_patterns import with_attention
+
+    found = own_model(model)
+    if found is None:
+        return None
+    config = with_attention(
+        found,
+        attention=attention,  # type: ignore[arg-type]
+        window=window or None,
+        full_every=full_every or None,
+    )
+    return ModelFacts(model_type=model_type(config), config=config, vocab_size=vocabulary_size(model))
+
+
 def training(
     model: PlannedInput | None,
     tokens: Mapping[str, PlannedInput],
