@@ -1,0 +1,47 @@
+"""What a user does with a checkpoint, on every family: each method against the class of `transformers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from koine.model import load_model, variant_name
+
+from . import checks, methods, variants
+from .cases import Case, first_case, model_types
+from .conftest import Checkpoint
+
+FIRST = pytest.mark.parametrize("case", [first_case(kind) for kind in model_types()], ids=str)
+
+
+def test_attention_weights(folder: Path) -> None:
+    methods.attention_weights(folder)
+
+
+def test_parameters_and_operations(folder: Path) -> None:
+    methods.counts(folder)
+
+
+def test_what_is_decayed_and_what_muon_updates(folder: Path) -> None:
+    methods.optimised_parameters(folder)
+
+
+def test_gradients_of_packed_documents(folder: Path) -> None:
+    methods.trains_on_packed_documents(folder)
+
+
+def test_attention_variants_of_other_shapes(case: Case, folder: Path, tmp_path: Path) -> None:
+    if case.dynamic:
+        pytest.skip("the reference keeps the frequencies of its longest text")
+    variants.attention_variants(folder, tmp_path, checks.agree)
+
+
+@FIRST
+def test_untied_vocabularies_are_extended(case: Case, tmp_path: Path) -> None:
+    tied = not bool(case.changes.get("tie_word_embeddings"))
+    other = Case(
+        model_type=case.model_type, name="other", changes={**case.changes, "tie_word_embeddings": tied}
+    )
+    methods.vocabulary_extension(other, tmp_path)
