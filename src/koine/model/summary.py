@@ -36,6 +36,9 @@ def describe_config(config: ModelConfig, *, length: int = 4096) -> dict[str, Any
         "layers": f"{len(config.layers)} ({len(config.layers) - full} windowed {windows}, {full} full)"
         if windows
         else f"{len(config.layers)} (all full)",
+        "block": _block(config),
+        "rope_scaling": _rope_scaling(config),
+        "factors": _factors(config),
         "experts": _experts(config),
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
@@ -53,6 +56,54 @@ def describe_config(config: ModelConfig, *, length: int = 4096) -> dict[str, Any
         },
         "cache_bytes": cache,
     }
+
+
+_ARRANGEMENTS = {
+    "parallel": "attention and feed-forward in parallel",
+    "pre_norm": "norm before each sublayer",
+    "post_norm": "norm after each sublayer",
+    "sandwich": "norms before and after each sublayer",
+}
+_GATED = {"silu": "SwiGLU", "gelu_tanh": "GeGLU (tanh)", "gelu": "GeGLU", "relu": "ReGLU"}
+_PLAIN = {"silu": "SiLU", "gelu_tanh": "GELU (tanh)", "gelu": "GELU", "relu": "ReLU"}
+
+
+def _block(config: ModelConfig) -> str:
+    """Return the arrangement of a block, its norm, its feed-forward and its biases."""
+    norm = "LayerNorm" if config.norm == "layer_norm" else "RMSNorm"
+    weight = " with 1 + weight" if config.norm_unit_offset else ""
+    forward = _GATED[config.activation] if config.gated else f"MLP with {_PLAIN[config.activation]}"
+    biases = {
+        "q, k, v": config.attention_bias,
+        "attention output": config.attention_out_bias,
+        "feed-forward": config.mlp_bias,
+        "norms": config.norm_bias,
+    }
+    given = ", ".join(name for name, there in biases.items() if there)
+    words = [_ARRANGEMENTS[config.arrangement], norm + weight, forward]
+    words += [f"biases of {given}"] if given else []
+    return "; ".join(words)
+
+
+def _rope_scaling(config: ModelConfig) -> str | None:
+    """Return kind, factor and original context of the scaling of RoPE; None without one."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    original = scaling.original_max_position_embeddings
+    return f"{scaling.kind}, factor {scaling.factor:g}" + ("" if original is None else f" from {original:,}")
+
+
+def _factors(config: ModelConfig) -> dict[str, float]:
+    """Return the multipliers and soft-caps that are set."""
+    values = {
+        "embedding_scale": config.embedding_scale,
+        "residual_scale": config.residual_scale,
+        "logit_scale": config.logit_scale,
+    }
+    found = {name: value for name, value in values.items() if value != 1.0}
+    caps = ("attention_scale", "attention_softcap", "logit_softcap")
+    return found | {name: getattr(config, name) for name in caps if getattr(config, name) is not None}
 
 
 def _experts(config: ModelConfig) -> str:

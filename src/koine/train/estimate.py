@@ -43,12 +43,17 @@ def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) 
     """Return the bytes of activations for the backward pass of one micro-batch of `tokens`.
 
     A block saves its input, the norm's output, the fused projections (q and k once more after RoPE), the
-    gate's activation and the input of the output projection. With gradient checkpointing it saves its input
-    only; one block has all of these, and as many gradients, in float32.
+    gate's activation and the input of the output projection. Norms after the sublayers save their inputs, and
+    norms of q and k theirs. With gradient checkpointing a block saves its input only; one block has all of
+    these, and as many gradients, in float32.
     """
     element = 2 if settings.dtype == "bfloat16" else 4
     q, k, v, gate, up = config.projection_sizes
     block = 3 * config.hidden_size + (q + k + v + gate + up) + 2 * (q + k) + v + gate + 2 * (q + up)
+    if config.arrangement in ("post_norm", "sandwich"):
+        block += 2 * config.hidden_size
+    if any(layer.qk_norm is not None for layer in config.layers):
+        block += q + k
     layers = len(config.layers)
     ends = 4 * config.hidden_size
     if not settings.gradient_checkpointing:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from koine.errors import UserError
 
-from . import checks
+from . import checks, methods, variants
 from .cases import Case, first_case
 from .reference import write_checkpoint
 
@@ -73,6 +73,33 @@ COLUMNS: tuple[Column, ...] = (
         title="batched engine",
         meaning="Continuous batching gives the greedy tokens of `generate`.",
         check=lambda sample: checks.batched_engine(sample.folder, sample.case),
+    ),
+    Column(
+        title="attention variants",
+        meaning="Each variant of `--attention` on the checkpoint computes what its class does with those layers "
+        "(within 1e-5); the weights stay.",
+        check=lambda sample: variants.attention_variants(sample.folder, sample.work, checks.agree),
+    ),
+    Column(
+        title="vocabulary extension",
+        meaning="Moved to a longer tokenizer, the folder has the tensors and the configuration that its class "
+        "gives, and moved back those that it had.",
+        check=lambda sample: methods.vocabulary_extension(sample.case, sample.work),
+    ),
+    Column(
+        title="packed training",
+        meaning="The gradients of packed documents are the sum of those alone, also with gradient checkpointing.",
+        check=lambda sample: methods.trains_on_packed_documents(sample.folder),
+    ),
+    Column(
+        title="attention measured",
+        meaning="`koine evaluate long` measures the attention weights that the class returns (within 2e-5).",
+        check=lambda sample: methods.attention_weights(sample.folder),
+    ),
+    Column(
+        title="estimates",
+        meaning="Parameters and operations are those that torch counts in the class.",
+        check=lambda sample: methods.counts(sample.folder),
     ),
 )
 

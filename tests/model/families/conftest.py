@@ -11,7 +11,8 @@ import torch
 from .cases import CASES, Case
 
 # Their assertions then show both sides, as those of a test module.
-pytest.register_assert_rewrite("tests.model.families.checks")
+for name in ("checks", "methods", "variants"):
+    pytest.register_assert_rewrite(f"tests.model.families.{name}")
 pytest.importorskip("transformers", reason="the comparison needs the extra [hf]")
 
 Checkpoint = Callable[[Case, torch.dtype], Path]

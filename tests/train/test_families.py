@@ -1,0 +1,116 @@
+"""Training of every family: one process and two with FSDP2 have the same losses, and each resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.families.cases import first_case, model_types
+
+from .test_distributed import run
+
+pytest.importorskip("transformers", reason="the checkpoints need the extra [hf]")
+
+STEPS, STOPPED_AT = 5, 4
+
+WORKER = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from tests.train.test_families import trainings
+# One group for all trainings: a training leaves one that it did not start.
+dist.init_process_group("gloo")
+trainings(Path(sys.argv[1]), Path(sys.argv[2]))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+class StoppedError(Exception):
+    """Ends a training between two checkpoints."""
+
+
+def trainings(checkpoints: Path, out: Path) -> None:
+    """Train each checkpoint without a stop, and with one and a resumption."""
+    from koine.model import load_model
+    from koine.train import LanguageModelling, TrainSettings, train
+
+    from .fakes import fake_order
+
+    settings = TrainSettings(
+        dtype="float32", threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1, micro_batch_size=1
+    )
+
+    def one(model_type: str, name: str, stop: int) -> None:
+        def evaluate(model: Any, done: int) -> dict[str, float]:
+            if done == stop:
+                raise StoppedError
+            return {}
+
+        order: Any = fake_order(out / "shards", steps=(STEPS,))
+        train(
+            load_model(checkpoints / model_type),
+            LanguageModelling(),
+            order,
+            settings,
+            out=out / name / model_type,
+            evaluate=evaluate,
+            progress=False,
+            device="cpu",
+        )
+
+    for model_type in model_types():
+        one(model_type, "whole", 0)
+        try:
+            one(model_type, "resumed", STOPPED_AT)
+        except StoppedError:
+            one(model_type, "resumed", 0)
+        else:
+            raise AssertionError("it was not stopped")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Return the folders of the trainings by the number of processes."""
+    from tests.model.families.reference import write_checkpoint
+
+    root = tmp_path_factory.mktemp("trainings")
+    for model_type in model_types():
+        write_checkpoint(first_case(model_type), root / "given" / model_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainings(root / "given", root / "1")
+    run(2, root / "given", root / "2", worker=WORKER)
+    return {1: root / "1", 2: root / "2"}
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Return the loss of each step; after a resumption that of the last time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_two_processes_have_the_losses_of_one(model_type: str, trained: dict[int, Path]) -> None:
+    one, two = (losses(trained[ranks] / "whole" / model_type) for ranks in (1, 2))
+    assert sorted(one) == list(range(STEPS))
+    # The sums of two ranks are added in another order.
+    assert two == pytest.approx(one, abs=1e-4)
+    assert one[STEPS - 1] != one[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("model_type", model_types())
+def test_resuming_is_exact(model_type: str, ranks: int, trained: dict[int, Path]) -> None:
+    whole, resumed = (trained[ranks] / name / model_type for name in ("whole", "resumed"))
+    assert losses(resumed) == losses(whole)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    kinds = [json.loads((folder / "config.json").read_text())["model_type"] for folder in (whole, resumed)]
+    assert kinds == [model_type, model_type]
