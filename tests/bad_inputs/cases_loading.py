@@ -149,6 +149,18 @@ CASES = (
         says="llama: RobertaForCausalLM is not causal (an encoder?): its earlier logits change with later tokens; give a causal language model",
     ),
     Case(
+        mistake="another attention for a class that Koine does not compute",
+        command="train pretrain --model llama --data tokens --steps 2 --attention nope --out new",
+        prepare=worlds.both(saved("gpt_neox"), worlds.having("tokens")),
+        says="llama: --attention is for Koine's own decoder; a GPTNeoXForCausalLM opens through transformers, with the attention of its config.json",
+    ),
+    Case(
+        mistake="a window for a Llama whose layers stay full",
+        command="train pretrain --model llama --data tokens --steps 2 --window 16 --out new",
+        prepare=llama(worlds.having("tokens")),
+        says="a window or a ratio of full layers without attention; add rnope-swa",
+    ),
+    Case(
         mistake="a model of encoder and decoder",
         command=EVALUATE,
         prepare=llama(configured(model_type="bart", is_encoder_decoder=True)),

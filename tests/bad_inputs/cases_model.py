@@ -115,10 +115,10 @@ CASES = (
         says="rope has no use for a window; choose rnope-swa, or leave it out",
     ),
     Case(
-        mistake="other layers for a model that has its own",
-        command="train pretrain --model model --data tokens --steps 2 --attention nope --out new",
+        mistake="a window for a model in which every layer becomes full",
+        command="train pretrain --model model --data tokens --steps 2 --attention nope --window 16 --out new",
         prepare=worlds.having("model", "tokens"),
-        says="--attention with --model: the layers of a model do not change; leave it out, or start a new one with --preset; --rope-theta may change",
+        says="nope has no use for a window; choose rnope-swa, or leave it out",
     ),
     Case(
         mistake="a rotary base where nothing is rotated",

@@ -13,9 +13,10 @@ import torch
 
 from koine.errors import UserError
 from koine.files import read_json
-from koine.model import Decoder, load_model, preset, save_model
+from koine.model import Decoder, load_model, preset, save_model, variant_name
 from koine.plan.loading import make_plan
 from koine.recipes.context_extension import extend
+from koine.steps.attention import put_attention
 from koine.steps.comparison import compare_lengths
 from koine.steps.corpora import text_corpus
 from koine.steps.evaluation import evaluate_lengths
@@ -179,9 +180,28 @@ def test_the_plan_has_a_stage_for_each_length(world: Path, tmp_path: Path) -> No
     assert plan.threads_of("model") == 2
 
 
+def test_another_attention_is_put_on_first_and_healed_by_the_stages(world: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": world / "given", "data": world / "text.jsonl", "lengths": (16, 64)}
+    chosen = {"attention": "rnope-swa", "window": 8, "full_every": 2}
+    plan = make_plan(extend, {**given, **chosen, "steps": (3, 4)}, runs=tmp_path)
+    assert {"evaluation/given", "evaluation/changed"} <= plan.nodes.keys()
+    assert [parent for parent in plan.nodes["stage/16"].parents if parent.startswith("stage")] == [
+        "stage/changed"
+    ]
+    (tmp_path / "changed").mkdir()
+    put_attention(world / "given", **chosen, out=tmp_path / "changed")
+    before, after = load_model(world / "given"), load_model(tmp_path / "changed")
+    assert variant_name(after.config) == "RNoPE-SWA 1:1, window 8, θ 10,000"
+    assert all(torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+    stage(tmp_path / "changed", world, tmp_path / "trained", steps=2)
+    assert load_model(tmp_path / "trained").config == after.config
+
+
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
+        ({"window": 8}, "a window or a ratio of full layers without attention"),
+        ({"attention": "swa"}, "attention is 'swa'"),
         ({"lengths": (64, 64, 128)}, "each must be longer"),
         ({"steps": (1, 2)}, "2 numbers of steps for 3 lengths"),
         ({"thetas": (1.0,)}, "1 thetas for 3 lengths"),

@@ -75,9 +75,15 @@ train(model, LanguageModelling(), padded(folder), settings, out=out, progress=Fa
 
 
 def run(
-    ranks: int, folder: Path, out: Path, dtype: str = "float32", stop: int = 0, worker: str = WORKER
+    ranks: int,
+    folder: Path,
+    out: Path,
+    dtype: str = "float32",
+    stop: int = 0,
+    worker: str = WORKER,
+    timeout: float = 120,
 ) -> None:
-    """Run all of a training, or until step `stop`, in `ranks` processes."""
+    """Run all of a training, or until step `stop`, in `ranks` processes; `timeout` in seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,7 +101,7 @@ def run(
             )
         )
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=timeout)
         # A rank whose peer has gone may die of that first.
         assert (process.returncode != 0) == (bool(stop) and worker is WORKER), errors[-2000:]
 

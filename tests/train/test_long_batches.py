@@ -188,7 +188,7 @@ def test_the_command_with_long_sequences(made: tuple[Path, dict[str, Path]], tmp
     assert {one["source"] for one in told_later} == {"long-books"}
     assert max(one["column"] + one["end"] - one["start"] for one in told_later) >= 96
     for wrong, line in (
-        (("--attention", "nope"), "--attention with --model: the layers of a model do not change"),
+        (("--attention", "rope", "--window", "8"), "rope has no use for a window"),
         (("--long-every", "2"), "batches of long sequences are not wholly described"),
         ((*long[:3], "16", *long[4:]), "its long rows have 16 tokens, the others 32"),
     ):
