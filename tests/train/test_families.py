@@ -50,7 +50,12 @@ def trainings(checkpoints: Path, out: Path) -> None:
     from .fakes import fake_order
 
     settings = TrainSettings(
-        dtype="float32", threads=1, learning_rate=1e-2, checkpoint_every=3, evaluate_every=1, micro_batch_size=1
+        dtype="float32",
+        threads=1,
+        learning_rate=1e-2,
+        checkpoint_every=3,
+        evaluate_every=1,
+        micro_batch_size=1,
     )
 
     def one(model_type: str, name: str, stop: int) -> None:

@@ -19,7 +19,11 @@ def attention_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(NAMES),
             help="Attention variant of the layers.  [default: the model's own; of a preset rnope-swa]",
         ),
-        click.option("--window", type=int, help="Window of rnope-swa, in tokens.  [default: the model's or preset's own]"),
+        click.option(
+            "--window",
+            type=int,
+            help="Window of rnope-swa, in tokens.  [default: the model's or preset's own]",
+        ),
         click.option(
             "--full-every", type=int, help="rnope-swa: every n-th layer has full attention without positions."
         ),

@@ -135,9 +135,7 @@ def _full_every(layers: tuple[LayerSpec, ...]) -> int | None:
     window = windows.pop()
     assert window is not None
     ratios, plain = range(2, len(layers) + 1), _plain(layers)
-    return next(
-        (n for n in ratios if hybrid_layers(len(layers), window=window, full_every=n) == plain), None
-    )
+    return next((n for n in ratios if hybrid_layers(len(layers), window=window, full_every=n) == plain), None)
 
 
 def variant_name(config: ModelConfig) -> str:

@@ -62,9 +62,7 @@ def extend(
         str,
         Parameter("Attention variant to put on the model first; empty: its own.", choices=("", *VARIANTS)),
     ] = "",
-    window: Annotated[
-        int, Parameter("Window of rnope-swa; 0: the model's own.", unit="tokens", low=0)
-    ] = 0,
+    window: Annotated[int, Parameter("Window of rnope-swa; 0: the model's own.", unit="tokens", low=0)] = 0,
     full_every: Annotated[
         int,
         Parameter("Of rnope-swa: every how many layers one is full; 0: 4.", unit="layers", low=0),
@@ -107,7 +105,9 @@ def extend(
     _check_stages(lengths, steps, thetas)
     given = plan.input(model_folder(model), name="model-given")
     if not attention and (window or full_every):
-        raise UserError("a window or a ratio of full layers without attention", hint="set attention=rnope-swa")
+        raise UserError(
+            "a window or a ratio of full layers without attention", hint="set attention=rnope-swa"
+        )
 
     def corpus_of(path: Path, suffix: str) -> tuple[Artifact, Artifact]:
         corpus = plan.step(

@@ -13,9 +13,7 @@ from koine.steps import checks, estimates
 
 
 @step(version="1", estimate=estimates.copy, check=checks.other_attention)
-def put_attention(
-    model: Path, *, attention: str, window: int = 0, full_every: int = 0, out: Path
-) -> None:
+def put_attention(model: Path, *, attention: str, window: int = 0, full_every: int = 0, out: Path) -> None:
     """Put another attention variant on a model; its weights stay.
 
     Args:

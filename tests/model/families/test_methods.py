@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-
-from koine.model import load_model, variant_name
 
 from . import checks, methods, variants
 from .cases import Case, first_case, model_types
-from .conftest import Checkpoint
 
 FIRST = pytest.mark.parametrize("case", [first_case(kind) for kind in model_types()], ids=str)
 
