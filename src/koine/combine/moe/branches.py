@@ -17,17 +17,18 @@ from koine.combine.compatibility import (
 from koine.errors import UserError
 from koine.model.config import ModelConfig
 from koine.model.formats.config_json import read_config
-from koine.model.formats.directory import StoredWeights, open_weights
+from koine.model.formats.directory import open_canonical
+from koine.model.formats.stored_tensors import CanonicalTensors
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A dense model: its name, its folder, and its tensors, which are read on access."""
+    """A dense model: its name, its folder, and its tensors by our stored names, which are read on access."""
 
     name: str
     path: Path
     config: ModelConfig
-    weights: StoredWeights
+    weights: CanonicalTensors
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a stored tensor. Raises `UserError` if it holds NaN or infinity."""
@@ -45,7 +46,7 @@ def open_branch(path: Path, name: str) -> Branch:
     config = read_config(path)
     if config.mixture is not None:
         raise UserError("is a mixture of experts already", where=path, hint="give dense models")
-    return Branch(name, path, config, open_weights(path, config))
+    return Branch(name, path, config, open_canonical(path, config))
 
 
 def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list[Branch]]:

@@ -14,7 +14,7 @@ initialised at random.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,25 @@ import torch
 from torch import Tensor
 
 from koine.combine.moe.branches import Branch, check_no_model, open_branches
+from koine.combine.moe.planned_tensors import (
+    PlannedTensor,
+    PlannedTensors,
+    averaged,
+    copied,
+    given,
+    widest_dtype,
+)
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.fields import Fields
 from koine.files import read_json_object, sha256_file, write_json
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.directory import save_stored
+from koine.model.formats.directory import save_streamed
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
 from koine.model.formats.model_card import ModelCard, Parent, write_model_card
+from koine.model.formats.stored_tensors import layer_of
 from koine.model.formats.tensor_names import split_stored
 from koine.model.formats.weight_files import weight_files
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS
@@ -158,13 +167,12 @@ def _upcycle(
     root, branches = open_branches(seed, experts)
     members = branches if mixture.shared_expert else [root, *branches]
     config = replace(root.config, mixture=mixture)
-    tensors = dict(_tensors(root, members, config, seed_copies))
-    tensors |= new_routers(config, random_seed, dtype=tensors["model.norm.weight"].dtype)
-    if domains is not None:
-        for name in [name for name in tensors if name.endswith(DOMAINS)]:
-            # A copy for each layer: tensors of a file share no memory.
-            tensors[name] = domains.to(tensors[name].dtype, copy=True)
-    save_stored(tensors, config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
+    planned = _planned(root, members, config, seed_copies)
+    routers = new_routers(config, random_seed, dtype=planned["model.norm.weight"].dtype)
+    for name, router in routers.items():
+        is_domains = domains is not None and name.endswith(DOMAINS)
+        planned[name] = given(domains.to(router.dtype) if domains is not None and is_domains else router)
+    save_planned(planned, config, out, root.path)
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     write_record(
@@ -205,12 +213,8 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
     check_no_model(out)
     root, branches = open_branches(seed, experts)
     members = [root, *branches] if with_seed else branches
-    tensors = {
-        name: mean([branch.tensor(name) for branch in members])
-        for name in sorted(root.weights)
-        if not _left_out(name, root.config)
-    }
-    save_stored(tensors, root.config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
+    planned = {name: averaged(members, name, widest_dtype(name, members)) for name in root.weights}
+    save_planned(planned, root.config, out, root.path)
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     card = ModelCard(
@@ -225,18 +229,12 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
     return root.config
 
 
-def _left_out(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is a tied head's copy, or a RoPE table of an old checkpoint."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
-
-
-def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the average in the dtype of the first tensor, computed in float32 or float64."""
-    upcast = torch.promote_types(tensors[0].dtype, torch.float32)
-    total = tensors[0].to(upcast, copy=True)
-    for tensor in tensors[1:]:
-        total += tensor.to(upcast)
-    return (total / len(tensors)).to(tensors[0].dtype)
+def save_planned(
+    planned: Mapping[str, PlannedTensor], config: ModelConfig, out: Path, source: Path
+) -> None:
+    """Write a model's folder, each tensor when it is computed; tokenizer and EOS ids are those of `source`."""
+    tensors = PlannedTensors(planned)
+    save_streamed(tensors, tensors.layout, config, out, tokenizer=source, eos_ids=eos_ids(source))
 
 
 def is_expert_tensor(name: str, mixture: MixtureConfig) -> str | None:
@@ -244,7 +242,7 @@ def is_expert_tensor(name: str, mixture: MixtureConfig) -> str | None:
 
     name: of a dense model's stored tensor, without `model.layers.N.`.
     """
-    part = name.removesuffix(".weight")
+    part = name.rpartition(".")[0]
     if part in FEED_FORWARD:
         return "feed-forward"
     own = {"averaged": (), "shared-kv": ATTENTION_OUT, "kv-experts": ATTENTION_OUT + KEYS_AND_VALUES}
@@ -260,34 +258,24 @@ def expert_name(layer_prefix: str, name: str, number: int) -> str:
     return f"{layer_prefix}{module}.experts.{number}.{rest}"
 
 
-def layer_of(name: str) -> tuple[str, str]:
-    """Split `model.layers.3.mlp.up_proj.weight` into `model.layers.3.` and `mlp.up_proj.weight`.
-
-    The prefix is empty outside the layers.
-    """
-    parts = name.split(".", 3)
-    return (".".join(parts[:3]) + ".", parts[3]) if name.startswith("model.layers.") else ("", name)
-
-
-def _tensors(
+def _planned(
     root: Branch, members: Sequence[Branch], config: ModelConfig, seed_copies: int
-) -> Iterator[tuple[str, Tensor]]:
+) -> dict[str, PlannedTensor]:
+    """Plan all tensors but the routers, layer after layer."""
     assert config.mixture is not None
-    for name in sorted(root.weights):
-        if _left_out(name, root.config):
-            continue
+    out: dict[str, PlannedTensor] = {}
+    for name in root.weights:
         prefix, rest = layer_of(name)
+        dtype = widest_dtype(name, [root, *members])
         kind = is_expert_tensor(rest, config.mixture) if prefix else None
         if kind is None:
-            yield name, mean([branch.tensor(name) for branch in members])
+            out[name] = averaged(members, name, dtype)
             continue
-        for number, branch in enumerate(members):
-            yield expert_name(prefix, rest, number), branch.tensor(name)
-        for number in range(len(members), len(members) + seed_copies):
-            # Copies: tensors of a file share no memory.
-            yield expert_name(prefix, rest, number), root.tensor(name).clone()
+        for number, branch in enumerate([*members, *[root] * seed_copies]):
+            out[expert_name(prefix, rest, number)] = copied(branch, name, dtype)
         if kind == "feed-forward" and config.mixture.shared_expert:
-            yield f"{prefix}mlp.shared_expert.{rest.split('.', 1)[1]}", root.tensor(name)
+            out[f"{prefix}mlp.shared_expert.{rest.split('.', 1)[1]}"] = copied(root, name, dtype)
+    return out
 
 
 def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) -> dict[str, Tensor]:
