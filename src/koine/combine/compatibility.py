@@ -75,7 +75,7 @@ def field_difference(
     Fields named in `ignoring` are not compared.
     """
     for field in dataclasses.fields(wanted):
-        if field.name in ignoring:
+        if field.name in ignoring or not field.compare:
             continue
         ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
         if isinstance(ours, MixtureConfig) and isinstance(theirs, MixtureConfig):

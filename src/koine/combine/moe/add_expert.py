@@ -31,6 +31,7 @@ from koine.combine.moe.upcycle import (
     DOMAINS,
     expert_name,
     is_expert_tensor,
+    is_source,
     new_routers,
     read_record,
     save_planned,
@@ -317,7 +318,7 @@ def _check_other_source(record: Mapping[str, Any], name: str, dense: Path, model
     for change in record.get("changes", []):
         sources |= change.get("added", {})
     source = sources.get(name)
-    if source is not None and source["sha256"] != source_of(dense)["sha256"]:
+    if source is not None and not is_source(source, dense):
         raise UserError(
             f"is not the model that expert '{name}' of {model} was made of "
             "(the sha256 of its weights is another)",

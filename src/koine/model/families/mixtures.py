@@ -98,4 +98,3 @@ def write_expert_size(config: ModelConfig) -> dict[str, Any]:
 def normalises(config: ModelConfig) -> bool:
     """Return whether the probabilities of a token's experts are divided by their sum."""
     return config.mixture is not None and config.mixture.normalise_top_k
-

@@ -43,9 +43,7 @@ def _read(fields: Fields) -> ModelConfig:
     )
     keep(fields, "max_window_layers")
     common = read_common(fields, DEFAULTS)
-    shared = fields.integer(
-        "shared_expert_intermediate_size", 5632, low=1, high=SIZES["intermediate_size"]
-    )
+    shared = fields.integer("shared_expert_intermediate_size", 5632, low=1, high=SIZES["intermediate_size"])
     size = read_expert_size(fields, 1408)
     return ModelConfig(
         **common | {"intermediate_size": size},

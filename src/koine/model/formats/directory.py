@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 from koine.model.families.family import OWN_NAMES, TensorNames
 from koine.model.families.reading import null_or
-from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, write_checksum, write_checksums
+from koine.model.formats.checksum import (
+    KEY,
+    NO_CHECKSUM,
+    RunningChecksum,
+    verify_checksums,
+    write_checksum,
+)
 from koine.model.formats.config_json import read_config, stored_names, to_json
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.fused_experts import TensorSlice, split_experts
@@ -321,13 +327,7 @@ def save_streamed(
         work = path / f".weights.{os.getpid()}.partial"
         try:
             work.mkdir()
-            writer = CheckpointWriter(work, written, max_shard_bytes=max_shard_bytes)
-            try:
-                for name, tensor in class_tensors(tensors, names, config):
-                    writer.write(name, tensor)
-            finally:
-                writer.close()
-            write_checksums(work)
+            _write_in_order(class_tensors(tensors, names, config), written, work, max_shard_bytes)
             for file in sorted(work.iterdir()):
                 file.replace(path / file.name)
         except BaseException:
@@ -338,6 +338,32 @@ def save_streamed(
         work.rmdir()
         kind = str(layout[OWN_NAMES.top["norm.weight"]][0]).removeprefix("torch.")
         save_configs(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def _write_in_order(
+    tensors: Iterable[tuple[str, Tensor]],
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Write tensors, which come in the order of `layout`, to weight files with their checksums."""
+    writer = CheckpointWriter(folder, layout, max_shard_bytes=max_shard_bytes)
+    checksum: RunningChecksum | None = None
+    try:
+        for name, tensor in tensors:
+            file = writer.entries[name].file
+            if checksum is None or checksum.path != file:
+                if checksum is not None:
+                    checksum.write()
+                checksum = RunningChecksum(file)
+            tensor = tensor.contiguous()
+            writer.write(name, tensor)
+            if tensor.numel():
+                checksum.add(memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
+    finally:
+        writer.close()
+    if checksum is not None:
+        checksum.write()
 
 
 def save_configs(
