@@ -31,8 +31,9 @@ def read_mixture(
         load_balancing: its default factor.
         given: further fields of `MixtureConfig`.
     """
-    names = ("num_experts", "num_local_experts")
-    name = next((one for one in names if fields.get(one, None) is not None), names[0])
+    # Two names of one field; each class reads both.
+    given_names = [one for one in ("num_experts", "num_local_experts") if fields.get(one, None) is not None]
+    name = given_names[0] if given_names else "num_experts"
     count = fields.integer(name, experts, low=1, high=MOST_EXPERTS)
     own = fields.entries("expert_names", None)
     if own is not None and (len(own) != count or not all(isinstance(one, str) for one in own)):
