@@ -384,9 +384,8 @@ def _texts(path: Path, documents: int) -> list[str]:
 
 def _report(config: ModelConfig, out: Path) -> None:
     """Print experts and parameters."""
-    from koine.model.counting import count_parameters
-
     from koine.combine.moe.upcycle import single_gate_cancels
+    from koine.model.counting import count_parameters
     from koine.model.formats.config_json import model_type
 
     assert config.mixture is not None

@@ -36,7 +36,11 @@ FIELDS = {
 def dense_configs() -> dict[str, ModelConfig]:
     """Return a small model of each family whose feed-forward can be an expert's."""
     read = {name: family.read(Fields(FIELDS, Path("config.json"))) for name, family in families().items()}
-    return {name: config for name, config in read.items() if config.mixture is None and config.gated and not config.mlp_bias}
+    return {
+        name: config
+        for name, config in read.items()
+        if config.mixture is None and config.gated and not config.mlp_bias
+    }
 
 
 def write_family(

@@ -22,7 +22,6 @@ from koine.model.formats.directory import open_canonical
 from koine.model.formats.stored_tensors import CanonicalTensors
 from koine.model.formats.weight_files import weight_files
 
-
 NOT_SHAPES = ("mixture", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of a configuration in which branches of one seed may differ."""
 
