@@ -257,7 +257,7 @@ _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
     "mixtral": {
         "top-2": {"num_local_experts": 4, "num_experts_per_tok": 2},
         "windowed-tied": {"num_local_experts": 3, "sliding_window": WINDOW, "tie_word_embeddings": True},
-        "yarn": {"num_local_experts": 3, "rope_parameters": _YARN},
+        "yarn": {"num_local_experts": 3, "head_dim": 12, "rope_parameters": _YARN},
     },
     "qwen2_moe": {
         "shared": {**_EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 72},

@@ -192,7 +192,7 @@ def _stored_gradients(model: Decoder) -> dict[str, Tensor]:
 
 
 def saved_as_own_class(folder: Path, target: Path) -> None:
-    """What we save is what was read: tensors, dtype, configuration, class; logits are the same bits."""
+    """What we save is what was read: tensors, dtype, configuration, class, logits."""
     save_model(load_model(folder), target)
     read, written = _all_tensors(folder), _all_tensors(target)
     assert written.keys() == read.keys()
@@ -203,7 +203,9 @@ def saved_as_own_class(folder: Path, target: Path) -> None:
     first, second = open_reference(folder), open_reference(target)
     assert type(second) is type(first)
     ids = text(TEXT_LENGTH)
-    assert torch.equal(reference_logits(second, ids), reference_logits(first, ids))
+    # Not the same bits: a mapped matrix of one row (a gate) may lie at another alignment, and is then summed
+    # in another order.
+    assert relative_error(reference_logits(second, ids), reference_logits(first, ids)) < 2e-6
 
 
 def _all_tensors(folder: Path) -> dict[str, Tensor]:
@@ -234,7 +236,13 @@ def bfloat16_logits(folder: Path) -> None:
         got = ours.logits(ours(torch.tensor([ids])))[0]
     usual = reference_logits(theirs, ids)
     exact = reference_logits(theirs.float(), ids)
-    error, usual_error = (float((logits.float() - exact).norm() / exact.norm()) for logits in (got, usual))
+    if ours.config.mixture is None:
+        error, usual_error = (float((one.float() - exact).norm() / exact.norm()) for one in (got, usual))
+    else:
+        # Where two experts have almost equal probabilities, rounding sends the token to the other one.
+        error, usual_error = (
+            float(((one.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).median()) for one in (got, usual)
+        )
     assert error <= BFLOAT16 * usual_error, f"error {error:.1e}, of transformers {usual_error:.1e}"
 
 
