@@ -5,10 +5,12 @@ A block's fused projections are split when saved and joined when loaded (`tensor
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,6 +80,11 @@ def to_canonical(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return our stored name and the shape of every tensor, without allocating it."""
+    return dict(_canonical_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         state = Decoder(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in to_canonical(state, config).items()}
@@ -93,9 +100,16 @@ def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a saved model, without allocating it."""
+    return dict(_expected_shapes(config, config.model_type))
+
+
+@functools.lru_cache(maxsize=8)
+def _expected_shapes(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes for a model that was read as `kind`, a field that equal configurations may differ in."""
+    names = stored_names(replace(config, model_type=kind))
     with torch.device("meta"):
-        state = Decoder(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
+        ours = {name: torch.empty(shape) for name, shape in canonical_shapes(config).items()}
+    return {name: tuple(tensor.shape) for name, tensor in class_tensors(ours, names, config)}
 
 
 class StoredWeights(Mapping[str, Tensor]):
