@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,14 +112,16 @@ def _opened(file: Path) -> Any:
     """Load a file, mapped; files of before PyTorch 1.6 are read into memory."""
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\x03\x04"
+    if is_zip and not zipfile.is_zipfile(file):
+        raise EOFError("the archive has no end")
     return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _refused(file: Path, error: pickle.UnpicklingError) -> UserError:
     """Return the error for a pickle that the restricted reader refuses: it holds code, or it is damaged."""
     text = str(error)
-    named = re.search(r"(?:Unsupported global: GLOBAL|GLOBAL|class) ([\w.]+)", text)
-    if "Unsupported" in text or "global" in text.lower():
+    if re.search("Unsupported global|Trying to |Can only (?:create|build)", text):
+        named = re.search(r"(?:GLOBAL|class|instantiate|call) ([A-Za-z_][\w.]*)", text)
         what = f" ({named[1]})" if named else ""
         return UserError(
             f"holds Python code{what}, which is never run",

@@ -86,6 +86,8 @@ def _of_hub(name: hub.HubName) -> Source:
                 where=name.given,
                 hint=f"of a repository of GGUF files, name one: {name.repository}:FILE.gguf",
             )
+        # Its model card, which declares the licence.
+        hub.snapshot(name, "model", ["README.md"])
         return FolderSource(hub.shown_name(folder), folder)
     if not name.part.endswith(SUFFIX):
         raise UserError(
