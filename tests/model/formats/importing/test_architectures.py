@@ -64,6 +64,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma3-linear": (
+        "gemma3", "Gemma3TextConfig",
+        {
+            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5, "num_hidden_layers": 6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "full_attention": {**LINEAR, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     # The head size of all Gemma models: `transformers` scales by it whatever the file says.
     "gemma2-256": (
         "gemma2", "Gemma2Config", {"head_dim": 256, "sliding_window": 5, "tie_word_embeddings": True},
@@ -237,3 +248,22 @@ def test_a_head_that_repeats_the_embedding_is_tied(equal: bool, tmp_path: Path) 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is equal
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(opened), logits(model))
+
+
+def test_what_koine_exports_comes_back(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from koine.tokenizer import load_tokenizer
+    from tests.bad_inputs import worlds
+
+    model = worlds.built("exportable")
+    import_model(worlds.built("gguf") / "model.gguf", tmp_path / "out")
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config, imported = (json.loads((path / "config.json").read_text()) for path in (model, tmp_path / "out"))
+    assert {name: imported.get(name, value) for name, value in config.items()} == config
+    old, new = load_tokenizer(model), load_tokenizer(tmp_path / "out")
+    for text in ("Die Katze schläft, 7 Nächte.\n\n  x", "ΑΒ γδ – 猫 dogs' END"):
+        assert new.encode(text) == old.encode(text)
+        assert new.decode(new.encode(text)) == text

@@ -321,3 +321,25 @@ def test_sources_that_are_none(made: tuple[Path, Path], tmp_path: Path) -> None:
 def test_out_may_not_hold_the_source(pickled: Path) -> None:
     with pytest.raises(UserError, match="is read"):
         import_model(pickled, pickled, overwrite=True)
+
+
+def test_safetensors_shards_and_their_index_agree(made: tuple[Path, Path], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "sharded"
+    transformers.AutoModelForCausalLM.from_pretrained(made[1]).save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    import_model(folder, tmp_path / "out")
+    assert equal(tmp_path / "out", made[1])
+    extra = folder / "model-00099-of-00099.safetensors"
+    shutil.copy(shards[0], extra)
+    with pytest.raises(UserError, match="does not name the shard model-00099-of-00099"):
+        import_model(folder, tmp_path / "new")
+    extra.unlink()
+    save_file({**load_file(shards[0]), "model.more": torch.ones(2)}, shards[0], metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not name model.more, which a shard holds"):
+        import_model(folder, tmp_path / "new")
+    shards[0].unlink()
+    with pytest.raises(UserError, match="is missing"):
+        import_model(folder, tmp_path / "new")

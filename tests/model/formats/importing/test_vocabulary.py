@@ -141,6 +141,35 @@ def test_sentencepiece_added_tokens_and_flags(llama: Callable[..., Path], tmp_pa
     assert pieces == ["the", "<mark>", "he", "l", "lo", "</s>"]
 
 
+@pytest.mark.parametrize("key", ["remove_extra_whitespaces", "precompiled_charsmap"])
+def test_another_normalisation_is_refused(key: str, llama: Callable[..., Path]) -> None:
+    def add(writer: Any) -> None:
+        sentencepiece(writer)
+        if key == "precompiled_charsmap":
+            writer.add_precompiled_charsmap(b"abc")
+        else:
+            writer.add_bool(f"tokenizer.ggml.{key}", True)
+
+    with (
+        pytest.raises(UserError, match=f"normalises text .*{key}"),
+        planned_import(llama(add, rows=320, name="n")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False)])
+def test_texts_begin_as_in_llama_cpp_where_the_file_does_not_say(
+    pre: str, begins: bool, llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    def add(writer: Any) -> None:
+        add_byte_level_tokenizer(writer, pre=pre)
+        del writer.kv_data[0]["tokenizer.ggml.add_bos_token"]
+
+    import_model(llama(add, name="begin"), tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.encode("th")[0] == 1) is begins
+
+
 def test_merges_by_rank_has_every_split_best_token_first() -> None:
     vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5}
     assert merges_by_rank(vocabulary, [0, 0, 0, -2.0, -1.0, -3.0]) == [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from koine.errors import UserError
+from koine.files import read_json
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.importing.pickled import load_pickled
 from koine.model.formats.importing.plan import ImportedTensor, ImportPlan
@@ -18,7 +19,7 @@ from koine.model.formats.library_config import library_config, skeleton
 from koine.model.formats.model_card import ModelCard, Parent
 from koine.model.formats.opening import check_model_class, read_model_config
 from koine.model.formats.safetensors_stream import NAMES, Checkpoint
-from koine.model.formats.weight_files import weight_files
+from koine.model.formats.weight_files import INDEX, SINGLE, weight_files
 
 HEAD: Final = "lm_head.weight"
 _EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -35,6 +36,8 @@ class _Weights:
         self.close: Callable[[], None] = lambda: None
         if self.kind == "safetensors":
             checkpoint = Checkpoint(folder)
+            if len(files) > 1 or files[0].name != SINGLE:
+                _check_shards(folder, files, set(checkpoint))
             self.layout = {name: (entry.dtype, entry.shape) for name, entry in checkpoint.items()}
             self.read: Callable[[str, int, int], Tensor] = checkpoint.read
             self.close = checkpoint.close
@@ -51,6 +54,25 @@ class _Weights:
                     where=folder,
                     hint=f"these are imported: {', '.join(NAMES.values())}",
                 )
+
+
+def _check_shards(folder: Path, files: list[Path], found: set[str]) -> None:
+    """Raise `UserError` where shards hold or are more than the index of safetensors names."""
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    more = sorted(found - read_json(index)["weight_map"].keys())
+    if more:
+        raise UserError(
+            f"does not name {more[0]}, which a shard holds", where=index, hint="copy the whole folder again"
+        )
+    beside = {path for path in folder.glob("model-*-of-*.safetensors") if path.is_file()} - set(files)
+    if beside:
+        raise UserError(
+            f"does not name the shard {min(beside).name}",
+            where=index,
+            hint="remove it, or copy the folder again",
+        )
 
 
 def plan_folder(source: FolderSource, dtype: torch.dtype | None) -> ImportPlan:

@@ -117,7 +117,8 @@ def _fields(metadata: Metadata, name: str, architecture: Architecture) -> dict[s
     if heads and hidden:
         content.setdefault("head_dim", hidden // heads)
     if architecture.model_type == "granite":
-        content.setdefault("attention_multiplier", 1 / math.sqrt(content.get("head_dim", 1)))
+        # Without a scale of its own, attention is scaled as everywhere else, which the class does not do.
+        content.setdefault("attention_multiplier", 0)
     for key, field in architecture.fields.items():
         if field not in content and field not in architecture.optional:
             raise UserError(
@@ -126,6 +127,8 @@ def _fields(metadata: Metadata, name: str, architecture: Architecture) -> dict[s
     for field in content:
         if field.endswith(_SIZES):
             _check_size(metadata, name, architecture, field, content[field])
+    if content.get("attention_multiplier") == 0:
+        content["attention_multiplier"] = 1 / math.sqrt(content["head_dim"])
     if content["num_hidden_layers"] > MOST_BLOCKS:
         raise UserError(
             f"names {content['num_hidden_layers']:,} blocks", where=metadata.where, hint="the file is damaged"
@@ -219,6 +222,10 @@ def _rope(
     if linear is not None and kind == "none":
         kind, factor = "linear", linear
     used: tuple[str, ...] = ()
+    if name == "phi3":
+        content["original_max_position_embeddings"] = metadata.size(
+            f"{name}.rope.scaling.original_context_length", content["max_position_embeddings"]
+        )
     if name == "phi3" and "rope_factors_long.weight" in file.tensors:
         used = _longrope(rope, content, metadata, name, file, rotated)
     elif kind == "yarn":
@@ -265,19 +272,15 @@ def _longrope(
     long, short = (
         [float(str(np.float32(value))) for value in _vector(file, tensor, rotated // 2)] for tensor in tensors
     )
-    original = metadata.size(
-        f"{name}.rope.scaling.original_context_length", content["max_position_embeddings"]
-    )
     rope |= {
         "rope_type": "longrope",
         "long_factor": long,
         "short_factor": short,
-        "original_max_position_embeddings": original,
+        "original_max_position_embeddings": content["original_max_position_embeddings"],
     }
     attention = metadata.number(f"{name}.rope.scaling.attn_factor", None)
     if attention is not None:
         rope["attention_factor"] = float(attention)
-    content["original_max_position_embeddings"] = original
     return tensors
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from koine.errors import UserError
 from koine.fields import short_repr
 from koine.model.formats.importing.gguf_file import DAMAGED, GgufFile
@@ -89,7 +91,7 @@ def read_gguf_vocabulary(file: GgufFile, *, rows: int, context: int) -> GgufVoca
         )
     build = _byte_level if kind == "gpt2" else _sentencepiece
     backend = build(metadata, tokens, types, ids)
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, kind == "llama")
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, _adds_bos(metadata, kind))
     add_eos = metadata.get("tokenizer.ggml.add_eos_token", bool, False)
     named = {name: tokens[one] for name, one in ids.items() if one is not None}
     if add_bos and "bos_token" not in named:
@@ -115,6 +117,13 @@ def read_gguf_vocabulary(file: GgufFile, *, rows: int, context: int) -> GgufVoca
     end = dict.fromkeys(one for one in (ids["eos_token"], *also) if one is not None)
     numbers = {f"{name}_id": ids[name] for name in ("bos_token", "eos_token", "pad_token")}
     return GgufVocabulary(files, kind, len(tokens), template, numbers, tuple(end))
+
+
+def _adds_bos(metadata: Metadata, kind: str) -> bool:
+    """Return whether llama.cpp puts BOS before a text where the file does not say."""
+    if kind == "llama":
+        return True
+    return SPLITTINGS[metadata.text("tokenizer.ggml.pre", "default")].add_bos
 
 
 def _types(metadata: Metadata, count: int) -> list[int]:
@@ -197,6 +206,13 @@ def _sentencepiece(
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
+        if not np.array_equal(metadata.values.get(f"tokenizer.ggml.{key}", False), False):
+            raise UserError(
+                f"normalises text ('tokenizer.ggml.{key}') in a way that is not imported",
+                where=metadata.where,
+                hint="import the model's own checkpoint",
+            )
     gemma = metadata.text("general.architecture") in _GEMMA
     # The converter writes user-defined tokens with plain spaces.
     spelled = [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]

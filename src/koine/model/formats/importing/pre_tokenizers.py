@@ -40,12 +40,14 @@ class Splitting:
         digits: whether each digit is first split off.
         nfc: whether text is normalised to NFC, as the model's own tokenizer does (llama.cpp does not).
         ignore_merges: whether a piece that is a token is taken whole.
+        add_bos: whether an encoded text begins with BOS where the file does not say, as in llama.cpp.
     """
 
     expressions: tuple[str, ...] = ()
     digits: bool = False
     nfc: bool = False
     ignore_merges: bool = False
+    add_bos: bool = False
 
     def pre_tokenizer(self) -> Any:
         """Return the `tokenizers` pre-tokenizer."""
@@ -59,7 +61,7 @@ class Splitting:
 
 _GPT2: Final = Splitting()
 _BY_DIGIT: Final = Splitting(digits=True)
-_LLAMA3: Final = Splitting(expressions=(_words(r"\p{N}{1,3}"),), ignore_merges=True)
+_LLAMA3: Final = Splitting(expressions=(_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _CL100K: Final = Splitting(expressions=(_words(r"\p{N}{1,3}"),))
 _QWEN2: Final = Splitting(expressions=(_words(r"\p{N}"),), nfc=True)
 _O200K: Final = Splitting(expressions=(_cased_words(_CONTRACTION + "?", r"\p{N}{1,3}"),))
@@ -72,7 +74,7 @@ SPLITTINGS: Final[dict[str, Splitting]] = {
     **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     **dict.fromkeys(("gpt-4o", "llama4"), _O200K),
-    "tekken": Splitting(expressions=(_cased_words("", r"\p{N}"),), ignore_merges=True),
+    "tekken": Splitting(expressions=(_cased_words("", r"\p{N}"),), ignore_merges=True, add_bos=True),
     "tiny_aya": Splitting(
         expressions=(r"\d{1,3}(?=(?:\d{3})*\b)", _cased_words(_CONTRACTION + "?", r"\p{N}{1,3}"))
     ),
