@@ -64,3 +64,24 @@ def _agrees(inner: Any, name: str, ids: Tensor, expected_tv: Tensor, ends: list[
             return False
         start = end
     return True
+
+
+def cache_tensor_bytes(past: Any) -> int:
+    """Return the bytes of all tensors in a cache object of transformers; a tensor held twice counts once."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    waiting = [past]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            found[one.data_ptr()] = one
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif type(one).__module__.partition(".")[0] == "transformers":
+            waiting += vars(one).values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in found.values() if tensor.numel())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.generate.cache_support import cache_name, probe_cache_support
+from koine.generate.cache_support import cache_name, cache_tensor_bytes, probe_cache_support
 from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
 from koine.generate.sampling import Sampling
 from koine.model.causal_lm import CausalLM
@@ -67,6 +67,10 @@ class SequentialGenerator:
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self.waiting)
+
+    def cache_bytes(self) -> int:
+        """Return the bytes of the KV cache of the last request; 0 where the model has none."""
+        return cache_tensor_bytes(self._past)
 
     def run(self) -> None:
         """Step until every request is finished, then raise the error of the first that failed."""
