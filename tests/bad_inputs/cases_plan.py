@@ -130,7 +130,7 @@ CASES = (
         mistake="a profile of one model twice",
         command="run profile --dry-run --set model=model,model",
         prepare=worlds.having("model"),
-        says="two models have the name 'model'; give each once, or rename a folder",
+        says="two models have the name '…-model'; give each once, or rename a folder",
     ),
     Case(
         mistake="a profile in a language that the sample world does not have",

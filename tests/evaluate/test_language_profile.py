@@ -195,10 +195,12 @@ def test_letter_entropy_of_equal_letters_is_their_logarithm() -> None:
 @pytest.mark.parametrize(
     ("changed", "level"),
     [
-        ({"relative_bits": 1.3}, WELL),
-        ({"relative_bits": 1.31}, PARTLY),
-        ({"relative_bits": 2.0}, PARTLY),
+        ({"relative_bits": 1.6}, WELL),
+        ({"relative_bits": 1.61}, PARTLY),
+        ({"relative_bits": 1.2, "baseline_share": 0.51}, PARTLY),
+        ({"relative_bits": 2.0, "baseline_share": 0.75}, PARTLY),
         ({"relative_bits": 2.01}, POORLY),
+        ({"relative_bits": 1.2, "baseline_share": 0.76}, POORLY),
         ({"relative_bits": None}, UNKNOWN),
         ({"relative_bits": 1.0, "unknown_share": 0.01}, NOT_AT_ALL),
         ({"relative_bits": 1.0, "baseline_share": 1.0}, NOT_AT_ALL),

@@ -89,7 +89,7 @@ def test_the_limit_of_time_costs_runs_and_then_lengths(tmp_path: Path, tokenizer
     checked(found[0], 1)
     assert found[1].runs == 0
     assert found[1].prefill_per_second is None
-    assert found[1].left_out.startswith("one run would take more than")
+    assert found[1].left_out.startswith("one run is expected to take more than")
     # What follows from the configuration is known all the same.
     assert found[1].cache_bytes is not None
 

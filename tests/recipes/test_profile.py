@@ -165,10 +165,11 @@ def own_text(data: Path, out: Path, **changed: Any) -> None:
     own_profile_text(data, **{**given, **changed}, out=out)
 
 
-def test_columns_of_languages_are_parallel_text(tmp_path: Path) -> None:
-    lines = ["id,text_en,text_de", *(f"{n},the house number {n},das Haus Nummer {n}" for n in range(4))]
-    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    own_text(tmp_path / "pairs.csv", tmp_path / "out")
+def test_texts_by_language_in_one_record_are_parallel(tmp_path: Path) -> None:
+    texts_of = [{"en": f"the house number {n}", "de": f"das Haus Nummer {n}"} for n in range(4)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"translation": one}) + "\n" for one in texts_of))
+    own_text(path, tmp_path / "out")
     texts = read_profile_texts(tmp_path / "out")
     assert about_text(tmp_path / "out")["parallel"] is True
     scored = {

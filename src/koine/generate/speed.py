@@ -84,7 +84,7 @@ def measure_lengths(
         measured = [one.tokens for one in found if one.runs]
         expected = last * length / measured[-1] if measured else 0.0
         if expected > max_seconds:
-            reason = f"one run would take more than {expected:,.0f} s, and the limit is {max_seconds:,.0f} s"
+            reason = f"one run is expected to take more than {expected:,.0f} s, and the limit is {max_seconds:,.0f} s"
             found.append(_with_cache(LengthSpeed(tokens=length, left_out=reason), engine))
             continue
         one, last = _measure(engine, text, length, repeats, max_seconds)

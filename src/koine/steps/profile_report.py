@@ -8,6 +8,7 @@ from typing import Any
 from koine.evaluate.language_levels import (
     LEVELS,
     MOST_BITS,
+    MOST_OF_BASELINE,
     MOST_UNKNOWN,
     NOT_AT_ALL,
     PARTLY,
@@ -22,6 +23,8 @@ Block = dict[str, Any]
 Profiles = Mapping[str, Mapping[str, Any]]
 """`profile.json` of each model by name."""
 
+MOST_NAMED = 6
+"""If more languages than this have one level, and all do, they are counted and not named."""
 IN_WORDS = {
     WELL: "Well",
     PARTLY: "Partly",
@@ -64,6 +67,8 @@ def verdict(profiles: Profiles) -> Block:
         }
         told = [
             f"{IN_WORDS[level]} ({len(members)}): {', '.join(map(name_of, members))}."
+            if len(members) < max(len(codes), MOST_NAMED)
+            else f"{IN_WORDS[level]}: all {len(members)} languages."
             for level, members in by_level.items()
             if members
         ]
@@ -90,18 +95,29 @@ def terms() -> list[list[str]]:
     return [
         [
             "well, partly, poorly",
-            f"Bits for the same content as in English: at most {MOST_BITS[WELL]:g} times, at most "
-            f"{MOST_BITS[PARTLY]:g} times, more. The bounds are a convention.",
+            f"Bits for the same content as in English: at most {MOST_BITS[WELL]:g} times for well, at most "
+            f"{MOST_BITS[PARTLY]:g} times for partly. And bits beside a code that knows no language: at most "
+            f"{percent(MOST_OF_BASELINE[WELL])}, at most {percent(MOST_OF_BASELINE[PARTLY])}. All else is poorly. "
+            "The bounds are a convention.",
         ],
         [
             "not at all",
-            f"At least {percent(MOST_UNKNOWN)} of the text is unknown to the tokenizer, or the model predicts it no "
-            "better than a code that knows no language: only the frequencies of letters, or only the vocabulary.",
+            f"At least {percent(MOST_UNKNOWN)} of the text is unknown to the tokenizer, or the model needs no "
+            "fewer bits than a code that knows no language.",
+        ],
+        [
+            "a code that knows no language",
+            "The better of two: one by the frequencies of the characters in this text, and one that takes all "
+            "tokens of the vocabulary as equally likely.",
         ],
         [
             "bits per byte",
             "Bits that the model needs to predict a byte of text; less is better. Compare models in one language "
             "with it, not languages: their scripts need different numbers of bytes.",
+        ],
+        [
+            "vs. no language",
+            "Bits of the model over those of a code that knows no language; less is better.",
         ],
         [
             "bits, tokens vs. English",
@@ -261,6 +277,7 @@ def model_table(name: str, profile: Mapping[str, Any], *, alone: bool) -> Block:
             with_interval(row["relative_bits"], row["relative_bits_interval"], 2) for row in rows
         ],
         "bits per byte": [with_interval(row["bits_per_byte"], row["interval"], 2) for row in rows],
+        "vs. no language": [percent(row["baseline_share"]) for row in rows],
         "tokens vs. English": [rounded(row["relative_tokens"]) for row in rows],
         "bytes per token": [rounded(row["bytes_per_token"]) for row in rows],
         "split letters": [percent(row["split_share"]) for row in rows],

@@ -48,7 +48,7 @@ def sample_profile_text(
     told, named = (
         list(dict.fromkeys(one.language for one in texts if one.form == form)) for form in (SENTENCES, NAMES)
     )
-    about = "Facts of the sample world that no training on it has seen, the same in each language."
+    about = "The sample world: currency, language and capital of territories, the same in each language."
     if told:
         about += f" In sentences: {', '.join(told)}."
     if named := [code for code in named if code != REFERENCE]:
@@ -73,7 +73,7 @@ def own_profile_text(
 ) -> None:
     """Choose documents of each language from the user's text.
 
-    parallel: records of one id are translations. Records with a text column for each language are known to be.
+    parallel: records of one id are translations. Records with a text for each language are known to be.
     max_document_bytes: length to which a document is cut; parallel documents stay whole.
 
     Raises:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from koine.data.sample.coverage import covers, sample_languages
+from koine.data.sample.facts import CAPITALS, PROMINENT, TERRITORIAL, split_of, territories
 from koine.data.sample.phrases import QUESTION_LANGUAGES
 from koine.data.sample.rendering import plain_sentence, sentence, sides
-from koine.data.sample.world import DocumentPlan, document_plans
 from koine.errors import UserError, did_you_mean
 from koine.languages import language
 
@@ -26,10 +26,6 @@ MORE_LANGUAGES = (
 """Languages of `PARALLEL_LANGUAGES` that have no phrases."""
 PARALLEL_LANGUAGES: tuple[str, ...] = (*QUESTION_LANGUAGES, *MORE_LANGUAGES)
 """Forty languages in nineteen scripts: those with phrases, and sixteen more."""
-WITHOUT_LANGUAGE = ("sum",)
-"""Kinds of facts that are digits alone, the same in most languages."""
-MOST_FACTS = 4
-"""Facts of a document: more documents give better intervals than longer ones."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,12 @@ class ParallelText:
 def parallel_texts(languages: Iterable[str], count: int, *, seed: int = 0) -> Iterator[ParallelText]:
     """Yield `count` documents in each language, and in English in each form that occurs.
 
-    The facts are held-out ones, which no training on the sample world has seen. A fact is told only where
-    CLDR has its names in all of the languages.
+    A document tells of one territory: its currency, official language and capital. Sums and dates are left
+    out, since they look alike in all languages. Territories that no training on the sample world has seen
+    come first. A fact is told only where CLDR has its names in all of the languages. There may be fewer
+    than `count` territories.
+
+    seed: of the wordings.
 
     Raises `UserError` for a language that CLDR does not cover well enough.
     """
@@ -63,14 +63,14 @@ def parallel_texts(languages: Iterable[str], count: int, *, seed: int = 0) -> It
                 f"CLDR does not know enough of '{code}' for the sample world",
                 hint=did_you_mean(code, sample_languages()),
             )
-    plans = _shared_plans([*codes, REFERENCE], count, seed=seed)
+    documents = _shared_facts([*codes, REFERENCE])[:count]
     for form in (SENTENCES, NAMES):
         members = [code for code in codes if form_of(code) == form]
         if members and REFERENCE not in members:
             members.insert(0, REFERENCE)
         for code in members:
-            for number, plan in enumerate(plans):
-                yield ParallelText(code, _document(code, plan, form), form, number)
+            for number, told in enumerate(documents):
+                yield ParallelText(code, _document(code, told, form, seed), form, number)
 
 
 def form_of(code: str) -> str:
@@ -78,27 +78,28 @@ def form_of(code: str) -> str:
     return SENTENCES if code in QUESTION_LANGUAGES else NAMES
 
 
-def _shared_plans(codes: Sequence[str], count: int, *, seed: int) -> list[DocumentPlan]:
-    """Return `count` plans of documents with the facts that every language has the names of."""
-    found: list[DocumentPlan] = []
-    # About a fifth of the plans are of sums alone, and drop out.
-    for plan in document_plans(2 * count + 20, seed=seed, heldout=True):
-        facts = tuple(
-            fact
-            for fact in plan.facts
-            if fact.partition(":")[0] not in WITHOUT_LANGUAGE
-            and all(sides(code, fact) is not None for code in codes)
-        )
-        if len(facts) > 1:
-            found.append(plan._replace(facts=facts[:MOST_FACTS]))
-    return found[:count]
+def _shared_facts(codes: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the facts of each territory of which every language has the names; held-out territories first."""
+    names = [territory.code for territory in territories()]
+
+    def place(name: str) -> tuple[bool, int]:
+        seen = split_of(f"{TERRITORIAL[0]}:{name}") != "heldout_territory"
+        return seen, PROMINENT.index(name) if name in PROMINENT else len(PROMINENT)
+
+    found = []
+    for name in sorted(names, key=place):
+        possible = [f"{kind}:{name}" for kind in TERRITORIAL if kind != "capital" or name in CAPITALS]
+        told = tuple(fact for fact in possible if all(sides(code, fact) is not None for code in codes))
+        if len(told) > 1:
+            found.append(told)
+    return found
 
 
-def _document(code: str, plan: DocumentPlan, form: str) -> str:
+def _document(code: str, facts: Sequence[str], form: str, seed: int) -> str:
     """Render a document, one fact a line."""
-    generator = random.Random(plan.number)
+    generator = random.Random(f"{seed}:{facts[0]}")
     lines = []
-    for fact in plan.facts:
+    for fact in facts:
         wording = generator.randrange(60)
         line = sentence(code, fact, wording) if form == SENTENCES else plain_sentence(code, fact)
         assert line is not None, fact

@@ -36,7 +36,7 @@ def profile_sample(
         chat=(),
         part_bytes={},
         heldout_documents=scored_documents,
-        document_bytes=180,
+        document_bytes=150,
     )
 
 
