@@ -69,6 +69,7 @@ def test_the_page_answers_for_both_models(run: Path, models: dict[str, Path]) ->
     verdict, *blocks = report.blocks
     assert verdict["kind"] == "verdict"
     assert verdict["title"] == "how well do ours and llama-0.1b serve 3 languages?"
+    assert verdict["text"].startswith("Fewest bits for the same text: ")
     assert "ours. Not at all (3): " in verdict["text"]
     assert "llama-0.1b. Not at all (3): " in verdict["text"]
     tables = {block["title"]: block for block in blocks if block["kind"] == "table"}
@@ -117,9 +118,11 @@ def rows(bits: list[float]) -> dict[str, Any]:
 
 
 def test_fewest_bits_needs_a_clear_difference() -> None:
-    assert fewest_bits({"a": rows([10.0, 20.0, 30.0]), "b": rows([20.0, 40.0, 60.0])}) == "a, by 50 % (50–50)"
-    assert fewest_bits({"a": rows([10.0, 30.0]), "b": rows([30.0, 11.0])}) == "no clear difference"
-    assert fewest_bits({"a": rows([10.0]), "b": rows([20.0])}) == "no clear difference"
+    clear = {"a": rows([10.0, 20.0, 30.0]), "b": rows([20.0, 40.0, 60.0])}
+    assert fewest_bits(clear) == ("a", "a, by 50 % (50–50)")
+    unclear = (None, "no clear difference")
+    assert fewest_bits({"a": rows([10.0, 30.0]), "b": rows([30.0, 11.0])}) == unclear
+    assert fewest_bits({"a": rows([10.0]), "b": rows([20.0])}) == unclear
 
 
 def test_small_shares_are_not_shown_as_none() -> None:

@@ -74,9 +74,21 @@ def verdict(profiles: Profiles) -> Block:
         ]
         lines += [f"{name}. {told[0]}", *told[1:]] if len(profiles) > 1 else told
         lines += reservations(profile)
+    if len(profiles) > 1:
+        lines.insert(0, winners(profiles, codes))
     title = f"how well {'does' if len(profiles) == 1 else 'do'} {' and '.join(profiles)} serve "
     title += f"{len(codes)} languages?"
     return {"kind": "verdict", "title": title, "text": "\n".join(lines)}
+
+
+def winners(profiles: Profiles, codes: Sequence[str]) -> str:
+    """Return in how many languages each model clearly needs the fewest bits."""
+    best = [
+        fewest_bits({name: one["languages"][code] for name, one in profiles.items()})[0] for code in codes
+    ]
+    told = [f"{name} in {best.count(name)} of {len(codes)}" for name in profiles if name in best]
+    unclear = f"no clear difference in {best.count(None)}" if None in best else ""
+    return f"Fewest bits for the same text: {'; '.join([*told, *([unclear] if unclear else [])])}."
 
 
 def reservations(profile: Mapping[str, Any]) -> list[str]:
@@ -244,7 +256,7 @@ def language_table(profiles: Profiles) -> list[Block]:
                 name_of(code),
                 *(row["level"] for row in own.values()),
                 *(round(row["bits_per_byte"], 3) for row in own.values()),
-                fewest_bits(own),
+                fewest_bits(own)[1],
             ]
         )
     columns = ["language", *profiles, *(f"bits per byte: {name}" for name in profiles), "fewest bits"]
@@ -254,16 +266,20 @@ def language_table(profiles: Profiles) -> list[Block]:
     return [{"kind": "table", "title": "Side by side", "caption": caption, "columns": columns, "rows": rows}]
 
 
-def fewest_bits(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return which model needs the fewest bits for the same documents, and by how much; by name of the model."""
+def fewest_bits(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, str]:
+    """Return which model clearly needs the fewest bits for the same documents, and by how much in words.
+
+    rows: of one language, by model.
+    """
     from koine.evaluate.bootstrap import bootstrap_interval
 
-    best, second = sorted(rows, key=lambda name: sum(rows[name]["document_bits"]))[:2]
+    best, second = sorted(rows, key=lambda name: float(sum(rows[name]["document_bits"])))[:2]
     ours, theirs = rows[best]["document_bits"], rows[second]["document_bits"]
     interval = bootstrap_interval(ours, theirs)
     if interval is None or interval[1] >= 1.0:
-        return "no clear difference"
-    return f"{best}, by {percent(1 - sum(ours) / sum(theirs))} ({100 - 100 * interval[1]:.0f}–{100 - 100 * interval[0]:.0f})"
+        return None, "no clear difference"
+    low, high = (100 - 100 * end for end in (interval[1], interval[0]))
+    return best, f"{best}, by {percent(1 - sum(ours) / sum(theirs))} ({low:.0f}–{high:.0f})"
 
 
 def model_table(name: str, profile: Mapping[str, Any], *, alone: bool) -> Block:
@@ -284,7 +300,10 @@ def model_table(name: str, profile: Mapping[str, Any], *, alone: bool) -> Block:
         "unknown text": [percent(row["unknown_share"]) for row in rows],
         "adaptation cost": [rounded(row["adaptation_cost"]) for row in rows],
         "letters seen": [percent(row["letters_seen"]) for row in rows],
-        "remarks": ["; ".join(remarks(row)) for row in rows],
+        "remarks": [
+            "; ".join([*remarks(row), *(["names and numbers only"] if row["form"] == "names" else [])])
+            for row in rows
+        ],
     }
     told = {
         column: cells
