@@ -152,6 +152,8 @@ class Fields:
             raise UserError("is not a JSON object", where=where, hint=hint_if_broken)
         self.value: dict[str, Any] = value
         self.where = where
+        self.names_read: set[str] = set()
+        """The names that were asked for."""
         self.hint_if_broken = hint_if_broken
 
     def wrong(self, name: str, must: str) -> UserError:
@@ -172,6 +174,7 @@ class Fields:
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """Return the field, of whatever type."""
+        self.names_read.add(name)
         got = self.value.get(name)
         if got is not None:
             return got

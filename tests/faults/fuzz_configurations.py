@@ -169,7 +169,7 @@ def _config(layers: tuple[LayerSpec, ...], mixture: MixtureConfig | None = None)
 CONFIGURATIONS = {
     "cohere config.json": _config((LayerSpec(),) * 2),
     "cohere2 config.json": _config(hybrid_layers(2, window=4, full_every=2)),
-    "koine config.json": _config((LayerSpec(window=4, qk_norm=True), LayerSpec(rope=False))),
+    "koine config.json": _config((LayerSpec(window=4, qk_norm="heads"), LayerSpec(rope=False))),
     "experts config.json": _config(
         (LayerSpec(window=4), LayerSpec(rope=False)),
         MixtureConfig(experts=("a", "b"), shared_expert=True, attention="kv-experts", attention_top_k=1, domain_size=3),

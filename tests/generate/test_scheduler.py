@@ -37,7 +37,7 @@ def alone(model: Decoder, prompt: list[int], sampling: Sampling) -> list[int]:
         None,
         (LayerSpec(),) * 3,
         (LayerSpec(window=5),) * 2,
-        (LayerSpec(qk_norm=True), LayerSpec(window=3, rope=False)),
+        (LayerSpec(qk_norm="heads"), LayerSpec(window=3, rope=False)),
     ],
     ids=["hybrid", "full", "windowed", "qk-norm"],
 )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from koine.generate.cache.contexts import PrefillContext
 from koine.generate.cache.paged_cache import PagedCache
-from koine.model import Decoder, LayerSpec, ModelConfig
-from koine.model.block import LayerNorm
+from koine.model import Decoder, LayerSpec, ModelConfig, preset
+from koine.model.norm import Norm
 
 
 def one_layer(tiny: ModelConfig, spec: LayerSpec) -> Decoder:
@@ -46,7 +46,7 @@ def test_a_nope_layer_ignores_the_order_of_earlier_tokens(tiny: ModelConfig) -> 
 
 
 def test_the_norm_is_centred_and_computed_in_float32() -> None:
-    norm = LayerNorm(64, eps=1e-5)
+    norm = Norm(64, preset("koine-0.5m"))
     x = torch.randn(3, 64, dtype=torch.float64)
     norm.double()
     # Root-mean-square norms would see the shift.

@@ -14,7 +14,8 @@ from torch import Tensor
 from koine.errors import UserError
 from koine.files import read_json
 from koine.model.config import MixtureConfig, ModelConfig
-from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, from_json
+from koine.model.families.reading import UnsupportedModelError
+from koine.model.formats.config_json import decoder_types, from_json
 from koine.model.formats.library_config import declared_fields, library_config
 
 MIN_RELATED_COSINE = 0.2
@@ -135,7 +136,7 @@ def _difference(
     """
     if ours == theirs:
         return None
-    if ours.get("model_type") in OWN_TYPES:
+    if ours.get("model_type") in decoder_types():
         try:
             configs = [
                 from_json(value, where=path / "config.json")
@@ -190,7 +191,7 @@ def _class_fields(value: dict[str, Any], path: Path) -> dict[str, Any]:
 def ties_embeddings(path: Path) -> bool | None:
     """Return whether a model's head is its embedding; None where neither file nor class says so."""
     content = model_configuration(path)
-    if content.get("model_type") in OWN_TYPES:
+    if content.get("model_type") in decoder_types():
         try:
             return from_json(content, where=path / "config.json").tie_embeddings
         except UnsupportedModelError:

@@ -85,10 +85,10 @@ def measure_lengths(
         expected = last * length / measured[-1] if measured else 0.0
         if expected > max_seconds:
             reason = f"one run is expected to take more than {expected:,.0f} s, and the limit is {max_seconds:,.0f} s"
-            found.append(_with_cache(LengthSpeed(tokens=length, left_out=reason), engine))
+            found.append(_with_cache(LengthSpeed(tokens=length, left_out=reason), engine, text))
             continue
         one, last = _measure(engine, text, length, repeats, max_seconds)
-        found.append(_with_cache(one, engine))
+        found.append(_with_cache(one, engine, text))
     return found
 
 
@@ -129,6 +129,7 @@ def _run(engine: LocalEngine, prompt: list[int]) -> tuple[float, float]:
     # Without stop ids, so that every run has as many tokens.
     engine.scheduler.submit(prompt, sampling, on_token=note_time)
     engine.scheduler.run()
+    _forget(engine)
     return times[0] - start, times[-1] - times[0]
 
 
@@ -138,16 +139,31 @@ def _prompt(text: Sequence[int], size: int, number: int) -> list[int]:
     return [text[(start + place) % len(text)] for place in range(size)]
 
 
-def _with_cache(speed: LengthSpeed, engine: LocalEngine) -> LengthSpeed:
+def _forget(engine: LocalEngine) -> None:
+    """Free the KV caches that the engine keeps for later prompts."""
+    from koine.generate.padded_scheduler import PaddedScheduler
+    from koine.generate.scheduler import Scheduler
+
+    scheduler = engine.scheduler
+    if isinstance(scheduler, PaddedScheduler):
+        scheduler.cached.clear()
+    elif isinstance(scheduler, Scheduler):
+        while scheduler.prefixes.evict_oldest():
+            pass
+
+
+def _with_cache(speed: LengthSpeed, engine: LocalEngine, text: Sequence[int]) -> LengthSpeed:
     """Return the speed with the bytes of the KV cache at its length."""
-    from koine.generate.sequential import SequentialGenerator
-    from koine.model import Decoder
+    from koine.generate.cache.measured_bytes import measure_cache_bytes
+    from koine.generate.scheduler import Scheduler
+    from koine.model import CausalLM
     from koine.model.counting import cache_bytes
 
-    if isinstance(engine.model, Decoder):
-        size = engine.scheduler.cache.dtype.itemsize  # type: ignore[union-attr]
-        computed = cache_bytes(engine.model.config, speed.tokens, size)
+    scheduler = engine.scheduler
+    if isinstance(scheduler, Scheduler):
+        computed = cache_bytes(scheduler.model.config, speed.tokens, scheduler.cache.dtype.itemsize)
         return replace(speed, cache_bytes=computed, cache_basis="computed")
-    if speed.runs and isinstance(engine.scheduler, SequentialGenerator):
-        return replace(speed, cache_bytes=engine.scheduler.cache_bytes(), cache_basis="measured")
+    if speed.runs and isinstance(engine.model, CausalLM):
+        measured = measure_cache_bytes(engine.model, _prompt(text, speed.tokens, 0))
+        return speed if measured is None else replace(speed, cache_bytes=measured, cache_basis="measured")
     return speed

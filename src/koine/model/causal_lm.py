@@ -15,9 +15,10 @@ from koine.errors import KoineWarning, UserError
 from koine.extras import import_extra
 from koine.files import read_json
 from koine.hub import model_folder
+from koine.model.families.reading import UnsupportedModelError
 from koine.model.formats.carried_files import copy_tokenizer
 from koine.model.formats.checksum import write_checksums
-from koine.model.formats.config_json import OWN_TYPES, UnsupportedModelError, read_config
+from koine.model.formats.config_json import decoder_types, read_config
 from koine.model.formats.directory import load_model
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
@@ -30,7 +31,7 @@ from koine.model.formats.opening import (
     read_model_config,
     stored_dtype,
 )
-from koine.model.formats.weight_files import widest_dtype
+from koine.model.formats.weight_files import has_only_pickled_weights, widest_dtype
 from koine.model.language_model import LanguageModel, RemapIds, VocabularyTensors
 from koine.model.lm_head import (
     LENGTH_FIELDS,
@@ -124,12 +125,12 @@ class CausalLM(nn.Module):
 
     @property
     def output_weight(self) -> Tensor | None:
-        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`; else None.
+        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, soft-capped; else None.
 
-        With it the loss can be computed in chunks. None where the model has a bias or a soft cap.
+        With it the loss can be computed in chunks. None where the model has a bias.
         """
         module = linear_head(self.inner)
-        if not self.head.linear or self.head.cap is not None or type(module) is not nn.Linear:
+        if not self.head.linear or type(module) is not nn.Linear:
             return None
         return None if module.bias is not None else module.weight
 
@@ -137,6 +138,11 @@ class CausalLM(nn.Module):
     def logit_scale(self) -> float:
         """Factor on the logits (Cohere multiplies, Granite divides)."""
         return self.head.scale
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Soft cap of the scaled logits; None without one."""
+        return self.head.cap if self.head.linear else None
 
     def forward(
         self, tokens: Tensor, *, document_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -275,14 +281,16 @@ def _several_documents(document_ids: Tensor) -> bool:
 
 
 def opens_as_decoder(path: Path) -> bool:
-    """Return whether our decoder implements the model of the folder's `config.json`."""
+    """Return whether our decoder implements the model of the folder's `config.json`, and reads its weights."""
+    if has_only_pickled_weights(path):
+        return False
     value = read_json(path / "config.json")
-    if not isinstance(value, dict) or value.get("model_type") not in OWN_TYPES:
+    if not isinstance(value, dict) or value.get("model_type") not in decoder_types():
         return False
     try:
         read_config(path)
     except UnsupportedModelError:
-        # For example a Cohere with biases, which transformers implements and our decoder does not.
+        # For example a Phi-3 with LongRoPE, which transformers implements and our decoder does not.
         return False
     return True
 
@@ -305,7 +313,7 @@ def load_causal_lm(
     read_model_config(path)
     if opens_as_decoder(path):
         return load_model(path, dtype=dtype, device=device)
-    return _load_with_transformers(path, dtype, device)
+    return load_with_transformers(path, dtype=dtype, device=device)
 
 
 def load_as_stored(path: Path) -> LanguageModel:
@@ -317,7 +325,13 @@ def load_as_stored(path: Path) -> LanguageModel:
     return load_causal_lm(path, dtype=widest_dtype(path))
 
 
-def _load_with_transformers(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
+def load_with_transformers(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> CausalLM:
+    """Open a folder with its class of `transformers`, also where our decoder implements it.
+
+    Arguments and errors as in `load_causal_lm`.
+    """
     transformers = require_transformers()
     value = read_model_config(path)
     check_model_class(value, path, transformers)

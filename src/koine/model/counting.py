@@ -55,6 +55,28 @@ def block_matrix_parameters(config: ModelConfig) -> int:
     )
 
 
+def block_vector_parameters(config: ModelConfig, spec: LayerSpec) -> int:
+    """Count the entries of one block's norms and biases."""
+    norms = {"parallel": 1, "pre_norm": 2, "post_norm": 2, "sandwich": 4}[config.arrangement]
+    count = norms * norm_parameters(config)
+    if spec.qk_norm == "head":
+        count += config.head_dim * (config.query_copies + config.kv_copies)
+    elif spec.qk_norm is not None:
+        count += config.attention_size + config.kv_size
+    if config.attention_bias:
+        count += config.attention_size + 2 * config.kv_size
+    if config.attention_out_bias:
+        count += config.hidden_size * config.query_copies
+    if config.mlp_bias:
+        count += sum(config.projection_sizes[3:]) + config.hidden_size
+    return count
+
+
+def norm_parameters(config: ModelConfig) -> int:
+    """Count the entries of one norm of hidden states."""
+    return config.hidden_size * (1 + config.norm_bias)
+
+
 def expert_parameters(config: ModelConfig) -> int:
     """Count the entries of one feed-forward expert."""
     return 3 * config.hidden_size * config.intermediate_size
@@ -80,15 +102,13 @@ def count_parameters(config: ModelConfig) -> Parameters:
     blocks = 0
     more, inactive = _mixture_parameters(config)
     for spec in config.layers:
-        blocks += block_matrix_parameters(config) + more + config.hidden_size
-        if spec.qk_norm:
-            blocks += config.attention_size + config.kv_size
+        blocks += block_matrix_parameters(config) + more + block_vector_parameters(config, spec)
     embedding = config.vocab_size * config.hidden_size
     return Parameters(
         embedding,
         0 if config.tie_embeddings else embedding,
         blocks,
-        config.hidden_size,
+        norm_parameters(config),
         inactive * len(config.layers),
     )
 
@@ -141,6 +161,4 @@ def cache_bytes(config: ModelConfig, time: int, element_bytes: int = 2) -> int:
 
 def all_full(config: ModelConfig) -> ModelConfig:
     """Return the same configuration with full attention in every layer."""
-    return replace(
-        config, layers=tuple(LayerSpec(rope=spec.rope, qk_norm=spec.qk_norm) for spec in config.layers)
-    )
+    return replace(config, layers=tuple(replace(spec, window=None) for spec in config.layers))

@@ -6,7 +6,7 @@ Shape suffixes: b batch, t time, e hidden_size, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,24 @@ from torch.utils.checkpoint import checkpoint
 
 from koine.model.attention.context import AttentionContext
 from koine.model.attention.dispatch import document_starts_of
-from koine.model.block import Block, LayerNorm, rope_angles
+from koine.model.block import Block, ParallelBlock, SequentialBlock, rope_angles
 from koine.model.config import LayerSpec, ModelConfig
 from koine.model.language_model import RemapIds, VocabularyTensors
 from koine.model.layer_patterns import reconfigure
-from koine.model.moe.block import MixtureBlock
+from koine.model.moe.block import ParallelMixtureBlock, SequentialMixtureBlock
 from koine.model.moe.routers import DomainRouter, LinearRouter, Routing
+from koine.model.norm import HeadNorm, Norm
 
 
 def _block(config: ModelConfig, spec: LayerSpec) -> Block:
-    return Block(config, spec) if config.mixture is None else MixtureBlock(config, spec, config.mixture)
+    parallel = config.arrangement == "parallel"
+    if config.mixture is None:
+        return (ParallelBlock if parallel else SequentialBlock)(config, spec)
+    return (ParallelMixtureBlock if parallel else SequentialMixtureBlock)(config, spec, config.mixture)
+
+
+RESIDUAL_WRITERS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "experts_out")
+"""Ends of the names of the matrices that write to the residual stream."""
 
 
 class Decoder(nn.Module):
@@ -41,7 +49,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(_block(config, spec) for spec in config.layers)
-        self.norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = Norm(config.hidden_size, config)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
@@ -52,23 +60,25 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise matrices from a normal distribution with `initializer_range`, norms with ones.
+        """Initialise matrices from a normal distribution with `initializer_range`, norms as the identity.
 
-        The two matrices that write to the residual stream are divided by `sqrt(2 * layers)` (GPT-2).
+        Biases are 0. The matrices that write to the residual stream are divided by `sqrt(2 * layers)` (GPT-2).
         """
         std = self.config.initializer_range
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if "norm" in name:
-                    parameter.fill_(1.0)
-                elif name.endswith(("out_proj.weight", "experts_out")):
+                    continue
+                if "bias" in name:
+                    parameter.zero_()
+                elif name.endswith(RESIDUAL_WRITERS):
                     parameter.normal_(0.0, std / (2 * len(self.config.layers)) ** 0.5)
                 else:
                     parameter.normal_(0.0, std)
             for module in self.modules():
                 if isinstance(module, LinearRouter):
                     module.reset_parameters(std)
-                elif isinstance(module, DomainRouter):
+                elif isinstance(module, DomainRouter | Norm | HeadNorm):
                     module.reset_parameters()
 
     @property
@@ -108,6 +118,11 @@ class Decoder(nn.Module):
         """Factor on the logits."""
         return self.config.logit_scale
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """Soft cap of the scaled logits; None without one."""
+        return self.config.logit_softcap
+
     def forward(
         self,
         tokens: Tensor,
@@ -137,19 +152,26 @@ class Decoder(nn.Module):
         Raises:
             ValueError: `document_ids`, `positions` or `attention_mask` together with a context.
         """
+        given = positions is not None or attention_mask is not None
         positions, document_ids = self._placed(tokens, document_ids, positions, attention_mask, context)
         document_starts = None if document_ids is None else document_starts_of(document_ids)
-        angles = rope_angles(positions, self.config)
-        x_bte = self.embedding(tokens)
+        if document_starts is not None and self._is_dynamic and not given:
+            # Its frequencies depend on the length of each document, which its positions tell.
+            positions = torch.arange(tokens.shape[1], device=tokens.device) - document_starts
+        lengths = context.lengths if context is not None and self._is_dynamic else None
+        angles = rope_angles(positions, self.config, lengths)
+        x_bte = self.embed(tokens)
         if block_outputs is not None:
             block_outputs.append(x_bte)
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            own = None if block.rope is None else angles[block.rope]
             if context is not None:
-                x_bte, routing = block(x_bte, angles, None, partial(context.attend, index))
+                x_bte, routing = block(x_bte, own, None, partial(context.attend, index))
             elif self.gradient_checkpointing and self.training:
-                x_bte, routing = checkpoint(block, x_bte, angles, document_starts, use_reentrant=False)
+                x_bte, routing = checkpoint(block, x_bte, own, document_starts, use_reentrant=False)
             else:
-                x_bte, routing = block(x_bte, angles, document_starts)
+                x_bte, routing = block(x_bte, own, document_starts)
             if routings is not None and routing is not None:
                 routings.append(routing)
             if block_outputs is not None:
@@ -159,6 +181,18 @@ class Decoder(nn.Module):
         out_bte = self.norm(x_bte)
         assert isinstance(out_bte, Tensor)
         return out_bte
+
+    @property
+    def _is_dynamic(self) -> bool:
+        scaling = self.config.rope_scaling
+        return scaling is not None and scaling.kind == "dynamic"
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up the rows of `tokens`, times `embedding_scale`, `[..., hidden]`."""
+        x: Tensor = self.embedding(tokens)
+        scale = self.config.embedding_scale
+        # Gemma rounds the factor to the dtype of the weights.
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
 
     def _placed(
         self,
@@ -185,15 +219,22 @@ class Decoder(nn.Module):
         return positions, document_ids
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits `[..., vocab]` from hidden states `[..., hidden]`, times `logit_scale`."""
+        """Compute logits `[..., vocab]` from hidden states `[..., hidden]`, scaled and capped."""
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
         if self.packed_head is not None:
             logits: Tensor = self.packed_head(hidden)
-            return logits.mul_(self.config.logit_scale)
-        return F.linear(hidden, self.output_weight) * self.config.logit_scale
+            if scale != 1.0:
+                logits.mul_(scale)
+        else:
+            logits = F.linear(hidden, self.output_weight)
+            if scale != 1.0:
+                logits = logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the configuration."""
-        return asdict(self.config)
+        """Return the fields of the configuration that determine the computation."""
+        compared = {field.name for field in fields(self.config) if field.compare}
+        return {name: value for name, value in asdict(self.config).items() if name in compared}
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass, or keep its activations."""

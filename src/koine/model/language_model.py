@@ -85,7 +85,7 @@ class LanguageModel(Protocol):
 
     @property
     def output_weight(self) -> Tensor | None:
-        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`; else None.
+        """`[vocab, hidden]` where the logits are this matrix times `logit_scale`, soft-capped; else None.
 
         With it the loss can be computed in chunks.
         """
@@ -94,6 +94,11 @@ class LanguageModel(Protocol):
     @property
     def logit_scale(self) -> float:
         """Factor on the logits."""
+        ...
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Cap of the scaled logits, which are then `cap * tanh(logits / cap)`; None without one."""
         ...
 
     @property

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal, get_args
 
 from koine.errors import UserError, did_you_mean
-from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
+from koine.model.config import LayerSpec, ModelConfig, QKNorm, hybrid_layers
 
 if TYPE_CHECKING:
     from koine.model.decoder import Decoder
@@ -26,7 +26,12 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 def variant_layers(
-    name: Variant, count: int, *, window: int | None = None, full_every: int | None = None
+    name: Variant,
+    count: int,
+    *,
+    window: int | None = None,
+    full_every: int | None = None,
+    qk_norm: QKNorm = "heads",
 ) -> tuple[LayerSpec, ...]:
     """Return `count` layers of the variant `name`.
 
@@ -35,6 +40,7 @@ def variant_layers(
         count: number of layers.
         window: tokens; for `rnope-swa` alone.
         full_every: for `rnope-swa` alone; default 4.
+        qk_norm: kind of norm, for `qk-norm` alone.
 
     Raises:
         UserError: the name is unknown, or the variant takes no window or ratio, or no full layer is left.
@@ -48,7 +54,7 @@ def variant_layers(
             raise UserError(f"{name} has no use for {what}", hint="choose rnope-swa, or leave it out")
     if name == "rnope":
         return tuple(LayerSpec(rope=index % 2 == 0) for index in range(count))
-    return (LayerSpec(rope=name != "nope", qk_norm=name == "qk-norm"),) * count
+    return (LayerSpec(rope=name != "nope", qk_norm=qk_norm if name == "qk-norm" else None),) * count
 
 
 def _windowed(count: int, window: int | None, full_every: int) -> tuple[LayerSpec, ...]:
@@ -89,7 +95,8 @@ def with_attention(
         if chosen == "rnope-swa":
             window = next((w for w in (window, *(layer.window for layer in layers)) if w is not None), None)
             full_every = ratio if full_every is None else full_every
-        layers = variant_layers(chosen, len(layers), window=window, full_every=full_every)
+        qk_norm: QKNorm = "heads" if config.norm == "layer_norm" else "head"
+        layers = variant_layers(chosen, len(layers), window=window, full_every=full_every, qk_norm=qk_norm)
     if rope_theta is not None and not any(layer.rope for layer in layers):
         raise UserError("no layer has RoPE, so rope_theta has no effect", hint="leave it out with nope")
     return replace(config, layers=layers, rope_theta=config.rope_theta if rope_theta is None else rope_theta)
@@ -113,7 +120,8 @@ def variant_name(config: ModelConfig) -> str:
     layers, theta = config.layers, f", θ {config.rope_theta:,.10g}"
     everywhere: dict[Variant, str] = {"rope": "RoPE", "qk-norm": "QK-Norm"}
     for name, words in everywhere.items():
-        if layers == variant_layers(name, len(layers)):
+        kind: QKNorm = layers[0].qk_norm or "heads"
+        if layers == variant_layers(name, len(layers), qk_norm=kind):
             return words + theta
     if layers == variant_layers("nope", len(layers)):
         return "NoPE"

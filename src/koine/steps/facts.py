@@ -90,7 +90,7 @@ def folder_bytes(path: Path) -> int:
 
 def model_facts(planned: PlannedInput) -> ModelFacts | None:
     """Return what is known of a model; raise `UserError` where a given folder is no model."""
-    from koine.model.formats.config_json import OWN_TYPES, read_config
+    from koine.model.formats.config_json import decoder_types, read_config
     from koine.model.formats.weight_files import check_adapter
 
     if not planned.exists:
@@ -111,7 +111,7 @@ def model_facts(planned: PlannedInput) -> ModelFacts | None:
     kind = str(value.get("model_type"))
     return ModelFacts(
         model_type=kind,
-        config=read_config(path) if kind in OWN_TYPES else None,
+        config=read_config(path) if kind in decoder_types() else None,
         vocab_size=tokenizer_size(path),
         origin=path,
     )
@@ -122,7 +122,7 @@ def own_model(planned: PlannedInput) -> ModelConfig | None:
 
     Raises `UserError` for any other architecture, and for weights that do not belong to `config.json`.
     """
-    from koine.model.formats.config_json import OWN_TYPES
+    from koine.model.formats.config_json import decoder_types
 
     facts = model_facts(planned)
     if facts is None:
@@ -131,7 +131,7 @@ def own_model(planned: PlannedInput) -> ModelConfig | None:
         raise UserError(
             f"is a model of type {facts.model_type}, and this recipe or step computes with Koine's own decoder",
             where=facts.origin or planned.path,
-            hint=f"possible are: {', '.join(OWN_TYPES)}; any other architecture can be merged, evaluated and "
+            hint=f"possible are: {', '.join(decoder_types())}; any other architecture can be merged, evaluated and "
             "served, see docs/how-to/",
         )
     if planned.exists:

@@ -28,6 +28,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         chunk: int,
         with_gradients: bool,
+        softcap: float | None,
     ) -> Tensor:
         accumulate = torch.promote_types(hidden_md.dtype, torch.float32)
         loss = torch.zeros((), dtype=accumulate, device=hidden_md.device)
@@ -42,6 +43,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_cd, targets_c1 = hidden_nd[start : start + chunk], targets_n[start : start + chunk, None]
             # Hidden states are scaled before the matmul, gradients after it: one pass less over the logits.
             logits_cv = torch.mm(hidden_cd if scale == 1.0 else hidden_cd * scale, weight_vd.t())
+            slope_cv = None
+            if softcap is not None:
+                shares_cv = logits_cv.div_(softcap).tanh_()
+                slope_cv = 1 - shares_cv.square() if with_gradients else None
+                logits_cv = shares_cv.mul_(softcap)
             probabilities_cv = torch.softmax(logits_cv, dim=-1, dtype=accumulate)
             # The largest probability is 1 / sum exp(logit - largest). With it, log-sum-exp needs no second
             # exponential over the vocabulary, and its logarithm is never that of 0.
@@ -53,6 +59,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             gradient_cv = probabilities_cv.scatter_add_(
                 1, targets_c1, probabilities_cv.new_full(targets_c1.shape, -1.0)
             ).to(hidden_cd.dtype)
+            if slope_cv is not None:
+                gradient_cv = gradient_cv.mul_(slope_cv)
             torch.mm(gradient_cv, weight_vd, out=grad_nd[start : start + len(hidden_cd)])
             grad_vd += torch.mm(gradient_cv.t(), hidden_cd)
         if grad_nd is not None and grad_vd is not None:
@@ -66,11 +74,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_md, grad_vd = ctx.saved_tensors
         factor = grad.to(grad_md.dtype)
-        return grad_md * factor, grad_vd * factor, None, None, None, None
+        return grad_md * factor, grad_vd * factor, None, None, None, None, None
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float = 1.0, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the SUM of `-log softmax(scale * hidden @ weight.T)[target]` over targets other than -100.
 
@@ -79,6 +93,7 @@ def chunked_cross_entropy(
         weight: `[vocab, hidden]`.
         targets: `[...]` int64; -100 has no loss and costs no matmul.
         scale: factor on the logits.
+        softcap: the scaled logits become `softcap * tanh(logits / softcap)`; None leaves them.
         chunk: rows of logits in memory at a time; by default as many as `CHUNK_BYTES` hold.
 
     Returns:
@@ -89,7 +104,7 @@ def chunked_cross_entropy(
         chunk = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     result = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        flat, weight.to(flat.dtype), targets.reshape(-1), scale, chunk, with_gradients
+        flat, weight.to(flat.dtype), targets.reshape(-1), scale, chunk, with_gradients, softcap
     )
     assert isinstance(result, Tensor)
     return result

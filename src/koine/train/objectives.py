@@ -117,7 +117,8 @@ def _cross_entropy_sum(model: nn.Module, hidden_btd: Tensor, targets_bt: Tensor)
     weight = getattr(model, "output_weight", None)
     if weight is not None:
         scale = float(getattr(model, "logit_scale", 1.0))
-        return chunked_cross_entropy(hidden_btd, weight, targets_bt, scale=scale)
+        cap = getattr(model, "logit_softcap", None)
+        return chunked_cross_entropy(hidden_btd, weight, targets_bt, scale=scale, softcap=cap)
     # A model of `transformers` keeps its own head: logits of one row of the batch at a time.
     loss = torch.zeros((), device=hidden_btd.device)
     for hidden_td, targets_t in zip(hidden_btd, targets_bt, strict=True):

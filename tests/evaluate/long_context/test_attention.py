@@ -54,7 +54,7 @@ def eager(model: Decoder, folder: Path) -> Any:
     [
         (None, "Cohere2ForCausalLM"),
         ((LayerSpec(),) * 3, "CohereForCausalLM"),
-        ((LayerSpec(qk_norm=True),) * 3, "CohereForCausalLM"),
+        ((LayerSpec(qk_norm="heads"),) * 3, "CohereForCausalLM"),
     ],
 )
 def test_weights_are_those_of_transformers(

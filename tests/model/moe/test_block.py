@@ -67,7 +67,7 @@ def test_identical_experts_are_the_dense_model(
     tiny: ModelConfig, attention: str, shared: bool, top_k: int
 ) -> None:
     """Soft attention gates sum to 1; a gate of 1/3 (routers of zeros) scales the feed-forward by a third."""
-    dense = Decoder(replace(tiny, layers=(*tiny.layers, LayerSpec(qk_norm=True)))).double().eval()
+    dense = Decoder(replace(tiny, layers=(*tiny.layers, LayerSpec(qk_norm="heads")))).double().eval()
     config = mixed(dense.config, attention=attention, shared_expert=shared, top_k=top_k)
     model = copies(dense, config)
     for name, parameter in model.named_parameters():

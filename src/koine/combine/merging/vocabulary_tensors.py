@@ -16,7 +16,7 @@ from typing import Any
 from koine.combine.compatibility import model_configuration
 from koine.combine.safetensors_stream import Checkpoint, Entry
 from koine.errors import UserError
-from koine.model.formats.config_json import OWN_TYPES
+from koine.model.formats.config_json import OWN_TYPE
 from koine.model.formats.library_config import VOCABULARY_FIELD, Skeleton, skeleton
 
 OWN_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -33,7 +33,7 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the tensors with one entry or row per token, each with the dimension that counts tokens."""
     content = model_configuration(checkpoint.path)
     kind = content.get("model_type")
-    if kind in OWN_TYPES:
+    if kind in (OWN_TYPE, "cohere", "cohere2"):
         return {name: 0 for name in OWN_NAMES if name in checkpoint}
     known = skeleton(content, where=checkpoint.path / "config.json") if kind is not None else None
     if known is None:

@@ -300,19 +300,21 @@ def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) ->
         out: dict[str, Tensor] = {}
         for layer in range(len(config.layers)):
             routers: dict[str, LinearRouter | DomainRouter] = {
-                "router": LinearRouter(config.hidden_size, len(mixture.experts))
+                "experts.router": LinearRouter(config.hidden_size, len(mixture.experts))
                 if mixture.domain_size is None
                 else DomainRouter(config.hidden_size, len(mixture.experts), mixture.domain_size)
             }
             if mixture.attention != "averaged":
-                routers["attention_router"] = LinearRouter(config.hidden_size, len(mixture.experts))
+                routers["attention_experts.router"] = LinearRouter(config.hidden_size, len(mixture.experts))
             for where, router in routers.items():
                 if isinstance(router, LinearRouter):
                     router.reset_parameters(config.initializer_range)
                 else:
                     router.reset_parameters()
                 for part, tensor in router.state_dict().items():
-                    for name, stored in split_stored(f"{where}.{part}", tensor, config).items():
+                    for name, stored in split_stored(
+                        f"{where}.{part}", tensor, config, config.layers[layer]
+                    ).items():
                         out[f"model.layers.{layer}.{name}"] = stored.to(dtype)
         return out
     finally:

@@ -23,13 +23,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from koine.errors import UserError
 from koine.model import CausalLM, Decoder, LanguageModel, LayerSpec
-from koine.model.attention.rope import Rotation, apply_rotary, rotation
-from koine.model.block import Block
+from koine.model.block import Angles, Block, rope_angles
 
 if TYPE_CHECKING:
     from koine.evaluate.long_context.prompts import Prompt
@@ -108,34 +106,20 @@ def block_attention(block: Block, x: Tensor, rows: slice) -> Tensor:
 
 def _keys(block: Block, x: Tensor) -> Tensor:
     """Compute rotated keys `[kv_heads, time, head_dim]`."""
-    config, spec = block.config, block.spec
-    first = config.attention_size
-    weight = block.in_proj.weight[first : first + config.kv_size]
-    k: Tensor = F.linear(block.norm(x), weight).view(1, -1, config.kv_heads, config.head_dim)
-    if spec.qk_norm:
-        k = block.k_norm(k)
-    if spec.rope:
-        k = apply_rotary(k, _angles(block, 0, x.shape[1], x.device))
+    _, k, _ = block.heads(block.qkv(x), _angles(block, 0, x.shape[1], x.device))
     return k[0].transpose(0, 1)
 
 
 def _queries(block: Block, x: Tensor, start: int, stop: int) -> Tensor:
     """Compute rotated and scaled queries `[heads, stop - start, head_dim]`."""
-    config, spec = block.config, block.spec
-    weight = block.in_proj.weight[: config.attention_size]
-    q: Tensor = F.linear(block.norm(x[:, start:stop]), weight)
-    q = q.view(1, -1, config.query_heads, config.head_dim)
-    if spec.qk_norm:
-        q = block.q_norm(q)
-    if spec.rope:
-        q = apply_rotary(q, _angles(block, start, stop, x.device))
-    scaled: Tensor = q[0].transpose(0, 1) * config.head_dim**-0.5
-    return scaled
+    q, _, _ = block.heads(block.qkv(x[:, start:stop]), _angles(block, start, stop, x.device))
+    return q[0].flatten(1, 2).transpose(0, 1)
 
 
-def _angles(block: Block, start: int, stop: int, device: torch.device) -> Rotation:
-    positions = torch.arange(start, stop, device=device)[None]
-    return rotation(positions, block.config.head_dim, block.config.rope_theta).view_as_heads()
+def _angles(block: Block, start: int, stop: int, device: torch.device) -> Angles | None:
+    if block.rope is None:
+        return None
+    return rope_angles(torch.arange(start, stop, device=device)[None], block.config)[block.rope]
 
 
 def _weights(block: Block, q_hrd: Tensor, keys_ktd: Tensor, start: int) -> Tensor:

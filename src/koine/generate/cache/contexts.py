@@ -46,12 +46,18 @@ class PrefillContext:
         """Positions for RoPE, `[1, t]`."""
         return self._positions
 
+    @property
+    def lengths(self) -> Tensor:
+        """Lengths of the sequences after this pass, `[1, t]`."""
+        ends = [sequence.length + count for sequence, count in zip(self.sequences, self.counts, strict=True)]
+        return torch.tensor(ends).repeat_interleave(torch.tensor(self.counts))[None].to(self.cache.device)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values, then attend (`AttentionContext.attend`)."""
         if self._packed:
             # One call for all sequences: they are the documents of a row.
             window = self.cache.windowed.get(layer)
-            out = attend(q, k, v, window=window, document_starts=self._starts)
+            out = attend(q, k, v, window=window, document_starts=self._starts, softcap=self.cache.softcap)
         else:
             outputs = [
                 self._attend_sequence(layer, sequence, q[:, span], k[:, span], v[:, span])
@@ -93,13 +99,13 @@ class PrefillContext:
         """Attend one sequence's new tokens to its cached positions and to themselves."""
         window = self.cache.windowed.get(layer)
         if not sequence.length:
-            return attend(q, k, v, window=window, document_starts=None)
+            return attend(q, k, v, window=window, document_starts=None, softcap=self.cache.softcap)
         cached_k, cached_v = (
             self._read_pages(layer, sequence) if window is None else self._read_ring(layer, window, sequence)
         )
         keys = torch.cat((cached_k, k[0].transpose(0, 1)), dim=1)[None]
         values = torch.cat((cached_v, v[0].transpose(0, 1)), dim=1)[None]
-        return attend_cached(q, keys, values, window=window)
+        return attend_cached(q, keys, values, window=window, softcap=self.cache.softcap)
 
     def _read_pages(self, layer: int, sequence: CachedSequence) -> tuple[Tensor, Tensor]:
         """Return the cached keys and values of a sequence, `[k, s, d]` each."""
@@ -188,6 +194,11 @@ class DecodeContext:
         """Positions for RoPE, `[b, 1]`."""
         return self._lengths[:, None]
 
+    @property
+    def lengths(self) -> Tensor:
+        """Lengths of the sequences after this pass, `[b, 1]`."""
+        return self._lengths[:, None] + 1
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values, then attend (`AttentionContext.attend`); `time` is 1."""
         return self.attend_packed(layer, q[:, 0], torch.stack((k[:, 0], v[:, 0]))).flatten(1)[:, None]
@@ -199,7 +210,7 @@ class DecodeContext:
             # A run has a place for every position; a ring starts again at its end.
             length = self.sequences[0].length
             view.select(3, length % view.shape[3]).copy_(new)
-            return attend_range(q, view, length + 1)[0]
+            return attend_range(q, view, length + 1, self.cache.softcap)[0]
         window = self.cache.windowed.get(layer)
         if window is None:
             return self._attend_pages(layer, q, new)
@@ -244,7 +255,8 @@ class DecodeContext:
         ring = self.cache.ring(layer)
         ring[:, self._rows, :, self._ring_places[window]] = new_2bkd.transpose(0, 1)
         keys_bkwd, values_bkwd = ring[:, : len(self.sequences)]
-        return partial_attention(q_bkgd, keys_bkwd, values_bkwd, self._ring_bias[window])[0]
+        bias = self._ring_bias[window]
+        return partial_attention(q_bkgd, keys_bkwd, values_bkwd, bias, self.cache.softcap)[0]
 
     def _attend_pages(self, layer: int, q_bkgd: Tensor, new_2bkd: Tensor) -> Tensor:
         for number, (rows, pages, offsets) in self._targets:
@@ -252,12 +264,18 @@ class DecodeContext:
         plan = self._plan
         if plan is None:
             lengths = [sequence.length for sequence in self.sequences]
-            return attend_runs(q_bkgd, self._runs, lengths, lambda number: self.cache.slab(layer, number))
+            return attend_runs(
+                q_bkgd,
+                self._runs,
+                lengths,
+                lambda number: self.cache.slab(layer, number),
+                self.cache.softcap,
+            )
         outputs, log_sums = [], []
         queries = torch.split(q_bkgd[plan.rows], list(plan.sizes))
         for group, query, bias in zip(plan.groups, queries, self._page_bias, strict=True):
             keys, values = self.cache.slab(layer, group.slab)[:, :, group.pages].transpose(1, 2)
-            output, log_sum = partial_attention(query, keys, values, bias)
+            output, log_sum = partial_attention(query, keys, values, bias, self.cache.softcap)
             outputs.append(output)
             log_sums.append(log_sum)
         return merge_attention_states(torch.cat(outputs), torch.cat(log_sums), plan.rows, q_bkgd.shape[0])

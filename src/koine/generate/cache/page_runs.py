@@ -79,16 +79,22 @@ def run_view(slab_2kptd: Tensor, run: PageRun) -> Tensor:
     return pages_2kptd.view(2, 1, slab_2kptd.shape[1], -1, slab_2kptd.shape[4])
 
 
-def attend_range(q_1kgd: Tensor, kv_21ksd: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def attend_range(
+    q_1kgd: Tensor, kv_21ksd: Tensor, length: int, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute `partial_attention` of one query to the first `length` positions of keys and values."""
     if length < kv_21ksd.shape[3]:
         kv_21ksd = kv_21ksd.narrow(3, 0, length)
     keys, values = kv_21ksd.unbind()
-    return partial_attention(q_1kgd, keys, values, None)
+    return partial_attention(q_1kgd, keys, values, None, softcap)
 
 
 def attend_runs(
-    q_rkgd: Tensor, runs: Sequence[PageRun], lengths: Sequence[int], slab: Callable[[int], Tensor]
+    q_rkgd: Tensor,
+    runs: Sequence[PageRun],
+    lengths: Sequence[int],
+    slab: Callable[[int], Tensor],
+    softcap: float | None = None,
 ) -> Tensor:
     """Attend each row's query (scaled) to the first `lengths[row] + 1` positions of its pages.
 
@@ -98,7 +104,7 @@ def attend_runs(
     for run in runs:
         length = lengths[run.row] + 1 - run.start
         view_21ksd = run_view(slab(run.slab), run)
-        out_1kgd, log_sum_1kg = attend_range(q_rkgd[run.row : run.row + 1], view_21ksd, length)
+        out_1kgd, log_sum_1kg = attend_range(q_rkgd[run.row : run.row + 1], view_21ksd, length, softcap)
         rows.append(run.row)
         outputs.append(out_1kgd)
         sums.append(log_sum_1kg)

@@ -88,6 +88,7 @@ class PagedCache:
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.page, self.max_pages = page, max_pages
+        self.softcap = config.attention_softcap
         self.full = [index for index, spec in enumerate(config.layers) if spec.window is None]
         self.windowed = {
             index: spec.window for index, spec in enumerate(config.layers) if spec.window is not None

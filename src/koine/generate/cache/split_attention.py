@@ -24,15 +24,19 @@ def mask_bias(masked_cs: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def partial_attention(
-    q_ckgd: Tensor, keys_cksd: Tensor, values_cksd: Tensor, bias: Tensor | None
+    q_ckgd: Tensor,
+    keys_cksd: Tensor,
+    values_cksd: Tensor,
+    bias: Tensor | None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each chunk's query (scaled) to the chunk's keys.
 
-    bias: see `mask_bias`; None masks nothing.
+    bias: see `mask_bias`; None masks nothing. softcap: see `koine.model.attention.dispatch.attend`.
     Returns the output `[c, k, g, d]`, and the log-sum-exp of the scores `[c, k, g]` in float32.
     """
-    if q_ckgd.device.type != "cpu":
-        return attention_by_matmul(q_ckgd, keys_cksd, values_cksd, bias)
+    if q_ckgd.device.type != "cpu" or softcap is not None:
+        return attention_by_matmul(q_ckgd, keys_cksd, values_cksd, bias, softcap)
     # The fused kernel takes keys of any strides in place. 256 keys take 15 µs; matmuls and a softmax take 19,
     # in bfloat16 60 (docs/explanation/log.md).
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -41,7 +45,11 @@ def partial_attention(
 
 
 def attention_by_matmul(
-    q_ckgd: Tensor, keys_cksd: Tensor, values_cksd: Tensor, bias: Tensor | None
+    q_ckgd: Tensor,
+    keys_cksd: Tensor,
+    values_cksd: Tensor,
+    bias: Tensor | None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `partial_attention` on any device.
 
@@ -51,6 +59,8 @@ def attention_by_matmul(
     adjacent = keys_cksd.stride(0) == keys_cksd.shape[1] * keys_cksd.stride(1)
     product = torch.matmul if adjacent else _matmul_by_heads
     scores_ckgs = product(q_ckgd, keys_cksd.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores_ckgs = scores_ckgs.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
         scores_ckgs += bias
     log_sums_ckg = scores_ckgs.logsumexp(dim=-1)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from koine.generate.cpu.prepacked_linear import PrepackedLinear, TransposedLinear
 from koine.model.attention.context import AttentionContext
 from koine.model.attention.rope import rotation
-from koine.model.block import Block, LayerNorm
+from koine.model.attention.rope_frequencies import rope_of
+from koine.model.block import ParallelBlock
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
+from koine.model.norm import HeadNorm
 
 
 class _Buffers:
@@ -73,18 +76,26 @@ class _Layer:
     in_proj: PrepackedLinear | TransposedLinear
     out_proj: PrepackedLinear | TransposedLinear
     rope: bool
-    head_norms: tuple[LayerNorm, LayerNorm] | None
+    head_norms: tuple[HeadNorm, HeadNorm] | None
 
 
-def _layer_of(block: nn.Module) -> _Layer | None:
+def _layer_of(block: Any) -> _Layer | None:
     """Return the weights of a prepacked block; None for one with experts or other matrices."""
-    if type(block) is not Block:
+    if type(block) is not ParallelBlock:
+        return None
+    config = block.config
+    plain = config.norm == "layer_norm" and not config.norm_bias and not config.norm_unit_offset
+    plain = plain and config.activation == "silu" and config.gated and config.residual_scale == 1.0
+    if not plain or config.attention_bias or config.attention_out_bias or config.rope_scaling is not None:
+        return None
+    if any(spec.rope_theta is not None for spec in config.layers):
         return None
     layouts = (PrepackedLinear, TransposedLinear)
-    if not isinstance(block.in_proj, layouts) or not isinstance(block.out_proj, layouts):
+    projections: tuple[Any, Any] = (block.in_proj, block.out_proj)
+    if not all(isinstance(one, layouts) for one in projections):
         return None
-    head_norms = (block.q_norm, block.k_norm) if block.spec.qk_norm else None
-    return _Layer(block.norm.weight, block.in_proj, block.out_proj, block.spec.rope, head_norms)
+    head_norms = (block.q_norm, block.k_norm) if block.spec.qk_norm is not None else None
+    return _Layer(block.norm.weight, *projections, block.spec.rope, head_norms)
 
 
 class PrepackedDecoder:
@@ -97,7 +108,8 @@ class PrepackedDecoder:
         self._buffers = _Buffers(config, 1, self._embedding.dtype)
         # The rotation of the queries scales the scores, too.
         self._scales = torch.ones(config.query_heads + config.kv_heads, 1)
-        self._scales[: config.query_heads] = config.head_dim**-0.5
+        self._scales[: config.query_heads] = config.score_scale
+        self._rope = rope_of(config, config.layers[0])
 
     def __call__(self, tokens: Tensor, context: AttentionContext) -> Tensor:
         """Return the hidden states `[rows, hidden]` after the final norm of `tokens` `[rows]`."""
@@ -106,7 +118,7 @@ class PrepackedDecoder:
             self._buffers = _Buffers(config, rows, self._embedding.dtype)
         buffers = self._buffers
         x = F.embedding(tokens, self._embedding)
-        cis = rotation(context.positions.view(-1, 1), config.head_dim, config.rope_theta).cis
+        cis = rotation(context.positions.view(-1, 1), self._rope).cis
         assert cis is not None
         cis = cis * self._scales
         shape = (config.hidden_size,)
@@ -115,11 +127,11 @@ class PrepackedDecoder:
             layer.in_proj.write(normed, buffers.projected)
             if layer.head_norms is not None:
                 for heads, norm in zip(buffers.heads, layer.head_norms, strict=True):
-                    heads.copy_(norm(heads))
+                    heads.copy_(norm(heads[None])[0])
             if layer.rope:
                 buffers.rotate(cis)
             else:
-                buffers.q.mul_(config.head_dim**-0.5)
+                buffers.q.mul_(config.score_scale)
             buffers.mixed.copy_(context.attend_packed(index, buffers.q, buffers.new))
             torch.mul(F.silu(buffers.gate, inplace=True), buffers.up, out=buffers.gated)
             layer.out_proj.add_to(buffers.written, x)

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from koine.hardware import is_intel
-from koine.model.block import Block
 from koine.model.decoder import Decoder
 
 
 class PrepackedLinear(nn.Module):
     """`x @ weight.T` with a weight `[out, in]` in oneDNN's layout."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else bias.detach()
         # Not a buffer: a packed tensor can be neither copied to another device nor saved.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], None)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], None)
         return out
 
     def write(self, x: Tensor, out: Tensor) -> None:
@@ -47,24 +47,34 @@ class PrepackedLinear(nn.Module):
 class TransposedLinear(nn.Module):
     """`x @ weight.T` with the transpose of a weight `[out, in]` laid out in memory."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else bias.detach()
         # Not a buffer, as in PackedLinear: neither is saved.
         self._transposed = weight.detach().t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
-        rows = torch.mm(x.reshape(-1, self.in_features), self._transposed)
+        flat = x.reshape(-1, self.in_features)
+        if self.bias is None:
+            rows = torch.mm(flat, self._transposed)
+        else:
+            rows = torch.addmm(self.bias, flat, self._transposed)
         return rows.view(*x.shape[:-1], self.out_features)
 
     def write(self, x: Tensor, out: Tensor) -> None:
         """Write `forward` of `[rows, in]` into `out` `[rows, out]`."""
-        torch.mm(x, self._transposed, out=out)
+        if self.bias is None:
+            torch.mm(x, self._transposed, out=out)
+        else:
+            torch.addmm(self.bias, x, self._transposed, out=out)
 
     def add_to(self, x: Tensor, out: Tensor) -> None:
         """Add `forward` of `[rows, in]` to `out` `[rows, out]`."""
         out.addmm_(x, self._transposed)
+        if self.bias is not None:
+            out.add_(self.bias)
 
 
 def best_layout(dtype: torch.dtype) -> type[PrepackedLinear] | type[TransposedLinear]:
@@ -97,9 +107,9 @@ def prepack(model: Decoder) -> Decoder:
     if can_prepack(model):
         layout = best_layout(model.embedding.weight.dtype)
         for block in model.blocks:
-            assert isinstance(block, Block)
-            for name in ("in_proj", "out_proj"):
-                setattr(block, name, layout(getattr(block, name).weight))
+            for name, linear in list(block.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(block, name, layout(linear.weight, linear.bias))
         model.packed_head = layout(model.output_weight)
         if not model.config.tie_embeddings:
             del model.head

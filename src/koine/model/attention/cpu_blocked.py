@@ -64,12 +64,26 @@ def _rows(span: Span, past: int, groups: int) -> slice:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, span: Span, past: int, window: int | None, document_starts: Tensor | None
-) -> Tensor:
-    """Compute the softmax over the visible keys, `[batch * kv_heads, block * groups, keys]`."""
+    q: Tensor,
+    k: Tensor,
+    span: Span,
+    past: int,
+    window: int | None,
+    document_starts: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the softmax over the visible keys, `[batch * kv_heads, block * groups, keys]`.
+
+    With a soft cap also its derivative, of the same shape.
+    """
     start, end, first_key, documents = span
     groups = q.shape[1] // (k.shape[1] - past)
     scores_rqs = torch.bmm(q[:, _rows(span, past, groups)], k[:, first_key:end].transpose(1, 2))
+    slope_rqs = None
+    if softcap is not None:
+        shares_rqs = scores_rqs.div_(softcap).tanh_()
+        slope_rqs = 1 - shares_rqs.square()
+        scores_rqs = shares_rqs.mul_(softcap)
     rows = torch.arange(start, end, device=q.device).repeat_interleave(groups)[:, None]
     columns = torch.arange(first_key, end, device=q.device)[None, :]
     if end - start > 1:
@@ -87,7 +101,7 @@ def _probabilities(
             ..., None
         ]
         scores_rqs.view(batch, -1, *scores_rqs.shape[1:]).masked_fill_(columns < starts, -torch.inf)
-    return torch.softmax(scores_rqs, dim=-1)
+    return torch.softmax(scores_rqs, dim=-1), slope_rqs
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -101,15 +115,16 @@ class _BlockedAttention(torch.autograd.Function):
         window: int | None,
         document_starts: Tensor | None,
         block: int,
+        softcap: float | None,
     ) -> Tensor:
         time = k.shape[1] - past
         groups = q.shape[1] // time
         out = torch.empty_like(q)
         for span in spans(past, time, window, document_starts, block):
-            probabilities = _probabilities(q, k, span, past, window, document_starts)
+            probabilities, _ = _probabilities(q, k, span, past, window, document_starts, softcap)
             out[:, _rows(span, past, groups)] = torch.bmm(probabilities, v[:, span.first_key : span.end])
         ctx.save_for_backward(q, k, v, document_starts)
-        ctx.past, ctx.window, ctx.block = past, window, block
+        ctx.past, ctx.window, ctx.block, ctx.softcap = past, window, block, softcap
         return out
 
     @staticmethod
@@ -126,15 +141,17 @@ class _BlockedAttention(torch.autograd.Function):
         for span in spans(past, time, ctx.window, document_starts, ctx.block):
             rows = _rows(span, past, groups)
             keys = slice(span.first_key, span.end)
-            probabilities = _probabilities(q, k, span, past, ctx.window, document_starts)
+            probabilities, slope = _probabilities(q, k, span, past, ctx.window, document_starts, ctx.softcap)
             grad_v[:, keys] += torch.bmm(probabilities.transpose(1, 2), grad_out[:, rows])
             grad_probabilities = torch.bmm(grad_out[:, rows], v[:, keys].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(
                 grad_probabilities, probabilities, -1, probabilities.dtype
             )
+            if slope is not None:
+                grad_scores = grad_scores.mul_(slope)
             grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
             grad_k[:, keys] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None, None
 
 
 def blocked_attention(
@@ -146,6 +163,7 @@ def blocked_attention(
     window: int | None = None,
     document_starts: Tensor | None = None,
     block: int = BLOCK,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute attention of every position to itself and the earlier ones of its window and document.
 
@@ -157,13 +175,14 @@ def blocked_attention(
         document_starts: `[batch, time]` int64, the position at which each query's document begins. At most
             the query's own, so that every row of the softmax has a key (padding begins at itself).
         block: queries of a block; `time` need not be a multiple of it.
+        softcap: scores become `softcap * tanh(scores / softcap)` before the softmax (Gemma-2).
 
     Returns:
         `[batch * kv_heads, time * groups, head_dim]` in the dtype of `q`. In bfloat16 the scores are rounded
         to bfloat16 before the softmax, which is computed in float32.
     """
     result = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, past, window, document_starts, block
+        q, k, v, past, window, document_starts, block, softcap
     )
     assert isinstance(result, Tensor)
     return result

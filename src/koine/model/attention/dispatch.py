@@ -8,6 +8,7 @@
 | accelerator, plain causal | fused SDPA |
 | CUDA, a window or documents, if the sequence has blocks to skip | FlexAttention with a block mask |
 | accelerator, otherwise | SDPA with a dense mask |
+| soft-capped scores | `blocked_attention` on CPU, FlexAttention on CUDA, else plain matmuls |
 
 Shape suffixes: b batch, t time (queries), s positions (keys), k kv_heads, g groups (query heads of one key
     head), h heads = k * g, d head_dim.
@@ -37,6 +38,7 @@ def attend(
     *,
     window: int | None,
     document_starts: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute causal attention over whole sequences.
 
@@ -45,6 +47,7 @@ def attend(
         k, v: `[batch, time, kv_heads, head_dim]`.
         window: see `LayerSpec.window`; a window of at least `time` is the same as none.
         document_starts: `[batch, time]`, the position at which each position's document begins.
+        softcap: scores become `softcap * tanh(scores / softcap)`; None leaves them.
 
     Returns:
         `[batch, time, kv_heads * groups * head_dim]`.
@@ -52,11 +55,13 @@ def attend(
     time, groups, head_dim = q.shape[1], q.shape[3], q.shape[4]
     if window is not None and window >= time:
         window = None
-    plain = window is None and document_starts is None
+    plain = window is None and document_starts is None and softcap is None
     k_bksd, v_bksd = k.transpose(1, 2), v.transpose(1, 2)
     fused = plain and q.dtype == torch.float32 and (time >= FUSED_FROM or not torch.is_grad_enabled())
     if q.device.type == "cpu" and not fused:
-        on_cpu: Tensor = _attend_on_cpu(q, k_bksd, v_bksd, window=window, document_starts=document_starts)
+        on_cpu: Tensor = _attend_on_cpu(
+            q, k_bksd, v_bksd, window=window, document_starts=document_starts, softcap=softcap
+        )
         return on_cpu
     q_bhtd = q.flatten(2, 3).transpose(1, 2)
     if plain:
@@ -64,54 +69,74 @@ def attend(
             q_bhtd, k_bksd, v_bksd, is_causal=True, scale=1.0, enable_gqa=groups > 1
         )
     elif q.device.type == "cuda" and time >= FLEX_FROM and head_dim >= FLEX_SMALLEST_HEAD:
-        out_bhtd = flex_attend(q_bhtd, k_bksd, v_bksd, window=window, document_starts=document_starts)
+        out_bhtd = flex_attend(
+            q_bhtd, k_bksd, v_bksd, window=window, document_starts=document_starts, softcap=softcap
+        )
     else:
-        out_bhtd = masked_attend(q_bhtd, k_bksd, v_bksd, window=window, document_starts=document_starts)
+        out_bhtd = masked_attend(
+            q_bhtd, k_bksd, v_bksd, window=window, document_starts=document_starts, softcap=softcap
+        )
     return out_bhtd.transpose(1, 2).flatten(2)
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+def attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None = None
+) -> Tensor:
     """Compute attention of new positions over cached ones and themselves.
 
     Args:
         q: `[batch, time, kv_heads, groups, head_dim]`, scaled; its rows are the last `time` of the positions.
         k, v: `[batch, kv_heads, positions, head_dim]`.
         window: see `LayerSpec.window`.
+        softcap: as in `attend`.
 
     Returns:
         `[batch, time, kv_heads * groups * head_dim]`.
     """
     if q.device.type == "cpu":
-        if window is None and k.shape[2] > q.shape[1] and not torch.is_grad_enabled():
+        later = window is None and softcap is None and k.shape[2] > q.shape[1]
+        if later and not torch.is_grad_enabled():
             return _attend_cache_and_new(q, k, v)
-        on_cpu: Tensor = _attend_on_cpu(q, k, v, window=window, document_starts=None)
+        on_cpu: Tensor = _attend_on_cpu(q, k, v, window=window, document_starts=None, softcap=softcap)
         return on_cpu
     q_bhtd = q.flatten(2, 3).transpose(1, 2)
-    out_bhtd = masked_attend(q_bhtd, k, v, window=window, document_starts=None)
+    out_bhtd = masked_attend(q_bhtd, k, v, window=window, document_starts=None, softcap=softcap)
     return out_bhtd.transpose(1, 2).flatten(2)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
 def _attend_on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    document_starts: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     """Compute windowed or blocked attention.
 
     Args:
         q: `[batch, time, kv_heads, groups, head_dim]`.
         k, v: `[batch, kv_heads, positions, head_dim]`.
-        window, document_starts: as in `attend`.
+        window, document_starts, softcap: as in `attend`.
 
     Returns:
         `[batch, time, kv_heads * groups * head_dim]`.
     """
-    if window is not None and windows_are_faster(q, k, window, document_starts):
+    if window is not None and softcap is None and windows_are_faster(q, k, window, document_starts):
         return windowed_attention(q, k, v, window=window, document_starts=document_starts).flatten(2)
-    return _attend_in_blocks(q, k, v, window=window, document_starts=document_starts)
+    return _attend_in_blocks(q, k, v, window=window, document_starts=document_starts, softcap=softcap)
 
 
 def _attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    document_starts: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute `blocked_attention`; shapes as in `_attend_on_cpu`."""
     batch, time, kv_heads, groups, head_dim = q.shape
@@ -123,6 +148,7 @@ def _attend_in_blocks(
         past=positions - time,
         window=window,
         document_starts=document_starts,
+        softcap=softcap,
     )
     out_btkgd: Tensor = out.view(batch, kv_heads, time, groups, head_dim).permute(0, 2, 1, 3, 4)
     return out_btkgd.reshape(batch, time, kv_heads * groups * head_dim)
@@ -157,15 +183,22 @@ def _attend_cache_and_new(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def masked_attend(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    document_starts: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Compute SDPA with a dense mask.
+    """Compute attention with a dense mask, by SDPA where scores are not capped.
 
     Args:
         q: `[batch, heads, time, head_dim]`, the last `time` of the positions.
         k, v: `[batch, kv_heads, positions, head_dim]`.
         window: see `LayerSpec.window`.
         document_starts: `[batch, time]`, as in `attend`.
+        softcap: as in `attend`.
 
     Returns:
         `[batch, heads, time, head_dim]`.
@@ -178,6 +211,12 @@ def masked_attend(
         mask &= key > query - window
     if document_starts is not None:
         mask = (mask & (key >= document_starts[..., None]))[:, None]
+    if softcap is not None:
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (one.repeat_interleave(groups, dim=1) for one in (k, v))
+        scores = torch.tanh(q @ keys.transpose(-1, -2) / softcap) * softcap
+        weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1, dtype=torch.float32)
+        return weights.to(q.dtype) @ values
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -90,8 +90,23 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
+def capped(softcap: float) -> Callable[[Any, Any, Any, Any, Any], Any]:
+    """Return FlexAttention's score function `softcap * tanh(score / softcap)`."""
+
+    def score(value: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return torch.tanh(value / softcap) * softcap
+
+    return score
+
+
 def flex_attend(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, document_starts: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    document_starts: Tensor | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute FlexAttention with a block mask; invisible tiles are skipped.
 
@@ -102,6 +117,7 @@ def flex_attend(
         k, v: `[batch, kv_heads, time, head_dim]`.
         window: see `LayerSpec.window`.
         document_starts: `[batch, time]`, the position at which each position's document begins.
+        softcap: see `koine.model.attention.dispatch.attend`.
 
     Returns:
         `[batch, heads, time, head_dim]`.
@@ -114,6 +130,7 @@ def flex_attend(
     else:
         mask = block_mask(time, window, document_starts, q.device)
     kernel = flex_attention if q.device.type == "cpu" else _compiled_flex()
-    out = kernel(q, k, v, block_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
+    score = None if softcap is None else capped(softcap)
+    out = kernel(q, k, v, score_mod=score, block_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)
     return out

@@ -1,12 +1,24 @@
-"""Interleaved rotary position embedding (RoPE) in Cohere's layout: the pair (2i, 2i+1) shares one angle."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864), interleaved: the pair (2i, 2i+1) shares one angle.
+
+Most classes of `transformers` rotate the pair (i, i + head_dim / 2). Their weights are permuted when they are
+read and written (`koine.model.formats.rotary_layout`), which changes no attention score.
+The frequencies and their scaling: `koine.model.attention.rope_frequencies`.
+"""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from koine.model.attention.rope_frequencies import (
+    Rope,
+    attention_factor,
+    dynamic_frequencies,
+    frequencies_of,
+    sequence_lengths,
+)
 
 
 class Rotation(NamedTuple):
@@ -30,24 +42,27 @@ class Rotation(NamedTuple):
         return Rotation(self.cos * factor, self.sin * factor, cis)
 
 
-@functools.lru_cache(maxsize=16)
-def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    # An ordinary tensor even if it is first needed in inference mode: training uses the same one.
-    with torch.inference_mode(False):
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        return theta**-exponents
-
-
-def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Compute the tables of the angles `position * theta ** (-2i / head_dim)`.
+def rotation(positions: Tensor, rope: Rope, lengths: Tensor | None = None) -> Rotation:
+    """Compute the tables of the angles `position * frequency`.
 
     Args:
-        positions: `[...]`, for tables `[..., head_dim / 2]`.
-        head_dim: size of a head, even.
-        theta: base of the frequencies.
+        positions: `[batch, time]`, for tables `[batch, time, head_dim / 2]`.
+        rope: base, scaling and sizes.
+        lengths: `[batch, time]`, of the sequence that each position belongs to, for dynamic scaling; None:
+            see `sequence_lengths`.
     """
-    angles = positions.to(torch.float32).unsqueeze(-1) * _frequencies(head_dim, theta, positions.device)
+    if rope.scaling is not None and rope.scaling.kind == "dynamic":
+        lengths = sequence_lengths(positions) if lengths is None else lengths
+        frequencies = dynamic_frequencies(lengths, rope)
+    else:
+        frequencies = frequencies_of(rope, positions.device)
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
     cos, sin = angles.cos(), angles.sin()
+    factor = attention_factor(rope.scaling)
+    if factor != 1.0:
+        rotated = rope.rotary_dim // 2
+        cos[..., :rotated] *= factor
+        sin[..., :rotated] *= factor
     return Rotation(cos, sin, None if torch.is_grad_enabled() else torch.complex(cos, sin))
 
 

@@ -1,98 +1,115 @@
-"""Read and write `config.json`: as Cohere or Cohere2 where the model is one of them, else as `koine`."""
+"""Read and write `config.json`: as a class of `transformers` where the model is one, else as `koine`."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 from koine.errors import UserError
 from koine.fields import Fields, short_repr
 from koine.files import read_json_object
-from koine.model.config import (
-    LONGEST_WINDOW,
-    MOST_LAYERS,
-    SIZES,
-    TOKEN_ID,
-    LayerSpec,
-    MixtureConfig,
-    ModelConfig,
-)
+from koine.model.config import LayerSpec, MixtureConfig, ModelConfig, QKNorm, RopeScaling
+from koine.model.families import families
+from koine.model.families.family import OWN_NAMES, Family, TensorNames
+from koine.model.families.reading import UnsupportedModelError, layer_count, one_a_layer
+from koine.model.families.unknown_fields import check_code, check_unknown_fields
 from koine.model.formats.weight_files import check_adapter
 
-OWN_TYPES = ("cohere", "cohere2", "koine")
-_ARCHITECTURE = {"cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM", "koine": "KoineForCausalLM"}
+OWN_TYPE = "koine"
+"""The `model_type` of a model that no class of `transformers` computes."""
+UNREAD = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+"""Fields that are not carried: each saving writes its own."""
+_BEFORE = {
+    "hidden_act": "activation", "layer_norm_eps": "norm_eps", "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads", "tie_word_embeddings": "tie_embeddings",
+}  # fmt: skip
+"""Names in `koine` folders written before the decoder computed more than Cohere."""
+
+
+def decoder_types() -> tuple[str, ...]:
+    """Return every `model_type` that our decoder computes."""
+    return (*families(), OWN_TYPE)
+
+
+def saved_family(config: ModelConfig) -> Family | None:
+    """Return the class that is exactly this model; None without one.
+
+    It is the one that the model was read from where that can hold it, else the first that can.
+    """
+    return _saved_family(config, config.model_type)
+
+
+@functools.lru_cache(maxsize=64)
+def _saved_family(config: ModelConfig, kind: str) -> Family | None:
+    known = families()
+    first = known.get(kind)
+    candidates = [family for family in known.values() if family is not first]
+    for family in candidates if first is None else [first, *candidates]:
+        if _holds(family, config):
+            return family
+    return None
+
+
+def _holds(family: Family, config: ModelConfig) -> bool:
+    """Return whether a configuration comes back from a class's fields."""
+    try:
+        again = family.read(Fields(family.write(config), Path("config.json")))
+    except UserError:
+        return False
+    return _canonical(again) == _canonical(config)
+
+
+def _canonical(config: ModelConfig) -> ModelConfig:
+    """Return a configuration with what says the same spelled in one way."""
+    layers = tuple(
+        dataclasses.replace(layer, rope_theta=None) if _own_base_is_plain(config, layer) else layer
+        for layer in config.layers
+    )
+    scale = config.attention_scale
+    default = scale is not None and math.isclose(scale, config.head_dim**-0.5)
+    return dataclasses.replace(config, layers=layers, attention_scale=None if default else scale)
+
+
+def _own_base_is_plain(config: ModelConfig, layer: LayerSpec) -> bool:
+    return layer.rope_theta == config.rope_theta and config.rope_scaling is None
 
 
 def model_type(config: ModelConfig) -> str:
-    """Return the `transformers` class that is exactly this model, `koine` without one.
+    """Return the `model_type` that a model is saved as."""
+    family = saved_family(config)
+    return OWN_TYPE if family is None else family.model_type
 
-    Cohere: every layer full with RoPE. Cohere2: windowed layers (one window for all) with RoPE, full ones
-        without, no QK-norm. Experts: `koine`.
-    """
-    layers = config.layers
-    if config.mixture is not None:
-        return "koine"
-    if all(layer.window is None and layer.rope and layer.qk_norm == layers[0].qk_norm for layer in layers):
-        # Cohere in transformers takes head_dim from the configuration, or derives it.
-        return "cohere"
-    windows = {layer.window for layer in layers if layer.window is not None}
-    hybrid = all((layer.window is not None) == layer.rope and not layer.qk_norm for layer in layers)
-    return "cohere2" if hybrid and len(windows) <= 1 else "koine"
+
+def stored_names(config: ModelConfig) -> TensorNames:
+    """Return what the tensors of a saved model are called."""
+    family = saved_family(config)
+    return OWN_NAMES if family is None else family.names
 
 
 def to_json(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`."""
-    kind = model_type(config)
-    value: dict[str, Any] = {
-        "architectures": [_ARCHITECTURE[kind]],
+    family = saved_family(config)
+    if family is None:
+        kind, architecture, fields = OWN_TYPE, "KoineForCausalLM", _own_json(config)
+    else:
+        kind, architecture, fields = family.model_type, family.architecture, family.write(config)
+    carried = {name: json.loads(text) for name, text in config.carried} if kind == config.model_type else {}
+    return {
+        "architectures": [architecture],
         "model_type": kind,
         "dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "layer_norm_eps": config.norm_eps,
-        "logit_scale": config.logit_scale,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.initializer_range,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
         "use_cache": True,
+        **carried,
+        **fields,
     }
-    if kind == "cohere":
-        value["use_qk_norm"] = config.layers[0].qk_norm
-    elif kind == "cohere2":
-        # A model of full layers alone has no window, but Cohere2's configuration requires one.
-        windows = [layer.window for layer in config.layers if layer.window is not None]
-        value["sliding_window"] = windows[0] if windows else config.max_position_embeddings
-        value["layer_types"] = [
-            "full_attention" if layer.window is None else "sliding_attention" for layer in config.layers
-        ]
-    else:
-        value["layers"] = [
-            {"window": layer.window, "rope": layer.rope, "qk_norm": layer.qk_norm} for layer in config.layers
-        ]
-        if config.mixture is not None:
-            value["mixture"] = dataclasses.asdict(config.mixture) | {"experts": list(config.mixture.experts)}
-    return value
-
-
-class UnsupportedModelError(UserError):
-    """A Cohere or Cohere2 with a feature that our decoder lacks and `transformers` has."""
 
 
 def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
-    """Build a `ModelConfig` from the content of a Cohere, Cohere2 or Koine `config.json`.
+    """Build a `ModelConfig` from the content of a `config.json`.
 
     Missing optional fields have the default of `transformers`.
 
@@ -101,111 +118,94 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
         UnsupportedModelError: a feature that our decoder lacks.
     """
     kind = value.get("model_type")
-    if not isinstance(kind, str) or kind not in OWN_TYPES:
+    if not isinstance(kind, str) or kind not in decoder_types():
         raise UserError(
             f"model_type {short_repr(kind)} is not one that Koine's own decoder implements "
-            f"({', '.join(OWN_TYPES)})",
+            f"({', '.join(decoder_types())})",
             where=where,
             hint="steps that take any causal LM open it through transformers (pip install 'koine-lm[hf]')",
         )
     fields = Fields(value, where, hint_if_broken="the file is not a whole config.json")
-    rope = fields.inner("rope_parameters", None) or fields.inner("rope_scaling", None) or Fields({}, where)
-    _check_supported(fields, rope)
-    heads, hidden = _size(fields, "num_attention_heads", "num_heads"), _size(fields, "hidden_size")
-    theta = rope.number("rope_theta", None)
-    if theta is None:
-        theta = fields.number("rope_theta", 500_000.0 if kind == "cohere" else 10_000.0)
     try:
-        return ModelConfig(
-            vocab_size=_size(fields, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_size(fields, "intermediate_size"),
-            num_heads=heads,
-            num_kv_heads=_size(fields, "num_key_value_heads", "num_kv_heads", heads),
-            head_dim=_size(fields, "head_dim", "head_dim", max(1, hidden // heads)),
-            layers=_layers(fields, kind, fields.integer("num_hidden_layers", low=1, high=MOST_LAYERS)),
-            mixture=_mixture(fields) if kind == "koine" else None,
-            rope_theta=theta,
-            norm_eps=fields.number("layer_norm_eps", 1e-5),
-            logit_scale=fields.number("logit_scale", 0.0625),
-            tie_embeddings=fields.boolean("tie_word_embeddings", True),
-            initializer_range=fields.number("initializer_range", 0.02),
-            max_position_embeddings=_size(fields, "max_position_embeddings", "max_position_embeddings", 8192),
-            pad_token_id=_token_id(fields, "pad_token_id", 0),
-            bos_token_id=_token_id(fields, "bos_token_id", 5),
-            eos_token_id=_token_id(fields, "eos_token_id", 255_001),
-        )
+        if kind == OWN_TYPE:
+            return _from_own_json(fields)
+        if value.get("quantization_config") is not None:
+            raise UnsupportedModelError(
+                "quantization_config is given", hint="Koine's own decoder computes weights of floating point"
+            )
+        family = families()[kind]
+        check_code(fields, family.architecture)
+        config = family.read(fields)
+        check_unknown_fields(fields)
+        return dataclasses.replace(config, carried=_carried(fields))
     except UserError as error:
         raise type(error)(error.what, where=error.where or where, hint=error.hint) from None
 
 
-def _check_supported(fields: Fields, rope: Fields) -> None:
-    rope_type = rope.text("rope_type", None) or rope.text("type", "default")
-    partial = rope.number("partial_rotary_factor", None)
-    if partial is None:
-        partial = fields.number("partial_rotary_factor", 1.0)
-    found = {
-        "attention_bias": (fields.boolean("attention_bias", False), False),
-        "hidden_act": (fields.text("hidden_act", "silu"), "silu"),
-        "rope_type": (rope_type, "default"),
-        "partial_rotary_factor": (partial, 1.0),
-    }
-    for name, (got, only) in found.items():
-        if got != only:
-            raise UnsupportedModelError(
-                f"{name} is {short_repr(got)}",
-                where=fields.where,
-                hint=f"Koine's own decoder implements {only!r} only",
-            )
+def _carried(fields: Fields) -> tuple[tuple[str, str], ...]:
+    """Return the fields that nothing read, and a list of EOS ids, of which the first is used."""
+    names = fields.value.keys() - fields.names_read - set(UNREAD)
+    if isinstance(fields.value.get("eos_token_id"), list):
+        names.add("eos_token_id")
+    return tuple((name, json.dumps(fields.value[name])) for name in sorted(names))
 
 
-def _size(fields: Fields, name: str, ours: str | None = None, *default: int) -> int:
-    """Read a size, by its name in the file and our name."""
-    got: int = fields.integer(name, *default, low=1, high=SIZES[ours or name])
-    return got
+# -- folders of our own type ---------------------------------------------------------------------------------
 
 
-def _token_id(fields: Fields, name: str, default: int) -> int:
-    """Read a token id, or the first of several."""
-    got = fields.get(name, default)
-    if isinstance(got, list) and got:
-        got = got[0]
-    if isinstance(got, bool) or not isinstance(got, int) or not TOKEN_ID[0] <= got <= TOKEN_ID[1]:
-        raise fields.wrong(name, "a token id")
-    return got
+def _own_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields of a `koine` folder: those of `ModelConfig`, with the names of `transformers`."""
+    value = dataclasses.asdict(dataclasses.replace(config, carried=()))
+    for name in ("carried", "model_type"):
+        del value[name]
+    value["init_from_type"] = config.model_type
+    for theirs, ours in _BEFORE.items():
+        value[theirs] = value.pop(ours)
+    value["num_hidden_layers"] = len(config.layers)
+    value["rope_parameters"] = {"rope_type": "default", "rope_theta": value.pop("rope_theta")}
+    value["layers"] = [dataclasses.asdict(layer) for layer in config.layers]
+    if config.mixture is not None:
+        value["mixture"]["experts"] = list(config.mixture.experts)
+    return {name: one for name, one in value.items() if one is not None}
 
 
-def _one_a_layer(fields: Fields, name: str, count: int) -> list[Any]:
-    got: list[Any] = fields.entries(name)
-    if len(got) != count:
-        raise UserError(
-            f"'{name}' has {len(got)} entries and num_hidden_layers is {count}",
-            where=fields.where,
-            hint="give one entry per layer",
-        )
-    return got
-
-
-def _layers(fields: Fields, kind: str, count: int) -> tuple[LayerSpec, ...]:
-    if kind == "koine":
-        return tuple(_own_layer(fields, layer) for layer in _one_a_layer(fields, "layers", count))
-    if kind == "cohere":
-        return (LayerSpec(qk_norm=fields.boolean("use_qk_norm", False)),) * count
-    if fields.value.get("layer_types") is None:
-        every = fields.integer("sliding_window_pattern", 4, low=1)
-        types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]
-    else:
-        types = _one_a_layer(fields, "layer_types", count)
-    unknown = [name for name in types if name not in ("sliding_attention", "full_attention")]
-    if unknown:
-        raise UnsupportedModelError(
-            f"layer_types holds {short_repr(unknown[0])}",
-            where=fields.where,
-            hint="Koine's own decoder implements 'sliding_attention' and 'full_attention' only",
-        )
-    window = fields.integer("sliding_window", 4096, low=1, high=LONGEST_WINDOW)
-    return tuple(
-        LayerSpec(window=window) if name == "sliding_attention" else LayerSpec(rope=False) for name in types
+def _from_own_json(fields: Fields) -> ModelConfig:
+    value = dict(fields.value)
+    rope = fields.inner("rope_parameters", None)
+    count = layer_count(fields)
+    layers = tuple(_own_layer(fields, layer) for layer in one_a_layer(fields, "layers", count))
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"layers", "mixture", "carried"}
+    for theirs, ours in _BEFORE.items():
+        if theirs in value:
+            value[ours] = value.pop(theirs)
+    if value.pop("attention_bias", None):
+        value["attention_bias"] = True
+    given = {name: one for name, one in value.items() if name in known - {"model_type"} and one is not None}
+    if rope is not None:
+        given["rope_theta"] = rope.number("rope_theta", 10_000.0)
+    scaling = fields.inner("rope_scaling", None)
+    if scaling is not None:
+        scaling.check_known({field.name for field in dataclasses.fields(RopeScaling)})
+        given["rope_scaling"] = RopeScaling(**scaling.value)
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_heads")
+    names = {ours: theirs for theirs, ours in _BEFORE.items()}
+    for name in required:
+        fields.get(names.get(name, name))
+    given.setdefault("num_kv_heads", given["num_heads"])
+    if "head_dim" not in given:
+        heads = fields.integer("num_attention_heads", low=1)
+        given["head_dim"] = max(1, fields.integer("hidden_size", low=1) // heads)
+    given.setdefault("logit_scale", 0.0625)
+    given.setdefault("max_position_embeddings", 8192)
+    given.setdefault("eos_token_id", 255_001)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(given.get(name), list) and given[name]:
+            given[name] = given[name][0]
+    return ModelConfig(
+        **given,
+        layers=layers,
+        mixture=_mixture(fields),
+        model_type=fields.text("init_from_type", ""),
     )
 
 
@@ -213,12 +213,12 @@ def _own_layer(fields: Fields, layer: Any) -> LayerSpec:
     known = {field.name for field in dataclasses.fields(LayerSpec)}
     if not isinstance(layer, dict) or not layer.keys() <= known:
         raise fields.wrong("layers", f"a list of objects with the keys {', '.join(sorted(known))}")
-    inner = Fields(layer, fields.where)
-    return LayerSpec(
-        window=inner.integer("window", None, low=1, high=LONGEST_WINDOW),
-        rope=inner.boolean("rope", True),
-        qk_norm=inner.boolean("qk_norm", False),
-    )
+    given = {name: one for name, one in layer.items() if one is not None}
+    # Before there were several kinds, the field said whether there is a norm.
+    former: dict[Any, QKNorm | None] = {True: "heads", False: None}
+    if isinstance(given.get("qk_norm"), bool):
+        given["qk_norm"] = former[given["qk_norm"]]
+    return LayerSpec(**given)
 
 
 def _mixture(fields: Fields) -> MixtureConfig | None:

@@ -20,11 +20,14 @@ from koine.files import disk_errors, write_json
 from koine.hub import model_folder
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
+from koine.model.families.family import TensorNames
+from koine.model.families.reading import null_or
 from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, write_checksum
-from koine.model.formats.config_json import read_config, to_json
+from koine.model.formats.config_json import read_config, stored_names, to_json
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import check_tokenizer_hash
 from koine.model.formats.safetensors_writer import save_tensors
+from koine.model.formats.stored_tensors import read_stored, write_stored
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
 
@@ -34,35 +37,34 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-_TOP = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-"""Names of the tensors outside the blocks: ours, and as saved."""
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Convert our state dict to the names and shapes of `transformers`' Cohere and Cohere2.
+    """Convert our state dict to the names and shapes of the class that the model is saved as.
 
-    Experts have names of our own.
+    A model that no class computes has names of our own.
     """
+    names = stored_names(config)
     out: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
             _, index, rest = name.split(".", 2)
-            parts = split_stored(rest, tensor, config)
-            out.update({f"model.layers.{index}.{stored}": part for stored, part in parts.items()})
+            layers.setdefault(index, {}).update(split_stored(rest, tensor, config, config.layers[int(index)]))
         else:
-            out[_TOP[name]] = tensor
+            out[names.top[name]] = tensor
+    for index, tensors in layers.items():
+        for name, tensor in write_stored(tensors, names, config):
+            out[f"{names.prefix}{index}.{name}"] = tensor
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
 def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Build our state dict from the saved tensors. Raises `KeyError` with the name of a missing one."""
     with torch.device("meta"):
-        names = Decoder(config).state_dict().keys()
-    return {name: _one(state, name, config) for name in names}
+        wanted = Decoder(config).state_dict().keys()
+    names = stored_names(config)
+    return {name: _one(state, name, config, names) for name in wanted}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -161,9 +163,10 @@ def load_model(
     model.to(dtype=dtype or widest(stored_bytes(weights.files)))
     model.eos_ids = eos_ids(path)
     model.to_empty(device=device)
+    names = stored_names(config)
     with torch.no_grad():
         for name, parameter in model.state_dict(keep_vars=True).items():
-            parameter.copy_(_one(weights, name, config))
+            parameter.copy_(_one(weights, name, config, names))
             if not torch.isfinite(parameter).all():
                 raise UserError(
                     f"{name} holds NaN or infinity",
@@ -173,12 +176,19 @@ def load_model(
     return model.eval()
 
 
-def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig) -> Tensor:
+def _one(weights: Mapping[str, Tensor], name: str, config: ModelConfig, names: TensorNames) -> Tensor:
     """Build one of our tensors from the saved ones; loading then needs memory for one more tensor only."""
     if not name.startswith("blocks."):
-        return weights[_TOP[name]]
+        return weights[names.top[name]]
     _, index, rest = name.split(".", 2)
-    return join_stored(rest, lambda stored: weights[f"model.layers.{index}.{stored}"], config)
+
+    def stored(theirs: str) -> Tensor:
+        return weights[f"{names.prefix}{index}.{theirs}"]
+
+    def canonical(ours: str) -> Tensor:
+        return read_stored(ours, stored, names, config)
+
+    return join_stored(rest, canonical, config, config.layers[int(index)])
 
 
 def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
@@ -231,7 +241,7 @@ def save_stored(
     path = Path(path)
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        kind = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+        kind = str(tensors[stored_names(config).top["norm.weight"]].dtype).removeprefix("torch.")
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
         save_configs(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
@@ -254,9 +264,9 @@ def save_configs(
     write_json(
         path / "generation_config.json",
         {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": [config.eos_token_id, *others] if others else config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
+            "bos_token_id": null_or(config.bos_token_id),
+            "eos_token_id": [config.eos_token_id, *others] if others else null_or(config.eos_token_id),
+            "pad_token_id": null_or(config.pad_token_id),
         },
     )
     if tokenizer is not None:

@@ -24,7 +24,7 @@ from koine.extras import import_extra
 from koine.files import atomic_file, check_output_file, disk_errors, read_json
 from koine.hub import model_name
 from koine.model.config import LayerSpec, ModelConfig, hybrid_layers
-from koine.model.formats.config_json import OWN_TYPES, model_type, read_config
+from koine.model.formats.config_json import decoder_types, model_type, read_config
 from koine.model.formats.directory import expected_shapes, open_weights
 from koine.model.formats.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
 
@@ -86,7 +86,7 @@ def _read_config(model: Path) -> ModelConfig:
     where = model / "config.json"
     content = read_json(where) if where.exists() else None
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind is not None and kind not in OWN_TYPES:
+    if kind is not None and kind not in decoder_types():
         raise UserError(
             f"a model of type '{kind}' is not exported",
             where=where,
@@ -142,7 +142,7 @@ def architecture_of(config: ModelConfig, *, where: Path) -> Literal["cohere2", "
         if all(layer.window is None for layer in config.layers):
             raise refuse("no layer has a window", "its cohere2 has windowed and full layers")
         return "cohere2"
-    normed = config.layers[0].qk_norm
+    normed = config.layers[0].qk_norm is not None
     if normed != (len(config.layers) >= _COMMAND_R_QK_NORM_LAYERS):
         raise refuse(
             f"{len(config.layers)} layers {'with' if normed else 'without'} QK-norm",
