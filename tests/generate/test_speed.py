@@ -25,15 +25,16 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def llama(folder: Path, tokenizer_folder: Path) -> LocalEngine:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def neox(folder: Path, tokenizer_folder: Path) -> LocalEngine:
+    """A class that opens through transformers."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = GPTNeoXConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256,
+        max_position_embeddings=256,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
     for path in tokenizer_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return LocalEngine(folder, dtype="float32")
@@ -57,13 +58,13 @@ def checked(one: LengthSpeed, runs: int) -> None:
 
 def test_a_model_of_transformers_has_its_cache_measured(tmp_path: Path, tokenizer_folder: Path) -> None:
     found = measure_lengths(
-        llama(tmp_path, tokenizer_folder), TEXT, [128, 256, 512], repeats=2, max_seconds=60
+        neox(tmp_path, tokenizer_folder), TEXT, [128, 256, 512], repeats=2, max_seconds=60
     )
     assert [one.tokens for one in found] == [128, 256, 512]
     for one in found[:2]:
         checked(one, 2)
-        # Keys and values of 3 layers, 2 heads of 8, in float32.
-        assert (one.cache_bytes, one.cache_basis) == (2 * 3 * 2 * 8 * 4 * one.tokens, "measured")
+        # Keys and values of 3 layers, 4 heads of 8, in float32.
+        assert (one.cache_bytes, one.cache_basis) == (2 * 3 * 4 * 8 * 4 * one.tokens, "measured")
     assert found[2] == LengthSpeed(tokens=512, left_out="beyond the model's context of 256 tokens")
 
 

@@ -25,23 +25,22 @@ from koine.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random model of ours and a random Llama of transformers, whose name has a dot, with one tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random model of ours and a random GPT-NeoX of transformers, whose name has a dot, with one tokenizer."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     root = tmp_path_factory.mktemp("models")
     words = [f"the river and the hill and {n} stones" for n in range(200)]
     tokenizer = train_tokenizer({"en": lambda: words}, vocab_size=300, english_share=None, min_frequency=1)
-    found = {name: root / name for name in ("ours", "llama-0.1b")}
+    found = {name: root / name for name in ("ours", "neox-0.1b")}
     for folder in found.values():
         folder.mkdir()
         tokenizer.save(folder)
     torch.manual_seed(0)
     save_model(Decoder(replace(preset("koine-0.5m", 300), max_position_embeddings=256)), found["ours"])
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128,
+    config = GPTNeoXConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(found["llama-0.1b"])
+    GPTNeoXForCausalLM(config).save_pretrained(found["neox-0.1b"])
     return found
 
 
@@ -68,15 +67,15 @@ def test_the_page_answers_for_both_models(run: Path, models: dict[str, Path]) ->
     report = read_step_report(run / "page" / "report.json")
     verdict, *blocks = report.blocks
     assert verdict["kind"] == "verdict"
-    assert verdict["title"] == "how well do ours and llama-0.1b serve 3 languages?"
+    assert verdict["title"] == "how well do ours and neox-0.1b serve 3 languages?"
     assert verdict["text"].startswith("Fewest bits for the same text: ")
     assert "ours. Not at all (3): " in verdict["text"]
-    assert "llama-0.1b. Not at all (3): " in verdict["text"]
+    assert "neox-0.1b. Not at all (3): " in verdict["text"]
     tables = {block["title"]: block for block in blocks if block["kind"] == "table"}
     assert list(tables) == [
         "Side by side",
         "ours",
-        "llama-0.1b",
+        "neox-0.1b",
         "Scripts: what the tokenizer splits",
         "KV cache and speed by context length",
     ]
@@ -95,12 +94,12 @@ def test_the_figures_are_exported(run: Path, models: dict[str, Path]) -> None:
     assert ours["model"]["context_length"] == 256
     parameters = sum(p.numel() for p in Decoder(preset("koine-0.5m", 300)).parameters())
     assert ours["model"]["parameters"] == parameters
-    assert results["models"]["llama-0.1b"]["model"]["architecture"] == "LlamaForCausalLM"
+    assert results["models"]["neox-0.1b"]["model"]["architecture"] == "GPTNeoXForCausalLM"
     speed = results["speed"]["models"]
     measured = {name: [(one["tokens"], one["runs"]) for one in found] for name, found in speed.items()}
     assert measured == {name: [(64, 2), (512, 0)] for name in models}
-    # Keys and values of one layer, one head of 8, in float32.
-    assert speed["llama-0.1b"][0]["cache_bytes"] == 2 * 8 * 4 * 64
+    # Keys and values of one layer, two heads of 8, in float32.
+    assert speed["neox-0.1b"][0]["cache_bytes"] == 2 * 2 * 8 * 4 * 64
     assert results["speed"]["conditions"]["dtype"] == "float32"
     assert ours["text"]["scored_documents"] == 3 * (2 + 2)
 

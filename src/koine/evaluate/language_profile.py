@@ -231,7 +231,8 @@ def scripts_of(rows: Mapping[str, Row]) -> dict[str, Row]:
         codes[script].append(code)
 
     def share(inside: Sequence[Row], name: str, unit: str) -> float:
-        return sum(row[name] * row[unit] for row in inside) / max(sum(row[unit] for row in inside), 1)
+        whole: float = sum(row[unit] for row in inside)
+        return float(sum(row[name] * row[unit] for row in inside)) / max(whole, 1.0)
 
     return {
         script: {
