@@ -120,6 +120,44 @@ CASES = (
         says="step 'merged': 3 weights for 2 models; give one each, with commas between",
     ),
     Case(
+        mistake="a profile of a folder without a model",
+        command="run profile --dry-run --set model=tokenizer",
+        prepare=worlds.having("tokenizer"),
+        says="model=tokenizer: holds no config.json, so it is no model; "
+        "give the folder of a model, not of a run or a checkpoint",
+    ),
+    Case(
+        mistake="a profile of one model twice",
+        command="run profile --dry-run --set model=model,model",
+        prepare=worlds.having("model"),
+        says="two models have the name '…-model'; give each once, or rename a folder",
+    ),
+    Case(
+        mistake="a profile in a language that the sample world does not have",
+        command="run profile --dry-run --set model=model --set languages=en,bo",
+        prepare=worlds.having("model"),
+        says="step 'text': languages has 'bo' (Tibetan), of which CLDR knows too little for the sample world; "
+        "it is there in … languages; for others give text of your own (data=PATH)",
+    ),
+    Case(
+        mistake="a profile of a language that the user's text does not have",
+        command="run profile --dry-run --set model=model --set data=text.jsonl --set languages=en,fr",
+        prepare=WITH_TEXT,
+        says="data=text.jsonl: languages has fr, of which the data have no text; they have: de, en",
+    ),
+    Case(
+        mistake="a profile that knows a language from training and has no text of it",
+        command="run profile --dry-run --set model=model --set languages=en,de --set primary_languages=fr",
+        prepare=worlds.having("model"),
+        says="step 'languages/model': primary_languages has fr, of which there is no text; possible are: en, de",
+    ),
+    Case(
+        mistake="a profile of the speed at two tokens",
+        command="run profile --dry-run --set model=model --set lengths=2",
+        prepare=worlds.having("model"),
+        says="step 'speed': lengths has 2; each must be more than the 17 new tokens of a run",
+    ),
+    Case(
         mistake="an unknown language in a recipe",
         command="run quickstart --set languages=en,xx --dry-run",
         says="step 'corpus': languages has 'xx', which is no language; did you mean 'xh' (Xhosa)?",

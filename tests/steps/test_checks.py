@@ -58,7 +58,13 @@ def test_every_step_that_can_be_given_something_wrong_has_a_check() -> None:
             info = getattr(value, "__koine_step__", None)
             if isinstance(info, StepInfo) and info.check is None:
                 without.add(name)
-    assert without == {"compare_arms", "compare_domains", "compare_lengths", "code_domain"}
+    assert without == {
+        "compare_arms",
+        "compare_domains",
+        "compare_lengths",
+        "compare_profiles",
+        "code_domain",
+    }
 
 
 def test_the_sample_world_is_as_foreseen(tmp_path: Path) -> None:
