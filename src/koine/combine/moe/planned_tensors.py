@@ -74,7 +74,8 @@ def mean(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     total, count = None, 0
     for tensor in tensors:
         upcast = torch.promote_types(torch.promote_types(tensor.dtype, dtype), torch.float32)
-        total = tensor.to(upcast, copy=True) if total is None else total.add_(tensor.to(upcast))
+        # Adding a narrower tensor widens it entry by entry: no copy.
+        total = tensor.to(upcast, copy=True) if total is None else total.add_(tensor)
         count += 1
     assert total is not None
-    return (total / count).to(dtype)
+    return total.div_(count).to(dtype)
