@@ -40,7 +40,7 @@ class Branch:
         """Return a stored tensor. Raises `UserError` if it holds NaN or infinity."""
         tensor = self.weights[name]
         # A sum is one pass, and is finite where all entries are, but for an overflow.
-        if not math.isfinite(float(tensor.sum(dtype=torch.float64))) and not torch.isfinite(tensor).all():
+        if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
             raise UserError(
                 f"{name} holds NaN or infinity", where=self.path, hint="this checkpoint is broken"
             )
