@@ -6,7 +6,7 @@ Shape suffixes: b batch, t time, e hidden_size, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,9 @@ class Decoder(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the configuration."""
-        return asdict(self.config)
+        """Return the fields of the configuration that determine the computation."""
+        compared = {field.name for field in fields(self.config) if field.compare}
+        return {name: value for name, value in asdict(self.config).items() if name in compared}
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass, or keep its activations."""
