@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from koine.generate.cpu.prepacked_linear import Operation
+from koine.generate.cpu.one_row import Operation
 from koine.model.config import Activation
 from koine.model.feed_forward import activate as activation_of
 from koine.model.norm import HeadNorm, Norm

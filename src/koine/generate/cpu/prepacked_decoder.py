@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from koine.generate.cpu.one_row import Operation
 from koine.generate.cpu.operations import activate, normalise, normalise_heads
-from koine.generate.cpu.prepacked_linear import Operation, PrepackedLinear, TransposedLinear
+from koine.generate.cpu.prepacked_linear import PrepackedLinear, TransposedLinear
 from koine.generate.cpu.rope_table import RopeTable
 from koine.model.attention.context import AttentionContext
 from koine.model.attention.rope_frequencies import Rope
@@ -114,21 +115,21 @@ class _Pass:
         buffers = self._buffers
         in_proj, out_proj = _packed(block.in_proj), _packed(block.out_proj)
         self._add_norm(block.norm, buffers.x, buffers.normed)
-        self._operations.append(in_proj.write(buffers.normed, buffers.projected))
+        self._operations += in_proj.write(buffers.normed, buffers.projected)
         if self._config.attention_bias:
             self._operations.append(partial(buffers.qkv.add_, block.qkv_bias))
         self._add_attention(index, block)
         self._operations.append(activate(buffers.gate, buffers.up, buffers.hidden, self._config.activation))
-        self._operations.append(out_proj.add_to(buffers.written, buffers.x, self._config.residual_scale))
+        self._operations += out_proj.add_to(buffers.written, buffers.x, self._config.residual_scale)
 
     def _add_sequential(self, index: int, block: SequentialBlock) -> None:
         buffers = self._buffers
         normed = self._add_norm(block.attention_norm, buffers.x, buffers.normed)
-        self._operations.append(_packed(block.qkv_proj).write(normed, buffers.qkv))
+        self._operations += _packed(block.qkv_proj).write(normed, buffers.qkv)
         self._add_attention(index, block)
         self._add_output(_packed(block.o_proj), buffers.attended, block.attention_out_norm)
         normed = self._add_norm(block.feed_forward_norm, buffers.x, buffers.normed)
-        self._operations.append(_packed(block.gate_up_proj).write(normed, buffers.gate_up))
+        self._operations += _packed(block.gate_up_proj).write(normed, buffers.gate_up)
         self._operations.append(activate(buffers.gate, buffers.up, buffers.hidden, self._config.activation))
         self._add_output(_packed(block.down_proj), buffers.hidden, block.feed_forward_out_norm)
 
@@ -155,9 +156,9 @@ class _Pass:
         """Add a sublayer's output to the residual stream."""
         buffers, scale = self._buffers, self._config.residual_scale
         if not isinstance(norm, Norm):
-            self._operations.append(linear.add_to(x, buffers.x, scale))
+            self._operations += linear.add_to(x, buffers.x, scale)
             return
-        self._operations.append(linear.write(x, buffers.out))
+        self._operations += linear.write(x, buffers.out)
         self._add_norm(norm, buffers.out, buffers.normed)
         self._operations.append(partial(buffers.x.add_, buffers.normed, alpha=scale))
 

@@ -6,7 +6,7 @@ Times: docs/explanation/log.md.
 |---|---|
 | Intel, float32 | transposed, for MKL |
 | others, float32 | oneDNN's own: MKL, which torch calls in float32, is slow there |
-| others, float32, a small matrix and one row | also transposed, in as many parts as there are threads |
+| others, float32, one row | also transposed, in parts (`koine.generate.cpu.one_row`) |
 | any, bfloat16 | oneDNN's own: torch would pack the weight again at every call |
 
 A prepacked model computes the same sums in another order, and cannot be trained or saved.
@@ -14,76 +14,54 @@ A prepacked model computes the same sums in another order, and cannot be trained
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from koine.generate.cpu.one_row import OneRowWeight, Operation
 from koine.hardware import is_intel
 from koine.model.decoder import Decoder
 
-Operation = Callable[[], object]
-"""An operation whose input and output are fixed tensors."""
+MOST_ELEMENTS = 2**28
+"""Elements of all weights together (1 GiB in float32) up to which each is also kept in the layout for one row.
 
-SMALL = 2**19
-"""Elements of a weight up to which it is kept in a second layout for one row.
-
-A call of oneDNN costs some 11 µs before it computes, a batched matmul of MKL 1 µs (docs/explanation/log.md).
+One row is then up to 1.8 times as fast, and the weights take memory twice.
 """
-SMALLEST_PART = 2**15
-"""Fewest elements of a weight for one thread."""
 
 
 class PrepackedLinear(nn.Module):
-    """`x @ weight.T` with a weight `[out, in]` in oneDNN's layout."""
+    """`x @ weight.T` with a weight `[out, in]` in oneDNN's layout.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    one_row: also keep the weight in the layout for one row (float32).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, one_row: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach()
         # Not buffers: a packed tensor can be neither copied to another device nor saved.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        small = weight.dtype == torch.float32 and weight.numel() <= SMALL
-        self._parts = split_by_threads(weight.detach()) if small else None
+        self._one_row = OneRowWeight(weight.detach().contiguous(), self.bias) if one_row else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
+        if self._one_row is not None and x.numel() == self.in_features:
+            return self._one_row(x.reshape(1, -1)).view(*x.shape[:-1], self.out_features)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], None)
         return out
 
-    def write(self, x: Tensor, out: Tensor) -> Operation:
-        """Return the operation that writes `forward` of `x` `[rows, in]` into `out` `[rows, out]`."""
-        if x.shape[0] > 1 or self._parts is None:
-            return lambda: out.copy_(self(x))
-        x_p1i, out_p1o, bias = self._in_parts(x, out)
-        if bias is None:
-            return partial(torch.bmm, x_p1i, self._parts, out=out_p1o)
-        return partial(torch.baddbmm, bias, x_p1i, self._parts, out=out_p1o)
+    def write(self, x: Tensor, out: Tensor) -> list[Operation]:
+        """Return the operations that write `forward` of `x` `[rows, in]` into `out` `[rows, out]`."""
+        if self._one_row is not None and len(x) == 1:
+            return self._one_row.write(x, out)
+        return [lambda: out.copy_(self(x))]
 
-    def add_to(self, x: Tensor, out: Tensor, scale: float = 1.0) -> Operation:
-        """Return the operation that adds `scale` times `forward` of `x` `[rows, in]` to `out` `[rows, out]`."""
-        if x.shape[0] > 1 or self._parts is None or self.bias is not None:
-            return lambda: out.add_(self(x), alpha=scale)
-        x_p1i, out_p1o, _ = self._in_parts(x, out)
-        return partial(out_p1o.baddbmm_, x_p1i, self._parts, alpha=scale)
-
-    def _in_parts(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return views of one row of the input, of the output and of the bias, for each part of the weight."""
-        assert self._parts is not None
-        parts = self._parts.shape[0]
-        bias = None if self.bias is None else self.bias.view(parts, 1, -1)
-        return x.expand(parts, 1, -1), out.view(parts, 1, -1), bias
-
-
-def split_by_threads(weight: Tensor) -> Tensor:
-    """Return the transpose of a weight `[out, in]` in parts of the output, `[parts, in, out / parts]`.
-
-    MKL multiplies one row by a matrix in one thread, and a batch of matrices in several.
-    """
-    most = max(1, min(torch.get_num_threads(), weight.numel() // SMALLEST_PART))
-    parts = next(count for count in range(most, 0, -1) if weight.shape[0] % count == 0)
-    return weight.view(parts, -1, weight.shape[1]).transpose(1, 2).contiguous()
+    def add_to(self, x: Tensor, out: Tensor, scale: float = 1.0) -> list[Operation]:
+        """Return the operations that add `scale` times `forward` of `x` `[rows, in]` to `out` `[rows, out]`."""
+        if self._one_row is not None and len(x) == 1:
+            return self._one_row.add_to(x, out, scale)
+        return [lambda: out.add_(self(x), alpha=scale)]
 
 
 class TransposedLinear(nn.Module):
@@ -105,17 +83,16 @@ class TransposedLinear(nn.Module):
             rows = torch.addmm(self.bias, flat, self._transposed)
         return rows.view(*x.shape[:-1], self.out_features)
 
-    def write(self, x: Tensor, out: Tensor) -> Operation:
-        """Return the operation that writes `forward` of `x` `[rows, in]` into `out` `[rows, out]`."""
+    def write(self, x: Tensor, out: Tensor) -> list[Operation]:
+        """Return the operations that write `forward` of `x` `[rows, in]` into `out` `[rows, out]`."""
         if self.bias is None:
-            return partial(torch.mm, x, self._transposed, out=out)
-        return partial(torch.addmm, self.bias, x, self._transposed, out=out)
+            return [partial(torch.mm, x, self._transposed, out=out)]
+        return [partial(torch.addmm, self.bias, x, self._transposed, out=out)]
 
-    def add_to(self, x: Tensor, out: Tensor, scale: float = 1.0) -> Operation:
-        """Return the operation that adds `scale` times `forward` of `x` `[rows, in]` to `out` `[rows, out]`."""
-        if self.bias is not None:
-            return lambda: out.add_(self(x), alpha=scale)
-        return partial(out.addmm_, x, self._transposed, alpha=scale)
+    def add_to(self, x: Tensor, out: Tensor, scale: float = 1.0) -> list[Operation]:
+        """Return the operations that add `scale` times `forward` of `x` `[rows, in]` to `out` `[rows, out]`."""
+        operations: list[Operation] = [partial(out.addmm_, x, self._transposed, alpha=scale)]
+        return operations if self.bias is None else [*operations, partial(out.add_, self.bias, alpha=scale)]
 
 
 def best_layout(dtype: torch.dtype) -> type[PrepackedLinear] | type[TransposedLinear]:
@@ -146,7 +123,12 @@ def prepack(model: Decoder) -> Decoder:
     memory twice.
     """
     if can_prepack(model):
-        layout = best_layout(model.embedding.weight.dtype)
+        weight = model.embedding.weight
+        layout = best_layout(weight.dtype)
+        if layout is PrepackedLinear and weight.dtype == torch.float32:
+            matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+            elements = model.output_weight.numel() + sum(matrix.numel() for matrix in matrices)
+            layout = partial(PrepackedLinear, one_row=elements <= MOST_ELEMENTS)
         for block in model.blocks:
             for name, linear in list(block.named_children()):
                 if isinstance(linear, nn.Linear):
