@@ -108,7 +108,9 @@ def attend_runs(
     visible: list[list[Tensor]] = [[] for _ in lengths]
     for run in runs:
         view_21ksd = run_view(slab(run.slab), run)
-        visible[run.row].append(view_21ksd.narrow(3, 0, min(lengths[run.row] + 1 - run.start, view_21ksd.shape[3])))
+        visible[run.row].append(
+            view_21ksd.narrow(3, 0, min(lengths[run.row] + 1 - run.start, view_21ksd.shape[3]))
+        )
     if matmuls_are_faster(q_rkgd):
         out_rkgd = torch.empty_like(q_rkgd)
         for row, chunks in enumerate(visible):

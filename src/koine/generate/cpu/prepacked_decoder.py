@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from koine.generate.cpu.one_row import Operation
@@ -69,9 +68,7 @@ class _Buffers:
         self.q_nkgd = self.qkv[:, :queries].view(rows, config.kv_heads, config.groups, size)
         self.new_2nkd = self.qkv[:, queries:].view(rows, 2, config.kv_heads, size).transpose(0, 1)
         self.attended_nkgd = self.attended.view(rows, config.kv_heads, config.groups, size)
-        self.heads_nhd = (
-            self.stored_heads_nhd if dtype == torch.float32 else torch.empty(rows, heads, size)
-        )
+        self.heads_nhd = self.stored_heads_nhd if dtype == torch.float32 else torch.empty(rows, heads, size)
         self.pairs = torch.view_as_complex(self.heads_nhd.view(rows, heads, size // 2, 2))
 
 
@@ -137,7 +134,9 @@ class _Pass:
         """Normalise and rotate the heads of `qkv`, then attend: from `qkv` to `attended`."""
         buffers, operations, config = self._buffers, self._operations, self._config
         qk_norm, rope = block.spec.qk_norm, block.rope
-        copied = buffers.heads_nhd is not buffers.stored_heads_nhd and (qk_norm is not None or rope is not None)
+        copied = buffers.heads_nhd is not buffers.stored_heads_nhd and (
+            qk_norm is not None or rope is not None
+        )
         if copied:
             operations.append(partial(buffers.heads_nhd.copy_, buffers.stored_heads_nhd))
         if qk_norm is not None:

@@ -120,15 +120,12 @@ def prepack(model: Decoder) -> Decoder:
     """Replace the weight matrices of `model` by prepacked ones, in place, one at a time; return the model.
 
     It is unchanged where they cannot be prepacked. The embedding stays for look-up, so a tied one takes
-    memory twice.
+    memory twice; with the layout for one row (`MOST_ELEMENTS`), all do.
     """
     if can_prepack(model):
-        weight = model.embedding.weight
-        layout = best_layout(weight.dtype)
-        if layout is PrepackedLinear and weight.dtype == torch.float32:
-            matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-            elements = model.output_weight.numel() + sum(matrix.numel() for matrix in matrices)
-            layout = partial(PrepackedLinear, one_row=elements <= MOST_ELEMENTS)
+        kind, dtype = best_layout(model.embedding.weight.dtype), model.embedding.weight.dtype
+        one_row = kind is PrepackedLinear and dtype == torch.float32 and _elements(model) <= MOST_ELEMENTS
+        layout = partial(PrepackedLinear, one_row=True) if one_row else kind
         for block in model.blocks:
             for name, linear in list(block.named_children()):
                 if isinstance(linear, nn.Linear):
@@ -137,3 +134,9 @@ def prepack(model: Decoder) -> Decoder:
         if not model.config.tie_embeddings:
             del model.head
     return model.requires_grad_(False).eval()
+
+
+def _elements(model: Decoder) -> int:
+    """Return the elements of the matrices that `prepack` packs."""
+    blocks = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    return model.output_weight.numel() + sum(weight.numel() for weight in blocks)
