@@ -103,7 +103,7 @@ def _add_norms(attention: Any, config: ModelConfig) -> None:
     norm = F.layer_norm if config.norm == "layer_norm" else F.rms_norm
 
     def normed(x: Tensor) -> Tensor:
-        return norm(x.unflatten(-1, (-1, size)), (size,), eps=eps).flatten(-2)
+        return norm(torch.unflatten(x, -1, (-1, size)), (size,), eps=eps).flatten(-2)
 
     if hasattr(attention, "qkv_proj"):
         width = (config.num_heads + config.num_kv_heads) * size
