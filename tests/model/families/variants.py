@@ -49,7 +49,7 @@ def attention_variants(folder: Path, work: Path, agree: Callable[[Tensor, Tensor
         agree(logits, expected, f"logits of {variant}")
         save_model(changed, work / variant)
         again = load_model(work / variant)
-        assert again.config == config
+        assert again.config.layers == config.layers
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), changed.parameters(), strict=True))
         opened = transformers.AutoModelForCausalLM.from_pretrained(
             work / variant, attn_implementation="eager"

@@ -17,7 +17,7 @@ from koine.model.families.reading import (
     write_common,
 )
 
-DEFAULTS = Defaults(context=4096, eps=1e-5, pad=32_000, eos=32_000)
+DEFAULTS = Defaults(context=4096, partial_rotary=True, eps=1e-5, pad=32_000, eos=32_000)
 
 
 def _read(fields: Fields) -> ModelConfig:

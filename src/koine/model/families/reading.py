@@ -48,6 +48,8 @@ class Defaults:
     head_dim: int | None = None
     """None: `hidden_size / num_attention_heads`."""
     theta: float = 10_000.0
+    partial_rotary: bool = False
+    """The class rotates only a part of each head where `partial_rotary_factor` says so."""
     eps: float = 1e-6
     eps_name: str = "rms_norm_eps"
     activation_name: str = "hidden_act"
@@ -72,7 +74,14 @@ def read_common(fields: Fields, defaults: Defaults) -> dict[str, Any]:
     """Return the arguments of `ModelConfig` that most families have: `read_sizes`, and one RoPE for all layers."""
     sizes = read_sizes(fields, defaults)
     context = sizes["max_position_embeddings"]
-    return sizes | read_rope(fields, rope_fields(fields), defaults.theta, sizes["head_dim"], context)
+    return sizes | read_rope(
+        fields,
+        rope_fields(fields),
+        defaults.theta,
+        sizes["head_dim"],
+        context,
+        partial=defaults.partial_rotary,
+    )
 
 
 def read_sizes(fields: Fields, defaults: Defaults) -> dict[str, Any]:
@@ -186,7 +195,9 @@ def rope_fields(fields: Fields) -> Fields:
     return found or Fields({}, fields.where)
 
 
-def read_rope(fields: Fields, rope: Fields, theta: float, head_dim: int, context: int) -> dict[str, Any]:
+def read_rope(
+    fields: Fields, rope: Fields, theta: float, head_dim: int, context: int, *, partial: bool = False
+) -> dict[str, Any]:
     """Return `rope_theta`, `rope_scaling` and `rotary_dim` of `ModelConfig`.
 
     Args:
@@ -195,12 +206,15 @@ def read_rope(fields: Fields, rope: Fields, theta: float, head_dim: int, context
         theta: the class's default.
         head_dim: of the model.
         context: `max_position_embeddings`.
+        partial: whether the class can rotate a part of each head; else `UnsupportedModelError` where it should.
     """
     top_theta = fields.number("rope_theta", None)
     base = rope.number("rope_theta", theta if top_theta is None else top_theta)
     top_share = fields.number("partial_rotary_factor", None)
     share = rope.number("partial_rotary_factor", 1.0 if top_share is None else top_share)
     rotary = int(head_dim * share)
+    if rotary != head_dim and not partial:
+        raise unsupported(fields, "partial_rotary_factor", share, "1 for this class")
     return {
         "rope_theta": base,
         "rope_scaling": read_scaling(
