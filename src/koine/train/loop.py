@@ -419,9 +419,7 @@ class Trainer:
             tensors,
             record,
             self.ranks,
-            lambda folder: write_description(
-                self.model, folder, self.output, self.card(steps_done), weights
-            ),
+            lambda folder: write_description(self.model, folder, self.output, self.card(steps_done), weights),
         )
         if self.ranks.is_main:
             self.remove_old_checkpoints()

@@ -49,9 +49,7 @@ class LoraAdapter:
     base: Path | None
     to_file: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-    def save(
-        self, folder: Path, weights: Mapping[str, Tensor], *, tokenizer: Path | None = None
-    ) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor], *, tokenizer: Path | None = None) -> None:
         """Write a folder that `peft` opens.
 
         Args:
@@ -128,7 +126,9 @@ def _add_to_decoder(model: Decoder, config: LoraConfig, base: Path | None, seed:
     check_targets(
         config.target_names,
         every.values(),
-        hint="" if model.config.mixture is None else "; routers and routed experts cannot, nor attention experts",
+        hint=""
+        if model.config.mixture is None
+        else "; routers and routed experts cannot, nor attention experts",
     )
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Part] = {}
@@ -197,7 +197,9 @@ def _add_with_peft(model: CausalLM, config: LoraConfig, base: Path | None, seed:
         fan_in_fan_out=transposed == {True},
     )
     peft.inject_adapter_in_model(lora, model.inner, adapter_name=NAME)
-    parameters = tuple(name for name, _ in model.named_parameters() if f".{NAME}." in name and ".lora_" in name)
+    parameters = tuple(
+        name for name, _ in model.named_parameters() if f".{NAME}." in name and ".lora_" in name
+    )
     generator = torch.Generator().manual_seed(seed)
     named = dict(model.named_parameters())
     with torch.no_grad():

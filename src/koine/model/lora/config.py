@@ -1,6 +1,5 @@
 """The settings of a LoRA adapter, declared once: type, default, bounds and help text."""
 
-# ruff: noqa: RUF009  (`checked_field` makes a dataclass field)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +20,10 @@ class LoraConfig:
     """
 
     rank: int = checked_field(
-        0, "Train a LoRA adapter of this rank in place of the weights; 0: train the weights.", low=0, high=65536
+        0,
+        "Train a LoRA adapter of this rank in place of the weights; 0: train the weights.",
+        low=0,
+        high=65536,
     )
     # Twice the rank is what arXiv 2405.09673 (section 4) found best over many ranks; the scale is then 2, and
     # a learning rate found with one rank serves another.
@@ -45,7 +47,8 @@ class LoraConfig:
             for name in ("alpha", "dropout", "targets", "rslora"):
                 if getattr(self, name) != default[name].default:
                     raise UserError(
-                        f"the {name} of a LoRA adapter is given, and no rank", hint="give the rank too (--lora-rank)"
+                        f"the {name} of a LoRA adapter is given, and no rank",
+                        hint="give the rank too (--lora-rank)",
                     )
         elif self.rslora and not self.alpha:
             raise UserError(

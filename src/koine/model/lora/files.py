@@ -152,8 +152,12 @@ def read_adapter(folder: Path) -> StoredAdapter:
     _check_supported(fields)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        other = "; adapter_model.bin must be converted first" if (folder / "adapter_model.bin").is_file() else ""
-        raise UserError(f"holds no {ADAPTER_WEIGHTS}{other}", where=folder, hint="copy the whole folder again")
+        other = (
+            "; adapter_model.bin must be converted first" if (folder / "adapter_model.bin").is_file() else ""
+        )
+        raise UserError(
+            f"holds no {ADAPTER_WEIGHTS}{other}", where=folder, hint="copy the whole folder again"
+        )
     file = open_safetensors(weights)
     shapes = {name: entry.shape for name, entry in read_header(weights).items()}
     verify_checksums([weights])
@@ -212,7 +216,9 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], where: Path) -> list[str]:
             )
         if a[0] != b[1]:
             raise UserError(
-                f"A of {module} has rank {a[0]}, and B {b[1]}", where=where, hint="it is damaged; copy it again"
+                f"A of {module} has rank {a[0]}, and B {b[1]}",
+                where=where,
+                hint="it is damaged; copy it again",
             )
     if not found:
         raise UserError("holds no adapter of any layer", where=where, hint="it is damaged; copy it again")

@@ -50,7 +50,14 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(
-        self, base: nn.Linear, parts: Sequence[Part], *, columns: bool, rank: int, scale: float, dropout: float
+        self,
+        base: nn.Linear,
+        parts: Sequence[Part],
+        *,
+        columns: bool,
+        rank: int,
+        scale: float,
+        dropout: float,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -86,7 +93,7 @@ class LoraLinear(nn.Linear):
         """Add each part to its rows: one matmul with all A's, then one with each B."""
         pairs = [self._pair(part) for part in self.parts]
         down = torch.cat([a for a, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
-        hidden = F.linear(x_ni, down.to(x_ni.dtype)).split(self.rank, dim=-1)
+        hidden = F.linear(x_ni, down.to(x_ni.dtype)).chunk(len(pairs), dim=-1)
         pieces, at = [], 0
         for part, (_, b_or), hidden_nr in zip(self.parts, pairs, hidden, strict=True):
             if part.start > at:

@@ -72,7 +72,5 @@ def to_class_rows(b_or: Tensor, part: Part, names: TensorNames, config: ModelCon
 def from_class_rows(b_or: Tensor, part: Part, names: TensorNames, config: ModelConfig) -> Tensor:
     """Reorder the rows of B from the class's layout to our decoder's; undoes `to_class_rows`."""
     stored: Mapping[str, Tensor] = {f"{part.name}.weight": b_or}
-    pieces = [
-        read_stored(f"{module}.weight", stored.__getitem__, names, config) for module in part.modules
-    ]
+    pieces = [read_stored(f"{module}.weight", stored.__getitem__, names, config) for module in part.modules]
     return torch.cat(pieces).contiguous()
