@@ -55,7 +55,9 @@ class Optimiser:
             ([tensor for name, tensor in self.masters.items() if name in others], 0.0),
         ]
         self.adamw = torch.optim.AdamW(
-            [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors],
+            # Muon may have taken all of an adapter: torch then wants one group that is empty.
+            [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors]
+            or [{"params": []}],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,

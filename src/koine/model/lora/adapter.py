@@ -128,7 +128,7 @@ def _add_to_decoder(model: Decoder, config: LoraConfig, base: Path | None, seed:
         every.values(),
         hint=""
         if model.config.mixture is None
-        else "; routers and routed experts cannot, nor attention experts",
+        else " (not the routers and experts of a mixture)",
     )
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Part] = {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError
 from koine.model.config import ModelConfig
 from koine.model.families.family import TensorNames
 from koine.model.formats.stored_tensors import read_stored, write_stored
@@ -57,7 +57,7 @@ def check_targets(targets: Sequence[str], modules: Iterable[str], *, hint: str =
             possible = sorted({module.rpartition(".")[2] for module in known})
             raise UserError(
                 f"no linear layer that can have a LoRA adapter is called '{target}'",
-                hint=f"{did_you_mean(target, possible)}{hint}",
+                hint=f"possible are: {', '.join(possible)}{hint}",
             )
 
 
