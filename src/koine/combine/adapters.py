@@ -30,6 +30,7 @@ from koine.model.lora.files import StoredAdapter, is_adapter, read_adapter
 
 SEPARATOR = "+"
 MAX_SHARD_BYTES = 5 * 10**9
+_MERGED: dict[tuple[Path, Path], Path] = {}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -97,12 +98,14 @@ def resolve_model(text: str | Path, files: Sequence[str] = MODEL) -> Path:
     if files is not MODEL:
         has_tokenizer = files is TOKENIZER and (adapter / "tokenizer.json").is_file()
         return adapter if has_tokenizer else base
-    return _merged_folder(base.resolve(), adapter.resolve())
+    key = base.resolve(), adapter.resolve()
+    if key not in _MERGED:
+        _MERGED[key] = _merge_for_this_process(base, adapter)
+    return _MERGED[key]
 
 
-@functools.cache
-def _merged_folder(base: Path, adapter: Path) -> Path:
-    """Merge into a temporary folder, once in this process."""
+def _merge_for_this_process(base: Path, adapter: Path) -> Path:
+    """Merge into a temporary folder, which is removed when the process ends."""
     place = Path(_temporary().name)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     free = shutil.disk_usage(place).free
@@ -113,7 +116,9 @@ def _merged_folder(base: Path, adapter: Path) -> Path:
             hint="set TMPDIR to a folder on a larger disk, or merge once: koine model merge-adapter",
         )
     # Numbered, because two adapters may have one name; the last part is what cards and experts are called.
-    folder = place / str(len(list(place.iterdir()))) / f"{base.name}{SEPARATOR}{adapter.name}"
+    folder = (
+        place / str(len(list(place.iterdir()))) / f"{base.resolve().name}{SEPARATOR}{adapter.resolve().name}"
+    )
     folder.mkdir(parents=True)
     try:
         with disk_errors(folder):

@@ -64,7 +64,7 @@ def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list
 
 def check_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
     """Raise `UserError` with the first field in which two configurations differ, experts left out."""
-    difference = field_difference(wanted, found, ignoring=("mixture", "initializer_range"))
+    difference = field_difference(wanted, found, ignoring=("mixture", "initializer_range", "carried"))
     if difference is not None:
         name, ours, theirs = difference
         raise UserError(

@@ -126,9 +126,7 @@ def _add_to_decoder(model: Decoder, config: LoraConfig, base: Path | None, seed:
     check_targets(
         config.target_names,
         every.values(),
-        hint=""
-        if model.config.mixture is None
-        else " (not the routers and experts of a mixture)",
+        hint="" if model.config.mixture is None else " (not the routers and experts of a mixture)",
     )
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Part] = {}
