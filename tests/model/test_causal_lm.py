@@ -237,7 +237,9 @@ def test_models_without_a_transformers_class_are_saved_as_koine(tiny: ModelConfi
 
 
 def test_our_own_type_generates_through_transformers(tiny: ModelConfig, tmp_path: Path) -> None:
-    model = Decoder(replace(tiny, layers=(LayerSpec(window=5, rope=False), LayerSpec(qk_norm="heads")))).eval()
+    model = Decoder(
+        replace(tiny, layers=(LayerSpec(window=5, rope=False), LayerSpec(qk_norm="heads")))
+    ).eval()
     save_model(model, tmp_path)
     register_with_transformers()
     theirs = opened(tmp_path)
@@ -275,14 +277,14 @@ def test_an_unsupported_cohere_opens_through_transformers(tmp_path: Path) -> Non
         intermediate_size=40,
         num_hidden_layers=2,
         num_attention_heads=4,
-        attention_bias=True,
+        hidden_act="mish",
         logit_scale=0.5,
         bos_token_id=1,
         eos_token_id=2,
     )
     theirs = transformers.CohereForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="attention_bias is True"):
+    with pytest.raises(UserError, match="hidden_act is 'mish'"):
         load_model(tmp_path)
     wrapped = load_causal_lm(tmp_path)
     assert isinstance(wrapped, CausalLM)
@@ -313,22 +315,22 @@ def test_padding_of_another_causal_lm_is_not_counted_as_positions(tmp_path: Path
 
 
 def test_without_transformers_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="to open this model, the package 'transformers' is needed"):
         load_causal_lm(tmp_path)
 
 
 def test_any_other_causal_lm_opens(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
+    config = transformers.GPTNeoXConfig(
         vocab_size=99, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
     )
-    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs = transformers.GPTNeoXForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     wrapped = load_causal_lm(tmp_path)
     assert isinstance(wrapped, CausalLM)
     ids = tokens()
     with torch.no_grad():
         assert torch.allclose(wrapped.logits(wrapped(ids)), theirs(ids).logits, atol=1e-6)
-    with pytest.raises(UserError, match="model_type 'llama'"):
+    with pytest.raises(UserError, match="model_type 'gpt_neox'"):
         load_model(tmp_path)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from koine.generate.cache.contexts import PrefillContext
 from koine.generate.cache.paged_cache import PagedCache
-from koine.model import Decoder, LayerSpec, ModelConfig
+from koine.model import Decoder, LayerSpec, ModelConfig, preset
 from koine.model.norm import Norm
 
 

@@ -54,7 +54,7 @@ CLASSES = {
 
 def spec(text: str) -> LayerSpec:
     window = int(text[1:]) if len(text) > 1 else None
-    return LayerSpec(window=window, rope=text[0] != "N", qk_norm=text[0] == "Q")
+    return LayerSpec(window=window, rope=text[0] != "N", qk_norm="heads" if text[0] == "Q" else None)
 
 
 def variant(tiny: ModelConfig, name: str, **more: Any) -> ModelConfig:

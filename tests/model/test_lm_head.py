@@ -17,7 +17,8 @@ from koine.evaluate.log_likelihood import negative_log_likelihoods
 from koine.generate.cache_support import probe_cache_support
 from koine.generate.sampling import Sampling
 from koine.generate.sequential import SequentialGenerator
-from koine.model import CausalLM, load_causal_lm
+from koine.model import CausalLM
+from koine.model.causal_lm import load_with_transformers
 from koine.model.lm_head import LMHead, probe_tokens, shared_columns
 from koine.train.objectives import LanguageModelling
 
@@ -56,12 +57,12 @@ HEADS: dict[str, tuple[dict[str, Any], float, float | None, bool]] = {
         },
         0.02, None, True,
     ),
-    "gemma2": ({**LLAMA, "head_dim": 8, "final_logit_softcapping": 3.0}, 1.0, 3.0, False),
-    "nanochat": (LLAMA, 1.0, 15.0, False),
+    "gemma2": ({**LLAMA, "head_dim": 8, "final_logit_softcapping": 3.0}, 1.0, 3.0, True),
+    "nanochat": (LLAMA, 1.0, 15.0, True),
     "recurrent_gemma": (
         {**LLAMA, "num_hidden_layers": 3, "lru_width": 32, "head_dim": 8,
          "attention_window_size": 16, "logits_soft_cap": 5.0},
-        1.0, 5.0, False,
+        1.0, 5.0, True,
     ),
     "llama4_text": (
         {
@@ -105,9 +106,7 @@ def theirs(folder: Path) -> Any:
 
 
 def opened(folder: Path) -> CausalLM:
-    model = load_causal_lm(folder)
-    assert isinstance(model, CausalLM)
-    return model
+    return load_with_transformers(folder)
 
 
 def ids(rows: int = 2, time: int = 24) -> Tensor:
@@ -323,4 +322,4 @@ def test_encoders_are_refused_and_decoders_of_the_class_open(
             assert opened(folder).head.causal
         else:
             with pytest.raises(UserError, match="is not causal"):
-                load_causal_lm(folder)
+                load_with_transformers(folder)

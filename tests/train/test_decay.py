@@ -30,7 +30,9 @@ def variants() -> dict[str, ModelConfig]:
     """Our decoder with and without QK-Norm, tied and untied, dense and with all experts and routers."""
     plain = replace(small_config(), tie_embeddings=False)
     normed = replace(
-        plain, layers=(LayerSpec(qk_norm="heads"), LayerSpec(rope=False, window=8, qk_norm=True)), num_kv_heads=2
+        plain,
+        layers=(LayerSpec(qk_norm="heads"), LayerSpec(rope=False, window=8, qk_norm=True)),
+        num_kv_heads=2,
     )
     found = {"plain": plain, "tied": replace(plain, tie_embeddings=True), "qk-norm": normed}
     for name, fields in {"btx": {}, "nexus": DOMAINS, "bam": BAM, "bam-shared": SHARED}.items():

@@ -31,7 +31,7 @@ from koine.model.formats.opening import (
     read_model_config,
     stored_dtype,
 )
-from koine.model.formats.weight_files import widest_dtype
+from koine.model.formats.weight_files import has_only_pickled_weights, widest_dtype
 from koine.model.language_model import LanguageModel, RemapIds, VocabularyTensors
 from koine.model.lm_head import (
     LENGTH_FIELDS,
@@ -286,14 +286,16 @@ def _several_documents(document_ids: Tensor) -> bool:
 
 
 def opens_as_decoder(path: Path) -> bool:
-    """Return whether our decoder implements the model of the folder's `config.json`."""
+    """Return whether our decoder implements the model of the folder's `config.json`, and reads its weights."""
+    if has_only_pickled_weights(path):
+        return False
     value = read_json(path / "config.json")
     if not isinstance(value, dict) or value.get("model_type") not in decoder_types():
         return False
     try:
         read_config(path)
     except UnsupportedModelError:
-        # For example a Cohere with biases, which transformers implements and our decoder does not.
+        # For example a Phi-3 with LongRoPE, which transformers implements and our decoder does not.
         return False
     return True
 
@@ -316,7 +318,7 @@ def load_causal_lm(
     read_model_config(path)
     if opens_as_decoder(path):
         return load_model(path, dtype=dtype, device=device)
-    return _load_with_transformers(path, dtype, device)
+    return load_with_transformers(path, dtype=dtype, device=device)
 
 
 def load_as_stored(path: Path) -> LanguageModel:
@@ -328,7 +330,13 @@ def load_as_stored(path: Path) -> LanguageModel:
     return load_causal_lm(path, dtype=widest_dtype(path))
 
 
-def _load_with_transformers(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
+def load_with_transformers(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> CausalLM:
+    """Open a folder with its class of `transformers`, also where our decoder implements it.
+
+    Arguments and errors as in `load_causal_lm`.
+    """
     transformers = require_transformers()
     value = read_model_config(path)
     check_model_class(value, path, transformers)

@@ -6,7 +6,7 @@ Shape suffixes: b batch, t time, e hidden_size, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,8 @@ class Decoder(nn.Module):
         if document_starts is not None and self._is_dynamic and not given:
             # Its frequencies depend on the length of each document, which its positions tell.
             positions = torch.arange(tokens.shape[1], device=tokens.device) - document_starts
-        angles = rope_angles(positions, self.config)
+        lengths = context.lengths if context is not None and self._is_dynamic else None
+        angles = rope_angles(positions, self.config, lengths)
         x_bte = self.embed(tokens)
         if block_outputs is not None:
             block_outputs.append(x_bte)
@@ -236,8 +237,9 @@ class Decoder(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields of the configuration."""
-        return asdict(self.config)
+        """Return the fields of the configuration that determine the computation."""
+        compared = {field.name for field in fields(self.config) if field.compare}
+        return {name: value for name, value in asdict(self.config).items() if name in compared}
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass, or keep its activations."""

@@ -15,7 +15,7 @@ from koine.errors import UserError
 from koine.model import load_model
 from koine.model.adapt import move_model
 from koine.model.adapt.vocabulary_transfer import RECORD, match_tokenizers
-from koine.model.causal_lm import CausalLM, load_causal_lm
+from koine.model.causal_lm import load_with_transformers
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.embedding_init import auxiliary_vectors, initialise_rows, sparsemax
 from koine.tokenizer.extend import extend_tokenizer
@@ -110,9 +110,7 @@ def test_a_model_of_transformers(tied: bool, folders: tuple[Path, Path], tmp_pat
     llama.save_pretrained(tmp_path / "llama")
     before.save(tmp_path / "llama")
     move_model(tmp_path / "llama", tokenizer, tmp_path / "moved")
-    opened = load_causal_lm(tmp_path / "moved")
-    assert isinstance(opened, CausalLM)
-    inner = opened.inner
+    inner = load_with_transformers(tmp_path / "moved").inner
     assert inner.get_input_embeddings().weight.shape[0] == after.vocab_size + 3
     assert inner.config.tie_word_embeddings is tied
     assert inner.config.eos_token_id == after.eos_id

@@ -90,11 +90,19 @@ def test_impossible_sizes_and_unknown_presets_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Koine's own decoder implements 'silu' only"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        ({"hidden_act": "xielu"}, "hidden_act is 'xielu'; Koine's own decoder implements silu, swish"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            "rope_type is 'longrope'; Koine's own decoder implements default, linear",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mrope_section": [1]}},
+            "rope_parameters.mrope_section is",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "the field 'factor' of the RoPE scaling is missing"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is given"),
         ({"layer_types": ["full_attention"] * 3}, "'layer_types' has 3 entries and num_hidden_layers is 4"),
-        ({"layer_types": ["chunked_attention"] * 4}, "layer_types holds 'chunked_attention'"),
+        ({"layer_types": ["chunked_attention"] * 4}, "an entry of layer_types is 'chunked_attention'"),
         ({"layer_types": "full"}, "the field 'layer_types' is 'full'; it must be a list"),
         ({"hidden_size": "32"}, "the field 'hidden_size' is '32'; it must be an integer"),
         ({"num_attention_heads": 0}, "the field 'num_attention_heads' is 0"),
@@ -102,7 +110,7 @@ def test_impossible_sizes_and_unknown_presets_are_refused() -> None:
         ({"eos_token_id": "end"}, "the field 'eos_token_id' is 'end'; it must be a token id"),
         (
             {"model_type": "koine", "layers": [{"windows": 3}] * 4},
-            "objects with the keys qk_norm, rope, window",
+            "objects with the keys qk_norm, rope, rope_theta, window",
         ),
         ({"vocab_size": None}, "the field 'vocab_size' is missing"),
     ],
@@ -160,7 +168,12 @@ def test_layer_lists_are_saved_and_loaded(tiny: ModelConfig, tmp_path: Path) -> 
     kinds = {
         "cohere": (LayerSpec(),) * 2,
         "cohere2": (LayerSpec(window=3), LayerSpec(rope=False), LayerSpec(window=3)),
-        "koine": (LayerSpec(window=3), LayerSpec(window=5), LayerSpec(qk_norm="heads"), LayerSpec(rope=False)),
+        "koine": (
+            LayerSpec(window=3),
+            LayerSpec(window=5),
+            LayerSpec(qk_norm="heads"),
+            LayerSpec(rope=False),
+        ),
     }
     for kind, layers in kinds.items():
         for tied in (True, False):

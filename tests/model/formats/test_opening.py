@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from koine.errors import KoineWarning, UserError
-from koine.model import CausalLM, Decoder, ModelConfig, load_causal_lm, load_model, save_model
-from koine.model.causal_lm import load_as_stored
+from koine.model import Decoder, ModelConfig, load_causal_lm, load_model, save_model
+from koine.model.causal_lm import load_as_stored, load_with_transformers
 from koine.model.formats.weight_files import widest_dtype
 from tests.model.formats.conftest import LLAMA, ids, llama, logits
 
@@ -38,8 +38,7 @@ def test_float32_is_float32(kind: str, tmp_path: Path) -> None:
         if "norm" in name:
             mixed[name] = mixed[name] + 1e-3 * torch.randn_like(mixed[name])
     save_file(mixed, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
-    ours = load_causal_lm(tmp_path / "m", dtype=torch.float32)
-    assert isinstance(ours, CausalLM)
+    ours = load_with_transformers(tmp_path / "m", dtype=torch.float32)
     assert {p.dtype for p in (*ours.parameters(), *ours.buffers()) if p.is_floating_point()} == {
         torch.float32
     }
@@ -62,10 +61,8 @@ def test_stored_weights_are_not_rounded_when_they_are_rewritten(tmp_path: Path) 
     value = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(value | {"dtype": "bfloat16"}))
     assert widest_dtype(folder) == torch.float32
-    opened = load_as_stored(folder)
-    assert isinstance(opened, CausalLM)
     stored = load_file(folder / "model.safetensors")
-    state = opened.inner.state_dict()
+    state = load_as_stored(folder).stored_tensors()
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
 
 
@@ -91,6 +88,8 @@ def test_unused_tensors_are_warned_of(tmp_path: Path) -> None:
     with pytest.warns(
         KoineWarning, match=r"9 tensors of the weights belong to no part of the model.*layers\.1\."
     ):
+        load_with_transformers(folder)
+    with pytest.raises(UserError, match="has 9 unknown tensors"):
         load_causal_lm(folder)
 
 
@@ -100,7 +99,7 @@ def test_nan_in_the_weights_of_a_transformers_class_is_refused(tmp_path: Path) -
     stored["model.norm.weight"][3] = float("nan")
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN"):
-        load_causal_lm(folder)
+        load_with_transformers(folder)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def test_pickled_weights_alone(tmp_path: Path) -> None:
     expected = logits(load_causal_lm(folder))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert torch.equal(logits(load_causal_lm(folder)), expected)
+    # Opened by its class: the sums are taken in another order.
+    assert torch.allclose(logits(load_causal_lm(folder)), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

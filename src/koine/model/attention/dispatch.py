@@ -136,7 +136,7 @@ def _attend_in_blocks(
     *,
     window: int | None,
     document_starts: Tensor | None,
-    softcap: float | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute `blocked_attention`; shapes as in `_attend_on_cpu`."""
     batch, time, kv_heads, groups, head_dim = q.shape

@@ -31,11 +31,8 @@ def _read(fields: Fields) -> ModelConfig:
     )
     window = read_window(fields, 4096)
     bias = fields.boolean("attention_bias", False)
-    common = read_common(fields, DEFAULTS)
-    # The class derives it, whatever the field says.
-    common["head_dim"] = max(1, common["hidden_size"] // common["num_heads"])
     return ModelConfig(
-        **common,
+        **read_common(fields, DEFAULTS),
         layers=tuple(
             LayerSpec(window=window) if name == WINDOWED else LayerSpec(rope=False) for name in types
         ),

@@ -203,13 +203,21 @@ def read_rope(fields: Fields, rope: Fields, theta: float, head_dim: int, context
     rotary = int(head_dim * share)
     return {
         "rope_theta": base,
-        "rope_scaling": read_scaling(rope, context),
+        "rope_scaling": read_scaling(
+            rope, context, fields.integer("original_max_position_embeddings", None, low=1)
+        ),
         "rotary_dim": None if rotary == head_dim else rotary,
     }
 
 
-def read_scaling(rope: Fields, context: int) -> RopeScaling | None:
-    """Return the scaling of RoPE; None for `default`. Raises `UnsupportedModelError` for other kinds."""
+def read_scaling(rope: Fields, context: int, original: int | None = None) -> RopeScaling | None:
+    """Return the scaling of RoPE; None for `default`. Raises `UnsupportedModelError` for other kinds.
+
+    Args:
+        rope: see `rope_fields`.
+        context: `max_position_embeddings`.
+        original: `original_max_position_embeddings` at the top of the file, which goes first.
+    """
     kind = rope.text("rope_type", None) or rope.text("type", "default")
     if kind not in SCALINGS:
         raise unsupported(rope, "rope_type", kind, ", ".join(SCALINGS))
@@ -222,6 +230,8 @@ def read_scaling(rope: Fields, context: int) -> RopeScaling | None:
     if kind == "default":
         return None
     given = {name: rope.value[name] for name in _SCALING_FIELDS if rope.value.get(name) is not None}
+    if original is not None and kind in ("llama3", "yarn"):
+        given["original_max_position_embeddings"] = original
     if kind == "yarn" and "factor" not in given:
         given["factor"] = context / given.get("original_max_position_embeddings", context)
     if "factor" not in given:

@@ -16,6 +16,7 @@ from koine.model.config import LayerSpec, MixtureConfig, ModelConfig, QKNorm, Ro
 from koine.model.families import families
 from koine.model.families.family import OWN_NAMES, Family, TensorNames
 from koine.model.families.reading import UnsupportedModelError, layer_count, one_a_layer
+from koine.model.families.unknown_fields import check_code, check_unknown_fields
 from koine.model.formats.weight_files import check_adapter
 
 OWN_TYPE = "koine"
@@ -132,7 +133,10 @@ def from_json(value: dict[str, Any], *, where: Path) -> ModelConfig:
             raise UnsupportedModelError(
                 "quantization_config is given", hint="Koine's own decoder computes weights of floating point"
             )
-        config = families()[kind].read(fields)
+        family = families()[kind]
+        check_code(fields, family.architecture)
+        config = family.read(fields)
+        check_unknown_fields(fields)
         return dataclasses.replace(config, carried=_carried(fields))
     except UserError as error:
         raise type(error)(error.what, where=error.where or where, hint=error.hint) from None

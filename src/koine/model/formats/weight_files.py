@@ -46,6 +46,13 @@ def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
     return [folder / name for name in names]
 
 
+def has_only_pickled_weights(folder: Path) -> bool:
+    """Return whether a folder's weights are files of `pickle` alone."""
+    if _named_by_config(folder) or any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    return any((folder / name).is_file() for name in (PICKLED, PICKLED_INDEX))
+
+
 def _named_by_config(folder: Path) -> str | None:
     """Return the file that `transformers_weights` of config.json names, if any."""
     if not (folder / "config.json").is_file():

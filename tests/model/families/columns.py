@@ -1,0 +1,97 @@
+"""The columns of the table of families: what a user can do with a checkpoint, and the check that shows it.
+
+Add a column by adding a `Column` to `COLUMNS`, then `python -m tests.model.families.table --write`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from koine.errors import UserError
+
+from . import checks
+from .cases import Case, first_case
+from .reference import write_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A family's checkpoint for a check.
+
+    case: the family's first one. folder: float32 weights as `transformers` wrote them. work: an empty folder.
+    """
+
+    case: Case
+    folder: Path
+    work: Path
+
+    def branch(self, seed: int) -> Path:
+        """Write a checkpoint of the same shape with other weights."""
+        return write_checkpoint(self.case, self.work / f"branch-{seed}", seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """What one column says.
+
+    title: of the column. meaning: one sentence for the page. check: runs it; raises `UserError` where Koine
+    refuses the family (the cell is "no" and the page has the reason). Any other exception is a bug, not a
+    cell.
+    """
+
+    title: str
+    meaning: str
+    check: Callable[[Sample], None]
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column(
+        title="opens",
+        meaning="Koine's own decoder opens the folder, with all its weights.",
+        check=lambda sample: checks.opens(sample.folder),
+    ),
+    Column(
+        title="logits",
+        meaning="Logits and each block's output are those of `transformers` within 1e-5 in float32: whole "
+        "texts, with a KV cache, padded, documents packed.",
+        check=lambda sample: checks.forward(sample.folder, sample.case),
+    ),
+    Column(
+        title="saved as own class",
+        meaning="The saved folder has the same tensors and configuration; `transformers` opens it as its "
+        "own class.",
+        check=lambda sample: checks.saved_as_own_class(sample.folder, sample.work),
+    ),
+    Column(
+        title="trains",
+        meaning="The gradients of all parameters are those of `transformers` within 1e-4.",
+        check=lambda sample: checks.gradients(sample.folder),
+    ),
+    Column(
+        title="batched engine",
+        meaning="Continuous batching gives the greedy tokens of `generate`.",
+        check=lambda sample: checks.batched_engine(sample.folder, sample.case),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a check gave: "yes", or "no" with the reason that Koine gives."""
+
+    word: str
+    reason: str = ""
+
+
+def run_column(column: Column, model_type: str, work: Path) -> Cell:
+    """Run a column's check for a family's first case, in an empty folder."""
+    case = first_case(model_type)
+    (work / "out").mkdir()
+    sample = Sample(case=case, folder=write_checkpoint(case, work / "checkpoint"), work=work / "out")
+    try:
+        column.check(sample)
+    except UserError as error:
+        return Cell("no", error.what)
+    return Cell("yes")
