@@ -205,7 +205,8 @@ def export_checkpoint(
         )
     weights = _read_weights(checkpoint)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
-        if opens_as_decoder(path):
+        # A class that our decoder computes too may have been trained through `transformers`.
+        if opens_as_decoder(path) and not any(name.startswith("inner.") for name in weights):
             save_state(weights, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
         else:
             _build_transformers_model(path, weights, dtype).save(folder, tokenizer=path)
