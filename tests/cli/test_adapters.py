@@ -131,7 +131,12 @@ def test_nothing_is_left_when_the_command_ends(place: Path) -> None:
         env={**os.environ, "TMPDIR": str(temporary)},
     )
     subprocess.run(
-        [sys.executable, "-m", "koine", *["evaluate", "model+adapter", "--data", "text.jsonl", "--limit", "1"]],
+        [
+            sys.executable,
+            "-m",
+            "koine",
+            *["evaluate", "model+adapter", "--data", "text.jsonl", "--limit", "1"],
+        ],
         check=True,
         capture_output=True,
         env={**os.environ, "TMPDIR": str(temporary)},
