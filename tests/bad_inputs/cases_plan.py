@@ -31,7 +31,7 @@ WITH_PLAN = worlds.written("plans.py", PLAN)
 def qwen(folder: Path) -> None:
     """Write the folder of a model of another architecture, with a tokenizer."""
     shutil.copytree(worlds.built("tokenizer"), folder / "qwen")
-    (folder / "qwen" / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
+    (folder / "qwen" / "config.json").write_text('{"model_type": "gpt_neox", "hidden_size": 8}')
 
 
 def two_domains(folder: Path) -> None:
@@ -54,8 +54,8 @@ CASES = (
         mistake="a recipe on a model of another architecture",
         command=f"run branch_train_mix --set seed_model=qwen {DOMAINS}",
         prepare=worlds.both(qwen, two_domains),
-        says="seed_model=qwen: is a model of type qwen2, and this recipe or step computes with Koine's own decoder; "
-        "possible are: cohere, cohere2, koine; any other architecture can be merged, evaluated and served, see docs/how-to/",
+        says="seed_model=qwen: is a model of type gpt_neox, and this recipe or step computes with Koine's own decoder; "
+        "it computes cohere, …; this one can be evaluated, answered with, adapted, trained and merged through transformers, and not upcycled, given another attention or sharded",
     ),
     Case(
         mistake="a recipe that merges a model without weights",
@@ -67,7 +67,7 @@ CASES = (
         mistake="a longer context for a model of another architecture",
         command="run extend --dry-run --set model=qwen --set data=text.jsonl --set min_bytes_per_language=1",
         prepare=worlds.both(qwen, worlds.good_text),
-        says="model=qwen: is a model of type qwen2,…",
+        says="model=qwen: is a model of type gpt_neox,…",
     ),
     Case(
         mistake="a recipe on a model that is not there",
