@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.data.drawn import carry_drawn
 from koine.errors import KoineWarning, UserError
 from koine.files import atomic_directory, disk_errors, read_json_object, write_json
@@ -25,6 +24,7 @@ from koine.hub import MODEL, TOKENIZER, hub_id, model_folder
 from koine.model.formats.carried_files import carry_files, copy_tokenizer
 from koine.model.formats.checksum import write_checksums
 from koine.model.formats.model_card import ModelCard, Parent, write_model_card
+from koine.model.formats.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.model.formats.tensor_digest import joined_digest, tensor_digest
 from koine.model.lora.files import StoredAdapter, is_adapter, read_adapter
 
