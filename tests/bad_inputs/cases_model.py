@@ -121,6 +121,12 @@ CASES = (
         says="nope has no use for a window; choose rnope-swa, or leave it out",
     ),
     Case(
+        mistake="an adapter on a model with another attention",
+        command="train pretrain --model model --data tokens --steps 2 --attention nope --lora-rank 4 --out new",
+        prepare=worlds.having("model", "tokens"),
+        says="--lora-rank with another attention: the base of the adapter would have its own; train the model with the other attention first, then the adapter",
+    ),
+    Case(
         mistake="a rotary base where nothing is rotated",
         command=PRETRAIN + " --attention nope --rope-theta 50000",
         prepare=worlds.having("tokens", "tokenizer"),
@@ -370,7 +376,7 @@ CASES = (
         mistake="weights cut short",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.cut("model/model.safetensors")),
-        says="model/model.safetensors: not a whole safetensors file (Error while deserializing header: incomplete metadata, file not fully covered); it is truncated or damaged; copy or build it again",
+        says="model/model.safetensors: not a whole safetensors file (…); it is truncated or damaged; copy or build it again",
     ),
     Case(
         mistake="weights that are gone",
