@@ -499,6 +499,30 @@ CASES = (
         says="the question is 11 tokens long and the model's context holds 4; ask a shorter one",
     ),
     Case(
+        mistake="chatting with a base model, which has no chat template",
+        command=CHAT,
+        prepare=worlds.having("model", then=worlds.removed("model/chat_template.jinja")),
+        says="model: no chat template: a base model continues text; use --complete, or add a chat_template.jinja to the folder",
+    ),
+    Case(
+        mistake="a system prompt where nothing is asked",
+        command="chat model --complete --system brief --once hello",
+        prepare=worlds.having("model"),
+        says="--system needs a chat; write it into the text that --complete continues",
+    ),
+    Case(
+        mistake="a chat template that loops",
+        command=CHAT,
+        prepare=worlds.having(
+            "model",
+            then=worlds.written(
+                "model/chat_template.jinja",
+                "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            ),
+        ),
+        says="the chat template takes more than 10 seconds; give another template",
+    ),
+    Case(
         mistake="a step that the training did not have",
         command="data at-step trained 999",
         prepare=worlds.having("trained"),

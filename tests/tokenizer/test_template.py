@@ -134,7 +134,11 @@ def test_a_template_that_grows_without_end_ends(name: str, monkeypatch: pytest.M
         ("{{ ''.__class__.__mro__ }}", "refuses these messages (access to attribute '__class__'"),
         ("{{ namespace(_a=1) }}", "refuses these messages (the name '_a'"),
         ("{{ messages.append(1) }}", "refuses these messages ("),
-        ("a" * 1_000_001, "of 1,000,001 characters; give one of at most 1,000,000"),
+        ("a" * 100_001, "of 100,001 characters; give one of at most 100,000"),
+        ("{{ strftime_now('%s' * 100000) }}", "gives strftime_now a text of more than 1,000 characters"),
+        ("{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}", "fails (RecursionError"),
+        ("{% macro a() %}{{ b() }}{% endmacro %}{% macro b() %}{{ a() }}{% endmacro %}{{ a() }}", "fails ("),
+        ("{% set d = {} %}{% set x = d.update({'a': d}) %}{{ d }}", "refuses these messages ("),
     ],
 )
 def test_a_template_that_fails_is_one_line(template: str, words: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from koine.cli.arguments import DEVICE, MODEL
 from koine.cli.commands import Command
+from koine.errors import UserError
 from koine.generate.sampling import Sampling
 from koine.terminal import is_quiet
 
@@ -17,7 +19,12 @@ DEFAULT = Sampling()
 
 @click.command(cls=Command, answers=False)
 @click.argument("model", type=MODEL)
-@click.option("--once", metavar="QUESTION", help="Print the reply to one message, then exit.")
+@click.option("--once", metavar="TEXT", help="Print the reply to one message, then exit.")
+@click.option(
+    "--complete",
+    is_flag=True,
+    help="Continue each text instead of answering it: no chat template, no history.",
+)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
     "--temperature",
@@ -76,6 +83,7 @@ DEFAULT = Sampling()
 def chat(
     model: Path,
     once: str | None,
+    complete: bool,
     system: str | None,
     temperature: float,
     top_k: int,
@@ -92,7 +100,10 @@ def chat(
 
     Replies stream as they are generated. /help lists the commands. Ctrl-C stops a reply, not the program.
     Without a terminal, each line of standard input is a message: echo "Hello" | koine chat MODEL
+    A base model has no chat template; --complete continues text: koine chat MODEL --complete < texts.txt
     """
+    if complete and system is not None:
+        raise UserError("--system needs a chat", hint="write it into the text that --complete continues")
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -106,12 +117,21 @@ def chat(
     from koine.hardware import chosen_device
     from koine.serve.chat.opening import read_opening
     from koine.serve.chat.terminal import Chat, run_interactive, run_lines, standard_streams
+    from koine.tokenizer.tokenizer import lacks_chat_template
 
+    if not complete and lacks_chat_template(model):
+        raise UserError(
+            "no chat template: a base model continues text",
+            where=model,
+            hint="use --complete, or add a chat_template.jinja to the folder",
+        )
     engine = LocalEngine(
         model, dtype=None if dtype == "auto" else dtype, device=chosen_device(device), threads=threads
     )
     interactive = standard_streams()
     opening = read_opening(model)
+    if complete:
+        opening = replace(opening, examples=None)
     session = Chat(
         engine,
         system=system,
@@ -120,6 +140,7 @@ def chat(
         notices=sys.stderr,
         interactive=interactive,
         trained_context=opening.trained_context,
+        complete=complete,
     )
     if once is not None:
         session.reply(once)

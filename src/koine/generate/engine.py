@@ -63,6 +63,10 @@ class StreamingEngine(Protocol):
         """Return the prompt's token ids, up to the assistant's header."""
         ...
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text to continue."""
+        ...
+
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[Token]:
         """Yield tokens as they are sampled, up to a stop token or `max_new_tokens`."""
         ...

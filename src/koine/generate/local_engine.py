@@ -14,10 +14,12 @@ import torch
 
 from koine.errors import UserError
 from koine.generate.cache.paged_cache import PAGE
+from koine.generate.cache_support import probe_padding
 from koine.generate.cpu.prepacked_linear import prepack
 from koine.generate.engine import Completion, Token
 from koine.generate.grammar.schema import schema_text
 from koine.generate.messages import Message
+from koine.generate.padded_scheduler import PaddedScheduler
 from koine.generate.request import Request
 from koine.generate.sampling import Sampling
 from koine.generate.scheduler import Scheduler
@@ -39,9 +41,9 @@ UNLIMITED = 2**30
 class LocalEngine:
     """Generate with a model directory of Koine, of Cohere, or (extra `hf`) of any causal LM of transformers.
 
-    Koine's own decoder (Cohere and Cohere2 directories too) runs many conversations at once by continuous
-    batching; other models run one after another. Threads may share an engine: each waiting thread steps the
-    batch for all.
+    Many conversations run at once by continuous batching. Models of transformers whose batches would change
+    their logits, such as recurrent ones, run one after another (`koine.generate.cache_support`). Threads may
+    share an engine: each waiting thread steps the batch for all.
 
     Attributes:
         tokenizer: the directory's tokenizer.
@@ -70,7 +72,8 @@ class LocalEngine:
             device: where to compute: "cpu", "cuda", "cuda:1", "mps".
             threads: CPU threads; None leaves torch's setting.
             max_batch: conversations that run at once.
-            cache_bytes: most bytes for the KV cache of layers with full attention; None sets no limit.
+            cache_bytes: most bytes for the KV cache (of Koine's decoder: of its layers with full attention); None
+                sets no limit.
             prefill_chunk: prompt tokens processed between two decode steps of the running batch.
 
         Raises:
@@ -100,7 +103,7 @@ class LocalEngine:
         self._weight = next(model.parameters())
         self.stop_ids = model.eos_ids | {self.tokenizer.end_of_turn_id, self.tokenizer.eos_id}
         self.context = model.context_length or UNLIMITED
-        self.scheduler: Scheduler | SequentialGenerator
+        self.scheduler: Scheduler | PaddedScheduler | SequentialGenerator
         # The two kinds of model have KV caches of different classes: paged here, those of transformers there.
         if isinstance(model, Decoder):
             prepack(model)
@@ -112,7 +115,14 @@ class LocalEngine:
             )
         else:
             assert isinstance(model, CausalLM)
-            self.scheduler = SequentialGenerator(model, prefill_chunk=prefill_chunk)
+            with torch.inference_mode():
+                shapes = probe_padding(model.inner)
+            if shapes is None:
+                self.scheduler = SequentialGenerator(model, prefill_chunk=prefill_chunk)
+            else:
+                self.scheduler = PaddedScheduler(
+                    model, shapes, max_batch=max_batch, max_bytes=cache_bytes, prefill_chunk=prefill_chunk
+                )
         self._step_lock = threading.Lock()
         self._grammar = lru_cache(maxsize=32)(self._compile_grammar)
 
@@ -127,6 +137,10 @@ class LocalEngine:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's token ids, up to the assistant's header."""
         return self.tokenizer.encode_messages(messages, generation_prompt=True)[0]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text to continue, with the tokens that the tokenizer puts before it."""
+        return self.tokenizer.encode_prompt(text)
 
     def submit(self, prompt: list[int], sampling: Sampling) -> PendingCompletion:
         """Queue a prompt. The completion grows as threads step the batch (`stream`, `wait`)."""
@@ -164,9 +178,12 @@ class LocalEngine:
         """
         yield from self._tokens(self.submit(prompt, sampling))
 
-    def stream_text(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
-        """Yield the completion's text in pieces, never part of a character or of a stop string."""
-        prompt = self.encode(messages)
+    def stream_text(self, messages: Sequence[Message] | str, sampling: Sampling) -> Iterator[str]:
+        """Yield the completion's text in pieces, never part of a character or of a stop string.
+
+        messages: a conversation to answer, or a text to continue.
+        """
+        prompt = self.encode_text(messages) if isinstance(messages, str) else self.encode(messages)
         [length] = self._max_new_tokens([prompt], sampling)
         pending = self.submit(prompt, replace(sampling, max_new_tokens=length))
         yielded = 0
@@ -185,8 +202,19 @@ class LocalEngine:
         Conversation i samples with `seed + i`, so that its completion does not depend on the others.
         Raises `UserError` for a conversation that leaves no room for a new token.
         """
-        prompts = [self.encode(messages) for messages in conversations]
-        lengths = self._max_new_tokens(prompts, sampling)
+        return self._completions([self.encode(messages) for messages in conversations], sampling)
+
+    def complete(self, texts: Sequence[str], sampling: Sampling) -> list[Completion]:
+        """Continue each text, without a chat template, as `generate` answers conversations.
+
+        A completion does not repeat its text. Raises `UserError` for a text that leaves no room for a new token.
+        """
+        return self._completions([self.encode_text(text) for text in texts], sampling, what="text")
+
+    def _completions(
+        self, prompts: Sequence[list[int]], sampling: Sampling, *, what: str = "conversation"
+    ) -> list[Completion]:
+        lengths = self._max_new_tokens(prompts, sampling, what=what)
         batch = [
             self.submit(prompt, replace(own, max_new_tokens=length))
             for prompt, length, own in zip(prompts, lengths, sampling.per_prompt(len(prompts)), strict=True)
@@ -222,7 +250,9 @@ class LocalEngine:
         finally:
             self.cancel(pending)
 
-    def _max_new_tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
+    def _max_new_tokens(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, what: str = "conversation"
+    ) -> list[int]:
         """Return the maximum completion length of each prompt.
 
         Raises `UserError` where a prompt fills the context.
@@ -231,7 +261,7 @@ class LocalEngine:
         for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), start=1):
             if length < 1:
                 raise UserError(
-                    f"conversation {number} is {len(prompt)} tokens long "
+                    f"{what} {number} is {len(prompt)} tokens long "
                     f"and the model's context holds {self.context}",
                     hint="give a shorter one",
                 )

@@ -1,6 +1,7 @@
 """Generate one request at a time with any causal LM of transformers and its own KV cache.
 
-Same interface as `koine.generate.scheduler.Scheduler`, so that an engine need not know which it has.
+For classes that cannot continue texts of different lengths in one batch (`koine.generate.padded_scheduler`). Same
+interface as `koine.generate.scheduler.Scheduler`, so that an engine need not know which it has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.generate.cache_support import cache_name, probe_cache_support
+from koine.generate.cache.cached_forward import CachedForward
+from koine.generate.cache_support import probe_cache_support
 from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
 from koine.generate.sampling import Sampling
 from koine.model.causal_lm import CausalLM
@@ -31,7 +33,7 @@ class SequentialGenerator:
         self.waiting: deque[Request] = deque()
         self._cached: list[int] = []
         self._past: Any = None
-        self._cache_name = str(cache_name(model.inner))
+        self._forward = CachedForward(model.inner)
         with torch.inference_mode():
             self._cache_support = probe_cache_support(model.inner)
 
@@ -123,10 +125,7 @@ class SequentialGenerator:
             request.cached_tokens = len(cached)
         self._cached, self._past = [], None
         for start in range(len(cached), len(text), chunk):
-            ids = torch.tensor([text[start : start + chunk]], device=self.device)
-            out = self.model.inner(input_ids=ids, use_cache=True, **{self._cache_name: past})
-            past = getattr(out, self._cache_name)
+            logits_v, past = self._forward(text[start : start + chunk], past)
         self._cached, self._past = text, past
         # A copy is an ordinary tensor, which the caller may change.
-        logits_v: Tensor = out.logits[0, -1].clone()
-        return logits_v
+        return logits_v.clone()

@@ -40,17 +40,17 @@ class Angles(NamedTuple):
     qk: Rotation | None
 
 
-def rope_angles(positions: Tensor, config: ModelConfig) -> dict[Rope, Angles]:
+def rope_angles(positions: Tensor, config: ModelConfig, lengths: Tensor | None = None) -> dict[Rope, Angles]:
     """Compute RoPE's tables for `positions` `[batch, time]`, once a forward pass.
 
-    Layers with the same base and scaling share them.
+    Layers with the same base and scaling share them. lengths: see `rotation`.
     """
     ropes = {rope_of(config, spec) for spec in config.layers if spec.rope}
-    return {rope: _angles(positions, rope, config) for rope in ropes}
+    return {rope: _angles(positions, rope, config, lengths) for rope in ropes}
 
 
-def _angles(positions: Tensor, rope: Rope, config: ModelConfig) -> Angles:
-    k = rotation(positions, rope).view_as_heads()
+def _angles(positions: Tensor, rope: Rope, config: ModelConfig, lengths: Tensor | None) -> Angles:
+    k = rotation(positions, rope, lengths).view_as_heads()
     q, qk = k.scaled(config.score_scale), None
     if q.cis is not None and k.cis is not None:
         heads = (config.query_heads, config.kv_heads)

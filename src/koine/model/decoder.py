@@ -158,7 +158,8 @@ class Decoder(nn.Module):
         if document_starts is not None and self._is_dynamic and not given:
             # Its frequencies depend on the length of each document, which its positions tell.
             positions = torch.arange(tokens.shape[1], device=tokens.device) - document_starts
-        angles = rope_angles(positions, self.config)
+        lengths = context.lengths if context is not None and self._is_dynamic else None
+        angles = rope_angles(positions, self.config, lengths)
         x_bte = self.embed(tokens)
         if block_outputs is not None:
             block_outputs.append(x_bte)

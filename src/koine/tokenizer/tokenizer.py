@@ -7,6 +7,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Tokenizer:
         self.vocab_size = max(self._ids.values()) + 1
         special = {one["content"] for one in self._content.get("added_tokens") or [] if one["special"]}
         self._special_ids = frozenset(self._ids[token] for token in special if token in self._ids)
-        self.chat_template = self._files.get(TEMPLATE) or self._template_of_config()
+        self.chat_template = _template_in(self._files, self._where)
         self._template_tokens = named
         eos = named.get("eos_token")
         if eos is None:
@@ -99,6 +100,14 @@ class Tokenizer:
     def encode_document(self, text: str) -> list[int]:
         """Return `[bos] + ids + [eos]`."""
         return [self.bos_id, *self.encode(text), self.eos_id]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode a text for a model to continue: plain text after the tokens that the tokenizer begins with.
+
+        These are what `transformers` puts before a text: BOS, or nothing. Control tokens in the text are read
+        as text. An empty text without such a token begins with BOS.
+        """
+        return [*self._first_ids, *self.encode(text)] or [self.bos_id]
 
     def encode_messages(
         self, messages: Sequence[Message], *, generation_prompt: bool = False
@@ -186,6 +195,13 @@ class Tokenizer:
         return all(token in self._ids for token in (START_OF_TURN, END_OF_TURN, *ROLE_TOKENS.values()))
 
     @cached_property
+    def _first_ids(self) -> list[int]:
+        """The special tokens that the post-processor puts before a text."""
+        encoding = self._parsing_backend.encode("a")
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [token for token, _ in takewhile(lambda pair: pair[1] == 1, pairs)]
+
+    @cached_property
     def _byte_level(self) -> bool:
         decoder = self._content.get("decoder")
         return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
@@ -269,23 +285,8 @@ class Tokenizer:
                     named[key] = content
         return named
 
-    def _template_of_config(self) -> str | None:
-        template = self._json(CONFIG).get("chat_template")
-        if isinstance(template, list):
-            entries = [entry for entry in template if isinstance(entry, dict)]
-            template = next((one.get("template") for one in entries if one.get("name") == "default"), None)
-        if template is not None and not isinstance(template, str):
-            raise UserError(
-                f"the chat_template of {CONFIG} is a {type(template).__name__}, no text",
-                where=self._where,
-                hint="write a Jinja text",
-            )
-        return template
-
     def _json(self, name: str) -> dict[str, Any]:
-        if name not in self._files:
-            return {}
-        return parsed_object(self._files[name], f"{name} is not valid JSON", self._where)
+        return _json_in(self._files, name, self._where)
 
     def _not_text(self, texts: Sequence[Any], error: Exception) -> Exception:
         """Return the user's error in `texts`, or the library's own error if they are sound."""
@@ -321,10 +322,46 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(read_files(path), where=path)
 
 
-def read_files(path: Path) -> dict[str, str]:
+def lacks_chat_template(path: str | Path) -> bool:
+    """Return whether a folder, or a model on the hub, has a tokenizer without a chat template.
+
+    `tokenizer.json` is not opened. Raises `UserError` where the other files cannot be read.
+    """
+    path = model_folder(path, TOKENIZER_FILES)
+    if not (path / TOKENIZER).is_file():
+        return False
+    return _template_in(read_files(path, (CONFIG, TEMPLATE)), path) is None
+
+
+def _template_in(files: Mapping[str, str], where: str | Path) -> str | None:
+    """Return the chat template: of its own file, else of the configuration."""
+    if files.get(TEMPLATE):
+        return files[TEMPLATE]
+    template = _json_in(files, CONFIG, where).get("chat_template")
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = next((one.get("template") for one in entries if one.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise UserError(
+            f"the chat_template of {CONFIG} is a {type(template).__name__}, no text",
+            where=where,
+            hint="write a Jinja text",
+        )
+    return template
+
+
+def _json_in(files: Mapping[str, str], name: str, where: str | Path) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    return parsed_object(files[name], f"{name} is not valid JSON", where)
+
+
+def read_files(
+    path: Path, names: Sequence[str] = (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE, TRAINING)
+) -> dict[str, str]:
     """Read the texts of a tokenizer's folder by file name."""
     files = {}
-    for name in (TOKENIZER, CONFIG, SPECIAL_MAP, TEMPLATE, TRAINING):
+    for name in names:
         if (path / name).is_file():
             files[name] = read_text(path / name)
     return files

@@ -227,6 +227,11 @@ _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {"num_key_value_heads": 4, "attention_multiplier": 12**-0.5},
         "linear": {"rope_parameters": _LINEAR, "attention_multiplier": 0.3},
     },
+    "starcoder2": {
+        "window": {"sliding_window": WINDOW},
+        "no-biases-untied": {"use_bias": False, "tie_word_embeddings": False},
+        "mha-linear": {"num_key_value_heads": 4, "rope_parameters": _LINEAR},
+    },
     "cohere": {
         "tied": {"logit_scale": 0.3},
         "qk-norm": {"use_qk_norm": True, "logit_scale": 0.3},

@@ -33,12 +33,17 @@ class Scripted:
         self.answers = answers
         self.context = context
         self.prompts: list[list[Message]] = []
+        self.texts: list[str] = []
         self.samplings: list[Sampling] = []
         self.before_token: Callable[[int], None] = lambda count: None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         self.prompts.append([dict(message) for message in messages])
         return self.tokenizer.encode_messages(messages, generation_prompt=True)[0]
+
+    def encode_text(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return self.tokenizer.encode_prompt(text)
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[Token]:
         self.samplings.append(sampling)
@@ -217,3 +222,29 @@ def test_the_rate_excludes_the_first_token() -> None:
         "11 tokens, 2.0 tokens/s, first after 2.00 s"
     )
     assert Rate(tokens=1, first_seconds=0.5, rest_seconds=0.0).described() == "1 token, first after 0.50 s"
+
+
+def test_a_text_is_continued_by_itself(tokenizer: Tokenizer) -> None:
+    """No template and no history: the engine gets the raw text, with its spaces, and room for what fits."""
+    engine, out, notices = Scripted(tokenizer, ["lag", " und rot", "!"], context=40), Sink(), Sink()
+    chat = Chat(
+        engine, system=None, sampling=Sampling(max_new_tokens=30), out=out, notices=notices,
+        interactive=False, complete=True, trained_context=18,
+    )  # fmt: skip
+    run_lines(chat, io.BytesIO("  Die Straße \n\n//blau\nein Text ohne Ende\n".encode()))
+    assert engine.texts == ["  Die Straße ", "/blau", "ein Text ohne Ende"]
+    assert (engine.prompts, chat.conversation.turns) == ([], [])
+    assert out.getvalue() == "lag\n und rot\n!\n"
+    # 40 tokens of context; BOS, and a byte a token.
+    assert [one.max_new_tokens for one in engine.samplings] == [40 - 15, 30, 40 - 19]
+    assert (
+        "the text has 19 tokens and the model was trained on at most 18 at a time: expect worse answers)"
+        in (notices.getvalue())
+    )
+    with pytest.raises(UserError, match="the text is 41 tokens long and the model's context holds 40"):
+        chat.handle("a" * 40)
+    for command in ("/reset", "/system Kurz."):
+        with pytest.raises(UserError, match="needs a chat; with --complete"):
+            chat.handle(command)
+    chat.handle("/help")
+    assert "/reset" not in notices.getvalue().partition("/help  ")[2]

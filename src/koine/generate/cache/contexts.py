@@ -46,6 +46,12 @@ class PrefillContext:
         """Positions for RoPE, `[1, t]`."""
         return self._positions
 
+    @property
+    def lengths(self) -> Tensor:
+        """Lengths of the sequences after this pass, `[1, t]`."""
+        ends = [sequence.length + count for sequence, count in zip(self.sequences, self.counts, strict=True)]
+        return torch.tensor(ends).repeat_interleave(torch.tensor(self.counts))[None].to(self.cache.device)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values, then attend (`AttentionContext.attend`)."""
         if self._packed:
@@ -187,6 +193,11 @@ class DecodeContext:
     def positions(self) -> Tensor:
         """Positions for RoPE, `[b, 1]`."""
         return self._lengths[:, None]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Lengths of the sequences after this pass, `[b, 1]`."""
+        return self._lengths[:, None] + 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values, then attend (`AttentionContext.attend`); `time` is 1."""

@@ -15,6 +15,11 @@ class AttentionContext(Protocol):
         """Positions for RoPE, `[batch, time]`."""
         ...
 
+    @property
+    def lengths(self) -> Tensor:
+        """Length, after this pass, of the sequence that each position belongs to, `[batch, time]`."""
+        ...
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store keys and values, then attend.
 

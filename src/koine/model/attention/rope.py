@@ -42,15 +42,18 @@ class Rotation(NamedTuple):
         return Rotation(self.cos * factor, self.sin * factor, cis)
 
 
-def rotation(positions: Tensor, rope: Rope) -> Rotation:
+def rotation(positions: Tensor, rope: Rope, lengths: Tensor | None = None) -> Rotation:
     """Compute the tables of the angles `position * frequency`.
 
     Args:
         positions: `[batch, time]`, for tables `[batch, time, head_dim / 2]`.
         rope: base, scaling and sizes.
+        lengths: `[batch, time]`, of the sequence that each position belongs to, for dynamic scaling; None:
+            see `sequence_lengths`.
     """
     if rope.scaling is not None and rope.scaling.kind == "dynamic":
-        frequencies = dynamic_frequencies(sequence_lengths(positions), rope)
+        lengths = sequence_lengths(positions) if lengths is None else lengths
+        frequencies = dynamic_frequencies(lengths, rope)
     else:
         frequencies = frequencies_of(rope, positions.device)
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies

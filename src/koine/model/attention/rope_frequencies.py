@@ -88,8 +88,10 @@ def sequence_lengths(positions: Tensor) -> Tensor:
     ends = torch.ones_like(positions, dtype=torch.bool)
     ends[:, :-1] = positions[:, 1:] != positions[:, :-1] + 1
     # Padding on the left repeats position 0: it is a sequence of its own, and nothing sees it.
-    last = torch.where(ends, positions, torch.iinfo(positions.dtype).max)
-    return last.flip(1).cummin(dim=1).values.flip(1) + 1
+    time = positions.shape[1]
+    places = torch.arange(time, device=positions.device).expand_as(positions)
+    end = torch.where(ends, places, time).flip(1).cummin(dim=1).values.flip(1)
+    return positions.gather(1, end) + 1
 
 
 def dynamic_frequencies(lengths: Tensor, rope: Rope) -> Tensor:

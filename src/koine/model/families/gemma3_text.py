@@ -42,6 +42,8 @@ def _read(fields: Fields) -> ModelConfig:
     )
     window = read_window(fields, 4096)
     is_set(fields, "use_bidirectional_attention", False, "causal attention")
+    # The class has the field and does not compute it.
+    is_set(fields, "attn_logit_softcapping", 0, "scores of Gemma-3 without a cap")
     bias = fields.boolean("attention_bias", False)
     sizes = read_sizes(fields, DEFAULTS)
     rope = rope_fields(fields)
@@ -66,7 +68,6 @@ def _read(fields: Fields) -> ModelConfig:
         attention_bias=bias,
         attention_out_bias=bias,
         attention_scale=fields.number("query_pre_attn_scalar", 256.0, above=0) ** -0.5,
-        attention_softcap=fields.number("attn_logit_softcapping", None),
         embedding_scale=sizes["hidden_size"] ** 0.5,
         logit_scale=1.0,
         logit_softcap=fields.number("final_logit_softcapping", None),
@@ -81,7 +82,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {FULL: write_rope(config), WINDOWED: write_rope(config, local)},
         "attention_bias": config.attention_bias,
         "query_pre_attn_scalar": whole(config.score_scale**-2),
-        "attn_logit_softcapping": config.attention_softcap,
+        "attn_logit_softcapping": None,
         "final_logit_softcapping": config.logit_softcap,
         "sliding_window": window_of(config) or config.max_position_embeddings,
         "layer_types": layer_types_of(config),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from koine.errors import UserError, did_you_mean
 from koine.generate.sampling import Sampling
-from koine.serve.chat.conversation import Conversation
+from koine.serve.chat.conversation import Conversation, FittedPrompt
 from koine.terminal import is_quiet, printable
 
 if TYPE_CHECKING:
@@ -28,6 +28,13 @@ HELP = """\
 /quit               leave (also Ctrl-D)
 //text              send a message that begins with a slash
 Ctrl-C stops a reply; twice at the empty prompt, it leaves."""
+COMPLETE_HELP = """\
+/help               show this help
+/set                show the sampling settings
+/set NAME VALUE     change one, such as /set temperature 0.5
+/quit               leave (also Ctrl-D)
+//text              continue a text that begins with a slash
+Ctrl-C stops a completion; twice at the empty prompt, it leaves."""
 COMMANDS = ("/help", "/reset", "/system", "/set", "/quit")
 PROMPT = "> "
 
@@ -100,11 +107,14 @@ class Chat:
         notices: TextIO,
         interactive: bool,
         trained_context: int | None = None,
+        complete: bool = False,
     ) -> None:
         """Begin a conversation.
 
         trained_context: tokens of the longest texts that the model was trained on, beyond which it warns.
+        complete: continue each line as raw text, by itself, without a chat template.
         """
+        self.complete = complete
         self.trained_context = trained_context
         self.warned = False
         self.engine = engine
@@ -128,7 +138,9 @@ class Chat:
         if name == "/quit":
             return False
         if name == "/help":
-            self.notice(HELP)
+            self.notice(COMPLETE_HELP if self.complete else HELP)
+        elif self.complete and name in ("/reset", "/system"):
+            raise UserError(f"{name} needs a chat", hint="with --complete each text is continued by itself")
         elif name == "/reset":
             self.conversation.reset()
             self.warned = False
@@ -158,18 +170,11 @@ class Chat:
         self.notice(f"({self.sampling.described()})")
 
     def reply(self, message: str) -> None:
-        """Stream the reply to a user message, then show its speed.
+        """Stream the reply to a user message, or the rest of a text, then show its speed.
 
         A reply stopped by Ctrl-C stays in the history.
         """
-        self.conversation.add_user(message)
-        try:
-            fitted = self.conversation.fit(
-                self.engine.encode, context=self.engine.context, reserve=self.sampling.max_new_tokens
-            )
-        except UserError:
-            self.conversation.drop_unanswered()
-            raise
+        fitted = self.fit_text(message) if self.complete else self.fit_conversation(message)
         if fitted.dropped:
             turns = f"{fitted.dropped} oldest turn{'' if fitted.dropped == 1 else 's'}"
             self.note(
@@ -179,7 +184,8 @@ class Chat:
         sampling = replace(self.sampling, max_new_tokens=fitted.max_new_tokens)
         reply = self.stream(fitted.prompt, sampling)
         self.write("\n")
-        self.conversation.add_assistant(reply.text)
+        if not self.complete:
+            self.conversation.add_assistant(reply.text)
         notes = [reply.rate.described()] if reply.rate.tokens else ["no token"]
         if reply.stopped:
             notes.append("stopped")
@@ -187,6 +193,28 @@ class Chat:
             notes.append("cut at max-new-tokens" if sampling == self.sampling else "cut at the context's end")
         self.note(f"[{', '.join(notes)}]")
         self.warn_of_length(len(fitted.prompt) + reply.rate.tokens)
+
+    def fit_conversation(self, message: str) -> FittedPrompt:
+        """Add a user message to the history, and return the prompt that fits into the context."""
+        self.conversation.add_user(message)
+        try:
+            return self.conversation.fit(
+                self.engine.encode, context=self.engine.context, reserve=self.sampling.max_new_tokens
+            )
+        except UserError:
+            self.conversation.drop_unanswered()
+            raise
+
+    def fit_text(self, text: str) -> FittedPrompt:
+        """Return the prompt of a text to continue. Raises `UserError` where it fills the context."""
+        prompt = self.engine.encode_text(text)
+        room = self.engine.context - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the text is {len(prompt)} tokens long and the model's context holds {self.engine.context}",
+                hint="give a shorter one",
+            )
+        return FittedPrompt(prompt, min(self.sampling.max_new_tokens, room), dropped=0)
 
     def warn_of_length(self, tokens: int) -> None:
         """Say once a conversation that it is longer than the texts of the training.
@@ -196,9 +224,10 @@ class Chat:
         if self.trained_context is None or self.warned or tokens <= self.trained_context:
             return
         self.warned = True
+        what, rest = ("text", "") if self.complete else ("conversation", "; /reset starts again")
         self.note(
-            f"(the conversation has {tokens:,} tokens and the model was trained on at most "
-            f"{self.trained_context:,} at a time: expect worse answers; /reset starts again)"
+            f"(the {what} has {tokens:,} tokens and the model was trained on at most "
+            f"{self.trained_context:,} at a time: expect worse answers{rest})"
         )
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Reply:
