@@ -11,7 +11,7 @@ from pathlib import Path
 
 from koine.errors import UserError
 
-from . import checks
+from . import checks, gguf_export
 from .cases import Case, first_case
 from .reference import write_checkpoint
 
@@ -73,6 +73,14 @@ COLUMNS: tuple[Column, ...] = (
         title="batched engine",
         meaning="Continuous batching gives the greedy tokens of `generate`.",
         check=lambda sample: checks.batched_engine(sample.folder, sample.case),
+    ),
+    Column(
+        title="GGUF export",
+        meaning="llama.cpp computes from the exported file the same greedy tokens in float32, in prompts "
+        "longer than the window where it has windows. Where llama-cpp-python is not installed, the check "
+        "compares the logits of the model that `transformers` reads from the file, for the families that its "
+        "reader knows, and for others only exports.",
+        check=lambda sample: gguf_export.runs_elsewhere(sample.case, sample.work),
     ),
 )
 

@@ -125,10 +125,11 @@ def _warnings(config: ModelConfig, architecture: Architecture, tokenizer: GgufTo
             "llama.cpp splits digits by threes, and in this vocabulary that changes the tokens of numbers in "
             f"the digits of these scripts: {scripts}. The text itself stays the same"
         )
-    if tokenizer.space_after_special:
+    if tokenizer.fewer_spaces:
         yield (
-            "llama.cpp puts a space before the text after each special token, and this tokenizer only at the "
-            "beginning: in chats, the first tokens of a message may differ"
+            "llama.cpp puts a space before every text and after every special token, and this tokenizer in "
+            "fewer places: texts that begin with a space, and messages after a special token, may get other "
+            "first tokens"
         )
 
 

@@ -31,12 +31,13 @@ class SentencePiece:
 
     scores: by token of the vocabulary.
     add_space_prefix: a space goes before the text, and in llama.cpp after each special token too.
-    space_after_special: the tokenizer itself puts it before the text alone.
+    fewer_spaces: the tokenizer itself leaves it out before text that begins with a space, or after special
+        tokens.
     """
 
     scores: dict[str, float]
     add_space_prefix: bool
-    space_after_special: bool
+    fewer_spaces: bool
 
 
 def is_sentencepiece(content: dict[str, Any]) -> bool:
@@ -65,7 +66,7 @@ def read_sentencepiece(content: dict[str, Any], where: Path) -> SentencePiece:
     return SentencePiece(
         scores=_scores(vocabulary, [_pair(merge) for merge in content["model"]["merges"]], where),
         add_space_prefix=prefix != "never",
-        space_after_special=prefix == "first",
+        fewer_spaces=prefix == "fewer",
     )
 
 
@@ -108,13 +109,16 @@ def _scores(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], where
 
 
 def _space_prefix(content: dict[str, Any]) -> str | None:
-    """Return where a space goes before text: `always`, `first` or `never`; None for other preparations."""
+    """Return where a space goes before text: `always`, `never`, or in `fewer` places than in llama.cpp.
+
+    None for other preparations of the text.
+    """
     normalizer, pre_tokenizer = content.get("normalizer"), content.get("pre_tokenizer")
     steps = _parts(normalizer, "normalizers")
     if pre_tokenizer is not None and pre_tokenizer.get("type") == "Metaspace":
         plain = pre_tokenizer.get("split") is False and pre_tokenizer.get("replacement") == SPACE_MARK
-        scheme: str | None = pre_tokenizer.get("prepend_scheme")
-        return scheme if plain and not steps and scheme in ("always", "first", "never") else None
+        schemes = {"always": "fewer", "first": "fewer", "never": "never"}
+        return schemes.get(pre_tokenizer.get("prepend_scheme")) if plain and not steps else None
     # Cutting at spaces does nothing after they were replaced.
     if pre_tokenizer not in (None, _NO_SPLIT):
         return None

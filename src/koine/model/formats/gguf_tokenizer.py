@@ -51,7 +51,7 @@ class GgufTokenizer:
     tokens, types: of each id. scores: of each id, for `llama`. merges: for `gpt2`.
     pre: name of the expression that splits text.
     add_bos: an encoded text begins with BOS.
-    space_after_special: llama.cpp puts a space where this tokenizer does not (`gguf_sentencepiece`).
+    fewer_spaces: llama.cpp puts a space where this tokenizer does not (`gguf_sentencepiece`).
     """
 
     model: Literal["gpt2", "llama"]
@@ -67,7 +67,7 @@ class GgufTokenizer:
     end_of_turn_id: int
     add_bos: bool
     add_space_prefix: bool
-    space_after_special: bool
+    fewer_spaces: bool
     chat_template: str | None
     scripts_with_other_digits: tuple[str, ...]
     """Unicode names of scripts ("BENGALI", ...) whose digits may get other ids in llama.cpp."""
@@ -111,7 +111,7 @@ def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
         end_of_turn_id=tokenizer.end_of_turn_id,
         add_bos=_adds_bos(path, content, tokenizer.bos_id),
         add_space_prefix=pieces is not None and pieces.add_space_prefix,
-        space_after_special=pieces is not None and pieces.space_after_special,
+        fewer_spaces=pieces is not None and pieces.fewer_spaces,
         chat_template=_chat_template(tokenizer),
         scripts_with_other_digits=scripts_with_other_digits(content) if pre == OWN_PRE else (),
     )
