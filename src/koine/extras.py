@@ -31,7 +31,7 @@ PURPOSES = {
     "cluster": "run plans on a Ray cluster: koine run PLAN --executor ray",
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
     "sentences": "embed domains by a sentence encoder: koine upcycle nexus --encoder FOLDER",
-    "gguf": "export dense models for llama.cpp: koine model export --format gguf",
+    "gguf": "export models for llama.cpp, and import GGUF files: koine model export, koine model import",
     "track": "send a training's figures to wandb, trackio or MLflow: koine train pretrain --track wandb",
     "docs": "build the documentation site: make docs",
     "dev": "the tests, the type checker, the linters",

@@ -182,7 +182,7 @@ CASES = (
         mistake="a configuration whose size is a word",
         command=EVALUATE,
         prepare=llama(configured(hidden_size="sixteen")),
-        says="llama/config.json: is no configuration of a llama (…hidden_size…); correct this field",
+        says="llama/config.json: the field 'hidden_size' is 'sixteen'; it must be an integer",
     ),
     Case(
         mistake="a configuration whose precision is none",
@@ -194,33 +194,31 @@ CASES = (
         mistake="a configuration of a smaller vocabulary than the weights have",
         command=EVALUATE,
         prepare=llama(configured(vocab_size=200)),
-        says=f"llama: lm_head.weight has shape […, 16], config.json says [200, 16]; {TOGETHER}",
+        says=f"llama: model.embed_tokens.weight has shape […, 16], config.json says [200, 16]; {TOGETHER}",
     ),
     Case(
         mistake="a configuration of a billion tokens beside weights of a few hundred",
         command=EVALUATE,
         prepare=llama(configured(vocab_size=10**9)),
-        says="llama/config.json: describes 32,000,004,432 numbers, and the weight files have … bytes; "
-        + TOGETHER,
+        says="llama/config.json: the field 'vocab_size' is 1000000000; it must be at most 268435456",
     ),
     Case(
         mistake="NaN among the numbers of a configuration",
         command=EVALUATE,
         prepare=llama(configured(rms_norm_eps=float("nan"))),
-        says="llama: LlamaForCausalLM gives NaN or infinity for ordinary tokens in float32; "
-        "check the numbers of config.json, or compute in float32",
+        says="llama/config.json: the field 'rms_norm_eps' is nan; it must be a number",
     ),
     Case(
         mistake="a configuration of more layers than the weights have",
         command=EVALUATE,
         prepare=llama(configured(num_hidden_layers=3)),
-        says=f"llama: the weights lack 9 tensors (model.layers.2.…), which would be random; {TOGETHER}",
+        says=f"llama: the checkpoint lacks 9 tensors (model.layers.2.…); {TOGETHER}",
     ),
     Case(
         mistake="weights without one tensor",
         command=CHAT,
         prepare=llama(without_tensor),
-        says=f"llama: the weights lack 1 tensors (model.norm.weight), which would be random; {TOGETHER}",
+        says=f"llama: the checkpoint lacks 1 tensors (model.norm.weight); {TOGETHER}",
     ),
     Case(
         mistake="weights of transformers that are cut short",

@@ -1,4 +1,4 @@
-"""`koine model`: describe presets and models, export a model for other engines."""
+"""`koine model`: describe presets and models, import and export models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from koine.cli.answers import print_answer
 from koine.cli.arguments import MODEL, PRESET_OR_MODEL
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
+from koine.cli.model_import import import_command
 from koine.cli.outputs import (
     OVERWRITE,
     OutputFile,
@@ -27,7 +28,10 @@ from koine.terminal import note
 
 @click.group(cls=HelpGroup)
 def model() -> None:
-    """Describe presets and model directories; export a model."""
+    """Describe presets and model directories; import and export models."""
+
+
+model.add_command(import_command)
 
 
 @model.command()

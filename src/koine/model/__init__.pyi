@@ -9,6 +9,7 @@ from .formats.config_json import read_config as read_config
 from .formats.directory import load_model as load_model
 from .formats.directory import save_model as save_model
 from .formats.directory import save_state as save_state
+from .formats.importing.runner import import_model as import_model
 from .language_model import LanguageModel as LanguageModel
 from .layer_patterns import VARIANTS as VARIANTS
 from .layer_patterns import set_rope_theta as set_rope_theta

@@ -23,6 +23,7 @@ from koine.model.formats.directory import load_model
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
     check_described_size,
+    check_fields,
     check_loaded_keys,
     check_model_class,
     check_tokenizer_hash,
@@ -310,8 +311,9 @@ def load_causal_lm(
             damaged, or the model is not causal.
     """
     path = model_folder(path)
-    read_model_config(path)
+    value = read_model_config(path)
     if opens_as_decoder(path):
+        check_fields(value, path / "config.json")
         return load_model(path, dtype=dtype, device=device)
     return load_with_transformers(path, dtype=dtype, device=device)
 

@@ -75,6 +75,7 @@ class ModelCard:
         parameters: JSON values that the result depends on.
         figures: Figures of the evaluation.
         tags: The Hub's tags, besides `koine`.
+        license: What the source itself declares, of a model without parents.
     """
 
     title: str
@@ -86,6 +87,7 @@ class ModelCard:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
+    license: str | None = None
 
 
 def write_model_card(folder: Path, card: ModelCard) -> None:
@@ -100,6 +102,9 @@ def card_text(folder: Path, card: ModelCard) -> str:
     config = _read_config(folder)
     metadata = [_metadata(parent.path) for parent in card.parents]
     license_fields, license_text = joined_license([parent.name for parent in card.parents], metadata)
+    if not card.parents and card.license is not None:
+        license_fields = {"license": card.license}
+        license_text = f"`{card.license}`, as the file that it was imported from declares."
     pipeline = _pipeline(folder, config, metadata)
     library = _library(folder, config)
     names = list(dict.fromkeys(parent.name for parent in card.parents))
