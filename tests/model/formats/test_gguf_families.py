@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from koine.errors import KoineWarning, UserError
 from koine.model.formats.gguf import export_gguf
 from tests.model.families import gguf_export
-from tests.model.families.cases import CASES, ORIGINAL_LENGTH, Case, first_case
+from tests.model.families.cases import CASES, ORIGINAL_LENGTH, Case, first_case, model_types
 from tests.model.families.gguf_export import PEER, READ_BY_TRANSFORMERS, WINDOW
 
 gguf = pytest.importorskip("gguf", reason="the export needs the extra [gguf]")
@@ -64,7 +65,6 @@ def test_what_llama_cpp_cannot_compute_is_refused(case: Case, tmp_path: Path) ->
     ("model_type", "changes", "says"),
     [
         ("gemma2", {"query_pre_attn_scalar": 23}, "its scores are scaled by 0.2085"),
-        ("gemma3_text", {"attn_logit_softcapping": 9.0}, "its scores are soft-capped"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
         ("qwen2", {"head_dim": 16}, "4 heads of 16 are not the hidden size 48"),
         ("qwen2", {"rope_parameters": first_case("llama").changes["rope_parameters"] | {
@@ -106,4 +106,24 @@ def test_the_factors_of_llama_3_are_those_of_transformers(tmp_path: Path) -> Non
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
     written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(out).tensors}["rope_freqs.weight"]
     torch.testing.assert_close(torch.from_numpy(written.copy()), plain / scaled)
-    assert len({round(float(one), 3) for one in written}) > 2
+    assert len({round(float(one), 3) for one in written}) > 1
+
+
+NOT_IMPORTED = ("starcoder2",)
+"""Families that are exported and not imported."""
+
+
+@pytest.mark.parametrize("model_type", [kind for kind in model_types() if kind not in NOT_IMPORTED])
+def test_an_import_gives_the_tensors_back(model_type: str, tmp_path: Path) -> None:
+    from koine.model.formats.importing.runner import import_model
+
+    folder, out = gguf_export.exported(first_case(model_type), tmp_path)
+    import_model(out, tmp_path / "again")
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "again" / "model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        # Adding 1 to the norms of Gemma and taking it off again rounds.
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6, msg=name)

@@ -46,7 +46,7 @@ class Architecture:
     wide_layers: with this number of layers, scores are scaled by the hidden size divided by the heads instead
         of the heads' size.
     activation: of the feed-forward.
-    softcaps: which scores and logits are capped: both or none, or logits alone.
+    needs_softcaps: scores and logits are always capped.
     scale: `logit_scale` multiplies (Cohere), or divides beside further multipliers (Granite).
     """
 
@@ -64,7 +64,7 @@ class Architecture:
     scales_windows: bool = True
     wide_layers: int | None = None
     activation: Activation = "silu"
-    softcaps: Literal["both", "logits", "none"] = "none"
+    needs_softcaps: bool = False
     scale: Literal["factor", "divisor"] | None = None
 
 
@@ -81,11 +81,11 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "qwen3": Architecture(name="qwen3", free_head_dim=True, biases=_ATTENTION),
     "gemma2": Architecture(
         name="gemma2", free_head_dim=True, biases=_ATTENTION, output="tied", window_every=2, needs_windows=True,
-        wide_layers=46, activation="gelu_tanh", softcaps="both",
+        wide_layers=46, activation="gelu_tanh", needs_softcaps=True,
     ),
     "gemma3_text": Architecture(
         name="gemma3", free_head_dim=True, biases=_ATTENTION, window_every=6, scales_windows=False,
-        wide_layers=62, activation="gelu_tanh", softcaps="logits",
+        wide_layers=62, activation="gelu_tanh",
     ),
     "olmo2": Architecture(name="olmo2", biases=_ATTENTION, output="own"),
     "phi3": Architecture(name="phi3", partial_rotary=True),
@@ -185,14 +185,8 @@ def _score_obstacles(config: ModelConfig, architecture: Architecture) -> Iterato
                 f"its scores are scaled by {config.score_scale:.4g}",
                 f"{name} scales them by {size} ** -0.5",
             )
-    caps = {"attention_softcap": "scores", "logit_softcap": "logits"}
-    for field, words in caps.items():
-        capped = getattr(config, field) is not None
-        if capped and (
-            architecture.softcaps == "none" or (architecture.softcaps, words) == ("logits", "scores")
-        ):
-            yield f"its {words} are soft-capped", f"{name} does not cap them"
-        if not capped and architecture.softcaps == "both":
+    for cap, words in ((config.attention_softcap, "scores"), (config.logit_softcap, "logits")):
+        if cap is None and architecture.needs_softcaps:
             yield f"its {words} are not soft-capped", f"{name} always caps them"
 
 

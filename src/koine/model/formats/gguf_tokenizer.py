@@ -22,6 +22,7 @@ from koine.model.formats.gguf_sentencepiece import (
     is_sentencepiece,
     read_sentencepiece,
 )
+from koine.model.formats.importing.pre_tokenizers import SPLITTINGS
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.pretokenize import PATTERN
 from koine.tokenizer.token_bytes import SPACE_MARK
@@ -30,12 +31,8 @@ from koine.tokenizer.token_bytes import SPACE_MARK
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 GPT2_PATTERN: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_PATTERN: Final = _WORDS.replace("DIGITS", r"\p{N}{1,3}")
-QWEN2_PATTERN: Final = _WORDS.replace("DIGITS", r"\p{N}")
+(LLAMA3_PATTERN,) = SPLITTINGS["llama-bpe"].expressions
+(QWEN2_PATTERN,) = SPLITTINGS["qwen2"].expressions
 
 # Our expression has no name in llama.cpp. This one's is ours, except that it takes digits by threes. Where no
 # merge crosses the border of two digits (`scripts_with_other_digits`), the ids are the same. (The expression
