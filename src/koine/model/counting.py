@@ -49,6 +49,7 @@ def block_matrix_parameters(config: ModelConfig) -> int:
         return matrices
     matrices += mixture.top_k * expert_parameters(config)
     linear_routers = (mixture.domain_size is None) + (mixture.attention != "averaged")
+    matrices += mixture.shared_gate * config.hidden_size
     # Domain embeddings are projected once, not per token; a token costs one product with the result.
     return matrices + (linear_routers + (mixture.domain_size is not None)) * config.hidden_size * len(
         mixture.experts

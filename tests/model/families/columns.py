@@ -77,7 +77,8 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         title="GGUF export",
         meaning="llama.cpp computes from the exported file the same greedy tokens in float32, in prompts "
-        "longer than the window where it has windows. Where llama-cpp-python is not installed, the check "
+        "longer than the window where it has windows. The checkpoint has the values of released ones where "
+        "llama.cpp fixes them (experts of Qwen3-MoE normalised, OLMoE without GQA). Where llama-cpp-python is not installed, the check "
         "compares the logits of the model that `transformers` reads from the file, for the families that its "
         "reader knows, and for others only exports.",
         check=lambda sample: gguf_export.runs_elsewhere(sample.case, sample.work),

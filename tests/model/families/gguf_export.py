@@ -44,6 +44,11 @@ LLAMA_CPP: dict[str, float] = {"silu": 2e-5, "gelu_tanh": 5e-3}
 
 Its exponential is a vectorised one, and its GELU a table of float16.
 """
+AS_RELEASED: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+}
+"""Values of released checkpoints, which llama.cpp fixes and a family's first case has otherwise."""
 READ_BY_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -64,6 +69,7 @@ READ_BY_TRANSFORMERS: dict[str, dict[str, Any]] = {
     },
     "phi3": {},
     "starcoder2": {},
+    "qwen3_moe": {"moe_intermediate_size": 768},
 }
 """Families whose files the reader of `transformers` takes, with values for what it does not read."""
 
@@ -99,9 +105,15 @@ def with_tokenizer(case: Case) -> Case:
     return replace(case, changes=changes)
 
 
+def as_released(case: Case) -> Case:
+    """Return a case with the values that llama.cpp fixes."""
+    changes = AS_RELEASED.get(case.model_type)
+    return case if changes is None else replace(case, name="as-released", changes=case.changes | changes)
+
+
 def for_transformers(case: Case) -> Case:
     """Return a case that the reader of `transformers` reads whole."""
-    return replace(case, changes={**case.changes, **READ_BY_TRANSFORMERS[case.model_type]})
+    return replace(case, changes={**as_released(case).changes, **READ_BY_TRANSFORMERS[case.model_type]})
 
 
 def exported(case: Case, work: Path) -> tuple[Path, Path]:
@@ -192,11 +204,11 @@ def runs_elsewhere(case: Case, work: Path) -> None:
     Where neither reads it, the export alone is checked.
     """
     if PEER.exists():
-        same_in_llama_cpp(*exported(case, work))
+        same_in_llama_cpp(*exported(as_released(case), work))
     elif case.model_type in READ_BY_TRANSFORMERS:
         same_in_transformers(*exported(for_transformers(case), work))
     else:
-        exported(case, work)
+        exported(as_released(case), work)
 
 
 def _logits(model: Any, prompt: list[int]) -> Tensor:

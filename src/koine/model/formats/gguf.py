@@ -74,6 +74,7 @@ def export_gguf(model: Path, out: Path, *, dtype: Dtype | None = None, overwrite
         writer = gguf.GGUFWriter(temporary, architecture.name)
         try:
             _add_keys(writer, config, architecture, kind, name=model_name(model))
+            _add_experts(writer, config, architecture)
             _add_rope(writer, gguf, config)
             _add_windows(writer, config, architecture)
             _add_tokenizer(writer, tokenizer)
@@ -166,6 +167,18 @@ def _add_keys(
         writer.add_attn_logit_softcapping(config.attention_softcap)
     if config.logit_softcap is not None:
         writer.add_final_logit_softcapping(config.logit_softcap)
+
+
+def _add_experts(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
+    mixture = config.mixture
+    if mixture is None:
+        return
+    writer.add_expert_count(len(mixture.experts))
+    writer.add_expert_used_count(mixture.top_k)
+    if architecture.expert_width:
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if mixture.shared_expert:
+        writer.add_expert_shared_feed_forward_length(config.dense_size)
 
 
 def _add_rope(writer: Any, gguf: Any, config: ModelConfig) -> None:

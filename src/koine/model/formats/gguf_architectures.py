@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -47,6 +47,9 @@ class Architecture:
         of the heads' size.
     activation: of the feed-forward.
     needs_softcaps: scores and logits are always capped.
+    normalises_experts: whether the weights of a token's experts are divided by their sum; None: no experts.
+    expert_width: the width of an expert is a key of its own beside that of dense layers.
+    multi_head: every query head has a key head of its own.
     scale: `logit_scale` multiplies (Cohere), or divides beside further multipliers (Granite).
     """
 
@@ -65,6 +68,9 @@ class Architecture:
     wide_layers: int | None = None
     activation: Activation = "silu"
     needs_softcaps: bool = False
+    normalises_experts: bool | None = None
+    expert_width: bool = False
+    multi_head: bool = False
     scale: Literal["factor", "divisor"] | None = None
 
 
@@ -95,6 +101,14 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "starcoder2": Architecture(
         name="starcoder2", biases=tuple(_BIASES), needs_biases=True, activation="gelu_tanh"
     ),
+    "mixtral": replace(_LLAMA, biases=(), normalises_experts=True),
+    "qwen2_moe": Architecture(name="qwen2moe", biases=_ATTENTION, output="own", normalises_experts=False, expert_width=True),
+    "qwen3_moe": Architecture(
+        name="qwen3moe", free_head_dim=True, biases=_ATTENTION, normalises_experts=True, expert_width=True
+    ),
+    "olmoe": Architecture(
+        name="olmoe", biases=_ATTENTION, output="own", normalises_experts=False, multi_head=True
+    ),
     "cohere": Architecture(
         name="command-r", pairs=True, biases=_ATTENTION, output="tied", partial_rotary=True, scale="factor"
     ),
@@ -116,7 +130,7 @@ def architecture_of(config: ModelConfig, *, where: Path) -> Architecture:
         return UserError(f"llama.cpp has no architecture for this model: {what}", where=where, hint=hint)
 
     kind = model_type(config)
-    if config.mixture is not None and kind not in ARCHITECTURES:
+    if config.mixture is not None and kind == OWN_TYPE:
         raise refuse("it is a mixture of experts", "export the dense models that it was made of")
     if kind == OWN_TYPE:
         raise refuse(
@@ -149,6 +163,16 @@ def _obstacles(config: ModelConfig, architecture: Architecture) -> Iterator[tupl
             yield f"it has no biases of {words}", f"{name} needs them"
     if config.activation != architecture.activation:
         yield f"its activation is {config.activation}", f"{name} has {architecture.activation}"
+    if config.mixture is not None and config.mixture.normalise_top_k != architecture.normalises_experts:
+        ours, theirs = (
+            ("are", "does not divide") if config.mixture.normalise_top_k else ("are not", "divides")
+        )
+        yield f"the weights of a token's experts {ours} divided by their sum", f"{name} {theirs} them"
+    if architecture.multi_head and config.num_kv_heads != config.num_heads:
+        yield (
+            f"{config.num_heads} query heads share {config.num_kv_heads} key heads",
+            f"{name} has one for each",
+        )
     yield from _layer_obstacles(config, architecture)
     yield from _score_obstacles(config, architecture)
     yield from _rope_obstacles(config, architecture)

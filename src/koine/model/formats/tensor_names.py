@@ -23,6 +23,7 @@ SAME_NAMES = {
     },
     "out_proj.bias": "self_attn.o_proj.bias",
     "o_proj.bias": "self_attn.o_proj.bias",
+    "shared_gate.weight": "mlp.shared_expert_gate.weight",
     "experts.router.weight": "mlp.router.weight",
     "experts.router.into": "mlp.router.into",
     "experts.router.out": "mlp.router.out",
