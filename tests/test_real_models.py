@@ -68,7 +68,7 @@ def test_bits_per_byte_are_those_of_transformers(folder: Path, theirs: Any) -> N
     records = [{"text": text, "language": language} for language, text in TEXTS.items()]
     found = bits_per_byte(model, tokenizer, records)["languages"]
     for language, text in TEXTS.items():
-        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode([text])[0]]])
+        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
         with torch.no_grad():
             mean = float(theirs(ids, labels=ids).loss)
         expected = mean * (ids.shape[1] - 1) / math.log(2) / len(text.encode())

@@ -27,6 +27,7 @@ State = Literal["installed", "not installed", "broken"]
 
 PURPOSES = {
     "hf": "open any causal LM of transformers, beyond Cohere, Cohere2 and Koine's own directories",
+    "peft": "LoRA adapters of models that only transformers computes: koine train sft --lora-rank 16",
     "grammar": "answers that follow a JSON schema, a regular expression or a grammar: koine.generate.Grammar",
     "cluster": "run plans on a Ray cluster: koine run PLAN --executor ray",
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",

@@ -110,10 +110,8 @@ def other_tokenizer(folder: Path) -> None:
     worlds.edited_json("trained/tokenizer.json", version="1.0", padding=None)(folder)
 
 
-SAYS_ADAPTER = (
-    "is a LORA adapter of acme/base-7b, not a whole model; merge it first: "
-    "peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MODEL)"
-)
+SAYS_ADAPTER = "is a LORA adapter of acme/base-7b, not a whole model; give it with its base, as BASE+"
+SAYS_MERGE = ", or merge it: koine model merge-adapter BASE "
 TOGETHER = "config.json and the weights do not belong together"
 
 CASES = (
@@ -121,19 +119,19 @@ CASES = (
         mistake="a LoRA adapter to evaluate",
         command=OWN,
         prepare=worlds.having("text", then=adapter("model")),
-        says=f"model: {SAYS_ADAPTER}",
+        says=f"model: {SAYS_ADAPTER}model{SAYS_MERGE}model --out MODEL",
     ),
     Case(
         mistake="a LoRA adapter to merge",
         command=MERGE,
         prepare=worlds.having("model", then=adapter("branch")),
-        says=f"branch: {SAYS_ADAPTER}",
+        says=f"branch: {SAYS_ADAPTER}branch{SAYS_MERGE}branch --out MODEL",
     ),
     Case(
         mistake="a LoRA adapter to upcycle",
         command="upcycle btx --seed-model model --experts code=branch --out new",
         prepare=worlds.having("model", then=adapter("branch")),
-        says=f"branch: {SAYS_ADAPTER}",
+        says=f"branch: {SAYS_ADAPTER}branch{SAYS_MERGE}branch --out MODEL",
     ),
     Case(
         mistake="a LoRA adapter beside whole weights",

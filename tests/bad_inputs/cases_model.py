@@ -370,7 +370,7 @@ CASES = (
         mistake="weights cut short",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.cut("model/model.safetensors")),
-        says="model/model.safetensors: not a whole safetensors file (Error while deserializing header: incomplete metadata, file not fully covered); it is truncated or damaged; copy or build it again",
+        says="model/model.safetensors: not a whole safetensors file (…); it is truncated or damaged; copy or build it again",
     ),
     Case(
         mistake="weights that are gone",

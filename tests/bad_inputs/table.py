@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from . import (
+    cases_adapter,
     cases_command,
     cases_configuration,
     cases_damage,
@@ -38,6 +39,7 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Tokenizers' files, vocabularies of other libraries": cases_tokenizer.CASES,
     "Models, training, evaluation, chat": cases_model.CASES,
     "Opening models": cases_loading.CASES,
+    "Adapters": cases_adapter.CASES,
     "Importing models": cases_import.CASES,
     "Drawing an answer": cases_endpoint.CASES,
     "Merging": cases_merge.CASES,

@@ -181,6 +181,22 @@ def build_branch(out: Path) -> None:
     save_model(model, out, tokenizer=built("tokenizer"))
 
 
+def build_adapter(out: Path) -> None:
+    """Build a LoRA adapter of `model` with random weights."""
+    import torch
+
+    from koine.model import LoraConfig, add_lora, load_model
+
+    model = load_model(built("model"))
+    adapter = add_lora(model, LoraConfig(rank=2), base=built("model"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.01)
+    adapter.save(out, dict(model.named_parameters()))
+
+
 def build_unrelated(out: Path) -> None:
     """Build a model of the same shape from other random weights."""
     import torch
@@ -243,6 +259,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "gguf": build_gguf,
     "pickled": build_pickled,
     "branch": build_branch,
+    "adapter": build_adapter,
     "unrelated": build_unrelated,
     "mixture": build_mixture,
     "trained": build_trained,

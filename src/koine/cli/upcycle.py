@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.answers import print_answer
-from koine.cli.arguments import MODEL, SOURCE, named_paths
+from koine.cli.arguments import MODEL, SOURCE, model_argument, named_paths
 from koine.cli.commands import Command
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.cli.recording import recorded_output
 from koine.errors import UserError
-from koine.hub import model_folder
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 from koine.terminal import note
 
@@ -337,9 +336,16 @@ def _named(given: tuple[str, ...]) -> dict[str, Path]:
         given,
         what="experts",
         hint="name them: --experts code=A --experts law=B",
-        name_of=lambda path: path.resolve().name,
+        name_of=_expert_name,
     )
-    return {name: model_folder(path) for name, path in paths.items()}
+    return {name: model_argument(path) for name, path in paths.items()}
+
+
+def _expert_name(path: Path) -> str:
+    """Return the name of a model's folder; of `BASE+ADAPTER` the adapter's, which tells branches apart."""
+    if "+" in path.name and not path.exists():
+        return Path(str(path).rpartition("+")[2]).resolve().name
+    return path.resolve().name
 
 
 def _paths(given: tuple[str, ...]) -> list[str]:

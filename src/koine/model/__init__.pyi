@@ -16,5 +16,7 @@ from .layer_patterns import set_rope_theta as set_rope_theta
 from .layer_patterns import variant_layers as variant_layers
 from .layer_patterns import variant_name as variant_name
 from .layer_patterns import with_attention as with_attention
+from .lora.adapter import add_lora as add_lora
+from .lora.config import LoraConfig as LoraConfig
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset

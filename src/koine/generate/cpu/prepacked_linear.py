@@ -101,9 +101,12 @@ def best_layout(dtype: torch.dtype) -> type[PrepackedLinear] | type[TransposedLi
 
 
 def can_prepack(model: Decoder) -> bool:
-    """Return whether this build of torch can prepack weights of the model's dtype on its device."""
+    """Return whether this build of torch can prepack weights of the model's dtype on its device.
+
+    A model with a LoRA adapter stays as it is: what the adapter adds is in no weight.
+    """
     weight = model.embedding.weight
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or model.adapter is not None:
         return False
     if best_layout(weight.dtype) is TransposedLinear:
         return True

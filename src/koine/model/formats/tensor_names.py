@@ -139,6 +139,17 @@ def split_stored(name: str, tensor: Tensor, config: ModelConfig, spec: LayerSpec
     raise KeyError(name)
 
 
+def fused_modules(name: str, config: ModelConfig) -> list[tuple[list[str], int]]:
+    """Return the stored modules of each projection of a matrix in `FUSED`, with its rows or columns.
+
+    A projection has several modules where each attention expert has its own.
+    """
+    return [
+        ([f"{place}{part}_proj" for place in _places(part, config)], size)
+        for part, size in _segments(name, config)
+    ]
+
+
 def _kind(name: str) -> str:
     return "bias" if name.endswith("bias") else "weight"
 
