@@ -11,6 +11,7 @@ from pathlib import Path
 
 from koine.errors import UserError
 
+from . import checks, gguf_export
 from . import checks, methods, variants
 from .cases import Case, first_case
 from .reference import write_checkpoint
@@ -75,6 +76,13 @@ COLUMNS: tuple[Column, ...] = (
         check=lambda sample: checks.batched_engine(sample.folder, sample.case),
     ),
     Column(
+        title="GGUF export",
+        meaning="llama.cpp computes from the exported file the same greedy tokens in float32, in prompts "
+        "longer than the window where it has windows. The checkpoint has the values of released ones where "
+        "llama.cpp fixes them (experts of Qwen3-MoE normalised, OLMoE without GQA). Where llama-cpp-python is not installed, the check "
+        "compares the logits of the model that `transformers` reads from the file, for the families that its "
+        "reader knows, and for others only exports.",
+        check=lambda sample: gguf_export.runs_elsewhere(sample.case, sample.work),
         title="attention variants",
         meaning="Each variant of `--attention` on the checkpoint computes what its class does with those layers "
         "(within 1e-5); the weights stay.",

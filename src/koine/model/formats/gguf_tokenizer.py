@@ -12,17 +12,27 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from koine.errors import UserError
-from koine.files import read_json
+from koine.files import read_json, read_json_object
+from koine.model.formats.gguf_sentencepiece import (
+    SentencePiece,
+    is_byte,
+    is_sentencepiece,
+    read_sentencepiece,
+)
+from koine.model.formats.importing.pre_tokenizers import SPLITTINGS
 from koine.tokenizer import Tokenizer, load_tokenizer
 from koine.tokenizer.pretokenize import PATTERN
+from koine.tokenizer.token_bytes import SPACE_MARK
 
 # Of llama.cpp's `llama_token_type`.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 GPT2_PATTERN: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+(LLAMA3_PATTERN,) = SPLITTINGS["llama-bpe"].expressions
+(QWEN2_PATTERN,) = SPLITTINGS["qwen2"].expressions
 
 # Our expression has no name in llama.cpp. This one's is ours, except that it takes digits by threes. Where no
 # merge crosses the border of two digits (`scripts_with_other_digits`), the ids are the same. (The expression
@@ -34,19 +44,27 @@ OWN_PRE: Final = "tiny_aya"
 class GgufTokenizer:
     """A tokenizer as llama.cpp needs it.
 
-    tokens, types: of each id.
+    model: `gpt2` (byte-level BPE) or `llama` (SentencePiece's BPE with byte fallback).
+    tokens, types: of each id. scores: of each id, for `llama`. merges: for `gpt2`.
     pre: name of the expression that splits text.
+    add_bos: an encoded text begins with BOS.
+    fewer_spaces: llama.cpp puts a space where this tokenizer does not (`gguf_sentencepiece`).
     """
 
+    model: Literal["gpt2", "llama"]
     tokens: tuple[str, ...]
     types: tuple[int, ...]
-    merges: tuple[str, ...]
+    scores: tuple[float, ...] | None
+    merges: tuple[str, ...] | None
     pre: str
     bos_id: int
     eos_id: int
     pad_id: int
+    unknown_id: int | None
     end_of_turn_id: int
     add_bos: bool
+    add_space_prefix: bool
+    fewer_spaces: bool
     chat_template: str | None
     scripts_with_other_digits: tuple[str, ...]
     """Unicode names of scripts ("BENGALI", ...) whose digits may get other ids in llama.cpp."""
@@ -56,7 +74,7 @@ def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
     """Read the tokenizer of a model directory, padded with unused tokens to the `rows` of the embedding.
 
     Raises `UserError` without a tokenizer, with more ids than rows, or where llama.cpp has no equal: another
-    model than byte-level BPE, a normaliser other than NFC, an unknown expression.
+    model than BPE, a normaliser other than NFC, an unknown expression, merges that are not SentencePiece's.
     """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > rows:
@@ -67,33 +85,70 @@ def read_gguf_tokenizer(path: Path, *, rows: int) -> GgufTokenizer:
         )
     where = path / "tokenizer.json"
     content = read_json(where)
-    pre = _pre_tokenizer(content, where)
-    if not content["model"]["merges"]:
+    if content["model"].get("type") == "BPE" and not content["model"]["merges"]:
         raise UserError(
             "the tokenizer has no merges, and llama.cpp reads no model without any",
             where=where,
             hint="train one with a larger vocabulary",
         )
-    special = {token["id"]: bool(token.get("special")) for token in content.get("added_tokens", [])}
-    tokens = [f"[PAD{index}]" for index in range(rows)]
-    types = [UNUSED] * rows
-    for token, index in tokenizer.vocabulary().items():
-        tokens[index] = token
-        types[index] = (CONTROL if special[index] else USER_DEFINED) if index in special else NORMAL
+    pieces = read_sentencepiece(content, where) if is_sentencepiece(content) else None
+    pre = _pre_tokenizer(content, where) if pieces is None else "default"
+    tokens, types = _tokens(tokenizer, content, rows, pieces)
     return GgufTokenizer(
+        model="gpt2" if pieces is None else "llama",
         tokens=tuple(tokens),
         types=tuple(types),
-        merges=tuple(_merge(merge) for merge in content["model"]["merges"]),
+        scores=None if pieces is None else _padded_scores(pieces, tokens),
+        merges=None if pieces else tuple(_merge(merge) for merge in content["model"]["merges"]),
         pre=pre,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        unknown_id=tokenizer.unknown_id,
         end_of_turn_id=tokenizer.end_of_turn_id,
-        # Without a BOS token, EOS takes its place (koine.tokenizer).
-        add_bos=tokenizer.bos_id != tokenizer.eos_id,
+        add_bos=_adds_bos(path, content, tokenizer.bos_id),
+        add_space_prefix=pieces is not None and pieces.add_space_prefix,
+        fewer_spaces=pieces is not None and pieces.fewer_spaces,
         chat_template=_chat_template(tokenizer),
         scripts_with_other_digits=scripts_with_other_digits(content) if pre == OWN_PRE else (),
     )
+
+
+def _tokens(
+    tokenizer: Tokenizer, content: dict[str, Any], rows: int, pieces: SentencePiece | None
+) -> tuple[list[str], list[int]]:
+    """Return the token and the type of each id."""
+    added = {token["id"]: bool(token.get("special")) for token in content.get("added_tokens") or []}
+    tokens = [f"[PAD{index}]" for index in range(rows)]
+    types = [UNUSED] * rows
+    for token, index in tokenizer.vocabulary().items():
+        tokens[index] = token
+        if pieces is not None and index == tokenizer.unknown_id:
+            types[index] = UNKNOWN
+        elif pieces is not None and is_byte(token):
+            types[index] = BYTE
+        # llama.cpp writes the mark of a space in a user-defined token as it stands, not as a space.
+        elif index not in added or (pieces is not None and not added[index] and SPACE_MARK in token):
+            types[index] = NORMAL
+        else:
+            types[index] = CONTROL if added[index] else USER_DEFINED
+    return tokens, types
+
+
+def _padded_scores(pieces: SentencePiece, tokens: list[str]) -> tuple[float, ...]:
+    lowest = min(pieces.scores.values())
+    return tuple(pieces.scores.get(token, lowest) for token in tokens)
+
+
+def _adds_bos(path: Path, content: dict[str, Any], bos_id: int) -> bool:
+    """Return whether the tokenizer puts BOS before a text: its post-processor, else its configuration."""
+    processor = content.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") == "TemplateProcessing":
+            first = part["single"][0].get("SpecialToken", {}).get("id")
+            return bool(first) and bos_id in part["special_tokens"][first]["ids"]
+    config = path / "tokenizer_config.json"
+    return config.exists() and read_json_object(config).get("add_bos_token") is True
 
 
 def _merge(merge: str | list[str]) -> str:
@@ -116,11 +171,11 @@ def _chat_template(tokenizer: Tokenizer) -> str | None:
 def _pre_tokenizer(content: dict[str, Any], where: Path) -> str:
     """Return llama.cpp's name of the expression by which this `tokenizer.json` splits text."""
     kind = content["model"].get("type")
-    if kind != "BPE" or content["model"].get("byte_fallback"):
+    if kind != "BPE":
         raise UserError(
-            f"the tokenizer's model is {kind}" + (" with byte fallback" if kind == "BPE" else ""),
+            f"the tokenizer's model is {kind}",
             where=where,
-            hint="only byte-level BPE is exported to GGUF",
+            hint="only byte-level BPE and SentencePiece's BPE with byte fallback are exported to GGUF",
         )
     normalizer = content.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
@@ -129,24 +184,40 @@ def _pre_tokenizer(content: dict[str, Any], where: Path) -> str:
             where=where,
             hint="llama.cpp normalises nothing; only NFC, in which most text is written, is exported",
         )
-    name = _pre_name(_steps(content.get("pre_tokenizer")))
+    name = _pre_name(
+        _steps(content.get("pre_tokenizer")),
+        nfc=normalizer is not None,
+        whole_pieces=bool(content["model"].get("ignore_merges")),
+    )
     if name is None:
         raise UserError(
             "llama.cpp has no name for the expression that cuts this tokenizer's text",
             where=where,
-            hint="exported are Koine's own tokenizers, Cohere's and GPT-2's",
+            hint="exported are Koine's own tokenizers and those of Cohere, GPT-2, Llama 3, Qwen2 and SmolLM",
         )
     return name
 
 
-def _pre_name(steps: list[tuple[str, Any]]) -> str | None:
-    own = [("Split", (PATTERN, "Isolated", False)), ("ByteLevel", False)]
+def _pre_name(steps: list[tuple[str, Any]], *, nfc: bool, whole_pieces: bool) -> str | None:
+    """Return llama.cpp's name of a way to split text; None without one.
+
+    nfc: text is normalised. whole_pieces: a piece that is a token is taken whole, as in Llama 3.
+    """
+
+    def split(pattern: str) -> list[tuple[str, Any]]:
+        return [("Split", (pattern, "Isolated", False)), ("ByteLevel", False)]
+
     gpt2 = [("ByteLevel", True)]
+    if whole_pieces:
+        return "llama-bpe" if steps == split(LLAMA3_PATTERN) else None
     names = [
-        (own, OWN_PRE),
-        ([("Digits", True), *gpt2], "command-r"),
+        (split(PATTERN), OWN_PRE),
+        # The two split in the same way.
+        ([("Digits", True), *gpt2], "command-r" if nfc else "smollm"),
         (gpt2, "gpt-2"),
-        ([("Split", (GPT2_PATTERN, "Isolated", False)), ("ByteLevel", False)], "gpt-2"),
+        (split(GPT2_PATTERN), "gpt-2"),
+        (split(LLAMA3_PATTERN), "dbrx"),
+        (split(QWEN2_PATTERN), "qwen2"),
     ]
     return next((name for known, name in names if known == steps), None)
 
