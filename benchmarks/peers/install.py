@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent.parent / ".venv-peers"
+SERVER_FLAGS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "OFF",
+    "GGML_NATIVE": "ON",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    # The web page would be downloaded.
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+}
+"""How llama-server is built: for this processor, one program without libraries beside it."""
 
 
 def python_of(name: str) -> Path:
@@ -28,6 +43,26 @@ def install(name: str) -> None:
     torch = [line for line in wanted if line.startswith("torch==")]
     for packages in ([torch] if torch else []) + [wanted]:
         subprocess.run([*pip, *packages], check=True)
+    if name == "llama_cpp":
+        [package] = [line for line in wanted if line.startswith("llama-cpp-python==")]
+        build_llama_server(target, package)
+
+
+def build_llama_server(target: Path, package: str) -> None:
+    """Build `llama-server` from the source package, which installs the library only. Takes some minutes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pip = [str(target / "bin" / "pip"), "download", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--no-binary", ":all:", "--dest", str(folder), package], check=True)
+        [archive] = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+        [source] = folder.glob("*/vendor/llama.cpp")
+        build = folder / "build"
+        flags = [f"-D{flag}={value}" for flag, value in SERVER_FLAGS.items()]
+        subprocess.run(["cmake", "-S", str(source), "-B", str(build), *flags], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", "llama-server"], check=True)
+        shutil.copy(build / "bin" / "llama-server", target / "bin")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ State = Literal["installed", "not installed", "broken"]
 
 PURPOSES = {
     "hf": "open any causal LM of transformers, beyond Cohere, Cohere2 and Koine's own directories",
+    "peft": "LoRA adapters of models that only transformers computes: koine train sft --lora-rank 16",
     "grammar": "answers that follow a JSON schema, a regular expression or a grammar: koine.generate.Grammar",
     "cluster": "run plans on a Ray cluster: koine run PLAN --executor ray",
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
     "sentences": "embed domains by a sentence encoder: koine upcycle nexus --encoder FOLDER",
-    "gguf": "export dense models for llama.cpp: koine model export --format gguf",
+    "gguf": "export models for llama.cpp, and import GGUF files: koine model export, koine model import",
     "track": "send a training's figures to wandb, trackio or MLflow: koine train pretrain --track wandb",
     "docs": "build the documentation site: make docs",
     "dev": "the tests, the type checker, the linters",

@@ -168,6 +168,12 @@ def shown_name(path: str | Path) -> str:
     return f"{found['owner']}/{found['name']}@{found['commit'][:8]}" if found else str(path)
 
 
+def hub_id(path: str | Path) -> tuple[str, str] | None:
+    """Return `OWNER/NAME` and the commit of a folder of the client's cache; None for any other folder."""
+    found = _SNAPSHOT.search(Path(path).absolute().as_posix())
+    return None if found is None else (f"{found['owner']}/{found['name']}", found["commit"])
+
+
 def model_name(path: Path) -> str:
     """Return a model's short name: that of its folder, or on the hub `NAME@COMMIT`."""
     return Path(shown_name(path.resolve())).name

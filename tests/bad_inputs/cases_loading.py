@@ -110,10 +110,8 @@ def other_tokenizer(folder: Path) -> None:
     worlds.edited_json("trained/tokenizer.json", version="1.0", padding=None)(folder)
 
 
-SAYS_ADAPTER = (
-    "is a LORA adapter of acme/base-7b, not a whole model; merge it first: "
-    "peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MODEL)"
-)
+SAYS_ADAPTER = "is a LORA adapter of acme/base-7b, not a whole model; give it with its base, as BASE+"
+SAYS_MERGE = ", or merge it: koine model merge-adapter BASE "
 TOGETHER = "config.json and the weights do not belong together"
 
 CASES = (
@@ -121,19 +119,19 @@ CASES = (
         mistake="a LoRA adapter to evaluate",
         command=OWN,
         prepare=worlds.having("text", then=adapter("model")),
-        says=f"model: {SAYS_ADAPTER}",
+        says=f"model: {SAYS_ADAPTER}model{SAYS_MERGE}model --out MODEL",
     ),
     Case(
         mistake="a LoRA adapter to merge",
         command=MERGE,
         prepare=worlds.having("model", then=adapter("branch")),
-        says=f"branch: {SAYS_ADAPTER}",
+        says=f"branch: {SAYS_ADAPTER}branch{SAYS_MERGE}branch --out MODEL",
     ),
     Case(
         mistake="a LoRA adapter to upcycle",
         command="upcycle btx --seed-model model --experts code=branch --out new",
         prepare=worlds.having("model", then=adapter("branch")),
-        says=f"branch: {SAYS_ADAPTER}",
+        says=f"branch: {SAYS_ADAPTER}branch{SAYS_MERGE}branch --out MODEL",
     ),
     Case(
         mistake="a LoRA adapter beside whole weights",
@@ -182,7 +180,7 @@ CASES = (
         mistake="a configuration whose size is a word",
         command=EVALUATE,
         prepare=llama(configured(hidden_size="sixteen")),
-        says="llama/config.json: is no configuration of a llama (…hidden_size…); correct this field",
+        says="llama/config.json: the field 'hidden_size' is 'sixteen'; it must be an integer",
     ),
     Case(
         mistake="a configuration whose precision is none",
@@ -194,33 +192,31 @@ CASES = (
         mistake="a configuration of a smaller vocabulary than the weights have",
         command=EVALUATE,
         prepare=llama(configured(vocab_size=200)),
-        says=f"llama: lm_head.weight has shape […, 16], config.json says [200, 16]; {TOGETHER}",
+        says=f"llama: model.embed_tokens.weight has shape […, 16], config.json says [200, 16]; {TOGETHER}",
     ),
     Case(
         mistake="a configuration of a billion tokens beside weights of a few hundred",
         command=EVALUATE,
         prepare=llama(configured(vocab_size=10**9)),
-        says="llama/config.json: describes 32,000,004,432 numbers, and the weight files have … bytes; "
-        + TOGETHER,
+        says="llama/config.json: the field 'vocab_size' is 1000000000; it must be at most 268435456",
     ),
     Case(
         mistake="NaN among the numbers of a configuration",
         command=EVALUATE,
         prepare=llama(configured(rms_norm_eps=float("nan"))),
-        says="llama: LlamaForCausalLM gives NaN or infinity for ordinary tokens in float32; "
-        "check the numbers of config.json, or compute in float32",
+        says="llama/config.json: the field 'rms_norm_eps' is nan; it must be a number",
     ),
     Case(
         mistake="a configuration of more layers than the weights have",
         command=EVALUATE,
         prepare=llama(configured(num_hidden_layers=3)),
-        says=f"llama: the weights lack 9 tensors (model.layers.2.…), which would be random; {TOGETHER}",
+        says=f"llama: the checkpoint lacks 9 tensors (model.layers.2.…); {TOGETHER}",
     ),
     Case(
         mistake="weights without one tensor",
         command=CHAT,
         prepare=llama(without_tensor),
-        says=f"llama: the weights lack 1 tensors (model.norm.weight), which would be random; {TOGETHER}",
+        says=f"llama: the checkpoint lacks 1 tensors (model.norm.weight); {TOGETHER}",
     ),
     Case(
         mistake="weights of transformers that are cut short",

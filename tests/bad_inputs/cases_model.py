@@ -370,7 +370,7 @@ CASES = (
         mistake="weights cut short",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.cut("model/model.safetensors")),
-        says="model/model.safetensors: not a whole safetensors file (Error while deserializing header: incomplete metadata, file not fully covered); it is truncated or damaged; copy or build it again",
+        says="model/model.safetensors: not a whole safetensors file (…); it is truncated or damaged; copy or build it again",
     ),
     Case(
         mistake="weights that are gone",
@@ -382,7 +382,7 @@ CASES = (
         mistake="a configuration that is not JSON",
         command=CHAT,
         prepare=worlds.having("model", then=worlds.cut("model/config.json")),
-        says="model/config.json: not valid JSON (Unterminated string starting at: line 19 column 3 (char 403)); the file is damaged or truncated; write it again",
+        says="model/config.json: not valid JSON (…); the file is damaged or truncated; write it again",
     ),
     Case(
         mistake="a configuration of another size than the weights",
@@ -411,7 +411,7 @@ CASES = (
     Case(
         mistake="another architecture without the extra hf",
         command=CHAT,
-        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="llama")),
+        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="gpt_neox")),
         during=worlds.without_package("transformers"),
         simulated="the package is hidden",
         says="to open this model, the package 'transformers' is needed and not installed; … -m pip install 'koine-lm[hf]'",
@@ -419,7 +419,7 @@ CASES = (
     Case(
         mistake="an interrupted installation of the extra hf",
         command=CHAT,
-        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="llama")),
+        prepare=worlds.having("model", then=worlds.edited_json("model/config.json", model_type="gpt_neox")),
         during=worlds.half_installed("transformers"),
         simulated="its metadata are there, its import fails",
         says="to open this model, the package 'transformers' is needed; it is installed but its import fails (ModuleNotFoundError: No module named 'transformers'), as after an interrupted installation; … -m pip install --force-reinstall --no-deps transformers",

@@ -31,7 +31,7 @@ WITH_PLAN = worlds.written("plans.py", PLAN)
 def qwen(folder: Path) -> None:
     """Write the folder of a model of another architecture, with a tokenizer."""
     shutil.copytree(worlds.built("tokenizer"), folder / "qwen")
-    (folder / "qwen" / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
+    (folder / "qwen" / "config.json").write_text('{"model_type": "gpt_neox", "hidden_size": 8}')
 
 
 def two_domains(folder: Path) -> None:
@@ -54,8 +54,8 @@ CASES = (
         mistake="a recipe on a model of another architecture",
         command=f"run branch_train_mix --set seed_model=qwen {DOMAINS}",
         prepare=worlds.both(qwen, two_domains),
-        says="seed_model=qwen: is a model of type qwen2, and this recipe or step computes with Koine's own decoder; "
-        "possible are: cohere, cohere2, koine; any other architecture can be merged, evaluated and served, see docs/how-to/",
+        says="seed_model=qwen: is a model of type gpt_neox, and this recipe or step computes with Koine's own decoder; "
+        "it computes cohere, …; this one can be evaluated, answered with, adapted, trained and merged through transformers, and not upcycled, given another attention or sharded",
     ),
     Case(
         mistake="a recipe that merges a model without weights",
@@ -67,7 +67,7 @@ CASES = (
         mistake="a longer context for a model of another architecture",
         command="run extend --dry-run --set model=qwen --set data=text.jsonl --set min_bytes_per_language=1",
         prepare=worlds.both(qwen, worlds.good_text),
-        says="model=qwen: is a model of type qwen2,…",
+        says="model=qwen: is a model of type gpt_neox,…",
     ),
     Case(
         mistake="a recipe on a model that is not there",
@@ -118,6 +118,44 @@ CASES = (
         command=f"run merge_touch_up --dry-run --set models=model,model --set weights=1,2,3 {DOMAINS}",
         prepare=WITH_BRANCHES,
         says="step 'merged': 3 weights for 2 models; give one each, with commas between",
+    ),
+    Case(
+        mistake="a profile of a folder without a model",
+        command="run profile --dry-run --set model=tokenizer",
+        prepare=worlds.having("tokenizer"),
+        says="model=tokenizer: holds no config.json, so it is no model; "
+        "give the folder of a model, not of a run or a checkpoint",
+    ),
+    Case(
+        mistake="a profile of one model twice",
+        command="run profile --dry-run --set model=model,model",
+        prepare=worlds.having("model"),
+        says="two models have the name '…-model'; give each once, or rename a folder",
+    ),
+    Case(
+        mistake="a profile in a language that the sample world does not have",
+        command="run profile --dry-run --set model=model --set languages=en,bo",
+        prepare=worlds.having("model"),
+        says="step 'text': languages has 'bo' (Tibetan), of which CLDR knows too little for the sample world; "
+        "it is there in … languages; for others give text of your own (data=PATH)",
+    ),
+    Case(
+        mistake="a profile of a language that the user's text does not have",
+        command="run profile --dry-run --set model=model --set data=text.jsonl --set languages=en,fr",
+        prepare=WITH_TEXT,
+        says="data=text.jsonl: languages has fr, of which the data have no text; they have: de, en",
+    ),
+    Case(
+        mistake="a profile that knows a language from training and has no text of it",
+        command="run profile --dry-run --set model=model --set languages=en,de --set primary_languages=fr",
+        prepare=worlds.having("model"),
+        says="step 'languages/model': primary_languages has fr, of which there is no text; possible are: en, de",
+    ),
+    Case(
+        mistake="a profile of the speed at two tokens",
+        command="run profile --dry-run --set model=model --set lengths=2",
+        prepare=worlds.having("model"),
+        says="step 'speed': lengths has 2; each must be more than the 17 new tokens of a run",
     ),
     Case(
         mistake="an unknown language in a recipe",

@@ -9,10 +9,12 @@ import argparse
 from pathlib import Path
 
 from . import (
+    cases_adapter,
     cases_command,
     cases_configuration,
     cases_damage,
     cases_endpoint,
+    cases_import,
     cases_loading,
     cases_merge,
     cases_mixture,
@@ -37,6 +39,8 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "Tokenizers' files, vocabularies of other libraries": cases_tokenizer.CASES,
     "Models, training, evaluation, chat": cases_model.CASES,
     "Opening models": cases_loading.CASES,
+    "Adapters": cases_adapter.CASES,
+    "Importing models": cases_import.CASES,
     "Drawing an answer": cases_endpoint.CASES,
     "Merging": cases_merge.CASES,
     "Weight files and what lies beside them": cases_weights.CASES,

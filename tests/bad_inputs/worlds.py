@@ -137,6 +137,36 @@ def build_exportable(out: Path) -> None:
     save_model(Decoder(config), out, tokenizer=folder)
 
 
+def build_gguf(out: Path) -> None:
+    """Build a folder with `model.gguf`: a model as llama.cpp has it."""
+    from koine.model.formats.gguf import export_gguf
+
+    out.mkdir()
+    export_gguf(built("exportable"), out / "model.gguf")
+
+
+def build_pickled(out: Path) -> None:
+    """Build a folder with a Llama as `pytorch_model.bin`, in two shards."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    out.mkdir()
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    state = AutoModelForCausalLM.from_config(config).state_dict()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(out)
+    names = sorted(state)
+    weight_map = {}
+    for number, held in enumerate((names[:5], names[5:]), 1):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: state[name] for name in held}, out / file)
+        weight_map |= dict.fromkeys(held, file)
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def build_branch(out: Path) -> None:
     """Build a branch: the model with a little added to every weight."""
     import torch
@@ -149,6 +179,22 @@ def build_branch(out: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.001 * torch.randn_like(parameter))
     save_model(model, out, tokenizer=built("tokenizer"))
+
+
+def build_adapter(out: Path) -> None:
+    """Build a LoRA adapter of `model` with random weights."""
+    import torch
+
+    from koine.model import LoraConfig, add_lora, load_model
+
+    model = load_model(built("model"))
+    adapter = add_lora(model, LoraConfig(rank=2), base=built("model"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.01)
+    adapter.save(out, dict(model.named_parameters()))
 
 
 def build_unrelated(out: Path) -> None:
@@ -210,7 +256,10 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokens": build_tokens,
     "model": build_model,
     "exportable": build_exportable,
+    "gguf": build_gguf,
+    "pickled": build_pickled,
     "branch": build_branch,
+    "adapter": build_adapter,
     "unrelated": build_unrelated,
     "mixture": build_mixture,
     "trained": build_trained,

@@ -70,6 +70,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "model describe koine-8m": ("parameters", "flops_per_token", "cache_bytes"),
     "model export exportable --format gguf --out new.gguf": ("written", "bytes"),
     "model export checkpoint --format safetensors --out new": ("written",),
+    "model merge-adapter model adapter --out new": ("written",),
+    "model import gguf/model.gguf --out new": ("architecture", "tensors", "bytes", "vocabulary", "written"),
+    "model import gguf/model.gguf --out new --dry-run": ("architecture", "quantisation", "dtype", "chat_template"),
     "report run --out page.html": ("written",),
     "run": ("recipes",),
     "run plan.py:words --list-parameters": ("plan", "parameters"),
@@ -96,9 +99,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with all that the commands read."""
     from tests.plan.sample_run import write_sample_run
 
-    worlds.having("tokenizer", "text", "tokens", "model", "branch", "mixture", "exportable", "trained")(
-        tmp_path
-    )
+    worlds.having(
+        "tokenizer",
+        "text",
+        "tokens",
+        "model",
+        "branch",
+        "mixture",
+        "exportable",
+        "gguf",
+        "trained",
+        "adapter",
+    )(tmp_path)
     write_sample_run(tmp_path / "run")
     shutil.copytree(worlds.built("halfway") / "checkpoints" / "step-000001", tmp_path / "checkpoint")
     (tmp_path / "plan.py").write_text(PLAN)

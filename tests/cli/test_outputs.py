@@ -34,6 +34,7 @@ FOLDERS = {
     "extend": "extend mixture --expert third=branch --reset-router --out new",
     "merge": "merge linear model branch --weights 0.5,0.5 --out new",
     "model export": "model export checkpoint --format safetensors --out new",
+    "model import": "model import gguf/model.gguf --out new",
 }
 FILES = {
     "evaluate": "evaluate model --data text.jsonl --out new",
@@ -52,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     from tests.plan.sample_run import write_sample_run
 
-    worlds.having("tokenizer", "text", "model", "branch", "mixture", "exportable")(tmp_path)
+    worlds.having("tokenizer", "text", "model", "branch", "mixture", "exportable", "gguf")(tmp_path)
     write_sample_run(tmp_path / "run")
     shutil.copytree(worlds.built("halfway") / "checkpoints" / "step-000001", tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)

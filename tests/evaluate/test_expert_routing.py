@@ -24,8 +24,8 @@ def test_shares_are_those_of_the_routers(tmp_path: Path) -> None:
     model = Decoder(replace(small_config(), mixture=mixture)).eval()
     with torch.no_grad():
         for block in model.blocks:
-            block.router.weight.zero_()
-            block.attention_router.weight.zero_()
+            block.experts.router.weight.zero_()
+            block.attention_experts.router.weight.zero_()
     shares = routing_shares(model, tokenizer, ["ein Text", "und noch ein Text"])
     assert shares.tokens == 2 + len(tokenizer.encode("ein Text")) + len(tokenizer.encode("und noch ein Text"))
     assert torch.allclose(shares.probability, torch.full((4, 3), 1 / 3, dtype=torch.float64))
@@ -38,7 +38,7 @@ def test_shares_are_those_of_the_routers(tmp_path: Path) -> None:
     routing_shares(model, tokenizer, ["ein Text"])
     handle.remove()
     with torch.no_grad():
-        model.blocks[1].router.weight[2] = 1e4 * seen[0][0, 0]
+        model.blocks[1].experts.router.weight[2] = 1e4 * seen[0][0, 0]
     only = routing_shares(model, tokenizer, ["ein Text"], max_tokens=1)
     assert only.tokens == 1
     assert only.chosen[1].tolist() == [0.0, 0.0, 1.0]

@@ -91,6 +91,8 @@ STAGES = (
         name="model-export-checkpoint",
         command="model export @halfway/out/checkpoints/step-000002 --format safetensors --out out",
     ),
+    Stage(name="model-import-gguf", command="model import @gguf/model.gguf --out out"),
+    Stage(name="model-import-pickled", command="model import @pickled --out out"),
     Stage(
         name="merge-linear",
         command="merge linear @model @branch --out out --threads 1",

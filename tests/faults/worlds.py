@@ -75,7 +75,17 @@ def inside_another(world: Path) -> None:
 def build(world: Path) -> None:
     """Write everything that `stages.py` names below `world`."""
     world.mkdir(parents=True)
-    for name in ("tokenizer", "tokens", "model", "exportable", "branch", "mixture", "unrelated"):
+    for name in (
+        "tokenizer",
+        "tokens",
+        "model",
+        "exportable",
+        "gguf",
+        "pickled",
+        "branch",
+        "mixture",
+        "unrelated",
+    ):
         shutil.copytree(sound.built(name), world / name)
     sound.good_text(world)
     for code, words in sound.TEXTS.items():

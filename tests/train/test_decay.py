@@ -20,7 +20,7 @@ from koine.train.optimiser import Optimiser
 from .models import small_config
 
 DENSE = {"embedding", "in_proj", "out_proj", "head"}
-EXPERTS = {"experts_in", "experts_out", "router", "attention_router", "into", "out"}
+EXPERTS = {"experts_in", "experts_out", "router", "into", "out"}
 DOMAINS = {"domain_size": 6}
 BAM = {"attention": "kv-experts"}
 SHARED = {"attention": "shared-kv", "shared_expert": True}
@@ -31,7 +31,7 @@ def variants() -> dict[str, ModelConfig]:
     plain = replace(small_config(), tie_embeddings=False)
     normed = replace(
         plain,
-        layers=(LayerSpec(qk_norm="heads"), LayerSpec(rope=False, window=8, qk_norm=True)),
+        layers=(LayerSpec(qk_norm="heads"), LayerSpec(rope=False, window=8, qk_norm="heads")),
         num_kv_heads=2,
     )
     found = {"plain": plain, "tied": replace(plain, tie_embeddings=True), "qk-norm": normed}

@@ -68,7 +68,7 @@ koine.train.loop.Optimiser = Kept
 model = mixture_model()
 with torch.no_grad():
     for block in model.blocks:
-        block.router.weight.mul_(100.0)
+        block.experts.router.weight.mul_(100.0)
 settings = TrainSettings(dtype=dtype, threads=1, micro_batch_size=micro, clip_norm=0.0)
 train(model, LanguageModelling(), padded(folder), settings, out=out, progress=False, device="cpu")
 """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from koine.errors import UserError
 from koine.files import write_json
+from koine.model.formats import tensor_digest
 from koine.train import LanguageModelling, TrainSettings, arguments_identity, train, weights_digest
 from koine.train import fingerprint as module
 from koine.train.fingerprint import objective_identity
@@ -66,7 +67,7 @@ def test_the_digest_does_not_depend_on_chunks_layout_or_narrow_types(monkeypatch
     model = nn.Linear(100, 37)
     whole = weights_digest(model)
     for chunk in (4, 12, 1000, 10_000_000):
-        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(tensor_digest, "CHUNK_BYTES", chunk)
         assert weights_digest(model) == whole
     transposed = nn.Linear(100, 37)
     transposed.weight.data = model.weight.data.t().contiguous().t()

@@ -14,7 +14,7 @@ from torch import nn
 
 from koine.data import DataOrder, Mixture, Phase, Source
 from koine.errors import UserError
-from koine.model.causal_lm import CausalLM, load_causal_lm
+from koine.model.causal_lm import CausalLM, load_causal_lm, load_with_transformers
 from koine.model.packed_documents import DocumentIsolation
 from koine.train import LanguageModelling, TrainSettings, train
 
@@ -101,8 +101,7 @@ def test_trains_and_opens_in_transformers(
     assert about["identity"]["model"]["model_type"] == "llama"
     assert not (tmp_path / "o" / "checkpoints").exists()
     # A complete folder opens again, and goes on in another.
-    again = load_causal_lm(tmp_path / "o")
-    assert isinstance(again, CausalLM)
+    again = load_with_transformers(tmp_path / "o")
     run(tmp_path / "next", again, order(shards, 2))
     assert losses(tmp_path / "next")[0] < found[0] - 0.3
 

@@ -79,7 +79,7 @@ MERGE_METHOD = Suggested(_merge_methods)
 
 
 class HubPath(click.Path):
-    """A folder, or the name of a model on the hub, which is fetched; the shell completes file names.
+    """A folder, a name on the hub, which is fetched, or `BASE+ADAPTER`; the shell completes file names.
 
     files: patterns of the files that the command needs, as in `koine.hub`.
     """
@@ -93,11 +93,24 @@ class HubPath(click.Path):
         path = super().convert(value, param, ctx)
         assert isinstance(path, Path)
         if ctx is None:
-            return hub.model_folder(path, self.files)
+            return model_argument(path, self.files)
         if ctx.resilient_parsing:
             return path
         with quiet_output(is_quiet() or bool(ctx.params.get("quiet"))):
-            return hub.model_folder(path, self.files)
+            return model_argument(path, self.files)
+
+
+def model_argument(path: Path, files: Sequence[str] = hub.MODEL) -> Path:
+    """Return a model's folder; of `BASE+ADAPTER` that of the two merged, for this process only.
+
+    files: patterns of the files that the command needs; without weights nothing is merged.
+    """
+    if "+" not in str(path) or path.exists():
+        return hub.model_folder(path, files)
+    # Only here: it loads torch.
+    from koine.combine.adapters import resolve_model
+
+    return resolve_model(path, files)
 
 
 MODEL, TOKENIZER = HubPath(hub.MODEL), HubPath(hub.TOKENIZER)

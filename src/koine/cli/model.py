@@ -1,4 +1,4 @@
-"""`koine model`: describe presets and models, export a model for other engines."""
+"""`koine model`: describe presets and models, import and export models."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import click
 
 from koine import hub
 from koine.cli.answers import print_answer
-from koine.cli.arguments import MODEL, PRESET_OR_MODEL
+from koine.cli.arguments import MODEL, PRESET_OR_MODEL, model_argument
 from koine.cli.attention_options import attention_options
 from koine.cli.groups import HelpGroup
+from koine.cli.model_import import import_command
 from koine.cli.outputs import (
     OVERWRITE,
     OutputFile,
+    OutputFolder,
     check_binary,
     check_folder,
     print_to_standard_error,
@@ -27,7 +29,10 @@ from koine.terminal import note
 
 @click.group(cls=HelpGroup)
 def model() -> None:
-    """Describe presets and model directories; export a model."""
+    """Describe presets and model directories; import and export models."""
+
+
+model.add_command(import_command)
 
 
 @model.command()
@@ -68,7 +73,7 @@ def describe(which: str | None, vocab_size: int | None, length: int, **attention
             table.add_row(str(name), f"{total:,}", str(layers), str(hidden), f"{vocabulary:,}")
         print_answer({"presets": presets}, lambda: print_table(table))
         return
-    folder = hub.model_folder(which, hub.CONFIGURATION)
+    folder = model_argument(Path(which), hub.CONFIGURATION)
     if folder.is_dir():
         from koine.model.formats.config_json import read_config
 
@@ -147,7 +152,10 @@ def rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     help="Data type of the matrices (norms in GGUF stay float32).  [default: as stored]",
 )
 def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -> None:
-    """Export MODEL to GGUF, or a training checkpoint (OUT/checkpoints/step-N) to a model directory."""
+    """Export MODEL to GGUF, or a training checkpoint (OUT/checkpoints/step-N) to a model directory.
+
+    A checkpoint of a LoRA adapter becomes a PEFT adapter.
+    """
     if kind == "safetensors":
         check_folder(out)
         if dtype == "q8_0":
@@ -172,3 +180,27 @@ def export(directory: Path, kind: str, out: Path, overwrite: bool, dtype: Any) -
         {"written": out, "bytes": size},
         lambda: say_written(out) if size is None else note(f"{out}: {size:,} bytes"),
     )
+
+
+@model.command("merge-adapter")
+@click.argument("base", type=MODEL)
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", type=OutputFolder(), required=True, help="Folder to write to.")
+@OVERWRITE
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "float16", "bfloat16")),
+    help="Data type of the weights.  [default: as in BASE]",
+)
+def merge_adapter(base: Path, adapter: Path, out: Path, overwrite: bool, dtype: str | None) -> None:
+    """Merge a LoRA ADAPTER into BASE, the model that it was trained on, and write the whole model.
+
+    For one command, BASE+ADAPTER does the same wherever a command takes a model.
+    """
+    import torch
+
+    from koine.combine.adapters import merge_adapter as merge
+
+    with recorded_output(out, {"base": base, "adapter": adapter}):
+        merge(base, adapter, out, dtype=None if dtype is None else getattr(torch, dtype), overwrite=overwrite)
+    print_answer({"written": out}, lambda: note(f"written to {out}"))

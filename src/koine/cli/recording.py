@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from koine.files.stand_ins import sources_of
 from koine.plan.command_line import recorded_command
 from koine.plan.store.recording import Parents, recorded
 
@@ -45,4 +46,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
+    if (sources := sources_of(value)) is not None:
+        # A merge for this command only: the record names base and adapter.
+        return "+".join(_plain(source) for source in sources)
     return recorded_command([str(value)])[0]

@@ -20,6 +20,8 @@ from koine.cli.mixtures import DataOptions, build_mixture, data_options
 from koine.cli.outputs import OutputFolder
 from koine.cli.recording import recorded_output
 from koine.errors import UserError
+from koine.files.stand_ins import sources_of
+from koine.model.lora.config import LoraConfig
 from koine.train.settings import TrainSettings
 from koine.train.tracking.run_logger import PROJECT, TRACK, TRACK_PROJECT, TRACKERS, open_run_logger
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from koine.model.decoder import Decoder
     from koine.model.language_model import LanguageModel
     from koine.train.objectives import Objective
+
+LORA_PREFIX = "lora_"
+"""Before the names of `LoraConfig`'s fields in options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +106,13 @@ RUN_OPTIONS = (
 )
 
 
-def _setting_options() -> list[Callable[..., Any]]:
-    """Return one option for each field of `TrainSettings`, which declares its type, default and help."""
-    types = get_type_hints(TrainSettings)
+def _setting_options(cls: type[Any] = TrainSettings, prefix: str = "") -> list[Callable[..., Any]]:
+    """Return one option for each field of a settings class, which declares its type, default and help."""
+    types = get_type_hints(cls)
     options = []
-    for field in dataclasses.fields(TrainSettings):
+    for field in dataclasses.fields(cls):
         field_type, choices = types[field.name], get_args(types[field.name])
-        name = "--" + field.name.replace("_", "-")
+        name = "--" + (prefix + field.name).replace("_", "-")
         if field_type is bool:
             name = f"{name}/--no-{name[2:]}"
         options.append(
@@ -126,7 +131,8 @@ def training_options(*, packing: str) -> Callable[[Callable[..., None]], Callabl
     """Add the options that all trainings have: data, evaluation, output and hyperparameters."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed((*EVALUATION_OPTIONS, *RUN_OPTIONS, *_setting_options())):
+        settings = (*_setting_options(), *_setting_options(LoraConfig, LORA_PREFIX))
+        for option in reversed((*EVALUATION_OPTIONS, *RUN_OPTIONS, *settings)):
             command = option(command)
         return data_options(packing=packing, sequence_length=1024)(command)
 
@@ -234,9 +240,9 @@ def _open_model(path: Path, rope_theta: float | None = None) -> LanguageModel:
     return model
 
 
-def _take(cls: type[Any], options: dict[str, Any]) -> Any:
+def _take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
     """Return a dataclass made of its fields in `options`, which are removed there."""
-    return cls(**{field.name: options.pop(field.name) for field in dataclasses.fields(cls)})
+    return cls(**{field.name: options.pop(prefix + field.name) for field in dataclasses.fields(cls)})
 
 
 def _run(
@@ -256,9 +262,11 @@ def _run(
     data: DataOptions = _take(DataOptions, options)
     evaluation: EvaluationOptions = _take(EvaluationOptions, options)
     run: RunOptions = _take(RunOptions, options)
+    lora: LoraConfig = _take(LoraConfig, options, LORA_PREFIX)
     settings = TrainSettings(**options)
     tokenizer = run.tokenizer or init_from
     _check_evaluation_options(settings, evaluation)
+    _check_lora(lora, init_from)
     if run.device != "auto":
         from koine.hardware import check_device
 
@@ -274,6 +282,10 @@ def _run(
     from koine.train.model_adapters import check_data_fits_model, check_packed_documents
 
     model = make_model(vocab_size)
+    if lora.rank:
+        from koine.model.lora.adapter import add_lora
+
+        add_lora(model, lora, base=init_from, seed=settings.seed)
     check_data_fits_model(model, mixture, vocab_size)
     check_packed_documents(model, mixture, run.out)
     # A dry run too reports all errors and warnings of the data.
@@ -310,6 +322,20 @@ def _run(
 
         best = read_json(run.out / "training.json").get("best")
         print_answer({"written": run.out, "steps": mixture.steps, "best": best}, lambda: None)
+
+
+def _check_lora(lora: LoraConfig, base: Path | None) -> None:
+    """Raise `UserError` for an adapter of a model that is in no folder of its own."""
+    if not lora.rank:
+        return
+    if base is None:
+        raise UserError("--lora-rank with --preset: an adapter needs a trained base", hint="give --model")
+    sources = sources_of(base)
+    if sources is not None:
+        raise UserError(
+            f"--lora-rank on {'+'.join(map(str, sources))}: the base of an adapter must be one folder",
+            hint=f"merge them first: koine model merge-adapter {' '.join(map(str, sources))} --out MODEL",
+        )
 
 
 def _check_shards(mixture: Mixture, objective: Objective, tokenizer: Path | None) -> int:
@@ -395,23 +421,30 @@ def print_estimate(model: LanguageModel, settings: TrainSettings, mixture: Mixtu
     from koine.train.estimate import estimate_training
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    adapter = getattr(model, "adapter", None)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     shapes = mixture.shapes()
     tokens = sum(shape.tokens * steps for shape, steps in shapes.items())
     lengths = ", ".join(
         f"{steps:,} of {shape.batch_size:,} x {shape.sequence_length:,}" for shape, steps in shapes.items()
     )
     lines = [
-        f"parameters   {parameters:,}",
+        f"parameters   {parameters:,}" + ("" if adapter is None else f", of which {trained:,} are trained"),
         f"tokens       {tokens:,} in {mixture.steps:,} steps ({lengths})",
     ]
     answer: dict[str, Any] = {"parameters": parameters, "tokens": tokens, "steps": mixture.steps}
+    if adapter is not None:
+        answer["trained_parameters"] = trained
     # Memory and time are estimated from the fields of our own configuration.
     if isinstance(model, Decoder):
+        adapted = 0 if adapter is None else trained
         flops = sum(
-            steps * shape.tokens * training_flops_per_token(model.config, shape.sequence_length)
+            steps
+            * shape.tokens
+            * training_flops_per_token(model.config, shape.sequence_length, adapter=adapted)
             for shape, steps in shapes.items()
         )
-        estimate = estimate_training(model.config, settings, mixture)
+        estimate = estimate_training(model.config, settings, mixture, adapter=adapted)
         disk = estimate.kept_bytes + estimate.temporary_bytes
         answer |= {
             "flops": flops,

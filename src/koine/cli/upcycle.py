@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koine.cli.answers import print_answer
-from koine.cli.arguments import MODEL, SOURCE, named_paths
+from koine.cli.arguments import MODEL, SOURCE, model_argument, named_paths
 from koine.cli.commands import Command
 from koine.cli.groups import HelpGroup
 from koine.cli.outputs import OVERWRITE, OutputFolder
 from koine.cli.recording import recorded_output
 from koine.errors import UserError
-from koine.hub import model_folder
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS, RouterLosses
 from koine.terminal import note
 
@@ -66,9 +65,12 @@ def OUT(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 - an o
 TOP_K = click.option(
     "--top-k",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Feed-forward experts of each token.",
+    help="Feed-forward experts of each token.  [default: 1; 2 for Gemma and OLMo-2]",
+)
+NORMALISE = click.option(
+    "--normalise-top-k",
+    is_flag=True,
+    help="Divide the gates of a token by their sum, as Mixtral does; needs a --top-k of 2 or more.",
 )
 
 
@@ -118,11 +120,12 @@ def upcycle() -> None:
 @MORE
 @OUT
 @TOP_K
+@NORMALISE
 @losses(BTX)
 @SEED
 def btx(
-    seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, load_balancing: float,
-    z_loss: float, seed: int, overwrite: bool,
+    seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int | None,
+    normalise_top_k: bool, load_balancing: float, z_loss: float, seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
     """Make a feed-forward expert of each model, the seed too, and average the rest (branch-train-mix)."""
     from koine.combine import upcycle_btx
@@ -135,7 +138,7 @@ def btx(
         atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,
     ):
         config = upcycle_btx(
-            seed_model, named, folder, top_k=top_k, random_seed=seed,
+            seed_model, named, folder, top_k=top_k, normalise_top_k=normalise_top_k, random_seed=seed,
             load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
     _report(config, out)
@@ -147,6 +150,7 @@ def btx(
 @MORE
 @OUT
 @TOP_K
+@NORMALISE
 @click.option(
     "--attention", type=click.Choice(["kv-experts", "shared-kv"]), default="kv-experts", show_default=True,
     help="Keys and values: one set for each attention expert, or one average.",
@@ -159,8 +163,8 @@ def btx(
 @losses(BAM)
 @SEED
 def bam(
-    seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int, attention: str,
-    attention_top_k: int | None, load_balancing: float, z_loss: float, seed: int, overwrite: bool,
+    seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, top_k: int | None,
+    normalise_top_k: bool, attention: str, attention_top_k: int | None, load_balancing: float, z_loss: float, seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
     """Make a feed-forward expert and an attention expert of each model, the seed too (BAM)."""
     from koine.combine import upcycle_bam
@@ -174,7 +178,8 @@ def bam(
     ):
         config = upcycle_bam(
             seed_model, named, folder, attention=attention, attention_top_k=attention_top_k,
-            top_k=top_k, random_seed=seed, load_balancing=load_balancing, z_loss=z_loss,
+            top_k=top_k, normalise_top_k=normalise_top_k, random_seed=seed,
+            load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
     _report(config, out)
 
@@ -213,12 +218,13 @@ def bam(
     help="Documents read of each domain.",
 )
 @TOP_K
+@NORMALISE
 @losses(NEXUS)
 @SEED
 def nexus(
     seed_model: Path, experts: tuple[str, ...], more: tuple[str, ...], out: Path, domains: tuple[str, ...],
-    router: str, encoder: str, domain_size: int, documents: int, top_k: int, load_balancing: float,
-    z_loss: float, seed: int, overwrite: bool,
+    router: str, encoder: str, domain_size: int, documents: int, top_k: int | None,
+    normalise_top_k: bool, load_balancing: float, z_loss: float, seed: int, overwrite: bool,
 ) -> None:  # fmt: skip
     """Share the seed's feed-forward, and route to those of the branches by domain embeddings (Nexus)."""
     from koine.combine import fit_encoder, upcycle_nexus
@@ -245,8 +251,8 @@ def nexus(
         atomic_directory(out, overwrite=overwrite, reads=[seed_model, *named.values()]) as folder,
     ):
         config = upcycle_nexus(
-            seed_model, named, folder, domains=embeddings, top_k=top_k, random_seed=seed,
-            load_balancing=load_balancing, z_loss=z_loss,
+            seed_model, named, folder, domains=embeddings, top_k=top_k, normalise_top_k=normalise_top_k,
+            random_seed=seed, load_balancing=load_balancing, z_loss=z_loss,
         )  # fmt: skip
         if fitted is not None:
             (folder / DOMAIN_ENCODER).mkdir()
@@ -330,9 +336,16 @@ def _named(given: tuple[str, ...]) -> dict[str, Path]:
         given,
         what="experts",
         hint="name them: --experts code=A --experts law=B",
-        name_of=lambda path: path.resolve().name,
+        name_of=_expert_name,
     )
-    return {name: model_folder(path) for name, path in paths.items()}
+    return {name: model_argument(path) for name, path in paths.items()}
+
+
+def _expert_name(path: Path) -> str:
+    """Return the name of a model's folder; of `BASE+ADAPTER` the adapter's, which tells branches apart."""
+    if "+" in path.name and not path.exists():
+        return Path(str(path).rpartition("+")[2]).resolve().name
+    return path.resolve().name
 
 
 def _paths(given: tuple[str, ...]) -> list[str]:
@@ -377,7 +390,9 @@ def _texts(path: Path, documents: int) -> list[str]:
 
 def _report(config: ModelConfig, out: Path) -> None:
     """Print experts and parameters."""
+    from koine.combine.moe.upcycle import single_gate_cancels
     from koine.model.counting import count_parameters
+    from koine.model.formats.config_json import model_type
 
     assert config.mixture is not None
     parameters, experts = count_parameters(config), config.mixture.experts
@@ -386,10 +401,16 @@ def _report(config: ModelConfig, out: Path) -> None:
             "experts": experts,
             "parameters": parameters.total,
             "active_parameters": parameters.active,
+            "model_type": model_type(config),
             "written": out,
         },
         lambda: note(
             f"{len(experts)} experts ({', '.join(experts)}): {parameters.total:,} parameters, "
-            f"{parameters.active:,} of them active for a token; written to {out}"
+            f"{parameters.active:,} of them active for a token; written to {out} as {model_type(config)}"
         ),
     )
+    if single_gate_cancels(config):
+        note(
+            "the norm after the feed-forward cancels the gate of a single expert, so the router learns from its "
+            "losses only; --top-k 2 trains it"
+        )

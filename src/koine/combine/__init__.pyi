@@ -1,3 +1,4 @@
+from .adapters import merge_adapter as merge_adapter
 from .merging.api import merge as merge
 from .merging.config import MergeConfig as MergeConfig
 from .merging.cross_modal import merge_cross_modal as merge_cross_modal

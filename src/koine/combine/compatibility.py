@@ -15,8 +15,11 @@ from koine.errors import UserError
 from koine.files import read_json
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.families.reading import UnsupportedModelError
-from koine.model.formats.config_json import decoder_types, from_json
+from koine.model.formats.config_json import OWN_TYPE, from_json
 from koine.model.formats.library_config import declared_fields, library_config
+
+READ_AS_OURS = ("cohere", "cohere2", OWN_TYPE)
+"""Types whose configurations are compared as our decoder reads them; others by the fields of their class."""
 
 MIN_RELATED_COSINE = 0.2
 """Least cosine of two models' matrices with a common ancestor.
@@ -75,7 +78,7 @@ def field_difference(
     Fields named in `ignoring` are not compared.
     """
     for field in dataclasses.fields(wanted):
-        if field.name in ignoring:
+        if not field.compare or field.name in ignoring:
             continue
         ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
         if isinstance(ours, MixtureConfig) and isinstance(theirs, MixtureConfig):
@@ -136,7 +139,7 @@ def _difference(
     """
     if ours == theirs:
         return None
-    if ours.get("model_type") in decoder_types():
+    if ours.get("model_type") in READ_AS_OURS:
         try:
             configs = [
                 from_json(value, where=path / "config.json")
@@ -191,7 +194,7 @@ def _class_fields(value: dict[str, Any], path: Path) -> dict[str, Any]:
 def ties_embeddings(path: Path) -> bool | None:
     """Return whether a model's head is its embedding; None where neither file nor class says so."""
     content = model_configuration(path)
-    if content.get("model_type") in decoder_types():
+    if content.get("model_type") in READ_AS_OURS:
         try:
             return from_json(content, where=path / "config.json").tie_embeddings
         except UnsupportedModelError:
@@ -205,6 +208,9 @@ def ties_embeddings(path: Path) -> bool | None:
 
 def tokenizer_differences(wanted: Path, found: Path) -> list[str]:
     """Return the parts in which two folders' `tokenizer.json` encode text differently."""
+    files = [path / "tokenizer.json" for path in (wanted, found)]
+    if files[0].read_bytes() == files[1].read_bytes():
+        return []
     first, second = (_encoding_parts(path / "tokenizer.json") for path in (wanted, found))
     return [key for key in first if first[key] != second[key]]
 

@@ -10,6 +10,7 @@ Shapes: b requests, n tokens of one forward pass, h hidden size, v vocabulary (`
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
@@ -24,6 +25,8 @@ from koine.generate.cpu.prepacked_decoder import build_prepacked_decoder
 from koine.generate.request import Finish, Request, TokenGrammar, new_request, sample_next
 from koine.generate.sampling import Sampling
 from koine.model.attention.context import AttentionContext
+from koine.model.attention.rope_frequencies import rope_of
+from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
 
 
@@ -69,6 +72,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._last: DecodeContext | None = None
         self._prepacked = build_prepacked_decoder(model)
+        self._unscaled = _unscaled_length(model.config)
 
     # -- requests ---
 
@@ -178,11 +182,13 @@ class Scheduler:
         The oldest request comes first. Others share its forward pass where the rest of their prompt fits.
         """
         first = self.prefilling[0]
+        if self._beyond_unscaled(first):
+            return [first], [self._dynamic_length(first)]
         group, counts = [first], [min(self._prefill_length(first), self.prefill_chunk)]
         room = self.prefill_chunk - counts[0]
         for other in self.prefilling[1:]:
             size = self._prefill_length(other)
-            if size <= room:
+            if size <= room and not self._beyond_unscaled(other):
                 group.append(other)
                 counts.append(size)
                 room -= size
@@ -194,15 +200,32 @@ class Scheduler:
         shared = request.shared_end - request.sequence.length
         return min(request.uncached(), shared) if shared > 0 else request.uncached()
 
+    def _beyond_unscaled(self, request: Request) -> bool:
+        """Return whether RoPE's frequencies depend on the length of the request's text."""
+        return len(request.prompt) + len(request.tokens) > self._unscaled
+
+    def _dynamic_length(self, request: Request) -> int:
+        """Return the tokens of the next chunk where RoPE's frequencies depend on the length of the text.
+
+        The prompt is one chunk, as in `transformers`: a shorter one would rotate its keys by other angles.
+        The generated tokens of a preempted request follow one by one, as they did before.
+        """
+        assert request.sequence is not None
+        length, first = request.sequence.length, max(len(request.prompt), self._unscaled)
+        return min(request.uncached(), int(first) - length) if length < first else 1
+
     def _admit(self) -> None:
         """Move requests from `waiting` to `prefilling` while there are slots and pages for them."""
         while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
             request = self.waiting[0]
             text = request.all_tokens
-            if any(0 < other.shared_end <= common_length(text, other.prompt) for other in self.prefilling):
+            scaled = self._beyond_unscaled(request)
+            if not scaled and any(
+                0 < other.shared_end <= common_length(text, other.prompt) for other in self.prefilling
+            ):
                 # The prefix that it shares with a prompt in `prefilling` will be in the cache in a moment.
                 return
-            prefix = self.prefixes.longest_match(text)
+            prefix = None if scaled else self.prefixes.longest_match(text)
             cached_pages = 0 if prefix is None else prefix.length // self.cache.page
             reserved = sum(
                 self.cache.pages_for(len(other.all_tokens) + 1) - len(other.sequence.pages)
@@ -215,7 +238,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             request.sequence = self.cache.add(prefix)
-            if not request.tokens:
+            if not request.tokens and not scaled:
                 request.cached_tokens = request.sequence.length
                 others = (other.prompt for other in self.waiting)
                 request.shared_end = self.prefixes.shared_length(
@@ -270,7 +293,8 @@ class Scheduler:
         """Finish a request: its KV cache becomes a prefix, its slot is free."""
         request.finish = finish
         if request.sequence is not None:
-            self.prefixes.add(request.sequence, request.all_tokens[: request.sequence.length])
+            if request.sequence.length <= self._unscaled:
+                self.prefixes.add(request.sequence, request.all_tokens[: request.sequence.length])
             self.cache.remove(request.sequence)
             request.sequence = None
         for queue in (self.waiting, self.prefilling, self.running):
@@ -301,6 +325,13 @@ class Scheduler:
     def _requeue_all(self) -> None:
         for request in reversed([*self.running, *self.prefilling]):
             self._requeue(request)
+
+
+def _unscaled_length(config: ModelConfig) -> float:
+    """Return the length of a text up to which the keys of its tokens do not depend on the length."""
+    ropes = [rope_of(config, spec) for spec in config.layers if spec.rope]
+    dynamic = any(rope.scaling is not None and rope.scaling.kind == "dynamic" for rope in ropes)
+    return config.max_position_embeddings if dynamic else math.inf
 
 
 def _slot(request: Request) -> int:

@@ -9,11 +9,14 @@ from .formats.config_json import read_config as read_config
 from .formats.directory import load_model as load_model
 from .formats.directory import save_model as save_model
 from .formats.directory import save_state as save_state
+from .formats.importing.runner import import_model as import_model
 from .language_model import LanguageModel as LanguageModel
 from .layer_patterns import VARIANTS as VARIANTS
 from .layer_patterns import set_rope_theta as set_rope_theta
 from .layer_patterns import variant_layers as variant_layers
 from .layer_patterns import variant_name as variant_name
 from .layer_patterns import with_attention as with_attention
+from .lora.adapter import add_lora as add_lora
+from .lora.config import LoraConfig as LoraConfig
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset

@@ -207,6 +207,10 @@ class ParallelBlock(Block):
 
     def qkv(self, x: Tensor) -> Tensor:
         """Project the block's input `[..., hidden]` to q, k and v side by side."""
+        if type(self.in_proj) is not nn.Linear:
+            # A LoRA adapter adds to it.
+            projected: Tensor = self.in_proj(self.norm(x))[..., : self._qkv_size]
+            return projected + self.qkv_bias if self.config.attention_bias else projected
         weight = self.in_proj.weight[: self._qkv_size]
         return linear(self.norm(x), weight, self.qkv_bias if self.config.attention_bias else None)
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from koine.model.formats.directory import load_model
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
     check_described_size,
+    check_fields,
     check_loaded_keys,
     check_model_class,
     check_tokenizer_hash,
@@ -43,6 +44,9 @@ from koine.model.lm_head import (
     linear_head,
 )
 from koine.model.packed_documents import DocumentIsolation, inspect_isolation, isolated_documents
+
+if TYPE_CHECKING:
+    from koine.model.lora.adapter import LoraAdapter
 
 NOT_OF_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"})
 """Fields of a configuration that do not change the computation: versions, folders, precision."""
@@ -69,6 +73,8 @@ class CausalLM(nn.Module):
         self.inner = inner
         self.eos_ids: frozenset[int] = frozenset()
         """EOS ids of the model's folder (`koine.model.formats.eos_ids`)."""
+        self.adapter: LoraAdapter | None = None
+        """The LoRA adapter that `koine.model.lora.adapter.add_lora` put on it."""
         self._arguments = forward_arguments(inner)
         self._head: LMHead | None = None
         self._isolation: DocumentIsolation | None = None
@@ -310,8 +316,9 @@ def load_causal_lm(
             damaged, or the model is not causal.
     """
     path = model_folder(path)
-    read_model_config(path)
+    value = read_model_config(path)
     if opens_as_decoder(path):
+        check_fields(value, path / "config.json")
         return load_model(path, dtype=dtype, device=device)
     return load_with_transformers(path, dtype=dtype, device=device)
 

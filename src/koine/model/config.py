@@ -131,8 +131,14 @@ class MixtureConfig:
     """Names of the routed feed-forward experts, and of the attention experts where there are any."""
     top_k: int = 1
     """Feed-forward experts per token."""
+    normalise_top_k: bool = False
+    """Divide the probabilities of a token's experts by their sum (Mixtral)."""
     shared_expert: bool = False
     """Whether there is one more feed-forward expert, for every token with weight 1 (Nexus: the seed's)."""
+    shared_size: int | None = None
+    """Width of the shared expert; `None`: that of the others."""
+    shared_gate: bool = False
+    """Weight the shared expert by a sigmoid gate of the token (Qwen2-MoE)."""
     attention: str = "averaged"
     """See `ATTENTIONS`."""
     attention_top_k: int | None = None
@@ -154,7 +160,14 @@ class MixtureConfig:
         for name in self.experts:
             check_text("the name of an expert", name)
         check_choice("attention", self.attention, ATTENTIONS)
-        check_boolean("shared_expert", self.shared_expert)
+        for name in ("shared_expert", "shared_gate", "normalise_top_k"):
+            check_boolean(name, getattr(self, name))
+        if self.shared_size is not None:
+            check_integer("shared_size", self.shared_size, low=1, high=SIZES["intermediate_size"])
+        if not self.shared_expert and (self.shared_gate or self.shared_size is not None):
+            raise UserError(
+                "shared_gate or shared_size is given without a shared expert", hint="set shared_expert too"
+            )
         if self.attention_top_k is not None and self.attention == "averaged":
             raise UserError(
                 "attention_top_k is given and the attention is averaged", hint="there is one attention only"
@@ -327,7 +340,9 @@ class ModelConfig:
     @property
     def dense_size(self) -> int:
         """Width of the feed-forward layer of every token; 0 with routed experts only."""
-        return self.intermediate_size if self.mixture is None or self.mixture.shared_expert else 0
+        if self.mixture is None:
+            return self.intermediate_size
+        return (self.mixture.shared_size or self.intermediate_size) if self.mixture.shared_expert else 0
 
     @property
     def has_out_bias(self) -> bool:

@@ -49,6 +49,7 @@ def block_matrix_parameters(config: ModelConfig) -> int:
         return matrices
     matrices += mixture.top_k * expert_parameters(config)
     linear_routers = (mixture.domain_size is None) + (mixture.attention != "averaged")
+    matrices += mixture.shared_gate * config.hidden_size
     # Domain embeddings are projected once, not per token; a token costs one product with the result.
     return matrices + (linear_routers + (mixture.domain_size is not None)) * config.hidden_size * len(
         mixture.experts
@@ -134,12 +135,20 @@ def forward_flops_per_token(config: ModelConfig, time: int) -> float:
     return forward_flops(config, time) / time
 
 
-def training_flops_per_token(config: ModelConfig, time: int) -> float:
+def training_flops_per_token(config: ModelConfig, time: int, *, adapter: int = 0) -> float:
     """Compute the forward and backward operations per token.
 
     Each product has two of equal size in the backward pass. Recomputation is not counted.
+
+    adapter: parameters of a LoRA adapter. The base then has no gradients: of its products with weights one
+        is left in the backward pass, and each product of attention has two as before.
     """
-    return 3.0 * forward_flops_per_token(config, time)
+    forward = forward_flops_per_token(config, time)
+    if not adapter:
+        return 3.0 * forward
+    pairs = sum(visible_pairs(time, spec.window) for spec in config.layers)
+    attention = 4 * config.attention_size * pairs / time
+    return 2.0 * forward + attention + 6.0 * adapter
 
 
 def cache_bytes_per_token(config: ModelConfig, element_bytes: int = 2) -> int:

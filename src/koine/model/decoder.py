@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from koine.model.layer_patterns import reconfigure
 from koine.model.moe.block import ParallelMixtureBlock, SequentialMixtureBlock
 from koine.model.moe.routers import DomainRouter, LinearRouter, Routing
 from koine.model.norm import HeadNorm, Norm
+
+if TYPE_CHECKING:
+    from koine.model.lora.adapter import LoraAdapter
 
 
 def _block(config: ModelConfig, spec: LayerSpec) -> Block:
@@ -55,6 +58,8 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.eos_ids: frozenset[int] = frozenset()
         """EOS ids of the model's folder (`koine.model.formats.eos_ids`)."""
+        self.adapter: LoraAdapter | None = None
+        """The LoRA adapter that `koine.model.lora.adapter.add_lora` put on it."""
         self.packed_head: nn.Module | None = None
         """The output projection of a model packed by `koine.generate.cpu.prepacked_linear`."""
         self.reset_parameters()

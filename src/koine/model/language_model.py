@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from koine.model.lora.adapter import LoraAdapter
 
 RemapIds = Callable[[int | Sequence[int] | None, int], int | list[int]]
 """`remap(ids, own)`: the ids of a field in the new vocabulary, whose own id for the field is `own`."""
@@ -38,6 +41,8 @@ class LanguageModel(Protocol):
     training: bool
     eos_ids: frozenset[int]
     """EOS ids of the model's folder (`koine.model.formats.eos_ids`)."""
+    adapter: LoraAdapter | None
+    """The LoRA adapter on it, which is all that training then changes and saves."""
 
     # --- description ---
 

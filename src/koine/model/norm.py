@@ -141,7 +141,8 @@ class HeadNorm(nn.Module):
         elif self.gain.dim() == 1:
             return rms_norm(upcast, self.gain, self.eps).to(x_bthd.dtype)
         else:
-            normed = upcast * inverse_rms(upcast, self.eps)
+            # `inverse_rms` works in place, and is for code with a backward pass of its own.
+            normed = upcast * (upcast.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
         return (normed * self.gain).to(x_bthd.dtype)
 
     def _over_all_heads(self, x_bthd: Tensor) -> Tensor:

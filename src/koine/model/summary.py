@@ -60,7 +60,9 @@ def _experts(config: ModelConfig) -> str:
     if mixture is None:
         return "none (dense)"
     router = "linear router" if mixture.domain_size is None else "router over domain embeddings"
-    shared = " and one shared" if mixture.shared_expert else ""
+    shared = " normalised" if mixture.normalise_top_k else ""
+    if mixture.shared_expert:
+        shared += " and one shared, gated" if mixture.shared_gate else " and one shared"
     attention = {
         "averaged": "averaged attention",
         "kv-experts": "attention experts",

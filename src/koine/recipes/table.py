@@ -38,6 +38,7 @@ RECIPES: dict[str, Recipe] = {
         "merge_touch_up",
         "Merge models, then train the merged model a little.",
     ),
+    "profile": Recipe("koine.recipes.profile", "profile", "Show how well your models serve each language."),
     "quickstart": Recipe(
         "koine.recipes.quickstart",
         "quickstart",

@@ -6,6 +6,7 @@ Heavy imports are inside the functions, so that a run in which everything is up 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from koine.errors import UserError, did_you_mean
 from koine.plan import step
@@ -63,7 +64,7 @@ def combine_branches(
 
     _remove_leftover(out)
     given = {"load_balancing": load_balancing, "z_loss": z_loss}
-    losses = {name: factor for name, factor in given.items() if factor is not None}
+    losses: dict[str, Any] = {name: factor for name, factor in given.items() if factor is not None}
     if method == "btx":
         upcycle_btx(
             seed_model, experts, out, top_k=top_k, seed_copies=seed_copies, random_seed=seed, **losses

@@ -310,3 +310,73 @@ def copy(planned: Mapping[str, Any], **_: Any) -> Estimate:
     config = planned_config(planned)
     size = given_bytes(planned.values()) if config is None else 4 * count_parameters(config).total
     return Estimate(LIGHT, 0.01 + size / 5e8, size)
+
+
+def profile_sample(*, languages: tuple[str, ...], documents: int, **_: Any) -> Estimate:
+    """Return the estimate of writing parallel text: the locales of Babel take most of the time."""
+    written = len(languages) * documents * RECORD_BYTES
+    return Estimate(LIGHT + 16 * MEGABYTE + 3 * written, 1.0 + 0.05 * len(languages) + written / 6e6, written)
+
+
+def stored_parameters(planned: PlannedInput) -> int:
+    """Return the parameters of a model of any architecture, from its weights; a default where they are away."""
+    facts = model_facts(planned)
+    if facts is not None and facts.config is not None:
+        from koine.model.counting import count_parameters
+
+        return count_parameters(facts.config).active
+    if not planned.exists:
+        return UNKNOWN_PARAMETERS
+    from koine.files import read_json_object
+
+    value = read_json_object(planned.path / "config.json", hint="it is no model's configuration")
+    stored = str(value.get("dtype") or value.get("torch_dtype") or "float32")
+    size = given_bytes([planned]) // (2 if "16" in stored else 4)
+    return size or UNKNOWN_PARAMETERS
+
+
+def forward_seconds(parameters: int, tokens: float, dtype: str, threads: int) -> float:
+    """Return the seconds of forward passes over so many tokens, at an assumed rate of each core."""
+    from koine.train.speed import ASSUMED_RATE
+
+    return 2.0 * parameters * tokens / (ASSUMED_RATE[dtype] * threads)
+
+
+ASSUMED = "Speed of profiles: assumed, it may be off by a factor of 3."
+
+
+def profile_model(*, dtype: str, threads: int, planned: Mapping[str, Any], **_: Any) -> Estimate:
+    """Return the estimate of scoring the documents of each language."""
+    facts = planned["text"].facts
+    facts = facts if isinstance(facts, CorpusFacts) else None
+    languages = UNKNOWN_LANGUAGES if facts is None or facts.languages is None else len(facts.languages)
+    documents = 10 if facts is None or facts.heldout_documents is None else facts.heldout_documents
+    tokens = languages * documents * document_bytes(facts) / BYTES_PER_TOKEN
+    parameters = stored_parameters(planned["model"])
+    seconds = IMPORT_SECONDS + 3.0 + forward_seconds(parameters, 2.0 * tokens, dtype, threads)
+    memory = IMPORTED + (10 if dtype == "float32" else 6) * parameters + 4 * SCORED_BYTES
+    return Estimate(memory, seconds, MEGABYTE // 8, 0, ASSUMED, measured=False)
+
+
+def profile_speed(
+    *,
+    lengths: tuple[int, ...],
+    repeats: int,
+    max_seconds: float,
+    dtype: str,
+    threads: int,
+    planned: Mapping[str, Any],
+    **_: Any,
+) -> Estimate:
+    """Return the estimate of measuring each model at each length, with the limit of time."""
+    from koine.generate.speed import NEW_TOKENS
+
+    seconds, largest = IMPORT_SECONDS, 0
+    for model in planned["models"].values():
+        parameters = stored_parameters(model)
+        largest = max(largest, parameters)
+        # A decode step reads all weights; it takes about as long as a prefill of eight tokens.
+        each = [forward_seconds(parameters, length + 8 * NEW_TOKENS, dtype, threads) for length in lengths]
+        seconds += 3.0 + sum(min(max_seconds, repeats * one) for one in each if one <= max_seconds)
+    memory = IMPORTED + (10 if dtype == "float32" else 6) * largest + 6 * SCORED_BYTES
+    return Estimate(memory, seconds, MEGABYTE // 64, 0, ASSUMED, measured=False)

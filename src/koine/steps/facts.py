@@ -131,8 +131,8 @@ def own_model(planned: PlannedInput) -> ModelConfig | None:
         raise UserError(
             f"is a model of type {facts.model_type}, and this recipe or step computes with Koine's own decoder",
             where=facts.origin or planned.path,
-            hint=f"possible are: {', '.join(decoder_types())}; any other architecture can be merged, evaluated and "
-            "served, see docs/how-to/",
+            hint=f"it computes {', '.join(decoder_types())}; this one can be evaluated, answered with, adapted, "
+            "trained and merged through transformers, and not upcycled, given another attention or sharded",
         )
     if planned.exists:
         from koine.model.formats.directory import open_weights

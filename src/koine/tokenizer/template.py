@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 from koine.errors import UserError, first_line
@@ -96,6 +97,25 @@ def _compile(template: str) -> Any:
     environment.globals["dict"] = SafeDict()
     environment.globals["namespace"] = SafeNamespace
     return environment.from_string(template)
+
+
+def check_template(template: str, *, where: str | Path) -> None:
+    """Raise `UserError` for a chat template that is too long or does not compile."""
+    from jinja2 import TemplateError
+
+    from koine.tokenizer.template_limits import TooMuchError, check_long
+
+    try:
+        check_long(template)
+        _compile(template)
+    except UserError as error:
+        raise UserError(error.what, where=where, hint=error.hint) from None
+    except (TemplateError, TooMuchError, *_RAISED) as error:
+        raise UserError(
+            f"the chat template does not compile ({type(error).__name__}: {first_line(error)[:300]})",
+            where=where,
+            hint="repair it, or import another file of the model",
+        ) from None
 
 
 def to_json(

@@ -55,6 +55,10 @@ def training_card(
     else:
         parents = (Parent(path=output.init_from, role="start of the training"),)
         title, start = f"{output.init_from.absolute().name}, trained further", f"`{parents[0].name}`"
+    adapter = identity.get("adapter")
+    if adapter is not None:
+        of = f" of {parents[0].path.absolute().name}" if parents else ""
+        title, tags = f"A LoRA adapter{of}", (*tags, "lora")
     rows, languages = _data(data)
     figures = dict(final_metrics(output.path / "metrics.jsonl"))
     figures = {"training loss, mean of the last steps": figures.pop("loss"), **figures}
@@ -62,12 +66,13 @@ def training_card(
         title=title,
         summary=f"Trained from {start} by {what}: {length}.",
         parents=parents,
-        relation="finetune" if parents else None,
+        relation=None if not parents else "adapter" if adapter else "finetune",
         languages=languages,
         data=rows,
         parameters={
             "objective": identity["objective"],
             "settings": settings.to_json(),
+            **({} if adapter is None else {"adapter": adapter}),
             "mixture": identity["mixture"],
         },
         figures=figures,

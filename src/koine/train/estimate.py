@@ -56,12 +56,17 @@ def activation_bytes(config: ModelConfig, settings: TrainSettings, tokens: int) 
     return (element * (layers * config.hidden_size + block + ends) + 4 * block) * tokens
 
 
-def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mixture) -> Estimate:
+def estimate_training(
+    config: ModelConfig, settings: TrainSettings, mixture: Mixture, *, adapter: int = 0
+) -> Estimate:
     """Return the peak memory, the time and the disk space of `train` with these arguments.
 
     Memory: float32 weights, moments and gradients (16 bytes a parameter), bfloat16 copies and their gradients
     (4 more), the activations of a micro-batch, the chunked loss, kernels. Time: that of the micro-batches and updates
     of every step (`koine.train.speed`), without evaluations.
+
+    adapter: parameters of a LoRA adapter, which alone have moments and gradients. The base has 4 bytes a
+        parameter (2 in bfloat16, once it is cast). Time is that of training all weights, an upper bound.
     """
     import torch
 
@@ -92,16 +97,19 @@ def estimate_training(config: ModelConfig, settings: TrainSettings, mixture: Mix
     # Of a mixture every expert has another number of tokens in every step: the store is full at once.
     seen = MOST_KERNEL_STEPS if config.mixture else min(sum(mixture.shapes().values()), KERNEL_STEPS)
     kernels = KERNEL_BYTES * seen if mixed_precision else 0
+    bytes_each = 20 if mixed_precision else 16
+    if adapter:
+        # The loss has no gradient of a frozen head. An adapter's checkpoint holds it once more as a file.
+        loss_bytes -= 4 * config.vocab_size * config.hidden_size
+        weights = parameters * 4 + adapter * bytes_each
+        saved, parameters = CHECKPOINT_BYTES + MODEL_BYTES, adapter
+    else:
+        weights, saved = parameters * bytes_each, CHECKPOINT_BYTES
     return Estimate(
-        PROCESS_BYTES
-        + DATA_BYTES
-        + int(kernels)
-        + parameters * (20 if mixed_precision else 16)
-        + activations
-        + loss_bytes,
+        PROCESS_BYTES + DATA_BYTES + int(kernels) + weights + activations + loss_bytes,
         seconds,
-        parameters * (MODEL_BYTES + (CHECKPOINT_BYTES if settings.evaluate_every else 0)),
-        parameters * CHECKPOINT_BYTES * (settings.keep_last + 1),
+        parameters * (MODEL_BYTES + (saved if settings.evaluate_every else 0)),
+        parameters * saved * (settings.keep_last + 1),
         basis,
         measured,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from koine.errors import UserError
 from koine.files import atomic_directory, fsync_tree, write_json
 from koine.model.causal_lm import CausalLM, opens_as_decoder, require_transformers
-from koine.model.formats.carried_files import carry_files
+from koine.model.formats.carried_files import carry_files, copy_tokenizer
 from koine.model.formats.config_json import read_config
 from koine.model.formats.directory import save_state
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.model_card import CARD, ModelCard, Parent, write_model_card
 from koine.model.language_model import LanguageModel
+from koine.model.lora.files import copy_adapter, is_adapter
 from koine.train import checkpoint as checkpoints
 from koine.train.checkpoint_index import load_tensors, read_index
 from koine.train.distributed import Ranks
@@ -98,22 +99,22 @@ def write_model(
     record: dict[str, Any],
     make_card: Callable[[], ModelCard],
 ) -> None:
-    """Write the trained model in float32, then `record` as `training.json`; keep only the best checkpoint.
+    """Write the trained model, or its adapter, in float32, then `record` as `training.json`; keep only the best checkpoint.
 
     make_card: called on the main rank.
     """
-    weights: dict[str, Tensor] = {}
-    for name, master in optimiser.masters.items():
-        gathered = master.full_tensor() if hasattr(master, "full_tensor") else master
-        if ranks.is_main:
-            weights[name] = gathered.detach().cpu()
+    weights = gathered_weights(optimiser, ranks)
+    adapter = getattr(model, "adapter", None)
     if not ranks.is_distributed:
         optimiser.restore_float32()
     if ranks.is_main:
         partial = output.path / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            model.save(partial, tokenizer=output.tokenizer, weights=weights)
+            if adapter is None:
+                model.save(partial, tokenizer=output.tokenizer, weights=weights)
+            else:
+                adapter.save(partial, weights, tokenizer=output.tokenizer)
             write_model_card(partial, make_card())
             fsync_tree(partial)
         except BaseException:
@@ -122,7 +123,7 @@ def write_model(
         for path in sorted(partial.iterdir()):
             path.replace(output.path / path.name)
         partial.rmdir()
-        if output.init_from is not None:
+        if output.init_from is not None and adapter is None:
             carry_files(output.init_from, output.path, keep=True)
         write_json(output.record, record)
         best = record["best"]
@@ -130,8 +131,32 @@ def write_model(
     ranks.barrier()
 
 
-def write_description(model: LanguageModel, folder: Path, output: OutputFolder, card: ModelCard) -> None:
-    """Write the files of a model directory besides its weights, for `export_checkpoint`."""
+def gathered_weights(optimiser: Optimiser, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the trained weights in float32 on the main rank, nothing elsewhere; all ranks call this."""
+    weights: dict[str, Tensor] = {}
+    for name, master in optimiser.masters.items():
+        gathered = master.full_tensor() if hasattr(master, "full_tensor") else master
+        if ranks.is_main:
+            weights[name] = gathered.detach().cpu()
+    return weights
+
+
+def write_description(
+    model: LanguageModel,
+    folder: Path,
+    output: OutputFolder,
+    card: ModelCard,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Write the files of a model directory besides its weights, for `export_checkpoint`.
+
+    weights: of an adapter, which is small and so is written whole: a checkpoint is a PEFT adapter too.
+    """
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None:
+        adapter.save(folder, weights, tokenizer=output.tokenizer)
+        write_model_card(folder, card)
+        return
     if output.init_from is not None:
         (folder / CARRIED).mkdir()
         carry_files(output.init_from, folder / CARRIED, warn=False)
@@ -140,14 +165,19 @@ def write_description(model: LanguageModel, folder: Path, output: OutputFolder, 
 
 
 def model_buffers(model: LanguageModel) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint that are not trained: the domain embeddings of a mixture."""
+    """Return the tensors of a checkpoint that are not trained: the domain embeddings of a mixture.
+
+    None for an adapter, whose checkpoints hold nothing of the base.
+    """
+    if getattr(model, "adapter", None) is not None:
+        return {}
     return {BUFFERS + name: tensor for name, tensor in model.fixed_tensors().items()}
 
 
 def export_checkpoint(
     path: Path, out: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> None:
-    """Write a model directory from a checkpoint; the checkpoint stays as it is.
+    """Write a model directory, or a PEFT adapter, from a checkpoint; the checkpoint stays as it is.
 
     Args:
         path: `OUT/checkpoints/step-N` of a training.
@@ -164,6 +194,9 @@ def export_checkpoint(
             "is no checkpoint of a training", where=path, hint="give OUT/checkpoints/step-N of a training"
         )
     checkpoint = checkpoints.read_checkpoint(path, hint="choose an earlier checkpoint")
+    if is_adapter(path):
+        _export_adapter(path, out, dtype, overwrite=overwrite)
+        return
     if not (path / "config.json").exists():
         raise UserError(
             "holds no config.json (written by an earlier version of Koine)",
@@ -172,7 +205,8 @@ def export_checkpoint(
         )
     weights = _read_weights(checkpoint)
     with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
-        if opens_as_decoder(path):
+        # A class that our decoder computes too may have been trained through `transformers`.
+        if opens_as_decoder(path) and not any(name.startswith("inner.") for name in weights):
             save_state(weights, read_config(path), folder, tokenizer=path, dtype=dtype, eos_ids=eos_ids(path))
         else:
             _build_transformers_model(path, weights, dtype).save(folder, tokenizer=path)
@@ -182,6 +216,15 @@ def export_checkpoint(
             shutil.copyfile(path / CARD, folder / CARD)
         else:
             write_model_card(folder, _card_of_old_checkpoint(checkpoint))
+
+
+def _export_adapter(path: Path, out: Path, dtype: torch.dtype | None, *, overwrite: bool) -> None:
+    """Copy the adapter, tokenizer and card out of a checkpoint."""
+    with atomic_directory(out, overwrite=overwrite, reads=[path]) as folder:
+        copy_adapter(path, folder, dtype=dtype)
+        copy_tokenizer(path, folder)
+        if (path / CARD).is_file():
+            shutil.copyfile(path / CARD, folder / CARD)
 
 
 def _card_of_old_checkpoint(checkpoint: Checkpoint) -> ModelCard:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from koine.data.inspect_step import without_paths
 from koine.data.mixture_json import with_current_names
 from koine.errors import UserError
 from koine.files import sha256_file
-from koine.hardware import usable_cores
+from koine.model.formats.tensor_digest import tensor_digest, tensors_digest
 from koine.model.language_model import LanguageModel
 from koine.train.settings import RESULT, TrainSettings
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from koine.data.data_order import DataOrder
     from koine.train.objectives import Objective
 
-CHUNK_BYTES = 16 * 2**20  # widened and hashed at once; the digest does not depend on it
 SHA256 = "sha256:"
 """Prefix of a digest over all bytes; those recorded before version 0.1.0 have none."""
 _OBJECTIVES_BEFORE = {
@@ -54,36 +52,34 @@ def training_identity(
         "mixture": without_paths(data.mixture.to_json()),
         "sources": sources,
         "model": model.describe(),
-        "first_weights": weights_digest(model),
+        **_weights_identity(model),
         "tokenizer": None if tokenizer is None else sha256_file(Path(tokenizer) / "tokenizer.json"),
     }
     return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
 
 
+def _weights_identity(model: LanguageModel) -> dict[str, Any]:
+    """Return the digest of the first weights; with an adapter its settings, and the base's digest apart."""
+    adapter = getattr(model, "adapter", None)
+    if adapter is None:
+        return {"first_weights": weights_digest(model)}
+    trained = set(adapter.parameters)
+    state = model.state_dict()
+    own = {name: tensor for name, tensor in state.items() if name in trained}
+    base = {name: tensor for name, tensor in state.items() if name not in trained}
+    return {
+        "first_weights": SHA256 + tensors_digest(own),
+        "adapter": {**adapter.config.to_json(), "modules": list(adapter.modules)},
+        "base_weights": SHA256 + tensors_digest(base),
+    }
+
+
 def weights_digest(model: LanguageModel | nn.Module) -> str:
     """Return a sha256 over the name, the shape and all bytes of every weight and buffer.
 
-    Floats narrower than float32 are widened to it first: equal values have an equal digest. Tensors are
-    hashed in parallel.
+    Floats narrower than float32 are widened to it first: equal values have an equal digest.
     """
-    tensors = sorted(model.state_dict().items())
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-        digests = list(pool.map(lambda named: _tensor_digest(named[1]), tensors))
-    whole = hashlib.sha256()
-    for (name, tensor), digest in zip(tensors, digests, strict=True):
-        whole.update(f"{name}{tuple(tensor.shape)}{digest}\n".encode())
-    return SHA256 + whole.hexdigest()
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().reshape(-1)
-    dtype = torch.float32 if flat.is_floating_point() and flat.element_size() < 4 else flat.dtype
-    length = CHUNK_BYTES // dtype.itemsize
-    digest = hashlib.sha256(str(dtype).encode())
-    for start in range(0, len(flat), length):
-        chunk = flat[start : start + length].to("cpu", dtype)
-        digest.update(chunk.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return SHA256 + tensors_digest(model.state_dict())
 
 
 def objective_identity(objective: Objective) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def _argument_json(value: Any, name: str) -> Any:
         config = str(value) if describe is None else describe()
         return {"config": json.loads(json.dumps(config, default=str)), "weights": weights_digest(value)}
     if isinstance(value, Tensor):
-        return {"shape": list(value.shape), "values": SHA256 + _tensor_digest(value)}
+        return {"shape": list(value.shape), "values": SHA256 + tensor_digest(value)}
     if isinstance(value, Path):
         return SHA256 + _path_digest(value)
     if isinstance(value, Mapping):
@@ -175,6 +171,14 @@ def check_same_training(
         model: its model, with the first weights.
         where: the folder, for the message.
     """
+    bases = recorded.get("base_weights"), identity.get("base_weights")
+    if None not in bases and bases[0] != bases[1]:
+        raise UserError(
+            f"holds an adapter of another base (sha256 {str(bases[0])[7:19]}..., and that of the model given "
+            f"is {str(bases[1])[7:19]}...)",
+            where=where,
+            hint="give the model that it was trained on, or choose another --out",
+        )
     lines = differences(_with_current_fields(recorded, identity, model), identity)
     if lines:
         raise UserError(

@@ -27,7 +27,13 @@ from koine.train.checkpoint import Checkpoint
 from koine.train.determinism import deterministic
 from koine.train.distributed import Ranks, apply_fsdp, join_ranks
 from koine.train.evaluation import better_evaluation, run_evaluation
-from koine.train.export import OutputFolder, model_buffers, write_description, write_model
+from koine.train.export import (
+    OutputFolder,
+    gathered_weights,
+    model_buffers,
+    write_description,
+    write_model,
+)
 from koine.train.fingerprint import check_same_training, differences, training_identity
 from koine.train.incident import TrainingStopped, write_incident
 from koine.train.loss_spikes import SpikeDetector
@@ -73,6 +79,9 @@ def train(
     logger: RunLogger | None = None,
 ) -> None:
     """Train `model` in place over all steps of the data's mixture and write a model directory.
+
+    Of a model with a LoRA adapter (`koine.model.add_lora`) only the adapter is trained, and a PEFT adapter is
+    written; its base is cast to the dtype of the computation.
 
     The same call again resumes from the latest checkpoint, or returns at once if `out` is complete. Under
     `torchrun` the weights are split over the processes.
@@ -402,13 +411,15 @@ class Trainer:
             "long_losses": self.spike_detectors[True].losses,
         }
         tensors = self.optimiser.tensors(steps_done) | model_buffers(self.model)
+        adapter = getattr(self.model, "adapter", None)
+        weights = {} if adapter is None else gathered_weights(self.optimiser, self.ranks)
         path = checkpoints.save(
             self.output.checkpoints,
             steps_done,
             tensors,
             record,
             self.ranks,
-            lambda folder: write_description(self.model, folder, self.output, self.card(steps_done)),
+            lambda folder: write_description(self.model, folder, self.output, self.card(steps_done), weights),
         )
         if self.ranks.is_main:
             self.remove_old_checkpoints()

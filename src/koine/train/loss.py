@@ -49,7 +49,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             (hidden_md, targets_m) if rows_n is None else (hidden_md[rows_n], targets_m[rows_n])
         )
         grad_nd = torch.empty_like(hidden_nd) if with_gradients else None
-        grad_vd = torch.zeros_like(weight_vd, dtype=accumulate) if with_gradients else None
+        # A head that is not trained, as with an adapter, needs no second matmul.
+        with_weight = with_gradients and ctx.needs_input_grad[1]
+        grad_vd = torch.zeros_like(weight_vd, dtype=accumulate) if with_weight else None
         for start in range(0, len(hidden_nd), chunk):
             hidden_cd, targets_c1 = hidden_nd[start : start + chunk], targets_n[start : start + chunk, None]
             # Hidden states are scaled before the matmul, gradients after it: one pass less over the logits.
@@ -64,7 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # exponential over the vocabulary, and its logarithm is never that of 0.
             log_sum_c = logits_cv.amax(dim=-1).to(accumulate) - probabilities_cv.amax(dim=-1).log()
             loss += (log_sum_c - logits_cv.gather(1, targets_c1).squeeze(1).to(accumulate)).sum()
-            if grad_nd is None or grad_vd is None:
+            if grad_nd is None:
                 continue
             # Subtract 1 before the cast: in bfloat16 0.999 is 1, and the target's gradient would vanish.
             gradient_cv = probabilities_cv.scatter_add_(
@@ -73,22 +75,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if slope_cv is not None:
                 gradient_cv = gradient_cv.mul_(slope_cv)
             torch.mm(gradient_cv, weight_vd, out=grad_nd[start : start + len(hidden_cd)])
+            if grad_vd is None:
+                continue
             if grad_vd.dtype == hidden_cd.dtype:
                 grad_vd.addmm_(gradient_cv.t(), hidden_cd)
             else:
                 grad_vd += torch.mm(gradient_cv.t(), hidden_cd)
-        if grad_nd is not None and grad_vd is not None:
+        if grad_nd is not None:
             grad_md = grad_nd.mul_(scale)
             if rows_n is not None:
                 grad_md = torch.zeros_like(hidden_md).index_copy_(0, rows_n, grad_nd)
-            ctx.save_for_backward(grad_md, grad_vd.mul_(scale).to(weight_vd.dtype))
+            ctx.save_for_backward(
+                grad_md, None if grad_vd is None else grad_vd.mul_(scale).to(weight_vd.dtype)
+            )
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_md, grad_vd = ctx.saved_tensors
         factor = grad.to(grad_md.dtype)
-        return grad_md * factor, grad_vd * factor, None, None, None, None, None
+        weight_grad_vd = None if grad_vd is None else grad_vd * factor
+        return grad_md * factor, weight_grad_vd, None, None, None, None, None
 
 
 def chunked_cross_entropy(

@@ -29,12 +29,17 @@ class Optimiser:
     weight decay serve both.
 
     `masters` are float32, by the names of the model's parameters. Where the model computes in float32, or
-    FSDP casts, they are the model's own parameters.
+    FSDP casts, they are the model's own parameters. Weights without gradients, as under a LoRA adapter, are
+    cast once and have no masters. Muon treats A and B of an adapter as two matrices.
     """
 
     def __init__(self, model: LanguageModel, settings: TrainSettings, *, dtype: torch.dtype) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
+        for parameter in model.parameters():
+            # The base of an adapter: it is only computed with.
+            if not parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
         for name, parameter in self.parameters.items():
             if parameter.dtype == dtype == torch.float32:
                 self.masters[name] = parameter
@@ -50,7 +55,9 @@ class Optimiser:
             ([tensor for name, tensor in self.masters.items() if name in others], 0.0),
         ]
         self.adamw = torch.optim.AdamW(
-            [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors],
+            # Muon may have taken all of an adapter: torch then wants one group that is empty.
+            [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors]
+            or [{"params": []}],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,

@@ -64,7 +64,11 @@ def costs_by_shape(
 
 def _flops_per_token(model: LanguageModel, sequence_length: int) -> float | None:
     config = getattr(model, "config", None)
-    return training_flops_per_token(config, sequence_length) if isinstance(config, ModelConfig) else None
+    if not isinstance(config, ModelConfig):
+        return None
+    adapter = getattr(model, "adapter", None)
+    trained = 0 if adapter is None else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return training_flops_per_token(config, sequence_length, adapter=trained)
 
 
 def model_matmul_rate(

@@ -23,7 +23,7 @@ from koine.combine.merging.budget import (
 from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.methods import BLOCK
 from koine.combine.merging.plan import plan_merge
-from koine.combine.safetensors_stream import CheckpointWriter
+from koine.model.formats.safetensors_stream import CheckpointWriter
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def test_a_nexus_router_needs_no_training(world: tuple[Path, dict[str, Path]], t
     for name in before:
         if "mlp.experts" in name or "shared_expert" in name or name.endswith(("router.into", "router.out")):
             assert torch.equal(after[name], before[name]), name
-    router = load_model(tmp_path / "more").blocks[1].router
-    old = load_model(nexus).blocks[1].router
+    router = load_model(tmp_path / "more").blocks[1].experts.router
+    old = load_model(nexus).blocks[1].experts.router
     assert torch.allclose(router.expert_embeddings()[:2], old.expert_embeddings(), atol=1e-6)
     assert (router.expert_embeddings()[2] != 0).any()
 

@@ -13,7 +13,7 @@ from koine.generate.cache.paged_cache import CachedSequence, PagedCache
 from koine.generate.cpu.prepacked_decoder import PrepackedDecoder, build_prepacked_decoder
 from koine.generate.cpu.prepacked_linear import PrepackedLinear, TransposedLinear, can_prepack, prepack
 from koine.model import Decoder, ModelConfig
-from koine.model.config import MixtureConfig
+from koine.model.config import MixtureConfig, QKNorm
 
 
 def read_prompts(forward: PrepackedDecoder, cache: PagedCache, texts: list[Tensor]) -> list[CachedSequence]:
@@ -49,14 +49,14 @@ def in_steps(
 
 @pytest.mark.parametrize("layout", [PrepackedLinear, TransposedLinear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [None, "heads"])
 @torch.inference_mode()
 def test_steps_equal_the_decoder_without_a_cache(
     tiny: ModelConfig,
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     layout: type[torch.nn.Module],
-    qk_norm: bool,
+    qk_norm: QKNorm | None,
 ) -> None:
     monkeypatch.setattr("koine.generate.cpu.prepacked_linear.best_layout", lambda dtype: layout)
     torch.manual_seed(0)

@@ -70,6 +70,7 @@ def rope(rope_type: str, theta: float = 10_000.0, **others: Any) -> dict[str, An
 _LINEAR = rope("linear", factor=2.5)
 _LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
 _YARN = rope("yarn", factor=4.0)
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _WINDOWED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 
 _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
@@ -252,6 +253,42 @@ _OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
         "yarn": {"sliding_window": WINDOW, "rope_parameters": _YARN},
+    },
+    "mixtral": {
+        "top-2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "windowed-tied": {"num_local_experts": 3, "sliding_window": WINDOW, "tie_word_embeddings": True},
+        "yarn": {"num_local_experts": 3, "head_dim": 12, "rope_parameters": _YARN},
+    },
+    "qwen2_moe": {
+        "shared": {**_EXPERTS, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 72},
+        "windowed": {
+            **_EXPERTS,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    },
+    "qwen3_moe": {
+        "head-dim": {**_EXPERTS, "moe_intermediate_size": 40, "head_dim": 16},
+        "windowed-biases": {
+            **_EXPERTS,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    },
+    "olmoe": {
+        "gqa": _EXPERTS,
+        "normalised": {**_EXPERTS, "norm_topk_prob": True, "attention_bias": True, "rope_parameters": _YARN},
+    },
+    "flex_olmo": {
+        "gqa": _EXPERTS,
+        "normalised-tied": {**_EXPERTS, "norm_topk_prob": True, "tie_word_embeddings": True},
     },
 }
 

@@ -39,7 +39,7 @@ def test_the_file_that_transformers_chooses_is_loaded(beside: str, tmp_path: Pat
 
 
 def test_our_decoder_and_merging_load_the_same_file(tiny: ModelConfig, tmp_path: Path) -> None:
-    from koine.combine.safetensors_stream import Checkpoint
+    from koine.model.formats.safetensors_stream import Checkpoint
 
     model = Decoder(tiny)
     save_model(model, tmp_path / "model")

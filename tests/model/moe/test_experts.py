@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from koine.model.config import Activation
 from koine.model.moe import experts as experts_module
 from koine.model.moe.experts import Assignments, assign_top_k, feed_forward_experts
 
@@ -221,7 +222,7 @@ def test_the_cuda_path_agrees(width: int, dtype: torch.dtype) -> None:
     grad = torch.randn(x.shape).to(dtype)
     wanted, gradients = in_float64(x, w_in, w_out, assigned, grad)
     leaves = [part.requires_grad_() for part in (x, w_in, w_out, assigned.gates)]
-    y = experts_module._cuda_experts(x, w_in, w_out, assigned.experts, assigned.gates)
+    y = experts_module._cuda_experts(x, w_in, w_out, assigned.experts, assigned.gates, "silu")
     tolerance = 1e-12 if dtype == torch.float64 else 2**-5
     for got, right in zip([y, *torch.autograd.grad(y, leaves, grad)], [wanted, *gradients], strict=True):
         assert (got.double() - right).abs().max() <= tolerance * right.abs().max()
@@ -253,6 +254,31 @@ def test_more_experts_than_16_bits_count() -> None:
     assert torch.allclose(
         feed_forward_experts(x, w_in, w_out, assigned), loop_over_tokens(x, w_in, w_out, assigned), atol=1e-6
     )
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("counts", [[3, 20, 0], [200, 130, 90]])
+def test_other_activations_equal_torch(activation: Activation, counts: list[int]) -> None:
+    """Output, gradients, and inference in place, against autograd through torch's own activations."""
+    x, w_in, w_out, assigned = with_counts(counts, 48, 32, torch.float64)
+    grad = torch.randn(x.shape, dtype=torch.float64)
+    leaves = [part.requires_grad_() for part in (x, w_in, w_out, assigned.gates)]
+    functions = {"gelu_tanh": nn.GELU("tanh"), "gelu": nn.GELU(), "relu": nn.ReLU()}
+    wanted = torch.zeros_like(x)
+    for expert in range(len(w_in)):
+        rows, place = torch.where(assigned.experts == expert)
+        gate, up = (x[rows] @ w_in[expert].t()).chunk(2, dim=1)
+        part = (functions[activation](gate) * up) @ w_out[expert].t() * assigned.gates[rows, place, None]
+        wanted = wanted.index_add(0, rows, part)
+    expected = [wanted, *torch.autograd.grad(wanted, leaves, grad)]
+    y = feed_forward_experts(x, w_in, w_out, assigned, activation)
+    for got, right in zip([y, *torch.autograd.grad(y, leaves, grad)], expected, strict=True):
+        assert torch.allclose(got, right, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(feed_forward_experts(x, w_in, w_out, assigned, activation), wanted, atol=1e-12)
+    by_device = experts_module._cuda_experts(x, w_in, w_out, assigned.experts, assigned.gates, activation)
+    assert torch.allclose(by_device, wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from koine.combine.compatibility import MIN_RELATED_COSINE, median_cosine, model_configuration
 from koine.combine.merging.vocabulary_tensors import vocabulary_sizes
-from koine.combine.safetensors_stream import Checkpoint
 from koine.errors import UserError
 from koine.model.formats.mixture_files import DOMAIN_ENCODER
+from koine.model.formats.safetensors_stream import Checkpoint
 
 PROBED_TENSORS = 7
 """Tensors that are compared to find a common ancestor."""

@@ -18,12 +18,12 @@ from koine.combine.merging.budget import LIBRARY_BYTES
 from koine.combine.merging.methods import BLOCK, linear
 from koine.combine.merging.tensor_names import drop_tied_head, is_saved_buffer
 from koine.combine.merging.tokenizers import read_token_ids
-from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.errors import UserError
 from koine.files import atomic_directory, check_inside, write_json
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.checksum import write_checksums
 from koine.model.formats.model_card import ModelCard, Parent, write_model_card
+from koine.model.formats.safetensors_stream import Checkpoint, CheckpointWriter
 
 ANCESTOR = "give the text model that the other began as"
 

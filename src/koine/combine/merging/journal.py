@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from koine.combine.safetensors_stream import CheckpointWriter
 from koine.files import parse_json
+from koine.model.formats.safetensors_stream import CheckpointWriter
 
 Entries = dict[str, dict[str, Any]]
 

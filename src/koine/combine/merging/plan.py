@@ -23,8 +23,8 @@ from koine.combine.merging.tensor_job import TensorJob
 from koine.combine.merging.tensor_names import match_names
 from koine.combine.merging.tokenizers import tokenizer_source, warn_if_templates_differ
 from koine.combine.merging.vocabulary_alignment import VocabularyAlignment, align_embeddings
-from koine.combine.safetensors_stream import Checkpoint
 from koine.errors import UserError
+from koine.model.formats.safetensors_stream import Checkpoint
 
 
 @dataclass

@@ -26,7 +26,6 @@ from koine.combine.merging.plan import MergePlan, plan_merge
 from koine.combine.merging.tensor import SAMPLED, merge_tensor
 from koine.combine.merging.tensor_job import TensorJob
 from koine.combine.merging.tokenizers import write_tokenizer
-from koine.combine.safetensors_stream import CheckpointWriter
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.files import check_inside, claim, clear_partials, remove, write_json
@@ -34,6 +33,7 @@ from koine.hardware import usable_cores
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.checksum import write_checksums
 from koine.model.formats.model_card import write_model_card
+from koine.model.formats.safetensors_stream import CheckpointWriter
 from koine.model.formats.weight_files import weight_files
 
 JOURNAL_VERSION = 2

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from koine.combine.compatibility import model_configuration
 from koine.combine.merging.config import MergeConfig
-from koine.combine.safetensors_stream import Checkpoint
 from koine.errors import KoineWarning, UserError
 from koine.model.formats.carried_files import module_folders, module_weights
+from koine.model.formats.safetensors_stream import Checkpoint
 
 
 def module_configs(config: MergeConfig) -> dict[str, MergeConfig]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from koine.combine.merging.methods import BLOCK
-from koine.combine.safetensors_stream import Checkpoint, contiguous_runs
+from koine.model.formats.safetensors_stream import Checkpoint, contiguous_runs
 
 NEAR_ROWS = 8
 """Rows at most so far apart are read together, with those between: a read costs more than a few rows."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from koine.combine.merging.methods import BLOCK
 from koine.combine.merging.tensor_job import IN_MEMORY_ENTRIES, TensorJob, check_finite, is_finite
 from koine.combine.merging.vocabulary_alignment import VocabularyAlignment
-from koine.combine.safetensors_stream import CheckpointWriter, contiguous_runs
 from koine.errors import UserError
+from koine.model.formats.safetensors_stream import CheckpointWriter, contiguous_runs
 
 SAMPLED = 32_768
 """Entries of each tensor from which the report's figures are estimated."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from koine.combine.merging.methods import BLOCK, MergeMethod
 from koine.combine.merging.stored_tensor import NEAR_ROWS, StoredTensor
 from koine.combine.merging.vocabulary_alignment import VocabularyAlignment
-from koine.combine.safetensors_stream import Checkpoint, Entry
 from koine.errors import UserError
+from koine.model.formats.safetensors_stream import Checkpoint, Entry
 
 IN_MEMORY_ENTRIES = 2**21
 """A method of several passes gets tensors of up to so many entries in memory.

@@ -16,9 +16,9 @@ import torch
 from koine.combine.compatibility import model_configuration, ties_embeddings
 from koine.combine.merging.methods import BLOCK
 from koine.combine.merging.vocabulary_tensors import vocabulary_sizes
-from koine.combine.safetensors_stream import Checkpoint, Entry
 from koine.errors import UserError
 from koine.model.formats.library_config import skeleton
+from koine.model.formats.safetensors_stream import Checkpoint, Entry
 
 ROTARY = re.compile(
     r"(^|\.)(rotary|rotary_emb|rotary_pos_emb|rotary_embedding)\.(inv_freq|cos_cached|sin_cached)$"

@@ -13,8 +13,8 @@ from koine.combine.merging.checks import check_same_shape
 from koine.combine.merging.config import MergeConfig
 from koine.combine.merging.tokenizers import check_same_tokenizers, read_token_ids
 from koine.combine.merging.vocabulary_tensors import rows_first, vocabulary_tensors
-from koine.combine.safetensors_stream import Checkpoint
 from koine.errors import UserError
+from koine.model.formats.safetensors_stream import Checkpoint
 
 
 @dataclass(frozen=True)

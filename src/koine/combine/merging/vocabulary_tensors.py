@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from koine.combine.compatibility import model_configuration
-from koine.combine.safetensors_stream import Checkpoint, Entry
 from koine.errors import UserError
 from koine.model.formats.config_json import OWN_TYPE
 from koine.model.formats.library_config import VOCABULARY_FIELD, Skeleton, skeleton
+from koine.model.formats.safetensors_stream import Checkpoint, Entry
 
 OWN_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 """These tensors in directories of our own decoder."""

@@ -26,13 +26,15 @@ from koine.combine.moe.branches import (
     open_branch,
 )
 from koine.combine.moe.domain_embeddings import domain_embedding, load_encoder
+from koine.combine.moe.planned_tensors import PlannedTensor, copied, given
 from koine.combine.moe.upcycle import (
     DOMAINS,
     expert_name,
     is_expert_tensor,
-    layer_of,
+    is_source,
     new_routers,
     read_record,
+    save_planned,
     source_of,
     write_record,
 )
@@ -41,19 +43,19 @@ from koine.errors import UserError, did_you_mean
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.formats.carried_files import carry_files
 from koine.model.formats.config_json import read_config
-from koine.model.formats.directory import StoredWeights, open_weights, save_stored
-from koine.model.formats.eos_ids import eos_ids
+from koine.model.formats.directory import open_canonical
 from koine.model.formats.model_card import ModelCard, Parent, write_model_card
+from koine.model.formats.stored_tensors import CanonicalTensors, layer_of
 
 _EXPERT = re.compile(r"^(model\.layers\.\d+\.(?:mlp|self_attn)\.experts\.)(\d+)(\..*)$")
 
 
-def open_mixture(path: Path) -> tuple[ModelConfig, MixtureConfig, StoredWeights]:
-    """Return a mixture's configuration and stored tensors. Raises `UserError` if the model is dense."""
+def open_mixture(path: Path) -> tuple[ModelConfig, MixtureConfig, CanonicalTensors]:
+    """Return a mixture's configuration, and its tensors by our stored names. Raises `UserError` if the model is dense."""
     config = read_config(path)
     if config.mixture is None:
         raise UserError("is a dense model", where=path, hint="give a mixture: see `koine upcycle`")
-    return config, config.mixture, open_weights(path, config)
+    return config, config.mixture, open_canonical(path, config)
 
 
 def add_expert(
@@ -99,11 +101,13 @@ def add_expert(
         row = domain_embedding(load_encoder(model), texts or [])
         for stored in [stored for stored in weights if stored.endswith(DOMAINS)]:
             domains = weights[stored]
-            tensors[stored] = torch.cat((domains, row.to(domains.dtype)[None]))
+            tensors[stored] = given(torch.cat((domains, row.to(domains.dtype)[None])))
     grown = replace(config, mixture=replace(mixture, experts=(*mixture.experts, name)))
     if reset_router:
-        routers = new_routers(grown, random_seed, dtype=weights["model.norm.weight"].dtype)
-        tensors |= {stored: router for stored, router in routers.items() if not stored.endswith(DOMAINS)}
+        routers = new_routers(grown, random_seed, dtype=weights.dtype("model.norm.weight"))
+        tensors |= {
+            stored: given(router) for stored, router in routers.items() if not stored.endswith(DOMAINS)
+        }
     _save(tensors, grown, model, out, added={name: source_of(expert)}, share=part)
     _write_card(
         out,
@@ -135,22 +139,37 @@ def _check_router(
 
 
 def _tensors_with(
-    weights: StoredWeights, mixture: MixtureConfig, branch: Branch, part: float
-) -> dict[str, Tensor]:
-    """Return the stored tensors with `branch` as the last expert, and in the averages by `part`."""
-    tensors: dict[str, Tensor] = {}
+    weights: CanonicalTensors, mixture: MixtureConfig, branch: Branch, part: float
+) -> dict[str, PlannedTensor]:
+    """Plan the stored tensors with `branch` as the last expert, and in the averages by `part`."""
+    tensors: dict[str, PlannedTensor] = {}
     for stored in weights:
         _, rest = layer_of(stored)
         if _EXPERT.match(stored) or "shared_expert" in rest or _is_router(rest):
-            tensors[stored] = weights[stored]
+            tensors[stored] = _kept(weights, stored)
         elif stored in branch.weights:
-            tensors[stored] = interpolate(weights[stored], branch.tensor(stored), part)
-    dtype = weights["model.norm.weight"].dtype
+            tensors[stored] = _interpolated(weights, branch, stored, part)
+    dtype = weights.dtype("model.norm.weight")
     for stored in branch.weights:
         prefix, rest = layer_of(stored)
         if prefix and is_expert_tensor(rest, mixture):
-            tensors[expert_name(prefix, rest, len(mixture.experts))] = branch.tensor(stored).to(dtype)
+            name = expert_name(prefix, rest, len(mixture.experts))
+            tensors[name] = copied(branch, stored, dtype)
     return tensors
+
+
+def _kept(weights: CanonicalTensors, stored: str) -> PlannedTensor:
+    """Plan a copy of the mixture's tensor."""
+    return PlannedTensor(weights.dtype(stored), weights.shape(stored), lambda: weights[stored])
+
+
+def _interpolated(weights: CanonicalTensors, branch: Branch, stored: str, share: float) -> PlannedTensor:
+    """Plan the average of the mixture's tensor and the branch's."""
+    return PlannedTensor(
+        weights.dtype(stored),
+        weights.shape(stored),
+        lambda: interpolate(weights[stored], branch.tensor(stored), share),
+    )
 
 
 def remove_expert(model: Path, name: str, out: Path, *, dense: Path | None = None) -> ModelConfig:
@@ -245,24 +264,25 @@ def _recorded_part(model: Path, name: str, branch: Branch, count: int) -> float:
 
 
 def _tensors_without(
-    weights: StoredWeights, removed: int, branch: Branch | None, part: float | None
-) -> dict[str, Tensor]:
-    """Return the stored tensors without expert number `removed`, and its model's part of the averages."""
-    tensors: dict[str, Tensor] = {}
+    weights: CanonicalTensors, removed: int, branch: Branch | None, part: float | None
+) -> dict[str, PlannedTensor]:
+    """Plan the stored tensors without expert number `removed`, and its model's part of the averages."""
+    tensors: dict[str, PlannedTensor] = {}
     for stored in weights:
         _, rest = layer_of(stored)
         found = _EXPERT.match(stored)
         if found:
             number = int(found[2])
             if number != removed:
-                tensors[f"{found[1]}{number - (number > removed)}{found[3]}"] = weights[stored]
+                tensors[f"{found[1]}{number - (number > removed)}{found[3]}"] = _kept(weights, stored)
         elif rest in (DOMAINS, "mlp.router.weight", "self_attn.router.weight"):
-            tensors[stored] = torch.cat((weights[stored][:removed], weights[stored][removed + 1 :]))
+            rows = weights[stored]
+            tensors[stored] = given(torch.cat((rows[:removed], rows[removed + 1 :])))
         elif branch is not None and part is not None and stored in branch.weights and not _is_router(rest):
             # The inverse of `interpolate` with this part.
-            tensors[stored] = interpolate(weights[stored], branch.tensor(stored), -part / (1.0 - part))
+            tensors[stored] = _interpolated(weights, branch, stored, -part / (1.0 - part))
         else:
-            tensors[stored] = weights[stored]
+            tensors[stored] = _kept(weights, stored)
     return tensors
 
 
@@ -298,7 +318,7 @@ def _check_other_source(record: Mapping[str, Any], name: str, dense: Path, model
     for change in record.get("changes", []):
         sources |= change.get("added", {})
     source = sources.get(name)
-    if source is not None and source["sha256"] != source_of(dense)["sha256"]:
+    if source is not None and not is_source(source, dense):
         raise UserError(
             f"is not the model that expert '{name}' of {model} was made of "
             "(the sha256 of its weights is another)",
@@ -318,7 +338,7 @@ def _is_router(rest: str) -> bool:
 
 
 def _check_other_ancestor(
-    model: Path, weights: StoredWeights, mixture: MixtureConfig, branch: Branch
+    model: Path, weights: CanonicalTensors, mixture: MixtureConfig, branch: Branch
 ) -> None:
     """Raise `UserError` if the new expert is unrelated to every feed-forward expert of the mixture.
 
@@ -341,14 +361,10 @@ def _check_other_ancestor(
         )
 
 
-def _save(tensors: dict[str, Tensor], config: ModelConfig, model: Path, out: Path, **change: object) -> None:
-    save_stored(
-        {name: tensor.contiguous() for name, tensor in sorted(tensors.items())},
-        config,
-        out,
-        tokenizer=model,
-        eos_ids=eos_ids(model),
-    )
+def _save(
+    tensors: Mapping[str, PlannedTensor], config: ModelConfig, model: Path, out: Path, **change: object
+) -> None:
+    save_planned(tensors, config, out, model)
     carry_files(model, out)
     record = read_record(model)
     history = record.get("changes")

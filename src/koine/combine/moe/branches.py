@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,30 @@ from koine.combine.compatibility import (
 )
 from koine.errors import UserError
 from koine.model.config import ModelConfig
+from koine.model.formats.checksum import verify_checksums
 from koine.model.formats.config_json import read_config
-from koine.model.formats.directory import StoredWeights, open_weights
+from koine.model.formats.directory import open_canonical
+from koine.model.formats.stored_tensors import CanonicalTensors
+from koine.model.formats.weight_files import weight_files
+
+NOT_SHAPES = ("mixture", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of a configuration in which branches of one seed may differ."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A dense model: its name, its folder, and its tensors, which are read on access."""
+    """A dense model: its name, its folder, and its tensors by our stored names, which are read on access."""
 
     name: str
     path: Path
     config: ModelConfig
-    weights: StoredWeights
+    weights: CanonicalTensors
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a stored tensor. Raises `UserError` if it holds NaN or infinity."""
         tensor = self.weights[name]
-        if not torch.isfinite(tensor).all():
+        # A sum is one pass, and is finite where all entries are, but for an overflow.
+        if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
             raise UserError(
                 f"{name} holds NaN or infinity", where=self.path, hint="this checkpoint is broken"
             )
@@ -45,7 +53,7 @@ def open_branch(path: Path, name: str) -> Branch:
     config = read_config(path)
     if config.mixture is not None:
         raise UserError("is a mixture of experts already", where=path, hint="give dense models")
-    return Branch(name, path, config, open_weights(path, config))
+    return Branch(name, path, config, open_canonical(path, config))
 
 
 def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list[Branch]]:
@@ -53,6 +61,7 @@ def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list
 
     Raises `UserError` if a branch has other shapes, another tokenizer or another ancestor than the seed.
     """
+    verify_checksums([file for path in (seed, *experts.values()) for file in _weights_of(Path(path))])
     root = open_branch(seed, "seed")
     opened = [open_branch(path, name) for name, path in experts.items()]
     for branch in opened:
@@ -62,11 +71,30 @@ def open_branches(seed: Path, experts: Mapping[str, Path]) -> tuple[Branch, list
     return root, opened
 
 
+def _weights_of(path: Path) -> list[Path]:
+    """Return the weight files of a model; none where there is no model, which opening it reports."""
+    try:
+        return weight_files(path)
+    except UserError:
+        return []
+
+
 def check_other_shapes(wanted: ModelConfig, found: ModelConfig, path: Path, *, than: Path) -> None:
-    """Raise `UserError` with the first field in which two configurations differ, experts left out."""
-    difference = field_difference(wanted, found, ignoring=("mixture", "initializer_range"))
+    """Raise `UserError` with the first field in which two configurations differ.
+
+    Experts are left out, and ids of special tokens: a mixture has those of the seed. Two classes fit where they
+    compute the same.
+    """
+    difference = field_difference(wanted, found, ignoring=NOT_SHAPES)
     if difference is not None:
         name, ours, theirs = difference
+        if wanted.model_type != found.model_type:
+            raise UserError(
+                f"is a {found.model_type or 'koine'} model, and {than} a {wanted.model_type or 'koine'} model "
+                f"({name} is {theirs}, and {ours} there)",
+                where=path / "config.json",
+                hint="experts are branches of one seed: give models of one family",
+            )
         raise UserError(
             f"{name} is {theirs}, and {ours} in {than}",
             where=path / "config.json",

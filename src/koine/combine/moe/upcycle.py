@@ -14,7 +14,7 @@ initialised at random.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,26 @@ import torch
 from torch import Tensor
 
 from koine.combine.moe.branches import Branch, check_no_model, open_branches
+from koine.combine.moe.planned_tensors import (
+    PlannedTensor,
+    PlannedTensors,
+    averaged,
+    copied,
+    given,
+    widest_dtype,
+)
 from koine.data.drawn import carry_drawn
 from koine.errors import UserError
 from koine.fields import Fields
 from koine.files import read_json_object, sha256_file, write_json
 from koine.model.config import MixtureConfig, ModelConfig
 from koine.model.formats.carried_files import carry_files
-from koine.model.formats.directory import save_stored
+from koine.model.formats.checksum import stored_checksum
+from koine.model.formats.directory import save_streamed
 from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.mixture_files import DOMAIN_ENCODER, RECORD
 from koine.model.formats.model_card import ModelCard, Parent, write_model_card
+from koine.model.formats.stored_tensors import layer_of
 from koine.model.formats.tensor_names import split_stored
 from koine.model.formats.weight_files import weight_files
 from koine.model.moe.loss_weights import BAM, BTX, NEXUS
@@ -52,7 +62,8 @@ def upcycle_btx(
     experts: Mapping[str, Path],
     out: Path,
     *,
-    top_k: int = 1,
+    top_k: int | None = None,
+    normalise_top_k: bool = False,
     seed_copies: int = 0,
     random_seed: int = 0,
     load_balancing: float = BTX.load_balancing,
@@ -64,7 +75,9 @@ def upcycle_btx(
         seed: the dense model that `experts` branched from.
         experts: a model folder for each name.
         out: the folder to write to.
-        top_k: feed-forward experts of each token.
+        top_k: feed-forward experts of each token. None: 1, or 2 where a norm follows the feed-forward (Gemma,
+            OLMo-2): it cancels the gate of a single expert, and the router would learn from its losses only.
+        normalise_top_k: divide the gates of a token by their sum (Mixtral). A single gate is then 1.
         seed_copies: further experts initialised from the seed's feed-forward, as in the parameter-matched
             baseline of arXiv 2408.08274. They do not count in the average.
         random_seed: of the routers' weights.
@@ -77,11 +90,13 @@ def upcycle_btx(
     """
     copies = tuple(f"seed-{number}" for number in range(2, seed_copies + 2))
     mixture = MixtureConfig(
-        experts=("seed", *experts, *copies), top_k=top_k, load_balancing=load_balancing, z_loss=z_loss
-    )
+        experts=("seed", *experts, *copies), top_k=top_k or 1, normalise_top_k=normalise_top_k,
+        load_balancing=load_balancing, z_loss=z_loss,
+    )  # fmt: skip
     return _upcycle(
-        "btx", seed, experts, mixture, out, random_seed=random_seed, domains=None, seed_copies=seed_copies
-    )
+        "btx", seed, experts, mixture, out, random_seed=random_seed, domains=None, seed_copies=seed_copies,
+        choose_top_k=top_k is None,
+    )  # fmt: skip
 
 
 def upcycle_bam(
@@ -91,7 +106,8 @@ def upcycle_bam(
     *,
     attention: str = "kv-experts",
     attention_top_k: int | None = None,
-    top_k: int = 1,
+    top_k: int | None = None,
+    normalise_top_k: bool = False,
     random_seed: int = 0,
     load_balancing: float = BAM.load_balancing,
     z_loss: float = BAM.z_loss,
@@ -106,10 +122,12 @@ def upcycle_bam(
     if attention == "averaged":
         raise UserError("BAM does not average the attention", hint="give kv-experts or shared-kv, or use btx")
     mixture = MixtureConfig(
-        experts=("seed", *experts), top_k=top_k, attention=attention, attention_top_k=attention_top_k,
+        experts=("seed", *experts), top_k=top_k or 1, normalise_top_k=normalise_top_k, attention=attention, attention_top_k=attention_top_k,
         load_balancing=load_balancing, z_loss=z_loss,
     )  # fmt: skip
-    return _upcycle("bam", seed, experts, mixture, out, random_seed=random_seed, domains=None)
+    return _upcycle(
+        "bam", seed, experts, mixture, out, random_seed=random_seed, domains=None, choose_top_k=top_k is None
+    )
 
 
 def upcycle_nexus(
@@ -118,7 +136,8 @@ def upcycle_nexus(
     out: Path,
     *,
     domains: Tensor | None,
-    top_k: int = 1,
+    top_k: int | None = None,
+    normalise_top_k: bool = False,
     random_seed: int = 0,
     load_balancing: float = NEXUS.load_balancing,
     z_loss: float = NEXUS.z_loss,
@@ -135,10 +154,13 @@ def upcycle_nexus(
             f"{domains.shape[0]} domain embeddings for {len(experts)} experts", hint="give one each"
         )
     mixture = MixtureConfig(
-        experts=tuple(experts), top_k=top_k, shared_expert=True, load_balancing=load_balancing, z_loss=z_loss,
+        experts=tuple(experts), top_k=top_k or 1, normalise_top_k=normalise_top_k, shared_expert=True, load_balancing=load_balancing, z_loss=z_loss,
         domain_size=None if domains is None else domains.shape[1],
     )  # fmt: skip
-    return _upcycle("nexus", seed, experts, mixture, out, random_seed=random_seed, domains=domains)
+    return _upcycle(
+        "nexus", seed, experts, mixture, out, random_seed=random_seed, domains=domains,
+        choose_top_k=top_k is None,
+    )  # fmt: skip
 
 
 def _upcycle(
@@ -150,21 +172,29 @@ def _upcycle(
     *,
     random_seed: int,
     domains: Tensor | None,
+    choose_top_k: bool,
     seed_copies: int = 0,
 ) -> ModelConfig:
     check_no_model(out)
+    if mixture.normalise_top_k and mixture.top_k == 1 and not choose_top_k:
+        raise UserError(
+            "normalise_top_k is given and top_k is 1: the only gate is always 1, and the router cannot learn",
+            hint="give a top_k of 2 or more",
+        )
     if not experts:
         raise UserError("no experts are given", hint="give the folder of at least one branch of the seed")
     root, branches = open_branches(seed, experts)
     members = branches if mixture.shared_expert else [root, *branches]
+    if choose_top_k and len(mixture.experts) > 1:
+        needs_two = mixture.normalise_top_k or single_gate_cancels(replace(root.config, mixture=mixture))
+        mixture = replace(mixture, top_k=2 if needs_two else 1)
     config = replace(root.config, mixture=mixture)
-    tensors = dict(_tensors(root, members, config, seed_copies))
-    tensors |= new_routers(config, random_seed, dtype=tensors["model.norm.weight"].dtype)
-    if domains is not None:
-        for name in [name for name in tensors if name.endswith(DOMAINS)]:
-            # A copy for each layer: tensors of a file share no memory.
-            tensors[name] = domains.to(tensors[name].dtype, copy=True)
-    save_stored(tensors, config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
+    planned = _planned(root, members, config, seed_copies)
+    routers = new_routers(config, random_seed, dtype=planned["model.norm.weight"].dtype)
+    for name, router in routers.items():
+        is_domains = domains is not None and name.endswith(DOMAINS)
+        planned[name] = given(domains.to(router.dtype) if domains is not None and is_domains else router)
+    save_planned(planned, config, out, root.path)
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     write_record(
@@ -173,6 +203,17 @@ def _upcycle(
     )  # fmt: skip
     write_model_card(out, _mixture_card(method, root, branches, mixture, random_seed))
     return config
+
+
+def single_gate_cancels(config: ModelConfig) -> bool:
+    """Return whether the gate of a token's only expert cancels in the norm that follows the feed-forward."""
+    mixture = config.mixture
+    return (
+        mixture is not None
+        and config.arrangement in ("post_norm", "sandwich")
+        and not mixture.shared_expert
+        and mixture.top_k == 1
+    )
 
 
 def _mixture_card(
@@ -205,12 +246,8 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
     check_no_model(out)
     root, branches = open_branches(seed, experts)
     members = [root, *branches] if with_seed else branches
-    tensors = {
-        name: mean([branch.tensor(name) for branch in members])
-        for name in sorted(root.weights)
-        if not _left_out(name, root.config)
-    }
-    save_stored(tensors, root.config, out, tokenizer=root.path, eos_ids=eos_ids(root.path))
+    planned = {name: averaged(members, name, widest_dtype(name, members)) for name in root.weights}
+    save_planned(planned, root.config, out, root.path)
     carry_drawn([root.path, *(branch.path for branch in branches)], out)
     carry_files(root.path, out, but=(RECORD, DOMAIN_ENCODER))
     card = ModelCard(
@@ -225,18 +262,10 @@ def average(seed: Path, experts: Mapping[str, Path], out: Path, *, with_seed: bo
     return root.config
 
 
-def _left_out(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is a tied head's copy, or a RoPE table of an old checkpoint."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
-
-
-def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the average in the dtype of the first tensor, computed in float32 or float64."""
-    upcast = torch.promote_types(tensors[0].dtype, torch.float32)
-    total = tensors[0].to(upcast, copy=True)
-    for tensor in tensors[1:]:
-        total += tensor.to(upcast)
-    return (total / len(tensors)).to(tensors[0].dtype)
+def save_planned(planned: Mapping[str, PlannedTensor], config: ModelConfig, out: Path, source: Path) -> None:
+    """Write a model's folder, each tensor when it is computed; tokenizer and EOS ids are those of `source`."""
+    tensors = PlannedTensors(planned)
+    save_streamed(tensors, tensors.layout, config, out, tokenizer=source, eos_ids=eos_ids(source))
 
 
 def is_expert_tensor(name: str, mixture: MixtureConfig) -> str | None:
@@ -244,7 +273,7 @@ def is_expert_tensor(name: str, mixture: MixtureConfig) -> str | None:
 
     name: of a dense model's stored tensor, without `model.layers.N.`.
     """
-    part = name.removesuffix(".weight")
+    part = name.rpartition(".")[0]
     if part in FEED_FORWARD:
         return "feed-forward"
     own = {"averaged": (), "shared-kv": ATTENTION_OUT, "kv-experts": ATTENTION_OUT + KEYS_AND_VALUES}
@@ -260,34 +289,24 @@ def expert_name(layer_prefix: str, name: str, number: int) -> str:
     return f"{layer_prefix}{module}.experts.{number}.{rest}"
 
 
-def layer_of(name: str) -> tuple[str, str]:
-    """Split `model.layers.3.mlp.up_proj.weight` into `model.layers.3.` and `mlp.up_proj.weight`.
-
-    The prefix is empty outside the layers.
-    """
-    parts = name.split(".", 3)
-    return (".".join(parts[:3]) + ".", parts[3]) if name.startswith("model.layers.") else ("", name)
-
-
-def _tensors(
+def _planned(
     root: Branch, members: Sequence[Branch], config: ModelConfig, seed_copies: int
-) -> Iterator[tuple[str, Tensor]]:
+) -> dict[str, PlannedTensor]:
+    """Plan all tensors but the routers, layer after layer."""
     assert config.mixture is not None
-    for name in sorted(root.weights):
-        if _left_out(name, root.config):
-            continue
+    out: dict[str, PlannedTensor] = {}
+    for name in root.weights:
         prefix, rest = layer_of(name)
+        dtype = widest_dtype(name, [root, *members])
         kind = is_expert_tensor(rest, config.mixture) if prefix else None
         if kind is None:
-            yield name, mean([branch.tensor(name) for branch in members])
+            out[name] = averaged(members, name, dtype)
             continue
-        for number, branch in enumerate(members):
-            yield expert_name(prefix, rest, number), branch.tensor(name)
-        for number in range(len(members), len(members) + seed_copies):
-            # Copies: tensors of a file share no memory.
-            yield expert_name(prefix, rest, number), root.tensor(name).clone()
+        for number, branch in enumerate([*members, *[root] * seed_copies]):
+            out[expert_name(prefix, rest, number)] = copied(branch, name, dtype)
         if kind == "feed-forward" and config.mixture.shared_expert:
-            yield f"{prefix}mlp.shared_expert.{rest.split('.', 1)[1]}", root.tensor(name)
+            out[f"{prefix}mlp.shared_expert.{rest.split('.', 1)[1]}"] = copied(root, name, dtype)
+    return out
 
 
 def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -322,11 +341,22 @@ def new_routers(config: ModelConfig, random_seed: int, *, dtype: torch.dtype) ->
 
 
 def source_of(path: Path) -> dict[str, str]:
-    """Return a model's path and the sha256 of its weights."""
+    """Return a model's path and the sha256 of its weights: those that the files carry, else of the files."""
     return {
         "path": str(path),
-        "sha256": ",".join(sha256_file(file) for file in weight_files(path)),
+        "sha256": ",".join(stored_checksum(file) or sha256_file(file) for file in weight_files(path)),
     }
+
+
+def is_source(source: Mapping[str, str], path: Path) -> bool:
+    """Return whether a model's weights are those of a record of `source_of`.
+
+    Records of earlier versions have the sha256 of the files, also of those that carry one.
+    """
+    return source["sha256"] in (
+        source_of(path)["sha256"],
+        ",".join(sha256_file(file) for file in weight_files(path)),
+    )
 
 
 def write_record(out: Path, **content: object) -> None:

@@ -128,6 +128,14 @@ def sentence(code: str, fact: str, wording: int = 0) -> str | None:
     return _filled(code, fact, _templates(code, kind), wording, found[0]).replace("{y}", found[1])
 
 
+def plain_sentence(code: str, fact: str) -> str | None:
+    """Return the fact as names and numbers joined by signs; `None` if CLDR lacks a name."""
+    found = sides(code, fact)
+    if found is None:
+        return None
+    return _PLAIN[fact.partition(":")[0]].replace("{x}", found[0]).replace("{y}", found[1])
+
+
 def _templates(code: str, kind: str) -> tuple[str, ...]:
     own = phrases().get(code)
     return (_PLAIN[kind],) if own is None else own[f"says_{_SAYS.get(kind, kind)}"]

@@ -210,7 +210,7 @@ class DecodeContext:
             # A run has a place for every position; a ring starts again at its end.
             length = self.sequences[0].length
             view.select(3, length % view.shape[3]).copy_(new)
-            return attend_range(q, view, length + 1, self.cache.softcap)[0]
+            return attend_range(q, view, length + 1, self.cache.softcap)
         window = self.cache.windowed.get(layer)
         if window is None:
             return self._attend_pages(layer, q, new)

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from koine.generate.cache.paged_cache import CachedSequence, PagedCache
-from koine.generate.cache.split_attention import merge_attention_states, partial_attention
+from koine.generate.cache.split_attention import (
+    attend_chunks,
+    matmuls_are_faster,
+    merge_attention_states,
+    partial_attention,
+)
 
 FEWEST_PAGES = 8
 """Mean length of a run below which whole slabs are faster, where there are many runs.
@@ -79,14 +84,14 @@ def run_view(slab_2kptd: Tensor, run: PageRun) -> Tensor:
     return pages_2kptd.view(2, 1, slab_2kptd.shape[1], -1, slab_2kptd.shape[4])
 
 
-def attend_range(
-    q_1kgd: Tensor, kv_21ksd: Tensor, length: int, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute `partial_attention` of one query to the first `length` positions of keys and values."""
+def attend_range(q_1kgd: Tensor, kv_21ksd: Tensor, length: int, softcap: float | None = None) -> Tensor:
+    """Attend one query to the first `length` positions of keys and values, `[1, k, g, d]`."""
     if length < kv_21ksd.shape[3]:
         kv_21ksd = kv_21ksd.narrow(3, 0, length)
+    if matmuls_are_faster(q_1kgd):
+        return attend_chunks(q_1kgd[0], (kv_21ksd.squeeze(1),), softcap)[None]
     keys, values = kv_21ksd.unbind()
-    return partial_attention(q_1kgd, keys, values, None, softcap)
+    return partial_attention(q_1kgd, keys, values, None, softcap)[0]
 
 
 def attend_runs(
@@ -100,15 +105,25 @@ def attend_runs(
 
     slab: returns a slab's keys and values `[2, k, p, t, d]` by its number. Returns `[r, k, g, d]`.
     """
-    rows, outputs, sums = [], [], []
+    visible: list[list[Tensor]] = [[] for _ in lengths]
     for run in runs:
-        length = lengths[run.row] + 1 - run.start
         view_21ksd = run_view(slab(run.slab), run)
-        out_1kgd, log_sum_1kg = attend_range(q_rkgd[run.row : run.row + 1], view_21ksd, length, softcap)
-        rows.append(run.row)
-        outputs.append(out_1kgd)
-        sums.append(log_sum_1kg)
+        visible[run.row].append(
+            view_21ksd.narrow(3, 0, min(lengths[run.row] + 1 - run.start, view_21ksd.shape[3]))
+        )
+    if matmuls_are_faster(q_rkgd):
+        out_rkgd = torch.empty_like(q_rkgd)
+        for row, chunks in enumerate(visible):
+            out_rkgd[row] = attend_chunks(q_rkgd[row], [chunk.squeeze(1) for chunk in chunks], softcap)
+        return out_rkgd
+    rows, outputs, sums = [], [], []
+    for row, chunks in enumerate(visible):
+        for keys_1ksd, values_1ksd in chunks:
+            out, log_sum = partial_attention(q_rkgd[row : row + 1], keys_1ksd, values_1ksd, None, softcap)
+            rows.append(row)
+            outputs.append(out)
+            sums.append(log_sum)
     out_ckgd = torch.cat(outputs)
-    if len(runs) == q_rkgd.shape[0]:
+    if len(rows) == len(lengths):
         return out_ckgd
-    return merge_attention_states(out_ckgd, torch.cat(sums), torch.tensor(rows), q_rkgd.shape[0])
+    return merge_attention_states(out_ckgd, torch.cat(sums), torch.tensor(rows), len(lengths))

@@ -6,8 +6,12 @@ Shapes: c chunks (pages, runs of pages, rings), r rows (sequences), k key heads,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from koine.hardware import is_intel
 
 MASKED_SCORE = -1e30
 """Added to the score of a masked key.
@@ -42,6 +46,33 @@ def partial_attention(
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out_ckgd, log_sums_ckg = fused(q_ckgd, keys_cksd, values_cksd, 0.0, False, attn_mask=bias, scale=1.0)
     return out_ckgd, log_sums_ckg
+
+
+def matmuls_are_faster(q: Tensor) -> bool:
+    """Return whether `attend_chunks` is faster than the fused kernel of the CPU.
+
+    EPYC, float32: 1.5 to 2.2 times (docs/explanation/log.md).
+    """
+    return q.device.type == "cpu" and q.dtype == torch.float32 and not is_intel()
+
+
+def attend_chunks(q_kgd: Tensor, chunks: Sequence[Tensor], softcap: float | None = None) -> Tensor:
+    """Attend one query (scaled) to the keys of all chunks, `[k, g, d]`.
+
+    chunks: keys and values `[2, k, s, d]`, all of them visible.
+    """
+    scores = [torch.bmm(q_kgd, chunk[0].transpose(1, 2)) for chunk in chunks]
+    scores_kgs = scores[0] if len(scores) == 1 else torch.cat(scores, dim=2)
+    if softcap is not None:
+        scores_kgs = scores_kgs.div_(softcap).tanh_().mul_(softcap)
+    weights_kgs = torch.softmax(scores_kgs, dim=2)
+    if len(chunks) == 1:
+        return torch.bmm(weights_kgs, chunks[0][1])
+    parts = weights_kgs.split_with_sizes([chunk.shape[2] for chunk in chunks], dim=2)
+    out_kgd = torch.bmm(parts[0], chunks[0][1])
+    for part, chunk in zip(parts[1:], chunks[1:], strict=True):
+        out_kgd.baddbmm_(part, chunk[1])
+    return out_kgd
 
 
 def attention_by_matmul(

@@ -1,4 +1,4 @@
-"""The dense decoders of today, one small module each: fields of `config.json` and names of tensors, both ways.
+"""The decoders of today, dense and with experts, one small module each: fields of `config.json` and names of tensors, both ways.
 
 A module of this package that defines `FAMILY` is a family; nothing else names it. `Decoder` computes all of
 them: a family says which `ModelConfig` a `config.json` is, and what its tensors are called.

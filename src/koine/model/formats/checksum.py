@@ -14,10 +14,12 @@ import os
 import re
 import struct
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from koine.errors import UserError
 from koine.files import apply_umask
+from koine.hardware import usable_cores
 from koine.model.formats.safetensors_header import MalformedHeaderError, raw_header
 
 KEY = "sha256"
@@ -86,6 +88,52 @@ def write_checksum(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+class RunningChecksum:
+    """The checksum of a file that is written in order: its tensors are hashed while they are in memory.
+
+    A thread hashes one tensor while the next is computed.
+
+    Args:
+        path: a file with length and header, which has `NO_CHECKSUM`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        header = _header(path)
+        place = _place(header)
+        assert place is not None
+        assert place[1] == NO_CHECKSUM
+        self.path, self._place = path, place[0]
+        self._digest = hashlib.sha256(header)
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def add(self, data: memoryview) -> None:
+        """Add the bytes that follow; they must not change meanwhile."""
+        self._wait()
+        self._last = self._thread.submit(self._digest.update, data)
+
+    def _wait(self) -> None:
+        # At most one tensor waits beside the one that is computed.
+        if self._last is not None:
+            self._last.result()
+
+    def write(self) -> None:
+        """Write the checksum into the header of the complete file."""
+        self._wait()
+        self._thread.shutdown()
+        with self.path.open("r+b") as file:
+            file.seek(self._place)
+            file.write(self._digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def stored_checksum(path: Path) -> str | None:
+    """Return the checksum that a file carries; None without one."""
+    place = _place(_header(path))
+    return None if place is None or place[0] < 0 or place[1] == NO_CHECKSUM else place[1]
+
+
 def _sort_metadata(path: Path, header: bytes) -> None:
     """Sort the keys of the metadata, so that the same weights give the same bytes.
 
@@ -135,24 +183,31 @@ def verify_checksums(files: Iterable[Path]) -> None:
 
     Verified files are remembered and not read again. Raises `UserError` with the name of a damaged file.
     """
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
-        place = _place(_header(path))
-        if place is None or place[1] == NO_CHECKSUM:
-            continue
-        state = _state(path)
-        if _is_remembered(state):
-            continue
-        if place[0] < 0 or _digest(path, place[0]) != place[1]:
-            raise UserError(
-                "does not match the sha256 that it carries; it is damaged",
-                where=path,
-                hint="copy it again, or build it again",
-            )
-        # A file that changed while it was read is not remembered.
-        if _state(path) == state:
-            _remember(state)
+    todo = [path for path in files if path.suffix == ".safetensors"]
+    if len(todo) == 1:
+        _verify(todo[0])
+    elif todo:
+        # Hashing releases the interpreter's lock.
+        with ThreadPoolExecutor(min(len(todo), usable_cores())) as pool:
+            list(pool.map(_verify, todo))
+
+
+def _verify(path: Path) -> None:
+    place = _place(_header(path))
+    if place is None or place[1] == NO_CHECKSUM:
+        return
+    state = _state(path)
+    if _is_remembered(state):
+        return
+    if place[0] < 0 or _digest(path, place[0]) != place[1]:
+        raise UserError(
+            "does not match the sha256 that it carries; it is damaged",
+            where=path,
+            hint="copy it again, or build it again",
+        )
+    # A file that changed while it was read is not remembered.
+    if _state(path) == state:
+        _remember(state)
 
 
 def _state(path: Path) -> str:

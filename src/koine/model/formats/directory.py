@@ -5,12 +5,13 @@ A block's fused projections are split when saved and joined when loaded (`tensor
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,30 @@ from koine.files import disk_errors, write_json
 from koine.hub import model_folder
 from koine.model.config import ModelConfig
 from koine.model.decoder import Decoder
-from koine.model.families.family import TensorNames
+from koine.model.families.family import OWN_NAMES, TensorNames
 from koine.model.families.reading import null_or
-from koine.model.formats.checksum import KEY, NO_CHECKSUM, verify_checksums, write_checksum
+from koine.model.formats.checksum import (
+    KEY,
+    NO_CHECKSUM,
+    RunningChecksum,
+    verify_checksums,
+    write_checksum,
+)
 from koine.model.formats.config_json import read_config, stored_names, to_json
 from koine.model.formats.eos_ids import eos_ids
+from koine.model.formats.fused_experts import TensorSlice, split_experts
 from koine.model.formats.opening import check_tokenizer_hash
+from koine.model.formats.safetensors_header import read_header
+from koine.model.formats.safetensors_stream import DTYPES, CheckpointWriter
 from koine.model.formats.safetensors_writer import save_tensors
-from koine.model.formats.stored_tensors import read_stored, write_stored
+from koine.model.formats.stored_tensors import (
+    CanonicalTensors,
+    class_name,
+    class_tensors,
+    read_stored,
+)
 from koine.model.formats.tensor_names import join_stored, split_stored
-from koine.model.formats.weight_files import open_safetensors, stored_bytes, weight_files, widest
+from koine.model.formats.weight_files import stored_bytes, weight_files, widest
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,6 +52,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+MAX_SHARD_BYTES = 5_000_000_000
+"""Largest weight file of a model that is written in pieces; the default of `transformers`."""
 
 
 def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -44,19 +61,33 @@ def to_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[st
 
     A model that no class computes has names of our own.
     """
-    names = stored_names(config)
+    written = class_tensors(to_canonical(state, config), stored_names(config), config)
+    return {name: tensor.contiguous() for name, tensor in written}
+
+
+def to_canonical(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Convert our state dict to our stored names: a tensor for each projection, heads in our order."""
     out: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name.startswith("blocks."):
             _, index, rest = name.split(".", 2)
-            layers.setdefault(index, {}).update(split_stored(rest, tensor, config, config.layers[int(index)]))
+            parts = split_stored(rest, tensor, config, config.layers[int(index)])
+            out |= {f"{OWN_NAMES.prefix}{index}.{part}": one for part, one in parts.items()}
         else:
-            out[names.top[name]] = tensor
-    for index, tensors in layers.items():
-        for name, tensor in write_stored(tensors, names, config):
-            out[f"{names.prefix}{index}.{name}"] = tensor
-    return {name: tensor.contiguous() for name, tensor in out.items()}
+            out[OWN_NAMES.top[name]] = tensor
+    return out
+
+
+def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return our stored name and the shape of every tensor, without allocating it."""
+    return dict(_canonical_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        state = Decoder(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in to_canonical(state, config).items()}
 
 
 def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -69,39 +100,69 @@ def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a saved model, without allocating it."""
+    return dict(_expected_shapes(config, config.model_type))
+
+
+@functools.lru_cache(maxsize=8)
+def _expected_shapes(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes for a model that was read as `kind`, a field that equal configurations may differ in."""
+    names = stored_names(replace(config, model_type=kind))
     with torch.device("meta"):
-        state = Decoder(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in to_transformers(state, config).items()}
+        ours = {name: torch.empty(shape) for name, shape in canonical_shapes(config).items()}
+    return {name: tuple(tensor.shape) for name, tensor in class_tensors(ours, names, config)}
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """The tensors of one or several safetensors files, each loaded on access."""
+    """The tensors of one or several safetensors files, each read on access.
 
-    def __init__(self, path: Path) -> None:
+    Fused experts (`koine.model.formats.fused_experts`) are split, so that each expert has tensors of its own.
+
+    Args:
+        path: the model's folder.
+        names: of its class.
+    """
+
+    def __init__(self, path: Path, names: TensorNames = OWN_NAMES) -> None:
         self.files = weight_files(path)
-        self._files: dict[str, Any] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._slices: dict[str, TensorSlice] = {}
         for shard in self.files:
-            file = open_safetensors(shard)
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                self._files[key] = file
-                self._shapes[key] = tuple(file.get_slice(key).get_shape())
+            for name, entry in read_header(shard).items():
+                if entry.dtype not in DTYPES:
+                    raise UserError(
+                        f"{name} is of dtype {entry.dtype}",
+                        where=shard,
+                        hint=f"Koine's own decoder reads {', '.join(DTYPES)}",
+                    )
+                whole = TensorSlice(shard, DTYPES[entry.dtype], entry.shape, entry.begin)
+                self._slices |= split_experts(name, whole, names)
         verify_checksums(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the file's header."""
-        return self._shapes[name]
+        return self._slices[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor, from the file's header."""
+        return self._slices[name].dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._files[name].get_tensor(name)
-        assert isinstance(tensor, Tensor)
-        return tensor
+        return self._slices[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._slices)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._slices)
+
+
+def open_canonical(path: Path, config: ModelConfig) -> CanonicalTensors:
+    """Open the tensors of a model directory under our stored names, whatever its class; see `open_weights`."""
+    weights, names = open_weights(path, config), stored_names(config)
+    layout = {
+        name: (weights.dtype(class_name(name, names)), shape)
+        for name, shape in canonical_shapes(config).items()
+    }
+    return CanonicalTensors(weights, layout, names, config)
 
 
 def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
@@ -111,7 +172,7 @@ def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
     shape than `config` describes.
     """
     check_tokenizer_hash(path)
-    weights = StoredWeights(path)
+    weights = StoredWeights(path, stored_names(config))
     expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
     # A tied checkpoint may hold the head a second time, and old ones their rotary tables.
@@ -245,6 +306,77 @@ def save_stored(
         # Sorted names: the same weights give the same bytes.
         _write_weights(dict(sorted(tensors.items())), path / "model.safetensors")
         save_configs(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def save_streamed(
+    tensors: Mapping[str, Tensor],
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    config: ModelConfig,
+    path: Path,
+    *,
+    tokenizer: Path | None = None,
+    eos_ids: Collection[int] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model directory from tensors under our stored names, one after the other (see `save_model`).
+
+    Memory is needed for one tensor, or the parts of a fused one. After an error, `path` is as before.
+
+    Args:
+        tensors: each is looked up once, and written before the next.
+        layout: dtype and shape of each, in the order in which they are looked up.
+        config: of the model.
+        path: the folder to write to.
+        tokenizer: a folder with tokenizer files to copy.
+        eos_ids: besides the configuration's.
+        max_shard_bytes: largest file; with more there are several and an index.
+    """
+    names = stored_names(config)
+    meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
+    written = {name: (one.dtype, tuple(one.shape)) for name, one in class_tensors(meta, names, config)}
+    existed = path.exists()
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        work = path / f".weights.{os.getpid()}.partial"
+        try:
+            work.mkdir()
+            _write_in_order(class_tensors(tensors, names, config), written, work, max_shard_bytes)
+            for file in sorted(work.iterdir()):
+                file.replace(path / file.name)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            if not existed:
+                path.rmdir()
+            raise
+        work.rmdir()
+        kind = str(layout[OWN_NAMES.top["norm.weight"]][0]).removeprefix("torch.")
+        save_configs(config, path, dtype=kind, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def _write_in_order(
+    tensors: Iterable[tuple[str, Tensor]],
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Write tensors, which come in the order of `layout`, to weight files with their checksums."""
+    writer = CheckpointWriter(folder, layout, max_shard_bytes=max_shard_bytes)
+    checksum: RunningChecksum | None = None
+    try:
+        for name, tensor in tensors:
+            file = writer.entries[name].file
+            if checksum is None or checksum.path != file:
+                if checksum is not None:
+                    checksum.write()
+                checksum = RunningChecksum(file)
+            tensor = tensor.contiguous()
+            writer.write(name, tensor)
+            if tensor.numel():
+                checksum.add(memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
+    finally:
+        writer.close()
+    if checksum is not None:
+        checksum.write()
 
 
 def save_configs(

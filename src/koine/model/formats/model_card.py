@@ -17,6 +17,8 @@ from typing import Any, Literal
 from koine import __version__
 from koine.errors import UserError
 from koine.files import read_json_object, write_atomically
+from koine.files.stand_ins import sources_of
+from koine.model.formats.weight_files import ADAPTER_CONFIG
 from koine.plan.command_line import recorded_command
 
 CARD = "README.md"
@@ -56,6 +58,8 @@ class Parent:
         found = _HUB_CACHE.search(self.path.absolute().as_posix() + "/")
         if found is not None:
             return found["name"].replace("--", "/")
+        if (sources := sources_of(self.path)) is not None:
+            return "+".join(Parent(path=source, role=self.role).name for source in sources)
         place = self.path.absolute()
         here = Path.cwd()
         return (place.relative_to(here) if place.is_relative_to(here) else place).as_posix()
@@ -75,6 +79,7 @@ class ModelCard:
         parameters: JSON values that the result depends on.
         figures: Figures of the evaluation.
         tags: The Hub's tags, besides `koine`.
+        license: What the source itself declares, of a model without parents.
     """
 
     title: str
@@ -86,6 +91,7 @@ class ModelCard:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
+    license: str | None = None
 
 
 def write_model_card(folder: Path, card: ModelCard) -> None:
@@ -100,6 +106,9 @@ def card_text(folder: Path, card: ModelCard) -> str:
     config = _read_config(folder)
     metadata = [_metadata(parent.path) for parent in card.parents]
     license_fields, license_text = joined_license([parent.name for parent in card.parents], metadata)
+    if not card.parents and card.license is not None:
+        license_fields = {"license": card.license}
+        license_text = f"`{card.license}`, as the file that it was imported from declares."
     pipeline = _pipeline(folder, config, metadata)
     library = _library(folder, config)
     names = list(dict.fromkeys(parent.name for parent in card.parents))
@@ -215,6 +224,8 @@ def _languages(own: Iterable[str], metadata: Iterable[Mapping[str, Any]]) -> lis
 def _library(folder: Path, config: Mapping[str, Any]) -> str | None:
     if (folder / "modules.json").is_file():
         return "sentence-transformers"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "peft"
     if config.get("model_type") == "koine":
         return "koine"
     return "transformers" if config.get("model_type") else None
@@ -224,6 +235,8 @@ def _pipeline(folder: Path, config: Mapping[str, Any], metadata: list[dict[str, 
     """Return the Hub's name of the model's task: by its class, else as all its parents' cards say."""
     if (folder / "modules.json").is_file():
         return "sentence-similarity"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "text-generation"
     classes = config.get("architectures")
     name = str(classes[0]) if isinstance(classes, list) and classes else ""
     if name.endswith("ForConditionalGeneration") and "vision_config" in config:
@@ -313,6 +326,11 @@ def _loading_section(library: str | None, pipeline: str | None) -> str:
             "from pathlib import Path\n\nfrom koine.model import load_model\n"
             "from koine.tokenizer import load_tokenizer\n\n"
             f'model, tokenizer = load_model(Path("{folder}")), load_tokenizer(Path("{folder}"))'
+        )
+    elif library == "peft":
+        code = (
+            "from peft import AutoPeftModelForCausalLM\n\n"
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")'
         )
     elif library == "transformers":
         name = _AUTO_CLASSES.get(pipeline or "", "AutoModel")

@@ -147,10 +147,10 @@ def check_model_class(value: dict[str, Any], path: Path, transformers: Any) -> N
             where=where,
             hint="give a decoder-only model",
         )
-    _check_fields(value, where)
+    check_fields(value, where)
 
 
-def _check_fields(value: dict[str, Any], where: Path) -> None:
+def check_fields(value: dict[str, Any], where: Path) -> None:
     """Raise `UserError` for fields that name code to fetch, or an unknown dtype."""
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(value.get(name) or ""):

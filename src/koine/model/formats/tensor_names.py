@@ -23,6 +23,7 @@ SAME_NAMES = {
     },
     "out_proj.bias": "self_attn.o_proj.bias",
     "o_proj.bias": "self_attn.o_proj.bias",
+    "shared_gate.weight": "mlp.shared_expert_gate.weight",
     "experts.router.weight": "mlp.router.weight",
     "experts.router.into": "mlp.router.into",
     "experts.router.out": "mlp.router.out",
@@ -136,6 +137,17 @@ def split_stored(name: str, tensor: Tensor, config: ModelConfig, spec: LayerSpec
         places = _feed_forward_places(config)
         return {f"{place}down_proj.weight": one for place, one in zip(places, tensor, strict=True)}
     raise KeyError(name)
+
+
+def fused_modules(name: str, config: ModelConfig) -> list[tuple[list[str], int]]:
+    """Return the stored modules of each projection of a matrix in `FUSED`, with its rows or columns.
+
+    A projection has several modules where each attention expert has its own.
+    """
+    return [
+        ([f"{place}{part}_proj" for place in _places(part, config)], size)
+        for part, size in _segments(name, config)
+    ]
 
 
 def _kind(name: str) -> str:

@@ -123,8 +123,8 @@ def check_adapter(folder: Path) -> None:
     raise UserError(
         f"is a {kind} adapter{of}, not a whole model",
         where=folder,
-        hint="merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-        ".save_pretrained(MODEL)",
+        hint=f"give it with its base, as BASE+{folder}, or merge it: koine model merge-adapter BASE {folder} "
+        "--out MODEL",
     )
 
 

@@ -34,7 +34,8 @@ class FeedForwardExperts(nn.Module):
     def __init__(self, config: ModelConfig, mixture: MixtureConfig) -> None:
         super().__init__()
         count, hidden, width = len(mixture.experts), config.hidden_size, config.intermediate_size
-        self.top_k, self.activation = mixture.top_k, config.activation
+        self.top_k, self.normalise_top_k = mixture.top_k, mixture.normalise_top_k
+        self.activation = config.activation
         self.experts_in = nn.Parameter(torch.empty(count, 2 * width, hidden))
         self.experts_out = nn.Parameter(torch.empty(count, hidden, width))
         self.router = (
@@ -47,8 +48,12 @@ class FeedForwardExperts(nn.Module):
         """Return the weighted sum of each token's experts, and the routing."""
         logits_bte = _upcast(self.router(normed_btd))
         probabilities_bte = torch.softmax(logits_bte, dim=-1)
-        assignments = assign_top_k(probabilities_bte.flatten(0, 1), self.top_k)
-        out = feed_forward_experts(normed_btd.flatten(0, 1), self.experts_in, self.experts_out, assignments)
+        assignments = assign_top_k(
+            probabilities_bte.flatten(0, 1), self.top_k, normalise=self.normalise_top_k
+        )
+        out = feed_forward_experts(
+            normed_btd.flatten(0, 1), self.experts_in, self.experts_out, assignments, self.activation
+        )
         experts_btk = assignments.experts.view(*normed_btd.shape[:2], -1)
         return out.view_as(normed_btd), Routing(logits_bte, probabilities_bte, experts_btk, None)
 
@@ -91,6 +96,7 @@ class ParallelMixtureBlock(ParallelBlock):
         self.attention_experts = (
             None if mixture.attention == "averaged" else AttentionExperts(config, mixture)
         )
+        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if mixture.shared_gate else None
 
     def forward(
         self,
@@ -102,6 +108,8 @@ class ParallelMixtureBlock(ParallelBlock):
         """Return the block's output, see `ParallelBlock`, and the routing of the tokens of `x`."""
         normed_btd = self.norm(x)
         attended_bta, dense_hidden_btf = self.branches(normed_btd, angles, document_starts, attention)
+        if self.shared_gate is not None:
+            dense_hidden_btf = dense_hidden_btf * torch.sigmoid(self.shared_gate(normed_btd))
         attention_logits_bte = bias_btd = None
         if self.attention_experts is not None:
             attended_bta, attention_logits_bte, bias_btd = self.attention_experts(normed_btd, attended_bta)
@@ -122,6 +130,7 @@ class SequentialMixtureBlock(SequentialBlock):
         self.attention_experts = (
             None if mixture.attention == "averaged" else AttentionExperts(config, mixture)
         )
+        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if mixture.shared_gate else None
 
     def forward(
         self,
@@ -143,7 +152,10 @@ class SequentialMixtureBlock(SequentialBlock):
         normed_btd = self.feed_forward_norm(x)
         out_btd, routing = self.experts(normed_btd)
         if self.config.dense_size:
-            out_btd = out_btd + self.feed_forward(normed_btd)
+            shared_btd = self.feed_forward(normed_btd)
+            if self.shared_gate is not None:
+                shared_btd = torch.sigmoid(self.shared_gate(normed_btd)) * shared_btd
+            out_btd = out_btd + shared_btd
         x = self.add(x, self.feed_forward_out_norm(out_btd))
         return x, routing._replace(attention_logits=attention_logits_bte)
 

@@ -1,4 +1,4 @@
-"""SwiGLU experts: tokens are sorted by expert and multiplied by grouped matmuls.
+"""Gated experts (SwiGLU, GeGLU): tokens are sorted by expert and multiplied by grouped matmuls.
 
 Shape suffixes:
     t: tokens; k: experts of each token; n: rows sorted by expert, `t * k` in all; e: experts;
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from koine.hardware import bfloat16_is_fast, processor_flags
+from koine.model.config import Activation
+from koine.model.feed_forward import activate
 
 GROUPED_ROWS = 128
 """Rows of each expert, on average, up to which CPU multiplies all experts in one grouped matmul.
@@ -48,27 +50,31 @@ class Assignments(NamedTuple):
     gates: Tensor
 
 
-def assign_top_k(probabilities: Tensor, k: int) -> Assignments:
+def assign_top_k(probabilities: Tensor, k: int, *, normalise: bool = False) -> Assignments:
     """Assign each token to its `k` most probable experts.
 
-    The gates are their probabilities, not renormalised (arXiv 2408.08274 and 2408.15901).
+    The gates are their probabilities, not renormalised in arXiv 2408.08274 and 2408.15901.
 
     Args:
         probabilities: `[tokens, experts]`.
         k: experts of each token.
+        normalise: divide the gates of a token by their sum (Mixtral, arXiv 2401.04088).
     """
     gates, experts = probabilities.topk(k, dim=-1)
-    return Assignments(experts, gates)
+    return Assignments(experts, gates / gates.sum(dim=-1, keepdim=True) if normalise else gates)
 
 
-def feed_forward_experts(x: Tensor, w_in: Tensor, w_out: Tensor, assignments: Assignments) -> Tensor:
-    """Compute `sum_e gate_e * w_out_e (silu(w_gate_e x) * (w_up_e x))` over each token's experts.
+def feed_forward_experts(
+    x: Tensor, w_in: Tensor, w_out: Tensor, assignments: Assignments, activation: Activation = "silu"
+) -> Tensor:
+    """Compute `sum_e gate_e * w_out_e (activation(w_gate_e x) * (w_up_e x))` over each token's experts.
 
     Args:
         x: `[tokens, hidden]`. Products are in its dtype; on CPU in float32 where bfloat16 is slower.
         w_in: `[experts, 2 * intermediate, hidden]`, the rows of `w_gate`, then those of `w_up`.
         w_out: `[experts, hidden, intermediate]`.
         assignments: see `assign_top_k`.
+        activation: of the gates' units.
 
     Returns:
         `[tokens, hidden]` in the dtype of `x`. It is differentiable in `x`, `w_in`, `w_out` and the gates, on
@@ -86,8 +92,8 @@ def feed_forward_experts(x: Tensor, w_in: Tensor, w_out: Tensor, assignments: As
     w_in, w_out = w_in.to(x.dtype).contiguous(), w_out.to(x.dtype).contiguous()
     experts, gates = assignments.experts, assignments.gates.to(x.dtype)
     if x.device.type == "cuda":
-        return _cuda_experts(x, w_in, w_out, experts, gates)
-    out: Tensor = _cpu_experts(x, w_in, w_out, experts, gates)
+        return _cuda_experts(x, w_in, w_out, experts, gates, activation)
+    out: Tensor = _cpu_experts(x, w_in, w_out, experts, gates, activation)
     return out
 
 
@@ -104,14 +110,19 @@ def _has_grouped_mm(dtype: torch.dtype, w_out_edf: Tensor) -> bool:
 
 
 def _cuda_experts(
-    x_td: Tensor, w_in_egd: Tensor, w_out_edf: Tensor, experts_tk: Tensor, gates_tk: Tensor
+    x_td: Tensor,
+    w_in_egd: Tensor,
+    w_out_edf: Tensor,
+    experts_tk: Tensor,
+    gates_tk: Tensor,
+    activation: Activation,
 ) -> Tensor:
     order_n = experts_tk.flatten().argsort(stable=True)
     ends_e = torch.bincount(experts_tk.flatten(), minlength=len(w_in_egd)).cumsum(0).to(torch.int32)
     times = F.grouped_mm if _has_grouped_mm(x_td.dtype, w_out_edf) else _matmul_each
     x_nd = x_td.index_select(0, order_n // experts_tk.shape[1])
     gate_nf, up_nf = times(x_nd, w_in_egd.transpose(1, 2), offs=ends_e).chunk(2, dim=-1)
-    expert_out_nd = times(F.silu(gate_nf) * up_nf, w_out_edf.transpose(1, 2), offs=ends_e)
+    expert_out_nd = times(activate(gate_nf, activation) * up_nf, w_out_edf.transpose(1, 2), offs=ends_e)
     row_n = torch.empty_like(order_n)
     row_n[order_n] = torch.arange(len(order_n), device=order_n.device)
     expert_out_tkd = expert_out_nd.index_select(0, row_n).view(*experts_tk.shape, -1)
@@ -129,7 +140,12 @@ def _matmul_each(x_nx: Tensor, w_exy: Tensor, *, offs: Tensor) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
 def _cpu_experts(
-    x_td: Tensor, w_in_egd: Tensor, w_out_edf: Tensor, experts_tk: Tensor, gates_tk: Tensor
+    x_td: Tensor,
+    w_in_egd: Tensor,
+    w_out_edf: Tensor,
+    experts_tk: Tensor,
+    gates_tk: Tensor,
+    activation: Activation,
 ) -> Tensor:
     count = w_in_egd.shape[0]
     rows_each = experts_tk.numel() / count
@@ -138,9 +154,9 @@ def _cpu_experts(
     rows = _sort_by_expert(experts_tk, count, grouped=grouped)
     inputs = x_td.to(dtype), w_in_egd, w_out_edf, gates_tk.to(dtype)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        out_td: Tensor = _CpuExperts.apply(*inputs, rows)  # type: ignore[no-untyped-call]
+        out_td: Tensor = _CpuExperts.apply(*inputs, rows, activation)  # type: ignore[no-untyped-call]
     else:
-        out_td = _forward(*inputs, rows)
+        out_td = _forward(*inputs, rows, activation)
     return out_td.to(x_td.dtype)
 
 
@@ -211,6 +227,7 @@ def _forward(
     w_out_edf: Tensor,
     gates_tk: Tensor,
     rows: _Rows,
+    activation: Activation,
     saved: list[Tensor] | None = None,
 ) -> Tensor:
     """Compute `feed_forward_experts`; append what the backward pass needs to `saved`.
@@ -221,15 +238,16 @@ def _forward(
     for group in rows.groups:
         x_nd = x_td.index_select(0, rows.token_n[group.rows])
         gate_nf, up_nf = _gate_and_up(x_nd, w_in_egd, group)
-        silu_nf = F.silu(gate_nf, inplace=saved is None)
         if saved is None:
-            hidden_nf = silu_nf.mul_(up_nf)
+            active_nf = _activate_in_place(gate_nf, activation)
+            hidden_nf = active_nf.mul_(up_nf)
         else:
-            hidden_nf = silu_nf * up_nf
-            saved += x_nd, gate_nf, up_nf, silu_nf
+            active_nf = activate(gate_nf, activation)
+            hidden_nf = active_nf * up_nf
+            saved += x_nd, gate_nf, up_nf, active_nf
         _times(hidden_nf, w_out_edf.transpose(1, 2), group, out=expert_out_nd[group.rows])
         # Free them first, so that the next group's tensors take their places in the caches.
-        del x_nd, gate_nf, up_nf, silu_nf, hidden_nf
+        del x_nd, gate_nf, up_nf, active_nf, hidden_nf
     # One pass over memory for the weighted sum.
     return F.embedding_bag(rows.row_tk, expert_out_nd, mode="sum", per_sample_weights=gates_tk)
 
@@ -239,11 +257,17 @@ class _CpuExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_td: Tensor, w_in_egd: Tensor, w_out_edf: Tensor, gates_tk: Tensor, rows: _Rows
+        ctx: Any,
+        x_td: Tensor,
+        w_in_egd: Tensor,
+        w_out_edf: Tensor,
+        gates_tk: Tensor,
+        rows: _Rows,
+        activation: Activation,
     ) -> Tensor:
         saved: list[Tensor] = []
-        out_td = _forward(x_td, w_in_egd, w_out_edf, gates_tk, rows, saved)
-        ctx.rows = rows
+        out_td = _forward(x_td, w_in_egd, w_out_edf, gates_tk, rows, activation, saved)
+        ctx.rows, ctx.activation = rows, activation
         ctx.save_for_backward(w_in_egd, w_out_edf, gates_tk, *saved)
         return out_td
 
@@ -260,34 +284,59 @@ class _CpuExperts(torch.autograd.Function):
         grad_w_in = _empty_gradient(w_in_egd, rows) if needs_w_in else None
         grad_w_out = _empty_gradient(w_out_edf, rows) if needs_w_out else None
 
-        for group, (x_nd, gate_nf, up_nf, silu_nf) in zip(rows.groups, _fours(saved), strict=True):
+        for group, (x_nd, gate_nf, up_nf, active_nf) in zip(rows.groups, _fours(saved), strict=True):
             grad_nd = grad_td.index_select(0, rows.token_n[group.rows])
             # Gradients without the gate, because the gate's own gradient needs them so.
             grad_hidden_nf = _times(grad_nd, w_out_edf, group)
-            grad_silu_nf = grad_hidden_nf * up_nf
+            grad_active_nf = grad_hidden_nf * up_nf
             if grad_gates_n is not None:
-                torch.sum(grad_silu_nf * silu_nf, dim=1, out=grad_gates_n[group.rows])
+                torch.sum(grad_active_nf * active_nf, dim=1, out=grad_gates_n[group.rows])
             # From here on with the gate.
-            grad_silu_nf.mul_(gates_n1[group.rows])
-            silu_nf = silu_nf * gates_n1[group.rows]
+            grad_active_nf.mul_(gates_n1[group.rows])
+            active_nf = active_nf * gates_n1[group.rows]
             if grad_w_out is not None:
-                grad_w_out = _weight_gradient(grad_nd, silu_nf * up_nf, group, grad_w_out)
+                grad_w_out = _weight_gradient(grad_nd, active_nf * up_nf, group, grad_w_out)
             if grad_x_nd is None and grad_w_in is None:
                 continue
             grad_gate_up_ng = x_nd.new_empty(len(x_nd), w_in_egd.shape[1])
             grad_gate_nf, grad_up_nf = grad_gate_up_ng.chunk(2, dim=1)
-            torch.ops.aten.silu_backward.grad_input(grad_silu_nf, gate_nf, grad_input=grad_gate_nf)
-            torch.mul(grad_hidden_nf, silu_nf, out=grad_up_nf)
+            _activation_gradient(grad_active_nf, gate_nf, ctx.activation, out=grad_gate_nf)
+            torch.mul(grad_hidden_nf, active_nf, out=grad_up_nf)
             if grad_w_in is not None:
                 grad_w_in = _weight_gradient(grad_gate_up_ng, x_nd, group, grad_w_in)
             if grad_x_nd is not None:
                 _times(grad_gate_up_ng, w_in_egd, group, out=grad_x_nd[group.rows])
             # As in the forward pass.
-            del grad_nd, grad_hidden_nf, grad_silu_nf, silu_nf, grad_gate_up_ng, grad_gate_nf, grad_up_nf
+            del grad_nd, grad_hidden_nf, grad_active_nf, active_nf, grad_gate_up_ng, grad_gate_nf, grad_up_nf
 
         grad_x_td = None if grad_x_nd is None else F.embedding_bag(rows.row_tk, grad_x_nd, mode="sum")
         grad_gates_tk = None if grad_gates_n is None else grad_gates_n[rows.row_tk]
-        return grad_x_td, grad_w_in, grad_w_out, grad_gates_tk, None
+        return grad_x_td, grad_w_in, grad_w_out, grad_gates_tk, None, None
+
+
+def _activate_in_place(x: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation to `x` itself."""
+    if activation == "silu":
+        return F.silu(x, inplace=True)
+    if activation == "relu":
+        return F.relu(x, inplace=True)
+    out: Tensor = torch.ops.aten.gelu_(x, approximate=_APPROXIMATION[activation])
+    return out
+
+
+def _activation_gradient(grad: Tensor, x: Tensor, activation: Activation, *, out: Tensor) -> None:
+    """Write the gradient of an activation's input `x` to `out`."""
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+    elif activation == "relu":
+        torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(
+            grad, x, approximate=_APPROXIMATION[activation], grad_input=out
+        )
+
+
+_APPROXIMATION = {"gelu_tanh": "tanh", "gelu": "none"}
 
 
 def _fours(saved: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

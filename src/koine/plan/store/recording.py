@@ -21,6 +21,7 @@ from typing import Any
 
 from koine.errors import KoineWarning, UserError
 from koine.files import before_publishing, read_json, walk, write_json
+from koine.files.stand_ins import sources_of
 from koine.plan.command_line import recorded_command
 from koine.plan.store.fingerprints import digest, fingerprint_of_content, stamp
 from koine.plan.store.provenance import code_version, environment, hashes, manifest_hash, sizes
@@ -165,7 +166,7 @@ def _sources(parents: Parents) -> list[_Source]:
     found: dict[str, _Source] = {}
     for role, value in parents.items():
         given = [value] if isinstance(value, str | Path) else list(value or ())
-        for one in given:
+        for one in (part for each in given for part in sources_of(each) or (each,)):
             # Links are not resolved: an artifact behind a link belongs to the run that holds the link.
             path = Path(os.path.abspath(one))  # noqa: PTH100 - Path.absolute keeps `..`
             found.setdefault(os.path.realpath(one), _Source(role, str(one), path))

@@ -7,6 +7,7 @@ the facts that the checks of later steps build on.
 
 from koine.steps.checks.combinations import combined, copied, grown, merged
 from koine.steps.checks.corpora import domain_text, own_corpus, sample, text_corpus
+from koine.steps.checks.profiles import profile_model, profile_sample, profile_speed, profile_text
 from koine.steps.checks.trainings import (
     domain_tokens,
     evaluated_model,
@@ -29,6 +30,10 @@ __all__ = [
     "merged",
     "moved",
     "own_corpus",
+    "profile_model",
+    "profile_sample",
+    "profile_speed",
+    "profile_text",
     "sample",
     "shared_tokenizer",
     "text_corpus",

@@ -42,6 +42,7 @@ def combined(
 ) -> ModelFacts | None:
     """Check that the branches are dense models of one shape, and that the mixture can be made of them."""
     from koine.combine.moe.branches import check_other_shapes
+    from koine.model.formats.config_json import model_type
     from koine.steps.combination import METHODS
 
     if method not in METHODS:
@@ -63,9 +64,8 @@ def combined(
         )
     if root is None:
         return None
-    return ModelFacts(
-        model_type="koine", config=replace(root, mixture=mixture), vocab_size=known_size(seed_model)
-    )
+    config = replace(root, mixture=mixture)
+    return ModelFacts(model_type=model_type(config), config=config, vocab_size=known_size(seed_model))
 
 
 def combined_mixture(
@@ -146,6 +146,7 @@ def grown(
 ) -> ModelFacts | None:
     """Check that a dense branch of the same shape can become one more expert of a mixture."""
     from koine.combine.moe.branches import check_other_shapes
+    from koine.model.formats.config_json import model_type
 
     config, branch = own_model(model), dense_model(expert)
     if config is None:
@@ -156,7 +157,5 @@ def grown(
         raise UserError(f"has an expert '{domain}' already", where=model.path, hint="choose another name")
     if branch is not None:
         check_other_shapes(config, branch, expert.path, than=model.path)
-    mixture = replace(config.mixture, experts=(*config.mixture.experts, domain))
-    return ModelFacts(
-        model_type="koine", config=replace(config, mixture=mixture), vocab_size=known_size(model)
-    )
+    larger = replace(config, mixture=replace(config.mixture, experts=(*config.mixture.experts, domain)))
+    return ModelFacts(model_type=model_type(larger), config=larger, vocab_size=known_size(model))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from koine.combine.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.errors import UserError
+from koine.model.formats.safetensors_stream import Checkpoint, CheckpointWriter
 from koine.model.formats.weight_files import weight_files
 
 
