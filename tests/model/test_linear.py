@@ -40,7 +40,7 @@ def test_equals_torch_with_gradients(shape: tuple[int, ...], bias: bool) -> None
 
 def test_frozen_weights_get_no_gradient() -> None:
     x, weight = torch.randn(MIN_ROWS, 20, requires_grad=True), torch.randn(12, 20)
-    linear(x, weight).sum().backward()
+    linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(MIN_ROWS, -1))
     assert weight.grad is None
 

@@ -62,7 +62,7 @@ def _onednn_is_faster(x: Tensor, weight: Tensor) -> bool:
 def _prefers_onednn() -> bool:
     """Return whether this build of torch calls MKL on a processor that is not Intel's, and has oneDNN."""
     has_onednn = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return bool(has_onednn and torch.backends.mkl.is_available() and not is_intel())
+    return bool(has_onednn and torch._C.has_mkl and not is_intel())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
