@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from koine.train import chunked_cross_entropy
+from koine.train.loss import default_chunk
 
 
 def inputs(
@@ -64,3 +65,9 @@ def test_no_gradients_without_need() -> None:
     h, w, targets = inputs(torch.float32)
     with torch.no_grad():
         assert not chunked_cross_entropy(h, w, targets).requires_grad
+
+
+def test_a_chunk_of_logits_is_no_larger_than_the_gradient_or_16_megabytes() -> None:
+    assert default_chunk(8192, 256) * 8192 * 4 == 16 * 2**20
+    assert default_chunk(49_152, 576) == 576
+    assert default_chunk(10**6, 32) == 64

@@ -17,6 +17,7 @@ from koine.model.attention.rope import Rotation, apply_rotary, apply_rotary_in_p
 from koine.model.attention.rope_frequencies import Rope, rope_of
 from koine.model.config import LayerSpec, ModelConfig
 from koine.model.feed_forward import hidden_units
+from koine.model.linear import Linear, linear
 from koine.model.moe.routers import Routing
 from koine.model.norm import HeadNorm, Norm
 
@@ -153,8 +154,8 @@ class ParallelBlock(Block):
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__(config, spec)
         self.norm = Norm(config.hidden_size, config)
-        self.in_proj = nn.Linear(config.hidden_size, sum(config.projection_sizes), bias=False)
-        self.out_proj = nn.Linear(
+        self.in_proj = Linear(config.hidden_size, sum(config.projection_sizes), bias=False)
+        self.out_proj = Linear(
             config.attention_size + config.dense_size, config.hidden_size, bias=config.has_out_bias
         )
         self._qkv_size = config.attention_size + 2 * config.kv_size
@@ -211,9 +212,7 @@ class ParallelBlock(Block):
             projected: Tensor = self.in_proj(self.norm(x))[..., : self._qkv_size]
             return projected + self.qkv_bias if self.config.attention_bias else projected
         weight = self.in_proj.weight[: self._qkv_size]
-        return nn.functional.linear(
-            self.norm(x), weight, self.qkv_bias if self.config.attention_bias else None
-        )
+        return linear(self.norm(x), weight, self.qkv_bias if self.config.attention_bias else None)
 
 
 class SequentialBlock(Block):
@@ -228,16 +227,14 @@ class SequentialBlock(Block):
         before = config.arrangement in ("pre_norm", "sandwich")
         after = config.arrangement in ("post_norm", "sandwich")
         self.attention_norm = Norm(hidden, config) if before else nn.Identity()
-        self.qkv_proj = nn.Linear(
-            hidden, config.attention_size + 2 * config.kv_size, bias=config.attention_bias
-        )
-        self.o_proj = nn.Linear(config.attention_size, hidden, bias=config.has_out_bias)
+        self.qkv_proj = Linear(hidden, config.attention_size + 2 * config.kv_size, bias=config.attention_bias)
+        self.o_proj = Linear(config.attention_size, hidden, bias=config.has_out_bias)
         self.attention_out_norm = Norm(hidden, config) if after else nn.Identity()
         self.feed_forward_norm = Norm(hidden, config) if before else nn.Identity()
         gate_up = sum(config.projection_sizes[3:])
         if gate_up:
-            self.gate_up_proj = nn.Linear(hidden, gate_up, bias=config.mlp_bias)
-            self.down_proj = nn.Linear(config.dense_size, hidden, bias=config.mlp_bias)
+            self.gate_up_proj = Linear(hidden, gate_up, bias=config.mlp_bias)
+            self.down_proj = Linear(config.dense_size, hidden, bias=config.mlp_bias)
         self.feed_forward_out_norm = Norm(hidden, config) if after else nn.Identity()
 
     def forward(

@@ -75,18 +75,18 @@ def estimate_training(
     """
     import torch
 
-    from koine.train.loss import CHUNK_BYTES
+    from koine.train.loss import default_chunk
     from koine.train.speed import training_speed
 
     parameters = count_parameters(config).total
     mixed_precision = settings.dtype == "bfloat16"
-    loss_bytes = 3 * CHUNK_BYTES + (3 if mixed_precision else 2) * 4 * config.vocab_size * config.hidden_size
     threads = settings.threads or torch.get_num_threads()
-    seconds, activations, basis, measured = 0.0, 0, "", True
+    seconds, activations, most_tokens, basis, measured = 0.0, 0, 0, "", True
     for shape, steps in mixture.shapes().items():
         rows = settings.micro_batch_rows(shape.batch_size, shape.sequence_length, mixture.sequence_length)
         tokens = rows * shape.sequence_length
         activations = max(activations, activation_bytes(config, settings, tokens))
+        most_tokens = max(most_tokens, tokens)
         speed = training_speed(config, settings, rows, shape.sequence_length, threads)
         basis, measured = speed.basis, measured and speed.measured
         micro_batches = shape.batch_size / rows
@@ -95,6 +95,10 @@ def estimate_training(
             # (`koine.model.moe.losses`).
             micro_batches *= 4 / 3
         seconds += steps * (micro_batches * speed.micro_batch + speed.update)
+    rows_of_logits = min(most_tokens, default_chunk(config.vocab_size, config.hidden_size))
+    loss_bytes = (
+        4 * config.vocab_size * (3 * rows_of_logits + (3 if mixed_precision else 2) * config.hidden_size)
+    )
     # Of a mixture every expert has another number of tokens in every step: the store is full at once.
     seen = MOST_KERNEL_STEPS if config.mixture else min(sum(mixture.shapes().values()), KERNEL_STEPS)
     kernels = KERNEL_BYTES * seen if mixed_precision else 0

@@ -11,9 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from koine.model.linear import times_transposed
+
 IGNORE = -100
 CHUNK_BYTES = 16 * 2**20
-"""Size of the float32 logits of a chunk: larger is no faster, smaller makes the matmuls narrow."""
+"""Least size of the float32 logits of a chunk: smaller makes the matmuls narrow."""
+
+
+def default_chunk(vocab_size: int, hidden_size: int) -> int:
+    """Return the rows of logits in memory at a time.
+
+    At least as many as `CHUNK_BYTES` hold, and as many as make the logits as large as the gradient of the
+    output matrix. Each chunk adds to that gradient, so fewer rows would spend their time on this sum.
+    """
+    return max(64, CHUNK_BYTES // (4 * vocab_size), hidden_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -44,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_nd), chunk):
             hidden_cd, targets_c1 = hidden_nd[start : start + chunk], targets_n[start : start + chunk, None]
             # Hidden states are scaled before the matmul, gradients after it: one pass less over the logits.
-            logits_cv = torch.mm(hidden_cd if scale == 1.0 else hidden_cd * scale, weight_vd.t())
+            logits_cv = times_transposed(hidden_cd if scale == 1.0 else hidden_cd * scale, weight_vd)
             slope_cv = None
             if softcap is not None:
                 shares_cv = logits_cv.div_(softcap).tanh_()
@@ -64,7 +75,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if slope_cv is not None:
                 gradient_cv = gradient_cv.mul_(slope_cv)
             torch.mm(gradient_cv, weight_vd, out=grad_nd[start : start + len(hidden_cd)])
-            if grad_vd is not None:
+            if grad_vd is None:
+                continue
+            if grad_vd.dtype == hidden_cd.dtype:
+                grad_vd.addmm_(gradient_cv.t(), hidden_cd)
+            else:
                 grad_vd += torch.mm(gradient_cv.t(), hidden_cd)
         if grad_nd is not None:
             grad_md = grad_nd.mul_(scale)
@@ -100,14 +115,14 @@ def chunked_cross_entropy(
         targets: `[...]` int64; -100 has no loss and costs no matmul.
         scale: factor on the logits.
         softcap: the scaled logits become `softcap * tanh(logits / softcap)`; None leaves them.
-        chunk: rows of logits in memory at a time; by default as many as `CHUNK_BYTES` hold.
+        chunk: rows of logits in memory at a time; None: `default_chunk`.
 
     Returns:
         A scalar, float32 (float64 for float64).
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     if chunk is None:
-        chunk = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
+        chunk = default_chunk(*weight.shape)
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     result = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         flat, weight.to(flat.dtype), targets.reshape(-1), scale, chunk, with_gradients, softcap

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from koine.model import Decoder, ModelConfig
 from koine.model.attention.cpu_blocked import blocked_attention
+from koine.model.attention.cpu_fused import fused_attention, threads_idle
 from koine.model.attention.cpu_windowed import _document_masks, windowed_attention
 from koine.model.attention.dispatch import (
     _attend_in_blocks,
@@ -239,3 +240,33 @@ def test_packed_documents_equal_separate_ones(tiny: ModelConfig) -> None:
     assert torch.allclose(packed, alone, atol=1e-5)
     # Rotary attention sees differences of positions only, so positions need not begin again at each document.
     assert torch.allclose(shifted, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "kv_heads", "groups"), [(1, 3, 3), (2, 1, 4), (1, 2, 1)])
+def test_the_fused_kernel_with_gradients_by_query_head_equals_the_dense_softmax(
+    batch: int, kv_heads: int, groups: int
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = inputs(batch, 37, kv_heads, groups, torch.float64)
+    heads = q.flatten(2, 3).transpose(1, 2)
+    ours = fused_attention(heads, k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    theirs = dense(q, k, v, None, None)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(ours)
+    for got, want in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradcheck_of_the_fused_kernel() -> None:
+    q = torch.randn(1, 6, 9, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 3, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(fused_attention, (q, k, v))
+
+
+def test_threads_idle_where_key_heads_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert threads_idle(torch.zeros(1, 3, 5, 4), groups=3)
+    assert not threads_idle(torch.zeros(2, 3, 5, 4), groups=3)
+    assert not threads_idle(torch.zeros(1, 3, 5, 4), groups=1)

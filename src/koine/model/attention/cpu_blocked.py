@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Queries of a block.
+BLOCK, BLOCK_BFLOAT16 = 64, 128
+"""Queries of a block; the second of a full layer in bfloat16.
 
-The fastest of 64, 128, 256 at every length and window tried (docs/explanation/log.md).
+Larger ones are fewer operations, but compute more scores that nobody sees (docs/explanation/log.md).
 """
 
 
@@ -162,7 +162,7 @@ def blocked_attention(
     past: int = 0,
     window: int | None = None,
     document_starts: Tensor | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Compute attention of every position to itself and the earlier ones of its window and document.
@@ -174,13 +174,15 @@ def blocked_attention(
         window: a position sees itself and the `window - 1` before it (`None`: all before it).
         document_starts: `[batch, time]` int64, the position at which each query's document begins. At most
             the query's own, so that every row of the softmax has a key (padding begins at itself).
-        block: queries of a block; `time` need not be a multiple of it.
+        block: queries of a block; `time` need not be a multiple of it. None: the fastest.
         softcap: scores become `softcap * tanh(scores / softcap)` before the softmax (Gemma-2).
 
     Returns:
         `[batch * kv_heads, time * groups, head_dim]` in the dtype of `q`. In bfloat16 the scores are rounded
         to bfloat16 before the softmax, which is computed in float32.
     """
+    if block is None:
+        block = BLOCK_BFLOAT16 if q.dtype == torch.bfloat16 and window is None else BLOCK
     result = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
         q, k, v, past, window, document_starts, block, softcap
     )

@@ -3,7 +3,8 @@
 | case | kernel |
 |---|---|
 | CPU, a window much shorter than the sequence | `windowed_attention`: blocks through the fused kernel |
-| CPU, full float32 attention without documents, of a long sequence or without gradients | fused SDPA |
+| CPU, full attention without documents, of a long sequence | `fused_attention`: SDPA's kernel |
+| CPU, full float32 attention without documents or gradients | fused SDPA |
 | CPU, otherwise | `blocked_attention` |
 | accelerator, plain causal | fused SDPA |
 | CUDA, a window or documents, if the sequence has blocks to skip | FlexAttention with a block mask |
@@ -21,14 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from koine.model.attention.cpu_blocked import blocked_attention
+from koine.model.attention.cpu_fused import fused_attention, threads_idle
 from koine.model.attention.cpu_windowed import windowed_attention, windows_are_faster
 from koine.model.attention.flex import FLEX_FROM, FLEX_SMALLEST_HEAD, flex_attend
 
-FUSED_FROM = 1024
-"""Length from which full causal float32 attention on CPU with a backward pass is faster fused than in blocks.
+FUSED_FROM, FUSED_FROM_BFLOAT16 = 1024, 4096
+"""Length from which full causal attention on CPU with a backward pass is faster fused than in blocks.
 
-Without a backward pass it is faster at any length (docs/explanation/log.md).
+In float32 it is faster at any length without a backward pass, in bfloat16 only with heads smaller than
+`BLOCKED_HEAD` (docs/explanation/log.md).
 """
+
+BLOCKED_HEAD = 64
+"""Size of a head from which blocks are faster in bfloat16 at any length."""
 
 
 def attend(
@@ -57,14 +63,15 @@ def attend(
         window = None
     plain = window is None and document_starts is None and softcap is None
     k_bksd, v_bksd = k.transpose(1, 2), v.transpose(1, 2)
-    fused = plain and q.dtype == torch.float32 and (time >= FUSED_FROM or not torch.is_grad_enabled())
-    if q.device.type == "cpu" and not fused:
+    if q.device.type == "cpu" and not (plain and _fused_is_faster(q)):
         on_cpu: Tensor = _attend_on_cpu(
             q, k_bksd, v_bksd, window=window, document_starts=document_starts, softcap=softcap
         )
         return on_cpu
     q_bhtd = q.flatten(2, 3).transpose(1, 2)
-    if plain:
+    if plain and q.device.type == "cpu" and torch.is_grad_enabled() and threads_idle(k_bksd, groups):
+        out_bhtd = fused_attention(q_bhtd, k_bksd, v_bksd)
+    elif plain:
         out_bhtd = F.scaled_dot_product_attention(
             q_bhtd, k_bksd, v_bksd, is_causal=True, scale=1.0, enable_gqa=groups > 1
         )
@@ -77,6 +84,14 @@ def attend(
             q_bhtd, k_bksd, v_bksd, window=window, document_starts=document_starts, softcap=softcap
         )
     return out_bhtd.transpose(1, 2).flatten(2)
+
+
+def _fused_is_faster(q: Tensor) -> bool:
+    """Return whether SDPA's kernel computes full causal attention of `q` `[batch, time, ...]` faster on CPU."""
+    if q.dtype == torch.bfloat16:
+        long, small = q.shape[1] >= FUSED_FROM_BFLOAT16, q.shape[-1] < BLOCKED_HEAD
+        return torch.is_grad_enabled() and long and small
+    return q.dtype == torch.float32 and (q.shape[1] >= FUSED_FROM or not torch.is_grad_enabled())
 
 
 def attend_cached(
