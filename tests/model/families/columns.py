@@ -11,8 +11,7 @@ from pathlib import Path
 
 from koine.errors import UserError
 
-from . import checks, gguf_export
-from . import checks, methods, variants
+from . import checks, combining, gguf_export, methods, variants
 from .cases import Case, first_case
 from .reference import write_checkpoint
 
@@ -83,6 +82,19 @@ COLUMNS: tuple[Column, ...] = (
         "compares the logits of the model that `transformers` reads from the file, for the families that its "
         "reader knows, and for others only exports.",
         check=lambda sample: gguf_export.runs_elsewhere(sample.case, sample.work),
+    ),
+    Column(
+        title="upcycle",
+        meaning="BTX, BAM (both variants) and Nexus make a mixture of branches; of identical branches it is the "
+        "dense model (within 1e-12 in float64).",
+        check=lambda sample: combining.upcycling(sample.folder, sample.case.model_type, sample.work),
+    ),
+    Column(
+        title="LoRA",
+        meaning="`peft` opens the adapter and computes the same logits (within 1e-5).",
+        check=lambda sample: combining.adapter(sample.folder, sample.work),
+    ),
+    Column(
         title="attention variants",
         meaning="Each variant of `--attention` on the checkpoint computes what its class does with those layers "
         "(within 1e-5); the weights stay.",
