@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from koine.combine.moe.branches import open_branch
 from koine.model import LoraConfig, load_causal_lm
+from koine.model.config import MixtureConfig
 from tests.combine.moe.families import write_family
 from tests.combine.moe.test_families import METHODS, logits, relative, upcycle
 
@@ -19,7 +21,9 @@ def upcycling(folder: Path, family: str, work: Path) -> None:
     Nexus adds the shared expert to the routed ones: there the mixture is only opened and computed. Raises
     `UserError` for a model that cannot be upcycled.
     """
-    open_branch(folder, "seed")
+    branch = open_branch(folder, "seed")
+    # Refuses what cannot be an expert.
+    replace(branch.config, mixture=MixtureConfig(experts=("code",)))
     for method in METHODS:
         with tempfile.TemporaryDirectory(dir=work) as place:
             seed, paths = write_family(Path(place), family, ("code", "law"), spread=0.0, dtype=torch.float64)
