@@ -61,7 +61,7 @@ def _angles(positions: Tensor, rope: Rope, config: ModelConfig, lengths: Tensor 
 
 
 class Block(nn.Module):
-    """What both kinds of block share: the heads of q and k, and attention."""
+    """The part that both kinds of block share: the heads of q and k, and attention."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from koine.fields import check_boolean, check_choice, check_integer, check_numbe
 from koine.model.moe.loss_weights import BTX
 
 Arrangement = Literal["parallel", "pre_norm", "post_norm", "sandwich"]
-"""Where a block's norms stand, `A` being attention and `F` the feed-forward.
+"""The place of a block's norms, `A` being attention and `F` the feed-forward.
 
 | arrangement | output | class |
 |---|---|---|

@@ -28,7 +28,7 @@ SPARE_COLUMNS = 32
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer keeps of a token.
+    """The keys and values that one layer keeps of a token.
 
     heads, key_size, value_size: shape of a token's keys and values; itemsize: bytes of one number.
     window: tokens that a query sees, itself included; None for full attention.

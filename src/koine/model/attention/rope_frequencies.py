@@ -25,7 +25,7 @@ from koine.model.config import LayerSpec, ModelConfig, RopeScaling
 
 @dataclass(frozen=True)
 class Rope:
-    """What determines the frequencies of a layer.
+    """All that determines the frequencies of a layer.
 
     context: `max_position_embeddings`, for the scaling.
     """

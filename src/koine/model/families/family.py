@@ -1,4 +1,4 @@
-"""What a family is: how its `config.json` is read and written, and what its tensors are called."""
+"""A family: how its `config.json` is read and written, and what its tensors are called."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LLAMA_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_a
 
 @dataclass(frozen=True, kw_only=True)
 class TensorNames:
-    """What a class calls the modules of a layer, where that differs from our stored names.
+    """The names of a class for the modules of a layer, where that differs from our stored names.
 
     layer: by our name, the class's; `N` stands for the number of an expert.
     fused: by the class's name, our modules whose rows it holds one after another.
