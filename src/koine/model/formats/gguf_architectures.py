@@ -28,7 +28,7 @@ _BIASES: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What llama.cpp computes under one name.
+    """An architecture of llama.cpp: the models that it computes under one name.
 
     name: `general.architecture`.
     pairs: RoPE rotates neighbours (`LLAMA_ROPE_TYPE_NORM`), not halves.

@@ -27,7 +27,7 @@ _NO_SPLIT: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePiece:
-    """What llama.cpp needs of such a tokenizer.
+    """The data of such a tokenizer that llama.cpp needs.
 
     scores: by token of the vocabulary.
     add_space_prefix: a space goes before the text, and in llama.cpp after each special token too.

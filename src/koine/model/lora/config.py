@@ -14,7 +14,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What a LoRA adapter adds to each target: `scale * B A x`, with A `[rank, in]` and B `[out, rank]`.
+    """A LoRA adapter; it adds to each target `scale * B A x`, with A `[rank, in]` and B `[out, rank]`.
 
     Raises `UserError` for a value that is out of its bounds.
     """

@@ -25,7 +25,7 @@ from koine.model.lora.config import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-"""What `peft` puts before the names of the base's modules."""
+"""Prefix of `peft` before the names of the base's modules."""
 BASE_DIGEST = "base_sha256"
 """Metadata of the weights' file: `folder_digest` of the base. `peft` ignores it."""
 

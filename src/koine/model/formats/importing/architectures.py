@@ -120,7 +120,7 @@ MIXTRAL: Final = Architecture(
     constants={"hidden_act": "silu", "sliding_window": None},
     permuted=True,
 )
-"""What `llama` is where the metadata name experts."""
+"""The class for `llama` where the metadata name experts."""
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "llama": _LLAMA,

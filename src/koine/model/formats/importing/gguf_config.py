@@ -35,7 +35,7 @@ _SIZES: Final = ("_size", "_heads", "_layers", "_dim", "experts", "_window", "_e
 
 @dataclass(frozen=True)
 class GgufConfig:
-    """What the metadata say of the model.
+    """The model as the metadata describe it.
 
     Attributes:
         architecture: the entry of the table.

@@ -19,7 +19,7 @@ from koine.tokenizer.template import check_template
 # Of llama.cpp's `llama_token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPACE: Final = "▁"
-"""What SentencePiece writes for a space."""
+"""The character that SentencePiece writes for a space."""
 _GEMMA: Final = ("gemma2", "gemma3")
 _NAMED: Final = {
     "bos_token": "bos_token_id",

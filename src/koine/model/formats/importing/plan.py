@@ -1,4 +1,4 @@
-"""What an import writes: tensors that are read and converted piece by piece, and the files beside them."""
+"""The output of an import: tensors, read and converted piece by piece, and the files beside them."""
 
 from __future__ import annotations
 
