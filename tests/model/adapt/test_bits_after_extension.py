@@ -51,7 +51,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Pat
     root = tmp_path_factory.mktemp("tokenizers")
     tokenizer = trained(GERMAN, 330)
     tokenizer.save(root / "old")
-    extend_tokenizer(root / "old", ((line, 1) for line in KOREAN), new_tokens=12).tokenizer.save(root / "longer")
+    extend_tokenizer(root / "old", ((line, 1) for line in KOREAN), new_tokens=12).tokenizer.save(
+        root / "longer"
+    )
     return tokenizer, root / "longer"
 
 
