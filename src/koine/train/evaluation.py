@@ -27,13 +27,16 @@ def better_evaluation(
 ) -> dict[str, Any] | None:
     """Return the best evaluation so far: the lowest `metric`, or first figure where that is empty.
 
+    `-NAME` is the highest value of the metric NAME.
+
     Raises `UserError` for a metric that the evaluation does not have.
     """
     if not figures:
         return best
-    name = metric or next(iter(figures))
+    given = metric or next(iter(figures))
+    name, sign = (given[1:], -1) if given.startswith("-") else (given, 1)
     if name not in figures:
         raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, figures))
-    if best is None or figures[name] < best["value"]:
-        return {"step": steps_done, "metric": name, "value": figures[name]}
+    if best is None or sign * figures[name] < sign * best["value"]:
+        return {"step": steps_done, "metric": given, "value": figures[name]}
     return best
