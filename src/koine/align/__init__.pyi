@@ -1,0 +1,1 @@
+from .loss_spec import LossSpec as LossSpec
