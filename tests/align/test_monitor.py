@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,10 +28,14 @@ from . import policies
 SAMPLING = Sampling(temperature=0.8, top_p=0.9, seed=3, max_new_tokens=16)
 
 
-def identify(text: str, candidates: Any) -> str:
+class Identified(NamedTuple):
+    code: str
+
+
+def identify(text: str, candidates: Any) -> Identified:
     """A stand-in: even lengths are German."""
-    assert list(candidates) == ["de", "hi"]
-    return "de" if len(text) % 2 == 0 else "hi"
+    assert list(candidates) == ["de", "en", "hi"]
+    return Identified("de" if len(text) % 2 == 0 else "hi")
 
 
 def wanted_number(conversation: Any, completion: str, record: Mapping[str, Any]) -> float | None:
@@ -104,7 +108,10 @@ def test_samples_by_hand() -> None:
     assert figures["ead"] == pytest.approx(fmean(eads))
     assert figures["ead_5"] == pytest.approx(eads[4])
     texts = [tokenizer.decode(tokens) for tokens in shown]
-    right = [identify(text, ["de", "hi"]) == one.language for text, one in zip(texts, prompts, strict=True)]
+    right = [
+        identify(text, ["de", "en", "hi"]).code == one.language
+        for text, one in zip(texts, prompts, strict=True)
+    ]
     assert figures["asked_language"] == pytest.approx(fmean(right))
     # Prompt 0 has no reward: it is counted, and not a reward of 0.
     assert figures["reward/wanted"] == pytest.approx(3.0)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from koine.align.completion_logits import Continuation
-from koine.data.group_tokens import encode_group, split_answer
+from koine.data.formats import RecordFormat
+from koine.data.group_tokens import GROUP_FIELDS, GROUP_FORMATS, encode_group, group_fault, split_answer
+from koine.data.records import RecordReader, read_records
 from koine.errors import KoineWarning, UserError
 from koine.tokenizer import Tokenizer
 
@@ -39,6 +43,53 @@ class HeldOutPrompt:
     messages: tuple[Mapping[str, Any], ...]
     tokens: tuple[int, ...]
     record: Record = field(compare=False)
+
+
+def read_pairs(
+    path: str | Path, *, limit: int | None = None, language: str | None = None, split: str = "all"
+) -> list[dict[str, Any]]:
+    """Return the preference records of a source, at most `limit` of each language, from the start.
+
+    language: of records that name none. Raises `UserError` for records that are no pairs.
+    """
+    reader = read_records(
+        path,
+        language=language,
+        split=split,
+        carry=GROUP_FIELDS["preferences"],
+        record_format=RecordFormat(GROUP_FORMATS["preferences"], "all"),
+        accept=partial(group_fault, kind="preferences"),
+    )
+    return _first(reader, limit)
+
+
+def read_prompts(
+    path: str | Path, *, limit: int | None = None, language: str | None = None, split: str = "all"
+) -> list[dict[str, Any]]:
+    """Return records with a prompt, at most `limit` of each language, from the start.
+
+    They are chats, pairs, prompts with a completion, or texts, which are the user's message. Their answers are
+    not used, but for rewards. language: of records that name none.
+    """
+    return _first(read_records(path, language=language, split=split), limit)
+
+
+def _first(reader: RecordReader, limit: int | None) -> list[dict[str, Any]]:
+    """Return the first `limit` records of each language; warn of bad ones."""
+    records: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    for record in reader:
+        code = str(record.get("language") or "und")
+        counts[code] = counts.get(code, 0) + 1
+        if limit is None or counts[code] <= limit:
+            records.append(dict(record))
+    if reader.bad:
+        warnings.warn(
+            f"{reader.path}: {reader.bad} bad records were left out, the first: {reader.examples[0]}",
+            KoineWarning,
+            stacklevel=3,
+        )
+    return records
 
 
 def encode_pairs(
@@ -72,7 +123,7 @@ def encode_pairs(
 def encode_prompts(
     records: Iterable[Record], tokenizer: Tokenizer, *, context: int | None = None
 ) -> list[HeldOutPrompt]:
-    """Encode the prompts of records: their `prompt`, or `messages` up to the last that is not an answer.
+    """Encode the prompts of records: `prompt`, `messages` up to the last that is not an answer, or `text`.
 
     Prompts that fill the context are left out, with a warning.
 
@@ -102,7 +153,9 @@ def _messages(record: Record) -> Sequence[Mapping[str, Any]]:
         return [{"role": "user", "content": prompt}]
     if prompt:
         return list(prompt)
-    return split_answer(record["messages"])[0] if record.get("messages") else []
+    if record.get("messages"):
+        return split_answer(record["messages"])[0]
+    return [{"role": "user", "content": record["text"]}] if record.get("text") else []
 
 
 def _warn_left_out(count: int, what: str) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,15 +25,25 @@ from koine.align.held_out import HeldOutPair, HeldOutPrompt
 from koine.align.language_means import LanguageMeans
 from koine.align.overoptimisation import DEFAULT, NEEDED, Constants, Verdict, verdict
 from koine.align.own_samples import Sample, sample_completions
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError
 from koine.generate.sampling import Sampling
 from koine.model.language_model import LanguageModel
 from koine.terminal import note
 from koine.tokenizer import Tokenizer
+from koine.train.evaluation import check_metric
 from koine.train.fingerprint import weights_digest
 
-Identify = Callable[[str, Collection[str]], str | None]
-"""`code = identify(text, candidates)`: the language of a text among some; None: unknown."""
+
+class IdentifiedLanguage(Protocol):
+    """The language of a text, as `koine.language_id.identify` returns it."""
+
+    @property
+    def code(self) -> str:
+        """BCP-47."""
+
+
+Identify = Callable[[str, Collection[str] | None], IdentifiedLanguage]
+"""`identify(text, candidates).code` is the language of a text among some; None: among all."""
 Reward = Callable[[Sequence[Mapping[str, Any]], str, Mapping[str, Any]], float | None]
 """`reward(conversation, completion, record)`; None: it failed, which is counted."""
 
@@ -138,8 +148,7 @@ class Monitor:
 
     def check_metric(self, name: str) -> None:
         """Raise `UserError` for a metric that it does not measure; "" is the first, `-NAME` the highest of NAME."""
-        if name and name.removeprefix("-") not in self.names:
-            raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, self.names))
+        check_metric(name, self.names)
 
     def identity(self) -> dict[str, Any]:
         """Return all that determines the figures of a given model, as JSON values."""
@@ -184,7 +193,9 @@ class Monitor:
             self.sampling,
             stop_ids=self._stop_ids(model),
         )
-        candidates = _codes(self.prompts)
+        # With the prompts' language alone as a candidate, every answer would be in it.
+        codes = sorted({*_codes(self.prompts), "en"} - {"und"})
+        candidates = codes if len(codes) > 1 else None
         for prompt, answer in zip(self.prompts, answers, strict=True):
             tokens, code = _shown(answer), prompt.language
             found.add("repetition", code, repetition(tokens))
@@ -192,7 +203,7 @@ class Monitor:
             found.add("cut_off", code, float(not answer.stopped))
             text = self.tokenizer.decode(tokens)
             if self.identify is not None:
-                found.add("asked_language", code, float(self.identify(text, candidates) == code))
+                found.add("asked_language", code, float(self.identify(text, candidates).code == code))
             for name, reward in self.rewards.items():
                 value = reward(prompt.messages, text, prompt.record)
                 found.add(f"reward_failures/{name}", code, float(value is None))

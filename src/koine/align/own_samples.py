@@ -87,8 +87,9 @@ def inference_copy(model: LanguageModel) -> LanguageModel:
     elif isinstance(model, Decoder) and model.adapter is None:
         clone = Decoder(model.config)
         clone.eos_ids = model.eos_ids
+        # What is gathered already, after a forward pass, may be in the precision of the computation.
         gathered: dict[str, Any] = {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+            name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()).float()
             for name, tensor in model.state_dict().items()
         }
         clone.load_state_dict(gathered, assign=True)
