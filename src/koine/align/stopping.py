@@ -132,7 +132,7 @@ def parse_stop_rule(text: str, measured: Collection[str]) -> StopRule:
         raise UserError(
             f"the metric '{name}' is not measured",
             where=where,
-            hint=did_you_mean(name, [*measured, OVEROPTIMISATION]),
+            hint=did_you_mean(name, [*measured, *([OVEROPTIMISATION] if {*NEEDED} <= {*measured} else [])]),
         )
     if not equals:
         return StopWithoutImprovement(metric)
