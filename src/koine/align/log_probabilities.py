@@ -90,7 +90,7 @@ def _by_own_head(model: LanguageModel, hidden_nd: Tensor, targets_n: Tensor) -> 
         return logits_cv.gather(1, targets_c[:, None])[:, 0] - logits_cv.logsumexp(dim=-1)
 
     size = default_chunk(model.vocab_size, hidden_nd.shape[-1])
-    parts = zip(hidden_nd.split(size), targets_n.split(size), strict=True)
+    parts = zip(torch.split(hidden_nd, size), torch.split(targets_n, size), strict=True)
     found = [checkpoint(of_chunk, hidden, targets, use_reentrant=False) for hidden, targets in parts]
     return torch.cat(found) if found else hidden_nd.new_zeros(0, dtype=torch.float32)
 

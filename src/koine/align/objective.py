@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from koine.align.loss_spec import LossSpec
 from torch import Tensor
 
 from koine.align.log_probabilities import completion_log_probabilities
+from koine.align.loss_spec import LossSpec
 from koine.align.reference import ReferenceLogProbabilities
 from koine.data.groups import GroupBatch
 from koine.errors import UserError

@@ -116,7 +116,7 @@ class SegmentContext:
     def _attend_by_segment(self, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows, time = q.shape[:2]
         # One split each: its gradient is one concatenation, where slices would each fill a tensor of zeros.
-        queries, keys, values = (one.flatten(0, 1).split(self._sizes) for one in (q, k, v))
+        queries, keys, values = (one.flatten(0, 1).split_with_sizes(self._sizes) for one in (q, k, v))
         outputs: list[Tensor] = []
         for piece, number in enumerate(self._pieces):
             if number is None:
