@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from koine.align.overoptimisation import DEFAULT, NEEDED, Constants, Verdict, ve
 from koine.align.own_samples import Sample, sample_completions
 from koine.errors import UserError
 from koine.generate.sampling import Sampling
+from koine.language_id import identify
+from koine.languages import LANGUAGES
 from koine.model.language_model import LanguageModel
 from koine.terminal import note
 from koine.tokenizer import Tokenizer
@@ -46,6 +49,15 @@ Identify = Callable[[str, Collection[str] | None], IdentifiedLanguage]
 """`identify(text, candidates).code` is the language of a text among some; None: among all."""
 Reward = Callable[[Sequence[Mapping[str, Any]], str, Mapping[str, Any]], float | None]
 """`reward(conversation, completion, record)`; None: it failed, which is counted."""
+
+
+def installed_identifier() -> Identify | None:
+    """Return `koine.language_id.identify` where its extra is installed; None elsewhere, with a note."""
+    if importlib.util.find_spec("py3langid") is None:
+        note("the language of the answers is not measured: pip install 'koine-lm[langid]'", err=True)
+        return None
+    return identify
+
 
 SAMPLING = Sampling(temperature=0.5, top_p=0.75, seed=0, max_new_tokens=256)
 """The paper's sampling, with fewer tokens."""
@@ -194,7 +206,7 @@ class Monitor:
             stop_ids=self._stop_ids(model),
         )
         # With the prompts' language alone as a candidate, every answer would be in it.
-        codes = sorted({*_codes(self.prompts), "en"} - {"und"})
+        codes = sorted(({*_codes(self.prompts)} & LANGUAGES.keys()) | {"en"})
         candidates = codes if len(codes) > 1 else None
         for prompt, answer in zip(self.prompts, answers, strict=True):
             tokens, code = _shown(answer), prompt.language

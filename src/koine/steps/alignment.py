@@ -46,6 +46,7 @@ def watch_models(
     from koine.align.behaviour_report import behaviour_blocks
     from koine.align.behaviour_table import SAMPLES, TABLE, read_table
     from koine.align.held_out import read_pairs, read_prompts
+    from koine.align.monitor import installed_identifier
     from koine.align.watch import watch_models as watch
     from koine.generate.sampling import Sampling
     from koine.hardware import chosen_device
@@ -58,6 +59,7 @@ def watch_models(
         pairs=held_out,
         prompts=asked,
         reference=reference,
+        identify=installed_identifier(),
         sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens),
         device=chosen_device(device),
         dtype=dtype,

@@ -114,7 +114,7 @@ def make_monitor(
         reference: opens the reference on the policy's device; None: no KL.
     """
     from koine.align.held_out import encode_pairs, encode_prompts, read_pairs, read_prompts
-    from koine.align.monitor import Monitor
+    from koine.align.monitor import Monitor, installed_identifier
     from koine.generate.sampling import Sampling
     from koine.tokenizer import load_tokenizer
 
@@ -133,5 +133,6 @@ def make_monitor(
             max_new_tokens=options.max_new_tokens,
         ),
         reference=None if reference is None or not options.kl else reference(),
+        identify=installed_identifier(),
         folder=out,
     )
