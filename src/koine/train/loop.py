@@ -115,7 +115,8 @@ def train(
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
     output = OutputFolder(Path(out), tokenizer, init_from)
-    if not data.holds_groups:
+    # A data order of another class need not say so.
+    if not getattr(data, "holds_groups", False):
         check_packed_documents(model, data.mixture, output.path)
     check_chats_keep_completions(cut_text(data))
     stops = stop_identity(stop, evaluate, settings)
