@@ -92,7 +92,7 @@ def write_models(folder: Path, model: Path) -> dict[str, Path]:
     folders = {"policy": folder / "policy", "reference": folder / "reference"}
     save_model(decoder, folders["policy"], tokenizer=model)
     with torch.no_grad():
-        decoder.norm.weight *= 1.05
+        decoder.norm.weight.mul_(1.05)
     save_model(decoder, folders["reference"])
     return folders
 

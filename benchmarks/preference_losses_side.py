@@ -89,6 +89,8 @@ def main() -> None:
         name: AutoModelForCausalLM.from_pretrained(request[name], dtype=torch.float64)
         for name in ("policy", "reference")
     }
+    # `transformers` gives the padding token's input embedding no gradient, also where the token ends an answer.
+    models["policy"].get_input_embeddings().padding_idx = None
     models["tokenizer"] = AutoTokenizer.from_pretrained(request["policy"])
     losses = {}
     for number, case in enumerate(request["cases"]):
