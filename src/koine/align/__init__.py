@@ -1,0 +1,1 @@
+"""Preference training: losses over preferred, labelled and scored completions."""
