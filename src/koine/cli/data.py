@@ -173,6 +173,14 @@ def sample(
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes."
 )
+@click.option(
+    "--kind",
+    type=click.Choice(["documents", "preferences", "labelled", "scored"]),
+    default="documents",
+    show_default=True,
+    help="What a record is: a document, or completions of one prompt (for `koine align`).",
+)
+@click.option("--revision", help="Turn that asks to improve an answer, for --kind preferences (SRPO).")
 @reading_options
 def tokenize(
     source: str,
@@ -180,6 +188,8 @@ def tokenize(
     out: Path,
     overwrite: bool,
     workers: int,
+    kind: Any,
+    revision: str | None,
     fields: tuple[str, ...],
     record_format: str | None,
     take: Any,
@@ -207,8 +217,11 @@ def tokenize(
             unit=unit,
             split=split,
             record_format=RecordFormat(record_format, take),
+            kind=kind,
+            revision=revision,
         )
-    _note_unused_take(reader)
+    if kind == "documents":
+        _note_unused_take(reader)
     totals = TokenSource(out, verify=False).totals()
     rows = [
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -28,6 +28,7 @@ from koine.train.tracking.run_logger import PROJECT, TRACK, TRACK_PROJECT, TRACK
 
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
+    from koine.data.shards import TokenSource
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.model.decoder import Decoder
     from koine.model.language_model import LanguageModel
@@ -186,7 +187,9 @@ def pretrain(
                 "--lora-rank with another attention: the base of the adapter would have its own",
                 hint="train the model with the other attention first, then the adapter",
             )
-        _run(lambda vocab_size: _open_model(model, **chosen), LanguageModelling(), model, options)
+        run_training(
+            lambda vocab_size: open_model(model, **chosen), lambda order: LanguageModelling(), model, options
+        )
         return
 
     def new_model(vocab_size: int) -> Decoder:
@@ -207,7 +210,7 @@ def pretrain(
         torch.manual_seed(options["seed"])
         return Decoder(config)
 
-    _run(new_model, LanguageModelling(), None, options)
+    run_training(new_model, lambda order: LanguageModelling(), None, options)
 
 
 @train.command()
@@ -217,12 +220,18 @@ def pretrain(
 @training_options(packing="no_split")
 def sft(model: Path, **options: Any) -> None:
     """Fine-tune on chats: supervised, with a loss on the completions only."""
-    from koine.train.objectives import SupervisedFineTuning
+    from koine.train.objectives import SupervisedFineTuning, check_chats
 
-    _run(lambda vocab_size: _open_model(model), SupervisedFineTuning(), model, options)
+    run_training(
+        lambda vocab_size: open_model(model),
+        lambda order: SupervisedFineTuning(),
+        model,
+        options,
+        check_sources=check_chats,
+    )
 
 
-def _open_model(path: Path, **attention: Any) -> LanguageModel:
+def open_model(path: Path, **attention: Any) -> LanguageModel:
     """Return the model in a folder, with other attention where options of it are given (not None)."""
     from koine.model.attention_change import change_attention, describe_change
     from koine.model.causal_lm import load_as_stored
@@ -254,19 +263,24 @@ def _take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
     return cls(**{field.name: options.pop(prefix + field.name) for field in dataclasses.fields(cls)})
 
 
-def _run(
+def run_training(
     make_model: Callable[[int], LanguageModel],
-    objective: Objective,
+    make_objective: Callable[[Any], Objective],
     init_from: Path | None,
     options: dict[str, Any],
+    *,
+    check_sources: Callable[[Iterable[TokenSource]], None] | None = None,
+    groups: bool = False,
 ) -> None:
     """Check the options, then train, or print an estimate for `--dry-run`.
 
     Args:
         make_model: returns the model for data with this many ids.
-        objective: what to minimise.
+        make_objective: returns what to minimise, for the data order; not called for a dry run.
         init_from: the folder that the model comes from.
         options: the other options of the command.
+        check_sources: raises `UserError` for token shards that the objective cannot use.
+        groups: whether the data are groups of completions (`koine.data.PreferenceOrder`).
     """
     data: DataOptions = _take(DataOptions, options)
     evaluation: EvaluationOptions = _take(EvaluationOptions, options)
@@ -284,9 +298,9 @@ def _run(
     mixture = build_mixture(data, settings.seed)
     if data.fresh_data:
         mixture = _after_documents_seen(mixture, init_from)
-    vocab_size = _check_shards(mixture, objective, tokenizer)
+    vocab_size = _check_shards(mixture, check_sources, tokenizer)
 
-    from koine.data import DataOrder
+    from koine.data import DataOrder, PreferenceOrder
     from koine.data.cut_text import check_chats_keep_completions
     from koine.train.model_adapters import check_data_fits_model, check_packed_documents
 
@@ -296,9 +310,10 @@ def _run(
 
         add_lora(model, lora, base=init_from, seed=settings.seed)
     check_data_fits_model(model, mixture, vocab_size)
-    check_packed_documents(model, mixture, run.out)
+    if not groups:
+        check_packed_documents(model, mixture, run.out)
     # A dry run too reports all errors and warnings of the data.
-    order = DataOrder(mixture)
+    order = PreferenceOrder(mixture) if groups else DataOrder(mixture)
     check_chats_keep_completions(order.cut_text)
     evaluate = _make_probe(evaluation, tokenizer, settings.best_metric) if evaluation.evaluate_data else None
     if run.dry_run:
@@ -316,7 +331,7 @@ def _run(
     with recorded_output(run.out, parents, metrics=lambda folder: final_metrics(folder / "metrics.jsonl")):
         train_model(
             model,
-            objective,
+            make_objective(order),
             order,
             settings,
             out=run.out,
@@ -347,19 +362,20 @@ def _check_lora(lora: LoraConfig, base: Path | None) -> None:
         )
 
 
-def _check_shards(mixture: Mixture, objective: Objective, tokenizer: Path | None) -> int:
+def _check_shards(
+    mixture: Mixture, check: Callable[[Iterable[TokenSource]], None] | None, tokenizer: Path | None
+) -> int:
     """Return the number of ids of the mixture's token shards.
 
-    Raises `UserError` for documents where chats are needed, and for shards made with another tokenizer.
+    Raises `UserError` for shards that `check` refuses, and for shards made with another tokenizer.
     """
     from koine.data import TokenSource
     from koine.files import sha256_file
-    from koine.train.objectives import SupervisedFineTuning, check_chats
 
     paths = dict.fromkeys(Path(source.path) for phase in mixture.phases for source in phase.all_sources)
     shards = {path: TokenSource(path, verify=False) for path in paths}
-    if isinstance(objective, SupervisedFineTuning):
-        check_chats(shards.values())
+    if check is not None:
+        check(shards.values())
     if tokenizer is not None and not (tokenizer / "tokenizer.json").exists():
         raise UserError("no tokenizer here", where=tokenizer, hint="give a folder with tokenizer.json")
     if tokenizer is not None:

@@ -110,7 +110,8 @@ def train(
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
     output = OutputFolder(Path(out), tokenizer, init_from)
-    check_packed_documents(model, data.mixture, output.path)
+    if not data.holds_groups:
+        check_packed_documents(model, data.mixture, output.path)
     check_chats_keep_completions(cut_text(data))
     with (
         disk_errors(output.path),

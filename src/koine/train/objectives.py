@@ -39,8 +39,9 @@ class Objective(Protocol):
                 return arguments_identity(self)
     """
 
-    def __call__(self, model: Any, batch: Batch, /) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss, a scalar summed over the units of `batch`, and metrics.
+    def __call__(self, model: Any, batch: Any, /) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of a batch of the data order (`Batch`, or `GroupBatch` of groups), a scalar summed
+        over the units, and metrics.
 
         `metrics["units"]` is the number of units; every other metric is a sum over them too. The loop divides
         loss and metrics by the units of all micro-batches and ranks.

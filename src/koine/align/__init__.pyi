@@ -1,0 +1,7 @@
+from .log_probabilities import LogProbabilities as LogProbabilities
+from .log_probabilities import completion_log_probabilities as completion_log_probabilities
+from .loss_spec import LossSpec as LossSpec
+from .objective import PreferenceObjective as PreferenceObjective
+from .objective import preference_objective as preference_objective
+from .reference import ReferenceLogProbabilities as ReferenceLogProbabilities
+from .reference import reference_log_probabilities as reference_log_probabilities

@@ -1,0 +1,106 @@
+"""`koine align train`: offline preference training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from koine.cli.arguments import MODEL
+from koine.cli.commands import Command
+from koine.cli.train import open_model, run_training, training_options
+from koine.errors import UserError
+
+if TYPE_CHECKING:
+    from koine.align.loss_spec import LossSpec
+    from koine.align.objective import PreferenceObjective
+    from koine.align.reference import ReferenceLogProbabilities
+    from koine.data.preference_order import PreferenceOrder
+
+START, NONE = "start", "none"
+
+
+@click.command(cls=Command)
+@click.option(
+    "--model", type=MODEL, required=True, help="Model folder, or OWNER/NAME of the hub, to start from."
+)
+@click.option(
+    "--loss",
+    required=True,
+    metavar="LOSS",
+    help="Sum of losses, for example dpo:beta=0.1+nll:weight=0.2.",
+)
+@click.option(
+    "--reference",
+    default=START,
+    show_default=True,
+    metavar="start|MODEL|none",
+    help="Reference of the loss: the model before this training, a model folder, or none.",
+)
+@click.option(
+    "--reference-cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that keeps the reference's log-probabilities.  [default: ~/.cache/koine/reference]",
+)
+@training_options(packing="no_split")
+def train(model: Path, loss: str, reference: str, reference_cache: Path | None, **options: Any) -> None:
+    """Train on groups of completions: preferences, labelled or scored ones.
+
+    --data is written by `koine data tokenize --kind preferences`, `labelled` or `scored`.
+    """
+    from koine.align.loss_spec import LossSpec
+
+    spec = LossSpec.parse(loss)
+    place = model if reference == START else None if reference == NONE else Path(reference)
+    if place is None and spec.needs_reference:
+        raise UserError(
+            f"the loss {spec} needs a reference", hint="give --reference start or --reference MODEL"
+        )
+    if place is not None and not place.is_dir():
+        raise UserError("no such model directory", where=place, hint="give start, none or a model folder")
+
+    def objective(order: PreferenceOrder) -> PreferenceObjective:
+        from koine.align.objective import PreferenceObjective
+
+        found = None if place is None else _reference(place, order, reference_cache, options)
+        return PreferenceObjective(spec, found)
+
+    run_training(
+        lambda vocab_size: open_model(model),
+        objective,
+        model,
+        dict(options),
+        check_sources=lambda sources: _check_groups(spec, sources),
+        groups=True,
+    )
+
+
+def _check_groups(spec: LossSpec, sources: Any) -> None:
+    """Raise `UserError` for groups that the loss cannot take."""
+    for source in sources:
+        if source.kind == "documents":
+            raise UserError(
+                "holds documents, not groups of completions",
+                where=source.path,
+                hint=f"tokenize with --kind {spec.groups}",
+            )
+        counts = {sum(one.completion for one in source.segments(number)) for number in range(len(source))}
+        spec.check_groups(source.kind, sorted(counts), source.path)
+
+
+def _reference(
+    place: Path, order: PreferenceOrder, cache: Path | None, options: dict[str, Any]
+) -> ReferenceLogProbabilities:
+    import torch
+
+    from koine.align.reference import default_cache, reference_log_probabilities
+    from koine.hardware import chosen_device, chosen_dtype
+
+    return reference_log_probabilities(
+        open_model(place),
+        order,
+        cache=cache or default_cache(),
+        dtype=getattr(torch, chosen_dtype(options["dtype"])),
+        device=chosen_device(options["device"]),
+    )

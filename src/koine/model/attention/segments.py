@@ -1,0 +1,170 @@
+"""Attention over trees of segments: completions that share their prompt's keys and values.
+
+A segment attends to the segments on its path to the root, all of their tokens, and causally to itself
+(`koine.data.groups`). Windows count positions of the conversation, not columns of the row.
+
+| device | kernel |
+|---|---|
+| CPU | each segment in one call, over the keys of its path |
+| accelerator | SDPA with one dense mask a window |
+
+Shapes: b rows, t columns, k key heads, g query heads of a key head, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from koine.model.attention.dispatch import attend, attend_cached, masked_attend
+
+
+class SegmentPlace(NamedTuple):
+    """Columns `[start, start + length)` of a row, and the index of the segment that it continues, or -1."""
+
+    row: int
+    start: int
+    length: int
+    parent: int
+
+
+class SegmentContext:
+    """An `AttentionContext` of rows of segments, for training: it stores nothing."""
+
+    def __init__(
+        self,
+        segments: Sequence[SegmentPlace],
+        positions: Tensor,
+        windows: Sequence[int | None],
+        softcap: float | None = None,
+    ) -> None:
+        """Plan the attention of a batch.
+
+        Args:
+            segments: in the order of rows and columns; the columns between them are padding.
+            positions: `[b, t]`, of each token in its conversation.
+            windows: of each layer (`LayerSpec.window`).
+            softcap: cap of the scores.
+        """
+        self._positions, self._windows, self._softcap = positions, windows, softcap
+        rows, time = positions.shape
+        # Segments and the padding between them, as one list of pieces of all `rows * time` columns.
+        self._sizes: list[int] = []
+        self._pieces: list[int | None] = []
+        self._piece_of: list[int] = []
+        end = 0
+        for number, one in enumerate(segments):
+            start = one.row * time + one.start
+            self._add_padding(start - end)
+            self._piece_of.append(len(self._sizes))
+            self._sizes.append(one.length)
+            self._pieces.append(number)
+            end = start + one.length
+        self._add_padding(rows * time - end)
+        self._paths = [_path(segments, number) for number in range(len(segments))]
+        lengths = torch.zeros(rows * time, dtype=torch.int64)
+        for one, path in zip(segments, self._paths, strict=True):
+            start = one.row * time + one.start
+            lengths[start : start + one.length] = sum(segments[number].length for number in path)
+        self._lengths = lengths.view(rows, time).to(positions.device)
+        self._segments = segments
+        self._masks: dict[int | None, Tensor] = {}
+
+    def _add_padding(self, size: int) -> None:
+        if size:
+            self._sizes.append(size)
+            self._pieces.append(None)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions for RoPE, `[b, t]`."""
+        return self._positions
+
+    @property
+    def lengths(self) -> Tensor:
+        """Length of the conversation up to the end of each position's segment, `[b, t]`."""
+        return self._lengths
+
+    def finish(self) -> None:
+        """Do nothing: there is no cache."""
+
+    def attend_packed(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
+        """Raise `NotImplementedError`: this context is for whole batches."""
+        raise NotImplementedError("segments are attended to in whole batches")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend each token to its path (`AttentionContext.attend`)."""
+        window = self._windows[layer]
+        if q.device.type != "cpu":
+            q_bhtd = q.flatten(2, 3).transpose(1, 2)
+            out_bhtd = masked_attend(
+                q_bhtd,
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                window=None,
+                document_starts=None,
+                softcap=self._softcap,
+                mask=self._mask(window),
+            )
+            return out_bhtd.transpose(1, 2).flatten(2)
+        return self._attend_by_segment(window, q, k, v)
+
+    def _attend_by_segment(self, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, time = q.shape[:2]
+        # One split each: its gradient is one concatenation, where slices would each fill a tensor of zeros.
+        queries, keys, values = (one.flatten(0, 1).split_with_sizes(self._sizes) for one in (q, k, v))
+        outputs: list[Tensor] = []
+        for piece, number in enumerate(self._pieces):
+            if number is None:
+                outputs.append(q.new_zeros(self._sizes[piece], q[0, 0].numel()))
+                continue
+            own, path = queries[piece][None], self._paths[number]
+            if len(path) == 1:
+                one = attend(
+                    own,
+                    keys[piece][None],
+                    values[piece][None],
+                    window=window,
+                    document_starts=None,
+                    softcap=self._softcap,
+                )
+            else:
+                pieces = [self._piece_of[other] for other in path]
+                seen_k, seen_v = (
+                    torch.cat([part[other] for other in pieces]).transpose(0, 1)[None]
+                    for part in (keys, values)
+                )
+                one = attend_cached(own, seen_k, seen_v, window=window, softcap=self._softcap)
+            outputs.append(one[0])
+        return torch.cat(outputs).view(rows, time, -1)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Return what each position sees, `[b, 1, t, t]` bool; padding sees itself."""
+        if window not in self._masks:
+            rows, time = self._positions.shape
+            mask = torch.zeros(rows, time, time, dtype=torch.bool)
+            positions = self._positions.cpu()
+            for one, path in zip(self._segments, self._paths, strict=True):
+                query = slice(one.start, one.start + one.length)
+                for number in path:
+                    other = self._segments[number]
+                    mask[one.row, query, other.start : other.start + other.length] = True
+            distance = positions[:, :, None] - positions[:, None, :]
+            mask &= distance >= 0
+            if window is not None:
+                mask &= distance < window
+            mask |= torch.eye(time, dtype=torch.bool)
+            self._masks[window] = mask[:, None].to(self._positions.device)
+        return self._masks[window]
+
+
+def _path(segments: Sequence[SegmentPlace], number: int) -> list[int]:
+    """Return the segments from the root to segment `number`, both included."""
+    path = [number]
+    while segments[path[-1]].parent >= 0:
+        path.append(segments[path[-1]].parent)
+    return path[::-1]
