@@ -50,7 +50,7 @@ REWARDS: Mapping[str, type[Any]] = {
     "unit-tests": UnitTests,
 }
 _ARGUMENTS = {"reward-model": "scorer", "judge": "engine"}
-"""Fields that are objects, not settings: `RewardSpec.build` gets them."""
+"""Fields that are models, not settings: `RewardSpec.build` gets them, and the judge's `template`."""
 
 _QUOTED = r"'[^']*'|\"[^\"]*\""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -71,7 +71,12 @@ class RewardTerm:
     name: str
     settings: Mapping[str, Any]
 
-    def build(self, scorer: Scorer | None = None, engine: Engine | None = None) -> Reward:
+    def build(
+        self,
+        scorer: Scorer | None = None,
+        engine: Engine | None = None,
+        judge_template: str | None = None,
+    ) -> Reward:
         """Return the reward; see `RewardSpec.build`."""
         if ":" in self.name:
             return load_function(self.name, self.settings)
@@ -83,6 +88,8 @@ class RewardTerm:
                 f"the reward '{self.name}' needs a {'reward model' if needed == 'scorer' else 'judge'}",
                 hint=f"give its `{needed}`",
             )
+        if self.name == "judge" and judge_template is not None:
+            given["template"] = judge_template
         reward: Reward = REWARDS[self.name](**given, **self.settings)
         return reward
 
@@ -109,19 +116,26 @@ class RewardSpec:
         """The models that `build` needs: `scorer`, `engine`, both or none."""
         return frozenset(_ARGUMENTS[term.name] for term in self.terms if term.name in _ARGUMENTS)
 
-    def build(self, *, scorer: Scorer | None = None, engine: Engine | None = None) -> Reward:
+    def build(
+        self,
+        *,
+        scorer: Scorer | None = None,
+        engine: Engine | None = None,
+        judge_template: str | None = None,
+    ) -> Reward:
         """Return the reward.
 
         Args:
             scorer: the reward model of `reward-model`.
             engine: the judge of `judge`. It must not be the reward model.
+            judge_template: the judge's prompt; None for `koine.align.rewards.models.TEMPLATE`.
 
         Raises:
             UserError: a model is missing, the judge is the reward model, a user's function cannot be loaded.
         """
         if self.needs >= {"scorer", "engine"} and scorer is not None and engine is not None:
             check_held_out(engine, [scorer])
-        rewards = tuple(term.build(scorer, engine) for term in self.terms)
+        rewards = tuple(term.build(scorer, engine, judge_template) for term in self.terms)
         if len(rewards) == 1 and self.terms[0].weight == 1:
             return rewards[0]
         return WeightedSum(
@@ -228,7 +242,7 @@ def setting_types(name: str) -> dict[str, Any]:
     return {
         field.name: hints[field.name]
         for field in dataclasses.fields(kind)
-        if field.init and field.name != argument
+        if field.init and field.name not in (argument, "template")
     }
 
 
