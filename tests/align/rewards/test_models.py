@@ -11,9 +11,11 @@ import pytest
 from koine.align.rewards.models import NO_MARK, Judge, ModelReward, check_held_out, models_of
 from koine.align.rewards.reward import Answered, RewardFailure, RewardSummary, score
 from koine.errors import UserError
+from koine.generate import RemoteEngine
 from koine.generate.engine import Completion
 from koine.generate.messages import Message
 from koine.generate.sampling import Sampling
+from tests.generate.remote.test_engine import Endpoint
 
 ASKED: list[Message] = [{"role": "user", "content": "What is {answer}?"}]
 
@@ -75,6 +77,7 @@ def test_another_number_of_scores() -> None:
         ("Mark: 1", 0.0, None),
         ("**Mark: 5.5**\n", 0.5, None),
         ("mark：4/10.", 1 / 3, None),
+        ("Not Mark: 10 but Mark: 1", 0.0, None),
         ("Mark: 10\nI am not sure.", None, NO_MARK),
         ("", None, NO_MARK),
         ("I refuse.", None, NO_MARK),
@@ -117,6 +120,38 @@ def test_the_judge_must_not_be_the_reward_model(tmp_path: Path) -> None:
     check_held_out(engine, [Says([])])
     check_held_out("openai/x", ["openai/y", engine])
     check_held_out(engine, models_of(ModelReward(scorer=Scores([]))))
+
+
+def test_two_engines_of_one_endpoint_are_the_same_judge() -> None:
+    def engine(model: str, port: int = 1) -> RemoteEngine:
+        return RemoteEngine(f"http://127.0.0.1:{port}/v1", model)
+
+    with pytest.raises(UserError, match="the judge is the reward model"):
+        check_held_out(engine("a"), models_of(Judge(engine=engine("a"))))
+    check_held_out(engine("a"), [engine("b"), engine("a", 2)])
+
+
+def test_a_judge_behind_an_endpoint() -> None:
+    """The engine of an endpoint, against a server in a process of its own."""
+    endpoint = Endpoint()
+    try:
+        judge = Judge(
+            engine=RemoteEngine(endpoint.url, "judge", log_probabilities=False),
+            template="{conversation}{answer}",
+        )
+        prompt = judge.prompt(answered("ok")[0])
+        endpoint.plan(
+            **{
+                prompt: [{"content": "Fine.\nMark: 10"}],
+                judge.prompt(answered("no")[0]): [{"content": "No."}],
+            }
+        )
+        outcomes = score(judge, answered("ok", "no"))
+        assert [outcome.value for outcome in outcomes] == [1.0, None]
+        assert outcomes[1].failure == NO_MARK
+        assert endpoint.bodies()[0]["temperature"] == 0
+    finally:
+        endpoint.close()
 
 
 def test_a_copy_of_the_reward_model_is_the_reward_model(tmp_path: Path) -> None:

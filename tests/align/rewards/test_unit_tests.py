@@ -56,7 +56,8 @@ def test_shares() -> None:
     programs = ("return x * x", "return 0", "return x * x if x < 2 else 0", "return x +")
     completions = [f"Here:\n```python\ndef f(x):\n    {body}\n```\n" for body in programs]
     outcomes = score(
-        UnitTests(workers=2), [Answered([], text, {"tests": TESTS}) for text in (*completions, "none")]
+        UnitTests(workers=2, seconds=20),
+        [Answered([], text, {"tests": TESTS}) for text in (*completions, "none")],
     )
     assert [outcome.value for outcome in outcomes] == [1.0, 0.25, 0.5, 0.0, -1.0]
 

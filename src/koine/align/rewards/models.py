@@ -135,10 +135,10 @@ class Judge:
     def read_mark(self, response: str) -> RewardOutcome:
         """Return the mark in the last line of a response, scaled to 0 to 1."""
         lines = response.strip().splitlines()
-        found = _MARK.search(lines[-1]) if lines else None
-        if found is None:
+        found = _MARK.findall(lines[-1]) if lines else []
+        if not found:
             return RewardOutcome(None, NO_MARK)
-        mark = float(found.group(1))
+        mark = float(found[-1])
         if not self.low <= mark <= self.high:
             return RewardOutcome(None, f"the judge's mark is not from {self.low:g} to {self.high:g}")
         return RewardOutcome((mark - self.low) / (self.high - self.low))
@@ -175,12 +175,12 @@ def models_of(reward: object) -> tuple[object, ...]:
 
 
 def _name(model: object) -> Any:
-    """Return what names a model: a path or name, or its object's attributes `path`, or `base_url` and `model`."""
+    """Return what names a model: a path or name, or its engine's attributes `path`, or `url` and `model`."""
     if isinstance(model, str | Path):
         return Path(model).resolve() if Path(model).exists() else str(model)
     if isinstance(path := getattr(model, "path", None), str | Path):
         return _name(path)
-    parts = tuple(getattr(model, name, None) for name in ("base_url", "model"))
+    parts = tuple(getattr(model, name, None) for name in ("url", "model"))
     return parts if all(isinstance(part, str) for part in parts) else None
 
 
