@@ -36,9 +36,11 @@ def main() -> None:
         for result in results:
             if isinstance(result, SandboxError) or not all(test.passed for test in result):
                 raise SystemExit(f"a right program did not pass: {result}")
-    print(
-        json.dumps({"workers": arguments.workers, "programs_per_second": [round(rate, 1) for rate in rates]})
-    )
+    figures = {
+        "workers": arguments.workers,
+        "programs_per_second": [round(rate, 1) for rate in rates],
+    }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

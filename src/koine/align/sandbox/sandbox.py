@@ -25,6 +25,8 @@ Status = Literal["passed", "wrong", "failed", "time", "output", "lost"]
 _STATUSES: dict[str, Status] = {"failed": "failed", "time": "time", "output": "output"}
 START_SECONDS = 20.0
 """Time that the sandbox itself may take to start, on a busy machine."""
+END_SECONDS = 2.0
+"""Time that bubblewrap may take to end by itself once its output has ended."""
 _ESCAPED = 6
 """Longest form of one byte in JSON (`\\u0000`)."""
 
@@ -167,6 +169,9 @@ def _communicate(
         try:
             assert process.stdout is not None
             output, is_late = _read(process.stdout, seconds, most_bytes)
+            if not is_late:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(END_SECONDS)
         finally:
             process.kill()  # bubblewrap's first process dies with it, and all processes of the namespace
             process.wait()
