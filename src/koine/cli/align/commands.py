@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from koine.cli.align.score import score
 from koine.cli.align.train import train
 from koine.cli.align.watch import watch
 from koine.cli.groups import HelpGroup
@@ -14,5 +15,6 @@ def align() -> None:
     """Train a model on preferences, and show what that does to it."""
 
 
+align.add_command(score)
 align.add_command(train)
 align.add_command(watch)
