@@ -6,6 +6,7 @@ import click
 
 from koine.cli.align.score import score
 from koine.cli.align.train import train
+from koine.cli.align.watch import watch
 from koine.cli.groups import HelpGroup
 
 
@@ -16,3 +17,4 @@ def align() -> None:
 
 align.add_command(score)
 align.add_command(train)
+align.add_command(watch)
