@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from koine.data.batch import Span
@@ -64,6 +65,26 @@ class Group:
     scores: tuple[float, ...] = ()
 
 
+class GroupSource(Protocol):
+    """Where groups are read from: `koine.data.shards.TokenSource` is one."""
+
+    def segments(self, document: int, /) -> list[Segment]:
+        """Return the tree of a group."""
+        ...
+
+    def tokens(self, document: int, start: int = 0, end: int | None = None, /) -> NDArray[Any]:
+        """Return ids `[start, end)` of a group."""
+        ...
+
+    def mask(self, document: int, start: int = 0, end: int | None = None, /) -> NDArray[Any]:
+        """Return 1 for the tokens `[start, end)` that count."""
+        ...
+
+    def group(self, document: int, source: str, /) -> Group:
+        """Return the description of a group; `source` is the name of the mixture's source."""
+        ...
+
+
 class PlacedSegment(NamedTuple):
     """A segment in a batch: columns `[start, start + length)` of a row.
 
@@ -95,6 +116,8 @@ class GroupBatch:
         completion_of: `[n]` int64, index of their completion.
         group_of: `[C]` int64, group of each completion. Those of a group are adjacent, in the record's order.
         groups: descriptions, in the order of rows and columns.
+        mismatched: returns the batch of the same prompts with completions of other records
+            (`koine.data.mismatched`), one group a row; None but for labelled groups.
     """
 
     tokens: Tensor
@@ -108,6 +131,7 @@ class GroupBatch:
     group_of: Tensor
     groups: tuple[Group, ...]
     _spans: Callable[[], list[list[Span]]]
+    mismatched: Callable[[], GroupBatch] | None = None
 
     @property
     def documents(self) -> list[list[Span]]:

@@ -63,7 +63,7 @@ def train(model: Path, loss: str, reference: str, reference_cache: Path | None, 
     def objective(order: PreferenceOrder) -> PreferenceObjective:
         from koine.align.objective import PreferenceObjective
 
-        found = None if place is None else _reference(place, order, reference_cache, options)
+        found = None if place is None else _reference(place, order, reference_cache, spec, options)
         return PreferenceObjective(spec, found)
 
     run_training(
@@ -90,7 +90,7 @@ def _check_groups(spec: LossSpec, sources: Any) -> None:
 
 
 def _reference(
-    place: Path, order: PreferenceOrder, cache: Path | None, options: dict[str, Any]
+    place: Path, order: PreferenceOrder, cache: Path | None, spec: LossSpec, options: dict[str, Any]
 ) -> ReferenceLogProbabilities:
     import torch
 
@@ -103,4 +103,5 @@ def _reference(
         cache=cache or default_cache(),
         dtype=getattr(torch, chosen_dtype(options["dtype"])),
         device=chosen_device(options["device"]),
+        mismatched=spec.needs_reference_point,
     )
