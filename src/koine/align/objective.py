@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.align.log_probabilities import completion_log_probabilities
+from koine.align.log_probabilities import LogProbabilities, completion_log_probabilities
 from koine.align.loss_spec import LossSpec
 from koine.align.losses import kto_reference_point
-from koine.align.reference import ReferenceLogProbabilities
+from koine.align.reference import Reference, ReferenceLogProbabilities
 from koine.data.groups import GroupBatch
 from koine.errors import UserError
 from koine.model.moe.losses import AllReduce
@@ -25,18 +25,25 @@ class PreferenceObjective:
     Metrics are means over groups, see `koine.align.loss_spec.group_metrics`. Router losses of a mixture of
     experts are left out.
 
+    temperature: that the completions were sampled with; all log-probabilities are of this distribution.
     reference_point: KTO's z0 of a step, which `of_step` sets.
     """
 
     loss: LossSpec
-    reference: ReferenceLogProbabilities | None = None
+    reference: Reference | None = None
+    temperature: float = 1.0
     reference_point: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, model: Any, batch: GroupBatch, /) -> tuple[Tensor, dict[str, float]]:
         """Return the loss summed over the groups of `batch`, and the sums of its metrics."""
-        policy = completion_log_probabilities(model, batch)
+        policy = completion_log_probabilities(model, batch, temperature=self.temperature)
         reference = None if self.reference is None else self.reference.of(batch).to(policy.sums.dtype)
-        losses_g, metrics = self.loss(policy, reference, batch.groups, reference_point=self.reference_point)
+        behaviour = None if batch.behaviour is None else batch.behaviour.to(policy.sums.dtype)
+        losses_g, metrics = self.loss(
+            policy, reference, batch.groups, behaviour=behaviour, reference_point=self.reference_point
+        )
+        if behaviour is not None:
+            metrics |= _drawn_metrics(policy, behaviour, batch)
         if self.reference_point is not None:
             metrics["reference_point"] = self.reference_point.expand(len(batch.groups))
         sums = {name: float(values_g.sum()) for name, values_g in metrics.items()}
@@ -52,7 +59,7 @@ class PreferenceObjective:
             return self
         total = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            if self.reference is None or batch.mismatched is None:
+            if not isinstance(self.reference, ReferenceLogProbabilities) or batch.mismatched is None:
                 raise ValueError("the reference point needs a reference and labelled groups")
             exchanged = batch.mismatched().to(batch.tokens.device)
             with torch.no_grad():
@@ -71,11 +78,30 @@ class PreferenceObjective:
         return {
             "loss": str(self.loss),
             "reference": None if self.reference is None else self.reference.key,
+            "temperature": self.temperature,
         }
 
 
+def _drawn_metrics(policy: LogProbabilities, behaviour: Tensor, batch: GroupBatch) -> dict[str, Tensor]:
+    """Return of drawn completions, `[G]` each, without gradient.
+
+    `moved`: mean |log-ratio| of the policy to the one that drew them, nats a completion. `completion_tokens`:
+    their mean length. `failed`: completions without a score.
+    """
+    counts = torch.bincount(batch.group_of, minlength=len(batch.groups)).to(behaviour.dtype)
+    moved = (policy.sums.detach() - behaviour).abs()
+    means = {
+        name: torch.zeros_like(counts).index_add_(0, batch.group_of, values) / counts
+        for name, values in (("moved", moved), ("completion_tokens", policy.lengths))
+    }
+    failed = torch.tensor(
+        [one.failed for one in batch.groups], dtype=behaviour.dtype, device=behaviour.device
+    )
+    return {**means, "failed": failed}
+
+
 def preference_objective(
-    loss: LossSpec | str, reference: ReferenceLogProbabilities | None = None
+    loss: LossSpec | str, reference: Reference | None = None, *, temperature: float = 1.0
 ) -> PreferenceObjective:
     """Return the objective of a loss, such as `dpo:beta=0.1+nll:weight=0.2`.
 
@@ -87,4 +113,4 @@ def preference_objective(
         raise UserError(
             f"the loss {spec} needs a reference", hint="give --reference start or --reference MODEL"
         )
-    return PreferenceObjective(spec, reference)
+    return PreferenceObjective(spec, reference, temperature)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,46 @@ from koine.train.fingerprint import weights_digest
 GROUPS_OF_FILE = 256
 """Groups of one file, which a killed run computes again at most."""
 IDENTITY = "reference.json"
+
+
+class Reference(Protocol):
+    """Log-probabilities of completions by a fixed model."""
+
+    @property
+    def key(self) -> str:
+        """sha256 of what determines the values."""
+        ...
+
+    def of(self, batch: GroupBatch, /) -> Tensor:
+        """Return the log-probability of each completion of a batch, `[C]` float32, on the batch's device."""
+        ...
+
+
+class ReferenceModel:
+    """A reference in memory, for completions that are not known before training.
+
+    Args:
+        model: it is moved to the batches' device.
+        dtype: of its computation: the policy's.
+        temperature: that the completions are sampled with.
+    """
+
+    def __init__(self, model: LanguageModel, *, dtype: torch.dtype, temperature: float = 1.0) -> None:
+        identity = {"weights": weights_digest(model), "dtype": str(dtype), "temperature": temperature}
+        self._key = _key(identity)
+        self.model = model.to(dtype).eval()
+        self.temperature = temperature
+
+    @property
+    def key(self) -> str:
+        """sha256 of weights, dtype and temperature."""
+        return self._key
+
+    def of(self, batch: GroupBatch, /) -> Tensor:
+        """Return the log-probability of each completion of a batch, `[C]` float32."""
+        self.model.to(batch.tokens.device)
+        with torch.no_grad():
+            return completion_log_probabilities(self.model, batch, temperature=self.temperature).sums
 
 
 @dataclass(frozen=True)

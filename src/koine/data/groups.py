@@ -52,6 +52,7 @@ class Group:
         margin: of preferences, by how much; 0 where the record has none.
         labels: of labelled completions, whether each is good.
         scores: of scored completions, the score of each.
+        failed: completions of the prompt that could not be scored, and are not in the group.
     """
 
     record_id: str
@@ -63,6 +64,7 @@ class Group:
     margin: float = 0.0
     labels: tuple[bool, ...] = ()
     scores: tuple[float, ...] = ()
+    failed: int = 0
 
 
 class GroupSource(Protocol):
@@ -118,6 +120,8 @@ class GroupBatch:
         groups: descriptions, in the order of rows and columns.
         mismatched: returns the batch of the same prompts with completions of other records
             (`koine.data.mismatched`), one group a row; None but for labelled groups.
+        behaviour: `[C]` float32, log-probabilities of completions by the policy that drew them; None where it is
+            not known.
     """
 
     tokens: Tensor
@@ -132,6 +136,7 @@ class GroupBatch:
     groups: tuple[Group, ...]
     _spans: Callable[[], list[list[Span]]]
     mismatched: Callable[[], GroupBatch] | None = None
+    behaviour: Tensor | None = None
 
     @property
     def documents(self) -> list[list[Span]]:
@@ -152,6 +157,7 @@ class GroupBatch:
         """Return the batch with its tensors on `device`."""
         names = ["tokens", "document_ids", "positions", "predicting", "predicted", "predicted_at"]
         names += ["completion_of", "group_of"]
+        names += [] if self.behaviour is None else ["behaviour"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def separate(self) -> GroupBatch:

@@ -39,7 +39,18 @@ class PreferenceOrder(DataOrder):
                 hint="choose --packing no_split or one_per_row",
             )
         super().__init__(mixture, verify=verify)
+        turns = {source.manifest.get("revision") for source in self.sources.values()} - {None}
+        if len(turns) > 1:
+            raise UserError(
+                f"the sources ask for a revision in {len(turns)} different ways",
+                hint="tokenize all with the same --revision, which a model is asked with later",
+            )
         self._mismatched: dict[Path, MismatchedSource] = {}
+
+    def record(self) -> dict[str, Any]:
+        """Return what the trained model's folder keeps of the groups: the turn that asks for a revision."""
+        turns = {source.manifest.get("revision") for source in self.sources.values()} - {None}
+        return {"revision": turns.pop()} if turns else {}
 
     def batch(  # type: ignore[override]
         self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None

@@ -462,6 +462,7 @@ class Trainer:
             "version": __version__,
             # The next training can go on after these documents; a data order of another class has none.
             "drawn": [one.to_json() for one in data.drawn()] if hasattr(data, "drawn") else [],
+            **(data.record() if hasattr(data, "record") else {}),
         }
 
 
