@@ -44,9 +44,9 @@ run_training(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if sys.argv[3] !=
 """
 
 
-def many_of_one_word(conversation: Any, completion: str, record: Any) -> float:
-    """Reward the letter e: a policy that learns finds it."""
-    return completion.count("e") / max(1, len(completion))
+def letters(conversation: Any, completion: str, record: Any) -> float:
+    """Reward the share of letters: a policy that learns finds them."""
+    return sum(one.isascii() and one.isalpha() for one in completion) / max(1, len(completion))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def run_training(
     out: Path,
     loss: str = "rloo:beta=0.1",
     *,
-    reward: Any = many_of_one_word,
+    reward: Any = letters,
     learning_rate: float = 3e-3,
     micro_batch_size: int = 0,
     reference: Any = "start",
@@ -121,9 +121,9 @@ def files(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("loss", ["rloo:beta=0.02", "copg:beta=0.1"])
 def test_the_reward_grows(start: Path, tmp_path: Path, loss: str) -> None:
-    run_training(start, tmp_path / "run", loss, steps=25, k=4, learning_rate=1e-2)
+    run_training(start, tmp_path / "run", loss, steps=25, k=4, prompts=6, learning_rate=2e-2)
     scores = [line["score"] for line in figures(tmp_path / "run")]
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.1
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.07
     first = figures(tmp_path / "run")[0]
     # On-policy: the trainer agrees with the engine, so a probability has not moved.
     assert first["moved"] < 1e-4
@@ -139,7 +139,7 @@ def test_an_on_policy_step_has_the_gradient_of_reinforce(start: Path, tmp_path: 
     order = OnlineOrder(
         model,
         encode_prompts(RECORDS, tokenizer),
-        many_of_one_word,
+        letters,
         reward_name="test",
         settings=online_settings("rloo:beta=0"),
         tokenizer=tokenizer,
@@ -216,7 +216,7 @@ def test_a_resumed_run_reads_and_repeats(start: Path, tmp_path: Path) -> None:
         calls.append(completion)
         if len(calls) > 15:
             raise stopped
-        return many_of_one_word(conversation, completion, record)
+        return letters(conversation, completion, record)
 
     with pytest.raises(RuntimeError, match="stopped"):
         run_training(start, tmp_path / "again", reward=failing)
@@ -244,7 +244,11 @@ def test_two_processes_draw_half_of_the_prompts_each(start: Path, tmp_path: Path
 
 def test_replay_trains_on_completions_of_an_earlier_policy(start: Path, tmp_path: Path) -> None:
     run_training(start, tmp_path / "run", "rloo:beta=0.1", steps=4, draw_every=2, learning_rate=1e-2)
-    moved = [line["moved"] for line in figures(tmp_path / "run")]
+    lines = figures(tmp_path / "run")
+    moved = [line["moved"] for line in lines]
+    # On-policy the surrogate is the mean of the advantages, which is 0.
+    assert lines[0]["loss"] == pytest.approx(0, abs=1e-6)
+    assert abs(lines[1]["loss"]) > 1e-4
     assert moved[0] < 1e-4
     assert moved[2] < 1e-4
     assert moved[1] > 1e-2
@@ -257,7 +261,7 @@ def test_failures_are_counted_and_left_out(start: Path, tmp_path: Path) -> None:
             raise RewardFailure("no answer is known")
         if len(completion) % 3 == 0:
             raise RewardFailure("an odd length")
-        return many_of_one_word(conversation, completion, record)
+        return letters(conversation, completion, record)
 
     run_training(start, tmp_path / "run", reward=failing, k=6, steps=3)
     summary = summary_of(tmp_path / "run" / "rollouts")

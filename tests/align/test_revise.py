@@ -132,7 +132,7 @@ def test_command_writes_all_answers(trained: Path, tmp_path: Path) -> None:
     prompts = write_records(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "the river", "more": 1}])
     arguments = ["align", "revise", "--model", str(trained), "--prompts", str(prompts), "--times", "2"]
     result = CliRunner().invoke(
-        main, [*arguments, "--max-new-tokens", "6", "--out", str(tmp_path / "out.jsonl")]
+        cli, [*arguments, "--max-new-tokens", "6", "--out", str(tmp_path / "out.jsonl")]
     )
     assert result.exit_code == 0, result.output
     [row] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

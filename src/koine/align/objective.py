@@ -40,7 +40,12 @@ class PreferenceObjective:
         reference = None if self.reference is None else self.reference.of(batch).to(policy.sums.dtype)
         behaviour = None if batch.behaviour is None else batch.behaviour.to(policy.sums.dtype)
         losses_g, metrics = self.loss(
-            policy, reference, batch.groups, behaviour=behaviour, reference_point=self.reference_point
+            policy,
+            reference,
+            batch.groups,
+            # On-policy the ratio is 1: what engine and trainer round differently is no change of the policy.
+            behaviour=None if batch.on_policy else behaviour,
+            reference_point=self.reference_point,
         )
         if behaviour is not None:
             metrics |= _drawn_metrics(policy, behaviour, batch)

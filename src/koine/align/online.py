@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from koine.align.loss_spec import LossSpec
 from koine.align.objective import preference_objective
@@ -188,6 +189,7 @@ class OnlineOrder:
             packing="no_split",
         )
         self._seed = seed
+        self._orders: dict[int, NDArray[np.int64]] = {}
         self._rows: tuple[tuple[int, int, int], list[list[RolloutGroup]]] | None = None
         self._write_manifest()
 
@@ -222,9 +224,15 @@ class OnlineOrder:
         start = self.first + step * self.settings.prompts
         for number in range(start, start + self.settings.prompts):
             epoch, place = divmod(number, size)
-            order = np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(size)
-            found.append(self.prompts[int(order[place])])
+            found.append(self.prompts[int(self._order(epoch)[place])])
         return found
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order of the prompts in an epoch."""
+        if epoch not in self._orders:
+            generator = np.random.Generator(np.random.Philox([self._seed, epoch]))
+            self._orders = {epoch: generator.permutation(len(self.prompts))}
+        return self._orders[epoch]
 
     def batch(
         self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
@@ -238,7 +246,8 @@ class OnlineOrder:
         """
         share = self.settings.prompts // world_size
         rows = self._groups(step, range(rank * share, (rank + 1) * share))
-        return group_batch(rows if micro_batch is None else rows[micro_batch])
+        batch = group_batch(rows if micro_batch is None else rows[micro_batch])
+        return replace(batch, on_policy=step % self.settings.draw_every == 0)
 
     def _groups(self, step: int, places: range) -> list[list[RolloutGroup]]:
         """Return the groups of some prompts of a step, none where a prompt has fewer than two scores."""

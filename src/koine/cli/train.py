@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -108,11 +108,18 @@ RUN_OPTIONS = (
 )
 
 
-def setting_options(cls: type[Any] = TrainSettings, prefix: str = "") -> list[Callable[..., Any]]:
-    """Return one option for each field of a settings class, which declares its type, default and help."""
+def setting_options(
+    cls: type[Any] = TrainSettings, prefix: str = "", leave_out: Collection[str] = ()
+) -> list[Callable[..., Any]]:
+    """Return one option for each field of a settings class, which declares its type, default and help.
+
+    leave_out: fields without an option.
+    """
     types = get_type_hints(cls)
     options = []
     for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
         field_type, choices = types[field.name], get_args(types[field.name])
         name = "--" + (prefix + field.name).replace("_", "-")
         if field_type is bool:

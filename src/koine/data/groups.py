@@ -122,6 +122,8 @@ class GroupBatch:
             (`koine.data.mismatched`), one group a row; None but for labelled groups.
         behaviour: `[C]` float32, log-probabilities of completions by the policy that drew them; None where it is
             not known.
+        on_policy: whether this policy had the weights of the moment, so that `behaviour` differs from the
+            trainer's log-probabilities by rounding only.
     """
 
     tokens: Tensor
@@ -137,6 +139,7 @@ class GroupBatch:
     _spans: Callable[[], list[list[Span]]]
     mismatched: Callable[[], GroupBatch] | None = None
     behaviour: Tensor | None = None
+    on_policy: bool = False
 
     @property
     def documents(self) -> list[list[Span]]:

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 REFERENCES = ("start", "round", "none")
 
 
+FIXED = ("spike_deviations", "spike_rise", "spike_window", "evaluate_every", "best_metric")
+"""Settings without an option: the loss of a policy gradient is no likelihood, and may rise."""
+
+
 def _training_options(command: Any) -> Any:
-    for option in reversed((*setting_options(), *setting_options(LoraConfig, LORA_PREFIX))):
+    for option in reversed((*setting_options(leave_out=FIXED), *setting_options(LoraConfig, LORA_PREFIX))):
         command = option(command)
     return command
 
@@ -140,7 +144,7 @@ def online(
 
     settings_of_drawing = _online_settings(loss, options)
     lora: LoraConfig = take(LoraConfig, options, LORA_PREFIX)
-    settings = TrainSettings(**options)
+    settings = TrainSettings(spike_deviations=0, **options)
     place = reference if reference in REFERENCES else Path(reference)
     if isinstance(place, Path) and not place.is_dir():
         raise UserError(
