@@ -117,7 +117,7 @@ def test_sources_that_ask_in_two_ways_are_refused(trained: Path, tmp_path: Path)
     folder = trained.parent
     source, tokenizer = folder / "pairs.jsonl", folder / "tokenizer"
     tokenize(source, tokenizer, out=tmp_path / "other", kind="preferences", revision="Again.")
-    mixture = mixture_of(folder / "pairs")
+    mixture = mixture_of(folder / "pairs", sequence_length=256)
     [one] = mixture.phases[0].sources
     sources = (
         replace(one, proportion=0.5),

@@ -15,6 +15,7 @@ from koine.align.prompts import encode_prompts
 from koine.align.rollouts import Rollout, read_rollouts, rollouts
 from koine.align.sampler import inference_copy
 from koine.errors import UserError
+from koine.generate.request import new_request, sample_next
 from koine.generate.sampling import Sampling
 from koine.model.causal_lm import CausalLM
 from koine.model.decoder import Decoder
@@ -187,3 +188,20 @@ def test_prepacking_leaves_the_model_as_it_is() -> None:
     with torch.inference_mode():
         expected = model.logits(model(tokens))
         assert torch.allclose(copied.logits(copied(tokens)), expected, atol=1e-4)
+
+
+def test_recorded_log_probabilities_have_no_bias_with_a_large_vocabulary() -> None:
+    """Rounding errors of a sum over the vocabulary would add up over the tokens of a completion."""
+    torch.manual_seed(0)
+    logits = 8 * torch.randn(64, 49_152)
+    sampling = Sampling(temperature=0.8, seed=0)
+    requests = [
+        new_request([1], replace(sampling, seed=seed), vocabulary=49_152, device=torch.device("cpu"))
+        for seed in range(64)
+    ]
+    for request in requests:
+        request.tempered = True
+    found = [one for one in sample_next(requests, logits) if not isinstance(one, Exception)]
+    exact = (logits.double() / 0.8).log_softmax(dim=-1)
+    errors = [value - float(exact[row, token]) for row, (token, value) in enumerate(found)]
+    assert abs(sum(errors)) / len(errors) < 2e-6
