@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from koine.cli.arguments import DEVICE, MODEL
 from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE, InputFile, OutputFile, output_files, say_written
 from koine.errors import UserError
+
+if TYPE_CHECKING:
+    from koine.align.rewards import Reward
 
 
 @click.command(cls=Command)
@@ -47,24 +50,10 @@ def score(
     Rows with `completions` become groups for `koine data tokenize --kind scored`. A completion that the reward
     fails for gets no score, and the failures are counted.
     """
-    from koine.align.rewards import RewardOutcome, RewardSpec, RewardSummary
+    from koine.align.rewards import RewardOutcome, RewardSummary
     from koine.align.rewards.completions import read_completions, score_rows
 
-    spec = RewardSpec.parse(reward_text)
-    if "scorer" in spec.needs:
-        raise UserError(
-            "the reward 'reward-model' is given from Python",
-            where="--reward",
-            hint="build it by koine.align.rewards.RewardSpec.parse(...).build(scorer=...)",
-        )
-    if "engine" in spec.needs and judge is None:
-        raise UserError("the reward 'judge' needs a model", where="--reward", hint="give --judge MODEL")
-    if "engine" not in spec.needs and (judge or judge_template):
-        raise UserError(
-            "the reward has no judge", where="--judge", hint="add judge to --reward, or leave it out"
-        )
-    template = None if judge_template is None else _read_text(judge_template)
-    reward = spec.build(engine=_engine(judge, device), judge_template=template)
+    reward = open_reward(reward_text, judge, judge_template, device)
     outcomes: list[RewardOutcome] = []
     with output_files({"--out": out}, overwrite=overwrite, reads=[completions]) as targets:
         rows = read_completions(completions, reward)
@@ -102,3 +91,27 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("cannot be read as text", where=path, hint="give a UTF-8 text file") from error
+
+
+def open_reward(text: str, judge: Path | None, judge_template: Path | None, device: str) -> Reward:
+    """Return the reward of --reward, with the judge of --judge.
+
+    Raises `UserError` where the two do not fit.
+    """
+    from koine.align.rewards import RewardSpec
+
+    spec = RewardSpec.parse(text)
+    if "scorer" in spec.needs:
+        raise UserError(
+            "the reward 'reward-model' is given from Python",
+            where="--reward",
+            hint="build it by koine.align.rewards.RewardSpec.parse(...).build(scorer=...)",
+        )
+    if "engine" in spec.needs and judge is None:
+        raise UserError("the reward 'judge' needs a model", where="--reward", hint="give --judge MODEL")
+    if "engine" not in spec.needs and (judge or judge_template):
+        raise UserError(
+            "the reward has no judge", where="--judge", hint="add judge to --reward, or leave it out"
+        )
+    template = None if judge_template is None else _read_text(judge_template)
+    return spec.build(engine=_engine(judge, device), judge_template=template)
