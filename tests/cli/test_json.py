@@ -50,6 +50,9 @@ EXPERTS = "--seed-model model --experts branch --out new"
 # command -> a small run of it, and keys of its answer
 COMMANDS: dict[str, tuple[str, ...]] = {
     "adopt tokens --run r --name one": ("written",),
+    "align inspect pairs --model model --held-out pairs --device cpu --no-languages": (
+        "kind", "languages", "total", "displacing",
+    ),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
     ),
@@ -90,7 +93,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "upcycle bam " + EXPERTS: ("experts", "active_parameters", "written"),
     "upcycle nexus --router linear " + EXPERTS: ("experts", "active_parameters", "written"),
 }  # fmt: skip
-LIKE_ANOTHER = {("train", "sft"), ("merge", "cross-modal"), *(("merge", name) for name in METHODS)}
+LIKE_ANOTHER = {
+    ("train", "sft"),
+    ("align", "train"),
+    ("merge", "cross-modal"),
+    *(("merge", name) for name in METHODS),
+}
 """Commands that print by the code of one above, or whose inputs are large."""
 
 
@@ -103,6 +111,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tokenizer",
         "text",
         "tokens",
+        "pairs",
         "model",
         "branch",
         "mixture",

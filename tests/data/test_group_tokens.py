@@ -194,7 +194,11 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a score NaN": ("scored", {"scores": [1.0, math.nan]}, "a score is not a finite number"),
     "too few scores": ("scored", {"scores": [1.0]}, "1 scores for 2 completions"),
     "one completion": ("scored", {"completions": ["a"], "scores": [1.0]}, "fewer than two completions"),
-    "an empty completion": ("scored", {"completions": ["a", ""]}, "completions: message 2: the text is empty"),
+    "an empty completion": (
+        "scored",
+        {"completions": ["a", ""]},
+        "completions: message 2: the text is empty",
+    ),
     "a label in words": ("labelled", {"label": "fine"}, "lacks fields of the format unpaired-preference"),
     "an empty labelled answer": ("labelled", {"completion": ""}, "message 2: the text is empty"),
 }

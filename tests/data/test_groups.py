@@ -230,7 +230,9 @@ def test_prompts_without_room_are_left_out_or_refused(tokenizer: Path, tmp_path:
         order = PreferenceOrder(mixture_of(folder, steps=30, time=64))
     seen = {group.record_id for step in range(30) for group in order.batch(step).groups}
     assert seen == {record["id"] for record in records} - {"long"}
-    with pytest.raises(UserError, match=r"of 20 prompts leave no room for their completions in a row of 12 tok"):
+    with pytest.raises(
+        UserError, match=r"of 20 prompts leave no room for their completions in a row of 12 tok"
+    ):
         PreferenceOrder(mixture_of(folder, time=12))
 
 
