@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from koine.cli.main import cli
+from koine.errors import UserError
 from tests.train.test_distributed import run
 
 from .worlds import AlignWorld, write_model, write_world
@@ -83,28 +84,22 @@ def test_units_are_groups(world: AlignWorld, tmp_path: Path) -> None:
     assert [one["units"] for one in figures(tmp_path / "out")] == expected
 
 
-@pytest.mark.filterwarnings("ignore::koine.errors.KoineWarning")
-def test_refusals_have_one_line_and_write_nothing(world: AlignWorld, tmp_path: Path) -> None:
-    cases: dict[tuple[str, str, tuple[object, ...]], str] = {
-        ("dpo:beta=0.1", "preferences", ("--reference", "none")): "needs a reference; give --reference start",
-        ("dpo:beta=0", "preferences", ()): "beta",
-        ("kto:beta=0.1", "preferences", ()): "holds preferences groups, and the loss",
-        ("dpo:beta=0.1", "scored", ()): "holds scored groups, and the loss",
-        ("srpo", "preferences", ()): "SRPO's groups need revisions of both answers",
-        ("dpo:beta=0.1", "preferences", ("--packing", "concat")): "groups cannot be packed by concat",
-        ("dpo:beta=0.1", "preferences", ("--reference", tmp_path / "no")): "no such model directory",
-        ("dpo:beta=0.1", "preferences", ("--sequence-length", 12)): "leave no room for their completions",
-    }
-    for (loss, kind, more), message in cases.items():
-        done = align(world, tmp_path / "out", loss, kind, *more)
-        assert done.exit_code == 2, (loss, done.output)
-        assert message in done.output
-        assert len(done.output.strip().splitlines()) == 1
-        assert not (tmp_path / "out").exists()
-    other = koine("train", "sft", "--model", world.model, "--data", world.tokens["preferences"], "--steps", 2,
-                  "--out", tmp_path / "out")  # fmt: skip
-    assert other.exit_code == 2
-    assert "holds groups of completions (preferences), which are no text" in other.output
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("scored", (), "holds scored groups, and the loss"),
+        ("preferences", ("--packing", "concat"), "groups cannot be packed by concat"),
+        ("preferences", ("--reference", "nowhere"), "no such model directory"),
+    ],
+)
+def test_refusals_write_nothing(
+    world: AlignWorld, tmp_path: Path, kind: str, more: tuple[str, ...], message: str
+) -> None:
+    """Others are bad inputs of the page (`tests.bad_inputs.cases_groups`)."""
+    done = align(world, tmp_path / "out", "dpo:beta=0.1", kind, *more)
+    assert isinstance(done.exception, UserError)
+    assert message in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore::koine.errors.KoineWarning")

@@ -181,7 +181,16 @@ def test_probability_and_margin(tokenizer: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-EMPTY = {"role": "assistant", "content": " "}
+def test_numbers_of_a_table_of_texts(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(
+        "prompt,chosen,rejected,probability,margin\nthe sea,old,again,0.75,\nthe river,over,old,,2\n"
+    )
+    tokenize(path, tokenizer, out=tmp_path / "out", kind="preferences")
+    groups = [TokenSource(tmp_path / "out").group(number, "s") for number in (0, 1)]
+    assert [(group.probability, group.margin) for group in groups] == [(0.75, 0.0), (1.0, 2.0)]
+
+
 FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a probability of 1.2": ("preferences", {"probability": 1.2}, "the probability is 1.2, it must be"),
     "a negative probability": ("preferences", {"probability": -0.1}, "the probability is -0.1, it must be"),

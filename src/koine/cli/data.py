@@ -348,10 +348,18 @@ def _reading(reader: RecordReader) -> dict[str, Any]:
 
 def _note_unused_take(reader: RecordReader) -> None:
     """Warn where `--take rejected` met no preference records."""
-    if reader.record_format.take == "rejected" and not any("preference" in name for name in reader.formats):
+    if reader.record_format.take == "rejected" and not any(map(_holds_answers, reader.formats)):
         warnings.warn(
             "--take rejected changed nothing: there are no preference records", KoineWarning, stacklevel=1
         )
+
+
+_OTHERS = {"chosen": "rejected", "rejected": "chosen"}
+
+
+def _holds_answers(name: str) -> bool:
+    """Return whether records of a format have several answers, or a label of their answer."""
+    return "preference" in name or name == "scored-completions"
 
 
 def _say_format(reader: RecordReader) -> None:
@@ -360,9 +368,14 @@ def _say_format(reader: RecordReader) -> None:
         if name in ("text", "messages"):
             continue
         line = f"read as {name}: {count:,} record{'' if count == 1 else 's'}"
-        if "preference" in name:
-            take, other = reader.record_format.take, {"chosen": "rejected", "rejected": "chosen"}
-            line += f", their {take} answers (--take {other[take]} reads the others)"
+        take = reader.record_format.take
+        if _holds_answers(name) and take == "all":
+            line += ", all of their answers"
+        elif name == "scored-completions":
+            best, worst = ("best", "worst") if take == "chosen" else ("worst", "best")
+            line += f", their {best} completions (--take {_OTHERS[take]} reads the {worst})"
+        elif _holds_answers(name):
+            line += f", their {take} answers (--take {_OTHERS[take]} reads the others)"
         click.echo(line)
     if reader.left_out:
         answers = "answer" if reader.left_out == 1 else "answers"
