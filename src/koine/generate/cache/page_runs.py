@@ -88,7 +88,7 @@ def attend_range(q_1kgd: Tensor, kv_21ksd: Tensor, length: int, softcap: float |
     """Attend one query to the first `length` positions of keys and values, `[1, k, g, d]`."""
     if length < kv_21ksd.shape[3]:
         kv_21ksd = kv_21ksd.narrow(3, 0, length)
-    if matmuls_are_faster(q_1kgd, length):
+    if matmuls_are_faster(q_1kgd):
         return attend_chunks(q_1kgd[0], (kv_21ksd.squeeze(1),), softcap)[None]
     keys, values = kv_21ksd.unbind()
     return partial_attention(q_1kgd, keys, values, None, softcap)[0]
@@ -111,7 +111,7 @@ def attend_runs(
         visible[run.row].append(
             view_21ksd.narrow(3, 0, min(lengths[run.row] + 1 - run.start, view_21ksd.shape[3]))
         )
-    if matmuls_are_faster(q_rkgd, sum(lengths) // len(lengths)):
+    if matmuls_are_faster(q_rkgd):
         out_rkgd = torch.empty_like(q_rkgd)
         for row, chunks in enumerate(visible):
             out_rkgd[row] = attend_chunks(q_rkgd[row], [chunk.squeeze(1) for chunk in chunks], softcap)

@@ -48,21 +48,12 @@ def partial_attention(
     return out_ckgd, log_sums_ckg
 
 
-LONG_BFLOAT16 = 200_000
-"""Elements of the keys in bfloat16 from which matmuls are faster: 1,024 keys of 3 heads of 64."""
+def matmuls_are_faster(q: Tensor) -> bool:
+    """Return whether `attend_chunks` is faster than the fused kernel of the CPU.
 
-
-def matmuls_are_faster(q_rkgd: Tensor, keys: int) -> bool:
-    """Return whether `attend_chunks` is faster than the fused kernel of the CPU for `keys` keys a query.
-
-    EPYC: in float32 1.5 to 2.2 times; in bfloat16 1.3 to 2.6 times over long keys, and slower over short ones
-    (docs/explanation/log.md). In bfloat16 the scores are rounded to it before the softmax.
+    EPYC, float32: 1.5 to 2.2 times (docs/explanation/log.md).
     """
-    if q_rkgd.device.type != "cpu" or is_intel():
-        return False
-    if q_rkgd.dtype == torch.bfloat16:
-        return keys * q_rkgd.shape[1] * q_rkgd.shape[3] >= LONG_BFLOAT16
-    return q_rkgd.dtype == torch.float32
+    return q.device.type == "cpu" and q.dtype == torch.float32 and not is_intel()
 
 
 def attend_chunks(q_kgd: Tensor, chunks: Sequence[Tensor], softcap: float | None = None) -> Tensor:
