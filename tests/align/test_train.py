@@ -234,10 +234,11 @@ def test_at_step_shows_the_groups(world: AlignWorld, tmp_path: Path, kind: str, 
     from tests.data.conftest import document
     from tests.data.groups import REVISION
 
-    done = align(world, tmp_path / "out", loss, kind)
+    # Long enough for whole groups with revisions.
+    done = align(world, tmp_path / "out", loss, kind, "--sequence-length", 256)
     assert done.exit_code == 0, done.output
     told = values(koine("data", "at-step", tmp_path / "out", 2, "--json"))["slices"]
-    batch = PreferenceOrder(world.mixture(kind, steps=STEPS)).batch(2)
+    batch = PreferenceOrder(world.mixture(kind, steps=STEPS, time=256)).batch(2)
     assert [one["record_id"] for one in told] == [group.record_id for group in batch.groups]
     for one, group in zip(told, batch.groups, strict=True):
         number = int(group.record_id.removeprefix("pair").removeprefix("scored"))

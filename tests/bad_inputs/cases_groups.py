@@ -149,7 +149,7 @@ CASES = (
         mistake="a loss with a strength of zero",
         command=TRAIN + " --loss dpo:beta=0",
         prepare=worlds.having("model", "pairs"),
-        says="loss 'dpo:beta=0': dpo: beta is 0.0; it must be a finite number above 0 and at most 1e+06",
+        says="loss 'dpo:beta=0': dpo: beta is 0.0; it must be greater than 0",
     ),
     Case(
         mistake="a loss of labelled answers on pairs",
