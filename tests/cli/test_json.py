@@ -58,6 +58,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "align revise --model model --prompts prompts.jsonl --revision Again --max-new-tokens 4 --out new.jsonl": (
         "answers", "changed", "written",
     ),
+    "align inspect pairs --model model --held-out pairs --device cpu --no-languages": (
+        "kind", "languages", "total", "displacing",
+    ),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
     ),
@@ -116,6 +119,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tokenizer",
         "text",
         "tokens",
+        "pairs",
         "model",
         "branch",
         "mixture",

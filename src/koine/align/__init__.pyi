@@ -1,4 +1,6 @@
 from .calibration import measure_rule as measure_rule
+from .inspect_pairs import Inspection as Inspection
+from .inspect_pairs import inspect_groups as inspect_groups
 from .log_probabilities import LogProbabilities as LogProbabilities
 from .log_probabilities import completion_log_probabilities as completion_log_probabilities
 from .loss_spec import LossSpec as LossSpec

@@ -55,6 +55,13 @@ def completion_log_probabilities(
 def token_log_probabilities(model: LanguageModel, batch: GroupBatch, *, temperature: float = 1.0) -> Tensor:
     """Compute the log-probability of each completion token, `[n]` in the order of `batch.predicted`."""
     hidden_nd, targets_n = predicting_states(model, batch)
+    return head_log_probabilities(model, hidden_nd, targets_n, temperature=temperature)
+
+
+def head_log_probabilities(
+    model: LanguageModel, hidden_nd: Tensor, targets_n: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Compute the log-probability of each target from the hidden state that predicts it, `[n]`."""
     weight = model.output_weight
     if weight is None:
         return _by_own_head(model, hidden_nd, targets_n, temperature)
@@ -73,12 +80,20 @@ def token_log_probabilities(model: LanguageModel, batch: GroupBatch, *, temperat
 
 def predicting_states(model: LanguageModel, batch: GroupBatch) -> tuple[Tensor, Tensor]:
     """Return the hidden states that predict completion tokens, `[n, d]`, and these tokens `[n]`."""
+    if _has_dynamic_rope(model):
+        # A prompt is rotated by the length of the whole conversation, so that completions cannot share it.
+        batch = batch.separate()
     if isinstance(model, Decoder):
         hidden = model(batch.tokens, context=segment_context(model, batch))
     else:
         batch = batch.separate()
         hidden = model(batch.tokens, attention_mask=(batch.document_ids >= 0).long())
     return hidden.flatten(0, 1)[batch.predicting], batch.predicted
+
+
+def _has_dynamic_rope(model: LanguageModel) -> bool:
+    scaling = model.config.rope_scaling if isinstance(model, Decoder) else None
+    return scaling is not None and scaling.kind == "dynamic"
 
 
 def segment_context(model: Decoder, batch: GroupBatch) -> SegmentContext:

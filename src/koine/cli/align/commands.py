@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from koine.cli.align.inspect import inspect
 from koine.cli.align.online import online
 from koine.cli.align.revise import revise
 from koine.cli.align.score import score
@@ -20,5 +21,6 @@ def align() -> None:
 align.add_command(online)
 align.add_command(revise)
 align.add_command(score)
+align.add_command(inspect)
 align.add_command(train)
 align.add_command(watch)

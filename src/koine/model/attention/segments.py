@@ -66,9 +66,14 @@ class SegmentContext:
         self._add_padding(rows * time - end)
         self._paths = [_path(segments, number) for number in range(len(segments))]
         lengths = torch.zeros(rows * time, dtype=torch.int64)
-        for one, path in zip(segments, self._paths, strict=True):
+        longest = [0] * len(segments)
+        for path in self._paths:
+            whole = sum(segments[number].length for number in path)
+            for number in path:
+                longest[number] = max(longest[number], whole)
+        for one, whole in zip(segments, longest, strict=True):
             start = one.row * time + one.start
-            lengths[start : start + one.length] = sum(segments[number].length for number in path)
+            lengths[start : start + one.length] = whole
         self._lengths = lengths.view(rows, time).to(positions.device)
         self._segments = segments
         self._masks: dict[int | None, Tensor] = {}
@@ -85,7 +90,7 @@ class SegmentContext:
 
     @property
     def lengths(self) -> Tensor:
-        """Length of the conversation up to the end of each position's segment, `[b, t]`."""
+        """Length of the longest conversation that each position belongs to, `[b, t]`."""
         return self._lengths
 
     def finish(self) -> None:
@@ -98,20 +103,20 @@ class SegmentContext:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend each token to its path (`AttentionContext.attend`)."""
-        window = self._windows[layer]
-        if q.device.type != "cpu":
-            q_bhtd = q.flatten(2, 3).transpose(1, 2)
-            out_bhtd = masked_attend(
-                q_bhtd,
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                window=None,
-                document_starts=None,
-                softcap=self._softcap,
-                mask=self._mask(window),
-            )
-            return out_bhtd.transpose(1, 2).flatten(2)
-        return self._attend_by_segment(window, q, k, v)
+        by_device = self._attend_by_segment if q.device.type == "cpu" else self._attend_with_mask
+        return by_device(self._windows[layer], q, k, v)
+
+    def _attend_with_mask(self, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out_bhtd = masked_attend(
+            q.flatten(2, 3).transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            window=None,
+            document_starts=None,
+            softcap=self._softcap,
+            mask=self._mask(window),
+        )
+        return out_bhtd.transpose(1, 2).flatten(2)
 
     def _attend_by_segment(self, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows, time = q.shape[:2]
