@@ -230,6 +230,28 @@ def build_unrelated(out: Path) -> None:
     save_model(Decoder(read_config(built("model"))), out, tokenizer=built("tokenizer"))
 
 
+def family_model(model_type: str) -> Callable[[Path], None]:
+    """Build a small model of one of the classes of `transformers`, of one shape for all classes."""
+
+    def build(out: Path) -> None:
+        import torch
+
+        from koine.model import Decoder, save_model
+        from koine.model.formats.config_json import from_json
+        from koine.tokenizer import load_tokenizer
+
+        fields = {
+            "model_type": model_type, "vocab_size": load_tokenizer(built("tokenizer")).vocab_size,
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 64, "rope_theta": 10_000.0, "tie_word_embeddings": True,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        save_model(Decoder(from_json(fields, where=out / "config.json")), out, tokenizer=built("tokenizer"))
+
+    return build
+
+
 def build_mixture(out: Path) -> None:
     run_koine(
         "upcycle",
@@ -284,6 +306,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "branch": build_branch,
     "adapter": build_adapter,
     "unrelated": build_unrelated,
+    "llama": family_model("llama"),
+    "qwen": family_model("qwen3"),
     "mixture": build_mixture,
     "trained": build_trained,
     "halfway": build_halfway,
