@@ -79,9 +79,9 @@ class PreferenceObjective:
         )
 
     def identity(self) -> dict[str, Any]:
-        """Return the loss as text and the key of the reference's log-probabilities."""
+        """Return the loss with all parameters, and the key of the reference's log-probabilities."""
         return {
-            "loss": str(self.loss),
+            "loss": self.loss.identity(),
             "reference": None if self.reference is None else self.reference.key,
             "temperature": self.temperature,
         }

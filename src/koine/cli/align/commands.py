@@ -8,6 +8,7 @@ from koine.cli.align.online import online
 from koine.cli.align.revise import revise
 from koine.cli.align.score import score
 from koine.cli.align.train import train
+from koine.cli.align.watch import watch
 from koine.cli.groups import HelpGroup
 
 
@@ -20,3 +21,4 @@ align.add_command(online)
 align.add_command(revise)
 align.add_command(score)
 align.add_command(train)
+align.add_command(watch)
