@@ -11,6 +11,7 @@ from koine.files import write_json
 from koine.plan import step
 from koine.steps import checks, estimates
 from koine.steps.corpus_files import write_step_report
+from koine.train.settings import TrainSettings
 
 
 @step(version="1", check=checks.watched, threads=0)
@@ -128,3 +129,67 @@ def inspect_preferences(
         )
     write_json(out / "inspection.json", inspection.to_json())
     write_step_report(out, "Preference data before training", list(report_blocks(inspection)))
+
+
+@step(version="1", check=checks.trained_online, threads=0)
+def train_online_model(
+    model: Path,
+    prompts: Path,
+    reference: Path | None = None,
+    *,
+    loss: str,
+    reward: str,
+    settings: TrainSettings,
+    steps: int = 100,
+    k: int = 4,
+    prompts_per_step: int = 16,
+    draw_every: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    out: Path,
+) -> None:
+    """Train a model on its own completions, which a reward scores; rounds are several such steps.
+
+    Args:
+        model: folder of the model.
+        prompts: file of prompts, with what the reward reads.
+        reference: model of the loss; None: the model itself, before this step.
+        loss: of scored completions (`rloo`, `copg`), or of pairs of the best and the worst one (`dpo`, `nll`).
+        reward: specification of `koine.align.rewards`, without a judge.
+        settings: how to train; the seed is also that of the completions.
+        steps: of the training.
+        k: completions of each prompt.
+        prompts_per_step: prompts of a step.
+        draw_every: steps between two draws.
+        temperature, max_new_tokens: of the completions.
+        out: folder to write to.
+    """
+    from koine.align.loss_spec import LossSpec
+    from koine.align.online import ROLLOUTS, OnlineSettings, summary_of, train_online
+    from koine.align.prompts import read_prompts
+    from koine.align.rewards import RewardSpec
+    from koine.generate.sampling import Sampling
+    from koine.tokenizer import load_tokenizer
+    from koine.train.progress import final_metrics
+
+    keep_freed_memory()
+    spec, tokenizer = LossSpec.parse(loss), load_tokenizer(model)
+    train_online(
+        model,
+        read_prompts(prompts, tokenizer),
+        RewardSpec.parse(reward).build(),
+        reward_name=reward,
+        online=OnlineSettings(
+            loss=spec,
+            k=k,
+            prompts=prompts_per_step,
+            steps=steps,
+            draw_every=draw_every,
+            sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens),
+        ),
+        settings=settings,
+        tokenizer=tokenizer,
+        out=out,
+        reference=(reference or "start") if spec.needs_reference else "none",
+    )
+    write_json(out / "metrics.json", {**final_metrics(out / "metrics.jsonl"), **summary_of(out / ROLLOUTS)})

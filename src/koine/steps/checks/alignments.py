@@ -50,3 +50,14 @@ def inspected_groups(
                 where=one.path,
                 hint="tokenize again with the tokenizer of the model",
             )
+
+
+def trained_online(
+    model: PlannedInput, prompts: PlannedInput, reference: PlannedInput | None = None, *, k: int, **_: Any
+) -> None:
+    """Check that the models are models, and that there are completions to compare."""
+    if k < 2:
+        raise UserError(f"k is {k}: completions of a prompt are compared", hint="draw 2 or more of each")
+    for one in (model, reference):
+        if one is not None and one.exists and not (one.path / "config.json").exists():
+            raise UserError("holds no model", where=one.path, hint="give a folder that holds config.json")
