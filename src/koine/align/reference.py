@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -278,13 +280,30 @@ def _compute(
     fitting = [number for number in groups if fewest_tokens(tokens.segments(number)) <= time]
     for packed, numbers in source_batches(tokens, name, fitting, time=time, rows=rows):
         batch = packed.to(device)
-        with torch.inference_mode():
-            values = completion_log_probabilities(model, batch).sums.double().cpu().numpy()
+        # Kernels are chosen by whether gradients are enabled. These are the policy's: with the same weights the
+        # log-ratio is then 0 also in bfloat16, where other kernels differ by a nat over 300 tokens. Nothing
+        # requires gradients, so nothing is kept for them.
+        with torch.enable_grad(), _frozen(model):
+            sums = completion_log_probabilities(model, batch).sums
+        values = sums.detach().double().cpu().numpy()
         for number, start in zip(numbers, _starts(batch), strict=True):
             count = int(first[number + 1] - first[number])
             offset = int(first[number] - first[groups.start])
             found[offset : offset + count] = values[start : start + count]
     return found
+
+
+@contextmanager
+def _frozen(model: LanguageModel) -> Iterator[None]:
+    """Let no weight require gradients meanwhile."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad = True
 
 
 def _starts(batch: GroupBatch) -> list[int]:
