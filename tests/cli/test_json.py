@@ -49,6 +49,9 @@ EXPERTS = "--seed-model model --experts branch --out new"
 
 # command -> a small run of it, and keys of its answer
 COMMANDS: dict[str, tuple[str, ...]] = {
+    "align reward --model model --data pairs --evaluate-pairs pairs --steps 2 --batch-size 2 --sequence-length 64 --out new": (
+        "written", "steps", "best", "evaluation",
+    ),
     "adopt tokens --run r --name one": ("written",),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
@@ -110,6 +113,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "gguf",
         "trained",
         "adapter",
+        "pairs",
     )(tmp_path)
     write_sample_run(tmp_path / "run")
     shutil.copytree(worlds.built("halfway") / "checkpoints" / "step-000001", tmp_path / "checkpoint")

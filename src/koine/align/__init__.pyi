@@ -5,3 +5,9 @@ from .objective import PreferenceObjective as PreferenceObjective
 from .objective import preference_objective as preference_objective
 from .reference import ReferenceLogProbabilities as ReferenceLogProbabilities
 from .reference import reference_log_probabilities as reference_log_probabilities
+from .reward_evaluation import evaluate_pairs as evaluate_pairs
+from .reward_evaluation import score_pairs as score_pairs
+from .reward_objective import BradleyTerry as BradleyTerry
+from .reward_scores import RewardScorer as RewardScorer
+from .reward_scores import completion_scores as completion_scores
+from .reward_scores import load_scorer as load_scorer

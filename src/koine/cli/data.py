@@ -342,8 +342,9 @@ def _say_format(reader: RecordReader) -> None:
         if name in ("text", "messages"):
             continue
         line = f"read as {name}: {count:,} record{'' if count == 1 else 's'}"
-        if "preference" in name:
-            take, other = reader.record_format.take, {"chosen": "rejected", "rejected": "chosen"}
+        take, other = reader.record_format.take, {"chosen": "rejected", "rejected": "chosen"}
+        # Groups have all answers.
+        if "preference" in name and take != "all":
             line += f", their {take} answers (--take {other[take]} reads the others)"
         click.echo(line)
     if reader.left_out:

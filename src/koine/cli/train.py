@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.model.decoder import Decoder
     from koine.model.language_model import LanguageModel
+    from koine.train.loop import Evaluate
     from koine.train.objectives import Objective
 
 LORA_PREFIX = "lora_"
@@ -42,9 +43,9 @@ LORA_PREFIX = "lora_"
 class EvaluationOptions:
     """Options of `koine train` for evaluation during training."""
 
-    evaluate_data: tuple[str, ...]
-    evaluate_split: str | None
-    evaluate_limit: int
+    evaluate_data: tuple[str, ...] = ()
+    evaluate_split: str | None = None
+    evaluate_limit: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +130,18 @@ def _setting_options(cls: type[Any] = TrainSettings, prefix: str = "") -> list[C
     return options
 
 
-def training_options(*, packing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options that all trainings have: data, evaluation, output and hyperparameters."""
+def training_options(
+    *, packing: str, documents: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options that all trainings have: data, evaluation, output and hyperparameters.
+
+    documents: whether documents can be evaluated on; else the command has an evaluation of its own.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         settings = (*_setting_options(), *_setting_options(LoraConfig, LORA_PREFIX))
-        for option in reversed((*EVALUATION_OPTIONS, *RUN_OPTIONS, *settings)):
+        evaluation = EVALUATION_OPTIONS if documents else ()
+        for option in reversed((*evaluation, *RUN_OPTIONS, *settings)):
             command = option(command)
         return data_options(packing=packing, sequence_length=1024)(command)
 
@@ -260,7 +267,8 @@ def open_model(path: Path, **attention: Any) -> LanguageModel:
 
 def _take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
     """Return a dataclass made of its fields in `options`, which are removed there."""
-    return cls(**{field.name: options.pop(prefix + field.name) for field in dataclasses.fields(cls)})
+    names = [field.name for field in dataclasses.fields(cls) if prefix + field.name in options]
+    return cls(**{name: options.pop(prefix + name) for name in names})
 
 
 def run_training(
@@ -271,6 +279,8 @@ def run_training(
     *,
     check_sources: Callable[[Iterable[TokenSource]], None] | None = None,
     groups: bool = False,
+    evaluate: Evaluate | None = None,
+    report: Callable[[], tuple[Mapping[str, Any], Callable[[], object]]] | None = None,
 ) -> None:
     """Check the options, then train, or print an estimate for `--dry-run`.
 
@@ -281,6 +291,8 @@ def run_training(
         options: the other options of the command.
         check_sources: raises `UserError` for token shards that the objective cannot use.
         groups: whether the data are groups of completions (`koine.data.PreferenceOrder`).
+        evaluate: evaluation during training, in place of that of the options.
+        report: called after the training; returns more of the answer, and what prints it as text.
     """
     data: DataOptions = _take(DataOptions, options)
     evaluation: EvaluationOptions = _take(EvaluationOptions, options)
@@ -288,7 +300,8 @@ def run_training(
     lora: LoraConfig = _take(LoraConfig, options, LORA_PREFIX)
     settings = TrainSettings(**options)
     tokenizer = run.tokenizer or init_from
-    _check_evaluation_options(settings, evaluation)
+    if evaluate is None:
+        _check_evaluation_options(settings, evaluation)
     _check_lora(lora, init_from)
     if run.device != "auto":
         from koine.hardware import check_device
@@ -307,15 +320,20 @@ def run_training(
     model = make_model(vocab_size)
     if lora.rank:
         from koine.model.lora.adapter import add_lora
+        from koine.model.reward_model import RewardModel
 
-        add_lora(model, lora, base=init_from, seed=settings.seed)
+        if isinstance(model, RewardModel):
+            model.add_lora(lora, base=init_from, seed=settings.seed)
+        else:
+            add_lora(model, lora, base=init_from, seed=settings.seed)
     check_data_fits_model(model, mixture, vocab_size)
     if not groups:
         check_packed_documents(model, mixture, run.out)
     # A dry run too reports all errors and warnings of the data.
     order = PreferenceOrder(mixture) if groups else DataOrder(mixture)
     check_chats_keep_completions(order.cut_text)
-    evaluate = _make_probe(evaluation, tokenizer, settings.best_metric) if evaluation.evaluate_data else None
+    if evaluation.evaluate_data:
+        evaluate = _make_probe(evaluation, tokenizer, settings.best_metric)
     if run.dry_run:
         print_estimate(model, settings, mixture)
         return
@@ -345,7 +363,8 @@ def run_training(
         from koine.files import read_json
 
         best = read_json(run.out / "training.json").get("best")
-        print_answer({"written": run.out, "steps": mixture.steps, "best": best}, lambda: None)
+        more, show = ({}, lambda: None) if report is None else report()
+        print_answer({"written": run.out, "steps": mixture.steps, "best": best, **more}, show)
 
 
 def _check_lora(lora: LoraConfig, base: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from koine.cli.align.reward import reward
 from koine.cli.align.train import train
 from koine.cli.groups import HelpGroup
 
@@ -13,4 +14,5 @@ def align() -> None:
     """Train a model on preferences, and show what that does to it."""
 
 
+align.add_command(reward)
 align.add_command(train)
