@@ -1,69 +1,138 @@
-"""Reward models: data that are no pairs, folders that are no reward model, another tokenizer."""
+"""Bad inputs of rewards: specifications, records, judges, the sandbox."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
 
 from . import worlds
 from .case import Case
 
-REWARD = "align reward --steps 2 --batch-size 2 --sequence-length 64 --out new"
+SCORE = "align score completions.jsonl --out scored.jsonl --reward"
+TESTS = [f"assert f({x}) == {x}" for x in range(4)]
+PROGRAM = "```python\ndef f(x): return x\n```"
+
+
+def rows(**fields: Any) -> Any:
+    """Write one completion to completions.jsonl, with more fields or others."""
+    row = {"prompt": "Say 4.", "completion": "4", **fields}
+    return lambda folder: worlds.write_lines(folder / "completions.jsonl", [row])
+
+
+def with_module(folder: Path) -> None:
+    rows()(folder)
+    (folder / "mine_that_gives_nan.py").write_text(
+        "def reward(conversation, completion, record):\n    return float('nan')\n"
+    )
+
+
+def without_bytecode(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+
+def without_bwrap(monkeypatch: Any) -> None:
+    from koine.align.sandbox import bubblewrap, sandbox
+
+    sandbox._probe.cache_clear()
+    monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: None)
+
 
 CASES = (
     Case(
-        mistake="plain texts for a reward model",
-        command=f"{REWARD} --model model --data tokens",
-        prepare=worlds.having("model", "tokens"),
-        says="tokens: holds documents, and a reward model learns from pairs; tokenize prompt, chosen and rejected with --kind preferences",
+        mistake="a reward with a typo",
+        command=f"{SCORE} langage",
+        prepare=rows(),
+        says="reward 'langage': unknown reward 'langage'; did you mean 'language'? A function of your own is `module:function`",
     ),
     Case(
-        mistake="plain texts to evaluate a reward model on",
-        command=f"{REWARD} --model model --data pairs --evaluate-pairs tokens",
-        prepare=worlds.having("model", "pairs", "tokens"),
-        says="tokens: holds documents, and a reward model learns from pairs; tokenize prompt, chosen and rejected with --kind preferences",
+        mistake="a setting that the reward does not have",
+        command=f"{SCORE} length:longest=3",
+        prepare=rows(),
+        says="reward 'length:longest=3': the reward 'length' has no setting 'longest'; did you mean 'least' or 'most'?",
     ),
     Case(
-        mistake="a reward model of another tokenizer than the pairs",
-        command=f"{REWARD} --model unrelated --data pairs",
-        prepare=worlds.having("unrelated", "pairs"),
-        says="pairs: tokenized with another tokenizer than unrelated; run `koine data tokenize` again with this tokenizer, or give the one that was used",
+        mistake="a reward without a setting that it needs",
+        command=f"{SCORE} 0.5*length",
+        prepare=rows(),
+        says="reward '0.5*length': the reward 'length' needs the setting 'most'; for example length:most=20",
     ),
     Case(
-        mistake="a reward model to evaluate as a language model",
-        command="evaluate reward --data text.jsonl",
-        prepare=worlds.having("reward", "text"),
-        says="reward: is a reward model (Cohere2ForSequenceClassification), which scores text and writes none; give a language model; `koine align reward --model` takes a reward model too",
+        mistake="a weight that is no number",
+        command=f"{SCORE} much*answer",
+        prepare=rows(),
+        says="reward 'much*answer': 'much*answer' is no reward; write [WEIGHT*]NAME[:KEY=VALUE,...]",
     ),
     Case(
-        mistake="a reward model without its head",
-        command=f"{REWARD} --model reward --data pairs",
-        prepare=worlds.having(
-            "reward",
-            "pairs",
-            then=worlds.changed_tensors(
-                "reward/model.safetensors", lambda tensors: tensors.pop("score.weight")
-            ),
+        mistake="a module of one's own that is not there",
+        command=f"{SCORE} mine:polite",
+        prepare=rows(),
+        says="the module 'mine' of the reward 'mine:polite' cannot be imported (ModuleNotFoundError: No module named 'mine'); start in the folder of the module, or set PYTHONPATH",
+    ),
+    Case(
+        mistake="scores that are all NaN",
+        command=f"{SCORE} mine_that_gives_nan:reward",
+        prepare=with_module,
+        during=without_bytecode,
+        says="the reward scored none of 1 completions; the most frequent reason (1 times): the reward is not finite",
+    ),
+    Case(
+        mistake="a record without the answer that the reward compares with",
+        command=f"{SCORE} answer",
+        prepare=rows(),
+        says="completions.jsonl, line 1: the record's answer is None; add a field `answer` with text",
+    ),
+    Case(
+        mistake="a record without a language",
+        command=f"{SCORE} language",
+        prepare=rows(),
+        says="completions.jsonl, line 1: the record's language is None; add a field `language` with a code, such as de",
+    ),
+    Case(
+        mistake="a row without a prompt",
+        command=f"{SCORE} length:most=3",
+        prepare=rows(prompt=""),
+        says="completions.jsonl, line 1: the prompt is ''; give text, or messages with role and content",
+    ),
+    Case(
+        mistake="a row with neither completion nor completions",
+        command=f"{SCORE} length:most=3",
+        prepare=lambda folder: worlds.write_lines(folder / "completions.jsonl", [{"prompt": "Hi"}]),
+        says="completions.jsonl, line 1: must have either 'completion' or 'completions'",
+    ),
+    Case(
+        mistake="fewer than four unit tests",
+        command=f"{SCORE} unit-tests",
+        prepare=rows(completion=PROGRAM, tests=TESTS[:3]),
+        says="completions.jsonl, line 1: the record has 3 tests; give at least 4, or leave the record out: fewer are passed by chance",
+    ),
+    Case(
+        mistake="a unit test that is no comparison with a literal",
+        command=f"{SCORE} unit-tests",
+        prepare=rows(completion=PROGRAM, tests=[*TESTS, "assert f(1) == g(1)"]),
+        says="completions.jsonl, line 1: 'assert f(1) == g(1)' is not `assert EXPRESSION == LITERAL`; the right side stays outside of the sandbox, so it must be a literal: numbers, strings, booleans, None, lists, tuples, sets, dictionaries",
+    ),
+    Case(
+        mistake="unit tests without bubblewrap",
+        command=f"{SCORE} unit-tests",
+        prepare=rows(completion=PROGRAM, tests=TESTS),
+        during=without_bwrap,
+        simulated="the program is hidden",
+        says="completions.jsonl, line 1: the sandbox for unit tests needs 'bwrap' (bubblewrap); install it, for example: apt-get install bubblewrap",
+    ),
+    Case(
+        mistake="the reward `judge` without a judge",
+        command=f"{SCORE} judge",
+        prepare=rows(),
+        says="--reward: the reward 'judge' needs a model; give --judge MODEL",
+    ),
+    Case(
+        mistake="a judge that never sees the answer",
+        command=f"{SCORE} judge --judge model --judge-template template.txt",
+        prepare=worlds.both(
+            worlds.having("model"),
+            worlds.both(rows(), worlds.written("template.txt", "{conversation} Mark: 5")),
         ),
-        says="reward: the checkpoint lacks 1 tensors (score.weight); config.json and the weights do not belong together",
-    ),
-    Case(
-        mistake="a classifier of two labels for a reward model",
-        command=f"{REWARD} --model reward --data pairs",
-        prepare=worlds.having(
-            "reward",
-            "pairs",
-            then=worlds.edited_json("reward/config.json", id2label={"0": "good", "1": "bad"}),
-        ),
-        says="reward/config.json: is a classifier of 2 labels, and a reward model has one; give a reward model",
-    ),
-    Case(
-        mistake="a centring weight below 0",
-        command=f"{REWARD} --model model --data pairs --centring -1",
-        prepare=worlds.having("model", "pairs"),
-        says="centring is -1.0; it must be at least 0",
-    ),
-    Case(
-        mistake="an interval of evaluations of a reward model, and nothing to evaluate on",
-        command=f"{REWARD} --model model --data pairs --evaluate-every 1",
-        prepare=worlds.having("model", "pairs"),
-        says="--evaluate-every without --evaluate-pairs; give held-out pairs",
+        says="the judge's template has no {answer}; a judge must see it",
     ),
 )

@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "written", "steps", "best", "evaluation",
     ),
     "adopt tokens --run r --name one": ("written",),
+    "align score completions.jsonl --reward answer --out new.jsonl": ("scored", "mean", "failures", "written"),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
     ),
@@ -122,6 +123,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go", "language": "en"}\n'
     )
     (tmp_path / "asked.jsonl").write_text(ASKED)
+    (tmp_path / "completions.jsonl").write_text('{"prompt": "1 + 1?", "completion": "2", "answer": "2"}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
