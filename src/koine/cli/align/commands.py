@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import click
 
-<<<<<<< HEAD
 from koine.cli.align.reward import reward
-=======
 from koine.cli.align.score import score
->>>>>>> main
 from koine.cli.align.train import train
 from koine.cli.groups import HelpGroup
 
@@ -18,9 +15,6 @@ def align() -> None:
     """Train a model on preferences, and show what that does to it."""
 
 
-<<<<<<< HEAD
 align.add_command(reward)
-=======
 align.add_command(score)
->>>>>>> main
 align.add_command(train)
