@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import worlds
 from .case import Case
 
+ROW = '{"prompt": "Hi", "completion": "Hello", "language": "en"}\n'
 REWARD = "align reward --steps 2 --batch-size 2 --sequence-length 64 --out new"
 
 CASES = (
@@ -22,9 +23,9 @@ CASES = (
     ),
     Case(
         mistake="a reward model of another tokenizer than the pairs",
-        command=f"{REWARD} --model unrelated --data pairs",
-        prepare=worlds.having("unrelated", "pairs"),
-        says="pairs: tokenized with another tokenizer than unrelated; run `koine data tokenize` again with this tokenizer, or give the one that was used",
+        command=f"{REWARD} --model exportable --data pairs",
+        prepare=worlds.having("exportable", "pairs"),
+        says="pairs: tokenized with another tokenizer than exportable; run `koine data tokenize` again with this tokenizer, or give the one that was used",
     ),
     Case(
         mistake="a reward model to evaluate as a language model",
@@ -65,5 +66,17 @@ CASES = (
         command=f"{REWARD} --model model --data pairs --evaluate-every 1",
         prepare=worlds.having("model", "pairs"),
         says="--evaluate-every without --evaluate-pairs; give held-out pairs",
+    ),
+    Case(
+        mistake="a language model in place of a reward model",
+        command="align score rows.jsonl --reward reward-model --reward-model model --out scored.jsonl",
+        prepare=worlds.having("model", then=worlds.written("rows.jsonl", ROW)),
+        says="model: holds no reward model: config.json names no class ...ForSequenceClassification; train one: koine align reward",
+    ),
+    Case(
+        mistake="the reward of a reward model without the model",
+        command="align score rows.jsonl --reward reward-model --out scored.jsonl",
+        prepare=worlds.written("rows.jsonl", ROW),
+        says="--reward: the reward 'reward-model' needs a model; give --reward-model MODEL",
     ),
 )

@@ -238,11 +238,7 @@ class RewardProbe:
         )
 
     def __call__(self, model: Any, steps_done: int) -> dict[str, float]:
-        found = self.evaluation(model)
-        figures = {PREFIX + name: found["overall"][name] for name in _TRACKED}
-        for code, of_language in found["languages"].items():
-            figures[f"{PREFIX}accuracy/{code}"] = of_language["accuracy"]
-        return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+        return tracked_figures(self.evaluation(model))
 
     def check_metric(self, name: str) -> None:
         """Raise `UserError` for a metric that it does not measure; "" is the first."""
@@ -250,6 +246,14 @@ class RewardProbe:
         names += [f"{PREFIX}accuracy/{code}" for code in self.languages]
         if name and name.removeprefix("-") not in names:
             raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, names))
+
+
+def tracked_figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a training from what `evaluate_pairs` returned."""
+    figures = {PREFIX + name: found["overall"][name] for name in _TRACKED}
+    for code, of_language in found["languages"].items():
+        figures[f"{PREFIX}accuracy/{code}"] = of_language["accuracy"]
+    return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
 _TRACKED = (

@@ -49,6 +49,7 @@ def train_reward_model(
         check_pairs,
         evaluation_blocks,
         open_pairs,
+        tracked_figures,
     )
     from koine.align.reward_objective import BradleyTerry
     from koine.data import Mixture, PreferenceOrder
@@ -93,6 +94,6 @@ def train_reward_model(
     if probe is not None:
         found = probe.evaluation(load_reward_model(out))
         write_json(out / EVALUATION, found)
-        metrics |= {name: value for name, value in found["overall"].items() if value is not None}
+        metrics |= tracked_figures(found)
         write_step_report(out, "Reward model", evaluation_blocks(found))
     write_json(out / "metrics.json", metrics)

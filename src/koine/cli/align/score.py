@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from koine.cli.arguments import DEVICE, MODEL
 from koine.cli.commands import Command
 from koine.cli.outputs import OVERWRITE, InputFile, OutputFile, output_files, say_written
 from koine.errors import UserError
+
+if TYPE_CHECKING:
+    from koine.align.reward_scores import RewardScorer
 
 
 @click.command(cls=Command)
@@ -24,6 +27,7 @@ from koine.errors import UserError
     metavar="REWARD",
     help="Weighted sum of rewards, for example 0.7*language+0.3*length:most=20.",
 )
+@click.option("--reward-model", type=MODEL, help="Folder of the reward model for the reward `reward-model`.")
 @click.option("--judge", type=MODEL, help="Model folder, or OWNER/NAME of the hub, for the reward `judge`.")
 @click.option(
     "--judge-template",
@@ -36,6 +40,7 @@ from koine.errors import UserError
 def score(
     completions: Path,
     reward_text: str,
+    reward_model: Path | None,
     judge: Path | None,
     judge_template: Path | None,
     device: str,
@@ -51,11 +56,15 @@ def score(
     from koine.align.rewards.completions import read_completions, score_rows
 
     spec = RewardSpec.parse(reward_text)
-    if "scorer" in spec.needs:
+    if "scorer" in spec.needs and reward_model is None:
         raise UserError(
-            "the reward 'reward-model' is given from Python",
-            where="--reward",
-            hint="build it by koine.align.rewards.RewardSpec.parse(...).build(scorer=...)",
+            "the reward 'reward-model' needs a model", where="--reward", hint="give --reward-model MODEL"
+        )
+    if "scorer" not in spec.needs and reward_model is not None:
+        raise UserError(
+            "the reward has no reward model",
+            where="--reward-model",
+            hint="add reward-model to --reward, or leave it out",
         )
     if "engine" in spec.needs and judge is None:
         raise UserError("the reward 'judge' needs a model", where="--reward", hint="give --judge MODEL")
@@ -64,7 +73,8 @@ def score(
             "the reward has no judge", where="--judge", hint="add judge to --reward, or leave it out"
         )
     template = None if judge_template is None else _read_text(judge_template)
-    reward = spec.build(engine=_engine(judge, device), judge_template=template)
+    scorer = None if reward_model is None else _scorer(reward_model, device)
+    reward = spec.build(scorer=scorer, engine=_engine(judge, device), judge_template=template)
     outcomes: list[RewardOutcome] = []
     with output_files({"--out": out}, overwrite=overwrite, reads=[completions]) as targets:
         rows = read_completions(completions, reward)
@@ -80,6 +90,13 @@ def score(
     answer = {"scored": summary.scored, "mean": summary.mean, "failures": summary.failures, "written": out}
     print_answer(answer, lambda: _show(answer))
     say_written(out)
+
+
+def _scorer(path: Path, device: str) -> RewardScorer:
+    from koine.align.reward_scores import load_scorer
+    from koine.hardware import chosen_device
+
+    return load_scorer(path, device=chosen_device(device))
 
 
 def _show(answer: dict[str, Any]) -> None:
