@@ -62,10 +62,7 @@ def test_calibration_of_known_probabilities() -> None:
     expected = float((1 / (1 + np.exp(-2 * size)) - 1 / (1 + np.exp(-size))).mean())
     assert expected_calibration_error(calibration_bins(proud, 10)) == pytest.approx(expected, abs=0.01)
     # A pair the other way round is the same pair.
-    turned = [
-        PairScore("en", 1 - one.probability, one.scores[::-1], one.lengths[::-1])  # type: ignore[arg-type]
-        for one in honest
-    ]
+    turned = [PairScore("en", 1 - one.probability, one.scores[::-1], one.lengths[::-1]) for one in honest]
     assert calibration_bins(turned, 10) == calibration_bins(honest, 10)
 
 

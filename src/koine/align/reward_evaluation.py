@@ -27,8 +27,9 @@ from koine.align.reward_scores import completion_scores
 from koine.align.source_batches import source_batches
 from koine.data.groups import fewest_tokens
 from koine.data.shards import TokenSource
-from koine.errors import KoineWarning, UserError, did_you_mean
+from koine.errors import KoineWarning, UserError
 from koine.fields import check_integer, check_number
+from koine.files import sha256_file
 from koine.model.reward_model import RewardModel
 
 BINS = 10
@@ -240,12 +241,15 @@ class RewardProbe:
     def __call__(self, model: Any, steps_done: int) -> dict[str, float]:
         return tracked_figures(self.evaluation(model))
 
-    def check_metric(self, name: str) -> None:
-        """Raise `UserError` for a metric that it does not measure; "" is the first."""
-        names = [PREFIX + one for one in _TRACKED]
-        names += [f"{PREFIX}accuracy/{code}" for code in self.languages]
-        if name and name.removeprefix("-") not in names:
-            raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, names))
+    @property
+    def names(self) -> list[str]:
+        """Names of the figures; one is left out where nothing can be computed, such as a correlation."""
+        return [PREFIX + one for one in _TRACKED] + [f"{PREFIX}accuracy/{code}" for code in self.languages]
+
+    def identity(self) -> dict[str, Any]:
+        """Return the pairs and how they are read, as JSON values."""
+        pairs = sha256_file(self.tokens.path / "manifest.json")
+        return {"pairs": pairs, "time": self.time, "limit": self.limit}
 
 
 def tracked_figures(found: Mapping[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from koine.data.groups import GroupBatch
+from koine.data.mismatched import MismatchedSource
 from koine.data.packing import DocumentSlice
 from koine.data.preference_order import build_groups
 from koine.data.shards import TokenSource
@@ -19,7 +20,7 @@ class SourceBatch(NamedTuple):
 
 
 def source_batches(
-    tokens: TokenSource, name: str, numbers: Iterable[int], *, time: int, rows: int
+    tokens: TokenSource | MismatchedSource, name: str, numbers: Iterable[int], *, time: int, rows: int
 ) -> Iterator[SourceBatch]:
     """Yield batches of whole groups, packed in order; a group longer than a row is alone in it, and is cut.
 
@@ -40,7 +41,9 @@ def source_batches(
         yield _batch(tokens, name, packed, time)
 
 
-def _batch(tokens: TokenSource, name: str, rows: list[list[int]], time: int) -> SourceBatch:
+def _batch(
+    tokens: TokenSource | MismatchedSource, name: str, rows: list[list[int]], time: int
+) -> SourceBatch:
     content = [
         [(tokens, name, DocumentSlice(number, 0, int(tokens.lengths[number]))) for number in row]
         for row in rows
@@ -48,7 +51,9 @@ def _batch(tokens: TokenSource, name: str, rows: list[list[int]], time: int) -> 
     return SourceBatch(build_groups(content, time, list), [number for row in rows for number in row])
 
 
-def _packed_rows(tokens: TokenSource, numbers: Iterable[int], time: int) -> Iterator[list[int]]:
+def _packed_rows(
+    tokens: TokenSource | MismatchedSource, numbers: Iterable[int], time: int
+) -> Iterator[list[int]]:
     row: list[int] = []
     used = 0
     for number in numbers:

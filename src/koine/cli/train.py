@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.model.decoder import Decoder
     from koine.model.language_model import LanguageModel
-    from koine.train.loop import Evaluate
+    from koine.train.evaluation import NamedEvaluation
     from koine.train.objectives import Objective
 
 LORA_PREFIX = "lora_"
@@ -46,6 +46,7 @@ class EvaluationOptions:
     evaluate_data: tuple[str, ...] = ()
     evaluate_split: str | None = None
     evaluate_limit: int = 16
+    stop_on: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,12 @@ EVALUATION_OPTIONS = (
         default=16,
         show_default=True,
         help="Number of documents of each language of --evaluate-data at most.",
+    ),
+    click.option(
+        "--stop-on",
+        metavar="RULE",
+        help="End the training early, with the best checkpoint kept: METRIC (no better value in two "
+        "evaluations), METRIC=LIMIT (the metric reaches it), or overoptimisation (`koine align train`).",
     ),
 )
 RUN_OPTIONS = (
@@ -109,11 +116,18 @@ RUN_OPTIONS = (
 )
 
 
-def _setting_options(cls: type[Any] = TrainSettings, prefix: str = "") -> list[Callable[..., Any]]:
-    """Return one option for each field of a settings class, which declares its type, default and help."""
+def setting_options(
+    cls: type[Any] = TrainSettings, prefix: str = "", leave_out: Collection[str] = ()
+) -> list[Callable[..., Any]]:
+    """Return one option for each field of a settings class, which declares its type, default and help.
+
+    leave_out: fields without an option.
+    """
     types = get_type_hints(cls)
     options = []
     for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
         field_type, choices = types[field.name], get_args(types[field.name])
         name = "--" + (prefix + field.name).replace("_", "-")
         if field_type is bool:
@@ -139,8 +153,8 @@ def training_options(
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        settings = (*_setting_options(), *_setting_options(LoraConfig, LORA_PREFIX))
-        evaluation = EVALUATION_OPTIONS if documents else ()
+        settings = (*setting_options(), *setting_options(LoraConfig, LORA_PREFIX))
+        evaluation = EVALUATION_OPTIONS if documents else EVALUATION_OPTIONS[-1:]
         for option in reversed((*evaluation, *RUN_OPTIONS, *settings)):
             command = option(command)
         return data_options(packing=packing, sequence_length=1024)(command)
@@ -265,7 +279,7 @@ def open_model(path: Path, **attention: Any) -> LanguageModel:
     return change_attention(model, config)
 
 
-def _take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
+def take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
     """Return a dataclass made of its fields in `options`, which are removed there."""
     names = [field.name for field in dataclasses.fields(cls) if prefix + field.name in options]
     return cls(**{name: options.pop(prefix + name) for name in names})
@@ -279,7 +293,7 @@ def run_training(
     *,
     check_sources: Callable[[Iterable[TokenSource]], None] | None = None,
     groups: bool = False,
-    evaluate: Evaluate | None = None,
+    make_monitor: Callable[[LanguageModel], NamedEvaluation] | None = None,
     report: Callable[[], tuple[Mapping[str, Any], Callable[[], object]]] | None = None,
 ) -> None:
     """Check the options, then train, or print an estimate for `--dry-run`.
@@ -291,17 +305,16 @@ def run_training(
         options: the other options of the command.
         check_sources: raises `UserError` for token shards that the objective cannot use.
         groups: whether the data are groups of completions (`koine.data.PreferenceOrder`).
-        evaluate: evaluation during training, in place of that of the options.
+        make_monitor: returns a further evaluation, which comes first, from the model before the training.
         report: called after the training; returns more of the answer, and what prints it as text.
     """
-    data: DataOptions = _take(DataOptions, options)
-    evaluation: EvaluationOptions = _take(EvaluationOptions, options)
-    run: RunOptions = _take(RunOptions, options)
-    lora: LoraConfig = _take(LoraConfig, options, LORA_PREFIX)
+    data: DataOptions = take(DataOptions, options)
+    evaluation: EvaluationOptions = take(EvaluationOptions, options)
+    run: RunOptions = take(RunOptions, options)
+    lora: LoraConfig = take(LoraConfig, options, LORA_PREFIX)
     settings = TrainSettings(**options)
     tokenizer = run.tokenizer or init_from
-    if evaluate is None:
-        _check_evaluation_options(settings, evaluation)
+    _check_evaluation_options(settings, evaluation, monitored=make_monitor is not None)
     _check_lora(lora, init_from)
     if run.device != "auto":
         from koine.hardware import check_device
@@ -332,8 +345,16 @@ def run_training(
     # A dry run too reports all errors and warnings of the data.
     order = PreferenceOrder(mixture) if groups else DataOrder(mixture)
     check_chats_keep_completions(order.cut_text)
-    if evaluation.evaluate_data:
-        evaluate = _make_probe(evaluation, tokenizer, settings.best_metric)
+    evaluate = _make_evaluation(evaluation, tokenizer, None if make_monitor is None else make_monitor(model))
+    stop = None
+    if evaluate is not None:
+        from koine.train.evaluation import check_metric
+
+        check_metric(settings.best_metric, evaluate.names)
+        if evaluation.stop_on is not None:
+            from koine.align.stopping import parse_stop_rule
+
+            stop = parse_stop_rule(evaluation.stop_on, evaluate.names)
     if run.dry_run:
         print_estimate(model, settings, mixture)
         return
@@ -355,6 +376,7 @@ def run_training(
             out=run.out,
             tokenizer=tokenizer,
             evaluate=evaluate,
+            stop=stop,
             init_from=init_from,
             device=run.device,
             logger=logger,
@@ -362,9 +384,25 @@ def run_training(
     if os.environ.get("RANK", "0") == "0":
         from koine.files import read_json
 
-        best = read_json(run.out / "training.json").get("best")
+        record = read_json(run.out / "training.json")
+        answer = {"written": run.out, "steps": record["steps"], "best": record.get("best")}
+        if "stopped" in record:
+            answer["stopped"] = record["stopped"]
         more, show = ({}, lambda: None) if report is None else report()
-        print_answer({"written": run.out, "steps": mixture.steps, "best": best, **more}, show)
+
+        def say() -> None:
+            show()
+            _say_best(run.out, record)
+
+        print_answer({**answer, **more}, say)
+
+
+def _say_best(out: Path, record: dict[str, Any]) -> None:
+    """Say how to get the best model where a stop rule ended the training after it."""
+    stopped, best = record.get("stopped"), record.get("best")
+    if stopped is not None and best is not None and best["step"] != stopped["step"]:
+        checkpoint = out / "checkpoints" / f"step-{best['step']:06d}"
+        note(f"the best model: koine model export {checkpoint} --format safetensors --out MODEL")
 
 
 def _check_lora(lora: LoraConfig, base: Path | None) -> None:
@@ -423,8 +461,19 @@ def _after_documents_seen(mixture: Mixture, model: Path | None) -> Mixture:
     return dataclasses.replace(mixture, drawn=drawn)
 
 
-def _check_evaluation_options(settings: TrainSettings, options: EvaluationOptions) -> None:
-    """Raise `UserError` for evaluation data without an interval, and the other way round."""
+def _check_evaluation_options(
+    settings: TrainSettings, options: EvaluationOptions, *, monitored: bool
+) -> None:
+    """Raise `UserError` for evaluation data without an interval, and the other way round.
+
+    monitored: whether there is another evaluation.
+    """
+    if options.evaluate_split and not options.evaluate_data:
+        raise UserError("--evaluate-split without --evaluate-data", hint="give documents to evaluate on")
+    if monitored and not settings.evaluate_every:
+        raise UserError("a monitor without --evaluate-every", hint="say after how many steps to evaluate")
+    if monitored:
+        return
     if options.evaluate_data and not settings.evaluate_every:
         raise UserError(
             "--evaluate-data without --evaluate-every", hint="say after how many steps to evaluate"
@@ -432,14 +481,25 @@ def _check_evaluation_options(settings: TrainSettings, options: EvaluationOption
     for option, given in (
         ("--evaluate-every", settings.evaluate_every),
         ("--best-metric", settings.best_metric),
-        ("--evaluate-split", options.evaluate_split),
+        ("--stop-on", options.stop_on),
     ):
         if given and not options.evaluate_data:
             raise UserError(f"{option} without --evaluate-data", hint="give documents to evaluate on")
 
 
-def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str) -> BitsPerByteProbe:
-    """Return the evaluation during training; raises `UserError` for a metric that it does not have."""
+def _make_evaluation(
+    options: EvaluationOptions, tokenizer: Path | None, monitor: NamedEvaluation | None
+) -> NamedEvaluation | None:
+    """Return the evaluation during training: the monitor, bits per byte of documents, or both; None: neither."""
+    from koine.train.evaluation import JoinedEvaluations
+
+    probe = _make_probe(options, tokenizer) if options.evaluate_data else None
+    found: list[NamedEvaluation] = [one for one in (monitor, probe) if one is not None]
+    return JoinedEvaluations(found) if len(found) > 1 else found[0] if found else None
+
+
+def _make_probe(options: EvaluationOptions, tokenizer: Path | None) -> BitsPerByteProbe:
+    """Return the evaluation of bits per byte during training."""
     from koine.evaluate.records import RecordOptions, Records
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.tokenizer import load_tokenizer
@@ -454,7 +514,6 @@ def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str)
     )
     probe = BitsPerByteProbe(load_tokenizer(tokenizer), records)
     records.warn_of_bad()
-    probe.check_metric(metric)
     return probe
 
 

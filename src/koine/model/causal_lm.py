@@ -102,9 +102,15 @@ class CausalLM(nn.Module):
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of one sequence; None where the configuration names no limit."""
+        """Most tokens of one sequence; None where the configuration names no limit.
+
+        With RoPE of type `dynamic` it is `factor` times the context that the configuration names.
+        """
         found = [getattr(self.config, name, None) for name in LENGTH_FIELDS]
-        return next((one for one in found if isinstance(one, int) and one > 0), None)
+        length = next((one for one in found if isinstance(one, int) and one > 0), None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        dynamic = length is not None and rope.get("rope_type") == "dynamic"
+        return int(length * rope["factor"]) if dynamic else length
 
     @property
     def isolation(self) -> DocumentIsolation:

@@ -44,6 +44,7 @@ from koine.model.formats.weight_files import open_safetensors, weight_files
 from koine.model.language_model import RemapIds, VocabularyTensors
 from koine.model.lm_head import linear_head, probe_tokens
 from koine.model.lora.adapter import add_lora, merged_weights
+from koine.model.meta_device import meta_device
 from koine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def load_reward_model(
         check_fields(value, path / "config.json")
         config = read_config(path)
         state, score = read_reward_state(path, config)
-        with torch.device("meta"):
+        with meta_device():
             decoder = Decoder(config)
         _drop_head(decoder)
         decoder.load_state_dict(state, assign=True)

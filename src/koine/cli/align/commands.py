@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import click
 
+from koine.cli.align.inspect import inspect
+from koine.cli.align.online import online
+from koine.cli.align.revise import revise
 from koine.cli.align.reward import reward
 from koine.cli.align.score import score
 from koine.cli.align.train import train
+from koine.cli.align.watch import watch
 from koine.cli.groups import HelpGroup
 
 
@@ -16,5 +20,9 @@ def align() -> None:
 
 
 align.add_command(reward)
+align.add_command(online)
+align.add_command(revise)
 align.add_command(score)
+align.add_command(inspect)
 align.add_command(train)
+align.add_command(watch)

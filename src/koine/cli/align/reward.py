@@ -74,7 +74,6 @@ def reward(
         tokenizer = options["tokenizer"] or model
         held_out = open_pairs(evaluate_pairs, _fingerprint(tokenizer))
         probe = RewardProbe(held_out, time=options["sequence_length"], limit=evaluate_limit)
-        probe.check_metric(options["best_metric"])
     out, device = options["out"], options["device"]
     run_training(
         lambda vocab_size: _open(model, options["seed"]),
@@ -83,7 +82,7 @@ def reward(
         dict(options),
         check_sources=_check_pairs,
         groups=True,
-        evaluate=probe,
+        make_monitor=None if probe is None or not options["evaluate_every"] else lambda model: probe,
         report=None if probe is None else lambda: _report(probe, out, device),
     )
 
@@ -98,7 +97,7 @@ def _open(path: Path, seed: int) -> RewardModel:
 
 def _check_options(evaluate_pairs: Path | None, options: dict[str, Any]) -> None:
     """Raise `UserError` for options of an evaluation without pairs to evaluate on."""
-    for name in ("evaluate_every", "best_metric"):
+    for name in ("evaluate_every", "best_metric", "stop_on"):
         if options[name] and evaluate_pairs is None:
             raise UserError(
                 f"--{name.replace('_', '-')} without --evaluate-pairs", hint="give held-out pairs"

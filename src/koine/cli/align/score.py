@@ -16,6 +16,7 @@ from koine.errors import UserError
 
 if TYPE_CHECKING:
     from koine.align.reward_scores import RewardScorer
+    from koine.align.rewards import Reward
 
 
 @click.command(cls=Command)
@@ -52,29 +53,10 @@ def score(
     Rows with `completions` become groups for `koine data tokenize --kind scored`. A completion that the reward
     fails for gets no score, and the failures are counted.
     """
-    from koine.align.rewards import RewardOutcome, RewardSpec, RewardSummary
+    from koine.align.rewards import RewardOutcome, RewardSummary
     from koine.align.rewards.completions import read_completions, score_rows
 
-    spec = RewardSpec.parse(reward_text)
-    if "scorer" in spec.needs and reward_model is None:
-        raise UserError(
-            "the reward 'reward-model' needs a model", where="--reward", hint="give --reward-model MODEL"
-        )
-    if "scorer" not in spec.needs and reward_model is not None:
-        raise UserError(
-            "the reward has no reward model",
-            where="--reward-model",
-            hint="add reward-model to --reward, or leave it out",
-        )
-    if "engine" in spec.needs and judge is None:
-        raise UserError("the reward 'judge' needs a model", where="--reward", hint="give --judge MODEL")
-    if "engine" not in spec.needs and (judge or judge_template):
-        raise UserError(
-            "the reward has no judge", where="--judge", hint="add judge to --reward, or leave it out"
-        )
-    template = None if judge_template is None else _read_text(judge_template)
-    scorer = None if reward_model is None else _scorer(reward_model, device)
-    reward = spec.build(scorer=scorer, engine=_engine(judge, device), judge_template=template)
+    reward = open_reward(reward_text, judge, judge_template, device, reward_model)
     outcomes: list[RewardOutcome] = []
     with output_files({"--out": out}, overwrite=overwrite, reads=[completions]) as targets:
         rows = read_completions(completions, reward)
@@ -90,13 +72,6 @@ def score(
     answer = {"scored": summary.scored, "mean": summary.mean, "failures": summary.failures, "written": out}
     print_answer(answer, lambda: _show(answer))
     say_written(out)
-
-
-def _scorer(path: Path, device: str) -> RewardScorer:
-    from koine.align.reward_scores import load_scorer
-    from koine.hardware import chosen_device
-
-    return load_scorer(path, device=chosen_device(device))
 
 
 def _show(answer: dict[str, Any]) -> None:
@@ -119,3 +94,45 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("cannot be read as text", where=path, hint="give a UTF-8 text file") from error
+
+
+def open_reward(
+    text: str,
+    judge: Path | None,
+    judge_template: Path | None,
+    device: str,
+    reward_model: Path | None = None,
+) -> Reward:
+    """Return the reward of --reward, with the judge of --judge and the model of --reward-model.
+
+    Raises `UserError` where they do not fit.
+    """
+    from koine.align.rewards import RewardSpec
+
+    spec = RewardSpec.parse(text)
+    if "scorer" in spec.needs and reward_model is None:
+        raise UserError(
+            "the reward 'reward-model' needs a model", where="--reward", hint="give --reward-model MODEL"
+        )
+    if "scorer" not in spec.needs and reward_model is not None:
+        raise UserError(
+            "the reward has no reward model",
+            where="--reward-model",
+            hint="add reward-model to --reward, or leave it out",
+        )
+    if "engine" in spec.needs and judge is None:
+        raise UserError("the reward 'judge' needs a model", where="--reward", hint="give --judge MODEL")
+    if "engine" not in spec.needs and (judge or judge_template):
+        raise UserError(
+            "the reward has no judge", where="--judge", hint="add judge to --reward, or leave it out"
+        )
+    template = None if judge_template is None else _read_text(judge_template)
+    scorer = None if reward_model is None else _scorer(reward_model, device)
+    return spec.build(scorer=scorer, engine=_engine(judge, device), judge_template=template)
+
+
+def _scorer(path: Path, device: str) -> RewardScorer:
+    from koine.align.reward_scores import load_scorer
+    from koine.hardware import chosen_device
+
+    return load_scorer(path, device=chosen_device(device))

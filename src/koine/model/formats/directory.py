@@ -45,6 +45,7 @@ from koine.model.formats.stored_tensors import (
 )
 from koine.model.formats.tensor_names import join_stored, split_stored
 from koine.model.formats.weight_files import stored_bytes, weight_files, widest
+from koine.model.meta_device import meta_device
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -85,7 +86,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=8)
 def _canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+    with meta_device():
         state = Decoder(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in to_canonical(state, config).items()}
 
@@ -97,7 +98,7 @@ def from_transformers(
 
     head: whether the output matrix is wanted too; a reward model has none.
     """
-    with torch.device("meta"):
+    with meta_device():
         wanted = Decoder(config).state_dict().keys()
     names = stored_names(config)
     return {name: _one(state, name, config, names) for name in wanted if head or name != "head.weight"}
@@ -112,7 +113,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _expected_shapes(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes for a model that was read as `kind`, a field that equal configurations may differ in."""
     names = stored_names(replace(config, model_type=kind))
-    with torch.device("meta"):
+    with meta_device():
         ours = {name: torch.empty(shape) for name, shape in canonical_shapes(config).items()}
     return {name: tuple(tensor.shape) for name, tensor in class_tensors(ours, names, config)}
 
@@ -228,22 +229,22 @@ def load_model(
     path = model_folder(path)
     config = read_config(path)
     weights = open_weights(path, config)
-    with torch.device("meta"):
+    with meta_device():
         model = Decoder(config)
-    # The dtype first: on the meta device the change is free.
-    model.to(dtype=dtype or widest(stored_bytes(weights.files)))
     model.eos_ids = eos_ids(path)
-    model.to_empty(device=device)
+    dtype = dtype or widest(stored_bytes(weights.files))
     names = stored_names(config)
-    with torch.no_grad():
-        for name, parameter in model.state_dict(keep_vars=True).items():
-            parameter.copy_(_one(weights, name, config, names))
-            if not torch.isfinite(parameter).all():
-                raise UserError(
-                    f"{name} holds NaN or infinity",
-                    where=path,
-                    hint="this checkpoint is broken; use an earlier one",
-                )
+    state = {}
+    for name, shape in ((name, tensor.shape) for name, tensor in model.state_dict().items()):
+        state[name] = torch.empty(shape, dtype=dtype, device=device)
+        state[name].copy_(_one(weights, name, config, names))
+        if not torch.isfinite(state[name]).all():
+            raise UserError(
+                f"{name} holds NaN or infinity",
+                where=path,
+                hint="this checkpoint is broken; use an earlier one",
+            )
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassi
 
 from koine.model.decoder import Decoder
 from koine.model.formats.config_json import from_json
+from koine.model.meta_device import meta_device
 
 
 class KoineConfig(PretrainedConfig):  # type: ignore[misc]
@@ -45,7 +46,7 @@ class KoineForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         decoder = load_model(Path(path), dtype=dtype if isinstance(dtype, torch.dtype) else None)
         config = kwargs.get("config") or KoineConfig.from_pretrained(path)
-        with torch.device("meta"):
+        with meta_device():
             model = cls(config)
         model.decoder = decoder
         model.eval()

@@ -5,6 +5,7 @@ input, raises `UserError` for what cannot work, warns with `KoineWarning` of wha
 the facts that the checks of later steps build on.
 """
 
+from koine.steps.checks.alignments import inspected_groups, trained_online, watched
 from koine.steps.checks.combinations import combined, copied, grown, merged
 from koine.steps.checks.corpora import domain_text, own_corpus, sample, text_corpus
 from koine.steps.checks.profiles import profile_model, profile_sample, profile_speed, profile_text
@@ -29,6 +30,7 @@ __all__ = [
     "evaluated_model",
     "evaluation",
     "grown",
+    "inspected_groups",
     "merged",
     "moved",
     "other_attention",
@@ -43,5 +45,7 @@ __all__ = [
     "text_corpus",
     "tokenizer",
     "tokens",
+    "trained_online",
     "training",
+    "watched",
 ]
