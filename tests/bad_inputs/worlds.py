@@ -148,19 +148,6 @@ def build_model(out: Path) -> None:
     save_model(Decoder(config), out, tokenizer=built("tokenizer"))
 
 
-def build_pairs(out: Path) -> None:
-    """Tokenize preference records."""
-    lines = [
-        {"prompt": f"What is {number}?", "chosen": f"A number, {number}.", "rejected": "No.", "language": "en"}
-        for number in range(8)
-    ]
-    write_lines(out.parent / "pairs.jsonl", lines)
-    run_koine(
-        "data", "tokenize", str(out.parent / "pairs.jsonl"), "--tokenizer", str(built("tokenizer")), "--out", str(out),
-        "--kind", "preferences", "--workers", "1",
-    )  # fmt: skip
-
-
 def build_reward(out: Path) -> None:
     """Build a reward model with random weights."""
     from koine.model.reward_model import start_reward_model
@@ -320,7 +307,6 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokens": build_tokens,
     "pairs": build_pairs,
     "model": build_model,
-    "pairs": build_pairs,
     "reward": build_reward,
     "exportable": build_exportable,
     "gguf": build_gguf,

@@ -130,7 +130,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "gguf",
         "trained",
         "adapter",
-        "pairs",
     )(tmp_path)
     write_sample_run(tmp_path / "run")
     shutil.copytree(worlds.built("halfway") / "checkpoints" / "step-000001", tmp_path / "checkpoint")

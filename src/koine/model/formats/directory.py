@@ -113,7 +113,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _expected_shapes(config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes for a model that was read as `kind`, a field that equal configurations may differ in."""
     names = stored_names(replace(config, model_type=kind))
-    with meta_device():
+    with torch.device("meta"):
         ours = {name: torch.empty(shape) for name, shape in canonical_shapes(config).items()}
     return {name: tuple(tensor.shape) for name, tensor in class_tensors(ours, names, config)}
 
