@@ -148,6 +148,13 @@ def build_model(out: Path) -> None:
     save_model(Decoder(config), out, tokenizer=built("tokenizer"))
 
 
+def build_reward(out: Path) -> None:
+    """Build a reward model with random weights."""
+    from koine.model.reward_model import start_reward_model
+
+    start_reward_model(built("model")).save(out, tokenizer=built("tokenizer"))
+
+
 def build_exportable(out: Path) -> None:
     """Build a model as `build_model`, with a tokenizer of two merges: llama.cpp needs some."""
     from koine.model import Decoder, preset, save_model
@@ -300,6 +307,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokens": build_tokens,
     "pairs": build_pairs,
     "model": build_model,
+    "reward": build_reward,
     "exportable": build_exportable,
     "gguf": build_gguf,
     "pickled": build_pickled,

@@ -49,6 +49,9 @@ EXPERTS = "--seed-model model --experts branch --out new"
 
 # command -> a small run of it, and keys of its answer
 COMMANDS: dict[str, tuple[str, ...]] = {
+    "align reward --model model --data pairs --evaluate-pairs pairs --steps 2 --batch-size 2 --sequence-length 64 --out new": (
+        "written", "steps", "best", "evaluation",
+    ),
     "adopt tokens --run r --name one": ("written",),
     "align watch model branch --data pairs.jsonl --limit 1 --max-new-tokens 4 --out new": ("written", "verdict", "figures"),
     "align score completions.jsonl --reward answer --out new.jsonl": ("scored", "mean", "failures", "written"),

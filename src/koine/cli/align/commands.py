@@ -7,6 +7,7 @@ import click
 from koine.cli.align.inspect import inspect
 from koine.cli.align.online import online
 from koine.cli.align.revise import revise
+from koine.cli.align.reward import reward
 from koine.cli.align.score import score
 from koine.cli.align.train import train
 from koine.cli.align.watch import watch
@@ -18,6 +19,7 @@ def align() -> None:
     """Train a model on preferences, and show what that does to it."""
 
 
+align.add_command(reward)
 align.add_command(online)
 align.add_command(revise)
 align.add_command(score)
