@@ -91,7 +91,8 @@ def order_of(tokens: Path, row: int, rows: int) -> Any:
 def rows_of_epoch(tokens: Path, row: int) -> int:
     """Return the rows that an epoch over a case fills."""
     [usage] = order_of(tokens, row, 1).usage()
-    return round(1 / usage.epochs)
+    rows: int = round(1 / usage.epochs)
+    return rows
 
 
 def micro_batches(rows: int, steps: int, most: int) -> list[list[slice]]:
@@ -119,7 +120,7 @@ def ours(configuration: Configuration, case: Path, weights: Path, reference: Pat
     prepare_model(model, gradient_checkpointing=False)
     settings = TrainSettings(
         learning_rate=LEARNING_RATE,
-        dtype=configuration.dtype,
+        dtype="bfloat16" if configuration.dtype == "bfloat16" else "float32",
         weight_decay=WEIGHT_DECAY,
         clip_norm=CLIP,
         compile="on" if configuration.compiled else "off",
@@ -137,7 +138,8 @@ def ours(configuration: Configuration, case: Path, weights: Path, reference: Pat
     def loss() -> float:
         with torch.no_grad():
             found = [objective(model, batch_of(part)) for parts in plan for part in parts]
-        return float(sum(total for total, _ in found)) / sum(measured["units"] for _, measured in found)
+        units = sum(float(measured["units"]) for _, measured in found)
+        return sum(float(total) for total, _ in found) / units
 
     def steps() -> Iterator[None]:
         for parts in plan:
@@ -239,7 +241,8 @@ def dpo_trainer(
         args=DPOConfig(
             **arguments,
             precompute_ref_log_probs=True,
-            precompute_ref_batch_size=4,
+            # Small, so that the peak of memory is that of the steps.
+            precompute_ref_batch_size=1,
             beta=BETA,
             max_length=None,
         ),
