@@ -79,11 +79,12 @@ def run_training(
     learning_rate: float = 3e-3,
     micro_batch_size: int = 0,
     reference: Any = "start",
+    dtype: Any = "float32",
     **changed: Any,
 ) -> Path:
     tokenizer = load_tokenizer(start)
     settings = TrainSettings(
-        dtype="float32",
+        dtype=dtype,
         threads=1,
         learning_rate=learning_rate,
         schedule="constant",
@@ -255,6 +256,44 @@ def test_replay_trains_on_completions_of_an_earlier_policy(start: Path, tmp_path
     assert moved[2] < 1e-4
     assert moved[1] > 1e-2
     assert moved[3] > 1e-2
+
+
+def test_a_lost_draw_of_an_earlier_policy_cannot_be_repeated(start: Path, tmp_path: Path) -> None:
+    """The weights of the draw are gone; a later step says so, and does not draw from other weights."""
+    calls = []
+
+    def failing(conversation: Any, completion: str, record: Any) -> float:
+        calls.append(completion)
+        if len(calls) > 15:
+            raise RuntimeError("stopped")
+        return letters(conversation, completion, record)
+
+    def again() -> None:
+        run_training(start, tmp_path / "run", draw_every=3)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_training(start, tmp_path / "run", draw_every=3, reward=failing)
+    for name, words in (("behaviour-*", "no log-probabilities"), ("prompts-*", "no completions of step 1")):
+        [file] = (tmp_path / "run" / "rollouts" / "step-000001").glob(name)
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(UserError, match=words):
+            again()
+        file.write_bytes(content)
+    again()
+    run_training(start, tmp_path / "whole", draw_every=3)
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_replay_in_bfloat16_measures_the_policy_and_not_the_rounding(start: Path, tmp_path: Path) -> None:
+    """With a learning rate of almost 0 the ratio is 1 at later steps too, so the surrogate is 0."""
+    run_training(
+        start, tmp_path / "run", "rloo:beta=0", steps=2, draw_every=2, learning_rate=1e-12, dtype="bfloat16"
+    )
+    first, second = figures(tmp_path / "run")
+    assert second["moved"] == pytest.approx(0, abs=1e-6)
+    assert abs(second["loss"]) < 1e-6
+    assert first["moved"] > 1e-3
 
 
 def test_failures_are_counted_and_left_out(start: Path, tmp_path: Path) -> None:
