@@ -164,7 +164,7 @@ CASES = (
         says="pairs: a group has 2 completions, and the loss 'srpo…' takes 6; SRPO's groups need revisions of both answers",
     ),
     Case(
-        mistake="a loss that needs a reference, without one",
+        mistake="a loss of pairs that needs a reference, without one",
         command=TRAIN + " --loss dpo --reference none",
         prepare=worlds.having("model", "pairs"),
         says="the loss dpo:beta=0.1 needs a reference; give --reference start or --reference MODEL",

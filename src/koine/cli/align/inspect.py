@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--sequence-length",
-    type=click.IntRange(min=2),
+    type=click.IntRange(min=1),
     default=1024,
     show_default=True,
     help="Tokens of a row of the training.",
