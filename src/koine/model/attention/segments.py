@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from koine.model.attention.dispatch import attend, attend_cached, masked_attend
+from koine.model.uncompiled import uncompiled
 
 
 class SegmentPlace(NamedTuple):
@@ -116,7 +117,7 @@ class SegmentContext:
         """Raise `NotImplementedError`: this context is for whole batches."""
         raise NotImplementedError("segments are attended to in whole batches")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it without types
+    @uncompiled
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend each token to its path (`AttentionContext.attend`)."""
         by_device = self._attend_by_segment if q.device.type == "cpu" else self._attend_with_mask
