@@ -327,12 +327,13 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def peak_bytes() -> int:
-    """Return the peak resident memory of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def peak_bytes(process: str | int = "self") -> int:
+    """Return the peak resident memory of a process in bytes."""
+    status = Path(f"/proc/{process}/status")
+    for line in status.read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
+    raise RuntimeError(f"no VmHWM in {status}")
 
 
 def main() -> None:
@@ -376,7 +377,9 @@ def main() -> None:
             side.decode(order["steps"])
             answer({"seconds": time.perf_counter() - start})
         else:
-            answer({"tokens": side.tokens(), "cache": side.cache(), "peak_memory_bytes": peak_bytes()})
+            measured = side.server.pid if isinstance(side, LlamaServer) else "self"
+            peak = peak_bytes(measured)
+            answer({"tokens": side.tokens(), "cache": side.cache(), "peak_memory_bytes": peak})
 
 
 if __name__ == "__main__":

@@ -114,6 +114,28 @@ def build_tokens(out: Path) -> None:
     )  # fmt: skip
 
 
+PAIRS = (
+    {"prompt": "Is the river long?", "chosen": "It is nine miles long.", "rejected": "No.", "language": "en"},
+    {
+        "prompt": "Where does it end?",
+        "chosen": "In the sea.",
+        "rejected": "Nowhere at all.",
+        "language": "en",
+    },
+    {"prompt": "Wie hoch ist der Berg?", "chosen": "Sehr hoch.", "rejected": "Berg.", "language": "de"},
+)
+
+
+def build_pairs(out: Path) -> None:
+    """Build token shards of preferences."""
+    source = out.with_name("pairs.jsonl")
+    source.write_text("".join(json.dumps(one) + "\n" for one in PAIRS), encoding="utf-8")
+    run_koine(
+        "data", "tokenize", str(source), "--tokenizer", str(built("tokenizer")), "--kind", "preferences",
+        "--out", str(out),
+    )  # fmt: skip
+
+
 def build_model(out: Path) -> None:
     """Build a model with random weights: errors of a model directory do not depend on what was learnt."""
     import torch
@@ -124,6 +146,13 @@ def build_model(out: Path) -> None:
     torch.manual_seed(0)
     config = preset("koine-0.5m", load_tokenizer(built("tokenizer")).vocab_size)
     save_model(Decoder(config), out, tokenizer=built("tokenizer"))
+
+
+def build_reward(out: Path) -> None:
+    """Build a reward model with random weights."""
+    from koine.model.reward_model import start_reward_model
+
+    start_reward_model(built("model")).save(out, tokenizer=built("tokenizer"))
 
 
 def build_exportable(out: Path) -> None:
@@ -276,7 +305,9 @@ TRAIN = (
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "tokenizer": build_tokenizer,
     "tokens": build_tokens,
+    "pairs": build_pairs,
     "model": build_model,
+    "reward": build_reward,
     "exportable": build_exportable,
     "gguf": build_gguf,
     "pickled": build_pickled,

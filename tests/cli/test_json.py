@@ -49,7 +49,21 @@ EXPERTS = "--seed-model model --experts branch --out new"
 
 # command -> a small run of it, and keys of its answer
 COMMANDS: dict[str, tuple[str, ...]] = {
+    "align reward --model model --data pairs --evaluate-pairs pairs --steps 2 --batch-size 2 --sequence-length 64 --out new": (
+        "written", "steps", "best", "evaluation",
+    ),
     "adopt tokens --run r --name one": ("written",),
+    "align watch model branch --data pairs.jsonl --limit 1 --max-new-tokens 4 --out new": ("written", "verdict", "figures"),
+    "align score completions.jsonl --reward answer --out new.jsonl": ("scored", "mean", "failures", "written"),
+    "align online --model model --prompts prompts.jsonl --reward length:most=2 --loss rloo:beta=0 --k 2 --prompts-per-step 1 "
+    "--steps 1 --max-new-tokens 4 --out new": ("written", "rounds"),
+    "align online --model model --prompts prompts.jsonl --reward length:most=2 --loss rloo --out new --dry-run": ("completions",),
+    "align revise --model model --prompts prompts.jsonl --revision Again --max-new-tokens 4 --out new.jsonl": (
+        "answers", "changed", "written",
+    ),
+    "align inspect pairs --model model --held-out pairs --device cpu --no-languages": (
+        "kind", "languages", "total", "displacing",
+    ),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
     ),
@@ -90,7 +104,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "upcycle bam " + EXPERTS: ("experts", "active_parameters", "written"),
     "upcycle nexus --router linear " + EXPERTS: ("experts", "active_parameters", "written"),
 }  # fmt: skip
-LIKE_ANOTHER = {("train", "sft"), ("merge", "cross-modal"), *(("merge", name) for name in METHODS)}
+LIKE_ANOTHER = {
+    ("train", "sft"),
+    ("align", "train"),
+    ("merge", "cross-modal"),
+    *(("merge", name) for name in METHODS),
+}
 """Commands that print by the code of one above, or whose inputs are large."""
 
 
@@ -103,6 +122,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tokenizer",
         "text",
         "tokens",
+        "pairs",
         "model",
         "branch",
         "mixture",
@@ -118,6 +138,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go", "language": "en"}\n'
     )
     (tmp_path / "asked.jsonl").write_text(ASKED)
+    (tmp_path / "completions.jsonl").write_text('{"prompt": "1 + 1?", "completion": "2", "answer": "2"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"id": "one", "prompt": "1 + 1?", "language": "en"}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -68,6 +68,11 @@ def test_the_blocks_of_a_page_run_in_order(
 
 
 @pytest.mark.parametrize("page", manual.PAGES, ids=page_name)
+def test_no_merge_left_its_markers(page: Path) -> None:
+    assert not re.findall(r"^(?:<{7}|>{7}|={7})(?: .*)?$", page.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", manual.PAGES, ids=page_name)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     dead = []
     for link in manual.links(page):

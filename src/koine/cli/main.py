@@ -24,6 +24,7 @@ from koine.terminal import is_quiet, printable
 # verb -> (module, attribute, one line for --help); the module is imported only when the verb is used
 VERBS: dict[str, tuple[str, str, str]] = {
     "adopt": ("koine.cli.run", "adopt", "Register an existing folder as an artifact of a run."),
+    "align": ("koine.cli.align.commands", "align", "Train a model on preferences."),
     "chat": ("koine.cli.chat", "chat", "Talk to a model in the terminal."),
     "completion": ("koine.cli.completion", "completion", "Print the completion script for your shell."),
     "data": ("koine.cli.data", "data", "Write sample data, tokenize text, show what a step reads."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -28,9 +28,11 @@ from koine.train.tracking.run_logger import PROJECT, TRACK, TRACK_PROJECT, TRACK
 
 if TYPE_CHECKING:
     from koine.data.mixture import Mixture
+    from koine.data.shards import TokenSource
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.model.decoder import Decoder
     from koine.model.language_model import LanguageModel
+    from koine.train.evaluation import NamedEvaluation
     from koine.train.objectives import Objective
 
 LORA_PREFIX = "lora_"
@@ -41,9 +43,10 @@ LORA_PREFIX = "lora_"
 class EvaluationOptions:
     """Options of `koine train` for evaluation during training."""
 
-    evaluate_data: tuple[str, ...]
-    evaluate_split: str | None
-    evaluate_limit: int
+    evaluate_data: tuple[str, ...] = ()
+    evaluate_split: str | None = None
+    evaluate_limit: int = 16
+    stop_on: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,12 @@ EVALUATION_OPTIONS = (
         default=16,
         show_default=True,
         help="Number of documents of each language of --evaluate-data at most.",
+    ),
+    click.option(
+        "--stop-on",
+        metavar="RULE",
+        help="End the training early, with the best checkpoint kept: METRIC (no better value in two "
+        "evaluations), METRIC=LIMIT (the metric reaches it), or overoptimisation (`koine align train`).",
     ),
 )
 RUN_OPTIONS = (
@@ -107,11 +116,18 @@ RUN_OPTIONS = (
 )
 
 
-def _setting_options(cls: type[Any] = TrainSettings, prefix: str = "") -> list[Callable[..., Any]]:
-    """Return one option for each field of a settings class, which declares its type, default and help."""
+def setting_options(
+    cls: type[Any] = TrainSettings, prefix: str = "", leave_out: Collection[str] = ()
+) -> list[Callable[..., Any]]:
+    """Return one option for each field of a settings class, which declares its type, default and help.
+
+    leave_out: fields without an option.
+    """
     types = get_type_hints(cls)
     options = []
     for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
         field_type, choices = types[field.name], get_args(types[field.name])
         name = "--" + (prefix + field.name).replace("_", "-")
         if field_type is bool:
@@ -128,12 +144,18 @@ def _setting_options(cls: type[Any] = TrainSettings, prefix: str = "") -> list[C
     return options
 
 
-def training_options(*, packing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options that all trainings have: data, evaluation, output and hyperparameters."""
+def training_options(
+    *, packing: str, documents: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options that all trainings have: data, evaluation, output and hyperparameters.
+
+    documents: whether documents can be evaluated on; else the command has an evaluation of its own.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        settings = (*_setting_options(), *_setting_options(LoraConfig, LORA_PREFIX))
-        for option in reversed((*EVALUATION_OPTIONS, *RUN_OPTIONS, *settings)):
+        settings = (*setting_options(), *setting_options(LoraConfig, LORA_PREFIX))
+        evaluation = EVALUATION_OPTIONS if documents else EVALUATION_OPTIONS[-1:]
+        for option in reversed((*evaluation, *RUN_OPTIONS, *settings)):
             command = option(command)
         return data_options(packing=packing, sequence_length=1024)(command)
 
@@ -186,7 +208,9 @@ def pretrain(
                 "--lora-rank with another attention: the base of the adapter would have its own",
                 hint="train the model with the other attention first, then the adapter",
             )
-        _run(lambda vocab_size: _open_model(model, **chosen), LanguageModelling(), model, options)
+        run_training(
+            lambda vocab_size: open_model(model, **chosen), lambda order: LanguageModelling(), model, options
+        )
         return
 
     def new_model(vocab_size: int) -> Decoder:
@@ -207,7 +231,7 @@ def pretrain(
         torch.manual_seed(options["seed"])
         return Decoder(config)
 
-    _run(new_model, LanguageModelling(), None, options)
+    run_training(new_model, lambda order: LanguageModelling(), None, options)
 
 
 @train.command()
@@ -217,12 +241,18 @@ def pretrain(
 @training_options(packing="no_split")
 def sft(model: Path, **options: Any) -> None:
     """Fine-tune on chats: supervised, with a loss on the completions only."""
-    from koine.train.objectives import SupervisedFineTuning
+    from koine.train.objectives import SupervisedFineTuning, check_chats
 
-    _run(lambda vocab_size: _open_model(model), SupervisedFineTuning(), model, options)
+    run_training(
+        lambda vocab_size: open_model(model),
+        lambda order: SupervisedFineTuning(),
+        model,
+        options,
+        check_sources=check_chats,
+    )
 
 
-def _open_model(path: Path, **attention: Any) -> LanguageModel:
+def open_model(path: Path, **attention: Any) -> LanguageModel:
     """Return the model in a folder, with other attention where options of it are given (not None)."""
     from koine.model.attention_change import change_attention, describe_change
     from koine.model.causal_lm import load_as_stored
@@ -249,32 +279,42 @@ def _open_model(path: Path, **attention: Any) -> LanguageModel:
     return change_attention(model, config)
 
 
-def _take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
+def take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
     """Return a dataclass made of its fields in `options`, which are removed there."""
-    return cls(**{field.name: options.pop(prefix + field.name) for field in dataclasses.fields(cls)})
+    names = [field.name for field in dataclasses.fields(cls) if prefix + field.name in options]
+    return cls(**{name: options.pop(prefix + name) for name in names})
 
 
-def _run(
+def run_training(
     make_model: Callable[[int], LanguageModel],
-    objective: Objective,
+    make_objective: Callable[[Any], Objective],
     init_from: Path | None,
     options: dict[str, Any],
+    *,
+    check_sources: Callable[[Iterable[TokenSource]], None] | None = None,
+    groups: bool = False,
+    make_monitor: Callable[[LanguageModel], NamedEvaluation] | None = None,
+    report: Callable[[], tuple[Mapping[str, Any], Callable[[], object]]] | None = None,
 ) -> None:
     """Check the options, then train, or print an estimate for `--dry-run`.
 
     Args:
         make_model: returns the model for data with this many ids.
-        objective: what to minimise.
+        make_objective: returns what to minimise, for the data order; not called for a dry run.
         init_from: the folder that the model comes from.
         options: the other options of the command.
+        check_sources: raises `UserError` for token shards that the objective cannot use.
+        groups: whether the data are groups of completions (`koine.data.PreferenceOrder`).
+        make_monitor: returns a further evaluation, which comes first, from the model before the training.
+        report: called after the training; returns more of the answer, and what prints it as text.
     """
-    data: DataOptions = _take(DataOptions, options)
-    evaluation: EvaluationOptions = _take(EvaluationOptions, options)
-    run: RunOptions = _take(RunOptions, options)
-    lora: LoraConfig = _take(LoraConfig, options, LORA_PREFIX)
+    data: DataOptions = take(DataOptions, options)
+    evaluation: EvaluationOptions = take(EvaluationOptions, options)
+    run: RunOptions = take(RunOptions, options)
+    lora: LoraConfig = take(LoraConfig, options, LORA_PREFIX)
     settings = TrainSettings(**options)
     tokenizer = run.tokenizer or init_from
-    _check_evaluation_options(settings, evaluation)
+    _check_evaluation_options(settings, evaluation, monitored=make_monitor is not None)
     _check_lora(lora, init_from)
     if run.device != "auto":
         from koine.hardware import check_device
@@ -284,23 +324,37 @@ def _run(
     mixture = build_mixture(data, settings.seed)
     if data.fresh_data:
         mixture = _after_documents_seen(mixture, init_from)
-    vocab_size = _check_shards(mixture, objective, tokenizer)
+    vocab_size = _check_shards(mixture, check_sources, tokenizer)
 
-    from koine.data import DataOrder
+    from koine.data import DataOrder, PreferenceOrder
     from koine.data.cut_text import check_chats_keep_completions
     from koine.train.model_adapters import check_data_fits_model, check_packed_documents
 
     model = make_model(vocab_size)
     if lora.rank:
         from koine.model.lora.adapter import add_lora
+        from koine.model.reward_model import RewardModel
 
-        add_lora(model, lora, base=init_from, seed=settings.seed)
+        if isinstance(model, RewardModel):
+            model.add_lora(lora, base=init_from, seed=settings.seed)
+        else:
+            add_lora(model, lora, base=init_from, seed=settings.seed)
     check_data_fits_model(model, mixture, vocab_size)
-    check_packed_documents(model, mixture, run.out)
+    if not groups:
+        check_packed_documents(model, mixture, run.out)
     # A dry run too reports all errors and warnings of the data.
-    order = DataOrder(mixture)
+    order = PreferenceOrder(mixture) if groups else DataOrder(mixture)
     check_chats_keep_completions(order.cut_text)
-    evaluate = _make_probe(evaluation, tokenizer, settings.best_metric) if evaluation.evaluate_data else None
+    evaluate = _make_evaluation(evaluation, tokenizer, None if make_monitor is None else make_monitor(model))
+    stop = None
+    if evaluate is not None:
+        from koine.train.evaluation import check_metric
+
+        check_metric(settings.best_metric, evaluate.names)
+        if evaluation.stop_on is not None:
+            from koine.align.stopping import parse_stop_rule
+
+            stop = parse_stop_rule(evaluation.stop_on, evaluate.names)
     if run.dry_run:
         print_estimate(model, settings, mixture)
         return
@@ -316,12 +370,13 @@ def _run(
     with recorded_output(run.out, parents, metrics=lambda folder: final_metrics(folder / "metrics.jsonl")):
         train_model(
             model,
-            objective,
+            make_objective(order),
             order,
             settings,
             out=run.out,
             tokenizer=tokenizer,
             evaluate=evaluate,
+            stop=stop,
             init_from=init_from,
             device=run.device,
             logger=logger,
@@ -329,8 +384,25 @@ def _run(
     if os.environ.get("RANK", "0") == "0":
         from koine.files import read_json
 
-        best = read_json(run.out / "training.json").get("best")
-        print_answer({"written": run.out, "steps": mixture.steps, "best": best}, lambda: None)
+        record = read_json(run.out / "training.json")
+        answer = {"written": run.out, "steps": record["steps"], "best": record.get("best")}
+        if "stopped" in record:
+            answer["stopped"] = record["stopped"]
+        more, show = ({}, lambda: None) if report is None else report()
+
+        def say() -> None:
+            show()
+            _say_best(run.out, record)
+
+        print_answer({**answer, **more}, say)
+
+
+def _say_best(out: Path, record: dict[str, Any]) -> None:
+    """Say how to get the best model where a stop rule ended the training after it."""
+    stopped, best = record.get("stopped"), record.get("best")
+    if stopped is not None and best is not None and best["step"] != stopped["step"]:
+        checkpoint = out / "checkpoints" / f"step-{best['step']:06d}"
+        note(f"the best model: koine model export {checkpoint} --format safetensors --out MODEL")
 
 
 def _check_lora(lora: LoraConfig, base: Path | None) -> None:
@@ -347,19 +419,20 @@ def _check_lora(lora: LoraConfig, base: Path | None) -> None:
         )
 
 
-def _check_shards(mixture: Mixture, objective: Objective, tokenizer: Path | None) -> int:
+def _check_shards(
+    mixture: Mixture, check: Callable[[Iterable[TokenSource]], None] | None, tokenizer: Path | None
+) -> int:
     """Return the number of ids of the mixture's token shards.
 
-    Raises `UserError` for documents where chats are needed, and for shards made with another tokenizer.
+    Raises `UserError` for shards that `check` refuses, and for shards made with another tokenizer.
     """
     from koine.data import TokenSource
     from koine.files import sha256_file
-    from koine.train.objectives import SupervisedFineTuning, check_chats
 
     paths = dict.fromkeys(Path(source.path) for phase in mixture.phases for source in phase.all_sources)
     shards = {path: TokenSource(path, verify=False) for path in paths}
-    if isinstance(objective, SupervisedFineTuning):
-        check_chats(shards.values())
+    if check is not None:
+        check(shards.values())
     if tokenizer is not None and not (tokenizer / "tokenizer.json").exists():
         raise UserError("no tokenizer here", where=tokenizer, hint="give a folder with tokenizer.json")
     if tokenizer is not None:
@@ -388,8 +461,19 @@ def _after_documents_seen(mixture: Mixture, model: Path | None) -> Mixture:
     return dataclasses.replace(mixture, drawn=drawn)
 
 
-def _check_evaluation_options(settings: TrainSettings, options: EvaluationOptions) -> None:
-    """Raise `UserError` for evaluation data without an interval, and the other way round."""
+def _check_evaluation_options(
+    settings: TrainSettings, options: EvaluationOptions, *, monitored: bool
+) -> None:
+    """Raise `UserError` for evaluation data without an interval, and the other way round.
+
+    monitored: whether there is another evaluation.
+    """
+    if options.evaluate_split and not options.evaluate_data:
+        raise UserError("--evaluate-split without --evaluate-data", hint="give documents to evaluate on")
+    if monitored and not settings.evaluate_every:
+        raise UserError("a monitor without --evaluate-every", hint="say after how many steps to evaluate")
+    if monitored:
+        return
     if options.evaluate_data and not settings.evaluate_every:
         raise UserError(
             "--evaluate-data without --evaluate-every", hint="say after how many steps to evaluate"
@@ -397,14 +481,25 @@ def _check_evaluation_options(settings: TrainSettings, options: EvaluationOption
     for option, given in (
         ("--evaluate-every", settings.evaluate_every),
         ("--best-metric", settings.best_metric),
-        ("--evaluate-split", options.evaluate_split),
+        ("--stop-on", options.stop_on),
     ):
         if given and not options.evaluate_data:
             raise UserError(f"{option} without --evaluate-data", hint="give documents to evaluate on")
 
 
-def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str) -> BitsPerByteProbe:
-    """Return the evaluation during training; raises `UserError` for a metric that it does not have."""
+def _make_evaluation(
+    options: EvaluationOptions, tokenizer: Path | None, monitor: NamedEvaluation | None
+) -> NamedEvaluation | None:
+    """Return the evaluation during training: the monitor, bits per byte of documents, or both; None: neither."""
+    from koine.train.evaluation import JoinedEvaluations
+
+    probe = _make_probe(options, tokenizer) if options.evaluate_data else None
+    found: list[NamedEvaluation] = [one for one in (monitor, probe) if one is not None]
+    return JoinedEvaluations(found) if len(found) > 1 else found[0] if found else None
+
+
+def _make_probe(options: EvaluationOptions, tokenizer: Path | None) -> BitsPerByteProbe:
+    """Return the evaluation of bits per byte during training."""
     from koine.evaluate.records import RecordOptions, Records
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.tokenizer import load_tokenizer
@@ -419,7 +514,6 @@ def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str)
     )
     probe = BitsPerByteProbe(load_tokenizer(tokenizer), records)
     records.warn_of_bad()
-    probe.check_metric(metric)
     return probe
 
 

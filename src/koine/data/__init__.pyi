@@ -2,10 +2,13 @@ from .batch import Batch as Batch
 from .batch import Span as Span
 from .data_order import DataOrder as DataOrder
 from .formats import RecordFormat as RecordFormat
+from .groups import Group as Group
+from .groups import GroupBatch as GroupBatch
 from .mixture import LongRows as LongRows
 from .mixture import Mixture as Mixture
 from .mixture import Phase as Phase
 from .mixture import Source as Source
+from .preference_order import PreferenceOrder as PreferenceOrder
 from .records import Record as Record
 from .records import RecordReader as RecordReader
 from .records import read_records as read_records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from koine.data.groups import fewest_tokens
 from koine.data.mixture import Mixture, Packing, Source
 from koine.data.packing import ConcatPacking, NoSplitPacking, OnePerRowPacking
 from koine.data.shards import TokenSource
-from koine.errors import UserError, did_you_mean
+from koine.errors import KoineWarning, UserError, did_you_mean
 
 PACKINGS: dict[Packing, type[ConcatPacking | NoSplitPacking]] = {
     "concat": ConcatPacking,
@@ -20,6 +22,8 @@ PACKINGS: dict[Packing, type[ConcatPacking | NoSplitPacking]] = {
     "one_per_row": OnePerRowPacking,
 }
 
+MOST_LOST_GROUPS = 0.25
+"""Largest share of groups that may be left out because their prompt fills a row."""
 DocumentPool = tuple[str, str, int, int]
 """Folder, language, tokens of a row, fewest tokens of a document: rows with equal keys share one order."""
 Packings = dict[DocumentPool, ConcatPacking | NoSplitPacking]
@@ -50,6 +54,8 @@ def components_of(
     """
     least = source.min_tokens or 0
     enough = tokens.lengths >= least
+    if tokens.kind != "documents":
+        enough &= drawable_groups(tokens, sequence_length)
     present = np.unique(tokens.languages[enough]).tolist()
     totals = {code: int(tokens.lengths[enough & (tokens.languages == code)].sum()) for code in present}
     if not tokens.lengths.sum():
@@ -72,6 +78,33 @@ def components_of(
             seed = (mixture.seed, _stable_hash(code), *own)
             packings[key] = kind(documents, tokens.lengths, sequence_length, seed)
         yield Component(source, tokens, code, weight * scale, packings[key])
+
+
+def drawable_groups(source: TokenSource, sequence_length: int) -> NDArray[Any]:
+    """Return whether each group has room for its prompt and one token of each completion, `[documents]`.
+
+    Raises `UserError` where more than a quarter of the groups have none; a few others are left out.
+    """
+    least = np.array([fewest_tokens(source.segments(number)) for number in range(len(source))])
+    fits = least <= sequence_length
+    missing = len(fits) - int(fits.sum())
+    if missing > MOST_LOST_GROUPS * len(fits):
+        raise UserError(
+            f"{missing:,} of {len(fits):,} prompts leave no room for their completions in a row of "
+            f"{sequence_length:,} tokens",
+            where=source.path,
+            hint=f"raise --sequence-length (the longest needs {least.max():,} tokens)",
+        )
+    cut = int((source.lengths[fits] > sequence_length).sum())
+    if missing or cut:
+        warnings.warn(
+            f"{source.path}: of {len(fits):,} groups {cut:,} are longer than a row of {sequence_length:,} tokens, "
+            f"and their completions are cut; {missing:,} have prompts that leave no room, and are left out; "
+            f"the longest has {source.lengths.max():,} tokens",
+            KoineWarning,
+            stacklevel=4,
+        )
+    return fits
 
 
 def _language_weights(source: Source, totals: Mapping[str, int]) -> dict[str, float]:

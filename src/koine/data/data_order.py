@@ -71,6 +71,9 @@ class DataOrder:
     made with different tokenizers.
     """
 
+    holds_groups = False
+    """Whether the sources hold groups of completions, not documents."""
+
     def __init__(self, mixture: Mixture, *, verify: bool = True) -> None:
         self.mixture = mixture
         opened: dict[Path, TokenSource] = {}
@@ -78,6 +81,7 @@ class DataOrder:
             for source in phase.all_sources:
                 if source.path not in opened:
                     opened[source.path] = TokenSource(source.path, verify=verify)
+                    self._check_kind(opened[source.path])
         self.sources = opened
         made_by = {source.tokenizer_fingerprint for source in opened.values()}
         if len(made_by) > 1:
@@ -95,9 +99,25 @@ class DataOrder:
         self._patterns: _RecentlyUsed[tuple[NDArray[Any], NDArray[Any]]] = _RecentlyUsed(8)
         self._offsets = self._first_sequences()
         self._warn_of_repeats()
-        self.cut_text = count_cut_text(self._distinct_components())
+        # Completions of groups are cut by `fit_segments`, which keeps one token of each at least.
+        self.cut_text = () if self.holds_groups else count_cut_text(self._distinct_components())
         """Return the counts of text cut off from documents longer than a row; empty for `concat`."""
         warn_of_cut_text(self.cut_text)
+
+    def _check_kind(self, source: TokenSource) -> None:
+        """Raise `UserError` for groups in place of documents, or the other way round."""
+        if self.holds_groups and source.kind == "documents":
+            raise UserError(
+                "holds documents, not groups of completions",
+                where=source.path,
+                hint="tokenize with --kind preferences, labelled or scored",
+            )
+        if not self.holds_groups and source.kind != "documents":
+            raise UserError(
+                f"holds groups of completions ({source.kind}), which are no text to train on one after another",
+                where=source.path,
+                hint="use `koine align train`, or tokenize the answers to take with --take",
+            )
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -216,17 +236,7 @@ class DataOrder:
 
         Ranks hold consecutive, equal parts of the global batch.
         """
-        time, size = self.mixture.shape(step)
-        if size % world_size:
-            raise UserError(
-                f"a batch of {size} sequences cannot be split over {world_size} processes",
-                hint="choose a batch size that is a multiple of their number",
-            )
-        share = size // world_size
-        rows = range(size)[rank * share : (rank + 1) * share]
-        if micro_batch is not None:
-            rows = rows[micro_batch]
-        content = self._rows(step, rows)
+        content, time = self.rows_of(step, rank=rank, world_size=world_size, micro_batch=micro_batch)
         cross = self.mixture.cross_document_attention
         tokens = np.zeros((len(content), time), dtype=np.int64)
         targets = np.full((len(content), time), NO_TARGET, dtype=np.int64)
@@ -239,6 +249,22 @@ class DataOrder:
         return Batch(
             torch.from_numpy(tokens), torch.from_numpy(targets), document_ids, lambda: spans_of(content, time)
         )
+
+    def rows_of(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
+    ) -> tuple[list[tuple[Component, list[DocumentSlice]]], int]:
+        """Return component and document slices of the rows of `batch`, and the tokens of a row."""
+        time, size = self.mixture.shape(step)
+        if size % world_size:
+            raise UserError(
+                f"a batch of {size} sequences cannot be split over {world_size} processes",
+                hint="choose a batch size that is a multiple of their number",
+            )
+        share = size // world_size
+        rows = range(size)[rank * share : (rank + 1) * share]
+        if micro_batch is not None:
+            rows = rows[micro_batch]
+        return self._rows(step, rows), time
 
     # --- totals ---
 

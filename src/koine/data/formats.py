@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from koine.data.preferences import (
     CHATS,
@@ -17,6 +17,7 @@ from koine.data.preferences import (
     SYSTEM,
     Take,
     read_preference,
+    read_scored,
     read_truth,
     read_unpaired,
 )
@@ -76,7 +77,7 @@ class RecordFormat:
     def __post_init__(self) -> None:
         if self.name is not None and self.name not in BY_NAME:
             raise UserError(f"unknown format '{self.name}'", hint=did_you_mean(self.name, BY_NAME))
-        if self.take not in ("chosen", "rejected"):
+        if self.take not in get_args(Take):
             raise UserError(f"no answers are called '{self.take}'", hint="take chosen or rejected")
 
 
@@ -186,6 +187,13 @@ FORMATS: Final = (
         "chosen, rejected",
         _is_preference,
         read_preference,
+        also=PREFERENCE_FIELDS,
+    ),
+    Format(
+        "scored-completions",
+        "completions, scores",
+        lambda row: all(isinstance(row.get(name), list) for name in ("completions", "scores")),
+        read_scored,
         also=PREFERENCE_FIELDS,
     ),
     Format(

@@ -21,7 +21,8 @@ from koine.data.record_content import (
     text_fault,
 )
 
-Take = Literal["chosen", "rejected"]
+Take = Literal["chosen", "rejected", "all"]
+"""Answers of preference records that become chats; all: every answer, for groups."""
 Messages = list[dict[str, Any]]
 
 CHATS = ("conversations", "conversation")
@@ -172,11 +173,16 @@ def _split_messages(
 def _score(row: dict[str, Any], names: Sequence[str]) -> float | None:
     """Return a finite number, also one that a CSV file holds as text."""
     name = first_field(row, names)
+    return None if name is None else _number(row[name])
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number, also one that is written as text; None for anything else."""
     try:
-        value = math.nan if name is None else float(row[name])
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return value if math.isfinite(value) else None
+    return number if math.isfinite(number) else None
 
 
 def read_preference(row: dict[str, Any], take: Take) -> dict[str, Any] | str:
@@ -206,7 +212,7 @@ def read_preference(row: dict[str, Any], take: Take) -> dict[str, Any] | str:
         "prompt": prompt,
         **answers,
         **{name: score for name, score in scores.items() if score is not None},
-        "messages": [*prompt, *answers[take]],
+        "messages": [*prompt, *answers["rejected" if take == "rejected" else "chosen"]],
     }
 
 
@@ -222,18 +228,56 @@ def read_unpaired(row: dict[str, Any], take: Take) -> dict[str, Any] | str | Non
 
     label: true for a good answer (chosen), false for a bad one (rejected).
     """
-    if read_truth(row["label"]) != (take == "chosen"):
+    label = read_truth(row["label"])
+    if take != "all" and label != (take == "chosen"):
         return None
     rest = {name: value for name, value in row.items() if name not in ("prompt", "completion", *SYSTEM)}
+    rest["label"] = label
     if isinstance(row.get("messages"), list):
         messages = read_messages(row["messages"])
         return {**rest, "messages": system_message(row, SYSTEM, messages)}
     prompt, completion = _prompt(row), row["completion"]
     if isinstance(prompt, str):
         return prompt
-    answer = (
-        read_messages(completion)
-        if isinstance(completion, list)
-        else [{"role": "assistant", "content": completion}]
-    )
+    answer = _as_messages(completion)
     return {**rest, "messages": system_message(row, SYSTEM, [*prompt, *answer])}
+
+
+def read_scored(row: dict[str, Any], take: Take) -> dict[str, Any] | str | None:
+    """Return a record with `prompt`, `completions` and `scores`, and the best completion as `messages`.
+
+    `rejected` takes the worst one. Returns the reason instead if the record is bad.
+    """
+    prompt, completions, scores = _prompt(row), row["completions"], row["scores"]
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(completions, list) or not isinstance(scores, list) or not completions:
+        return "'completions' and 'scores' are not two lists"
+    if len(completions) != len(scores):
+        return f"{len(scores)} scores for {len(completions)} completions"
+    found = [_number(score) for score in scores]
+    if None in found:
+        return "a score is not a finite number"
+    prompt = system_message(row, SYSTEM, prompt)
+    answers = [_as_messages(one) for one in completions]
+    for answer in answers:
+        wrong = content_fault({"messages": [*prompt, *answer]}, questions=False)
+        if wrong is not None:
+            return f"completions: {wrong}"
+    numbers = [score for score in found if score is not None]
+    best = numbers.index(min(numbers) if take == "rejected" else max(numbers))
+    return {
+        **{name: value for name, value in row.items() if name not in (*PREFERENCE_FIELDS, "text")},
+        "prompt": prompt,
+        "completions": answers,
+        "scores": numbers,
+        "messages": [*prompt, *answers[best]],
+    }
+
+
+def _as_messages(answer: Any) -> Messages:
+    """Return an answer as messages of the assistant."""
+    if isinstance(answer, list):
+        messages: Messages = read_messages(answer)
+        return messages
+    return [{"role": "assistant", "content": answer}]

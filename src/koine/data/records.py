@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class RecordReader:
         carry: Collection[str] | None = None,
         questions: bool = False,
         record_format: RecordFormat = BY_FIELDS,
+        accept: Callable[[Record], str | None] | None = None,
     ) -> None:
         check_number("max_bad_share", max_bad_share, low=0, high=1)
         for name in fields or {}:
@@ -102,6 +103,7 @@ class RecordReader:
         self.questions = questions
         self.languages = None if languages is None else {find_language(code).code for code in languages}
         self.record_format = record_format
+        self.accept = accept
         self.files = data_files(dataset_folder(path), split=split)
         self.columns = self._columns(carry)
         self.good = 0
@@ -294,7 +296,8 @@ class RecordReader:
             except UserError as error:
                 return str(error)
         record["language"] = codes.get(code, code)
-        return record
+        wrong = None if self.accept is None else self.accept(record)
+        return record if wrong is None else wrong
 
 
 def read_records(
@@ -310,6 +313,7 @@ def read_records(
     carry: Collection[str] | None = None,
     questions: bool = False,
     record_format: RecordFormat = BY_FIELDS,
+    accept: Callable[[Record], str | None] | None = None,
 ) -> RecordReader:
     """Stream the records of a file, a folder, a data set on disk, or one of the hub (`OWNER/NAME`).
 
@@ -329,6 +333,7 @@ def read_records(
         carry: fields to keep besides ours, so that no other column of a table is read; `None`: all.
         questions: messages may end with the user's turn if the record has an `answer`.
         record_format: the format of the records, and which answers of preference records are read.
+        accept: returns why a record is bad, a clause, where it is for this use; None where it is good.
     """
     return RecordReader(
         path,
@@ -342,4 +347,5 @@ def read_records(
         carry=carry,
         questions=questions,
         record_format=record_format,
+        accept=accept,
     )

@@ -1,10 +1,15 @@
 """Token shards: memory-mapped ids, document offsets, and a description of each document.
 
-manifest.json                   format, tokenizer, dtype, counts, and sha256 and size of every file
-shard-00000.tokens              ids, uint16 (vocabularies up to 65,536) or uint32 shard-00000.offsets
-uint64 [documents + 1]: offset of each document shard-00000.mask                uint8 per token, 1 on
-completions (chats only) shard-00000.documents.parquet   id, language, domain, source, bytes (UTF-8, NFC) per
-document
+| file | content |
+|---|---|
+| `manifest.json` | format, tokenizer, dtype, counts, and sha256 and size of every file |
+| `shard-00000.tokens` | ids, uint16 (vocabularies up to 65,536) or uint32 |
+| `shard-00000.offsets` | uint64 `[documents + 1]`: offset of each document |
+| `shard-00000.mask` | uint8 per token, 1 on completions (chats and groups only) |
+| `shard-00000.documents.parquet` | of each document id, language, domain, source, bytes (UTF-8, NFC) |
+
+Groups (`koine.data.groups`) are documents too: `kind` in the manifest says which, and the table of documents
+has the tree of each and what its record says of the completions.
 """
 
 from __future__ import annotations
@@ -14,11 +19,12 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from koine.data.groups import Group, GroupKind, Segment, TokenKind
 from koine.errors import UserError
 from koine.fields import Fields, check_file_name, short_repr
 from koine.files import read_json_object, sha256_file
@@ -61,6 +67,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     fields = Fields(manifest, path, hint_if_broken="tokenize again")
     chat = fields.boolean("chat")
+    if "kind" in manifest:
+        fields.text("kind", choices=get_args(GroupKind))
     fields.text("tokenizer")
     fields.text("dtype", choices=("uint16", "uint32"))
     fields.integer("vocab_size", low=1)
@@ -147,6 +155,11 @@ class TokenSource:
         """Whether the documents are chats with a mask of completion tokens."""
         return bool(self.manifest["chat"])
 
+    @property
+    def kind(self) -> TokenKind:
+        """What the documents are: texts or chats, or groups of one kind."""
+        return cast(TokenKind, self.manifest.get("kind", "documents"))
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -193,6 +206,40 @@ class TokenSource:
         """Return the description of a document."""
         row = self._documents.slice(document, 1).to_pylist()[0]
         return DocumentInfo(row["id"], row["language"], row["domain"], row["source"], row["bytes"])
+
+    def segments(self, document: int) -> list[Segment]:
+        """Return the tree of a group (`koine.data.groups`)."""
+        starts, parents, lengths, completions = self._trees
+        span = slice(starts[document], starts[document + 1])
+        return [
+            Segment(int(parent), int(length), bool(completion))
+            for parent, length, completion in zip(
+                parents[span], lengths[span], completions[span], strict=True
+            )
+        ]
+
+    @cached_property
+    def _trees(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return where each group's segments begin, and parent, length and kind of all segments."""
+        columns = [self._documents.column(f"segment_{name}") for name in ("parent", "length", "completion")]
+        sizes = columns[0].combine_chunks().value_lengths().to_numpy()
+        flat = [column.combine_chunks().flatten().to_numpy(zero_copy_only=False) for column in columns]
+        return np.concatenate([[0], np.cumsum(sizes)]), *flat
+
+    def group(self, document: int, source: str) -> Group:
+        """Return the description of a group; `source` is the name of the mixture's source."""
+        row = self._documents.slice(document, 1).to_pylist()[0]
+        return Group(
+            record_id=row["id"],
+            language=row["language"],
+            source=source,
+            document=document,
+            kind=cast(GroupKind, self.kind),
+            probability=row["probability"],
+            margin=row["margin"],
+            labels=tuple(row["labels"]),
+            scores=tuple(row["scores"]),
+        )
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Return documents, tokens and bytes by language."""

@@ -15,6 +15,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from koine.data.formats import RecordFormat
+from koine.data.group_tokens import GROUP_FIELDS, GROUP_FORMATS, EncodedGroup, encode_group, group_fault
+from koine.data.groups import GroupKind, TokenKind
 from koine.data.readers import TextUnit
 from koine.data.records import BY_FIELDS, Record, RecordReader, read_records
 from koine.data.shards import FORMAT, digest_of
@@ -57,12 +61,25 @@ def tokenize(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     record_format: RecordFormat = BY_FIELDS,
+    kind: TokenKind = "documents",
+    revision: str | None = None,
 ) -> RecordReader:
     """Write the token shards of a source into `out` (see `koine.data.shards`).
 
     A killed run leaves its finished shards beside `out`, and the same call continues after them. The result
     is byte for byte the same for any number of workers and interruptions. Memory: about `(2 + workers) *
     shard_bytes`.
+
+    Args:
+        source: a file, a folder, or a data set of the hub.
+        tokenizer: folder of the tokenizer.
+        out: folder to write.
+        workers: processes.
+        fields, language, domain, max_bad_share, unit, split, record_format: as in `read_records`.
+        shard_bytes: bytes of text of a shard.
+        overwrite: replace `out`.
+        kind: what to make of a record: a document, or a group of completions of one prompt.
+        revision: see `koine.data.group_tokens.encode_group`; None: no revisions.
 
     Returns:
         The reader, with its counts of good and bad records.
@@ -71,6 +88,8 @@ def tokenize(
         UserError: the input is bad, `out` is not empty (unless `overwrite`), or a source mixes chats and
             texts.
     """
+    if revision is not None and kind != "preferences":
+        raise UserError("a revision turn is for preferences", hint="give --kind preferences with it")
     out, tokenizer = Path(out), Path(tokenizer)
     check_integer("workers", workers, low=1)
     reader = read_records(
@@ -81,8 +100,9 @@ def tokenize(
         max_bad_share=max_bad_share,
         unit=unit,
         split=split,
-        carry=(),
-        record_format=record_format,
+        carry=() if kind == "documents" else GROUP_FIELDS[kind],
+        record_format=record_format if kind == "documents" else RecordFormat(GROUP_FORMATS[kind], "all"),
+        accept=None if kind == "documents" else partial(group_fault, kind=kind),
     )
     loaded = load_tokenizer(tokenizer)
     request = {
@@ -95,13 +115,16 @@ def tokenize(
         "split": split,
         "format": [record_format.name, record_format.take],
         "shard_bytes": shard_bytes,
+        "kind": kind,
+        "revision": revision,
     }
+    encoding = Encoding(tokenizer, kind, revision)
     with claim(out, overwrite=overwrite, reads=[tokenizer, Path(source)]) as claimed:
         work = claimed.beside("work")
         try:
             _prepare(work, request)
-            count = _write_shards(work, reader, tokenizer, workers, shard_bytes)
-            _write_manifest(work, loaded, count)
+            count = _write_shards(work, reader, encoding, workers, shard_bytes)
+            _write_manifest(work, loaded, count, encoding)
             clear_partials(work)
             claimed.publish(work)
         except (UserError, OSError):
@@ -122,17 +145,28 @@ def _prepare(work: Path, request: dict[str, Any]) -> None:
         write_json(work / "request.json", request)
 
 
-def _chunks(reader: RecordReader, shard_bytes: int) -> Iterator[tuple[list[Record], str]]:
+@dataclass(frozen=True)
+class Encoding:
+    """How records become tokens: the folder of the tokenizer, and the arguments of `tokenize`."""
+
+    tokenizer: Path
+    kind: TokenKind
+    revision: str | None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of a record that determine its tokens and its description."""
+        own = ("text", "messages") if self.kind == "documents" else GROUP_FIELDS[self.kind]
+        return (*own, "id", "language", "domain", "source")
+
+
+def _chunks(reader: RecordReader, encoding: Encoding, shard_bytes: int) -> Iterator[tuple[list[Record], str]]:
     """Yield records in groups of about `shard_bytes` of text, each with a digest of its content."""
     chunk: list[Record] = []
     size = 0
     digest = blake2b(digest_size=16)
     for record in reader:
-        slim: Record = {
-            key: record[key]
-            for key in ("text", "messages", "id", "language", "domain", "source")
-            if key in record
-        }
+        slim: Record = {key: record[key] for key in encoding.fields if key in record}
         line = json.dumps(slim, ensure_ascii=False, sort_keys=True).encode("utf-8")
         digest.update(line)
         chunk.append(slim)
@@ -144,18 +178,20 @@ def _chunks(reader: RecordReader, shard_bytes: int) -> Iterator[tuple[list[Recor
         yield chunk, digest.hexdigest()
 
 
-def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: int, shard_bytes: int) -> int:
+def _write_shards(
+    work: Path, reader: RecordReader, encoding: Encoding, workers: int, shard_bytes: int
+) -> int:
     """Write the missing shards; return the number of all shards."""
     pool: ProcessPoolExecutor | None = None
     pending: list[Future[None]] = []
     count = 0
     try:
-        for number, (chunk, digest) in enumerate(_chunks(reader, shard_bytes)):
+        for number, (chunk, digest) in enumerate(_chunks(reader, encoding, shard_bytes)):
             count = number + 1
             if _is_written(work, number, digest):
                 continue
             if workers == 1:
-                _write_shard(work, number, chunk, digest, tokenizer)
+                _write_shard(work, number, chunk, digest, encoding)
                 continue
             if pool is None:
                 # A fork would copy the locks of the tokenizers library's threads in any state.
@@ -163,7 +199,7 @@ def _write_shards(work: Path, reader: RecordReader, tokenizer: Path, workers: in
                 pool = ProcessPoolExecutor(
                     workers, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),)
                 )
-            pending.append(pool.submit(_write_shard, work, number, chunk, digest, tokenizer))
+            pending.append(pool.submit(_write_shard, work, number, chunk, digest, encoding))
             if len(pending) > workers:
                 pending.pop(0).result()
         for future in pending:
@@ -211,26 +247,24 @@ def _end_with_parent(parent: int) -> None:
 _LOADED: dict[Path, Tokenizer] = {}
 
 
-def _write_shard(work: Path, number: int, records: list[Record], digest: str, path: Path) -> None:
+def _write_shard(work: Path, number: int, records: list[Record], digest: str, encoding: Encoding) -> None:
     """Tokenize one group of records; the shard's `.json` is written last and marks it as complete."""
+    path = encoding.tokenizer
     if path not in _LOADED:
         _LOADED[path] = load_tokenizer(path)
     tokenizer = _LOADED[path]
-    chat = "messages" in records[0]
-    if any(("messages" in record) != chat for record in records):
-        raise UserError(
-            "holds both chats ('messages') and plain texts",
-            where=str(records[0]["source"]),
-            hint="tokenize them apart",
-        )
+    groups: list[EncodedGroup] = []
     masks: list[list[bool]] = []
-    if chat:
+    if encoding.kind != "documents":
+        groups = [_encode(record, encoding.kind, tokenizer, encoding.revision) for record in records]
+        documents, masks = [group.tokens for group in groups], [group.mask for group in groups]
+    elif _are_chats(records):
         pairs = [tokenizer.encode_messages(record["messages"]) for record in records]
-        documents = [ids for ids, _ in pairs]
-        masks = [mask for _, mask in pairs]
+        documents, masks = [ids for ids, _ in pairs], [mask for _, mask in pairs]
     else:
         encoded = tokenizer.encode_batch([record["text"] for record in records])
         documents = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in encoded]
+    chat = bool(masks)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     name = f"shard-{number:05d}"
     np.concatenate([np.asarray(ids, dtype=dtype) for ids in documents]).tofile(work / f"{name}.tokens")
@@ -239,7 +273,7 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
     if chat:
         np.concatenate([np.asarray(mask, dtype=np.uint8) for mask in masks]).tofile(work / f"{name}.mask")
     sizes = [_bytes(record) for record in records]
-    _write_documents(work / f"{name}.documents.parquet", records, sizes)
+    _write_documents(work / f"{name}.documents.parquet", records, sizes, groups)
     languages: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     domains: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for record, length, size in zip(records, lengths, sizes, strict=True):
@@ -268,33 +302,62 @@ def _write_shard(work: Path, number: int, records: list[Record], digest: str, pa
     write_json(work / f"{name}.json", {**about, "sha256": digest_of(about)})
 
 
+def _are_chats(records: list[Record]) -> bool:
+    """Return whether all records are chats. Raises `UserError` for chats and texts together."""
+    chat = "messages" in records[0]
+    if any(("messages" in record) != chat for record in records):
+        raise UserError(
+            "holds both chats ('messages') and plain texts",
+            where=str(records[0]["source"]),
+            hint="tokenize them apart",
+        )
+    return chat
+
+
+def _encode(record: Record, kind: GroupKind, tokenizer: Tokenizer, revision: str | None) -> EncodedGroup:
+    try:
+        return encode_group(record, kind, tokenizer, revision)
+    except UserError as error:
+        raise UserError(error.what, where=f"record {record['id']}", hint=error.hint) from None
+
+
 def _bytes(record: Record) -> int:
     """Count the UTF-8 bytes of a record's text after NFC, which is what the tokenizer reads."""
-    texts = (
-        [message["content"] for message in record["messages"]] if "messages" in record else [record["text"]]
-    )
+    if "text" in record:
+        texts = [record["text"]]
+    else:
+        answers = [record[name] for name in ("prompt", "messages", "chosen", "rejected") if name in record]
+        answers += record.get("completions", [])
+        texts = [message["content"] for messages in answers for message in messages]
     return sum(len(unicodedata.normalize("NFC", text).encode("utf-8")) for text in texts)
 
 
-def _write_documents(path: Path, records: list[Record], sizes: list[int]) -> None:
+def _write_documents(path: Path, records: list[Record], sizes: list[int], groups: list[EncodedGroup]) -> None:
+    """Write the table of documents; groups have their trees and values in it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {
-            "id": pa.array([record["id"] for record in records], pa.string()),
-            "language": pa.array([record["language"] for record in records], pa.string()),
-            "domain": pa.array([record["domain"] for record in records], pa.string()),
-            "source": pa.array([record["source"] for record in records], pa.string()),
-            "bytes": pa.array(sizes, pa.int64()),
-        }
-    )
+    columns = {
+        name: pa.array([record[name] for record in records], pa.string())
+        for name in ("id", "language", "domain", "source")
+    }
+    columns["bytes"] = pa.array(sizes, pa.int64())
+    if groups:
+        kinds = {"parent": pa.int32(), "length": pa.int32(), "completion": pa.bool_()}
+        for name, kind in kinds.items():
+            values = [[getattr(segment, name) for segment in group.segments] for group in groups]
+            columns[f"segment_{name}"] = pa.array(values, pa.list_(kind))
+        columns["probability"] = pa.array([group.probability for group in groups], pa.float64())
+        columns["margin"] = pa.array([group.margin for group in groups], pa.float64())
+        columns["labels"] = pa.array([group.labels for group in groups], pa.list_(pa.bool_()))
+        columns["scores"] = pa.array([group.scores for group in groups], pa.list_(pa.float64()))
+    table = pa.table(columns)
     # An open file, because pyarrow takes no path that is not UTF-8.
     with path.open("wb") as file:
         pq.write_table(table, file, compression="zstd")
 
 
-def _write_manifest(work: Path, tokenizer: Tokenizer, count: int) -> None:
+def _write_manifest(work: Path, tokenizer: Tokenizer, count: int, encoding: Encoding) -> None:
     """Collect the shards' records into manifest.json, and remove the files for a restart."""
     shards = [work / f"shard-{number:05d}.json" for number in range(count)]
     # An interrupted run may have had more text; its further shards are removed.
@@ -319,6 +382,7 @@ def _write_manifest(work: Path, tokenizer: Tokenizer, count: int) -> None:
         "vocab_size": tokenizer.vocab_size,
         "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         "chat": about[0]["chat"],
+        **({} if encoding.kind == "documents" else {"kind": encoding.kind, "revision": encoding.revision}),
         "shards": [path.stem for path in shards],
         "documents": sum(entry["documents"] for entry in totals["languages"].values()),
         "tokens": sum(entry["tokens"] for entry in totals["languages"].values()),

@@ -24,6 +24,7 @@ from koine.model.formats.eos_ids import eos_ids
 from koine.model.formats.opening import (
     check_described_size,
     check_fields,
+    check_language_model,
     check_loaded_keys,
     check_model_class,
     check_tokenizer_hash,
@@ -323,6 +324,7 @@ def load_causal_lm(
     """
     path = model_folder(path)
     value = read_model_config(path)
+    check_language_model(value, path)
     if opens_as_decoder(path):
         check_fields(value, path / "config.json")
         return load_model(path, dtype=dtype, device=device)
@@ -339,11 +341,18 @@ def load_as_stored(path: Path) -> LanguageModel:
 
 
 def load_with_transformers(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    headless: str | None = None,
 ) -> CausalLM:
     """Open a folder with its class of `transformers`, also where our decoder implements it.
 
     Arguments and errors as in `load_causal_lm`.
+
+    headless: name of a tensor that the folder has in place of the output matrix, which is then random; None:
+        the folder is a causal LM's.
     """
     transformers = require_transformers()
     value = read_model_config(path)
@@ -356,6 +365,8 @@ def load_with_transformers(
             check_described_size(path, value, files)
     wanted = dtype or (None if quantised else stored_dtype(files)) or "auto"
     inner, loaded = _open(path, wanted, transformers)
+    if headless is not None:
+        loaded = _without_head(loaded, headless)
     check_loaded_keys(path, loaded)
     unused = sorted(loaded.get("unexpected_keys") or ())
     if unused:
@@ -389,6 +400,14 @@ def _open(path: Path, dtype: torch.dtype | str, transformers: Any) -> tuple[Any,
             output_loading_info=True,
         )
     return inner, loaded
+
+
+def _without_head(loaded: dict[str, Any], other: str) -> dict[str, Any]:
+    """Return what `transformers` reports of loading, but for the output matrix and the tensor in its place."""
+    heads = ("lm_head.", "embed_out.", "output.")
+    missing = [name for name in loaded.get("missing_keys") or () if not name.startswith(heads)]
+    unexpected = [name for name in loaded.get("unexpected_keys") or () if name != other]
+    return {**loaded, "missing_keys": missing, "unexpected_keys": unexpected}
 
 
 def _check_head(model: CausalLM, path: Path) -> None:
@@ -442,7 +461,11 @@ def quiet_transformers(transformers: Any) -> Iterator[None]:
 
 
 def register_with_transformers() -> None:
-    """Let `AutoConfig` and `AutoModelForCausalLM` open directories whose `model_type` is `koine`."""
+    """Let the automatic classes of `transformers` open directories that it has no class for.
+
+    `AutoConfig` and `AutoModelForCausalLM` open those whose `model_type` is `koine`;
+    `AutoModelForSequenceClassification` opens reward models of every architecture of our decoder.
+    """
     transformers = require_transformers()
     if "koine" in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
         return
@@ -450,3 +473,6 @@ def register_with_transformers() -> None:
 
     transformers.AutoConfig.register("koine", KoineConfig)
     transformers.AutoModelForCausalLM.register(KoineConfig, KoineForCausalLM)
+    from koine.model.formats.sequence_classification import register_classifiers
+
+    register_classifiers()

@@ -147,7 +147,7 @@ class Decoder(nn.Module):
                 document.
             positions: `[batch, time]` or `[time]`, for RoPE; default 0, 1, ... (padding not counted).
             attention_mask: `[batch, time]`, 0 for padding on the left or on the right.
-            context: the KV cache of this pass, which has positions and visibility itself.
+            context: the KV cache of this pass, or the segments of its rows, with positions and visibility.
             block_outputs: receives the input of the first block and each block's output.
             routings: receives the routing of each layer's tokens; nothing without experts.
 
@@ -171,12 +171,13 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             own = None if block.rope is None else angles[block.rope]
-            if context is not None:
-                x_bte, routing = block(x_bte, own, None, partial(context.attend, index))
-            elif self.gradient_checkpointing and self.training:
-                x_bte, routing = checkpoint(block, x_bte, own, document_starts, use_reentrant=False)
+            attention = None if context is None else partial(context.attend, index)
+            if self.gradient_checkpointing and self.training:
+                x_bte, routing = checkpoint(
+                    block, x_bte, own, document_starts, attention, use_reentrant=False
+                )
             else:
-                x_bte, routing = block(x_bte, own, document_starts)
+                x_bte, routing = block(x_bte, own, document_starts, attention)
             if routings is not None and routing is not None:
                 routings.append(routing)
             if block_outputs is not None:

@@ -22,7 +22,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            disabled: Callable[P, R] = torch.compiler.disable(function)
+            disabled: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
             return disabled(*arguments, **named)
         return function(*arguments, **named)
 

@@ -206,6 +206,7 @@ def masked_attend(
     window: int | None,
     document_starts: Tensor | None,
     softcap: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute attention with a dense mask, by SDPA where scores are not capped.
 
@@ -215,18 +216,14 @@ def masked_attend(
         window: see `LayerSpec.window`.
         document_starts: `[batch, time]`, as in `attend`.
         softcap: as in `attend`.
+        mask: what each query sees, bool, broadcast to `[batch, heads, time, positions]`, in place of causal
+            visibility, the window and the documents.
 
     Returns:
         `[batch, heads, time, head_dim]`.
     """
-    time, positions = q.shape[2], k.shape[2]
-    key = torch.arange(positions, device=q.device)
-    query = key[positions - time :, None]
-    mask = key <= query
-    if window is not None:
-        mask &= key > query - window
-    if document_starts is not None:
-        mask = (mask & (key >= document_starts[..., None]))[:, None]
+    if mask is None:
+        mask = _causal_mask(q.shape[2], k.shape[2], window, document_starts, q.device)
     if softcap is not None:
         groups = q.shape[1] // k.shape[1]
         keys, values = (one.repeat_interleave(groups, dim=1) for one in (k, v))
@@ -236,6 +233,20 @@ def masked_attend(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _causal_mask(
+    time: int, positions: int, window: int | None, document_starts: Tensor | None, device: torch.device
+) -> Tensor:
+    """Return what each of the last `time` positions sees, bool `[time, positions]` or `[batch, 1, ...]`."""
+    key = torch.arange(positions, device=device)
+    query = key[positions - time :, None]
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    if document_starts is not None:
+        mask = (mask & (key >= document_starts[..., None]))[:, None]
+    return mask
 
 
 def document_starts_of(document_ids: Tensor) -> Tensor:

@@ -91,12 +91,17 @@ def _canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in to_canonical(state, config).items()}
 
 
-def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Build our state dict from the saved tensors. Raises `KeyError` with the name of a missing one."""
+def from_transformers(
+    state: Mapping[str, Tensor], config: ModelConfig, *, head: bool = True
+) -> dict[str, Tensor]:
+    """Build our state dict from the saved tensors. Raises `KeyError` with the name of a missing one.
+
+    head: whether the output matrix is wanted too; a reward model has none.
+    """
     with meta_device():
         wanted = Decoder(config).state_dict().keys()
     names = stored_names(config)
-    return {name: _one(state, name, config, names) for name in wanted}
+    return {name: _one(state, name, config, names) for name in wanted if head or name != "head.weight"}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -166,15 +171,20 @@ def open_canonical(path: Path, config: ModelConfig) -> CanonicalTensors:
     return CanonicalTensors(weights, layout, names, config)
 
 
-def open_weights(path: Path, config: ModelConfig) -> StoredWeights:
+def open_weights(
+    path: Path, config: ModelConfig, *, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> StoredWeights:
     """Open the tensors of a model directory under their saved names; none is loaded yet.
+
+    expected: names and shapes; None: those of the causal LM that `config` describes.
 
     Raises `UserError` where a file is missing or damaged, or a tensor is missing, left over or of another
     shape than `config` describes.
     """
     check_tokenizer_hash(path)
     weights = StoredWeights(path, stored_names(config))
-    expected = expected_shapes(config)
+    if expected is None:
+        expected = expected_shapes(config)
     missing = sorted(expected.keys() - weights.keys())
     # A tied checkpoint may hold the head a second time, and old ones their rotary tables.
     extra = sorted(

@@ -1,0 +1,5 @@
+"""Preference training: losses over preferred, labelled and scored completions."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
