@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from koine.cli.main import cli
 from koine.files import read_json
+from tests.plan.inline import run_steps_inline
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = ROOT.parent / "shared" / "data"
@@ -41,12 +42,12 @@ def koine_run(name: str, runs: Path, scale: str, *more: str, folder: Path = ROOT
     return done.stdout + done.stderr
 
 
-def dry_run(name: str, runs: Path, scale: str) -> str:
-    """Dry-run an experiment in this process; return the output."""
+def run_here(name: str, runs: Path, scale: str, *more: str) -> str:
+    """Run an experiment in this process; return the output."""
     plan = ROOT / "experiments" / name / "plan.py"
     settings = ("--set", f"scale={scale}", "--set", f"pack={PACK}")
     done = CliRunner().invoke(
-        cli, ["run", f"{plan}:{name}", "--runs", str(runs), *settings, "--dry-run"], catch_exceptions=False
+        cli, ["run", f"{plan}:{name}", "--runs", str(runs), *settings, *more], catch_exceptions=False
     )
     assert done.exit_code == 0, done.output
     return done.output
@@ -54,14 +55,14 @@ def dry_run(name: str, runs: Path, scale: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dry_run(name: str, tmp_path: Path) -> None:
-    assert "verdicts" in dry_run(name, tmp_path, "laptop")
+    assert "verdicts" in run_here(name, tmp_path, "laptop", "--dry-run")
 
 
 # The runs write more than most disks have.
 @pytest.mark.filterwarnings("ignore::koine.errors.KoineWarning")
 @pytest.mark.parametrize("scale", ["gpu", "cluster"])
 def test_dry_run_of_a_larger_scale(scale: str, tmp_path: Path) -> None:
-    assert "verdicts" in dry_run("merging", tmp_path, scale)
+    assert "verdicts" in run_here("merging", tmp_path, scale, "--dry-run")
 
 
 def test_dry_run_from_another_folder(tmp_path: Path) -> None:
@@ -69,8 +70,9 @@ def test_dry_run_from_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smoke_nexus(tmp_path: Path) -> None:
-    koine_run("nexus", tmp_path, "smoke", folder=tmp_path)
+def test_smoke_nexus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_steps_inline(monkeypatch)
+    run_here("nexus", tmp_path, "smoke")
     results = read_json(tmp_path / "nexus" / "results.json")
     assert set(results["hypotheses"]) == {"NX1", "NX2", "NX3", "NX4"}
     shares = results["share_of_new_tokens_to_the_new_expert"]
@@ -78,9 +80,12 @@ def test_smoke_nexus(tmp_path: Path) -> None:
     assert (tmp_path / "nexus" / "report.html").exists()
 
 
+# Its rows are as short as its windows.
+@pytest.mark.filterwarnings("ignore::koine.errors.KoineWarning")
 @pytest.mark.slow
-def test_smoke_universal_tokenizer(tmp_path: Path) -> None:
-    koine_run("universal_tokenizer", tmp_path, "smoke")
+def test_smoke_universal_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_steps_inline(monkeypatch)
+    run_here("universal_tokenizer", tmp_path, "smoke")
     results = read_json(tmp_path / "universal_tokenizer" / "results.json")
     assert set(results["hypotheses"]) == {f"UT{number}" for number in range(1, 10)}
     for entry in results["hypotheses"].values():

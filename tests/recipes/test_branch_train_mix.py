@@ -20,6 +20,7 @@ from koine.steps import checks
 from koine.steps.combination import METHODS, combine_branches
 from tests.combine.models import write_branches
 from tests.combine.moe.families import write_family
+from tests.plan.inline import InlineExecutor
 
 SENTENCES = {
     "code": "def f{0}(x): return x + {0}\n",
@@ -61,7 +62,7 @@ def test_from_a_seed_and_folders_to_a_model_with_one_domain_more(world: Path, tm
     given = settings(world, new_domain=f"maths={world / 'maths.jsonl'}", general=world / "law.jsonl")
     plan = make_plan(branch_train_mix, given, name="btm", runs=tmp_path)
     assert plan.nodes["mixed"].parents[0] == "seed-given"
-    execute(plan)
+    execute(plan, executor=InlineExecutor())
     results = read_json(tmp_path / "btm" / "results.json")
     assert list(results) == [
         "seed", "expert-code", "expert-law", "mixed", "model", "expert-maths", "grown", "extended",
@@ -100,7 +101,7 @@ def documents_of_training(model: Path) -> set[tuple[str, str]]:
 def test_an_average_passes_on_the_documents_already_drawn(world: Path, tmp_path: Path) -> None:
     """An average has no record of its own, and its training goes on after those of its branches too."""
     plan = make_plan(branch_train_mix, settings(world, method="average"), name="average", runs=tmp_path)
-    execute(plan)
+    execute(plan, executor=InlineExecutor())
     for name in ("code", "law"):
         branch = documents_of_training(tmp_path / "average" / f"expert/{name}")
         assert branch
