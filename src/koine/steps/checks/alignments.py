@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from koine.errors import UserError
+from koine.files import sha256_file
 from koine.plan.step import PlannedInput
 
 
@@ -23,6 +24,31 @@ def watched(
         if model.exists and not (model.path / "config.json").exists():
             raise UserError(
                 f"'{name}' holds no model", where=model.path, hint="give a folder that holds config.json"
+            )
+
+
+def inspected_groups(
+    pairs: PlannedInput, model: PlannedInput, held_out: PlannedInput | None = None, **_: Any
+) -> None:
+    """Check that token shards are groups, made with the tokenizer of the model."""
+    from koine.data.shards import TokenSource
+
+    tokenizer = model.path / "tokenizer.json"
+    for one in (pairs, held_out):
+        if one is None or not (one.path / "manifest.json").is_file():
+            continue
+        source = TokenSource(one.path, verify=False)
+        if source.kind == "documents":
+            raise UserError(
+                "holds documents, not groups of completions",
+                where=one.path,
+                hint="tokenize with --kind preferences, labelled or scored",
+            )
+        if tokenizer.is_file() and source.tokenizer_fingerprint != sha256_file(tokenizer):
+            raise UserError(
+                f"tokenized with another tokenizer than {model.path}",
+                where=one.path,
+                hint="tokenize again with the tokenizer of the model",
             )
 
 
