@@ -33,6 +33,7 @@ PURPOSES = {
     "measure": "compare tokenizers in tiktoken's and SentencePiece's formats: koine tokenizer measure",
     "sentences": "embed domains by a sentence encoder: koine upcycle nexus --encoder FOLDER",
     "gguf": "export models for llama.cpp, and import GGUF files: koine model export, koine model import",
+    "langid": "identify the language of a text: rewards by language, koine.language_id.identify",
     "track": "send a training's figures to wandb, trackio or MLflow: koine train pretrain --track wandb",
     "docs": "build the documentation site: make docs",
     "dev": "the tests, the type checker, the linters",

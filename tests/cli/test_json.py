@@ -50,6 +50,7 @@ EXPERTS = "--seed-model model --experts branch --out new"
 # command -> a small run of it, and keys of its answer
 COMMANDS: dict[str, tuple[str, ...]] = {
     "adopt tokens --run r --name one": ("written",),
+    "align watch model branch --data pairs.jsonl --limit 1 --max-new-tokens 4 --out new": ("written", "verdict", "figures"),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
     ),
@@ -90,7 +91,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "upcycle bam " + EXPERTS: ("experts", "active_parameters", "written"),
     "upcycle nexus --router linear " + EXPERTS: ("experts", "active_parameters", "written"),
 }  # fmt: skip
-LIKE_ANOTHER = {("train", "sft"), ("merge", "cross-modal"), *(("merge", name) for name in METHODS)}
+LIKE_ANOTHER = {
+    ("train", "sft"),
+    ("align", "train"),
+    ("merge", "cross-modal"),
+    *(("merge", name) for name in METHODS),
+}
 """Commands that print by the code of one above, or whose inputs are large."""
 
 

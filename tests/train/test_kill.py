@@ -26,9 +26,11 @@ from tests.train.models import small_model
 from koine.files import sha256_file
 import koine.model.formats.directory, torch.optim.adamw, torch._dynamo, koine.train.loop
 from koine.train import TrainSettings, LanguageModelling, train
+from tests.train.stop_rules import StopAfter
 
 torch.set_num_threads(1)
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
+stop = StopAfter(int(sys.argv[5])) if sys.argv[5] != "0" else None
 order = fake_order(folder / "source", steps=(16, 8))
 settings = TrainSettings(
     dtype=dtype, threads=1, checkpoint_every=3, warmup_steps=2, micro_batch_size=2, evaluate_every=4
@@ -42,7 +44,7 @@ def life(out):
     child = os.fork()
     if child == 0:
         try:
-            more = {"out": out, "evaluate": evaluate, "progress": False, "device": "cpu"}
+            more = {"out": out, "evaluate": evaluate, "progress": False, "device": "cpu", "stop": stop}
             train(small_model(), LanguageModelling(), order, settings, **more)
             os._exit(0)
         except BaseException:
@@ -56,6 +58,7 @@ _, status = os.waitpid(life(folder / "whole"), 0)
 assert status == 0, status
 length = time.monotonic() - begin
 wanted = sha256_file(folder / "whole" / "model.safetensors")
+record = sha256_file(folder / "whole" / "training.json")
 lines = (folder / "whole" / "metrics.jsonl").read_text().count("\\n")
 draw = random.Random(int(sys.argv[3]))
 kills = rounds = 0
@@ -74,15 +77,19 @@ while kills < int(sys.argv[4]):
         assert status == 0, status
         break
     assert sha256_file(out / "model.safetensors") == wanted, f"round {rounds} ended in other weights"
+    assert sha256_file(out / "training.json") == record
     assert (out / "metrics.jsonl").read_text().count("\\n") == lines
 print("kills", kills, "rounds", rounds, "length", length)
 """
 
 
-@pytest.mark.parametrize(("dtype", "kills"), [("float32", 16), ("bfloat16", 10)])
-def test_bit_identical_after_kills(tmp_path: Path, dtype: str, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kills", "stop"),
+    [("float32", 16, 0), ("bfloat16", 10, 0), pytest.param("float32", 10, 3, id="a stop rule")],
+)
+def test_bit_identical_after_kills(tmp_path: Path, dtype: str, kills: int, stop: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PARENT, str(tmp_path), dtype, "7", str(kills)],
+        [sys.executable, "-c", PARENT, str(tmp_path), dtype, "7", str(kills), str(stop)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

@@ -1,7 +1,12 @@
+from .calibration import measure_rule as measure_rule
 from .log_probabilities import LogProbabilities as LogProbabilities
 from .log_probabilities import completion_log_probabilities as completion_log_probabilities
 from .loss_spec import LossSpec as LossSpec
+from .monitor import Monitor as Monitor
 from .objective import PreferenceObjective as PreferenceObjective
 from .objective import preference_objective as preference_objective
+from .overoptimisation import Verdict as Verdict
+from .overoptimisation import verdict as verdict
 from .reference import ReferenceLogProbabilities as ReferenceLogProbabilities
 from .reference import reference_log_probabilities as reference_log_probabilities
+from .stopping import parse_stop_rule as parse_stop_rule

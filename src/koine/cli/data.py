@@ -342,7 +342,7 @@ def _say_format(reader: RecordReader) -> None:
         if name in ("text", "messages"):
             continue
         line = f"read as {name}: {count:,} record{'' if count == 1 else 's'}"
-        if "preference" in name:
+        if "preference" in name and reader.record_format.take != "all":
             take, other = reader.record_format.take, {"chosen": "rejected", "rejected": "chosen"}
             line += f", their {take} answers (--take {other[take]} reads the others)"
         click.echo(line)

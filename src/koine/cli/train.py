@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.model.decoder import Decoder
     from koine.model.language_model import LanguageModel
+    from koine.train.evaluation import NamedEvaluation
     from koine.train.objectives import Objective
 
 LORA_PREFIX = "lora_"
@@ -45,6 +46,7 @@ class EvaluationOptions:
     evaluate_data: tuple[str, ...]
     evaluate_split: str | None
     evaluate_limit: int
+    stop_on: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,12 @@ EVALUATION_OPTIONS = (
         default=16,
         show_default=True,
         help="Number of documents of each language of --evaluate-data at most.",
+    ),
+    click.option(
+        "--stop-on",
+        metavar="RULE",
+        help="End the training early, with the best checkpoint kept: METRIC (no better value in two "
+        "evaluations), METRIC=LIMIT (the metric reaches it), or overoptimisation (`koine align train`).",
     ),
 )
 RUN_OPTIONS = (
@@ -271,6 +279,7 @@ def run_training(
     *,
     check_sources: Callable[[Iterable[TokenSource]], None] | None = None,
     groups: bool = False,
+    make_monitor: Callable[[LanguageModel], NamedEvaluation] | None = None,
 ) -> None:
     """Check the options, then train, or print an estimate for `--dry-run`.
 
@@ -281,6 +290,7 @@ def run_training(
         options: the other options of the command.
         check_sources: raises `UserError` for token shards that the objective cannot use.
         groups: whether the data are groups of completions (`koine.data.PreferenceOrder`).
+        make_monitor: returns a further evaluation, which comes first, from the model before the training.
     """
     data: DataOptions = _take(DataOptions, options)
     evaluation: EvaluationOptions = _take(EvaluationOptions, options)
@@ -288,7 +298,7 @@ def run_training(
     lora: LoraConfig = _take(LoraConfig, options, LORA_PREFIX)
     settings = TrainSettings(**options)
     tokenizer = run.tokenizer or init_from
-    _check_evaluation_options(settings, evaluation)
+    _check_evaluation_options(settings, evaluation, monitored=make_monitor is not None)
     _check_lora(lora, init_from)
     if run.device != "auto":
         from koine.hardware import check_device
@@ -315,7 +325,16 @@ def run_training(
     # A dry run too reports all errors and warnings of the data.
     order = PreferenceOrder(mixture) if groups else DataOrder(mixture)
     check_chats_keep_completions(order.cut_text)
-    evaluate = _make_probe(evaluation, tokenizer, settings.best_metric) if evaluation.evaluate_data else None
+    evaluate = _make_evaluation(evaluation, tokenizer, None if make_monitor is None else make_monitor(model))
+    stop = None
+    if evaluate is not None:
+        from koine.train.evaluation import check_metric
+
+        check_metric(settings.best_metric, evaluate.names)
+        if evaluation.stop_on is not None:
+            from koine.align.stopping import parse_stop_rule
+
+            stop = parse_stop_rule(evaluation.stop_on, evaluate.names)
     if run.dry_run:
         print_estimate(model, settings, mixture)
         return
@@ -337,6 +356,7 @@ def run_training(
             out=run.out,
             tokenizer=tokenizer,
             evaluate=evaluate,
+            stop=stop,
             init_from=init_from,
             device=run.device,
             logger=logger,
@@ -344,8 +364,19 @@ def run_training(
     if os.environ.get("RANK", "0") == "0":
         from koine.files import read_json
 
-        best = read_json(run.out / "training.json").get("best")
-        print_answer({"written": run.out, "steps": mixture.steps, "best": best}, lambda: None)
+        record = read_json(run.out / "training.json")
+        answer = {"written": run.out, "steps": record["steps"], "best": record.get("best")}
+        if "stopped" in record:
+            answer["stopped"] = record["stopped"]
+        print_answer(answer, lambda: _say_best(run.out, record))
+
+
+def _say_best(out: Path, record: dict[str, Any]) -> None:
+    """Say how to get the best model where a stop rule ended the training after it."""
+    stopped, best = record.get("stopped"), record.get("best")
+    if stopped is not None and best is not None and best["step"] != stopped["step"]:
+        checkpoint = out / "checkpoints" / f"step-{best['step']:06d}"
+        note(f"the best model: koine model export {checkpoint} --format safetensors --out MODEL")
 
 
 def _check_lora(lora: LoraConfig, base: Path | None) -> None:
@@ -404,8 +435,19 @@ def _after_documents_seen(mixture: Mixture, model: Path | None) -> Mixture:
     return dataclasses.replace(mixture, drawn=drawn)
 
 
-def _check_evaluation_options(settings: TrainSettings, options: EvaluationOptions) -> None:
-    """Raise `UserError` for evaluation data without an interval, and the other way round."""
+def _check_evaluation_options(
+    settings: TrainSettings, options: EvaluationOptions, *, monitored: bool
+) -> None:
+    """Raise `UserError` for evaluation data without an interval, and the other way round.
+
+    monitored: whether there is another evaluation.
+    """
+    if options.evaluate_split and not options.evaluate_data:
+        raise UserError("--evaluate-split without --evaluate-data", hint="give documents to evaluate on")
+    if monitored and not settings.evaluate_every:
+        raise UserError("a monitor without --evaluate-every", hint="say after how many steps to evaluate")
+    if monitored:
+        return
     if options.evaluate_data and not settings.evaluate_every:
         raise UserError(
             "--evaluate-data without --evaluate-every", hint="say after how many steps to evaluate"
@@ -413,14 +455,25 @@ def _check_evaluation_options(settings: TrainSettings, options: EvaluationOption
     for option, given in (
         ("--evaluate-every", settings.evaluate_every),
         ("--best-metric", settings.best_metric),
-        ("--evaluate-split", options.evaluate_split),
+        ("--stop-on", options.stop_on),
     ):
         if given and not options.evaluate_data:
             raise UserError(f"{option} without --evaluate-data", hint="give documents to evaluate on")
 
 
-def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str) -> BitsPerByteProbe:
-    """Return the evaluation during training; raises `UserError` for a metric that it does not have."""
+def _make_evaluation(
+    options: EvaluationOptions, tokenizer: Path | None, monitor: NamedEvaluation | None
+) -> NamedEvaluation | None:
+    """Return the evaluation during training: the monitor, bits per byte of documents, or both; None: neither."""
+    from koine.train.evaluation import JoinedEvaluations
+
+    probe = _make_probe(options, tokenizer) if options.evaluate_data else None
+    found: list[NamedEvaluation] = [one for one in (monitor, probe) if one is not None]
+    return JoinedEvaluations(found) if len(found) > 1 else found[0] if found else None
+
+
+def _make_probe(options: EvaluationOptions, tokenizer: Path | None) -> BitsPerByteProbe:
+    """Return the evaluation of bits per byte during training."""
     from koine.evaluate.records import RecordOptions, Records
     from koine.evaluate.training_probe import BitsPerByteProbe
     from koine.tokenizer import load_tokenizer
@@ -435,7 +488,6 @@ def _make_probe(options: EvaluationOptions, tokenizer: Path | None, metric: str)
     )
     probe = BitsPerByteProbe(load_tokenizer(tokenizer), records)
     records.warn_of_bad()
-    probe.check_metric(metric)
     return probe
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from koine.errors import UserError, did_you_mean
+from koine.errors import UserError
 from koine.evaluate.bits import bits_per_byte
+from koine.train.evaluation import check_metric
 
 if TYPE_CHECKING:
     from koine.model.language_model import LanguageModel
@@ -39,8 +42,15 @@ class BitsPerByteProbe:
 
     def check_metric(self, name: str) -> None:
         """Raise `UserError` for a metric that it does not measure; "" is the first."""
-        if name and name not in self.names:
-            raise UserError(f"the evaluation has no metric '{name}'", hint=did_you_mean(name, self.names))
+        check_metric(name, self.names)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the digest of the documents and that of the tokenizer."""
+        content = json.dumps(self.records, sort_keys=True, default=str)
+        return {
+            "documents": "sha256:" + hashlib.sha256(content.encode()).hexdigest(),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
 
     def __call__(self, model: LanguageModel, done: int) -> dict[str, float]:
         device = str(next(model.parameters()).device)

@@ -9,5 +9,6 @@ from .objectives import LanguageModelling as LanguageModelling
 from .objectives import Objective as Objective
 from .objectives import SupervisedFineTuning as SupervisedFineTuning
 from .settings import TrainSettings as TrainSettings
+from .stopping import StopRule as StopRule
 from .tracking.run_logger import RunLogger as RunLogger
 from .tracking.run_logger import open_run_logger as open_run_logger

@@ -27,6 +27,7 @@ def training_card(
     output: OutputFolder,
     *,
     steps_done: int,
+    stopped: str | None = None,
 ) -> ModelCard:
     """Return the card of a model after `steps_done` steps.
 
@@ -36,6 +37,7 @@ def training_card(
         identity: of the training (`koine.train.fingerprint.training_identity`).
         output: its folder, with the metrics, and the folder that it started from.
         steps_done: steps whose weights the card describes.
+        stopped: why a stop rule ended the training there; None: it did not.
     """
     objective = str(identity["objective"]["class"])
     what, tags = _WHAT.get(objective, (f"the objective `{objective}`", ()))
@@ -45,6 +47,8 @@ def training_card(
     length = f"{total:,} steps, {tokens:,} tokens"
     if steps_done < total:
         length = f"{steps_done:,} of {length} planned"
+    if stopped is not None:
+        length += f"; it ended there because {stopped}"
     parents: tuple[Parent, ...] = ()
     if output.init_from is None:
         title, start, tags = (

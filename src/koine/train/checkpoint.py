@@ -182,6 +182,9 @@ def _check_record(fields: Fields) -> None:
     for losses in (fields.entries("losses"), fields.entries("long_losses", [])):
         for loss in losses:
             check_number("a loss", loss)
+    for index, evaluation in enumerate(fields.entries("evaluations", [])):
+        if not isinstance(evaluation, dict) or not all(map(_is_figure, evaluation.values())):
+            raise fields.wrong("evaluations", f"figures by name (evaluation {index + 1} is not)")
     best = fields.inner("best", None)
     if best is not None:
         best.integer("step", low=0)
@@ -191,6 +194,11 @@ def _check_record(fields: Fields) -> None:
         raise fields.wrong("random_state", "base64") from None
     if len(state) != torch.get_rng_state().numel():
         raise fields.wrong("random_state", "a complete random state")
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value is a number; a figure that is not finite is one too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], ranks: Ranks) -> None:

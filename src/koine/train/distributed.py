@@ -55,6 +55,14 @@ class Ranks:
         """Return whether `flag` is true on any rank."""
         return self.sum_number(float(flag)) > 0
 
+    def of_main(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the main rank's figures on every rank, so that all decide the same from them."""
+        if not self.is_distributed:
+            return figures
+        shared = [figures]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.is_distributed:

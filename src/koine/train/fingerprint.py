@@ -31,6 +31,11 @@ _OBJECTIVES_BEFORE = {
     "supervised_fine_tuning": "SupervisedFineTuning",
 }
 """Objectives as they were recorded before version 0.1.0: the name of a function."""
+_CALLS = {
+    "objective": "__call__(model, batch)",
+    "stop rule": "__call__(evaluations)",
+    "evaluation": "__call__(model, steps_done)",
+}
 
 
 def training_identity(
@@ -82,18 +87,20 @@ def weights_digest(model: LanguageModel | nn.Module) -> str:
     return SHA256 + tensors_digest(model.state_dict())
 
 
-def objective_identity(objective: Objective) -> dict[str, Any]:
+def objective_identity(objective: Objective | Any, *, what: str = "objective") -> dict[str, Any]:
     """Return an objective's class and its `identity()`, JSON values.
 
     Raises `UserError` for an objective without `identity`, and for one whose `identity` leaves out a field. A
     plain function is refused: what it captures or is bound to cannot be compared with a later run.
+
+    what: what it is, for the messages: a stop rule and an evaluation have identities too.
     """
     name = getattr(objective, "__qualname__", type(objective).__qualname__)
     identity = getattr(objective, "identity", None)
     if identity is None or isinstance(objective, type):
         raise UserError(
-            f"the objective {name} has no identity()",
-            hint="make it a frozen dataclass with __call__(model, batch) and identity(), "
+            f"the {what} {name} has no identity()",
+            hint=f"make it a frozen dataclass with {_CALLS[what]} and identity(), "
             "as koine.train.LanguageModelling is, and pass an instance",
         )
     value = identity()
@@ -101,14 +108,14 @@ def objective_identity(objective: Objective) -> dict[str, Any]:
         value = json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"the identity of the objective {name} cannot be written as JSON ({error})",
+            f"the identity of the {what} {name} cannot be written as JSON ({error})",
             hint="use koine.train.arguments_identity(self)",
         ) from None
     fields = getattr(objective, "__dataclass_fields__", {}).values()
     missing = [field.name for field in fields if field.compare and field.name not in value]
     if missing:
         raise UserError(
-            f"the identity of the objective {name} leaves out {', '.join(missing)}",
+            f"the identity of the {what} {name} leaves out {', '.join(missing)}",
             hint="use koine.train.arguments_identity(self), or declare the field with compare=False",
         )
     return {"class": name, **value}

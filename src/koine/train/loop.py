@@ -45,6 +45,7 @@ from koine.train.schedule import learning_rate_factor
 from koine.train.settings import ROUNDING, TrainSettings
 from koine.train.signals import Interrupt, catch_interrupts
 from koine.train.step_costs import StepCost, costs_by_shape
+from koine.train.stopping import ChoosesBest, StopRule, best_of_rule, stop_identity
 from koine.train.tracking.background import Tracking
 from koine.train.tracking.run_logger import Outcome, RunLogger
 
@@ -74,6 +75,7 @@ def train(
     tokenizer: Path | None = None,
     init_from: Path | None = None,
     evaluate: Evaluate | None = None,
+    stop: StopRule | None = None,
     progress: bool = True,
     device: str = "auto",
     logger: RunLogger | None = None,
@@ -98,6 +100,8 @@ def train(
         init_from: folder that `model` was opened from, whose files beside the weights are copied to `out`.
         evaluate: called every `evaluate_every` steps and after the last one with the model and the number of
             steps done. Its figures are metrics. Lower is better where the best checkpoint is chosen.
+        stop: called after each evaluation with the evaluations so far. Where it returns a reason, training ends
+            as after the last step: the model is that of this step, and the best checkpoint is kept.
         progress: show a progress bar, or a line every few seconds.
         device: `cpu`, `cuda`, or `auto`.
         logger: an experiment tracker that gets the figures too, such as `open_run_logger("wandb")`. It does
@@ -105,7 +109,8 @@ def train(
 
     Raises:
         UserError: `out` belongs to another training, a checkpoint is damaged, another process is writing
-            here, the objective has no identity, or too many chats lose all their completion tokens.
+            here, the objective or stop rule has no identity, nothing is evaluated for the stop rule, or too
+            many chats lose all their completion tokens.
         TrainingStopped: a loss spike, or a loss or gradient norm that is not finite.
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
@@ -113,6 +118,7 @@ def train(
     if not data.holds_groups:
         check_packed_documents(model, data.mixture, output.path)
     check_chats_keep_completions(cut_text(data))
+    stops = stop_identity(stop, evaluate, settings)
     with (
         disk_errors(output.path),
         deterministic(settings),
@@ -133,6 +139,8 @@ def train(
         )
         with lock:
             identity = training_identity(model, objective, data, settings, tokenizer)
+            if stops is not None:
+                identity["stop"] = stops
             if output.record.exists():
                 _check_complete(output, identity, model, ranks)
                 if progress and ranks.is_main:
@@ -141,7 +149,9 @@ def train(
             checkpoint = checkpoints.latest(output.checkpoints)
             if checkpoint is not None:
                 check_same_training(checkpoint.record["identity"], identity, model, checkpoint.path)
-            trainer = Trainer(model, objective, data, settings, output, identity, evaluate, ranks, interrupt)
+            trainer = Trainer(
+                model, objective, data, settings, output, identity, evaluate, stop, ranks, interrupt
+            )
             trainer.run(checkpoint, progress=progress, logger=logger)
 
 
@@ -184,16 +194,20 @@ class Trainer:
         output: OutputFolder,
         identity: dict[str, Any],
         evaluate: Evaluate | None,
+        stop: StopRule | None,
         ranks: Ranks,
         interrupt: Interrupt,
     ) -> None:
         self.model, self.objective, self.data, self.settings = model, objective, data, settings
         self.output, self.identity = output, identity
-        self.evaluate, self.ranks, self.interrupt = evaluate, ranks, interrupt
+        self.evaluate, self.stop, self.ranks, self.interrupt = evaluate, stop, ranks, interrupt
         self.mixture = data.mixture
         self.total_steps = sum(phase.steps for phase in self.mixture.phases)
-        self.first_step = 0
+        self.first_step = self.steps_done = 0
         self.best: dict[str, Any] | None = None
+        self.evaluations: list[dict[str, float]] = []
+        """What the stop rule sees; empty without one."""
+        self.stop_reason: str | None = None
         self.rounding = {
             **settings.fields_that_change(ROUNDING),
             "threads": torch.get_num_threads(),
@@ -222,9 +236,11 @@ class Trainer:
             reporter.print(f"resuming from {checkpoint.path}")
         outcome: Outcome = "failed"
         try:
-            for step in range(self.first_step, self.total_steps):
-                self.run_step(step, reporter)
+            while self.steps_done < self.total_steps and self.stop_reason is None:
+                self.run_step(self.steps_done, reporter)
             outcome = "finished"
+            if reporter is not None and self.stop_reason is not None:
+                reporter.print(f"stopped after step {self.steps_done}: {self.stop_reason}")
         except SystemExit:
             outcome = "interrupted"
             raise
@@ -237,7 +253,7 @@ class Trainer:
             self.output,
             self.ranks,
             self.record(),
-            lambda: self.card(self.total_steps),
+            lambda: self.card(self.steps_done),
         )
 
     def run_step(self, step: int, reporter: Reporter | None) -> None:
@@ -249,13 +265,13 @@ class Trainer:
         if reporter is not None:
             reporter.step(step, self.step_figures(step, result, seconds))
 
-        steps_done = step + 1
-        is_last = steps_done == self.total_steps
+        self.steps_done = steps_done = step + 1
         is_best = self.evaluate_if_due(steps_done, reporter)
-        should_stop = self.ranks.any(self.interrupt.signal is not None)
-        if is_last or should_stop or is_best or steps_done % self.settings.checkpoint_every == 0:
+        is_last = steps_done == self.total_steps or self.stop_reason is not None
+        is_interrupted = self.ranks.any(self.interrupt.signal is not None)
+        if is_last or is_interrupted or is_best or steps_done % self.settings.checkpoint_every == 0:
             path = self.save_checkpoint(steps_done)
-            if should_stop and not is_last:
+            if is_interrupted and not is_last:
                 if self.ranks.is_main:
                     print(
                         f"koine: stopped after step {steps_done}; saved {path}; run again to resume",
@@ -358,13 +374,27 @@ class Trainer:
         every, is_last = self.settings.evaluate_every, steps_done == self.total_steps
         if self.evaluate is None or not every or not (is_last or steps_done % every == 0):
             return False
-        figures = run_evaluation(self.evaluate, self.model, steps_done)
+        figures = self.ranks.of_main(run_evaluation(self.evaluate, self.model, steps_done))
         if not figures:
             return False
-        self.best = better_evaluation(self.best, figures, steps_done, self.settings.best_metric)
+        if self.stop is not None:
+            self.evaluations.append({**figures, "step": steps_done})
+            self.apply_stop_rule()
+        if isinstance(self.stop, ChoosesBest) and not self.settings.best_metric:
+            self.best = best_of_rule(self.stop, self.evaluations, self.best)
+        else:
+            self.best = better_evaluation(self.best, figures, steps_done, self.settings.best_metric)
         if reporter is not None:
             reporter.evaluation(steps_done - 1, figures)
         return self.best is not None and self.best["step"] == steps_done
+
+    def apply_stop_rule(self) -> None:
+        """Decide whether training ends after the evaluations so far.
+
+        They follow from the checkpoint and the steps after it, so a resumed run decides the same.
+        """
+        if self.stop is not None and self.evaluations:
+            self.stop_reason = self.stop(self.evaluations)
 
     def open_reporter(self, logger: RunLogger | None, *, progress: bool) -> Reporter:
         """Remove what a killed run left unfinished, and open the metrics and the tracker's run."""
@@ -408,6 +438,7 @@ class Trainer:
             "identity": self.identity,
             "rounding": self.rounding,
             "best": self.best,
+            "evaluations": self.evaluations,
             "losses": self.spike_detectors[False].losses,
             "long_losses": self.spike_detectors[True].losses,
         }
@@ -437,13 +468,28 @@ class Trainer:
         _warn_of_rounding(record["rounding"], self.rounding)
         checkpoints.load(checkpoint, self.optimiser.tensors(checkpoint.step), self.ranks)
         self.optimiser.copy_masters_to_model()
-        self.first_step, self.best = checkpoint.step, record["best"]
+        self.first_step = self.steps_done = checkpoint.step
+        self.best, self.evaluations = record["best"], list(record.get("evaluations", []))
+        self.apply_stop_rule()
         self.spike_detectors[False].losses += record["losses"]
         self.spike_detectors[True].losses += record.get("long_losses", [])
 
     def card(self, steps_done: int) -> ModelCard:
         """Return the model card after `steps_done` steps; only the main rank has the figures for it."""
-        return training_card(self.data, self.settings, self.identity, self.output, steps_done=steps_done)
+        return training_card(
+            self.data,
+            self.settings,
+            self.identity,
+            self.output,
+            steps_done=steps_done,
+            stopped=self.stop_reason,
+        )
+
+    def stopped(self) -> dict[str, Any]:
+        """Return where and why the stop rule ended the training, for the record; empty where it did not."""
+        if self.stop_reason is None:
+            return {}
+        return {"stopped": {"step": self.steps_done, "of": self.total_steps, "reason": self.stop_reason}}
 
     def record(self) -> dict[str, Any]:
         """Return the content of `training.json`."""
@@ -455,7 +501,8 @@ class Trainer:
             "settings": self.settings.to_json(),
             "rounding": self.rounding,
             "sources": self.identity["sources"],
-            "steps": self.total_steps,
+            "steps": self.steps_done,
+            **self.stopped(),
             "best": self.best,
             "cut_text": [one.to_json() for one in self.cut_text],
             "version": __version__,

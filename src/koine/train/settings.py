@@ -99,7 +99,8 @@ class TrainSettings:
     )
     best_metric: str = checked_field(
         "",
-        "Evaluation metric whose lowest value marks the best checkpoint; empty: the first metric.",
+        "Evaluation metric whose lowest value marks the best checkpoint (-NAME: the highest of NAME); "
+        "empty: the stop rule's choice, or the first metric.",
         changes=NOTHING,
     )
 

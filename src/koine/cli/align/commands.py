@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from koine.cli.align.train import train
+from koine.cli.align.watch import watch
 from koine.cli.groups import HelpGroup
 
 
@@ -14,3 +15,4 @@ def align() -> None:
 
 
 align.add_command(train)
+align.add_command(watch)

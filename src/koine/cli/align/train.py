@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from koine.cli.align.monitoring import make_monitor, monitor_options, take_monitor_options
 from koine.cli.arguments import MODEL
 from koine.cli.commands import Command
 from koine.cli.train import open_model, run_training, training_options
@@ -14,9 +15,11 @@ from koine.errors import UserError
 
 if TYPE_CHECKING:
     from koine.align.loss_spec import LossSpec
+    from koine.align.monitor import Monitor
     from koine.align.objective import PreferenceObjective
     from koine.align.reference import ReferenceLogProbabilities
     from koine.data.preference_order import PreferenceOrder
+    from koine.model.language_model import LanguageModel
 
 START, NONE = "start", "none"
 
@@ -43,14 +46,18 @@ START, NONE = "start", "none"
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder that keeps the reference's log-probabilities.  [default: ~/.cache/koine/reference]",
 )
+@monitor_options
 @training_options(packing="no_split")
 def train(model: Path, loss: str, reference: str, reference_cache: Path | None, **options: Any) -> None:
     """Train on groups of completions: preferences, labelled or scored ones.
 
-    --data is written by `koine data tokenize --kind preferences`, `labelled` or `scored`.
+    --data is written by `koine data tokenize --kind preferences`, `labelled` or `scored`. With --monitor-pairs
+    or --monitor-prompts, each evaluation shows what the training does to likelihood, entropy and diversity, by
+    language; --stop-on overoptimisation ends it before the model gets worse.
     """
     from koine.align.loss_spec import LossSpec
 
+    monitoring = take_monitor_options(options)
     spec = LossSpec.parse(loss)
     place = model if reference == START else None if reference == NONE else Path(reference)
     if place is None and spec.needs_reference:
@@ -66,6 +73,15 @@ def train(model: Path, loss: str, reference: str, reference_cache: Path | None, 
         found = None if place is None else _reference(place, order, reference_cache, options)
         return PreferenceObjective(spec, found)
 
+    def monitor(policy: LanguageModel) -> Monitor:
+        return make_monitor(
+            monitoring,
+            policy,
+            tokenizer=options["tokenizer"] or model,
+            out=options["out"],
+            reference=None if place is None else lambda: _open_reference(place, options),
+        )
+
     run_training(
         lambda vocab_size: open_model(model),
         objective,
@@ -73,6 +89,7 @@ def train(model: Path, loss: str, reference: str, reference_cache: Path | None, 
         dict(options),
         check_sources=lambda sources: _check_groups(spec, sources),
         groups=True,
+        make_monitor=monitor if monitoring.asked else None,
     )
 
 
@@ -87,6 +104,20 @@ def _check_groups(spec: LossSpec, sources: Any) -> None:
             )
         counts = {sum(one.completion for one in source.segments(number)) for number in range(len(source))}
         spec.check_groups(source.kind, sorted(counts), source.path)
+
+
+def _open_reference(place: Path, options: dict[str, Any]) -> LanguageModel:
+    """Return the reference in the training's precision and on its device, for the monitor's KL."""
+    import torch
+
+    from koine.hardware import chosen_device, chosen_dtype
+
+    model = open_model(place).to(
+        chosen_device(options["device"]), getattr(torch, chosen_dtype(options["dtype"]))
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
 
 
 def _reference(

@@ -5,6 +5,7 @@ input, raises `UserError` for what cannot work, warns with `KoineWarning` of wha
 the facts that the checks of later steps build on.
 """
 
+from koine.steps.checks.alignments import watched
 from koine.steps.checks.combinations import combined, copied, grown, merged
 from koine.steps.checks.corpora import domain_text, own_corpus, sample, text_corpus
 from koine.steps.checks.profiles import profile_model, profile_sample, profile_speed, profile_text
@@ -42,4 +43,5 @@ __all__ = [
     "tokenizer",
     "tokens",
     "training",
+    "watched",
 ]
