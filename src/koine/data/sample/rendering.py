@@ -135,7 +135,9 @@ def sentence(code: str, fact: str, wording: int = 0, *, answer: str | None = Non
 @functools.lru_cache(maxsize=8192)
 def sentences_of(code: str, fact: str) -> tuple[str, ...]:
     """Return the fact as a sentence in all of the language's wordings; none if CLDR lacks a name."""
-    found = (sentence(code, fact, wording) for wording in range(len(_templates(code, fact.partition(":")[0]))))
+    found = (
+        sentence(code, fact, wording) for wording in range(len(_templates(code, fact.partition(":")[0])))
+    )
     return tuple(one for one in found if one is not None)
 
 
