@@ -77,8 +77,8 @@ CASES = (
         command=f"{ALIGN.replace('--loss dpo', '--loss nll --reference none')} --monitor-pairs pairs.jsonl "
         "--evaluate-every 1 --stop-on kl=0.5",
         prepare=worlds.having("model", then=groups),
-        says="--stop-on kl=0.5: the metric 'kl' is not measured; known: accuracy, accuracy/de, chosen, chosen/de, "
-        "cut_off, cut_off/de, ead, ead/de, ead_1, ead_1/de, ead_2, ead_2/de, ...",
+        says="--stop-on kl=0.5: the metric 'kl' is not measured; known: accuracy, accuracy/de, "
+        "asked_language, asked_language/de, chosen, chosen/de, cut_off, cut_off/de, ead, ead/de, ead_1, ead_1/de, ...",
     ),
     Case(
         mistake="plain documents for the monitor's pairs",

@@ -143,7 +143,7 @@ CASES = (
         mistake="a table without a column of text",
         command="data inspect text.csv",
         prepare=file_of("text.csv", b"title,body\na,b\n"),
-        says="text.csv: records of no known format, with the fields title, body; known: preference (chosen, rejected); unpaired-preference (label, prompt or messages); messages (messages); sharegpt (conversations or conversation); alpaca (instruction, output or response); text (text or translation); prompt-completion (prompt, completion or response); question-answer (question or query, answer or response). Map fields (--field text=COLUMN), or name the format (--format)",
+        says="text.csv: records of no known format, with the fields title, body; known: preference (chosen, rejected); scored-completions (completions, scores); unpaired-preference (label, prompt or messages); messages (messages); sharegpt (conversations or conversation); alpaca (instruction, output or response); text (text or translation); prompt-completion (prompt, completion or response); question-answer (question or query, answer or response). Map fields (--field text=COLUMN), or name the format (--format)",
     ),
     Case(
         mistake="a format of records that does not exist",

@@ -51,6 +51,13 @@ EXPERTS = "--seed-model model --experts branch --out new"
 COMMANDS: dict[str, tuple[str, ...]] = {
     "adopt tokens --run r --name one": ("written",),
     "align watch model branch --data pairs.jsonl --limit 1 --max-new-tokens 4 --out new": ("written", "verdict", "figures"),
+    "align score completions.jsonl --reward answer --out new.jsonl": ("scored", "mean", "failures", "written"),
+    "align online --model model --prompts prompts.jsonl --reward length:most=2 --loss rloo:beta=0 --k 2 --prompts-per-step 1 "
+    "--steps 1 --max-new-tokens 4 --out new": ("written", "rounds"),
+    "align online --model model --prompts prompts.jsonl --reward length:most=2 --loss rloo --out new --dry-run": ("completions",),
+    "align revise --model model --prompts prompts.jsonl --revision Again --max-new-tokens 4 --out new.jsonl": (
+        "answers", "changed", "written",
+    ),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (
         "languages", "code", "written",
     ),
@@ -124,6 +131,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go", "language": "en"}\n'
     )
     (tmp_path / "asked.jsonl").write_text(ASKED)
+    (tmp_path / "completions.jsonl").write_text('{"prompt": "1 + 1?", "completion": "2", "answer": "2"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"id": "one", "prompt": "1 + 1?", "language": "en"}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

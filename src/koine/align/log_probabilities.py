@@ -36,30 +36,36 @@ class LogProbabilities(NamedTuple):
         return self.sums / self.lengths
 
 
-def completion_log_probabilities(model: LanguageModel, batch: GroupBatch) -> LogProbabilities:
+def completion_log_probabilities(
+    model: LanguageModel, batch: GroupBatch, *, temperature: float = 1.0
+) -> LogProbabilities:
     """Compute the log-probability of each completion after its prompt.
 
     Our own decoder computes a prompt once for all of its completions. Another class gets each completion in a
     row of its own.
+
+    temperature: divides the logits, as when the completions were sampled.
     """
-    token_log_probabilities_n = token_log_probabilities(model, batch)
+    token_log_probabilities_n = token_log_probabilities(model, batch, temperature=temperature)
     sums = token_log_probabilities_n.new_zeros(batch.completions)
     sums = sums.index_add(0, batch.completion_of, token_log_probabilities_n)
     return LogProbabilities(sums, batch.completion_lengths.to(sums.dtype))
 
 
-def token_log_probabilities(model: LanguageModel, batch: GroupBatch) -> Tensor:
+def token_log_probabilities(model: LanguageModel, batch: GroupBatch, *, temperature: float = 1.0) -> Tensor:
     """Compute the log-probability of each completion token, `[n]` in the order of `batch.predicted`."""
     hidden_nd, targets_n = predicting_states(model, batch)
     weight = model.output_weight
     if weight is None:
-        return _by_own_head(model, hidden_nd, targets_n)
+        return _by_own_head(model, hidden_nd, targets_n, temperature)
+    # cap * tanh(logits / cap) / T is (cap / T) * tanh((logits / T) / (cap / T)).
+    softcap = None if model.logit_softcap is None else model.logit_softcap / temperature
     result: Tensor = _ChunkedLogProbabilities.apply(  # type: ignore[no-untyped-call]
         hidden_nd,
         weight,
         targets_n,
-        float(model.logit_scale),
-        model.logit_softcap,
+        float(model.logit_scale) / temperature,
+        softcap,
         default_chunk(*weight.shape),
     )
     return result
@@ -82,11 +88,11 @@ def segment_context(model: Decoder, batch: GroupBatch) -> SegmentContext:
     return SegmentContext(places, batch.positions, windows, model.config.attention_softcap)
 
 
-def _by_own_head(model: LanguageModel, hidden_nd: Tensor, targets_n: Tensor) -> Tensor:
+def _by_own_head(model: LanguageModel, hidden_nd: Tensor, targets_n: Tensor, temperature: float) -> Tensor:
     """Compute log-probabilities with a head that is more than one matrix, in chunks that are recomputed."""
 
     def of_chunk(hidden_cd: Tensor, targets_c: Tensor) -> Tensor:
-        logits_cv = model.logits(hidden_cd).float()
+        logits_cv = model.logits(hidden_cd).float() / temperature
         return logits_cv.gather(1, targets_c[:, None])[:, 0] - logits_cv.logsumexp(dim=-1)
 
     size = default_chunk(model.vocab_size, hidden_nd.shape[-1])

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from koine.align.log_probabilities import completion_log_probabilities
 from koine.data.groups import GroupBatch, fewest_tokens
+from koine.data.mismatched import MismatchedSource
 from koine.data.packing import DocumentSlice
 from koine.data.preference_order import PreferenceOrder, build_groups
 from koine.data.shards import TokenSource
@@ -37,6 +38,46 @@ GROUPS_OF_FILE = 256
 IDENTITY = "reference.json"
 
 
+class Reference(Protocol):
+    """Log-probabilities of completions by a fixed model."""
+
+    @property
+    def key(self) -> str:
+        """sha256 of what determines the values."""
+        ...
+
+    def of(self, batch: GroupBatch, /) -> Tensor:
+        """Return the log-probability of each completion of a batch, `[C]` float32, on the batch's device."""
+        ...
+
+
+class ReferenceModel:
+    """A reference in memory, for completions that are not known before training.
+
+    Args:
+        model: it is moved to the batches' device.
+        dtype: of its computation: the policy's.
+        temperature: that the completions are sampled with.
+    """
+
+    def __init__(self, model: LanguageModel, *, dtype: torch.dtype, temperature: float = 1.0) -> None:
+        identity = {"weights": weights_digest(model), "dtype": str(dtype), "temperature": temperature}
+        self._key = _key(identity)
+        self.model = model.to(dtype).eval()
+        self.temperature = temperature
+
+    @property
+    def key(self) -> str:
+        """sha256 of weights, dtype and temperature."""
+        return self._key
+
+    def of(self, batch: GroupBatch, /) -> Tensor:
+        """Return the log-probability of each completion of a batch, `[C]` float32."""
+        self.model.to(batch.tokens.device)
+        with torch.no_grad():
+            return completion_log_probabilities(self.model, batch, temperature=self.temperature).sums
+
+
 @dataclass(frozen=True)
 class ReferenceLogProbabilities:
     """The reference's log-probability of each completion of some token sources.
@@ -44,11 +85,14 @@ class ReferenceLogProbabilities:
     key: sha256 of what determines the values.
     sums: by the name of a source in the mixture, `[all completions]` float64, in the source's order.
     first: by the name, where the completions of each group begin, `[groups + 1]`.
+    mismatched: by the name, of each prompt with the completion of another record, `[groups]` float64; empty
+        where no loss needs them.
     """
 
     key: str
     sums: dict[str, NDArray[np.float64]] = field(compare=False, repr=False)
     first: dict[str, NDArray[np.int64]] = field(compare=False, repr=False)
+    mismatched: dict[str, NDArray[np.float64]] = field(compare=False, repr=False, default_factory=dict)
 
     def of(self, batch: GroupBatch) -> Tensor:
         """Return the log-probability of each completion of a batch, `[C]` float32, on the batch's device."""
@@ -58,6 +102,14 @@ class ReferenceLogProbabilities:
             ]
             for group in batch.groups
         ]
+        return self._checked(found, batch)
+
+    def of_mismatched(self, batch: GroupBatch) -> Tensor:
+        """Return the log-probability of each completion of a `GroupBatch.mismatched` batch, `[C]` float32."""
+        found = [self.mismatched[one.source][one.document : one.document + 1] for one in batch.groups]
+        return self._checked(found, batch)
+
+    def _checked(self, found: list[NDArray[np.float64]], batch: GroupBatch) -> Tensor:
         values = np.concatenate(found) if found else np.zeros(0)
         if len(values) != batch.completions or not np.isfinite(values).all():
             raise ValueError("the reference has no log-probabilities of these completions")
@@ -78,6 +130,7 @@ def reference_log_probabilities(
     dtype: torch.dtype = torch.float32,
     rows: int = 4,
     device: str = "cpu",
+    mismatched: bool = False,
 ) -> ReferenceLogProbabilities:
     """Return the log-probabilities of all groups that an order may draw; compute those not in the cache.
 
@@ -88,6 +141,7 @@ def reference_log_probabilities(
         dtype: of the computation: the policy's, so that both round alike.
         rows: rows of a forward pass.
         device: where to compute.
+        mismatched: also of each prompt with the completion of another record, for KTO.
 
     Raises:
         UserError: rows of several lengths, a model of another vocabulary, or a folder of the cache that holds
@@ -98,7 +152,7 @@ def reference_log_probabilities(
         raise UserError("a reference needs rows of one length", hint="give all phases one sequence length")
     [length] = lengths
     weights = weights_digest(model)
-    keys, sums, first = [], {}, {}
+    keys, sums, first, exchanged = [], {}, {}, {}
     for phase in order.mixture.phases:
         for source in phase.all_sources:
             if source.name in sums:
@@ -117,7 +171,7 @@ def reference_log_probabilities(
                 "row": length,
                 "dtype": str(dtype).removeprefix("torch."),
             }
-            key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+            key = _key(identity)
             counts = np.array(
                 [sum(one.completion for one in tokens.segments(number)) for number in range(len(tokens))]
             )
@@ -127,13 +181,31 @@ def reference_log_probabilities(
                 model, tokens, source.name, identity, folder, first[source.name], dtype, rows, device
             )
             keys.append(key)
+            if mismatched:
+                identity = {**identity, "completions": "of other records"}
+                starts = np.arange(len(tokens) + 1)
+                exchanged[source.name] = _of_source(
+                    model,
+                    order.mismatched(source.path),
+                    source.name,
+                    identity,
+                    cache / _key(identity)[:24],
+                    starts,
+                    dtype,
+                    rows,
+                    device,
+                )
     whole = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()
-    return ReferenceLogProbabilities(whole, sums, first)
+    return ReferenceLogProbabilities(whole, sums, first, exchanged)
+
+
+def _key(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _of_source(
     model: LanguageModel,
-    tokens: TokenSource,
+    tokens: TokenSource | MismatchedSource,
     name: str,
     identity: dict[str, Any],
     folder: Path,
@@ -203,7 +275,7 @@ def _read(path: Path, count: int) -> NDArray[np.float64] | None:
 
 def _compute(
     model: LanguageModel,
-    tokens: TokenSource,
+    tokens: TokenSource | MismatchedSource,
     name: str,
     groups: range,
     first: NDArray[np.int64],
@@ -236,7 +308,7 @@ def _starts(batch: GroupBatch) -> list[int]:
     return [0, *counts[:-1].tolist()]
 
 
-def _packed_rows(groups: list[int], tokens: TokenSource, time: int) -> Iterator[list[int]]:
+def _packed_rows(groups: list[int], tokens: TokenSource | MismatchedSource, time: int) -> Iterator[list[int]]:
     """Yield rows of whole groups in order; a group longer than a row is alone in it, and is cut."""
     row: list[int] = []
     used = 0

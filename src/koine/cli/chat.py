@@ -72,6 +72,19 @@ DEFAULT = Sampling()
     help="Maximum number of tokens of a reply.",
 )
 @click.option(
+    "--revise",
+    "revisions",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Let the model revise each reply this many times (of a model trained by the loss srpo).",
+)
+@click.option(
+    "--revision",
+    metavar="TEXT",
+    help="The turn that asks for a revision.  [default: that of the model's training]",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
@@ -92,6 +105,8 @@ def chat(
     repetition_penalty: float,
     seed: int | None,
     max_new_tokens: int,
+    revisions: int,
+    revision: str | None,
     dtype: str,
     device: str,
     threads: int | None,
@@ -104,6 +119,10 @@ def chat(
     """
     if complete and system is not None:
         raise UserError("--system needs a chat", hint="write it into the text that --complete continues")
+    if revisions and complete:
+        raise UserError("--revise needs a chat", hint="leave out --complete")
+    if revision is not None and not revisions:
+        raise UserError("--revision without revisions", hint="say how many: --revise 1")
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -113,6 +132,7 @@ def chat(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
+    from koine.align.revise import revision_for
     from koine.generate.local_engine import LocalEngine
     from koine.hardware import chosen_device
     from koine.serve.chat.opening import read_opening
@@ -125,6 +145,7 @@ def chat(
             where=model,
             hint="use --complete, or add a chat_template.jinja to the folder",
         )
+    turn = revision_for(model, revision) if revisions else ""
     engine = LocalEngine(
         model, dtype=None if dtype == "auto" else dtype, device=chosen_device(device), threads=threads
     )
@@ -141,6 +162,8 @@ def chat(
         interactive=interactive,
         trained_context=opening.trained_context,
         complete=complete,
+        revisions=revisions,
+        revision=turn,
     )
     if once is not None:
         session.reply(once)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -116,11 +116,18 @@ RUN_OPTIONS = (
 )
 
 
-def _setting_options(cls: type[Any] = TrainSettings, prefix: str = "") -> list[Callable[..., Any]]:
-    """Return one option for each field of a settings class, which declares its type, default and help."""
+def setting_options(
+    cls: type[Any] = TrainSettings, prefix: str = "", leave_out: Collection[str] = ()
+) -> list[Callable[..., Any]]:
+    """Return one option for each field of a settings class, which declares its type, default and help.
+
+    leave_out: fields without an option.
+    """
     types = get_type_hints(cls)
     options = []
     for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
         field_type, choices = types[field.name], get_args(types[field.name])
         name = "--" + (prefix + field.name).replace("_", "-")
         if field_type is bool:
@@ -141,7 +148,7 @@ def training_options(*, packing: str) -> Callable[[Callable[..., None]], Callabl
     """Add the options that all trainings have: data, evaluation, output and hyperparameters."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        settings = (*_setting_options(), *_setting_options(LoraConfig, LORA_PREFIX))
+        settings = (*setting_options(), *setting_options(LoraConfig, LORA_PREFIX))
         for option in reversed((*EVALUATION_OPTIONS, *RUN_OPTIONS, *settings)):
             command = option(command)
         return data_options(packing=packing, sequence_length=1024)(command)
@@ -266,7 +273,7 @@ def open_model(path: Path, **attention: Any) -> LanguageModel:
     return change_attention(model, config)
 
 
-def _take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
+def take(cls: type[Any], options: dict[str, Any], prefix: str = "") -> Any:
     """Return a dataclass made of its fields in `options`, which are removed there."""
     return cls(**{field.name: options.pop(prefix + field.name) for field in dataclasses.fields(cls)})
 
@@ -292,10 +299,10 @@ def run_training(
         groups: whether the data are groups of completions (`koine.data.PreferenceOrder`).
         make_monitor: returns a further evaluation, which comes first, from the model before the training.
     """
-    data: DataOptions = _take(DataOptions, options)
-    evaluation: EvaluationOptions = _take(EvaluationOptions, options)
-    run: RunOptions = _take(RunOptions, options)
-    lora: LoraConfig = _take(LoraConfig, options, LORA_PREFIX)
+    data: DataOptions = take(DataOptions, options)
+    evaluation: EvaluationOptions = take(EvaluationOptions, options)
+    run: RunOptions = take(RunOptions, options)
+    lora: LoraConfig = take(LoraConfig, options, LORA_PREFIX)
     settings = TrainSettings(**options)
     tokenizer = run.tokenizer or init_from
     _check_evaluation_options(settings, evaluation, monitored=make_monitor is not None)

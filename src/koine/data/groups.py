@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from koine.data.batch import Span
@@ -51,6 +52,7 @@ class Group:
         margin: of preferences, by how much; 0 where the record has none.
         labels: of labelled completions, whether each is good.
         scores: of scored completions, the score of each.
+        failed: completions of the prompt that could not be scored, and are not in the group.
     """
 
     record_id: str
@@ -62,6 +64,27 @@ class Group:
     margin: float = 0.0
     labels: tuple[bool, ...] = ()
     scores: tuple[float, ...] = ()
+    failed: int = 0
+
+
+class GroupSource(Protocol):
+    """Where groups are read from: `koine.data.shards.TokenSource` is one."""
+
+    def segments(self, document: int, /) -> list[Segment]:
+        """Return the tree of a group."""
+        ...
+
+    def tokens(self, document: int, start: int = 0, end: int | None = None, /) -> NDArray[Any]:
+        """Return ids `[start, end)` of a group."""
+        ...
+
+    def mask(self, document: int, start: int = 0, end: int | None = None, /) -> NDArray[Any]:
+        """Return 1 for the tokens `[start, end)` that count."""
+        ...
+
+    def group(self, document: int, source: str, /) -> Group:
+        """Return the description of a group; `source` is the name of the mixture's source."""
+        ...
 
 
 class PlacedSegment(NamedTuple):
@@ -95,6 +118,12 @@ class GroupBatch:
         completion_of: `[n]` int64, index of their completion.
         group_of: `[C]` int64, group of each completion. Those of a group are adjacent, in the record's order.
         groups: descriptions, in the order of rows and columns.
+        mismatched: returns the batch of the same prompts with completions of other records
+            (`koine.data.mismatched`), one group a row; None but for labelled groups.
+        behaviour: `[C]` float32, log-probabilities of completions by the policy that drew them; None where it is
+            not known.
+        on_policy: whether this policy had the weights of the moment, so that `behaviour` differs from the
+            trainer's log-probabilities by rounding only.
     """
 
     tokens: Tensor
@@ -108,6 +137,9 @@ class GroupBatch:
     group_of: Tensor
     groups: tuple[Group, ...]
     _spans: Callable[[], list[list[Span]]]
+    mismatched: Callable[[], GroupBatch] | None = None
+    behaviour: Tensor | None = None
+    on_policy: bool = False
 
     @property
     def documents(self) -> list[list[Span]]:
@@ -128,6 +160,7 @@ class GroupBatch:
         """Return the batch with its tensors on `device`."""
         names = ["tokens", "document_ids", "positions", "predicting", "predicted", "predicted_at"]
         names += ["completion_of", "group_of"]
+        names += [] if self.behaviour is None else ["behaviour"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def separate(self) -> GroupBatch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,10 @@ from numpy.typing import NDArray
 
 from koine.data.collate import spans_of
 from koine.data.data_order import DataOrder
-from koine.data.groups import Group, GroupBatch, PlacedSegment, fit_segments
+from koine.data.groups import Group, GroupBatch, GroupSource, PlacedSegment, fit_segments
+from koine.data.mismatched import MismatchedSource
 from koine.data.mixture import Mixture
 from koine.data.packing import DocumentSlice
-from koine.data.shards import TokenSource
 from koine.errors import UserError
 
 
@@ -37,26 +39,53 @@ class PreferenceOrder(DataOrder):
                 hint="choose --packing no_split or one_per_row",
             )
         super().__init__(mixture, verify=verify)
+        turns = {source.manifest.get("revision") for source in self.sources.values()} - {None}
+        if len(turns) > 1:
+            raise UserError(
+                f"the sources ask for a revision in {len(turns)} different ways",
+                hint="tokenize all with the same --revision, which a model is asked with later",
+            )
+        self._mismatched: dict[Path, MismatchedSource] = {}
+
+    def record(self) -> dict[str, Any]:
+        """Return what the trained model's folder keeps of the groups: the turn that asks for a revision."""
+        turns = {source.manifest.get("revision") for source in self.sources.values()} - {None}
+        return {"revision": turns.pop()} if turns else {}
 
     def batch(  # type: ignore[override]
         self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch: slice | None = None
     ) -> GroupBatch:
         """Return the groups in the rows of `rank` at `step`; `micro_batch` takes a slice of the rows."""
         content, time = self.rows_of(step, rank=rank, world_size=world_size, micro_batch=micro_batch)
-        return build_groups(
-            [[(one.tokens, one.source.name, piece) for piece in pieces] for one, pieces in content],
-            time,
-            lambda: spans_of(content, time),
-        )
+        rows = [[(one.tokens, one.source.name, piece) for piece in pieces] for one, pieces in content]
+
+        def mismatched() -> GroupBatch:
+            found = [
+                (self.mismatched(one.tokens.path), one.source.name, piece)
+                for one, pieces in content
+                for piece in pieces
+            ]
+            longest = max(int(source.lengths[piece.document]) for source, _, piece in found)
+            return build_groups([[group] for group in found], min(time, longest), list)
+
+        batch = build_groups(rows, time, lambda: spans_of(content, time))
+        labelled = any(group.kind == "labelled" for group in batch.groups)
+        return replace(batch, mismatched=mismatched) if labelled else batch
+
+    def mismatched(self, path: Path) -> MismatchedSource:
+        """Return the groups of a source of labelled completions with completions exchanged."""
+        if path not in self._mismatched:
+            self._mismatched[path] = MismatchedSource(self.sources[path])
+        return self._mismatched[path]
 
 
 def build_groups(
-    rows: Sequence[Sequence[tuple[TokenSource, str, DocumentSlice]]], time: int, spans: Any
+    rows: Sequence[Sequence[tuple[GroupSource, str, DocumentSlice]]], time: int, spans: Any
 ) -> GroupBatch:
     """Build a batch of groups.
 
     Args:
-        rows: the groups of each row: token source, its name, and the document.
+        rows: the groups of each row: where to read it, the name of its source, and the document.
         time: tokens of a row.
         spans: returns the documents of each row (`GroupBatch.documents`).
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from koine.errors import UserError
 from koine.generate.cache.paged_cache import CachedSequence
 from koine.generate.sampling import Sampling, fresh_seed
-from koine.generate.token_sampling import NoTokenError, choose, log_probabilities
+from koine.generate.token_sampling import EXTREME, NoTokenError, choose, log_probabilities
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
 
@@ -45,6 +45,7 @@ class Request:
     error: what the request's own sampling, grammar or `on_token` raised, where `finish` is "failed".
     cached_tokens: tokens of the prompt that were in the KV cache already.
     generator: random state of this request.
+    tempered: record log-probabilities of the distribution at the sampling's temperature, not of the model's own.
     seen: `[vocab]` bool, tokens so far; kept for a repetition penalty only.
     rng_state: state of `generator` before a sample that is not appended yet.
     sequence: the request's place in the KV cache, while it has one.
@@ -61,6 +62,7 @@ class Request:
     finish: Finish | None = None
     error: Exception | None = None
     cached_tokens: int = 0
+    tempered: bool = False
     generator: torch.Generator | None = field(default=None, repr=False)
     seen: Tensor | None = field(default=None, repr=False)
     rng_state: Tensor | None = field(default=None, repr=False)
@@ -149,8 +151,9 @@ def sample_next(requests: Sequence[Request], logits_bv: Tensor) -> list[tuple[in
     depend on the others. Until a token is appended, `Request.undo` undoes its sample.
 
     Returns:
-        For each request the token and its log-probability under the model's own logits, or the exception that
-        its grammar raised, or `NoTokenError` where no token can be sampled.
+        For each request the token and its log-probability under the model's own logits (`Request.tempered`:
+        divided by the temperature), or the exception that its grammar raised, or `NoTokenError` where no token
+        can be sampled.
     """
     failed: dict[int, Exception] = {}
     allowed_bv = _apply_grammars(requests, logits_bv, failed)
@@ -173,9 +176,22 @@ def sample_next(requests: Sequence[Request], logits_bv: Tensor) -> list[tuple[in
         else:
             for row, token in zip(rows, sampled, strict=True):
                 tokens[row] = token
-    scores = log_probabilities(logits_bv, torch.tensor(tokens, device=logits_bv.device)).tolist()
+    tokens_b = torch.tensor(tokens, device=logits_bv.device)
+    if any(request.tempered for request in requests):
+        scores = _tempered_log_probabilities(requests, logits_bv, tokens_b).tolist()
+    else:
+        scores = log_probabilities(logits_bv, tokens_b).tolist()
     failed.update({row: NoTokenError() for row, score in enumerate(scores) if math.isnan(score)} | failed)
     return [failed.get(row, pair) for row, pair in enumerate(zip(tokens, scores, strict=True))]
+
+
+def _tempered_log_probabilities(requests: Sequence[Request], logits_bv: Tensor, tokens_b: Tensor) -> Tensor:
+    """Return each token's log-probability, at the temperature of its request if that asks for it, `[b]`."""
+    factors = [one.sampling.temperature if one.tempered else 1.0 for one in requests]
+    logits_bv = logits_bv.float() / torch.tensor(factors, device=logits_bv.device).clamp(max=EXTREME)[:, None]
+    # As training computes it. `log_softmax` adds up large vocabularies with an error of 1e-5 of the sum on CPU,
+    # always to the same side.
+    return logits_bv.gather(1, tokens_b[:, None])[:, 0] - logits_bv.logsumexp(dim=-1)
 
 
 def _apply_grammars(requests: Sequence[Request], logits_bv: Tensor, failed: dict[int, Exception]) -> Tensor:

@@ -38,7 +38,7 @@ from koine.train.fingerprint import check_same_training, differences, training_i
 from koine.train.incident import TrainingStopped, write_incident
 from koine.train.loss_spikes import SpikeDetector
 from koine.train.model_adapters import check_packed_documents, compile_blocks, prepare_model
-from koine.train.objectives import Objective
+from koine.train.objectives import Objective, objective_of_step
 from koine.train.optimiser import Optimiser
 from koine.train.progress import Reporter, truncate_metrics
 from koine.train.schedule import learning_rate_factor
@@ -115,7 +115,8 @@ def train(
         SystemExit: after SIGTERM (143) or SIGINT (130), with a checkpoint written.
     """
     output = OutputFolder(Path(out), tokenizer, init_from)
-    if not data.holds_groups:
+    # A data order of another class need not say so.
+    if not getattr(data, "holds_groups", False):
         check_packed_documents(model, data.mixture, output.path)
     check_chats_keep_completions(cut_text(data))
     stops = stop_identity(stop, evaluate, settings)
@@ -321,13 +322,14 @@ class Trainer:
             )
             return batch.to(self.ranks.device)
 
+        objective = objective_of_step(self.objective, self.model, map(load_batch, micro_batches), self.ranks)
         # The router losses of a mixture of experts are those of the whole step.
         totals = count_step(
-            self.model, self.objective, map(load_batch, micro_batches), len(micro_batches), self.ranks
+            self.model, objective, map(load_batch, micro_batches), len(micro_batches), self.ranks
         )
         for rows in micro_batches:
             with use_totals(totals):
-                loss, metrics = self.objective(self.model, load_batch(rows))
+                loss, metrics = objective(self.model, load_batch(rows))
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimiser.accumulate_gradients()
             loss_sum += loss.detach()
@@ -508,6 +510,7 @@ class Trainer:
             "version": __version__,
             # The next training can go on after these documents; a data order of another class has none.
             "drawn": [one.to_json() for one in data.drawn()] if hasattr(data, "drawn") else [],
+            **(data.record() if hasattr(data, "record") else {}),
         }
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from koine.errors import UserError
-from koine.model.moe.losses import current_totals, has_experts, router_loss_sum
+from koine.model.moe.losses import AllReduce, current_totals, has_experts, router_loss_sum
 from koine.train.fingerprint import arguments_identity
 from koine.train.loss import IGNORE, chunked_cross_entropy
 
@@ -52,6 +52,28 @@ class Objective(Protocol):
 
         Two trainings are the same one only if these are equal.
         """
+
+
+@runtime_checkable
+class StepObjective(Protocol):
+    """An objective that needs something of the whole step before its first gradient."""
+
+    def of_step(self, model: Any, batches: Iterable[Any], ranks: AllReduce, /) -> Objective:
+        """Return the objective of one step's micro batches.
+
+        Args:
+            model: it computes without gradients here.
+            batches: the micro batches on this rank; those of other ranks may have more or less in them.
+            ranks: the processes to sum over.
+        """
+        ...
+
+
+def objective_of_step(
+    objective: Objective, model: Any, batches: Iterable[Any], ranks: AllReduce
+) -> Objective:
+    """Return the objective of a step; see `StepObjective`."""
+    return objective.of_step(model, batches, ranks) if isinstance(objective, StepObjective) else objective
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def train(model: Path, loss: str, reference: str, reference_cache: Path | None, 
     def objective(order: PreferenceOrder) -> PreferenceObjective:
         from koine.align.objective import PreferenceObjective
 
-        found = None if place is None else _reference(place, order, reference_cache, options)
+        found = None if place is None else _reference(place, order, reference_cache, spec, options)
         return PreferenceObjective(spec, found)
 
     def monitor(policy: LanguageModel) -> Monitor:
@@ -121,7 +121,7 @@ def _open_reference(place: Path, options: dict[str, Any]) -> LanguageModel:
 
 
 def _reference(
-    place: Path, order: PreferenceOrder, cache: Path | None, options: dict[str, Any]
+    place: Path, order: PreferenceOrder, cache: Path | None, spec: LossSpec, options: dict[str, Any]
 ) -> ReferenceLogProbabilities:
     import torch
 
@@ -134,4 +134,5 @@ def _reference(
         cache=cache or default_cache(),
         dtype=getattr(torch, chosen_dtype(options["dtype"])),
         device=chosen_device(options["device"]),
+        mismatched=spec.needs_reference_point,
     )

@@ -139,6 +139,11 @@ class RemoteEngine:
             cost=None if self._ledger is None else sum((call.cost for call in missing), Decimal(0)),
         )
 
+    @property
+    def url(self) -> str:
+        """Where requests go: with `model`, it says which model answers."""
+        return self._url
+
     def generate(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Completion]:
         """Return one completion for each conversation, in order; conversation i samples with `seed + i`.
 

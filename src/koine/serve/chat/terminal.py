@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
+from koine.align.revise import revision_turns
 from koine.errors import UserError, did_you_mean
 from koine.generate.sampling import Sampling
 from koine.serve.chat.conversation import Conversation, FittedPrompt
@@ -108,12 +109,18 @@ class Chat:
         interactive: bool,
         trained_context: int | None = None,
         complete: bool = False,
+        revisions: int = 0,
+        revision: str = "",
     ) -> None:
         """Begin a conversation.
 
         trained_context: tokens of the longest texts that the model was trained on, beyond which it warns.
         complete: continue each line as raw text, by itself, without a chat template.
+        revisions: how often each reply is revised. Only the last one stays in the history, and without a
+            terminal only that is shown.
+        revision: the user's turn that asks for it.
         """
+        self.revisions, self.revision = revisions, revision
         self.complete = complete
         self.trained_context = trained_context
         self.warned = False
@@ -182,7 +189,8 @@ class Chat:
                 f"of {self.engine.context} tokens)"
             )
         sampling = replace(self.sampling, max_new_tokens=fitted.max_new_tokens)
-        reply = self.stream(fitted.prompt, sampling)
+        reply = self.stream(fitted.prompt, sampling, shown=self.interactive or not self.revisions)
+        reply = self.revise(reply)
         self.write("\n")
         if not self.complete:
             self.conversation.add_assistant(reply.text)
@@ -193,6 +201,28 @@ class Chat:
             notes.append("cut at max-new-tokens" if sampling == self.sampling else "cut at the context's end")
         self.note(f"[{', '.join(notes)}]")
         self.warn_of_length(len(fitted.prompt) + reply.rate.tokens)
+
+    def revise(self, reply: Reply) -> Reply:
+        """Ask for better replies, one after another, and return the last one.
+
+        The model reads the conversation and the reply before. Ctrl-C keeps the reply that it stops.
+        """
+        for number in range(1, self.revisions + 1):
+            messages = revision_turns(self.conversation.messages(), reply.text, self.revision)
+            prompt = self.engine.encode(messages)
+            room = self.engine.context - len(prompt)
+            if reply.stopped or room < 1:
+                if not self.interactive:
+                    self.write(reply.text)
+                if not reply.stopped:
+                    self.note(f"(no room in the model's context for revision {number})")
+                return reply
+            if self.interactive:
+                self.write("\n")
+                self.note(f"(revision {number} of {self.revisions})")
+            sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
+            reply = self.stream(prompt, sampling, shown=self.interactive or number == self.revisions)
+        return reply
 
     def fit_conversation(self, message: str) -> FittedPrompt:
         """Add a user message to the history, and return the prompt that fits into the context."""
@@ -230,8 +260,9 @@ class Chat:
             f"{self.trained_context:,} at a time: expect worse answers{rest})"
         )
 
-    def stream(self, prompt: list[int], sampling: Sampling) -> Reply:
-        """Write the reply piece by piece, and return it."""
+    def stream(self, prompt: list[int], sampling: Sampling, *, shown: bool = True) -> Reply:
+        """Write the reply piece by piece unless it is not to be shown, and return it."""
+        write = self.write if shown else _write_nothing
         decoder = self.engine.tokenizer.stream_decoder()
         pieces: list[str] = []
         count, ended = 0, False
@@ -244,11 +275,11 @@ class Chat:
                     first = last
                 ended = token.stops
                 pieces.append("" if ended else decoder.push(token.id))
-                self.write(pieces[-1])
+                write(pieces[-1])
                 if stop.requested:
                     break
             pieces.append(decoder.flush())
-            self.write(pieces[-1])
+            write(pieces[-1])
             stopped = stop.requested and not ended
         return Reply("".join(pieces), stopped, ended, Rate(count, first - start, last - first))
 
@@ -268,6 +299,10 @@ class Chat:
         dim, plain = ("\x1b[2m", "\x1b[0m") if self.interactive and self.notices.isatty() else ("", "")
         self.notices.write(f"{dim}{printable(text)}{plain}\n")
         self.notices.flush()
+
+
+def _write_nothing(text: str) -> None:
+    """Take a piece of a reply that is not shown."""
 
 
 def run_interactive(chat: Chat) -> None:
