@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from koine.allocator import keep_freed_memory
 from koine.files import write_json
@@ -256,7 +256,7 @@ def make_monitor(
     )
 
 
-def frozen_model(path: Path, dtype: str) -> Any:
+def frozen_model(path: Path, dtype: str) -> LanguageModel:
     """Return a model that is not trained, in the precision and on the device of the training."""
     import torch
 
@@ -264,7 +264,9 @@ def frozen_model(path: Path, dtype: str) -> Any:
     from koine.model import load_causal_lm
 
     model = load_causal_lm(path).to(chosen_device("auto"), getattr(torch, chosen_dtype(dtype)))
-    return model.requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
 
 
 def write_behaviour_report(out: Path, judged: Verdict | None) -> None:

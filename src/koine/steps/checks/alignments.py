@@ -56,10 +56,10 @@ def alignment(
 
     LossSpec.parse(loss)
     check_batch(mixture, settings)
-    if monitor is not None and pairs is None and prompts is None:
-        raise UserError("a monitor has neither pairs nor prompts", hint="give held-out pairs or prompts")
     if (monitor is not None or stop_on) and not settings.evaluate_every:
         raise UserError("nothing is measured during the training", hint="set evaluate_every in its settings")
+    if monitor is not None and pairs is None and prompts is None:
+        raise UserError("a monitor has neither pairs nor prompts", hint="give held-out pairs or prompts")
     if stop_on and monitor is None:
         raise UserError(f"stop_on is {stop_on}, and there is no monitor", hint="give monitor settings")
     if reference is not None:
@@ -77,7 +77,9 @@ def check_groups(
             hint="set packing to no_split or one_per_row",
         )
     facts = model_facts(model)
-    size = None if facts is None else facts.vocab_size or (facts.config and facts.config.vocab_size)
+    size = None if facts is None else facts.vocab_size
+    if size is None and facts is not None and facts.config is not None:
+        size = facts.config.vocab_size
     for name, planned in tokens.items():
         ids = tokens_vocabulary(planned)
         if size is not None and ids is not None and ids > size:
