@@ -216,6 +216,21 @@ def _of_source(
     device: str,
 ) -> NDArray[np.float64]:
     """Return the log-probabilities of one source, `[completions]`; NaN for groups that fit no row."""
+    spans = [
+        range(start, min(start + GROUPS_OF_FILE, len(tokens)))
+        for start in range(0, len(tokens), GROUPS_OF_FILE)
+    ]
+
+    def read(span: range) -> NDArray[np.float64] | None:
+        wanted = int(first[span.stop] - first[span.start])
+        return _read(folder / f"groups-{span.start:08d}.f64", wanted)
+
+    if (folder / IDENTITY).exists():
+        _check_identity(folder, identity)
+        # A complete cache is only read, so that it may be shared, also where nobody may write.
+        parts = [found for span in spans if (found := read(span)) is not None]
+        if len(parts) == len(spans):
+            return np.concatenate(parts) if parts else np.zeros(0)
     make_folder(folder)
     # The other ranks of a training wait for the first, and then read what it wrote.
     with exclusive(
@@ -227,18 +242,16 @@ def _of_source(
         _check_identity(folder, identity)
         parts = []
         ready = False
-        for start in range(0, len(tokens), GROUPS_OF_FILE):
-            end = min(start + GROUPS_OF_FILE, len(tokens))
-            path = folder / f"groups-{start:08d}.f64"
-            wanted = int(first[end] - first[start])
-            found = _read(path, wanted)
+        for span in spans:
+            found = read(span)
             if found is None:
                 if not ready:
-                    note(f"reference log-probabilities of {len(tokens) - start:,} groups, kept in {folder}")
+                    left = len(tokens) - span.start
+                    note(f"reference log-probabilities of {left:,} groups, kept in {folder}")
                     model.to(device, dtype).eval()
                     ready = True
-                found = _compute(model, tokens, name, range(start, end), first, identity["row"], rows, device)
-                write_atomically(path, found.tobytes())
+                found = _compute(model, tokens, name, span, first, identity["row"], rows, device)
+                write_atomically(folder / f"groups-{span.start:08d}.f64", found.tobytes())
             parts.append(found)
     return np.concatenate(parts) if parts else np.zeros(0)
 

@@ -110,6 +110,21 @@ def field_mapping(fields: tuple[str, ...]) -> dict[str, str]:
 @click.option(
     "--code-bytes", type=click.IntRange(min=0), default=300_000, show_default=True, help="Bytes of code."
 )
+@click.option(
+    "--preferences-per-language",
+    "preferences",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Pairs of answers of each language, for `koine align`.",
+)
+@click.option(
+    "--flipped",
+    type=click.FloatRange(min=0, max=0.5),
+    default=0.25,
+    show_default=True,
+    help="Share of the pairs with the wrong label.",
+)
 def sample(
     languages: str | None,
     out: Path,
@@ -118,8 +133,10 @@ def sample(
     documents: int,
     questions: int,
     code_bytes: int,
+    preferences: int,
+    flipped: float,
 ) -> None:
-    """Write the sample world: documents, questions with exact answers, and code.
+    """Write the sample world: documents, questions with exact answers, code, and preferences.
 
     The table counts training texts, held-out texts, training chats, and test questions: on facts of the
     training text (recall), on other facts, and on other territories.
@@ -136,6 +153,8 @@ def sample(
             documents_per_language=documents,
             questions_per_language=questions,
             code_bytes=code_bytes,
+            preferences_per_language=preferences,
+            flipped=flipped,
             overwrite=overwrite,
         )
     # Shorter headings than the report's, so that ten columns fit into 80 characters.

@@ -395,3 +395,46 @@ def inspected_groups(
     if limit is not None and groups > limit:
         tokens *= limit / groups
     return scoring(planned_config(planned), tokens, threads)
+
+
+def group_tokens(*, planned: Mapping[str, Any], **_: Any) -> Estimate:
+    """Return the estimate of tokenizing groups; of records that are not there yet, of 16 MB."""
+    given = planned.get("records")
+    there = isinstance(given, PlannedInput) and given.exists
+    size = folder_bytes(given.path) if isinstance(given, PlannedInput) and there else 16 * MEGABYTE
+    return tokenized(size, text_share=0.5)
+
+
+def reference(*, mixture: TextMixture, threads: int, planned: Mapping[str, Any], **_: Any) -> Estimate:
+    """Return the estimate of the reference's log-probabilities: a forward pass of each row of the mixture."""
+    rows = float(mixture.steps * mixture.batch_size * mixture.sequence_length)
+    return scoring(planned_config(planned), rows, threads)
+
+
+def alignment(
+    model: Path,
+    *,
+    mixture: TextMixture,
+    settings: TrainSettings,
+    monitor: Any = None,
+    threads: int,
+    planned: Mapping[str, Any],
+    **_: Any,
+) -> Estimate:
+    """Return the estimate of preference training: that of a training on as many tokens, and the evaluations."""
+    trained = training(
+        model, mixture=mixture, settings=settings, config=None, threads=threads, planned=planned
+    )
+    if monitor is None or not settings.evaluate_every:
+        return trained
+    evaluations = -(-mixture.steps // settings.evaluate_every)
+    limit = 1_000 if monitor.limit is None else monitor.limit
+    answers = UNKNOWN_LANGUAGES * limit
+    # A token that is generated costs about as much as two that are scored; answers are scored once more.
+    tokens = evaluations * answers * (3 * monitor.max_new_tokens / 2 + 2 * mixture.sequence_length)
+    measured = scoring(planned_config(planned), float(tokens), threads)
+    return replace(
+        trained,
+        memory_bytes=max(trained.memory_bytes, measured.memory_bytes),
+        seconds=trained.seconds + measured.seconds,
+    )

@@ -101,7 +101,7 @@ class Territory:
     languages: tuple[str, ...]
 
 
-def _share(identifier: str) -> float:
+def share_of(identifier: str) -> float:
     """Return a number in [0, 1) that depends only on the identifier."""
     digest = hashlib.blake2b(identifier.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -130,12 +130,12 @@ def split_of(identifier: str) -> str:
     """Return the split of a fact."""
     kind, _, rest = identifier.partition(":")
     if kind in TERRITORIAL:
-        if rest not in NEVER_HELD_OUT and _share(f"territory:{rest}") < HELD_OUT_TERRITORIES:
+        if rest not in NEVER_HELD_OUT and share_of(f"territory:{rest}") < HELD_OUT_TERRITORIES:
             return "heldout_territory"
-        return "recall" if _share(identifier) < RECALL else "train"
+        return "recall" if share_of(identifier) < RECALL else "train"
     if kind in ("sum", "quantity", "amount", "date"):
-        return "heldout_fact" if _share(identifier) < HELD_OUT_FACTS else "train"
-    return "recall" if _share(identifier) < RECALL else "train"
+        return "heldout_fact" if share_of(identifier) < HELD_OUT_FACTS else "train"
+    return "recall" if share_of(identifier) < RECALL else "train"
 
 
 @functools.cache

@@ -119,13 +119,26 @@ def _date(day: datetime.date, code: str) -> str:
     return str(format_date(day, format="long", locale=locale_of(code)))
 
 
-def sentence(code: str, fact: str, wording: int = 0) -> str | None:
-    """Return the fact as a sentence, in one of the language's wordings; `None` if CLDR lacks a name."""
+def sentence(code: str, fact: str, wording: int = 0, *, answer: str | None = None) -> str | None:
+    """Return the fact as a sentence, in one of the language's wordings; `None` if CLDR lacks a name.
+
+    answer: stands in the place of the right one.
+    """
     found = sides(code, fact)
     if found is None:
         return None
     kind = fact.partition(":")[0]
-    return _filled(code, fact, _templates(code, kind), wording, found[0]).replace("{y}", found[1])
+    filled = _filled(code, fact, _templates(code, kind), wording, found[0])
+    return filled.replace("{y}", found[1] if answer is None else answer)
+
+
+@functools.lru_cache(maxsize=8192)
+def sentences_of(code: str, fact: str) -> tuple[str, ...]:
+    """Return the fact as a sentence in all of the language's wordings; none if CLDR lacks a name."""
+    found = (
+        sentence(code, fact, wording) for wording in range(len(_templates(code, fact.partition(":")[0])))
+    )
+    return tuple(one for one in found if one is not None)
 
 
 def plain_sentence(code: str, fact: str) -> str | None:

@@ -24,6 +24,7 @@ from koine.data.sample.facts import (
     territories,
 )
 from koine.data.sample.phrases import QUESTION_LANGUAGES
+from koine.data.sample.preferences import FLIPPED, PairSettings, preference_records, prompt_plans
 from koine.data.sample.rendering import enumeration, names, quantities, question, sentence, wordings_of
 from koine.errors import UserError, did_you_mean
 from koine.fields import check_integer
@@ -34,6 +35,8 @@ HELD_OUT_DOCUMENTS = 0.1
 """Held-out documents, as a share of the training documents."""
 TEST_QUESTIONS = 0.5
 """Test questions, as a share of the training questions."""
+TEST_PREFERENCES = 0.1
+"""Test pairs, as a share of the training pairs."""
 # Kinds of facts in a document; a document has one of these, drawn uniformly.
 TOPICS = (
     ("currency", "capital", "language"),
@@ -305,13 +308,18 @@ def write_sample(
     documents_per_language: int = 600,
     questions_per_language: int = 600,
     code_bytes: int = 300_000,
+    preferences_per_language: int = 0,
+    flipped: float = FLIPPED,
     overwrite: bool = False,
 ) -> SampleSummary:
     """Write the sample world in `languages` into the new folder `out`; equal arguments give equal bytes.
 
     `documents/`, `documents-heldout/`, `questions/train/` and `questions/test/` hold one JSON Lines file per
     language (questions for those of `QUESTION_LANGUAGES`). `code.jsonl` is the code domain, `summary.json`
-    the counts.
+    the counts. With `preferences_per_language`, `preferences/train/` and `preferences/test/` hold pairs of
+    answers (`koine.data.sample.preferences`), a tenth of them for tests, which ask other questions.
+
+    flipped: share of the pairs with the wrong label.
 
     Raises `UserError` for a language that CLDR does not cover well enough, and if `out` is not empty (unless
     `overwrite`).
@@ -328,6 +336,7 @@ def write_sample(
         ("questions_per_language", questions_per_language),
     ):
         check_integer(name, value, low=1)
+    check_integer("preferences_per_language", preferences_per_language, low=0)
     plans = document_plans(documents_per_language, seed=seed, heldout=False)
     heldout = document_plans(heldout_count(documents_per_language), seed=seed, heldout=True)
     asked = question_plans(questions_per_language, ("train",), seed=seed)
@@ -340,6 +349,8 @@ def write_sample(
             if code in QUESTION_LANGUAGES:
                 counts |= _write_questions(folder, code, asked, tested)
                 _write(folder / "dialogues" / f"{code}.jsonl", _dialogues(code, talks))
+                if preferences_per_language:
+                    _write_preferences(folder, code, codes, preferences_per_language, flipped, seed)
             summary.languages[code] = counts
         if code_bytes:
             summary.code["documents"], summary.code["bytes"] = _write(
@@ -379,6 +390,18 @@ def _write_questions(
     for record in test:
         counts[record["split"]] += 1
     return counts
+
+
+def _write_preferences(
+    folder: Path, code: str, codes: Sequence[str], count: int, flipped: float, seed: int
+) -> None:
+    """Write the training and test pairs of a language."""
+    settings = PairSettings(flipped=flipped)
+    languages = [one for one in codes if one in QUESTION_LANGUAGES]
+    for part, number in (("train", count), ("test", max(4, round(TEST_PREFERENCES * count)))):
+        asked = prompt_plans(number, seed=seed, heldout=part == "test")
+        records = preference_records(code, asked, settings=settings, languages=languages, part=part)
+        _write(folder / "preferences" / part / f"{code}.jsonl", records)
 
 
 def _write(path: Path, records: Iterator[dict[str, Any]]) -> tuple[int, int]:

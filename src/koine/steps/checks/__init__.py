@@ -5,7 +5,14 @@ input, raises `UserError` for what cannot work, warns with `KoineWarning` of wha
 the facts that the checks of later steps build on.
 """
 
-from koine.steps.checks.alignments import inspected_groups, trained_online, watched
+from koine.steps.checks.alignments import (
+    alignment,
+    group_tokens,
+    inspected_groups,
+    reference,
+    trained_online,
+    watched,
+)
 from koine.steps.checks.combinations import combined, copied, grown, merged
 from koine.steps.checks.corpora import domain_text, own_corpus, sample, text_corpus
 from koine.steps.checks.profiles import profile_model, profile_sample, profile_speed, profile_text
@@ -23,12 +30,14 @@ from koine.steps.checks.trainings import (
 )
 
 __all__ = [
+    "alignment",
     "combined",
     "copied",
     "domain_text",
     "domain_tokens",
     "evaluated_model",
     "evaluation",
+    "group_tokens",
     "grown",
     "inspected_groups",
     "merged",
@@ -39,6 +48,7 @@ __all__ = [
     "profile_sample",
     "profile_speed",
     "profile_text",
+    "reference",
     "reward_training",
     "sample",
     "shared_tokenizer",
