@@ -233,7 +233,7 @@ def koine(*words: object) -> Result:
 def test_the_command_reads_records_and_shards(world: AlignWorld, tmp_path: Path) -> None:
     records = [pair(number) for number in range(16)]
     file = write_records(tmp_path / "pairs.jsonl", records)
-    options = ("--model", world.model, "--sequence-length", 96, "--no-languages", "--device", "cpu")
+    options = ("--model", world.model, "--sequence-length", 96, "--no-identify-languages", "--device", "cpu")
     more = ("--dtype", "float32", "--show", 2)
     answers = [
         json.loads(koine("align", "inspect", place, *options, *more, "--json", "--quiet").stdout)

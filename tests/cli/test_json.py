@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "align revise --model model --prompts prompts.jsonl --revision Again --max-new-tokens 4 --out new.jsonl": (
         "answers", "changed", "written",
     ),
-    "align inspect pairs --model model --held-out pairs --device cpu --no-languages": (
+    "align inspect pairs --model model --held-out pairs --device cpu --no-identify-languages": (
         "kind", "languages", "total", "displacing",
     ),
     "data sample --languages de --documents-per-language 5 --questions-per-language 5 --code-bytes 0 --out new": (

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     help="Pairs to show with the most CHES.",
 )
 @click.option(
-    "--languages/--no-languages",
+    "--identify-languages/--no-identify-languages",
     "identify_languages",
     default=True,
     show_default=True,
