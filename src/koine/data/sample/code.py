@@ -35,10 +35,11 @@ def code_records(max_bytes: int) -> Iterator[dict[str, Any]]:
         if not path.exists():
             continue
         source = path.read_text(encoding="utf-8")
+        lines = source.split("\n")
         for node in ast.parse(source).body:
             if not isinstance(node, ast.FunctionDef | ast.ClassDef):
                 continue
-            text = ast.get_source_segment(source, node) or ""
+            text = _segment(lines, node)
             size = len(text.encode("utf-8"))
             if size > LONGEST or size < 80:
                 continue
@@ -52,3 +53,12 @@ def code_records(max_bytes: int) -> Iterator[dict[str, Any]]:
                 "domain": "code",
                 "source": "python-stdlib",
             }
+
+
+def _segment(lines: list[str], node: ast.FunctionDef | ast.ClassDef) -> str:
+    """Return the source of a node, as `ast.get_source_segment`, which splits the whole file each time."""
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    *before, last = lines[node.lineno - 1 : node.end_lineno]
+    # Columns count bytes; a node of the module's body begins in column 0.
+    return "\n".join([*before, last.encode("utf-8")[: node.end_col_offset].decode("utf-8")])
