@@ -85,22 +85,30 @@ def head_log_probabilities(
 
 def predicting_states(model: LanguageModel, batch: GroupBatch) -> tuple[Tensor, Tensor]:
     """Return the hidden states that predict completion tokens, `[n, d]`, and these tokens `[n]`."""
-    if _has_dynamic_rope(model):
-        # A prompt is rotated by the length of the whole conversation, so that completions cannot share it.
+    states, computed = group_states(model, model, batch)
+    return states[computed.predicting], computed.predicted
+
+
+def group_states(model: Any, backbone: LanguageModel, batch: GroupBatch) -> tuple[Tensor, GroupBatch]:
+    """Return the hidden states of a batch, `[b * t, d]`, and the batch in the rows that were computed.
+
+    model: what is called: `backbone`, or a module around it that takes the same arguments.
+    """
+    if not isinstance(backbone, Decoder) or _has_dynamic_rope(backbone):
+        # Dynamic RoPE rotates a prompt by the length of the whole conversation, so that it cannot be shared.
         batch = batch.separate()
-    if isinstance(model, Decoder):
-        if batch.tokens.device.type == "cpu":
-            # Attention goes segment by segment there, so rows are only a way to count tokens.
-            batch = batch.without_padding()
-        hidden = model(batch.tokens, context=segment_context(model, batch))
-    else:
-        batch = batch.separate()
+    if not isinstance(backbone, Decoder):
         hidden = model(batch.tokens, attention_mask=(batch.document_ids >= 0).long())
-    return hidden.flatten(0, 1)[batch.predicting], batch.predicted
+        return hidden.flatten(0, 1), batch
+    if batch.tokens.device.type == "cpu":
+        # Attention goes segment by segment there, so rows are only a way to count tokens.
+        batch = batch.without_padding()
+    hidden = model(batch.tokens, context=segment_context(backbone, batch))
+    return hidden.flatten(0, 1), batch
 
 
-def _has_dynamic_rope(model: LanguageModel) -> bool:
-    scaling = model.config.rope_scaling if isinstance(model, Decoder) else None
+def _has_dynamic_rope(model: Decoder) -> bool:
+    scaling = model.config.rope_scaling
     return scaling is not None and scaling.kind == "dynamic"
 
 

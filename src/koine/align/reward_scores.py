@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koine.align.log_probabilities import segment_context
+from koine.align.log_probabilities import group_states
 from koine.data.groups import GroupBatch
 from koine.errors import UserError
-from koine.model.decoder import Decoder
 from koine.model.reward_model import RewardModel, load_reward_model
 from koine.tokenizer import Tokenizer, load_tokenizer
 
@@ -30,12 +29,8 @@ def completion_scores(model: RewardModel, batch: GroupBatch) -> Tensor:
     It is the head's output at the completion's last token. Our own decoder computes a prompt once for all of
     its completions. Another class gets each completion in a row of its own.
     """
-    if isinstance(model.backbone, Decoder):
-        hidden_btd = model(batch.tokens, context=segment_context(model.backbone, batch))
-    else:
-        batch = batch.separate()
-        hidden_btd = model(batch.tokens, attention_mask=(batch.document_ids >= 0).long())
-    return model.scores(hidden_btd.flatten(0, 1)[last_positions(batch)])
+    states, computed = group_states(model, model.backbone, batch)
+    return model.scores(states[last_positions(computed)])
 
 
 def last_positions(batch: GroupBatch) -> Tensor:
