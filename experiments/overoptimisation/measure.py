@@ -13,10 +13,10 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.overoptimisation.data import read_records
 from koine.allocator import keep_freed_memory
@@ -104,7 +104,7 @@ def token_f1(answer: str, text: str, code: str) -> float:
 class FactMemory:
     """F1 of greedy answers to questions that the policy was taught."""
 
-    names = ("f1",)
+    names: ClassVar[list[str]] = ["f1"]
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[HeldOutPrompt], max_new_tokens: int) -> None:
         self.tokenizer, self.prompts, self.max_new_tokens = tokenizer, prompts, max_new_tokens
@@ -129,7 +129,7 @@ class LikelihoodDistance:
     The root of the mean square of the difference per token, over the held-out pairs.
     """
 
-    names = ("l2",)
+    names: ClassVar[list[str]] = ["l2"]
 
     def __init__(self, pairs: Sequence[HeldOutPair], reference: LanguageModel) -> None:
         self.chosen = [pair.continuations[0] for pair in pairs]
@@ -220,8 +220,8 @@ def evaluation_of(
     memory = encode_prompts(read_records(data / "memory.jsonl"), tokenizer, context=context)
     # The right answers are short, and a long one has a low F1 long before it ends.
     shorter = max(1, answers.max_new_tokens // 2)
-    others = [FactMemory(tokenizer, memory, shorter), LikelihoodDistance(pairs, reference)]
-    return Recorded(JoinedEvaluations([monitor, *others]), folder)
+    facts, distance = FactMemory(tokenizer, memory, shorter), LikelihoodDistance(pairs, reference)
+    return Recorded(JoinedEvaluations([monitor, facts, distance]), folder)
 
 
 # --- steps ---
@@ -249,7 +249,7 @@ def measure_start(model: Path, data: Path, *, mixture: TextMixture, answers: Ans
     tokenizer = load_tokenizer(model)
     records = read_records(data / "prompts.jsonl")
     prompts = encode_prompts(records, tokenizer, context=policy.context_length)
-    own = Answers(**{**vars(answers), "seed": answers.seed + OWN_SEED})
+    own = replace(answers, seed=answers.seed + OWN_SEED)
     texts = answers_of(policy, tokenizer, prompts, own)
     with (out / "prompts.jsonl").open("w", encoding="utf-8") as file:
         for prompt, text in zip(prompts, texts, strict=True):
@@ -264,7 +264,24 @@ def measure_start(model: Path, data: Path, *, mixture: TextMixture, answers: Ans
     write_json(out / "metrics.json", read_records(out / "figures.jsonl")[0])
 
 
-@step(version="1", estimate=estimates.alignment, threads=0)
+def run_needs(
+    model: Path,
+    *,
+    mixture: TextMixture,
+    settings: TrainSettings,
+    threads: int,
+    planned: Mapping[str, Any],
+    **_: Any,
+) -> Estimate:
+    """Return the estimate of `preference_run`: an evaluation of a small model takes about five seconds."""
+    trained = estimates.training(
+        model, mixture=mixture, settings=settings, config=None, threads=threads, planned=planned
+    )
+    evaluations = -(-mixture.steps // settings.evaluate_every)
+    return replace(trained, seconds=trained.seconds + 3.0 + 5.0 * evaluations)
+
+
+@step(version="1", estimate=run_needs, threads=0)
 def preference_run(
     model: Path,
     tokens: dict[str, Path],

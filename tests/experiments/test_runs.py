@@ -17,14 +17,15 @@ PACK = ROOT.parent / "shared" / "data"
 NAMES = ("bam", "merging", "nexus", "rope_to_nope", "universal_tokenizer")
 WITHOUT_PACK = ("overoptimisation",)
 """Experiments on the sample world alone."""
+Test = Callable[..., None]
 
 
-def needs_pack(test: Callable[..., None]) -> Callable[..., None]:
+def needs_pack(test: Test) -> Test:
     """Mark a test that reads the development data pack."""
-    test = pytest.mark.skipif(
-        not PACK.exists(), reason="the development data pack is not beside the checkout"
-    )(test)
-    return pytest.mark.shared(test)
+    reason = "the development data pack is not beside the checkout"
+    skipped: Test = pytest.mark.skipif(not PACK.exists(), reason=reason)(test)
+    marked: Test = pytest.mark.shared(skipped)
+    return marked
 
 
 def koine_run(name: str, runs: Path, scale: str, *more: str, folder: Path = ROOT) -> str:
